@@ -1,0 +1,61 @@
+"""Errors of Hydra and OmegaConf in one sentence: what was wrong, where, what is allowed."""
+
+import difflib
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra.errors import MissingConfigException
+
+from qat_runner.config import Config
+
+
+def explain(error: Exception, configs: Path) -> str:
+    """A sentence for an error that Hydra or OmegaConf raised.
+
+    Args:
+        error: as caught.
+        configs: the folder of configs, whose groups and options are what is allowed.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = sorted(path.stem for path in (configs / group).glob("*.yaml"))
+        return f"{group}={option}: must be one of {', '.join(options)}{_similar(option, options)}"
+    text = " ".join(str(error).split())
+    cause = error.__cause__ or error.__context__
+    detail = " ".join(str(cause).split()) if cause else ""
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1]
+        if (
+            "not in struct" in f"{text} {detail}"
+            or "not in '" in f"{text} {detail}"
+            or "No match in the defaults list" in text
+        ):
+            known = _keys(Config)
+            return f"unknown key '{key}'{_similar(key, known) or '; qat-run --help lists all keys'}"
+    if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", f"{text} {detail}"):
+        key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
+        return f"{key[1] if key else 'a value'}={match[1]}: must be {_KINDS.get(match[2], match[2])}"
+    if match := re.search(r"Error merging override (\S+)", text):
+        return f"{match[1]}: {re.sub(r' full_key:.*', '', detail)}"
+    return re.sub(r"\s*(full_key:|See https?:).*", "", text)
+
+
+_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+
+
+def _similar(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _keys(schema: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a dataclass."""
+    hints = get_type_hints(schema)
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            keys += _keys(hints[f.name], f"{prefix}{f.name}.")
+    return keys

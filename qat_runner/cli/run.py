@@ -1,0 +1,129 @@
+"""qat-run: train, retrain or evaluate a quantized network.
+
+    qat-run model=resnet50 bits=4
+    qat-run -m bits=4,8 clipping=octav,max
+    qat-run --help
+
+Every row of a request is composed and checked before the first of them starts. Exit codes: 0 all is well, 1 a run
+broke off,
+2 the request cannot be carried out as it stands (and nothing was left behind).
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from qat_runner.cli.explain import explain
+from qat_runner.config import from_hydra, register
+from qat_runner.errors import QatError
+
+HYDRA_VERSION_BASE = "1.3"
+log = logging.getLogger("qat_runner")
+
+
+def config_dir() -> Path:
+    """The folder of Hydra configs: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+
+
+class _Terminal(logging.Handler):
+    """Prints messages so that a progress bar stays whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    log.handlers = [_Terminal()]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
+    register()
+    failures: list[QatError] = []
+    try:
+        folders = _check_all(args)
+        _run_all(args, failures)
+    except (HydraException, OmegaConfBaseException) as error:
+        return _fail(explain(error, config_dir()), 2)
+    except QatError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on after the last full epoch", 130)
+    if folders:
+        _print_table(folders)
+    for failure in failures:
+        _fail(str(failure), failure.exit_code)
+    return max((failure.exit_code for failure in failures), default=0)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"qat-run: {sentence}", file=sys.stderr)
+    return code
+
+
+def _check_all(args: Sequence[str]) -> list[Path]:
+    """Compose and check every row of the request before any work; returns their run folders, none if nothing is to be
+    run."""
+    from qat_runner.experiment import prepare
+
+    parsed = get_args_parser().parse_args(args)
+    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+        return []
+    rows = [parsed.overrides]
+    if parsed.multirun and not any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
+        overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+        rows = [row for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None) for row in batch]
+    folders = []
+    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
+        for row in rows:
+            folders.append(prepare(from_hydra(compose(parsed.config_name or "config", overrides=list(row)))))
+    return list(dict.fromkeys(folders))
+
+
+def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
+    """Hand the request to Hydra, whose launcher may run its rows here or elsewhere; errors of rows that run here are
+    collected."""
+
+    @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
+    def job(composed: DictConfig) -> float | None:
+        from qat_runner.experiment import run
+
+        try:
+            return float(run(from_hydra(composed))["top1"])
+        except QatError as error:
+            if HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
+                failures.append(error)
+                return None
+            raise
+
+    sys.argv = [sys.argv[0], *args]
+    job()
+
+
+def _print_table(folders: Sequence[Path]) -> None:
+    from qat_runner.report.tables import results_table
+
+    summaries: list[dict[str, Any]] = [
+        json.loads((f / "summary.json").read_text()) for f in folders if (f / "summary.json").is_file()
+    ]
+    if summaries:
+        log.info("\n" + results_table(summaries))

@@ -1,0 +1,420 @@
+"""The schema of configs/: every key of a run, typed, with unit and meaning. Contradictions are refused here, before
+any work.
+
+A `Config` as composed by Hydra may leave out what follows from the rest (bits of weights, epochs, ...); `resolve`
+fills that in and
+`check` refuses what cannot be meant. A run's `config.yaml` is the resolved one.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from qat_runner.errors import ConfigError
+from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES, Policy
+from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, Quantizer
+
+MODES = ("scratch", "retrain", "ptq", "evaluate")
+AMP = ("none", "bf16", "fp16")
+SCHEDULES = ("step", "cosine")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    """a name in qat_runner.models.MODELS"""
+    stem: str = "auto"
+    """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    """a name in qat_runner.data.DATASETS"""
+    num_classes: int | None = None
+    """classes; null: as many as there are class folders"""
+    image_size: int = MISSING
+    """pixels a side of what the network sees"""
+    mean: list[float] = MISSING
+    """normalization, a number a channel, of values in 0..1"""
+    std: list[float] = MISSING
+    """normalization, a number a channel, of values in 0..1"""
+    augment: str = "none"
+    """training pictures held in memory: none, crop or crop_flip. Folders of pictures always get the ImageNet
+    augmentation."""
+    val_batch_size: int = 500
+    """pictures a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
+    workers: int = 4
+    """decoding processes (folders of pictures only)"""
+    fake_pictures: int = 512
+    """training pictures of dataset=fake"""
+
+
+@dataclass
+class ClippingConfig:
+    name: str = MISSING
+    """octav, max, percentile or mse_sweep"""
+    dynamic: bool = True
+    """solve scalars on each call, or calibrate once and hold them"""
+    iterations: int | None = None
+    """octav: reads of the tensor a solution"""
+    q: float | None = None
+    """percentile: q of the q-th percentile of |x|, in percent"""
+    points: int | None = None
+    """mse_sweep: candidates"""
+    together: bool | None = None
+    """mse_sweep: rows of a weight share one candidate, as in the paper"""
+    calibration_batches: int = 5
+    """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on"""
+    eval_mode: str = "dynamic"
+    """activation scalars in evaluation: dynamic (solved on each batch), running (average of training) or frozen (last
+    of training)"""
+
+    def options(self) -> dict[str, Any]:
+        """What is passed to the clipping method."""
+        options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together")}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+@dataclass
+class GradientConfig:
+    name: str = MISSING
+    """ste, pwl, mad or mph"""
+
+
+@dataclass
+class StageConfig:
+    """How one stage, from scratch or retraining, is trained: SGD."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    """pictures a step, over all devices"""
+    lr: float = MISSING
+    """learning rate at that batch size, before any decay"""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+    """0 to below 1"""
+    schedule: str = "step"
+    """step: times decay_factor every decay_every epochs; cosine: to zero over the epochs"""
+    decay_every: int = 30
+    """epochs"""
+    decay_factor: float = 0.1
+    warmup_epochs: int = 0
+    """epochs of linear rise at the start"""
+
+
+@dataclass
+class RecipeConfig:
+    """The full-precision recipe of a network on a data set; quantized runs use it unmodified."""
+
+    name: str = MISSING
+    scratch: StageConfig = field(default_factory=StageConfig)
+    retrain: StageConfig = field(default_factory=StageConfig)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    clipping: ClippingConfig = field(default_factory=ClippingConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+    mode: str = "scratch"
+    """scratch: train from random weights; retrain: train from `weights`; ptq: quantize `weights` without training;
+    evaluate: as is"""
+    weights: str | None = None
+    """.pt, .pth, .th or .safetensors file, or "torchvision" for the published weights"""
+
+    bits: int = 4
+    """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""
+    weight_bits: int | None = None
+    """bits of weights; null: bits"""
+    activation_bits: int | None = None
+    """bits of activations; null: bits"""
+    first_last_bits: int = 8
+    """bits of the first convolution and the last linear layer, weights and inputs"""
+    conv_granularity: str = "channel"
+    """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
+    linear_granularity: str = "tensor"
+    """clipping scalars of a linear weight: channel (one per output feature) or tensor"""
+
+    epochs: int | None = None
+    """null: the recipe's"""
+    batch_size: int | None = None
+    """null: the recipe's"""
+    lr: float | None = None
+    """null: the recipe's"""
+    seed: int = 0
+    """of initialization, data order and augmentation"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    amp: str = "none"
+    """none, bf16 or fp16: autocast of convolutions and matrix products"""
+    channels_last: bool = False
+    """memory layout of weights and pictures"""
+    limit_train_batches: int | None = None
+    """at most so many batches an epoch; null: all"""
+    limit_val_batches: int | None = None
+    """at most so many validation batches; null: all"""
+    noise_batches: int = 1
+    """validation batches on which quantization noise is measured after each epoch; 0: never"""
+
+    data_dir: str = "data"
+    """where data sets lie; by default the environment variable QAT_DATA_DIR, else ./data"""
+    runs_dir: str = "runs"
+    """where run folders are made"""
+    run_dir: str | None = None
+    """this run's folder; null: a folder in runs_dir named after the config"""
+    overwrite: bool = False
+    """start anew where the run folder exists; otherwise a finished run is shown and an unfinished one resumed"""
+
+    @property
+    def training(self) -> bool:
+        return self.mode in ("scratch", "retrain")
+
+    @property
+    def stage(self) -> StageConfig:
+        """The recipe's stage that this mode uses."""
+        return self.recipe.retrain if self.mode == "retrain" else self.recipe.scratch
+
+    @property
+    def policy(self) -> Policy:
+        """Of a resolved config."""
+        assert self.weight_bits is not None and self.activation_bits is not None
+        return Policy(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            first_last_bits=self.first_last_bits,
+            clipping=self.clipping.name,
+            clipping_options=self.clipping.options(),
+            dynamic=self.clipping.dynamic,
+            gradient=self.gradient.name,
+            eval_mode=self.clipping.eval_mode,
+            conv_granularity=self.conv_granularity,
+            linear_granularity=self.linear_granularity,
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scalars must be found on training batches before the first use."""
+        held = not self.clipping.dynamic or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
+        return held and self.mode != "evaluate" and not self.policy.full_precision
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as config `schema`."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """A composed config -> a resolved and checked one.
+
+    Raises:
+        ConfigError: a contradiction, or a value out of range.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except Exception as error:  # omegaconf: a missing value, an interpolation that leads nowhere
+        raise ConfigError(" ".join(str(error).split())) from error
+    assert isinstance(config, Config)
+    return resolve(config)
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what follows from the rest, and check the result."""
+    stage = config.stage
+    config = replace(
+        config,
+        weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
+        activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
+        epochs=stage.epochs if config.epochs is None else config.epochs,
+        batch_size=stage.batch_size if config.batch_size is None else config.batch_size,
+        lr=stage.lr if config.lr is None else config.lr,
+    )
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse a resolved config that cannot be meant.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    names: list[tuple[str, str, Sequence[str]]] = [
+        ("mode", config.mode, MODES),
+        ("amp", config.amp, AMP),
+        ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
+        ("clipping.name", config.clipping.name, tuple(CLIPPING_METHODS)),
+        ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
+        ("conv_granularity", config.conv_granularity, GRANULARITIES),
+        ("linear_granularity", config.linear_granularity, GRANULARITIES),
+        ("recipe.scratch.schedule", config.recipe.scratch.schedule, SCHEDULES),
+        ("recipe.retrain.schedule", config.recipe.retrain.schedule, SCHEDULES),
+    ]
+    for key, value, allowed in names:
+        _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+    counts: list[tuple[str, int | None, int]] = [
+        ("epochs", config.epochs, 1),
+        ("batch_size", config.batch_size, 1),
+        ("seed", config.seed, 0),
+        ("noise_batches", config.noise_batches, 0),
+        ("limit_train_batches", config.limit_train_batches, 1),
+        ("limit_val_batches", config.limit_val_batches, 1),
+        ("dataset.image_size", config.dataset.image_size, 1),
+        ("dataset.num_classes", config.dataset.num_classes, 2),
+        ("dataset.val_batch_size", config.dataset.val_batch_size, 1),
+        ("dataset.workers", config.dataset.workers, 0),
+        ("dataset.fake_pictures", config.dataset.fake_pictures, 2),
+        ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
+        *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in _stages(config)),
+        *((f"recipe.{name}.warmup_epochs", stage.warmup_epochs, 0) for name, stage in _stages(config)),
+    ]
+    for name, count, least in counts:
+        _require(count is None or count >= least, name, count, f"{least} or more")
+    assert config.lr is not None
+    _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
+    for name, stage in _stages(config):
+        _require(0 <= stage.momentum < 1, f"recipe.{name}.momentum", stage.momentum, "at least 0 and below 1")
+        _require(
+            0 <= stage.label_smoothing < 1,
+            f"recipe.{name}.label_smoothing",
+            stage.label_smoothing,
+            "at least 0 and below 1",
+        )
+        _require(0 <= stage.weight_decay < float("inf"), f"recipe.{name}.weight_decay", stage.weight_decay, "0 or more")
+    channels = {len(config.dataset.mean), len(config.dataset.std)}
+    _require(
+        channels <= {1, 3} and len(channels) == 1,
+        "dataset.mean",
+        config.dataset.mean,
+        "as long as dataset.std, 1 or 3 numbers",
+    )
+    _require(all(s > 0 for s in config.dataset.std), "dataset.std", config.dataset.std, "positive numbers")
+    _check_quantization(config)
+    _check_mode(config)
+
+
+def _check_quantization(config: Config) -> None:
+    for key in ("weight_bits", "activation_bits", "first_last_bits"):
+        bits = getattr(config, key)
+        said = "bits" if bits == config.bits and key != "first_last_bits" else key
+        allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
+        _require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
+    try:
+        Quantizer(8, clipping=config.clipping.name, **config.clipping.options())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"clipping={config.clipping.name}: {error}") from error
+    if config.needs_calibration:
+        wanted = (
+            "clipping.dynamic=false"
+            if not config.clipping.dynamic
+            else f"clipping.eval_mode={config.clipping.eval_mode}"
+        )
+        _require(
+            config.clipping.calibration_batches > 0,
+            "clipping.calibration_batches",
+            config.clipping.calibration_batches,
+            f"1 or more, since {wanted} needs data to calibrate its scalars",
+        )
+
+
+def _check_mode(config: Config) -> None:
+    if config.mode in ("retrain", "ptq", "evaluate") and config.weights is None:
+        raise ConfigError(f"mode={config.mode}: needs weights=PATH or weights=torchvision")
+    if config.mode == "scratch" and config.weights is not None:
+        raise ConfigError(
+            f"weights={config.weights}: mode=scratch starts from random weights; use mode=retrain, ptq or evaluate"
+        )
+    if config.mode == "ptq" and config.policy.full_precision:
+        raise ConfigError(
+            f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
+        )
+
+
+def _stages(config: Config) -> list[tuple[str, StageConfig]]:
+    return [("scratch", config.recipe.scratch), ("retrain", config.recipe.retrain)]
+
+
+def _require(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value}: must be {allowed}")
+
+
+PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite")
+"""Keys that say where things lie, not what is computed."""
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys of a resolved config that decide its result: what is equal here is the same run.
+
+    Clipping and gradient are no part of a full-precision run, nor is the recipe of one that does not train.
+    """
+    keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
+    del keys["bits"], keys["dataset"]["workers"]
+    keys["recipe"] = asdict(config.stage) if config.training else None
+    if not config.training:
+        for key in ("epochs", "batch_size", "lr"):
+            del keys[key]
+    if config.policy.full_precision:
+        for key in (
+            "clipping",
+            "gradient",
+            "first_last_bits",
+            "conv_granularity",
+            "linear_granularity",
+            "noise_batches",
+        ):
+            del keys[key]
+    return keys
+
+
+def run_name(config: Config) -> str:
+    """A folder name that tells the main choices, and a fingerprint of all others."""
+    fingerprint = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return "_".join(
+        [
+            config.model.name,
+            config.dataset.name,
+            config.mode,
+            *_quantization_words(config),
+            f"seed{config.seed}",
+            fingerprint,
+        ]
+    )
+
+
+def _quantization_words(config: Config) -> list[str]:
+    if config.policy.full_precision:
+        return ["fp32"]
+    same = config.weight_bits == config.activation_bits
+    bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
+    return [bits, clipping_label(config), config.gradient.name]
+
+
+def clipping_label(config: Config) -> str:
+    """The clipping method in one word, e.g. octav, static-percentile99.9; "none" for full precision."""
+    if config.policy.full_precision:
+        return "none"
+    suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
+    return ("" if config.clipping.dynamic else "static-") + config.clipping.name + suffix
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested configs differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found

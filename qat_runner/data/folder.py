@@ -1,0 +1,83 @@
+"""Folders of pictures, a folder a class: decoded and augmented in worker processes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from qat_runner.data.images import Batch, epoch_seed
+from qat_runner.errors import RunError
+
+RESIZE_RATIO = 256 / 224
+"""Validation pictures are resized to this times the crop, the ImageNet standard."""
+
+
+class _Pictures(Dataset[tuple[Tensor, int]]):
+    """Pictures of one half. An item is asked for as (seed, index): chance in its augmentation comes from that seed
+    and index alone."""
+
+    def __init__(self, folder: Path, transform: Any) -> None:
+        self.files = ImageFolder(str(folder))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, item: Any) -> tuple[Tensor, int]:
+        seed, index = item
+        path, label = self.files.samples[index]
+        try:
+            picture = self.files.loader(path)
+        except Exception as error:
+            raise RunError(f"picture {path} cannot be decoded ({type(error).__name__}: {error})") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(epoch_seed(seed, index))
+            return self.transform(picture), label
+
+
+class FolderSource:
+    """A source (see `images.Source`) of FOLDER/train and FOLDER/val.
+
+    Training: a random part of 8 to 100 % of the area, resized, mirrored every other time. Validation: resized,
+        central crop.
+
+    Args:
+        folder: holds train/ and val/, each with the same class folders.
+        image_size: pixels a side of what comes out.
+        workers: processes that decode, for each half; 0 decodes in this process.
+    """
+
+    def __init__(self, folder: Path, image_size: int, workers: int) -> None:
+        # antialias and bilinear are the defaults of the published recipes
+        crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        center = v2.Compose([v2.Resize(round(image_size * RESIZE_RATIO)), v2.CenterCrop(image_size), v2.PILToTensor()])
+        self._train = _Pictures(folder / "train", crop)
+        self._val = _Pictures(folder / "val", center)
+        self._workers = workers
+        self.classes = self._train.files.classes
+        self.train_size, self.val_size = len(self._train), len(self._val)
+
+    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        chance = epoch_seed(seed, epoch)
+        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
+        order = order[: max(self.train_size // batch_size * batch_size, 1)] if self.train_size >= batch_size else order
+        return self._batches(self._train, [(chance % 2**63, index) for index in order], batch_size)
+
+    def val(self, batch_size: int) -> Iterator[Batch]:
+        return self._batches(self._val, [(0, index) for index in range(self.val_size)], batch_size)
+
+    def _batches(self, pictures: _Pictures, items: list[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            pictures,
+            batch_size=batch_size,
+            sampler=items,  # any sized iterable of what __getitem__ takes
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if self._workers else None,
+        )
+        return iter(loader)

@@ -1,0 +1,136 @@
+"""Image data sets: batches of normalized pictures, in an order and with augmentation that depend on (seed, epoch)
+alone.
+
+So an epoch can be repeated exactly by whoever knows its number, whatever came before it. Small data sets are held in
+memory and augmented
+a batch at a time; folders of pictures are decoded by worker processes, which hand over bytes that are normalized on
+the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+AUGMENTATIONS = ("none", "crop", "crop_flip")
+"""Of pictures in memory: a shift by up to an eighth of the side (zeros outside), and a mirror image every other
+time."""
+
+Batch = tuple[Tensor, Tensor]
+"""pictures uint8 [N, C, H, W], labels int64 [N]"""
+
+
+class Source(Protocol):
+    """Where pictures come from. Both halves of a data set, as bytes."""
+
+    train_size: int
+    val_size: int
+
+    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...
+
+    def val(self, batch_size: int) -> Iterator[Batch]: ...
+
+
+@dataclass
+class ImageData:
+    """A data set ready for training.
+
+    Batches are pictures float32 [N, 3, image_size, image_size], normalized, and labels int64 [N], both on `device`.
+    """
+
+    name: str
+    num_classes: int
+    image_size: int
+    source: Source
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    seed: int
+
+    @property
+    def train_size(self) -> int:
+        return self.source.train_size
+
+    @property
+    def val_size(self) -> int:
+        return self.source.val_size
+
+    def train_steps(self, batch_size: int) -> int:
+        """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
+        return max(self.train_size // batch_size, 1)
+
+    def train_batches(self, batch_size: int, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, in its own order and augmentation; any epoch >= 0 can be asked for at any time."""
+        return map(self._normalize, self.source.train(batch_size, self.seed, epoch))
+
+    def val_batches(self, batch_size: int) -> Iterator[Batch]:
+        """All validation pictures in their own order, the last batch as small as it comes."""
+        return map(self._normalize, self.source.val(batch_size))
+
+    def _normalize(self, batch: Batch) -> Batch:
+        pictures, labels = batch
+        pictures = pictures.to(self.device, non_blocking=True).float()
+        if pictures.shape[1] == 1:
+            pictures = pictures.expand(-1, 3, -1, -1)
+        std = torch.tensor(self.std, device=self.device).mul_(255).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=self.device).mul_(255).view(1, -1, 1, 1)
+        return (pictures - mean).div_(std), labels.to(self.device, non_blocking=True)
+
+
+@dataclass
+class MemorySource:
+    """Pictures held in memory; both halves are one large batch each."""
+
+    training: Batch
+    validation: Batch
+    augmentation: str = "none"
+
+    def __post_init__(self) -> None:
+        self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
+
+    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        order = torch.randperm(self.train_size, generator=generator)
+        last = max(self.train_size // batch_size * batch_size, 1)
+        for start in range(0, last, batch_size):
+            chosen = order[start : start + batch_size]
+            pictures, labels = (t[chosen] for t in self.training)
+            yield augment(pictures, self.augmentation, generator), labels
+
+    def val(self, batch_size: int) -> Iterator[Batch]:
+        pictures, labels = (torch.split(t, batch_size) for t in self.validation)
+        return zip(pictures, labels, strict=True)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """One seed for each (seed, epoch), far apart."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:
+    """Augment a batch, each picture on its own.
+
+    Args:
+        pictures: [N, C, H, W], any dtype.
+        how: one of AUGMENTATIONS.
+        generator: where chance comes from.
+
+    Returns:
+        The same shape and dtype.
+    """
+    if how == "none":
+        return pictures
+    n, _, height, width = pictures.shape
+    if how == "crop_flip":
+        mirrored = torch.rand(n, generator=generator) < 0.5
+        pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(3), pictures)
+    margin = max(height // 8, 1)
+    padded = F.pad(pictures, (margin,) * 4)
+    top, left = torch.randint(0, 2 * margin + 1, (2, n, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    picked = padded[torch.arange(n).view(-1, 1, 1), :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
+    return picked.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,49 @@
+"""Fetch or unpack a data set:
+
+python -m qat_runner.data.prepare cifar10 DATA_DIR
+python -m qat_runner.data.prepare fashion_mnist DATA_DIR
+python -m qat_runner.data.prepare imagenet DATA_DIR
+
+For imagenet, the official ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz must lie in
+DATA_DIR.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torchvision import datasets
+
+
+def _imagenet(folder: str) -> None:
+    for split in ("val", "train"):
+        datasets.ImageNet(folder, split)  # unpacks what lies there, checks its MD5 sum, skips what is done
+
+
+PREPARE: dict[str, Callable[[str], object]] = {
+    "cifar10": lambda folder: [datasets.CIFAR10(folder, train, download=True) for train in (True, False)],
+    "fashion_mnist": lambda folder: [datasets.FashionMNIST(folder, train, download=True) for train in (True, False)],
+    "imagenet": _imagenet,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m qat_runner.data.prepare", description="Fetch or unpack a data set."
+    )
+    parser.add_argument("dataset", choices=sorted(PREPARE))
+    parser.add_argument("data_dir", type=Path, help="where it is to lie; give the same folder to qat-run as data_dir")
+    args = parser.parse_args(argv)
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        PREPARE[args.dataset](str(args.data_dir))
+    except Exception as error:
+        print(f"{args.dataset} could not be prepared in {args.data_dir}: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.dataset} is ready; use it with: qat-run dataset={args.dataset} data_dir={args.data_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

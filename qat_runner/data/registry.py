@@ -1,0 +1,149 @@
+"""The data sets by name: where each must lie, and how it is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from qat_runner.config import DatasetConfig
+from qat_runner.data.folder import FolderSource
+from qat_runner.data.images import Batch, ImageData, MemorySource, Source
+from qat_runner.errors import ConfigError
+
+PREPARE = "python -m qat_runner.data.prepare"
+
+
+def _digits(folder: Path, config: DatasetConfig) -> Source:
+    from sklearn.datasets import load_digits  # scikit-learn takes a second to import, and only this data set needs it
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    pictures = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    train, val = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0)
+    return MemorySource((pictures[train], labels[train]), (pictures[val], labels[val]), config.augment)
+
+
+def _cifar10(folder: Path, config: DatasetConfig) -> Source:
+    if (folder / "cifar10.npz").is_file():
+        arrays = np.load(folder / "cifar10.npz", allow_pickle=False)
+        halves = [(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test")]
+    else:
+        sets = [torchvision.datasets.CIFAR10(str(folder), train=train) for train in (True, False)]
+        halves = [(s.data, np.asarray(s.targets)) for s in sets]
+    train, val = (
+        (torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)))
+        for pictures, labels in halves
+    )
+    return MemorySource(train, val, config.augment)
+
+
+def _fashion_mnist(folder: Path, config: DatasetConfig) -> Source:
+    train, val = (torchvision.datasets.FashionMNIST(str(folder), train=train) for train in (True, False))
+    return MemorySource((train.data.unsqueeze(1), train.targets), (val.data.unsqueeze(1), val.targets), config.augment)
+
+
+def _fake(folder: Path, config: DatasetConfig) -> Source:
+    """Noise, brighter for higher classes: enough to see a loss fall."""
+    classes, size = config.num_classes or 10, config.image_size
+    generator = torch.Generator().manual_seed(0)
+
+    def half(count: int) -> Batch:
+        labels = torch.randint(0, classes, (count,), generator=generator)
+        pictures = torch.randint(0, 128, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+        return pictures + (labels * 127 // classes).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+    return MemorySource(half(config.fake_pictures), half(max(config.fake_pictures // 4, 1)), config.augment)
+
+
+def _class_folders(folder: Path, config: DatasetConfig) -> Source:
+    return FolderSource(folder, config.image_size, config.workers)
+
+
+def _holds_cifar10(folder: Path) -> bool:
+    return (folder / "cifar10.npz").is_file() or (folder / "cifar-10-batches-py").is_dir()
+
+
+def _holds_fashion_mnist(folder: Path) -> bool:
+    return (folder / "FashionMNIST" / "raw").is_dir()
+
+
+def _holds_class_folders(folder: Path) -> bool:
+    return all(
+        (folder / half).is_dir() and any(path.is_dir() for path in (folder / half).iterdir())
+        for half in ("train", "val")
+    )
+
+
+_FOLDERS = "train/ and val/ with a folder of pictures for each class"
+
+DATASETS: dict[str, tuple[Callable[[Path, DatasetConfig], Source], Callable[[Path], bool] | None, str]] = {
+    "digits": (_digits, None, ""),
+    "fake": (_fake, None, ""),
+    "cifar10": (
+        _cifar10,
+        _holds_cifar10,
+        f"cifar10.npz or torchvision's cifar-10-batches-py/ ('{PREPARE} cifar10 DATA_DIR' downloads it)",
+    ),
+    "fashion_mnist": (
+        _fashion_mnist,
+        _holds_fashion_mnist,
+        f"torchvision's FashionMNIST/raw/ ('{PREPARE} fashion_mnist DATA_DIR' downloads it)",
+    ),
+    "imagenet": (
+        _class_folders,
+        _holds_class_folders,
+        f"{_FOLDERS} ('{PREPARE} imagenet DATA_DIR' makes them from the official tar files)",
+    ),
+    "imagefolder": (_class_folders, _holds_class_folders, _FOLDERS),
+}
+"""Name -> (loader, whether a folder holds it or None where there is nothing to hold, what must lie there)."""
+
+
+def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
+    """The folder that holds a data set: data_dir itself or its subfolder of the data set's name.
+
+    Raises:
+        ConfigError: unknown name; it lies in neither, the message says what must lie where, and which command
+            prepares it.
+    """
+    if config.name not in DATASETS:
+        raise ConfigError(f"dataset.name={config.name}: must be one of {', '.join(DATASETS)}")
+    _, holds, what = DATASETS[config.name]
+    root = Path(data_dir).expanduser()
+    for folder in (root, root / config.name):
+        if holds is None or (folder.is_dir() and holds(folder)):
+            return folder
+    raise ConfigError(
+        f"dataset={config.name}: not found in data_dir={data_dir}; there (or in {root / config.name}) must lie {what}"
+    )
+
+
+def load_dataset(config: DatasetConfig, data_dir: str, device: torch.device, seed: int) -> ImageData:
+    """Read a data set.
+
+    Args:
+        config: which one, its picture size, normalization and augmentation.
+        data_dir: where data sets lie.
+        device: where batches are wanted.
+        seed: of order and augmentation.
+
+    Raises:
+        ConfigError: it is not there, or is not what its config says.
+    """
+    folder = find_dataset(config, data_dir)
+    try:
+        source = DATASETS[config.name][0](folder, config)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"dataset={config.name}: {folder} cannot be read ({error})") from error
+    num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
+    if config.num_classes not in (None, num_classes):
+        raise ConfigError(
+            f"dataset.num_classes={config.num_classes}: {folder / 'train'} has {num_classes} class folders"
+        )
+    assert num_classes is not None
+    return ImageData(
+        config.name, num_classes, config.image_size, source, tuple(config.mean), tuple(config.std), device, seed
+    )

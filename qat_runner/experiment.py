@@ -1,0 +1,284 @@
+"""config -> data, model, policy, trainer -> a run. The only room that knows them all.
+
+`prepare` refuses what can be refused without work, `run` builds everything before it makes the run's folder, so a
+request that cannot be
+carried out leaves nothing behind.
+"""
+
+import itertools
+import json
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from qat_runner.config import Config, clipping_label, differences, identity, run_name
+from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
+from qat_runner.errors import ConfigError, QatError, RunError
+from qat_runner.insertion import calibrate, quantized_tensors, summary
+from qat_runner.insertion.insert import QuantizationWarning, insert
+from qat_runner.models import MODELS, STEMS, build_model, find_weights, load_weights
+from qat_runner.report.plots import plot_curves, plot_noise
+from qat_runner.training import checkpoint
+from qat_runner.training.loop import Trainer
+from qat_runner.training.tracking import Record, environment, write_json
+
+log = logging.getLogger("qat_runner")
+
+
+def prepare(config: Config) -> Path:
+    """Refuse, without doing any work, what cannot be carried out; returns the run's folder, which may exist or not.
+
+    Raises:
+        ConfigError: unknown model or device, absent data or weights, a run folder of another config.
+    """
+    for key, value, allowed in (
+        ("model", config.model.name, MODELS),
+        ("model.stem", config.model.stem, STEMS),
+        ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    find_device(config.device)
+    if config.amp != "none" and config.device == "mps":
+        raise ConfigError(f"amp={config.amp}: not available on mps")
+    find_dataset(config.dataset, config.data_dir)
+    if config.weights is not None:
+        find_weights(config.weights, config.model.name)
+    folder = (
+        Path(config.run_dir).expanduser()
+        if config.run_dir is not None
+        else Path(config.runs_dir).expanduser() / run_name(config)
+    )
+    _check_folder(folder, config)
+    return folder
+
+
+def find_device(name: str) -> torch.device:
+    """auto -> the best there is; any other name must exist.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        device.type
+    )
+    if count is None:
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps")
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device={name}: this machine has {count} such device(s)")
+    return device
+
+
+def _check_folder(folder: Path, config: Config) -> None:
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"run_dir={folder}: {parent} is a file, not a folder")
+    saved = folder / "config.yaml"
+    if config.overwrite:
+        if folder.exists() and any(folder.iterdir()) and not saved.is_file():
+            raise ConfigError(
+                f"run_dir={folder}: holds files but no run (no config.yaml), so overwrite=true will not delete it"
+            )
+        return
+    if saved.is_file():
+        old = OmegaConf.to_container(OmegaConf.load(saved))
+        changed = differences(_identity_of(old), identity(config))
+        if changed:
+            raise ConfigError(
+                f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"run_dir={folder}: is not empty and holds no run (no config.yaml)")
+
+
+def _identity_of(saved: Any) -> dict[str, Any]:
+    merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    assert isinstance(merged, Config)
+    return identity(merged)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Carry out a run, or go on with it, or look up its result where it is finished.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        ConfigError: it cannot be carried out; no folder was made.
+        RunError: it broke off; its folder keeps what was recorded.
+    """
+    folder = prepare(config)
+    finished = folder / "summary.json"
+    if finished.is_file() and not config.overwrite:
+        log.info(f"{folder} is finished already (overwrite=true starts anew)")
+        return read_summary(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", QuantizationWarning)
+        model, data = build(config)
+    if config.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    return _carry_out(
+        config, folder, model, data, [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
+    )
+
+
+def build(config: Config) -> tuple[nn.Module, ImageData]:
+    """The data and the model of a run, weights loaded, quantizers in place and calibrated.
+
+    Raises:
+        ConfigError: data or weights turn out not to fit.
+    """
+    device = find_device(config.device)
+    checkpoint.seed_everything(config.seed)
+    data = load_dataset(config.dataset, config.data_dir, device, config.seed)
+    model = build_model(config.model.name, data.num_classes, data.image_size, config.model.stem).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    example = _example(config, data)
+    try:
+        insert(model, config.policy, example)
+    except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
+        raise ConfigError(
+            f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
+        ) from error
+    if config.weights is not None:
+        loaded = load_weights(model, config.weights, config.model.name, new_head=config.mode == "retrain")
+        log.info(f"weights {config.weights}: {loaded}")
+    if config.needs_calibration:
+        _calibrate(config, model, data)
+    return model, data
+
+
+def _example(config: Config, data: ImageData) -> Tensor:
+    """A few real training pictures, to see what the model does with."""
+    pictures, _ = next(data.train_batches(2, epoch=0))
+    return pictures
+
+
+def _calibrate(config: Config, model: nn.Module, data: ImageData) -> None:
+    """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
+    assert config.batch_size is not None and config.epochs is not None
+    batches = itertools.islice(
+        data.train_batches(config.batch_size, epoch=config.epochs), config.clipping.calibration_batches
+    )
+    try:
+        used = calibrate(model, (pictures for pictures, _ in batches))
+    except ValueError as error:
+        raise ConfigError(f"calibration failed: {error}") from error
+    log.info(f"scalars calibrated on {used} training batches of {config.batch_size}")
+
+
+def _carry_out(config: Config, folder: Path, model: nn.Module, data: ImageData, notes: list[str]) -> dict[str, Any]:
+    resuming = config.training and (folder / "checkpoints" / "last.pt").is_file()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror})") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    record: Record | None = None
+    try:
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        write_json(folder / "environment.json", environment())
+        record = Record(folder, epoch=_epochs_done(folder) if resuming else -1)
+        trainer = Trainer(config, model, data, record)
+        _describe(config, folder, model, notes)
+        if resuming:
+            trainer.resume()
+            log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}")
+        began = time.perf_counter()
+        if config.training:
+            trainer.fit()
+        else:
+            trainer.state.val = trainer.evaluate()
+            trainer.state.best_top1 = trainer.state.val["top1"]
+            trainer.measure_noise()
+            trainer.state.seconds = time.perf_counter() - began
+            trainer.state.images_per_second = trainer.state.val["samples"] / trainer.state.seconds
+        result = _summarize(config, trainer)
+        plot_curves(folder)
+        plot_noise(folder)
+        write_json(folder / "summary.json", result)
+        return result
+    except (QatError, KeyboardInterrupt):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory on {data.device}: a smaller batch_size (now {config.batch_size}) needs less"
+        ) from error
+    except OSError as error:
+        raise RunError(f"{folder}: writing failed ({error}); what was recorded before is intact") from error
+    finally:
+        if record is not None:
+            record.close()
+        log.removeHandler(handler)
+        handler.close()
+
+
+def _epochs_done(folder: Path) -> int:
+    return int(checkpoint.load(folder / "checkpoints" / "last.pt")["state"]["epoch"])
+
+
+def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) -> None:
+    table = summary(model)
+    count = len(quantized_tensors(model))
+    (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n")
+    log.info(f"run folder {folder}")
+    if count:
+        log.info(f"{config.model.name}, {count} quantized tensors:\n{table}")
+    else:
+        log.info(f"{config.model.name} in full precision")
+    for note in notes:
+        log.warning(note)
+
+
+def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
+    state = trainer.state
+    mses = [row.mse for row in trainer.noise]
+    sqnr = trainer.mean_sqnr()
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "bits": config.weight_bits
+        if config.weight_bits == config.activation_bits
+        else f"{config.weight_bits}/{config.activation_bits}",
+        "weight_bits": config.weight_bits,
+        "activation_bits": config.activation_bits,
+        "clipping": clipping_label(config),
+        "gradient": "none" if config.policy.full_precision else config.gradient.name,
+        "mode": config.mode,
+        "seed": config.seed,
+        "top1": state.val["top1"],
+        "top5": state.val["top5"],
+        "best_top1": state.best_top1,
+        "loss": state.val["loss"],
+        "epochs": state.epoch,
+        "steps": state.steps,
+        "images_per_second": state.images_per_second,
+        "seconds": state.seconds,
+        "sqnr_db": sqnr if sqnr == sqnr else None,
+        "quantization_mse": sum(mses) / len(mses) if mses else None,
+        "run_dir": str(trainer.record.folder),
+    }
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content

@@ -1,0 +1,29 @@
+"""Where quantizers go: the policy (bits, granularity, sign), the layers, insertion and calibration."""
+
+from qat_runner.insertion.calibrate import calibrate
+from qat_runner.insertion.insert import (
+    QuantizedTensor,
+    full_precision_state_dict,
+    quantize_model,
+    quantized_tensors,
+    remove_quantizers,
+    summary,
+)
+from qat_runner.insertion.layers import QuantConv2d, QuantLinear
+from qat_runner.insertion.policy import Policy
+from qat_runner.insertion.trace import Trace, trace
+
+__all__ = [
+    "Policy",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantizedTensor",
+    "Trace",
+    "calibrate",
+    "full_precision_state_dict",
+    "quantize_model",
+    "quantized_tensors",
+    "remove_quantizers",
+    "summary",
+    "trace",
+]

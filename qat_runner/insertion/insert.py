@@ -1,0 +1,262 @@
+"""Putting quantizers into a model, listing them, and taking them out again."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from qat_runner.insertion.layers import LAYERS, convert, each, is_quantized, restore
+from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
+from qat_runner.insertion.trace import Trace, trace
+from qat_runner.quant import Quantizer
+
+
+class QuantizationWarning(UserWarning):
+    """Part of the model is not quantized, or not as one might expect."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One tensor that is quantized."""
+
+    layer: str
+    """name of the layer in the model"""
+    tensor: str
+    """ "weight" or "input" """
+    elements: int | None
+    """elements of the weight; of the input for one sample, None while no batch was seen"""
+    quantizer: Quantizer
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer}.{self.tensor}"
+
+
+def quantize_model(
+    model: nn.Module,
+    bits: int = 4,
+    clipping: str | Callable[..., Tensor] = "octav",
+    gradient: str = "mph",
+    *,
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    first_last_bits: int = 8,
+    dynamic: bool = True,
+    eval_mode: str = "dynamic",
+    conv_granularity: str = "channel",
+    linear_granularity: str = "tensor",
+    example: Tensor | tuple[Any, ...] | None = None,
+    **clipping_options: Any,
+) -> nn.Module:
+    """Quantize the weights and inputs of all Conv2d and Linear layers of a model, in place (Appendix E.2).
+
+    The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
+    `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
+
+    Args:
+        model: any model of nn.Conv2d and nn.Linear layers.
+        bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
+        clipping: octav, max, percentile, mse_sweep, or a function (x, bits, signed, dim, *, check) -> s.
+        gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations).
+        weight_bits, activation_bits: override `bits`.
+        first_last_bits: bits at the two ends, weights and inputs.
+        dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
+            forward pass.
+        eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
+        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        example: a real batch (or the tuple of arguments of forward). Signed or unsigned inputs, the order of the
+            layers and what would be passed over
+            are found by running it once. Without it, order means order of registration and the rest is found on the
+            first forward pass.
+        **clipping_options: options of the clipping method, e.g. q=99.9.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: an argument out of range, nothing to quantize, or quantizers already there.
+
+    Warns:
+        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each.
+    """
+    policy = Policy(
+        weight_bits=bits if weight_bits is None else weight_bits,
+        activation_bits=bits if activation_bits is None else activation_bits,
+        first_last_bits=first_last_bits,
+        clipping=clipping,
+        clipping_options=clipping_options,
+        dynamic=dynamic,
+        gradient=gradient,
+        eval_mode=eval_mode,
+        conv_granularity=conv_granularity,
+        linear_granularity=linear_granularity,
+    )
+    return insert(model, policy, example)
+
+
+def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
+    """`quantize_model` with a ready policy."""
+    if each(model, is_quantized):
+        raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
+    layers, notes = _convertible(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize")
+    if policy.full_precision:
+        return model
+    seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
+    ends = _ends([name for name in seen.layers if name in layers] if seen else list(layers), layers)
+    for name, layer in layers.items():
+        _convert(layer, policy, end=name in ends)
+    for note in notes:
+        _warn(note)
+    if seen is not None:
+        _decide(model, seen)
+    else:
+        _decide_on_first_batch(model)
+    return model
+
+
+def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot."""
+    layers: dict[str, nn.Module] = {}
+    notes = []
+    for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
+        if type(layer) not in LAYERS:
+            notes.append(
+                f"{name} is a {type(layer).__name__}, which may not compute what its base class does: left as it is"
+            )
+        elif not layer.get_parameter("weight").is_floating_point():
+            notes.append(f"{name} has a weight of dtype {layer.get_parameter('weight').dtype}: left as it is")
+        else:
+            layers[name] = layer
+    return layers, notes
+
+
+def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
+    """Names of the first convolution and the last linear layer; where there is none of the kind, of the first or last
+    layer."""
+    if not order:
+        return set()
+    first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
+    last = next((name for name in reversed(order) if isinstance(layers[name], nn.Linear)), order[-1])
+    return {first, last}
+
+
+def _convert(layer: nn.Module, policy: Policy, end: bool) -> None:
+    gradients = dict(zip(("weight", "input"), GRADIENT_PAIRS[policy.gradient], strict=True))
+    shapes = {"weight": policy.weight_shape(layer), "input": ()}
+    quantizers: dict[str, Quantizer | None] = {}
+    for tensor in ("weight", "input"):
+        bits = policy.bits(tensor, end)
+        quantizers[tensor] = None
+        if bits != FULL_PRECISION:
+            quantizers[tensor] = Quantizer(
+                bits,
+                shape=shapes[tensor],
+                clipping=policy.clipping,
+                gradient=gradients[tensor],
+                dynamic=policy.dynamic,
+                eval_mode=policy.eval_mode if tensor == "input" else "dynamic",
+                **policy.clipping_options,
+            ).to(layer.get_parameter("weight").device)
+    convert(layer, quantizers["weight"], quantizers["input"])
+
+
+def _decide(model: nn.Module, seen: Trace) -> None:
+    """Signs and sizes of the inputs, once and for all; what was noticed is said."""
+    for name, calls in seen.layers.items():
+        layer = model.get_submodule(name)
+        if is_quantized(layer) and isinstance(layer.input_quantizer, Quantizer):
+            layer.input_quantizer.signed = calls.signed
+            layer.input_elements = calls.elements  # type: ignore[assignment]
+    for note in seen.notes:
+        _warn(note)
+
+
+def _decide_on_first_batch(model: nn.Module) -> None:
+    def decide(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        with quantizers_disabled(model):
+            seen = trace(model, *args, **kwargs)
+        _decide(model, seen)
+
+    handle = model.register_forward_pre_hook(decide, with_kwargs=True)
+
+
+def _warn(note: str) -> None:
+    warnings.warn(note, QuantizationWarning, stacklevel=2)
+
+
+def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
+    """All quantized tensors of a model, in order of registration, weight before input."""
+    found = []
+    for name, layer in each(model, is_quantized):
+        for tensor, elements in (
+            ("weight", layer.get_parameter("weight").numel()),
+            ("input", getattr(layer, "input_elements", None)),
+        ):
+            quantizer = getattr(layer, f"{tensor}_quantizer")
+            if isinstance(quantizer, Quantizer):
+                found.append(QuantizedTensor(name, tensor, elements, quantizer))
+    return found
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the quantized tensors: layer, tensor, bits, signed, granularity, elements (of an input: for one
+    sample)."""
+    rows = [
+        (
+            t.layer,
+            t.tensor,
+            t.quantizer.bits,
+            "yes" if t.quantizer.signed else "no",
+            t.quantizer.granularity,
+            t.elements or "?",
+        )
+        for t in quantized_tensors(model)
+    ]
+    return tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "elements"))
+
+
+@contextmanager
+def quantizers_disabled(model: nn.Module) -> Iterator[None]:
+    """While open, the model computes in full precision."""
+    quantizers = [t.quantizer for t in quantized_tensors(model)]
+    before = [q.enabled for q in quantizers]
+    for q in quantizers:
+        q.enabled = False
+    try:
+        yield
+    finally:
+        for q, enabled in zip(quantizers, before, strict=True):
+            q.enabled = enabled
+
+
+def remove_quantizers(model: nn.Module) -> nn.Module:
+    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained."""
+    for _, layer in each(model, is_quantized):
+        restore(layer)
+    return model
+
+
+def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a quantized model without the quantizers' entries: loads strictly into the full-precision
+    model."""
+    prefixes = tuple(f"{name}." for name, _ in each(model, lambda m: isinstance(m, Quantizer)))
+    return (
+        {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+        if prefixes
+        else model.state_dict()
+    )
+
+
+@torch.no_grad()
+def scalars(model: nn.Module) -> dict[str, Tensor]:
+    """Name of each quantized tensor -> the clipping scalars of its latest call, float, any shape; without those never
+    called."""
+    return {t.name: t.quantizer.last_s for t in quantized_tensors(model) if t.quantizer.last_s is not None}

@@ -1,0 +1,201 @@
+"""What a model does with one batch: which layers it calls, how often, in which order, and on inputs that can be
+negative or not.
+
+A forward pass in eval mode is watched call by call. "Cannot be negative" is a matter of structure: the tag starts at
+functions such
+as ReLU or sigmoid and passes through those that keep it (pooling, reshaping, sums of non-negative tensors ...).
+Values decide
+in one place only, where structure knows nothing: the model's own inputs. So an average pooled from hardswish outputs
+    is signed even if this one batch
+happens to be positive.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qat_runner.insertion.layers import LAYERS, each, is_quantized
+
+_STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
+# fmt: off
+_KEEPS = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "unflatten", "reshape", "view", "permute", "transpose",
+    "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "cpu", "cuda", "getitem", "squeeze",
+    "unsqueeze", "expand", "repeat", "cat", "concat", "stack", "chunk", "split", "add", "iadd", "radd", "mul", "imul",
+    "rmul", "div", "truediv", "itruediv", "mean", "sum", "amax", "max", "maximum", "interpolate", "pixel_shuffle",
+    "channel_shuffle", "pad",
+}
+_PRODUCTS = {
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
+    "matmul", "rmatmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
+    "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu",
+}
+# fmt: on
+_ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "itruediv"}
+
+
+@dataclass
+class LayerCalls:
+    """What was seen of one Conv2d or Linear layer."""
+
+    name: str
+    module: nn.Module
+    calls: int = 0
+    signed: bool = False
+    """some input may be negative"""
+    elements: int = 0
+    """elements of the largest input, for one sample"""
+
+
+@dataclass
+class Trace:
+    """What was seen of a model."""
+
+    layers: dict[str, LayerCalls] = field(default_factory=dict)
+    """by name, in order of the first call"""
+    notes: list[str] = field(default_factory=list)
+    """what quantization would pass over or get wrong, a sentence each"""
+
+
+class _Watch(TorchFunctionMode):
+    """Passes the "cannot be negative" tag from inputs to outputs, and notes products computed outside of the known
+    layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []  # the layers being called
+        self.owner: list[str] = []  # the modules being called, for naming
+        self.products: dict[str, None] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        out = func(*args, **kwargs)
+        if name in _PRODUCTS and not self.inside:
+            where = self.owner[-1] if self.owner else ""
+            self.products[
+                f"{name} called in {where or 'the model itself'} is not quantized: only Conv2d and Linear layers are"
+            ] = None
+        if name == "setitem":
+            args[0]._cannot_be_negative = False
+        outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
+        if outputs:
+            nonnegative = _nonnegative(name, args, kwargs)
+            for t in outputs:
+                t._cannot_be_negative = nonnegative  # type: ignore[attr-defined]
+        return out
+
+
+def _nonnegative(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if name in _STARTS:
+        return True
+    if name in ("hardtanh", "clamp", "clip", "clamp_min"):
+        low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
+        return isinstance(low, int | float) and low >= 0
+    if name == "pad" and (kwargs.get("value", args[3] if len(args) > 3 else None) or 0) < 0:
+        return False
+    if name in _KEEPS:
+        tensors, numbers = _flatten(args)
+        return (
+            bool(tensors) and all(map(is_tagged, tensors)) and (name not in _ARITHMETIC or all(n >= 0 for n in numbers))
+        )
+    return False
+
+
+def _flatten(args: Any) -> tuple[list[Tensor], list[float]]:
+    tensors, numbers = [], []
+    for a in args:
+        if isinstance(a, Tensor):
+            tensors.append(a)
+        elif isinstance(a, int | float):
+            numbers.append(a)
+        elif isinstance(a, tuple | list):
+            more = _flatten(a)
+            tensors += more[0]
+            numbers += more[1]
+    return tensors, numbers
+
+
+def is_tagged(t: Tensor) -> bool:
+    """Whether structure says that t cannot be negative."""
+    return getattr(t, "_cannot_be_negative", False)
+
+
+@torch.no_grad()
+def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
+    """Run one batch through the model and report its layers.
+
+    The model comes out as it went in: training flags and BatchNorm statistics are untouched.
+
+    Args:
+        model: any module.
+        *inputs, **named_inputs: what its forward takes, a real batch: its values decide whether the model's own input
+            is signed.
+
+    Returns:
+        The layers called, and notes on what cannot be quantized.
+    """
+    seen = Trace()
+    watch = _Watch()
+    names = {module: name for name, module in each(model, lambda m: type(m) in LAYERS or is_quantized(m))}
+    found: dict[nn.Module, LayerCalls] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        layer = found.setdefault(module, LayerCalls(names[module], module))
+        layer.calls += 1
+        layer.signed |= not is_tagged(x)
+        layer.elements = max(layer.elements, x.numel() // max(x.shape[0], 1))
+        watch.inside.append(layer.name)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        watch.inside.pop()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        watch.owner.pop()
+
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        described = f"{name} ({type(module).__name__})" if name else ""
+        handles.append(module.register_forward_pre_hook(lambda m, a, d=described: watch.owner.append(d)))
+        handles.append(module.register_forward_hook(leave))
+    for module in names:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    training = [(module, module.training) for module in model.modules()]
+    tensors, _ = _flatten([*inputs, *named_inputs.values()])
+    for t in tensors:
+        t._cannot_be_negative = t.is_floating_point() and bool((t >= 0).all())  # type: ignore[attr-defined]
+    try:
+        model.eval()
+        with watch:
+            model(*inputs, **named_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training:
+            module.training = flag
+        for t in tensors:
+            del t._cannot_be_negative  # type: ignore[attr-defined]
+
+    seen.layers = {layer.name: layer for layer in found.values()}
+    seen.notes += [
+        f"{la.name} is called {la.calls} times a pass: one input quantizer serves them all"
+        for la in found.values()
+        if la.calls > 1
+    ]
+    seen.notes += [
+        f"{name} is not called: it keeps its quantizers, but sees no data"
+        for m, name in names.items()
+        if m not in found
+    ]
+    seen.notes += list(watch.products)
+    return seen

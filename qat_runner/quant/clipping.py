@@ -1,0 +1,311 @@
+"""Clipping scalars: tensor -> s, by OCTAV (section 3 of the paper) and by its rivals (section 5).
+
+All of them share one signature and one shape rule: `dim=None` gives one scalar for the whole tensor, shape []; `dim=d`
+gives one for each index of dimension d, kept with the other dimensions at size 1, so [K, 1, 1, 1] for a convolution
+weight
+with `dim=0`. They share these results as well:
+
+- The dtype of s is float64 for float64 tensors and float32 for all others, whatever x is stored in.
+- What is clipped are magnitudes: |x| on a signed grid, max(x, 0) on an unsigned one, which has no codes below zero.
+- Rows that are all zero, and empty ones, give 0, which `fake_quantize` turns into zeros.
+- Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
+- NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
+  training steps, nothing waits and no s is promised: quantizing x with it leaves the NaN in the result.
+- No gradient flows through s.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels import eager
+
+
+class _Magnitudes(NamedTuple):
+    """Magnitudes of a tensor, each row divided by its largest one."""
+
+    a: Tensor  # shape of x, in [0, 1], float32 or float64
+    unit: Tensor  # what each row was divided by, [R, 1, ...] or [1, ...]; 0 for an all-zero row
+    dims: tuple[int, ...]  # the dimensions that one scalar spans
+
+    def to_scalar(self, s: Tensor, dim: int | None) -> Tensor:
+        """s in units of the row's largest magnitude -> s in units of x, in its documented shape and dtype."""
+        s = (s * self.unit).to(self.a.dtype)
+        return s.reshape(()) if dim is None else s
+
+
+def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
+    """Validate x and dim; returns x as at least two-dimensional where that is needed, and the dimensions one scalar
+    spans."""
+    if not x.is_floating_point():
+        raise TypeError(f"a clipping scalar needs a floating tensor, not {x.dtype}")
+    if dim is not None and not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim={dim} does not exist in a tensor of shape {list(x.shape)}")
+    if check and x.numel() and not bool(torch.isfinite(x).all()):
+        raise ValueError(f"x of shape {list(x.shape)} holds NaN or infinity: no clipping scalar exists")
+    if dim is None:
+        return x.detach().reshape(1) if x.ndim == 0 else x.detach(), tuple(range(max(x.ndim, 1)))
+    return x.detach(), tuple(d for d in range(x.ndim) if d != dim % x.ndim)
+
+
+def _magnitudes(x: Tensor, signed: bool, dims: tuple[int, ...]) -> _Magnitudes:
+    a = x.abs() if signed else x.clamp(min=0)
+    a = a.to(eager.compute_dtype(x))
+    unit = _largest(a, dims)
+    return _Magnitudes(a.div_(torch.where(unit == 0, torch.ones_like(unit), unit)), unit, dims)
+
+
+def _largest(a: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The largest element of each row, dimensions kept; 0 for an empty one."""
+    if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
+        return a.clone()
+    if math.prod(a.shape[d] for d in dims) == 0:
+        return a.new_zeros([1 if d in dims else n for d, n in enumerate(a.shape)])
+    return a.amax(dims, keepdim=True)
+
+
+@torch.no_grad()
+def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
+    """Max-scaling: s = max |x|, so nothing is clipped (up to the missing top code).
+
+    Args:
+        x: any shape and floating dtype.
+        bits: unused by the value, checked all the same, so that the methods are exchangeable.
+        signed: |x| if true, max(x, 0) otherwise.
+        dim: None for one scalar, or the dimension that gets one scalar an index.
+        check: refuse NaN and infinity (waits for the device).
+
+    Returns:
+        s in units of x; shape, dtype and special cases as in the module's head.
+    """
+    Grid(bits, signed)
+    x, dims = _prepare(x, dim, check)
+    s = _largest(x.abs() if signed else x.clamp(min=0), dims).to(eager.compute_dtype(x))
+    return s.reshape(()) if dim is None else s
+
+
+@torch.no_grad()
+def percentile(
+    x: Tensor, bits: int, signed: bool = True, dim: int | None = None, q: float = 99.99, *, check: bool = True
+) -> Tensor:
+    """The q-th percentile of |x|, zeros included, linear between the two nearest elements (as NumPy's default).
+
+    Args:
+        x: any shape and floating dtype.
+        bits: unused by the value, checked all the same, so that the methods are exchangeable.
+        signed: |x| if true, max(x, 0) otherwise.
+        dim: None for one scalar, or the dimension that gets one scalar an index.
+        q: 0 < q <= 100, in percent. The paper tries 99.9, 99.99 and 99.999.
+        check: refuse NaN and infinity (waits for the device).
+
+    Returns:
+        s in units of x; shape, dtype and special cases as in the module's head.
+
+    Raises:
+        ValueError: q outside (0, 100].
+    """
+    Grid(bits, signed)
+    if not 0 < q <= 100:
+        raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
+    x, dims = _prepare(x, dim, check)
+    a = (x.abs() if signed else x.clamp(min=0)).to(eager.compute_dtype(x))
+    shape = [1 if d in dims else n for d, n in enumerate(a.shape)]
+    rows = (
+        a.reshape(1, -1)
+        if dim is None
+        else a.movedim(dim, 0).reshape(a.shape[dim], -1)
+        if a.numel()
+        else a.new_zeros(0, 0)
+    )
+    if rows.numel() == 0:
+        return a.new_zeros([] if dim is None else shape)
+    n = rows.shape[1]
+    position = (n - 1) * q / 100
+    below = math.floor(position)
+    # The order statistics wanted sit near the top: the few largest are found faster than a full sort would find them.
+    top = rows.topk(n - below, dim=1, sorted=True).values
+    s = torch.lerp(top[:, -1], top[:, max(n - below - 2, 0)], position - below)
+    return s.reshape([] if dim is None else shape)
+
+
+@torch.no_grad()
+def mse_sweep(
+    x: Tensor,
+    bits: int,
+    signed: bool = True,
+    dim: int | None = None,
+    points: int = 100,
+    *,
+    together: bool = True,
+    check: bool = True,
+) -> Tensor:
+    """The best of `points` candidates k/points * max |x|, k = 1..points, by the measured MSE of the quantizer itself.
+
+    Source: section 5 ("MSE"). Ties go to the smallest candidate.
+
+    Args:
+        x: any shape and floating dtype.
+        bits: 2 to 16.
+        signed: the grid.
+        dim: None for one scalar, or the dimension that gets one scalar an index.
+        points: how many candidates, at least 1.
+        together: with `dim`, rows share one k, the least total MSE deciding, as in the paper; false lets each row
+            choose its own.
+        check: refuse NaN and infinity (waits for the device).
+
+    Returns:
+        s in units of x; shape, dtype and special cases as in the module's head.
+
+    Raises:
+        ValueError: points below 1.
+    """
+    grid = Grid(bits, signed)
+    if points < 1:
+        raise ValueError(f"points={points}: a sweep needs at least 1")
+    x, dims = _prepare(x, dim, check)
+    unit = _largest(x.abs() if signed else x.clamp(min=0), dims).to(eager.compute_dtype(x))
+    y = x.to(unit.dtype) / torch.where(unit == 0, torch.ones_like(unit), unit)
+    if not signed:
+        y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
+    candidates = [k / points for k in range(1, points + 1)]
+    errors = []
+    for candidate in candidates:
+        error = eager.fake_quantize(y, y.new_full((), candidate), grid).sub_(y).square_()
+        errors.append(error.sum(dims, keepdim=True) if dims else error)
+    cost = torch.stack(errors)  # [points, *shape of s]
+    if dim is not None and together and cost.numel():
+        weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units that rows share
+        cost = (cost * weight).flatten(1).sum(1).reshape(-1, *[1] * unit.ndim)
+    best = torch.tensor(candidates, dtype=unit.dtype, device=x.device)[cost.argmin(0)] if cost.numel() else unit
+    s = best * unit
+    return s.reshape(()) if dim is None else s
+
+
+@torch.no_grad()
+def newton_step(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, dim: int | None = None) -> Tensor:
+    """One Newton-Raphson step of OCTAV exactly as published (Corollary 3.2): the iteration of Figure 2.
+
+        s_{n+1} = sum |x| 1{|x|>s_n} / ((4^-B / 3) #{0<|x|<=s_n} + #{|x|>s_n})      (12 instead of 3 when unsigned)
+
+    Args:
+        x: any shape and floating dtype.
+        s: s_n in units of x; a number or a tensor of the result's shape.
+        bits: 2 to 16.
+        signed: the grid.
+        dim: None for one scalar, or the dimension that gets one scalar an index.
+
+    Returns:
+        s_{n+1} in units of x, shape and dtype as in the module's head; 0 for all-zero rows.
+    """
+    grid = Grid(bits, signed)
+    x, dims = _prepare(x, dim, check=False)
+    a = (x.abs() if signed else x.clamp(min=0)).to(torch.float64)
+    s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
+    clipped = a > s
+    total = (a * clipped).sum(dims, keepdim=True)
+    outside = clipped.sum(dims, keepdim=True)
+    inside = ((a > 0) & ~clipped).sum(dims, keepdim=True)
+    step = (total / (grid.rounding_noise * inside + outside)).nan_to_num(nan=0.0).to(eager.compute_dtype(x))
+    return step.reshape(()) if dim is None else step
+
+
+@torch.no_grad()
+def octav(
+    x: Tensor,
+    bits: int,
+    signed: bool = True,
+    dim: int | None = None,
+    iterations: int = 10,
+    init: Tensor | float | None = None,
+    *,
+    check: bool = True,
+) -> Tensor:
+    """OCTAV: the MSE-optimal clipping scalar of Theorem 3.1, solved to convergence.
+
+    Solves the paper's condition J'(s) = 0 with the indicators held constant, as the paper differentiates:
+
+        g(s) = k s #{0<|x|<=s} - sum (|x| - s) 1{|x|>s} = 0,      k = 4^-B / 3, or 4^-B / 12 when unsigned
+
+    g rises with s, with a jump of k|x| at each element, so its sign change is unique: it is the minimum of the convex
+    function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. Where g jumps across zero, the element it jumps at is the
+    answer.
+
+    The paper's Newton step alone (`newton_step`) approaches from below, needs more than ten steps at 8 bits, and on
+    rows of few
+    elements (depthwise filters, constants) falls into cycles. Here each read of x serves three proposals, and a bracket
+    [lo, hi] of the sign change chooses the first that falls inside it:
+    1. Newton on log(k s #in) - log(sum of excess), which is nearly linear in the tails and exact for exponential ones;
+    2. the paper's Newton step, exact as soon as no element lies between s and the answer;
+    3. the mean of the elements inside the bracket, which always narrows it.
+
+    Args:
+        x: any shape and floating dtype.
+        bits: 2 to 16.
+        signed: the grid.
+        dim: None for one scalar, or the dimension that gets one scalar an index.
+        iterations: reads of x after the start, 1 or more. 10, the paper's number, is converged to float precision on
+            all that we tried.
+        init: s_1, in units of x: a number, or a tensor of the result's shape. Default: sum |x| / #{x != 0}, which is
+            also used where
+            `init` is not a finite number >= 0. The result does not depend on it, but for a warm start one or two
+            iterations are enough.
+        check: refuse NaN and infinity (waits for the device).
+
+    Returns:
+        s in units of x; shape, dtype and special cases as in the module's head. A constant c and a single element c
+        give |c|.
+
+    Raises:
+        ValueError: iterations below 1, NaN or infinity in x under `check`.
+    """
+    k = Grid(bits, signed).rounding_noise
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
+    x, dims = _prepare(x, dim, check)
+    if not dims:  # each element is a row of its own
+        return (x.abs() if signed else x.clamp(min=0)).to(eager.compute_dtype(x))
+    magnitudes = _magnitudes(x, signed, dims)
+    read = eager.clip_sums(magnitudes.a, dims)
+
+    total, nonzero = (t.double() for t in read(torch.zeros_like(magnitudes.unit)))
+    lo, sum_lo, count_lo = torch.zeros_like(total), total, nonzero
+    hi, sum_hi, count_hi = torch.ones_like(total), torch.zeros_like(total), torch.zeros_like(total)
+    s = total / nonzero.clamp(min=1)
+    if init is not None:
+        start = torch.as_tensor(init, dtype=torch.float64, device=x.device) / magnitudes.unit.double()
+        s = torch.where(torch.isfinite(start) & (start >= 0), start, s).expand_as(total)
+
+    for _ in range(iterations):
+        excess, count = (t.double() for t in read(s.to(magnitudes.a.dtype)))
+        above = excess + s * count  # sum |x| 1{|x|>s}
+        cost_in = k * s * (nonzero - count)
+        short = cost_in < excess  # g(s) < 0: the answer lies above s
+        lo, sum_lo, count_lo = (
+            torch.where(short, new, old) for new, old in ((s, lo), (above, sum_lo), (count, count_lo))
+        )
+        hi, sum_hi, count_hi = (
+            torch.where(short, old, new) for new, old in ((s, hi), (above, sum_hi), (count, count_hi))
+        )
+
+        log_newton = s - (cost_in.log() - excess.log()) / (1 / s + count / excess)
+        newton = sum_lo / (k * (nonzero - count_lo) + count_lo).clamp(min=k)
+        between = count_lo - count_hi  # elements in (lo, hi]
+        mean = torch.minimum(torch.maximum((sum_lo - sum_hi) / between, lo), hi)
+        narrower = torch.where((newton < hi) & (between > 2), (newton + hi) / 2, mean)
+        proposal = torch.where((lo < log_newton) & (log_newton < hi) | (log_newton == s), log_newton, narrower)
+        none_between = (between <= 0) | (mean >= hi * (1 - 1e-9))
+        s = torch.where(none_between, torch.minimum(newton, hi), proposal)
+    return magnitudes.to_scalar(s, dim)
+
+
+CLIPPING_METHODS: dict[str, Callable[..., Tensor]] = {
+    "octav": octav,
+    "max": maximum,
+    "percentile": percentile,
+    "mse_sweep": mse_sweep,
+}
+"""By name. Each takes (x, bits, signed, dim, *, check) and options of its own."""

@@ -1,0 +1,111 @@
+"""Quantization noise: measured (MSE, SQNR, clipped fraction) and modelled (J(s), section 2 of the paper).
+
+All of it is summed in float64. Rows: as for the clipping scalars, `dim=None` gives one figure of shape [], `dim=d`
+one for
+each index of dimension d, with the other dimensions kept at size 1. Empty tensors have no noise: MSE 0, clipped
+fraction 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat_runner.quant.estimators import fake_quantize
+from qat_runner.quant.grid import Grid
+
+
+class Noise(NamedTuple):
+    """What quantizing a tensor costs, one figure for the whole tensor; each field is a tensor of shape [], float64."""
+
+    mse: Tensor
+    """mean (x - Q(x))^2, in squared units of x"""
+    sqnr_db: Tensor
+    """10 log10(sum x^2 / sum (x - Q(x))^2), in dB; infinite where there is no noise"""
+    clipped_fraction: Tensor
+    """share of the elements outside the clipping interval, 0 to 1"""
+
+
+def _mean(t: Tensor, dim: int | None) -> Tensor:
+    dims = tuple(d for d in range(t.ndim) if dim is None or d != dim % t.ndim)
+    count = math.prod(t.shape[d] for d in dims)
+    return t.sum(dims, keepdim=dim is not None, dtype=torch.float64) / max(count, 1) if dims else t.double()
+
+
+@torch.no_grad()
+def mse(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
+    """Empirical MSE: mean (x - q)^2 in squared units of x.
+
+    Args:
+        x: the tensor, any shape and floating dtype.
+        q: its quantized version, same shape.
+        dim: None for one figure, or the dimension that gets one an index.
+    """
+    return _mean((x.double() - q.double()).square_(), dim)
+
+
+@torch.no_grad()
+def sqnr_db(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
+    """Signal to quantization noise ratio 10 log10(mean x^2 / mean (x - q)^2), in dB.
+
+    Infinite where q equals x (all-zero and empty rows included).
+
+    Args:
+        x: the tensor, any shape and floating dtype.
+        q: its quantized version, same shape.
+        dim: None for one figure, or the dimension that gets one an index.
+    """
+    noise = mse(x, q, dim)
+    return torch.where(noise == 0, math.inf, 10 * (_mean(x.double().square_(), dim) / noise).log10())
+
+
+@torch.no_grad()
+def clipped_fraction(x: Tensor, s: Tensor | float, signed: bool = True, dim: int | None = None) -> Tensor:
+    """Share of the elements that lie outside [-s, s], or outside [0, s] if unsigned; 0 to 1.
+
+    Args:
+        x: the tensor, any shape and floating dtype.
+        s: clipping scalar(s), broadcastable to x.
+        signed: which interval.
+        dim: None for one figure, or the dimension that gets one an index.
+    """
+    outside = x.abs() > s if signed else (x > s) | (x < 0)
+    return _mean(outside, dim)
+
+
+@torch.no_grad()
+def model_mse(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, dim: int | None = None) -> Tensor:
+    """The paper's model of the clipped MSE, over the empirical distribution of x:
+
+        J(s) = k s^2 P(0 < |x| <= s) + E[(|x| - s)^2 1{|x| > s}],      k = 4^-B / 3, or 4^-B / 12 when unsigned
+
+    Args:
+        x: the tensor, any shape and floating dtype; an unsigned grid sees max(x, 0) instead of |x|.
+        s: clipping scalar(s) > 0 in units of x, broadcastable to x.
+        bits: 2 to 16.
+        signed: the grid.
+        dim: None for one figure, or the dimension that gets one an index.
+
+    Returns:
+        J in squared units of x, float64.
+    """
+    k = Grid(bits, signed).rounding_noise
+    a = (x.abs() if signed else x.clamp(min=0)).double()
+    s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
+    rounded = k * s.square() * ((a > 0) & (a <= s))
+    return _mean(rounded + (a - s).clamp_(min=0).square_(), dim)
+
+
+def measure(x: Tensor, s: Tensor | float, bits: int, signed: bool = True) -> Noise:
+    """Quantize x with clipping scalar(s) s and measure the noise over the whole tensor.
+
+    Args:
+        x: any shape and floating dtype.
+        s: clipping scalar(s) in units of x, broadcastable to x.
+        bits: 2 to 16.
+        signed: the grid.
+    """
+    x = x.detach()
+    q = fake_quantize(x, s, bits, signed)
+    return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x, s, signed))

@@ -1,0 +1,181 @@
+"""A quantizer as a module: when its clipping scalars are solved, and what it remembers."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.quant.clipping import CLIPPING_METHODS
+from qat_runner.quant.estimators import GRADIENTS, fake_quantize
+from qat_runner.quant.grid import Grid
+
+EVAL_MODES = ("dynamic", "running", "frozen")
+"""What a dynamic quantizer does in eval()."""
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or held (static).
+
+    | state                 | dynamic                                            | static             |
+    |-----------------------|----------------------------------------------------|--------------------|
+    | `train()`             | solves s on each call; remembers it, and its average | uses `s`         |
+    | `eval()`              | by `eval_mode`; remembers nothing                  | uses `s`           |
+    | inside `calibrating()`| passes x on unchanged; `s` becomes the mean of the scalars of all calls | the same |
+
+    `eval_mode` of a dynamic quantizer: "dynamic" solves s on each batch, as the paper does (the default); "running"
+    uses the
+    exponential average of the scalars seen in training; "frozen" uses the last of them.
+
+    `state_dict` holds `s`, `running_s` (both float32, shape `shape`, also after `.half()`) and `batches` (int64, []:
+    how many calls they
+    stem from). A state dict without these keys, such as a full-precision model's, loads without complaint and changes
+    nothing.
+
+    In training no call waits for the device. In `eval()`, solving refuses NaN and infinity with a ValueError.
+
+    Args:
+        bits: 2 to 16.
+        signed: two's complement grid if true, unsigned otherwise.
+        shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
+        clipping: a name in CLIPPING_METHODS, or a function (x, bits, signed, dim, *, check) -> s of shape `shape`.
+        gradient: "ste", "pwl" or "mad".
+        dynamic: solve on each call if true, hold calibrated scalars otherwise.
+        eval_mode: see above; without effect on a static quantizer.
+        momentum: weight of the newest scalar in `running_s`, 0 to 1.
+        **options: passed to the clipping method, e.g. iterations=10, q=99.9.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; an option that the clipping method does not have.
+        RuntimeError: on a call that needs scalars when there are none yet.
+    """
+
+    s: Tensor
+    running_s: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        clipping: str | Callable[..., Tensor] = "octav",
+        gradient: str = "mad",
+        dynamic: bool = True,
+        eval_mode: str = "dynamic",
+        momentum: float = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        grid = Grid(bits, signed)
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
+        if eval_mode not in EVAL_MODES:
+            raise ValueError(f"eval_mode={eval_mode!r}: must be one of {', '.join(EVAL_MODES)}")
+        self.bits, self.signed = grid.bits, grid.signed
+        self.gradient, self.dynamic, self.eval_mode, self.momentum = gradient, dynamic, eval_mode, momentum
+        self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
+        self.clipping_name, self.solve = _clipping_method(clipping, options)
+        self.register_buffer("s", torch.zeros(tuple(shape)))
+        self.register_buffer("running_s", torch.zeros(tuple(shape)))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._batches = 0  # the same number where reading it costs no wait
+        self._calibrating = False
+        self.enabled = True
+        """False passes x on unchanged, as in the full-precision network."""
+        self.last_s: Tensor | None = None
+        """The scalars of the latest call, for whoever measures noise; not part of the state."""
+
+    @property
+    def granularity(self) -> str:
+        """ "tensor" or "channel"."""
+        return "tensor" if self.dim is None else "channel"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, any shape and floating dtype -> the same shape and dtype, on the grid (or unchanged while calibrating)."""
+        if not self.enabled:
+            return x
+        if self._calibrating:
+            self._remember(self.solve(x, self.bits, self.signed, self.dim, check=True))
+            return x
+        s = self.last_s = self._scalars(x)
+        return fake_quantize(x, s, self.bits, self.signed, self.gradient)
+
+    def _scalars(self, x: Tensor) -> Tensor:
+        if self.dynamic and (self.training or self.eval_mode == "dynamic"):
+            s = self.solve(x, self.bits, self.signed, self.dim, check=not self.training)
+            if self.training:
+                self._remember(s)
+            return s
+        if self._batches == 0:
+            what = "static" if not self.dynamic else f"eval_mode={self.eval_mode!r}"
+            raise RuntimeError(
+                f"quantizer ({what}) has no clipping scalars yet: calibrate it, train it or load a state that has them"
+            )
+        return self.running_s if self.dynamic and self.eval_mode == "running" else self.s
+
+    @torch.no_grad()
+    def _remember(self, s: Tensor) -> None:
+        self._batches += 1
+        self.batches.add_(1)
+        if self._calibrating:  # cumulative mean: section 5
+            self.s.lerp_(s.to(self.s.dtype), 1 / self._batches)
+            self.running_s.copy_(self.s)
+        else:
+            self.s.copy_(s)
+            self.running_s.lerp_(self.s, self.momentum if self._batches > 1 else 1.0)
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """While open, calls pass x on unchanged and average its scalars into `s`, from scratch."""
+        self._batches = 0
+        self.batches.zero_()
+        self._calibrating = True
+        try:
+            yield
+        finally:
+            self._calibrating = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in self._buffers):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self._batches = int(self.batches)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():  # scalars stay in full precision (section 4), also in a half-precision model
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        when = "dynamic" if self.dynamic else "static"
+        sign = "signed" if self.signed else "unsigned"
+        return (
+            f"bits={self.bits}, {sign}, per {self.granularity}, {when} {self.clipping_name}, gradient={self.gradient}"
+        )
+
+
+def _clipping_method(
+    clipping: str | Callable[..., Tensor], options: dict[str, Any]
+) -> tuple[str, Callable[..., Tensor]]:
+    """Name and function of a clipping method with its options bound; what does not fit is refused now, not in the
+    first step."""
+    if isinstance(clipping, str):
+        if clipping not in CLIPPING_METHODS:
+            raise ValueError(f"clipping={clipping!r}: must be one of {', '.join(CLIPPING_METHODS)}")
+        name, method = clipping, CLIPPING_METHODS[clipping]
+    else:
+        name, method = getattr(clipping, "__name__", type(clipping).__name__), clipping
+    known = inspect.signature(method).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(f"clipping {name!r} has no option {option!r}")
+    solve = partial(method, **options)
+    solve(torch.ones(1), 8, True, None, check=True)  # values out of range are refused by the method itself
+    return name, solve

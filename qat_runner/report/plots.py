@@ -1,0 +1,84 @@
+"""The plots of a run folder, drawn from its CSV files."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, no screen needed
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qat_runner.training.tracking import read_rows
+
+CHOSEN, OTHER = "#2a6fbb", "#d9822b"
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png: loss and top1 against epoch, from metrics.csv. Nothing where no epoch was trained."""
+    rows = read_rows(folder / "metrics.csv")
+    if not rows:
+        return
+    epochs = [int(row["epoch"]) for row in rows]
+    figure, (loss, top1) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, what, unit in ((loss, "loss", ""), (top1, "top1", " (%)")):
+        for half, colour in (("train", OTHER), ("val", CHOSEN)):
+            axes.plot(
+                epochs,
+                [float(row[f"{half}_{what}"]) for row in rows],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=half,
+            )
+        axes.set(xlabel="epoch", ylabel=what + unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(folder.name)
+    _save(figure, folder / "curves.png")
+
+
+def plot_noise(folder: Path) -> None:
+    """noise.png: SQNR of each tensor, the chosen clipping beside max-scaling, from the latest epoch of layers.csv.
+    Nothing where none was measured."""
+    rows = read_rows(folder / "layers.csv")
+    if not rows:
+        return
+    rows = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    width = max(8.0, 0.22 * len(rows) / 2 + 2)
+    figure, axes = plt.subplots(2, 1, figsize=(width, 8), layout="constrained")
+    for ax, tensor in zip(axes, ("weight", "input"), strict=True):
+        _noise_of([row for row in rows if row["tensor"] == tensor], ax)
+        ax.set_title(f"{tensor}s")
+    figure.suptitle(f"{folder.name}: SQNR after epoch {rows[-1]['epoch']}")
+    _save(figure, folder / "noise.png")
+
+
+def _noise_of(rows: list[dict[str, str]], ax: Axes) -> None:
+    places = range(len(rows))
+    for key, label, colour, marker in (
+        ("max_sqnr_db", "max-scaling", OTHER, "s"),
+        ("sqnr_db", "this run", CHOSEN, "o"),
+    ):
+        values = [float(row[key]) for row in rows]
+        ax.plot(
+            places,
+            [v if math.isfinite(v) else math.nan for v in values],
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            label=label,
+        )
+    ax.set_xticks(places, [f"{row['layer']} ({row['bits']} b)" for row in rows], rotation=90, fontsize=7)
+    ax.set(ylabel="SQNR (dB)")
+    ax.grid(alpha=0.3)
+    ax.legend()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

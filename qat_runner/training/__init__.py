@@ -1,0 +1,1 @@
+"""The training loop and what it needs: recipe, measurement, checkpoints, the record."""

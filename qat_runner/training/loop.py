@@ -1,0 +1,205 @@
+"""The training loop."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qat_runner.config import Config, identity
+from qat_runner.data import Batch, ImageData
+from qat_runner.errors import RunError
+from qat_runner.insertion.insert import scalars
+from qat_runner.training import checkpoint
+from qat_runner.training.measure import LayerNoise, Totals, autocast, evaluate, measure_noise
+from qat_runner.training.progress import Progress
+from qat_runner.training.recipe import learning_rate, make_optimizer
+from qat_runner.training.tracking import Record
+
+log = logging.getLogger("qat_runner")
+
+
+@dataclass
+class State:
+    """How far a run has come."""
+
+    epoch: int = 0
+    """epochs done"""
+    steps: int = 0
+    seconds: float = 0.0
+    """training and validation, over all sittings"""
+    best_top1: float = -math.inf
+    val: dict[str, float] = field(default_factory=dict)
+    """the latest validation: loss, top1, top5"""
+    images_per_second: float = 0.0
+    """of the latest training epoch"""
+
+
+class Trainer:
+    """Trains and measures one model by one config, and keeps the record.
+
+    No training step waits for the device: losses and hits are summed there and read once an epoch.
+
+    Args:
+        config: resolved.
+        model: on `device`, quantized as it is to be.
+        data: its batches come out on `device`.
+        record: where all is written.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, data: ImageData, record: Record) -> None:
+        assert config.epochs is not None and config.batch_size is not None and config.lr is not None
+        self.config, self.model, self.data, self.record = config, model, data, record
+        self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
+        self.stage = config.stage
+        self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
+        self.optimizer = make_optimizer(model, self.stage, self.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.state = State()
+        self.noise: list[LayerNoise] = []
+
+    def fit(self) -> None:
+        """Train the epochs that are left, measuring and saving after each.
+
+        Raises:
+            RunError: the loss became NaN or infinite.
+        """
+        progress = Progress(self.epochs, self.steps * self.batch_size, self.state.epoch)
+        try:
+            if self.state.epoch == 0:
+                self.measure_noise()
+            for epoch in range(self.state.epoch, self.epochs):
+                began = time.perf_counter()
+                train = self._train_epoch(epoch, progress)
+                trained = time.perf_counter() - began
+                self.state.val = self.evaluate()
+                self.state.epoch = epoch + 1
+                self.state.seconds += time.perf_counter() - began
+                self.state.images_per_second = train["samples"] / trained
+                self.measure_noise()
+                self._record_epoch(train)
+                self._save()
+        finally:
+            progress.close()
+
+    def evaluate(self) -> dict[str, float]:
+        """loss, top1 and top5 on the validation half."""
+        return evaluate(self.model, self._val_batches(self.config.limit_val_batches), self.device, self.config.amp)
+
+    def measure_noise(self) -> None:
+        """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
+        if self.config.noise_batches == 0 or self.config.policy.full_precision:
+            return
+        self.noise = measure_noise(
+            self.model, self._val_batches(self.config.noise_batches), self.device, self.config.amp
+        )
+        self.record.layers(self.state.epoch, self.noise, scalars(self.model))
+
+    def mean_sqnr(self) -> float:
+        """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""
+        finite = [row.sqnr_db for row in self.noise if math.isfinite(row.sqnr_db)]
+        return sum(finite) / len(finite) if finite else math.nan
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint: model, optimizer, scaler and random state as they were."""
+        saved = checkpoint.load(self.record.folder / "checkpoints" / "last.pt")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        checkpoint.set_random_state(saved["random"])
+        self.state = State(**saved["state"])
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
+        self.model.train()
+        progress.begin(epoch)
+        totals = Totals.on(self.device)
+        losses = torch.zeros(self.steps, device=self.device)
+        rates = []
+        for step, (pictures, labels) in enumerate(itertools.islice(self._train_batches(epoch), self.steps)):
+            rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rates[-1]
+            with autocast(self.device, self.config.amp):
+                logits = self.model(pictures)
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.stage.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            losses[step] = loss.detach()
+            totals.add(loss, logits.detach(), labels)
+            if not progress.step(len(labels), totals):
+                break
+        self._check_losses(epoch, losses[: len(rates)].tolist(), rates)
+        self.state.steps += len(rates)
+        return totals.read()
+
+    def _check_losses(self, epoch: int, losses: list[float], rates: list[float]) -> None:
+        self.record.steps(
+            {"epoch": epoch + 1, "step": i + 1, "loss": loss, "lr": lr}
+            for i, (loss, lr) in enumerate(zip(losses, rates, strict=True))
+        )
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None:
+            raise RunError(
+                f"the loss became {losses[bad]} at step {bad + 1} of epoch {epoch + 1}; "
+                f"a smaller lr (now {rates[bad]:g}) or more bits may help, "
+                f"and {self.record.folder / 'layers.csv'} shows which layers are noisiest"
+            )
+
+    def _record_epoch(self, train: dict[str, float]) -> None:
+        state, val = self.state, self.state.val
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.record.epoch(
+            {
+                "epoch": state.epoch,
+                "train_loss": train["loss"],
+                "train_top1": train["top1"],
+                "val_loss": val["loss"],
+                "val_top1": val["top1"],
+                "val_top5": val["top5"],
+                "lr": lr,
+                "images_per_second": state.images_per_second,
+                "sqnr_db": self.mean_sqnr(),
+                "seconds": state.seconds,
+            }
+        )
+        log.info(
+            f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, top1 {train['top1']:.2f} %; "
+            f"val loss {val['loss']:.4f}, "
+            f"top1 {val['top1']:.2f} %; {state.images_per_second:.0f} img/s"
+        )
+
+    def _save(self) -> None:
+        best = self.state.val["top1"] > self.state.best_top1
+        self.state.best_top1 = max(self.state.val["top1"], self.state.best_top1)
+        content: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": checkpoint.random_state(),
+            "state": vars(self.state),
+            "config": identity(self.config),
+        }
+        folder = self.record.folder / "checkpoints"
+        if best:
+            checkpoint.save(
+                folder / "best.pt", {"model": content["model"], "state": content["state"], "config": content["config"]}
+            )
+        checkpoint.save(folder / "last.pt", content)
+
+    def _train_batches(self, epoch: int) -> Iterator[Batch]:
+        return map(self._layout, self.data.train_batches(self.batch_size, epoch))
+
+    def _val_batches(self, limit: int | None) -> Iterator[Batch]:
+        return itertools.islice(map(self._layout, self.data.val_batches(self.config.dataset.val_batch_size)), limit)
+
+    def _layout(self, batch: Batch) -> Batch:
+        pictures, labels = batch
+        return (pictures.to(memory_format=torch.channels_last), labels) if self.config.channels_last else batch

@@ -1,0 +1,67 @@
+"""The live progress bar: one for a whole run, silent where no one is looking."""
+
+import sys
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qat_runner.training.measure import Totals
+
+
+class Progress:
+    """Shows epoch, loss, top1, images per second and the time left.
+
+    Args:
+        epochs: in all.
+        images_per_epoch: training pictures of an epoch.
+        start_epoch: epochs done already.
+        live: draw the bar; by default only if standard error is a terminal.
+    """
+
+    def __init__(self, epochs: int, images_per_epoch: int, start_epoch: int, live: bool | None = None) -> None:
+        self.live = sys.stderr.isatty() if live is None else live
+        self.epochs = epochs
+        self._bar = tqdm(
+            total=epochs * images_per_epoch,
+            initial=start_epoch * images_per_epoch,
+            unit="img",
+            unit_scale=True,
+            disable=not self.live,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._interval = 1.0 if self.live else 30.0
+        self._last_look = time.monotonic()
+        self._pinned: Tensor | None = None
+
+    def begin(self, epoch: int) -> None:
+        self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
+
+    def step(self, images: int, totals: Totals) -> bool:
+        """Count a step. Now and then it looks at the totals; false if the loss has become NaN or infinite by then."""
+        self._bar.update(images)
+        now = time.monotonic()
+        if now - self._last_look < self._interval:
+            return True
+        self._last_look = now
+        shown = self._look(totals.sums)
+        if shown is None or shown[3] == 0:
+            return True
+        loss, top1 = float(shown[0] / shown[3]), float(100 * shown[1] / shown[3])
+        self._bar.set_postfix_str(f"loss {loss:.3f}, top1 {top1:.2f} %")
+        return loss - loss == 0.0
+
+    def _look(self, sums: Tensor) -> Tensor | None:
+        """The sums, on a GPU as of the previous look, so that nothing waits for the device."""
+        if sums.device.type != "cuda":
+            return sums.cpu()
+        previous = None if self._pinned is None else self._pinned.clone()
+        if self._pinned is None:
+            self._pinned = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+        self._pinned.copy_(sums, non_blocking=True)
+        return previous
+
+    def close(self) -> None:
+        self._bar.close()

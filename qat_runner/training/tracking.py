@@ -1,0 +1,206 @@
+"""The record of a run: its folder, and what is written there as it goes.
+
+| file              | what                                                                                          |
+|-------------------|-----------------------------------------------------------------------------------------------|
+| config.yaml       | the resolved config                                                                           |
+| environment.json  | versions, git state, command, machine                                                         |
+| quantizers.txt    | table of the quantized tensors                                                                |
+| log.txt           | what was said on the terminal                                                                 |
+| metrics.csv       | a row an epoch                                                                                |
+| steps.csv         | a row a training step                                                                         |
+| layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
+| tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
+| checkpoints/      | last.pt and best.pt                                                                           |
+| curves.png, noise.png | plots                                                                                     |
+| summary.json      | the result; a folder that has it is a finished run                                            |
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from qat_runner.training.measure import LayerNoise
+
+METRICS = (
+    "epoch",
+    "train_loss",
+    "train_top1",
+    "val_loss",
+    "val_top1",
+    "val_top5",
+    "lr",
+    "images_per_second",
+    "sqnr_db",
+    "seconds",
+)
+STEPS = ("epoch", "step", "loss", "lr")
+LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
+_PACKAGES = (
+    "qat_runner",
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "tensorboard",
+    "scikit-learn",
+    "safetensors",
+)
+
+
+class Record:
+    """Writes the folder of a run. Rows are on disk as soon as their method returns.
+
+    Args:
+        folder: the run's folder, made if need be.
+        epoch: the epoch that the run goes on from; rows of later epochs, left by a run that was killed, are dropped.
+    """
+
+    def __init__(self, folder: Path, epoch: int = -1) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        for name in ("metrics.csv", "steps.csv", "layers.csv"):
+            _drop_rows_after(folder / name, epoch)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
+
+    def close(self) -> None:
+        self._board.close()
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Add a row to metrics.csv; keys of METRICS, those left out stay empty."""
+        _append(self.folder / "metrics.csv", METRICS, [row])
+        for key, value in row.items():
+            if key != "epoch" and value is not None and math.isfinite(value):
+                self._board.add_scalar(key.replace("_", "/", 1), value, int(row["epoch"]))
+        self._board.flush()
+
+    def steps(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Add the steps of an epoch to steps.csv."""
+        _append(self.folder / "steps.csv", STEPS, rows)
+
+    def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None:
+        """Add the noise of all tensors to layers.csv, and the scalars [any shape], by tensor name, to TensorBoard."""
+        _append(self.folder / "layers.csv", LAYERS, [{"epoch": epoch, **asdict(row)} for row in noise])
+        for row in noise:
+            for key in ("sqnr_db", "mse", "clipped_fraction", "s"):
+                value = getattr(row, key)
+                if math.isfinite(value):
+                    self._board.add_scalar(f"{key}/{row.layer}.{row.tensor}", value, epoch)
+        for name, s in scalars.items():
+            if torch.isfinite(s).all():
+                self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON in one go: path holds the old content or the new one, never half of it. NaN and infinity become
+    null."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_finite(content), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state, command and machine, for environment.json."""
+    cuda = torch.cuda.is_available()
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "directory": os.getcwd(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+        "machine": {
+            "platform": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def _append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    new = not path.is_file()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _drop_rows_after(path: Path, epoch: int) -> None:
+    rows = read_rows(path)
+    kept = [row for row in rows if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch]
+    if not kept:
+        path.unlink(missing_ok=True)
+    elif len(kept) < len(rows):
+        temporary = path.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        _append(temporary, list(kept[0]), kept)
+        os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and cleanness of the checkout that this code runs from; None where it is installed from a wheel."""
+
+    def ask(*words: str) -> str:
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", Path(__file__).name)
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "branch": ask("rev-parse", "--abbrev-ref", "HEAD"),
+            "dirty": bool(ask("status", "--porcelain")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
