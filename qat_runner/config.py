@@ -9,7 +9,7 @@ fills that in and
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -225,7 +225,19 @@ def from_hydra(composed: DictConfig) -> Config:
     except Exception as error:  # omegaconf: a missing value, an interpolation that leads nowhere
         raise ConfigError(" ".join(str(error).split())) from error
     assert isinstance(config, Config)
+    for key in _unknown_keys(config):
+        raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
     return resolve(config)
+
+
+def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
+    """Keys that were added by force (+key=value) and mean nothing."""
+    known = {f.name for f in fields(config)}
+    unknown = [prefix + key for key in vars(config) if key not in known]
+    for key in known:
+        if is_dataclass(getattr(config, key)):
+            unknown += _unknown_keys(getattr(config, key), f"{prefix}{key}.")
+    return unknown
 
 
 def resolve(config: Config) -> Config:

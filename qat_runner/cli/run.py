@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
 from qat_runner.config import from_hydra, register
-from qat_runner.errors import QatError
+from qat_runner.errors import ConfigError, QatError
 
 HYDRA_VERSION_BASE = "1.3"
+_MULTIRUN = ("-m", "--multirun")
 log = logging.getLogger("qat_runner")
 
 
@@ -53,6 +54,7 @@ class _Terminal(logging.Handler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    args.sort(key=lambda arg: arg not in _MULTIRUN)  # Hydra's parser wants the flag first, users put it anywhere
     log.handlers = [_Terminal()]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(explain(error, config_dir()), 2)
     except QatError as error:
         return _fail(str(error), error.exit_code)
+    except SystemExit as stop:  # after --help and its like
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on after the last full epoch", 130)
     if folders:
@@ -80,14 +84,20 @@ def _fail(sentence: str, code: int) -> int:
     return code
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; qat-run --help shows what can be asked for")
+
+
 def _check_all(args: Sequence[str]) -> list[Path]:
     """Compose and check every row of the request before any work; returns their run folders, none if nothing is to be
     run."""
-    from qat_runner.experiment import prepare
-
-    parsed = get_args_parser().parse_args(args)
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    parsed = parser.parse_args(args)
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return []
+    from qat_runner.experiment import prepare
+
     rows = [parsed.overrides]
     if parsed.multirun and not any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
         overrides = OverridesParser.create().parse_overrides(parsed.overrides)

@@ -29,6 +29,7 @@ class _Magnitudes(NamedTuple):
     """Magnitudes of a tensor, each row divided by its largest one."""
 
     a: Tensor  # shape of x, in [0, 1], float32 or float64
+    nonzero: Tensor  # elements of each row that are not zero, counted before small ones could vanish
     unit: Tensor  # what each row was divided by, [R, 1, ...] or [1, ...]; 0 for an all-zero row
     dims: tuple[int, ...]  # the dimensions that one scalar spans
 
@@ -56,7 +57,8 @@ def _magnitudes(x: Tensor, signed: bool, dims: tuple[int, ...]) -> _Magnitudes:
     a = x.abs() if signed else x.clamp(min=0)
     a = a.to(eager.compute_dtype(x))
     unit = _largest(a, dims)
-    return _Magnitudes(a.div_(torch.where(unit == 0, torch.ones_like(unit), unit)), unit, dims)
+    nonzero = torch.count_nonzero(a, dims).reshape(unit.shape)
+    return _Magnitudes(a.div_(torch.where(unit == 0, torch.ones_like(unit), unit)), nonzero, unit, dims)
 
 
 def _largest(a: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -271,13 +273,14 @@ def octav(
     magnitudes = _magnitudes(x, signed, dims)
     read = eager.clip_sums(magnitudes.a, dims)
 
-    total, nonzero = (t.double() for t in read(torch.zeros_like(magnitudes.unit)))
+    nonzero = magnitudes.nonzero.double()
+    total = magnitudes.a.sum(dims, keepdim=True).double()
     lo, sum_lo, count_lo = torch.zeros_like(total), total, nonzero
     hi, sum_hi, count_hi = torch.ones_like(total), torch.zeros_like(total), torch.zeros_like(total)
     s = total / nonzero.clamp(min=1)
     if init is not None:
         start = torch.as_tensor(init, dtype=torch.float64, device=x.device) / magnitudes.unit.double()
-        s = torch.where(torch.isfinite(start) & (start >= 0), start, s).expand_as(total)
+        s = torch.where(torch.isfinite(start) & (start >= 0), start.clamp(max=1), s).expand_as(total)
 
     for _ in range(iterations):
         excess, count = (t.double() for t in read(s.to(magnitudes.a.dtype)))

@@ -1,7 +1,6 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, and the random state with it."""
 
 import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise RunError(
-            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); overwrite=true starts the run anew"
-        ) from error
+    except Exception as error:  # whatever a parser may raise on damaged bytes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RunError(f"checkpoint {path} cannot be read ({reason}); overwrite=true starts the run anew") from error
     return content
 
 

@@ -129,7 +129,7 @@ class Trainer:
                 logits = self.model(pictures)
                 loss = F.cross_entropy(logits, labels, label_smoothing=self.stage.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             losses[step] = loss.detach()

@@ -1,0 +1,47 @@
+# Everything runs from .venv, which the first target builds. Needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint format wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check -q -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@ .venv/.installed
+
+run: .venv/.installed ## first run: 4-bit ResNet-18 on digits, with OCTAV and max-scaling, beside full precision
+	$(BIN)/qat-run -m bits=32,4 clipping=octav,max
+
+test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-dev ## trials of minutes; those on CIFAR-10 want QAT_DATA_DIR
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed-dev ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/.installed-dev ## build dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove .venv, caches and build results (not runs/)
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find qat_runner tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,306 @@
+"""qat-run as a user sees it, in this process: small networks, small pictures."""
+
+import csv
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from qat_runner.cli.run import main
+from qat_runner.models import build_model
+from qat_runner.training.loop import Trainer
+
+SMALL = ["model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=32"]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+
+    def call(*args: str) -> int:
+        return main([*SMALL, *args])
+
+    return call
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def only_run(root: Path = Path("runs")) -> Path:
+    (folder,) = [path for path in root.iterdir() if path.is_dir()]
+    return folder
+
+
+def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=2", "seed=7") == 0
+    folder = only_run()
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "environment.json",
+        "layers.csv",
+        "log.txt",
+        "metrics.csv",
+        "noise.png",
+        "quantizers.txt",
+        "steps.csv",
+        "summary.json",
+        "tensorboard",
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+
+    metrics = rows(folder / "metrics.csv")
+    assert [row["epoch"] for row in metrics] == ["1", "2"]
+    assert all(math.isfinite(float(value)) for row in metrics for value in row.values())
+    assert [(row["epoch"], row["step"]) for row in rows(folder / "steps.csv")] == [
+        ("1", "1"),
+        ("1", "2"),
+        ("2", "1"),
+        ("2", "2"),
+    ]
+    layers = rows(folder / "layers.csv")
+    assert list(layers[0]) == [
+        *("epoch", "layer", "tensor", "bits", "signed", "granularity"),
+        *("s", "mse", "sqnr_db", "clipped_fraction", "max_sqnr_db"),
+    ]
+    assert len(layers) == 3 * 2 * 20  # epochs 0, 1, 2; weight and input of 20 layers
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {
+        "model": "resnet20",
+        "dataset": "fake",
+        "bits": 4,
+        "clipping": "octav",
+        "gradient": "mph",
+        "mode": "scratch",
+        "seed": 7,
+        "epochs": 2,
+        "steps": 4,
+    }.items() <= summary.items()
+    assert {
+        "top1",
+        "top5",
+        "best_top1",
+        "loss",
+        "images_per_second",
+        "seconds",
+        "sqnr_db",
+        "quantization_mse",
+    } <= summary.keys()
+    last = [row for row in layers if row["epoch"] == "2"]
+    assert summary["sqnr_db"] == pytest.approx(sum(float(row["sqnr_db"]) for row in last) / 40)
+    assert summary["quantization_mse"] == pytest.approx(sum(float(row["mse"]) for row in last) / 40)
+    assert summary["top1"] == pytest.approx(float(metrics[-1]["val_top1"]))
+
+    assert yaml.safe_load((folder / "config.yaml").read_text())["weight_bits"] == 4
+    environment = json.loads((folder / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert environment["command"][0] == "qat-run"
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    assert {"val/top1", "train/loss", "sqnr_db/conv1.weight"} <= set(board.Tags()["scalars"])
+    assert "clipping_scalars/conv1.weight" in board.Tags()["histograms"]
+    assert [e.step for e in board.Scalars("val/top1")] == [1, 2]
+    for plot in ("curves.png", "noise.png"):
+        assert (folder / plot).stat().st_size > 10_000
+
+    out = capsys.readouterr().out
+    assert "layer1.0.conv1  weight" in out
+    assert "top1 %" in out
+    assert "epoch 2/2: train loss" in (folder / "log.txt").read_text()
+
+
+def test_the_same_again_is_looked_up_and_overwrite_starts_anew(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=1") == 0
+    folder = only_run()
+    first, weights = rows(folder / "steps.csv"), (folder / "checkpoints/last.pt").stat().st_mtime_ns
+    assert run("epochs=1") == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert (folder / "checkpoints/last.pt").stat().st_mtime_ns == weights
+    assert run("epochs=1", "overwrite=true") == 0
+    assert (folder / "checkpoints/last.pt").stat().st_mtime_ns > weights
+    assert rows(folder / "steps.csv") == first  # same config and seed: same numbers
+
+
+def test_interrupted_and_resumed_is_the_same_as_in_one_go(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("epochs=3", "run_dir=whole") == 0
+    original = Trainer._train_epoch
+
+    def break_off(self: Trainer, epoch: int, progress: Any) -> dict[str, float]:
+        if epoch == 2:
+            self.record.steps([{"epoch": 3, "step": 1, "loss": 0.0, "lr": 0.0}])  # what a killed epoch may leave
+            raise KeyboardInterrupt
+        return original(self, epoch, progress)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", break_off)
+    assert run("epochs=3", "run_dir=parts") == 130
+    assert not Path("parts/summary.json").exists()
+    monkeypatch.setattr(Trainer, "_train_epoch", original)
+    assert run("epochs=3", "run_dir=parts") == 0
+    for name in ("steps.csv", "layers.csv"):
+        assert rows(Path("parts") / name) == rows(Path("whole") / name)
+    kept = ("epoch", "train_loss", "val_loss", "val_top1", "lr", "sqnr_db")
+    whole, parts = ([[row[k] for k in kept] for row in rows(Path(d) / "metrics.csv")] for d in ("whole", "parts"))
+    assert whole == parts
+    a, b = (torch.load(Path(d) / "checkpoints/last.pt")["model"] for d in ("whole", "parts"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-m", "bits=4,8,32", "clipping=octav,max", "epochs=1") == 0
+    folders = [path for path in Path("runs").iterdir() if path.is_dir()]
+    assert len(folders) == 5  # the full-precision baseline has no clipping, and is run once
+    summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+    assert {(s["bits"], s["clipping"]) for s in summaries} == {
+        *((bits, clipping) for bits in (4, 8) for clipping in ("octav", "max")),
+        (32, "none"),
+    }
+    table = capsys.readouterr().out
+    assert "vs fp32" in table
+    assert table.count("resnet20  fake") == 5
+
+
+def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-m", "lr=0.01,1e30", "epochs=2") == 1
+    captured = capsys.readouterr()
+    assert "the loss became" in captured.err
+    assert captured.err.count("\n") == 1
+    finished = [path for path in Path("runs").iterdir() if (path / "summary.json").is_file()]
+    assert len(finished) == 1
+    assert captured.out.count("resnet20  fake") == 1
+
+
+@pytest.mark.parametrize("clipping", ["static_octav", "static_percentile", "percentile", "mse_sweep"])
+def test_every_clipping_trains(run: Run, clipping: str) -> None:
+    extra = ["clipping.points=10"] if clipping == "mse_sweep" else []
+    assert run(f"clipping={clipping}", "gradient=pwl", "epochs=1", "limit_train_batches=1", *extra) == 0
+    layers = rows(only_run() / "layers.csv")
+    if clipping.startswith("static"):
+        s = {row["epoch"]: row["s"] for row in layers if (row["layer"], row["tensor"]) == ("layer1.0.conv1", "input")}
+        assert s["0"] == s["1"]
+
+
+def test_weights_modes(run: Run, tmp_path: Path) -> None:
+    torch.save({"state_dict": build_model("resnet20", 10, 8).state_dict()}, tmp_path / "w.pt")
+    assert run("mode=evaluate", "bits=32", "weights=w.pt", "run_dir=full") == 0
+    assert run("mode=ptq", "bits=8", "weights=w.pt", "run_dir=ptq") == 0
+    assert run("mode=ptq", "bits=8", "weights=w.pt", "clipping.eval_mode=running", "run_dir=running") == 0
+    assert run("mode=retrain", "bits=8", "weights=w.pt", "epochs=1", "run_dir=retrain") == 0
+    assert run("mode=evaluate", "bits=8", "weights=retrain/checkpoints/last.pt", "run_dir=again") == 0
+    read = {d: json.loads(Path(d, "summary.json").read_text()) for d in ("full", "ptq", "running", "retrain", "again")}
+    assert read["full"]["loss"] == pytest.approx(read["ptq"]["loss"], rel=0.05)
+    assert read["ptq"]["epochs"] == read["ptq"]["steps"] == 0
+    assert read["full"]["sqnr_db"] is None
+    assert read["again"]["loss"] == read["retrain"]["loss"]
+    assert not Path("ptq/metrics.csv").exists()
+    assert Path("ptq/noise.png").exists()
+
+
+def test_precision_and_layout_options(run: Run) -> None:
+    assert run("amp=bf16", "channels_last=true", "epochs=1", "noise_batches=0", "limit_val_batches=1") == 0
+    assert not (only_run() / "layers.csv").exists()
+
+
+WRONG = [
+    (["model=resnet5"], "model=resnet5: must be one of mobilenet_v2"),
+    (["clipping=octave"], "did you mean octav"),
+    (["gradient=stee"], "gradient=stee: must be one of mad, mph, pwl, ste"),
+    (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),
+    (["bits=1"], "bits=1: must be 2 to 16, or 32"),
+    (["bits=abc"], "bits=abc: must be an integer"),
+    (["bits="], "bits=: must be an integer"),
+    (["lr=fast"], "lr=fast: must be a number"),
+    (["bitz=4"], "unknown key 'bitz'; did you mean bits?"),
+    (["clipping.qq=1"], "unknown key 'clipping.qq'; did you mean clipping.q?"),
+    (["+foo=1"], "unknown key 'foo'"),
+    (["bits"], "missing EQUAL"),
+    (["mode=retrain"], "needs weights"),
+    (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
+    (["mode=ptq", "weights=other.pt"], "little matches"),
+    (["mode=ptq", "weights=shape.pt"], "conv1.weight has shape [16, 3, 1, 1], not [16, 3, 3, 3]"),
+    (["mode=ptq", "weights=garbage.pt"], "not a readable weights file"),
+    (["dataset=cifar10"], "python -m qat_runner.data.prepare cifar10 DATA_DIR"),
+    (["dataset=imagenet", "data_dir=nowhere", "model=resnet50"], "data_dir=nowhere; there"),
+    (["clipping=percentile", "clipping.q=120"], "a percentile must lie in (0, 100]"),
+    (["clipping=static_octav", "clipping.calibration_batches=0"], "needs data to calibrate its scalars"),
+    (["epochs=0"], "epochs=0: must be 1 or more"),
+    (["device=cuda:99"], "device=cuda:99: this machine has"),
+    (["device=tpu"], "device=tpu: must be auto, cpu, cuda, cuda:N or mps"),
+    (["model.stem=large"], "model.stem=large: must be one of auto"),
+    (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
+    (["run_dir=taken"], "run_dir=taken: is not empty and holds no run"),
+    (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
+    (["--bits", "4"], "unrecognized arguments: --bits"),
+    (["-m", "bits=4,1"], "bits=1: must be"),
+    (["-m", "bits=8,4", "mode=ptq,oops", "weights=other.pt"], "mode=oops: must be one of"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG)
+def test_wrong_commands(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    torch.save(build_model("resnet56", 10, 8).state_dict(), tmp_path / "other.pt")
+    state = build_model("resnet20", 10, 8).state_dict()
+    torch.save(state | {"conv1.weight": torch.zeros(16, 3, 1, 1)}, tmp_path / "shape.pt")
+    (tmp_path / "garbage.pt").write_text("no weights")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("qat-run: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_folder_of_another_config_is_not_touched(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=1", "run_dir=mine") == 0
+    capsys.readouterr()
+    assert run("epochs=1", "seed=1", "run_dir=mine") == 2
+    assert "run_dir=mine: holds a run with another seed; overwrite=true replaces it" in capsys.readouterr().err
+    assert json.loads(Path("mine/summary.json").read_text())["seed"] == 0
+    Path("precious").mkdir()
+    Path("precious/thesis.tex").touch()
+    assert run("epochs=1", "run_dir=precious", "overwrite=true") == 2
+    assert Path("precious/thesis.tex").exists()
+
+
+def test_a_damaged_checkpoint_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=1", "run_dir=mine") == 0
+    Path("mine/summary.json").unlink()
+    Path("mine/checkpoints/last.pt").write_bytes(b"half")
+    assert run("epochs=1", "run_dir=mine") == 1
+    assert "last.pt cannot be read" in capsys.readouterr().err
+
+
+def test_help_and_config_do_no_work(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--cfg", "job") == 0
+    assert "weight_bits: null" in capsys.readouterr().out
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    for word in ("Examples", "qat-run -m bits=4,6,8", "clipping: max, mse_sweep, octav", "weight_bits: null"):
+        assert word in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logging_leaves_others_alone(run: Run) -> None:
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    assert run("epochs=1", "limit_train_batches=1") == 0
+    assert root.handlers == handlers

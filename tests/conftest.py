@@ -1,0 +1,17 @@
+"""Shared fixtures. Tests run on two threads at most, and never see the user's environment."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.delenv("QAT_DATA_DIR", raising=False)
+    os.environ.setdefault("MPLBACKEND", "Agg")

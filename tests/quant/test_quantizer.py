@@ -1,0 +1,124 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat_runner.quant import Quantizer, fake_quantize, maximum, octav
+
+
+def test_dynamic_solves_in_training_and_remembers() -> None:
+    q = Quantizer(4, momentum=0.25)
+    first, second = torch.randn(100), torch.randn(100) * 3
+    torch.testing.assert_close(q(first), fake_quantize(first, octav(first, 4), 4))
+    torch.testing.assert_close(q.running_s, octav(first, 4))
+    q(second)
+    torch.testing.assert_close(q.s, octav(second, 4))
+    torch.testing.assert_close(q.running_s, 0.75 * octav(first, 4) + 0.25 * octav(second, 4))
+    assert q.batches.item() == 2
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "running", "frozen"])
+def test_eval_modes(mode: str) -> None:
+    q = Quantizer(4, eval_mode=mode)
+    for _ in range(3):
+        q(torch.randn(100))
+    before = copy.deepcopy(q.state_dict())
+    q.eval()
+    x = torch.randn(100) * 5
+    s = {"dynamic": octav(x, 4), "running": q.running_s, "frozen": q.s}[mode]
+    torch.testing.assert_close(q(x), fake_quantize(x, s, 4))
+    assert all(torch.equal(q.state_dict()[k], v) for k, v in before.items())  # eval remembers nothing
+
+
+def test_static_calibrates_to_the_mean_and_holds() -> None:
+    q = Quantizer(4, dynamic=False)
+    with pytest.raises(RuntimeError, match="no clipping scalars yet"):
+        q(torch.randn(10))
+    batches = [torch.randn(100) * scale for scale in (1, 2, 3)]
+    with q.calibrating():
+        for x in batches:
+            assert q(x) is x
+    expected = torch.stack([octav(x, 4) for x in batches]).mean()
+    torch.testing.assert_close(q.s, expected)
+    for _ in (q.train(), q.eval()):
+        q(torch.randn(100) * 9)
+        torch.testing.assert_close(q.s, expected)
+    with q.calibrating():  # from scratch
+        q(batches[0])
+    torch.testing.assert_close(q.s, octav(batches[0], 4))
+
+
+def test_per_channel() -> None:
+    q = Quantizer(4, shape=(6, 1, 1, 1), clipping="max")
+    x = torch.randn(6, 3, 3, 3)
+    torch.testing.assert_close(q(x), fake_quantize(x, maximum(x, 4, dim=0), 4))
+    assert (q.granularity, q.dim, tuple(q.s.shape)) == ("channel", 0, (6, 1, 1, 1))
+    assert Quantizer(4, shape=(1, 1)).dim == 0
+
+
+def test_state_travels() -> None:
+    q, other = Quantizer(4), Quantizer(4, eval_mode="frozen")
+    q(torch.randn(50))
+    other.load_state_dict(q.state_dict())
+    other.eval()
+    x = torch.randn(50)
+    torch.testing.assert_close(other(x), fake_quantize(x, q.s, 4))
+    fresh = Quantizer(4)
+    fresh.load_state_dict({})  # a full-precision state dict has no such keys
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Quantizer(4, shape=(3, 1)).load_state_dict(q.state_dict())
+
+
+def test_scalars_stay_in_full_precision() -> None:
+    q = Quantizer(4)
+    q(torch.randn(100))
+    before = q.s.clone()
+    half = q.half()
+    assert half.s.dtype == torch.float32
+    assert torch.equal(half.s, before)
+    assert half(torch.randn(10, dtype=torch.float16)).dtype == torch.float16
+    assert q.double().s.dtype == torch.float64
+
+
+def test_not_finite_is_refused_outside_training_only() -> None:
+    q = Quantizer(4)
+    bad = torch.tensor([1.0, float("nan")])
+    assert q(bad).isnan().any()
+    q.eval()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        q(bad)
+
+
+def test_disabled_passes_on() -> None:
+    q = Quantizer(2)
+    q.enabled = False
+    x = torch.randn(10)
+    assert q(x) is x
+
+
+def test_a_clipping_function_of_ones_own() -> None:
+    def half_of_max(x: Tensor, bits: int, signed: bool, dim: int | None, *, check: bool, share: float = 0.5) -> Tensor:
+        return maximum(x, bits, signed, dim, check=check) * share
+
+    q = Quantizer(4, clipping=half_of_max, share=0.25)
+    x = torch.randn(30)
+    torch.testing.assert_close(q(x), fake_quantize(x, x.abs().max() * 0.25, 4))
+    assert "half_of_max" in repr(q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bits": 1}, ValueError, "bits=1"),
+        ({"bits": 4, "clipping": "best"}, ValueError, "clipping='best'"),
+        ({"bits": 4, "gradient": "mph"}, ValueError, "gradient='mph'"),
+        ({"bits": 4, "eval_mode": "mean"}, ValueError, "eval_mode='mean'"),
+        ({"bits": 4, "clipping": "percentile", "q": 120.0}, ValueError, "q=120"),
+        ({"bits": 4, "clipping": "octav", "q": 99.0}, TypeError, "no option 'q'"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Quantizer(**arguments)

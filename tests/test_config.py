@@ -1,0 +1,142 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
+from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
+from qat_runner.errors import ConfigError
+from qat_runner.models import MODELS
+
+Compose = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def composed() -> Any:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
+        yield lambda *overrides: from_hydra(compose("config", overrides=list(overrides)))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def test_defaults(composed: Compose) -> None:
+    config = composed()
+    assert (config.model.name, config.dataset.name, config.clipping.name, config.gradient.name) == (
+        "resnet18",
+        "digits",
+        "octav",
+        "mph",
+    )
+    assert (config.weight_bits, config.activation_bits, config.first_last_bits) == (4, 4, 8)
+    assert config.data_dir == "data"
+
+
+def test_every_option_of_every_group_composes(composed: Compose) -> None:
+    assert options("model") == sorted(MODELS)
+    for group in ("model", "dataset", "clipping", "gradient", "recipe"):
+        for option in options(group):
+            composed(f"{group}={option}")
+    for option in options("recipe/paper"):
+        config = composed("dataset=imagenet", f"model={option}")
+        assert config.epochs == config.recipe.scratch.epochs
+
+
+@pytest.mark.parametrize(
+    ("model", "scratch", "retrain"),
+    [
+        ("resnet18", (512, 150, 0.1, 1e-4, 30), (256, 30, 1e-4, 10)),
+        ("resnet50", (512, 150, 0.1, 1e-4, 30), (256, 15, 1e-4, 5)),
+        ("resnet101", (512, 80, 0.1, 1e-4, 30), (256, 15, 1e-4, 5)),
+        ("mobilenet_v2", (1024, 300, 0.2, 4e-5, 100), (512, 30, 1e-2, 10)),
+        ("mobilenet_v3_small", (1024, 300, 0.2, 1e-5, 100), (512, 30, 1e-2, 10)),
+        ("mobilenet_v3_large", (1024, 300, 0.2, 1e-5, 100), (512, 30, 1e-2, 10)),
+    ],
+)
+def test_the_paper_s_recipes(
+    composed: Compose, model: str, scratch: tuple[float, ...], retrain: tuple[float, ...]
+) -> None:
+    """Appendix E.1."""
+    recipe = composed("dataset=imagenet", f"model={model}").recipe
+    s, r = recipe.scratch, recipe.retrain
+    assert (s.batch_size, s.epochs, s.lr, s.weight_decay, s.decay_every) == scratch
+    assert (r.batch_size, r.epochs, r.lr, r.decay_every) == retrain
+    assert r.weight_decay == s.weight_decay
+    assert {s.schedule, r.schedule} == {"step"}
+    assert {s.momentum, r.momentum} == {0.9}
+
+
+def test_what_follows_from_the_rest(composed: Compose) -> None:
+    config = composed("bits=6", "weight_bits=3", "epochs=2", "lr=0.5")
+    assert (config.weight_bits, config.activation_bits, config.epochs, config.lr) == (3, 6, 2, 0.5)
+    assert composed("mode=retrain", "weights=w.pt").epochs == config.recipe.retrain.epochs
+    assert composed("clipping=percentile", "clipping.q=99.9").clipping.options() == {"q": 99.9}
+
+
+def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_DATA_DIR", "/elsewhere")
+    assert composed().data_dir == "/elsewhere"
+    assert composed("data_dir=here").data_dir == "here"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bits=1"], "bits=1: must be 2 to 16, or 32"),
+        (["bits=17"], "bits=17: must be"),
+        (["weight_bits=0"], "weight_bits=0: must be"),
+        (["first_last_bits=1"], "first_last_bits=1: must be"),
+        (["mode=train"], "mode=train: must be one of scratch, retrain, ptq, evaluate"),
+        (["mode=ptq"], "mode=ptq: needs weights"),
+        (["mode=ptq", "weights=w.pt", "bits=32"], "nothing to quantize"),
+        (["weights=w.pt"], "mode=scratch starts from random weights"),
+        (["epochs=0"], "epochs=0: must be 1 or more"),
+        (["lr=0"], "lr=0.0: must be a positive number"),
+        (["lr=nan"], "lr=nan: must be a positive number"),
+        (["seed=-1"], "seed=-1: must be 0 or more"),
+        (["batch_size=0"], "batch_size=0"),
+        (["limit_val_batches=0"], "limit_val_batches=0"),
+        (["amp=half"], "amp=half: must be one of none, bf16, fp16"),
+        (["clipping=percentile", "clipping.q=120"], r"q=120\.0: a percentile must lie in"),
+        (["clipping=max", "clipping.q=99"], "clipping=max: clipping 'max' has no option 'q'"),
+        (["clipping.iterations=0"], "iterations=0"),
+        (["clipping=static_octav", "clipping.calibration_batches=0"], "needs data to calibrate"),
+        (["clipping.eval_mode=mean"], "clipping.eval_mode=mean: must be one of"),
+        (["recipe.scratch.schedule=linear"], "recipe.scratch.schedule=linear"),
+        (["recipe.scratch.momentum=1"], "recipe.scratch.momentum=1.0"),
+        (["dataset.mean=[1,2]"], "dataset.mean"),
+        (["dataset.std=[0]"], "dataset.std"),
+        (["gradient.name=x"], "gradient.name=x: must be one of"),
+        (["+foo=1"], "unknown key 'foo'"),
+        (["+model.foo=1"], "unknown key 'model.foo'"),
+    ],
+)
+def test_refusals(composed: Compose, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        composed(*overrides)
+
+
+def test_identity_and_name(composed: Compose) -> None:
+    config = composed()
+    assert run_name(config) == run_name(composed("bits=4", "runs_dir=x", "data_dir=y", "overwrite=true"))
+    assert run_name(config).startswith("resnet18_digits_scratch_4bit_octav_mph_seed0_")
+    assert len({run_name(composed(o)) for o in ("bits=5", "seed=1", "lr=0.2", "clipping=max", "weight_bits=5")}) == 5
+    baselines = {run_name(composed("bits=32", o)) for o in ("clipping=max", "gradient=ste", "first_last_bits=4")}
+    assert len(baselines) == 1
+    assert baselines.pop().startswith("resnet18_digits_scratch_fp32_seed0_")
+    evaluation = composed("mode=evaluate", "weights=w.pt")
+    assert run_name(evaluation) == run_name(replace(evaluation, epochs=99, lr=3.0))
+    assert differences(identity(config), identity(composed("seed=1", "dataset.image_size=16"))) == [
+        "dataset.image_size",
+        "seed",
+    ]
+
+
+def test_the_folder_of_configs_is_found() -> None:
+    assert (config_dir() / "config.yaml").is_file()
+    assert config_dir() == Path(__file__).resolve().parents[1] / "configs"

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.insertion import quantize_model
+from qat_runner.quant import fake_quantize, maximum, octav, sqnr_db
+from qat_runner.training.measure import Totals, evaluate, measure_noise
+
+CPU = torch.device("cpu")
+
+
+def network() -> nn.Module:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 7)
+    )
+    return quantize_model(layers, bits=4, example=torch.randn(2, 3, 8, 8))
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, 3, 8, 8), torch.randint(0, 7, (n,))) for n in sizes]
+
+
+def test_evaluation_over_uneven_batches() -> None:
+    model, data = network(), batches(10, 10, 3)
+    result = evaluate(model, data, CPU, "none")
+    logits = torch.cat([model(x) for x, _ in data]).detach()
+    labels = torch.cat([y for _, y in data])
+    assert result["samples"] == 23
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    hits = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    assert result["top5"] == pytest.approx(100 * hits)
+
+
+def test_fewer_than_five_classes() -> None:
+    totals = Totals.on(CPU)
+    totals.add(torch.tensor(0.5), torch.eye(3), torch.tensor([0, 1, 0]))
+    assert totals.read() == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100, "samples": 3}
+    assert Totals.on(CPU).read()["loss"] == 0
+
+
+def test_noise_of_every_tensor() -> None:
+    model, data = network(), batches(6)
+    inputs: dict[str, Tensor] = {}
+    model[2].register_forward_pre_hook(lambda m, a: inputs.update(x=a[0].clone()))
+    rows = {(r.layer, r.tensor): r for r in measure_noise(model, data, CPU, "none")}
+    assert len(rows) == 6
+    row, x = rows["2", "input"], inputs["x"]
+    s = octav(x, 4, signed=False)
+    assert (row.bits, row.signed, row.granularity) == (4, False, "tensor")
+    assert row.s == pytest.approx(s.item())
+    assert row.sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, s, 4, False)).item())
+    assert row.max_sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, maximum(x, 4, False), 4, False)).item())
+    w = model[2].weight
+    assert rows["2", "weight"].s == pytest.approx(octav(w, 4, dim=0).mean().item())
+    assert rows["2", "weight"].granularity == "channel"
+    assert measure_noise(model, [], CPU, "none") == []
+
+
+def test_autocast_changes_the_precision() -> None:
+    model, data = network(), batches(4)
+    exact, rounded = evaluate(model, data, CPU, "none"), evaluate(model, data, CPU, "bf16")
+    assert exact["loss"] != rounded["loss"]
+    assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.05)

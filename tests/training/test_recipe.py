@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from qat_runner.config import StageConfig
+from qat_runner.training.recipe import learning_rate, make_optimizer
+
+
+def test_step_decay_is_exact() -> None:
+    stage = StageConfig(epochs=90, batch_size=1, lr=0.1, schedule="step", decay_every=30, decay_factor=0.1)
+    rates = [learning_rate(stage, 0.1, 90, epoch, step, 7) for epoch in range(90) for step in range(7)]
+    assert rates[: 30 * 7] == [0.1] * 210
+    assert rates[30 * 7] == pytest.approx(0.01)
+    assert rates[-1] == pytest.approx(0.001)
+
+
+def test_cosine_and_warmup() -> None:
+    stage = StageConfig(epochs=10, batch_size=1, lr=1.0, schedule="cosine", warmup_epochs=2)
+    rates = [learning_rate(stage, 1.0, 10, epoch, step, 5) for epoch in range(10) for step in range(5)]
+    assert rates[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert rates[10] == 1.0
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), T_max=40)
+    expected = []
+    for _ in range(40):
+        expected.append(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+    assert rates[10:] == pytest.approx(expected)
+
+
+def test_optimizer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = make_optimizer(model, StageConfig(epochs=1, batch_size=1, lr=1.0, weight_decay=3e-4, momentum=0.8), 0.5)
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == 4
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.8, 3e-4)
