@@ -1,5 +1,5 @@
-"""The schema of configs/: every key of a run, typed, with unit and meaning. Contradictions are refused here, before
-any work.
+"""The schema of configs/: every key of a run, typed, with unit and meaning.
+
 
 A `Config` as composed by Hydra may leave out what follows from the rest (bits of weights, epochs, ...); `resolve`
 fills that in and
@@ -45,8 +45,7 @@ class DatasetConfig:
     std: list[float] = MISSING
     """normalization, a number a channel, of values in 0..1"""
     augment: str = "none"
-    """training pictures held in memory: none, crop or crop_flip. Folders of pictures always get the ImageNet
-    augmentation."""
+    """of training pictures held in memory: none, crop or crop_flip; folders of pictures get ImageNet's"""
     val_batch_size: int = 500
     """pictures a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
     workers: int = 4
@@ -72,8 +71,7 @@ class ClippingConfig:
     calibration_batches: int = 5
     """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on"""
     eval_mode: str = "dynamic"
-    """activation scalars in evaluation: dynamic (solved on each batch), running (average of training) or frozen (last
-    of training)"""
+    """activation scalars in evaluation: dynamic (solved on each batch), running (their average) or frozen (the last)"""
 
     def options(self) -> dict[str, Any]:
         """What is passed to the clipping method."""
@@ -128,8 +126,7 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     mode: str = "scratch"
-    """scratch: train from random weights; retrain: train from `weights`; ptq: quantize `weights` without training;
-    evaluate: as is"""
+    """scratch: train from random weights; retrain: from `weights`; ptq: quantize `weights`; evaluate: as is"""
     weights: str | None = None
     """.pt, .pth, .th or .safetensors file, or "torchvision" for the published weights"""
 

@@ -2,15 +2,13 @@
 
 
 class QatError(Exception):
-    """Base of the errors that are shown to a user as a sentence, without a traceback; the process ends with
-    `exit_code`."""
+    """Base of the errors that end the process with a sentence and `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(QatError):
-    """The request cannot be carried out as it stands: a wrong key or value, absent data, weights that do not fit.
-    Found before any work."""
+    """The request cannot be carried out: a wrong key or value, absent data, misfit weights. Found before any work."""
 
     exit_code = 2
 

@@ -89,8 +89,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _check_all(args: Sequence[str]) -> list[Path]:
-    """Compose and check every row of the request before any work; returns their run folders, none if nothing is to be
-    run."""
+    """Compose and check every row of the request before any work; returns the run folders of the rows."""
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_args(args)
@@ -110,8 +109,7 @@ def _check_all(args: Sequence[str]) -> list[Path]:
 
 
 def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
-    """Hand the request to Hydra, whose launcher may run its rows here or elsewhere; errors of rows that run here are
-    collected."""
+    """Let Hydra's launcher run the rows, here or elsewhere; errors of rows that run here are collected."""
 
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:

@@ -18,8 +18,7 @@ RESIZE_RATIO = 256 / 224
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Pictures of one half. An item is asked for as (seed, index): chance in its augmentation comes from that seed
-    and index alone."""
+    """Pictures of one half, asked for as (seed, index): augmentation depends on these two alone."""
 
     def __init__(self, folder: Path, transform: Any) -> None:
         self.files = ImageFolder(str(folder))

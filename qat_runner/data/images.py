@@ -1,10 +1,8 @@
-"""Image data sets: batches of normalized pictures, in an order and with augmentation that depend on (seed, epoch)
-alone.
+"""Image data sets as batches of normalized pictures.
 
-So an epoch can be repeated exactly by whoever knows its number, whatever came before it. Small data sets are held in
-memory and augmented
-a batch at a time; folders of pictures are decoded by worker processes, which hand over bytes that are normalized on
-the device.
+Order and augmentation depend on (seed, epoch) alone, so an epoch can be repeated exactly, whatever came before it.
+Small data sets are held in memory and augmented a batch at a time; folders of pictures are decoded by worker processes.
+Both hand over bytes, which are normalized on the device.
 """
 
 from collections.abc import Iterator
@@ -17,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
-"""Of pictures in memory: a shift by up to an eighth of the side (zeros outside), and a mirror image every other
-time."""
+"""Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
 
 Batch = tuple[Tensor, Tensor]
 """pictures uint8 [N, C, H, W], labels int64 [N]"""

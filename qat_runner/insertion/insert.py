@@ -138,8 +138,7 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
 
 
 def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
-    """Names of the first convolution and the last linear layer; where there is none of the kind, of the first or last
-    layer."""
+    """Names of the first convolution and the last linear layer, or of the first and last layer where there is none."""
     if not order:
         return set()
     first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
@@ -207,8 +206,7 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the quantized tensors: layer, tensor, bits, signed, granularity, elements (of an input: for one
-    sample)."""
+    """A table of the quantized tensors; elements of an input are those of one sample."""
     rows = [
         (
             t.layer,
@@ -245,8 +243,7 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
 
 
 def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a quantized model without the quantizers' entries: loads strictly into the full-precision
-    model."""
+    """The state dict of a quantized model without its quantizers: loads strictly into the full-precision model."""
     prefixes = tuple(f"{name}." for name, _ in each(model, lambda m: isinstance(m, Quantizer)))
     return (
         {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
@@ -257,6 +254,5 @@ def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scalars(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each quantized tensor -> the clipping scalars of its latest call, float, any shape; without those never
-    called."""
+    """Name of each quantized tensor -> the clipping scalars of its latest call; tensors never seen are left out."""
     return {t.name: t.quantizer.last_s for t in quantized_tensors(model) if t.quantizer.last_s is not None}

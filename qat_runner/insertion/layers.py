@@ -15,8 +15,7 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; the bias stays as it
-    is."""
+    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias untouched."""
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
@@ -28,7 +27,7 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantLinear(nn.Linear):
-    """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; the bias stays as it is."""
+    """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; bias untouched."""
 
     weight_quantizer: nn.Module
     input_quantizer: nn.Module

@@ -39,8 +39,7 @@ class Policy:
     gradient: str = "mph"
     """ste, pwl, mad or mph"""
     eval_mode: str = "dynamic"
-    """what activation quantizers do in eval(): dynamic, running or frozen. Weights are there to be solved again at
-    any time."""
+    """what activation quantizers do in eval(): dynamic, running or frozen; weights are always solved"""
     conv_granularity: str = "channel"
     """clipping scalars of a convolution weight: one per output channel, or one per tensor"""
     linear_granularity: str = "tensor"

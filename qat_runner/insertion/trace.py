@@ -1,5 +1,5 @@
-"""What a model does with one batch: which layers it calls, how often, in which order, and on inputs that can be
-negative or not.
+"""What a model does with one batch: the layers it calls, how often, in which order, on inputs of which sign.
+
 
 A forward pass in eval mode is watched call by call. "Cannot be negative" is a matter of structure: the tag starts at
 functions such
@@ -64,8 +64,7 @@ class Trace:
 
 
 class _Watch(TorchFunctionMode):
-    """Passes the "cannot be negative" tag from inputs to outputs, and notes products computed outside of the known
-    layers."""
+    """Passes the "cannot be negative" tag on, and notes products computed outside of the known layers."""
 
     def __init__(self) -> None:
         super().__init__()

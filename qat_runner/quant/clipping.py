@@ -40,8 +40,7 @@ class _Magnitudes(NamedTuple):
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
-    """Validate x and dim; returns x as at least two-dimensional where that is needed, and the dimensions one scalar
-    spans."""
+    """Validate x and dim; returns x, with at least one dimension, and the dimensions that one scalar spans."""
     if not x.is_floating_point():
         raise TypeError(f"a clipping scalar needs a floating tensor, not {x.dtype}")
     if dim is not None and not -x.ndim <= dim < x.ndim:

@@ -50,6 +50,5 @@ class Grid:
 
     @property
     def rounding_noise(self) -> float:
-        """k, such that rounding alone costs k * s^2 on average: D^2 / 12 in units of s^2, that is 4^-B / 3 or 4^-B /
-        12."""
+        """k, such that rounding alone costs k * s^2 on average: 4^-B / 3, or 4^-B / 12 when unsigned."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)

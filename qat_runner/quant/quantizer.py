@@ -146,7 +146,7 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():  # scalars stay in full precision (section 4), also in a half-precision model
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
@@ -164,8 +164,7 @@ class Quantizer(nn.Module):
 def _clipping_method(
     clipping: str | Callable[..., Tensor], options: dict[str, Any]
 ) -> tuple[str, Callable[..., Tensor]]:
-    """Name and function of a clipping method with its options bound; what does not fit is refused now, not in the
-    first step."""
+    """Name and function of a clipping method, options bound; misfits are refused now, not in the first step."""
     if isinstance(clipping, str):
         if clipping not in CLIPPING_METHODS:
             raise ValueError(f"clipping={clipping!r}: must be one of {', '.join(CLIPPING_METHODS)}")

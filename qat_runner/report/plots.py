@@ -42,8 +42,7 @@ def plot_curves(folder: Path) -> None:
 
 
 def plot_noise(folder: Path) -> None:
-    """noise.png: SQNR of each tensor, the chosen clipping beside max-scaling, from the latest epoch of layers.csv.
-    Nothing where none was measured."""
+    """noise.png: SQNR of each tensor in the latest epoch of layers.csv, beside max-scaling."""
     rows = read_rows(folder / "layers.csv")
     if not rows:
         return

@@ -11,8 +11,7 @@ def _number(value: object, digits: int) -> str:
 
 
 def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from the contents of summary.json; the drop is against the full-precision run of the same model,
-    data, mode and seed."""
+    """A row a run, from summary.json, each beside the full-precision run of the same model, data, mode and seed."""
     baselines = {_setting(s): s["top1"] for s in summaries if s["clipping"] == "none"}
     rows = []
     for s in summaries:

@@ -107,8 +107,7 @@ class Record:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON in one go: path holds the old content or the new one, never half of it. NaN and infinity become
-    null."""
+    """Write JSON: path holds the old content or the new one, never half of it. NaN and infinity become null."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_finite(content), indent=2) + "\n")
     os.replace(temporary, path)
