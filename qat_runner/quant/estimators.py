@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat_runner.quant import kernels
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
 
@@ -33,7 +34,7 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.save_for_backward(x, s)
         ctx.signed = grid.signed
         ctx.gradient = gradient
-        return eager.fake_quantize(x, s, grid)
+        return kernels.backend().fake_quantize(x, s, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +49,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
-        return eager.fake_quantize_backward(grad, x, s, ctx.signed, ctx.gradient), None, None, None
+        return kernels.backend().fake_quantize_backward(grad, x, s, ctx.signed, ctx.gradient), None, None, None
 
 
 def fake_quantize(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, gradient: str = "mad") -> Tensor:

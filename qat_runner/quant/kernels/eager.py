@@ -17,24 +17,38 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def clip_sums(a: Tensor, dims: tuple[int, ...]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Prepare the reads of `a` that Newton-Raphson needs: one OCTAV step (Corollary 3.2) is one of them plus scalars.
+def magnitudes(x: Tensor, signed: bool) -> Tensor:
+    """What is clipped: |x| on a signed grid, max(x, 0) on an unsigned one; always fresh memory, in `compute_dtype`."""
+    a = x.abs() if signed else x.clamp(min=0)
+    return a.to(compute_dtype(x))
+
+
+def reader(
+    x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Prepare the reads of x that OCTAV needs: one Newton step (Corollary 3.2) is one read plus scalars.
 
     Args:
-        a: magnitudes, >= 0, float32 or float64, any shape.
-        dims: the dimensions to sum over; they are kept, with size 1.
+        x: any shape and floating dtype.
+        unit: > 0, broadcastable to x with size 1 in `dims`: magnitudes are divided by it, so that no sum overflows.
+        signed: which magnitudes.
+        dims: the dimensions to sum over, at least one; they are kept, with size 1.
 
     Returns:
-        read(s), with s broadcastable to `a`: (sum of (a - s) over a > s, number of a > s), in the dtype of `a`.
-        At s = 0 these are the sum and the number of non-zeros. The buffer of `read` is reused by its next call.
+        read(s), with s in units of `unit` and of its shape: for a = magnitudes / unit the sums
+        (sum of (a - s) over a > s, number of a > s, sum of a, number of a > 0), in `compute_dtype`, shape of `unit`.
     """
+    a = magnitudes(x, signed)
+    nonzero = torch.count_nonzero(a, dims).reshape(unit.shape).to(a.dtype)  # before small ones can vanish
+    a.div_(unit)
+    total = a.sum(dims, keepdim=True)
     buffer = torch.empty_like(a)
 
-    def read(s: Tensor) -> tuple[Tensor, Tensor]:
+    def read(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         torch.sub(a, s, out=buffer).relu_()
         excess = buffer.sum(dims, keepdim=True)
-        count = buffer.sign_().sum(dims, keepdim=True)
-        return excess, count
+        outside = buffer.sign_().sum(dims, keepdim=True)
+        return excess, outside, total, nonzero
 
     return read
 
