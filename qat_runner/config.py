@@ -1,15 +1,14 @@
 """The schema of configs/: every key of a run, typed, with unit and meaning.
 
-
-A `Config` as composed by Hydra may leave out what follows from the rest (bits of weights, epochs, ...); `resolve`
-fills that in and
-`check` refuses what cannot be meant. A run's `config.yaml` is the resolved one.
+A `Config` as composed by Hydra may leave out what follows from the rest (bits of weights, epochs, ...). `resolve` fills
+that in, and `check` refuses what cannot be meant, before any work. A run's `config.yaml` is the resolved one.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -150,9 +149,9 @@ class Config:
     lr: float | None = None
     """null: the recipe's"""
     seed: int = 0
-    """of initialization, data order and augmentation"""
+    """of initialization, data order and augmentation; 0 to 2^32 - 1"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps"""
+    """auto, cpu, cuda or cuda:N"""
     amp: str = "none"
     """none, bf16 or fp16: autocast of convolutions and matrix products"""
     channels_last: bool = False
@@ -289,9 +288,11 @@ def check(config: Config) -> None:
     ]
     for name, count, least in counts:
         _require(count is None or count >= least, name, count, f"{least} or more")
+    _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
     assert config.lr is not None
     _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
     for name, stage in _stages(config):
+        _require(0 < stage.decay_factor <= 1, f"recipe.{name}.decay_factor", stage.decay_factor, "above 0, at most 1")
         _require(0 <= stage.momentum < 1, f"recipe.{name}.momentum", stage.momentum, "at least 0 and below 1")
         _require(
             0 <= stage.label_smoothing < 1,
@@ -343,6 +344,10 @@ def _check_mode(config: Config) -> None:
         raise ConfigError(
             f"weights={config.weights}: mode=scratch starts from random weights; use mode=retrain, ptq or evaluate"
         )
+    if config.mode == "scratch" and config.needs_calibration:
+        raise ConfigError(
+            "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
+        )
     if config.mode == "ptq" and config.policy.full_precision:
         raise ConfigError(
             f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
@@ -365,13 +370,18 @@ PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite")
 def identity(config: Config) -> dict[str, Any]:
     """The keys of a resolved config that decide its result: what is equal here is the same run.
 
-    Clipping and gradient are no part of a full-precision run, nor is the recipe of one that does not train.
+    Weights count by content, wherever they lie. Clipping and gradient are no part of a full-precision run, nor is the
+    recipe of one that does not train.
     """
     keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
     del keys["bits"], keys["dataset"]["workers"]
+    if config.weights is not None:
+        keys["weights"] = _content(config.weights)
+    if config.dataset.name == "imagefolder":  # any folder of pictures goes by this name
+        keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
     keys["recipe"] = asdict(config.stage) if config.training else None
     if not config.training:
-        for key in ("epochs", "batch_size", "lr"):
+        for key in ("epochs", "lr", *([] if config.needs_calibration else ["batch_size"])):
             del keys[key]
     if config.policy.full_precision:
         for key in (
@@ -384,6 +394,15 @@ def identity(config: Config) -> dict[str, Any]:
         ):
             del keys[key]
     return keys
+
+
+def _content(weights: str) -> str:
+    """A fingerprint of a weights file; its name where there is no such file."""
+    path = Path(weights)
+    if not path.is_file():
+        return weights
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_name(config: Config) -> str:

@@ -1,15 +1,12 @@
 """config -> data, model, policy, trainer -> a run. The only room that knows them all.
 
-`prepare` refuses what can be refused without work, `run` builds everything before it makes the run's folder, so a
-request that cannot be
-carried out leaves nothing behind.
+`prepare` refuses what can be refused without work, and `run` builds everything before it makes the run's folder, so
+that a request that cannot be carried out leaves nothing behind.
 """
 
-import itertools
-import json
 import logging
+import os
 import shutil
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,16 @@ from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
 from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
-from qat_runner.models import MODELS, STEMS, build_model, find_weights, load_weights
+from qat_runner.models import MODELS, STEMS, TORCHVISION, build_model, find_weights, load_weights, match_weights
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint
 from qat_runner.training.loop import Trainer
-from qat_runner.training.tracking import Record, environment, write_json
+from qat_runner.training.tracking import RECORDED, Record, environment, read_json, write_json
 
 log = logging.getLogger("qat_runner")
+
+CALIBRATION_EPOCH = 10**6
+"""The number of the epoch whose first batches calibrate: one that training never comes to."""
 
 
 def prepare(config: Config) -> Path:
@@ -46,70 +46,79 @@ def prepare(config: Config) -> Path:
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
     find_device(config.device)
-    if config.amp != "none" and config.device == "mps":
-        raise ConfigError(f"amp={config.amp}: not available on mps")
     find_dataset(config.dataset, config.data_dir)
     if config.weights is not None:
-        find_weights(config.weights, config.model.name)
-    folder = (
-        Path(config.run_dir).expanduser()
-        if config.run_dir is not None
-        else Path(config.runs_dir).expanduser() / run_name(config)
-    )
+        _check_weights(config)
+    chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
+    folder = Path(chosen).expanduser()
     _check_folder(folder, config)
     return folder
 
 
+def _check_weights(config: Config) -> None:
+    """Try the weights on a model without memory."""
+    assert config.weights is not None
+    find_weights(config.weights, config.model.name)
+    if config.weights != TORCHVISION and config.dataset.num_classes is not None:
+        with torch.device("meta"):
+            model = build_model(
+                config.model.name, config.dataset.num_classes, config.dataset.image_size, config.model.stem
+            )
+        match_weights(model, config.weights, config.model.name, new_head=config.mode == "retrain")
+
+
 def find_device(name: str) -> torch.device:
-    """auto -> the best there is; any other name must exist.
+    """auto -> a GPU if there is one, else the CPU; any other name must exist.
 
     Raises:
         ConfigError: no such device here.
     """
     if name == "auto":
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps") from error
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
-        device.type
-    )
-    if count is None:
-        raise ConfigError(f"device={name}: must be auto, cpu, cuda, cuda:N or mps")
-    if (device.index or 0) >= count:
-        raise ConfigError(f"device={name}: this machine has {count} such device(s)")
-    return device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    kind, _, index = name.partition(":")
+    if kind not in known or (index and not index.isdigit()):
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= known[kind]:
+        raise ConfigError(f"device={name}: this machine has {known[kind]} of the kind")
+    return torch.device(name)
 
 
 def _check_folder(folder: Path, config: Config) -> None:
+    """Refuse a run folder that holds anything but this run, or under overwrite=true anything but a run."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise ConfigError(f"run_dir={folder}: {parent} is a file, not a folder")
-    saved = folder / "config.yaml"
-    if config.overwrite:
-        if folder.exists() and any(folder.iterdir()) and not saved.is_file():
-            raise ConfigError(
-                f"run_dir={folder}: holds files but no run (no config.yaml), so overwrite=true will not delete it"
-            )
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir={folder}: {parent} cannot be written to")
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if saved.is_file():
-        old = OmegaConf.to_container(OmegaConf.load(saved))
-        changed = differences(_identity_of(old), identity(config))
-        if changed:
-            raise ConfigError(
-                f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"run_dir={folder}: is not empty and holds no run (no config.yaml)")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in RECORDED)
+    saved = _saved_config(folder)
+    if saved is None or (config.overwrite and foreign):
+        what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
+        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
+    if config.overwrite:
+        if config.weights is not None and Path(config.weights).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"run_dir={folder}: overwrite=true would delete weights={config.weights}")
+        return
+    changed = differences(identity(saved), identity(config))
+    if changed:
+        raise ConfigError(
+            f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it"
+        )
 
 
-def _identity_of(saved: Any) -> dict[str, Any]:
-    merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-    assert isinstance(merged, Config)
-    return identity(merged)
+def _saved_config(folder: Path) -> Config | None:
+    """The config of the run that a folder holds; None if it holds none."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        saved = OmegaConf.to_object(merged)
+        assert isinstance(saved, Config)
+        identity(saved)
+    except Exception:  # no such file, no YAML, no config of ours
+        return None
+    return saved
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -126,12 +135,13 @@ def run(config: Config) -> dict[str, Any]:
     finished = folder / "summary.json"
     if finished.is_file() and not config.overwrite:
         log.info(f"{folder} is finished already (overwrite=true starts anew)")
-        return read_summary(folder)
+        result: dict[str, Any] = read_json(finished)
+        return result
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config)
     if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(folder)  # nothing but a run: `prepare` has looked
     return _carry_out(
         config, folder, model, data, [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     )
@@ -161,21 +171,25 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
         log.info(f"weights {config.weights}: {loaded}")
     if config.needs_calibration:
         _calibrate(config, model, data)
+    for tensor in quantized_tensors(model):
+        if not (config.training or tensor.quantizer.ready):
+            raise ConfigError(
+                f"weights={config.weights}: holds no clipping scalars for {tensor.name} at these bits, which "
+                f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
+            )
     return model, data
 
 
 def _example(config: Config, data: ImageData) -> Tensor:
     """A few real training pictures, to see what the model does with."""
-    pictures, _ = next(data.train_batches(2, epoch=0))
+    pictures, _ = next(data.train_batches(2, epoch=0, limit=1))
     return pictures
 
 
 def _calibrate(config: Config, model: nn.Module, data: ImageData) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
-    assert config.batch_size is not None and config.epochs is not None
-    batches = itertools.islice(
-        data.train_batches(config.batch_size, epoch=config.epochs), config.clipping.calibration_batches
-    )
+    assert config.batch_size is not None
+    batches = data.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
     try:
         used = calibrate(model, (pictures for pictures, _ in batches))
     except ValueError as error:
@@ -195,22 +209,17 @@ def _carry_out(config: Config, folder: Path, model: nn.Module, data: ImageData, 
     record: Record | None = None
     try:
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-        write_json(folder / "environment.json", environment())
+        _record_environment(folder / "environment.json", resuming)
         record = Record(folder, epoch=_epochs_done(folder) if resuming else -1)
         trainer = Trainer(config, model, data, record)
         _describe(config, folder, model, notes)
         if resuming:
             trainer.resume()
             log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}")
-        began = time.perf_counter()
         if config.training:
             trainer.fit()
         else:
-            trainer.state.val = trainer.evaluate()
-            trainer.state.best_top1 = trainer.state.val["top1"]
-            trainer.measure_noise()
-            trainer.state.seconds = time.perf_counter() - began
-            trainer.state.images_per_second = trainer.state.val["samples"] / trainer.state.seconds
+            trainer.evaluate()
         result = _summarize(config, trainer)
         plot_curves(folder)
         plot_noise(folder)
@@ -229,6 +238,20 @@ def _carry_out(config: Config, folder: Path, model: nn.Module, data: ImageData, 
             record.close()
         log.removeHandler(handler)
         handler.close()
+
+
+def _record_environment(path: Path, resuming: bool) -> None:
+    """What the run began in; and, under "resumed", what each later sitting went on in."""
+    now = environment()
+    if not (resuming and path.is_file()):
+        write_json(path, now)
+        return
+    first = read_json(path)
+    first.setdefault("resumed", []).append(now)
+    for key in ("packages", "git", "machine"):
+        if now[key] != first[key]:
+            log.warning(f"going on with other {key} than the run began with: numbers may differ from an unbroken run's")
+    write_json(path, first)
 
 
 def _epochs_done(folder: Path) -> int:
@@ -276,9 +299,3 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "quantization_mse": sum(mses) / len(mses) if mses else None,
         "run_dir": str(trainer.record.folder),
     }
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished run."""
-    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return content

@@ -41,7 +41,7 @@ def test_every_option_of_every_group_composes(composed: Compose) -> None:
     assert options("model") == sorted(MODELS)
     for group in ("model", "dataset", "clipping", "gradient", "recipe"):
         for option in options(group):
-            composed(f"{group}={option}")
+            composed(f"{group}={option}", "mode=ptq", "weights=w.pt")
     for option in options("recipe/paper"):
         config = composed("dataset=imagenet", f"model={option}")
         assert config.epochs == config.recipe.scratch.epochs
@@ -105,7 +105,13 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["clipping=percentile", "clipping.q=120"], r"q=120\.0: a percentile must lie in"),
         (["clipping=max", "clipping.q=99"], "clipping=max: clipping 'max' has no option 'q'"),
         (["clipping.iterations=0"], "iterations=0"),
-        (["clipping=static_octav", "clipping.calibration_batches=0"], "needs data to calibrate"),
+        (["clipping=static_octav"], "no trained weights to calibrate on"),
+        (
+            ["clipping=static_octav", "clipping.calibration_batches=0", "mode=ptq", "weights=w.pt"],
+            "needs data to calibrate",
+        ),
+        (["recipe.scratch.decay_factor=-1"], "decay_factor=-1.0: must be above 0"),
+        (["seed=5000000000"], "seed=5000000000: must be below 2"),
         (["clipping.eval_mode=mean"], "clipping.eval_mode=mean: must be one of"),
         (["recipe.scratch.schedule=linear"], "recipe.scratch.schedule=linear"),
         (["recipe.scratch.momentum=1"], "recipe.scratch.momentum=1.0"),

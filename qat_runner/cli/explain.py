@@ -20,7 +20,9 @@ def explain(error: Exception, configs: Path) -> str:
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        options = sorted(path.stem for path in (configs / group).glob("*.yaml"))
+        options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
+        if not options:  # Hydra's own groups, or --config-name
+            return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
         return f"{group}={option}: must be one of {', '.join(options)}{_similar(option, options)}"
     text = " ".join(str(error).split())
     cause = error.__cause__ or error.__context__

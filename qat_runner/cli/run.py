@@ -9,7 +9,6 @@ broke off,
 2 the request cannot be carried out as it stands (and nothing was left behind).
 """
 
-import json
 import logging
 import os
 import sys
@@ -29,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
-from qat_runner.config import from_hydra, register
+from qat_runner.config import Config, differences, from_hydra, identity, register
 from qat_runner.errors import ConfigError, QatError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -64,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folders = _check_all(args)
         _run_all(args, failures)
-    except (HydraException, OmegaConfBaseException) as error:
+        _print_table(folders)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # some of Hydra's are bare ValueErrors
         return _fail(explain(error, config_dir()), 2)
     except QatError as error:
         return _fail(str(error), error.exit_code)
@@ -72,10 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on after the last full epoch", 130)
-    if folders:
-        _print_table(folders)
-    for failure in failures:
-        _fail(str(failure), failure.exit_code)
+    for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
+        _fail(sentence, code)
     return max((failure.exit_code for failure in failures), default=0)
 
 
@@ -101,11 +99,17 @@ def _check_all(args: Sequence[str]) -> list[Path]:
     if parsed.multirun and not any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
         overrides = OverridesParser.create().parse_overrides(parsed.overrides)
         rows = [row for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None) for row in batch]
-    folders = []
+    folders: dict[Path, Config] = {}
     with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
         for row in rows:
-            folders.append(prepare(from_hydra(compose(parsed.config_name or "config", overrides=list(row)))))
-    return list(dict.fromkeys(folders))
+            config = from_hydra(compose(parsed.config_name or "config", overrides=list(row)))
+            folder = prepare(config)
+            other = folders.setdefault(folder, config)
+            if changed := differences(identity(other), identity(config)):
+                raise ConfigError(
+                    f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it"
+                )
+    return list(folders)
 
 
 def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
@@ -129,9 +133,8 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
 
 def _print_table(folders: Sequence[Path]) -> None:
     from qat_runner.report.tables import results_table
+    from qat_runner.training.tracking import read_json
 
-    summaries: list[dict[str, Any]] = [
-        json.loads((f / "summary.json").read_text()) for f in folders if (f / "summary.json").is_file()
-    ]
+    summaries: list[dict[str, Any]] = [read_json(path) for f in folders if (path := f / "summary.json").is_file()]
     if summaries:
         log.info("\n" + results_table(summaries))

@@ -59,24 +59,33 @@ class FolderSource:
         self._val = _Pictures(folder / "val", center)
         self._workers = workers
         self.classes = self._train.files.classes
+        if self._val.files.classes != self.classes:
+            odd = sorted(set(self.classes) ^ set(self._val.files.classes))
+            raise ValueError(f"train/ and val/ differ in their class folders: {', '.join(odd[:5])}")
         self.train_size, self.val_size = len(self._train), len(self._val)
 
-    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]:
         chance = epoch_seed(seed, epoch)
         order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
-        order = order[: max(self.train_size // batch_size * batch_size, 1)] if self.train_size >= batch_size else order
-        return self._batches(self._train, [(chance % 2**63, index) for index in order], batch_size)
+        if self.train_size >= batch_size:  # full batches only
+            order = order[: self.train_size // batch_size * batch_size]
+        return self._batches(self._train, [(chance, index) for index in order], batch_size, limit)
 
-    def val(self, batch_size: int) -> Iterator[Batch]:
-        return self._batches(self._val, [(0, index) for index in range(self.val_size)], batch_size)
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+        return self._batches(self._val, [(0, index) for index in range(self.val_size)], batch_size, limit)
 
-    def _batches(self, pictures: _Pictures, items: list[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
+    def _batches(
+        self, pictures: _Pictures, items: list[tuple[int, int]], batch_size: int, limit: int | None
+    ) -> Iterator[Batch]:
+        items = items if limit is None else items[: limit * batch_size]  # workers decode no more than what is wanted
         loader = DataLoader(
             pictures,
             batch_size=batch_size,
-            sampler=items,  # any sized iterable of what __getitem__ takes
-            num_workers=self._workers,
+            sampler=items,
+            num_workers=min(self._workers, -(-len(items) // batch_size)),
             pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if self._workers else None,
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except RunError as error:  # from a worker it arrives with the worker's traceback as its message
+            raise RunError(str(error).strip().splitlines()[-1].rpartition("RunError: ")[2]) from None

@@ -5,6 +5,7 @@ Small data sets are held in memory and augmented a batch at a time; folders of p
 Both hand over bytes, which are normalized on the device.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,9 +28,9 @@ class Source(Protocol):
     train_size: int
     val_size: int
 
-    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]: ...
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]: ...
 
-    def val(self, batch_size: int) -> Iterator[Batch]: ...
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]: ...
 
 
 @dataclass
@@ -60,13 +61,13 @@ class ImageData:
         """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
         return max(self.train_size // batch_size, 1)
 
-    def train_batches(self, batch_size: int, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, in its own order and augmentation; any epoch >= 0 can be asked for at any time."""
-        return map(self._normalize, self.source.train(batch_size, self.seed, epoch))
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
+        """The first `limit` batches of an epoch, in its own order and augmentation; any epoch >= 0 at any time."""
+        return map(self._normalize, self.source.train(batch_size, self.seed, epoch, limit))
 
-    def val_batches(self, batch_size: int) -> Iterator[Batch]:
-        """All validation pictures in their own order, the last batch as small as it comes."""
-        return map(self._normalize, self.source.val(batch_size))
+    def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """The first `limit` batches of the validation pictures in their own order, the last as small as it comes."""
+        return map(self._normalize, self.source.val(batch_size, limit))
 
     def _normalize(self, batch: Batch) -> Batch:
         pictures, labels = batch
@@ -89,18 +90,27 @@ class MemorySource:
     def __post_init__(self) -> None:
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
 
-    def train(self, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(self.train_size, generator=generator)
         last = max(self.train_size // batch_size * batch_size, 1)
-        for start in range(0, last, batch_size):
+        for start in itertools.islice(range(0, last, batch_size), limit):
             chosen = order[start : start + batch_size]
             pictures, labels = (t[chosen] for t in self.training)
             yield augment(pictures, self.augmentation, generator), labels
 
-    def val(self, batch_size: int) -> Iterator[Batch]:
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
         pictures, labels = (torch.split(t, batch_size) for t in self.validation)
-        return zip(pictures, labels, strict=True)
+        return itertools.islice(zip(pictures, labels, strict=True), limit)
+
+
+def shrink(pictures: Tensor, size: int) -> Tensor:
+    """Pictures uint8 [N, C, H, H] averaged down to [N, C, size, size]; size must divide H."""
+    factor = pictures.shape[2] // size
+    if factor == 1:
+        return pictures
+    parts = [F.avg_pool2d(part.float(), factor).round_().to(torch.uint8) for part in pictures.split(4096)]
+    return torch.cat(parts)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -9,7 +9,7 @@ import torchvision
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.folder import FolderSource
-from qat_runner.data.images import Batch, ImageData, MemorySource, Source
+from qat_runner.data.images import Batch, ImageData, MemorySource, Source, shrink
 from qat_runner.errors import ConfigError
 
 PREPARE = "python -m qat_runner.data.prepare"
@@ -102,6 +102,18 @@ DATASETS: dict[str, tuple[Callable[[Path, DatasetConfig], Source], Callable[[Pat
 """Name -> (loader, whether a folder holds it or None where there is nothing to hold, what must lie there)."""
 
 
+def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
+    """The source with pictures of the size that the config asks for."""
+    has, wanted = source.training[0].shape[2], config.image_size
+    if has % wanted:
+        raise ConfigError(f"dataset.image_size={wanted}: must divide {has}, the pixels a side of {config.name}")
+    classes = 1 + max(int(labels.max()) for _, labels in (source.training, source.validation))
+    if config.num_classes is None or config.num_classes < classes:
+        raise ConfigError(f"dataset.num_classes={config.num_classes}: {config.name} has {classes} classes")
+    (train, train_labels), (val, val_labels) = source.training, source.validation
+    return MemorySource((shrink(train, wanted), train_labels), (shrink(val, wanted), val_labels), source.augmentation)
+
+
 def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
     """The folder that holds a data set: data_dir itself or its subfolder of the data set's name.
 
@@ -136,8 +148,12 @@ def load_dataset(config: DatasetConfig, data_dir: str, device: torch.device, see
     folder = find_dataset(config, data_dir)
     try:
         source = DATASETS[config.name][0](folder, config)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"dataset={config.name}: {folder} cannot be read ({error})") from error
+    except Exception as error:  # whatever a parser may raise on files that are something else
+        raise ConfigError(
+            f"dataset={config.name}: {folder} cannot be read ({error or type(error).__name__})"
+        ) from error
+    if isinstance(source, MemorySource):
+        source = _fit(source, config)
     num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
     if config.num_classes not in (None, num_classes):
         raise ConfigError(

@@ -14,15 +14,12 @@ from qat_runner.insertion.insert import quantized_tensors
 def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> int:
     """Set every quantizer's scalars to the mean of those that its clipping method finds on each batch.
 
-    The network runs in full precision and in eval mode meanwhile (BatchNorm with its running statistics); its
-    training flags
-    are restored. Weights come out as the scalars of the weights themselves.
+    Meanwhile the network runs in full precision and in eval mode (BatchNorm with its running statistics); its training
+    flags are restored. Weights come out with the scalars of the weights themselves.
 
     Args:
-        model: a model with quantizers, static ones or dynamic ones that are to be used with eval_mode running or
-            frozen.
-        batches: a few random training batches (the paper: 5), each an input tensor or the tuple of arguments of
-            forward.
+        model: with static quantizers, or dynamic ones that are to be used with eval_mode running or frozen.
+        batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward.
 
     Returns:
         How many batches were used.
@@ -38,7 +35,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> 
         try:
             model.eval()
             for batch in batches:
-                model(*(batch if isinstance(batch, tuple) else (batch,)))
+                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
                 used += 1
         finally:
             for module, flag in training:

@@ -69,10 +69,9 @@ def quantize_model(
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
         conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
-        example: a real batch (or the tuple of arguments of forward). Signed or unsigned inputs, the order of the
-            layers and what would be passed over
-            are found by running it once. Without it, order means order of registration and the rest is found on the
-            first forward pass.
+        example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
+            order of the layers, and what would be passed over. Without it, order means order of registration, and the
+            rest is found on the first forward pass of the model.
         **clipping_options: options of the clipping method, e.g. q=99.9.
 
     Returns:
@@ -105,19 +104,23 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
     layers, notes = _convertible(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize")
+        why = "".join(f"; {note}" for note in notes)
+        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
     seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
     ends = _ends([name for name in seen.layers if name in layers] if seen else list(layers), layers)
     for name, layer in layers.items():
         _convert(layer, policy, end=name in ends)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
+            module.register_forward_pre_hook(_no_fast_path)
     for note in notes:
         _warn(note)
     if seen is not None:
         _decide(model, seen)
     else:
-        _decide_on_first_batch(model)
+        model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
     return model
 
 
@@ -130,11 +133,16 @@ def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
             notes.append(
                 f"{name} is a {type(layer).__name__}, which may not compute what its base class does: left as it is"
             )
-        elif not layer.get_parameter("weight").is_floating_point():
-            notes.append(f"{name} has a weight of dtype {layer.get_parameter('weight').dtype}: left as it is")
+        elif not _weight(layer).is_floating_point():
+            notes.append(f"{name} has a weight of dtype {_weight(layer).dtype}: left as it is")
         else:
             layers[name] = layer
     return layers, notes
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight [K, ...] that a layer computes with, be it a parameter or what pruning makes of one."""
+    return layer.weight  # type: ignore[return-value]
 
 
 def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
@@ -156,13 +164,14 @@ def _convert(layer: nn.Module, policy: Policy, end: bool) -> None:
         if bits != FULL_PRECISION:
             quantizers[tensor] = Quantizer(
                 bits,
+                signed=True if tensor == "weight" else None,
                 shape=shapes[tensor],
                 clipping=policy.clipping,
                 gradient=gradients[tensor],
                 dynamic=policy.dynamic,
                 eval_mode=policy.eval_mode if tensor == "input" else "dynamic",
                 **policy.clipping_options,
-            ).to(layer.get_parameter("weight").device)
+            ).to(_weight(layer).device)
     convert(layer, quantizers["weight"], quantizers["input"])
 
 
@@ -171,20 +180,30 @@ def _decide(model: nn.Module, seen: Trace) -> None:
     for name, calls in seen.layers.items():
         layer = model.get_submodule(name)
         if is_quantized(layer) and isinstance(layer.input_quantizer, Quantizer):
-            layer.input_quantizer.signed = calls.signed
+            if not layer.input_quantizer.decided:
+                layer.input_quantizer.decide_sign(calls.signed)
             layer.input_elements = calls.elements  # type: ignore[assignment]
     for note in seen.notes:
         _warn(note)
 
 
-def _decide_on_first_batch(model: nn.Module) -> None:
-    def decide(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()
-        with quantizers_disabled(model):
-            seen = trace(model, *args, **kwargs)
-        _decide(model, seen)
+def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook, of the model, that works once."""
+    _remove_hook(model, _decide_on_first_batch)
+    with quantizers_disabled(model):
+        seen = trace(model, *args, **kwargs)
+    _decide(model, seen)
 
-    handle = model.register_forward_pre_hook(decide, with_kwargs=True)
+
+def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing: having one is what counts."""
+
+
+def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Remove a forward pre-hook by what it is: its handle would not follow the module through copying."""
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _warn(note: str) -> None:
@@ -196,7 +215,7 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
     found = []
     for name, layer in each(model, is_quantized):
         for tensor, elements in (
-            ("weight", layer.get_parameter("weight").numel()),
+            ("weight", _weight(layer).numel()),
             ("input", getattr(layer, "input_elements", None)),
         ):
             quantizer = getattr(layer, f"{tensor}_quantizer")
@@ -212,13 +231,17 @@ def summary(model: nn.Module) -> str:
             t.layer,
             t.tensor,
             t.quantizer.bits,
-            "yes" if t.quantizer.signed else "no",
+            _sign(t.quantizer),
             t.quantizer.granularity,
             t.elements or "?",
         )
         for t in quantized_tensors(model)
     ]
     return tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "elements"))
+
+
+def _sign(quantizer: Quantizer) -> str:
+    return ("yes" if quantizer.signed else "no") if quantizer.decided else "?"
 
 
 @contextmanager
@@ -239,6 +262,9 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained."""
     for _, layer in each(model, is_quantized):
         restore(layer)
+    for module in model.modules():
+        _remove_hook(module, _decide_on_first_batch)
+        _remove_hook(module, _no_fast_path)
     return model
 
 

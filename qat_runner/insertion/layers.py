@@ -1,9 +1,8 @@
 """Convolution and linear layers that quantize their weight and their input.
 
-A layer is converted in place by swapping its class, so the module object, its parameters, their names, its hooks and
-every
-other reference to it stay what they were; converting back is the same swap. The quantizers are two submodules,
-`weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
+A layer is converted in place by swapping its class, so that the module object, its parameters, their names, its hooks
+and every other reference to it stay what they were; converting back is the same swap. The quantizers are two
+submodules, `weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
 """
 
 from collections.abc import Callable

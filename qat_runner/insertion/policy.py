@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_runner.quant import BITS
 
@@ -73,6 +73,6 @@ class Policy:
 
     def weight_shape(self, layer: nn.Module) -> tuple[int, ...]:
         """Shape of the clipping scalars of a layer's weight [K, ...]: [K, 1, ...], or [] for one scalar."""
-        weight = layer.get_parameter("weight")
+        weight: Tensor = layer.weight  # type: ignore[assignment]
         granularity = self.conv_granularity if isinstance(layer, nn.Conv2d) else self.linear_granularity
         return (weight.shape[0], *[1] * (weight.ndim - 1)) if granularity == "channel" else ()

@@ -1,13 +1,9 @@
 """What a model does with one batch: the layers it calls, how often, in which order, on inputs of which sign.
 
-
 A forward pass in eval mode is watched call by call. "Cannot be negative" is a matter of structure: the tag starts at
-functions such
-as ReLU or sigmoid and passes through those that keep it (pooling, reshaping, sums of non-negative tensors ...).
-Values decide
-in one place only, where structure knows nothing: the model's own inputs. So an average pooled from hardswish outputs
-    is signed even if this one batch
-happens to be positive.
+functions such as ReLU or sigmoid and passes through those that keep it (pooling, reshaping, sums of tagged tensors).
+Values decide where structure knows nothing, at the model's own inputs. So an average pooled from hardswish outputs is
+signed even if this one batch happens to be positive.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_runner.insertion.layers import LAYERS, each, is_quantized
 
@@ -37,6 +34,7 @@ _PRODUCTS = {
     "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu",
 }
 # fmt: on
+_IN_PLACE = {"iadd", "imul", "isub", "itruediv"}
 _ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "itruediv"}
 
 
@@ -68,6 +66,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.tags = WeakTensorKeyDictionary()  # tensor -> True if it cannot be negative
         self.inside: list[str] = []  # the layers being called
         self.owner: list[str] = []  # the modules being called, for naming
         self.products: dict[str, None] = {}
@@ -76,56 +75,64 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
+        raw_name = getattr(func, "__name__", "")
+        name = raw_name.strip("_")
         out = func(*args, **kwargs)
         if name in _PRODUCTS and not self.inside:
             where = self.owner[-1] if self.owner else ""
-            self.products[
-                f"{name} called in {where or 'the model itself'} is not quantized: only Conv2d and Linear layers are"
-            ] = None
-        if name == "setitem":
-            args[0]._cannot_be_negative = False
+            note = f"{name} called in {where or 'the model itself'} is not quantized: only Conv2d and Linear layers are"
+            self.products[note] = None
         outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
-        if outputs:
-            nonnegative = _nonnegative(name, args, kwargs)
-            for t in outputs:
-                t._cannot_be_negative = nonnegative  # type: ignore[attr-defined]
+        nonnegative = self._nonnegative(name, args, kwargs)
+        in_place = name == "setitem" or (raw_name.endswith("_") and not raw_name.startswith("__")) or name in _IN_PLACE
+        if in_place and args and isinstance(args[0], Tensor) and not nonnegative:
+            self._untag_storage(args[0])
+        for t in outputs:
+            self.tags[t] = nonnegative
         return out
 
+    def is_tagged(self, t: Tensor) -> bool:
+        """Whether structure says that t cannot be negative."""
+        return bool(self.tags.get(t, False))
 
-def _nonnegative(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    if name in _STARTS:
-        return True
-    if name in ("hardtanh", "clamp", "clip", "clamp_min"):
-        low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
-        return isinstance(low, int | float) and low >= 0
-    if name == "pad" and (kwargs.get("value", args[3] if len(args) > 3 else None) or 0) < 0:
-        return False
-    if name in _KEEPS:
-        tensors, numbers = _flatten(args)
-        return (
-            bool(tensors) and all(map(is_tagged, tensors)) and (name not in _ARITHMETIC or all(n >= 0 for n in numbers))
-        )
-    return False
+    def _untag_storage(self, changed: Tensor) -> None:
+        """A view may have been written through: whatever shares its memory may be negative now."""
+        memory = changed.untyped_storage().data_ptr()
+        for t in list(self.tags):
+            if t.untyped_storage().data_ptr() == memory:
+                self.tags[t] = False
+
+    def _nonnegative(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if name in _STARTS:
+            return True
+        if name in ("hardtanh", "clamp", "clip", "clamp_min"):
+            low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
+            return isinstance(low, int | float) and low >= 0
+        if name not in _KEEPS:
+            return False
+        if name == "interpolate" and "cubic" in str([*args, *kwargs.values()]):  # overshoots
+            return False
+        if name == "pad" and (kwargs.get("value", args[3] if len(args) > 3 else None) or 0) < 0:
+            return False
+        tensors, numbers = _flatten([*args, *kwargs.values()])
+        factors = numbers if name in _ARITHMETIC else []
+        return bool(tensors) and all(map(self.is_tagged, tensors)) and all(n >= 0 for n in factors)
 
 
-def _flatten(args: Any) -> tuple[list[Tensor], list[float]]:
-    tensors, numbers = [], []
-    for a in args:
-        if isinstance(a, Tensor):
-            tensors.append(a)
-        elif isinstance(a, int | float):
-            numbers.append(a)
-        elif isinstance(a, tuple | list):
-            more = _flatten(a)
+def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
+    """The tensors and the numbers in nested tuples, lists and dicts."""
+    tensors: list[Tensor] = []
+    numbers: list[float] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        elif isinstance(value, int | float):
+            numbers.append(value)
+        elif isinstance(value, tuple | list | dict):
+            more = _flatten(value.values() if isinstance(value, dict) else value)
             tensors += more[0]
             numbers += more[1]
     return tensors, numbers
-
-
-def is_tagged(t: Tensor) -> bool:
-    """Whether structure says that t cannot be negative."""
-    return getattr(t, "_cannot_be_negative", False)
 
 
 @torch.no_grad()
@@ -151,7 +158,8 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         x = args[0] if args else kwargs["input"]
         layer = found.setdefault(module, LayerCalls(names[module], module))
         layer.calls += 1
-        layer.signed |= not is_tagged(x)
+        # Values only ever overrule structure towards signed, should it have been fooled.
+        layer.signed |= not watch.is_tagged(x) or bool((x < 0).any())
         layer.elements = max(layer.elements, x.numel() // max(x.shape[0], 1))
         watch.inside.append(layer.name)
 
@@ -170,9 +178,8 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
     training = [(module, module.training) for module in model.modules()]
-    tensors, _ = _flatten([*inputs, *named_inputs.values()])
-    for t in tensors:
-        t._cannot_be_negative = t.is_floating_point() and bool((t >= 0).all())  # type: ignore[attr-defined]
+    for t in _flatten([*inputs, *named_inputs.values()])[0]:
+        watch.tags[t] = t.is_floating_point() and bool((t >= 0).all())
     try:
         model.eval()
         with watch:
@@ -182,8 +189,6 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
             handle.remove()
         for module, flag in training:
             module.training = flag
-        for t in tensors:
-            del t._cannot_be_negative  # type: ignore[attr-defined]
 
     seen.layers = {layer.name: layer for layer in found.values()}
     seen.notes += [

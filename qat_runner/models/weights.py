@@ -55,31 +55,39 @@ def find_weights(weights: str, model_name: str) -> None:
 
 
 def load_weights(model: nn.Module, weights: str, model_name: str, new_head: bool) -> Loaded:
-    """Load weights into a model: matched by name, wrappers' prefixes stripped, nested state dicts found.
+    """Load weights into a model: what `match_weights` finds."""
+    state, loaded = match_weights(model, weights, model_name, new_head)
+    model.load_state_dict(state)
+    return loaded
+
+
+def match_weights(model: nn.Module, weights: str, model_name: str, new_head: bool) -> tuple[dict[str, Tensor], Loaded]:
+    """Match weights with a model by name, wrappers' prefixes stripped, nested state dicts found.
 
     Args:
-        model: the model, with or without quantizers. Quantizers' entries of the file are used where the model has them.
+        model: the model, with or without quantizers, on any device. Quantizers' entries of the file are used where the
+            model has the same quantizer.
         weights: a path, or "torchvision".
         model_name: its name among MODELS.
         new_head: whether the last layer may keep its initialization where the file's has another number of classes.
 
     Returns:
-        What matched.
+        A state dict for the model, and what matched.
 
     Raises:
         ConfigError: the file is unreadable, holds no tensors, or is another network's; the message counts what matched.
     """
     found = read_weights(weights, model_name)
     wanted = model.state_dict()
+    found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | _fitting_quantizers(found, wanted)
     # Bookkeeping of BatchNorm that older files lack, and quantizers' state: welcome, but never missed.
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")} | _quantizer_keys(wanted)
-    extra = _quantizer_keys(found)
+    optional = {key for key in {*wanted, *found} if key.endswith("num_batches_tracked") or _is_quantizer_key(key)}
     usable = {key: t for key, t in found.items() if key in wanted and t.shape == wanted[key].shape}
     clashing = [key for key in wanted if key in found and key not in usable]
     missing = [key for key in wanted if key not in found and key not in optional]
     counted = [key for key in usable if key not in optional]
     of_model = len(wanted.keys() - optional)
-    of_file = len(found.keys() - optional - extra)
+    of_file = len(found.keys() - optional)
     share = min(len(counted) / max(of_model, 1), len(counted) / max(of_file, 1))
     head = set(_head_keys(model)) if new_head else set()
     if share < _MIN_SHARE:
@@ -91,11 +99,12 @@ def load_weights(model: nn.Module, weights: str, model_name: str, new_head: bool
     if wrong:
         key = wrong[0]
         why = f"has shape {list(found[key].shape)}, not {list(wanted[key].shape)}" if key in found else "is missing"
+        hint = "; model.stem=imagenet keeps the published network" if weights == TORCHVISION else ""
         raise ConfigError(
-            f"weights={weights}: tensor {key} {why} ({len(wrong)} such tensors); it must be a file for {model_name}"
+            f"weights={weights}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}"
         )
-    model.load_state_dict({key: t for key, t in wanted.items() if not _is_quantizer_key(key)} | usable)
-    return Loaded(len(counted), of_model, tuple(key for key in [*clashing, *missing]))
+    state = {key: t for key, t in wanted.items() if not _is_quantizer_key(key)} | usable
+    return state, Loaded(len(counted), of_model, (*clashing, *missing))
 
 
 def read_weights(weights: str, model_name: str) -> dict[str, Tensor]:
@@ -145,8 +154,15 @@ def _is_quantizer_key(key: str) -> bool:
     return ".weight_quantizer." in f".{key}" or ".input_quantizer." in f".{key}"
 
 
-def _quantizer_keys(state: Mapping[str, Tensor]) -> set[str]:
-    return {key for key in state if _is_quantizer_key(key)}
+def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of those quantizers in the file that have the same bits and granularity in the model."""
+    fitting: dict[str, Tensor] = {}
+    for name in {key.rpartition(".")[0] for key in found if _is_quantizer_key(key)}:
+        state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
+        same_shapes = all(key in wanted and t.shape == wanted[key].shape for key, t in state.items())
+        if same_shapes and f"{name}.grid" in state and state[f"{name}.grid"][0] == wanted[f"{name}.grid"][0]:
+            fitting |= state
+    return fitting
 
 
 def _head_keys(model: nn.Module) -> list[str]:

@@ -35,14 +35,14 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
         raise ValueError(f"x of shape {list(x.shape)} holds NaN or infinity: no clipping scalar exists")
     if dim is None:
         return x.detach().reshape(1) if x.ndim == 0 else x.detach(), tuple(range(max(x.ndim, 1)))
-    return x.detach(), tuple(d for d in range(x.ndim) if d != dim % x.ndim)
+    return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
 
 
 def _largest(a: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The largest element of each row, dimensions kept; 0 for an empty one."""
     if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
         return a.clone()
-    if math.prod(a.shape[d] for d in dims) == 0:
+    if math.prod([a.shape[d] for d in dims]) == 0:
         return a.new_zeros(_kept(a, dims))
     return a.amax(dims, keepdim=True)
 
@@ -210,7 +210,7 @@ def octav(
         g(s) = k s #{0<|x|<=s} - sum (|x| - s) 1{|x|>s} = 0,      k = 4^-B / 3, or 4^-B / 12 when unsigned
 
     g rises with s, with a jump of k|x| at each element, so its sign change is unique: it is the minimum of the convex
-    function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. Where g jumps across zero, the element it jumps at is the answer.
+    function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. Where g jumps across zero, the answer is that element.
 
     The paper's Newton step alone (`newton_step`) approaches from below, needs more than ten steps at 8 bits, and on
     rows of few elements (depthwise filters, constants) falls into cycles. Here each read of x serves several
@@ -224,8 +224,8 @@ def octav(
         iterations: reads of x after the start, 1 or more; on a CPU fewer, once nothing changes any more. With 10, the
             paper's number, about one row in 10^5 of a heavy-tailed tensor is still off by more than 10^-4.
         init: s_1, in units of x: a number, or a tensor of the result's shape; from the scalars of a similar tensor,
-            one or two iterations are enough. Where it is not a positive finite number, or not given, sum |x| / #{x != 0}
-            takes its place. The converged result does not depend on it.
+            one or two iterations are enough. By default sum |x| / #{x != 0}, as in the paper. Where it is not positive
+            and finite, 1 takes its place. The converged result does not depend on it.
         check: refuse NaN and infinity (waits for the device).
 
     Returns:
@@ -253,7 +253,7 @@ def octav(
         _, _, total, nonzero = read(s.to(unit.dtype))
         s = total.double() / nonzero.double().clamp(min=1)
     for _ in range(iterations):
-        excess, outside, total, nonzero = (t.double() for t in read(s.to(unit.dtype)))
+        excess, outside, total, nonzero = [t.double() for t in read(s.to(unit.dtype))]
         bracket = bracket or _Bracket(k, total, nonzero, most)
         before, s = s, bracket.propose(s, excess, outside)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.equal(s, before):

@@ -20,32 +20,31 @@ EVAL_MODES = ("dynamic", "running", "frozen")
 class Quantizer(nn.Module):
     """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or held (static).
 
-    | state                 | dynamic                                            | static             |
-    |-----------------------|----------------------------------------------------|--------------------|
-    | `train()`             | solves s on each call; remembers it, and its average | uses `s`         |
-    | `eval()`              | by `eval_mode`; remembers nothing                  | uses `s`           |
-    | inside `calibrating()`| passes x on unchanged; `s` becomes the mean of the scalars of all calls | the same |
+    | state           | dynamic                                                        | static           |
+    |-----------------|----------------------------------------------------------------|------------------|
+    | `train()`       | solves s on each call; remembers it, and a running average     | uses `s`         |
+    | `eval()`        | by `eval_mode`; remembers nothing                              | uses `s`         |
+    | `calibrating()` | passes x on; `s` becomes the mean of the scalars of all calls  | as dynamic       |
 
     `eval_mode` of a dynamic quantizer: "dynamic" solves s on each batch, as the paper does (the default); "running"
-    uses the
-    exponential average of the scalars seen in training; "frozen" uses the last of them.
+    uses the exponential average of the scalars seen in training; "frozen" uses the last of them.
 
-    `state_dict` holds `s`, `running_s` (both float32, shape `shape`, also after `.half()`) and `batches` (int64, []:
-    how many calls they
-    stem from). A state dict without these keys, such as a full-precision model's, loads without complaint and changes
-    nothing.
+    The state dict holds `s` and `running_s` (shape `shape`, never less than float32, also after `.half()`), `batches`
+    (int64, []: how many calls they stem from) and `grid` (int64, [2]: bits and signed). Loading takes over the sign. A
+    state dict without these keys, such as a full-precision model's, loads without complaint and changes nothing; one of
+    other bits is refused.
 
     In training no call waits for the device. In `eval()`, solving refuses NaN and infinity with a ValueError.
 
     Args:
         bits: 2 to 16.
-        signed: two's complement grid if true, unsigned otherwise.
+        signed: two's complement grid if true, unsigned otherwise; None leaves it open (signed until `decide_sign`).
         shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
         clipping: a name in CLIPPING_METHODS, or a function (x, bits, signed, dim, *, check) -> s of shape `shape`.
         gradient: "ste", "pwl" or "mad".
         dynamic: solve on each call if true, hold calibrated scalars otherwise.
         eval_mode: see above; without effect on a static quantizer.
-        momentum: weight of the newest scalar in `running_s`, 0 to 1.
+        momentum: weight of the newest scalar in `running_s`, above 0 and at most 1.
         **options: passed to the clipping method, e.g. iterations=10, q=99.9.
 
     Raises:
@@ -56,11 +55,12 @@ class Quantizer(nn.Module):
     s: Tensor
     running_s: Tensor
     batches: Tensor
+    grid: Tensor
 
     def __init__(
         self,
         bits: int,
-        signed: bool = True,
+        signed: bool | None = True,
         shape: Sequence[int] = (),
         clipping: str | Callable[..., Tensor] = "octav",
         gradient: str = "mad",
@@ -70,29 +70,44 @@ class Quantizer(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        grid = Grid(bits, signed)
+        self.bits = Grid(bits).bits
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
         if eval_mode not in EVAL_MODES:
             raise ValueError(f"eval_mode={eval_mode!r}: must be one of {', '.join(EVAL_MODES)}")
-        self.bits, self.signed = grid.bits, grid.signed
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
         self.gradient, self.dynamic, self.eval_mode, self.momentum = gradient, dynamic, eval_mode, momentum
         self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
         self.clipping_name, self.solve = _clipping_method(clipping, options)
         self.register_buffer("s", torch.zeros(tuple(shape)))
         self.register_buffer("running_s", torch.zeros(tuple(shape)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("grid", torch.tensor([bits, 1]))
         self._batches = 0  # the same number where reading it costs no wait
+        self.signed, self.decided = True, False
+        if signed is not None:
+            self.decide_sign(signed)
         self._calibrating = False
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""
         self.last_s: Tensor | None = None
         """The scalars of the latest call, for whoever measures noise; not part of the state."""
 
+    def decide_sign(self, signed: bool) -> None:
+        """Settle whether the grid is signed."""
+        self.signed, self.decided = signed, True
+        self.grid[1] = int(signed)
+
     @property
     def granularity(self) -> str:
         """ "tensor" or "channel"."""
         return "tensor" if self.dim is None else "channel"
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call in eval() would find the scalars it needs."""
+        return self._batches > 0 or (self.dynamic and self.eval_mode == "dynamic")
 
     def forward(self, x: Tensor) -> Tensor:
         """x, any shape and floating dtype -> the same shape and dtype, on the grid (or unchanged while calibrating)."""
@@ -101,12 +116,15 @@ class Quantizer(nn.Module):
         if self._calibrating:
             self._remember(self.solve(x, self.bits, self.signed, self.dim, check=True))
             return x
-        s = self.last_s = self._scalars(x)
+        s = self._scalars(x)
+        if not torch.compiler.is_compiling():
+            self.last_s = s
         return fake_quantize(x, s, self.bits, self.signed, self.gradient)
 
     def _scalars(self, x: Tensor) -> Tensor:
         if self.dynamic and (self.training or self.eval_mode == "dynamic"):
-            s = self.solve(x, self.bits, self.signed, self.dim, check=not self.training)
+            check = not (self.training or torch.compiler.is_compiling())
+            s = self.solve(x, self.bits, self.signed, self.dim, check=check)
             if self.training:
                 self._remember(s)
             return s
@@ -121,28 +139,53 @@ class Quantizer(nn.Module):
     def _remember(self, s: Tensor) -> None:
         self._batches += 1
         self.batches.add_(1)
+        s = s.to(self.s.dtype)
         if self._calibrating:  # cumulative mean: section 5
-            self.s.lerp_(s.to(self.s.dtype), 1 / self._batches)
+            self.s.lerp_(s, 1 / self._batches)
             self.running_s.copy_(self.s)
         else:
+            # A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
+            s = torch.where(torch.isfinite(s), s, self.s)
             self.s.copy_(s)
-            self.running_s.lerp_(self.s, self.momentum if self._batches > 1 else 1.0)
+            self.running_s.lerp_(s, self.momentum if self._batches > 1 else 1.0)
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """While open, calls pass x on unchanged and average its scalars into `s`, from scratch."""
+        """While open, calls pass x on unchanged and average its scalars into `s`, from scratch.
+
+        If there is no call, all is as before.
+        """
+        before = self._batches
         self._batches = 0
-        self.batches.zero_()
         self._calibrating = True
         try:
             yield
         finally:
             self._calibrating = False
+            self._batches = self._batches or before
+            self.batches.fill_(self._batches)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(prefix + name in state_dict for name in self._buffers):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            self._batches = int(self.batches)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if not any(prefix + name in state_dict for name in self._buffers):
+            return
+        saved_bits = int(state_dict.get(f"{prefix}grid", self.grid)[0])
+        if saved_bits != self.bits:
+            error_msgs.append(f"{prefix}grid: scalars found for {saved_bits} bits do not suit {self.bits} bits")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._batches = int(self.batches)
+        self.decide_sign(bool(self.grid[1]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         kept = dict(self._buffers)
@@ -155,7 +198,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         when = "dynamic" if self.dynamic else "static"
-        sign = "signed" if self.signed else "unsigned"
+        sign = ("signed" if self.signed else "unsigned") if self.decided else "sign open"
         return (
             f"bits={self.bits}, {sign}, per {self.granularity}, {when} {self.clipping_name}, gradient={self.gradient}"
         )
@@ -171,10 +214,14 @@ def _clipping_method(
         name, method = clipping, CLIPPING_METHODS[clipping]
     else:
         name, method = getattr(clipping, "__name__", type(clipping).__name__), clipping
-    known = inspect.signature(method).parameters
+    known = [p for p in inspect.signature(method).parameters if p not in _ARGUMENTS]
     for option in options:
         if option not in known:
-            raise TypeError(f"clipping {name!r} has no option {option!r}")
+            raise TypeError(f"clipping {name!r} has no option {option!r}, only {', '.join(known) or 'none'}")
     solve = partial(method, **options)
     solve(torch.ones(1), 8, True, None, check=True)  # values out of range are refused by the method itself
     return name, solve
+
+
+_ARGUMENTS = ("x", "bits", "signed", "dim", "init", "check")
+"""Of a clipping method, what is no option."""

@@ -1,10 +1,10 @@
 """The training loop."""
 
-import itertools
 import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,27 +70,41 @@ class Trainer:
         Raises:
             RunError: the loss became NaN or infinite.
         """
-        progress = Progress(self.epochs, self.steps * self.batch_size, self.state.epoch)
-        try:
-            if self.state.epoch == 0:
-                self.measure_noise()
+        if self.state.epoch == 0:
+            self.measure_noise()
+        with self._progress(self.epochs, self.steps * self.batch_size) as progress:
             for epoch in range(self.state.epoch, self.epochs):
                 began = time.perf_counter()
+                progress.begin(f"epoch {epoch + 1}/{self.epochs}")
                 train = self._train_epoch(epoch, progress)
                 trained = time.perf_counter() - began
-                self.state.val = self.evaluate()
+                progress.begin(f"epoch {epoch + 1}/{self.epochs}, validation")
+                self.state.val = self._evaluate(progress)
                 self.state.epoch = epoch + 1
                 self.state.seconds += time.perf_counter() - began
                 self.state.images_per_second = train["samples"] / trained
                 self.measure_noise()
                 self._record_epoch(train)
                 self._save()
-        finally:
-            progress.close()
 
-    def evaluate(self) -> dict[str, float]:
-        """loss, top1 and top5 on the validation half."""
-        return evaluate(self.model, self._val_batches(self.config.limit_val_batches), self.device, self.config.amp)
+    def evaluate(self) -> None:
+        """Measure the model as it is: accuracy on the validation half, and noise."""
+        with self._progress(epochs=1, train_images=0) as progress:
+            progress.begin("validation")
+            began = time.perf_counter()
+            self.state.val = self._evaluate(progress)
+            self.state.seconds = time.perf_counter() - began
+        self.state.best_top1 = self.state.val["top1"]
+        self.state.images_per_second = self.state.val["samples"] / self.state.seconds
+        self.measure_noise()
+
+    def _evaluate(self, progress: Progress) -> dict[str, float]:
+        batches = self._val_batches(self.config.limit_val_batches)
+        return evaluate(self.model, batches, self.device, self.config.amp, progress.step)
+
+    def _progress(self, epochs: int, train_images: int) -> AbstractContextManager[Progress]:
+        limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
+        return closing(Progress(epochs, train_images + min(self.data.val_size, limit), self.state.epoch))
 
     def measure_noise(self) -> None:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
@@ -117,11 +131,10 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         self.model.train()
-        progress.begin(epoch)
         totals = Totals.on(self.device)
         losses = torch.zeros(self.steps, device=self.device)
         rates = []
-        for step, (pictures, labels) in enumerate(itertools.islice(self._train_batches(epoch), self.steps)):
+        for step, (pictures, labels) in enumerate(self._train_batches(epoch)):
             rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = rates[-1]
@@ -195,10 +208,10 @@ class Trainer:
         checkpoint.save(folder / "last.pt", content)
 
     def _train_batches(self, epoch: int) -> Iterator[Batch]:
-        return map(self._layout, self.data.train_batches(self.batch_size, epoch))
+        return map(self._layout, self.data.train_batches(self.batch_size, epoch, self.steps))
 
     def _val_batches(self, limit: int | None) -> Iterator[Batch]:
-        return itertools.islice(map(self._layout, self.data.val_batches(self.config.dataset.val_batch_size)), limit)
+        return map(self._layout, self.data.val_batches(self.config.dataset.val_batch_size, limit))
 
     def _layout(self, batch: Batch) -> Batch:
         pictures, labels = batch

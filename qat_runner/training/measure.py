@@ -1,6 +1,6 @@
 """Measuring a model: accuracy and loss over a data set, and the quantization noise of each of its tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Totals:
 
     @classmethod
     def on(cls, device: torch.device) -> "Totals":
-        return cls(torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device))
+        return cls(torch.zeros(4, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -31,7 +31,7 @@ class Totals:
         batch = torch.stack(
             [loss.detach().float() * n, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, n, dtype=torch.float32)]
         )
-        self.sums += batch.to(self.sums.dtype)
+        self.sums += batch
 
     def read(self) -> dict[str, float]:
         """loss (mean), top1 and top5 (percent), samples."""
@@ -47,14 +47,21 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: str) -> dict[str, float]:
-    """Loss, top1, top5 (see Totals.read) of the model in eval mode."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    amp: str,
+    seen: Callable[[int, Totals], object] = lambda images, totals: None,
+) -> dict[str, float]:
+    """Loss, top1, top5 (see Totals.read) of the model in eval mode; `seen` is told of each batch and the totals."""
     model.eval()
     totals = Totals.on(device)
     for pictures, labels in batches:
         with autocast(device, amp):
             logits = model(pictures)
         totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
+        seen(len(labels), totals)
     return totals.read()
 
 

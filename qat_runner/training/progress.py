@@ -11,18 +11,17 @@ from qat_runner.training.measure import Totals
 
 
 class Progress:
-    """Shows epoch, loss, top1, images per second and the time left.
+    """Shows epoch, loss, top1, pictures per second and the time left, training and validation together.
 
     Args:
         epochs: in all.
-        images_per_epoch: training pictures of an epoch.
+        images_per_epoch: pictures of an epoch, training and validation.
         start_epoch: epochs done already.
         live: draw the bar; by default only if standard error is a terminal.
     """
 
     def __init__(self, epochs: int, images_per_epoch: int, start_epoch: int, live: bool | None = None) -> None:
         self.live = sys.stderr.isatty() if live is None else live
-        self.epochs = epochs
         self._bar = tqdm(
             total=epochs * images_per_epoch,
             initial=start_epoch * images_per_epoch,
@@ -33,14 +32,17 @@ class Progress:
             leave=False,
         )
         self._interval = 1.0 if self.live else 30.0
-        self._last_look = time.monotonic()
+        self.begin("")
+
+    def begin(self, what: str) -> None:
+        """Start something new, e.g. "epoch 3/8"."""
+        self._bar.set_description(what)
+        self._bar.set_postfix_str("")
+        self._last_look = time.monotonic() - self._interval / 2  # an early first look
         self._pinned: Tensor | None = None
 
-    def begin(self, epoch: int) -> None:
-        self._bar.set_description(f"epoch {epoch + 1}/{self.epochs}")
-
     def step(self, images: int, totals: Totals) -> bool:
-        """Count a step. Now and then it looks at the totals; false if the loss has become NaN or infinite by then."""
+        """Count a batch. Now and then it looks at the totals; false if the loss has become NaN or infinite by then."""
         self._bar.update(images)
         now = time.monotonic()
         if now - self._last_look < self._interval:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from qat_runner.errors import RunError
 from qat_runner.training.measure import LayerNoise
 
 METRICS = (
@@ -49,6 +50,15 @@ METRICS = (
 )
 STEPS = ("epoch", "step", "loss", "lr")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
+_TAGS = {f"{half}_{what}": f"{half}/{what}" for half in ("train", "val") for what in ("loss", "top1", "top5")}
+"""Column of metrics.csv -> tag in TensorBoard; the others go under run/."""
+
+RECORDED = (
+    *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
+    *("tensorboard", "checkpoints", "curves.png", "noise.png", "summary.json"),
+)
+"""All that a run folder holds."""
+
 _PACKAGES = (
     "qat_runner",
     "torch",
@@ -85,8 +95,8 @@ class Record:
         """Add a row to metrics.csv; keys of METRICS, those left out stay empty."""
         _append(self.folder / "metrics.csv", METRICS, [row])
         for key, value in row.items():
-            if key != "epoch" and value is not None and math.isfinite(value):
-                self._board.add_scalar(key.replace("_", "/", 1), value, int(row["epoch"]))
+            if key != "epoch" and math.isfinite(value):
+                self._board.add_scalar(_TAGS.get(key, f"run/{key}"), value, int(row["epoch"]))
         self._board.flush()
 
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None:
@@ -97,10 +107,10 @@ class Record:
         """Add the noise of all tensors to layers.csv, and the scalars [any shape], by tensor name, to TensorBoard."""
         _append(self.folder / "layers.csv", LAYERS, [{"epoch": epoch, **asdict(row)} for row in noise])
         for row in noise:
-            for key in ("sqnr_db", "mse", "clipped_fraction", "s"):
+            for key in ("sqnr_db", "max_sqnr_db", "mse", "clipped_fraction", "s"):
                 value = getattr(row, key)
                 if math.isfinite(value):
-                    self._board.add_scalar(f"{key}/{row.layer}.{row.tensor}", value, epoch)
+                    self._board.add_scalar(f"layers_{key}/{row.layer}.{row.tensor}", value, epoch)
         for name, s in scalars.items():
             if torch.isfinite(s).all():
                 self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
@@ -111,6 +121,18 @@ def write_json(path: Path, content: object) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(_finite(content), indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); overwrite=true starts the run anew") from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -111,7 +111,7 @@ def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> No
     assert environment["command"][0] == "qat-run"
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
-    assert {"val/top1", "train/loss", "sqnr_db/conv1.weight"} <= set(board.Tags()["scalars"])
+    assert {"val/top1", "train/loss", "layers_sqnr_db/conv1.weight"} <= set(board.Tags()["scalars"])
     assert "clipping_scalars/conv1.weight" in board.Tags()["histograms"]
     assert [e.step for e in board.Scalars("val/top1")] == [1, 2]
     for plot in ("curves.png", "noise.png"):
@@ -185,8 +185,10 @@ def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.Ca
 
 @pytest.mark.parametrize("clipping", ["static_octav", "static_percentile", "percentile", "mse_sweep"])
 def test_every_clipping_trains(run: Run, clipping: str) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
     extra = ["clipping.points=10"] if clipping == "mse_sweep" else []
-    assert run(f"clipping={clipping}", "gradient=pwl", "epochs=1", "limit_train_batches=1", *extra) == 0
+    retrain = ["mode=retrain", "weights=w.pt", "epochs=1", "limit_train_batches=1"]
+    assert run(f"clipping={clipping}", "gradient=pwl", *retrain, *extra) == 0
     layers = rows(only_run() / "layers.csv")
     if clipping.startswith("static"):
         s = {row["epoch"]: row["s"] for row in layers if (row["layer"], row["tensor"]) == ("layer1.0.conv1", "input")}
@@ -235,17 +237,29 @@ WRONG = [
     (["dataset=cifar10"], "python -m qat_runner.data.prepare cifar10 DATA_DIR"),
     (["dataset=imagenet", "data_dir=nowhere", "model=resnet50"], "data_dir=nowhere; there"),
     (["clipping=percentile", "clipping.q=120"], "a percentile must lie in (0, 100]"),
-    (["clipping=static_octav", "clipping.calibration_batches=0"], "needs data to calibrate its scalars"),
+    (["clipping=static_octav"], "mode=scratch has no trained weights to calibrate on"),
+    (["mode=ptq", "weights=ok.pt", "clipping=static_max", "clipping.calibration_batches=0"], "needs data to calibrate"),
+    (["mode=evaluate", "weights=ok.pt", "clipping=static_max"], "holds no clipping scalars for conv1.weight"),
+    (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=frozen"], "holds no clipping scalars for conv1.input"),
+    (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
+    (["clipping=null"], "must be a string or a list. Got NoneType"),
+    (["hydra/launcher=nowhere"], "is a plugin of Hydra missing?"),
+    (["seed=99999999999999999999"], "seed"),
+    (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: digits has 10 classes"),
+    (["dataset=digits", "dataset.image_size=64"], "dataset.image_size=64: must divide 8"),
+    (["dataset=cifar10", "data_dir=broken"], "broken cannot be read"),
+    (["-m", "bits=4,8", "run_dir=one"], "run_dir=one: rows of the sweep that differ in activation_bits, weight_bits"),
+    (["-m", "bits=4,8", "mode=ptq", "weights=other.pt"], "little matches"),
     (["epochs=0"], "epochs=0: must be 1 or more"),
     (["device=cuda:99"], "device=cuda:99: this machine has"),
-    (["device=tpu"], "device=tpu: must be auto, cpu, cuda, cuda:N or mps"),
+    (["device=tpu"], "device=tpu: must be auto, cpu, cuda or cuda:N"),
     (["model.stem=large"], "model.stem=large: must be one of auto"),
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
-    (["run_dir=taken"], "run_dir=taken: is not empty and holds no run"),
+    (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
     (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
-    (["-m", "bits=8,4", "mode=ptq,oops", "weights=other.pt"], "mode=oops: must be one of"),
+    (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),
 ]
 
 
@@ -253,7 +267,10 @@ WRONG = [
 def test_wrong_commands(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), tmp_path / "ok.pt")
     torch.save(build_model("resnet56", 10, 8).state_dict(), tmp_path / "other.pt")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cifar10.npz").touch()
     state = build_model("resnet20", 10, 8).state_dict()
     torch.save(state | {"conv1.weight": torch.zeros(16, 3, 1, 1)}, tmp_path / "shape.pt")
     (tmp_path / "garbage.pt").write_text("no weights")
@@ -275,10 +292,68 @@ def test_a_run_folder_of_another_config_is_not_touched(run: Run, capsys: pytest.
     assert run("epochs=1", "seed=1", "run_dir=mine") == 2
     assert "run_dir=mine: holds a run with another seed; overwrite=true replaces it" in capsys.readouterr().err
     assert json.loads(Path("mine/summary.json").read_text())["seed"] == 0
-    Path("precious").mkdir()
-    Path("precious/thesis.tex").touch()
-    assert run("epochs=1", "run_dir=precious", "overwrite=true") == 2
-    assert Path("precious/thesis.tex").exists()
+
+
+def test_overwrite_deletes_nothing_but_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("project").mkdir()
+    Path("project/config.yaml").write_text("foo: 1\n")
+    Path("project/thesis.tex").touch()
+    assert run("epochs=1", "run_dir=project", "overwrite=true") == 2
+    assert "holds no run, so it is left alone" in capsys.readouterr().err
+    assert Path("project/thesis.tex").exists()
+    assert run("epochs=1", "run_dir=mine") == 0
+    Path("mine/notes.txt").touch()
+    assert run("epochs=1", "run_dir=mine", "overwrite=true") == 2
+    assert "holds more than a run (notes.txt)" in capsys.readouterr().err
+    Path("mine/notes.txt").unlink()
+    own = "weights=mine/checkpoints/last.pt"
+    assert run("mode=retrain", own, "epochs=1", "run_dir=mine", "overwrite=true") == 2
+    assert "overwrite=true would delete weights=" in capsys.readouterr().err
+    assert Path("mine/summary.json").exists()
+
+
+def test_weights_count_by_content(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
+    assert run("mode=ptq", "weights=w.pt") == 0
+    assert run("mode=ptq", f"weights={tmp_path / 'w.pt'}") == 0
+    assert "is finished already" in capsys.readouterr().out
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
+    assert run("mode=ptq", "weights=w.pt") == 0
+    assert "is finished already" not in capsys.readouterr().out
+    assert len([path for path in Path("runs").iterdir() if path.is_dir()]) == 2
+
+
+def test_scalars_of_other_bits_are_not_used(run: Run) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
+    static = ["clipping=static_octav", "mode=retrain", "weights=w.pt", "epochs=1"]
+    assert run(*static, "run_dir=four") == 0
+    held = ["mode=evaluate", "clipping=static_octav", "weights=four/checkpoints/last.pt"]
+    assert run(*held, "run_dir=same") == 0
+    assert run(*held, "bits=8", "run_dir=other") == 2
+    retrain = ["mode=retrain", "weights=four/checkpoints/last.pt", "epochs=1"]
+    assert run(*retrain, "conv_granularity=tensor", "run_dir=granularity") == 0
+    same, four = (json.loads(Path(d, "summary.json").read_text()) for d in ("same", "four"))
+    assert same["loss"] == four["loss"]
+
+
+def test_resuming_keeps_the_first_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("epochs=1", "run_dir=mine") == 0
+    first = json.loads(Path("mine/environment.json").read_text())
+    Path("mine/summary.json").unlink()
+    assert run("epochs=1", "run_dir=mine") == 0
+    again = json.loads(Path("mine/environment.json").read_text())
+    assert len(again.pop("resumed")) == 1
+    assert again == first
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
+def test_damaged_records_are_named(run: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert run("epochs=1", "run_dir=mine") == 0
+    Path("mine", name).write_text("{half: [")
+    assert run("epochs=1", "run_dir=mine") in (1, 2)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "mine" in message
 
 
 def test_a_damaged_checkpoint_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

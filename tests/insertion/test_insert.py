@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune  # noqa: F401  # makes nn.utils.prune
 
 from qat_runner.insertion import (
     QuantConv2d,
@@ -131,7 +133,6 @@ def test_the_example_leaves_no_trace() -> None:
     assert model.training
     assert not model[1].training
     assert model[1].num_batches_tracked == 0
-    assert not hasattr(x, "_cannot_be_negative")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -289,3 +290,127 @@ def test_calibration_is_the_mean_of_full_precision_batches() -> None:
     assert torch.equal(q["c.input"].s, held)
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate(model, [])
+
+
+def sign_of(function: Any) -> bool:
+    """Whether the input of a layer behind `function` of a ReLU's output is found to be signed."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(function(F.relu(x)))
+            return out
+
+    model = quantize_model(Model(), example=torch.randn(2, 3, 8, 8))
+    return find(model)["layer.input"].signed
+
+
+def negate_a_view(y: Tensor) -> Tensor:
+    y[:, :1].neg_()
+    return y
+
+
+def set_some(y: Tensor) -> Tensor:
+    y[y > 1] = -1.0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "signed"),
+    [
+        (lambda y: y, False),
+        (lambda y: F.max_pool2d(y, 2), False),
+        (lambda y: y + y.mean((2, 3), keepdim=True), False),
+        (lambda y: y * 0.5 + 1, False),
+        (lambda y: torch.cat([y[:, :1], y[:, 1:]], 1), False),
+        (lambda y: F.dropout(y, 0.1), False),
+        (lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"), False),
+        (lambda y: F.pad(y, (1, 1, 1, 1)), False),
+        (lambda y: y.clamp(0, 6), False),
+        (lambda y: F.hardtanh(y, 0.0, 6.0), False),
+        (lambda y: y - 1, True),
+        (lambda y: y * -1, True),
+        (lambda y: torch.add(y, y, alpha=-2), True),
+        (lambda y: F.interpolate(y, scale_factor=2, mode="bicubic"), True),
+        (lambda y: F.pad(y, (1, 1, 1, 1), value=-1.0), True),
+        (lambda y: F.hardswish(y), True),
+        (lambda y: F.batch_norm(y, None, None, training=True), True),
+        (negate_a_view, True),
+        (set_some, True),
+    ],
+)
+def test_signs_follow_structure(function: Any, signed: bool) -> None:
+    assert sign_of(function) is signed
+
+
+def test_copies_of_an_undecided_model_decide_for_themselves() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    model = quantize_model(Small())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    twin(x)
+    assert not find(twin)["a.input"].signed
+    assert "?" in summary(model)
+    assert not twin._forward_pre_hooks
+    remove_quantizers(model)
+    assert not model._forward_pre_hooks
+    quantize_model(model, example=x)
+    assert "?" not in summary(model)
+
+
+def test_the_sign_travels_with_the_state() -> None:
+    model = quantize_model(Small(), example=torch.rand(2, 3, 8, 8), dynamic=False)
+    calibrate(model, [torch.rand(2, 3, 8, 8)])
+    other = quantize_model(Small(), example=torch.randn(2, 3, 8, 8), dynamic=False)
+    assert find(other)["a.input"].signed
+    other.load_state_dict(model.state_dict())
+    assert not find(other)["a.input"].signed
+    eight = quantize_model(Small(), bits=8, example=torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="scalars found for 4 bits do not suit 8 bits"):
+        eight.load_state_dict(model.state_dict())
+
+
+def test_the_same_tensor_twice_and_keywords() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.layer(input=a) + b
+
+    y = torch.randn(3, 4)
+    assert find(quantize_model(Two(), example=(y, y)))["layer.input"].signed
+    model = quantize_model(Two())
+    model(a=y.abs(), b=y)
+    assert not find(model)["layer.input"].signed
+
+
+@pytest.mark.filterwarnings("ignore:.*is not quantized.*", "ignore:.*left as it is", "ignore:.*is not called")
+def test_transformers_do_not_bypass_quantizers_in_eval() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        full = layer(x)
+        quantize_model(layer, bits=2, first_last_bits=2, example=x)
+        assert not torch.allclose(layer(x), full, atol=1e-2)
+        remove_quantizers(layer)
+        assert torch.allclose(layer(x), full)
+
+
+def test_pruned_and_parametrized_layers() -> None:
+    layer = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+    model = quantize_model(nn.Sequential(layer), example=torch.randn(2, 4))
+    assert (layer(torch.randn(2, 4))).shape == (2, 4)
+    assert "weight" in summary(model)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="0 is a ParametrizedLinear"):
+        quantize_model(nn.Sequential(normed))
+
+
+def test_a_quantized_model_compiles_in_one_graph() -> None:
+    model = quantize_model(Small(), bits=4, example=torch.randn(2, 3, 8, 8)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))

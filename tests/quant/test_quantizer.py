@@ -116,9 +116,28 @@ def test_a_clipping_function_of_ones_own() -> None:
         ({"bits": 4, "gradient": "mph"}, ValueError, "gradient='mph'"),
         ({"bits": 4, "eval_mode": "mean"}, ValueError, "eval_mode='mean'"),
         ({"bits": 4, "clipping": "percentile", "q": 120.0}, ValueError, "q=120"),
-        ({"bits": 4, "clipping": "octav", "q": 99.0}, TypeError, "no option 'q'"),
+        ({"bits": 4, "clipping": "octav", "q": 99.0}, TypeError, "no option 'q', only iterations"),
+        ({"bits": 4, "momentum": 5.0}, ValueError, "momentum=5"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Quantizer(**arguments)
+
+
+def test_a_bad_batch_does_not_spoil_the_average() -> None:
+    q = Quantizer(4)
+    q(torch.ones(3))
+    q(torch.tensor([float("nan"), 1.0]))
+    assert q.s.isfinite()
+    assert q.running_s.isfinite()
+
+
+def test_calibration_without_a_call_changes_nothing() -> None:
+    q = Quantizer(4, dynamic=False)
+    with q.calibrating():
+        q(torch.ones(3))
+    with q.calibrating():
+        pass
+    assert q.ready
+    assert q(torch.ones(3)).isfinite().all()

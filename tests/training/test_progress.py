@@ -14,7 +14,7 @@ def totals(loss: float) -> Totals:
 def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(epochs=2, images_per_epoch=8, start_epoch=0, live=True)
     progress._interval = 0.0
-    progress.begin(0)
+    progress.begin("epoch 1/2")
     assert progress.step(4, totals(1.25))
     progress._bar.refresh()
     progress.close()

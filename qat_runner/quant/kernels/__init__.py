@@ -21,7 +21,7 @@ from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import compiled, eager
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
-"""excess = sum (a - s)+, outside = #{a > s}, total = sum a, nonzero = #{a > 0}, a being magnitudes in units of `unit`"""
+"""sum (a - s)+, #{a > s}, sum a, #{a > 0}, where a are magnitudes in units of `unit`"""
 
 
 class Backend(Protocol):
