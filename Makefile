@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format wheel clean
+.PHONY: help run test bench lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,8 +27,8 @@ run: .venv/.installed ## first run: 4-bit ResNet-18 on digits, with OCTAV and ma
 test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev ## trials of minutes; those on CIFAR-10 want QAT_DATA_DIR
-	$(BIN)/python -m pytest -m slow
+bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
+	$(BIN)/python scripts/benchmark.py
 
 lint: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

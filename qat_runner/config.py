@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES, Policy
 from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, Quantizer
+from qat_runner.quant.kernels import BACKENDS
 
 MODES = ("scratch", "retrain", "ptq", "evaluate")
 AMP = ("none", "bf16", "fp16")
@@ -60,7 +61,9 @@ class ClippingConfig:
     dynamic: bool = True
     """solve scalars on each call, or calibrate once and hold them"""
     iterations: int | None = None
-    """octav: reads of the tensor a solution"""
+    """octav: reads of a tensor a solution, from cold"""
+    warm_iterations: int | None = None
+    """octav: at most so many reads a training step, from the previous step's scalar; null: from cold each time"""
     q: float | None = None
     """percentile: q of the q-th percentile of |x|, in percent"""
     points: int | None = None
@@ -150,6 +153,8 @@ class Config:
     """null: the recipe's"""
     seed: int = 0
     """of initialization, data order and augmentation; 0 to 2^32 - 1"""
+    backend: str = "auto"
+    """of the quantization kernels: auto, eager (plain PyTorch) or compiled (fused by torch.compile)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     amp: str = "none"
@@ -162,6 +167,9 @@ class Config:
     """at most so many validation batches; null: all"""
     noise_batches: int = 1
     """validation batches on which quantization noise is measured after each epoch; 0: never"""
+
+    log_excess_mse: bool = False
+    """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
 
     data_dir: str = "data"
     """where data sets lie; by default the environment variable QAT_DATA_DIR, else ./data"""
@@ -191,6 +199,7 @@ class Config:
             first_last_bits=self.first_last_bits,
             clipping=self.clipping.name,
             clipping_options=self.clipping.options(),
+            warm_iterations=self.clipping.warm_iterations,
             dynamic=self.clipping.dynamic,
             gradient=self.gradient.name,
             eval_mode=self.clipping.eval_mode,
@@ -260,6 +269,7 @@ def check(config: Config) -> None:
     names: list[tuple[str, str, Sequence[str]]] = [
         ("mode", config.mode, MODES),
         ("amp", config.amp, AMP),
+        ("backend", config.backend, ("auto", *BACKENDS)),
         ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
         ("clipping.name", config.clipping.name, tuple(CLIPPING_METHODS)),
         ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
@@ -283,6 +293,7 @@ def check(config: Config) -> None:
         ("dataset.workers", config.dataset.workers, 0),
         ("dataset.fake_pictures", config.dataset.fake_pictures, 2),
         ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
+        ("clipping.warm_iterations", config.clipping.warm_iterations, 1),
         *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in _stages(config)),
         *((f"recipe.{name}.warmup_epochs", stage.warmup_epochs, 0) for name, stage in _stages(config)),
     ]

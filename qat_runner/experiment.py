@@ -21,6 +21,7 @@ from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
 from qat_runner.models import MODELS, STEMS, TORCHVISION, build_model, find_weights, load_weights, match_weights
+from qat_runner.quant.kernels import set_backend
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint
 from qat_runner.training.loop import Trainer
@@ -155,6 +156,7 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
     """
     device = find_device(config.device)
     checkpoint.seed_everything(config.seed)
+    set_backend(config.backend)
     data = load_dataset(config.dataset, config.data_dir, device, config.seed)
     model = build_model(config.model.name, data.num_classes, data.image_size, config.model.stem).to(device)
     if config.channels_last:

@@ -25,7 +25,14 @@ def test_qat_run_from_the_installed_wheel(tmp_path: Path) -> None:
     module, configs = call(sys.executable, "-c", where, PYTHONPATH=str(site)).split()
     assert Path(module).is_relative_to(site)
     assert Path(configs) == site / "qat_runner" / "configs"
-    small = ["model=resnet20", "epochs=1", "limit_train_batches=1", "limit_val_batches=1", "run_dir=run"]
+    small = [
+        "model=resnet20",
+        "backend=eager",
+        "epochs=1",
+        "limit_train_batches=1",
+        "limit_val_batches=1",
+        "run_dir=run",
+    ]
     assert "top1 %" in call(str(site / "bin" / "qat-run"), *small, PYTHONPATH=str(site))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dataset"] == "digits"
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["git"] is None

@@ -46,6 +46,7 @@ def quantize_model(
     weight_bits: int | None = None,
     activation_bits: int | None = None,
     first_last_bits: int = 8,
+    warm_iterations: int | None = 6,
     dynamic: bool = True,
     eval_mode: str = "dynamic",
     conv_granularity: str = "channel",
@@ -65,6 +66,7 @@ def quantize_model(
         gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations).
         weight_bits, activation_bits: override `bits`.
         first_last_bits: bits at the two ends, weights and inputs.
+        warm_iterations: octav's reads of a tensor a training step, from the previous step's scalar; None: start anew.
         dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
@@ -89,6 +91,7 @@ def quantize_model(
         first_last_bits=first_last_bits,
         clipping=clipping,
         clipping_options=clipping_options,
+        warm_iterations=warm_iterations,
         dynamic=dynamic,
         gradient=gradient,
         eval_mode=eval_mode,
@@ -168,6 +171,7 @@ def _convert(layer: nn.Module, policy: Policy, end: bool) -> None:
                 shape=shapes[tensor],
                 clipping=policy.clipping,
                 gradient=gradients[tensor],
+                warm_iterations=policy.warm_iterations,
                 dynamic=policy.dynamic,
                 eval_mode=policy.eval_mode if tensor == "input" else "dynamic",
                 **policy.clipping_options,

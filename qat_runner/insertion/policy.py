@@ -34,6 +34,8 @@ class Policy:
     """clipping method: a name in CLIPPING_METHODS or a function, see `Quantizer`"""
     clipping_options: dict[str, Any] = field(default_factory=dict)
     """options of the clipping method, e.g. {"q": 99.9}"""
+    warm_iterations: int | None = 6
+    """octav: at most so many reads of a tensor a training step, from the previous step's scalar; None: from cold"""
     dynamic: bool = True
     """solve scalars on each call, or hold calibrated ones"""
     gradient: str = "mph"

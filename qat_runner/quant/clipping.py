@@ -38,13 +38,18 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
 
 
-def _largest(a: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest element of each row, dimensions kept; 0 for an empty one."""
+def _largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
+    """The largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
+
+    The extremes of x are read where they lie: |x| would be a copy.
+    """
     if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
-        return a.clone()
-    if math.prod([a.shape[d] for d in dims]) == 0:
-        return a.new_zeros(_kept(a, dims))
-    return a.amax(dims, keepdim=True)
+        return eager.magnitudes(x, signed)
+    if math.prod([x.shape[d] for d in dims]) == 0:
+        return x.new_zeros(_kept(x, dims), dtype=eager.compute_dtype(x))
+    top = x.amax(dims, keepdim=True)
+    top = torch.maximum(top, -x.amin(dims, keepdim=True)) if signed else top.clamp(min=0)
+    return top.to(eager.compute_dtype(x))
 
 
 @torch.no_grad()
@@ -63,7 +68,7 @@ def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *
     """
     Grid(bits, signed)
     x, dims = _prepare(x, dim, check)
-    s = _largest(x.abs() if signed else x.clamp(min=0), dims).to(eager.compute_dtype(x))
+    s = _largest(x, signed, dims)
     return s.reshape(()) if dim is None else s
 
 
@@ -91,7 +96,7 @@ def percentile(
     if not 0 < q <= 100:
         raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
     x, dims = _prepare(x, dim, check)
-    a = (x.abs() if signed else x.clamp(min=0)).to(eager.compute_dtype(x))
+    a = eager.magnitudes(x, signed)
     shape = [1 if d in dims else n for d, n in enumerate(a.shape)]
     rows = (
         a.reshape(1, -1)
@@ -146,8 +151,8 @@ def mse_sweep(
     if points < 1:
         raise ValueError(f"points={points}: a sweep needs at least 1")
     x, dims = _prepare(x, dim, check)
-    unit = _largest(x.abs() if signed else x.clamp(min=0), dims).to(eager.compute_dtype(x))
-    y = x.to(unit.dtype) / torch.where(unit == 0, torch.ones_like(unit), unit)
+    unit = _largest(x, signed, dims)
+    y = x.to(unit.dtype) / _positive(unit)
     if not signed:
         y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
     candidates = [k / points for k in range(1, points + 1)]
@@ -201,6 +206,7 @@ def octav(
     iterations: int = 10,
     init: Tensor | float | None = None,
     *,
+    tolerance: float = 1e-6,
     check: bool = True,
 ) -> Tensor:
     """OCTAV: the MSE-optimal clipping scalar of Theorem 3.1, solved to convergence.
@@ -221,11 +227,12 @@ def octav(
         bits: 2 to 16.
         signed: the grid.
         dim: None for one scalar, or the dimension that gets one scalar an index.
-        iterations: reads of x after the start, 1 or more; on a CPU fewer, once nothing changes any more. With 10, the
-            paper's number, about one row in 10^5 of a heavy-tailed tensor is still off by more than 10^-4.
+        iterations: reads of x after the start, 1 or more. With 10, the paper's number, about one row in 10^5 of a
+            heavy-tailed tensor is still off by more than 10^-4.
         init: s_1, in units of x: a number, or a tensor of the result's shape; from the scalars of a similar tensor,
             one or two iterations are enough. By default sum |x| / #{x != 0}, as in the paper. Where it is not positive
             and finite, 1 takes its place. The converged result does not depend on it.
+        tolerance: on a CPU, where looking is free, reading ends when no scalar moves by more than this, relatively.
         check: refuse NaN and infinity (waits for the device).
 
     Returns:
@@ -242,24 +249,28 @@ def octav(
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
         return maximum(x, bits, signed, dim, check=False)
     if init is None:  # in units of the largest magnitude the answer is at most 1
-        unit, most = _positive(maximum(x, bits, signed, dim, check=False).reshape(_kept(x, dims))), 1.0
+        unit = _positive(_largest(x, signed, dims))
     else:  # in units of the guess it is about 1, and the largest magnitude need not be read
         guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device)
-        unit, most = _positive(guess).expand(_kept(x, dims)), math.inf
+        unit = _positive(guess).expand(_kept(x, dims))
     read = kernels.backend().reader(x, unit, signed, dims)
     bracket: _Bracket | None = None
     s = torch.ones_like(unit, dtype=torch.float64)
     if init is None:
-        _, _, total, nonzero = read(s.to(unit.dtype))
+        _, _, total, nonzero, _ = read(s.to(unit.dtype))
         s = total.double() / nonzero.double().clamp(min=1)
     for _ in range(iterations):
-        excess, outside, total, nonzero = [t.double() for t in read(s.to(unit.dtype))]
-        bracket = bracket or _Bracket(k, total, nonzero, most)
+        excess, outside, *others = [t.double() for t in read(s.to(unit.dtype))]
+        bracket = bracket or _Bracket(k, *others)
         before, s = s, bracket.propose(s, excess, outside)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and torch.equal(s, before):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and _settled(s, before, tolerance):
             break
     s = (s * unit).to(unit.dtype)
     return s.reshape(()) if dim is None else s
+
+
+def _settled(s: Tensor, before: Tensor, tolerance: float) -> bool:
+    return bool(((s - before).abs() <= tolerance * s).all())
 
 
 class _Bracket:
@@ -269,25 +280,22 @@ class _Bracket:
         k: rounding noise of the grid in units of s^2.
         total: sum of the magnitudes, any shape, float64.
         nonzero: how many of them are not zero.
-        most: the largest magnitude, infinite if it is not known.
+        largest: the largest of them, which the answer does not exceed.
     """
 
-    def __init__(self, k: float, total: Tensor, nonzero: Tensor, most: float) -> None:
-        self.k, self.nonzero, self.loose = k, nonzero, most == math.inf
+    def __init__(self, k: float, total: Tensor, nonzero: Tensor, largest: Tensor) -> None:
+        self.k, self.nonzero = k, nonzero
         self.lo, self.sum_lo, self.outside_lo = torch.zeros_like(total), total, nonzero
-        self.hi, self.sum_hi, self.outside_hi = (
-            torch.full_like(total, most),
-            torch.zeros_like(total),
-            torch.zeros_like(total),
-        )
+        self.hi, self.sum_hi, self.outside_hi = largest, torch.zeros_like(total), torch.zeros_like(total)
 
     def propose(self, s: Tensor, excess: Tensor, outside: Tensor) -> Tensor:
         """Narrow the bracket by the sums at s, and propose the next s. In the order in which they are preferred:
 
         1. If no element lies inside the bracket, the Newton step from lo is exact.
         2. Newton on log(k s #in) - log(excess), which is nearly linear in the tails, exact for exponential ones.
-        3. Between the paper's Newton step from lo, which falls short in the tails, and hi; with few elements left
-           in the bracket, or no upper bound, their mean, which always divides them.
+        3. If all that is known is that s was too large, a little less than the largest magnitude.
+        4. Half-way between the paper's Newton step from lo, which falls short in the tails, and hi; with few elements
+           left in the bracket their mean, which always divides them.
 
         Args:
             s: where the sums were taken.
@@ -298,19 +306,18 @@ class _Bracket:
         above = excess + s * outside  # sum |x| 1{|x|>s}
         cost = k * s * inside
         short = cost < excess  # g(s) < 0: the answer lies above s
-        self.lo, self.hi = torch.where(short, s, self.lo), torch.where(short, self.hi, s)
-        self.sum_lo, self.sum_hi = torch.where(short, above, self.sum_lo), torch.where(short, self.sum_hi, above)
+        lower = ~short & (s <= self.hi)
+        self.lo, self.hi = torch.where(short, s, self.lo), torch.where(lower, s, self.hi)
+        self.sum_lo, self.sum_hi = torch.where(short, above, self.sum_lo), torch.where(lower, above, self.sum_hi)
         self.outside_lo = torch.where(short, outside, self.outside_lo)
-        self.outside_hi = torch.where(short, self.outside_hi, outside)
+        self.outside_hi = torch.where(lower, outside, self.outside_hi)
 
         between = self.outside_lo - self.outside_hi  # elements in (lo, hi]
         mean = torch.minimum(torch.maximum((self.sum_lo - self.sum_hi) / between, self.lo), self.hi)
         newton = self.sum_lo / (k * (self.nonzero - self.outside_lo) + self.outside_lo).clamp(min=k)
         log_newton = s - (cost.log() - excess.log()) / (1 / s + outside / excess)
-        many = (newton < self.hi) & (between > 2)
-        if self.loose:  # hi may be far above the largest magnitude until something lies above it
-            many &= self.outside_hi > 0
-        proposal = torch.where(many, (newton + self.hi) / 2, mean)
+        half_way = torch.where((newton < self.hi) & (between > 2), (newton + self.hi) / 2, mean)
+        proposal = torch.where((self.lo == 0) & (outside == 0), 0.8 * self.hi, half_way)
         fits = (self.lo < log_newton) & (log_newton < self.hi) | (log_newton == s)
         proposal = torch.where(fits, log_newton, proposal)
         exact = (between <= 0) | (mean >= self.hi * (1 - 1e-9))

@@ -45,6 +45,8 @@ class Quantizer(nn.Module):
         dynamic: solve on each call if true, hold calibrated scalars otherwise.
         eval_mode: see above; without effect on a static quantizer.
         momentum: weight of the newest scalar in `running_s`, above 0 and at most 1.
+        warm_iterations: at most so many reads of x a call in training, once there is a scalar to start from; for
+            clipping methods that take a start (octav). None starts each call anew.
         **options: passed to the clipping method, e.g. iterations=10, q=99.9.
 
     Raises:
@@ -67,6 +69,7 @@ class Quantizer(nn.Module):
         dynamic: bool = True,
         eval_mode: str = "dynamic",
         momentum: float = 0.1,
+        warm_iterations: int | None = 6,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -79,7 +82,11 @@ class Quantizer(nn.Module):
             raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
         self.gradient, self.dynamic, self.eval_mode, self.momentum = gradient, dynamic, eval_mode, momentum
         self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
+        if warm_iterations is not None and warm_iterations < 1:
+            raise ValueError(f"warm_iterations={warm_iterations}: must be 1 or more")
         self.clipping_name, self.solve = _clipping_method(clipping, options)
+        takes_start = {"init", "iterations", "tolerance"} <= inspect.signature(self.solve).parameters.keys()
+        self.warm_iterations = warm_iterations if takes_start else None
         self.register_buffer("s", torch.zeros(tuple(shape)))
         self.register_buffer("running_s", torch.zeros(tuple(shape)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
@@ -124,7 +131,7 @@ class Quantizer(nn.Module):
     def _scalars(self, x: Tensor) -> Tensor:
         if self.dynamic and (self.training or self.eval_mode == "dynamic"):
             check = not (self.training or torch.compiler.is_compiling())
-            s = self.solve(x, self.bits, self.signed, self.dim, check=check)
+            s = self.solve(x, self.bits, self.signed, self.dim, check=check, **self._start())
             if self.training:
                 self._remember(s)
             return s
@@ -134,6 +141,14 @@ class Quantizer(nn.Module):
                 f"quantizer ({what}) has no clipping scalars yet: calibrate it, train it or load a state that has them"
             )
         return self.running_s if self.dynamic and self.eval_mode == "running" else self.s
+
+    def _start(self) -> dict[str, Any]:
+        """The scalars of the previous step are an excellent start for this one's; evaluation converges all the same."""
+        if self.warm_iterations is None or self._batches == 0:
+            return {}
+        if not self.training:
+            return {"init": self.s}
+        return {"init": self.s, "iterations": self.warm_iterations, "tolerance": 1e-4}
 
     @torch.no_grad()
     def _remember(self, s: Tensor) -> None:
@@ -223,5 +238,5 @@ def _clipping_method(
     return name, solve
 
 
-_ARGUMENTS = ("x", "bits", "signed", "dim", "init", "check")
+_ARGUMENTS = ("x", "bits", "signed", "dim", "init", "tolerance", "check")
 """Of a clipping method, what is no option."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_runner.config import Config, identity
@@ -17,7 +17,7 @@ from qat_runner.data import Batch, ImageData
 from qat_runner.errors import RunError
 from qat_runner.insertion.insert import scalars
 from qat_runner.training import checkpoint
-from qat_runner.training.measure import LayerNoise, Totals, autocast, evaluate, measure_noise
+from qat_runner.training.measure import LayerNoise, Totals, WarmStartExcess, autocast, evaluate, measure_noise
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.tracking import Record
@@ -63,6 +63,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.state = State()
         self.noise: list[LayerNoise] = []
+        self.excess = WarmStartExcess(model) if config.log_excess_mse else None
 
     def fit(self) -> None:
         """Train the epochs that are left, measuring and saving after each.
@@ -133,7 +134,8 @@ class Trainer:
         self.model.train()
         totals = Totals.on(self.device)
         losses = torch.zeros(self.steps, device=self.device)
-        rates = []
+        rates: list[float] = []
+        excess: list[Tensor] = []
         for step, (pictures, labels) in enumerate(self._train_batches(epoch)):
             rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
             for group in self.optimizer.param_groups:
@@ -146,18 +148,23 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             losses[step] = loss.detach()
+            if self.excess is not None:
+                excess.append(self.excess.take())
             totals.add(loss, logits.detach(), labels)
             if not progress.step(len(labels), totals):
                 break
-        self._check_losses(epoch, losses[: len(rates)].tolist(), rates)
+        self._check_losses(epoch, losses[: len(rates)].tolist(), rates, excess)
         self.state.steps += len(rates)
         return totals.read()
 
-    def _check_losses(self, epoch: int, losses: list[float], rates: list[float]) -> None:
-        self.record.steps(
+    def _check_losses(self, epoch: int, losses: list[float], rates: list[float], excess: list[Tensor]) -> None:
+        rows = [
             {"epoch": epoch + 1, "step": i + 1, "loss": loss, "lr": lr}
             for i, (loss, lr) in enumerate(zip(losses, rates, strict=True))
-        )
+        ]
+        for row, figures in zip(rows, excess, strict=False):
+            row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
+        self.record.steps(rows)
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             raise RunError(

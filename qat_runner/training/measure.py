@@ -115,3 +115,32 @@ def measure_noise(model: nn.Module, batches: Iterable[Batch], device: torch.devi
         LayerNoise(*names[q], q.bits, q.signed, q.granularity, *values)
         for (q, _), values in zip(seen, torch.stack([v for _, v in seen]).tolist() if seen else [], strict=True)
     ]
+
+
+class WarmStartExcess:
+    """How much MSE the warm-started scalars of training steps cost over converged ones. Slow: for trials.
+
+    Args:
+        model: its dynamic quantizers are watched while they train.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._step: list[Tensor] = []
+        for tensor in quantized_tensors(model):
+            tensor.quantizer.register_forward_hook(self._measure)
+
+    def _measure(self, quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, Quantizer)
+        if not (quantizer.training and quantizer.warm_iterations):
+            return
+        x, s = args[0].detach(), quantizer.last_s
+        assert s is not None
+        converged = quantizer.solve(x, quantizer.bits, quantizer.signed, quantizer.dim, check=False)
+        ours, best = (measure(x, t, quantizer.bits, quantizer.signed).mse for t in (s, converged))
+        self._step.append(torch.where(best > 0, ours / best - 1, 0.0))
+
+    def take(self) -> Tensor:
+        """Relative excess of the tensors quantized since the last call: mean and largest, [2], float64."""
+        excess = torch.stack(self._step) if self._step else torch.zeros(1, dtype=torch.float64)
+        self._step.clear()
+        return torch.stack([excess.mean(), excess.max()])

@@ -48,7 +48,7 @@ METRICS = (
     "sqnr_db",
     "seconds",
 )
-STEPS = ("epoch", "step", "loss", "lr")
+STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
 _TAGS = {f"{half}_{what}": f"{half}/{what}" for half in ("train", "val") for what in ("loss", "top1", "top5")}
 """Column of metrics.csv -> tag in TensorBoard; the others go under run/."""

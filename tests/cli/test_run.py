@@ -18,7 +18,14 @@ from qat_runner.cli.run import main
 from qat_runner.models import build_model
 from qat_runner.training.loop import Trainer
 
-SMALL = ["model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=32"]
+SMALL = [
+    "backend=eager",
+    "model=resnet20",
+    "dataset=fake",
+    "dataset.image_size=8",
+    "dataset.fake_pictures=64",
+    "batch_size=32",
+]
 
 Run = Callable[..., int]
 

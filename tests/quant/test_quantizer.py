@@ -9,7 +9,7 @@ from qat_runner.quant import Quantizer, fake_quantize, maximum, octav
 
 
 def test_dynamic_solves_in_training_and_remembers() -> None:
-    q = Quantizer(4, momentum=0.25)
+    q = Quantizer(4, momentum=0.25, warm_iterations=None)
     first, second = torch.randn(100), torch.randn(100) * 3
     torch.testing.assert_close(q(first), fake_quantize(first, octav(first, 4), 4))
     torch.testing.assert_close(q.running_s, octav(first, 4))
@@ -141,3 +141,26 @@ def test_calibration_without_a_call_changes_nothing() -> None:
         pass
     assert q.ready
     assert q(torch.ones(3)).isfinite().all()
+
+
+def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:
+    x = torch.randn(20_000)
+    q, cold = Quantizer(4, warm_iterations=1), Quantizer(4, warm_iterations=None)
+    for step in range(20):
+        q(x * 1.02**step)
+        cold(x * 1.02**step)
+        torch.testing.assert_close(q.s, cold.s, rtol=1e-3, atol=0)
+    for factor in (30.0, 1e-3, 1e4):
+        for _ in range(4):
+            q(x * factor)
+        torch.testing.assert_close(q.s, octav(x * factor, 4), rtol=2e-2, atol=0)
+    q(torch.zeros(100))
+    assert q.s == 0
+    for _ in range(4):
+        q(x)
+    torch.testing.assert_close(q.s, octav(x, 4), rtol=2e-2, atol=0)
+    q.eval()
+    torch.testing.assert_close(q(x * 50), fake_quantize(x * 50, octav(x * 50, 4), 4))  # evaluation converges
+    with pytest.raises(ValueError, match="warm_iterations=0"):
+        Quantizer(4, warm_iterations=0)
+    assert Quantizer(4, clipping="max").warm_iterations is None

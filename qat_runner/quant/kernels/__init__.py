@@ -20,8 +20,8 @@ from torch import Tensor
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import compiled, eager
 
-Sums = tuple[Tensor, Tensor, Tensor, Tensor]
-"""sum (a - s)+, #{a > s}, sum a, #{a > 0}, where a are magnitudes in units of `unit`"""
+Sums = tuple[Tensor, ...]
+"""sum (a - s)+, #{a > s}, sum a, #{a > 0}, max a, where a are magnitudes in units of `unit`"""
 
 
 class Backend(Protocol):

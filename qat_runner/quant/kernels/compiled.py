@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +32,7 @@ def available() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
 
 
-def reader(
-    x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+def reader(x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """As `eager.reader`; each read is one pass over x, and nothing is copied."""
     rows = _rows(x, dims)
     if rows is None:
@@ -42,12 +41,11 @@ def reader(
     kernel = _sums_of_rows if rows.ndim == 2 else _sums
     unit = unit.reshape(rows.shape[:-1])
 
-    def read(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read(s: Tensor) -> tuple[Tensor, ...]:
         sums = _call(kernel, rows, s.reshape(unit.shape), unit, int(signed))
         if sums is None:
             return eager.reader(x, unit.reshape(shape), signed, dims)(s)
-        excess, outside, total, nonzero = (t.reshape(shape) for t in sums)
-        return excess, outside, total, nonzero
+        return tuple([t.reshape(shape) for t in sums])
 
     return read
 
@@ -76,17 +74,18 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
 # Kernels. x is [n] with s [], or [rows, n] with s [rows, 1]; integer arguments are symbols, not constants.
 
 
-def _sums(x: Tensor, s: Tensor, unit: Tensor, signed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sums(x: Tensor, s: Tensor, unit: Tensor, signed: int) -> tuple[Tensor, ...]:
     a = _magnitudes(x, signed)
-    over = a / unit - s
-    return over.clamp(min=0).sum(), _count(over > 0), (a / unit).sum(), _count(a > 0)
+    scaled = a / unit
+    over = scaled - s
+    return over.clamp(min=0).sum(), _count(over > 0), scaled.sum(), _count(a > 0), scaled.amax()
 
 
-def _sums_of_rows(x: Tensor, s: Tensor, unit: Tensor, signed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sums_of_rows(x: Tensor, s: Tensor, unit: Tensor, signed: int) -> tuple[Tensor, ...]:
     a = _magnitudes(x, signed)
     scaled = a / unit[:, None]
     over = scaled - s[:, None]
-    return over.clamp(min=0).sum(1), _count(over > 0, 1), scaled.sum(1), _count(a > 0, 1)
+    return over.clamp(min=0).sum(1), _count(over > 0, 1), scaled.sum(1), _count(a > 0, 1), scaled.amax(1)
 
 
 def _magnitudes(x: Tensor, signed: int) -> Tensor:
@@ -115,8 +114,10 @@ def _mad(grad: Tensor, x: Tensor, s: Tensor, signed: int) -> Tensor:
 
 
 @functools.cache
-def _compile(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+def _compile(kernel: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The kernel compiled for one dtype. Each gets a code object of its own, since PyTorch limits variants by that."""
+    code = kernel.__code__.replace(co_name=f"{kernel.__name__}_{dtype}".replace(".", "_"))
+    return torch.compile(types.FunctionType(code, kernel.__globals__), dynamic=True, fullgraph=True)
 
 
 def _call(kernel: Callable[..., Any], *args: Any) -> Any:
@@ -126,7 +127,7 @@ def _call(kernel: Callable[..., Any], *args: Any) -> Any:
         return None
     try:
         with torch.no_grad():
-            return _compile(kernel)(*args)
+            return _compile(kernel, args[0].dtype)(*args)
     except torch._dynamo.exc.TorchDynamoException as error:
         _broken = True
         reason = str(error).strip().splitlines()[0]

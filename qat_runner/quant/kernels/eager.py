@@ -23,9 +23,7 @@ def magnitudes(x: Tensor, signed: bool) -> Tensor:
     return a.to(compute_dtype(x))
 
 
-def reader(
-    x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+def reader(x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Prepare the reads of x that OCTAV needs: one Newton step (Corollary 3.2) is one read plus scalars.
 
     Args:
@@ -35,20 +33,21 @@ def reader(
         dims: the dimensions to sum over, at least one; they are kept, with size 1.
 
     Returns:
-        read(s), with s in units of `unit` and of its shape: for a = magnitudes / unit the sums
-        (sum of (a - s) over a > s, number of a > s, sum of a, number of a > 0), in `compute_dtype`, shape of `unit`.
+        read(s), with s in units of `unit` and of its shape: for a = magnitudes / unit
+        (sum of (a - s) over a > s, number of a > s, sum of a, number of a > 0, largest a), in `compute_dtype` and the
+        shape of `unit`.
     """
     a = magnitudes(x, signed)
     nonzero = torch.count_nonzero(a, dims).reshape(unit.shape).to(a.dtype)  # before small ones can vanish
     a.div_(unit)
-    total = a.sum(dims, keepdim=True)
+    total, largest = a.sum(dims, keepdim=True), a.amax(dims, keepdim=True)
     buffer = torch.empty_like(a)
 
-    def read(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def read(s: Tensor) -> tuple[Tensor, ...]:
         torch.sub(a, s, out=buffer).relu_()
         excess = buffer.sum(dims, keepdim=True)
         outside = buffer.sign_().sum(dims, keepdim=True)
-        return excess, outside, total, nonzero
+        return excess, outside, total, nonzero, largest
 
     return read
 

@@ -1,0 +1,282 @@
+"""What quantization costs, as ratios within one run.
+
+    python scripts/benchmark.py                         # all parts, saved in bench/
+    python scripts/benchmark.py solver step --rounds 5  # some of them
+    python scripts/benchmark.py solver --backend eager
+
+Contestants of a comparison take turns, round by round, so that a busy machine slows all of them; medians are reported,
+with the spread between quartiles. Parts:
+
+    solver   OCTAV, cold and warm, beside the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a copy
+    growth   OCTAV against elements, rows and bits
+    step     a whole training step: full precision, static scales, max-scaling, OCTAV
+    memory   peak memory of the same steps
+    startup  seconds to the end of the first step, compiling from nothing and from a warm cache
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.insertion import calibrate, quantize_model
+from qat_runner.models import build_model
+from qat_runner.quant import fake_quantize, mse_sweep, octav
+from qat_runner.quant.kernels import set_backend
+from qat_runner.training.tracking import environment
+
+Contest = dict[str, Callable[[], object]]
+
+STEPS = {  # name: (model, picture size, batch size)
+    "resnet18 32x32 b128": ("resnet18", 32, 128),
+    "resnet20 32x32 b128": ("resnet20", 32, 128),
+    "mobilenet_v2 64x64 b64": ("mobilenet_v2", 64, 64),
+    "resnet50 224x224 b8": ("resnet50", 224, 8),
+}
+GPU_STEPS = {"resnet50 224x224 b256": ("resnet50", 224, 256), "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256)}
+MODES = ("full precision", "static", "max", "octav")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(contest: Contest, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds."""
+    for run in contest.values():
+        run()  # allocate, compile
+    times: dict[str, list[float]] = {name: [] for name in contest}
+    for _ in range(rounds):
+        for name, run in contest.items():
+            synchronize(device)
+            began = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(1e3 * (time.perf_counter() - began))
+    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
+    return {name: {"ms": q[1], "spread": q[2] - q[0]} for name, q in quartiles.items()}
+
+
+def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
+    """Ten iterations of Corollary 3.2, as one writes them down."""
+    dims = tuple(d for d in range(x.ndim) if dim is None or d != dim)
+    k = 4.0**-bits / (3 if signed else 12)
+    s = x.abs().sum(dims, keepdim=True) / (x != 0).sum(dims, keepdim=True)
+    for _ in range(10):
+        outside = x.abs() > s
+        inside = (x != 0) & ~outside
+        s = (x.abs() * outside).sum(dims, keepdim=True) / (
+            k * inside.sum(dims, keepdim=True) + outside.sum(dims, keepdim=True)
+        )
+    return s
+
+
+def others(x: Tensor, dim: int | None) -> Contest:
+    """OCTAV of ai-edge-quantizer, where it is installed."""
+    try:
+        from ai_edge_quantizer.algorithms.uniform_quantize import octav as edge
+    except ImportError:
+        return {}
+    solve = getattr(edge, "_guess_clipping_with_octav", None)
+    if solve is None:
+        return {}
+    array, axes = x.numpy(), tuple(d for d in range(x.ndim) if d != dim)
+    return {"ai-edge-quantizer": lambda: solve(array, 4, axes, 10, True)}
+
+
+def solver(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    tensors: list[tuple[str, Tensor, bool, int | None]] = [
+        ("weights [512, 4608], per row", torch.randn(512, 4608), True, 0)
+    ]
+    for n in (0.1, 1.0, 8.4, 33.0):
+        x = torch.randn(int(n * 1e6))
+        tensors += [(f"{n:g} M, signed", x, True, None), (f"{n:g} M, unsigned", x.relu(), False, None)]
+    rows: list[dict[str, Any]] = []
+    for name, x, signed, dim in tensors:
+        x = x.to(device)
+        s = octav(x, 4, signed, dim, check=False)
+        contest: Contest = {
+            "copy": x.clone,
+            "octav cold": partial(octav, x, 4, signed, dim, check=False),
+            "octav warm, 2 reads": partial(octav, x, 4, signed, dim, 2, s * 1.03, check=False),
+            "octav warm, 1 read": partial(octav, x, 4, signed, dim, 1, s * 1.03, check=False),
+            "our fake-quantize": partial(fake_quantize, x, s, 4, signed),
+            "torch fake-quantize": partial(torch.fake_quantize_per_tensor_affine, x, 0.1, 0, -8, 7),
+            "textbook octav": partial(textbook, x, 4, signed, dim),
+        }
+        if x.numel() < 2e7:
+            contest["mse sweep, 100 points"] = partial(mse_sweep, x, 4, signed, dim, check=False)
+        if device.type == "cpu" and signed:
+            contest |= others(x, dim)
+        for contestant, figures in take_turns(contest, args.rounds, device).items():
+            rows.append({"tensor": name, "what": contestant, **figures})
+        copy, book = (
+            next(r["ms"] for r in rows if r["tensor"] == name and r["what"] == w) for w in ("copy", "textbook octav")
+        )
+        for row in rows:
+            if row["tensor"] == name:
+                row |= {"x copy": row["ms"] / copy, "textbook / it": book / row["ms"]}
+    return rows
+
+
+def growth(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    contest: Contest = {}
+    for n in (10_000, 100_000, 1_000_000, 10_000_000):
+        contest[f"{n} elements"] = partial(octav, torch.randn(n, device=device), 4, check=False)
+    for rows in (1, 64, 4096):
+        x = torch.randn(rows, 2**20 // rows, device=device)
+        contest[f"1 M in {rows} rows"] = partial(octav, x, 4, dim=0, check=False)
+    for bits in (2, 4, 6, 8):
+        contest[f"1 M, {bits} bits"] = partial(octav, torch.randn(2**20, device=device), bits, check=False)
+    return [{"what": name, **figures} for name, figures in take_turns(contest, args.rounds, device).items()]
+
+
+def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
+    """A training step: forward, backward, SGD."""
+    name, size, batch = which
+    torch.manual_seed(0)
+    model: nn.Module = build_model(name, 100, size).to(device)
+    x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(0, 100, (batch,), device=device)
+    if device.type == "cuda":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    if mode != "full precision":
+        clipping = "octav" if mode == "static" else mode
+        quantize_model(model, 4, clipping, example=x[:2], dynamic=mode != "static")
+    if mode == "static":
+        calibrate(model, [x])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
+            loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name, which in chosen_steps(args, device).items():
+        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in MODES}
+        figures = take_turns(contest, args.rounds, device)
+        for mode, f in figures.items():
+            against = {f"x {other}": f["ms"] / figures[other]["ms"] for other in ("full precision", "static")}
+            rows.append({"network": name, "what": mode, **f, **against})
+    return rows
+
+
+def chosen_steps(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, int, int]]:
+    steps = GPU_STEPS if device.type == "cuda" else STEPS
+    return {name: which for name, which in steps.items() if args.only in name}
+
+
+def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Each step in a process of its own: what three steps add to the peak of one that only built the model."""
+    rows: list[dict[str, Any]] = []
+    for name in chosen_steps(args, device):
+        for mode in MODES:
+            command = [
+                sys.executable,
+                __file__,
+                "--peak",
+                name,
+                mode,
+                "--backend",
+                args.backend,
+                "--device",
+                args.device,
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append({"network": name, "what": mode, "MiB": float(done.stdout.split()[-1])})
+            full = next(r["MiB"] for r in rows if r["network"] == name and r["what"] == "full precision")
+            rows[-1]["x full precision"] = rows[-1]["MiB"] / full
+    return rows
+
+
+def peak(name: str, mode: str, device: torch.device) -> float:
+    """MiB."""
+    run = make_step((STEPS | GPU_STEPS)[name], mode, device, amp=device.type == "cuda")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        run()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """qat-run with one training step, as a user starts it."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for label, backend in (("eager", "eager"), ("compiled, cold", "compiled"), ("compiled, cached", "compiled")):
+            command = [sys.executable, "-m", "qat_runner", f"backend={backend}", f"run_dir={scratch}/{label}"]
+            command += ["epochs=1", "limit_train_batches=1", "limit_val_batches=1", "noise_batches=0"]
+            began = time.perf_counter()
+            cache = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache"}
+            subprocess.run(command, env=os.environ | cache, capture_output=True, check=True)
+            rows.append({"what": label, "seconds": time.perf_counter() - began})
+            rows[-1]["over eager"] = rows[-1]["seconds"] - rows[0]["seconds"]
+    return rows
+
+
+PARTS = {"solver": solver, "growth": growth, "step": step, "memory": memory, "startup": startup}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--backend", default="auto", help="auto, eager or compiled")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="networks whose name holds this")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of results.json and results.md")
+    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = [part for part in args.parts if part not in PARTS]
+    if unknown:
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    warnings.simplefilter("ignore", UserWarning)
+    device = torch.device(args.device)
+    backend = set_backend(args.backend)
+    if args.peak:
+        name, mode = args.peak
+        print(peak(name, mode, device))
+        return
+    machine = environment()["machine"] | {"torch": torch.__version__, "python": platform.python_version()}
+    results: dict[str, Any] = {"machine": machine, "backend": backend, "rounds": args.rounds}
+    text = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['gpus'] or 'no GPU'}, torch {torch.__version__}"
+    ]
+    text += [f"backend {backend}, {args.rounds} rounds"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for part in args.parts or PARTS:
+        results[part] = PARTS[part](args, device)
+        table = tabulate(results[part], headers="keys", tablefmt="github", floatfmt=".3g")
+        print(f"\n{part}\n{table}", flush=True)
+        text += [f"## {part}", table]
+        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "results.md").write_text("\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
