@@ -2,7 +2,7 @@
 
 import sys
 
-from qat_runner.cli.run import main
+from qat_runner.cli import qat_run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(qat_run())

@@ -266,7 +266,8 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
     (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n")
     log.info(f"run folder {folder}")
     if count:
-        log.info(f"{config.model.name}, {count} quantized tensors:\n{table}")
+        log.info(f"{config.model.name}, {count} quantized tensors")
+        log.debug(table)  # a sweep's terminal is spared it, quantizers.txt has it
     else:
         log.info(f"{config.model.name} in full precision")
     for note in notes:

@@ -1,1 +1,11 @@
-"""The commands: one thin file a verb."""
+"""The commands: one thin file a verb. Here is only what must work before anything heavy is imported."""
+
+
+def qat_run() -> int:
+    """The `qat-run` command; returns its exit code."""
+    try:
+        from qat_runner.cli.run import main
+
+        return main()
+    except KeyboardInterrupt:  # while PyTorch was being imported
+        return 130

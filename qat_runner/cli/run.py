@@ -4,9 +4,8 @@
     qat-run -m bits=4,8 clipping=octav,max
     qat-run --help
 
-Every row of a request is composed and checked before the first of them starts. Exit codes: 0 all is well, 1 a run
-broke off,
-2 the request cannot be carried out as it stands (and nothing was left behind).
+Every row of a request is composed and checked before the first of them starts. Exit codes: 0 all is well; 1 a run
+broke off; 2 the request cannot be carried out as it stands, and nothing was left behind.
 """
 
 import logging
@@ -54,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     args.sort(key=lambda arg: arg not in _MULTIRUN)  # Hydra's parser wants the flag first, users put it anywhere
-    log.handlers = [_Terminal()]
-    log.setLevel(logging.INFO)
+    sweep = any(arg in _MULTIRUN for arg in args)
+    log.handlers = [_Terminal(logging.INFO if sweep else logging.DEBUG)]
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     register()

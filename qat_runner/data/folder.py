@@ -42,8 +42,8 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
 class FolderSource:
     """A source (see `images.Source`) of FOLDER/train and FOLDER/val.
 
-    Training: a random part of 8 to 100 % of the area, resized, mirrored every other time. Validation: resized,
-        central crop.
+    Training: a random part of 8 to 100 % of the area, resized, mirrored every other time. Validation: the centre of the
+    resized picture.
 
     Args:
         folder: holds train/ and val/, each with the same class folders.

@@ -1,8 +1,8 @@
-"""Fetch or unpack a data set:
+"""Fetch or unpack a data set.
 
-python -m qat_runner.data.prepare cifar10 DATA_DIR
-python -m qat_runner.data.prepare fashion_mnist DATA_DIR
-python -m qat_runner.data.prepare imagenet DATA_DIR
+    python -m qat_runner.data.prepare cifar10 DATA_DIR
+    python -m qat_runner.data.prepare fashion_mnist DATA_DIR
+    python -m qat_runner.data.prepare imagenet DATA_DIR
 
 For imagenet, the official ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz must lie in
 DATA_DIR.

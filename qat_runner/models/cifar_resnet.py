@@ -1,8 +1,7 @@
 """The ResNets for 32x32 pictures of He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
 
-Three stages of n blocks with 16, 32, 64 channels, 6n + 2 layers in all; the shortcuts across stages have no
-parameters (option A):
-every second pixel, and zeros for the new channels. Parameter names are those of the weights in circulation
+Three stages of n blocks with 16, 32, 64 channels, 6n + 2 layers in all; the shortcuts across stages have no parameters
+(option A): every second pixel, and zeros for the new channels. Parameter names are those of the weights in circulation
 (conv1, bn1, layer1.0.conv1 ..., linear).
 """
 

@@ -2,8 +2,7 @@
 
 All of them share one signature and one shape rule: `dim=None` gives one scalar for the whole tensor, shape []; `dim=d`
 gives one for each index of dimension d, kept with the other dimensions at size 1, so [K, 1, 1, 1] for a convolution
-weight
-with `dim=0`. They share these results as well:
+weight with `dim=0`. They share these results as well:
 
 - The dtype of s is float64 for float64 tensors and float32 for all others, whatever x is stored in.
 - What is clipped are magnitudes: |x| on a signed grid, max(x, 0) on an unsigned one, which has no codes below zero.

@@ -8,8 +8,7 @@
 
 The interval is [-s, s] for a signed grid; for an unsigned one it is [0, s], so what an unsigned grid clips at zero
 counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. The clipping scalar is a constant: it gets no
-gradient.
-MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl for activations.
+gradient. MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl for activations.
 """
 
 from typing import Any

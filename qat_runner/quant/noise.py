@@ -1,8 +1,7 @@
 """Quantization noise: measured (MSE, SQNR, clipped fraction) and modelled (J(s), section 2 of the paper).
 
-All of it is summed in float64. Rows: as for the clipping scalars, `dim=None` gives one figure of shape [], `dim=d`
-one for
-each index of dimension d, with the other dimensions kept at size 1. Empty tensors have no noise: MSE 0, clipped
+All of it is summed in float64. Rows: as for the clipping scalars, `dim=None` gives one figure of shape [], `dim=d` one
+for each index of dimension d, with the other dimensions kept at size 1. Empty tensors have no noise: MSE 0, clipped
 fraction 0.
 """
 

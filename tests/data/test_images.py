@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,10 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cifar10", r"cifar10\.npz or torchvision's cifar-10-batches-py/ \('python -m qat_runner\.data\.prepare cifar10"),
+        (
+            "cifar10",
+            r"cifar10\.npz or torchvision's cifar-10-batches-py/ \('python -m qat_runner\.data\.prepare cifar10",
+        ),
         ("fashion_mnist", "prepare fashion_mnist DATA_DIR"),
         ("imagenet", "train/ and val/ with a folder of pictures for each class"),
         ("imagefolder", "train/ and val/"),
@@ -169,3 +173,18 @@ def test_a_limit_and_a_bad_picture_in_a_worker(tmp_path: Path, workers: int) -> 
     assert len(list(data.val_batches(4, limit=2))) == 2  # the last batch is never decoded
     with pytest.raises(RunError, match=r"^picture .*class2/3\.png cannot be decoded \(UnidentifiedImageError: .*\)$"):
         list(data.val_batches(4))
+
+
+def test_fashion_mnist_from_torchvisions_files(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for half, count in (("train", 6), ("t10k", 3)):
+        pictures = np.full((count, 28, 28), 51, dtype=np.uint8)
+        (raw / f"{half}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pictures.tobytes())
+        (raw / f"{half}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
+    settings = config("fashion_mnist", image_size=28, mean=[0.0], std=[1.0])
+    data = load_dataset(settings, str(tmp_path), CPU, seed=0)
+    pictures, labels = next(data.val_batches(3))
+    torch.testing.assert_close(pictures, torch.full((3, 3, 28, 28), 0.2))
+    assert labels.tolist() == [0, 1, 2]
+    assert data.train_size == 6

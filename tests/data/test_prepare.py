@@ -5,7 +5,9 @@ import pytest
 from qat_runner.data import prepare
 
 
-def test_success_and_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_and_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[str] = []
     monkeypatch.setitem(prepare.PREPARE, "cifar10", asked.append)
     assert prepare.main(["cifar10", str(tmp_path / "new")]) == 0
