@@ -87,6 +87,7 @@ class Trainer:
                 self.measure_noise()
                 self._record_epoch(train)
                 self._save()
+        self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
 
     def evaluate(self) -> None:
         """Measure the model as it is: accuracy on the validation half, and noise."""
@@ -101,7 +102,12 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         batches = self._val_batches(self.config.limit_val_batches)
-        return evaluate(self.model, batches, self.device, self.config.amp, progress.step)
+        try:
+            return evaluate(self.model, batches, self.device, self.config.amp, progress.step)
+        except ValueError as error:  # a quantizer met NaN or infinity
+            raise RunError(
+                f"validation after epoch {self.state.epoch} failed, the network has diverged: {error}"
+            ) from error
 
     def _progress(self, epochs: int, train_images: int) -> AbstractContextManager[Progress]:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
@@ -109,12 +115,14 @@ class Trainer:
 
     def measure_noise(self) -> None:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
+        self.noise = self._noise()
+        if self.noise:
+            self.record.layers(self.state.epoch, self.noise, scalars(self.model))
+
+    def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.policy.full_precision:
-            return
-        self.noise = measure_noise(
-            self.model, self._val_batches(self.config.noise_batches), self.device, self.config.amp
-        )
-        self.record.layers(self.state.epoch, self.noise, scalars(self.model))
+            return []
+        return measure_noise(self.model, self._val_batches(self.config.noise_batches), self.device, self.config.amp)
 
     def mean_sqnr(self) -> float:
         """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""

@@ -183,7 +183,7 @@ def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "lr=0.01,1e30", "epochs=2") == 1
     captured = capsys.readouterr()
-    assert "the loss became" in captured.err
+    assert "the loss became" in captured.err or "the network has diverged" in captured.err
     assert captured.err.count("\n") == 1
     finished = [path for path in Path("runs").iterdir() if (path / "summary.json").is_file()]
     assert len(finished) == 1
