@@ -105,9 +105,7 @@ class Trainer:
         try:
             return evaluate(self.model, batches, self.device, self.config.amp, progress.step)
         except ValueError as error:  # a quantizer met NaN or infinity
-            raise RunError(
-                f"validation after epoch {self.state.epoch} failed, the network has diverged: {error}"
-            ) from error
+            raise RunError(f"validation failed, the network has diverged: {error}") from error
 
     def _progress(self, epochs: int, train_images: int) -> AbstractContextManager[Progress]:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
