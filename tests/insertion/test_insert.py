@@ -410,6 +410,7 @@ def test_pruned_and_parametrized_layers() -> None:
         quantize_model(nn.Sequential(normed))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
 def test_a_quantized_model_compiles_in_one_graph() -> None:
     model = quantize_model(Small(), bits=4, example=torch.randn(2, 3, 8, 8)).eval()
     x = torch.randn(2, 3, 8, 8)
