@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qat_runner.quant.grid import Grid
@@ -69,8 +70,12 @@ def set_backend(name: str) -> str:
 
 
 def backend() -> Backend:
-    """The backend in force; eager until `set_backend` is called."""
-    return _chosen
+    """The backend in force; eager until `set_backend` is called.
+
+    Inside a torch.compile of the user's own it is always `compiled`, whose kernels are then taken in whole: they have no
+    in-place operation, which some versions of PyTorch differentiate through, past the backward pass that is ours.
+    """
+    return compiled if torch.compiler.is_compiling() else _chosen
 
 
 @contextmanager

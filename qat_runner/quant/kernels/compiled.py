@@ -34,7 +34,7 @@ def available() -> bool:
 
 def reader(x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """As `eager.reader`; each read is one pass over x, and nothing is copied."""
-    rows = _rows(x, dims)
+    rows = None if torch.compiler.is_compiling() else _rows(x, dims)
     if rows is None:
         return eager.reader(x, unit, signed, dims)
     shape = unit.shape
@@ -52,6 +52,8 @@ def reader(x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]) -> Call
 
 def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
+    if torch.compiler.is_compiling():
+        return _fake_quantize(x, s.to(compute_dtype(x)), grid.levels_per_scalar, grid.lowest, grid.highest)
     flat = _flatten(x, s)
     out = flat and _call(_fake_quantize, *flat, grid.levels_per_scalar, grid.lowest, grid.highest)
     return eager.fake_quantize(x, s, grid) if out is None else _unflatten(out, x)
@@ -61,6 +63,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
+    if torch.compiler.is_compiling():
+        return (_pwl if gradient == "pwl" else _mad)(grad, x, s.to(compute_dtype(x)), int(signed))
     flat = _flatten(x, s)
     if flat is not None:
         grad_flat = _flatten(grad.contiguous(memory_format=_memory_format(x)), s)
