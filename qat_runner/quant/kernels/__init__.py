@@ -72,8 +72,9 @@ def set_backend(name: str) -> str:
 def backend() -> Backend:
     """The backend in force; eager until `set_backend` is called.
 
-    Inside a torch.compile of the user's own it is always `compiled`, whose kernels are then taken in whole: they have no
-    in-place operation, which some versions of PyTorch differentiate through, past the backward pass that is ours.
+    Inside a torch.compile of the user's own it is always `compiled`, whose kernels are then taken in whole. They have
+    neither in-place operations nor a result that is an alias: some versions of PyTorch differentiate through these, past
+    the backward pass that is ours.
     """
     return compiled if torch.compiler.is_compiling() else _chosen
 

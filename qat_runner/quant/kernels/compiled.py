@@ -103,7 +103,8 @@ def _count(mask: Tensor, *dims: int) -> Tensor:
 
 def _fake_quantize(x: Tensor, s: Tensor, levels: int, lowest: int, highest: int) -> Tensor:
     q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * levels
-    return (q.round().clamp(lowest, highest) * (1.0 / levels) * s).to(x.dtype)
+    q = q.round().clamp(lowest, highest) * (1.0 / levels) * s
+    return q if q.dtype == x.dtype else q.to(x.dtype)  # .to() of the same dtype would be an alias
 
 
 def _pwl(grad: Tensor, x: Tensor, s: Tensor, signed: int) -> Tensor:
