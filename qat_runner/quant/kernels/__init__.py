@@ -73,8 +73,8 @@ def backend() -> Backend:
     """The backend in force; eager until `set_backend` is called.
 
     Inside a torch.compile of the user's own it is always `compiled`, whose kernels are then taken in whole. They have
-    neither in-place operations nor a result that is an alias: some versions of PyTorch differentiate through these, past
-    the backward pass that is ours.
+    neither in-place operations nor a result that is an alias: some versions of PyTorch differentiate through these,
+    past the backward pass that is ours.
     """
     return compiled if torch.compiler.is_compiling() else _chosen
 
