@@ -161,7 +161,7 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
     model = build_model(config.model.name, data.num_classes, data.image_size, config.model.stem).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    example = _example(config, data)
+    example = _example(data)
     try:
         insert(model, config.policy, example)
     except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
@@ -182,7 +182,7 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
     return model, data
 
 
-def _example(config: Config, data: ImageData) -> Tensor:
+def _example(data: ImageData) -> Tensor:
     """A few real training pictures, to see what the model does with."""
     pictures, _ = next(data.train_batches(2, epoch=0, limit=1))
     return pictures

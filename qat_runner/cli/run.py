@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = _check_all(args)
         _run_all(args, failures)
         _print_table(folders)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # some of Hydra's are bare ValueErrors
+    except (HydraException, OmegaConfBaseException) as error:
         return _fail(explain(error, config_dir()), 2)
     except QatError as error:
         return _fail(str(error), error.exit_code)
@@ -91,6 +91,8 @@ def _check_all(args: Sequence[str]) -> list[Path]:
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_args(args)
+    if parsed.multirun and (parsed.cfg or parsed.info):
+        _refuse("--cfg and --info show one config, not a sweep's")
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
         return []
     from qat_runner.experiment import prepare
@@ -102,10 +104,14 @@ def _check_all(args: Sequence[str]) -> list[Path]:
     folders: dict[Path, Config] = {}
     with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
         for row in rows:
-            config = from_hydra(compose(parsed.config_name or "config", overrides=list(row)))
+            try:
+                composed = compose(parsed.config_name or "config", overrides=list(row))
+            except ValueError as error:  # some of Hydra's refusals are no HydraException
+                raise ConfigError(explain(error, config_dir())) from error
+            config = from_hydra(composed)
             folder = prepare(config)
             other = folders.setdefault(folder, config)
-            if changed := differences(identity(other), identity(config)):
+            if other is not config and (changed := differences(identity(other), identity(config))):
                 raise ConfigError(
                     f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it"
                 )

@@ -96,23 +96,17 @@ def percentile(
         raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
     x, dims = _prepare(x, dim, check)
     a = eager.magnitudes(x, signed)
-    shape = [1 if d in dims else n for d, n in enumerate(a.shape)]
-    rows = (
-        a.reshape(1, -1)
-        if dim is None
-        else a.movedim(dim, 0).reshape(a.shape[dim], -1)
-        if a.numel()
-        else a.new_zeros(0, 0)
-    )
-    if rows.numel() == 0:
-        return a.new_zeros([] if dim is None else shape)
+    shape = [] if dim is None else _kept(a, dims)
+    if a.numel() == 0:
+        return a.new_zeros(shape)
+    rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
     n = rows.shape[1]
     position = (n - 1) * q / 100
     below = math.floor(position)
     # The order statistics wanted sit near the top: the few largest are found faster than a full sort would find them.
     top = rows.topk(n - below, dim=1, sorted=True).values
     s = torch.lerp(top[:, -1], top[:, max(n - below - 2, 0)], position - below)
-    return s.reshape([] if dim is None else shape)
+    return s.reshape(shape)
 
 
 @torch.no_grad()
