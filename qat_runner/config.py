@@ -151,16 +151,18 @@ class Config:
     """null: the recipe's"""
     lr: float | None = None
     """null: the recipe's"""
+    accumulate: int = 1
+    """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
     seed: int = 0
     """of initialization, data order and augmentation; 0 to 2^32 - 1"""
     backend: str = "auto"
-    """of the quantization kernels: auto, eager (plain PyTorch) or compiled (fused by torch.compile)"""
+    """of the quantization kernels: auto, eager (plain PyTorch), compiled (C++, CPU) or triton (CUDA)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     amp: str = "none"
     """none, bf16 or fp16: autocast of convolutions and matrix products"""
-    channels_last: bool = False
-    """memory layout of weights and pictures"""
+    channels_last: bool = True
+    """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
     limit_train_batches: int | None = None
     """at most so many batches an epoch; null: all"""
     limit_val_batches: int | None = None
@@ -299,6 +301,8 @@ def check(config: Config) -> None:
     ]
     for name, count, least in counts:
         _require(count is None or count >= least, name, count, f"{least} or more")
+    assert config.batch_size is not None
+    _require(1 <= config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
     _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
     assert config.lr is not None
     _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
@@ -392,7 +396,7 @@ def identity(config: Config) -> dict[str, Any]:
         keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
     keys["recipe"] = asdict(config.stage) if config.training else None
     if not config.training:
-        for key in ("epochs", "lr", *([] if config.needs_calibration else ["batch_size"])):
+        for key in ("epochs", "lr", "accumulate", *([] if config.needs_calibration else ["batch_size"])):
             del keys[key]
     if config.policy.full_precision:
         for key in (

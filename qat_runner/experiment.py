@@ -21,10 +21,11 @@ from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
 from qat_runner.models import MODELS, STEMS, TORCHVISION, build_model, find_weights, load_weights, match_weights
-from qat_runner.quant.kernels import set_backend
+from qat_runner.quant.kernels import choose_backend, set_backend
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint
 from qat_runner.training.loop import Trainer
+from qat_runner.training.memory import keep_freed_memory
 from qat_runner.training.tracking import RECORDED, Record, environment, read_json, write_json
 
 log = logging.getLogger("qat_runner")
@@ -46,7 +47,11 @@ def prepare(config: Config) -> Path:
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    find_device(config.device)
+    device = find_device(config.device)
+    try:
+        choose_backend(config.backend, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
     if config.weights is not None:
         _check_weights(config)
@@ -156,7 +161,8 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
     """
     device = find_device(config.device)
     checkpoint.seed_everything(config.seed)
-    set_backend(config.backend)
+    set_backend(config.backend, device.type)
+    keep_freed_memory()
     data = load_dataset(config.dataset, config.data_dir, device, config.seed)
     model = build_model(config.model.name, data.num_classes, data.image_size, config.model.stem).to(device)
     if config.channels_last:

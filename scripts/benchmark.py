@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
 from qat_runner.quant import fake_quantize, mse_sweep, octav
 from qat_runner.quant.kernels import set_backend
+from qat_runner.training.memory import keep_freed_memory
 from qat_runner.training.tracking import environment
 
 Contest = dict[str, Callable[[], object]]
@@ -61,8 +61,9 @@ def synchronize(device: torch.device) -> None:
 
 def take_turns(contest: Contest, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds."""
-    for run in contest.values():
-        run()  # allocate, compile
+    for _ in range(3):  # allocate, compile, let memory settle
+        for run in contest.values():
+            run()
     times: dict[str, list[float]] = {name: [] for name in contest}
     for _ in range(rounds):
         for name, run in contest.items():
@@ -153,10 +154,9 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     """A training step: forward, backward, SGD."""
     name, size, batch = which
     torch.manual_seed(0)
-    model: nn.Module = build_model(name, 100, size).to(device)
-    x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(0, 100, (batch,), device=device)
-    if device.type == "cuda":
-        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    model: nn.Module = build_model(name, 100, size).to(device).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    y = torch.randint(0, 100, (batch,), device=device)
     if mode != "full precision":
         clipping = "octav" if mode == "static" else mode
         quantize_model(model, 4, clipping, example=x[:2], dynamic=mode != "static")
@@ -214,14 +214,21 @@ def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
 
 def peak(name: str, mode: str, device: torch.device) -> float:
-    """MiB."""
+    """MiB, without what Python, PyTorch and its compiler take for themselves."""
+    make_step(("resnet20", 32, 2), "octav", device, amp=False)()
+    before = resident_peak()
     run = make_step((STEPS | GPU_STEPS)[name], mode, device, amp=device.type == "cuda")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         run()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return resident_peak() - before
+
+
+def resident_peak() -> float:
+    """MiB. Not of getrusage, whose figure a process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**10
 
 
 def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -246,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--backend", default="auto", help="auto, eager or compiled")
+    parser.add_argument("--backend", default="auto", help="auto, eager, compiled or triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="networks whose name holds this")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of results.json and results.md")
@@ -257,7 +264,8 @@ def main() -> None:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     warnings.simplefilter("ignore", UserWarning)
     device = torch.device(args.device)
-    backend = set_backend(args.backend)
+    backend = set_backend(args.backend, device.type)
+    keep_freed_memory()
     if args.peak:
         name, mode = args.peak
         print(peak(name, mode, device))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,6 +260,11 @@ def quantizers_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for q, enabled in zip(quantizers, before, strict=True):
             q.enabled = enabled
+
+
+def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
+    """While open, each weight is quantized at its first use only: for gradients that add up over several batches."""
+    return Quantizer.holding([t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"])
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from qat_runner.quant.recompute import recomputing
+
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
 """Full-precision class -> quantized class. Only exact classes are converted: a subclass may compute something else."""
 
@@ -21,7 +23,8 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
-        out: Tensor = self._conv_forward(x, weight, self.bias)
+        with recomputing((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
+            out: Tensor = self._conv_forward(x, weight, self.bias)
         return out
 
 
@@ -32,7 +35,9 @@ class QuantLinear(nn.Linear):
     input_quantizer: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
+        with recomputing((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
+            return nn.functional.linear(x, weight, self.bias)
 
 
 LAYERS.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear})

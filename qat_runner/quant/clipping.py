@@ -37,20 +37,6 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
 
 
-def _largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
-    """The largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
-
-    The extremes of x are read where they lie: |x| would be a copy.
-    """
-    if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
-        return eager.magnitudes(x, signed)
-    if math.prod([x.shape[d] for d in dims]) == 0:
-        return x.new_zeros(_kept(x, dims), dtype=eager.compute_dtype(x))
-    top = x.amax(dims, keepdim=True)
-    top = torch.maximum(top, -x.amin(dims, keepdim=True)) if signed else top.clamp(min=0)
-    return top.to(eager.compute_dtype(x))
-
-
 @torch.no_grad()
 def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
     """Max-scaling: s = max |x|, so nothing is clipped (up to the missing top code).
@@ -67,7 +53,7 @@ def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *
     """
     Grid(bits, signed)
     x, dims = _prepare(x, dim, check)
-    s = _largest(x, signed, dims)
+    s = eager.largest(x, signed, dims)
     return s.reshape(()) if dim is None else s
 
 
@@ -96,7 +82,7 @@ def percentile(
         raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
     x, dims = _prepare(x, dim, check)
     a = eager.magnitudes(x, signed)
-    shape = [] if dim is None else _kept(a, dims)
+    shape = [] if dim is None else eager.kept(a, dims)
     if a.numel() == 0:
         return a.new_zeros(shape)
     rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
@@ -144,8 +130,8 @@ def mse_sweep(
     if points < 1:
         raise ValueError(f"points={points}: a sweep needs at least 1")
     x, dims = _prepare(x, dim, check)
-    unit = _largest(x, signed, dims)
-    y = x.to(unit.dtype) / _positive(unit)
+    unit = eager.largest(x, signed, dims)
+    y = x.to(unit.dtype) / torch.where(unit > 0, unit, 1.0)
     if not signed:
         y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
     candidates = [k / points for k in range(1, points + 1)]
@@ -213,7 +199,7 @@ def octav(
 
     The paper's Newton step alone (`newton_step`) approaches from below, needs more than ten steps at 8 bits, and on
     rows of few elements (depthwise filters, constants) falls into cycles. Here each read of x serves several
-    proposals, and a bracket [lo, hi] of the sign change chooses among them (see `_Bracket`).
+    proposals, and a bracket [lo, hi] of the sign change chooses among them (see `kernels.newton`).
 
     Args:
         x: any shape and floating dtype.
@@ -241,90 +227,11 @@ def octav(
     x, dims = _prepare(x, dim, check)
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
         return maximum(x, bits, signed, dim, check=False)
-    if init is None:  # in units of the largest magnitude the answer is at most 1
-        unit = _positive(_largest(x, signed, dims))
-    else:  # in units of the guess it is about 1, and the largest magnitude need not be read
-        guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device)
-        unit = _positive(guess).expand(_kept(x, dims))
-    read = kernels.backend().reader(x, unit, signed, dims)
-    bracket: _Bracket | None = None
-    s = torch.ones_like(unit, dtype=torch.float64)
-    if init is None:
-        _, _, total, nonzero, _ = read(s.to(unit.dtype))
-        s = total.double() / nonzero.double().clamp(min=1)
-    for _ in range(iterations):
-        excess, outside, *others = [t.double() for t in read(s.to(unit.dtype))]
-        bracket = bracket or _Bracket(k, *others)
-        before, s = s, bracket.propose(s, excess, outside)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and _settled(s, before, tolerance):
-            break
-    s = (s * unit).to(unit.dtype)
+    guess = None
+    if init is not None:
+        guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device).expand(eager.kept(x, dims))
+    s = kernels.backend().octav(x, k, signed, dims, guess, iterations, tolerance)
     return s.reshape(()) if dim is None else s
-
-
-def _settled(s: Tensor, before: Tensor, tolerance: float) -> bool:
-    return bool(((s - before).abs() <= tolerance * s).all())
-
-
-class _Bracket:
-    """An interval [lo, hi] that holds the sign change of g, row by row, and what the next s should be.
-
-    Args:
-        k: rounding noise of the grid in units of s^2.
-        total: sum of the magnitudes, any shape, float64.
-        nonzero: how many of them are not zero.
-        largest: the largest of them, which the answer does not exceed.
-    """
-
-    def __init__(self, k: float, total: Tensor, nonzero: Tensor, largest: Tensor) -> None:
-        self.k, self.nonzero = k, nonzero
-        self.lo, self.sum_lo, self.outside_lo = torch.zeros_like(total), total, nonzero
-        self.hi, self.sum_hi, self.outside_hi = largest, torch.zeros_like(total), torch.zeros_like(total)
-
-    def propose(self, s: Tensor, excess: Tensor, outside: Tensor) -> Tensor:
-        """Narrow the bracket by the sums at s, and propose the next s. In the order in which they are preferred:
-
-        1. If no element lies inside the bracket, the Newton step from lo is exact.
-        2. Newton on log(k s #in) - log(excess), which is nearly linear in the tails, exact for exponential ones.
-        3. If all that is known is that s was too large, a little less than the largest magnitude.
-        4. Half-way between the paper's Newton step from lo, which falls short in the tails, and hi; with few elements
-           left in the bracket their mean, which always divides them.
-
-        Args:
-            s: where the sums were taken.
-            excess: sum of (|x| - s)+.
-            outside: number of |x| > s.
-        """
-        k, inside = self.k, self.nonzero - outside
-        above = excess + s * outside  # sum |x| 1{|x|>s}
-        cost = k * s * inside
-        short = cost < excess  # g(s) < 0: the answer lies above s
-        lower = ~short & (s <= self.hi)
-        self.lo, self.hi = torch.where(short, s, self.lo), torch.where(lower, s, self.hi)
-        self.sum_lo, self.sum_hi = torch.where(short, above, self.sum_lo), torch.where(lower, above, self.sum_hi)
-        self.outside_lo = torch.where(short, outside, self.outside_lo)
-        self.outside_hi = torch.where(lower, outside, self.outside_hi)
-
-        between = self.outside_lo - self.outside_hi  # elements in (lo, hi]
-        mean = torch.minimum(torch.maximum((self.sum_lo - self.sum_hi) / between, self.lo), self.hi)
-        newton = self.sum_lo / (k * (self.nonzero - self.outside_lo) + self.outside_lo).clamp(min=k)
-        log_newton = s - (cost.log() - excess.log()) / (1 / s + outside / excess)
-        half_way = torch.where((newton < self.hi) & (between > 2), (newton + self.hi) / 2, mean)
-        proposal = torch.where((self.lo == 0) & (outside == 0), 0.8 * self.hi, half_way)
-        fits = (self.lo < log_newton) & (log_newton < self.hi) | (log_newton == s)
-        proposal = torch.where(fits, log_newton, proposal)
-        exact = (between <= 0) | (mean >= self.hi * (1 - 1e-9))
-        return torch.where(exact, torch.minimum(newton, self.hi), proposal)
-
-
-def _kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
-    """The shape of x with size 1 in dims."""
-    return [1 if d in dims else n for d, n in enumerate(x.shape)]
-
-
-def _positive(t: Tensor) -> Tensor:
-    """t where it is positive and finite, else 1."""
-    return torch.where((t > 0) & torch.isfinite(t), t, 1.0)
 
 
 CLIPPING_METHODS: dict[str, Callable[..., Tensor]] = {

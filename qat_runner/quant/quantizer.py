@@ -100,6 +100,8 @@ class Quantizer(nn.Module):
         """False passes x on unchanged, as in the full-precision network."""
         self.last_s: Tensor | None = None
         """The scalars of the latest call, for whoever measures noise; not part of the state."""
+        self._holding = False
+        self._held: tuple[Tensor, Tensor] | None = None
 
     def decide_sign(self, signed: bool) -> None:
         """Settle whether the grid is signed."""
@@ -123,10 +125,16 @@ class Quantizer(nn.Module):
         if self._calibrating:
             self._remember(self.solve(x, self.bits, self.signed, self.dim, check=True))
             return x
+        if self._held is not None:
+            return self._held[1]
         s = self._scalars(x)
         if not torch.compiler.is_compiling():
             self.last_s = s
-        return fake_quantize(x, s, self.bits, self.signed, self.gradient)
+        out = fake_quantize(x, s, self.bits, self.signed, self.gradient)
+        if self._holding:
+            self._held = out, out.detach().requires_grad_(out.requires_grad)
+            return self._held[1]
+        return out
 
     def _scalars(self, x: Tensor) -> Tensor:
         if self.dynamic and (self.training or self.eval_mode == "dynamic"):
@@ -163,6 +171,24 @@ class Quantizer(nn.Module):
             s = torch.where(torch.isfinite(s), s, self.s)
             self.s.copy_(s)
             self.running_s.lerp_(s, self.momentum if self._batches > 1 else 1.0)
+
+    @staticmethod
+    @contextmanager
+    def holding(quantizers: Sequence["Quantizer"]) -> Iterator[None]:
+        """While open, each quantizes the tensor of its first call only, and gives the result to all other calls.
+
+        For weights, which stay the same while the gradients of several batches add up. On leaving, the sum of the
+        gradients passes through the quantization, once.
+        """
+        for q in quantizers:
+            q._holding = True
+        try:
+            yield
+            held = [q._held for q in quantizers if q._held is not None and q._held[1].grad is not None]
+            torch.autograd.backward([out for out, _ in held], [leaf.grad for _, leaf in held])
+        finally:
+            for q in quantizers:
+                q._holding, q._held = False, None
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:

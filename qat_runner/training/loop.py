@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qat_runner.config import Config, identity
 from qat_runner.data import Batch, ImageData
 from qat_runner.errors import RunError
-from qat_runner.insertion.insert import scalars
+from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.training import checkpoint
 from qat_runner.training.measure import LayerNoise, Totals, WarmStartExcess, autocast, evaluate, measure_noise
 from qat_runner.training.progress import Progress
@@ -146,22 +146,32 @@ class Trainer:
             rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = rates[-1]
-            with autocast(self.device, self.config.amp):
-                logits = self.model(pictures)
-                loss = F.cross_entropy(logits, labels, label_smoothing=self.stage.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            losses[step] = self._add_gradients(pictures, labels, totals)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            losses[step] = loss.detach()
             if self.excess is not None:
                 excess.append(self.excess.take())
-            totals.add(loss, logits.detach(), labels)
             if not progress.step(len(labels), totals):
                 break
         self._check_losses(epoch, losses[: len(rates)].tolist(), rates, excess)
         self.state.steps += len(rates)
         return totals.read()
+
+    def _add_gradients(self, pictures: Tensor, labels: Tensor, totals: Totals) -> Tensor:
+        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
+        mean = torch.zeros((), device=self.device)
+        parts = self.config.accumulate
+        with weights_quantized_once(self.model) if parts > 1 else nullcontext():
+            for x, y in zip(pictures.tensor_split(parts), labels.tensor_split(parts), strict=True):
+                with autocast(self.device, self.config.amp):
+                    logits = self.model(x)
+                    loss = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing)
+                share = len(y) / len(labels)
+                self.scaler.scale(loss * share).backward()
+                mean += loss.detach() * share
+                totals.add(loss, logits.detach(), y)
+        return mean
 
     def _check_losses(self, epoch: int, losses: list[float], rates: list[float], excess: list[Tensor]) -> None:
         rows = [

@@ -219,7 +219,10 @@ def test_weights_modes(run: Run, tmp_path: Path) -> None:
 
 
 def test_precision_and_layout_options(run: Run) -> None:
-    assert run("amp=bf16", "channels_last=true", "epochs=1", "noise_batches=0", "limit_val_batches=1") == 0
+    assert (
+        run("amp=bf16", "channels_last=false", "accumulate=3", "epochs=1", "noise_batches=0", "limit_val_batches=1")
+        == 0
+    )
     assert not (only_run() / "layers.csv").exists()
 
 

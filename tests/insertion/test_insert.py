@@ -1,6 +1,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from qat_runner.insertion import (
     remove_quantizers,
     summary,
 )
-from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled
+from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_quantized_once
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
 VISION = ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small"]
@@ -415,3 +416,39 @@ def test_a_quantized_model_compiles_in_one_graph() -> None:
     model = quantize_model(Small(), bits=4, example=torch.randn(2, 3, 8, 8)).eval()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_weights_quantized_once() -> None:
+    """Gradients of a batch in two parts: the same as without, with one quantization of each weight for both."""
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
+
+    def gradients(once: bool) -> tuple[list[Tensor], int]:
+        torch.manual_seed(0)
+        model = quantize_model(Small(), 4, example=x, warm_iterations=None)
+        calls = 0
+
+        def count(*args: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        weights = [t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"]
+        for quantizer in weights:
+            solve = quantizer.solve
+            quantizer.solve = lambda *args, solve=solve, **options: (count(), solve(*args, **options))[1]
+        with weights_quantized_once(model) if once else nullcontext():
+            for part in (slice(0, 3), slice(3, 8)):
+                nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
+        assert calls == len(weights) * (1 if once else 2)
+        assert all(q._held is None and not q._holding for q in weights)
+        return [p.grad for p in model.parameters() if p.grad is not None], calls
+
+    for a, b in zip(gradients(True)[0], gradients(False)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_quantized_once_lets_go_after_an_error() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = quantize_model(Small(), 4, example=x)
+    with pytest.raises(RuntimeError), weights_quantized_once(model):
+        model(x[:, :2])  # the first layer has quantized its weight by then
+    assert all(t.quantizer._held is None for t in quantized_tensors(model))

@@ -4,12 +4,13 @@ Freshly allocated memory costs several times what the arithmetic does (8.4 M flo
 `x.abs()`, 1 ms for the same in place), so each operation allocates once and then works in place.
 """
 
-from collections.abc import Callable
+import math
 
 import torch
 from torch import Tensor
 
 from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels import newton
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -23,33 +24,58 @@ def magnitudes(x: Tensor, signed: bool) -> Tensor:
     return a.to(compute_dtype(x))
 
 
-def reader(x: Tensor, unit: Tensor, signed: bool, dims: tuple[int, ...]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Prepare the reads of x that OCTAV needs: one Newton step (Corollary 3.2) is one read plus scalars.
+def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
+    """The shape of x with size 1 in dims: that of its clipping scalars."""
+    return [1 if d in dims else n for d, n in enumerate(x.shape)]
+
+
+def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
+    """The largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
+
+    The extremes of x are read where they lie: |x| would be a copy.
+    """
+    if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
+        return magnitudes(x, signed)
+    if math.prod([x.shape[d] for d in dims]) == 0:
+        return x.new_zeros(kept(x, dims), dtype=compute_dtype(x))
+    top = x.amax(dims, keepdim=True)
+    top = torch.maximum(top, -x.amin(dims, keepdim=True)) if signed else top.clamp(min=0)
+    return top.to(compute_dtype(x))
+
+
+def octav(
+    x: Tensor, k: float, signed: bool, dims: tuple[int, ...], guess: Tensor | None, iterations: int, tolerance: float
+) -> Tensor:
+    """Solve for the clipping scalars of x (Theorem 3.1).
 
     Args:
-        x: any shape and floating dtype.
-        unit: > 0, broadcastable to x with size 1 in `dims`: magnitudes are divided by it, so that no sum overflows.
+        x: any shape and floating dtype, with elements.
+        k: noise of rounding, in units of s^2.
         signed: which magnitudes.
-        dims: the dimensions to sum over, at least one; they are kept, with size 1.
+        dims: the dimensions that one scalar spans, at least one; they are kept, with size 1.
+        guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
+        iterations: reads of x after the start.
+        tolerance: reading ends when no scalar moves by more than this, relatively, where looking is free.
 
     Returns:
-        read(s), with s in units of `unit` and of its shape: for a = magnitudes / unit
-        (sum of (a - s) over a > s, number of a > s, sum of a, number of a > 0, largest a), in `compute_dtype` and the
-        shape of `unit`.
+        s in units of x, in `compute_dtype`.
     """
     a = magnitudes(x, signed)
-    nonzero = torch.count_nonzero(a, dims).reshape(unit.shape).to(a.dtype)  # before small ones can vanish
-    a.div_(unit)
-    total, largest = a.sum(dims, keepdim=True), a.amax(dims, keepdim=True)
+    cold = guess is None
+    guess = largest(x, signed, dims) if guess is None else guess
+    nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
+    a.div_(newton.begin(guess, k)[newton.UNIT])
+    total, top = a.sum(dims, keepdim=True), a.amax(dims, keepdim=True)
     buffer = torch.empty_like(a)
 
-    def read(s: Tensor) -> tuple[Tensor, ...]:
-        torch.sub(a, s, out=buffer).relu_()
+    def step(state: Tensor) -> Tensor:
+        torch.sub(a, state[newton.S].to(a.dtype), out=buffer).relu_()
         excess = buffer.sum(dims, keepdim=True)
         outside = buffer.sign_().sum(dims, keepdim=True)
-        return excess, outside, total, nonzero, largest
+        return newton.advance(state, excess, outside, total, nonzero, top)
 
-    return read
+    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return newton.solve(step, guess, k, cold=cold, iterations=iterations, tolerance=tolerance, look=look)
 
 
 def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:

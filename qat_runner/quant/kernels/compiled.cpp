@@ -1,0 +1,295 @@
+// The three operations of quantization on a CPU, for float and bfloat16; compiled by compiled.py on first use.
+//
+// Tensors come as [rows, n], dense, with one clipping scalar a row. Sums are taken over chunks and added up in order,
+// so that results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t CHUNK = 4096;
+constexpr int64_t RUN = 512;
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
+constexpr int64_t WORTH_A_THREAD = 8 * CHUNK;  // below that many elements, starting threads costs more than it saves
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+
+inline float load(BFloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void store(float value, float& to) { to = value; }
+
+inline void store(float value, BFloat16& to) {  // rounds half to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
+}
+
+template <bool SIGNED>
+inline float magnitude(float x) {
+    return SIGNED ? std::fabs(x) : (x < 0 ? 0.0f : x);
+}
+
+inline float clamp(float x, float low, float high) {  // NaN stays NaN
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+// What OCTAV needs to know of a row at a clipping scalar s; all in units of the row's `unit`.
+struct Sums {
+    double excess = 0;   // sum of (a - s) over a > s
+    double outside = 0;  // number of a > s
+    double total = 0;    // sum of a
+    double nonzero = 0;  // number of a > 0
+    double largest = 0;  // the largest a
+
+    void add(const Sums& other) {
+        excess += other.excess;
+        outside += other.outside;
+        total += other.total;
+        nonzero += other.nonzero;
+        largest = std::max(largest, other.largest);
+    }
+};
+
+// At most RUN elements, so that sums in float stay close to exact.
+template <typename T, bool SIGNED>
+inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everything) {
+    float excess = 0, outside = 0, total = 0, nonzero = 0, largest = 0;
+    if (everything) {
+#pragma omp simd reduction(+ : excess, outside, total, nonzero) reduction(max : largest)
+        for (int64_t i = 0; i < n; ++i) {
+            const float raw = magnitude<SIGNED>(load(x[i])), a = raw * scale;
+            excess += a > s ? a - s : 0.0f;
+            outside += a > s ? 1.0f : 0.0f;
+            total += a;
+            nonzero += raw > 0 ? 1.0f : 0.0f;
+            largest = a > largest ? a : largest;
+        }
+    } else {
+#pragma omp simd reduction(+ : excess, outside)
+        for (int64_t i = 0; i < n; ++i) {
+            const float a = magnitude<SIGNED>(load(x[i])) * scale;
+            excess += a > s ? a - s : 0.0f;
+            outside += a > s ? 1.0f : 0.0f;
+        }
+    }
+    return {excess, outside, total, nonzero, largest};
+}
+
+template <typename T, bool SIGNED>
+Sums sums_of_chunk(const T* x, int64_t n, float scale, float s, bool everything) {
+    Sums result;
+    for (int64_t i = 0; i < n; i += RUN)
+        result.add(sums_of_run<T, SIGNED>(x + i, std::min(RUN, n - i), scale, s, everything));
+    return result;
+}
+
+template <typename T, bool SIGNED>
+Sums sums_of_row(const T* x, int64_t n, float scale, float s, bool everything, int threads) {
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    Sums result;
+    if (threads == 1) {
+        for (int64_t c = 0; c < chunks; ++c)
+            result.add(sums_of_chunk<T, SIGNED>(x + c * CHUNK, std::min(CHUNK, n - c * CHUNK), scale, s, everything));
+        return result;
+    }
+    std::vector<Sums> parts(chunks);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t c = 0; c < chunks; ++c)
+        parts[c] = sums_of_chunk<T, SIGNED>(x + c * CHUNK, std::min(CHUNK, n - c * CHUNK), scale, s, everything);
+    for (const Sums& part : parts) result.add(part);
+    return result;
+}
+
+// An interval [lo, hi] that holds the sign change of g; newton.py explains, and is what this repeats.
+struct Bracket {
+    double k, total, nonzero;
+    double lo = 0, sum_lo, outside_lo, hi, sum_hi = 0, outside_hi = 0;
+
+    Bracket(double k, const Sums& at)
+        : k(k), total(at.total), nonzero(at.nonzero), sum_lo(at.total), outside_lo(at.nonzero), hi(at.largest) {}
+
+    double propose(double s, const Sums& at) {
+        const double above = at.excess + s * at.outside, cost = k * s * (nonzero - at.outside);
+        const bool is_short = cost < at.excess;
+        if (is_short) {
+            lo = s, sum_lo = above, outside_lo = at.outside;
+        } else if (s <= hi) {
+            hi = s, sum_hi = above, outside_hi = at.outside;
+        }
+        const double between = outside_lo - outside_hi;  // elements in (lo, hi]
+        const double mean = between > 0 ? (sum_lo - sum_hi) / between : 0;
+        const double newton_lo = newton(sum_lo, outside_lo);
+        if (between <= 1 || mean >= hi * (1 - 1e-6))
+            return std::min({newton_lo, std::max(mean, newton(sum_hi, outside_hi)), hi});
+        const double log_newton = s - (std::log(cost) - std::log(at.excess)) / (1 / s + at.outside / at.excess);
+        const bool returns = is_short ? log_newton >= hi * (1 - 2e-7) : log_newton <= lo * (1 + 2e-7);
+        if ((lo < log_newton && log_newton < hi && !returns) || log_newton == s) return log_newton;
+        if (lo == 0 && at.outside == 0) return 0.8 * hi;
+        const double divides = lo < mean && mean < hi ? mean : (lo + hi) / 2;  // sums are not exact
+        return newton_lo < divides ? (newton_lo + hi) / 2 : divides;
+    }
+
+    double newton(double sum, double outside) const {  // the published step
+        return sum / std::max(k * (nonzero - outside) + outside, k);
+    }
+};
+
+template <typename T, bool SIGNED>
+float largest_of_row(const T* x, int64_t n, int threads) {
+    float largest = 0;
+    if (threads == 1) {
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<SIGNED>(load(x[i])));
+        return largest;
+    }
+#pragma omp parallel for simd num_threads(threads) reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<SIGNED>(load(x[i])));
+    return largest;
+}
+
+struct Settings {
+    double k, tolerance;
+    int iterations;
+    bool cold;
+};
+
+template <typename T, bool SIGNED>
+float solve_row(const T* x, int64_t n, float guess, const Settings& set, int threads) {
+    if (set.cold) guess = largest_of_row<T, SIGNED>(x, n, threads);
+    if (!(guess > 0 && guess <= std::numeric_limits<float>::max())) guess = 1;
+    const double unit = std::ldexp(1.0, std::min(std::max(std::ilogb(guess), -126), 125));
+    const float scale = static_cast<float>(1 / unit);
+    double s = guess / unit;
+    Sums at = sums_of_row<T, SIGNED>(x, n, scale, static_cast<float>(s), true, threads);
+    Bracket bracket(set.k, at);
+    if (set.cold) {
+        bracket.propose(static_cast<float>(s), at);
+        s = at.total / std::max(at.nonzero, 1.0);
+    }
+    for (int i = 0; i < set.iterations; ++i) {
+        const float here = static_cast<float>(s);
+        if (i > 0 || set.cold) at = sums_of_row<T, SIGNED>(x, n, scale, here, false, threads);
+        s = bracket.propose(here, at);
+        if (std::fabs(s - here) <= set.tolerance * s) break;
+    }
+    return static_cast<float>(s * unit);
+}
+
+template <typename T, bool SIGNED>
+void solve(const T* x, int64_t rows, int64_t n, const float* guess, const Settings& set, int threads, float* s) {
+    if (rows * n < WORTH_A_THREAD) threads = 1;
+    if (rows < 2 * threads || threads == 1) {  // threads share out each row; no region around theirs: it would cost a
+        for (int64_t r = 0; r < rows; ++r)     // start of threads every time
+            s[r] = solve_row<T, SIGNED>(x + r * n, n, set.cold ? 0 : guess[r], set, threads);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int64_t r = 0; r < rows; ++r)
+        s[r] = solve_row<T, SIGNED>(x + r * n, n, set.cold ? 0 : guess[r], set, 1);
+}
+
+struct Levels {
+    float per_scalar, lowest, highest;
+};
+
+template <typename T>
+void quantize_piece(const T* x, int64_t n, float s, Levels levels, T* out) {
+    const float divisor = s == 0 ? 1 : s, step = 1 / levels.per_scalar;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const float code = clamp(load(x[i]) / divisor * levels.per_scalar, levels.lowest, levels.highest);
+        store((code + ROUND - ROUND) * step * s, out[i]);
+    }
+}
+
+template <typename T, bool MAD>
+void backward_piece(const T* grad, const T* x, int64_t n, float low, float high, T* out) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = load(x[i]), g = load(grad[i]);
+        const float factor = MAD ? clamp(v, low, high) / v : 0.0f;
+        store(MAD ? (v == 0 ? g : factor * g) : (v >= low && v <= high ? g : 0.0f), out[i]);
+    }
+}
+
+// Calls work(offset, length, row) for pieces of [rows, n] that together cover it.
+template <typename Work>
+void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
+    const int64_t pieces = (n + CHUNK - 1) / CHUNK;
+    if (rows * n < WORTH_A_THREAD) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t p = 0; p < rows * pieces; ++p) {
+        const int64_t row = p / pieces, begin = p % pieces * CHUNK;
+        work(row * n + begin, std::min(CHUNK, n - begin), row);
+    }
+}
+
+template <typename T>
+void quantize(const void* x, const float* s, int64_t rows, int64_t n, Levels levels, int threads, void* out) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
+        quantize_piece(from + at, length, s[row], levels, to + at);
+    });
+}
+
+template <typename T, bool MAD>
+void quantize_backward(const void* grad, const void* x, const float* s, int64_t rows, int64_t n, bool is_signed,
+                       int threads, void* out) {
+    const T *g = static_cast<const T*>(grad), *from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
+        backward_piece<T, MAD>(g + at, from + at, length, is_signed ? -s[row] : 0, s[row], to + at);
+    });
+}
+
+template <typename T>
+void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const Settings& set, bool is_signed,
+               int threads, float* s) {
+    const T* values = static_cast<const T*>(x);
+    is_signed ? solve<T, true>(values, rows, n, guess, set, threads, s)
+              : solve<T, false>(values, rows, n, guess, set, threads, s);
+}
+
+}  // namespace
+
+// x, grad, out: float, or BFloat16 where `half`; s, guess: float [rows]; guess is null for a cold start.
+extern "C" {
+
+void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* guess, double k, int is_signed,
+               int iterations, double tolerance, int threads, float* s) {
+    const Settings set{k, tolerance, iterations, guess == nullptr};
+    half ? solve_any<BFloat16>(x, rows, n, guess, set, is_signed, threads, s)
+         : solve_any<float>(x, rows, n, guess, set, is_signed, threads, s);
+}
+
+void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int levels, int lowest,
+                       int highest, int threads, void* out) {
+    const Levels grid{static_cast<float>(levels), static_cast<float>(lowest), static_cast<float>(highest)};
+    (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, grid, threads, out);
+}
+
+void qat_fake_quantize_backward(int half, const void* grad, const void* x, const float* s, int64_t rows, int64_t n,
+                                int is_signed, int mad, int threads, void* out) {
+    const auto backward = half ? (mad ? quantize_backward<BFloat16, true> : quantize_backward<BFloat16, false>)
+                               : (mad ? quantize_backward<float, true> : quantize_backward<float, false>);
+    backward(grad, x, s, rows, n, is_signed, threads, out);
+}
+
+}  // extern "C"

@@ -1,0 +1,34 @@
+"""What a torch.compile of the user's own traces instead of a backend's kernels: it fuses them itself.
+
+No operation works in place and no result is an alias: some versions of PyTorch differentiate through these, past the
+backward pass that is ours.
+"""
+
+import torch
+from torch import Tensor
+
+from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels.eager import compute_dtype, octav
+
+__all__ = ["fake_quantize", "fake_quantize_backward", "octav"]
+
+
+def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
+    """As `eager.fake_quantize`."""
+    s = s.to(compute_dtype(x))
+    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * grid.levels_per_scalar
+    q = q.round().clamp(grid.lowest, grid.highest) * (1.0 / grid.levels_per_scalar) * s
+    return q if q.dtype == x.dtype else q.to(x.dtype)  # .to() of the same dtype would be an alias
+
+
+def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
+    """As `eager.fake_quantize_backward`."""
+    if gradient == "ste":
+        return grad
+    s = s.to(compute_dtype(x))
+    x = x.to(s.dtype)
+    low = -s if signed else torch.zeros_like(s)
+    if gradient == "pwl":
+        return torch.where((x <= s) & (x >= low), grad, 0.0)
+    clipped = torch.minimum(torch.maximum(x, low), s)
+    return (torch.where(x == 0, 1.0, clipped / x) * grad).to(grad.dtype)

@@ -1,0 +1,43 @@
+"""Tensors as rows in memory order, which is all that elementwise loops and sums need to know."""
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous, the two that are told apart."""
+    if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def rows_of(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
+    """x as dense [rows, n], one scalar a row: one row if a scalar spans all `dims`, or one an index of dimension 0.
+
+    None for other granularities, and for an empty x. A copy only if x has gaps.
+    """
+    x = x.detach()
+    if x.numel() == 0 or dims not in (tuple(range(x.ndim)), tuple(range(1, x.ndim))):
+        return None
+    dense = x.permute(0, 2, 3, 1) if memory_format(x) == torch.channels_last else x.contiguous()
+    return dense.reshape(1 if len(dims) == x.ndim else x.shape[0], -1)
+
+
+def with_scalars(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor] | None:
+    """x as [rows, n] and s, float32, as dense [rows]; None for other granularities."""
+    s = s.detach().to(torch.float32)
+    if s.numel() == 1:
+        rows = rows_of(x, tuple(range(x.ndim)))
+    elif s.ndim == x.ndim and s.numel() == s.shape[0] == x.shape[0]:
+        rows = rows_of(x, tuple(range(1, x.ndim)))
+    else:
+        rows = None
+    return None if rows is None else (rows, s.reshape(-1).contiguous())
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """[rows, n] back in the shape and memory format of x."""
+    if memory_format(x) == torch.channels_last:
+        n, c, h, w = x.shape
+        return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return rows.reshape(x.shape)
