@@ -15,6 +15,7 @@ with the spread between quartiles. Parts:
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -91,16 +92,48 @@ def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
 
 
 def others(x: Tensor, dim: int | None) -> Contest:
-    """OCTAV of ai-edge-quantizer, where it is installed."""
-    try:
-        from ai_edge_quantizer.algorithms.uniform_quantize import octav as edge
-    except ImportError:
-        return {}
-    solve = getattr(edge, "_guess_clipping_with_octav", None)
-    if solve is None:
-        return {}
-    array, axes = x.numpy(), tuple(d for d in range(x.ndim) if d != dim)
-    return {"ai-edge-quantizer": lambda: solve(array, 4, axes, 10, True)}
+    """What other tools have for the same purpose, where they are installed (pip install '.[bench]')."""
+    contest: Contest = {}
+    if importlib.util.find_spec("ai_edge_quantizer"):
+        from ai_edge_quantizer.algorithms.uniform_quantize.octav import _guess_clipping_with_octav as edge
+
+        axes = None if dim is None else tuple(d for d in range(x.ndim) if d != dim)
+        contest["ai-edge-quantizer octav"] = partial(edge, x.numpy(), 4, axes, 10, 3.0)
+    if importlib.util.find_spec("brevitas") and dim == 0:
+        contest["brevitas mse search"] = partial(brevitas_search, x)
+    return contest
+
+
+def brevitas_search(weight: Tensor) -> object:
+    """Brevitas' MSE search runs when a weight [K, C] is first quantized."""
+    from brevitas.nn import QuantLinear
+    from brevitas.quant import Int8WeightPerChannelFloatMSE
+
+    layer = QuantLinear(
+        weight.shape[1], weight.shape[0], bias=False, weight_quant=Int8WeightPerChannelFloatMSE, weight_bit_width=4
+    )
+    layer.weight.data.copy_(weight)
+    return layer.quant_weight()
+
+
+def brevitas_model(model: nn.Module) -> nn.Module:
+    """Each layer as Brevitas quantizes it by default, in training with scales that are learned."""
+    from brevitas.nn import QuantConv2d, QuantLinear
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
+
+    quantizers = {"weight_quant": Int8WeightPerChannelFloat, "input_quant": Int8ActPerTensorFloat}
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Conv2d:
+                keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+                made = QuantConv2d(**{key: getattr(child, key) for key in keys}, bias=False, **quantizers)
+            elif type(child) is nn.Linear:
+                made = QuantLinear(child.in_features, child.out_features, bias=True, **quantizers)
+            else:
+                continue
+            made.weight.data.copy_(child.weight)
+            setattr(module, name, made)
+    return model
 
 
 def solver(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -157,7 +190,9 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     model: nn.Module = build_model(name, 100, size).to(device).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(0, 100, (batch,), device=device)
-    if mode != "full precision":
+    if mode == "brevitas":
+        model = brevitas_model(model).to(memory_format=torch.channels_last)
+    elif mode != "full precision":
         clipping = "octav" if mode == "static" else mode
         quantize_model(model, 4, clipping, example=x[:2], dynamic=mode != "static")
     if mode == "static":
@@ -177,7 +212,8 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
 def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     rows = []
     for name, which in chosen_steps(args, device).items():
-        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in MODES}
+        rivals = ("brevitas",) if importlib.util.find_spec("brevitas") and which[0] == "resnet18" else ()
+        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in MODES + rivals}
         figures = take_turns(contest, args.rounds, device)
         for mode, f in figures.items():
             against = {f"x {other}": f["ms"] / figures[other]["ms"] for other in ("full precision", "static")}
@@ -191,38 +227,36 @@ def chosen_steps(args: argparse.Namespace, device: torch.device) -> dict[str, tu
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Each step in a process of its own: what three steps add to the peak of one that only built the model."""
+    """Peaks of a step, each in a process of its own: of its tensors, and of the process as the system sees it."""
     rows: list[dict[str, Any]] = []
     for name in chosen_steps(args, device):
         for mode in MODES:
-            command = [
-                sys.executable,
-                __file__,
-                "--peak",
-                name,
-                mode,
-                "--backend",
-                args.backend,
-                "--device",
-                args.device,
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append({"network": name, "what": mode, "MiB": float(done.stdout.split()[-1])})
-            full = next(r["MiB"] for r in rows if r["network"] == name and r["what"] == "full precision")
-            rows[-1]["x full precision"] = rows[-1]["MiB"] / full
+            command = [sys.executable, __file__, "--peak", name, mode, "--backend", args.backend]
+            done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True)
+            tensors, process = map(float, done.stdout.split()[-2:])
+            rows.append({"network": name, "what": mode, "tensors, MiB": tensors, "process, MiB": process})
+            full = next(r for r in rows if r["network"] == name and r["what"] == "full precision")
+            rows[-1] |= {f"{of} x": rows[-1][f"{of}, MiB"] / full[f"{of}, MiB"] for of in ("tensors", "process")}
     return rows
 
 
-def peak(name: str, mode: str, device: torch.device) -> float:
-    """MiB, without what Python, PyTorch and its compiler take for themselves."""
+def peak(name: str, mode: str, device: torch.device) -> tuple[float, float]:
+    """MiB of tensors, and of the process without what Python and PyTorch take for themselves."""
     make_step(("resnet20", 32, 2), "octav", device, amp=False)()
     before = resident_peak()
     run = make_step((STEPS | GPU_STEPS)[name], mode, device, amp=device.type == "cuda")
     for _ in range(3):
         run()
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resident_peak() - before
+        return torch.cuda.max_memory_allocated(device) / 2**20, torch.cuda.max_memory_reserved(device) / 2**20
+    process = resident_peak() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = highest = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        highest = max(highest, held)
+    return highest / 2**20, process
 
 
 def resident_peak() -> float:
@@ -235,11 +269,17 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     """qat-run with one training step, as a user starts it."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for label, backend in (("eager", "eager"), ("compiled, cold", "compiled"), ("compiled, cached", "compiled")):
-            command = [sys.executable, "-m", "qat_runner", f"backend={backend}", f"run_dir={scratch}/{label}"]
+        for label, backend in (("eager", "eager"), ("auto cold", "auto"), ("auto cached", "auto")):
+            command = [
+                sys.executable,
+                "-m",
+                "qat_runner",
+                f"backend={backend}",
+                f"run_dir={scratch}/{label.replace(' ', '_')}",
+            ]
             command += ["epochs=1", "limit_train_batches=1", "limit_val_batches=1", "noise_batches=0"]
             began = time.perf_counter()
-            cache = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/cache"}
+            cache = {"QAT_CACHE_DIR": f"{scratch}/cache", "TRITON_CACHE_DIR": f"{scratch}/cache"}
             subprocess.run(command, env=os.environ | cache, capture_output=True, check=True)
             rows.append({"what": label, "seconds": time.perf_counter() - began})
             rows[-1]["over eager"] = rows[-1]["seconds"] - rows[0]["seconds"]
@@ -255,6 +295,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", default="auto", help="auto, eager, compiled or triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plain-malloc", action="store_true", help="let freed memory go back to the system")
     parser.add_argument("--only", default="", help="networks whose name holds this")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of results.json and results.md")
     parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
@@ -265,10 +306,11 @@ def main() -> None:
     warnings.simplefilter("ignore", UserWarning)
     device = torch.device(args.device)
     backend = set_backend(args.backend, device.type)
-    keep_freed_memory()
+    if not args.plain_malloc:
+        keep_freed_memory()  # as qat-run does
     if args.peak:
         name, mode = args.peak
-        print(peak(name, mode, device))
+        print(*peak(name, mode, device))
         return
     machine = environment()["machine"] | {"torch": torch.__version__, "python": platform.python_version()}
     results: dict[str, Any] = {"machine": machine, "backend": backend, "rounds": args.rounds}
