@@ -16,10 +16,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES, Policy
-from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, Quantizer
+from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, LEARNED, LearnedQuantizer, Quantizer
 from qat_runner.quant.kernels import BACKENDS
 
-MODES = ("scratch", "retrain", "ptq", "evaluate")
+MODES = ("scratch", "retrain", "long_retrain", "ptq", "evaluate")
+DISTILL = ("none", "full_precision")
 AMP = ("none", "bf16", "fp16")
 SCHEDULES = ("step", "cosine")
 
@@ -30,6 +31,8 @@ class ModelConfig:
     """a name in qat_runner.models.MODELS"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
+    width: float = 1.0
+    """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class DatasetConfig:
 @dataclass
 class ClippingConfig:
     name: str = MISSING
-    """octav, max, percentile or mse_sweep"""
+    """octav, max, percentile, mse_sweep, lsq or pact"""
     dynamic: bool = True
     """solve scalars on each call, or calibrate once and hold them"""
     iterations: int | None = None
@@ -70,6 +73,8 @@ class ClippingConfig:
     """mse_sweep: candidates"""
     together: bool | None = None
     """mse_sweep: rows of a weight share one candidate, as in the paper"""
+    alpha: float | None = None
+    """pact: the first clipping scalar of activations"""
     calibration_batches: int = 5
     """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on"""
     eval_mode: str = "dynamic"
@@ -77,8 +82,13 @@ class ClippingConfig:
 
     def options(self) -> dict[str, Any]:
         """What is passed to the clipping method."""
-        options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together")}
+        options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together", "alpha")}
         return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def learned(self) -> bool:
+        """Whether scalars are parameters, with gradients of their own."""
+        return self.name in LEARNED
 
 
 @dataclass
@@ -117,6 +127,15 @@ class RecipeConfig:
     name: str = MISSING
     scratch: StageConfig = field(default_factory=StageConfig)
     retrain: StageConfig = field(default_factory=StageConfig)
+    long_retrain: StageConfig = field(default_factory=StageConfig)
+    distill: str = "none"
+    """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
+    teacher: str | None = None
+    """weights file of that network, as `weights`; null: `weights` themselves"""
+    distill_temperature: float = 4.0
+    """what logits of both are divided by, above 0"""
+    distill_weight: float = 0.5
+    """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
 
 
 @dataclass
@@ -128,9 +147,11 @@ class Config:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     mode: str = "scratch"
-    """scratch: train from random weights; retrain: from `weights`; ptq: quantize `weights`; evaluate: as is"""
+    """scratch: train from random weights; retrain, long_retrain: from `weights`; ptq: quantize `weights`; evaluate: as
+    it is"""
     weights: str | None = None
-    """.pt, .pth, .th or .safetensors file, or "torchvision" for the published weights"""
+    """.pt, .pth, .th or .safetensors file; "torchvision" for the published weights; "baseline" for the full-precision
+    run from scratch of the same network, data, recipe and seed, which is made first where it is missing"""
 
     bits: int = 4
     """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""
@@ -150,7 +171,7 @@ class Config:
     batch_size: int | None = None
     """null: the recipe's"""
     lr: float | None = None
-    """null: the recipe's"""
+    """null: the recipe's, in proportion to batch_size where that is not the recipe's"""
     accumulate: int = 1
     """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
     seed: int = 0
@@ -170,6 +191,11 @@ class Config:
     noise_batches: int = 1
     """validation batches on which quantization noise is measured after each epoch; 0: never"""
 
+    sweep: dict[str, str] = field(default_factory=dict)
+    """of an experiment: what -m sweeps over, unless the command line names the key"""
+    standins: dict[str, str] = field(default_factory=dict)
+    """of a scale: what takes the place of values in `sweep`"""
+
     log_excess_mse: bool = False
     """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
 
@@ -184,12 +210,17 @@ class Config:
 
     @property
     def training(self) -> bool:
-        return self.mode in ("scratch", "retrain")
+        return self.mode in ("scratch", "retrain", "long_retrain")
 
     @property
     def stage(self) -> StageConfig:
         """The recipe's stage that this mode uses."""
-        return self.recipe.retrain if self.mode == "retrain" else self.recipe.scratch
+        stages = {"retrain": self.recipe.retrain, "long_retrain": self.recipe.long_retrain}
+        return stages.get(self.mode, self.recipe.scratch)
+
+    @property
+    def distilling(self) -> bool:
+        return self.training and self.recipe.distill != "none"
 
     @property
     def policy(self) -> Policy:
@@ -212,7 +243,11 @@ class Config:
     @property
     def needs_calibration(self) -> bool:
         """Whether scalars must be found on training batches before the first use."""
-        held = not self.clipping.dynamic or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
+        held = (
+            self.clipping.learned
+            or not self.clipping.dynamic
+            or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
+        )
         return held and self.mode != "evaluate" and not self.policy.full_precision
 
 
@@ -250,13 +285,14 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
 def resolve(config: Config) -> Config:
     """Fill in what follows from the rest, and check the result."""
     stage = config.stage
+    batch_size = stage.batch_size if config.batch_size is None else config.batch_size
     config = replace(
         config,
         weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
         activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
         epochs=stage.epochs if config.epochs is None else config.epochs,
-        batch_size=stage.batch_size if config.batch_size is None else config.batch_size,
-        lr=stage.lr if config.lr is None else config.lr,
+        batch_size=batch_size,
+        lr=stage.lr * batch_size / stage.batch_size if config.lr is None else config.lr,
     )
     check(config)
     return config
@@ -273,12 +309,12 @@ def check(config: Config) -> None:
         ("amp", config.amp, AMP),
         ("backend", config.backend, ("auto", *BACKENDS)),
         ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
-        ("clipping.name", config.clipping.name, tuple(CLIPPING_METHODS)),
+        ("clipping.name", config.clipping.name, (*CLIPPING_METHODS, *LEARNED)),
         ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
         ("conv_granularity", config.conv_granularity, GRANULARITIES),
         ("linear_granularity", config.linear_granularity, GRANULARITIES),
-        ("recipe.scratch.schedule", config.recipe.scratch.schedule, SCHEDULES),
-        ("recipe.retrain.schedule", config.recipe.retrain.schedule, SCHEDULES),
+        *((f"recipe.{name}.schedule", stage.schedule, SCHEDULES) for name, stage in _stages(config)),
+        ("recipe.distill", config.recipe.distill, DISTILL),
     ]
     for key, value, allowed in names:
         _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
@@ -303,6 +339,7 @@ def check(config: Config) -> None:
         _require(count is None or count >= least, name, count, f"{least} or more")
     assert config.batch_size is not None
     _require(1 <= config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
+    _require(0 < config.model.width <= 4, "model.width", config.model.width, "above 0, at most 4")
     _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
     assert config.lr is not None
     _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
@@ -316,6 +353,18 @@ def check(config: Config) -> None:
             "at least 0 and below 1",
         )
         _require(0 <= stage.weight_decay < float("inf"), f"recipe.{name}.weight_decay", stage.weight_decay, "0 or more")
+    _require(
+        0 < config.recipe.distill_temperature < float("inf"),
+        "recipe.distill_temperature",
+        config.recipe.distill_temperature,
+        "a positive number",
+    )
+    _require(
+        0 < config.recipe.distill_weight <= 1,
+        "recipe.distill_weight",
+        config.recipe.distill_weight,
+        "above 0, at most 1",
+    )
     channels = {len(config.dataset.mean), len(config.dataset.std)}
     _require(
         channels <= {1, 3} and len(channels) == 1,
@@ -335,12 +384,17 @@ def _check_quantization(config: Config) -> None:
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         _require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
     try:
-        Quantizer(8, clipping=config.clipping.name, **config.clipping.options())
+        if config.clipping.learned:
+            LearnedQuantizer(config.clipping.name, 8, **config.clipping.options())
+        else:
+            Quantizer(8, clipping=config.clipping.name, **config.clipping.options())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"clipping={config.clipping.name}: {error}") from error
     if config.needs_calibration:
         wanted = (
-            "clipping.dynamic=false"
+            f"clipping={config.clipping.name}"
+            if config.clipping.learned
+            else "clipping.dynamic=false"
             if not config.clipping.dynamic
             else f"clipping.eval_mode={config.clipping.eval_mode}"
         )
@@ -353,16 +407,18 @@ def _check_quantization(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    if config.mode in ("retrain", "ptq", "evaluate") and config.weights is None:
-        raise ConfigError(f"mode={config.mode}: needs weights=PATH or weights=torchvision")
+    if config.mode != "scratch" and config.weights is None:
+        raise ConfigError(f"mode={config.mode}: needs weights=PATH, weights=torchvision or weights=baseline")
     if config.mode == "scratch" and config.weights is not None:
         raise ConfigError(
             f"weights={config.weights}: mode=scratch starts from random weights; use mode=retrain, ptq or evaluate"
         )
-    if config.mode == "scratch" and config.needs_calibration:
+    if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
         )
+    if config.distilling and (config.recipe.teacher or config.weights) is None:
+        raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
     if config.mode == "ptq" and config.policy.full_precision:
         raise ConfigError(
             f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
@@ -370,7 +426,7 @@ def _check_mode(config: Config) -> None:
 
 
 def _stages(config: Config) -> list[tuple[str, StageConfig]]:
-    return [("scratch", config.recipe.scratch), ("retrain", config.recipe.retrain)]
+    return [(name, getattr(config.recipe, name)) for name in ("scratch", "retrain", "long_retrain")]
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
@@ -378,8 +434,18 @@ def _require(holds: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
-PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite")
+PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite", "sweep", "standins")
 """Keys that say where things lie, not what is computed."""
+
+BASELINE = "baseline"
+
+
+def baseline_of(config: Config) -> Config:
+    """The full-precision run from scratch that goes with a resolved config, resolved."""
+    recipe = replace(config.recipe, distill="none", teacher=None)
+    changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
+    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "run_dir"))
+    return resolve(replace(config, recipe=recipe, mode="scratch", overwrite=False, **changes))
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -391,10 +457,19 @@ def identity(config: Config) -> dict[str, Any]:
     keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
     del keys["bits"], keys["dataset"]["workers"]
     if config.weights is not None:
-        keys["weights"] = _content(config.weights)
+        keys["weights"] = run_name(baseline_of(config)) if config.weights == BASELINE else _content(config.weights)
     if config.dataset.name == "imagefolder":  # any folder of pictures goes by this name
         keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
-    keys["recipe"] = asdict(config.stage) if config.training else None
+    keys["recipe"] = None
+    if config.training:
+        keys["recipe"] = asdict(config.stage)
+    if config.distilling:
+        teacher = config.recipe.teacher
+        keys["distill"] = {
+            "teacher": None if teacher is None else _content(teacher),
+            "temperature": config.recipe.distill_temperature,
+            "weight": config.recipe.distill_weight,
+        }
     if not config.training:
         for key in ("epochs", "lr", "accumulate", *([] if config.needs_calibration else ["batch_size"])):
             del keys[key]
@@ -408,6 +483,8 @@ def identity(config: Config) -> dict[str, Any]:
             "noise_batches",
         ):
             del keys[key]
+    elif config.clipping.learned:
+        del keys["gradient"]
     return keys
 
 
@@ -440,7 +517,8 @@ def _quantization_words(config: Config) -> list[str]:
         return ["fp32"]
     same = config.weight_bits == config.activation_bits
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
-    return [bits, clipping_label(config), config.gradient.name]
+    distilled = ["distilled"] if config.distilling else []
+    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
 
 
 def clipping_label(config: Config) -> str:
@@ -448,7 +526,13 @@ def clipping_label(config: Config) -> str:
     if config.policy.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
-    return ("" if config.clipping.dynamic else "static-") + config.clipping.name + suffix
+    held = not config.clipping.dynamic and not config.clipping.learned
+    return ("static-" if held else "") + config.clipping.name + suffix
+
+
+def gradient_label(config: Config) -> str:
+    """The gradient estimator in one word; that of lsq and pact is their own."""
+    return "none" if config.policy.full_precision else "own" if config.clipping.learned else config.gradient.name
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -15,7 +15,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from qat_runner.config import Config, clipping_label, differences, identity, run_name
+from qat_runner.config import (
+    BASELINE,
+    Config,
+    baseline_of,
+    clipping_label,
+    differences,
+    gradient_label,
+    identity,
+    run_name,
+)
 from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
 from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
@@ -53,24 +62,29 @@ def prepare(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
-    if config.weights is not None:
-        _check_weights(config)
+    if config.weights == BASELINE:
+        prepare(baseline_of(config))
+    elif config.weights is not None:
+        _check_weights(config, config.weights, new_head=config.mode in ("retrain", "long_retrain"))
+    if config.distilling and config.recipe.teacher is not None:
+        _check_weights(config, config.recipe.teacher, new_head=False)
     chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
     folder = Path(chosen).expanduser()
     _check_folder(folder, config)
     return folder
 
 
-def _check_weights(config: Config) -> None:
+def _check_weights(config: Config, weights: str, new_head: bool) -> None:
     """Try the weights on a model without memory."""
-    assert config.weights is not None
-    find_weights(config.weights, config.model.name)
-    if config.weights != TORCHVISION and config.dataset.num_classes is not None:
+    find_weights(weights, config.model.name)
+    if weights != TORCHVISION and config.dataset.num_classes is not None:
         with torch.device("meta"):
-            model = build_model(
-                config.model.name, config.dataset.num_classes, config.dataset.image_size, config.model.stem
-            )
-        match_weights(model, config.weights, config.model.name, new_head=config.mode == "retrain")
+            model = _model(config, config.dataset.num_classes, config.dataset.image_size)
+        match_weights(model, weights, config.model.name, new_head=new_head)
+
+
+def _model(config: Config, num_classes: int, image_size: int) -> nn.Module:
+    return build_model(config.model.name, num_classes, image_size, config.model.stem, config.model.width)
 
 
 def find_device(name: str) -> torch.device:
@@ -105,8 +119,9 @@ def _check_folder(folder: Path, config: Config) -> None:
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
         raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
     if config.overwrite:
-        if config.weights is not None and Path(config.weights).resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"run_dir={folder}: overwrite=true would delete weights={config.weights}")
+        for key, weights in (("weights", config.weights), ("recipe.teacher", config.recipe.teacher)):
+            if weights is not None and Path(weights).resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(f"run_dir={folder}: overwrite=true would delete {key}={weights}")
         return
     changed = differences(identity(saved), identity(config))
     if changed:
@@ -143,18 +158,26 @@ def run(config: Config) -> dict[str, Any]:
         log.info(f"{folder} is finished already (overwrite=true starts anew)")
         result: dict[str, Any] = read_json(finished)
         return result
+    weights = config.weights
+    if weights == BASELINE:
+        log.info(f"the full-precision baseline of {folder}:")
+        weights = str(Path(run(baseline_of(config))["run_dir"]) / "checkpoints" / "last.pt")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
-        model, data = build(config)
+        model, data = build(config, weights)
+        teacher = _teacher(config, data, config.recipe.teacher or weights) if config.distilling else None
     if config.overwrite and folder.exists():
         shutil.rmtree(folder)  # nothing but a run: `prepare` has looked
-    return _carry_out(
-        config, folder, model, data, [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
-    )
+    notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
+    return _carry_out(config, folder, model, data, teacher, notes)
 
 
-def build(config: Config) -> tuple[nn.Module, ImageData]:
+def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:
     """The data and the model of a run, weights loaded, quantizers in place and calibrated.
+
+    Args:
+        config: resolved.
+        weights: as config.weights, "baseline" replaced by a file.
 
     Raises:
         ConfigError: data or weights turn out not to fit.
@@ -164,7 +187,7 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
     set_backend(config.backend, device.type)
     keep_freed_memory()
     data = load_dataset(config.dataset, config.data_dir, device, config.seed)
-    model = build_model(config.model.name, data.num_classes, data.image_size, config.model.stem).to(device)
+    model = _model(config, data.num_classes, data.image_size).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     example = _example(data)
@@ -174,18 +197,29 @@ def build(config: Config) -> tuple[nn.Module, ImageData]:
         raise ConfigError(
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
-    if config.weights is not None:
-        loaded = load_weights(model, config.weights, config.model.name, new_head=config.mode == "retrain")
-        log.info(f"weights {config.weights}: {loaded}")
+    if weights is not None:
+        new_head = config.mode in ("retrain", "long_retrain")
+        log.info(f"weights {weights}: {load_weights(model, weights, config.model.name, new_head=new_head)}")
     if config.needs_calibration:
         _calibrate(config, model, data)
     for tensor in quantized_tensors(model):
         if not (config.training or tensor.quantizer.ready):
             raise ConfigError(
-                f"weights={config.weights}: holds no clipping scalars for {tensor.name} at these bits, which "
+                f"weights={weights}: holds no clipping scalars for {tensor.name} at these bits, which "
                 f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
             )
     return model, data
+
+
+def _teacher(config: Config, data: ImageData, weights: str | None) -> nn.Module:
+    """The full-precision network that a distilled one learns from, in eval mode."""
+    assert weights is not None
+    teacher = _model(config, data.num_classes, data.image_size).to(data.device)
+    loaded = load_weights(teacher, weights, config.model.name, new_head=False)
+    log.info(f"teacher {weights}: {loaded}")
+    if config.channels_last:
+        teacher = teacher.to(memory_format=torch.channels_last)
+    return teacher.eval().requires_grad_(False)
 
 
 def _example(data: ImageData) -> Tensor:
@@ -205,7 +239,9 @@ def _calibrate(config: Config, model: nn.Module, data: ImageData) -> None:
     log.info(f"scalars calibrated on {used} training batches of {config.batch_size}")
 
 
-def _carry_out(config: Config, folder: Path, model: nn.Module, data: ImageData, notes: list[str]) -> dict[str, Any]:
+def _carry_out(
+    config: Config, folder: Path, model: nn.Module, data: ImageData, teacher: nn.Module | None, notes: list[str]
+) -> dict[str, Any]:
     resuming = config.training and (folder / "checkpoints" / "last.pt").is_file()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,8 +255,10 @@ def _carry_out(config: Config, folder: Path, model: nn.Module, data: ImageData, 
         OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
         _record_environment(folder / "environment.json", resuming)
         record = Record(folder, epoch=_epochs_done(folder) if resuming else -1)
-        trainer = Trainer(config, model, data, record)
+        trainer = Trainer(config, model, data, record, teacher)
         _describe(config, folder, model, notes)
+        if config.training:
+            log.info(_recipe(config))
         if resuming:
             trainer.resume()
             log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}")
@@ -280,6 +318,17 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
         log.warning(note)
 
 
+def _recipe(config: Config) -> str:
+    """Batch size and learning rate, and the rule that they follow."""
+    stage = config.stage
+    assert config.batch_size is not None
+    told = f"batch size {config.batch_size}, lr {config.lr:g}"
+    if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
+        return f"{told}: the recipe's, whatever the number of devices"
+    rule = "in proportion to the batch size" if config.lr == stage.lr * config.batch_size / stage.batch_size else "set"
+    return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size})"
+
+
 def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
@@ -293,7 +342,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
         "clipping": clipping_label(config),
-        "gradient": "none" if config.policy.full_precision else config.gradient.name,
+        "gradient": gradient_label(config),
         "mode": config.mode,
         "seed": config.seed,
         "top1": state.val["top1"],

@@ -91,7 +91,7 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["bits=17"], "bits=17: must be"),
         (["weight_bits=0"], "weight_bits=0: must be"),
         (["first_last_bits=1"], "first_last_bits=1: must be"),
-        (["mode=train"], "mode=train: must be one of scratch, retrain, ptq, evaluate"),
+        (["mode=train"], "mode=train: must be one of scratch, retrain, long_retrain, ptq, evaluate"),
         (["mode=ptq"], "mode=ptq: needs weights"),
         (["mode=ptq", "weights=w.pt", "bits=32"], "nothing to quantize"),
         (["weights=w.pt"], "mode=scratch starts from random weights"),

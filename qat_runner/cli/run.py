@@ -52,7 +52,7 @@ class _Terminal(logging.Handler):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    args.sort(key=lambda arg: arg not in _MULTIRUN)  # Hydra's parser wants the flag first, users put it anywhere
+    args.sort(key=_rank)
     sweep = any(arg in _MULTIRUN for arg in args)
     log.handlers = [_Terminal(logging.INFO if sweep else logging.DEBUG)]
     log.setLevel(logging.DEBUG)
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     register()
     failures: list[QatError] = []
     try:
+        args += _rows_of_experiment(args, sweep)
         folders = _check_all(args)
         _run_all(args, failures)
         _print_table(folders)
@@ -75,6 +76,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
         _fail(sentence, code)
     return max((failure.exit_code for failure in failures), default=0)
+
+
+def _rank(arg: str) -> int:
+    """Hydra's parser wants the flag first; an experiment stands before its scale, which changes it. Users may not."""
+    return 0 if arg in _MULTIRUN else 1 if arg.startswith("+experiment=") else 2 if arg.startswith("+scale=") else 3
+
+
+def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
+    """What an experiment sweeps over, its `sweep` key, as overrides; keys on the command line go first.
+
+    Hydra has a place of its own for this, but lets it clash with the command line instead of giving way.
+    """
+    chosen = [arg for arg in args if arg.startswith(("+experiment=", "+scale="))]
+    if not chosen:
+        return []
+    if not chosen[0].startswith("+experiment="):
+        raise ConfigError(f"{chosen[0].lstrip('+')}: puts an experiment on other data; +experiment=NAME must name it")
+    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
+        composed = compose("config", overrides=chosen)
+    given = {arg.lstrip("+~").partition("=")[0] for arg in args}
+    rows = []
+    for key, values in composed.sweep.items():
+        if key.lstrip("+") not in given:
+            stand_in = dict.fromkeys(composed.standins.get(value, value) for value in values.split(","))
+            rows.append(f"{key}={','.join(stand_in)}")
+    if not multirun and any("," in row for row in rows):
+        raise ConfigError(f"{chosen[0].lstrip('+')}: holds several rows; qat-run -m runs them all")
+    return rows
 
 
 def _fail(sentence: str, code: int) -> int:

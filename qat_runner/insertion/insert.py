@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat_runner.insertion.layers import LAYERS, convert, each, is_quantized, restore
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import Quantizer
+from qat_runner.quant import LEARNED, LearnedQuantizer, Quantizer
 
 
 class QuantizationWarning(UserWarning):
@@ -62,8 +62,9 @@ def quantize_model(
     Args:
         model: any model of nn.Conv2d and nn.Linear layers.
         bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
-        clipping: octav, max, percentile, mse_sweep, or a function (x, bits, signed, dim, *, check) -> s.
-        gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations).
+        clipping: octav, max, percentile, mse_sweep, or a function (x, bits, signed, dim, *, check) -> s; lsq or pact,
+            whose scalars are parameters, and which need `calibrate` for their start.
+        gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
         weight_bits, activation_bits: override `bits`.
         first_last_bits: bits at the two ends, weights and inputs.
         warm_iterations: octav's reads of a tensor a training step, from the previous step's scalar; None: start anew.
@@ -158,25 +159,35 @@ def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
 
 
 def _convert(layer: nn.Module, policy: Policy, end: bool) -> None:
-    gradients = dict(zip(("weight", "input"), GRADIENT_PAIRS[policy.gradient], strict=True))
-    shapes = {"weight": policy.weight_shape(layer), "input": ()}
-    quantizers: dict[str, Quantizer | None] = {}
-    for tensor in ("weight", "input"):
-        bits = policy.bits(tensor, end)
-        quantizers[tensor] = None
-        if bits != FULL_PRECISION:
-            quantizers[tensor] = Quantizer(
-                bits,
-                signed=True if tensor == "weight" else None,
-                shape=shapes[tensor],
-                clipping=policy.clipping,
-                gradient=gradients[tensor],
-                warm_iterations=policy.warm_iterations,
-                dynamic=policy.dynamic,
-                eval_mode=policy.eval_mode if tensor == "input" else "dynamic",
-                **policy.clipping_options,
-            ).to(_weight(layer).device)
+    quantizers = {tensor: _quantizer(layer, policy, tensor, end) for tensor in ("weight", "input")}
     convert(layer, quantizers["weight"], quantizers["input"])
+
+
+def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quantizer | None:
+    """The quantizer of a layer's "weight" or "input"; None for full precision."""
+    bits = policy.bits(tensor, end)
+    if bits == FULL_PRECISION:
+        return None
+    weight = tensor == "weight"
+    signed, shape = (True, policy.weight_shape(layer)) if weight else (None, ())
+    quantizer: Quantizer
+    if policy.clipping == "pact" and weight:
+        quantizer = Quantizer(bits, signed, shape, "max", "ste")
+    elif policy.clipping in LEARNED:
+        quantizer = LearnedQuantizer(policy.clipping, bits, signed, shape, not weight, **policy.clipping_options)
+    else:
+        quantizer = Quantizer(
+            bits,
+            signed,
+            shape,
+            policy.clipping,
+            GRADIENT_PAIRS[policy.gradient][0 if weight else 1],
+            dynamic=policy.dynamic,
+            eval_mode="dynamic" if weight else policy.eval_mode,
+            warm_iterations=policy.warm_iterations,
+            **policy.clipping_options,
+        )
+    return quantizer.to(_weight(layer).device)
 
 
 def _decide(model: nn.Module, seen: Trace) -> None:

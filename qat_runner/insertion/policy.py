@@ -31,7 +31,7 @@ class Policy:
     first_last_bits: int = 8
     """bits of weight and input of the first convolution and of the last linear layer, likewise"""
     clipping: Any = "octav"
-    """clipping method: a name in CLIPPING_METHODS or a function, see `Quantizer`"""
+    """clipping method: a name in CLIPPING_METHODS or in LEARNED, or a function, see `Quantizer`"""
     clipping_options: dict[str, Any] = field(default_factory=dict)
     """options of the clipping method, e.g. {"q": 99.9}"""
     warm_iterations: int | None = 6

@@ -15,8 +15,8 @@ SMALL_PICTURE = 64
 """Pictures of fewer pixels a side get the small stem under stem=auto."""
 
 
-def _resnet(name: str) -> Callable[[int, bool], nn.Module]:
-    def build(num_classes: int, small: bool) -> nn.Module:
+def _resnet(name: str) -> Callable[[int, bool, float], nn.Module]:
+    def build(num_classes: int, small: bool, width: float) -> nn.Module:
         model: Any = torchvision.models.get_model(name, num_classes=num_classes)
         if small:
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -27,9 +27,9 @@ def _resnet(name: str) -> Callable[[int, bool], nn.Module]:
     return build
 
 
-def _mobilenet(name: str) -> Callable[[int, bool], nn.Module]:
-    def build(num_classes: int, small: bool) -> nn.Module:
-        model: Any = torchvision.models.get_model(name, num_classes=num_classes)
+def _mobilenet(name: str) -> Callable[[int, bool, float], nn.Module]:
+    def build(num_classes: int, small: bool, width: float) -> nn.Module:
+        model: Any = torchvision.models.get_model(name, num_classes=num_classes, width_mult=width)
         if small:  # weights do not depend on strides, so published weights still fit
             strided = [m for m in model.features.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
             for conv in strided[:2]:
@@ -39,8 +39,8 @@ def _mobilenet(name: str) -> Callable[[int, bool], nn.Module]:
     return build
 
 
-def _cifar_resnet(depth: int) -> Callable[[int, bool], nn.Module]:
-    return lambda num_classes, small: CifarResNet(depth, num_classes)
+def _cifar_resnet(depth: int) -> Callable[[int, bool, float], nn.Module]:
+    return lambda num_classes, small, width: CifarResNet(depth, num_classes)
 
 
 TORCHVISION_MODELS = (
@@ -54,15 +54,15 @@ TORCHVISION_MODELS = (
 )
 """The models that have published weights."""
 
-MODELS: dict[str, Callable[[int, bool], nn.Module]] = {
+MODELS: dict[str, Callable[[int, bool, float], nn.Module]] = {
     **{name: _resnet(name) for name in TORCHVISION_MODELS if name.startswith("resnet")},
     **{name: _mobilenet(name) for name in TORCHVISION_MODELS if name.startswith("mobilenet")},
     **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
 }
-"""Name -> (number of classes, small stem) -> model. All take pictures [N, 3, H, W] and give logits [N, classes]."""
+"""Name -> (number of classes, small stem, width) -> model, from pictures [N, 3, H, W] to logits [N, classes]."""
 
 
-def build_model(name: str, num_classes: int, image_size: int, stem: str = "auto") -> nn.Module:
+def build_model(name: str, num_classes: int, image_size: int, stem: str = "auto", width: float = 1.0) -> nn.Module:
     """A freshly initialized model, by torch's global random state.
 
     Args:
@@ -70,6 +70,7 @@ def build_model(name: str, num_classes: int, image_size: int, stem: str = "auto"
         num_classes: number of logits.
         image_size: pixels a side of the pictures it is meant for.
         stem: auto (by image_size), imagenet or small; the CIFAR ResNets have one stem only.
+        width: channels of a MobileNet, as a multiple of the published ones; without effect on ResNets.
 
     Raises:
         ValueError: unknown name or stem.
@@ -78,4 +79,4 @@ def build_model(name: str, num_classes: int, image_size: int, stem: str = "auto"
         raise ValueError(f"model={name}: must be one of {', '.join(MODELS)}")
     if stem not in STEMS:
         raise ValueError(f"model.stem={stem}: must be one of {', '.join(STEMS)}")
-    return MODELS[name](num_classes, stem == "small" or (stem == "auto" and image_size < SMALL_PICTURE))
+    return MODELS[name](num_classes, stem == "small" or (stem == "auto" and image_size < SMALL_PICTURE), width)

@@ -14,6 +14,7 @@ Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 
 from qat_runner.quant.clipping import CLIPPING_METHODS, maximum, mse_sweep, newton_step, octav, percentile
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import BITS, Grid
+from qat_runner.quant.learned import LEARNED, LearnedQuantizer
 from qat_runner.quant.noise import Noise, clipped_fraction, measure, model_mse, mse, sqnr_db
 from qat_runner.quant.quantizer import EVAL_MODES, Quantizer
 
@@ -22,7 +23,9 @@ __all__ = [
     "CLIPPING_METHODS",
     "EVAL_MODES",
     "GRADIENTS",
+    "LEARNED",
     "Grid",
+    "LearnedQuantizer",
     "Noise",
     "Quantizer",
     "clipped_fraction",

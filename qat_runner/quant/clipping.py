@@ -58,6 +58,16 @@ def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *
 
 
 @torch.no_grad()
+def mean_magnitude(x: Tensor, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
+    """The mean of the magnitudes, zeros included; shape, dtype and special cases as in the module's head."""
+    x, dims = _prepare(x, dim, check)
+    a = eager.magnitudes(x, signed)
+    count = math.prod([x.shape[d] for d in dims])
+    s = (a / max(count, 1)).sum(dims, keepdim=True) if dims else a
+    return s.reshape(()) if dim is None else s
+
+
+@torch.no_grad()
 def percentile(
     x: Tensor, bits: int, signed: bool = True, dim: int | None = None, q: float = 99.99, *, check: bool = True
 ) -> Tensor:

@@ -51,11 +51,15 @@ class Trainer:
         model: on `device`, quantized as it is to be.
         data: its batches come out on `device`.
         record: where all is written.
+        teacher: a full-precision network to learn from, on `device`; None: labels alone.
     """
 
-    def __init__(self, config: Config, model: nn.Module, data: ImageData, record: Record) -> None:
+    def __init__(
+        self, config: Config, model: nn.Module, data: ImageData, record: Record, teacher: nn.Module | None = None
+    ) -> None:
         assert config.epochs is not None and config.batch_size is not None and config.lr is not None
         self.config, self.model, self.data, self.record = config, model, data, record
+        self.teacher = teacher
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
@@ -166,12 +170,24 @@ class Trainer:
             for x, y in zip(pictures.tensor_split(parts), labels.tensor_split(parts), strict=True):
                 with autocast(self.device, self.config.amp):
                     logits = self.model(x)
-                    loss = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing)
+                    loss = self._loss(logits, x, y)
                 share = len(y) / len(labels)
                 self.scaler.scale(loss * share).backward()
                 mean += loss.detach() * share
                 totals.add(loss, logits.detach(), y)
         return mean
+
+    def _loss(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Cross entropy with the labels; under distillation in parts with the teacher (Hinton et al. 2015)."""
+        loss = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing)
+        if self.teacher is None:
+            return loss
+        recipe, t = self.config.recipe, self.config.recipe.distill_temperature
+        with torch.no_grad():
+            wanted = F.log_softmax(self.teacher(x).float() / t, dim=1)
+        found = F.log_softmax(logits.float() / t, dim=1)
+        divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * t**2  # gradients keep their size
+        return (1 - recipe.distill_weight) * loss + recipe.distill_weight * divergence
 
     def _check_losses(self, epoch: int, losses: list[float], rates: list[float], excess: list[Tensor]) -> None:
         rows = [

@@ -1,11 +1,14 @@
 """Optimizer and learning rate of a recipe's stage."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from qat_runner.config import StageConfig
+from qat_runner.insertion import quantized_tensors
+from qat_runner.quant import LearnedQuantizer
 
 
 def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step: int, steps: int) -> float:
@@ -32,11 +35,20 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.SGD:
-    """SGD over all parameters, BatchNorm included, as the paper's recipes do."""
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=lr,
-        momentum=stage.momentum,
-        weight_decay=stage.weight_decay,
-        nesterov=stage.nesterov and stage.momentum > 0,
-    )
+    """SGD over all parameters, BatchNorm included, as the paper's recipes do.
+
+    Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
+    """
+    decay: dict[nn.Parameter, float] = dict.fromkeys(model.parameters(), stage.weight_decay)
+    for tensor in quantized_tensors(model):
+        if isinstance(tensor.quantizer, LearnedQuantizer):
+            if not tensor.quantizer.decays:
+                decay[tensor.quantizer.learned] = 0.0
+            if tensor.tensor == "weight":
+                weight = model.get_parameter(f"{tensor.layer}.weight")
+                decay[weight] = stage.weight_decay * tensor.quantizer.weight_decay_factor
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in decay if decay[p] == value], "weight_decay": value}
+        for value in sorted({*decay.values()}, reverse=True)
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=stage.nesterov and stage.momentum > 0)
