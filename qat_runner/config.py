@@ -488,6 +488,18 @@ def identity(config: Config) -> dict[str, Any]:
     return keys
 
 
+def load_config(folder: Path) -> Config | None:
+    """The config of the run that a folder holds; None if it holds none."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        saved = OmegaConf.to_object(merged)
+        assert isinstance(saved, Config)
+        identity(saved)
+    except Exception:  # no such file, no YAML, no config of ours
+        return None
+    return saved
+
+
 def _content(weights: str) -> str:
     """A fingerprint of a weights file; its name where there is no such file."""
     path = Path(weights)

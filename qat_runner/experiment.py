@@ -23,6 +23,7 @@ from qat_runner.config import (
     differences,
     gradient_label,
     identity,
+    load_config,
     run_name,
 )
 from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
@@ -114,7 +115,7 @@ def _check_folder(folder: Path, config: Config) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     foreign = sorted(path.name for path in folder.iterdir() if path.name not in RECORDED)
-    saved = _saved_config(folder)
+    saved = load_config(folder)
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
         raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
@@ -128,18 +129,6 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it"
         )
-
-
-def _saved_config(folder: Path) -> Config | None:
-    """The config of the run that a folder holds; None if it holds none."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
-        saved = OmegaConf.to_object(merged)
-        assert isinstance(saved, Config)
-        identity(saved)
-    except Exception:  # no such file, no YAML, no config of ours
-        return None
-    return saved
 
 
 def run(config: Config) -> dict[str, Any]:

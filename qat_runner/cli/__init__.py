@@ -9,3 +9,10 @@ def qat_run() -> int:
         return main()
     except KeyboardInterrupt:  # while PyTorch was being imported
         return 130
+
+
+def qat_report() -> int:
+    """The `qat-report` command; returns its exit code."""
+    from qat_runner.cli.report import main
+
+    return main()

@@ -1,0 +1,119 @@
+"""qat-report: the paper's tables and figures from a folder of runs.
+
+    qat-report table1 runs                     ours beside the published numbers
+    qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
+    qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
+    qat-report figure3                         the gradient estimators
+
+Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures are written as PNG and SVG. Exit codes: 0 all
+is well, 2 the request cannot be carried out.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qat_runner.errors import ConfigError, QatError
+
+LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
+FIGURES = ("figure1", "figure2", "figure3", "figure4")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    from qat_runner.report.tables_of_paper import TABLES
+
+    parser = argparse.ArgumentParser(
+        "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    choices = (*TABLES, "table6", *FIGURES)
+    parser.add_argument("what", choices=choices, metavar="WHAT", help=f"one of {', '.join(choices)}")
+    parser.add_argument("runs_dir", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (runs)")
+    parser.add_argument("--dataset", help="whose runs, where there are several")
+    parser.add_argument(
+        "--run", type=Path, help="figure1, figure2: the run whose tensors are shown; else synthetic ones"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (report)")
+    args = parser.parse_args(argv)
+    try:
+        for path in _report(args):
+            print(path)
+    except QatError as error:
+        print(f"qat-report: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"qat-report: {args.out} cannot be written ({error})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(args: argparse.Namespace) -> list[Path]:
+    """Print and write what was asked for; returns the files."""
+    if args.what == "table6":
+        return _table6(args.out)
+    if args.what in FIGURES:
+        return _figure(args)
+    from qat_runner.report.runs import find_runs
+    from qat_runner.report.tables_of_paper import make_table
+
+    runs = find_runs(_folder(args.runs_dir))
+    table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]))
+    print(table.text("markdown"))
+    return _write(args.out, args.what, {layout: table.text(layout) for layout in LAYOUTS})
+
+
+def _write(out: Path, name: str, texts: dict[str, str]) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for layout, text in texts.items():
+        paths.append(out / f"{name}{LAYOUTS[layout]}")
+        paths[-1].write_text(text)
+    return paths
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder of runs")
+    return path
+
+
+def _dataset(args: argparse.Namespace, present: list[str]) -> str:
+    present = sorted({*present})
+    if args.dataset is not None:
+        if args.dataset not in present:
+            raise ConfigError(f"--dataset {args.dataset}: {args.runs_dir} holds runs of {', '.join(present) or 'none'}")
+        return str(args.dataset)
+    if len(present) != 1:
+        what = f"runs of {', '.join(present)}: --dataset chooses one" if present else "no runs"
+        raise ConfigError(f"{args.runs_dir}: holds {what}")
+    return present[0]
+
+
+def _table6(out: Path) -> list[Path]:
+    from qat_runner.quant.kernels import set_backend
+    from qat_runner.report import table6
+
+    set_backend("auto")
+    content = []
+    for row in table6.rows():
+        print(f"{row[0]} bits: {row[-1]} times faster", flush=True)
+        content.append(row)
+    print(table6.text(content))
+    return _write(out, "table6", {"markdown": table6.text(content)})
+
+
+def _figure(args: argparse.Namespace) -> list[Path]:
+    from qat_runner.report import figures_of_paper as figures
+    from qat_runner.report.runs import find_runs
+
+    if args.what == "figure3":
+        figure = figures.figure3()
+    elif args.what == "figure4":
+        runs = find_runs(_folder(args.runs_dir))
+        figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]))
+    else:
+        samples = figures.synthetic_samples() if args.run is None else figures.samples_of_run(args.run)
+        figure = (figures.figure1 if args.what == "figure1" else figures.figure2)(samples)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return list(figures.save(figure, args.out / args.what))

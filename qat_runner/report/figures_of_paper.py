@@ -1,0 +1,174 @@
+"""The paper's figures 1 to 4, each as PNG and SVG."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from qat_runner.config import ClippingConfig, load_config, resolve
+from qat_runner.errors import ConfigError
+from qat_runner.insertion import quantized_tensors
+from qat_runner.quant import fake_quantize, model_mse, mse, newton_step, octav
+from qat_runner.report.plots import CHOSEN, OTHER
+from qat_runner.report.runs import Run
+from qat_runner.report.tables_of_paper import make_table, paper
+from qat_runner.training.tracking import read_rows
+
+POINTS = 120
+"""Clipping scalars that a curve of figure 1 is drawn through."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tensor to look at."""
+
+    name: str
+    x: Tensor
+    signed: bool
+
+
+def synthetic_samples() -> list[Sample]:
+    """Tensors of known distributions, 10^5 elements each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100_000, generator=generator)
+    laplace = x.sign() * torch.empty(100_000).exponential_(generator=generator)
+    return [
+        Sample("Gaussian", x, True),
+        Sample("Laplace", laplace, True),
+        Sample("Gaussian after ReLU", x.relu(), False),
+    ]
+
+
+def samples_of_run(folder: Path) -> list[Sample]:
+    """Weights and inputs of three layers of a run's network (second, middle, last but one), on its validation data.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    from qat_runner.experiment import build
+
+    config, checkpoint = load_config(folder), folder / "checkpoints" / "last.pt"
+    if config is None or not checkpoint.is_file():
+        raise ConfigError(f"{folder}: holds no run with a checkpoint")
+    config = replace(config, mode="evaluate", weights=str(checkpoint), clipping=ClippingConfig(name="octav"))
+    config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
+    model, data = build(config, config.weights)
+    tensors = quantized_tensors(model)
+    layers = list(dict.fromkeys(t.layer for t in tensors))
+    chosen = {layers[1], layers[len(layers) // 2], layers[-2]}
+    samples = []
+
+    def hook(name: str, signed: bool) -> object:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            samples.append(Sample(name, args[0].detach().flatten(), signed))
+
+        return keep
+
+    handles = [
+        t.quantizer.register_forward_hook(hook(t.name, t.quantizer.signed))  # type: ignore[arg-type]
+        for t in tensors
+        if t.layer in chosen
+    ]
+    model.eval()
+    with torch.no_grad():
+        model(next(data.val_batches(64))[0])
+    for handle in handles:
+        handle.remove()
+    return samples
+
+
+def figure1(samples: Sequence[Sample]) -> Figure:
+    """MSE against s at 4, 6 and 8 bits: the model J(s), what the quantizer really gives, and OCTAV's s*."""
+    all_bits = (4, 6, 8)
+    figure, axes = _grid(len(samples), len(all_bits))
+    for row, sample in zip(axes, samples, strict=True):
+        top = sample.x.abs().max().item()
+        for ax, bits in zip(row, all_bits, strict=True):
+            best = octav(sample.x, bits, sample.signed).item()
+            candidates = torch.linspace(0.15 * best, top, POINTS).tolist()
+            modelled = [model_mse(sample.x, s, bits, sample.signed).item() for s in candidates]
+            real = [mse(sample.x, fake_quantize(sample.x, s, bits, sample.signed)).item() for s in candidates]
+            ax.plot(candidates, real, color=CHOSEN, label="measured")
+            ax.plot(candidates, modelled, color=OTHER, linestyle="--", label="J(s)")
+            ax.axvline(best, color="black", linewidth=1, label=f"s* = {best:.3g}")
+            ax.set(yscale="log", title=f"{sample.name}, {bits} bits", xlabel="s", ylabel="MSE")
+            ax.legend(fontsize=7)
+    return figure
+
+
+def figure2(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Figure:
+    """s_n against n by the published iteration, from 0, the maximum and 3, 4, 5 standard deviations."""
+    columns = 3
+    figure, axes = _grid(-(-len(samples) // columns), columns)
+    for ax, sample in zip([ax for row in axes for ax in row], samples, strict=False):
+        deviation = sample.x.std().item()
+        starts = {"0": 0.0, "max": sample.x.abs().max().item(), **{f"{n} sigma": n * deviation for n in (3, 4, 5)}}
+        for label, start in starts.items():
+            path = [torch.tensor(start, dtype=torch.float64)]
+            for _ in range(steps):
+                path.append(newton_step(sample.x, path[-1], bits, sample.signed).double())
+            ax.plot(range(steps + 1), [s.item() for s in path], marker="o", markersize=3, label=label)
+        ax.axhline(octav(sample.x, bits, sample.signed).item(), color="black", linewidth=1, label="s*")
+        ax.set(title=f"{sample.name}, {bits} bits", xlabel="n", ylabel="s_n")
+        ax.legend(fontsize=7)
+    return figure
+
+
+def figure3() -> Figure:
+    """The factor by which each estimator passes a gradient on, against x, at s = 1."""
+    figure, axes = _grid(1, 3)
+    for ax, gradient in zip(axes[0], ("ste", "pwl", "mad"), strict=True):
+        x = torch.linspace(-3, 3, 601, requires_grad=True)
+        fake_quantize(x, 1.0, 4, gradient=gradient).sum().backward()
+        assert x.grad is not None
+        ax.plot(x.detach(), x.grad, color=CHOSEN)
+        ax.set(title=gradient.upper(), xlabel="x", ylabel="dQ/dx", ylim=(-0.05, 1.1))
+    return figure
+
+
+def figure4(runs: Sequence[Run], dataset: str) -> Figure:
+    """Validation top1 against epoch of Table 1's runs, a line a row; over seeds: mean, with the range shaded."""
+    layout, labels = paper()["table1"], paper()["labels"]
+    make_table("table1", runs, dataset)  # refuses what cannot be averaged
+    figure, axes = _grid(1, 1, wide=True)
+    ax = axes[0][0]
+    for row in layout["rows"]:
+        curves = [
+            [float(line["val_top1"]) for line in read_rows(run.folder / "metrics.csv")]
+            for run in runs
+            if run.row == row and run.dataset == dataset and run.mode == "scratch" and run.weight_bits in (4, 32)
+        ]
+        curves = [curve for curve in curves if curve]
+        if curves:
+            columns = list(zip(*curves, strict=False))
+            epochs = range(1, len(columns) + 1)
+            (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row])
+            ax.fill_between(
+                epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
+            )
+    if not ax.lines:
+        raise ConfigError(f"figure4: no run of table1 on {dataset} has finished an epoch")
+    ax.set(xlabel="epoch", ylabel="validation top1 (%)", title=f"Table 1's runs on {dataset}")
+    ax.legend()
+    return figure
+
+
+def _grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:
+    size = (8.0, 5.0) if wide else (4.0 * columns, 3.2 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    return figure, [list(row) for row in axes]
+
+
+def save(figure: Figure, stem: Path) -> Iterator[Path]:
+    """Write stem.png and stem.svg; yields their paths."""
+    for suffix in (".png", ".svg"):
+        figure.savefig(stem.with_suffix(suffix), dpi=120)
+        yield stem.with_suffix(suffix)
+    plt.close(figure)

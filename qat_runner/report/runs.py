@@ -1,0 +1,81 @@
+"""Finding runs in a folder of run folders, and telling which row of a table each of them is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat_runner.config import Config, clipping_label, differences, identity, load_config
+from qat_runner.errors import ConfigError
+from qat_runner.training.tracking import read_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    folder: Path
+    model: str
+    dataset: str
+    mode: str
+    weight_bits: int
+    row: str | None
+    """name of its row (configs/row), e.g. "octav_ste"; None if it is no row of a table"""
+    seed: int
+    setting: dict[str, Any]
+    """all that decides its result, but the seed"""
+    summary: dict[str, Any] | None
+    """the content of summary.json; None while unfinished"""
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """All runs in a folder of run folders, finished or not, by name."""
+    found = []
+    for path in sorted(folder.glob("*/config.yaml")):
+        config = load_config(path.parent)
+        if config is None:
+            continue
+        assert config.weight_bits is not None
+        summary = path.parent / "summary.json"
+        found.append(
+            Run(
+                path.parent,
+                config.model.name,
+                config.dataset.name,
+                config.mode,
+                config.weight_bits,
+                _row(config),
+                config.seed,
+                {key: value for key, value in identity(config).items() if key not in ("seed", "weights")},
+                read_json(summary) if summary.is_file() else None,
+            )
+        )
+    return found
+
+
+def check_seeds(runs: Sequence[Run]) -> None:
+    """Refuse to average runs that differ in more than their seed.
+
+    Raises:
+        ConfigError: naming two such runs and where they differ.
+    """
+    for run in runs[1:]:
+        first = runs[0]
+        changed = differences(first.setting, run.setting)
+        if changed or run.seed in [other.seed for other in runs if other is not run]:
+            why = f"differ in {', '.join(changed)}" if changed else "have the same seed"
+            raise ConfigError(
+                f"{first.folder.name} and {run.folder.name} would share a cell of the table, but {why}; "
+                f"move one of them elsewhere"
+            )
+
+
+def _row(config: Config) -> str | None:
+    if config.policy.full_precision:
+        return {"evaluate": "pretrained", "scratch": "full_precision"}.get(config.mode)
+    if config.weight_bits != config.activation_bits:
+        return None
+    label = clipping_label(config).replace("-", "_").replace(".", "_").replace("percentile", "percentile_")
+    if label == "octav":
+        label += {"mph": "", "ste": "_ste", "pwl": "_pwl", "mad": "_mad"}[config.gradient.name]
+    return f"{label}_distilled" if config.distilling else label
