@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format wheel clean
+.PHONY: help run test test-slow bench lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ run: .venv/.installed ## first run: 4-bit ResNet-18 on digits, with OCTAV and ma
 
 test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed-dev ## every row of every table for two batches, on a folder of ImageNet's shape
+	$(BIN)/python -m pytest -m slow
 
 bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py

@@ -332,6 +332,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "activation_bits": config.activation_bits,
         "clipping": clipping_label(config),
         "gradient": gradient_label(config),
+        "distilled": config.distilling,
         "mode": config.mode,
         "seed": config.seed,
         "top1": state.val["top1"],

@@ -1,5 +1,6 @@
 """Folders of pictures, a folder a class: decoded and augmented in worker processes."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class _Pictures(Dataset[tuple[Tensor, int]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(epoch_seed(seed, index))
             return self.transform(picture), label
+
+
+def _processors() -> int:
+    """Those that this process may use: more workers would only stand in each other's way."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class FolderSource:
@@ -82,7 +88,7 @@ class FolderSource:
             pictures,
             batch_size=batch_size,
             sampler=items,
-            num_workers=min(self._workers, -(-len(items) // batch_size)),
+            num_workers=min(self._workers, _processors(), -(-len(items) // batch_size)),
             pin_memory=torch.cuda.is_available(),
         )
         try:

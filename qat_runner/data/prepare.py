@@ -15,16 +15,12 @@ from pathlib import Path
 
 from torchvision import datasets
 
-
-def _imagenet(folder: str) -> None:
-    for split in ("val", "train"):
-        datasets.ImageNet(folder, split)  # unpacks what lies there, checks its MD5 sum, skips what is done
-
+from qat_runner.data.imagenet import prepare_imagenet
 
 PREPARE: dict[str, Callable[[str], object]] = {
     "cifar10": lambda folder: [datasets.CIFAR10(folder, train, download=True) for train in (True, False)],
     "fashion_mnist": lambda folder: [datasets.FashionMNIST(folder, train, download=True) for train in (True, False)],
-    "imagenet": _imagenet,
+    "imagenet": lambda folder: prepare_imagenet(Path(folder)),
 }
 
 

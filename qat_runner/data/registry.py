@@ -9,6 +9,7 @@ import torchvision
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.folder import FolderSource
+from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 from qat_runner.data.images import Batch, ImageData, MemorySource, Source, shrink
 from qat_runner.errors import ConfigError
 
@@ -62,6 +63,17 @@ def _class_folders(folder: Path, config: DatasetConfig) -> Source:
     return FolderSource(folder, config.image_size, config.workers)
 
 
+def _imagenet(folder: Path, config: DatasetConfig) -> Source:
+    source = FolderSource(folder, config.image_size, config.workers)
+    ends = source.classes[0], source.classes[-1]
+    if ends != (FIRST_CLASS, LAST_CLASS):
+        raise ValueError(
+            f"the first and last class folders are {ends[0]} and {ends[1]}, not {FIRST_CLASS} and {LAST_CLASS}; "
+            f"dataset=imagefolder takes any"
+        )
+    return source
+
+
 def _holds_cifar10(folder: Path) -> bool:
     return (folder / "cifar10.npz").is_file() or (folder / "cifar-10-batches-py").is_dir()
 
@@ -93,7 +105,7 @@ DATASETS: dict[str, tuple[Callable[[Path, DatasetConfig], Source], Callable[[Pat
         f"torchvision's FashionMNIST/raw/ ('{PREPARE} fashion_mnist DATA_DIR' downloads it)",
     ),
     "imagenet": (
-        _class_folders,
+        _imagenet,
         _holds_class_folders,
         f"{_FOLDERS} ('{PREPARE} imagenet DATA_DIR' makes them from the official tar files)",
     ),

@@ -11,11 +11,15 @@ def _number(value: object, digits: int) -> str:
 
 
 def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from summary.json, each beside the full-precision run of the same model, data, mode and seed."""
+    """A row a run, from summary.json, each beside the full-precision run of the same model, data, mode and seed.
+
+    Where there is none, beside the full-precision network as it is, which retraining starts from.
+    """
     baselines = {_setting(s): s["top1"] for s in summaries if s["clipping"] == "none"}
+    starts = {_setting(s)[:2]: s["top1"] for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
     rows = []
     for s in summaries:
-        baseline = baselines.get(_setting(s))
+        baseline = baselines.get(_setting(s), starts.get(_setting(s)[:2]))
         drop = "" if baseline is None or s["clipping"] == "none" else f"{s['top1'] - baseline:+.2f}"
         rows.append(
             (
@@ -23,7 +27,7 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 s["dataset"],
                 s["mode"],
                 s["bits"],
-                s["clipping"],
+                s["clipping"] + (", distilled" if s.get("distilled") else ""),
                 s["gradient"],
                 s["seed"],
                 _number(s["top1"], 2),

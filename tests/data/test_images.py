@@ -143,7 +143,7 @@ def test_damaged_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_dataset(config("cifar10"), str(tmp_path), CPU, seed=0)
     class_folders(tmp_path)
-    with pytest.raises(ConfigError, match=r"num_classes=1000: .* has 3 class folders"):
+    with pytest.raises(ConfigError, match=r"first and last class folders are class0 and class2"):
         load_dataset(config("imagenet", num_classes=1000), str(tmp_path), CPU, seed=0)
 
 

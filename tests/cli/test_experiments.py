@@ -1,0 +1,128 @@
+"""Every experiment config, run for two batches a row; and qat-report on what came of it."""
+
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from qat_runner.cli import report
+from qat_runner.cli.run import config_dir, main
+from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
+
+EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
+SHORT = ["limit_train_batches=2", "limit_val_batches=1", "backend=eager", "batch_size=16", "dataset.val_batch_size=20"]
+ROWS = {"table1": 6, "table2": 7, "table3": 8, "table4": 3, "learned": 10, "distillation": 2}
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    return lambda *args: main(["-m", *args, *SHORT])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    network = "mobilenet_v3_small" if name == "distillation" else "resnet20"
+    args = [f"+experiment={name}", "+scale=digits", f"model={network}", "epochs=1"]
+    assert run(*args) == 0
+    assert len(capsys.readouterr().out.split("top1 %")[-1].strip().splitlines()) - 2 == ROWS[name]
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/summary.json")}
+    assert run(*args) == 0  # finished rows are skipped
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").glob("*/summary.json")} == before
+
+    capsys.readouterr()
+    assert report.main([name, "runs"]) == 0
+    out = capsys.readouterr().out
+    missing = re.search(r"Missing: (.*)", out)
+    if name == "distillation":  # the table shows where both began, the experiment has no row for it
+        assert missing is not None and missing[1] == "mobilenet_v3_small, Full precision (start)."
+    else:
+        assert missing is None
+    with open(f"report/{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["published %"] == "unknown" for row in rows)
+    assert sum(row["seeds"] == "1" for row in rows) == ROWS[name]
+    assert "\\toprule" in Path(f"report/{name}.tex").read_text()
+    assert "<table>" in Path(f"report/{name}.html").read_text()
+
+
+def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["+experiment=table1", "+scale=digits", "+row=full_precision,octav"]
+    assert run(*args, "seed=0,1", "epochs=1") == 0
+    capsys.readouterr()
+    assert report.main(["table1", "runs"]) == 0
+    out = capsys.readouterr().out
+    assert " ± " in out and "Missing: resnet20, Max-scaled, 4 bits; " in out
+    assert report.main(["figure4", "runs"]) == 0
+    assert Path("report/figure4.svg").stat().st_size > 10_000
+    assert run(*args, "seed=2", "epochs=2") == 0
+    capsys.readouterr()
+    assert report.main(["table1", "runs"]) == 2
+    assert "would share a cell of the table, but differ in epochs" in capsys.readouterr().err
+
+
+def test_an_experiment_needs_m_and_a_scale_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["+experiment=table1"]) == 2
+    assert "experiment=table1: holds several rows; qat-run -m runs them all" in capsys.readouterr().err
+    assert run("+scale=digits") == 2
+    assert "scale=digits: puts an experiment on other data" in capsys.readouterr().err
+    assert run("+experiment=table7") == 2
+    assert "experiment=table7: must be one of distillation, learned, table1" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["table1", "nowhere"]) == 2
+    assert "nowhere: no such folder of runs" in capsys.readouterr().err
+    Path("runs").mkdir()
+    assert report.main(["table1"]) == 2
+    assert "runs: holds no runs" in capsys.readouterr().err
+    assert report.main(["figure1", "--run", "runs"]) == 2
+    assert "runs: holds no run with a checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        report.main(["table9"])
+    assert not Path("report").exists()
+
+
+def test_figures(run: Run) -> None:
+    assert main(["model=resnet20", *SHORT, "epochs=1", "run_dir=one"]) == 0
+    for args in (["figure1"], ["figure1", "--run", "one"], ["figure2"], ["figure2", "--run", "one"], ["figure3"]):
+        assert report.main(args) == 0
+        assert all(Path(f"report/{args[0]}{suffix}").stat().st_size > 10_000 for suffix in (".png", ".svg"))
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ImageNet's shape: 1000 classes, one small picture each, in both halves."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    names = [FIRST_CLASS, *(f"n{2_000_000 + i:08d}" for i in range(998)), LAST_CLASS]
+    chance = np.random.default_rng(0)
+    for half in ("train", "val"):
+        for name in names:
+            (folder / half / name).mkdir(parents=True)
+            picture = Image.fromarray(chance.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+            picture.save(folder / half / name / f"{name}.JPEG")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_on_imagenet(name: str, run: Run, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables as they are, for two batches: all networks and rows. The published weights are stood in for."""
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", _fresh)
+    options = ["dataset.image_size=32", "dataset.workers=0", "noise_batches=0", "epochs=1", f"data_dir={imagenet}"]
+    assert run(f"+experiment={name}", *options, "model.stem=imagenet") == 0
+
+
+def _fresh(weights: torchvision.models.WeightsEnum, *args: object, **kwargs: object) -> object:
+    name = type(weights).__name__.removesuffix("_Weights").lower()
+    return torchvision.models.get_model({"resnet18": "resnet18"}.get(name, name)).state_dict()
