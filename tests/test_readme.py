@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
+from qat_runner.cli.run import HYDRA_VERSION_BASE, _rows_of_experiment, config_dir
 from qat_runner.config import from_hydra, register
 
 TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -33,9 +33,10 @@ def test_commands_compose() -> None:
     ]
     assert len(commands) >= 6
     register()
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        for words in commands:
-            overrides = OverridesParser.create().parse_overrides([w for w in words if "=" in w])
+    for words in commands:
+        words += _rows_of_experiment(words, multirun=True)
+        overrides = OverridesParser.create().parse_overrides([w for w in words if "=" in w])
+        with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
             for row in BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]:
                 from_hydra(compose("config", overrides=list(row)))
 
