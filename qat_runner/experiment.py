@@ -149,8 +149,7 @@ def run(config: Config) -> dict[str, Any]:
         return result
     weights = config.weights
     if weights == BASELINE:
-        log.info(f"the full-precision baseline of {folder}:")
-        weights = str(Path(run(baseline_of(config))["run_dir"]) / "checkpoints" / "last.pt")
+        weights = str(_baseline(config) / "checkpoints" / "last.pt")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
@@ -159,6 +158,16 @@ def run(config: Config) -> dict[str, Any]:
         shutil.rmtree(folder)  # nothing but a run: `prepare` has looked
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     return _carry_out(config, folder, model, data, teacher, notes)
+
+
+def _baseline(config: Config) -> Path:
+    """The folder of the finished full-precision run that goes with a config."""
+    baseline = baseline_of(config)
+    folder = prepare(baseline)
+    if not (folder / "summary.json").is_file():
+        log.info(f"first the full-precision baseline, {folder}")
+        run(baseline)
+    return folder
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant import kernels
 from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels import eager
 from qat_runner.quant.quantizer import Quantizer
 
 
@@ -46,7 +47,7 @@ def recomputing(*operands: tuple[Tensor, Tensor, nn.Module]) -> AbstractContextM
     Returns:
         A context; one without effect where nothing is saved, and inside torch.compile, which plans its own saving.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if eager.recording() or not torch.is_grad_enabled():
         return nullcontext()
     sources = {
         _memory(q): _source(x, by)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,6 +274,22 @@ def test_triton_kernels_compile_for_gpus() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert len(sizes) == 48 and min(sizes) > 1000
+
+
+@needs_compiler
+def test_a_trace_holds_operations_not_results() -> None:
+    with using("compiled"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, but in use
+        traced = torch.jit.trace(lambda x: fake_quantize(x, 2.0, 4), torch.randn(50), check_trace=False)
+        x = torch.randn(50)
+        torch.testing.assert_close(traced(x), fake_quantize(x, 2.0, 4))
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    folder = compiled.cache_folder()
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
 
 
 def test_power_of_two() -> None:

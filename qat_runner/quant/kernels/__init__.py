@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from qat_runner.quant.grid import Grid
@@ -102,9 +101,9 @@ def _has_triton() -> bool:
 def backend() -> Backend:
     """The backend in force; eager until `set_backend` is called.
 
-    Inside a torch.compile of the user's own it is what that can take in whole.
+    Inside a torch.compile or a trace of the user's own it is what these can take in whole.
     """
-    return traced if torch.compiler.is_compiling() else _chosen
+    return traced if eager.recording() else _chosen
 
 
 @contextmanager

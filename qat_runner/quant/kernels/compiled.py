@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
@@ -116,7 +116,8 @@ def _half(x: Tensor) -> bool:
 
 def _library_for(x: Tensor) -> ctypes.CDLL | None:
     """The library; None where it does not serve the tensor, or does not exist."""
-    served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    plain = type(x) in (Tensor, nn.Parameter)  # subclasses need not have memory, or mean something else by it
+    served = plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return library() if served else None
 
 
@@ -187,8 +188,13 @@ def _processor() -> str:
 
 
 def cache_folder() -> Path:
-    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder; a temporary one where that cannot be written."""
+    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder; one of this process alone if that cannot be written."""
     base = os.environ.get("QAT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qat_runner"
     folder = Path(base).expanduser()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return folder if os.access(existing, os.W_OK) else Path(tempfile.gettempdir()) / f"qat_runner-{os.getuid()}"
+    return folder if os.access(existing, os.W_OK) else Path(_private().name)
+
+
+@functools.cache
+def _private() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="qat_runner-")

@@ -13,6 +13,11 @@ from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import newton
 
 
+def recording() -> bool:
+    """Whether operations are being recorded, by torch.compile or torch.jit.trace, for later tensors than these."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x is reduced and rounded in: float64 for float64, else float32 (fp16, bf16, float32)."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -74,7 +79,7 @@ def octav(
         outside = buffer.sign_().sum(dims, keepdim=True)
         return newton.advance(state, excess, outside, total, nonzero, top)
 
-    look = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = x.device.type == "cpu" and not recording()
     return newton.solve(step, guess, k, cold=cold, iterations=iterations, tolerance=tolerance, look=look)
 
 

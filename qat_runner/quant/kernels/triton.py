@@ -11,7 +11,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
@@ -84,7 +84,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
 
 
 def _serves(x: Tensor) -> bool:
-    return x.dtype in SERVED and (x.device.type == "cuda" or interpreted())
+    plain = type(x) in (Tensor, nn.Parameter)  # subclasses need not have memory, or mean something else by it
+    return plain and x.dtype in SERVED and (x.device.type == "cuda" or interpreted())
 
 
 @functools.cache
