@@ -380,7 +380,7 @@ def test_help_and_config_do_no_work(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert "weight_bits: null" in capsys.readouterr().out
     assert run("--help") == 0
     shown = capsys.readouterr().out
-    for word in ("Examples", "qat-run -m bits=4,6,8", "clipping: max, mse_sweep, octav", "weight_bits: null"):
+    for word in ("Examples", "qat-run -m bits=4,6,8", "clipping: lsq, max, mse_sweep, octav", "weight_bits: null"):
         assert word in shown
     assert list(tmp_path.iterdir()) == []
 
