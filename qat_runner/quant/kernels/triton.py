@@ -246,8 +246,8 @@ def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BL
         total = tl.zeros([BLOCK], dtype=tl.float32)
         nonzero = tl.zeros([BLOCK], dtype=tl.float32)
         largest = tl.zeros([BLOCK], dtype=tl.float32)
-        for first in range(part * BLOCK, n, programs * BLOCK):
-            offsets = first + tl.arange(0, BLOCK)
+        for i in range(0, tl.cdiv(n, programs * BLOCK)):
+            offsets = (i * programs + part) * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
             raw = _magnitude(x, SIGNED)
             a = raw * scale
