@@ -246,8 +246,9 @@ def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BL
         total = tl.zeros([BLOCK], dtype=tl.float32)
         nonzero = tl.zeros([BLOCK], dtype=tl.float32)
         largest = tl.zeros([BLOCK], dtype=tl.float32)
-        for i in range(0, tl.cdiv(n, programs * BLOCK)):
-            offsets = (i * programs + part) * BLOCK + tl.arange(0, BLOCK)
+        first = part * BLOCK
+        while first < n:  # no range: some interpreters cannot count to what is not a constant
+            offsets = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
             raw = _magnitude(x, SIGNED)
             a = raw * scale
@@ -256,6 +257,7 @@ def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BL
             total += a
             nonzero += (raw > 0).to(tl.float32)
             largest = tl.maximum(largest, a)
+            first += programs * BLOCK
         to = parts_ptr + row * SUMS * programs + part
         tl.store(to, tl.sum(excess))
         tl.store(to + programs, tl.sum(outside))
