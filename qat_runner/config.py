@@ -213,6 +213,10 @@ class Config:
         return self.mode in ("scratch", "retrain", "long_retrain")
 
     @property
+    def retraining(self) -> bool:
+        return self.mode in ("retrain", "long_retrain")
+
+    @property
     def stage(self) -> StageConfig:
         """The recipe's stage that this mode uses."""
         stages = {"retrain": self.recipe.retrain, "long_retrain": self.recipe.long_retrain}

@@ -66,7 +66,7 @@ def prepare(config: Config) -> Path:
     if config.weights == BASELINE:
         prepare(baseline_of(config))
     elif config.weights is not None:
-        _check_weights(config, config.weights, new_head=config.mode in ("retrain", "long_retrain"))
+        _check_weights(config, config.weights, new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:
         _check_weights(config, config.recipe.teacher, new_head=False)
     chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
@@ -196,8 +196,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     if weights is not None:
-        new_head = config.mode in ("retrain", "long_retrain")
-        log.info(f"weights {weights}: {load_weights(model, weights, config.model.name, new_head=new_head)}")
+        loaded = load_weights(model, weights, config.model.name, new_head=config.retraining)
+        log.info(f"weights {weights}: {loaded}")
     if config.needs_calibration:
         _calibrate(config, model, data)
     for tensor in quantized_tensors(model):

@@ -97,20 +97,11 @@ class LearnedQuantizer(Quantizer):
         """s / learned."""
         return float(Grid(self.bits, self.signed).levels_per_scalar) if self.method == "lsq" else 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As `Quantizer.forward`; the result has a gradient with respect to `learned`."""
-        if not self.enabled or self._calibrating:
-            return super().forward(x)
-        if self._held is not None:
-            return self._held[1]
-        s = self._scalars(x)
-        self.last_s = s
+    def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        """Differentiable with respect to `learned` as well."""
         count = x[0].numel() if self.per_sample else x.numel() // max(self.learned.numel(), 1)
         grid = Grid(self.bits, self.signed)
         out: Tensor = _Learned.apply(x, self.learned, s, grid, self.method, 1 / math.sqrt(max(count, 1) * grid.highest))
-        if self._holding:
-            self._held = out, out.detach().requires_grad_(out.requires_grad)
-            return self._held[1]
         return out
 
     @torch.no_grad()
@@ -128,19 +119,7 @@ class LearnedQuantizer(Quantizer):
         with torch.no_grad():
             self.learned.copy_(self.s / self._per_scalar)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
         if f"{prefix}learned" in missing_keys:  # the scalars of another method are a start as good as any
             missing_keys.remove(f"{prefix}learned")
             with torch.no_grad():

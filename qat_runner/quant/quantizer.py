@@ -130,11 +130,14 @@ class Quantizer(nn.Module):
         s = self._scalars(x)
         if not torch.compiler.is_compiling():
             self.last_s = s
-        out = fake_quantize(x, s, self.bits, self.signed, self.gradient)
+        out = self._quantize(x, s)
         if self._holding:
             self._held = out, out.detach().requires_grad_(out.requires_grad)
             return self._held[1]
         return out
+
+    def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        return fake_quantize(x, s, self.bits, self.signed, self.gradient)
 
     def _scalars(self, x: Tensor) -> Tensor:
         if self.dynamic and (self.training or self.eval_mode == "dynamic"):
@@ -227,6 +230,10 @@ class Quantizer(nn.Module):
         )
         self._batches = int(self.batches)
         self.decide_sign(bool(self.grid[1]))
+        self._loaded(prefix, missing_keys)
+
+    def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
+        """For a subclass that can do without some of its state: called after loading, with what was missing."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Quantizer":
         kept = dict(self._buffers)

@@ -118,11 +118,11 @@ Sums sums_of_row(const T* x, int64_t n, float scale, float s, bool everything, i
 
 // An interval [lo, hi] that holds the sign change of g; newton.py explains, and is what this repeats.
 struct Bracket {
-    double k, total, nonzero;
+    double k, nonzero;
     double lo = 0, sum_lo, outside_lo, hi, sum_hi = 0, outside_hi = 0;
 
     Bracket(double k, const Sums& at)
-        : k(k), total(at.total), nonzero(at.nonzero), sum_lo(at.total), outside_lo(at.nonzero), hi(at.largest) {}
+        : k(k), nonzero(at.nonzero), sum_lo(at.total), outside_lo(at.nonzero), hi(at.largest) {}
 
     double propose(double s, const Sums& at) {
         const double above = at.excess + s * at.outside, cost = k * s * (nonzero - at.outside);

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
-from qat_runner.quant.kernels.views import like, memory_format, rows_of, with_scalars
+from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -94,7 +94,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
     if library is None or flat is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, signed, gradient)
     rows, scalars = flat
-    grad_rows, _ = with_scalars(grad.contiguous(memory_format=memory_format(x)), s) or flat
+    grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(rows)
     library.qat_fake_quantize_backward(
         _half(x),

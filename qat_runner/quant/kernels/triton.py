@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
-from qat_runner.quant.kernels.views import like, memory_format, rows_of, with_scalars
+from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = {1024: 4, 4096: 8, 16384: 16}
@@ -74,7 +74,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
     if flat is None:
         return eager.fake_quantize_backward(grad, x, s, signed, gradient)
     rows, scalars = flat
-    grad_rows, _ = with_scalars(grad.contiguous(memory_format=memory_format(x)), s) or flat
+    grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(grad_rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize_backward[(len(rows) * blocks,)](

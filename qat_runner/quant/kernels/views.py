@@ -19,8 +19,17 @@ def rows_of(x: Tensor, dims: tuple[int, ...]) -> Tensor | None:
     x = x.detach()
     if x.numel() == 0 or dims not in (tuple(range(x.ndim)), tuple(range(1, x.ndim))):
         return None
-    dense = x.permute(0, 2, 3, 1) if memory_format(x) == torch.channels_last else x.contiguous()
-    return dense.reshape(1 if len(dims) == x.ndim else x.shape[0], -1)
+    return _in_memory_order(x, memory_format(x)).reshape(1 if len(dims) == x.ndim else x.shape[0], -1)
+
+
+def rows_beside(other: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """A tensor of x's shape as rows that match those of x, element by element, whatever its own memory format."""
+    return _in_memory_order(other.detach(), memory_format(x)).reshape(rows.shape)
+
+
+def _in_memory_order(x: Tensor, layout: torch.memory_format) -> Tensor:
+    x = x.contiguous(memory_format=layout)
+    return x.permute(0, 2, 3, 1) if layout == torch.channels_last else x
 
 
 def with_scalars(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor] | None:
