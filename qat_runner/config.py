@@ -4,8 +4,10 @@ A `Config` as composed by Hydra may leave out what follows from the rest (bits o
 that in, and `check` refuses what cannot be meant, before any work. A run's `config.yaml` is the resolved one.
 """
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,20 +21,26 @@ from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULAR
 from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, LEARNED, LearnedQuantizer, Quantizer
 from qat_runner.quant.kernels import BACKENDS
 
-MODES = ("scratch", "retrain", "long_retrain", "ptq", "evaluate")
+STAGES = ("scratch", "retrain", "long_retrain", "finetune")
+MODES = (*STAGES, "ptq", "evaluate")
+TEXT_DATASETS = ("squad",)
+OPTIMIZERS = ("sgd", "adamw")
+PADDINGS = ("max_length", "longest")
 DISTILL = ("none", "full_precision")
 AMP = ("none", "bf16", "fp16")
-SCHEDULES = ("step", "cosine")
+SCHEDULES = ("step", "cosine", "linear")
 
 
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    """a name in qat_runner.models.MODELS"""
+    """a name in qat_runner.models.MODELS or BERTS"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
     width: float = 1.0
     """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
+    checkpoint: str | None = None
+    """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
 
 
 @dataclass
@@ -40,21 +48,37 @@ class DatasetConfig:
     name: str = MISSING
     """a name in qat_runner.data.DATASETS"""
     num_classes: int | None = None
-    """classes; null: as many as there are class folders"""
-    image_size: int = MISSING
-    """pixels a side of what the network sees"""
-    mean: list[float] = MISSING
-    """normalization, a number a channel, of values in 0..1"""
-    std: list[float] = MISSING
-    """normalization, a number a channel, of values in 0..1"""
+    """pictures: classes; null: as many as there are class folders"""
+    image_size: int = 0
+    """pictures: pixels a side of what the network sees"""
+    mean: list[float] = field(default_factory=list)
+    """pictures: normalization, a number a channel, of values in 0..1"""
+    std: list[float] = field(default_factory=list)
+    """pictures: normalization, a number a channel, of values in 0..1"""
     augment: str = "none"
     """of training pictures held in memory: none, crop or crop_flip; folders of pictures get ImageNet's"""
     val_batch_size: int = 500
-    """pictures a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
+    """samples a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
     workers: int = 4
     """decoding processes (folders of pictures only)"""
     fake_pictures: int = 512
     """training pictures of dataset=fake"""
+    max_length: int = 384
+    """text: tokens a window, question, part of the paragraph and special tokens together"""
+    stride: int = 128
+    """text: tokens of the paragraph from the start of a window to that of the next"""
+    padding: str = "max_length"
+    """text: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
+    one_window: bool = False
+    """text: leave out questions that take more than one window, for short trials"""
+    train_questions: int | None = None
+    """text: at most so many training questions, spread evenly over the file; null: all"""
+    val_questions: int | None = None
+    """text: at most so many validation questions, spread evenly over the file; null: all"""
+    n_best: int = 20
+    """text: starts and ends of a window that may become the answer"""
+    max_answer_length: int = 30
+    """text: tokens of an answer"""
 
 
 @dataclass
@@ -75,8 +99,9 @@ class ClippingConfig:
     """mse_sweep: rows of a weight share one candidate, as in the paper"""
     alpha: float | None = None
     """pact: the first clipping scalar of activations"""
-    calibration_batches: int = 5
-    """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on"""
+    calibration_batches: int | None = None
+    """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on; null:
+    5, of a BERT 10, as in the paper"""
     eval_mode: str = "dynamic"
     """activation scalars in evaluation: dynamic (solved on each batch), running (their average) or frozen (the last)"""
 
@@ -99,35 +124,42 @@ class GradientConfig:
 
 @dataclass
 class StageConfig:
-    """How one stage, from scratch or retraining, is trained: SGD."""
+    """How one stage, from scratch or retraining or fine-tuning, is trained."""
 
     epochs: int = MISSING
     batch_size: int = MISSING
-    """pictures a step, over all devices"""
+    """samples a step, over all devices"""
     lr: float = MISSING
     """learning rate at that batch size, before any decay"""
+    optimizer: str = "sgd"
+    """sgd, or adamw, which spares biases and normalization the weight decay"""
     momentum: float = 0.9
+    """sgd"""
     weight_decay: float = 1e-4
     nesterov: bool = False
+    """sgd"""
+    max_grad_norm: float | None = None
+    """gradients are scaled down to this norm, over all parameters; null: never"""
     label_smoothing: float = 0.0
     """0 to below 1"""
     schedule: str = "step"
-    """step: times decay_factor every decay_every epochs; cosine: to zero over the epochs"""
+    """step: times decay_factor every decay_every epochs; cosine, linear: to zero over the epochs"""
     decay_every: int = 30
     """epochs"""
     decay_factor: float = 0.1
-    warmup_epochs: int = 0
-    """epochs of linear rise at the start"""
+    warmup_epochs: float = 0.0
+    """epochs, or a part of one, of linear rise at the start"""
 
 
 @dataclass
 class RecipeConfig:
-    """The full-precision recipe of a network on a data set; quantized runs use it unmodified."""
+    """The full-precision recipe of a network on a data set, a stage a mode; quantized runs use it unmodified."""
 
     name: str = MISSING
-    scratch: StageConfig = field(default_factory=StageConfig)
-    retrain: StageConfig = field(default_factory=StageConfig)
-    long_retrain: StageConfig = field(default_factory=StageConfig)
+    scratch: StageConfig | None = None
+    retrain: StageConfig | None = None
+    long_retrain: StageConfig | None = None
+    finetune: StageConfig | None = None
     distill: str = "none"
     """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
     teacher: str | None = None
@@ -146,12 +178,12 @@ class Config:
     gradient: GradientConfig = field(default_factory=GradientConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
-    mode: str = "scratch"
-    """scratch: train from random weights; retrain, long_retrain: from `weights`; ptq: quantize `weights`; evaluate: as
-    it is"""
+    mode: str = "auto"
+    """scratch: train from random weights; finetune: a BERT from its checkpoint; retrain, long_retrain: from `weights`;
+    ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
     weights: str | None = None
     """.pt, .pth, .th or .safetensors file; "torchvision" for the published weights; "baseline" for the full-precision
-    run from scratch of the same network, data, recipe and seed, which is made first where it is missing"""
+    run of the same network, data, recipe and seed in mode auto, which is made first where it is missing"""
 
     bits: int = 4
     """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""
@@ -159,12 +191,12 @@ class Config:
     """bits of weights; null: bits"""
     activation_bits: int | None = None
     """bits of activations; null: bits"""
-    first_last_bits: int = 8
-    """bits of the first convolution and the last linear layer, weights and inputs"""
+    first_last_bits: int | None = None
+    """bits of the first convolution and the last linear layer, weights and inputs; null: 8; a BERT has no such ends"""
     conv_granularity: str = "channel"
     """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
-    linear_granularity: str = "tensor"
-    """clipping scalars of a linear weight: channel (one per output feature) or tensor"""
+    linear_granularity: str = "auto"
+    """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
 
     epochs: int | None = None
     """null: the recipe's"""
@@ -196,6 +228,9 @@ class Config:
     standins: dict[str, str] = field(default_factory=dict)
     """of a scale: what takes the place of values in `sweep`"""
 
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """of the files and folders that this config names, as a run found them; filled in by the runner"""
+
     log_excess_mse: bool = False
     """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
 
@@ -210,7 +245,12 @@ class Config:
 
     @property
     def training(self) -> bool:
-        return self.mode in ("scratch", "retrain", "long_retrain")
+        return self.mode in STAGES
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network is a BERT, going by the data."""
+        return self.dataset.name in TEXT_DATASETS
 
     @property
     def retraining(self) -> bool:
@@ -218,13 +258,34 @@ class Config:
 
     @property
     def stage(self) -> StageConfig:
-        """The recipe's stage that this mode uses."""
-        stages = {"retrain": self.recipe.retrain, "long_retrain": self.recipe.long_retrain}
-        return stages.get(self.mode, self.recipe.scratch)
+        """The recipe's stage that this mode uses; one that does not train takes its batch size from mode auto's.
+
+        Raises:
+            ConfigError: the recipe has none.
+        """
+        mode = self.mode if self.training else self._auto_mode
+        stage: StageConfig | None = getattr(self.recipe, mode)
+        if stage is None:
+            has = ", ".join(name for name, _ in _stages(self))
+            raise ConfigError(f"mode={mode}: recipe={self.recipe.name} has no such stage, only {has}")
+        return stage
+
+    @property
+    def _auto_mode(self) -> str:
+        return "finetune" if self.reads_text else "scratch"
 
     @property
     def distilling(self) -> bool:
         return self.training and self.recipe.distill != "none"
+
+    def content(self, path: str) -> str:
+        """A fingerprint of what is at a path, as the run found it, or as it is now."""
+        return self.fingerprints.get(path) or _content(path)
+
+    def with_fingerprints(self) -> "Config":
+        """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
+        named = {self.weights, self.recipe.teacher, self.model.checkpoint} - {None, BASELINE}
+        return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
 
     @property
     def policy(self) -> Policy:
@@ -242,6 +303,7 @@ class Config:
             eval_mode=self.clipping.eval_mode,
             conv_granularity=self.conv_granularity,
             linear_granularity=self.linear_granularity,
+            keep=(ANSWER_HEAD,) if self.reads_text else (),
         )
 
     @property
@@ -288,18 +350,34 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
 
 def resolve(config: Config) -> Config:
     """Fill in what follows from the rest, and check the result."""
+    _require(config.mode in ("auto", *MODES), "mode", config.mode, f"one of {', '.join(('auto', *MODES))}")
+    text = config.reads_text
+    config = replace(config, mode=config._auto_mode if config.mode == "auto" else config.mode)
     stage = config.stage
     batch_size = stage.batch_size if config.batch_size is None else config.batch_size
+    clipping = config.clipping
+    if clipping.calibration_batches is None:
+        clipping = replace(clipping, calibration_batches=10 if text else 5)
+    granularity = config.linear_granularity
     config = replace(
         config,
+        clipping=clipping,
+        first_last_bits=8 if config.first_last_bits is None and not text else config.first_last_bits,
+        linear_granularity=("channel" if text else "tensor") if granularity == "auto" else granularity,
         weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
         activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
         epochs=stage.epochs if config.epochs is None else config.epochs,
         batch_size=batch_size,
-        lr=stage.lr * batch_size / stage.batch_size if config.lr is None else config.lr,
+        lr=scaled_lr(stage, batch_size) if config.lr is None else config.lr,
     )
     check(config)
     return config
+
+
+def scaled_lr(stage: StageConfig, batch_size: int) -> float:
+    """The recipe's learning rate at another batch size: in proportion to it for SGD, to its square root for AdamW."""
+    ratio = batch_size / stage.batch_size
+    return stage.lr * (math.sqrt(ratio) if stage.optimizer == "adamw" else ratio)
 
 
 def check(config: Config) -> None:
@@ -309,7 +387,6 @@ def check(config: Config) -> None:
         ConfigError: naming key, value and what is allowed.
     """
     names: list[tuple[str, str, Sequence[str]]] = [
-        ("mode", config.mode, MODES),
         ("amp", config.amp, AMP),
         ("backend", config.backend, ("auto", *BACKENDS)),
         ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
@@ -318,6 +395,8 @@ def check(config: Config) -> None:
         ("conv_granularity", config.conv_granularity, GRANULARITIES),
         ("linear_granularity", config.linear_granularity, GRANULARITIES),
         *((f"recipe.{name}.schedule", stage.schedule, SCHEDULES) for name, stage in _stages(config)),
+        *((f"recipe.{name}.optimizer", stage.optimizer, OPTIMIZERS) for name, stage in _stages(config)),
+        ("dataset.padding", config.dataset.padding, PADDINGS),
         ("recipe.distill", config.recipe.distill, DISTILL),
     ]
     for key, value, allowed in names:
@@ -329,7 +408,13 @@ def check(config: Config) -> None:
         ("noise_batches", config.noise_batches, 0),
         ("limit_train_batches", config.limit_train_batches, 1),
         ("limit_val_batches", config.limit_val_batches, 1),
-        ("dataset.image_size", config.dataset.image_size, 1),
+        ("dataset.image_size", None if config.reads_text else config.dataset.image_size, 1),
+        ("dataset.max_length", config.dataset.max_length, 8),
+        ("dataset.stride", config.dataset.stride, 1),
+        ("dataset.train_questions", config.dataset.train_questions, 1),
+        ("dataset.val_questions", config.dataset.val_questions, 1),
+        ("dataset.n_best", config.dataset.n_best, 1),
+        ("dataset.max_answer_length", config.dataset.max_answer_length, 1),
         ("dataset.num_classes", config.dataset.num_classes, 2),
         ("dataset.val_batch_size", config.dataset.val_batch_size, 1),
         ("dataset.workers", config.dataset.workers, 0),
@@ -337,7 +422,6 @@ def check(config: Config) -> None:
         ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
         ("clipping.warm_iterations", config.clipping.warm_iterations, 1),
         *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in _stages(config)),
-        *((f"recipe.{name}.warmup_epochs", stage.warmup_epochs, 0) for name, stage in _stages(config)),
     ]
     for name, count, least in counts:
         _require(count is None or count >= least, name, count, f"{least} or more")
@@ -349,6 +433,13 @@ def check(config: Config) -> None:
     _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
     for name, stage in _stages(config):
         _require(0 < stage.decay_factor <= 1, f"recipe.{name}.decay_factor", stage.decay_factor, "above 0, at most 1")
+        _require(
+            0 <= stage.warmup_epochs < float("inf"), f"recipe.{name}.warmup_epochs", stage.warmup_epochs, "0 or more"
+        )
+        norm = stage.max_grad_norm
+        _require(
+            norm is None or 0 < norm < float("inf"), f"recipe.{name}.max_grad_norm", norm, "a positive number or null"
+        )
         _require(0 <= stage.momentum < 1, f"recipe.{name}.momentum", stage.momentum, "at least 0 and below 1")
         _require(
             0 <= stage.label_smoothing < 1,
@@ -371,7 +462,7 @@ def check(config: Config) -> None:
     )
     channels = {len(config.dataset.mean), len(config.dataset.std)}
     _require(
-        channels <= {1, 3} and len(channels) == 1,
+        config.reads_text or (channels <= {1, 3} and len(channels) == 1),
         "dataset.mean",
         config.dataset.mean,
         "as long as dataset.std, 1 or 3 numbers",
@@ -384,6 +475,8 @@ def check(config: Config) -> None:
 def _check_quantization(config: Config) -> None:
     for key in ("weight_bits", "activation_bits", "first_last_bits"):
         bits = getattr(config, key)
+        if bits is None:
+            continue
         said = "bits" if bits == config.bits and key != "first_last_bits" else key
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         _require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
@@ -402,6 +495,7 @@ def _check_quantization(config: Config) -> None:
             if not config.clipping.dynamic
             else f"clipping.eval_mode={config.clipping.eval_mode}"
         )
+        assert config.clipping.calibration_batches is not None
         _require(
             config.clipping.calibration_batches > 0,
             "clipping.calibration_batches",
@@ -411,12 +505,20 @@ def _check_quantization(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    if config.mode != "scratch" and config.weights is None:
+    from_scratch, from_checkpoint = config.mode == "scratch", config.mode == "finetune"
+    if not (from_scratch or from_checkpoint) and config.weights is None:
         raise ConfigError(f"mode={config.mode}: needs weights=PATH, weights=torchvision or weights=baseline")
-    if config.mode == "scratch" and config.weights is not None:
+    if (from_scratch or from_checkpoint) and config.weights is not None:
+        start = "random weights" if from_scratch else "model.checkpoint"
         raise ConfigError(
-            f"weights={config.weights}: mode=scratch starts from random weights; use mode=retrain, ptq or evaluate"
+            f"weights={config.weights}: mode={config.mode} starts from {start}; use mode=retrain, ptq or evaluate"
         )
+    if from_checkpoint and not config.reads_text:
+        raise ConfigError(
+            f"mode=finetune: is for a BERT on {', '.join(TEXT_DATASETS)}; pictures have scratch and retrain"
+        )
+    if config.reads_text and config.model.checkpoint is None:
+        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
     if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
@@ -430,7 +532,7 @@ def _check_mode(config: Config) -> None:
 
 
 def _stages(config: Config) -> list[tuple[str, StageConfig]]:
-    return [(name, getattr(config.recipe, name)) for name in ("scratch", "retrain", "long_retrain")]
+    return [(name, stage) for name in STAGES if (stage := getattr(config.recipe, name)) is not None]
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
@@ -438,18 +540,22 @@ def _require(holds: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
-PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite", "sweep", "standins")
+PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite", "sweep", "standins", "fingerprints")
 """Keys that say where things lie, not what is computed."""
 
 BASELINE = "baseline"
+"""The value of `weights` that stands for the run that `baseline_of` names."""
+
+ANSWER_HEAD = "qa_outputs"
+"""The layer of a BERT that finds answers; the paper quantizes the transformer blocks alone."""
 
 
 def baseline_of(config: Config) -> Config:
-    """The full-precision run from scratch that goes with a resolved config, resolved."""
+    """The full-precision run in mode auto that goes with a resolved config, resolved."""
     recipe = replace(config.recipe, distill="none", teacher=None)
     changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "run_dir"))
-    return resolve(replace(config, recipe=recipe, mode="scratch", overwrite=False, **changes))
+    return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, **changes))
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -460,8 +566,12 @@ def identity(config: Config) -> dict[str, Any]:
     """
     keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
     del keys["bits"], keys["dataset"]["workers"]
+    _drop_foreign(keys, config.reads_text)
+    if config.reads_text and config.model.checkpoint is not None:
+        keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
     if config.weights is not None:
-        keys["weights"] = run_name(baseline_of(config)) if config.weights == BASELINE else _content(config.weights)
+        baseline = config.weights == BASELINE
+        keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
     if config.dataset.name == "imagefolder":  # any folder of pictures goes by this name
         keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
     keys["recipe"] = None
@@ -470,7 +580,7 @@ def identity(config: Config) -> dict[str, Any]:
     if config.distilling:
         teacher = config.recipe.teacher
         keys["distill"] = {
-            "teacher": None if teacher is None else _content(teacher),
+            "teacher": None if teacher is None else config.content(teacher),
             "temperature": config.recipe.distill_temperature,
             "weight": config.recipe.distill_weight,
         }
@@ -486,10 +596,31 @@ def identity(config: Config) -> dict[str, Any]:
             "linear_granularity",
             "noise_batches",
         ):
-            del keys[key]
+            keys.pop(key, None)
     elif config.clipping.learned:
         del keys["gradient"]
     return keys
+
+
+_OF_PICTURES = {
+    "model": ("stem", "width"),
+    "dataset": ("num_classes", "image_size", "mean", "std", "augment", "fake_pictures"),
+    "": ("channels_last", "conv_granularity"),
+}
+_OF_TEXT = {
+    "model": ("checkpoint",),
+    "dataset": (
+        *("max_length", "stride", "padding", "one_window"),
+        *("train_questions", "val_questions", "n_best", "max_answer_length"),
+    ),
+}
+"""Keys, by group, that mean nothing to the other kind of network."""
+
+
+def _drop_foreign(keys: dict[str, Any], reads_text: bool) -> None:
+    for group, names in (_OF_PICTURES if reads_text else _OF_TEXT).items():
+        for name in names:
+            del (keys[group] if group else keys)[name]
 
 
 def load_config(folder: Path) -> Config | None:
@@ -505,10 +636,23 @@ def load_config(folder: Path) -> Config | None:
 
 
 def _content(weights: str) -> str:
-    """A fingerprint of a weights file; its name where there is no such file."""
-    path = Path(weights)
+    """A fingerprint of a weights file, or of a checkpoint's folder; its name where there is no such thing."""
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        parts = {file.name: _content(str(file)) for file in sorted(path.iterdir()) if file.suffix in _CHECKPOINT_FILES}
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if not path.is_file():
         return weights
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+_CHECKPOINT_FILES = (".json", ".txt", ".safetensors", ".bin")
+
+
+@functools.lru_cache
+def _digest(path: Path, size: int, modified: int) -> str:
+    """Of a file, read once for as long as it stays the same."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

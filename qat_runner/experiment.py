@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from qat_runner.config import (
     BASELINE,
@@ -25,12 +25,25 @@ from qat_runner.config import (
     identity,
     load_config,
     run_name,
+    scaled_lr,
 )
-from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
+from qat_runner.data import AUGMENTATIONS, Data, ImageData, find_dataset, load_dataset
 from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
-from qat_runner.models import MODELS, STEMS, TORCHVISION, build_model, find_weights, load_weights, match_weights
+from qat_runner.models import (
+    BERTS,
+    MODELS,
+    STEMS,
+    TORCHVISION,
+    build_bert,
+    build_model,
+    find_weights,
+    load_tokenizer,
+    load_weights,
+    match_weights,
+    read_checkpoint,
+)
 from qat_runner.quant.kernels import choose_backend, set_backend
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint
@@ -51,7 +64,7 @@ def prepare(config: Config) -> Path:
         ConfigError: unknown model or device, absent data or weights, a run folder of another config.
     """
     for key, value, allowed in (
-        ("model", config.model.name, MODELS),
+        ("model", config.model.name, (*MODELS, *BERTS)),
         ("model.stem", config.model.stem, STEMS),
         ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
     ):
@@ -63,6 +76,7 @@ def prepare(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
+    _check_kind(config)
     if config.weights == BASELINE:
         prepare(baseline_of(config))
     elif config.weights is not None:
@@ -75,17 +89,44 @@ def prepare(config: Config) -> Path:
     return folder
 
 
+def _check_kind(config: Config) -> None:
+    """Refuse a network that cannot read the data."""
+    name = config.model.name
+    if (name in BERTS) != config.reads_text:
+        fitting = ", ".join(MODELS if name in BERTS else BERTS)
+        raise ConfigError(f"model={name}: cannot read dataset={config.dataset.name}, which is for {fitting}")
+    if config.reads_text:
+        assert config.model.checkpoint is not None
+        positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
+        if config.dataset.max_length > positions:
+            raise ConfigError(
+                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
+                f"{config.model.checkpoint}"
+            )
+
+
 def _check_weights(config: Config, weights: str, new_head: bool) -> None:
     """Try the weights on a model without memory."""
     find_weights(weights, config.model.name)
-    if weights != TORCHVISION and config.dataset.num_classes is not None:
+    if weights != TORCHVISION and (config.reads_text or config.dataset.num_classes is not None):
         with torch.device("meta"):
-            model = _model(config, config.dataset.num_classes, config.dataset.image_size)
+            model = _model(config, config.dataset.num_classes or 0, config.dataset.image_size)
         match_weights(model, weights, config.model.name, new_head=new_head)
 
 
 def _model(config: Config, num_classes: int, image_size: int) -> nn.Module:
+    """The network without quantizers; num_classes and image_size mean nothing to a BERT."""
+    if config.reads_text:
+        assert config.model.checkpoint is not None
+        return build_bert(config.model.checkpoint, pretrained=config.mode == "finetune")
     return build_model(config.model.name, num_classes, image_size, config.model.stem, config.model.width)
+
+
+def _model_for(config: Config, data: Data) -> nn.Module:
+    """`_model`, on the device of the data and in its layout."""
+    sizes = (data.num_classes, data.image_size) if isinstance(data, ImageData) else (0, 0)
+    model = _model(config, *sizes).to(data.device)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def find_device(name: str) -> torch.device:
@@ -170,7 +211,7 @@ def _baseline(config: Config) -> Path:
     return folder
 
 
-def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:
+def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     """The data and the model of a run, weights loaded, quantizers in place and calibrated.
 
     Args:
@@ -184,11 +225,10 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
     keep_freed_memory()
-    data = load_dataset(config.dataset, config.data_dir, device, config.seed)
-    model = _model(config, data.num_classes, data.image_size).to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    example = _example(data)
+    tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
+    data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer)
+    model = _model_for(config, data)
+    example = next(data.train_batches(2, epoch=0, limit=1)).inputs  # real samples: it is seen what the model does
     try:
         insert(model, config.policy, example)
     except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
@@ -209,36 +249,28 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, ImageData]:
     return model, data
 
 
-def _teacher(config: Config, data: ImageData, weights: str | None) -> nn.Module:
+def _teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
     """The full-precision network that a distilled one learns from, in eval mode."""
     assert weights is not None
-    teacher = _model(config, data.num_classes, data.image_size).to(data.device)
+    teacher = _model_for(config, data)
     loaded = load_weights(teacher, weights, config.model.name, new_head=False)
     log.info(f"teacher {weights}: {loaded}")
-    if config.channels_last:
-        teacher = teacher.to(memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False)
 
 
-def _example(data: ImageData) -> Tensor:
-    """A few real training pictures, to see what the model does with."""
-    pictures, _ = next(data.train_batches(2, epoch=0, limit=1))
-    return pictures
-
-
-def _calibrate(config: Config, model: nn.Module, data: ImageData) -> None:
+def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
     assert config.batch_size is not None
     batches = data.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
     try:
-        used = calibrate(model, (pictures for pictures, _ in batches))
+        used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:
         raise ConfigError(f"calibration failed: {error}") from error
     log.info(f"scalars calibrated on {used} training batches of {config.batch_size}")
 
 
 def _carry_out(
-    config: Config, folder: Path, model: nn.Module, data: ImageData, teacher: nn.Module | None, notes: list[str]
+    config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
 ) -> dict[str, Any]:
     resuming = config.training and (folder / "checkpoints" / "last.pt").is_file()
     try:
@@ -250,7 +282,7 @@ def _carry_out(
     log.addHandler(handler)
     record: Record | None = None
     try:
-        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        OmegaConf.save(OmegaConf.structured(config.with_fingerprints()), folder / "config.yaml")
         _record_environment(folder / "environment.json", resuming)
         record = Record(folder, epoch=_epochs_done(folder) if resuming else -1)
         trainer = Trainer(config, model, data, record, teacher)
@@ -323,7 +355,8 @@ def _recipe(config: Config) -> str:
     told = f"batch size {config.batch_size}, lr {config.lr:g}"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
         return f"{told}: the recipe's, whatever the number of devices"
-    rule = "in proportion to the batch size" if config.lr == stage.lr * config.batch_size / stage.batch_size else "set"
+    law = "the square root of the batch size" if stage.optimizer == "adamw" else "the batch size"
+    rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
     return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size})"
 
 
@@ -344,13 +377,12 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "distilled": config.distilling,
         "mode": config.mode,
         "seed": config.seed,
-        "top1": state.val["top1"],
-        "top5": state.val["top5"],
-        "best_top1": state.best_top1,
-        "loss": state.val["loss"],
+        "metric": trainer.data.metric,
+        **{key: value for key, value in state.val.items() if key != "samples"},
+        f"best_{trainer.data.metric}": state.best,
         "epochs": state.epoch,
         "steps": state.steps,
-        "images_per_second": state.images_per_second,
+        "samples_per_second": state.samples_per_second,
         "seconds": state.seconds,
         "sqnr_db": sqnr if sqnr == sqnr else None,
         "quantization_mse": sum(mses) / len(mses) if mses else None,

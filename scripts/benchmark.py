@@ -35,23 +35,34 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertForQuestionAnswering
 
+from qat_runner.data import Batch
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
 from qat_runner.quant import fake_quantize, mse_sweep, octav
 from qat_runner.quant.kernels import set_backend
+from qat_runner.training.measure import compute
 from qat_runner.training.memory import keep_freed_memory
 from qat_runner.training.tracking import environment
 
 Contest = dict[str, Callable[[], object]]
 
-STEPS = {  # name: (model, picture size, batch size)
+BERTS = {"minilm": (6, 384), "bert_base": (12, 768)}
+"""name -> layers and hidden size"""
+STEPS = {  # name: (model, picture size or tokens, batch size)
     "resnet18 32x32 b128": ("resnet18", 32, 128),
     "resnet20 32x32 b128": ("resnet20", 32, 128),
     "mobilenet_v2 64x64 b64": ("mobilenet_v2", 64, 64),
     "resnet50 224x224 b8": ("resnet50", 224, 8),
+    "minilm 384 tokens b4": ("minilm", 384, 4),
+    "bert_base 384 tokens b4": ("bert_base", 384, 4),
 }
-GPU_STEPS = {"resnet50 224x224 b256": ("resnet50", 224, 256), "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256)}
+GPU_STEPS = {
+    "resnet50 224x224 b256": ("resnet50", 224, 256),
+    "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256),
+    "bert_base 384 tokens b32": ("bert_base", 384, 32),
+}
 MODES = ("full precision", "static", "max", "octav")
 
 
@@ -187,6 +198,8 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     """A training step: forward, backward, SGD."""
     name, size, batch = which
     torch.manual_seed(0)
+    if name in BERTS:
+        return make_bert_step(which, mode, device, amp)
     model: nn.Module = build_model(name, 100, size).to(device).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(0, 100, (batch,), device=device)
@@ -202,6 +215,43 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
             loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def make_bert_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
+    """A step of fine-tuning a BERT with random weights on random tokens: forward, backward, AdamW."""
+    name, length, batch = which
+    layers, hidden = BERTS[name]
+    config = BertConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=12
+    )
+    model: nn.Module = BertForQuestionAnswering(config)
+    model.to(device)
+    inputs = torch.randint(1000, 30000, (batch, length), device=device), torch.ones(batch, length, device=device).long()
+    y = torch.randint(0, length, (batch, 2), device=device)
+    if mode != "full precision":
+        clipping = "octav" if mode == "static" else mode
+        quantize_model(
+            model,
+            4,
+            clipping,
+            first_last_bits=None,
+            linear_granularity="channel",
+            keep=["qa_outputs"],
+            example=inputs,
+            dynamic=mode != "static",
+        )
+    if mode == "static":
+        calibrate(model, [inputs])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
+            loss = F.cross_entropy(compute(model, Batch(inputs, y)), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

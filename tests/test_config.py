@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.errors import ConfigError
-from qat_runner.models import MODELS
+from qat_runner.models import BERTS, MODELS
 
 Compose = Callable[..., Config]
 
@@ -38,10 +38,11 @@ def test_defaults(composed: Compose) -> None:
 
 
 def test_every_option_of_every_group_composes(composed: Compose) -> None:
-    assert options("model") == sorted(MODELS)
+    assert options("model") == sorted((*MODELS, *BERTS))
     for group in ("model", "dataset", "clipping", "gradient", "recipe"):
         for option in options(group):
-            composed(f"{group}={option}", "mode=ptq", "weights=w.pt")
+            text = ["dataset=squad", "model=bert_base"] if option == "squad" else []
+            composed(*text, f"{group}={option}", "mode=ptq", "weights=w.pt")
     for option in options("recipe/paper"):
         config = composed("dataset=imagenet", f"model={option}")
         assert config.epochs == config.recipe.scratch.epochs
@@ -91,7 +92,7 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["bits=17"], "bits=17: must be"),
         (["weight_bits=0"], "weight_bits=0: must be"),
         (["first_last_bits=1"], "first_last_bits=1: must be"),
-        (["mode=train"], "mode=train: must be one of scratch, retrain, long_retrain, ptq, evaluate"),
+        (["mode=train"], "mode=train: must be one of auto, scratch, retrain, long_retrain, finetune, ptq"),
         (["mode=ptq"], "mode=ptq: needs weights"),
         (["mode=ptq", "weights=w.pt", "bits=32"], "nothing to quantize"),
         (["weights=w.pt"], "mode=scratch starts from random weights"),
@@ -113,7 +114,17 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["recipe.scratch.decay_factor=-1"], "decay_factor=-1.0: must be above 0"),
         (["seed=5000000000"], "seed=5000000000: must be below 2"),
         (["clipping.eval_mode=mean"], "clipping.eval_mode=mean: must be one of"),
-        (["recipe.scratch.schedule=linear"], "recipe.scratch.schedule=linear"),
+        (["recipe.scratch.schedule=exp"], "recipe.scratch.schedule=exp: must be one of step, cosine, linear"),
+        (["recipe.scratch.optimizer=lion"], "recipe.scratch.optimizer=lion: must be one of sgd, adamw"),
+        (["recipe.scratch.max_grad_norm=0"], "max_grad_norm=0.0: must be a positive number or null"),
+        (["recipe.scratch.warmup_epochs=-1"], "warmup_epochs=-1.0: must be 0 or more"),
+        (["mode=finetune"], "mode=finetune: recipe=digits has no such stage, only scratch, retrain, long_retrain"),
+        (["dataset=squad", "model=bert"], "model=bert: needs model.checkpoint=FOLDER"),
+        (["dataset=squad", "model=bert_base", "mode=scratch"], "mode=scratch: recipe=squad has no such stage"),
+        (["dataset=squad", "model=bert_base", "weights=w.pt"], "mode=finetune starts from model.checkpoint"),
+        (["dataset=squad", "model=bert_base", "dataset.max_length=4"], "dataset.max_length=4: must be 8 or more"),
+        (["dataset=squad", "model=bert_base", "dataset.stride=0"], "dataset.stride=0: must be 1 or more"),
+        (["dataset=squad", "model=bert_base", "dataset.padding=none"], "dataset.padding=none: must be one of"),
         (["recipe.scratch.momentum=1"], "recipe.scratch.momentum=1.0"),
         (["dataset.mean=[1,2]"], "dataset.mean"),
         (["dataset.std=[0]"], "dataset.std"),

@@ -4,6 +4,8 @@
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
     qat-report figure3                         the gradient estimators
+    qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
+    qat-report table6 --run runs/NAME          seconds to find them
 
 Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures are written as PNG and SVG. Exit codes: 0 all
 is well, 2 the request cannot be carried out.
@@ -17,7 +19,7 @@ from pathlib import Path
 from qat_runner.errors import ConfigError, QatError
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
-FIGURES = ("figure1", "figure2", "figure3", "figure4")
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs_dir", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--dataset", help="whose runs, where there are several")
     parser.add_argument(
-        "--run", type=Path, help="figure1, figure2: the run whose tensors are shown; else synthetic ones"
+        "--run",
+        type=Path,
+        help="figures 1, 2 and 5, table6: the run whose tensors it is about",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (report)")
     args = parser.parse_args(argv)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: argparse.Namespace) -> list[Path]:
     """Print and write what was asked for; returns the files."""
     if args.what == "table6":
-        return _table6(args.out)
+        return _table6(args.run, args.out)
     if args.what in FIGURES:
         return _figure(args)
     from qat_runner.report.runs import find_runs
@@ -90,30 +94,35 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
     return present[0]
 
 
-def _table6(out: Path) -> list[Path]:
+def _table6(run: Path | None, out: Path) -> list[Path]:
     from qat_runner.quant.kernels import set_backend
     from qat_runner.report import table6
 
     set_backend("auto")
-    content = []
-    for row in table6.rows():
-        print(f"{row[0]} bits: {row[-1]} times faster", flush=True)
-        content.append(row)
-    print(table6.text(content))
-    return _write(out, "table6", {"markdown": table6.text(content)})
+    text = (table6.synthetic() if run is None else table6.of_run(run)).text()
+    print(text)
+    return _write(out, "table6", {"markdown": text})
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:
+    from qat_runner.report import figure5
     from qat_runner.report import figures_of_paper as figures
     from qat_runner.report.runs import find_runs
 
+    tables: list[Path] = []
     if args.what == "figure3":
         figure = figures.figure3()
     elif args.what == "figure4":
         runs = find_runs(_folder(args.runs_dir))
         figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]))
+    elif args.what == "figure5":
+        if args.run is None:
+            raise ConfigError("figure5: needs --run RUN_DIR, the run whose activations are shown")
+        scalars = figure5.static_scalars(args.run)
+        figure = figure5.draw(scalars)
+        tables = _write(args.out, "figure5", {"csv": figure5.table(scalars)})
     else:
         samples = figures.synthetic_samples() if args.run is None else figures.samples_of_run(args.run)
         figure = (figures.figure1 if args.what == "figure1" else figures.figure2)(samples)
     args.out.mkdir(parents=True, exist_ok=True)
-    return list(figures.save(figure, args.out / args.what))
+    return [*tables, *figures.save(figure, args.out / args.what)]

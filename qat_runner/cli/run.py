@@ -153,9 +153,10 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
+        from qat_runner.report.tables import accuracy
 
         try:
-            return float(run(from_hydra(composed))["top1"])
+            return accuracy(run(from_hydra(composed)))
         except QatError as error:
             if HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
                 failures.append(error)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from qat_runner.data.images import Batch, epoch_seed
+from qat_runner.data.images import Labelled, epoch_seed
 from qat_runner.errors import RunError
 
 RESIZE_RATIO = 256 / 224
@@ -70,19 +70,19 @@ class FolderSource:
             raise ValueError(f"train/ and val/ differ in their class folders: {', '.join(odd[:5])}")
         self.train_size, self.val_size = len(self._train), len(self._val)
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]:
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
         order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
         if self.train_size >= batch_size:  # full batches only
             order = order[: self.train_size // batch_size * batch_size]
         return self._batches(self._train, [(chance, index) for index in order], batch_size, limit)
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]:
         return self._batches(self._val, [(0, index) for index in range(self.val_size)], batch_size, limit)
 
     def _batches(
         self, pictures: _Pictures, items: list[tuple[int, int]], batch_size: int, limit: int | None
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Labelled]:
         items = items if limit is None else items[: limit * batch_size]  # workers decode no more than what is wanted
         loader = DataLoader(
             pictures,

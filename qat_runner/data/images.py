@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qat_runner.data.batches import Batch, Totals
+
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
 
-Batch = tuple[Tensor, Tensor]
+Labelled = tuple[Tensor, Tensor]
 """pictures uint8 [N, C, H, W], labels int64 [N]"""
 
 
@@ -28,17 +30,14 @@ class Source(Protocol):
     train_size: int
     val_size: int
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]: ...
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]: ...
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]: ...
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]: ...
 
 
 @dataclass
 class ImageData:
-    """A data set ready for training.
-
-    Batches are pictures float32 [N, 3, image_size, image_size], normalized, and labels int64 [N], both on `device`.
-    """
+    """Pictures to classify, as `Data`: inputs float32 [N, 3, image_size, image_size], normalized; targets [N]."""
 
     name: str
     num_classes: int
@@ -48,6 +47,11 @@ class ImageData:
     std: tuple[float, ...]
     device: torch.device
     seed: int
+    channels_last: bool = False
+    """memory layout of the batches"""
+
+    metric = "top1"
+    unit = "img"
 
     @property
     def train_size(self) -> int:
@@ -62,35 +66,42 @@ class ImageData:
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` batches of an epoch, in its own order and augmentation; any epoch >= 0 at any time."""
         return map(self._normalize, self.source.train(batch_size, self.seed, epoch, limit))
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` batches of the validation pictures in their own order, the last as small as it comes."""
         return map(self._normalize, self.source.val(batch_size, limit))
 
-    def _normalize(self, batch: Batch) -> Batch:
-        pictures, labels = batch
+    def totals(self) -> Totals:
+        return Totals.on(self.device)
+
+    def score(self) -> Totals:
+        return Totals.on(self.device)
+
+    def _normalize(self, labelled: Labelled) -> Batch:
+        pictures, labels = labelled
         pictures = pictures.to(self.device, non_blocking=True).float()
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
         std = torch.tensor(self.std, device=self.device).mul_(255).view(1, -1, 1, 1)
         mean = torch.tensor(self.mean, device=self.device).mul_(255).view(1, -1, 1, 1)
-        return (pictures - mean).div_(std), labels.to(self.device, non_blocking=True)
+        pictures = (pictures - mean).div_(std)
+        if self.channels_last:
+            pictures = pictures.to(memory_format=torch.channels_last)
+        return Batch((pictures,), labels.to(self.device, non_blocking=True))
 
 
 @dataclass
 class MemorySource:
     """Pictures held in memory; both halves are one large batch each."""
 
-    training: Batch
-    validation: Batch
+    training: Labelled
+    validation: Labelled
     augmentation: str = "none"
 
     def __post_init__(self) -> None:
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Batch]:
+    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]:
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(self.train_size, generator=generator)
         last = max(self.train_size // batch_size * batch_size, 1)
@@ -99,7 +110,7 @@ class MemorySource:
             pictures, labels = (t[chosen] for t in self.training)
             yield augment(pictures, self.augmentation, generator), labels
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Batch]:
+    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]:
         pictures, labels = (torch.split(t, batch_size) for t in self.validation)
         return itertools.islice(zip(pictures, labels, strict=True), limit)
 

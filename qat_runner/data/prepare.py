@@ -2,6 +2,7 @@
 
     python -m qat_runner.data.prepare cifar10 DATA_DIR
     python -m qat_runner.data.prepare fashion_mnist DATA_DIR
+    python -m qat_runner.data.prepare squad DATA_DIR
     python -m qat_runner.data.prepare imagenet DATA_DIR
 
 For imagenet, the official ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz must lie in
@@ -16,10 +17,12 @@ from pathlib import Path
 from torchvision import datasets
 
 from qat_runner.data.imagenet import prepare_imagenet
+from qat_runner.data.squad import prepare_squad
 
 PREPARE: dict[str, Callable[[str], object]] = {
     "cifar10": lambda folder: [datasets.CIFAR10(folder, train, download=True) for train in (True, False)],
     "fashion_mnist": lambda folder: [datasets.FashionMNIST(folder, train, download=True) for train in (True, False)],
+    "squad": lambda folder: prepare_squad(Path(folder)),
     "imagenet": lambda folder: prepare_imagenet(Path(folder)),
 }
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
 from qat_runner.config import DatasetConfig
+from qat_runner.data.batches import Data
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
-from qat_runner.data.images import Batch, ImageData, MemorySource, Source, shrink
+from qat_runner.data.images import ImageData, Labelled, MemorySource, Source, shrink
+from qat_runner.data.question_answering import load_squad
+from qat_runner.data.squad import FILES, holds_squad
 from qat_runner.errors import ConfigError
 
 PREPARE = "python -m qat_runner.data.prepare"
@@ -51,7 +55,7 @@ def _fake(folder: Path, config: DatasetConfig) -> Source:
     classes, size = config.num_classes or 10, config.image_size
     generator = torch.Generator().manual_seed(0)
 
-    def half(count: int) -> Batch:
+    def half(count: int) -> Labelled:
         labels = torch.randint(0, classes, (count,), generator=generator)
         pictures = torch.randint(0, 128, (count, 3, size, size), generator=generator, dtype=torch.uint8)
         return pictures + (labels * 127 // classes).to(torch.uint8).view(-1, 1, 1, 1), labels
@@ -91,27 +95,35 @@ def _holds_class_folders(folder: Path) -> bool:
 
 _FOLDERS = "train/ and val/ with a folder of pictures for each class"
 
-DATASETS: dict[str, tuple[Callable[[Path, DatasetConfig], Source], Callable[[Path], bool] | None, str]] = {
-    "digits": (_digits, None, ""),
-    "fake": (_fake, None, ""),
+PICTURES: dict[str, Callable[[Path, DatasetConfig], Source]] = {
+    "digits": _digits,
+    "fake": _fake,
+    "cifar10": _cifar10,
+    "fashion_mnist": _fashion_mnist,
+    "imagenet": _imagenet,
+    "imagefolder": _class_folders,
+}
+"""Name -> how pictures are read."""
+
+DATASETS: dict[str, tuple[Callable[[Path], bool] | None, str]] = {
+    "digits": (None, ""),
+    "fake": (None, ""),
     "cifar10": (
-        _cifar10,
         _holds_cifar10,
         f"cifar10.npz or torchvision's cifar-10-batches-py/ ('{PREPARE} cifar10 DATA_DIR' downloads it)",
     ),
     "fashion_mnist": (
-        _fashion_mnist,
         _holds_fashion_mnist,
         f"torchvision's FashionMNIST/raw/ ('{PREPARE} fashion_mnist DATA_DIR' downloads it)",
     ),
     "imagenet": (
-        _imagenet,
         _holds_class_folders,
         f"{_FOLDERS} ('{PREPARE} imagenet DATA_DIR' makes them from the official tar files)",
     ),
-    "imagefolder": (_class_folders, _holds_class_folders, _FOLDERS),
+    "imagefolder": (_holds_class_folders, _FOLDERS),
+    "squad": (holds_squad, f"{' and '.join(FILES)} ('{PREPARE} squad DATA_DIR' downloads them)"),
 }
-"""Name -> (loader, whether a folder holds it or None where there is nothing to hold, what must lie there)."""
+"""Name -> (whether a folder holds it, or None where there is nothing to hold; what must lie there)."""
 
 
 def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
@@ -135,7 +147,7 @@ def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
     """
     if config.name not in DATASETS:
         raise ConfigError(f"dataset.name={config.name}: must be one of {', '.join(DATASETS)}")
-    _, holds, what = DATASETS[config.name]
+    holds, what = DATASETS[config.name]
     root = Path(data_dir).expanduser()
     for folder in (root, root / config.name):
         if holds is None or (folder.is_dir() and holds(folder)):
@@ -145,21 +157,32 @@ def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
     )
 
 
-def load_dataset(config: DatasetConfig, data_dir: str, device: torch.device, seed: int) -> ImageData:
+def load_dataset(
+    config: DatasetConfig,
+    data_dir: str,
+    device: torch.device,
+    seed: int,
+    channels_last: bool = False,
+    tokenizer: Any = None,
+) -> Data:
     """Read a data set.
 
     Args:
-        config: which one, its picture size, normalization and augmentation.
+        config: which one, and how it is to be read.
         data_dir: where data sets lie.
         device: where batches are wanted.
         seed: of order and augmentation.
+        channels_last: memory layout of pictures.
+        tokenizer: of text.
 
     Raises:
         ConfigError: it is not there, or is not what its config says.
     """
     folder = find_dataset(config, data_dir)
     try:
-        source = DATASETS[config.name][0](folder, config)
+        if config.name == "squad":
+            return load_squad(folder, config, tokenizer, device, seed)
+        source = PICTURES[config.name](folder, config)
     except Exception as error:  # whatever a parser may raise on files that are something else
         raise ConfigError(
             f"dataset={config.name}: {folder} cannot be read ({error or type(error).__name__})"
@@ -172,6 +195,7 @@ def load_dataset(config: DatasetConfig, data_dir: str, device: torch.device, see
             f"dataset.num_classes={config.num_classes}: {folder / 'train'} has {num_classes} class folders"
         )
     assert num_classes is not None
+    normalization = tuple(config.mean), tuple(config.std)
     return ImageData(
-        config.name, num_classes, config.image_size, source, tuple(config.mean), tuple(config.std), device, seed
+        config.name, num_classes, config.image_size, source, *normalization, device, seed, channels_last=channels_last
     )

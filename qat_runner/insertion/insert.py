@@ -1,7 +1,7 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,17 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qat_runner.insertion.layers import LAYERS, convert, each, is_quantized, restore
+from qat_runner.insertion.attention import quantize_attention, restore_attention
+from qat_runner.insertion.layers import (
+    LAYERS,
+    QuantMatmul,
+    convert,
+    each,
+    is_quantized,
+    operands,
+    quantizer_of,
+    restore,
+)
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
 from qat_runner.insertion.trace import Trace, trace
 from qat_runner.quant import LEARNED, LearnedQuantizer, Quantizer
@@ -27,9 +37,9 @@ class QuantizedTensor:
     layer: str
     """name of the layer in the model"""
     tensor: str
-    """ "weight" or "input" """
+    """ "weight" or "input"; of a product in attention "query", "key", "probabilities" or "value" """
     elements: int | None
-    """elements of the weight; of the input for one sample, None while no batch was seen"""
+    """elements of the weight; of the others for one sample, None while no batch was seen"""
     quantizer: Quantizer
 
     @property
@@ -45,16 +55,19 @@ def quantize_model(
     *,
     weight_bits: int | None = None,
     activation_bits: int | None = None,
-    first_last_bits: int = 8,
+    first_last_bits: int | None = 8,
     warm_iterations: int | None = 6,
     dynamic: bool = True,
     eval_mode: str = "dynamic",
     conv_granularity: str = "channel",
     linear_granularity: str = "tensor",
+    keep: Sequence[str] = (),
     example: Tensor | tuple[Any, ...] | None = None,
     **clipping_options: Any,
 ) -> nn.Module:
     """Quantize the weights and inputs of all Conv2d and Linear layers of a model, in place (Appendix E.2).
+
+    In a network of transformers, both operands of both matrix products of attention are quantized as well.
 
     The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
     `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
@@ -66,12 +79,13 @@ def quantize_model(
             whose scalars are parameters, and which need `calibrate` for their start.
         gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
         weight_bits, activation_bits: override `bits`.
-        first_last_bits: bits at the two ends, weights and inputs.
+        first_last_bits: bits at the two ends, weights and inputs; None: as everywhere.
         warm_iterations: octav's reads of a tensor a training step, from the previous step's scalar; None: start anew.
         dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
         conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        keep: names of layers that are left in full precision.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
             rest is found on the first forward pass of the model.
@@ -98,6 +112,7 @@ def quantize_model(
         eval_mode=eval_mode,
         conv_granularity=conv_granularity,
         linear_granularity=linear_granularity,
+        keep=tuple(keep),
     )
     return insert(model, policy, example)
 
@@ -106,16 +121,22 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     """`quantize_model` with a ready policy."""
     if each(model, is_quantized):
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
-    layers, notes = _convertible(model)
+    layers, notes = _convertible(model, policy.keep)
     if not layers:
         why = "".join(f"; {note}" for note in notes)
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
+    quantize_attention(model)
+    products = dict(each(model, lambda m: isinstance(m, QuantMatmul)))
+    layers |= products
     seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
     ends = _ends([name for name in seen.layers if name in layers] if seen else list(layers), layers)
     for name, layer in layers.items():
-        _convert(layer, policy, end=name in ends)
+        beside = layer if name not in products else model.get_submodule(name.rpartition(".")[0])
+        device = next(beside.parameters()).device
+        quantizers = {operand: _quantizer(layer, policy, operand, name in ends) for operand in operands(layer)}
+        convert(layer, {operand: q if q is None else q.to(device) for operand, q in quantizers.items()})
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
             module.register_forward_pre_hook(_no_fast_path)
@@ -128,11 +149,17 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     return model
 
 
-def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+def _convertible(model: nn.Module, keep: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
     """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot."""
     layers: dict[str, nn.Module] = {}
     notes = []
-    for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
+    candidates = each(model, lambda m: isinstance(m, tuple(LAYERS)))
+    for name in keep:
+        if name not in dict(candidates):
+            raise ValueError(f"keep={name!r}: the model has no Conv2d or Linear layer of that name")
+    for name, layer in candidates:
+        if name in keep:
+            continue
         if type(layer) not in LAYERS:
             notes.append(
                 f"{name} is a {type(layer).__name__}, which may not compute what its base class does: left as it is"
@@ -158,13 +185,8 @@ def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
     return {first, last}
 
 
-def _convert(layer: nn.Module, policy: Policy, end: bool) -> None:
-    quantizers = {tensor: _quantizer(layer, policy, tensor, end) for tensor in ("weight", "input")}
-    convert(layer, quantizers["weight"], quantizers["input"])
-
-
 def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quantizer | None:
-    """The quantizer of a layer's "weight" or "input"; None for full precision."""
+    """The quantizer of an operand of a layer; None for full precision."""
     bits = policy.bits(tensor, end)
     if bits == FULL_PRECISION:
         return None
@@ -187,17 +209,20 @@ def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quan
             warm_iterations=policy.warm_iterations,
             **policy.clipping_options,
         )
-    return quantizer.to(_weight(layer).device)
+    return quantizer
 
 
 def _decide(model: nn.Module, seen: Trace) -> None:
     """Signs and sizes of the inputs, once and for all; what was noticed is said."""
     for name, calls in seen.layers.items():
         layer = model.get_submodule(name)
-        if is_quantized(layer) and isinstance(layer.input_quantizer, Quantizer):
-            if not layer.input_quantizer.decided:
-                layer.input_quantizer.decide_sign(calls.signed)
-            layer.input_elements = calls.elements  # type: ignore[assignment]
+        if not is_quantized(layer):
+            continue
+        for operand, signed in calls.signed.items():
+            quantizer = quantizer_of(layer, operand)
+            if isinstance(quantizer, Quantizer) and not quantizer.decided:
+                quantizer.decide_sign(signed)
+        layer.elements_seen = calls.elements  # type: ignore[assignment]
     for note in seen.notes:
         _warn(note)
 
@@ -229,18 +254,17 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
     """All quantized tensors of a model, in order of registration, weight before input."""
     found = []
     for name, layer in each(model, is_quantized):
-        for tensor, elements in (
-            ("weight", _weight(layer).numel()),
-            ("input", getattr(layer, "input_elements", None)),
-        ):
-            quantizer = getattr(layer, f"{tensor}_quantizer")
+        for operand in operands(layer):
+            quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer):
-                found.append(QuantizedTensor(name, tensor, elements, quantizer))
+                seen = getattr(layer, "elements_seen", {}).get(operand)
+                elements = _weight(layer).numel() if operand == "weight" else seen
+                found.append(QuantizedTensor(name, operand, elements, quantizer))
     return found
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the quantized tensors; elements of an input are those of one sample."""
+    """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized."""
     rows = [
         (
             t.layer,
@@ -252,7 +276,22 @@ def summary(model: nn.Module) -> str:
         )
         for t in quantized_tensors(model)
     ]
-    return tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "elements"))
+    table = tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "elements"))
+    left = _left(model)
+    return f"{table}\n\nin full precision: {', '.join(left)}" if rows and left else table
+
+
+def _left(model: nn.Module) -> list[str]:
+    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one."""
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if (
+            not (is_quantized(module) or isinstance(module, Quantizer))
+            and next(module.parameters(recurse=False), None) is not None
+        ):
+            names.setdefault(type(module).__name__, []).append(name)
+    left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
+    return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
 
 
 def _sign(quantizer: Quantizer) -> str:
@@ -280,6 +319,7 @@ def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
 
 def remove_quantizers(model: nn.Module) -> nn.Module:
     """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained."""
+    restore_attention(model)
     for _, layer in each(model, is_quantized):
         restore(layer)
     for module in model.modules():

@@ -1,18 +1,23 @@
-"""Convolution and linear layers that quantize their weight and their input.
+"""Layers that quantize what they multiply: convolutions and linear layers their weight and input, products both sides.
 
 A layer is converted in place by swapping its class, so that the module object, its parameters, their names, its hooks
-and every other reference to it stay what they were; converting back is the same swap. The quantizers are two
-submodules, `weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
+and every other reference to it stay what they were; converting back is the same swap. The quantizers are submodules,
+`weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat_runner.quant.recompute import recomputing
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
 """Full-precision class -> quantized class. Only exact classes are converted: a subclass may compute something else."""
+
+
+WEIGHT_AND_INPUT = ("weight", "input")
 
 
 class QuantConv2d(nn.Conv2d):
@@ -40,27 +45,69 @@ class QuantLinear(nn.Linear):
             return nn.functional.linear(x, weight, self.bias)
 
 
+class QuantMatmul(nn.Module):
+    """The matrix product of two quantized tensors, [..., L, C] and [..., C, K] -> [..., L, K].
+
+    Args:
+        operands: names of the two; their quantizers are submodules, `NAME_quantizer` each.
+    """
+
+    def __init__(self, operands: tuple[str, str]) -> None:
+        super().__init__()
+        self.operands = operands
+        for name in operands:
+            self.add_module(f"{name}_quantizer", nn.Identity())
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        by = [self.get_submodule(f"{name}_quantizer") for name in self.operands]
+        a, b = by[0](left), by[1](right)
+        with recomputing((a, left, by[0]), (b, right, by[1])):
+            return torch.matmul(a, b)
+
+
 LAYERS.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear})
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module is one of this file's layers."""
-    return type(module) in LAYERS.values()
+    return type(module) in LAYERS.values() or type(module) is QuantMatmul
 
 
-def convert(layer: nn.Module, weight_quantizer: nn.Module | None, input_quantizer: nn.Module | None) -> None:
-    """Turn a full-precision layer, of a class in LAYERS, into its quantized class, in place."""
-    layer.__class__ = LAYERS[type(layer)]
-    for name, quantizer in (("weight_quantizer", weight_quantizer), ("input_quantizer", input_quantizer)):
-        layer.add_module(name, quantizer if quantizer is not None else nn.Identity())
+def operands(layer: nn.Module) -> tuple[str, ...]:
+    """Names of what a layer multiplies."""
+    return layer.operands if isinstance(layer, QuantMatmul) else WEIGHT_AND_INPUT
+
+
+def activations(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The operands, by name, that a call of a layer (quantized or of a class in LAYERS) is given."""
+    if isinstance(layer, QuantMatmul):
+        return dict(zip(layer.operands, args, strict=True))
+    return {"input": args[0] if args else kwargs["input"]}
+
+
+def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
+    """The quantizer of an operand of a quantized layer, or an identity."""
+    return layer.get_submodule(f"{operand}_quantizer")
+
+
+def convert(layer: nn.Module, quantizers: dict[str, nn.Module | None]) -> None:
+    """Turn a layer of a class in LAYERS into its quantized class, or give a product its quantizers, in place.
+
+    Args:
+        layer: to convert.
+        quantizers: of each operand; None for full precision.
+    """
+    layer.__class__ = LAYERS.get(type(layer), type(layer))
+    for name, quantizer in quantizers.items():
+        layer.add_module(f"{name}_quantizer", quantizer if quantizer is not None else nn.Identity())
     layer.train(layer.training)
 
 
 def restore(layer: nn.Module) -> None:
-    """Undo `convert`, in place."""
+    """Undo `convert` of a layer of a class in LAYERS, in place."""
     layer.__class__ = next(full for full, quantized in LAYERS.items() if type(layer) is quantized)
-    del layer.weight_quantizer
-    del layer.input_quantizer
+    for name in WEIGHT_AND_INPUT:
+        delattr(layer, f"{name}_quantizer")
 
 
 def each(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:

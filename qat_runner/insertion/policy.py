@@ -28,8 +28,8 @@ class Policy:
     """bits of weights, 2 to 16, or 32 for full precision everywhere"""
     activation_bits: int = 4
     """bits of layer inputs, likewise"""
-    first_last_bits: int = 8
-    """bits of weight and input of the first convolution and of the last linear layer, likewise"""
+    first_last_bits: int | None = 8
+    """bits of weight and input of the first convolution and of the last linear layer, likewise; None: as elsewhere"""
     clipping: Any = "octav"
     """clipping method: a name in CLIPPING_METHODS or in LEARNED, or a function, see `Quantizer`"""
     clipping_options: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +46,14 @@ class Policy:
     """clipping scalars of a convolution weight: one per output channel, or one per tensor"""
     linear_granularity: str = "tensor"
     """clipping scalars of a linear weight: one per output feature (channel), or one per tensor"""
+    keep: tuple[str, ...] = ()
+    """names of layers that are left in full precision"""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits"):
             bits = getattr(self, name)
+            if name == "first_last_bits" and bits is None:
+                continue
             if isinstance(bits, bool) or not (bits in BITS or bits == FULL_PRECISION):
                 raise ValueError(
                     f"{name}={bits!r}: must be {BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
@@ -66,12 +70,12 @@ class Policy:
         return self.weight_bits == self.activation_bits == FULL_PRECISION
 
     def bits(self, tensor: str, end: bool) -> int:
-        """Bits of a layer's "weight" or "input"; `end`: it is the first convolution or the last linear layer.
+        """Bits of an operand of a layer; `end`: it is the first convolution or the last linear layer.
 
         A tensor kind in full precision is so everywhere, at the ends too.
         """
         bits = self.weight_bits if tensor == "weight" else self.activation_bits
-        return self.first_last_bits if end and bits != FULL_PRECISION else bits
+        return self.first_last_bits if end and self.first_last_bits and bits != FULL_PRECISION else bits
 
     def weight_shape(self, layer: nn.Module) -> tuple[int, ...]:
         """Shape of the clipping scalars of a layer's weight [K, ...]: [K, 1, ...], or [] for one scalar."""

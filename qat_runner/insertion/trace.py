@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_runner.insertion.layers import LAYERS, each, is_quantized
+from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
@@ -40,15 +40,15 @@ _ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "
 
 @dataclass
 class LayerCalls:
-    """What was seen of one Conv2d or Linear layer."""
+    """What was seen of one Conv2d or Linear layer, or of a quantized product."""
 
     name: str
     module: nn.Module
     calls: int = 0
-    signed: bool = False
-    """some input may be negative"""
-    elements: int = 0
-    """elements of the largest input, for one sample"""
+    signed: dict[str, bool] = field(default_factory=dict)
+    """operand, other than the weight -> whether it may be negative"""
+    elements: dict[str, int] = field(default_factory=dict)
+    """operand -> elements of the largest one seen, for one sample"""
 
 
 @dataclass
@@ -80,7 +80,8 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name in _PRODUCTS and not self.inside:
             where = self.owner[-1] if self.owner else ""
-            note = f"{name} called in {where or 'the model itself'} is not quantized: only Conv2d and Linear layers are"
+            known = "Conv2d and Linear layers and the attention of transformers' networks"
+            note = f"{name} called in {where or 'the model itself'} is not quantized: only {known} are"
             self.products[note] = None
         outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
         nonnegative = self._nonnegative(name, args, kwargs)
@@ -155,12 +156,13 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     found: dict[nn.Module, LayerCalls] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
         layer = found.setdefault(module, LayerCalls(names[module], module))
         layer.calls += 1
-        # Values only ever overrule structure towards signed, should it have been fooled.
-        layer.signed |= not watch.is_tagged(x) or bool((x < 0).any())
-        layer.elements = max(layer.elements, x.numel() // max(x.shape[0], 1))
+        for operand, x in activations(module, args, kwargs).items():
+            # Values only ever overrule structure towards signed, should it have been fooled.
+            negative = not watch.is_tagged(x) or bool((x < 0).any())
+            layer.signed[operand] = layer.signed.get(operand, False) or negative
+            layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))
         watch.inside.append(layer.name)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

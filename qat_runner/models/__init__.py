@@ -1,6 +1,20 @@
 """Models by name, and their weights."""
 
+from qat_runner.models.bert import BERTS, build_bert, load_tokenizer, read_checkpoint
 from qat_runner.models.vision import MODELS, STEMS, build_model
 from qat_runner.models.weights import TORCHVISION, Loaded, find_weights, load_weights, match_weights
 
-__all__ = ["MODELS", "STEMS", "TORCHVISION", "Loaded", "build_model", "find_weights", "load_weights", "match_weights"]
+__all__ = [
+    "BERTS",
+    "MODELS",
+    "STEMS",
+    "TORCHVISION",
+    "Loaded",
+    "build_bert",
+    "build_model",
+    "find_weights",
+    "load_tokenizer",
+    "load_weights",
+    "match_weights",
+    "read_checkpoint",
+]

@@ -1,5 +1,6 @@
 """Loading weights into a model: from a file of any of the usual shapes, or torchvision's published ones."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _is_quantizer_key(key: str) -> bool:
-    return ".weight_quantizer." in f".{key}" or ".input_quantizer." in f".{key}"
+    return re.search(r"(^|\.)\w+_quantizer\.", key) is not None
 
 
 def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,22 +1,22 @@
-"""The paper's figures 1 to 4, each as PNG and SVG."""
+"""The paper's figures 1 to 4, and writing figures as PNG and SVG."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from qat_runner.config import ClippingConfig, load_config, resolve
 from qat_runner.errors import ConfigError
-from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.quant import fake_quantize, model_mse, mse, newton_step, octav
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.runs import Run
 from qat_runner.report.tables_of_paper import make_table, paper
+from qat_runner.report.tensors_of_run import look_at, network_of_run
 from qat_runner.training.tracking import read_rows
 
 POINTS = 120
@@ -45,40 +45,21 @@ def synthetic_samples() -> list[Sample]:
 
 
 def samples_of_run(folder: Path) -> list[Sample]:
-    """Weights and inputs of three layers of a run's network (second, middle, last but one), on its validation data.
+    """Weights and activations of three layers of a run's network (second, middle, last but one), on training data.
 
     Raises:
         ConfigError: the folder holds no finished run.
     """
-    from qat_runner.experiment import build
-
-    config, checkpoint = load_config(folder), folder / "checkpoints" / "last.pt"
-    if config is None or not checkpoint.is_file():
-        raise ConfigError(f"{folder}: holds no run with a checkpoint")
-    config = replace(config, mode="evaluate", weights=str(checkpoint), clipping=ClippingConfig(name="octav"))
-    config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
-    model, data = build(config, config.weights)
-    tensors = quantized_tensors(model)
-    layers = list(dict.fromkeys(t.layer for t in tensors))
+    model, data, _ = network_of_run(folder)
+    layers = list(dict.fromkeys(t.layer for t in quantized_tensors(model)))
     chosen = {layers[1], layers[len(layers) // 2], layers[-2]}
     samples = []
 
-    def hook(name: str, signed: bool) -> object:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            samples.append(Sample(name, args[0].detach().flatten(), signed))
+    def keep(tensor: QuantizedTensor, x: Tensor) -> None:
+        if tensor.layer in chosen:
+            samples.append(Sample(tensor.name, x.flatten(), tensor.quantizer.signed))
 
-        return keep
-
-    handles = [
-        t.quantizer.register_forward_hook(hook(t.name, t.quantizer.signed))  # type: ignore[arg-type]
-        for t in tensors
-        if t.layer in chosen
-    ]
-    model.eval()
-    with torch.no_grad():
-        model(next(data.val_batches(64))[0])
-    for handle in handles:
-        handle.remove()
+    look_at(model, data, 32, 1, keep)
     return samples
 
 

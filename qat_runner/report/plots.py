@@ -17,23 +17,25 @@ CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
 def plot_curves(folder: Path) -> None:
-    """curves.png: loss and top1 against epoch, from metrics.csv. Nothing where no epoch was trained."""
+    """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained."""
     rows = read_rows(folder / "metrics.csv")
     if not rows:
         return
     epochs = [int(row["epoch"]) for row in rows]
-    figure, (loss, top1) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, what, unit in ((loss, "loss", ""), (top1, "top1", " (%)")):
-        for half, colour in (("train", OTHER), ("val", CHOSEN)):
-            axes.plot(
-                epochs,
-                [float(row[f"{half}_{what}"]) for row in rows],
-                color=colour,
-                marker="o",
-                markersize=3,
-                label=half,
-            )
-        axes.set(xlabel="epoch", ylabel=what + unit)
+    halves = [key for key in rows[0] if key.startswith(("train_", "val_"))]
+    losses = [key for key in halves if key.endswith("_loss")]
+    rates = [
+        key for key in halves if key not in losses and not key.endswith("5")
+    ]  # the five best would flatten the rest
+    figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, keys, label in zip(both, (losses, rates), ("loss", "accuracy (%)"), strict=True):
+        for key in keys:
+            half, _, what = key.partition("_")
+            colour = OTHER if half == "train" else CHOSEN
+            style = "--" if key == "val_em" else "-"
+            values = [float(row[key]) for row in rows]
+            axes.plot(epochs, values, style, color=colour, marker="o", markersize=3, label=f"{half} {what}")
+        axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
@@ -49,9 +51,9 @@ def plot_noise(folder: Path) -> None:
     rows = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
     width = max(8.0, 0.22 * len(rows) / 2 + 2)
     figure, axes = plt.subplots(2, 1, figsize=(width, 8), layout="constrained")
-    for ax, tensor in zip(axes, ("weight", "input"), strict=True):
-        _noise_of([row for row in rows if row["tensor"] == tensor], ax)
-        ax.set_title(f"{tensor}s")
+    for ax, weights in zip(axes, (True, False), strict=True):
+        _noise_of([row for row in rows if (row["tensor"] == "weight") == weights], ax)
+        ax.set_title("weights" if weights else "activations")
     figure.suptitle(f"{folder.name}: SQNR after epoch {rows[-1]['epoch']}")
     _save(figure, folder / "noise.png")
 
@@ -72,10 +74,14 @@ def _noise_of(rows: list[dict[str, str]], ax: Axes) -> None:
             linewidth=1,
             label=label,
         )
-    ax.set_xticks(places, [f"{row['layer']} ({row['bits']} b)" for row in rows], rotation=90, fontsize=7)
+    ax.set_xticks(places, [f"{_name(row)} ({row['bits']} b)" for row in rows], rotation=90, fontsize=7)
     ax.set(ylabel="SQNR (dB)")
     ax.grid(alpha=0.3)
     ax.legend()
+
+
+def _name(row: dict[str, str]) -> str:
+    return row["layer"] if row["tensor"] in ("weight", "input") else f"{row['layer']}.{row['tensor']}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,87 +1,115 @@
-"""Table 6: seconds to find the clipping scalars of BERT-Base's tensors, by OCTAV and by the MSE sweep."""
+"""Table 6: seconds to find a network's clipping scalars, by OCTAV and by the MSE sweep: BERT-Base's, or a run's."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from qat_runner.insertion import QuantizedTensor
 from qat_runner.quant import mse_sweep, octav
+from qat_runner.report.tensors_of_run import look_at, network_of_run
 
 LAYERS, HIDDEN, INNER, HEADS, BATCH, LENGTH, BATCHES = 12, 768, 3072, 12, 4, 384, 10
 """BERT-Base on SQuAD as the paper fine-tunes it; activations are calibrated on 10 batches."""
 
+BITS = (4, 5, 6, 7, 8)
+METHODS: tuple[Callable[..., Tensor], ...] = (octav, mse_sweep)
 HEADERS = ("bits", "weights: OCTAV, s", "MSE sweep, s", "activations: OCTAV, s", "MSE sweep, s", "sweep / OCTAV")
 
 
-def weights() -> list[tuple[tuple[int, ...], int]]:
-    """Shape and number of the 74 weight tensors: query, key, value and output, the two of the inner layer, the ends."""
-    return [
+@dataclass
+class Timing:
+    """Seconds, added up over tensors."""
+
+    network: str
+    tensors: dict[str, int] = field(default_factory=lambda: {"weight": 0, "activation": 0})
+    seconds: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    """(bits, kind, number of the method) -> seconds"""
+
+    def add(self, kind: str, x: Tensor, signed: bool, dim: int | None, count: int = 1, repeats: int = 1) -> None:
+        """Time both methods on a tensor.
+
+        Args:
+            kind: weight or activation.
+            x: the tensor.
+            signed: its grid.
+            dim: one scalar for each index of it; None: one for all.
+            count: how many such tensors there are: as many of one shape take so many times as long.
+            repeats: the median of so many counts.
+        """
+        self.tensors[kind] += count
+        for bits in BITS:
+            for number, method in enumerate(METHODS):
+                times = []
+                for _ in range(repeats):
+                    began = time.perf_counter()
+                    method(x, bits, signed, dim, check=False)
+                    times.append(time.perf_counter() - began)
+                key = bits, kind, number
+                self.seconds[key] = self.seconds.get(key, 0.0) + count * statistics.median(times)
+
+    def text(self) -> str:
+        """Markdown."""
+        rows = []
+        for bits in BITS:
+            w_octav, w_sweep, a_octav, a_sweep = (
+                self.seconds.get((bits, kind, number), 0.0) for kind in ("weight", "activation") for number in (0, 1)
+            )
+            ratio = (w_sweep + a_sweep) / (w_octav + a_octav)
+            rows.append((bits, f"{w_octav:.3f}", f"{w_sweep:.2f}", f"{a_octav:.2f}", f"{a_sweep:.1f}", f"{ratio:.0f}"))
+        table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
+        weights, activations = self.tensors["weight"], self.tensors["activation"]
+        return (
+            f"## table6: seconds to calibrate {weights} weight and {activations} activation tensors\n\n{table}\n\n"
+            f"{self.network}. On {torch.get_num_threads()} CPU threads, OCTAV compiled, the sweep in plain PyTorch. "
+            f"Published, for BERT-Base: OCTAV is about 10 times faster than the sweep.\n"
+        )
+
+
+def synthetic() -> Timing:
+    """Timing of normally distributed tensors of the shapes of BERT-Base's 74 weight and 1220 activation tensors.
+
+    The weights are query, key, value and output, the two of the inner layer, pooler and answer head; the activations
+    are the inputs of those layers and the operands of attention's products.
+    """
+    timing = Timing("Synthetic tensors of BERT-Base's shapes")
+    torch.manual_seed(0)
+    for shape, count in (
         ((HIDDEN, HIDDEN), 4 * LAYERS + 1),
         ((INNER, HIDDEN), LAYERS),
         ((HIDDEN, INNER), LAYERS),
         ((2, HIDDEN), 1),
-    ]
+    ):
+        timing.add("weight", torch.randn(shape), True, 0, count, repeats=3)
+    for activation, count in _activations():
+        timing.add("activation", torch.randn(activation), True, None, count, repeats=3)
+    return timing
 
 
-def activations() -> list[tuple[tuple[int, ...], int]]:
-    """Shape and number of the 1220 activation tensors: inputs of those layers and operands of attention's products."""
-    operand = (BATCH, HEADS, LENGTH, LENGTH)
-    return [
-        ((BATCH, LENGTH, HIDDEN), (5 + 3) * LAYERS * BATCHES + 2 * BATCHES),
-        ((BATCH, LENGTH, INNER), LAYERS * BATCHES),
-        (operand, LAYERS * BATCHES),
-    ]
+def _activations() -> Iterator[tuple[tuple[int, ...], int]]:
+    yield (BATCH, LENGTH, HIDDEN), (5 + 3) * LAYERS * BATCHES + 2 * BATCHES
+    yield (BATCH, LENGTH, INNER), LAYERS * BATCHES
+    yield (BATCH, HEADS, LENGTH, LENGTH), LAYERS * BATCHES
 
 
-def measure(bits: int, repeats: int = 3) -> tuple[float, float, float, float]:
-    """Seconds for weights by OCTAV and by the sweep, then for activations.
+def of_run(folder: Path) -> Timing:
+    """Timing of the tensors of a run's network, activations on 10 training batches.
 
-    Each shape is timed by itself, on normally distributed values, as the median of `repeats`, and counted as often as
-    it occurs: 1220 tensors of the same few shapes take as long as one of each shape, so many times.
-
-    Args:
-        bits: of the grid.
-        repeats: timings of each shape.
+    Raises:
+        ConfigError: the folder holds no finished run.
     """
-    methods: list[Callable[..., Tensor]] = [octav, mse_sweep]
-    return (
-        *[_seconds(weights(), method, bits, 0, repeats) for method in methods],  # type: ignore[return-value]
-        *[_seconds(activations(), method, bits, None, repeats) for method in methods],
-    )
+    model, data, config = network_of_run(folder)
+    assert config.batch_size is not None
+    timing = Timing(f"The tensors of {folder.name}")
 
+    def add(tensor: QuantizedTensor, x: Tensor) -> None:
+        kind = "weight" if tensor.tensor == "weight" else "activation"
+        timing.add(kind, x, tensor.quantizer.signed, tensor.quantizer.dim)
 
-def _seconds(
-    shapes: list[tuple[tuple[int, ...], int]], method: Callable[..., Tensor], bits: int, dim: int | None, repeats: int
-) -> float:
-    total = 0.0
-    for shape, count in shapes:
-        x = torch.randn(shape)
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            method(x, bits, True, dim, check=False)
-            times.append(time.perf_counter() - began)
-        total += count * statistics.median(times)
-    return total
-
-
-def rows(all_bits: tuple[int, ...] = (4, 5, 6, 7, 8), repeats: int = 3) -> Iterator[tuple[str, ...]]:
-    """The table's rows, as they are measured."""
-    for bits in all_bits:
-        w_octav, w_sweep, a_octav, a_sweep = measure(bits, repeats)
-        ratio = (w_sweep + a_sweep) / (w_octav + a_octav)
-        yield str(bits), f"{w_octav:.3f}", f"{w_sweep:.2f}", f"{a_octav:.2f}", f"{a_sweep:.1f}", f"{ratio:.0f}"
-
-
-def text(content: list[tuple[str, ...]]) -> str:
-    """Markdown."""
-    table = tabulate(content, HEADERS, tablefmt="github", disable_numparse=True)
-    return (
-        f"## table6: seconds to calibrate BERT-Base's 74 weight and 1220 activation tensors\n\n{table}\n\n"
-        f"On {torch.get_num_threads()} CPU threads, OCTAV compiled, the sweep in plain PyTorch; synthetic tensors of "
-        f"BERT-Base's shapes. "
-        f"Published: OCTAV is about 10 times faster than the sweep.\n"
-    )
+    look_at(model, data, config.batch_size, min(BATCHES, data.train_steps(config.batch_size)), add)
+    return timing

@@ -15,12 +15,13 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
     Where there is none, beside the full-precision network as it is, which retraining starts from.
     """
-    baselines = {_setting(s): s["top1"] for s in summaries if s["clipping"] == "none"}
-    starts = {_setting(s)[:2]: s["top1"] for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
+    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
+    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
+    metrics = "/".join(dict.fromkeys(s["metric"] for s in summaries))
     rows = []
     for s in summaries:
         baseline = baselines.get(_setting(s), starts.get(_setting(s)[:2]))
-        drop = "" if baseline is None or s["clipping"] == "none" else f"{s['top1'] - baseline:+.2f}"
+        drop = "" if baseline is None or s["clipping"] == "none" else f"{accuracy(s) - baseline:+.2f}"
         rows.append(
             (
                 s["model"],
@@ -30,11 +31,11 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 s["clipping"] + (", distilled" if s.get("distilled") else ""),
                 s["gradient"],
                 s["seed"],
-                _number(s["top1"], 2),
+                _number(accuracy(s), 2),
                 drop,
-                _number(s["best_top1"], 2),
+                _number(s[f"best_{s['metric']}"], 2),
                 _number(s["sqnr_db"], 1),
-                _number(s["images_per_second"], 0),
+                _number(s["samples_per_second"], 0 if (s["samples_per_second"] or 0) >= 100 else 1),
                 _number(s["seconds"], 1),
             )
         )
@@ -46,16 +47,21 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
         "clipping",
         "gradient",
         "seed",
-        "top1 %",
+        f"{metrics} %",
         "vs fp32",
         "best %",
         "SQNR dB",
-        "img/s",
+        "per s",
         "s",
     ]
     return tabulate(
         rows, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * 7
     )
+
+
+def accuracy(summary: Mapping[str, Any]) -> float:
+    """The figure of a run that counts, in percent."""
+    return float(summary[summary["metric"]])
 
 
 def _setting(summary: Mapping[str, Any]) -> tuple[Any, ...]:

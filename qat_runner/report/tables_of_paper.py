@@ -17,16 +17,6 @@ from qat_runner.report.runs import Run, check_seeds
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 UNKNOWN = "unknown"
-HEADERS = (
-    "network",
-    "bits",
-    "method",
-    "top1 % (ours)",
-    "seeds",
-    "against full precision",
-    "published %",
-    "published gap",
-)
 
 
 @functools.cache
@@ -50,10 +40,10 @@ class Row:
     """None in full precision"""
     name: str
     label: str
-    top1: tuple[float, ...]
-    """of each finished seed, in percent"""
+    values: tuple[float, ...]
+    """the table's metric, of each finished seed, in percent"""
     gap: float | None
-    """mean top1 minus that of full precision; None where either is missing"""
+    """mean value minus that of full precision; None where either is missing"""
     published: float | None
     published_gap: float | None
     second_hand: bool
@@ -63,8 +53,8 @@ class Row:
             self.model,
             "32" if self.bits is None else str(self.bits),
             self.label,
-            _mean(self.top1) if self.top1 else "missing",
-            str(len(self.top1)),
+            _mean(self.values) if self.values else "missing",
+            str(len(self.values)),
             "" if self.gap is None else f"{self.gap:+.2f}",
             UNKNOWN if self.published is None else f"{self.published:.2f}{'*' if self.second_hand else ''}",
             "" if self.published_gap is None else f"{self.published_gap:+.2f}",
@@ -83,10 +73,16 @@ class Table:
 
     name: str
     title: str
+    metric: str
     dataset: str
     rows: list[Row] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     """folders of runs that belong here and have no result yet"""
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        ours = f"{self.metric} % (ours)"
+        return "network", "bits", "method", ours, "seeds", "against full precision", "published %", "published gap"
 
     @property
     def missing(self) -> list[str]:
@@ -94,12 +90,14 @@ class Table:
         return [
             f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")
             for row in self.rows
-            if not row.top1
+            if not row.values
         ]
 
     def notes(self) -> list[str]:
-        notes = [f"Data: {self.dataset}. Top1 of the last epoch on the validation half; ± is the deviation over seeds."]
-        notes.append("Published figures are for ImageNet; unknown ones are not known to us.")
+        what = f"{self.metric} of the last epoch on the validation half"
+        notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds."]
+        published = "SQuAD v1.1" if self.metric == "f1" else "ImageNet"
+        notes.append(f"Published figures are for {published}; unknown ones are not known to us.")
         if any(row.second_hand and row.published is not None for row in self.rows):
             notes.append("* read from a third party's summary of the paper.")
         if self.missing:
@@ -113,10 +111,10 @@ class Table:
         cells = [row.cells() for row in self.rows]
         if layout == "csv":
             out = io.StringIO()
-            csv.writer(out).writerows([HEADERS, *cells])
+            csv.writer(out).writerows([self.headers, *cells])
             return out.getvalue()
         tablefmt = {"markdown": "github", "latex": "latex_booktabs", "html": "html"}[layout]
-        body = tabulate(cells, HEADERS, tablefmt=tablefmt, disable_numparse=True)
+        body = tabulate(cells, self.headers, tablefmt=tablefmt, disable_numparse=True)
         if layout == "latex":
             return body + "\n"
         if layout == "html":
@@ -151,10 +149,10 @@ def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
         ConfigError: runs that would share a cell differ in more than their seed.
     """
     layout, labels = paper()[name], paper()["labels"]
-    table = Table(name, layout["title"], dataset)
+    table = Table(name, layout["title"], layout.get("metric", "top1"), dataset)
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     found = {run.model for run in ours}
-    models = [m for m in layout["models"] if m in found or dataset == "imagenet"]
+    models = [m for m in layout["models"] if m in found or dataset in ("imagenet", "squad")]
     for model in [*models, *sorted(found - {*models})]:
         baseline: float | None = None
         published = layout["published"].get(model, {})
@@ -164,9 +162,9 @@ def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
                 mine = [r for r in ours if (r.model, r.row) == (model, row) and (full or r.weight_bits == bits)]
                 check_seeds(mine)
                 table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-                top1 = tuple(run.summary["top1"] for run in mine if run.summary is not None)
-                mean = statistics.fmean(top1) if top1 else math.nan
-                baseline = mean if full and top1 else baseline
+                values = tuple(run.summary[table.metric] for run in mine if run.summary is not None)
+                mean = statistics.fmean(values) if values else math.nan
+                baseline = mean if full and values else baseline
                 value = published.get(row if full else f"{row}/{bits}")
                 known = [published[key] for key in FULL_PRECISION_ROWS if key in published]
                 table.rows.append(
@@ -175,8 +173,8 @@ def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
                         bits,
                         row,
                         labels[row],
-                        top1,
-                        None if full or baseline is None or not top1 else mean - baseline,
+                        values,
+                        None if full or baseline is None or not values else mean - baseline,
                         value,
                         None if full or value is None or not known else value - known[0],
                         model in layout.get("second_hand", []),

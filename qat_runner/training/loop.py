@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_runner.config import Config, identity
-from qat_runner.data import Batch, ImageData
+from qat_runner.data import Batch, Data, Totals
+from qat_runner.data.answers import AnswerScore
 from qat_runner.errors import RunError
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.training import checkpoint
-from qat_runner.training.measure import LayerNoise, Totals, WarmStartExcess, autocast, evaluate, measure_noise
+from qat_runner.training.measure import LayerNoise, WarmStartExcess, autocast, compute, evaluate, measure_noise
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
-from qat_runner.training.tracking import Record
+from qat_runner.training.tracking import Record, write_json
 
 log = logging.getLogger("qat_runner")
 
@@ -34,10 +35,11 @@ class State:
     steps: int = 0
     seconds: float = 0.0
     """training and validation, over all sittings"""
-    best_top1: float = -math.inf
+    best: float = -math.inf
+    """of the data's metric, in percent"""
     val: dict[str, float] = field(default_factory=dict)
-    """the latest validation: loss, top1, top5"""
-    images_per_second: float = 0.0
+    """the latest validation: loss, the data's metric, and what else it tells"""
+    samples_per_second: float = 0.0
     """of the latest training epoch"""
 
 
@@ -55,7 +57,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, data: ImageData, record: Record, teacher: nn.Module | None = None
+        self, config: Config, model: nn.Module, data: Data, record: Record, teacher: nn.Module | None = None
     ) -> None:
         assert config.epochs is not None and config.batch_size is not None and config.lr is not None
         self.config, self.model, self.data, self.record = config, model, data, record
@@ -87,33 +89,37 @@ class Trainer:
                 self.state.val = self._evaluate(progress)
                 self.state.epoch = epoch + 1
                 self.state.seconds += time.perf_counter() - began
-                self.state.images_per_second = train["samples"] / trained
+                self.state.samples_per_second = train["samples"] / trained
                 self.measure_noise()
                 self._record_epoch(train)
                 self._save()
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
 
     def evaluate(self) -> None:
-        """Measure the model as it is: accuracy on the validation half, and noise."""
-        with self._progress(epochs=1, train_images=0) as progress:
+        """Measure the model as it is: its figures on the validation half, and noise."""
+        with self._progress(epochs=1, train_samples=0) as progress:
             progress.begin("validation")
             began = time.perf_counter()
             self.state.val = self._evaluate(progress)
             self.state.seconds = time.perf_counter() - began
-        self.state.best_top1 = self.state.val["top1"]
-        self.state.images_per_second = self.state.val["samples"] / self.state.seconds
+        self.state.best = self.state.val[self.data.metric]
+        self.state.samples_per_second = self.state.val["samples"] / self.state.seconds
         self.measure_noise()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
-        batches = self._val_batches(self.config.limit_val_batches)
+        batches, score = self._val_batches(self.config.limit_val_batches), self.data.score()
         try:
-            return evaluate(self.model, batches, self.device, self.config.amp, progress.step)
+            figures = evaluate(self.model, batches, score, self.config.amp, progress.step)
         except ValueError as error:  # a quantizer met NaN or infinity
             raise RunError(f"validation failed, the network has diverged: {error}") from error
+        if isinstance(score, AnswerScore):
+            write_json(self.record.folder / "predictions.json", score.predictions)
+        return figures
 
-    def _progress(self, epochs: int, train_images: int) -> AbstractContextManager[Progress]:
+    def _progress(self, epochs: int, train_samples: int) -> AbstractContextManager[Progress]:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
-        return closing(Progress(epochs, train_images + min(self.data.val_size, limit), self.state.epoch))
+        samples = train_samples + min(self.data.val_size, limit)
+        return closing(Progress(epochs, samples, self.state.epoch, unit=self.data.unit))
 
     def measure_noise(self) -> None:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
@@ -142,51 +148,55 @@ class Trainer:
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         self.model.train()
-        totals = Totals.on(self.device)
+        totals = self.data.totals()
         losses = torch.zeros(self.steps, device=self.device)
         rates: list[float] = []
         excess: list[Tensor] = []
-        for step, (pictures, labels) in enumerate(self._train_batches(epoch)):
+        for step, batch in enumerate(self.data.train_batches(self.batch_size, epoch, self.steps)):
             rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
             for group in self.optimizer.param_groups:
                 group["lr"] = rates[-1]
             self.optimizer.zero_grad(set_to_none=True)
-            losses[step] = self._add_gradients(pictures, labels, totals)
+            losses[step] = self._add_gradients(batch, totals)
+            if self.stage.max_grad_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.excess is not None:
                 excess.append(self.excess.take())
-            if not progress.step(len(labels), totals):
+            if not progress.step(batch.size, totals):
                 break
         self._check_losses(epoch, losses[: len(rates)].tolist(), rates, excess)
         self.state.steps += len(rates)
         return totals.read()
 
-    def _add_gradients(self, pictures: Tensor, labels: Tensor, totals: Totals) -> Tensor:
+    def _add_gradients(self, batch: Batch, totals: Totals) -> Tensor:
         """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
         mean = torch.zeros((), device=self.device)
-        parts = self.config.accumulate
-        with weights_quantized_once(self.model) if parts > 1 else nullcontext():
-            for x, y in zip(pictures.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        count = self.config.accumulate
+        with weights_quantized_once(self.model) if count > 1 else nullcontext():
+            for part in batch.parts(count):
                 with autocast(self.device, self.config.amp):
-                    logits = self.model(x)
-                    loss = self._loss(logits, x, y)
-                share = len(y) / len(labels)
+                    logits = compute(self.model, part)
+                    loss = self._loss(logits, part)
+                share = part.size / batch.size
                 self.scaler.scale(loss * share).backward()
                 mean += loss.detach() * share
-                totals.add(loss, logits.detach(), y)
+                totals.add(loss, logits.detach(), part.targets)
         return mean
 
-    def _loss(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Cross entropy with the labels; under distillation in parts with the teacher (Hinton et al. 2015)."""
-        loss = F.cross_entropy(logits, y, label_smoothing=self.stage.label_smoothing)
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy with the targets; under distillation in parts with the teacher (Hinton et al. 2015)."""
+        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.stage.label_smoothing)
         if self.teacher is None:
             return loss
         recipe, t = self.config.recipe, self.config.recipe.distill_temperature
         with torch.no_grad():
-            wanted = F.log_softmax(self.teacher(x).float() / t, dim=1)
+            wanted = F.log_softmax(compute(self.teacher, batch).float() / t, dim=1)
         found = F.log_softmax(logits.float() / t, dim=1)
-        divergence = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * t**2  # gradients keep their size
+        divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / batch.targets.numel()
+        divergence = divergence * t**2  # gradients keep their size
         return (1 - recipe.distill_weight) * loss + recipe.distill_weight * divergence
 
     def _check_losses(self, epoch: int, losses: list[float], rates: list[float], excess: list[Tensor]) -> None:
@@ -208,29 +218,29 @@ class Trainer:
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
         lr = self.optimizer.param_groups[0]["lr"]
+        hit, metric = self.data.totals().names[0], self.data.metric
         self.record.epoch(
             {
                 "epoch": state.epoch,
                 "train_loss": train["loss"],
-                "train_top1": train["top1"],
-                "val_loss": val["loss"],
-                "val_top1": val["top1"],
-                "val_top5": val["top5"],
+                f"train_{hit}": train[hit],
+                **{f"val_{name}": value for name, value in val.items() if name != "samples"},
                 "lr": lr,
-                "images_per_second": state.images_per_second,
+                "samples_per_second": state.samples_per_second,
                 "sqnr_db": self.mean_sqnr(),
                 "seconds": state.seconds,
             }
         )
         log.info(
-            f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, top1 {train['top1']:.2f} %; "
-            f"val loss {val['loss']:.4f}, "
-            f"top1 {val['top1']:.2f} %; {state.images_per_second:.0f} img/s"
+            f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {hit} {train[hit]:.2f} %; "
+            f"val loss {val['loss']:.4f}, {metric} {val[metric]:.2f} %; "
+            f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.data.unit}/s"
         )
 
     def _save(self) -> None:
-        best = self.state.val["top1"] > self.state.best_top1
-        self.state.best_top1 = max(self.state.val["top1"], self.state.best_top1)
+        value = self.state.val[self.data.metric]
+        best = value > self.state.best
+        self.state.best = max(value, self.state.best)
         content: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -246,12 +256,5 @@ class Trainer:
             )
         checkpoint.save(folder / "last.pt", content)
 
-    def _train_batches(self, epoch: int) -> Iterator[Batch]:
-        return map(self._layout, self.data.train_batches(self.batch_size, epoch, self.steps))
-
     def _val_batches(self, limit: int | None) -> Iterator[Batch]:
-        return map(self._layout, self.data.val_batches(self.config.dataset.val_batch_size, limit))
-
-    def _layout(self, batch: Batch) -> Batch:
-        pictures, labels = batch
-        return (pictures.to(memory_format=torch.channels_last), labels) if self.config.channels_last else batch
+        return self.data.val_batches(self.config.dataset.val_batch_size, limit)

@@ -1,4 +1,4 @@
-"""Measuring a model: accuracy and loss over a data set, and the quantization noise of each of its tensors."""
+"""Measuring a model: its figures over a data set, and the quantization noise of each of its tensors."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,35 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.data import Batch
+from qat_runner.data import Batch, Totals
 from qat_runner.insertion import quantized_tensors
 from qat_runner.quant import Quantizer, maximum, measure
-
-
-@dataclass
-class Totals:
-    """Sums over samples, kept on the device: adding a batch waits for nothing, reading does."""
-
-    sums: Tensor  # float64 [4]: loss, correct, correct among five, samples
-
-    @classmethod
-    def on(cls, device: torch.device) -> "Totals":
-        return cls(torch.zeros(4, dtype=torch.float64, device=device))
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: mean over the batch, []; logits [N, classes]; labels [N]."""
-        n = len(labels)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        batch = torch.stack(
-            [loss.detach().float() * n, hits[:, 0].sum(), hits.sum(), torch.full_like(loss, n, dtype=torch.float32)]
-        )
-        self.sums += batch
-
-    def read(self) -> dict[str, float]:
-        """loss (mean), top1 and top5 (percent), samples."""
-        loss, top1, top5, n = self.sums.tolist()
-        return {"loss": loss / max(n, 1), "top1": 100 * top1 / max(n, 1), "top5": 100 * top5 / max(n, 1), "samples": n}
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
@@ -46,22 +20,27 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
 
 
+def compute(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits for a batch: [N, C], or [N, L, 2] for start and end of an answer."""
+    out = model(*batch.inputs)
+    return out if isinstance(out, Tensor) else torch.stack([out.start_logits, out.end_logits], dim=2)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    device: torch.device,
+    totals: Totals,
     amp: str,
-    seen: Callable[[int, Totals], object] = lambda images, totals: None,
+    seen: Callable[[int, Totals], object] = lambda samples, totals: None,
 ) -> dict[str, float]:
-    """Loss, top1, top5 (see Totals.read) of the model in eval mode; `seen` is told of each batch and the totals."""
+    """Add batches to the totals, the model in eval mode, and read them; `seen` is told of each batch."""
     model.eval()
-    totals = Totals.on(device)
-    for pictures, labels in batches:
-        with autocast(device, amp):
-            logits = model(pictures)
-        totals.add(F.cross_entropy(logits.float(), labels), logits, labels)
-        seen(len(labels), totals)
+    for batch in batches:
+        with autocast(totals.sums.device, amp):
+            logits = compute(model, batch)
+        totals.add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
+        seen(batch.size, totals)
     return totals.read()
 
 
@@ -104,9 +83,9 @@ def measure_noise(model: nn.Module, batches: Iterable[Batch], device: torch.devi
     handles = [quantizer.register_forward_hook(hook) for quantizer in names]
     model.eval()
     try:
-        for pictures, _ in batches:
+        for batch in batches:
             with autocast(device, amp):
-                model(pictures)
+                model(*batch.inputs)
     finally:
         for handle in handles:
             handle.remove()

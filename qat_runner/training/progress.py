@@ -7,25 +7,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qat_runner.training.measure import Totals
+from qat_runner.data import Totals
 
 
 class Progress:
-    """Shows epoch, loss, top1, pictures per second and the time left, training and validation together.
+    """Shows epoch, loss, hits, samples per second and the time left, training and validation together.
 
     Args:
         epochs: in all.
-        images_per_epoch: pictures of an epoch, training and validation.
+        samples_per_epoch: of training and validation.
         start_epoch: epochs done already.
+        unit: what a sample is, in a word.
         live: draw the bar; by default only if standard error is a terminal.
     """
 
-    def __init__(self, epochs: int, images_per_epoch: int, start_epoch: int, live: bool | None = None) -> None:
+    def __init__(
+        self, epochs: int, samples_per_epoch: int, start_epoch: int, unit: str = "img", live: bool | None = None
+    ) -> None:
         self.live = sys.stderr.isatty() if live is None else live
         self._bar = tqdm(
-            total=epochs * images_per_epoch,
-            initial=start_epoch * images_per_epoch,
-            unit="img",
+            total=epochs * samples_per_epoch,
+            initial=start_epoch * samples_per_epoch,
+            unit=unit,
             unit_scale=True,
             disable=not self.live,
             dynamic_ncols=True,
@@ -41,9 +44,9 @@ class Progress:
         self._last_look = time.monotonic() - self._interval / 2  # an early first look
         self._pinned: Tensor | None = None
 
-    def step(self, images: int, totals: Totals) -> bool:
+    def step(self, samples: int, totals: Totals) -> bool:
         """Count a batch. Now and then it looks at the totals; false if the loss has become NaN or infinite by then."""
-        self._bar.update(images)
+        self._bar.update(samples)
         now = time.monotonic()
         if now - self._last_look < self._interval:
             return True
@@ -51,8 +54,8 @@ class Progress:
         shown = self._look(totals.sums)
         if shown is None or shown[3] == 0:
             return True
-        loss, top1 = float(shown[0] / shown[3]), float(100 * shown[1] / shown[3])
-        self._bar.set_postfix_str(f"loss {loss:.3f}, top1 {top1:.2f} %")
+        loss, hits = float(shown[0] / shown[3]), float(100 * shown[1] / shown[3])
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {totals.names[0]} {hits:.2f} %")
         return loss - loss == 0.0
 
     def _look(self, sums: Tensor) -> Tensor | None:

@@ -24,22 +24,23 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
     """
     progress = epoch + step / steps  # in epochs
     if progress < stage.warmup_epochs:
-        return base * (progress * steps + 1) / (stage.warmup_epochs * steps)
+        return base * min((progress * steps + 1) / (stage.warmup_epochs * steps), 1.0)
+    done = (progress - stage.warmup_epochs) / max(epochs - stage.warmup_epochs, 1 / steps)  # 0 to 1
     if stage.schedule == "cosine":
-        return (
-            base
-            * 0.5
-            * (1 + math.cos(math.pi * (progress - stage.warmup_epochs) / max(epochs - stage.warmup_epochs, 1)))
-        )
+        return base * 0.5 * (1 + math.cos(math.pi * done))
+    if stage.schedule == "linear":
+        return base * (1 - done)
     return base * stage.decay_factor ** (epoch // stage.decay_every)
 
 
-def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.SGD:
-    """SGD over all parameters, BatchNorm included, as the paper's recipes do.
+def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.Optimizer:
+    """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW with none of
+    biases and normalization, as BERT is fine-tuned.
 
     Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
     """
-    decay: dict[nn.Parameter, float] = dict.fromkeys(model.parameters(), stage.weight_decay)
+    adamw = stage.optimizer == "adamw"
+    decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):
             if not tensor.quantizer.decays:
@@ -51,4 +52,6 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
         {"params": [p for p in decay if decay[p] == value], "weight_decay": value}
         for value in sorted({*decay.values()}, reverse=True)
     ]
+    if adamw:
+        return torch.optim.AdamW(groups, lr=lr)
     return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=stage.nesterov and stage.momentum > 0)

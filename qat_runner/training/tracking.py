@@ -12,6 +12,7 @@
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
 | checkpoints/      | last.pt and best.pt                                                                           |
 | curves.png, noise.png | plots                                                                                     |
+| predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
 | summary.json      | the result; a folder that has it is a finished run                                            |
 """
 
@@ -36,26 +37,11 @@ from torch.utils.tensorboard import SummaryWriter
 from qat_runner.errors import RunError
 from qat_runner.training.measure import LayerNoise
 
-METRICS = (
-    "epoch",
-    "train_loss",
-    "train_top1",
-    "val_loss",
-    "val_top1",
-    "val_top5",
-    "lr",
-    "images_per_second",
-    "sqnr_db",
-    "seconds",
-)
 STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
-_TAGS = {f"{half}_{what}": f"{half}/{what}" for half in ("train", "val") for what in ("loss", "top1", "top5")}
-"""Column of metrics.csv -> tag in TensorBoard; the others go under run/."""
-
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
-    *("tensorboard", "checkpoints", "curves.png", "noise.png", "summary.json"),
+    *("tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json"),
 )
 """All that a run folder holds."""
 
@@ -63,6 +49,7 @@ _PACKAGES = (
     "qat_runner",
     "torch",
     "torchvision",
+    "transformers",
     "numpy",
     "hydra-core",
     "omegaconf",
@@ -92,11 +79,13 @@ class Record:
         self._board.close()
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Add a row to metrics.csv; keys of METRICS, those left out stay empty."""
-        _append(self.folder / "metrics.csv", METRICS, [row])
+        """Add a row to metrics.csv; the keys, the same each time, are its columns."""
+        _append(self.folder / "metrics.csv", list(row), [row])
         for key, value in row.items():
             if key != "epoch" and math.isfinite(value):
-                self._board.add_scalar(_TAGS.get(key, f"run/{key}"), value, int(row["epoch"]))
+                half, _, what = key.partition("_")
+                tag = f"{half}/{what}" if half in ("train", "val") else f"run/{key}"
+                self._board.add_scalar(tag, value, int(row["epoch"]))
         self._board.flush()
 
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None:

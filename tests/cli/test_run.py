@@ -102,7 +102,7 @@ def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         "top5",
         "best_top1",
         "loss",
-        "images_per_second",
+        "samples_per_second",
         "seconds",
         "sqnr_db",
         "quantization_mse",
@@ -227,7 +227,7 @@ def test_precision_and_layout_options(run: Run) -> None:
 
 
 WRONG = [
-    (["model=resnet5"], "model=resnet5: must be one of mobilenet_v2"),
+    (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
     (["gradient=stee"], "gradient=stee: must be one of mad, mph, pwl, ste"),
     (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),

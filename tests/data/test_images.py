@@ -24,7 +24,7 @@ def config(name: str, **changes: object) -> DatasetConfig:
 def test_digits_are_the_real_ones() -> None:
     data = load_dataset(config("digits", image_size=8), "nowhere", CPU, seed=0)
     assert (data.train_size, data.val_size, data.num_classes) == (1437, 360, 10)
-    pictures, labels = next(data.val_batches(360))
+    (pictures,), labels = next(data.val_batches(360))
     assert pictures.shape == (360, 3, 8, 8)
     assert pictures.dtype == torch.float32
     assert (pictures.min().item(), pictures.max().item()) == (-2.0, 2.0)  # (0 - 0.5) / 0.25, (1 - 0.5) / 0.25
@@ -33,12 +33,12 @@ def test_digits_are_the_real_ones() -> None:
 
 def test_an_epoch_depends_on_seed_and_number_alone() -> None:
     data = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", CPU, seed=3)
-    first = [x.sum().item() for x, _ in data.train_batches(100, epoch=5)]
+    first = [x.sum().item() for (x,), _ in data.train_batches(100, epoch=5)]
     list(data.train_batches(100, epoch=0))
-    assert [x.sum().item() for x, _ in data.train_batches(100, epoch=5)] == first
-    assert [x.sum().item() for x, _ in data.train_batches(100, epoch=6)] != first
+    assert [x.sum().item() for (x,), _ in data.train_batches(100, epoch=5)] == first
+    assert [x.sum().item() for (x,), _ in data.train_batches(100, epoch=6)] != first
     other = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", CPU, seed=4)
-    assert [x.sum().item() for x, _ in other.train_batches(100, epoch=5)] != first
+    assert [x.sum().item() for (x,), _ in other.train_batches(100, epoch=5)] != first
     assert len(first) == data.train_steps(100) == 14
     assert len({epoch_seed(s, e) for s in range(30) for e in range(30)}) == 900
 
@@ -47,7 +47,7 @@ def test_every_picture_once_an_epoch_in_full_batches() -> None:
     data = load_dataset(config("fake", fake_pictures=70), "nowhere", CPU, seed=0)
     batches = list(data.train_batches(32, epoch=0))
     assert [len(y) for _, y in batches] == [32, 32]
-    seen = torch.cat([x for x, _ in batches]).flatten(1)
+    seen = torch.cat([x for (x,), _ in batches]).flatten(1)
     assert len(seen.unique(dim=0)) == 64
     assert [len(y) for _, y in data.train_batches(100, epoch=0)] == [70]  # less than one batch: as it is
     assert sum(len(y) for _, y in data.val_batches(8)) == data.val_size == 17
@@ -82,7 +82,7 @@ def test_cifar10_from_npz_and_from_torchvisions_folder(tmp_path: Path) -> None:
         (tmp_path.parent / "cifar10").mkdir(exist_ok=True)
         np.savez(tmp_path.parent / "cifar10" / "cifar10.npz", **arrays)
         data = load_dataset(config("cifar10", mean=[0.0] * 3, std=[1.0] * 3), str(root), CPU, seed=0)
-        pictures, labels = next(data.val_batches(5))
+        (pictures,), labels = next(data.val_batches(5))
         torch.testing.assert_close(pictures[0, :, 7, 9], torch.tensor([1.0, 0.0, 0.2]))  # channels first, RGB
         assert labels.tolist() == [0, 1, 2, 3, 4]
         assert data.train_size == 20
@@ -103,13 +103,13 @@ def test_folders_of_pictures(tmp_path: Path, workers: int) -> None:
     settings = config("imagefolder", num_classes=None, workers=workers, mean=[0.0], std=[1.0])
     data = load_dataset(settings, str(tmp_path), CPU, seed=0)
     assert (data.num_classes, data.train_size, data.val_size) == (3, 12, 12)
-    pictures, labels = next(data.val_batches(12))
+    (pictures,), labels = next(data.val_batches(12))
     assert pictures.shape == (12, 3, 32, 32)
     assert labels.tolist() == [c for c in range(3) for _ in range(4)]
     torch.testing.assert_close(pictures[5].mean((1, 2)), torch.tensor([80, 10, 175]) / 255)
-    first = [(x.sum().item(), y.tolist()) for x, y in data.train_batches(5, epoch=1)]
+    first = [(x.sum().item(), y.tolist()) for (x,), y in data.train_batches(5, epoch=1)]
     assert [len(y) for _, y in first] == [5, 5]
-    assert [(x.sum().item(), y.tolist()) for x, y in data.train_batches(5, epoch=1)] == first
+    assert [(x.sum().item(), y.tolist()) for (x,), y in data.train_batches(5, epoch=1)] == first
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_classes_of_both_halves_must_agree(tmp_path: Path) -> None:
 def test_pictures_in_memory_are_averaged_down() -> None:
     whole = load_dataset(config("fake"), "nowhere", CPU, seed=0)
     half = load_dataset(config("fake", image_size=16), "nowhere", CPU, seed=0)
-    assert next(half.val_batches(2))[0].shape == (2, 3, 16, 16)
+    assert next(half.val_batches(2)).inputs[0].shape == (2, 3, 16, 16)
     assert whole.image_size == 32
     pictures = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4) * 4
     assert shrink(pictures, 2).tolist() == [[[[10, 18], [42, 50]]]]
@@ -184,7 +184,7 @@ def test_fashion_mnist_from_torchvisions_files(tmp_path: Path) -> None:
         (raw / f"{half}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
     settings = config("fashion_mnist", image_size=28, mean=[0.0], std=[1.0])
     data = load_dataset(settings, str(tmp_path), CPU, seed=0)
-    pictures, labels = next(data.val_batches(3))
+    (pictures,), labels = next(data.val_batches(3))
     torch.testing.assert_close(pictures, torch.full((3, 3, 28, 28), 0.2))
     assert labels.tolist() == [0, 1, 2]
     assert data.train_size == 6

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from qat_runner.data import prepare
+from qat_runner.data import prepare, squad
+from tests.tiny import tiny_squad
 
 
 def test_success_and_failure(
@@ -17,3 +18,15 @@ def test_success_and_failure(
     assert "imagenet could not be prepared" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         prepare.main(["mnist", str(tmp_path)])
+
+
+def test_squad_s_files_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_squad(tmp_path / "official")
+    monkeypatch.setattr(squad, "URL", f"{(tmp_path / 'official').as_uri()}/")
+    assert prepare.main(["squad", str(tmp_path / "new")]) == 1
+    assert "train-v1.1.json holds 24 questions, the official file 87599" in capsys.readouterr().err
+    monkeypatch.setattr(squad, "QUESTIONS", (24, 12))
+    assert prepare.main(["squad", str(tmp_path / "new")]) == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["dev-v1.1.json", "train-v1.1.json"]

@@ -3,9 +3,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner.data import Batch, Totals
 from qat_runner.insertion import quantize_model
 from qat_runner.quant import fake_quantize, maximum, octav, sqnr_db
-from qat_runner.training.measure import Totals, evaluate, measure_noise
+from qat_runner.training.measure import evaluate, measure_noise
 
 CPU = torch.device("cpu")
 
@@ -17,14 +18,14 @@ def network() -> nn.Module:
     return quantize_model(layers, bits=4, example=torch.randn(2, 3, 8, 8))
 
 
-def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(n, 3, 8, 8), torch.randint(0, 7, (n,))) for n in sizes]
+def batches(*sizes: int) -> list[Batch]:
+    return [Batch((torch.randn(n, 3, 8, 8),), torch.randint(0, 7, (n,))) for n in sizes]
 
 
 def test_evaluation_over_uneven_batches() -> None:
     model, data = network(), batches(10, 10, 3)
-    result = evaluate(model, data, CPU, "none")
-    logits = torch.cat([model(x) for x, _ in data]).detach()
+    result = evaluate(model, data, Totals.on(CPU), "none")
+    logits = torch.cat([model(x) for (x,), _ in data]).detach()
     labels = torch.cat([y for _, y in data])
     assert result["samples"] == 23
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
@@ -38,6 +39,17 @@ def test_fewer_than_five_classes() -> None:
     totals.add(torch.tensor(0.5), torch.eye(3), torch.tensor([0, 1, 0]))
     assert totals.read() == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100, "samples": 3}
     assert Totals.on(CPU).read()["loss"] == 0
+
+
+def test_a_sample_is_a_hit_if_all_its_targets_are() -> None:
+    totals = Totals.on(CPU, ("exact", "exact5"))
+    logits = torch.zeros(3, 9, 2)
+    for sample, targets in enumerate([(4, 7), (4, 0), (1, 1)]):  # the highest logits
+        logits[sample, targets, [0, 1]] = 5.0
+    totals.add(torch.tensor(1.0), logits, torch.tensor([[4, 7], [4, 7], [8, 8]]))
+    figures = totals.read()
+    assert figures["exact"] == pytest.approx(100 / 3)
+    assert figures["samples"] == 3
 
 
 def test_noise_of_every_tensor() -> None:
@@ -60,6 +72,6 @@ def test_noise_of_every_tensor() -> None:
 
 def test_autocast_changes_the_precision() -> None:
     model, data = network(), batches(4)
-    exact, rounded = evaluate(model, data, CPU, "none"), evaluate(model, data, CPU, "bf16")
+    exact, rounded = evaluate(model, data, Totals.on(CPU), "none"), evaluate(model, data, Totals.on(CPU), "bf16")
     assert exact["loss"] != rounded["loss"]
     assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.05)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qat_runner.training.measure import Totals
+from qat_runner.data import Totals
 from qat_runner.training.progress import Progress
 
 
@@ -12,7 +12,7 @@ def totals(loss: float) -> Totals:
 
 
 def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(epochs=2, images_per_epoch=8, start_epoch=0, live=True)
+    progress = Progress(epochs=2, samples_per_epoch=8, start_epoch=0, live=True)
     progress._interval = 0.0
     progress.begin("epoch 1/2")
     assert progress.step(4, totals(1.25))
@@ -24,14 +24,14 @@ def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_silence_where_no_one_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(epochs=2, images_per_epoch=8, start_epoch=0)
+    progress = Progress(epochs=2, samples_per_epoch=8, start_epoch=0)
     progress.step(4, totals(1.0))
     progress.close()
     assert capsys.readouterr().err == ""
 
 
 def test_a_loss_that_is_no_number_is_seen() -> None:
-    progress = Progress(epochs=1, images_per_epoch=8, start_epoch=0, live=False)
+    progress = Progress(epochs=1, samples_per_epoch=8, start_epoch=0, live=False)
     progress._interval = 0.0
     assert not progress.step(4, totals(float("nan")))
     assert not progress.step(4, totals(float("inf")))

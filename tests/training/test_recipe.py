@@ -27,6 +27,23 @@ def test_cosine_and_warmup() -> None:
     assert rates[10:] == pytest.approx(expected)
 
 
+def test_linear_decay_after_a_part_of_an_epoch_of_warmup() -> None:
+    stage = StageConfig(epochs=2, batch_size=1, lr=1.0, schedule="linear", warmup_epochs=0.2)
+    rates = [learning_rate(stage, 1.0, 2, epoch, step, 10) for epoch in range(2) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, *(1 - k / 18 for k in range(18))])
+
+
+def test_adamw_spares_biases_and_normalization_the_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    stage = StageConfig(epochs=1, batch_size=1, lr=1.0, optimizer="adamw", weight_decay=0.01)
+    optimizer = make_optimizer(model, stage, 0.5)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    assert [p.shape for p in decayed["params"]] == [(2, 2)]
+    assert len(spared["params"]) == 3
+
+
 def test_optimizer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     optimizer = make_optimizer(model, StageConfig(epochs=1, batch_size=1, lr=1.0, weight_decay=3e-4, momentum=0.8), 0.5)

@@ -1,0 +1,127 @@
+"""From the logits of windows to answers, and their score: exact match and F1."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat_runner.data.batches import Totals
+from qat_runner.data.squad import Half, Windows
+
+
+@dataclass
+class AnswerScore(Totals):
+    """`Totals` of a pass over the validation windows that goes on to answers. It can stop early.
+
+    Reading gives em and f1, in percent, by torchmetrics, over the questions that a window was seen of.
+    """
+
+    half: Half = field(kw_only=True)
+    n_best: int = field(kw_only=True)
+    max_answer_length: int = field(kw_only=True)
+    logits: list[Tensor] = field(default_factory=list, kw_only=True)
+    """of each batch, [N, L, 2]"""
+    predictions: dict[str, str] = field(default_factory=dict, kw_only=True)
+    """question id -> answer, once read"""
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        super().add(loss, logits, targets)
+        self.logits.append(logits.float())
+
+    def read(self) -> dict[str, float]:
+        from torchmetrics.functional.text import squad  # takes a second to import
+
+        figures = super().read()
+        if not self.logits:
+            return {"loss": 0.0, "em": 0.0, "f1": 0.0, "samples": 0}
+        width = max(part.shape[1] for part in self.logits)
+        padded = [F.pad(part, (0, 0, 0, width - part.shape[1]), value=-torch.inf) for part in self.logits]
+        self.predictions = decode(torch.cat(padded).cpu(), self.half, self.n_best, self.max_answer_length)
+        gold = {q.id: list(q.answers) for q in self.half.questions}
+        scores = squad(
+            [{"id": key, "prediction_text": text} for key, text in self.predictions.items()],
+            [{"id": key, "answers": {"text": gold[key], "answer_start": []}} for key in self.predictions],
+        )
+        return {
+            "loss": figures["loss"],
+            "em": float(scores["exact_match"]),
+            "f1": float(scores["f1"]),
+            "samples": figures["samples"],
+        }
+
+
+def decode(logits: Tensor, half: Half, n_best: int, max_answer_length: int) -> dict[str, str]:
+    """The answer of each question: the best span in any of its windows.
+
+    Start and end are among the `n_best` of their window, inside of the paragraph; a start counts only in the window
+    that shows it with the most context. So the reference implementation of BERT does.
+
+    Args:
+        logits: [n, L, 2], of the first n windows, for start and end.
+        half: texts, tokens and windows.
+        n_best: candidates for either end.
+        max_answer_length: tokens.
+
+    Returns:
+        Question id -> text, for all questions of those windows; "" where no span is possible.
+    """
+    windows, n = half.windows, len(logits)
+    place = np.arange(logits.shape[1])
+    inside = torch.from_numpy(_inside(windows, n, place))
+    may_start = inside & torch.from_numpy(_most_context(windows, n, place))
+    k = min(n_best, len(place))
+    starts, first = logits[..., 0].masked_fill(~may_start, -torch.inf).topk(k, dim=1)
+    ends, last = logits[..., 1].masked_fill(~inside, -torch.inf).topk(k, dim=1)
+    length = last[:, None, :] - first[:, :, None]  # [n, k, k]
+    scores = starts[:, :, None] + ends[:, None, :]
+    scores = scores.masked_fill((length < 0) | (length >= max_answer_length), -torch.inf).flatten(1)
+    best, which = scores.max(dim=1)
+    chosen = torch.stack([first.gather(1, which[:, None] // k)[:, 0], last.gather(1, which[:, None] % k)[:, 0]], dim=1)
+    found: dict[int, tuple[float, str]] = {}
+    for row, (score, (begin, end)) in enumerate(zip(best.tolist(), chosen.tolist(), strict=True)):
+        question = int(windows.question[row])
+        if question not in found or score > found[question][0]:
+            found[question] = score, _text(half, row, begin, end) if score > -np.inf else ""
+    return {half.questions[question].id: text for question, (_, text) in found.items()}
+
+
+def _text(half: Half, row: int, begin: int, end: int) -> str:
+    windows = half.windows
+    paragraph = half.questions[windows.question[row]].paragraph
+    token = windows.start[row] - windows.prefix[row]
+    spans = half.tokens.spans[paragraph]
+    first, last = int(spans[token + begin, 0]), int(spans[token + end, 1])
+    text: str = half.contexts[paragraph][first:last]
+    return text
+
+
+def _inside(windows: Windows, n: int, place: np.ndarray) -> np.ndarray:
+    """Whether a position holds a token of the paragraph, bool [n, L]."""
+    prefix = windows.prefix[:n, None]
+    inside: np.ndarray = (place >= prefix) & (place < prefix + windows.length[:n, None])
+    return inside
+
+
+def _most_context(windows: Windows, n: int, place: np.ndarray) -> np.ndarray:
+    """Whether no other window of the question shows a position's token with more context, bool [n, L]."""
+    token = windows.start[:n, None] + place - windows.prefix[:n, None]
+    own = _context(windows.start[:n, None], windows.length[:n, None], token)
+    most = np.ones(token.shape, dtype=bool)
+    for distance in range(1, int(np.bincount(windows.question).max())):
+        for other, beats in ((-distance, np.greater_equal), (distance, np.greater)):  # of equals the first counts
+            row = np.arange(n) + other
+            exists = (row >= 0) & (row < len(windows))
+            row = np.where(exists, row, 0)
+            exists &= windows.question[row] == windows.question[:n]
+            theirs = _context(windows.start[row, None], windows.length[row, None], token)
+            most &= ~(exists[:, None] & beats(theirs, own))
+    return most
+
+
+def _context(start: np.ndarray, length: np.ndarray, token: np.ndarray) -> np.ndarray:
+    """Tokens around a token in a window, on the shorter side; -1 outside. Of equals, the longer window has more."""
+    shorter = np.minimum(token - start, start + length - 1 - token)
+    return np.where(shorter >= 0, shorter + 0.01 * length, -1.0)

@@ -1,0 +1,89 @@
+"""What all data sets have in common: their batches, and the sums by which a pass over them is judged."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What a model takes, and what it should answer."""
+
+    inputs: tuple[Tensor, ...]
+    """positional arguments of the model's forward, [N, ...] each"""
+    targets: Tensor
+    """class indices, int64: [N] for logits [N, C]; [N, d] for logits [N, C, d]"""
+
+    @property
+    def size(self) -> int:
+        """N, the number of samples."""
+        return len(self.targets)
+
+    def parts(self, count: int) -> Iterator["Batch"]:
+        """The batch in `count` parts of about the same size."""
+        columns = [t.tensor_split(count) for t in (*self.inputs, self.targets)]
+        for *inputs, targets in zip(*columns, strict=True):
+            yield Batch(tuple(inputs), targets)
+
+
+@dataclass
+class Totals:
+    """Sums over samples, kept on the device: adding a batch waits for nothing, reading does.
+
+    A sample is a hit if each of its targets has the highest logit (or one of the five highest).
+    """
+
+    sums: Tensor  # float64 [4]: loss, hits, hits among five, samples
+    names: tuple[str, str] = ("top1", "top5")
+
+    @classmethod
+    def on(cls, device: torch.device, names: tuple[str, str] = ("top1", "top5")) -> "Totals":
+        return cls(torch.zeros(4, dtype=torch.float64, device=device), names)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """loss: mean over the batch, []; logits [N, C] or [N, C, d]; targets [N] or [N, d]."""
+        n = len(targets)
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        best, any_of_five = hits[:, 0].reshape(n, -1).all(1).sum(), hits.any(1).reshape(n, -1).all(1).sum()
+        self.sums += torch.stack([loss.detach().float() * n, best, any_of_five, torch.full_like(loss, n).float()])
+
+    def read(self) -> dict[str, float]:
+        """Mean loss, both hit rates by their names (percent), samples."""
+        loss, best, five, n = self.sums.tolist()
+        rates = {name: 100 * hits / max(n, 1) for name, hits in zip(self.names, (best, five), strict=True)}
+        return {"loss": loss / max(n, 1), **rates, "samples": n}
+
+
+class Data(Protocol):
+    """A data set ready for training. Its batches are on `device`; both halves come out the same at any time."""
+
+    name: str
+    device: torch.device
+    metric: str
+    """the figure of a validation pass that counts, in percent"""
+    unit: str
+    """what a sample is, in a word"""
+
+    @property
+    def train_size(self) -> int: ...
+
+    @property
+    def val_size(self) -> int: ...
+
+    def train_steps(self, batch_size: int) -> int:
+        """Batches in an epoch; at least one."""
+
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
+        """The first `limit` batches of an epoch, in its own order and augmentation; any epoch >= 0 at any time."""
+
+    def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """The first `limit` batches of the validation half in its own order, the last as small as it comes."""
+
+    def totals(self) -> Totals:
+        """Sums for a pass over training batches."""
+
+    def score(self) -> Totals:
+        """Sums for a pass over all of `val_batches`; reading them gives `metric`."""

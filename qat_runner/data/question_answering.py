@@ -1,0 +1,106 @@
+"""SQuAD as `Data`: batches of windows in, exact match and F1 out."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qat_runner.config import DatasetConfig
+from qat_runner.data.answers import AnswerScore
+from qat_runner.data.batches import Batch, Totals
+from qat_runner.data.images import epoch_seed
+from qat_runner.data.squad import FILES, Half, load_half
+
+
+@dataclass
+class SquadData:
+    """SQuAD, as `Data`: inputs are ids, attention mask and token types, int64 [N, L] each; targets int64 [N, 2].
+
+    Logits are [N, L, 2]: of each position, for the start and for the end of the answer.
+    """
+
+    training: Half
+    validation: Half
+    config: DatasetConfig
+    special: tuple[int, int, int]
+    """ids of [CLS], [SEP] and [PAD]"""
+    device: torch.device
+    seed: int
+
+    name = "squad"
+    metric = "f1"
+    unit = "win"
+
+    @property
+    def train_size(self) -> int:
+        return len(self.training.windows)
+
+    @property
+    def val_size(self) -> int:
+        return len(self.validation.windows)
+
+    def train_steps(self, batch_size: int) -> int:
+        return max(self.train_size // batch_size, 1)
+
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+        order = torch.randperm(self.train_size, generator=generator).numpy()
+        last = max(self.train_size // batch_size * batch_size, 1)
+        for start in itertools.islice(range(0, last, batch_size), limit):
+            yield self._batch(self.training, order[start : start + batch_size])
+
+    def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        for start in itertools.islice(range(0, self.val_size, batch_size), limit):
+            yield self._batch(self.validation, np.arange(start, min(start + batch_size, self.val_size)))
+
+    def totals(self) -> Totals:
+        return Totals.on(self.device, ("exact", "exact5"))
+
+    def score(self) -> AnswerScore:
+        return AnswerScore(
+            torch.zeros(4, dtype=torch.float64, device=self.device),
+            half=self.validation,
+            n_best=self.config.n_best,
+            max_answer_length=self.config.max_answer_length,
+        )
+
+    def _batch(self, half: Half, rows: np.ndarray) -> Batch:
+        cls, sep, pad = self.special
+        windows, tokens = half.windows, half.tokens
+        ends = windows.prefix[rows] + windows.length[rows]  # where the second [SEP] goes
+        width = self.config.max_length if self.config.padding == "max_length" else int(ends.max()) + 1
+        ids = np.full((len(rows), width), pad, dtype=np.int64)
+        for out, row in zip(ids, rows, strict=True):
+            start, end = windows.start[row], windows.start[row] + windows.length[row]
+            context = tokens.contexts[half.questions[windows.question[row]].paragraph][start:end]
+            text = (*tokens.questions[windows.question[row]], sep, *context, sep)
+            out[0] = cls
+            out[1 : 1 + len(text)] = text
+        place = np.arange(width)
+        mask = (place <= ends[:, None]).astype(np.int64)
+        types = mask * (place >= windows.prefix[rows, None])
+        inputs = tuple(torch.from_numpy(t).to(self.device, non_blocking=True) for t in (ids, mask, types))
+        return Batch(inputs, torch.from_numpy(windows.answer[rows]).to(self.device, non_blocking=True))
+
+
+def load_squad(folder: Path, config: DatasetConfig, tokenizer: Any, device: torch.device, seed: int) -> SquadData:
+    """Read both halves.
+
+    Args:
+        folder: holds FILES.
+        config: lengths, and which questions.
+        tokenizer: a fast one of transformers.
+        device: where batches are wanted.
+        seed: of the order of training.
+
+    Raises:
+        ValueError: a file is not what it should be.
+    """
+    training = load_half(folder / FILES[0], config, tokenizer, config.train_questions)
+    validation = load_half(folder / FILES[1], config, tokenizer, config.val_questions)
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+    return SquadData(training, validation, config, special, device, seed)

@@ -1,0 +1,108 @@
+"""BERT with an answer head, from transformers: any checkpoint, by folder or by its name on the hub."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qat_runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
+
+BERTS = ("bert_base", "bert_large", "bert")
+"""Names of the models that are made here; `bert` has no checkpoint of its own."""
+
+
+def read_checkpoint(checkpoint: str) -> "BertConfig":
+    """The configuration of a checkpoint, without its weights.
+
+    Args:
+        checkpoint: a folder as `save_pretrained` writes it, or a name on the hub.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is not a BERT.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.checkpoint={checkpoint}: the folder holds no config.json")
+    from transformers import AutoConfig
+
+    config: Any = _ask(checkpoint, AutoConfig.from_pretrained)
+    if config.model_type != "bert":
+        raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}, must be a bert")
+    config.num_labels = 2  # start and end
+    return config  # type: ignore[no-any-return]
+
+
+def load_tokenizer(checkpoint: str) -> Any:
+    """The tokenizer of a checkpoint: a fast one, which knows where in the text its tokens are.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = _ask(checkpoint, AutoTokenizer.from_pretrained)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.checkpoint={checkpoint}: has no fast tokenizer (tokenizer.json or vocab.txt)")
+    return tokenizer
+
+
+def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
+    """The network, from (input_ids, attention_mask, token_type_ids), int64 [N, L] each, to start and end logits [N, L].
+
+    Args:
+        checkpoint: as in `read_checkpoint`.
+        pretrained: with its weights; an answer head that it lacks is initialized by torch's global random state.
+            Otherwise all is.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import BertForQuestionAnswering
+
+    config = read_checkpoint(checkpoint)
+    if not pretrained:
+        return BertForQuestionAnswering(config)
+    load = functools.partial(BertForQuestionAnswering.from_pretrained, config=config, dtype=torch.float32)
+    model: nn.Module = _ask(checkpoint, load)
+    return model.train()
+
+
+def _ask(checkpoint: str, load: Callable[..., Any]) -> Any:
+    """Load something of a checkpoint, a failure told in a sentence."""
+    try:
+        with _quiet():
+            return load(str(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().is_dir() else checkpoint)
+    except Exception as error:  # whatever a parser, a download or a missing file may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model.checkpoint={checkpoint}: must be a folder with a BERT, or its name on the Hugging Face hub "
+            f"({reason})"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' messages and progress bars."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
