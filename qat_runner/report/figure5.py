@@ -86,7 +86,12 @@ def draw(rows: Sequence[Scalars], bits: int = 4, shown: int = 2) -> Figure:
         axes[f"density{i}"].hist(row.sample.x.float().numpy(), bins=200, density=True, log=True, color="grey")
         axes[f"density{i}"].set(title=row.sample.name, xlabel="x", ylabel="density")
         axes[f"mse{i}"].plot(candidates, curve, color="grey")
-        axes[f"mse{i}"].set(yscale="log", title=f"{minima(curve)} minima", xlabel="s", ylabel="MSE")
+        axes[f"mse{i}"].set(
+            yscale="log",
+            title="1 minimum" if minima(curve) == 1 else f"{minima(curve)} minima",
+            xlabel="s",
+            ylabel="MSE",
+        )
         for ax in (axes[f"density{i}"], axes[f"mse{i}"]):
             ax.axvline(row.octav, color=CHOSEN, label=f"OCTAV {row.octav:.3g}")
             ax.axvline(row.sweep, color=OTHER, linestyle="--", label=f"sweep {row.sweep:.3g}")
