@@ -27,6 +27,7 @@ TEXT_DATASETS = ("squad",)
 OPTIMIZERS = ("sgd", "adamw")
 PADDINGS = ("max_length", "longest")
 DISTILL = ("none", "full_precision")
+RESUME = ("auto", "force", "never")
 AMP = ("none", "bf16", "fp16")
 SCHEDULES = ("step", "cosine", "linear")
 
@@ -102,6 +103,9 @@ class ClippingConfig:
     calibration_batches: int | None = None
     """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on; null:
     5, of a BERT 10, as in the paper"""
+    sync: bool = False
+    """of several processes: solve activation scalars in training on the batch of all together (dynamic octav and max);
+    otherwise each on its own part, as in the paper"""
     eval_mode: str = "dynamic"
     """activation scalars in evaluation: dynamic (solved on each batch), running (their average) or frozen (the last)"""
 
@@ -223,6 +227,13 @@ class Config:
     noise_batches: int = 1
     """validation batches on which quantization noise is measured after each epoch; 0: never"""
 
+    sync_batchnorm: bool = False
+    """of several processes: BatchNorm over the batch of all together"""
+    distributed_timeout: float = 600.0
+    """of several processes: seconds after which one that waits for another gives up"""
+    checkpoint_minutes: float = 10.0
+    """a checkpoint is written so often, and at the end of each epoch"""
+
     sweep: dict[str, str] = field(default_factory=dict)
     """of an experiment: what -m sweeps over, unless the command line names the key"""
     standins: dict[str, str] = field(default_factory=dict)
@@ -242,6 +253,8 @@ class Config:
     """this run's folder; null: a folder in runs_dir named after the config"""
     overwrite: bool = False
     """start anew where the run folder exists; otherwise a finished run is shown and an unfinished one resumed"""
+    resume: str = "auto"
+    """auto: go on with an unfinished run of the same config; force: of another config, too; never: refuse"""
 
     @property
     def training(self) -> bool:
@@ -303,6 +316,7 @@ class Config:
             eval_mode=self.clipping.eval_mode,
             conv_granularity=self.conv_granularity,
             linear_granularity=self.linear_granularity,
+            synchronize=self.clipping.sync,
             keep=(ANSWER_HEAD,) if self.reads_text else (),
         )
 
@@ -389,6 +403,7 @@ def check(config: Config) -> None:
     names: list[tuple[str, str, Sequence[str]]] = [
         ("amp", config.amp, AMP),
         ("backend", config.backend, ("auto", *BACKENDS)),
+        ("resume", config.resume, RESUME),
         ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
         ("clipping.name", config.clipping.name, (*CLIPPING_METHODS, *LEARNED)),
         ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
@@ -431,6 +446,10 @@ def check(config: Config) -> None:
     _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
     assert config.lr is not None
     _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
+    _require(config.checkpoint_minutes > 0, "checkpoint_minutes", config.checkpoint_minutes, "a positive number")
+    _require(
+        0 < config.distributed_timeout < 1e6, "distributed_timeout", config.distributed_timeout, "a positive number"
+    )
     for name, stage in _stages(config):
         _require(0 < stage.decay_factor <= 1, f"recipe.{name}.decay_factor", stage.decay_factor, "above 0, at most 1")
         _require(
@@ -484,7 +503,7 @@ def _check_quantization(config: Config) -> None:
         if config.clipping.learned:
             LearnedQuantizer(config.clipping.name, 8, **config.clipping.options())
         else:
-            Quantizer(8, clipping=config.clipping.name, **config.clipping.options())
+            Quantizer(8, clipping=config.clipping.name, synchronize=config.clipping.sync, **config.clipping.options())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"clipping={config.clipping.name}: {error}") from error
     if config.needs_calibration:
@@ -540,8 +559,11 @@ def _require(holds: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key}={value}: must be {allowed}")
 
 
-PLACES = ("data_dir", "runs_dir", "run_dir", "overwrite", "sweep", "standins", "fingerprints")
-"""Keys that say where things lie, not what is computed."""
+PLACES = (
+    *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
+    *("checkpoint_minutes", "distributed_timeout"),
+)
+"""Keys that say where things lie and what is kept, not what is computed."""
 
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""

@@ -15,3 +15,15 @@ class ConfigError(QatError):
 
 class RunError(QatError):
     """A run that had begun could not go on; what it had recorded is kept."""
+
+
+class BusyError(RunError):
+    """Another process is at work in the run's folder."""
+
+
+class StoppedError(RunError):
+    """A signal asked the run to stop; it was saved, and goes on from there when asked again."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

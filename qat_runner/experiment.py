@@ -7,7 +7,12 @@ that a request that cannot be carried out leaves nothing behind.
 import logging
 import os
 import shutil
+import time
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,8 @@ from qat_runner.config import (
     scaled_lr,
 )
 from qat_runner.data import AUGMENTATIONS, Data, ImageData, find_dataset, load_dataset
-from qat_runner.errors import ConfigError, QatError, RunError
+from qat_runner.data.batches import WHOLE
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
 from qat_runner.models import (
@@ -46,10 +52,11 @@ from qat_runner.models import (
 )
 from qat_runner.quant.kernels import choose_backend, set_backend
 from qat_runner.report.plots import plot_curves, plot_noise
-from qat_runner.training import checkpoint
+from qat_runner.training import checkpoint, distributed, lock
+from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
 from qat_runner.training.memory import keep_freed_memory
-from qat_runner.training.tracking import RECORDED, Record, environment, read_json, write_json
+from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json
 
 log = logging.getLogger("qat_runner")
 
@@ -71,6 +78,9 @@ def prepare(config: Config) -> Path:
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
     device = find_device(config.device)
+    world = distributed.world_size()
+    if config.batch_size is not None and config.batch_size % world:
+        raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
     try:
         choose_backend(config.backend, device.type)
     except ValueError as error:
@@ -135,8 +145,10 @@ def find_device(name: str) -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     known = {"cpu": 1, "cuda": torch.cuda.device_count()}
     kind, _, index = name.partition(":")
     if kind not in known or (index and not index.isdigit()):
@@ -153,9 +165,12 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"run_dir={folder}: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK):
         raise ConfigError(f"run_dir={folder}: {parent} cannot be written to")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists():
         return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in RECORDED)
+    content = {path.name for path in folder.iterdir()} - {lock.NAME}  # which may be of one that is just beginning
+    if not content:
+        return
+    foreign = sorted(content - {*RECORDED})
     saved = load_config(folder)
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
@@ -166,10 +181,13 @@ def _check_folder(folder: Path, config: Config) -> None:
                 raise ConfigError(f"run_dir={folder}: overwrite=true would delete {key}={weights}")
         return
     changed = differences(identity(saved), identity(config))
-    if changed:
+    if changed and config.resume != "force":
         raise ConfigError(
-            f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it"
+            f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
+            f"resume=force goes on with it as it is now asked for"
         )
+    if config.resume == "never" and not (folder / "summary.json").is_file():
+        raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -181,34 +199,92 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be carried out; no folder was made.
         RunError: it broke off; its folder keeps what was recorded.
+        BusyError: another process is at work on it.
     """
     folder = prepare(config)
-    finished = folder / "summary.json"
-    if finished.is_file() and not config.overwrite:
-        log.info(f"{folder} is finished already (overwrite=true starts anew)")
-        result: dict[str, Any] = read_json(finished)
-        return result
+    with distributed.group(config.distributed_timeout):
+        result = distributed.on_main(lambda: _finished(config, folder))
+        if result is not None:
+            log.info(f"{folder} is finished already (overwrite=true starts anew)")
+            return result
+        with _locked(folder):
+            return _run(config, folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """While open, the folder is this run's own, and is there."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            try:
+                stack.enter_context(RunLock(folder))
+            except OSError as error:
+                raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror})") from error
+
+        distributed.on_main(enter)
+        yield
+
+
+def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
+    """The result of a run of this very config, if it is finished and is not to be begun anew."""
+    saved = load_config(folder)
+    if config.overwrite or saved is None or not (folder / "summary.json").is_file():
+        return None
+    if differences(identity(saved), identity(config)):  # resume=force
+        return None
+    result: dict[str, Any] = read_json(folder / "summary.json")
+    return result
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    """`run`, in a folder that is this process's own."""
     weights = config.weights
     if weights == BASELINE:
-        weights = str(_baseline(config) / "checkpoints" / "last.pt")
+        weights = str(_baseline(config) / "checkpoints" / checkpoint.LAST)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = _teacher(config, data, config.recipe.teacher or weights) if config.distilling else None
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)  # nothing but a run: `prepare` has looked
+    if distributed.is_main():
+        _clear(config, folder)
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     return _carry_out(config, folder, model, data, teacher, notes)
 
 
+def _clear(config: Config, folder: Path) -> None:
+    """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
+    for name in RECORDED if config.overwrite else ("summary.json", "error.txt"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _baseline(config: Config) -> Path:
-    """The folder of the finished full-precision run that goes with a config."""
+    """The folder of the finished full-precision run that goes with a config; waits for whoever is training it."""
     baseline = baseline_of(config)
     folder = prepare(baseline)
-    if not (folder / "summary.json").is_file():
-        log.info(f"first the full-precision baseline, {folder}")
-        run(baseline)
+    waiting = False
+    while not (folder / "summary.json").is_file():
+        try:
+            if not waiting:
+                log.info(f"first the full-precision baseline, {folder}")
+            _run_beside(baseline, folder)
+        except BusyError as error:
+            if not waiting:
+                log.info(f"{error}: waiting for it")
+            waiting = True
+            time.sleep(5)
     return folder
+
+
+def _run_beside(config: Config, folder: Path) -> None:
+    """`run` where the processes know each other already."""
+    with _locked(folder):
+        if distributed.on_main(lambda: _finished(config, folder)) is None:
+            _run(config, folder)
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
@@ -222,11 +298,12 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         ConfigError: data or weights turn out not to fit.
     """
     device = find_device(config.device)
+    shard = distributed.shard()
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
     keep_freed_memory()
     tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
-    data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer)
+    data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer, shard)
     model = _model_for(config, data)
     example = next(data.train_batches(2, epoch=0, limit=1)).inputs  # real samples: it is seen what the model does
     try:
@@ -246,6 +323,11 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
                 f"weights={weights}: holds no clipping scalars for {tensor.name} at these bits, which "
                 f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
             )
+    if config.sync_batchnorm:
+        distributed.synchronize_batchnorm(model)
+    distributed.follow_main(model)
+    if shard.rank > 0:  # its own dropout
+        checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
     return model, data
 
 
@@ -261,7 +343,8 @@ def _teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
     assert config.batch_size is not None
-    batches = data.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
+    whole = replace(data, shard=WHOLE)  # type: ignore[type-var]  # every process sees the same batches
+    batches = whole.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:
@@ -272,48 +355,75 @@ def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
 def _carry_out(
     config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
 ) -> dict[str, Any]:
-    resuming = config.training and (folder / "checkpoints" / "last.pt").is_file()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt")
-    except OSError as error:
-        raise ConfigError(f"run_dir={folder}: cannot be written ({error.strerror})") from error
+    """Train or evaluate what has been built, on the record; what goes wrong is told in a sentence, and in error.txt."""
+    with ExitStack() as stack:
+        try:
+            if distributed.is_main():
+                stack.enter_context(_log_to(folder / "log.txt"))
+            checkpoints = folder / "checkpoints"
+            saved = checkpoint.newest(checkpoints) if config.training and checkpoint.exists(checkpoints) else None
+            record = stack.enter_context(closing(_open_record(folder, config, saved)))
+            trainer = Trainer(config, model, data, record, teacher)
+            _describe(config, folder, model, notes)
+            if config.training:
+                log.info(_recipe(config))
+            if saved is not None:
+                trainer.resume(saved)
+                done = f"epoch {trainer.state.epoch}" + (f", step {trainer.state.step}" if trainer.state.step else "")
+                log.info(f"going on after {done} of {config.epochs}")
+            if config.training:
+                trainer.fit()
+            else:
+                trainer.evaluate()
+            result = _summarize(config, trainer)
+            if distributed.is_main():
+                plot_curves(folder)
+                plot_noise(folder)
+                write_json(folder / "summary.json", result)
+            return result
+        except (StoppedError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            told = _in_a_sentence(error, config, folder)
+            with suppress(OSError):
+                (folder / "error.txt").write_text(f"{told}\n\n{traceback.format_exc()}")
+            if told is error:
+                raise
+            raise told from error
+
+
+def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
+    if isinstance(error, QatError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError(f"out of memory on {config.device}: a smaller batch_size (now {config.batch_size}) needs less")
+    if isinstance(error, OSError):
+        return RunError(f"{folder}: writing failed ({error}); what was recorded before is intact")
+    where = folder / "error.txt"
+    return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Write to a file, too, what is told on the terminal."""
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
-    record: Record | None = None
     try:
-        OmegaConf.save(OmegaConf.structured(config.with_fingerprints()), folder / "config.yaml")
-        _record_environment(folder / "environment.json", resuming)
-        record = Record(folder, epoch=_epochs_done(folder) if resuming else -1)
-        trainer = Trainer(config, model, data, record, teacher)
-        _describe(config, folder, model, notes)
-        if config.training:
-            log.info(_recipe(config))
-        if resuming:
-            trainer.resume()
-            log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}")
-        if config.training:
-            trainer.fit()
-        else:
-            trainer.evaluate()
-        result = _summarize(config, trainer)
-        plot_curves(folder)
-        plot_noise(folder)
-        write_json(folder / "summary.json", result)
-        return result
-    except (QatError, KeyboardInterrupt):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"out of memory on {data.device}: a smaller batch_size (now {config.batch_size}) needs less"
-        ) from error
-    except OSError as error:
-        raise RunError(f"{folder}: writing failed ({error}); what was recorded before is intact") from error
+        yield
     finally:
-        if record is not None:
-            record.close()
         log.removeHandler(handler)
         handler.close()
+
+
+def _open_record(folder: Path, config: Config, saved: dict[str, Any] | None) -> Record:
+    """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
+    if not distributed.is_main():
+        return Silence(folder)
+    OmegaConf.save(OmegaConf.structured(config.with_fingerprints()), folder / "config.yaml")
+    _record_environment(folder / "environment.json", resuming=saved is not None)
+    state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
+    return Record(folder, state["epoch"], state["step"])
 
 
 def _record_environment(path: Path, resuming: bool) -> None:
@@ -330,14 +440,11 @@ def _record_environment(path: Path, resuming: bool) -> None:
     write_json(path, first)
 
 
-def _epochs_done(folder: Path) -> int:
-    return int(checkpoint.load(folder / "checkpoints" / "last.pt")["state"]["epoch"])
-
-
 def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) -> None:
     table = summary(model)
     count = len(quantized_tensors(model))
-    (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n")
+    if distributed.is_main():
+        (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n")
     log.info(f"run folder {folder}")
     if count:
         log.info(f"{config.model.name}, {count} quantized tensors")

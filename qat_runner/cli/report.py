@@ -3,6 +3,7 @@
     qat-report table1 runs                     ours beside the published numbers
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
+    qat-report status runs                     which runs are finished, running, stale, failed or missing
     qat-report figure3                         the gradient estimators
     qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
     qat-report table6 --run runs/NAME          seconds to find them
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    choices = (*TABLES, "table6", *FIGURES)
+    choices = (*TABLES, "table6", *FIGURES, "status")
     parser.add_argument("what", choices=choices, metavar="WHAT", help=f"one of {', '.join(choices)}")
     parser.add_argument("runs_dir", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--dataset", help="whose runs, where there are several")
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> list[Path]:
     """Print and write what was asked for; returns the files."""
+    if args.what == "status":
+        from qat_runner.report import status
+
+        print(status.text(status.statuses(_folder(args.runs_dir))))
+        return []
     if args.what == "table6":
         return _table6(args.run, args.out)
     if args.what in FIGURES:

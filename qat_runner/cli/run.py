@@ -2,6 +2,7 @@
 
     qat-run model=resnet50 bits=4
     qat-run -m bits=4,8 clipping=octav,max
+    torchrun --nproc-per-node 8 -m qat_runner model=resnet50 bits=4
     qat-run --help
 
 Every row of a request is composed and checked before the first of them starts. Exit codes: 0 all is well; 1 a run
@@ -28,7 +29,9 @@ from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register
-from qat_runner.errors import ConfigError, QatError
+from qat_runner.errors import ConfigError, QatError, StoppedError
+from qat_runner.report.status import remember_asked
+from qat_runner.training import distributed
 
 HYDRA_VERSION_BASE = "1.3"
 _MULTIRUN = ("-m", "--multirun")
@@ -54,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     args.sort(key=_rank)
     sweep = any(arg in _MULTIRUN for arg in args)
-    log.handlers = [_Terminal(logging.INFO if sweep else logging.DEBUG)]
+    main_process = distributed.is_main()
+    log.handlers = [_Terminal(logging.INFO if sweep else logging.DEBUG)] if main_process else []
     log.setLevel(logging.DEBUG)
     log.propagate = False
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
@@ -63,8 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args += _rows_of_experiment(args, sweep)
         folders = _check_all(args)
+        if sweep and main_process:
+            remember_asked(folders)
         _run_all(args, failures)
-        _print_table(folders)
+        if main_process:
+            _print_table(folders)
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(explain(error, config_dir()), 2)
     except QatError as error:
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # after --help and its like
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on after the last full epoch", 130)
+        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
     for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
         _fail(sentence, code)
     return max((failure.exit_code for failure in failures), default=0)
@@ -117,6 +124,8 @@ def _refuse(message: str) -> NoReturn:
 
 def _check_all(args: Sequence[str]) -> list[Path]:
     """Compose and check every row of the request before any work; returns the run folders of the rows."""
+    if any("_target_" in arg for arg in args):
+        _refuse("_target_: a config cannot name code to run")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_args(args)
@@ -157,6 +166,8 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
 
         try:
             return accuracy(run(from_hydra(composed)))
+        except StoppedError:  # not this row alone: the whole request
+            raise
         except QatError as error:
             if HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
                 failures.append(error)

@@ -1,6 +1,9 @@
 """From the logits of windows to answers, and their score: exact match and F1."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +33,12 @@ class AnswerScore(Totals):
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         super().add(loss, logits, targets)
         self.logits.append(logits.float())
+
+    def merge(self, gather: Callable[[Any], list[Any]], add_up: Callable[[Tensor], Tensor]) -> None:
+        super().merge(gather, add_up)
+        everyone = gather([part.cpu() for part in self.logits])  # each has every so manieth batch
+        rounds = itertools.zip_longest(*everyone)
+        self.logits = [part for parts in rounds for part in parts if part is not None]
 
     def read(self) -> dict[str, float]:
         from torchmetrics.functional.text import squad  # takes a second to import

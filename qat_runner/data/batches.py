@@ -1,11 +1,30 @@
 """What all data sets have in common: their batches, and the sums by which a pass over them is judged."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of the data that one of several processes works on."""
+
+    rank: int = 0
+    world: int = 1
+
+    def samples(self, batch: Any) -> Any:
+        """Those of a training batch, of anything that can be sliced: every `world`-th."""
+        return batch[self.rank :: self.world]
+
+    def owns(self, number: int) -> bool:
+        """Whether a validation batch is its own: whole ones, since they are what dynamic scalars are solved on."""
+        return number % self.world == self.rank
+
+
+WHOLE = Shard()
 
 
 class Batch(NamedTuple):
@@ -50,6 +69,10 @@ class Totals:
         best, any_of_five = hits[:, 0].reshape(n, -1).all(1).sum(), hits.any(1).reshape(n, -1).all(1).sum()
         self.sums += torch.stack([loss.detach().float() * n, best, any_of_five, torch.full_like(loss, n).float()])
 
+    def merge(self, gather: Callable[[Any], list[Any]], add_up: Callable[[Tensor], Tensor]) -> None:
+        """Become the totals of all processes that share a pass; the two tell them each other's figures."""
+        add_up(self.sums)
+
     def read(self) -> dict[str, float]:
         """Mean loss, both hit rates by their names (percent), samples."""
         loss, best, five, n = self.sums.tolist()
@@ -58,7 +81,11 @@ class Totals:
 
 
 class Data(Protocol):
-    """A data set ready for training. Its batches are on `device`; both halves come out the same at any time."""
+    """A data set ready for training. Its batches are on `device`; both halves come out the same at any time.
+
+    Where several processes share the work, each gets its shard of every training batch, and its share of the validation
+    batches.
+    """
 
     name: str
     device: torch.device
@@ -76,8 +103,15 @@ class Data(Protocol):
     def train_steps(self, batch_size: int) -> int:
         """Batches in an epoch; at least one."""
 
-    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` batches of an epoch, in its own order and augmentation; any epoch >= 0 at any time."""
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
+        """Batches `start` to `limit` of an epoch, in its own order and augmentation; any of them at any time.
+
+        Args:
+            batch_size: samples a batch, over all processes.
+            epoch: 0 or more.
+            limit: where to end; None: with the epoch.
+            start: how many to skip.
+        """
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The first `limit` batches of the validation half in its own order, the last as small as it comes."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from qat_runner.data.batches import Shard
 from qat_runner.data.images import Labelled, epoch_seed
 from qat_runner.errors import RunError
 
@@ -70,26 +71,24 @@ class FolderSource:
             raise ValueError(f"train/ and val/ differ in their class folders: {', '.join(odd[:5])}")
         self.train_size, self.val_size = len(self._train), len(self._val)
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]:
+    def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
         order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
-        if self.train_size >= batch_size:  # full batches only
-            order = order[: self.train_size // batch_size * batch_size]
-        return self._batches(self._train, [(chance, index) for index in order], batch_size, limit)
+        whole = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches)
+        return self._batches(self._train, [[(chance, index) for index in shard.samples(part)] for part in whole])
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]:
-        return self._batches(self._val, [(0, index) for index in range(self.val_size)], batch_size, limit)
+    def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
+        order = range(self.val_size)
+        own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
+        return self._batches(self._val, [[(0, index) for index in part] for part in own])
 
-    def _batches(
-        self, pictures: _Pictures, items: list[tuple[int, int]], batch_size: int, limit: int | None
-    ) -> Iterator[Labelled]:
-        items = items if limit is None else items[: limit * batch_size]  # workers decode no more than what is wanted
+    def _batches(self, pictures: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
         loader = DataLoader(
             pictures,
-            batch_size=batch_size,
-            sampler=items,
-            num_workers=min(self._workers, _processors(), -(-len(items) // batch_size)),
+            batch_sampler=batches,
+            num_workers=min(self._workers, _processors(), len(batches)),
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting the workers would draw from the global one
         )
         try:
             yield from loader

@@ -5,7 +5,6 @@ Small data sets are held in memory and augmented a batch at a time; folders of p
 Both hand over bytes, which are normalized on the device.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat_runner.data.batches import Batch, Totals
+from qat_runner.data.batches import WHOLE, Batch, Shard, Totals
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
@@ -30,9 +29,9 @@ class Source(Protocol):
     train_size: int
     val_size: int
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]: ...
+    def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]: ...
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]: ...
+    def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]: ...
 
 
 @dataclass
@@ -49,6 +48,7 @@ class ImageData:
     seed: int
     channels_last: bool = False
     """memory layout of the batches"""
+    shard: Shard = WHOLE
 
     metric = "top1"
     unit = "img"
@@ -65,11 +65,15 @@ class ImageData:
         """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
         return max(self.train_size // batch_size, 1)
 
-    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
-        return map(self._normalize, self.source.train(batch_size, self.seed, epoch, limit))
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
+        steps = self.train_steps(batch_size)
+        batches = range(start, steps if limit is None else min(limit, steps))
+        return map(self._normalize, self.source.train(batch_size, self.seed, epoch, batches, self.shard))
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        return map(self._normalize, self.source.val(batch_size, limit))
+        count = -(-self.val_size // batch_size)
+        batches = range(count if limit is None else min(limit, count))
+        return map(self._normalize, self.source.val(batch_size, batches, self.shard))
 
     def totals(self) -> Totals:
         return Totals.on(self.device)
@@ -101,18 +105,19 @@ class MemorySource:
     def __post_init__(self) -> None:
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
 
-    def train(self, batch_size: int, seed: int, epoch: int, limit: int | None) -> Iterator[Labelled]:
-        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-        order = torch.randperm(self.train_size, generator=generator)
-        last = max(self.train_size // batch_size * batch_size, 1)
-        for start in itertools.islice(range(0, last, batch_size), limit):
-            chosen = order[start : start + batch_size]
+    def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
+        chance = epoch_seed(seed, epoch)
+        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance))
+        for batch in batches:
+            chosen = order[batch * batch_size : (batch + 1) * batch_size]
             pictures, labels = (t[chosen] for t in self.training)
-            yield augment(pictures, self.augmentation, generator), labels
+            # Of the whole batch, so that a picture's augmentation does not depend on how many processes there are.
+            pictures = augment(pictures, self.augmentation, torch.Generator().manual_seed(epoch_seed(chance, batch)))
+            yield shard.samples(pictures), shard.samples(labels)
 
-    def val(self, batch_size: int, limit: int | None) -> Iterator[Labelled]:
+    def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         pictures, labels = (torch.split(t, batch_size) for t in self.validation)
-        return itertools.islice(zip(pictures, labels, strict=True), limit)
+        return ((pictures[batch], labels[batch]) for batch in batches if shard.owns(batch))
 
 
 def shrink(pictures: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.answers import AnswerScore
-from qat_runner.data.batches import Batch, Totals
+from qat_runner.data.batches import WHOLE, Batch, Shard, Totals
 from qat_runner.data.images import epoch_seed
 from qat_runner.data.squad import FILES, Half, load_half
 
@@ -30,6 +30,7 @@ class SquadData:
     """ids of [CLS], [SEP] and [PAD]"""
     device: torch.device
     seed: int
+    shard: Shard = WHOLE
 
     name = "squad"
     metric = "f1"
@@ -46,16 +47,17 @@ class SquadData:
     def train_steps(self, batch_size: int) -> int:
         return max(self.train_size // batch_size, 1)
 
-    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None) -> Iterator[Batch]:
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.randperm(self.train_size, generator=generator).numpy()
-        last = max(self.train_size // batch_size * batch_size, 1)
-        for start in itertools.islice(range(0, last, batch_size), limit):
-            yield self._batch(self.training, order[start : start + batch_size])
+        for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
+            rows = order[batch * batch_size : (batch + 1) * batch_size]
+            yield self._batch(self.training, self.shard.samples(rows))
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        for start in itertools.islice(range(0, self.val_size, batch_size), limit):
-            yield self._batch(self.validation, np.arange(start, min(start + batch_size, self.val_size)))
+        for batch, start in enumerate(itertools.islice(range(0, self.val_size, batch_size), limit)):
+            if self.shard.owns(batch):
+                yield self._batch(self.validation, np.arange(start, min(start + batch_size, self.val_size)))
 
     def totals(self) -> Totals:
         return Totals.on(self.device, ("exact", "exact5"))
@@ -87,7 +89,9 @@ class SquadData:
         return Batch(inputs, torch.from_numpy(windows.answer[rows]).to(self.device, non_blocking=True))
 
 
-def load_squad(folder: Path, config: DatasetConfig, tokenizer: Any, device: torch.device, seed: int) -> SquadData:
+def load_squad(
+    folder: Path, config: DatasetConfig, tokenizer: Any, device: torch.device, seed: int, shard: Shard = WHOLE
+) -> SquadData:
     """Read both halves.
 
     Args:
@@ -96,6 +100,7 @@ def load_squad(folder: Path, config: DatasetConfig, tokenizer: Any, device: torc
         tokenizer: a fast one of transformers.
         device: where batches are wanted.
         seed: of the order of training.
+        shard: of this process.
 
     Raises:
         ValueError: a file is not what it should be.
@@ -103,4 +108,4 @@ def load_squad(folder: Path, config: DatasetConfig, tokenizer: Any, device: torc
     training = load_half(folder / FILES[0], config, tokenizer, config.train_questions)
     validation = load_half(folder / FILES[1], config, tokenizer, config.val_questions)
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    return SquadData(training, validation, config, special, device, seed)
+    return SquadData(training, validation, config, special, device, seed, shard)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data.batches import Data
+from qat_runner.data.batches import WHOLE, Data, Shard
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 from qat_runner.data.images import ImageData, Labelled, MemorySource, Source, shrink
@@ -164,6 +164,7 @@ def load_dataset(
     seed: int,
     channels_last: bool = False,
     tokenizer: Any = None,
+    shard: Shard = WHOLE,
 ) -> Data:
     """Read a data set.
 
@@ -174,6 +175,7 @@ def load_dataset(
         seed: of order and augmentation.
         channels_last: memory layout of pictures.
         tokenizer: of text.
+        shard: of this process, where several share the work.
 
     Raises:
         ConfigError: it is not there, or is not what its config says.
@@ -181,7 +183,7 @@ def load_dataset(
     folder = find_dataset(config, data_dir)
     try:
         if config.name == "squad":
-            return load_squad(folder, config, tokenizer, device, seed)
+            return load_squad(folder, config, tokenizer, device, seed, shard)
         source = PICTURES[config.name](folder, config)
     except Exception as error:  # whatever a parser may raise on files that are something else
         raise ConfigError(
@@ -197,5 +199,5 @@ def load_dataset(
     assert num_classes is not None
     normalization = tuple(config.mean), tuple(config.std)
     return ImageData(
-        config.name, num_classes, config.image_size, source, *normalization, device, seed, channels_last=channels_last
+        config.name, num_classes, config.image_size, source, *normalization, device, seed, channels_last, shard
     )

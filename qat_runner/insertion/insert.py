@@ -62,6 +62,7 @@ def quantize_model(
     conv_granularity: str = "channel",
     linear_granularity: str = "tensor",
     keep: Sequence[str] = (),
+    synchronize: bool = False,
     example: Tensor | tuple[Any, ...] | None = None,
     **clipping_options: Any,
 ) -> nn.Module:
@@ -85,6 +86,8 @@ def quantize_model(
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
         conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        synchronize: solve activation scalars in training on the batch of all processes of torch.distributed together
+            (dynamic octav and max); weights have the same scalars everywhere.
         keep: names of layers that are left in full precision.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
@@ -112,6 +115,7 @@ def quantize_model(
         eval_mode=eval_mode,
         conv_granularity=conv_granularity,
         linear_granularity=linear_granularity,
+        synchronize=synchronize,
         keep=tuple(keep),
     )
     return insert(model, policy, example)
@@ -207,6 +211,7 @@ def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quan
             dynamic=policy.dynamic,
             eval_mode="dynamic" if weight else policy.eval_mode,
             warm_iterations=policy.warm_iterations,
+            synchronize=policy.synchronize and not weight,
             **policy.clipping_options,
         )
     return quantizer

@@ -46,6 +46,8 @@ class Policy:
     """clipping scalars of a convolution weight: one per output channel, or one per tensor"""
     linear_granularity: str = "tensor"
     """clipping scalars of a linear weight: one per output feature (channel), or one per tensor"""
+    synchronize: bool = False
+    """solve activation scalars in training on the batch of all processes together"""
     keep: tuple[str, ...] = ()
     """names of layers that are left in full precision"""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
+from qat_runner.quant.pool import Pool
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -38,7 +39,15 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
 
 
 @torch.no_grad()
-def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
+def maximum(
+    x: Tensor,
+    bits: int,
+    signed: bool = True,
+    dim: int | None = None,
+    *,
+    check: bool = True,
+    pool: Pool | None = None,
+) -> Tensor:
     """Max-scaling: s = max |x|, so nothing is clipped (up to the missing top code).
 
     Args:
@@ -47,6 +56,7 @@ def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *
         signed: |x| if true, max(x, 0) otherwise.
         dim: None for one scalar, or the dimension that gets one scalar an index.
         check: refuse NaN and infinity (waits for the device).
+        pool: what x is a part of; None: it is all there is.
 
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head.
@@ -54,6 +64,7 @@ def maximum(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *
     Grid(bits, signed)
     x, dims = _prepare(x, dim, check)
     s = eager.largest(x, signed, dims)
+    s = s if pool is None else pool.largest(s)
     return s.reshape(()) if dim is None else s
 
 
@@ -197,6 +208,7 @@ def octav(
     *,
     tolerance: float = 1e-6,
     check: bool = True,
+    pool: Pool | None = None,
 ) -> Tensor:
     """OCTAV: the MSE-optimal clipping scalar of Theorem 3.1, solved to convergence.
 
@@ -223,6 +235,8 @@ def octav(
             and finite, 1 takes its place. The converged result does not depend on it.
         tolerance: on a CPU, where looking is free, reading ends when no scalar moves by more than this, relatively.
         check: refuse NaN and infinity (waits for the device).
+        pool: what x is a part of, each part with elements, all with the same `init`; None: it is all there is. The
+            result is the scalar of all parts together.
 
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head. A constant c and a single element c
@@ -236,11 +250,14 @@ def octav(
         raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
     x, dims = _prepare(x, dim, check)
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
-        return maximum(x, bits, signed, dim, check=False)
+        return maximum(x, bits, signed, dim, check=False, pool=pool)
     guess = None
     if init is not None:
         guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device).expand(eager.kept(x, dims))
-    s = kernels.backend().octav(x, k, signed, dims, guess, iterations, tolerance)
+    if pool is None:
+        s = kernels.backend().octav(x, k, signed, dims, guess, iterations, tolerance)
+    else:
+        s = eager.octav(x, k, signed, dims, guess, iterations, tolerance, pool)
     return s.reshape(()) if dim is None else s
 
 

@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat_runner.quant.clipping import CLIPPING_METHODS
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import Grid
+from qat_runner.quant.pool import Processes
 
 EVAL_MODES = ("dynamic", "running", "frozen")
 """What a dynamic quantizer does in eval()."""
@@ -47,6 +49,7 @@ class Quantizer(nn.Module):
         momentum: weight of the newest scalar in `running_s`, above 0 and at most 1.
         warm_iterations: at most so many reads of x a call in training, once there is a scalar to start from; for
             clipping methods that take a start (octav). None starts each call anew.
+        synchronize: in training, solve on the tensors of all processes of torch.distributed together; octav and max.
         **options: passed to the clipping method, e.g. iterations=10, q=99.9.
 
     Raises:
@@ -70,6 +73,7 @@ class Quantizer(nn.Module):
         eval_mode: str = "dynamic",
         momentum: float = 0.1,
         warm_iterations: int | None = 6,
+        synchronize: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -85,6 +89,11 @@ class Quantizer(nn.Module):
         if warm_iterations is not None and warm_iterations < 1:
             raise ValueError(f"warm_iterations={warm_iterations}: must be 1 or more")
         self.clipping_name, self.solve = _clipping_method(clipping, options)
+        if synchronize and "pool" not in inspect.signature(self.solve).parameters:
+            raise ValueError(
+                f"clipping {self.clipping_name!r} cannot be synchronized over processes: octav and max can"
+            )
+        self.synchronize = synchronize
         takes_start = {"init", "iterations", "tolerance"} <= inspect.signature(self.solve).parameters.keys()
         self.warm_iterations = warm_iterations if takes_start else None
         self.register_buffer("s", torch.zeros(tuple(shape)))
@@ -142,7 +151,8 @@ class Quantizer(nn.Module):
     def _scalars(self, x: Tensor) -> Tensor:
         if self.dynamic and (self.training or self.eval_mode == "dynamic"):
             check = not (self.training or torch.compiler.is_compiling())
-            s = self.solve(x, self.bits, self.signed, self.dim, check=check, **self._start())
+            together = {"pool": Processes()} if self.synchronize and self.training and dist.is_initialized() else {}
+            s = self.solve(x, self.bits, self.signed, self.dim, check=check, **self._start(), **together)
             if self.training:
                 self._remember(s)
             return s
@@ -271,5 +281,5 @@ def _clipping_method(
     return name, solve
 
 
-_ARGUMENTS = ("x", "bits", "signed", "dim", "init", "tolerance", "check")
+_ARGUMENTS = ("x", "bits", "signed", "dim", "init", "tolerance", "check", "pool")
 """Of a clipping method, what is no option."""

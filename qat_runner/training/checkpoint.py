@@ -1,24 +1,91 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, and the random state with it."""
+"""Checkpoints: all that a run needs to go on as if it had never stopped, and the random state with it.
 
+A checkpoint is a file of torch.save, sealed: the zip archive that it is ends with a comment, the SHA-256 of all bytes
+before. So a truncated or damaged file is known as such, and any other tool still reads it.
+"""
+
+import hashlib
+import logging
 import os
 import random
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from qat_runner.errors import RunError
 
+log = logging.getLogger("qat_runner")
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values so that path holds either the old content or the new one, never half of it."""
+LAST, PREVIOUS = "last.pt", "previous.pt"
+_MARK = b"qat_runner sha256="
+_COMMENT = len(_MARK) + 64  # bytes
+_END = 22  # bytes of a zip archive's last record without comment, whose last two say how long the comment is
+
+
+def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    """Write tensors and plain values so that path holds either the old content or the new one, never half of it.
+
+    Args:
+        path: where to.
+        content: what.
+        keep: where the old content goes; None: nowhere.
+
+    Raises:
+        OSError: it could not be written; the old content is as it was, and nothing else is left.
+    """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w+b") as file:
+            torch.save(content, file)
+            _seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(f"{path}: {' '.join(str(error).split())}") from error
+    if keep is not None and path.is_file():
+        os.replace(path, keep)
     os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _seal(file: BinaryIO) -> None:
+    file.seek(-_END, os.SEEK_END)
+    end = file.read(_END)
+    assert end[:4] == b"PK\x05\x06" and end[-2:] == b"\0\0"
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _COMMENT))
+    file.seek(0)
+    digest = hashlib.sha256()
+    while part := file.read(2**20):
+        digest.update(part)
+    file.write(_MARK + digest.hexdigest().encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames last through a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a sealed file holds what was written."""
+    size = path.stat().st_size - _COMMENT
+    if size < _END:
+        return False
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = size
+        while left and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        return file.read() == _MARK + digest.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -27,12 +94,38 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         RunError: the file is damaged.
     """
+    reason = "it is damaged: its checksum is wrong"
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if is_whole(path):
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return content
     except Exception as error:  # whatever a parser may raise on damaged bytes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RunError(f"checkpoint {path} cannot be read ({reason}); overwrite=true starts the run anew") from error
-    return content
+    raise RunError(f"checkpoint {path} cannot be read ({reason})")
+
+
+def exists(folder: Path) -> bool:
+    """Whether a folder of checkpoints holds one to go on from."""
+    return any((folder / name).is_file() for name in (LAST, PREVIOUS))
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The newest whole checkpoint of a folder; one that is damaged is named in the log.
+
+    Raises:
+        RunError: there is none.
+    """
+    reasons: list[str] = []
+    for name in (LAST, PREVIOUS):
+        try:
+            if (folder / name).is_file():
+                found = load(folder / name)
+                if reasons:
+                    log.warning(f"{reasons[0]}; going on from the one before")
+                return found
+        except RunError as error:
+            reasons.append(str(error))
+    raise RunError(f"{'; '.join(reasons) or f'{folder} holds no checkpoint'}; overwrite=true starts the run anew")
 
 
 def random_state() -> dict[str, Any]:

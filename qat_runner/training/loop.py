@@ -2,11 +2,12 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from torch.nn import functional as F
 from qat_runner.config import Config, identity
 from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
-from qat_runner.errors import RunError
+from qat_runner.data.batches import WHOLE
+from qat_runner.errors import RunError, StoppedError
 from qat_runner.insertion.insert import scalars, weights_quantized_once
-from qat_runner.training import checkpoint
+from qat_runner.training import checkpoint, distributed
 from qat_runner.training.measure import LayerNoise, WarmStartExcess, autocast, compute, evaluate, measure_noise
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
+from qat_runner.training.stop import StopRequest
 from qat_runner.training.tracking import Record, write_json
 
 log = logging.getLogger("qat_runner")
@@ -32,15 +35,40 @@ class State:
 
     epoch: int = 0
     """epochs done"""
+    step: int = 0
+    """steps done of the next one"""
     steps: int = 0
+    """in all"""
     seconds: float = 0.0
     """training and validation, over all sittings"""
+    train_seconds: float = 0.0
+    """of them, training of the epoch that is under way"""
     best: float = -math.inf
     """of the data's metric, in percent"""
     val: dict[str, float] = field(default_factory=dict)
     """the latest validation: loss, the data's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
+
+
+class Lap:
+    """The steps since their losses were last read; they wait on the device till then."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.rates: list[float] = []
+        self.excess: list[Tensor] = []
+        self._began = time.perf_counter()
+
+    def add(self, loss: Tensor, lr: float, excess: Tensor | None) -> None:
+        """A step: its mean loss [], its learning rate, and what a warm start cost it, [2]."""
+        self.losses.append(loss)
+        self.rates.append(lr)
+        if excess is not None:
+            self.excess.append(excess)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
 
 
 class Trainer:
@@ -70,29 +98,36 @@ class Trainer:
         self.state = State()
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
+        self.totals = data.totals()
+        """of the epoch that is under way, of this process"""
+        self.lap = Lap()
+        self.stop = StopRequest()
+        self.saved_at = time.monotonic()
 
     def fit(self) -> None:
-        """Train the epochs that are left, measuring and saving after each.
+        """Train the epochs that are left; measure after each, and save after each and every so many minutes.
 
         Raises:
             RunError: the loss became NaN or infinite.
+            StoppedError: a signal asked for it; the run is saved as it is.
         """
-        if self.state.epoch == 0:
+        if self.state.epoch == self.state.step == 0:
             self.measure_noise()
-        with self._progress(self.epochs, self.steps * self.batch_size) as progress:
-            for epoch in range(self.state.epoch, self.epochs):
+        with self._progress(self.epochs, self.steps * self.batch_size) as progress, StopRequest() as self.stop:
+            while self.state.epoch < self.epochs:
+                progress.begin(f"epoch {self.state.epoch + 1}/{self.epochs}")
+                train = self._train_epoch(self.state.epoch, progress)
+                progress.begin(f"epoch {self.state.epoch + 1}/{self.epochs}, validation")
                 began = time.perf_counter()
-                progress.begin(f"epoch {epoch + 1}/{self.epochs}")
-                train = self._train_epoch(epoch, progress)
-                trained = time.perf_counter() - began
-                progress.begin(f"epoch {epoch + 1}/{self.epochs}, validation")
+                distributed.follow_main(self.model, parameters=False)
                 self.state.val = self._evaluate(progress)
-                self.state.epoch = epoch + 1
                 self.state.seconds += time.perf_counter() - began
-                self.state.samples_per_second = train["samples"] / trained
+                self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
+                self.state.epoch, self.state.step, self.state.train_seconds = self.state.epoch + 1, 0, 0.0
+                self.totals = self.data.totals()
                 self.measure_noise()
                 self._record_epoch(train)
-                self._save()
+                self._save(end_of_epoch=True)
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
 
     def evaluate(self) -> None:
@@ -108,11 +143,20 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         batches, score = self._val_batches(self.config.limit_val_batches), self.data.score()
+
+        def seen(samples: int, totals: Totals) -> None:
+            progress.step(samples * distributed.shard().world, totals)
+            if self.stop.signal and not distributed.launched():  # several would have to agree, batch by batch
+                self._save()
+                self._stop(self.stop.signal)
+
         try:
-            figures = evaluate(self.model, batches, score, self.config.amp, progress.step)
+            evaluate(self.model, batches, score, self.config.amp, seen)
+            score.merge(distributed.gather, distributed.add_up)
+            figures = score.read()
         except ValueError as error:  # a quantizer met NaN or infinity
             raise RunError(f"validation failed, the network has diverged: {error}") from error
-        if isinstance(score, AnswerScore):
+        if isinstance(score, AnswerScore) and distributed.is_main():
             write_json(self.record.folder / "predictions.json", score.predictions)
         return figures
 
@@ -130,48 +174,119 @@ class Trainer:
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.policy.full_precision:
             return []
-        return measure_noise(self.model, self._val_batches(self.config.noise_batches), self.device, self.config.amp)
+        whole = replace(self.data, shard=WHOLE)  # type: ignore[type-var]
+        batches = whole.val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
+        return measure_noise(self.model, batches, self.device, self.config.amp)
 
     def mean_sqnr(self) -> float:
         """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""
         finite = [row.sqnr_db for row in self.noise if math.isfinite(row.sqnr_db)]
         return sum(finite) / len(finite) if finite else math.nan
 
-    def resume(self) -> None:
-        """Go on from the last checkpoint: model, optimizer, scaler and random state as they were."""
-        saved = checkpoint.load(self.record.folder / "checkpoints" / "last.pt")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint: model, optimizer, scaler and random state as they were, and the place in the epoch.
+
+        Raises:
+            RunError: it belongs to another network, or to another number of processes.
+        """
+        shard = distributed.shard()
+        if len(saved["processes"]) != shard.world:
+            raise RunError(
+                f"the run was begun by {len(saved['processes'])} processes, not {shard.world}: go on with as many"
+            )
+        own = saved["processes"][shard.rank]
+        try:
+            self.model.load_state_dict(saved["model"] | own["buffers"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise RunError(f"the checkpoint does not fit this network ({str(error).splitlines()[0]})") from error
         self.scaler.load_state_dict(saved["scaler"])
-        checkpoint.set_random_state(saved["random"])
+        checkpoint.set_random_state(own["random"])
         self.state = State(**saved["state"])
+        self.totals.sums.copy_(own["totals"])
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
+        """What is left of an epoch; returns the figures of all of it."""
         self.model.train()
-        totals = self.data.totals()
-        losses = torch.zeros(self.steps, device=self.device)
-        rates: list[float] = []
-        excess: list[Tensor] = []
-        for step, batch in enumerate(self.data.train_batches(self.batch_size, epoch, self.steps)):
-            rates.append(learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps))
+        self.lap = Lap()
+        batches = self.data.train_batches(self.batch_size, epoch, self.steps, self.state.step)
+        for step, batch in enumerate(batches, self.state.step):
+            lr = learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = rates[-1]
+                group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
-            losses[step] = self._add_gradients(batch, totals)
+            loss = self._add_gradients(batch)
+            distributed.average_gradients(self.model.parameters())
             if self.stage.max_grad_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.excess is not None:
-                excess.append(self.excess.take())
-            if not progress.step(batch.size, totals):
-                break
-        self._check_losses(epoch, losses[: len(rates)].tolist(), rates, excess)
-        self.state.steps += len(rates)
-        return totals.read()
+            self.lap.add(loss, lr, None if self.excess is None else self.excess.take())
+            finite = progress.step(batch.size * distributed.shard().world, self.totals)
+            self._look_around(epoch, finite)
+        self._end_lap(epoch)
+        sums = distributed.add_up(self.totals.sums.clone())
+        return Totals(sums, self.totals.names).read()
 
-    def _add_gradients(self, batch: Batch, totals: Totals) -> Tensor:
+    def _look_around(self, epoch: int, finite: bool) -> None:
+        """After a step: break off, save or stop, whichever any of the processes finds it is time for."""
+        due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
+        asked = self.stop.signal or 0
+        wish = distributed.agree(1000 if not finite else asked + 1 if asked else int(due))
+        if wish == 1000:
+            self._end_lap(epoch)
+        if wish:
+            self._end_lap(epoch)
+            self._save()
+        if wish > 1:
+            self._stop(wish - 1)
+
+    def _stop(self, number: int) -> NoReturn:
+        self.stop.pass_on()
+        where = f"after step {self.state.step} of epoch {self.state.epoch + 1}"
+        raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; the same command goes on", number)
+
+    def _end_lap(self, epoch: int) -> None:
+        """Record the steps since the last time, and make sure that they were sound.
+
+        Raises:
+            RunError: a loss or a weight is NaN or infinite.
+        """
+        lap, first = self.lap, self.state.step
+        self.state.seconds += lap.seconds()
+        self.state.train_seconds += lap.seconds()
+        self.state.step += len(lap.rates)
+        self.state.steps += len(lap.rates)
+        losses = self._mean_over_processes(lap.losses).tolist() if lap.losses else []
+        rows = [
+            {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
+            for i, (loss, lr) in enumerate(zip(losses, lap.rates, strict=True))
+        ]
+        for row, figures in zip(rows, lap.excess, strict=False):
+            row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
+        self.record.steps(rows)
+        self.lap = Lap()
+        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        if bad is not None:
+            raise RunError(self._diverged(f"the loss became {losses[bad]}", epoch, first + bad, lap.rates[bad]))
+        if rows and not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+            raise RunError(self._diverged("a weight became NaN or infinite", epoch, self.state.step - 1, lap.rates[-1]))
+
+    def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
+        return distributed.add_up(torch.stack(losses)) / distributed.shard().world
+
+    def _diverged(self, what: str, epoch: int, step: int, lr: float) -> str:
+        noisy = min(self.noise, key=lambda row: row.sqnr_db, default=None)
+        where = f"{self.record.folder / 'layers.csv'} shows which layers are noisiest"
+        if noisy is not None:
+            where = f"the noisiest tensor was {noisy.layer}.{noisy.tensor} at {noisy.sqnr_db:.1f} dB ({where})"
+        return (
+            f"{what} at step {step + 1} of epoch {epoch + 1}; a smaller lr (now {lr:g}) or more bits may help, and "
+            f"{where}; the last checkpoint is from before"
+        )
+
+    def _add_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
         mean = torch.zeros((), device=self.device)
         count = self.config.accumulate
@@ -183,7 +298,7 @@ class Trainer:
                 share = part.size / batch.size
                 self.scaler.scale(loss * share).backward()
                 mean += loss.detach() * share
-                totals.add(loss, logits.detach(), part.targets)
+                self.totals.add(loss, logits.detach(), part.targets)
         return mean
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -198,22 +313,6 @@ class Trainer:
         divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / batch.targets.numel()
         divergence = divergence * t**2  # gradients keep their size
         return (1 - recipe.distill_weight) * loss + recipe.distill_weight * divergence
-
-    def _check_losses(self, epoch: int, losses: list[float], rates: list[float], excess: list[Tensor]) -> None:
-        rows = [
-            {"epoch": epoch + 1, "step": i + 1, "loss": loss, "lr": lr}
-            for i, (loss, lr) in enumerate(zip(losses, rates, strict=True))
-        ]
-        for row, figures in zip(rows, excess, strict=False):
-            row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
-        self.record.steps(rows)
-        bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-        if bad is not None:
-            raise RunError(
-                f"the loss became {losses[bad]} at step {bad + 1} of epoch {epoch + 1}; "
-                f"a smaller lr (now {rates[bad]:g}) or more bits may help, "
-                f"and {self.record.folder / 'layers.csv'} shows which layers are noisiest"
-            )
 
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
@@ -237,24 +336,34 @@ class Trainer:
             f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.data.unit}/s"
         )
 
-    def _save(self) -> None:
-        value = self.state.val[self.data.metric]
+    def _save(self, end_of_epoch: bool = False) -> None:
+        """Write last.pt, keeping the one before as previous.pt; and best.pt, if this epoch's validation is the best."""
+        value = self.state.val[self.data.metric] if end_of_epoch else -math.inf
         best = value > self.state.best
         self.state.best = max(value, self.state.best)
+        processes = distributed.gather(
+            {
+                "random": checkpoint.random_state(),
+                "totals": self.totals.sums.cpu(),
+                "buffers": {name: t.cpu() for name, t in self.model.named_buffers()} if distributed.launched() else {},
+            }
+        )
         content: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": checkpoint.random_state(),
+            "processes": processes,
             "state": vars(self.state),
             "config": identity(self.config),
         }
+        self.saved_at = time.monotonic()
+        if not distributed.is_main():
+            return
         folder = self.record.folder / "checkpoints"
+        checkpoint.save(folder / checkpoint.LAST, content, keep=folder / checkpoint.PREVIOUS)
         if best:
-            checkpoint.save(
-                folder / "best.pt", {"model": content["model"], "state": content["state"], "config": content["config"]}
-            )
-        checkpoint.save(folder / "last.pt", content)
+            kept = {key: content[key] for key in ("model", "state", "config")}
+            checkpoint.save(folder / "best.pt", kept)
 
     def _val_batches(self, limit: int | None) -> Iterator[Batch]:
         return self.data.val_batches(self.config.dataset.val_batch_size, limit)

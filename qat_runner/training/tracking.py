@@ -13,6 +13,7 @@
 | checkpoints/      | last.pt and best.pt                                                                           |
 | curves.png, noise.png | plots                                                                                     |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
+| error.txt         | why the run broke off, if it did                                                              |
 | summary.json      | the result; a folder that has it is a finished run                                            |
 """
 
@@ -41,7 +42,7 @@ STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
-    *("tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json"),
+    *("tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json", "error.txt"),
 )
 """All that a run folder holds."""
 
@@ -64,15 +65,16 @@ class Record:
 
     Args:
         folder: the run's folder, made if need be.
-        epoch: the epoch that the run goes on from; rows of later epochs, left by a run that was killed, are dropped.
+        epoch: the epoch that the run goes on from; rows of later ones, left by a run that was killed, are dropped.
+        step: steps of the next epoch that are done.
     """
 
-    def __init__(self, folder: Path, epoch: int = -1) -> None:
+    def __init__(self, folder: Path, epoch: int = -1, step: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
         for name in ("metrics.csv", "steps.csv", "layers.csv"):
-            _drop_rows_after(folder / name, epoch)
+            _drop_rows_after(folder / name, epoch, step)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def close(self) -> None:
@@ -103,6 +105,21 @@ class Record:
         for name, s in scalars.items():
             if torch.isfinite(s).all():
                 self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
+
+
+class Silence(Record):
+    """The record of a process that is not the one to keep it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def close(self) -> None: ...
+
+    def epoch(self, row: Mapping[str, float]) -> None: ...
+
+    def steps(self, rows: Iterable[Mapping[str, float]]) -> None: ...
+
+    def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None: ...
 
 
 def write_json(path: Path, content: object) -> None:
@@ -162,12 +179,13 @@ def _append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
         writer.writerows(rows)
 
 
-def _drop_rows_after(path: Path, epoch: int) -> None:
-    rows = read_rows(path)
-    kept = [row for row in rows if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch]
+def _drop_rows_after(path: Path, epoch: int, step: int) -> None:
+    rows = [row for row in read_rows(path) if (row.get("epoch") or "").isdigit()]
+    kept = [row for row in rows if (int(row["epoch"]), int(row.get("step") or 0)) <= (epoch, 10**9)]
+    kept += [row for row in rows if int(row["epoch"]) == epoch + 1 and 0 < int(row.get("step") or 0) <= step]
     if not kept:
         path.unlink(missing_ok=True)
-    elif len(kept) < len(rows):
+    elif len(kept) < len(read_rows(path)):
         temporary = path.with_suffix(".tmp")
         temporary.unlink(missing_ok=True)
         _append(temporary, list(kept[0]), kept)

@@ -68,7 +68,7 @@ def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         "summary.json",
         "tensorboard",
     }
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "previous.pt", "best.pt"}
 
     metrics = rows(folder / "metrics.csv")
     assert [row["epoch"] for row in metrics] == ["1", "2"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import newton
+from qat_runner.quant.pool import Pool
 
 
 def recording() -> bool:
@@ -49,7 +50,14 @@ def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
 
 
 def octav(
-    x: Tensor, k: float, signed: bool, dims: tuple[int, ...], guess: Tensor | None, iterations: int, tolerance: float
+    x: Tensor,
+    k: float,
+    signed: bool,
+    dims: tuple[int, ...],
+    guess: Tensor | None,
+    iterations: int,
+    tolerance: float,
+    pool: Pool | None = None,
 ) -> Tensor:
     """Solve for the clipping scalars of x (Theorem 3.1).
 
@@ -61,22 +69,29 @@ def octav(
         guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
         iterations: reads of x after the start.
         tolerance: reading ends when no scalar moves by more than this, relatively, where looking is free.
+        pool: what x is a part of; None: it is all there is.
 
     Returns:
         s in units of x, in `compute_dtype`.
     """
     a = magnitudes(x, signed)
     cold = guess is None
-    guess = largest(x, signed, dims) if guess is None else guess
+    top_of_x = largest(x, signed, dims) if pool is None else pool.largest(largest(x, signed, dims))
+    guess = top_of_x if guess is None else guess
     nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
-    a.div_(newton.begin(guess, k)[newton.UNIT])
+    unit = newton.begin(guess, k)[newton.UNIT]
+    a.div_(unit)
     total, top = a.sum(dims, keepdim=True), a.amax(dims, keepdim=True)
+    if pool is not None:
+        (total, nonzero), top = pool.total(total, nonzero), top_of_x.double() / unit
     buffer = torch.empty_like(a)
 
     def step(state: Tensor) -> Tensor:
         torch.sub(a, state[newton.S].to(a.dtype), out=buffer).relu_()
         excess = buffer.sum(dims, keepdim=True)
         outside = buffer.sign_().sum(dims, keepdim=True)
+        if pool is not None:
+            excess, outside = pool.total(excess, outside)
         return newton.advance(state, excess, outside, total, nonzero, top)
 
     look = x.device.type == "cpu" and not recording()

@@ -1,0 +1,79 @@
+"""What has become of the runs of a folder: finished, running, stale, failed or missing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from qat_runner.config import Config, load_config
+from qat_runner.report.tables import accuracy
+from qat_runner.training.lock import alive
+from qat_runner.training.tracking import read_json, read_rows
+
+ASKED = "asked.txt"
+"""In a folder of runs: names of all run folders that sweeps asked for."""
+
+STATES = ("finished", "running", "stale", "failed", "missing")
+"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What has become of one run."""
+
+    name: str
+    state: str
+    epochs: str = ""
+    """done and in all"""
+    result: str = ""
+    note: str = ""
+    """of one that failed: why"""
+
+
+def remember_asked(folders: Iterable[Path]) -> None:
+    """Add run folders to the lists of the folders that they lie in."""
+    for folder in folders:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.parent / ASKED
+        known = path.read_text().splitlines() if path.is_file() else []
+        if folder.name not in known:
+            with open(path, "a") as file:
+                file.write(f"{folder.name}\n")
+
+
+def statuses(runs_dir: Path) -> list[Status]:
+    """Of every run in a folder of runs, and of those that were asked for, by name."""
+    asked = runs_dir / ASKED
+    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
+    names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
+    return [_status(runs_dir / name) for name in sorted(names)]
+
+
+def _status(folder: Path) -> Status:
+    config = load_config(folder)
+    if config is None:
+        return Status(folder.name, "running" if alive(folder) else "missing")
+    epochs = _epochs(folder, config)
+    if (folder / "summary.json").is_file():
+        summary = read_json(folder / "summary.json")
+        return Status(folder.name, "finished", epochs, f"{summary['metric']} {accuracy(summary):.2f} %")
+    if alive(folder):
+        return Status(folder.name, "running", epochs)
+    why = folder / "error.txt"
+    if why.is_file():
+        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text().splitlines()), ""))
+    return Status(folder.name, "stale", epochs)
+
+
+def _epochs(folder: Path, config: Config) -> str:
+    rows = read_rows(folder / "metrics.csv")
+    return f"{rows[-1]['epoch'] if rows else 0}/{config.epochs}" if config.training else ""
+
+
+def text(found: list[Status]) -> str:
+    """A table, and the number of each state."""
+    rows = [(s.name, s.state, s.epochs, s.result, s.note) for s in found]
+    counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(s.state == state for s in found)))
+    table = tabulate(rows, ("run", "state", "epochs", "result", "why"), maxcolwidths=[None, None, None, None, 70])
+    return f"{table}\n\n{counts or 'no runs'}"

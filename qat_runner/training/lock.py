@@ -1,0 +1,106 @@
+"""One process at a time in a run's folder, and a sign of life for whoever asks from elsewhere."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from qat_runner.errors import BusyError
+
+NAME = "lock"
+BEAT = 15.0
+"""Seconds between signs of life."""
+STALE = 4 * BEAT
+"""Seconds without one, after which a process counts as dead."""
+
+
+class RunLock:
+    """Holds a run's folder, made if need be, while open. Removes the folder again if nothing came to lie in it.
+
+    Raises, on entering:
+        BusyError: another process holds it.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / NAME
+        self._made: list[Path] = []
+        self._file: int | None = None
+        self._over = threading.Event()
+
+    def __enter__(self) -> "RunLock":
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while self._file is None:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(handle)
+                raise BusyError(f"run_dir={self.folder}: {owner(self.folder)} is at work in it") from error
+            if _same(handle, self._path):  # not removed meanwhile by the one that held it
+                self._file = handle
+            else:
+                os.close(handle)
+        os.truncate(self._file, 0)
+        os.write(self._file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._over.set()
+        self._path.unlink(missing_ok=True)
+        assert self._file is not None
+        os.close(self._file)
+        with contextlib.suppress(OSError):  # not empty: as it should be
+            for path in self._made:
+                path.rmdir()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+def _same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def alive(folder: Path) -> bool:
+    """Whether a process is at work in a folder: here, by its lock; on another machine, by its latest sign of life."""
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        if _read(folder).get("host") != socket.gethostname():
+            return time.time() - os.fstat(handle).st_mtime < STALE
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def owner(folder: Path) -> str:
+    """The process that holds a folder, in words."""
+    who = _read(folder)
+    return f"process {who['process']} on {who['host']}" if who else "another process"
+
+
+def _read(folder: Path) -> dict[str, object]:
+    try:
+        who = json.loads((folder / NAME).read_text())
+        return {"process": who["process"], "host": who["host"]}
+    except (OSError, ValueError, KeyError):
+        return {}

@@ -1,0 +1,134 @@
+"""Two processes against one: the same scalars, the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.data.batches import Batch, Shard, Totals
+from qat_runner.errors import RunError
+from qat_runner.insertion import quantize_model, quantized_tensors
+from qat_runner.quant import maximum, octav
+from qat_runner.quant.pool import Processes
+from qat_runner.quant.quantizer import Quantizer
+from qat_runner.training import distributed
+from tests.training.processes import together
+
+
+def scalars_of_parts(x: Tensor) -> dict[str, Tensor]:
+    part = distributed.shard().samples(x)
+    found: dict[str, Tensor] = {}
+    for bits in (2, 4, 8):
+        for signed in (True, False):
+            cold = octav(part, bits, signed, pool=Processes())
+            found[f"octav {bits} {signed}"] = cold
+            found[f"warm {bits} {signed}"] = octav(part, bits, signed, init=cold * 1.3, iterations=6, pool=Processes())
+            found[f"rows {bits} {signed}"] = octav(part, bits, signed, dim=1, pool=Processes())
+    found["max"] = maximum(part, 4, pool=Processes())
+    return found
+
+
+def test_scalars_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    x = torch.randn(7, 3, 50) * torch.logspace(-3, 3, 7).view(7, 1, 1)
+    x[0] = 0  # uneven in every way
+    first, second = together(scalars_of_parts, 2, tmp_path, x)
+    for name, s in first.items():
+        assert torch.equal(s, second[name])
+        kind, *rest = name.split()
+        if kind == "max":
+            expected = maximum(x, 4)
+        else:
+            expected = octav(x, int(rest[0]), rest[1] == "True", dim=1 if kind == "rows" else None)
+        assert torch.allclose(s, expected, rtol=1e-6), name
+
+
+def network(bits: int) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 8), (8, 8)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    return quantize_model(model, bits, synchronize=True, example=torch.randn(2, 3, 8, 8))
+
+
+def train(bits: int, steps: int = 20) -> dict[str, Any]:
+    """SGD on whole batches, of which each process has its part."""
+    model, shard = network(bits), distributed.shard()
+    distributed.synchronize_batchnorm(model)
+    distributed.follow_main(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    first: dict[str, Tensor] = {}
+    for step in range(steps):
+        x, y = torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(shard.samples(x)), shard.samples(y)).backward()
+        distributed.average_gradients(model.parameters())
+        optimizer.step()
+        if step == 0:
+            first = {t.name: t.quantizer.s.clone() for t in quantized_tensors(model)}
+    return {"weights": model.state_dict(), "first": first}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_processes_train_as_one_does(bits: int, tmp_path: Path) -> None:
+    first, second = together(train, 2, tmp_path, bits)
+    alone = train(bits)
+    for name, s in alone["first"].items():
+        assert torch.allclose(first["first"][name], s, rtol=1e-6), name
+    for name, value in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])  # weights are the same everywhere
+        if value.is_floating_point():
+            assert torch.allclose(first["weights"][name], value, rtol=1e-3, atol=1e-4), name
+
+
+def odds_and_ends() -> dict[str, Any]:
+    shard = distributed.shard()
+    assert distributed.is_main() == (shard.rank == 0)
+    assert distributed.agree(shard.rank * 7) == 7
+    assert distributed.on_main(lambda: "said") == "said"
+    try:
+        distributed.on_main(_fail)
+    except RunError as error:
+        said = str(error)
+    totals = Totals.on(torch.device("cpu"))
+    totals.add(torch.tensor(float(shard.rank)), torch.eye(5)[: 1 + shard.rank], torch.tensor([0, 4])[: 1 + shard.rank])
+    totals.merge(distributed.gather, distributed.add_up)
+    return {"said": said, "gathered": distributed.gather(shard.rank), "totals": totals.read()}
+
+
+def _fail() -> None:
+    raise RunError("no")
+
+
+def test_what_processes_tell_each_other(tmp_path: Path) -> None:
+    for found in together(odds_and_ends, 2, tmp_path):
+        assert found["said"] == "no"
+        assert found["gathered"] == [0, 1]
+        assert found["totals"]["samples"] == 3
+        assert found["totals"]["loss"] == pytest.approx(2 / 3)
+
+
+def test_shards_are_a_partition() -> None:
+    batch = Batch((torch.arange(7),), torch.arange(7))
+    parts = [Shard(rank, 3).samples(batch.targets) for rank in range(3)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(7))
+    assert [sum(Shard(rank, 3).owns(number) for rank in range(3)) for number in range(5)] == [1] * 5
+
+
+@pytest.mark.parametrize("clipping", ["percentile", "mse_sweep"])
+def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
+    with pytest.raises(ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"):
+        Quantizer(4, clipping=clipping, synchronize=True)
+
+
+def test_alone_nothing_changes() -> None:
+    module = nn.Linear(2, 2)
+    module.weight.grad = torch.ones(2, 2)
+    distributed.average_gradients(module.parameters())
+    distributed.follow_main(module)
+    assert torch.equal(module.weight.grad, torch.ones(2, 2))
+    assert distributed.shard() == Shard(0, 1) and distributed.gather(3) == [3] and distributed.agree(5) == 5
