@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow bench lint format wheel clean
+.PHONY: help run test test-slow test-reliability bench lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 
 test-slow: .venv/.installed-dev ## every row of every table for two batches, on a folder of ImageNet's shape
 	$(BIN)/python -m pytest -m slow
+
+test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed
+	$(BIN)/python -m pytest -m reliability -s
 
 bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py

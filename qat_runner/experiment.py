@@ -369,8 +369,8 @@ def _carry_out(
                 log.info(_recipe(config))
             if saved is not None:
                 trainer.resume(saved)
-                done = f"epoch {trainer.state.epoch}" + (f", step {trainer.state.step}" if trainer.state.step else "")
-                log.info(f"going on after {done} of {config.epochs}")
+                step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
+                log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
             if config.training:
                 trainer.fit()
             else:

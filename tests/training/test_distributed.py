@@ -121,7 +121,9 @@ def test_shards_are_a_partition() -> None:
 
 @pytest.mark.parametrize("clipping", ["percentile", "mse_sweep"])
 def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
-    with pytest.raises(ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"):
+    with pytest.raises(
+        ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"
+    ):
         Quantizer(4, clipping=clipping, synchronize=True)
 
 
