@@ -62,6 +62,8 @@ class DatasetConfig:
     """samples a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
     workers: int = 4
     """decoding processes (folders of pictures only)"""
+    skip_corrupt: bool = False
+    """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
     fake_pictures: int = 512
     """training pictures of dataset=fake"""
     max_length: int = 384
@@ -626,7 +628,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 _OF_PICTURES = {
     "model": ("stem", "width"),
-    "dataset": ("num_classes", "image_size", "mean", "std", "augment", "fake_pictures"),
+    "dataset": ("num_classes", "image_size", "mean", "std", "augment", "fake_pictures", "skip_corrupt"),
     "": ("channels_last", "conv_granularity"),
 }
 _OF_TEXT = {

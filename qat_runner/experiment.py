@@ -34,6 +34,7 @@ from qat_runner.config import (
 )
 from qat_runner.data import AUGMENTATIONS, Data, ImageData, find_dataset, load_dataset
 from qat_runner.data.batches import WHOLE
+from qat_runner.data.folder import FolderSource
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.insertion import calibrate, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning, insert
@@ -471,6 +472,8 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
     sqnr = trainer.mean_sqnr()
+    source = trainer.data.source if isinstance(trainer.data, ImageData) else None
+    corrupt = source.corrupt if isinstance(source, FolderSource) and config.dataset.skip_corrupt else None
     return {
         "model": config.model.name,
         "dataset": config.dataset.name,
@@ -493,5 +496,6 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "seconds": state.seconds,
         "sqnr_db": sqnr if sqnr == sqnr else None,
         "quantization_mse": sum(mses) / len(mses) if mses else None,
+        **({"corrupt_pictures": len(corrupt)} if corrupt is not None else {}),
         "run_dir": str(trainer.record.folder),
     }

@@ -164,10 +164,10 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
         from qat_runner.experiment import run
         from qat_runner.report.tables import accuracy
 
+        if any(isinstance(failure, StoppedError) for failure in failures):  # that ends the whole request
+            return None
         try:
             return accuracy(run(from_hydra(composed)))
-        except StoppedError:  # not this row alone: the whole request
-            raise
         except QatError as error:
             if HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
                 failures.append(error)

@@ -64,11 +64,11 @@ def _fake(folder: Path, config: DatasetConfig) -> Source:
 
 
 def _class_folders(folder: Path, config: DatasetConfig) -> Source:
-    return FolderSource(folder, config.image_size, config.workers)
+    return FolderSource(folder, config.image_size, config.workers, config.skip_corrupt)
 
 
 def _imagenet(folder: Path, config: DatasetConfig) -> Source:
-    source = FolderSource(folder, config.image_size, config.workers)
+    source = FolderSource(folder, config.image_size, config.workers, config.skip_corrupt)
     ends = source.classes[0], source.classes[-1]
     if ends != (FIRST_CLASS, LAST_CLASS):
         raise ValueError(

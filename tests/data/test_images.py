@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data import AUGMENTATIONS, find_dataset, load_dataset
+from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
+from qat_runner.data.folder import FolderSource
 from qat_runner.data.images import augment, epoch_seed, shrink
 from qat_runner.errors import ConfigError, RunError
 
@@ -171,8 +172,26 @@ def test_a_limit_and_a_bad_picture_in_a_worker(tmp_path: Path, workers: int) -> 
     (tmp_path / "val" / "class2" / "3.png").write_bytes(b"no picture")
     data = load_dataset(config("imagefolder", num_classes=3, workers=workers), str(tmp_path), CPU, seed=0)
     assert len(list(data.val_batches(4, limit=2))) == 2  # the last batch is never decoded
-    with pytest.raises(RunError, match=r"^picture .*class2/3\.png cannot be decoded \(UnidentifiedImageError: .*\)$"):
+    with pytest.raises(
+        RunError, match=r"^picture .*class2/3\.png cannot be decoded \(UnidentifiedImageError: .*\); .*"
+    ):
         list(data.val_batches(4))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_pictures_are_left_out_and_counted(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path)
+    for name in ("0", "3"):
+        (tmp_path / "val" / "class2" / f"{name}.png").write_bytes(b"no picture")
+    tolerant = config("imagefolder", num_classes=3, workers=workers, skip_corrupt=True)
+    data = load_dataset(tolerant, str(tmp_path), CPU, seed=0)
+    assert isinstance(data, ImageData) and isinstance(data.source, FolderSource)
+    for _ in range(2):
+        assert sum(batch.size for batch in data.val_batches(5)) == data.val_size - 2
+    assert len(data.source.corrupt) == 2
+    assert caplog.text.count("cannot be decoded: left out") == 2  # each once
+    with pytest.raises(RunError, match=r"none of the 1 pictures of a batch can be decoded, the first is .*class2"):
+        list(data.val_batches(1))
 
 
 def test_fashion_mnist_from_torchvisions_files(tmp_path: Path) -> None:

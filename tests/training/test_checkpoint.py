@@ -18,9 +18,66 @@ def test_random_state_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "c.pt"
-    checkpoint.save(path, {"x": torch.randn(100)})
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(RunError, match=r"c\.pt cannot be read"):
-        checkpoint.load(path)
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A folder with the newest checkpoint, of step 2, and the one before, of step 1."""
+    for step in (1, 2):
+        content = {"step": step, "x": torch.randn(500), "nested": {"list": [1.5, "text", None]}}
+        checkpoint.save(tmp_path / checkpoint.LAST, content, keep=tmp_path / checkpoint.PREVIOUS)
+    return tmp_path
+
+
+def test_the_newest_is_read_and_any_tool_can(two: Path) -> None:
+    assert checkpoint.newest(two)["step"] == 2
+    assert checkpoint.load(two / checkpoint.PREVIOUS)["step"] == 1
+    assert torch.load(two / checkpoint.LAST, weights_only=True)["nested"] == {"list": [1.5, "text", None]}
+
+
+def test_a_cut_checkpoint_is_never_read(two: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, chance = two / checkpoint.LAST, random.Random(0)
+    whole = path.read_bytes()
+    for length in [0, 1, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(97))]:
+        path.write_bytes(whole[:length])
+        caplog.clear()
+        assert checkpoint.newest(two)["step"] == 1
+        assert "last.pt cannot be read" in caplog.text and "going on from the one before" in caplog.text
+        with pytest.raises(RunError, match=r"last\.pt cannot be read"):
+            checkpoint.load(path)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_never_read(two: Path) -> None:
+    path, chance = two / checkpoint.LAST, random.Random(0)
+    whole = path.read_bytes()
+    for place in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(98))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        assert checkpoint.newest(two)["step"] == 1
+    path.write_bytes(whole + b"x")
+    assert checkpoint.newest(two)["step"] == 1
+
+
+def test_nothing_whole_is_left(two: Path) -> None:
+    (two / checkpoint.LAST).write_bytes(b"")
+    (two / checkpoint.PREVIOUS).write_bytes(b"PK")
+    with pytest.raises(RunError, match=r"last\.pt cannot be read .*; .*previous\.pt cannot be read .*overwrite=true"):
+        checkpoint.newest(two)
+    with pytest.raises(RunError, match="holds no checkpoint"):
+        checkpoint.newest(two / "nowhere")
+    assert not checkpoint.exists(two / "nowhere") and checkpoint.exists(two)
+
+
+def test_a_write_that_fails_leaves_the_old_content(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")  # what torch makes of a full disk
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last\.pt: \[enforce fail\]"):
+        checkpoint.save(two / checkpoint.LAST, {}, keep=two / checkpoint.PREVIOUS)
+    assert checkpoint.newest(two)["step"] == 2
+    assert sorted(path.name for path in two.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(two: Path) -> None:
+    (two / checkpoint.LAST).rename(two / checkpoint.PREVIOUS)
+    assert checkpoint.newest(two)["step"] == 2

@@ -1,0 +1,209 @@
+"""Trouble on the way: signals, damaged checkpoints, changed configs, divergence, full disks. Nothing is lost."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qat_runner.cli import report
+from qat_runner.cli.run import main
+from qat_runner.training import checkpoint
+from qat_runner.training.lock import RunLock
+from qat_runner.training.loop import Trainer
+from qat_runner.training.tracking import read_rows
+
+SMALL = [
+    *("backend=eager", "model=mobilenet_v3_small", "model.width=0.5", "dataset=fake", "dataset.image_size=8"),
+    *("dataset.fake_pictures=64", "batch_size=16", "epochs=2"),
+]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    return lambda *args: main([*args[: args[0] == "-m"], *SMALL, *args[args[0] == "-m" :]])
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[Trainer], object]) -> None:
+    """Do something before a step (both counted from 1) is taken."""
+    before = Trainer._add_gradients
+
+    def add_gradients(trainer: Trainer, batch: Any) -> Any:
+        if (trainer.state.epoch + 1, trainer.state.step + len(trainer.lap.rates) + 1) == (epoch, step):
+            act(trainer)
+        return before(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_add_gradients", add_gradients)
+
+
+def outcome(folder: str) -> dict[str, Any]:
+    last = checkpoint.load(Path(folder, "checkpoints", checkpoint.LAST))
+    rows = [(row["epoch"], row["step"], row["loss"]) for row in read_rows(Path(folder, "steps.csv"))]
+    return {"rows": rows, "weight": last["model"]["classifier.3.weight"].tolist()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_stops_within_an_epoch(
+    number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run_dir=whole") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, 3, lambda trainer: os.kill(os.getpid(), number))
+        capsys.readouterr()
+        assert run("run_dir=stopped") == 128 + number
+    assert f"stopped by {number.name} after step 3 of epoch 2; the same command goes on" in capsys.readouterr().err
+    assert not Path("stopped/error.txt").exists() and not Path("stopped/lock").exists()
+    assert run("run_dir=stopped") == 0
+    assert "going on after epoch 1 of 2, step 3 of the next" in capsys.readouterr().out
+    assert outcome("stopped") == outcome("whole")
+    assert len(outcome("whole")["rows"]) == 8
+
+
+def test_a_signal_during_validation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("run_dir=whole", "dataset.val_batch_size=4") == 0
+    evaluate = Trainer._evaluate
+
+    def stopped(trainer: Trainer, progress: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(trainer, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", stopped)
+        assert run("run_dir=stopped", "dataset.val_batch_size=4") == 143
+    assert not Path("stopped/metrics.csv").exists()
+    assert run("run_dir=stopped", "dataset.val_batch_size=4") == 0
+    assert outcome("stopped") == outcome("whole")
+
+
+def test_a_stop_ends_the_whole_sweep(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("-m", "seed=0,1,2") == 143
+    assert len([*Path("runs").glob("*/config.yaml")]) == 1
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("run_dir=whole") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("run_dir=cut") == 143
+    last = Path("cut/checkpoints/last.pt")
+    last.write_bytes(last.read_bytes()[:5000])
+    assert run("run_dir=cut") == 0
+    assert "last.pt cannot be read (it is damaged" in Path("cut/log.txt").read_text()
+    assert "going on after epoch 1 of 2" in Path("cut/log.txt").read_text()
+    assert outcome("cut") == outcome("whole")
+
+
+def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run_dir=one", "epochs=1") == 0
+    capsys.readouterr()
+    assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
+    err = capsys.readouterr().err
+    assert "holds a run with another epochs, gradient.name; overwrite=true replaces it, resume=force goes on" in err
+    assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
+    assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
+    assert len(read_rows(Path("one/metrics.csv"))) == 2
+    capsys.readouterr()
+    assert run("run_dir=one", "model=resnet20", "resume=force") == 1
+    assert "the checkpoint does not fit this network" in capsys.readouterr().err
+
+
+def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("run_dir=one") == 143
+    assert run("run_dir=one", "resume=never") == 2
+    assert "holds an unfinished run, and resume=never forbids to go on with it" in capsys.readouterr().err
+    assert run("run_dir=one") == 0
+    assert run("run_dir=one", "resume=never") == 0  # finished: shown
+
+
+def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(trainer: Trainer) -> None:
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(float("nan"))
+
+    at_step(monkeypatch, 2, 2, spoil)
+    assert run("run_dir=one", "checkpoint_minutes=1e-6") == 1
+    err = capsys.readouterr().err
+    assert "the loss became nan at step 2 of epoch 2; a smaller lr" in err
+    assert "the noisiest tensor was " in err and " dB (one/layers.csv" in err
+    saved = checkpoint.newest(Path("one/checkpoints"))
+    assert (saved["state"]["epoch"], saved["state"]["step"]) == (1, 1)
+    assert all(torch.isfinite(t).all() for t in saved["model"].values() if t.is_floating_point())
+    assert "the loss became nan" in Path("one/error.txt").read_text()
+
+
+def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(trainer: Trainer) -> None:
+        if trainer.config.seed == 1:
+            raise ZeroDivisionError("oops")
+
+    at_step(monkeypatch, 1, 1, fail)
+    assert run("-m", "seed=0,1,2", "epochs=1") == 1
+    err = capsys.readouterr().err
+    assert "internal error (ZeroDivisionError: oops), see runs/" in err
+    assert "Traceback" not in err
+    failed = next(Path("runs").glob("*seed1*"))
+    assert "Traceback" in (failed / "error.txt").read_text()
+
+    assert report.main(["status", "runs"]) == 0
+    out = capsys.readouterr().out
+    assert "2 finished, 1 failed" in out and "internal error (ZeroDivisionError: oops)" in " ".join(out.split())
+    monkeypatch.undo()
+    monkeypatch.chdir(failed.parents[1].resolve())
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    assert run("-m", "seed=0,1,2", "epochs=1") == 0
+    assert not (failed / "error.txt").exists()
+
+
+def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM) if trainer.config.seed else None)
+        assert run("-m", "seed=0,1,2") == 143
+    capsys.readouterr()
+    assert report.main(["status", "runs"]) == 0
+    out = capsys.readouterr().out
+    assert "1 finished, 1 stale, 1 missing" in out
+    stale = next(Path("runs").glob("*seed1*"))
+    with RunLock(stale):
+        assert report.main(["status", "runs"]) == 0
+        assert "1 finished, 1 running, 1 missing" in capsys.readouterr().out
+        assert run("seed=1") == 1
+        assert f"process {os.getpid()} on " in capsys.readouterr().err
+    (stale / "summary.json").write_text("{")
+    assert report.main(["status", "runs"]) == 1
+    assert "summary.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, 1, lambda trainer: patch.setattr(torch, "save", full))
+        assert run("run_dir=one") == 1
+    err = capsys.readouterr().err
+    assert "one: writing failed ([Errno 28] No space left on device); what was recorded before is intact" in err
+    assert run("run_dir=one") == 0
+    assert json.loads(Path("one/summary.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    "override", ["hydra.launcher._target_=os.system", "+x._target_=os.system", "+model._target_=a.b"]
+)
+def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-m", override) == 2
+    assert "_target_: a config cannot name code to run" in capsys.readouterr().err
+    assert not [*Path().iterdir()]
