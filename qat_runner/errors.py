@@ -1,5 +1,7 @@
 """What can go wrong, by whose fault it is. Each message is one sentence: what was wrong, where, what is allowed."""
 
+import signal
+
 
 class QatError(Exception):
     """Base of the errors that end the process with a sentence and `exit_code`, without a traceback."""
@@ -24,6 +26,6 @@ class BusyError(RunError):
 class StoppedError(RunError):
     """A signal asked the run to stop; it was saved, and goes on from there when asked again."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number

@@ -2,6 +2,8 @@
 
     qat-run model=resnet50 bits=4
     qat-run -m bits=4,8 clipping=octav,max
+    qat-run -m --detach bits=4,8 seed=0,1,2                      goes on without this shell
+    qat-run -m hydra/launcher=slurm bits=4,8 seed=0,1,2          a job for each row
     torchrun --nproc-per-node 8 -m qat_runner model=resnet50 bits=4
     qat-run --help
 
@@ -11,7 +13,9 @@ broke off; 2 the request cannot be carried out as it stands, and nothing was lef
 
 import logging
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,12 +33,13 @@ from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register
-from qat_runner.errors import ConfigError, QatError, StoppedError
+from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
 from qat_runner.report.status import remember_asked
 from qat_runner.training import distributed
 
 HYDRA_VERSION_BASE = "1.3"
 _MULTIRUN = ("-m", "--multirun")
+_DETACH = "--detach"
 log = logging.getLogger("qat_runner")
 
 
@@ -58,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.sort(key=_rank)
     sweep = any(arg in _MULTIRUN for arg in args)
     main_process = distributed.is_main()
-    log.handlers = [_Terminal(logging.INFO if sweep else logging.DEBUG)] if main_process else []
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
+    _tell_on_terminal(logging.INFO if sweep else logging.DEBUG)
+    detach = _DETACH in args
+    args = [arg for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     register()
     failures: list[QatError] = []
@@ -69,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = _check_all(args)
         if sweep and main_process:
             remember_asked(folders)
+        if detach and folders:
+            return _detach(args, folders[0].parent)
         _run_all(args, failures)
         if main_process:
             _print_table(folders)
@@ -156,22 +163,59 @@ def _check_all(args: Sequence[str]) -> list[Path]:
     return list(folders)
 
 
+def _tell_on_terminal(level: int) -> None:
+    log.handlers = [_Terminal(level)] if distributed.is_main() else []
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+def _detach(args: Sequence[str], runs_dir: Path) -> int:
+    """Start the same command in a process of its own, which this shell's end does not end."""
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    path = runs_dir / f"detached-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    with open(path, "wb") as out:
+        command = [sys.executable, "-m", "qat_runner", *args]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    print(f"process {process.pid} is at work, {path} tells how far; qat-report status {runs_dir} shows the runs")
+    process.returncode = 0  # no one waits for it
+    return 0
+
+
 def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
-    """Let Hydra's launcher run the rows, here or elsewhere; errors of rows that run here are collected."""
+    """Let Hydra's launcher run the rows, here or elsewhere; their errors are collected."""
+    elsewhere = any(arg.startswith("hydra/launcher=") for arg in args)
+    try:
+        _launch(args, failures)
+    except QatError as error:
+        failures.append(error)
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
+        if not elsewhere:
+            raise
+        failures.append(RunError(f"a job broke off: {str(error).strip().splitlines()[0]}"))
+
+
+def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
         from qat_runner.report.tables import accuracy
 
+        here = HydraConfig.get().launcher["_target_"].endswith("BasicLauncher")
+        if not here:
+            _tell_on_terminal(logging.INFO)
         if any(isinstance(failure, StoppedError) for failure in failures):  # that ends the whole request
             return None
         try:
             return accuracy(run(from_hydra(composed)))
         except QatError as error:
-            if HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
+            if here:
                 failures.append(error)
                 return None
+            if isinstance(error, StoppedError):  # no result: whoever stopped the job may start it again
+                sys.exit(error.exit_code)
             raise
 
     sys.argv = [sys.argv[0], *args]

@@ -100,7 +100,7 @@ class FolderSource:
         return self._batches(self._val, [[(0, index) for index in part] for part in own])
 
     def _batches(self, pictures: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
-        loader: DataLoader[Any] = DataLoader(
+        loader: Any = DataLoader(
             pictures,
             batch_sampler=batches,
             num_workers=min(self._workers, _processors(), len(batches)),
