@@ -31,7 +31,7 @@ test-slow: .venv/.installed-dev ## every row of every table for two batches, on 
 	$(BIN)/python -m pytest -m slow
 
 test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed
-	$(BIN)/python -m pytest -m reliability -s
+	$(BIN)/python -m pytest -m reliability -s -n 0
 
 bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py

@@ -13,6 +13,7 @@ broke off; 2 the request cannot be carried out as it stands, and nothing was lef
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,8 @@ from qat_runner.training import distributed
 HYDRA_VERSION_BASE = "1.3"
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
+SLURM_PATIENCE = 600.0
+"""Seconds that a job which was told to end waits to be killed, at most."""
 log = logging.getLogger("qat_runner")
 
 
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    for failure in failures:
+        _wait_for_slurm(failure)
     for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
         _fail(sentence, code)
     return max((failure.exit_code for failure in failures), default=0)
@@ -215,11 +220,19 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
                 failures.append(error)
                 return None
             if isinstance(error, StoppedError):  # no result: whoever stopped the job may start it again
+                _wait_for_slurm(error)
                 sys.exit(error.exit_code)
             raise
 
     sys.argv = [sys.argv[0], *args]
     job()
+
+
+def _wait_for_slurm(error: QatError) -> None:
+    """Let a job that Slurm ends be killed by it: one that ends itself before is not put back into the queue."""
+    if isinstance(error, StoppedError) and "SLURM_JOB_ID" in os.environ and error.exit_code == 128 + signal.SIGTERM:
+        log.info(f"{error}; waiting for Slurm to end the job")
+        time.sleep(SLURM_PATIENCE)
 
 
 def _print_table(folders: Sequence[Path]) -> None:

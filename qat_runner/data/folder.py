@@ -99,9 +99,9 @@ class FolderSource:
         own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
         return self._batches(self._val, [[(0, index) for index in part] for part in own])
 
-    def _batches(self, pictures: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
+    def _batches(self, half: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
         loader: Any = DataLoader(
-            pictures,
+            half,
             batch_sampler=batches,
             num_workers=min(self._workers, _processors(), len(batches)),
             pin_memory=torch.cuda.is_available(),

@@ -4,10 +4,12 @@ A checkpoint is a file of torch.save, sealed: the zip archive that it is ends wi
 before. So a truncated or damaged file is known as such, and any other tool still reads it.
 """
 
+import errno
 import hashlib
 import logging
 import os
 import random
+import shutil
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,7 +46,10 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
+        full = shutil.disk_usage(path.parent).free < 2**20
         temporary.unlink(missing_ok=True)
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise error if isinstance(error, OSError) else OSError(f"{path}: {' '.join(str(error).split())}") from error
     if keep is not None and path.is_file():
         os.replace(path, keep)
