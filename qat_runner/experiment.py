@@ -247,8 +247,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = _teacher(config, data, config.recipe.teacher or weights) if config.distilling else None
-    if distributed.is_main():
-        _clear(config, folder)
+    distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     return _carry_out(config, folder, model, data, teacher, notes)
 
