@@ -74,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures: list[QatError] = []
     try:
         args += _rows_of_experiment(args, sweep)
-        folders = _check_all(args)
+        rows = _check_all(args)
+        folders = list(rows)
         if sweep and main_process:
             remember_asked(folders)
         if detach and folders:
             return _detach(args, folders[0].parent)
-        _run_all(args, failures)
+        # One group for all rows: processes that were launched together can meet but once.
+        with distributed.group(max((row.distributed_timeout for row in rows.values()), default=600)):
+            _run_all(args, failures)
         if main_process:
             _print_table(folders)
     except (HydraException, OmegaConfBaseException) as error:
@@ -126,7 +129,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"qat-run: {sentence}", file=sys.stderr)
+    who = "qat-run" if distributed.is_main() else f"qat-run, process {os.environ['RANK']}"
+    print(f"{who}: {sentence}", file=sys.stderr)
     return code
 
 
@@ -134,8 +138,8 @@ def _refuse(message: str) -> NoReturn:
     raise ConfigError(f"{message}; qat-run --help shows what can be asked for")
 
 
-def _check_all(args: Sequence[str]) -> list[Path]:
-    """Compose and check every row of the request before any work; returns the run folders of the rows."""
+def _check_all(args: Sequence[str]) -> dict[Path, Config]:
+    """Compose and check every row of the request before any work; returns the run folders and configs of the rows."""
     if any("_target_" in arg for arg in args):
         _refuse("_target_: a config cannot name code to run")
     parser = get_args_parser()
@@ -144,7 +148,7 @@ def _check_all(args: Sequence[str]) -> list[Path]:
     if parsed.multirun and (parsed.cfg or parsed.info):
         _refuse("--cfg and --info show one config, not a sweep's")
     if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
-        return []
+        return {}
     from qat_runner.experiment import prepare
 
     rows = [parsed.overrides]
@@ -165,7 +169,7 @@ def _check_all(args: Sequence[str]) -> list[Path]:
                 raise ConfigError(
                     f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it"
                 )
-    return list(folders)
+    return folders
 
 
 def _tell_on_terminal(level: int) -> None:
@@ -216,10 +220,10 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
         try:
             return accuracy(run(from_hydra(composed)))
         except QatError as error:
-            if here:
+            if here and not distributed.launched():  # else the other processes, which may know nothing of it, must end
                 failures.append(error)
                 return None
-            if isinstance(error, StoppedError):  # no result: whoever stopped the job may start it again
+            if isinstance(error, StoppedError) and not here:  # no result: whoever stopped the job may start it again
                 _wait_for_slurm(error)
                 sys.exit(error.exit_code)
             raise

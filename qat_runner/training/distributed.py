@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat_runner.data.batches import Shard
-from qat_runner.errors import QatError, RunError
+from qat_runner.errors import QatError
 
 T = TypeVar("T")
 BUCKET = 2**23
@@ -35,12 +35,12 @@ def launched() -> bool:
 
 @contextmanager
 def group(timeout: float) -> Iterator[None]:
-    """While open, the processes that were launched together can talk to each other.
+    """While open, the processes that were launched together can talk to each other; inside of another one, nothing.
 
     Args:
         timeout: seconds after which a process that waits for another gives up, with an error.
     """
-    if not launched():
+    if not launched() or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -77,11 +77,10 @@ def on_main(work: Callable[[], T]) -> T:
         try:
             told[0] = work()
         except QatError as error:
-            dist.broadcast_object_list([None, str(error)])
-            raise
+            told[1] = error
     dist.broadcast_object_list(told)
     if told[1] is not None:
-        raise RunError(told[1])
+        raise told[1]
     found: T = told[0]
     return found
 
