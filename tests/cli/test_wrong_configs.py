@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qat_runner import experiment
 from qat_runner.cli.run import config_dir, main
+from qat_runner.experiment import running
 from tests.tiny import tiny_bert, tiny_squad
 
 NUMBERS = [
@@ -83,7 +83,7 @@ def test_any_combination_is_carried_out_or_refused(
     monkeypatch.setattr(sys, "argv", ["qat-run"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # What would be carried out is not: that would take hours. Building it may still find something to refuse.
-    monkeypatch.setattr(experiment, "_run", lambda config, folder: {"metric": "top1", "top1": 0.0})
+    monkeypatch.setattr(running, "_run", lambda config, folder: {"metric": "top1", "top1": 0.0})
     before = {str(path) for path in place.rglob("*")}
     code = main([*(["-m"] if sweep else []), *args])
     said = capsys.readouterr()

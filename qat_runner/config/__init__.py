@@ -1,0 +1,38 @@
+"""The config of a run: its schema, what follows from the rest, what is refused, and which runs are the same."""
+
+from qat_runner.config.identities import clipping_label, differences, gradient_label, identity, load_config, run_name
+from qat_runner.config.resolving import baseline_of, check, from_hydra, resolve, scaled_lr
+from qat_runner.config.schema import (
+    BASELINE,
+    ClippingConfig,
+    Config,
+    DatasetConfig,
+    GradientConfig,
+    ModelConfig,
+    RecipeConfig,
+    StageConfig,
+    register,
+)
+
+__all__ = [
+    "BASELINE",
+    "ClippingConfig",
+    "Config",
+    "DatasetConfig",
+    "GradientConfig",
+    "ModelConfig",
+    "RecipeConfig",
+    "StageConfig",
+    "baseline_of",
+    "check",
+    "clipping_label",
+    "differences",
+    "from_hydra",
+    "gradient_label",
+    "identity",
+    "load_config",
+    "register",
+    "resolve",
+    "run_name",
+    "scaled_lr",
+]

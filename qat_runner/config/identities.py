@@ -1,0 +1,146 @@
+"""Which runs are the same: the keys that decide a result, the names that follow from them, and saved configs."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat_runner.config.resolving import baseline_of
+from qat_runner.config.schema import BASELINE, Config
+
+PLACES = (
+    *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
+    *("checkpoint_minutes", "distributed_timeout"),
+)
+"""Keys that say where things lie and what is kept, not what is computed."""
+
+_OF_PICTURES = {
+    "model": ("stem", "width"),
+    "dataset": ("num_classes", "image_size", "mean", "std", "augment", "fake_pictures", "skip_corrupt"),
+    "": ("channels_last", "conv_granularity"),
+}
+
+_OF_TEXT = {
+    "model": ("checkpoint",),
+    "dataset": (
+        *("max_length", "stride", "padding", "one_window"),
+        *("train_questions", "val_questions", "n_best", "max_answer_length"),
+    ),
+}
+"""Keys, by group, that mean nothing to the other kind of network."""
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The keys of a resolved config that decide its result: what is equal here is the same run.
+
+    Weights count by content, wherever they lie. Clipping and gradient are no part of a full-precision run, nor is the
+    recipe of one that does not train.
+    """
+    keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
+    del keys["bits"], keys["dataset"]["workers"]
+    _drop_foreign(keys, config.reads_text)
+    if config.reads_text and config.model.checkpoint is not None:
+        keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
+    if config.weights is not None:
+        baseline = config.weights == BASELINE
+        keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
+    if config.dataset.name == "imagefolder":  # any folder of pictures goes by this name
+        keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
+    keys["recipe"] = None
+    if config.training:
+        keys["recipe"] = asdict(config.stage)
+    if config.distilling:
+        teacher = config.recipe.teacher
+        keys["distill"] = {
+            "teacher": None if teacher is None else config.content(teacher),
+            "temperature": config.recipe.distill_temperature,
+            "weight": config.recipe.distill_weight,
+        }
+    if not config.training:
+        for key in ("epochs", "lr", "accumulate", *([] if config.needs_calibration else ["batch_size"])):
+            del keys[key]
+    if config.policy.full_precision:
+        for key in (
+            "clipping",
+            "gradient",
+            "first_last_bits",
+            "conv_granularity",
+            "linear_granularity",
+            "noise_batches",
+        ):
+            keys.pop(key, None)
+    elif config.clipping.learned:
+        del keys["gradient"]
+    return keys
+
+
+def _drop_foreign(keys: dict[str, Any], reads_text: bool) -> None:
+    for group, names in (_OF_PICTURES if reads_text else _OF_TEXT).items():
+        for name in names:
+            del (keys[group] if group else keys)[name]
+
+
+def load_config(folder: Path) -> Config | None:
+    """The config of the run that a folder holds; None if it holds none."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        saved = OmegaConf.to_object(merged)
+        assert isinstance(saved, Config)
+        identity(saved)
+    except Exception:  # no such file, no YAML, no config of ours
+        return None
+    return saved
+
+
+def run_name(config: Config) -> str:
+    """A folder name that tells the main choices, and a fingerprint of all others."""
+    fingerprint = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return "_".join(
+        [
+            config.model.name,
+            config.dataset.name,
+            config.mode,
+            *_quantization_words(config),
+            f"seed{config.seed}",
+            fingerprint,
+        ]
+    )
+
+
+def _quantization_words(config: Config) -> list[str]:
+    if config.policy.full_precision:
+        return ["fp32"]
+    same = config.weight_bits == config.activation_bits
+    bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
+    distilled = ["distilled"] if config.distilling else []
+    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
+
+
+def clipping_label(config: Config) -> str:
+    """The clipping method in one word, e.g. octav, static-percentile99.9; "none" for full precision."""
+    if config.policy.full_precision:
+        return "none"
+    suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
+    held = not config.clipping.dynamic and not config.clipping.learned
+    return ("static-" if held else "") + config.clipping.name + suffix
+
+
+def gradient_label(config: Config) -> str:
+    """The gradient estimator in one word; that of lsq and pact is their own."""
+    return "none" if config.policy.full_precision else "own" if config.clipping.learned else config.gradient.name
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested configs differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found

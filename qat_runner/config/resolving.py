@@ -1,0 +1,256 @@
+"""From a config as Hydra composes it to one that is complete and makes sense, or a sentence why it does not.
+
+A `Config` as composed may leave out what follows from the rest (bits of weights, epochs, ...). `resolve` fills that in,
+and `check` refuses what cannot be meant, before any work. A run's `config.yaml` is the resolved one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qat_runner.config.schema import (
+    AMP,
+    DISTILL,
+    MODES,
+    OPTIMIZERS,
+    PADDINGS,
+    RESUME,
+    SCHEDULES,
+    TEXT_DATASETS,
+    Config,
+    StageConfig,
+)
+from qat_runner.errors import ConfigError
+from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES
+from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, LEARNED, LearnedQuantizer, Quantizer
+from qat_runner.quant.kernels import BACKENDS
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """A composed config -> a resolved and checked one.
+
+    Raises:
+        ConfigError: a contradiction, or a value out of range.
+    """
+    try:
+        config = OmegaConf.to_object(composed)
+    except Exception as error:  # omegaconf: a missing value, an interpolation that leads nowhere
+        raise ConfigError(" ".join(str(error).split())) from error
+    assert isinstance(config, Config)
+    for key in _unknown_keys(config):
+        raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
+    return resolve(config)
+
+
+def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
+    """Keys that were added by force (+key=value) and mean nothing."""
+    known = {f.name for f in fields(config)}
+    unknown = [prefix + key for key in vars(config) if key not in known]
+    for key in known:
+        if is_dataclass(getattr(config, key)):
+            unknown += _unknown_keys(getattr(config, key), f"{prefix}{key}.")
+    return unknown
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what follows from the rest, and check the result."""
+    _require(config.mode in ("auto", *MODES), "mode", config.mode, f"one of {', '.join(('auto', *MODES))}")
+    text = config.reads_text
+    config = replace(config, mode=config.auto_mode if config.mode == "auto" else config.mode)
+    stage = config.stage
+    batch_size = stage.batch_size if config.batch_size is None else config.batch_size
+    clipping = config.clipping
+    if clipping.calibration_batches is None:
+        clipping = replace(clipping, calibration_batches=10 if text else 5)
+    granularity = config.linear_granularity
+    config = replace(
+        config,
+        clipping=clipping,
+        first_last_bits=8 if config.first_last_bits is None and not text else config.first_last_bits,
+        linear_granularity=("channel" if text else "tensor") if granularity == "auto" else granularity,
+        weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
+        activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
+        epochs=stage.epochs if config.epochs is None else config.epochs,
+        batch_size=batch_size,
+        lr=scaled_lr(stage, batch_size) if config.lr is None else config.lr,
+    )
+    check(config)
+    return config
+
+
+def baseline_of(config: Config) -> Config:
+    """The full-precision run in mode auto that goes with a resolved config, resolved."""
+    recipe = replace(config.recipe, distill="none", teacher=None)
+    changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
+    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "run_dir"))
+    return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, **changes))
+
+
+def scaled_lr(stage: StageConfig, batch_size: int) -> float:
+    """The recipe's learning rate at another batch size: in proportion to it for SGD, to its square root for AdamW."""
+    ratio = batch_size / stage.batch_size
+    return stage.lr * (math.sqrt(ratio) if stage.optimizer == "adamw" else ratio)
+
+
+def check(config: Config) -> None:
+    """Refuse a resolved config that cannot be meant.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    names: list[tuple[str, str, Sequence[str]]] = [
+        ("amp", config.amp, AMP),
+        ("backend", config.backend, ("auto", *BACKENDS)),
+        ("resume", config.resume, RESUME),
+        ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
+        ("clipping.name", config.clipping.name, (*CLIPPING_METHODS, *LEARNED)),
+        ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
+        ("conv_granularity", config.conv_granularity, GRANULARITIES),
+        ("linear_granularity", config.linear_granularity, GRANULARITIES),
+        *((f"recipe.{name}.schedule", stage.schedule, SCHEDULES) for name, stage in config.recipe.stages()),
+        *((f"recipe.{name}.optimizer", stage.optimizer, OPTIMIZERS) for name, stage in config.recipe.stages()),
+        ("dataset.padding", config.dataset.padding, PADDINGS),
+        ("recipe.distill", config.recipe.distill, DISTILL),
+    ]
+    for key, value, allowed in names:
+        _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+    counts: list[tuple[str, int | None, int]] = [
+        ("epochs", config.epochs, 1),
+        ("batch_size", config.batch_size, 1),
+        ("seed", config.seed, 0),
+        ("noise_batches", config.noise_batches, 0),
+        ("limit_train_batches", config.limit_train_batches, 1),
+        ("limit_val_batches", config.limit_val_batches, 1),
+        ("dataset.image_size", None if config.reads_text else config.dataset.image_size, 1),
+        ("dataset.max_length", config.dataset.max_length, 8),
+        ("dataset.stride", config.dataset.stride, 1),
+        ("dataset.train_questions", config.dataset.train_questions, 1),
+        ("dataset.val_questions", config.dataset.val_questions, 1),
+        ("dataset.n_best", config.dataset.n_best, 1),
+        ("dataset.max_answer_length", config.dataset.max_answer_length, 1),
+        ("dataset.num_classes", config.dataset.num_classes, 2),
+        ("dataset.val_batch_size", config.dataset.val_batch_size, 1),
+        ("dataset.workers", config.dataset.workers, 0),
+        ("dataset.fake_pictures", config.dataset.fake_pictures, 2),
+        ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
+        ("clipping.warm_iterations", config.clipping.warm_iterations, 1),
+        *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in config.recipe.stages()),
+    ]
+    for name, count, least in counts:
+        _require(count is None or count >= least, name, count, f"{least} or more")
+    assert config.batch_size is not None
+    _require(1 <= config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
+    _require(0 < config.model.width <= 4, "model.width", config.model.width, "above 0, at most 4")
+    _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
+    assert config.lr is not None
+    _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
+    _require(config.checkpoint_minutes > 0, "checkpoint_minutes", config.checkpoint_minutes, "a positive number")
+    _require(
+        0 < config.distributed_timeout < 1e6, "distributed_timeout", config.distributed_timeout, "a positive number"
+    )
+    for name, stage in config.recipe.stages():
+        _require(0 < stage.decay_factor <= 1, f"recipe.{name}.decay_factor", stage.decay_factor, "above 0, at most 1")
+        _require(
+            0 <= stage.warmup_epochs < float("inf"), f"recipe.{name}.warmup_epochs", stage.warmup_epochs, "0 or more"
+        )
+        norm = stage.max_grad_norm
+        _require(
+            norm is None or 0 < norm < float("inf"), f"recipe.{name}.max_grad_norm", norm, "a positive number or null"
+        )
+        _require(0 <= stage.momentum < 1, f"recipe.{name}.momentum", stage.momentum, "at least 0 and below 1")
+        _require(
+            0 <= stage.label_smoothing < 1,
+            f"recipe.{name}.label_smoothing",
+            stage.label_smoothing,
+            "at least 0 and below 1",
+        )
+        _require(0 <= stage.weight_decay < float("inf"), f"recipe.{name}.weight_decay", stage.weight_decay, "0 or more")
+    _require(
+        0 < config.recipe.distill_temperature < float("inf"),
+        "recipe.distill_temperature",
+        config.recipe.distill_temperature,
+        "a positive number",
+    )
+    _require(
+        0 < config.recipe.distill_weight <= 1,
+        "recipe.distill_weight",
+        config.recipe.distill_weight,
+        "above 0, at most 1",
+    )
+    channels = {len(config.dataset.mean), len(config.dataset.std)}
+    _require(
+        config.reads_text or (channels <= {1, 3} and len(channels) == 1),
+        "dataset.mean",
+        config.dataset.mean,
+        "as long as dataset.std, 1 or 3 numbers",
+    )
+    _require(all(s > 0 for s in config.dataset.std), "dataset.std", config.dataset.std, "positive numbers")
+    _check_quantization(config)
+    _check_mode(config)
+
+
+def _check_quantization(config: Config) -> None:
+    for key in ("weight_bits", "activation_bits", "first_last_bits"):
+        bits = getattr(config, key)
+        if bits is None:
+            continue
+        said = "bits" if bits == config.bits and key != "first_last_bits" else key
+        allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
+        _require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
+    try:
+        if config.clipping.learned:
+            LearnedQuantizer(config.clipping.name, 8, **config.clipping.options())
+        else:
+            Quantizer(8, clipping=config.clipping.name, synchronize=config.clipping.sync, **config.clipping.options())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"clipping={config.clipping.name}: {error}") from error
+    if config.needs_calibration:
+        wanted = (
+            f"clipping={config.clipping.name}"
+            if config.clipping.learned
+            else "clipping.dynamic=false"
+            if not config.clipping.dynamic
+            else f"clipping.eval_mode={config.clipping.eval_mode}"
+        )
+        assert config.clipping.calibration_batches is not None
+        _require(
+            config.clipping.calibration_batches > 0,
+            "clipping.calibration_batches",
+            config.clipping.calibration_batches,
+            f"1 or more, since {wanted} needs data to calibrate its scalars",
+        )
+
+
+def _check_mode(config: Config) -> None:
+    from_scratch, from_checkpoint = config.mode == "scratch", config.mode == "finetune"
+    if not (from_scratch or from_checkpoint) and config.weights is None:
+        raise ConfigError(f"mode={config.mode}: needs weights=PATH, weights=torchvision or weights=baseline")
+    if (from_scratch or from_checkpoint) and config.weights is not None:
+        start = "random weights" if from_scratch else "model.checkpoint"
+        raise ConfigError(
+            f"weights={config.weights}: mode={config.mode} starts from {start}; use mode=retrain, ptq or evaluate"
+        )
+    if from_checkpoint and not config.reads_text:
+        raise ConfigError(
+            f"mode=finetune: is for a BERT on {', '.join(TEXT_DATASETS)}; pictures have scratch and retrain"
+        )
+    if config.reads_text and config.model.checkpoint is None:
+        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
+    if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
+        raise ConfigError(
+            "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
+        )
+    if config.distilling and (config.recipe.teacher or config.weights) is None:
+        raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
+    if config.mode == "ptq" and config.policy.full_precision:
+        raise ConfigError(
+            f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
+        )
+
+
+def _require(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value}: must be {allowed}")

@@ -1,0 +1,339 @@
+"""The schema of configs/: every key of a run, typed, with unit and meaning."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from qat_runner.config.fingerprints import fingerprint
+from qat_runner.errors import ConfigError
+from qat_runner.insertion.policy import Policy
+from qat_runner.quant import LEARNED
+
+STAGES = ("scratch", "retrain", "long_retrain", "finetune")
+MODES = (*STAGES, "ptq", "evaluate")
+TEXT_DATASETS = ("squad",)
+OPTIMIZERS = ("sgd", "adamw")
+PADDINGS = ("max_length", "longest")
+DISTILL = ("none", "full_precision")
+RESUME = ("auto", "force", "never")
+AMP = ("none", "bf16", "fp16")
+SCHEDULES = ("step", "cosine", "linear")
+
+BASELINE = "baseline"
+"""The value of `weights` that stands for the run that `baseline_of` names."""
+
+ANSWER_HEAD = "qa_outputs"
+"""The layer of a BERT that finds answers; the paper quantizes the transformer blocks alone."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    """a name in qat_runner.models.MODELS or BERTS"""
+    stem: str = "auto"
+    """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
+    width: float = 1.0
+    """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
+    checkpoint: str | None = None
+    """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    """a name in qat_runner.data.DATASETS"""
+    num_classes: int | None = None
+    """pictures: classes; null: as many as there are class folders"""
+    image_size: int = 0
+    """pictures: pixels a side of what the network sees"""
+    mean: list[float] = field(default_factory=list)
+    """pictures: normalization, a number a channel, of values in 0..1"""
+    std: list[float] = field(default_factory=list)
+    """pictures: normalization, a number a channel, of values in 0..1"""
+    augment: str = "none"
+    """of training pictures held in memory: none, crop or crop_flip; folders of pictures get ImageNet's"""
+    val_batch_size: int = 500
+    """samples a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
+    workers: int = 4
+    """decoding processes (folders of pictures only)"""
+    skip_corrupt: bool = False
+    """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
+    fake_pictures: int = 512
+    """training pictures of dataset=fake"""
+    max_length: int = 384
+    """text: tokens a window, question, part of the paragraph and special tokens together"""
+    stride: int = 128
+    """text: tokens of the paragraph from the start of a window to that of the next"""
+    padding: str = "max_length"
+    """text: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
+    one_window: bool = False
+    """text: leave out questions that take more than one window, for short trials"""
+    train_questions: int | None = None
+    """text: at most so many training questions, spread evenly over the file; null: all"""
+    val_questions: int | None = None
+    """text: at most so many validation questions, spread evenly over the file; null: all"""
+    n_best: int = 20
+    """text: starts and ends of a window that may become the answer"""
+    max_answer_length: int = 30
+    """text: tokens of an answer"""
+
+
+@dataclass
+class ClippingConfig:
+    name: str = MISSING
+    """octav, max, percentile, mse_sweep, lsq or pact"""
+    dynamic: bool = True
+    """solve scalars on each call, or calibrate once and hold them"""
+    iterations: int | None = None
+    """octav: reads of a tensor a solution, from cold"""
+    warm_iterations: int | None = None
+    """octav: at most so many reads a training step, from the previous step's scalar; null: from cold each time"""
+    q: float | None = None
+    """percentile: q of the q-th percentile of |x|, in percent"""
+    points: int | None = None
+    """mse_sweep: candidates"""
+    together: bool | None = None
+    """mse_sweep: rows of a weight share one candidate, as in the paper"""
+    alpha: float | None = None
+    """pact: the first clipping scalar of activations"""
+    calibration_batches: int | None = None
+    """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on; null:
+    5, of a BERT 10, as in the paper"""
+    sync: bool = False
+    """of several processes: solve activation scalars in training on the batch of all together (dynamic octav and max);
+    otherwise each on its own part, as in the paper"""
+    eval_mode: str = "dynamic"
+    """activation scalars in evaluation: dynamic (solved on each batch), running (their average) or frozen (the last)"""
+
+    def options(self) -> dict[str, Any]:
+        """What is passed to the clipping method."""
+        options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together", "alpha")}
+        return {name: value for name, value in options.items() if value is not None}
+
+    @property
+    def learned(self) -> bool:
+        """Whether scalars are parameters, with gradients of their own."""
+        return self.name in LEARNED
+
+
+@dataclass
+class GradientConfig:
+    name: str = MISSING
+    """ste, pwl, mad or mph"""
+
+
+@dataclass
+class StageConfig:
+    """How one stage, from scratch or retraining or fine-tuning, is trained."""
+
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    """samples a step, over all devices"""
+    lr: float = MISSING
+    """learning rate at that batch size, before any decay"""
+    optimizer: str = "sgd"
+    """sgd, or adamw, which spares biases and normalization the weight decay"""
+    momentum: float = 0.9
+    """sgd"""
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    """sgd"""
+    max_grad_norm: float | None = None
+    """gradients are scaled down to this norm, over all parameters; null: never"""
+    label_smoothing: float = 0.0
+    """0 to below 1"""
+    schedule: str = "step"
+    """step: times decay_factor every decay_every epochs; cosine, linear: to zero over the epochs"""
+    decay_every: int = 30
+    """epochs"""
+    decay_factor: float = 0.1
+    warmup_epochs: float = 0.0
+    """epochs, or a part of one, of linear rise at the start"""
+
+
+@dataclass
+class RecipeConfig:
+    """The full-precision recipe of a network on a data set, a stage a mode; quantized runs use it unmodified."""
+
+    name: str = MISSING
+    scratch: StageConfig | None = None
+    retrain: StageConfig | None = None
+    long_retrain: StageConfig | None = None
+    finetune: StageConfig | None = None
+    distill: str = "none"
+    """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
+    teacher: str | None = None
+    """weights file of that network, as `weights`; null: `weights` themselves"""
+    distill_temperature: float = 4.0
+    """what logits of both are divided by, above 0"""
+    distill_weight: float = 0.5
+    """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
+
+    def stages(self) -> list[tuple[str, StageConfig]]:
+        """Those that there are, by name."""
+        return [(name, stage) for name in STAGES if (stage := getattr(self, name)) is not None]
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    clipping: ClippingConfig = field(default_factory=ClippingConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+    mode: str = "auto"
+    """scratch: train from random weights; finetune: a BERT from its checkpoint; retrain, long_retrain: from `weights`;
+    ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
+    weights: str | None = None
+    """.pt, .pth, .th or .safetensors file; "torchvision" for the published weights; "baseline" for the full-precision
+    run of the same network, data, recipe and seed in mode auto, which is made first where it is missing"""
+
+    bits: int = 4
+    """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""
+    weight_bits: int | None = None
+    """bits of weights; null: bits"""
+    activation_bits: int | None = None
+    """bits of activations; null: bits"""
+    first_last_bits: int | None = None
+    """bits of the first convolution and the last linear layer, weights and inputs; null: 8; a BERT has no such ends"""
+    conv_granularity: str = "channel"
+    """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
+    linear_granularity: str = "auto"
+    """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
+
+    epochs: int | None = None
+    """null: the recipe's"""
+    batch_size: int | None = None
+    """null: the recipe's"""
+    lr: float | None = None
+    """null: the recipe's, in proportion to batch_size where that is not the recipe's"""
+    accumulate: int = 1
+    """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
+    seed: int = 0
+    """of initialization, data order and augmentation; 0 to 2^32 - 1"""
+    backend: str = "auto"
+    """of the quantization kernels: auto, eager (plain PyTorch), compiled (C++, CPU) or triton (CUDA)"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    amp: str = "none"
+    """none, bf16 or fp16: autocast of convolutions and matrix products"""
+    channels_last: bool = True
+    """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
+    limit_train_batches: int | None = None
+    """at most so many batches an epoch; null: all"""
+    limit_val_batches: int | None = None
+    """at most so many validation batches; null: all"""
+    noise_batches: int = 1
+    """validation batches on which quantization noise is measured after each epoch; 0: never"""
+
+    sync_batchnorm: bool = False
+    """of several processes: BatchNorm over the batch of all together"""
+    distributed_timeout: float = 600.0
+    """of several processes: seconds after which one that waits for another gives up"""
+    checkpoint_minutes: float = 10.0
+    """a checkpoint is written so often, and at the end of each epoch"""
+
+    sweep: dict[str, str] = field(default_factory=dict)
+    """of an experiment: what -m sweeps over, unless the command line names the key"""
+    standins: dict[str, str] = field(default_factory=dict)
+    """of a scale: what takes the place of values in `sweep`"""
+
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """of the files and folders that this config names, as a run found them; filled in by the runner"""
+
+    log_excess_mse: bool = False
+    """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
+
+    data_dir: str = "data"
+    """where data sets lie; by default the environment variable QAT_DATA_DIR, else ./data"""
+    runs_dir: str = "runs"
+    """where run folders are made"""
+    run_dir: str | None = None
+    """this run's folder; null: a folder in runs_dir named after the config"""
+    overwrite: bool = False
+    """start anew where the run folder exists; otherwise a finished run is shown and an unfinished one resumed"""
+    resume: str = "auto"
+    """auto: go on with an unfinished run of the same config; force: of another config, too; never: refuse"""
+
+    @property
+    def training(self) -> bool:
+        return self.mode in STAGES
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the network is a BERT, going by the data."""
+        return self.dataset.name in TEXT_DATASETS
+
+    @property
+    def retraining(self) -> bool:
+        return self.mode in ("retrain", "long_retrain")
+
+    @property
+    def stage(self) -> StageConfig:
+        """The recipe's stage that this mode uses; one that does not train takes its batch size from mode auto's.
+
+        Raises:
+            ConfigError: the recipe has none.
+        """
+        mode = self.mode if self.training else self.auto_mode
+        stage: StageConfig | None = getattr(self.recipe, mode)
+        if stage is None:
+            has = ", ".join(name for name, _ in self.recipe.stages())
+            raise ConfigError(f"mode={mode}: recipe={self.recipe.name} has no such stage, only {has}")
+        return stage
+
+    @property
+    def auto_mode(self) -> str:
+        """What mode=auto stands for."""
+        return "finetune" if self.reads_text else "scratch"
+
+    @property
+    def distilling(self) -> bool:
+        return self.training and self.recipe.distill != "none"
+
+    def content(self, path: str) -> str:
+        """A fingerprint of what is at a path, as the run found it, or as it is now."""
+        return self.fingerprints.get(path) or fingerprint(path)
+
+    def with_fingerprints(self) -> "Config":
+        """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
+        named = {self.weights, self.recipe.teacher, self.model.checkpoint} - {None, BASELINE}
+        return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
+
+    @property
+    def policy(self) -> Policy:
+        """Of a resolved config."""
+        assert self.weight_bits is not None and self.activation_bits is not None
+        return Policy(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            first_last_bits=self.first_last_bits,
+            clipping=self.clipping.name,
+            clipping_options=self.clipping.options(),
+            warm_iterations=self.clipping.warm_iterations,
+            dynamic=self.clipping.dynamic,
+            gradient=self.gradient.name,
+            eval_mode=self.clipping.eval_mode,
+            conv_granularity=self.conv_granularity,
+            linear_granularity=self.linear_granularity,
+            synchronize=self.clipping.sync,
+            keep=(ANSWER_HEAD,) if self.reads_text else (),
+        )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scalars must be found on training batches before the first use."""
+        held = (
+            self.clipping.learned
+            or not self.clipping.dynamic
+            or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
+        )
+        return held and self.mode != "evaluate" and not self.policy.full_precision
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as config `schema`."""
+    ConfigStore.instance().store(name="schema", node=Config)

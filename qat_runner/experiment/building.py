@@ -1,0 +1,131 @@
+"""config -> data and model, weights loaded, quantizers in place and calibrated."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from qat_runner.config import (
+    Config,
+    clipping_label,
+)
+from qat_runner.data import Data, ImageData, load_dataset
+from qat_runner.data.batches import WHOLE
+from qat_runner.errors import ConfigError
+from qat_runner.insertion import calibrate, quantized_tensors
+from qat_runner.insertion.insert import insert
+from qat_runner.models import (
+    build_bert,
+    build_model,
+    load_tokenizer,
+    load_weights,
+)
+from qat_runner.quant.kernels import set_backend
+from qat_runner.training import checkpoint, distributed
+from qat_runner.training.memory import keep_freed_memory
+
+log = logging.getLogger("qat_runner")
+
+
+CALIBRATION_EPOCH = 10**6
+"""The number of the epoch whose first batches calibrate: one that training never comes to."""
+
+
+def find_device(name: str) -> torch.device:
+    """auto -> a GPU if there is one, else the CPU; any other name must exist.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+    if name == "auto":
+        return torch.device("cpu")
+    known = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    kind, _, index = name.partition(":")
+    if kind not in known or (index and not index.isdigit()):
+        raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= known[kind]:
+        raise ConfigError(f"device={name}: this machine has {known[kind]} of the kind")
+    return torch.device(name)
+
+
+def bare_model(config: Config, num_classes: int, image_size: int) -> nn.Module:
+    """The network without quantizers; num_classes and image_size mean nothing to a BERT."""
+    if config.reads_text:
+        assert config.model.checkpoint is not None
+        return build_bert(config.model.checkpoint, pretrained=config.mode == "finetune")
+    return build_model(config.model.name, num_classes, image_size, config.model.stem, config.model.width)
+
+
+def model_for(config: Config, data: Data) -> nn.Module:
+    """`_model`, on the device of the data and in its layout."""
+    sizes = (data.num_classes, data.image_size) if isinstance(data, ImageData) else (0, 0)
+    model = bare_model(config, *sizes).to(data.device)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
+    """The data and the model of a run, weights loaded, quantizers in place and calibrated.
+
+    Args:
+        config: resolved.
+        weights: as config.weights, "baseline" replaced by a file.
+
+    Raises:
+        ConfigError: data or weights turn out not to fit.
+    """
+    device = find_device(config.device)
+    shard = distributed.shard()
+    checkpoint.seed_everything(config.seed)
+    set_backend(config.backend, device.type)
+    keep_freed_memory()
+    tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
+    data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer, shard)
+    model = model_for(config, data)
+    example = next(data.train_batches(2, epoch=0, limit=1)).inputs  # real samples: it is seen what the model does
+    try:
+        insert(model, config.policy, example)
+    except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
+        raise ConfigError(
+            f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
+        ) from error
+    if weights is not None:
+        loaded = load_weights(model, weights, config.model.name, new_head=config.retraining)
+        log.info(f"weights {weights}: {loaded}")
+    if config.needs_calibration:
+        _calibrate(config, model, data)
+    for tensor in quantized_tensors(model):
+        if not (config.training or tensor.quantizer.ready):
+            raise ConfigError(
+                f"weights={weights}: holds no clipping scalars for {tensor.name} at these bits, which "
+                f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
+            )
+    if config.sync_batchnorm:
+        distributed.synchronize_batchnorm(model)
+    distributed.follow_main(model)
+    if shard.rank > 0:  # its own dropout
+        checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
+    return model, data
+
+
+def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
+    """The full-precision network that a distilled one learns from, in eval mode."""
+    assert weights is not None
+    teacher = model_for(config, data)
+    loaded = load_weights(teacher, weights, config.model.name, new_head=False)
+    log.info(f"teacher {weights}: {loaded}")
+    return teacher.eval().requires_grad_(False)
+
+
+def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
+    """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
+    assert config.batch_size is not None
+    whole = replace(data, shard=WHOLE)  # type: ignore[type-var]  # every process sees the same batches
+    batches = whole.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
+    try:
+        used = calibrate(model, (batch.inputs for batch in batches))
+    except ValueError as error:
+        raise ConfigError(f"calibration failed: {error}") from error
+    log.info(f"scalars calibrated on {used} training batches of {config.batch_size}")

@@ -1,0 +1,123 @@
+"""Refusing, before any work, what cannot be carried out: absent data or weights, a folder of another run."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from qat_runner.config import (
+    BASELINE,
+    Config,
+    baseline_of,
+    differences,
+    identity,
+    load_config,
+    run_name,
+)
+from qat_runner.data import AUGMENTATIONS, find_dataset
+from qat_runner.errors import ConfigError
+from qat_runner.experiment.building import bare_model, find_device
+from qat_runner.models import (
+    BERTS,
+    MODELS,
+    STEMS,
+    TORCHVISION,
+    find_weights,
+    match_weights,
+    read_checkpoint,
+)
+from qat_runner.quant.kernels import choose_backend
+from qat_runner.training import distributed, lock
+from qat_runner.training.tracking import RECORDED
+
+
+def prepare(config: Config) -> Path:
+    """Refuse, without doing any work, what cannot be carried out; returns the run's folder, which may exist or not.
+
+    Raises:
+        ConfigError: unknown model or device, absent data or weights, a run folder of another config.
+    """
+    for key, value, allowed in (
+        ("model", config.model.name, (*MODELS, *BERTS)),
+        ("model.stem", config.model.stem, STEMS),
+        ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    device = find_device(config.device)
+    world = distributed.world_size()
+    if config.batch_size is not None and config.batch_size % world:
+        raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
+    try:
+        choose_backend(config.backend, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    find_dataset(config.dataset, config.data_dir)
+    _check_kind(config)
+    if config.weights == BASELINE:
+        prepare(baseline_of(config))
+    elif config.weights is not None:
+        _check_weights(config, config.weights, new_head=config.retraining)
+    if config.distilling and config.recipe.teacher is not None:
+        _check_weights(config, config.recipe.teacher, new_head=False)
+    chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
+    folder = Path(chosen).expanduser()
+    _check_folder(folder, config)
+    return folder
+
+
+def _check_kind(config: Config) -> None:
+    """Refuse a network that cannot read the data."""
+    name = config.model.name
+    if (name in BERTS) != config.reads_text:
+        fitting = ", ".join(MODELS if name in BERTS else BERTS)
+        raise ConfigError(f"model={name}: cannot read dataset={config.dataset.name}, which is for {fitting}")
+    if config.reads_text:
+        assert config.model.checkpoint is not None
+        positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
+        if config.dataset.max_length > positions:
+            raise ConfigError(
+                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
+                f"{config.model.checkpoint}"
+            )
+
+
+def _check_weights(config: Config, weights: str, new_head: bool) -> None:
+    """Try the weights on a model without memory."""
+    find_weights(weights, config.model.name)
+    if weights != TORCHVISION and (config.reads_text or config.dataset.num_classes is not None):
+        with torch.device("meta"):
+            model = bare_model(config, config.dataset.num_classes or 0, config.dataset.image_size)
+        match_weights(model, weights, config.model.name, new_head=new_head)
+
+
+def _check_folder(folder: Path, config: Config) -> None:
+    """Refuse a run folder that holds anything but this run, or under overwrite=true anything but a run."""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"run_dir={folder}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(f"run_dir={folder}: {parent} cannot be written to")
+    if not folder.exists():
+        return
+    content = {path.name for path in folder.iterdir()} - {lock.NAME}  # which may be of one that is just beginning
+    if not content:
+        return
+    foreign = sorted(content - {*RECORDED})
+    saved = load_config(folder)
+    if saved is None or (config.overwrite and foreign):
+        what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
+        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
+    if config.overwrite:
+        for key, weights in (("weights", config.weights), ("recipe.teacher", config.recipe.teacher)):
+            if weights is not None and Path(weights).resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(f"run_dir={folder}: overwrite=true would delete {key}={weights}")
+        return
+    changed = differences(identity(saved), identity(config))
+    if changed and config.resume != "force":
+        raise ConfigError(
+            f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
+            f"resume=force goes on with it as it is now asked for"
+        )
+    if config.resume == "never" and not (folder / "summary.json").is_file():
+        raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
