@@ -20,6 +20,10 @@ def explain(error: Exception, configs: Path) -> str:
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher":
+            return (
+                f"{group}={option}: there is none; is a plugin missing (pip install 'qat_runner[slurm]' or '[joblib]')?"
+            )
         options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
