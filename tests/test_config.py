@@ -119,7 +119,6 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["recipe.scratch.max_grad_norm=0"], "max_grad_norm=0.0: must be a positive number or null"),
         (["recipe.scratch.warmup_epochs=-1"], "warmup_epochs=-1.0: must be 0 or more"),
         (["mode=finetune"], "mode=finetune: recipe=digits has no such stage, only scratch, retrain, long_retrain"),
-        (["dataset=squad", "model=bert"], "model=bert: needs model.checkpoint=FOLDER"),
         (["dataset=squad", "model=bert_base", "mode=scratch"], "mode=scratch: recipe=squad has no such stage"),
         (["dataset=squad", "model=bert_base", "weights=w.pt"], "mode=finetune starts from model.checkpoint"),
         (["dataset=squad", "model=bert_base", "dataset.max_length=4"], "dataset.max_length=4: must be 8 or more"),

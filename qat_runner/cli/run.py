@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures: list[QatError] = []
     try:
         args += _rows_of_experiment(args, sweep)
+        if distributed.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
+            _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
         folders = list(rows)
         if sweep and main_process:
@@ -91,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except SystemExit as stop:  # after --help and its like
         return int(stop.code or 0)
+    except OSError as error:  # of a folder of runs, which is about to be written to
+        return _fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from the last checkpoint", 130)
     for failure in failures:
@@ -173,7 +177,7 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
 
 
 def _tell_on_terminal(level: int) -> None:
-    log.handlers = [_Terminal(level)] if distributed.is_main() else []
+    log.handlers = [_Terminal(level) if distributed.is_main() else logging.NullHandler()]
     log.setLevel(logging.DEBUG)
     log.propagate = False
 
@@ -202,7 +206,8 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
     except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
         if not elsewhere:
             raise
-        failures.append(RunError(f"a job broke off: {str(error).strip().splitlines()[0]}"))
+        reason = str(error).strip() or type(error).__name__
+        failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
 
 
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:
@@ -215,15 +220,16 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
         here = HydraConfig.get().launcher["_target_"].endswith("BasicLauncher")
         if not here:
             _tell_on_terminal(logging.INFO)
-        if any(isinstance(failure, StoppedError) for failure in failures):  # that ends the whole request
+        # A stop ends the whole request; and so does any failure of one of several processes: the others may not know.
+        if any(isinstance(failure, StoppedError) or distributed.launched() for failure in failures):
             return None
         try:
             return accuracy(run(from_hydra(composed)))
         except QatError as error:
-            if here and not distributed.launched():  # else the other processes, which may know nothing of it, must end
+            if here:
                 failures.append(error)
                 return None
-            if isinstance(error, StoppedError) and not here:  # no result: whoever stopped the job may start it again
+            if isinstance(error, StoppedError):  # no result: whoever stopped the job may start it again
                 _wait_for_slurm(error)
                 sys.exit(error.exit_code)
             raise

@@ -237,8 +237,6 @@ def _check_mode(config: Config) -> None:
         raise ConfigError(
             f"mode=finetune: is for a BERT on {', '.join(TEXT_DATASETS)}; pictures have scratch and retrain"
         )
-    if config.reads_text and config.model.checkpoint is None:
-        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
     if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"

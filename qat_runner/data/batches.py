@@ -41,10 +41,11 @@ class Batch(NamedTuple):
         return len(self.targets)
 
     def parts(self, count: int) -> Iterator["Batch"]:
-        """The batch in `count` parts of about the same size."""
+        """The batch in `count` parts of about the same size, fewer where there are fewer samples."""
         columns = [t.tensor_split(count) for t in (*self.inputs, self.targets)]
         for *inputs, targets in zip(*columns, strict=True):
-            yield Batch(tuple(inputs), targets)
+            if len(targets):
+                yield Batch(tuple(inputs), targets)
 
 
 @dataclass

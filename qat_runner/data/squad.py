@@ -119,7 +119,7 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
     try:
         with open(cached, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return Tokens(*(Ragged(arrays[f"{part}_values"], arrays[f"{part}_starts"]) for part in parts))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # absent or damaged
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged
         pass
     with tqdm(
         total=len(contexts) + len(questions),
@@ -131,12 +131,13 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
         question_ids, _ = _encode([q.text for q in questions], tokenizer, bar)
     tokens = Tokens(Ragged.of(question_ids), Ragged.of(context_ids), Ragged.of(spans, (2,)))
     arrays = {f"{part}_{name}": getattr(getattr(tokens, part), name) for part in parts for name in ("values", "starts")}
+    temporary = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
         np.savez(temporary, **arrays)
         os.replace(temporary, cached)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         log.warning(f"the tokens of {path.name} could not be kept in {cached.parent} ({error.strerror})")
     return tokens
 

@@ -51,18 +51,18 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def bare_model(config: Config, num_classes: int, image_size: int) -> nn.Module:
+def bare_model(config: Config, num_classes: int, image_size: int, pretrained: bool = False) -> nn.Module:
     """The network without quantizers; num_classes and image_size mean nothing to a BERT."""
     if config.reads_text:
         assert config.model.checkpoint is not None
-        return build_bert(config.model.checkpoint, pretrained=config.mode == "finetune")
+        return build_bert(config.model.checkpoint, pretrained)
     return build_model(config.model.name, num_classes, image_size, config.model.stem, config.model.width)
 
 
 def model_for(config: Config, data: Data) -> nn.Module:
-    """`_model`, on the device of the data and in its layout."""
+    """`bare_model`, on the device of the data and in its layout."""
     sizes = (data.num_classes, data.image_size) if isinstance(data, ImageData) else (0, 0)
-    model = bare_model(config, *sizes).to(data.device)
+    model = bare_model(config, *sizes, pretrained=config.mode == "finetune").to(data.device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
@@ -84,7 +84,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
     data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer, shard)
     model = model_for(config, data)
-    example = next(data.train_batches(2, epoch=0, limit=1)).inputs  # real samples: it is seen what the model does
+    whole = replace(data, shard=WHOLE)  # type: ignore[type-var]  # every process must see the same samples
+    example = next(whole.train_batches(2, epoch=0, limit=1)).inputs  # real ones: it is seen what the model does
     try:
         insert(model, config.policy, example)
     except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm

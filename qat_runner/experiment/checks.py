@@ -27,8 +27,8 @@ from qat_runner.models import (
     read_checkpoint,
 )
 from qat_runner.quant.kernels import choose_backend
-from qat_runner.training import distributed, lock
-from qat_runner.training.tracking import RECORDED
+from qat_runner.training import checkpoint, distributed, lock
+from qat_runner.training.tracking import RECORDED, TEMPORARY, read_json
 
 
 def prepare(config: Config) -> Path:
@@ -46,8 +46,11 @@ def prepare(config: Config) -> Path:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
     device = find_device(config.device)
     world = distributed.world_size()
-    if config.batch_size is not None and config.batch_size % world:
+    assert config.batch_size is not None
+    if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
+    if config.accumulate > config.batch_size // world:
+        raise ConfigError(f"accumulate={config.accumulate}: must be 1 to batch_size over the number of processes")
     try:
         choose_backend(config.backend, device.type)
     except ValueError as error:
@@ -73,7 +76,8 @@ def _check_kind(config: Config) -> None:
         fitting = ", ".join(MODELS if name in BERTS else BERTS)
         raise ConfigError(f"model={name}: cannot read dataset={config.dataset.name}, which is for {fitting}")
     if config.reads_text:
-        assert config.model.checkpoint is not None
+        if config.model.checkpoint is None:
+            raise ConfigError(f"model={name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
         positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
         if config.dataset.max_length > positions:
             raise ConfigError(
@@ -103,8 +107,10 @@ def _check_folder(folder: Path, config: Config) -> None:
     content = {path.name for path in folder.iterdir()} - {lock.NAME}  # which may be of one that is just beginning
     if not content:
         return
-    foreign = sorted(content - {*RECORDED})
+    foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in RECORDED)
     saved = load_config(folder)
+    if saved is None and not foreign and not content & {"config.yaml", "checkpoints"}:
+        return  # of a run that broke off before it began
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
         raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
@@ -119,5 +125,15 @@ def _check_folder(folder: Path, config: Config) -> None:
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
             f"resume=force goes on with it as it is now asked for"
         )
+    if config.training and not (folder / "summary.json").is_file():
+        _check_processes(folder)
     if config.resume == "never" and not (folder / "summary.json").is_file():
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
+
+
+def _check_processes(folder: Path) -> None:
+    """An unfinished run goes on with as many processes as it began with: each has its part of the state."""
+    path = folder / "environment.json"
+    begun, now = read_json(path).get("processes", 1) if path.is_file() else None, distributed.world_size()
+    if begun not in (None, now) and checkpoint.exists(folder / "checkpoints"):
+        raise ConfigError(f"run_dir={folder}: was begun by {begun} process(es), not {now}; go on with as many")

@@ -36,7 +36,7 @@ from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
-from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json
+from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json, write_text
 
 log = logging.getLogger("qat_runner")
 
@@ -58,7 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         if result is not None:
             log.info(f"{folder} is finished already (overwrite=true starts anew)")
             return result
-        with _locked(folder):
+        with _locked(folder), _failures_told(config, folder):
             return _run(config, folder)
 
 
@@ -117,7 +117,7 @@ def _baseline(config: Config) -> Path:
     baseline = baseline_of(config)
     folder = prepare(baseline)
     waiting = False
-    while not (folder / "summary.json").is_file():
+    while not distributed.on_main((folder / "summary.json").is_file):
         try:
             if not waiting:
                 log.info(f"first the full-precision baseline, {folder}")
@@ -132,7 +132,7 @@ def _baseline(config: Config) -> Path:
 
 def _run_beside(config: Config, folder: Path) -> None:
     """`run` where the processes know each other already."""
-    with _locked(folder):
+    with _locked(folder), _failures_told(config, folder):
         if distributed.on_main(lambda: _finished(config, folder)) is None:
             _run(config, folder)
 
@@ -140,41 +140,50 @@ def _run_beside(config: Config, folder: Path) -> None:
 def _carry_out(
     config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
 ) -> dict[str, Any]:
-    """Train or evaluate what has been built, on the record; what goes wrong is told in a sentence, and in error.txt."""
+    """Train or evaluate what has been built, on the record."""
     with ExitStack() as stack:
-        try:
-            if distributed.is_main():
-                stack.enter_context(_log_to(folder / "log.txt"))
-            checkpoints = folder / "checkpoints"
-            saved = checkpoint.newest(checkpoints) if config.training and checkpoint.exists(checkpoints) else None
-            record = stack.enter_context(closing(_open_record(folder, config, saved)))
-            trainer = Trainer(config, model, data, record, teacher)
-            _describe(config, folder, model, notes)
-            if config.training:
-                log.info(_recipe(config))
-            if saved is not None:
-                trainer.resume(saved)
-                step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
-                log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
-            if config.training:
-                trainer.fit()
-            else:
-                trainer.evaluate()
-            result = _summarize(config, trainer)
-            if distributed.is_main():
-                plot_curves(folder)
-                plot_noise(folder)
-                write_json(folder / "summary.json", result)
-            return result
-        except (StoppedError, KeyboardInterrupt):
+        if distributed.is_main():
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
+            stack.enter_context(_log_to(folder / "log.txt"))
+        checkpoints = folder / "checkpoints"
+        resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
+        saved = checkpoint.newest(checkpoints) if resuming else None
+        record = stack.enter_context(closing(_open_record(folder, saved)))
+        trainer = Trainer(config, model, data, record, teacher)
+        _describe(config, folder, model, notes)
+        if config.training:
+            log.info(_recipe(config))
+        if saved is not None:
+            trainer.resume(saved)
+            step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
+            log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
+        if config.training:
+            trainer.fit()
+        else:
+            trainer.evaluate()
+        result = _summarize(config, trainer)
+        if distributed.is_main():
+            plot_curves(folder)
+            plot_noise(folder)
+            write_json(folder / "summary.json", result)
+        return result
+
+
+@contextmanager
+def _failures_told(config: Config, folder: Path) -> Iterator[None]:
+    """While open, whatever goes wrong becomes a sentence, which error.txt keeps with the traceback."""
+    try:
+        yield
+    except (ConfigError, StoppedError, BusyError):
+        raise
+    except Exception as error:
+        told = _in_a_sentence(error, config, folder)
+        # "x": of several processes the first keeps its reason; the others' is that they lost it
+        with suppress(OSError), open(folder / "error.txt", "x") as file:
+            file.write(f"{told}\n\n{traceback.format_exc()}")
+        if told is error:
             raise
-        except Exception as error:
-            told = _in_a_sentence(error, config, folder)
-            with suppress(OSError):
-                (folder / "error.txt").write_text(f"{told}\n\n{traceback.format_exc()}")
-            if told is error:
-                raise
-            raise told from error
+        raise told from error
 
 
 def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
@@ -201,11 +210,10 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _open_record(folder: Path, config: Config, saved: dict[str, Any] | None) -> Record:
+def _open_record(folder: Path, saved: dict[str, Any] | None) -> Record:
     """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
     if not distributed.is_main():
         return Silence(folder)
-    OmegaConf.save(OmegaConf.structured(config.with_fingerprints()), folder / "config.yaml")
     _record_environment(folder / "environment.json", resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
     return Record(folder, state["epoch"], state["step"])
@@ -257,7 +265,9 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     mses = [row.mse for row in trainer.noise]
     sqnr = trainer.mean_sqnr()
     source = trainer.data.source if isinstance(trainer.data, ImageData) else None
-    corrupt = source.corrupt if isinstance(source, FolderSource) and config.dataset.skip_corrupt else None
+    corrupt: set[str] | None = None  # met since the run last began
+    if isinstance(source, FolderSource) and config.dataset.skip_corrupt:
+        corrupt = set().union(*distributed.gather(source.corrupt))
     return {
         "model": config.model.name,
         "dataset": config.dataset.name,
@@ -271,6 +281,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "distilled": config.distilling,
         "mode": config.mode,
         "seed": config.seed,
+        "processes": distributed.world_size(),
         "metric": trainer.data.metric,
         **{key: value for key, value in state.val.items() if key != "samples"},
         f"best_{trainer.data.metric}": state.best,

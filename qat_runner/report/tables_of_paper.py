@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from tabulate import tabulate
 
+from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
@@ -151,6 +152,9 @@ def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
     layout, labels = paper()[name], paper()["labels"]
     table = Table(name, layout["title"], layout.get("metric", "top1"), dataset)
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
+    for run in ours:
+        if run.summary is not None and table.metric not in run.summary:
+            raise ConfigError(f"{name}: is about {table.metric}, which {run.folder.name} does not have")
     found = {run.model for run in ours}
     models = [m for m in layout["models"] if m in found or dataset in ("imagenet", "squad")]
     for model in [*models, *sorted(found - {*models})]:

@@ -17,16 +17,17 @@ Look = Callable[[QuantizedTensor, Tensor], None]
 
 
 def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
-    """The trained network with 4-bit quantizers, whatever it was trained with, and its data.
+    """The trained network with 4-bit quantizers, whatever it was trained with, and its data, on the CPU.
 
     Raises:
-        ConfigError: the folder holds no finished run.
+        ConfigError: the folder holds no run with a checkpoint.
     """
     from qat_runner.experiment import build
 
     config, checkpoint = load_config(folder), folder / "checkpoints" / "last.pt"
     if config is None or not checkpoint.is_file():
         raise ConfigError(f"{folder}: holds no run with a checkpoint")
+    config = replace(config, device="cpu", backend="auto")
     config = replace(config, mode="evaluate", weights=str(checkpoint), clipping=ClippingConfig(name="octav"))
     config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
     return *build(config, config.weights), config

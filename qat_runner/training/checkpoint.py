@@ -134,12 +134,12 @@ def newest(folder: Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all global random generators, as tensors and plain values."""
+    """The state of all global random generators, on a GPU that of this process's, as tensors and plain values."""
     numpy_state: Any = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": [numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *map(float, numpy_state[2:])],
         "python": [version, list(internal), gauss],
     }
@@ -149,7 +149,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Undo what happened to the generators since `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     version, internal, gauss = state["python"]

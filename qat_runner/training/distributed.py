@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat_runner.data.batches import Shard
-from qat_runner.errors import QatError
+from qat_runner.errors import QatError, RunError
 
 T = TypeVar("T")
 BUCKET = 2**23
@@ -39,14 +39,20 @@ def group(timeout: float) -> Iterator[None]:
 
     Args:
         timeout: seconds after which a process that waits for another gives up, with an error.
+
+    Raises:
+        RunError: they do not find each other.
     """
     if not launched() or dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"the processes did not find each other ({' '.join(str(error).split())})") from error
     try:
         yield
     finally:

@@ -15,6 +15,8 @@ from qat_runner.errors import BusyError
 NAME = "lock"
 BEAT = 15.0
 """Seconds between signs of life."""
+PATIENCE = 10
+"""Tenths of a second to wait for a lock."""
 STALE = 4 * BEAT
 """Seconds without one, after which a process counts as dead."""
 
@@ -40,10 +42,13 @@ class RunLock:
         while self._file is None:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                _take(handle)
+            except BlockingIOError as error:
                 os.close(handle)
                 raise BusyError(f"run_dir={self.folder}: {owner(self.folder)} is at work in it") from error
+            except OSError:  # a file system without locks
+                os.close(handle)
+                raise
             if _same(handle, self._path):  # not removed meanwhile by the one that held it
                 self._file = handle
             else:
@@ -51,13 +56,21 @@ class RunLock:
         os.truncate(self._file, 0)
         os.write(self._file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
         threading.Thread(target=self._beat, daemon=True).start()
+        os.register_at_fork(after_in_child=self._forget)
         return self
+
+    def _forget(self) -> None:
+        """In a child, such as a worker that decodes pictures: it must not hold the lock beyond its parent's death."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._over.set()
         self._path.unlink(missing_ok=True)
         assert self._file is not None
         os.close(self._file)
+        self._file = None
         with contextlib.suppress(OSError):  # not empty: as it should be
             for path in self._made:
                 path.rmdir()
@@ -66,6 +79,16 @@ class RunLock:
         while not self._over.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self._path)
+
+
+def _take(handle: int) -> None:
+    """Lock a file, with a little patience: `alive` may be trying it, or the last child of a dead process be dying."""
+    for _ in range(PATIENCE):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.1)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _same(handle: int, path: Path) -> bool:

@@ -18,6 +18,7 @@ from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
 from qat_runner.data.batches import WHOLE
 from qat_runner.errors import RunError, StoppedError
+from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.measure import LayerNoise, WarmStartExcess, autocast, compute, evaluate, measure_noise
@@ -27,6 +28,9 @@ from qat_runner.training.stop import StopRequest
 from qat_runner.training.tracking import Record, write_json
 
 log = logging.getLogger("qat_runner")
+
+DIVERGED = 1000
+"""What a process tells the others when its loss is no number; above all numbers of signals."""
 
 
 @dataclass
@@ -74,7 +78,8 @@ class Lap:
 class Trainer:
     """Trains and measures one model by one config, and keeps the record.
 
-    No training step waits for the device: losses and hits are summed there and read once an epoch.
+    No training step waits for the device: losses and hits are summed there, and read at the end of an epoch and before
+    a checkpoint.
 
     Args:
         config: resolved.
@@ -111,7 +116,7 @@ class Trainer:
             RunError: the loss became NaN or infinite.
             StoppedError: a signal asked for it; the run is saved as it is.
         """
-        if self.state.epoch == self.state.step == 0:
+        if self.state.epoch == self.state.step == 0 and all(t.quantizer.ready for t in quantized_tensors(self.model)):
             self.measure_noise()
         with self._progress(self.epochs, self.steps * self.batch_size) as progress, StopRequest() as self.stop:
             while self.state.epoch < self.epochs:
@@ -163,7 +168,8 @@ class Trainer:
     def _progress(self, epochs: int, train_samples: int) -> AbstractContextManager[Progress]:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
         samples = train_samples + min(self.data.val_size, limit)
-        return closing(Progress(epochs, samples, self.state.epoch, unit=self.data.unit))
+        live = None if distributed.is_main() else False
+        return closing(Progress(epochs, samples, self.state.epoch, self.data.unit, live))
 
     def measure_noise(self) -> None:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
@@ -233,13 +239,11 @@ class Trainer:
         """After a step: break off, save or stop, whichever any of the processes finds it is time for."""
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         asked = self.stop.signal or 0
-        wish = distributed.agree(1000 if not finite else asked + 1 if asked else int(due))
-        if wish == 1000:
-            self._end_lap(epoch)
+        wish = distributed.agree(DIVERGED if not finite else asked + 1 if asked else int(due))
         if wish:
-            self._end_lap(epoch)
+            self._end_lap(epoch)  # where what has diverged is told
             self._save()
-        if wish > 1:
+        if 1 < wish < DIVERGED:
             self._stop(wish - 1)
 
     def _stop(self, number: int) -> NoReturn:
@@ -345,7 +349,7 @@ class Trainer:
             {
                 "random": checkpoint.random_state(),
                 "totals": self.totals.sums.cpu(),
-                "buffers": {name: t.cpu() for name, t in self.model.named_buffers()} if distributed.launched() else {},
+                "buffers": self._own_buffers(),
             }
         )
         content: dict[str, Any] = {
@@ -360,10 +364,14 @@ class Trainer:
         if not distributed.is_main():
             return
         folder = self.record.folder / "checkpoints"
+        if best:  # first: killed in between, the run would know of it, and not write it again
+            checkpoint.save(folder / "best.pt", {key: content[key] for key in ("model", "state", "config")})
         checkpoint.save(folder / checkpoint.LAST, content, keep=folder / checkpoint.PREVIOUS)
-        if best:
-            kept = {key: content[key] for key in ("model", "state", "config")}
-            checkpoint.save(folder / "best.pt", kept)
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """What of the model's state is this process's own, where there are several."""
+        buffers = {name for name, _ in self.model.named_buffers()} if distributed.launched() else set()
+        return {name: t.cpu() for name, t in self.model.state_dict().items() if name in buffers}
 
     def _val_batches(self, limit: int | None) -> Iterator[Batch]:
         return self.data.val_batches(self.config.dataset.val_batch_size, limit)

@@ -33,15 +33,14 @@ def evaluate(
     totals: Totals,
     amp: str,
     seen: Callable[[int, Totals], object] = lambda samples, totals: None,
-) -> dict[str, float]:
-    """Add batches to the totals, the model in eval mode, and read them; `seen` is told of each batch."""
+) -> None:
+    """Add batches to the totals, the model in eval mode; `seen` is told of each batch."""
     model.eval()
     for batch in batches:
         with autocast(totals.sums.device, amp):
             logits = compute(model, batch)
         totals.add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
         seen(batch.size, totals)
-    return totals.read()
 
 
 @dataclass(frozen=True)

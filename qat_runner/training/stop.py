@@ -35,7 +35,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == number:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def pass_on(self) -> None:
         """Give the noted signal to the handler that a launcher had set for it, if any."""

@@ -10,7 +10,7 @@
 | steps.csv         | a row a training step                                                                         |
 | layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
-| checkpoints/      | last.pt and best.pt                                                                           |
+| checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
 | curves.png, noise.png | plots                                                                                     |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
 | error.txt         | why the run broke off, if it did                                                              |
@@ -45,6 +45,9 @@ RECORDED = (
     *("tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json", "error.txt"),
 )
 """All that a run folder holds."""
+
+TEMPORARY = ".tmp"
+"""Ending of what is being written; a process that was killed may leave one."""
 
 _PACKAGES = (
     "qat_runner",
@@ -124,9 +127,18 @@ class Silence(Record):
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON: path holds the old content or the new one, never half of it. NaN and infinity become null."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_finite(content), indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file: path holds the old content or the new one, never half of it, and nothing else is left."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -167,6 +179,7 @@ def environment() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
             "cuda": torch.version.cuda,
         },
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 
@@ -186,7 +199,7 @@ def _drop_rows_after(path: Path, epoch: int, step: int) -> None:
     if not kept:
         path.unlink(missing_ok=True)
     elif len(kept) < len(read_rows(path)):
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f"{path.name}{TEMPORARY}")
         temporary.unlink(missing_ok=True)
         _append(temporary, list(kept[0]), kept)
         os.replace(temporary, path)

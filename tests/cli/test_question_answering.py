@@ -87,6 +87,8 @@ def test_a_fine_tuned_network_is_quantized_retrained_and_distilled(run: Run) -> 
     assert run("bits=6", "mode=ptq", "clipping=static_octav", weights, "run_dir=ptq") == 0
     assert run("bits=4", "mode=retrain", weights, "recipe.distill=full_precision", "epochs=1", "run_dir=retrain") == 0
     assert run("bits=32", "mode=evaluate", weights, "run_dir=same") == 0
+    distilled = ["recipe.distill=full_precision", "recipe.teacher=full/checkpoints/last.pt"]
+    assert run("bits=4", "epochs=1", "limit_train_batches=1", *distilled, "run_dir=taught") == 0
     full, same = (json.loads(Path(f"{name}/summary.json").read_text()) for name in ("full", "same"))
     assert (full["f1"], full["loss"]) == pytest.approx((same["f1"], same["loss"]))
     assert json.loads(Path("retrain/summary.json").read_text())["distilled"]
@@ -132,6 +134,7 @@ def test_every_row_of_table5(run: Run) -> None:
     [
         (["model=resnet18"], "model=resnet18: cannot read dataset=squad, which is for bert_base, bert_large, bert"),
         (["dataset=digits"], "model=bert: cannot read dataset=digits, which is for resnet18"),
+        (["model.checkpoint=null"], "model=bert: needs model.checkpoint=FOLDER or a name on the Hugging Face hub"),
         (["model.checkpoint=nowhere/at/all"], "model.checkpoint=nowhere/at/all: must be a folder with a BERT"),
         (["dataset.max_length=100"], "dataset.max_length=100: must be 64 or less, the positions of bert"),
         (["dataset.max_length=8"], "leaves no room for its paragraph"),

@@ -117,6 +117,38 @@ def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: p
     assert "the checkpoint does not fit this network" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("eval_mode", ["running", "frozen"])
+def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
+    assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
+    assert {row["epoch"] for row in read_rows(Path("one/layers.csv"))} == {"1"}  # before the first step there are none
+
+
+def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one").mkdir()
+    Path("one/error.txt").write_text("broke off before it began")
+    Path("one/lock").write_text("{}")
+    assert run("run_dir=one", "epochs=1") == 0
+    Path("one/summary.json.tmp").write_text("{")
+    assert run("run_dir=one", "epochs=1", "overwrite=true") == 0
+    assert not Path("one/error.txt").exists()
+    Path("one/notes.tmp").write_text("mine")
+    assert run("run_dir=one", "epochs=1", "overwrite=true") == 2
+    assert "holds more than a run (notes.tmp), so it is left alone" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_as_many_processes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("run_dir=one") == 143
+    environment = json.loads(Path("one/environment.json").read_text())
+    assert environment["processes"] == 1
+    Path("one/environment.json").write_text(json.dumps(environment | {"processes": 2}))
+    assert run("run_dir=one") == 2
+    assert "run_dir=one: was begun by 2 process(es), not 1; go on with as many" in capsys.readouterr().err
+
+
 def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))

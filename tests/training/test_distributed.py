@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
+from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard, Totals
 from qat_runner.errors import RunError
+from qat_runner.experiment import build
 from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.quant import maximum, octav
 from qat_runner.quant.pool import Processes
@@ -110,6 +114,26 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
         assert found["gathered"] == [0, 1]
         assert found["totals"]["samples"] == 3
         assert found["totals"]["loss"] == pytest.approx(2 / 3)
+
+
+def signs() -> dict[str, Any]:
+    register()
+    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
+        small = ["dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=8", "model=resnet20", "backend=eager"]
+        config = from_hydra(compose("config", overrides=small))
+    model, _ = build(config, None)
+    return {t.name: t.quantizer.signed for t in quantized_tensors(model)}
+
+
+def test_all_processes_see_the_same_samples_before_they_begin(tmp_path: Path) -> None:
+    first, *others = together(signs, 3, tmp_path)
+    assert first["conv1.input"]
+    assert all(other == first for other in others)
+
+
+def test_a_batch_of_fewer_samples_than_parts() -> None:
+    batch = Batch((torch.arange(2),), torch.arange(2))
+    assert [part.size for part in batch.parts(4)] == [1, 1]
 
 
 def test_shards_are_a_partition() -> None:

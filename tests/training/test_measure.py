@@ -24,7 +24,9 @@ def batches(*sizes: int) -> list[Batch]:
 
 def test_evaluation_over_uneven_batches() -> None:
     model, data = network(), batches(10, 10, 3)
-    result = evaluate(model, data, Totals.on(CPU), "none")
+    totals = Totals.on(CPU)
+    evaluate(model, data, totals, "none")
+    result = totals.read()
     logits = torch.cat([model(x) for (x,), _ in data]).detach()
     labels = torch.cat([y for _, y in data])
     assert result["samples"] == 23
@@ -72,6 +74,9 @@ def test_noise_of_every_tensor() -> None:
 
 def test_autocast_changes_the_precision() -> None:
     model, data = network(), batches(4)
-    exact, rounded = evaluate(model, data, Totals.on(CPU), "none"), evaluate(model, data, Totals.on(CPU), "bf16")
+    totals = {amp: Totals.on(CPU) for amp in ("none", "bf16")}
+    for amp, sums in totals.items():
+        evaluate(model, data, sums, amp)
+    exact, rounded = totals["none"].read(), totals["bf16"].read()
     assert exact["loss"] != rounded["loss"]
     assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.05)
