@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=choices, metavar="WHAT", help=f"one of {', '.join(choices)}")
     parser.add_argument("runs_dir", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (runs)")
     parser.add_argument("--dataset", help="whose runs, where there are several")
+    parser.add_argument("--model", help="tables: of one network alone")
     parser.add_argument(
         "--run",
         type=Path,
@@ -68,7 +69,7 @@ def _report(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.tables_of_paper import make_table
 
     runs = find_runs(_folder(args.runs_dir))
-    table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]))
+    table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]), args.model)
     print(table.text("markdown"))
     return _write(args.out, args.what, {layout: table.text(layout) for layout in LAYOUTS})
 

@@ -138,13 +138,14 @@ table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-botto
 """
 
 
-def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
+def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = None) -> Table:
     """Fill a table with the runs of one data set.
 
     Args:
         name: one of TABLES.
         runs: as found; those that belong to other tables are passed over.
         dataset: whose runs.
+        only: of which network; None: of all that the table has, or that runs were found of.
 
     Raises:
         ConfigError: runs that would share a cell differ in more than their seed.
@@ -157,7 +158,8 @@ def make_table(name: str, runs: Sequence[Run], dataset: str) -> Table:
             raise ConfigError(f"{name}: is about {table.metric}, which {run.folder.name} does not have")
     found = {run.model for run in ours}
     models = [m for m in layout["models"] if m in found or dataset in ("imagenet", "squad")]
-    for model in [*models, *sorted(found - {*models})]:
+    models += sorted(found - {*models})
+    for model in models if only is None else [only]:
         baseline: float | None = None
         published = layout["published"].get(model, {})
         for row in layout["rows"]:

@@ -61,6 +61,8 @@ def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.Capt
     capsys.readouterr()
     assert report.main(["table1", "runs"]) == 0
     out = capsys.readouterr().out
+    assert report.main(["table1", "runs", "--model", "resnet50"]) == 0
+    assert "resnet20" not in capsys.readouterr().out
     assert " ± " in out and "Missing: resnet20, Max-scaled, 4 bits; " in out
     assert report.main(["figure4", "runs"]) == 0
     assert Path("report/figure4.svg").stat().st_size > 10_000
