@@ -194,64 +194,50 @@ def growth(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     return [{"what": name, **figures} for name, figures in take_turns(contest, args.rounds, device).items()]
 
 
-def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
-    """A training step: forward, backward, SGD."""
+def vision(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
+    """A network, a batch of random pictures, and how the network is quantized."""
     name, size, batch = which
-    torch.manual_seed(0)
-    if name in BERTS:
-        return make_bert_step(which, mode, device, amp)
     model: nn.Module = build_model(name, 100, size).to(device).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    y = torch.randint(0, 100, (batch,), device=device)
-    if mode == "brevitas":
-        model = brevitas_model(model).to(memory_format=torch.channels_last)
-    elif mode != "full precision":
-        clipping = "octav" if mode == "static" else mode
-        quantize_model(model, 4, clipping, example=x[:2], dynamic=mode != "static")
-    if mode == "static":
-        calibrate(model, [x])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return model, Batch((x,), torch.randint(0, 100, (batch,), device=device)), {}
 
 
-def make_bert_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
-    """A step of fine-tuning a BERT with random weights on random tokens: forward, backward, AdamW."""
+def bert(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
+    """A BERT with random weights, a batch of random tokens, and how the network is quantized."""
     name, length, batch = which
     layers, hidden = BERTS[name]
     config = BertConfig(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=12
     )
     model: nn.Module = BertForQuestionAnswering(config)
-    model.to(device)
-    inputs = torch.randint(1000, 30000, (batch, length), device=device), torch.ones(batch, length, device=device).long()
-    y = torch.randint(0, length, (batch, 2), device=device)
-    if mode != "full precision":
+    ids = torch.randint(1000, 30000, (batch, length), device=device)
+    targets = torch.randint(0, length, (batch, 2), device=device)
+    options = {"first_last_bits": None, "linear_granularity": "channel", "keep": ["qa_outputs"]}
+    return model.to(device), Batch((ids, torch.ones_like(ids)), targets), options
+
+
+def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
+    """A training step: forward, backward, SGD; of a BERT AdamW."""
+    torch.manual_seed(0)
+    is_bert = which[0] in BERTS
+    model, batch, options = (bert if is_bert else vision)(which, device)
+    if mode == "brevitas":
+        model = brevitas_model(model).to(memory_format=torch.channels_last)
+    elif mode != "full precision":
         clipping = "octav" if mode == "static" else mode
-        quantize_model(
-            model,
-            4,
-            clipping,
-            first_last_bits=None,
-            linear_granularity="channel",
-            keep=["qa_outputs"],
-            example=inputs,
-            dynamic=mode != "static",
-        )
+        example = tuple(t[:2] for t in batch.inputs)
+        quantize_model(model, 4, clipping, example=example, dynamic=mode != "static", **options)
     if mode == "static":
-        calibrate(model, [inputs])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        calibrate(model, [batch.inputs])
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=1e-5)
+        if is_bert
+        else torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    )
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = F.cross_entropy(compute(model, Batch(inputs, y)), y)
+            loss = F.cross_entropy(compute(model, batch), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

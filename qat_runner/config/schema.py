@@ -209,7 +209,7 @@ class Config:
     batch_size: int | None = None
     """null: the recipe's"""
     lr: float | None = None
-    """null: the recipe's, in proportion to batch_size where that is not the recipe's"""
+    """null: the recipe's; with another batch_size in proportion to it, or for AdamW to its square root"""
     accumulate: int = 1
     """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
     seed: int = 0

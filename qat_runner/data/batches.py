@@ -1,7 +1,7 @@
 """What all data sets have in common: their batches, and the sums by which a pass over them is judged."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,3 +122,8 @@ class Data(Protocol):
 
     def score(self) -> Totals:
         """Sums for a pass over all of `val_batches`; reading them gives `metric`."""
+
+
+def undivided(data: Data) -> Data:
+    """The same data as one process alone would see it, for what every process must do on the same samples."""
+    return replace(data, shard=WHOLE)  # type: ignore[type-var]  # all data sets are dataclasses with a shard

@@ -1,26 +1,17 @@
 """config -> data and model, weights loaded, quantizers in place and calibrated."""
 
 import logging
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from qat_runner.config import (
-    Config,
-    clipping_label,
-)
+from qat_runner.config import Config, clipping_label
 from qat_runner.data import Data, ImageData, load_dataset
-from qat_runner.data.batches import WHOLE
+from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert
-from qat_runner.models import (
-    build_bert,
-    build_model,
-    load_tokenizer,
-    load_weights,
-)
+from qat_runner.models import build_bert, build_model, load_tokenizer, load_weights
 from qat_runner.quant.kernels import set_backend
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.memory import keep_freed_memory
@@ -84,8 +75,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
     data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer, shard)
     model = model_for(config, data)
-    whole = replace(data, shard=WHOLE)  # type: ignore[type-var]  # every process must see the same samples
-    example = next(whole.train_batches(2, epoch=0, limit=1)).inputs  # real ones: it is seen what the model does
+    # Real samples, the same in every process: it is seen what the model does with them.
+    example = next(undivided(data).train_batches(2, epoch=0, limit=1)).inputs
     try:
         insert(model, config.policy, example)
     except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
@@ -123,8 +114,8 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
     assert config.batch_size is not None
-    whole = replace(data, shard=WHOLE)  # type: ignore[type-var]  # every process sees the same batches
-    batches = whole.train_batches(config.batch_size, CALIBRATION_EPOCH, config.clipping.calibration_batches)
+    count = config.clipping.calibration_batches
+    batches = undivided(data).train_batches(config.batch_size, CALIBRATION_EPOCH, count)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:

@@ -5,27 +5,11 @@ from pathlib import Path
 
 import torch
 
-from qat_runner.config import (
-    BASELINE,
-    Config,
-    baseline_of,
-    differences,
-    identity,
-    load_config,
-    run_name,
-)
+from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_name
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError
 from qat_runner.experiment.building import bare_model, find_device
-from qat_runner.models import (
-    BERTS,
-    MODELS,
-    STEMS,
-    TORCHVISION,
-    find_weights,
-    match_weights,
-    read_checkpoint,
-)
+from qat_runner.models import BERTS, MODELS, STEMS, TORCHVISION, find_weights, match_weights, read_checkpoint
 from qat_runner.quant.kernels import choose_backend
 from qat_runner.training import checkpoint, distributed, lock
 from qat_runner.training.tracking import RECORDED, TEMPORARY, read_json

@@ -59,7 +59,8 @@ def run(config: Config) -> dict[str, Any]:
             log.info(f"{folder} is finished already (overwrite=true starts anew)")
             return result
         with _locked(folder), _failures_told(config, folder):
-            return _run(config, folder)
+            result = distributed.on_main(lambda: _finished(config, folder))  # by whoever held the lock till now
+            return _run(config, folder) if result is None else result
 
 
 @contextmanager
@@ -121,20 +122,13 @@ def _baseline(config: Config) -> Path:
         try:
             if not waiting:
                 log.info(f"first the full-precision baseline, {folder}")
-            _run_beside(baseline, folder)
+            run(baseline)
         except BusyError as error:
             if not waiting:
                 log.info(f"{error}: waiting for it")
             waiting = True
             time.sleep(5)
     return folder
-
-
-def _run_beside(config: Config, folder: Path) -> None:
-    """`run` where the processes know each other already."""
-    with _locked(folder), _failures_told(config, folder):
-        if distributed.on_main(lambda: _finished(config, folder)) is None:
-            _run(config, folder)
 
 
 def _carry_out(

@@ -78,9 +78,10 @@ def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
 
 def _ask(checkpoint: str, load: Callable[..., Any]) -> Any:
     """Load something of a checkpoint, a failure told in a sentence."""
+    folder = Path(checkpoint).expanduser()
     try:
         with _quiet():
-            return load(str(Path(checkpoint).expanduser()) if Path(checkpoint).expanduser().is_dir() else checkpoint)
+            return load(str(folder) if folder.is_dir() else checkpoint)
     except Exception as error:  # whatever a parser, a download or a missing file may raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

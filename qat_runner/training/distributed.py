@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qat_runner.data.batches import Shard
+from qat_runner.data.batches import WHOLE, Shard
 from qat_runner.errors import QatError, RunError
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def local_rank() -> int:
 
 def shard() -> Shard:
     """The part of the data that is this process's."""
-    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Shard()
+    return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 def is_main() -> bool:

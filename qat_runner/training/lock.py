@@ -43,12 +43,11 @@ class RunLock:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _take(handle)
-            except BlockingIOError as error:
+            except OSError as error:
                 os.close(handle)
+                if not isinstance(error, BlockingIOError):  # a file system without locks
+                    raise
                 raise BusyError(f"run_dir={self.folder}: {owner(self.folder)} is at work in it") from error
-            except OSError:  # a file system without locks
-                os.close(handle)
-                raise
             if _same(handle, self._path):  # not removed meanwhile by the one that held it
                 self._file = handle
             else:

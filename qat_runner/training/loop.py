@@ -4,9 +4,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from qat_runner.config import Config, identity
 from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
-from qat_runner.data.batches import WHOLE
+from qat_runner.data.batches import undivided
 from qat_runner.errors import RunError, StoppedError
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
@@ -147,7 +146,8 @@ class Trainer:
         self.measure_noise()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
-        batches, score = self._val_batches(self.config.limit_val_batches), self.data.score()
+        batches = self.data.val_batches(self.config.dataset.val_batch_size, self.config.limit_val_batches)
+        score = self.data.score()
 
         def seen(samples: int, totals: Totals) -> None:
             progress.step(samples * distributed.shard().world, totals)
@@ -180,8 +180,7 @@ class Trainer:
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.policy.full_precision:
             return []
-        whole = replace(self.data, shard=WHOLE)  # type: ignore[type-var]
-        batches = whole.val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
+        batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
         return measure_noise(self.model, batches, self.device, self.config.amp)
 
     def mean_sqnr(self) -> float:
@@ -257,9 +256,9 @@ class Trainer:
         Raises:
             RunError: a loss or a weight is NaN or infinite.
         """
-        lap, first = self.lap, self.state.step
-        self.state.seconds += lap.seconds()
-        self.state.train_seconds += lap.seconds()
+        lap, first, seconds = self.lap, self.state.step, self.lap.seconds()
+        self.state.seconds += seconds
+        self.state.train_seconds += seconds
         self.state.step += len(lap.rates)
         self.state.steps += len(lap.rates)
         losses = self._mean_over_processes(lap.losses).tolist() if lap.losses else []
@@ -372,6 +371,3 @@ class Trainer:
         """What of the model's state is this process's own, where there are several."""
         buffers = {name for name, _ in self.model.named_buffers()} if distributed.launched() else set()
         return {name: t.cpu() for name, t in self.model.state_dict().items() if name in buffers}
-
-    def _val_batches(self, limit: int | None) -> Iterator[Batch]:
-        return self.data.val_batches(self.config.dataset.val_batch_size, limit)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from qat_runner.errors import RunError
+from qat_runner.training import distributed
 from qat_runner.training.measure import LayerNoise
 
 STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
@@ -179,7 +180,7 @@ def environment() -> dict[str, Any]:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
             "cuda": torch.version.cuda,
         },
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": distributed.world_size(),
     }
 
 
@@ -193,12 +194,17 @@ def _append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]
 
 
 def _drop_rows_after(path: Path, epoch: int, step: int) -> None:
-    rows = [row for row in read_rows(path) if (row.get("epoch") or "").isdigit()]
-    kept = [row for row in rows if (int(row["epoch"]), int(row.get("step") or 0)) <= (epoch, 10**9)]
-    kept += [row for row in rows if int(row["epoch"]) == epoch + 1 and 0 < int(row.get("step") or 0) <= step]
+    def done(row: Mapping[str, str]) -> bool:
+        if not (row.get("epoch") or "").isdigit():  # a line that was cut short
+            return False
+        number = int(row["epoch"])
+        return number <= epoch or (number == epoch + 1 and 0 < int(row.get("step") or 0) <= step)
+
+    rows = read_rows(path)
+    kept = [row for row in rows if done(row)]
     if not kept:
         path.unlink(missing_ok=True)
-    elif len(kept) < len(read_rows(path)):
+    elif len(kept) < len(rows):
         temporary = path.with_name(f"{path.name}{TEMPORARY}")
         temporary.unlink(missing_ok=True)
         _append(temporary, list(kept[0]), kept)
