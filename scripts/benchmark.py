@@ -237,7 +237,7 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = F.cross_entropy(compute(model, batch), batch.targets)
+            loss = F.cross_entropy(compute(model, batch.inputs), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

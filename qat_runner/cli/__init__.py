@@ -11,6 +11,13 @@ def qat_run() -> int:
         return 130
 
 
+def qat_export() -> int:
+    """The `qat-export` command; returns its exit code."""
+    from qat_runner.cli.export import main
+
+    return main()
+
+
 def qat_report() -> int:
     """The `qat-report` command; returns its exit code."""
     from qat_runner.cli.report import main

@@ -166,6 +166,9 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
                 composed = compose(parsed.config_name or "config", overrides=list(row))
             except ValueError as error:  # some of Hydra's refusals are no HydraException
                 raise ConfigError(explain(error, config_dir())) from error
+            except AssertionError as error:  # and a key inside of what is null trips over its own checks
+                stages = ", ".join(override for override in row if override.startswith("recipe."))
+                raise ConfigError(f"{stages}: the recipe has no such stage") from error
             config = from_hydra(composed)
             folder = prepare(config)
             other = folders.setdefault(folder, config)

@@ -60,6 +60,8 @@ def identity(config: Config) -> dict[str, Any]:
             "temperature": config.recipe.distill_temperature,
             "weight": config.recipe.distill_weight,
         }
+    if config.freezing:
+        keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
     if not config.training:
         for key in ("epochs", "lr", "accumulate", *([] if config.needs_calibration else ["batch_size"])):
             del keys[key]
@@ -121,12 +123,12 @@ def _quantization_words(config: Config) -> list[str]:
 
 
 def clipping_label(config: Config) -> str:
-    """The clipping method in one word, e.g. octav, static-percentile99.9; "none" for full precision."""
+    """The clipping method in one word, e.g. octav, octav-frozen, static-percentile99.9; "none" for full precision."""
     if config.policy.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     held = not config.clipping.dynamic and not config.clipping.learned
-    return ("static-" if held else "") + config.clipping.name + suffix
+    return ("static-" if held else "") + config.clipping.name + suffix + ("-frozen" if config.freezing else "")
 
 
 def gradient_label(config: Config) -> str:

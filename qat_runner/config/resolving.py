@@ -189,6 +189,7 @@ def check(config: Config) -> None:
     )
     _require(all(s > 0 for s in config.dataset.std), "dataset.std", config.dataset.std, "positive numbers")
     _check_quantization(config)
+    _check_freezing(config)
     _check_mode(config)
 
 
@@ -221,6 +222,18 @@ def _check_quantization(config: Config) -> None:
             "clipping.calibration_batches",
             config.clipping.calibration_batches,
             f"1 or more, since {wanted} needs data to calibrate its scalars",
+        )
+
+
+def _check_freezing(config: Config) -> None:
+    at = config.recipe.freeze_scalars_at
+    if at is None or not config.training or config.policy.full_precision:
+        return
+    assert config.epochs is not None
+    _require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
+    if config.clipping.learned or not config.clipping.dynamic:
+        raise ConfigError(
+            f"recipe.freeze_scalars_at={at:g}: clipping={config.clipping.name} has no dynamic scalars to freeze"
         )
 
 

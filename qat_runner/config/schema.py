@@ -170,6 +170,9 @@ class RecipeConfig:
     """what logits of both are divided by, above 0"""
     distill_weight: float = 0.5
     """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
+    freeze_scalars_at: float | None = None
+    """epoch, or a part of one, from which on the dynamic scalars of activations are held at their running average, so
+    that training gets used to what static inference will see; null: never"""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """Those that there are, by name."""
@@ -293,6 +296,11 @@ class Config:
     @property
     def distilling(self) -> bool:
         return self.training and self.recipe.distill != "none"
+
+    @property
+    def freezing(self) -> bool:
+        """Whether activations' scalars are held in the last part of training."""
+        return self.training and self.recipe.freeze_scalars_at is not None and not self.policy.full_precision
 
     def content(self, path: str) -> str:
         """A fingerprint of what is at a path, as the run found it, or as it is now."""

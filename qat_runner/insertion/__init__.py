@@ -1,6 +1,6 @@
 """Where quantizers go: the policy (bits, granularity, sign), the layers, insertion and calibration."""
 
-from qat_runner.insertion.calibrate import calibrate
+from qat_runner.insertion.calibrate import FREEZING, calibrate, freeze
 from qat_runner.insertion.insert import (
     QuantizedTensor,
     full_precision_state_dict,
@@ -10,17 +10,23 @@ from qat_runner.insertion.insert import (
     summary,
 )
 from qat_runner.insertion.layers import QuantConv2d, QuantLinear
+from qat_runner.insertion.noise_report import LayerNoise, NoiseReport, noise_report
 from qat_runner.insertion.policy import Policy
 from qat_runner.insertion.trace import Trace, trace
 
 __all__ = [
+    "FREEZING",
+    "LayerNoise",
+    "NoiseReport",
     "Policy",
     "QuantConv2d",
     "QuantLinear",
     "QuantizedTensor",
     "Trace",
     "calibrate",
+    "freeze",
     "full_precision_state_dict",
+    "noise_report",
     "quantize_model",
     "quantized_tensors",
     "remove_quantizers",

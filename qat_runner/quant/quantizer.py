@@ -185,6 +185,24 @@ class Quantizer(nn.Module):
             self.s.copy_(s)
             self.running_s.lerp_(s, self.momentum if self._batches > 1 else 1.0)
 
+    @torch.no_grad()
+    def freeze(self, s: Tensor) -> None:
+        """Be static from now on, with these scalars.
+
+        Args:
+            s: in units of x, broadcastable to `shape`.
+
+        Raises:
+            ValueError: s is negative, NaN or infinite.
+        """
+        if not bool((torch.isfinite(s) & (s >= 0)).all()):
+            raise ValueError("clipping scalars must be finite and not negative")
+        self.s.copy_(s)
+        self.running_s.copy_(self.s)
+        self._batches = max(self._batches, 1)
+        self.batches.fill_(self._batches)
+        self.dynamic = False
+
     @staticmethod
     @contextmanager
     def holding(quantizers: Sequence["Quantizer"]) -> Iterator[None]:

@@ -17,10 +17,11 @@ from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
 from qat_runner.data.batches import undivided
 from qat_runner.errors import RunError, StoppedError
-from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
+from qat_runner.insertion.calibrate import hold_activations
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.training import checkpoint, distributed
-from qat_runner.training.measure import LayerNoise, WarmStartExcess, autocast, compute, evaluate, measure_noise
+from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.stop import StopRequest
@@ -52,6 +53,8 @@ class State:
     """the latest validation: loss, the data's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
+    held: bool = False
+    """activations' scalars are held, from recipe.freeze_scalars_at on"""
 
 
 class Lap:
@@ -181,7 +184,8 @@ class Trainer:
         if self.config.noise_batches == 0 or self.config.policy.full_precision:
             return []
         batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
-        return measure_noise(self.model, batches, self.device, self.config.amp)
+        with autocast(self.device, self.config.amp):
+            return noise_report(self.model, (batch.inputs for batch in batches))
 
     def mean_sqnr(self) -> float:
         """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""
@@ -208,6 +212,8 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         checkpoint.set_random_state(own["random"])
         self.state = State(**saved["state"])
+        if self.state.held:
+            hold_activations(self.model)
         self.totals.sums.copy_(own["totals"])
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
@@ -219,6 +225,7 @@ class Trainer:
             lr = learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            self._hold_if_due(epoch + step / self.steps)
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._add_gradients(batch)
             distributed.average_gradients(self.model.parameters())
@@ -233,6 +240,20 @@ class Trainer:
         self._end_lap(epoch)
         sums = distributed.add_up(self.totals.sums.clone())
         return Totals(sums, self.totals.names).read()
+
+    def _hold_if_due(self, position: float) -> None:
+        """From recipe.freeze_scalars_at on, activations keep the average of their scalars, over all processes.
+
+        Args:
+            position: in epochs.
+        """
+        due = self.config.recipe.freeze_scalars_at
+        if self.state.held or due is None or position < due or self.config.policy.full_precision:
+            return
+        for quantizer in hold_activations(self.model):
+            quantizer.freeze(distributed.add_up(quantizer.s.clone()) / distributed.shard().world)
+        self.state.held = True
+        log.info(f"activations' clipping scalars are held from here on (epoch {position:g})")
 
     def _look_around(self, epoch: int, finite: bool) -> None:
         """After a step: break off, save or stop, whichever any of the processes finds it is time for."""
@@ -296,7 +317,7 @@ class Trainer:
         with weights_quantized_once(self.model) if count > 1 else nullcontext():
             for part in batch.parts(count):
                 with autocast(self.device, self.config.amp):
-                    logits = compute(self.model, part)
+                    logits = compute(self.model, part.inputs)
                     loss = self._loss(logits, part)
                 share = part.size / batch.size
                 self.scaler.scale(loss * share).backward()
@@ -311,7 +332,7 @@ class Trainer:
             return loss
         recipe, t = self.config.recipe, self.config.recipe.distill_temperature
         with torch.no_grad():
-            wanted = F.log_softmax(compute(self.teacher, batch).float() / t, dim=1)
+            wanted = F.log_softmax(compute(self.teacher, batch.inputs).float() / t, dim=1)
         found = F.log_softmax(logits.float() / t, dim=1)
         divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / batch.targets.numel()
         divergence = divergence * t**2  # gradients keep their size

@@ -1,8 +1,7 @@
-"""Measuring a model: its figures over a data set, and the quantization noise of each of its tensors."""
+"""Measuring a model over a data set, and what warm starts cost."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from qat_runner.data import Batch, Totals
 from qat_runner.insertion import quantized_tensors
-from qat_runner.quant import Quantizer, maximum, measure
+from qat_runner.quant import Quantizer, measure
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
@@ -20,9 +19,9 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
 
 
-def compute(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits for a batch: [N, C], or [N, L, 2] for start and end of an answer."""
-    out = model(*batch.inputs)
+def compute(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    """The model's logits for the inputs of a batch: [N, C], or [N, L, 2] for start and end of an answer."""
+    out = model(*inputs)
     return out if isinstance(out, Tensor) else torch.stack([out.start_logits, out.end_logits], dim=2)
 
 
@@ -38,61 +37,9 @@ def evaluate(
     model.eval()
     for batch in batches:
         with autocast(totals.sums.device, amp):
-            logits = compute(model, batch)
+            logits = compute(model, batch.inputs)
         totals.add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
         seen(batch.size, totals)
-
-
-@dataclass(frozen=True)
-class LayerNoise:
-    """A row of layers.csv, without its epoch."""
-
-    layer: str
-    tensor: str
-    bits: int
-    signed: bool
-    granularity: str
-    s: float
-    """clipping scalar, the mean over the rows where there are several"""
-    mse: float
-    sqnr_db: float
-    clipped_fraction: float
-    max_sqnr_db: float
-    """what max-scaling gives on the same tensor"""
-
-
-@torch.no_grad()
-def measure_noise(model: nn.Module, batches: Iterable[Batch], device: torch.device, amp: str) -> list[LayerNoise]:
-    """Noise of every quantized tensor, averaged over the batches (SQNR: in dB), the model in eval mode."""
-    names = {t.quantizer: (t.layer, t.tensor) for t in quantized_tensors(model)}
-    figures: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
-
-    def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
-        x, s = args[0].detach(), quantizer.last_s
-        noise = measure(x, s, quantizer.bits, quantizer.signed)
-        best = measure(
-            x,
-            maximum(x, quantizer.bits, quantizer.signed, quantizer.dim, check=False),
-            quantizer.bits,
-            quantizer.signed,
-        )
-        figures[quantizer].append(torch.stack([s.double().mean(), *noise, best.sqnr_db]))
-
-    handles = [quantizer.register_forward_hook(hook) for quantizer in names]
-    model.eval()
-    try:
-        for batch in batches:
-            with autocast(device, amp):
-                model(*batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]
-    return [
-        LayerNoise(*names[q], q.bits, q.signed, q.granularity, *values)
-        for (q, _), values in zip(seen, torch.stack([v for _, v in seen]).tolist() if seen else [], strict=True)
-    ]
 
 
 class WarmStartExcess:

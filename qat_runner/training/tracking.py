@@ -36,14 +36,23 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from qat_runner.errors import RunError
+from qat_runner.insertion import LayerNoise
 from qat_runner.training import distributed
-from qat_runner.training.measure import LayerNoise
 
 STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
-    *("tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json", "error.txt"),
+    *(
+        "tensorboard",
+        "checkpoints",
+        "curves.png",
+        "noise.png",
+        "predictions.json",
+        "summary.json",
+        "error.txt",
+        "export",
+    ),
 )
 """All that a run folder holds."""
 

@@ -166,6 +166,38 @@ def test_interrupted_and_resumed_is_the_same_as_in_one_go(run: Run, monkeypatch:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_scalars_frozen_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    freezing = ("epochs=2", "recipe.freeze_scalars_at=0.5")
+    assert run(*freezing, "run_dir=whole") == 0
+    first, second = (
+        {
+            row["layer"]: row["s"]
+            for row in rows(Path("whole/layers.csv"))
+            if row["epoch"] == e and row["tensor"] == "input"
+        }
+        for e in ("1", "2")
+    )
+    assert first == second and len(first) == 20  # in evaluation as in training, from then on
+    assert "held from here on (epoch 0.5)" in Path("whole/log.txt").read_text()
+    assert json.loads(Path("whole/summary.json").read_text())["clipping"] == "octav-frozen"
+    original = Trainer._train_epoch
+
+    def break_off(self: Trainer, epoch: int, progress: Any) -> dict[str, float]:
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, epoch, progress)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", break_off)
+    assert run(*freezing, "run_dir=parts") == 130
+    monkeypatch.setattr(Trainer, "_train_epoch", original)
+    assert run(*freezing, "run_dir=parts") == 0
+    for name in ("steps.csv", "layers.csv"):
+        assert rows(Path("parts") / name) == rows(Path("whole") / name)
+    assert run("epochs=2", "run_dir=free") == 0
+    assert rows(Path("free/steps.csv"))[0] == rows(Path("whole/steps.csv"))[0]
+    assert rows(Path("free/steps.csv"))[-1] != rows(Path("whole/steps.csv"))[-1]
+
+
 def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "bits=4,8,32", "clipping=octav,max", "epochs=1") == 0
     folders = [path for path in Path("runs").iterdir() if path.is_dir()]
@@ -256,6 +288,9 @@ WRONG = [
     (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
     (["hydra/sweeper=nowhere"], "is a plugin of Hydra missing?"),
     (["seed=99999999999999999999"], "seed"),
+    (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
+    (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
+    (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
     (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: digits has 10 classes"),
     (["dataset=digits", "dataset.image_size=64"], "dataset.image_size=64: must divide 8"),
     (["dataset=cifar10", "data_dir=broken"], "broken cannot be read"),

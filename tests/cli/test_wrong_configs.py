@@ -21,7 +21,7 @@ KEYS = [
     *("dataset.image_size", "dataset.num_classes", "dataset.mean", "dataset.std", "dataset.val_batch_size"),
     *("dataset.max_length", "dataset.stride", "dataset.train_questions", "dataset.n_best", "model.width"),
     *("clipping.iterations", "clipping.warm_iterations", "clipping.q", "clipping.points", "clipping.alpha"),
-    *("clipping.calibration_batches", "recipe.scratch.momentum", "recipe.scratch.weight_decay"),
+    *("clipping.calibration_batches", "recipe.scratch.momentum", "recipe.freeze_scalars_at"),
     *("recipe.scratch.warmup_epochs", "recipe.scratch.label_smoothing", "recipe.scratch.decay_every"),
     *("recipe.scratch.decay_factor", "recipe.distill_temperature", "recipe.distill_weight"),
 ]

@@ -1,12 +1,11 @@
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from qat_runner.data import Batch, Totals
 from qat_runner.insertion import quantize_model
-from qat_runner.quant import fake_quantize, maximum, octav, sqnr_db
-from qat_runner.training.measure import evaluate, measure_noise
+from qat_runner.training.measure import evaluate
 
 CPU = torch.device("cpu")
 
@@ -52,24 +51,6 @@ def test_a_sample_is_a_hit_if_all_its_targets_are() -> None:
     figures = totals.read()
     assert figures["exact"] == pytest.approx(100 / 3)
     assert figures["samples"] == 3
-
-
-def test_noise_of_every_tensor() -> None:
-    model, data = network(), batches(6)
-    inputs: dict[str, Tensor] = {}
-    model[2].register_forward_pre_hook(lambda m, a: inputs.update(x=a[0].clone()))
-    rows = {(r.layer, r.tensor): r for r in measure_noise(model, data, CPU, "none")}
-    assert len(rows) == 6
-    row, x = rows["2", "input"], inputs["x"]
-    s = octav(x, 4, signed=False)
-    assert (row.bits, row.signed, row.granularity) == (4, False, "tensor")
-    assert row.s == pytest.approx(s.item())
-    assert row.sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, s, 4, False)).item())
-    assert row.max_sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, maximum(x, 4, False), 4, False)).item())
-    w = model[2].weight
-    assert rows["2", "weight"].s == pytest.approx(octav(w, 4, dim=0).mean().item())
-    assert rows["2", "weight"].granularity == "channel"
-    assert measure_noise(model, [], CPU, "none") == []
 
 
 def test_autocast_changes_the_precision() -> None:

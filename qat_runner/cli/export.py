@@ -1,0 +1,72 @@
+"""qat-export: a trained network as integers, in files that others can run.
+
+    qat-export runs/NAME                       ONNX, torch.export and safetensors, in runs/NAME/export
+    qat-export runs/NAME --scalars calibrated  activations' clipping scalars frozen by another rule
+    qat-export runs/NAME --compare             only tell what accuracy each rule leaves
+    qat-export runs/NAME --formats onnx        only one file
+
+Rules for the scalars of activations, which training solved anew for every batch: averaged, over training batches, of
+the quantized network; calibrated, of the full-precision one (static-OCTAV); running, the running average of training.
+Runs with constant scalars (static, learned, frozen in training) keep them.
+
+Every file is run on the validation set, and is kept only if it does what the network does. Exit codes: 0 all is well,
+1 a file did not, 2 the request cannot be carried out.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qat_runner.errors import ConfigError, QatError
+
+CHECKPOINTS = ("last", "previous", "best")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    from qat_runner.export.formats import FORMATS
+    from qat_runner.insertion import FREEZING
+
+    parser = argparse.ArgumentParser(
+        "qat-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="folder of a run that was trained")
+    parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
+    parser.add_argument("--scalars", choices=FREEZING, help="rule for activations' scalars (averaged)")
+    parser.add_argument("--batches", type=int, default=10, help="training batches to freeze them on (10)")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="last", help="which one (last)")
+    parser.add_argument("--no-fold", action="store_true", help="leave BatchNorm as it is")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="which files (all)")
+    parser.add_argument("--compare", action="store_true", help="write nothing, tell the accuracy under each rule")
+    args = parser.parse_args(argv)
+    log = logging.getLogger("qat_runner")
+    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+    log.setLevel(logging.INFO)
+    try:
+        _export(args)
+    except QatError as error:
+        print(f"qat-export: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"qat-export: writing failed ({error})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from qat_runner.export import exporting
+    from qat_runner.insertion import FREEZING
+
+    if args.batches < 1:
+        raise ConfigError(f"--batches {args.batches}: must be 1 or more")
+    if args.compare:
+        rules = [args.scalars] if args.scalars else FREEZING
+        print(exporting.text_of_rules(exporting.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
+        return
+    out = args.out or args.run_dir / exporting.FOLDER
+    request = exporting.Request(
+        args.run_dir, out, args.scalars, args.batches, args.checkpoint, not args.no_fold, tuple(args.formats)
+    )
+    print(f"\n{exporting.text(exporting.export(request))}\n\n{out}")

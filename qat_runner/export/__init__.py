@@ -1,0 +1,6 @@
+"""From a trained network to integers: scalars frozen, weights as codes, files that others can run."""
+
+from qat_runner.export.folding import fold_batchnorm
+from qat_runner.export.integer import IntegerConv2d, IntegerLinear, IntegerMatmul, to_integers
+
+__all__ = ["IntegerConv2d", "IntegerLinear", "IntegerMatmul", "fold_batchnorm", "to_integers"]

@@ -1,0 +1,330 @@
+"""A finished run -> files of integers, each checked on the validation set before it is called done."""
+
+import copy
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from qat_runner.config import Config, clipping_label, load_config
+from qat_runner.data import Data, ImageData
+from qat_runner.data.batches import undivided
+from qat_runner.errors import ConfigError
+from qat_runner.experiment import CALIBRATION_EPOCH, build
+from qat_runner.export import verify
+from qat_runner.export.folding import fold_batchnorm
+from qat_runner.export.formats import FORMATS, Signature, read_safetensors, write_onnx, write_program, write_safetensors
+from qat_runner.export.integer import to_integers
+from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
+from qat_runner.training.measure import compute
+from qat_runner.training.tracking import write_json
+
+log = logging.getLogger("qat_runner")
+
+HELD = "held"
+"""The rule of a run whose activations' scalars are constants already: static, learned, or frozen in training."""
+
+DEFAULT_RULE = "averaged"
+
+FOLDER = "export"
+"""In a run's folder."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export, and how."""
+
+    run: Path
+    """a run's folder"""
+    out: Path
+    """the folder to write"""
+    rule: str | None = None
+    """of `freeze`; None: what the run holds already, or else DEFAULT_RULE"""
+    batches: int = 10
+    """training batches that scalars are frozen on"""
+    checkpoint: str = "last"
+    """last, previous or best"""
+    fold: bool = True
+    """fold BatchNorm"""
+    formats: tuple[str, ...] = FORMATS
+
+
+def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Config]:
+    """The trained network of a run as it evaluates, its data, on the CPU, and its config.
+
+    Raises:
+        ConfigError: the folder holds no such run, or one in full precision.
+    """
+    config, weights = load_config(run), run / "checkpoints" / f"{checkpoint}.pt"
+    if config is None:
+        raise ConfigError(f"{run}: holds no run")
+    if config.policy.full_precision:
+        raise ConfigError(f"{run}: is a run in full precision, which has no integers")
+    if not weights.is_file() and config.weights and not config.training:  # ptq and evaluate keep none of their own
+        raise ConfigError(f"{run}: mode={config.mode} keeps no checkpoint; mode=retrain does")
+    if not weights.is_file():
+        raise ConfigError(f"{run}: holds no checkpoints/{checkpoint}.pt")
+    model, data = build(replace(config, mode="evaluate", device="cpu", backend="auto"), str(weights))
+    if config.freezing:
+        for tensor in quantized_tensors(model):
+            if tensor.tensor != "weight":
+                tensor.quantizer.freeze(tensor.quantizer.s)
+    return model.eval(), data, config
+
+
+def rule_for(model: nn.Module, rule: str | None) -> str:
+    """The rule that will decide.
+
+    Raises:
+        ConfigError: one was asked for where there is nothing to decide.
+    """
+    held = not any(t.quantizer.dynamic for t in quantized_tensors(model) if t.tensor != "weight")
+    if held and rule is not None:
+        raise ConfigError(f"--scalars {rule}: the run's activations have constant scalars already, which are kept")
+    return HELD if held else rule or DEFAULT_RULE
+
+
+def frozen(model: nn.Module, data: Data, config: Config, rule: str, batches: int) -> nn.Module:
+    """A copy of a network with its scalars frozen by a rule, on training batches that no training sees."""
+    assert config.batch_size is not None
+    some = undivided(data).train_batches(config.batch_size, CALIBRATION_EPOCH, batches)
+    inputs = (batch.inputs for batch in some)
+    try:
+        if rule == HELD:
+            return freeze(copy.deepcopy(model), "calibrated", [next(inputs)])  # weights alone are left to be frozen
+        return freeze(copy.deepcopy(model), rule, inputs)
+    except ValueError as error:
+        raise ConfigError(f"--scalars {rule}: {error}") from error
+
+
+def compare_rules(run: Path, rules: Sequence[str], batches: int = 10, checkpoint: str = "last") -> dict[str, float]:
+    """Accuracy on the validation set of a run's network with dynamic scalars, and with those of each rule.
+
+    Returns:
+        {"dynamic": percent, rule: percent, ...}; under a run that holds its scalars, {"held": percent}.
+    """
+    model, data, config = network_of(run, checkpoint)
+    networks = {"dynamic": model}
+    if rule_for(model, None) == HELD:
+        networks, rules = {}, [HELD]
+    networks |= {rule: frozen(model, data, config, rule, batches) for rule in rules}
+    (first, reference), *others = networks.items()
+    computes = {name: _compute(network) for name, network in others}
+    figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
+    return {name: found.accuracy for name, found in zip([first, *computes], figures, strict=True)}
+
+
+def export(request: Request) -> dict[str, Any]:
+    """Write a run's network as integers, check what was written, and put it into its place.
+
+    Returns:
+        The content of export.json, which lies beside the files.
+
+    Raises:
+        ConfigError: the run or the request is not one that can be carried out.
+        RunError: a file does not do what the network does; nothing was kept.
+    """
+    _check_out(request)
+    model, data, config = network_of(request.run, request.checkpoint)
+    rule = rule_for(model, request.rule)
+    static = frozen(model, data, config, rule, request.batches)
+    example = next(undivided(data).val_batches(2, 1)).inputs
+    integers = to_integers(copy.deepcopy(static))
+    kept = fold_batchnorm(integers, *example) if request.fold else []
+    with _in_place_of(request.out) as folder:
+        files = _write(integers, config, data, example, folder, request.formats)
+        figures = _check(model, static, files, config, data)
+        result = {
+            "run": str(request.run),
+            "model": config.model.name,
+            "dataset": config.dataset.name,
+            "weight_bits": config.weight_bits,
+            "activation_bits": config.activation_bits,
+            "clipping": clipping_label(config),
+            "scalars": rule,
+            "batches": None if rule in (HELD, "running") else request.batches,
+            "batchnorm": "folded" if request.fold else "kept",
+            "batchnorm_kept": kept,
+            "metric": data.metric,
+            "figures": {name: verify.as_dict(found) for name, found in figures.items()},
+            **_costs(static, files, config, example),
+        }
+        write_json(folder / "export.json", result)
+    return result
+
+
+def _write(
+    integers: nn.Module, config: Config, data: Data, example: Sequence[Tensor], folder: Path, formats: Sequence[str]
+) -> dict[str, Path]:
+    """The files, by name of their format."""
+    signature = _signature(config, example)
+    files = {"onnx": folder / "model.onnx", "torch": folder / "model.pt2", "safetensors": folder / "model.safetensors"}
+    files = {name: path for name, path in files.items() if name in formats}
+    for name, path in files.items():
+        log.info(f"writing {path.name}")
+        if name == "onnx":
+            write_onnx(integers, signature, path)
+        elif name == "torch":
+            write_program(integers, signature, path)
+        else:
+            write_safetensors(integers, path, _about(config, data, signature))
+            state = read_safetensors(path)
+            assert all(torch.equal(state[key], t) for key, t in integers.state_dict().items())
+    return files
+
+
+def _check(
+    model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
+) -> dict[str, verify.Figures]:
+    """Figures of the dynamic network, the frozen one, and the files that run by themselves."""
+    log.info("checking on the validation set")
+    others: dict[str, verify.Compute] = {"dynamic": _compute(model)}
+    if "onnx" in files:
+        others["onnx"] = verify.OnnxFile(files["onnx"])
+    if "torch" in files:
+        program = torch.export.load(files["torch"]).module()
+        others["torch"] = lambda inputs: verify.joined(program(*inputs))
+    found = verify.compare(_compute(static), others, data, _val_batches(config, data))
+    figures = dict(zip(["static", *others], found, strict=True))
+    for name in others.keys() & files.keys():
+        verify.require(files[name].name, figures[name], figures["static"])
+    return figures
+
+
+def _costs(static: nn.Module, files: dict[str, Path], config: Config, example: Sequence[Tensor]) -> dict[str, Any]:
+    """Bytes of the files and of the full-precision state, and milliseconds a sample in onnxruntime."""
+    full = remove_quantizers(copy.deepcopy(static))
+    costs: dict[str, Any] = {
+        "bytes": {
+            "full_precision": sum(t.numel() * t.element_size() for t in full.state_dict().values()),
+            **{name: path.stat().st_size for name, path in files.items()},
+        }
+    }
+    if "onnx" in files:
+        log.info("timing")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "full.onnx"
+            write_onnx(full, _signature(config, example), path)
+            timed = {"full_precision": verify.OnnxFile(path), "onnx": verify.OnnxFile(files["onnx"])}
+            costs["milliseconds"] = verify.latency(timed, [t[:1] for t in example])
+    return costs
+
+
+def _compute(network: nn.Module) -> verify.Compute:
+    return lambda inputs: compute(network, inputs)
+
+
+def _val_batches(config: Config, data: Data) -> Iterator[Any]:
+    return undivided(data).val_batches(config.dataset.val_batch_size, config.limit_val_batches)
+
+
+def _signature(config: Config, example: Sequence[Tensor]) -> Signature:
+    if config.reads_text:
+        names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
+        return Signature(example, names, ("start_logits", "end_logits"), sequences=True)
+    return Signature(example, ("pictures",), ("logits",))
+
+
+def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
+    """What a reader must know to use the numbers."""
+    about: dict[str, Any] = {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "inputs": signature.inputs,
+        "outputs": signature.outputs,
+    }
+    if isinstance(data, ImageData):
+        about |= {
+            "picture": {
+                "shape": ["N", *signature.example[0].shape[1:]],
+                "normalization": "(value in 0..1 - mean) / std, a number a channel",
+                "mean": list(config.dataset.mean),
+                "std": list(config.dataset.std),
+            },
+            "classes": data.num_classes,
+        }
+    return about
+
+
+def _check_out(request: Request) -> None:
+    """Refuse to replace what is no export."""
+    out = request.out
+    if out.exists() and not (out / "export.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
+
+
+@contextmanager
+def _in_place_of(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which takes its place if all goes well, and else is gone."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result for the terminal."""
+    names = {"dynamic": "dynamic scalars", "static": "frozen scalars", "onnx": "model.onnx", "torch": "model.pt2"}
+    rows = [
+        (
+            label,
+            f"{found['accuracy']:.2f}",
+            f"{found['agreement']:.2f}" if "agreement" in found else "",
+            f"{found['largest_difference']:.3g}" if "largest_difference" in found else "",
+        )
+        for key, label in names.items()
+        if (found := result["figures"].get(key))
+    ]
+    quality = tabulate(
+        rows,
+        ("network", f"{result['metric']} %", "same predictions %", "largest logit difference"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+    whole, times = result["bytes"]["full_precision"], result.get("milliseconds", {})
+    costs = tabulate(
+        [
+            (
+                names.get(key, key.replace("_", " ")) if key != "safetensors" else "model.safetensors",
+                f"{size / 1e6:.2f}",
+                f"{size / whole:.2f}",
+                f"{times[key]:.2f}" if key in times else "",
+            )
+            for key, size in result["bytes"].items()
+        ],
+        ("file", "MB", "of full precision", "ms a sample"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+    bits = f"{result['weight_bits']}/{result['activation_bits']}"
+    batches = f" over {result['batches']} batches" if result["batches"] else ""
+    kept = f", but for {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
+    head = (
+        f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
+        f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
+    )
+    return f"{head}\n\n{quality}\n\n{costs}"
+
+
+def text_of_rules(accuracies: dict[str, float]) -> str:
+    """What `compare_rules` found, for the terminal."""
+    first = next(iter(accuracies.values()))
+    rows = [(name, f"{value:.2f}", f"{value - first:+.2f}") for name, value in accuracies.items()]
+    return tabulate(
+        rows,
+        ("scalars", "accuracy %", "difference"),
+        disable_numparse=True,
+        colalign=("left", "right", "right"),
+    )

@@ -1,0 +1,112 @@
+"""BatchNorm folded into the convolution before it, without touching an integer.
+
+BatchNorm in eval mode is y = f (x - mean) + beta with f = gamma / sqrt(variance + eps), one of each a channel. A weight
+that is stored as codes takes f into its step sizes: D becomes |f| D, and where f is negative the codes of that channel
+change their sign. Two's complement has no counterpart to its lowest code; a convolution that would need one keeps its
+BatchNorm.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from qat_runner.export.integer import IntegerConv2d
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
+    """Fold every BatchNorm2d that follows an IntegerConv2d directly, and alone, into it, in place.
+
+    Args:
+        model: of integers, in eval mode.
+        *example: arguments of its forward; running it once tells what follows what.
+
+    Returns:
+        Names of the BatchNorms that stay, because a code has no counterpart of the other sign.
+    """
+    left = []
+    for conv_name, norm_name in _pairs(model, example):
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        assert isinstance(conv, IntegerConv2d) and isinstance(norm, nn.BatchNorm2d)
+        if _fold(conv, norm):
+            parent, _, child = norm_name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+        else:
+            left.append(norm_name)
+    return left
+
+
+def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether it could be done."""
+    assert norm.running_var is not None and norm.running_mean is not None
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    rows = factor.reshape(-1, *[1] * 3)
+    weight = getattr(conv, "integer_weight", None)
+    if weight is None:
+        conv.weight.mul_(rows)
+    else:
+        if bool(((rows < 0) & (weight.codes == weight.grid.lowest)).any()):
+            return False
+        weight.codes = torch.where(rows < 0, -weight.codes, weight.codes)
+        weight.codes = torch.where(rows == 0, 0, weight.codes)
+        weight.scale = (weight.scale * factor.abs()).clamp(min=torch.finfo(torch.float32).tiny)
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = shift * factor
+    conv.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias, requires_grad=False)
+    return True
+
+
+class _Uses(TorchFunctionMode):
+    """Counts the functions that compute something with a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[int] = Counter()
+        self.alive: list[Any] = []  # so that no two tensors have the same id
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            self.count.update({id(leaf) for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Tensor)})
+            self.alive.append(out)
+        return out
+
+
+def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
+    """(convolution, BatchNorm2d) where the one's only output goes to the other and nowhere else, by name."""
+    made: dict[int, str] = {}
+    pairs: list[tuple[str, str, int]] = []
+    calls: Counter[str] = Counter()
+    handles = []
+
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerConv2d):
+
+            def after(module: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
+                made[id(out)] = name
+                calls[name] += 1
+
+            handles.append(module.register_forward_hook(after))
+        elif type(module) is nn.BatchNorm2d and module.running_var is not None:
+
+            def before(module: nn.Module, args: Any, name: str = name) -> None:
+                calls[name] += 1
+                if id(args[0]) in made:
+                    pairs.append((made[id(args[0])], name, id(args[0])))
+
+            handles.append(module.register_forward_pre_hook(before))
+    try:
+        with torch.no_grad(), _Uses() as uses:
+            model(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(c, n) for c, n, key in pairs if uses.count[key] == 1 and calls[c] == calls[n] == 1]

@@ -1,0 +1,282 @@
+"""Three ways to write a network of integers: ONNX, a program of torch.export, and safetensors with a description."""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qat_runner.errors import ConfigError, RunError
+from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid, storage_bits
+from qat_runner.insertion.layers import each
+from qat_runner.quant import Grid
+
+FORMATS = ("onnx", "torch", "safetensors")
+"""model.onnx; model.pt2; model.safetensors and model.json"""
+
+DESCRIPTION = "qat_runner integers, version 1"
+PACKED = "two codes a byte, low half first, in the order of the flattened tensor"
+
+
+class Signature:
+    """What goes into a network and what comes out, for those who call it elsewhere.
+
+    Args:
+        example: arguments of forward, of 2 samples or more; any size but the first is fixed.
+        inputs, outputs: names.
+        sequences: the second dimension may vary as well, the same for all inputs.
+    """
+
+    def __init__(
+        self, example: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], sequences: bool = False
+    ) -> None:
+        self.example, self.inputs, self.outputs = tuple(example), list(inputs), list(outputs)
+        self.sequences = sequences
+
+    @property
+    def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
+        """What may be of any size."""
+        sizes = {0: torch.export.Dim("batch")}
+        if self.sequences:
+            sizes[1] = torch.export.Dim("tokens")
+        return (tuple(sizes for _ in self.example),)  # one group: forward of _Outputs takes *inputs
+
+
+class _Outputs(nn.Module):
+    """A network with a tuple of tensors for its answer, as files have it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out = self.network(*inputs)
+        return (out,) if isinstance(out, Tensor) else (out.start_logits, out.end_logits)
+
+
+def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
+    """A program of torch.export: `torch.export.load(path).module()` runs it, with PyTorch alone.
+
+    Raises:
+        RunError: torch.export cannot follow the network.
+    """
+    network, shapes = _Outputs(model).eval(), signature.dynamic_shapes
+    with torch.no_grad(), _exporting(path):
+        program = torch.export.export(network, signature.example, dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, path)
+
+
+def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
+    """ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
+
+    Raises:
+        ConfigError: the packages that it takes are not installed.
+        RunError: torch.onnx cannot follow the network.
+    """
+    try:
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"ONNX needs {error.name}: pip install 'qat_runner[export]'") from error
+    network = _Outputs(model).eval()
+    with torch.no_grad(), _exporting(path):
+        program = torch.onnx.export(
+            network,
+            signature.example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=signature.inputs,
+            output_names=signature.outputs,
+            dynamic_shapes=signature.dynamic_shapes,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
+    widths = {f"{name}.codes": m.grid.bits for name, m in network.named_modules() if isinstance(m, IntegerWeight)}
+    _give_types(program.model.graph, widths)
+    ir.save(program.model, path)
+
+
+def _give_types(graph: Any, widths: Mapping[str, int]) -> None:
+    """Store weights in as few bits as ONNX has, and give every quantizing node its zero point, which carries the type.
+
+    Args:
+        graph: of onnx_ir.
+        widths: bits of each initializer that holds codes.
+    """
+    import ml_dtypes
+    import onnx_ir as ir
+
+    for name, bits in widths.items():
+        if storage_bits(bits) == 4:
+            value = graph.initializers[name]
+            value.const_value = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=name)
+            value.dtype = ir.DataType.INT4
+    for node in list(graph):
+        if node.op_type == "QuantizeLinear":
+            dtype, bits = node.outputs[0].dtype, node.attributes.pop("bits").value
+            if storage_bits(bits) == 4:
+                _replace_clip(graph, node)
+            if bits < storage_bits(bits):  # the integer type alone would let more codes through
+                _limit_to(graph, node, Grid(bits, dtype.is_signed()))
+            _zero_point(graph, node, dtype)
+        elif node.op_type == "DequantizeLinear":
+            _zero_point(graph, node, node.inputs[0].dtype)
+
+
+def _zero_point(graph: Any, node: Any, dtype: Any) -> None:
+    """The third input of a quantizing node: zeros of its integer type, as many as it has scales."""
+    shape = list(node.inputs[1].shape)
+    name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape)])
+    if name not in graph.initializers:
+        _constant(graph, name, torch.zeros(shape).numpy().astype(dtype.numpy()))
+    node.resize_inputs(3)
+    node.replace_input_with(2, graph.initializers[name])
+
+
+def _replace_clip(graph: Any, node: Any) -> None:
+    """Put Max and Min in the place of a Clip (ReLU6) before a QuantizeLinear of 4 bits: onnxruntime 1.32 breaks off
+    when it tries to fuse those two."""
+    clip = node.inputs[0].producer()
+    if clip is not None and clip.op_type == "Clip":
+        node.replace_input_with(0, _limit(graph, node, clip.inputs[0], *clip.inputs[1:]))
+
+
+def _limit_to(graph: Any, node: Any, grid: Grid) -> None:
+    """Limit what goes into a QuantizeLinear to the codes that a grid has."""
+    x, scale = node.inputs[:2]
+    step = scale.const_value.numpy()
+    ends = [
+        _constant(graph, f"{node.outputs[0].name}_{end}", (step * code).astype(step.dtype))
+        for end, code in (("lowest", grid.lowest), ("highest", grid.highest))
+    ]
+    node.replace_input_with(0, _limit(graph, node, x, *ends))
+
+
+def _limit(graph: Any, node: Any, x: Any, low: Any, high: Any) -> Any:
+    """min(max(x, low), high), inserted before a node."""
+    import onnx_ir as ir
+
+    for operator, end in (("Max", low), ("Min", high)):
+        limit = ir.node(operator, [x, end])
+        limit.outputs[0].type, limit.outputs[0].shape = x.type, x.shape
+        graph.insert_before(node, limit)
+        x = limit.outputs[0]
+    return x
+
+
+def _constant(graph: Any, name: str, numbers: Any) -> Any:
+    import onnx_ir as ir
+
+    tensor = ir.tensor(numbers, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(numbers.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
+    """The state of a network of integers, codes of up to 4 bits packed; and path's .json, which describes it.
+
+    Args:
+        model: of integers.
+        path: ending in .safetensors.
+        about: what else the description is to hold: the network, its input.
+    """
+    layers = {name: _describe(name, layer) for name, layer in each(model, lambda m: type(m) in INTEGER.values())}
+    packed = {w["codes"]: w["shape"] for d in layers.values() if (w := d.get("weight")) and "packed" in w}
+    state = {
+        name: _pack(t) if name in packed else t.detach().contiguous().clone() for name, t in model.state_dict().items()
+    }
+    described = {part["scale"] for d in layers.values() for part in d.values() if isinstance(part, dict)}
+    described |= {w["codes"] for d in layers.values() if (w := d.get("weight"))}
+    description = {
+        "format": DESCRIPTION,
+        "value": "code * scale; codes are two's complement if signed; all zero points are 0",
+        **about,
+        "layers": layers,
+        "full_precision": sorted(state.keys() - described),
+    }
+    save_file(state, path, metadata={"format": DESCRIPTION, "packed": json.dumps(packed)})
+    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
+    shutil.copymode(path.with_suffix(".json"), path)  # which safetensors makes readable for its owner alone
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The state dict that `write_safetensors` wrote, codes unpacked: int8 or int16 as in the network.
+
+    Raises:
+        ConfigError: the file is no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    except Exception as error:  # whatever a parser may raise on a file that is something else
+        raise ConfigError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from error
+    if metadata.get("format") != DESCRIPTION:
+        raise ConfigError(f"{path}: not written by qat-export")
+    for name, shape in json.loads(metadata["packed"]).items():
+        state[name] = _unpack(state[name], shape)
+    return state
+
+
+def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
+    """What the tensors of an integer layer mean."""
+    described: dict[str, Any] = {"kind": next(q.__name__ for q, i in INTEGER.items() if type(layer) is i)[5:]}
+    for child, module in layer.named_children():
+        if isinstance(module, IntegerWeight):
+            described["weight"] = {
+                "codes": f"{name}.{child}.codes",
+                "scale": f"{name}.{child}.scale",
+                "shape": list(module.codes.shape),
+                "axis": 0 if module.scale.ndim else None,
+                **_grid(module),
+                **({"packed": PACKED} if storage_bits(module.grid.bits) == 4 else {}),
+            }
+        elif isinstance(module, StaticGrid):
+            described[child.removesuffix("_grid")] = {"scale": f"{name}.{child}.scale", **_grid(module)}
+    return described
+
+
+def _grid(module: IntegerWeight | StaticGrid) -> dict[str, Any]:
+    grid = module.grid
+    return {"bits": grid.bits, "signed": grid.signed, "lowest": grid.lowest, "highest": grid.highest}
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes of up to 4 bits, any shape, int8 -> bytes [ceil(n / 2)], uint8."""
+    flat = codes.flatten()
+    halves = nn.functional.pad(flat, (0, flat.numel() % 2)).to(torch.uint8).bitwise_and(0xF).reshape(-1, 2)
+    return halves[:, 0] | (halves[:, 1] << 4)
+
+
+def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Undo `_pack`."""
+    halves = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()[: torch.Size(shape).numel()].to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves).reshape(tuple(shape))
+
+
+@contextmanager
+def _exporting(path: Path) -> Iterator[None]:
+    """While open, PyTorch's exporters keep remarks about their own insides to themselves, and fail in a sentence."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:  # whatever an exporter may raise on a network that it cannot follow
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise RunError(f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {reason})") from error
+    finally:
+        logging.disable(before)

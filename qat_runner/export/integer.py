@@ -1,0 +1,190 @@
+"""Networks of integers: weights are codes and step sizes, activations are rounded to fixed grids.
+
+`to_integers` turns the quantized layers of a frozen network into these, in place, by swapping their class. What they
+compute is bit for bit what the quantized layers computed: a code times its step D = s / 2^(B-1) (2^B if unsigned), and
+step sizes differ from clipping scalars by powers of two alone.
+
+The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
+exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.layers import (
+    QuantConv2d,
+    QuantLinear,
+    QuantMatmul,
+    each,
+    is_quantized,
+    operands,
+    quantizer_of,
+)
+from qat_runner.quant import Grid, Quantizer
+
+OPSET = 21
+"""The first version of ONNX's operators with 4-bit and 16-bit integers."""
+
+TYPES = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2, (16, True): 5, (16, False): 4}
+"""(bits of storage, signed) -> ONNX's number of the type: int4, uint4, int8, uint8, int16, uint16."""
+
+
+def storage_bits(bits: int) -> int:
+    """Of the smallest integer type that holds codes of so many bits: 4, 8 or 16."""
+    return next(width for width in (4, 8, 16) if bits <= width)
+
+
+class IntegerWeight(nn.Module):
+    """A weight as codes and step sizes.
+
+    Args:
+        weight: [K, ...], floating.
+        quantizer: static, with scalars of shape [] or [K, 1, ...].
+    """
+
+    codes: Tensor
+    """[K, ...], int8 up to 8 bits, int16 above"""
+    scale: Tensor
+    """step sizes D, [] or [K]"""
+
+    def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.grid = Grid(quantizer.bits, quantizer.signed)
+        scale = _step(quantizer.s, self.grid)
+        codes = (weight.detach().float() / scale).round().clamp(self.grid.lowest, self.grid.highest)
+        codes = torch.where(quantizer.s == 0, 0.0, codes)
+        self.register_buffer("codes", codes.to(torch.int8 if self.grid.bits <= 8 else torch.int16))
+        self.register_buffer("scale", scale.reshape(-1) if scale.ndim else scale)
+
+    def forward(self) -> Tensor:
+        """The weight, [K, ...], float32."""
+        if torch.onnx.is_in_onnx_export():
+            axis = {"axis": 0} if self.scale.ndim else {}
+            return _onnx("DequantizeLinear", self.codes, self.scale, dtype=torch.float32, **axis)
+        return self.codes.to(torch.float32) * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+
+
+class StaticGrid(nn.Module):
+    """Rounds an activation, any shape, to the grid of a static quantizer with one scalar."""
+
+    scale: Tensor
+    """the step size D, []"""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.grid = Grid(quantizer.bits, quantizer.signed)
+        self.register_buffer("scale", _step(quantizer.s, self.grid))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid
+        if not torch.onnx.is_in_onnx_export():
+            return (x / self.scale).round().clamp(grid.lowest, grid.highest) * self.scale
+        code = TYPES[storage_bits(grid.bits), grid.signed]
+        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, bits=grid.bits)
+        return _onnx("DequantizeLinear", codes, self.scale, dtype=torch.float32, shape=x.shape)
+
+
+def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None, **attributes: Any) -> Tensor:
+    """An operator of ONNX, as a call that only an exported graph can carry."""
+    return torch.onnx.ops.symbolic(
+        name, (x, scale), attributes, dtype=dtype, shape=x.shape if shape is None else shape, version=OPSET
+    )
+
+
+def _step(s: Tensor, grid: Grid) -> Tensor:
+    """Step sizes that belong to clipping scalars, float32; the smallest normal number for a scalar of 0."""
+    return (s.detach().float() / grid.levels_per_scalar).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class IntegerConv2d(nn.Conv2d):
+    """A QuantConv2d with a weight of codes, and a static grid for its input [N, C, H, W]."""
+
+    input_grid: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is not None and _bias_apart(self):
+            out: Tensor = self._conv_forward(self.input_grid(input), _weight(self), None) + self.bias.reshape(-1, 1, 1)
+        else:
+            out = self._conv_forward(self.input_grid(input), _weight(self), self.bias)
+        return out
+
+
+class IntegerLinear(nn.Linear):
+    """A QuantLinear with a weight of codes, and a static grid for its input [..., C]."""
+
+    input_grid: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is not None and _bias_apart(self):
+            return nn.functional.linear(self.input_grid(input), _weight(self)) + self.bias
+        return nn.functional.linear(self.input_grid(input), _weight(self), self.bias)
+
+
+class IntegerMatmul(QuantMatmul):
+    """A QuantMatmul with static grids for both operands."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        a, b = (self.get_submodule(f"{name}_grid") for name in self.operands)
+        return torch.matmul(a(left), b(right))
+
+
+INTEGER = {QuantConv2d: IntegerConv2d, QuantLinear: IntegerLinear, QuantMatmul: IntegerMatmul}
+"""Quantized class -> integer class."""
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight: Any = layer.weight if (codes := getattr(layer, "integer_weight", None)) is None else codes()
+    return weight  # type: ignore[no-any-return]
+
+
+def _bias_apart(layer: nn.Module) -> bool:
+    """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which is
+    nothing at 8 bits, but coarse at 4."""
+    weight = getattr(layer, "integer_weight", None)
+    return torch.onnx.is_in_onnx_export() and weight is not None and storage_bits(weight.grid.bits) == 4
+
+
+def to_integers(model: nn.Module) -> nn.Module:
+    """Replace the quantized layers of a frozen network by integer ones, in place.
+
+    Args:
+        model: all its quantizers static, with scalars (see `freeze`).
+
+    Returns:
+        The same model, in eval mode.
+
+    Raises:
+        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, or has one a channel of an
+            activation.
+    """
+    tensors = quantized_tensors(model)
+    if not tensors:
+        raise ValueError("nothing is quantized, so there are no integers to be had")
+    for t in tensors:
+        if t.quantizer.dynamic or not t.quantizer.ready:
+            raise ValueError(f"{t.name} has no frozen clipping scalars: freeze(model, ...) gives it some")
+        if t.tensor != "weight" and t.quantizer.s.ndim:
+            raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
+    for _, layer in each(model, is_quantized):
+        _convert(layer)
+    return model.eval()
+
+
+def _convert(layer: nn.Module) -> None:
+    for operand in operands(layer):
+        if operand == "weight":
+            continue
+        quantizer = quantizer_of(layer, operand)
+        layer.add_module(f"{operand}_grid", StaticGrid(quantizer) if isinstance(quantizer, Quantizer) else quantizer)
+        delattr(layer, f"{operand}_quantizer")
+    if not isinstance(layer, QuantMatmul):
+        quantizer = quantizer_of(layer, "weight")
+        if isinstance(quantizer, Quantizer):
+            weight: Any = layer.weight
+            layer.add_module("integer_weight", IntegerWeight(weight, quantizer))
+            del layer.weight
+        del layer.weight_quantizer
+    layer.__class__ = INTEGER[type(layer)]

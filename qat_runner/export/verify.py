@@ -1,0 +1,129 @@
+"""Files held against the network that they were written from: on the validation set, and by the clock."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qat_runner.data import Batch, Data
+from qat_runner.errors import ConfigError, RunError
+
+LEAST_AGREEMENT = 98.0
+"""Percent of the predictions that a file must share with the network. Rounding differs from library to library, and a
+value on the edge between two codes then falls to the other side; at few bits that changes some predictions, too."""
+
+LARGEST_LOSS = 0.5
+"""Points that its accuracy may lie below the network's."""
+
+Compute = Callable[[Sequence[Tensor]], Tensor]
+"""Inputs -> logits: [N, C], or [N, L, 2] for start and end of an answer."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What came out over the validation set."""
+
+    accuracy: float
+    """the data's metric, percent"""
+    agreement: float | None = None
+    """percent of samples for which all predictions are the reference's"""
+    largest_difference: float | None = None
+    """of a logit from the reference's"""
+
+
+@torch.inference_mode()
+def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batches: Iterable[Batch]) -> list[Figures]:
+    """Run all on the same batches; returns the figures of the reference and of the others, in order."""
+    computes = [reference, *others.values()]
+    scores = [data.score() for _ in computes]
+    same = [0] * len(computes)
+    largest = [0.0] * len(computes)
+    samples = 0
+    for batch in batches:
+        all_logits = [compute(batch.inputs) for compute in computes]
+        expected = all_logits[0].argmax(1)
+        for i, logits in enumerate(all_logits):
+            scores[i].add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
+            same[i] += int((logits.argmax(1) == expected).reshape(batch.size, -1).all(1).sum())
+            largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
+        samples += batch.size
+    accuracies = [score.read()[data.metric] for score in scores]
+    return [
+        Figures(accuracy, *((100 * same[i] / samples, largest[i]) if i else ()))
+        for i, accuracy in enumerate(accuracies)
+    ]
+
+
+def require(name: str, found: Figures, reference: Figures) -> None:
+    """Refuse a file that does not do what its network does.
+
+    Raises:
+        RunError: with the figures.
+    """
+    assert found.agreement is not None
+    if found.agreement < LEAST_AGREEMENT or found.accuracy < reference.accuracy - LARGEST_LOSS:
+        raise RunError(
+            f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
+            f"{LEAST_AGREEMENT:g} wanted), accuracy {found.accuracy:.2f} % beside {reference.accuracy:.2f} % (at most "
+            f"{LARGEST_LOSS:g} below); nothing was kept"
+        )
+
+
+class OnnxFile:
+    """An ONNX file at work in onnxruntime, on the CPU, with as many threads as PyTorch.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ConfigError("ONNX needs onnxruntime: pip install 'qat_runner[export]'") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors
+        self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._names = [value.name for value in self._session.get_inputs()]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        outputs = self._session.run(None, self._feed(inputs))
+        return joined([torch.from_numpy(value) for value in outputs])
+
+    def seconds(self, inputs: Sequence[Tensor]) -> float:
+        """Of one call, without the conversion of tensors."""
+        feed = self._feed(inputs)
+        began = time.perf_counter()
+        self._session.run(None, feed)
+        return time.perf_counter() - began
+
+    def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        return {name: t.contiguous().numpy() for name, t in zip(self._names, inputs, strict=True)}
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """One output as it is; start and end logits, [N, L] each, as [N, L, 2]."""
+    return outputs[0] if len(outputs) == 1 else torch.stack(list(outputs), dim=2)
+
+
+def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor], rounds: int = 50) -> dict[str, float]:
+    """Median milliseconds of a call, the files taking turns, so that a noisy moment meets them all."""
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for turn in range(rounds + 5):
+        for name, file in files.items():
+            seconds = file.seconds(inputs)
+            if turn >= 5:  # the first calls are slower
+                times[name].append(1000 * seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def as_dict(figures: Figures) -> dict[str, float]:
+    """Without what is not known."""
+    return {key: value for key, value in asdict(figures).items() if value is not None}

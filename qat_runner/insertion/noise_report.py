@@ -1,0 +1,80 @@
+"""Quantization noise of every tensor of a network, beside what max-scaling would give."""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from qat_runner.insertion.calibrate import evaluating
+from qat_runner.insertion.insert import quantized_tensors
+from qat_runner.quant import Quantizer, maximum, measure
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """Noise of one tensor: a row of layers.csv, without its epoch."""
+
+    layer: str
+    tensor: str
+    bits: int
+    signed: bool
+    granularity: str
+    s: float
+    """clipping scalar, the mean over the rows where there are several"""
+    mse: float
+    """in squared units of the tensor"""
+    sqnr_db: float
+    clipped_fraction: float
+    """0 to 1"""
+    max_sqnr_db: float
+    """what max-scaling gives on the same tensor"""
+
+
+class NoiseReport(list[LayerNoise]):
+    """Rows, one a tensor; printed as a table."""
+
+    def __str__(self) -> str:
+        return tabulate([astuple(row) for row in self], [field.name for field in fields(LayerNoise)], floatfmt=".4g")
+
+
+@torch.no_grad()
+def noise_report(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> NoiseReport:
+    """Noise of every quantized tensor that the batches reach, averaged over the batches (SQNR: in dB).
+
+    Args:
+        model: with quantizers; runs in eval mode, and is in the mode that it was in afterwards.
+        batches: each an input tensor, or a tuple of arguments of forward.
+
+    Returns:
+        A row a tensor, in order of registration, weight before input; none where there is no batch.
+
+    Raises:
+        ValueError: a quantizer met NaN or infinity.
+        RuntimeError: a static quantizer has no scalars yet.
+    """
+    names = {t.quantizer: (t.layer, t.tensor) for t in quantized_tensors(model)}
+    figures: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
+
+    def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
+        x, s, bits, signed = args[0].detach(), quantizer.last_s, quantizer.bits, quantizer.signed
+        noise = measure(x, s, bits, signed)
+        rival = measure(x, maximum(x, bits, signed, quantizer.dim, check=False), bits, signed)
+        figures[quantizer].append(torch.stack([s.double().mean(), *noise, rival.sqnr_db]))
+
+    handles = [quantizer.register_forward_hook(hook) for quantizer in names]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]
+    values = torch.stack([v for _, v in seen]).tolist() if seen else []  # one wait for all of them
+    return NoiseReport(
+        LayerNoise(*names[q], q.bits, q.signed, q.granularity, *row) for (q, _), row in zip(seen, values, strict=True)
+    )
