@@ -229,7 +229,7 @@ def _val_batches(config: Config, data: Data) -> Iterator[Any]:
 def _signature(config: Config, example: Sequence[Tensor]) -> Signature:
     if config.reads_text:
         names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
-        return Signature(example, names, ("start_logits", "end_logits"), sequences=True)
+        return Signature(example, names, ("start_logits", "end_logits"), config.dataset.max_length)
     return Signature(example, ("pictures",), ("logits",))
 
 

@@ -32,21 +32,21 @@ class Signature:
     Args:
         example: arguments of forward, of 2 samples or more; any size but the first is fixed.
         inputs, outputs: names.
-        sequences: the second dimension may vary as well, the same for all inputs.
+        longest: the second dimension, the same for all inputs, may be anything up to this; None: it is fixed.
     """
 
     def __init__(
-        self, example: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], sequences: bool = False
+        self, example: Sequence[Tensor], inputs: Sequence[str], outputs: Sequence[str], longest: int | None = None
     ) -> None:
         self.example, self.inputs, self.outputs = tuple(example), list(inputs), list(outputs)
-        self.sequences = sequences
+        self.longest = longest
 
     @property
     def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
         """What may be of any size."""
         sizes = {0: torch.export.Dim("batch")}
-        if self.sequences:
-            sizes[1] = torch.export.Dim("tokens")
+        if self.longest is not None:
+            sizes[1] = torch.export.Dim("tokens", max=self.longest)
         return (tuple(sizes for _ in self.example),)  # one group: forward of _Outputs takes *inputs
 
 
