@@ -95,12 +95,11 @@ def rule_for(model: nn.Module, rule: str | None) -> str:
 def frozen(model: nn.Module, data: Data, config: Config, rule: str, batches: int) -> nn.Module:
     """A copy of a network with its scalars frozen by a rule, on training batches that no training sees."""
     assert config.batch_size is not None
+    if rule == HELD:
+        return freeze(copy.deepcopy(model))  # the weights
     some = undivided(data).train_batches(config.batch_size, CALIBRATION_EPOCH, batches)
-    inputs = (batch.inputs for batch in some)
     try:
-        if rule == HELD:
-            return freeze(copy.deepcopy(model), "calibrated", [next(inputs)])  # weights alone are left to be frozen
-        return freeze(copy.deepcopy(model), rule, inputs)
+        return freeze(copy.deepcopy(model), rule, (batch.inputs for batch in some))
     except ValueError as error:
         raise ConfigError(f"--scalars {rule}: {error}") from error
 

@@ -58,7 +58,7 @@ def freeze(model: nn.Module, rule: str = "averaged", batches: Batches = ()) -> n
     Args:
         model: trained, with quantizers.
         rule: see above.
-        batches: training batches, for averaged and calibrated.
+        batches: training batches, for averaged and calibrated, where an activation is dynamic.
 
     Returns:
         The same model.
@@ -70,16 +70,7 @@ def freeze(model: nn.Module, rule: str = "averaged", batches: Batches = ()) -> n
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
     dynamic = [t for t in quantized_tensors(model) if t.quantizer.dynamic]
     activations = [t for t in dynamic if t.tensor != "weight"]
-    if rule == "averaged":
-        scalars = _average(model, activations, batches)
-    elif rule == "running":
-        untrained = next((t for t in activations if not t.quantizer.batches), None)
-        if untrained is not None:
-            raise ValueError(f"rule='running': {untrained.name} has seen no training; 'averaged' takes batches instead")
-        scalars = [t.quantizer.running_s for t in activations]
-    else:
-        _calibrate(model, [t.quantizer for t in activations], batches)
-        scalars = [t.quantizer.s for t in activations]
+    scalars = _scalars_by_rule(model, rule, activations, batches)
     for tensor, s in zip(activations, scalars, strict=True):
         tensor.quantizer.freeze(s)
     for tensor in dynamic:
@@ -98,6 +89,22 @@ def hold_activations(model: nn.Module) -> list[Quantizer]:
     for quantizer in held:
         quantizer.freeze(quantizer.running_s)
     return held
+
+
+def _scalars_by_rule(
+    model: nn.Module, rule: str, activations: Sequence[QuantizedTensor], batches: Batches
+) -> list[Tensor]:
+    if not activations:
+        return []
+    if rule == "averaged":
+        return _average(model, activations, batches)
+    if rule == "calibrated":
+        _calibrate(model, [t.quantizer for t in activations], batches)
+        return [t.quantizer.s for t in activations]
+    untrained = next((t for t in activations if not t.quantizer.batches), None)
+    if untrained is not None:
+        raise ValueError(f"rule='running': {untrained.name} has seen no training; 'averaged' takes batches instead")
+    return [t.quantizer.running_s for t in activations]
 
 
 def _calibrate(model: nn.Module, quantizers: Sequence[Quantizer], batches: Batches) -> int:

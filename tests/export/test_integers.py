@@ -1,0 +1,262 @@
+"""Networks of integers against the quantized networks that they come from."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.errors import ConfigError, RunError
+from qat_runner.export import fold_batchnorm, to_integers
+from qat_runner.export.formats import (
+    Signature,
+    _pack,
+    _unpack,
+    read_safetensors,
+    write_onnx,
+    write_program,
+    write_safetensors,
+)
+from qat_runner.export.integer import IntegerConv2d, IntegerLinear, IntegerWeight, StaticGrid
+from qat_runner.export.verify import Figures, OnnxFile, require
+from qat_runner.insertion import calibrate, freeze, quantize_model
+from qat_runner.quant import Quantizer, fake_quantize, octav
+
+
+class Small(nn.Module):
+    """Convolutions with BatchNorm behind, one of them depthwise with ReLU6; one whose output goes two ways; a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 8, 3, stride=2, groups=8), nn.BatchNorm2d(8)
+        self.c, self.norm_c = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm_a(self.a(x)))
+        x = F.relu6(self.norm_b(self.b(x)))
+        y = self.c(x)
+        return self.head((self.norm_c(y) + y).mean((2, 3)))
+
+
+def frozen(bits: int = 4, negative: bool = False, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A trained network, frozen, in eval mode, and a batch for it."""
+    torch.manual_seed(0)
+    model, data = Small(), [torch.randn(4, 3, 10, 10) for _ in range(3)]
+    for norm in (model.norm_a, model.norm_b, model.norm_c):
+        nn.init.uniform_(norm.weight, -1 if negative else 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    quantize_model(model, bits, example=data[0], **options)
+    if not all(q.dynamic for q in model.modules() if isinstance(q, Quantizer)):
+        calibrate(model, data)
+    model.train()
+    for x in data:
+        model(x)
+    return freeze(model, "averaged", data).eval(), data[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8, 9, 16])
+def test_integers_compute_what_the_quantizers_did(bits: int) -> None:
+    model, x = frozen(bits)
+    expected = model(x)
+    integers = to_integers(copy.deepcopy(model))
+    assert torch.equal(integers(x), expected)
+    assert not any(isinstance(m, Quantizer) for m in integers.modules())
+    codes = integers.b.integer_weight
+    assert codes.codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
+    assert codes.codes.min() >= codes.grid.lowest and codes.codes.max() <= codes.grid.highest
+    assert torch.equal(codes(), fake_quantize(model.b.weight, octav(model.b.weight, bits, dim=0), bits))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clipping": "lsq"},
+        {"clipping": "pact"},
+        {"clipping": "percentile", "q": 99.0, "dynamic": False},
+        {"conv_granularity": "tensor"},
+        {"linear_granularity": "channel"},
+        {"weight_bits": 32},
+        {"activation_bits": 32},
+        {"keep": ["b"]},
+    ],
+)
+def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
+    model, x = frozen(4, **options)
+    expected = model(x)
+    integers = to_integers(model)
+    assert torch.equal(integers(x), expected)
+    fold_batchnorm(integers, x)
+    torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.3)
+
+
+def test_a_tensor_of_zeros_stays_zero() -> None:
+    model, x = frozen()
+    with torch.no_grad():
+        model.b.weight[:3] = 0
+        model.head.weight.zero_()
+    for layer in (model.b, model.head):
+        q = layer.weight_quantizer
+        q.freeze(q.solve(layer.weight, q.bits, q.signed, q.dim))
+    model.head.input_quantizer.freeze(torch.tensor(0.0))
+    expected = model(x)
+    integers = to_integers(model)
+    torch.testing.assert_close(integers(x), expected, rtol=0, atol=1e-30)
+    assert torch.isfinite(integers.b.integer_weight.scale).all()
+
+
+def test_what_has_no_integers() -> None:
+    model = quantize_model(Small(), 4, example=torch.randn(2, 3, 10, 10))
+    with pytest.raises(ValueError, match=r"head\.weight|a\.weight has no frozen clipping scalars"):
+        to_integers(model)
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        to_integers(Small())
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_folding_keeps_integers_and_results(negative: bool) -> None:
+    model, x = frozen(8, negative=negative)
+    integers = to_integers(model)
+    before, codes = (
+        integers(x),
+        {n: m.codes.clone() for n, m in integers.named_modules() if isinstance(m, IntegerWeight)},
+    )
+    signs = {"a": integers.norm_a.weight.sign(), "b": integers.norm_b.weight.sign()}
+    left = fold_batchnorm(integers, x)
+    kinds = [type(m) for m in (integers.norm_a, integers.norm_b, integers.norm_c)]
+    assert kinds[2] is nn.BatchNorm2d  # the convolution's output goes elsewhere, too
+    assert [k is nn.Identity for k in kinds[:2]] == [name not in left for name in ("norm_a", "norm_b")]
+    if not negative:
+        assert not left
+    for name in ("a", "b"):
+        if f"norm_{name}" not in left:
+            rows = signs[name].reshape(-1, 1, 1, 1).to(torch.int8)
+            assert torch.equal(
+                integers.get_submodule(name).integer_weight.codes, codes[f"{name}.integer_weight"] * rows
+            )
+    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.02)
+
+
+def test_a_code_without_a_counterpart_keeps_its_batchnorm() -> None:
+    model, x = frozen(4)
+    integers = to_integers(model)
+    with torch.no_grad():
+        integers.norm_a.weight[0] = -1
+        integers.norm_b.weight[0] = -1
+        integers.norm_b.weight[1] = 0
+    integers.a.integer_weight.codes[0, 0, 0, 0] = -8
+    integers.b.integer_weight.codes[0].clamp_(min=-7)
+    before = integers(x)
+    assert fold_batchnorm(integers, x) == ["norm_a"]
+    assert not integers.b.integer_weight.codes[1].any()
+    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.3)
+
+
+@given(st.lists(st.integers(-8, 7), max_size=9))
+def test_packing_comes_back(codes: list[int]) -> None:
+    t = torch.tensor(codes, dtype=torch.int8)
+    packed = _pack(t)
+    assert packed.dtype == torch.uint8 and len(packed) == (len(codes) + 1) // 2
+    assert torch.equal(_unpack(packed, t.shape), t)
+    if len(codes) >= 2:  # by hand
+        assert int(packed[0]) == (codes[0] & 15) + 16 * (codes[1] & 15)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8, 9])
+def test_the_three_files(bits: int, tmp_path: Path) -> None:
+    model, x = frozen(bits)
+    integers = to_integers(model)
+    fold_batchnorm(integers, x)
+    expected = integers(x)
+    signature = Signature((x,), ["pictures"], ["logits"])
+
+    write_program(integers, signature, tmp_path / "m.pt2")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    torch.testing.assert_close(program(x)[0], expected)
+    torch.testing.assert_close(program(torch.cat([x, x, x]))[0][:4], expected)  # any batch
+
+    write_safetensors(integers, tmp_path / "m.safetensors", {"model": "small"})
+    state = read_safetensors(tmp_path / "m.safetensors")
+    assert state.keys() == integers.state_dict().keys()
+    assert all(torch.equal(state[name], t) for name, t in integers.state_dict().items())
+    about = json.loads((tmp_path / "m.json").read_text())
+    assert about["layers"]["b"]["weight"]["bits"] == bits and about["layers"]["b"]["input"]["signed"] is False
+    assert ("packed" in about["layers"]["b"]["weight"]) == (bits <= 4)
+    assert set(about["full_precision"]) == {k for k in state if k.endswith("bias") or "norm" in k}
+
+    write_onnx(integers, signature, tmp_path / "m.onnx")
+    file = OnnxFile(tmp_path / "m.onnx")
+    torch.testing.assert_close(file([x]), expected, rtol=0, atol=0.3 if bits < 8 else 0.02)
+    assert file([torch.cat([x, x, x])]).shape == (12, 5)
+    assert file.seconds([x]) > 0
+
+
+def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model, x = frozen(4)
+    write_onnx(to_integers(model), Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
+    content = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(content, full_check=True)
+    types = {
+        t.name.removeprefix("network."): onnx.TensorProto.DataType.Name(t.data_type) for t in content.graph.initializer
+    }
+    assert types["a.integer_weight.codes"] == types["head.integer_weight.codes"] == "INT8"  # the two ends
+    assert types["b.integer_weight.codes"] == types["c.integer_weight.codes"] == "INT4"
+    assert {types["zero_point_uint4"], types["zero_point_int8"]} == {"UINT4", "INT8"}
+    nodes = [node.op_type for node in content.graph.node]
+    assert nodes.count("QuantizeLinear") == 4 and nodes.count("DequantizeLinear") == 8
+    assert not any(types.get(name) == "FLOAT" and name.endswith(".weight") and "norm" not in name for name in types)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text("no tensors")
+    with pytest.raises(ConfigError, match="not a readable safetensors file"):
+        read_safetensors(tmp_path / "a.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(ConfigError, match="not written by qat-export"):
+        read_safetensors(tmp_path / "b.safetensors")
+
+
+class Unfollowable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_exported_is_told_in_a_sentence(tmp_path: Path) -> None:
+    x = torch.ones(2, 3)
+    model = to_integers(freeze(quantize_model(Unfollowable(), 4, example=x), "averaged", [x]))
+    for write, name in ((write_program, "m.pt2"), (write_onnx, "m.onnx")):
+        with pytest.raises(RunError, match=f"{name}: PyTorch cannot export this network"):
+            write(model, Signature((x,), ["x"], ["y"]), tmp_path / name)
+
+
+def test_a_file_that_disagrees_is_refused() -> None:
+    network = Figures(90.0)
+    require("model.onnx", Figures(89.6, 98.5, 3.0), network)
+    with pytest.raises(
+        RunError, match=r"model\.onnx disagrees with the network: 97\.00 % of the predictions are the same"
+    ):
+        require("model.onnx", Figures(90.0, 97.0, 3.0), network)
+    with pytest.raises(RunError, match=r"accuracy 89\.00 % beside 90\.00 %"):
+        require("model.onnx", Figures(89.0, 99.0, 3.0), network)
+
+
+def test_integer_layers_are_what_their_classes_say() -> None:
+    model, _ = frozen()
+    integers = to_integers(model)
+    assert type(integers.a) is IntegerConv2d and type(integers.head) is IntegerLinear
+    assert isinstance(integers.a.input_grid, StaticGrid)
+    assert "weight" not in dict(integers.a.named_parameters())
