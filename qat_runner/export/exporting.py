@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qat_runner.config import Config, clipping_label, load_config
+from qat_runner.config import BASELINE, Config, baseline_of, clipping_label, load_config, run_name
 from qat_runner.data import Data, ImageData
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
@@ -24,6 +24,8 @@ from qat_runner.export.folding import fold_batchnorm
 from qat_runner.export.formats import FORMATS, Signature, read_safetensors, write_onnx, write_program, write_safetensors
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
+from qat_runner.models import TORCHVISION
+from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
 from qat_runner.training.tracking import write_json
 
@@ -58,26 +60,40 @@ class Request:
 
 
 def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Config]:
-    """The trained network of a run as it evaluates, its data, on the CPU, and its config.
+    """The network of a run as it evaluates, its data, on the CPU, and its config.
 
     Raises:
         ConfigError: the folder holds no such run, or one in full precision.
     """
-    config, weights = load_config(run), run / "checkpoints" / f"{checkpoint}.pt"
+    config = load_config(run)
     if config is None:
         raise ConfigError(f"{run}: holds no run")
     if config.policy.full_precision:
         raise ConfigError(f"{run}: is a run in full precision, which has no integers")
-    if not weights.is_file() and config.weights and not config.training:  # ptq and evaluate keep none of their own
-        raise ConfigError(f"{run}: mode={config.mode} keeps no checkpoint; mode=retrain does")
-    if not weights.is_file():
-        raise ConfigError(f"{run}: holds no checkpoints/{checkpoint}.pt")
-    model, data = build(replace(config, mode="evaluate", device="cpu", backend="auto"), str(weights))
+    weights = _weights_of(run, config, checkpoint)
+    mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
+    model, data = build(replace(config, mode=mode, device="cpu", backend="auto"), weights)
     if config.freezing:
         for tensor in quantized_tensors(model):
             if tensor.tensor != "weight":
                 tensor.quantizer.freeze(tensor.quantizer.s)
     return model.eval(), data, config
+
+
+def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
+    """The weights of a run's network, as config.weights; a run that trained nothing has them elsewhere."""
+    if not config.training and config.weights == TORCHVISION:
+        return TORCHVISION
+    path = run / "checkpoints" / f"{checkpoint}.pt"
+    if not config.training:
+        assert config.weights is not None
+        baseline = config.weights == BASELINE
+        path = Path(config.weights)
+        if baseline:
+            path = Path(config.runs_dir) / run_name(baseline_of(config)) / "checkpoints" / LAST
+    if not path.is_file():
+        raise ConfigError(f"{run}: its network is not there any more, {path}")
+    return str(path)
 
 
 def rule_for(model: nn.Module, rule: str | None) -> str:

@@ -1,0 +1,184 @@
+"""qat-export as a user sees it, in this process."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qat_runner.cli import export as command
+from qat_runner.cli.run import main as qat_run
+from qat_runner.export import exporting, verify
+from qat_runner.export.formats import read_safetensors
+from tests.tiny import tiny_bert, tiny_squad
+
+FAKE = [
+    *("backend=eager", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=32"),
+    *("model=resnet20", "epochs=1"),
+]
+Export = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs to export: dynamic, with scalars frozen in training, static, and in full precision."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qat-run"])
+        patch.chdir(folder)
+        assert qat_run([*FAKE, "run_dir=dynamic"]) == 0
+        assert qat_run([*FAKE, "run_dir=frozen", "recipe.freeze_scalars_at=0.5"]) == 0
+        retrain = ("mode=retrain", "weights=dynamic/checkpoints/last.pt", "clipping=static_octav", "bits=8")
+        assert qat_run([*FAKE, "run_dir=static", *retrain]) == 0
+        assert qat_run([*FAKE, "run_dir=full", "bits=32"]) == 0
+        weights = "weights=full/checkpoints/last.pt"
+        assert qat_run([*FAKE, "run_dir=ptq", "mode=ptq", weights, "clipping=static_percentile"]) == 0
+    return folder
+
+
+@pytest.fixture
+def export(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
+    monkeypatch.chdir(runs)
+
+    def call(run: str, *args: str) -> int:
+        return command.main([run, "--out", str(tmp_path / "out"), *args])
+
+    return call
+
+
+def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert export("dynamic") == 0
+    out = tmp_path / "out"
+    names = {"model.onnx", "model.pt2", "model.safetensors", "model.json", "export.json"}
+    assert {path.name for path in out.iterdir()} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    result = json.loads((out / "export.json").read_text())
+    summary = json.loads(Path("dynamic/summary.json").read_text())
+    figures = result["figures"]
+    assert figures["dynamic"]["accuracy"] == summary["top1"]  # the network that was trained
+    assert figures["onnx"]["agreement"] >= verify.LEAST_AGREEMENT
+    assert figures["torch"]["largest_difference"] >= 0
+    assert (result["scalars"], result["batches"], result["batchnorm_kept"]) == ("averaged", 10, [])
+    assert result["bytes"]["safetensors"] < 0.25 * result["bytes"]["full_precision"]
+    assert result["bytes"]["onnx"] == (out / "model.onnx").stat().st_size
+    assert result["milliseconds"].keys() == {"full_precision", "onnx"}
+    text = capsys.readouterr().out
+    assert "resnet20, 4/4 bits" in text and "same predictions %" in text and "ms a sample" in text
+
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    (logits,) = session.run(None, {"pictures": np.zeros((5, 3, 8, 8), np.float32)})
+    assert logits.shape == (5, 10)
+    state = read_safetensors(out / "model.safetensors")
+    assert state["layer1.0.conv1.integer_weight.codes"].abs().max() <= 8
+    assert json.loads((out / "model.json").read_text())["picture"]["shape"] == ["N", 3, 8, 8]
+
+
+def test_an_export_is_replaced_and_nothing_else(
+    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("--formats", "safetensors")
+    assert export("dynamic", *only, "--no-fold") == 0
+    assert "bn1.weight" in read_safetensors(tmp_path / "out/model.safetensors")
+    assert export("dynamic", *only) == 0
+    assert "bn1.weight" not in read_safetensors(tmp_path / "out/model.safetensors")
+    (tmp_path / "out/export.json").unlink()
+    assert export("dynamic", *only) == 2
+    assert "holds something else than an export" in capsys.readouterr().err
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_scalars_frozen_in_training_are_kept(
+    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in ("frozen", "static", "ptq"):
+        assert export(run, "--formats", "safetensors") == 0
+        result = json.loads((tmp_path / "out/export.json").read_text())
+        assert (result["scalars"], result["batches"]) == ("held", None)
+        summary = json.loads(Path(run, "summary.json").read_text())
+        assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
+        assert export(run, "--scalars", "running") == 2
+        assert "have constant scalars already" in capsys.readouterr().err
+    assert export("frozen", "--formats", "safetensors") == 0
+    state = torch.load("frozen/checkpoints/last.pt", weights_only=True)["model"]
+    scale = read_safetensors(tmp_path / "out/model.safetensors")
+    assert state["conv1.input_quantizer.s"] / 128 == scale["conv1.input_grid.scale"]
+
+
+def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert export("dynamic", "--compare", "--batches", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["dynamic", "averaged", "calibrated", "running"]
+    assert export("frozen", "--compare") == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "held"
+    assert not (tmp_path / "out").exists()
+    exact = exporting.compare_rules(Path("dynamic"), ["running"])
+    assert exact["dynamic"] == json.loads(Path("dynamic/summary.json").read_text())["top1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "nowhere: holds no run"),
+        (["dynamic", "--checkpoint", "previous"], "checkpoints/previous.pt"),
+        (["full"], "full: is a run in full precision, which has no integers"),
+        (["dynamic", "--batches", "0"], "--batches 0: must be 1 or more"),
+        (["dynamic", "--out", "static"], "static: holds something else than an export, so it is left alone"),
+        (["dynamic", "--out", "full/summary.json"], "summary.json: holds something else than an export"),
+    ],
+)
+def test_wrong_requests(export: Export, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    before = sorted(Path().rglob("*"))
+    assert export(*args) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("qat-export: ") and err.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_wrong_words(export: Export) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        export("dynamic", "--scalars", "mean")
+
+
+def test_a_file_that_disagrees_leaves_nothing(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "joined", lambda outputs: -outputs[0])
+    assert export("dynamic", "--formats", "torch") == 1
+    assert "model.pt2 disagrees with the network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_without_its_packages(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    assert export("dynamic", "--formats", "onnx") == 2
+    assert "pip install 'qat_runner[export]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    tiny_bert(tmp_path / "bert", layers=1)
+    tiny_squad(tmp_path / "data" / "squad")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    args: list[Any] = [
+        *("backend=eager", "model=bert", "model.checkpoint=bert", "dataset=squad", "data_dir=data", "epochs=1"),
+        *("dataset.max_length=40", "dataset.stride=8", "batch_size=4", "run_dir=run"),
+    ]
+    assert qat_run(args) == 0
+    assert command.main(["run"]) == 0  # into run/export
+    result = json.loads(Path("run/export/export.json").read_text())
+    assert result["figures"]["onnx"]["agreement"] == 100
+    layers = json.loads(Path("run/export/model.json").read_text())["layers"]
+    products = [layer for layer in layers.values() if layer["kind"] == "Matmul"]
+    assert len(products) == 2 and products[0]["query"]["bits"] == 4
+    session = verify.OnnxFile(Path("run/export/model.onnx"))
+    ids = torch.randint(5, 20, (3, 17))  # any number of any length
+    assert session([ids, torch.ones_like(ids), torch.zeros_like(ids)]).shape == (3, 17, 2)
