@@ -21,7 +21,15 @@ from qat_runner.errors import ConfigError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.export import verify
 from qat_runner.export.folding import fold_batchnorm
-from qat_runner.export.formats import FORMATS, Signature, read_safetensors, write_onnx, write_program, write_safetensors
+from qat_runner.export.formats import (
+    FORMATS,
+    Signature,
+    read_program,
+    read_safetensors,
+    write_onnx,
+    write_program,
+    write_safetensors,
+)
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
 from qat_runner.models import TORCHVISION
@@ -205,7 +213,7 @@ def _check(
     if "onnx" in files:
         others["onnx"] = verify.OnnxFile(files["onnx"])
     if "torch" in files:
-        program = torch.export.load(files["torch"]).module()
+        program = read_program(files["torch"])
         others["torch"] = lambda inputs: verify.joined(program(*inputs))
     found = verify.compare(_compute(static), others, data, _val_batches(config, data))
     figures = dict(zip(["static", *others], found, strict=True))

@@ -74,6 +74,13 @@ def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
         torch.export.save(program, path)
 
 
+def read_program(path: Path) -> nn.Module:
+    """What `write_program` wrote: a module of the same inputs, with a tuple of outputs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch 2.11, about its own reading
+        return torch.export.load(path).module()
+
+
 def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     """ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
 

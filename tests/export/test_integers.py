@@ -18,6 +18,7 @@ from qat_runner.export.formats import (
     Signature,
     _pack,
     _unpack,
+    read_program,
     read_safetensors,
     write_onnx,
     write_program,
@@ -178,7 +179,7 @@ def test_the_three_files(bits: int, tmp_path: Path) -> None:
     signature = Signature((x,), ["pictures"], ["logits"])
 
     write_program(integers, signature, tmp_path / "m.pt2")
-    program = torch.export.load(tmp_path / "m.pt2").module()
+    program = read_program(tmp_path / "m.pt2")
     torch.testing.assert_close(program(x)[0], expected)
     torch.testing.assert_close(program(torch.cat([x, x, x]))[0][:4], expected)  # any batch
 
