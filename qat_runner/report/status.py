@@ -47,10 +47,11 @@ def statuses(runs_dir: Path) -> list[Status]:
     asked = runs_dir / ASKED
     names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
     names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
-    return [_status(runs_dir / name) for name in sorted(names)]
+    return [status(runs_dir / name) for name in sorted(names)]
 
 
-def _status(folder: Path) -> Status:
+def status(folder: Path) -> Status:
+    """Of one run, by its folder."""
     config = load_config(folder)
     if config is None:
         return Status(folder.name, "running" if alive(folder) else "missing")

@@ -11,17 +11,11 @@ def _number(value: object, digits: int) -> str:
 
 
 def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from summary.json, each beside the full-precision run of the same model, data, mode and seed.
-
-    Where there is none, beside the full-precision network as it is, which retraining starts from.
-    """
-    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
-    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
+    """A row a run, from summary.json."""
     metrics = "/".join(dict.fromkeys(s["metric"] for s in summaries))
     rows = []
-    for s in summaries:
-        baseline = baselines.get(_setting(s), starts.get(_setting(s)[:2]))
-        drop = "" if baseline is None or s["clipping"] == "none" else f"{accuracy(s) - baseline:+.2f}"
+    for s, difference in zip(summaries, against_full_precision(summaries), strict=True):
+        drop = "" if difference is None else f"{difference:+.2f}"
         rows.append(
             (
                 s["model"],
@@ -57,6 +51,20 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     return tabulate(
         rows, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * 7
     )
+
+
+def against_full_precision(summaries: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """How far each run lies above the full-precision run of the same model, data, mode and seed, in points.
+
+    Where there is none, above the full-precision network as it is, which retraining starts from; None without either.
+    """
+    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
+    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
+    found = [baselines.get(_setting(s), starts.get(_setting(s)[:2])) for s in summaries]
+    return [
+        None if baseline is None or s["clipping"] == "none" else accuracy(s) - baseline
+        for s, baseline in zip(summaries, found, strict=True)
+    ]
 
 
 def accuracy(summary: Mapping[str, Any]) -> float:

@@ -43,16 +43,8 @@ STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
-    *(
-        "tensorboard",
-        "checkpoints",
-        "curves.png",
-        "noise.png",
-        "predictions.json",
-        "summary.json",
-        "error.txt",
-        "export",
-    ),
+    *("histograms.json", "tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json"),
+    *("error.txt", "report.html", "export"),
 )
 """All that a run folder holds."""
 
