@@ -34,18 +34,17 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 
 def choices(config: Config) -> list[str]:
-    """The groups that a resolved config was composed of, where such options are shipped; bits, mode and weights."""
+    """What a resolved config was chosen by: the groups that are shipped under its names, bits, mode and weights."""
     held = not config.clipping.dynamic and not config.clipping.learned
-    wanted = {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "clipping": ("static_" if held else "") + config.clipping.name,
-        "gradient": config.gradient.name,
-    }
+    wanted = {"model": config.model.name, "dataset": config.dataset.name}
+    if not config.policy.full_precision:
+        wanted["clipping"] = ("static_" if held else "") + config.clipping.name
+        wanted["gradient"] = config.gradient.name
     groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
     mode = [] if config.mode == config.auto_mode else [f"mode={config.mode}"]
     weights = [] if config.weights is None else [f"weights={_value(config.weights)}"]
-    return [*groups, f"bits={config.bits}", *mode, *weights]
+    return [*groups, f"bits={bits}", *mode, *weights]
 
 
 def defaults_for(config: Config) -> Config:
@@ -59,22 +58,37 @@ def defaults_for(config: Config) -> Config:
 def command(config: Config) -> str | None:
     """The command that asks for a resolved config again; None if none is found that gives this very run."""
     base = defaults_for(config)
-    old, new = flat(asdict(base)), flat(asdict(config))
-    changed = [key for key in differences(asdict(base), asdict(config)) if key.partition(".")[0] not in PLACES]
-    overrides = [*choices(config), *(f"{key}={_value(new[key])}" for key in changed if key in new and key in old)]
-    if config.data_dir != base.data_dir:
-        overrides.append(f"data_dir={_value(config.data_dir)}")
-    overrides = list(dict.fromkeys(overrides))
+    old, new = asdict(base), asdict(config)
+    values = flat(new)
+    changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
+    place = [] if config.data_dir == base.data_dir else [f"data_dir={_value(config.data_dir)}"]
+    for keys in ([key for key in changed if not _follows(key, config)], changed):
+        overrides = [*choices(config), *(f"{key}={_value(values[key])}" for key in keys if key != "weights"), *place]
+        if _gives(overrides, config):
+            return shlex.join(["qat-run", *overrides])
+    return None
+
+
+def _follows(key: str, config: Config) -> bool:
+    """Whether a key may be left to others: to the recipe's stage, or as one of a stage that is not used."""
+    first, _, rest = key.partition(".")
+    used = ("recipe.name", *(f"recipe.{mode}." for mode in {config.mode, config.auto_mode}))
+    if first == "recipe":
+        return key == "recipe.name" or ("." in rest and not key.startswith(used))
+    return key in ("epochs", "batch_size", "lr") and getattr(config, key) == getattr(config.stage, key)
+
+
+def _gives(overrides: Sequence[str], config: Config) -> bool:
+    """Whether `qat-run OVERRIDES` is the run of a config."""
     try:
         again = replace(from_hydra(compose_config(overrides)), fingerprints=config.fingerprints)
-        same = identity(again) == identity(config)
+        return identity(again) == identity(config)
     except Exception:  # a file that is gone, a key that is no more
-        return None
-    return shlex.join(["qat-run", *overrides]) if same else None
+        return False
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys -> values."""
+    """A nested config -> dotted keys and their values."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:

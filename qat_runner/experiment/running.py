@@ -7,7 +7,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint, distributed
+from qat_runner.training.histograms import record_histograms
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
 from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json, write_text
@@ -159,7 +159,7 @@ def _carry_out(
             trainer.evaluate()
         result = _summarize(config, trainer)
         if distributed.is_main():
-            write_json(folder / "histograms.json", [asdict(histogram) for histogram in trainer.histograms()])
+            record_histograms(folder, config, model, data)
             plot_curves(folder)
             plot_noise(folder)
             write_json(folder / "summary.json", result)

@@ -1,7 +1,11 @@
-"""Pages that hold all they need: one HTML file, Plotly inside, opened from disk."""
+"""Pages that hold all they need: one HTML file with Plotly inside, opened from disk, without a network.
+
+Python says what is drawn (`Chart`), templates/ say where, and templates/page.js draws it in the colours of the day.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,68 +13,71 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.training.tracking import write_text
 
-COLOURS = (CHOSEN, OTHER, "#3b9a83", "#b4578f", "#8a8f2c", "#7a6bc4", "#c2503f", "#5f7f95")
-"""Told apart by colour-blind eyes, on white as on black."""
+CHOSEN, OTHER = 0, 1
+"""Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
 
-DASHES = ("solid", "dash", "dot", "dashdot")
+COLOURS, SYMBOLS = 7, ("circle", "square", "diamond", "cross")
+"""How many colours there are; what tells lines apart when all are used up."""
 
-Chart = dict[str, Any]
-"""What the page's script draws: id, heading, height, layout, and traces; or `options`, each with a label and traces of
-its own, that a selector chooses from."""
-
-
-def chart(
-    name: str, traces: Sequence[Mapping[str, Any]], x: str, y: str, heading: str = "", height: int = 340, **layout: Any
-) -> Chart:
-    """A chart of traces as Plotly has them, with titles of the axes."""
-    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
-    for axis in axes:
-        axes[axis] |= layout.pop(axis, {})
-    return {"id": name, "heading": heading, "height": height, "traces": list(traces), "layout": {**axes, **layout}}
+Trace = dict[str, Any]
+"""As Plotly has it, but for `colour`, an index, in place of its colours."""
 
 
-def selected(
-    name: str,
-    options: Sequence[Mapping[str, Any]],
-    select: str,
-    x: str,
-    y: str,
-    heading: str = "",
-    log: bool = False,
-    **layout: Any,
-) -> Chart:
-    """A chart that shows one of several options, each with label, traces and, if need be, a layout.
+@dataclass(frozen=True)
+class View:
+    """What a chart shows when it is chosen."""
 
-    Args:
-        select: what is selected, in a word.
-        log: whether a box makes the y axis logarithmic, as it is at first.
-    """
-    whole = chart(name, [], x, y, heading, **layout)
-    del whole["traces"]
-    return {**whole, "options": list(options), "select": select, "log": log}
+    label: str
+    traces: list[Trace]
+    layout: dict[str, Any] = field(default_factory=dict)
+    height: int | None = None
 
 
-def line(x: Sequence[Any], y: Sequence[Any], name: str, colour: int = 0, **more: Any) -> dict[str, Any]:
-    """A trace of points and the lines between them; `colour` counts through COLOURS, then through DASHES."""
-    line_style = {"color": COLOURS[colour % len(COLOURS)], "dash": DASHES[colour // len(COLOURS) % len(DASHES)]}
+@dataclass(frozen=True)
+class Chart:
+    """What the page's script draws."""
+
+    id: str
+    heading: str
+    views: list[View]
+    """one, or several of which `select` chooses"""
+    layout: dict[str, Any] = field(default_factory=dict)
+    """of all views"""
+    height: int = 300
+    """pixels"""
+    select: str | None = None
+    """id of the selector in the template"""
+    logarithmic: str | None = None
+    """id of the box in the template that makes the y axis logarithmic"""
+
+
+def axes(x: str = "", y: str = "", **layout: Any) -> dict[str, Any]:
+    """A layout with titles of the axes; `layout` may hold more of xaxis and yaxis."""
+    titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    return {**layout, **{axis: title | layout.get(axis, {}) for axis, title in titles.items()}}
+
+
+def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = CHOSEN, **more: Any) -> Trace:
+    """A line through points; NaN and None are gaps."""
+    symbol = SYMBOLS[colour // COLOURS % len(SYMBOLS)]
     return {
         "type": "scatter",
-        "mode": "lines+markers",
+        "mode": "lines+markers" if len(x) <= 40 else "lines",
         "x": list(x),
         "y": [rounded(value) for value in y],
         "name": name,
-        "line": line_style | {"width": 1.75},
-        "marker": {"size": 5},
+        "colour": colour % COLOURS,
+        "line": {"width": 2},
+        "marker": {"size": 6, "symbol": symbol},
         **more,
     }
 
 
 def rounded(value: float | None) -> float | None:
-    """To four digits, which is what a screen shows; None for what is not finite."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+    """To five digits, which is more than a screen shows; None for what is not finite."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def number(text: str | float | None) -> float:
@@ -78,14 +85,23 @@ def number(text: str | float | None) -> float:
     return math.nan if text in (None, "") else float(text)
 
 
-def write(path: Path, template: str, charts: Sequence[Chart], **content: Any) -> Path:
+def shown(value: Any) -> str:
+    """A value of a config, as its reader would write it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def write(path: Path, template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -> Path:
     """Render a template to a file; returns its path.
 
     Args:
-        path: the file.
+        path: the file; its folder is made if need be.
         template: a name in templates/, without its endings.
-        charts: of the page; the template places them.
-        **content: what else the template needs.
+        charts: all that the template places.
+        content: what else it shows.
     """
     environment = Environment(
         loader=PackageLoader("qat_runner.report"),
@@ -94,9 +110,8 @@ def write(path: Path, template: str, charts: Sequence[Chart], **content: Any) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(f"{template}.html.j2").render(
-        charts=charts, plotly=Markup(get_plotlyjs()), **content
-    )
+    specs = [asdict(chart) for chart in charts]
+    page = environment.get_template(f"{template}.html.j2").render(specs=specs, plotly=Markup(get_plotlyjs()), **content)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
     return path

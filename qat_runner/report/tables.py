@@ -11,8 +11,8 @@ def _number(value: object, digits: int) -> str:
 
 
 def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from summary.json."""
-    metrics = "/".join(dict.fromkeys(s["metric"] for s in summaries))
+    """A row a run, from summary.json, each beside full precision as `against_full_precision` has it."""
+    metrics = "/".join(dict.fromkeys(metric(s) for s in summaries))
     rows = []
     for s, difference in zip(summaries, against_full_precision(summaries), strict=True):
         drop = "" if difference is None else f"{difference:+.2f}"
@@ -27,7 +27,7 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 s["seed"],
                 _number(accuracy(s), 2),
                 drop,
-                _number(s[f"best_{s['metric']}"], 2),
+                _number(s[f"best_{metric(s)}"], 2),
                 _number(s["sqnr_db"], 1),
                 _number(s["samples_per_second"], 0 if (s["samples_per_second"] or 0) >= 100 else 1),
                 _number(s["seconds"], 1),
@@ -67,9 +67,14 @@ def against_full_precision(summaries: Sequence[Mapping[str, Any]]) -> list[float
     ]
 
 
+def metric(summary: Mapping[str, Any]) -> str:
+    """Name of the figure of a run that counts; records of old do not tell."""
+    return str(summary.get("metric") or ("f1" if "f1" in summary else "top1"))
+
+
 def accuracy(summary: Mapping[str, Any]) -> float:
     """The figure of a run that counts, in percent."""
-    return float(summary[summary["metric"]])
+    return float(summary[metric(summary)])
 
 
 def _setting(summary: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ from qat_runner.data.batches import undivided
 from qat_runner.errors import RunError, StoppedError
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.calibrate import hold_activations
-from qat_runner.insertion.histograms import Histogram, histograms
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
@@ -187,14 +186,6 @@ class Trainer:
         batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
         with autocast(self.device, self.config.amp):
             return noise_report(self.model, (batch.inputs for batch in batches))
-
-    def histograms(self) -> list[Histogram]:
-        """Of all tensors, on the batches that noise is measured on."""
-        if self.config.policy.full_precision:
-            return []
-        batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
-        with autocast(self.device, self.config.amp):
-            return histograms(self.model, (batch.inputs for batch in batches))
 
     def mean_sqnr(self) -> float:
         """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""

@@ -1,0 +1,103 @@
+"use strict";
+
+// Told apart by colour-blind eyes: Okabe and Ito's colours, darker on white and lighter on black.
+const THEMES = {
+  light: {ink: "#1b2230", soft: "#5d6778", grid: "#e4e8ee", back: "#ffffff",
+    colours: ["#0072b2", "#d55e00", "#009e73", "#b8568f", "#a67c00", "#3d9bd1", "#5d6778"]},
+  dark: {ink: "#e3e8ef", soft: "#98a3b5", grid: "#2a313d", back: "#191f28",
+    colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#98a3b5"]},
+};
+const WIDTH_OF_PAPER = 680;  // pixels
+
+const charts = JSON.parse(document.getElementById("charts").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+let printing = false;
+
+const byId = id => id && document.getElementById(id);
+const narrow = () => innerWidth < 600;
+const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
+
+// Puts colours in the place of their indices.
+function painted(thing, colours) {
+  if (thing.colour === undefined) return thing;
+  const {colour, ...rest} = thing, color = colours[colour];
+  const tinted = {...rest, line: {color, ...rest.line}};
+  if (rest.type === "line") return tinted;  // a shape
+  tinted.marker = {color, ...rest.marker};
+  for (const bars of ["error_x", "error_y"]) if (rest[bars]) tinted[bars] = {color, ...rest[bars]};
+  return tinted;
+}
+
+function axis(own, {grid, soft}) {
+  const common = {gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, fixedrange: narrow()};
+  const title = {font: {color: soft, size: 12}, standoff: 8, ...own.title};
+  return {...common, ...own, title, tickfont: {color: soft, size: 11, ...own.tickfont}};
+}
+
+function layoutOf(chart, view) {
+  const colours = theme(), own = {...chart.layout, ...view.layout};
+  const yaxis = {...chart.layout.yaxis, ...view.layout.yaxis};
+  if (chart.logarithmic) yaxis.type = byId(chart.logarithmic).checked ? "log" : "linear";
+  return {
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 40, r: 10, t: 8, b: 36},
+    font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: colours.ink},
+    legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {color: colours.soft}},
+    hoverlabel: {bgcolor: colours.back, bordercolor: colours.grid, font: {color: colours.ink}, namelength: -1},
+    ...own,
+    dragmode: narrow() ? false : "zoom",  // a finger scrolls the page
+    shapes: (own.shapes || []).map(shape => painted(shape, colours.colours)),
+    xaxis: axis({...chart.layout.xaxis, ...view.layout.xaxis}, colours),
+    yaxis: axis(yaxis, colours),
+  };
+}
+
+function draw(chart) {
+  const select = byId(chart.select), view = chart.views[select ? select.value : 0];
+  const place = byId(chart.id), height = view.height || chart.height;
+  const layout = {...layoutOf(chart, view), height};
+  if (printing) layout.width = Math.min(place.clientWidth, WIDTH_OF_PAPER);
+  place.style.height = `${height}px`;
+  const traces = view.traces.map(trace => painted(trace, theme().colours));
+  const options = {responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
+  return Plotly.react(place, traces, layout, options);
+}
+
+const drawAll = () => Promise.all(charts.map(draw));
+for (const chart of charts) for (const id of [chart.select, chart.logarithmic])
+  if (id) byId(id).addEventListener("change", () => draw(chart));
+dark.addEventListener("change", drawAll);
+addEventListener("beforeprint", () => { printing = true; drawAll(); });
+addEventListener("afterprint", () => { printing = false; drawAll(); });
+drawAll().then(() => { document.body.dataset.drawn = charts.length; });
+
+// Tables sort by the column whose head is clicked; what is unknown comes last either way.
+function compare(a, b) {
+  if ((a === "") !== (b === "")) return a === "" ? Infinity : -Infinity;
+  return isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b;
+}
+
+function sortBy(head) {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex;
+  const direction = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+  const key = row => row.cells[column].dataset.sort ?? row.cells[column].textContent.trim();
+  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", direction === 1 ? "ascending" : "descending");
+  const order = (a, b) => { const d = compare(key(a), key(b)); return isFinite(d) ? d * direction : Math.sign(d); };
+  body.append(...[...body.rows].sort(order));
+}
+for (const button of document.querySelectorAll("th button"))
+  button.addEventListener("click", () => sortBy(button.parentElement));
+
+for (const box of document.querySelectorAll("[data-toggle]"))
+  box.addEventListener("change", () => byId(box.dataset.toggle).classList.toggle("only-changed", box.checked));
+
+async function copy(button) {
+  const range = document.createRange();
+  range.selectNodeContents(byId(button.dataset.copy));
+  getSelection().removeAllRanges();
+  getSelection().addRange(range);
+  try { await navigator.clipboard.writeText(getSelection().toString()); } catch { document.execCommand("copy"); }
+  button.textContent = "Copied";
+}
+for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button));
