@@ -18,8 +18,11 @@ from qat_runner.training.tracking import write_text
 CHOSEN, OTHER = 0, 1
 """Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
 
-COLOURS, SYMBOLS = 7, ("circle", "square", "diamond", "cross")
-"""How many colours there are; what tells lines apart when all are used up."""
+COLOURS, SYMBOLS = 8, ("circle", "square", "diamond", "triangle-up", "cross")
+"""How many colours there are; and what tells lines apart beside them."""
+
+FEW_EPOCHS = 12
+"""So many have a tick each."""
 
 Trace = dict[str, Any]
 """As Plotly has it, but for `colour`, an index, in place of its colours."""
@@ -42,13 +45,13 @@ class Chart:
     id: str
     heading: str
     views: list[View]
-    """one, or several of which `select` chooses"""
+    """one, or several of which `selects` choose"""
     layout: dict[str, Any] = field(default_factory=dict)
     """of all views"""
     height: int = 300
     """pixels"""
-    select: str | None = None
-    """id of the selector in the template"""
+    selects: tuple[str, ...] = ()
+    """ids of the selectors in the template; of several the last goes through neighbouring views"""
     logarithmic: str | None = None
     """id of the box in the template that makes the y axis logarithmic"""
 
@@ -61,7 +64,7 @@ def axes(x: str = "", y: str = "", **layout: Any) -> dict[str, Any]:
 
 def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = CHOSEN, **more: Any) -> Trace:
     """A line through points; NaN and None are gaps."""
-    symbol = SYMBOLS[colour // COLOURS % len(SYMBOLS)]
+    symbol = SYMBOLS[(colour + colour // COLOURS) % len(SYMBOLS)]
     return {
         "type": "scatter",
         "mode": "lines+markers" if len(x) <= 40 else "lines",

@@ -15,7 +15,7 @@ from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.report.tensors_of_page import noise_charts, noisiest, tensor_charts
+from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
 from qat_runner.training.tracking import read_json, read_rows
 
 POINTS = 1000
@@ -48,6 +48,7 @@ def write(folder: Path, out: Path) -> Path:
     rows = read_rows(folder / "layers.csv")
     curves, noise = _curves(folder), noise_charts(rows)
     one_tensor = tensor_charts(rows, _read(folder / "histograms.json") or [])
+    settings = sections(config)
     content = {
         "title": folder.resolve().name,
         "heading": heading(config),
@@ -59,7 +60,8 @@ def write(folder: Path, out: Path) -> Path:
         "epoch": rows[-1]["epoch"] if rows else "",
         "one_tensor": one_tensor,
         "why_no_noise": _why_no_noise(config),
-        "settings": sections(config),
+        "settings": settings,
+        "any_changed": any(row.changed for _, rows in settings for row in rows),
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
@@ -92,7 +94,7 @@ def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> l
     cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
     difference = _difference(folder, summary)
     if difference is not None:
-        cards.append(Card("against full precision", f"{difference:+.2f}", "points, same network, data and seed"))
+        cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
     if not config.policy.full_precision:
         cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
@@ -153,7 +155,7 @@ def _curves(folder: Path) -> list[Chart]:
 
 def _by_epoch(name: str, heading: str, rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> Chart:
     epochs = [int(row["epoch"]) for row in rows]
-    ticks = {"dtick": 1} if len(epochs) <= 12 else {}
+    ticks = {"dtick": 1} if len(epochs) <= page.FEW_EPOCHS else {}
     keys = sorted(keys, reverse=True)  # validation first: it has the first colour
     traces = [
         line(epochs, [number(row[key]) for row in rows], key.replace("_", " "), int(key.startswith("train")))
@@ -172,7 +174,8 @@ def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, str]], key: s
     ends = [min(size * (i + 1), len(values)) for i in range(len(parts))]
     trace = line(ends, [sum(part) / len(part) for part in parts], key, mode="lines")
     trace["line"] = {"width": 1.25}
-    return Chart(name, heading, [page.View("", [trace])], axes("step", showlegend=False), height=240)
+    layout = axes("step", showlegend=False, yaxis={"exponentformat": "none"})
+    return Chart(name, heading, [page.View("", [trace])], layout, height=240)
 
 
 def _why_no_noise(config: Config) -> str:

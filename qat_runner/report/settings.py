@@ -20,6 +20,7 @@ class Setting:
     """A row of the table."""
 
     key: str
+    """inside of its group"""
     value: str
     default: str
     changed: bool
@@ -42,5 +43,6 @@ def sections(config: Config) -> list[tuple[str, list[Setting]]]:
 
 def _rows(own: dict[str, Any], default: dict[str, Any]) -> Iterator[Setting]:
     for key, value in flat(own).items():
-        counts = key.partition(".")[0] not in PLACES
-        yield Setting(key, shown(value), shown(default.get(key)), counts and value != default.get(key))
+        group, _, rest = key.partition(".")
+        changed = group not in PLACES and value != default.get(key)
+        yield Setting(rest or key, shown(value), shown(default.get(key)), changed)

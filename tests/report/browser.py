@@ -55,8 +55,8 @@ class Page:
         )
         self.prefer(scheme)
         self.send("Page.navigate", url=path.resolve().as_uri())
-        self.run("new Promise(done => { const look = () => document.body?.dataset.drawn ? done() : setTimeout(look, 50);"
-                 " look(); })")  # fmt: skip
+        look = "() => document.body?.dataset.drawn ? done() : setTimeout(look, 50)"
+        self.run(f"new Promise(done => {{ const look = {look}; look(); }})")
 
     def prefer(self, scheme: str, media: str = "") -> None:
         """Change the colour scheme, or the medium ("print", "screen"), while the page is open."""
@@ -65,7 +65,9 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, waited for where it is a promise."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        found = self.send(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

@@ -3,18 +3,18 @@
 // Told apart by colour-blind eyes: Okabe and Ito's colours, darker on white and lighter on black.
 const THEMES = {
   light: {ink: "#1b2230", soft: "#5d6778", grid: "#e4e8ee", back: "#ffffff",
-    colours: ["#0072b2", "#d55e00", "#009e73", "#b8568f", "#a67c00", "#3d9bd1", "#5d6778"]},
+    colours: ["#0072b2", "#d55e00", "#009e73", "#b8568f", "#a67c00", "#3d9bd1", "#7a5cc0", "#5d6778"]},
   dark: {ink: "#e3e8ef", soft: "#98a3b5", grid: "#2a313d", back: "#191f28",
-    colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#98a3b5"]},
+    colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#b7a4ee", "#98a3b5"]},
 };
 const WIDTH_OF_PAPER = 680;  // pixels
 
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const hovers = matchMedia("(hover: hover)").matches;  // a mouse, not a finger
 let printing = false;
 
-const byId = id => id && document.getElementById(id);
-const narrow = () => innerWidth < 600;
+const byId = id => document.getElementById(id);
 const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
 
 // Puts colours in the place of their indices.
@@ -29,7 +29,7 @@ function painted(thing, colours) {
 }
 
 function axis(own, {grid, soft}) {
-  const common = {gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, fixedrange: narrow()};
+  const common = {gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, fixedrange: !hovers};
   const title = {font: {color: soft, size: 12}, standoff: 8, ...own.title};
   return {...common, ...own, title, tickfont: {color: soft, size: 11, ...own.tickfont}};
 }
@@ -37,35 +37,41 @@ function axis(own, {grid, soft}) {
 function layoutOf(chart, view) {
   const colours = theme(), own = {...chart.layout, ...view.layout};
   const yaxis = {...chart.layout.yaxis, ...view.layout.yaxis};
-  if (chart.logarithmic) yaxis.type = byId(chart.logarithmic).checked ? "log" : "linear";
+  if (chart.logarithmic && byId(chart.logarithmic).checked) Object.assign(yaxis, {type: "log", dtick: 1});
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 40, r: 10, t: 8, b: 36},
     font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: colours.ink},
     legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {color: colours.soft}},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: colours.soft, activecolor: colours.ink},
     hoverlabel: {bgcolor: colours.back, bordercolor: colours.grid, font: {color: colours.ink}, namelength: -1},
     ...own,
-    dragmode: narrow() ? false : "zoom",  // a finger scrolls the page
+    dragmode: hovers ? "zoom" : false,  // a finger scrolls the page
     shapes: (own.shapes || []).map(shape => painted(shape, colours.colours)),
     xaxis: axis({...chart.layout.xaxis, ...view.layout.xaxis}, colours),
     yaxis: axis(yaxis, colours),
   };
 }
 
+function chosen(chart) {
+  const selects = chart.selects.map(byId);
+  return chart.views[selects.reduce((index, select) => index * select.options.length + select.selectedIndex, 0)];
+}
+
 function draw(chart) {
-  const select = byId(chart.select), view = chart.views[select ? select.value : 0];
+  const view = chosen(chart);
   const place = byId(chart.id), height = view.height || chart.height;
   const layout = {...layoutOf(chart, view), height};
   if (printing) layout.width = Math.min(place.clientWidth, WIDTH_OF_PAPER);
   place.style.height = `${height}px`;
   const traces = view.traces.map(trace => painted(trace, theme().colours));
-  const options = {responsive: true, displaylogo: false, displayModeBar: narrow() ? false : "hover",
+  const options = {responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
   return Plotly.react(place, traces, layout, options);
 }
 
 const drawAll = () => Promise.all(charts.map(draw));
-for (const chart of charts) for (const id of [chart.select, chart.logarithmic])
-  if (id) byId(id).addEventListener("change", () => draw(chart));
+for (const chart of charts) for (const id of [...chart.selects, chart.logarithmic].filter(Boolean))
+  byId(id).addEventListener("change", () => draw(chart));
 dark.addEventListener("change", drawAll);
 addEventListener("beforeprint", () => { printing = true; drawAll(); });
 addEventListener("afterprint", () => { printing = false; drawAll(); });

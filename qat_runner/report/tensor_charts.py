@@ -12,7 +12,7 @@ FEW = 20
 LEVELS = 64
 """Levels of a grid that are drawn, at most."""
 
-LETTERS = 30
+LETTERS = 27
 """Of a tensor's name beside an axis, at most."""
 
 Row = Mapping[str, Any]
@@ -45,8 +45,8 @@ def noise_charts(rows: Sequence[Row]) -> list[Chart]:
             if len(some) > FEW + 5:
                 first = sorted(some, key=lambda row: number(row["sqnr_db"]))[:FEW]
                 views.insert(0, _noise(f"the {FEW} noisiest", first))
-            select = f"{kind}-shown" if len(views) > 1 else None
-            charts.append(Chart(f"noise-{kind}", kind.capitalize(), views, axes("SQNR (dB)"), select=select))
+            selects = (f"{kind}-shown",) if len(views) > 1 else ()
+            charts.append(Chart(f"noise-{kind}", kind.capitalize(), views, axes("SQNR (dB)"), selects=selects))
     return charts
 
 
@@ -59,7 +59,14 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
     common: Trace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
     common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
     symbol = {"size": 7, "symbol": "square-open"}
-    link = {"type": "data", "symmetric": False, "array": gain, "arrayminus": [0] * len(rows), "width": 0, "thickness": 1}
+    link = {
+        "type": "data",
+        "symmetric": False,
+        "array": gain,
+        "arrayminus": [0] * len(rows),
+        "width": 0,
+        "thickness": 1,
+    }
     traces = [
         common | {"x": other, "name": "max-scaling", "colour": OTHER, "marker": symbol, "error_x": link},
         common | {"x": chosen, "name": "this run", "colour": CHOSEN, "marker": {"size": 8}},
@@ -70,7 +77,7 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
-    """Names that fit beside an axis: without what all layers begin with, and cut at the left where still too long."""
+    """Names that fit beside an axis: without what all layers begin with, and without a middle where still too long."""
     layers = [row["layer"].split(".") for row in rows]
     shared = 0
     while all(len(parts) > shared + 1 for parts in layers) and len({parts[shared] for parts in layers}) == 1:
@@ -80,7 +87,9 @@ def _labels(rows: Sequence[Row]) -> list[str]:
         ".".join([*parts[shared:], *([] if row["tensor"] in plain else [row["tensor"]])])
         for parts, row in zip(layers, rows, strict=True)
     ]
-    return [text if len(text) <= LETTERS else f"…{text[1 - LETTERS :]}" for text in names]
+    return [
+        text if len(text) <= LETTERS else f"{text[: LETTERS // 3]}…{text[1 - LETTERS * 2 // 3 :]}" for text in names
+    ]
 
 
 def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]:
@@ -100,11 +109,11 @@ def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]
     if by_name:
         layout = axes(bargap=0, showlegend=False)
         views = [_histogram(tensor, by_name.get(tensor)) for tensor in names]
-        charts.append(Chart("histogram", "Values", views, layout, 320, "tensor", "logarithmic"))
+        charts.append(Chart("histogram", "Values", views, layout, 320, ("tensor",), "logarithmic"))
     if any(len(some) > 1 for some in history.values()):
         layout = axes("epoch", yaxis={"rangemode": "tozero"}, showlegend=False)
         views = [_scalar(tensor, history.get(tensor, [])) for tensor in names]
-        charts.append(Chart("scalar", "Clipping scalar s by epoch", views, layout, 320, "tensor"))
+        charts.append(Chart("scalar", "Clipping scalar s by epoch", views, layout, 320, ("tensor",)))
     return charts
 
 
@@ -131,10 +140,11 @@ def _histogram(tensor: str, h: Row | None) -> View:
     }
     grid = Grid(h["bits"], h["signed"])
     levels = range(grid.lowest, grid.highest + 1) if 2 ** h["bits"] <= LEVELS else range(0)
-    shapes = [_mark(code / grid.levels_per_scalar, -0.045, 0, 1) for code in levels]
+    shapes = [_mark(code / grid.levels_per_scalar, -0.04, 0, 1) for code in levels]
     shapes += [_mark(end, 0, 1, 2) for end in ((-1, 1) if h["signed"] else (1,))]
     start = min(h["low"], -1.05 if h["signed"] else -0.05)
     axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
+    axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the grid's
     return View(tensor, [bars], {"shapes": shapes, "xaxis": axis})
 
 
