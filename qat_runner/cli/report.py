@@ -62,6 +62,8 @@ def _settle(args: argparse.Namespace, verbs: Sequence[str]) -> None:
     args.run_page = args.what not in verbs
     if args.run_page and not Path(args.what).is_dir():
         raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs)}")
+    if args.run_page and any(Path(args.what).glob("*/config.yaml")) and not (Path(args.what) / "config.yaml").is_file():
+        raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
     if (len(args.places) > 1 and args.what != "compare") or (args.run_page and args.places):
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
     args.runs_dir = args.places[0] if args.places else Path("runs")

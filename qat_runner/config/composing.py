@@ -10,10 +10,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from qat_runner.config.identities import PLACES, differences, identity
-from qat_runner.config.resolving import from_hydra
+from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config, register
 
 HYDRA_VERSION_BASE = "1.3"
+
+_OF_STAGE = ("epochs", "batch_size", "lr")
+"""Keys that follow from the recipe unless they are given."""
 
 
 def config_dir() -> Path:
@@ -37,6 +40,8 @@ def choices(config: Config) -> list[str]:
     """What a resolved config was chosen by: the groups that are shipped under its names, bits, mode and weights."""
     held = not config.clipping.dynamic and not config.clipping.learned
     wanted = {"model": config.model.name, "dataset": config.dataset.name}
+    if config.recipe.name != config.dataset.name:
+        wanted["recipe"] = config.recipe.name
     if not config.policy.full_precision:
         wanted["clipping"] = ("static_" if held else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
@@ -61,6 +66,7 @@ def command(config: Config) -> str | None:
     old, new = asdict(base), asdict(config)
     values = flat(new)
     changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
+    changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={_value(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
         overrides = [*choices(config), *(f"{key}={_value(values[key])}" for key in keys if key != "weights"), *place]
@@ -75,7 +81,10 @@ def _follows(key: str, config: Config) -> bool:
     used = ("recipe.name", *(f"recipe.{mode}." for mode in {config.mode, config.auto_mode}))
     if first == "recipe":
         return key == "recipe.name" or ("." in rest and not key.startswith(used))
-    return key in ("epochs", "batch_size", "lr") and getattr(config, key) == getattr(config.stage, key)
+    stage = config.stage
+    assert config.batch_size is not None
+    said = (stage.epochs, stage.batch_size, scaled_lr(stage, config.batch_size))
+    return key in _OF_STAGE and getattr(config, key) == dict(zip(_OF_STAGE, said, strict=True))[key]
 
 
 def _gives(overrides: Sequence[str], config: Config) -> bool:

@@ -258,8 +258,8 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
             found = [_curve(run, colours[method], dashes.get(run.bits, "solid")) for run in some]
             group: list[Trace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
-        told = ", ".join(f"{dash} {width:g} bits" for width, dash in dashes.items())
-        title = f"epoch ({told})" if len(widths) > 1 else "epoch"
+        told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
+        title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
         views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {})))
     heading = "Validation accuracy (%) by epoch"

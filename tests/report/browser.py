@@ -2,8 +2,10 @@
 
 import json
 import os
+import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,17 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """The program; None where none is installed."""
+
+PATIENCE = 60.0
+"""Seconds that an answer may take."""
+
+_WIRE = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for fd, place in zip(high, (3, 4)):  # where the browser looks for its pipe
+    os.dup2(fd, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-extensions")
 
@@ -73,6 +86,7 @@ class Page:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._from], [], [], PATIENCE)[0], "the browser does not answer"
             read = os.read(self._from, 1 << 20)
             assert read, "the browser has ended"
             self._rest += read
@@ -99,18 +113,13 @@ def browser(profile: Path) -> Iterator[Page]:
     assert CHROMIUM is not None
     (browser_reads, to_browser), (from_browser, browser_writes) = os.pipe(), os.pipe()
 
-    def wire() -> None:  # the protocol's pipes are descriptors 3 and 4, by definition
-        high = (os.dup2(browser_reads, 60), os.dup2(browser_writes, 61))
-        os.dup2(high[0], 3)
-        os.dup2(high[1], 4)
-
+    command = [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
     process = subprocess.Popen(
-        [CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "--remote-debugging-pipe"],
+        [sys.executable, "-c", _WIRE, str(browser_reads), str(browser_writes), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        close_fds=False,
-        preexec_fn=wire,
+        pass_fds=(browser_reads, browser_writes),
     )
     os.close(browser_reads)
     os.close(browser_writes)

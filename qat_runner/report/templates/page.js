@@ -7,7 +7,6 @@ const THEMES = {
   dark: {ink: "#e3e8ef", soft: "#98a3b5", grid: "#2a313d", back: "#191f28",
     colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#b7a4ee", "#98a3b5"]},
 };
-const WIDTH_OF_PAPER = 680;  // pixels
 
 const charts = JSON.parse(document.getElementById("charts").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -39,7 +38,7 @@ function layoutOf(chart, view) {
   const yaxis = {...chart.layout.yaxis, ...view.layout.yaxis};
   if (chart.logarithmic && byId(chart.logarithmic).checked) Object.assign(yaxis, {type: "log", dtick: 1});
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 40, r: 10, t: 8, b: 36},
+    autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: {l: 40, r: 10, t: 8, b: 36},
     font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: colours.ink},
     legend: {orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: {color: colours.soft}},
     modebar: {bgcolor: "rgba(0,0,0,0)", color: colours.soft, activecolor: colours.ink},
@@ -59,9 +58,10 @@ function chosen(chart) {
 
 function draw(chart) {
   const view = chosen(chart);
-  const place = byId(chart.id), height = view.height || chart.height;
+  const place = byId(chart.id), legend = view.traces.filter(trace => trace.showlegend !== false).length;
+  const room = place.clientWidth < 480 ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
+  const height = (view.height || chart.height) + room;
   const layout = {...layoutOf(chart, view), height};
-  if (printing) layout.width = Math.min(place.clientWidth, WIDTH_OF_PAPER);
   place.style.height = `${height}px`;
   const traces = view.traces.map(trace => painted(trace, theme().colours));
   const options = {responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
@@ -73,8 +73,13 @@ const drawAll = () => Promise.all(charts.map(draw));
 for (const chart of charts) for (const id of [...chart.selects, chart.logarithmic].filter(Boolean))
   byId(id).addEventListener("change", () => draw(chart));
 dark.addEventListener("change", drawAll);
-addEventListener("beforeprint", () => { printing = true; drawAll(); });
-addEventListener("afterprint", () => { printing = false; drawAll(); });
+function print(on) {  // the page is laid out for paper before its charts are drawn for it
+  printing = on;
+  document.documentElement.classList.toggle("printing", on);
+  drawAll();
+}
+addEventListener("beforeprint", () => print(true));
+addEventListener("afterprint", () => print(false));
 drawAll().then(() => { document.body.dataset.drawn = charts.length; });
 
 // Tables sort by the column whose head is clicked; what is unknown comes last either way.
