@@ -22,6 +22,9 @@ FULL_PRECISION = "full precision"
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """Of lines, by bits."""
 
+BESIDE = 0.05
+"""How far apart the points of two methods stand, in parts of the step from one number of bits to the next."""
+
 DIGITS_OF_HASH = 8
 """Of the fingerprint of a file, how many are shown."""
 
@@ -141,29 +144,33 @@ def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 
 
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
-    """Heads, rows (words, figures as text and as number, name of the run), and the words that all runs share."""
+    """Heads, rows (words, figures as text and as number, words again), and the words that all runs share."""
     summaries = [run.summary for run in runs if run.summary is not None]
     drops = dict(zip([r.folder for r in runs if r.summary is not None], against_full_precision(summaries), strict=True))
     metrics = "/".join(dict.fromkeys(metric(summary) for summary in summaries)) or "accuracy"
-    heads = ("bits", "seed", f"{metrics} %", "vs fp32", "best %", "SQNR dB", "MB", "minutes")
-    words = [dict(zip(("model", "dataset", "mode", "method"), _words(run), strict=True)) for run in runs]
-    varied = [key for key in words[0] if key == "method" or len({row[key] for row in words}) > 1]
+    heads = ("bits", f"{metrics} %", "vs fp32", "best %", "SQNR dB", "MB", "minutes", "seed")
+    words = [_words(run, name) for run, name in zip(runs, _names(runs), strict=True)]
+    varied = [key for key in words[0] if key in ("method", "run") or len({row[key] for row in words}) > 1]
+    before, after = ([key for key in varied if (key in ("mode", "run")) == late] for late in (False, True))
     numbers = [_figures(run, drops.get(run.folder)) for run in runs]
     known = [i for i in range(len(heads)) if any(row[i][0] is not None for row in numbers)]
     rows = [
         (
-            [texts[key] for key in varied],
+            [texts[key] for key in before],
             [("" if row[i][0] is None else row[i][1].format(row[i][0]), row[i][0]) for i in known],
-            name if run.summary is not None else f"{name} ({status(run.folder).state})",
+            [texts[key] for key in after],
         )
-        for run, texts, row, name in zip(runs, words, numbers, _names(runs), strict=True)
+        for texts, row in zip(words, numbers, strict=True)
     ]
     shared = [word for key, word in words[0].items() if key not in varied]
-    return {"words": varied, "figures": [heads[i] for i in known], "rows": rows, "shared": shared}
+    return {"heads": (before, [heads[i] for i in known], after), "rows": rows, "shared": shared}
 
 
-def _words(run: Entry) -> tuple[str, str, str, str]:
-    return *run.network, run.config.mode, run.method
+def _words(run: Entry, name: str) -> dict[str, str]:
+    """Of a row of the table; the name of an unfinished run tells what has become of it."""
+    state = "" if run.summary is not None else f" ({status(run.folder).state})"
+    model, dataset = run.network
+    return {"model": model, "dataset": dataset, "method": run.method, "mode": run.config.mode, "run": name + state}
 
 
 def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
@@ -171,13 +178,13 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
     s = run.summary or {}
     return [
         (run.bits, "{:g}"),
-        (run.config.seed, "{:d}"),
         (accuracy(s) if s else None, "{:.2f}"),
         (drop, "{:+.2f}"),
         (s.get(f"best_{metric(s)}"), "{:.2f}"),
         (s.get("sqnr_db"), "{:.1f}"),
         (s.get("size_mb"), "{:.3g}"),
         (s["seconds"] / 60 if s else None, "{:.1f}"),
+        (run.config.seed, "{:d}"),
     ]
 
 
@@ -195,25 +202,31 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
     views = []
     for name, runs in networks.items():
         done = [run for run in runs if run.summary is not None]
-        widths = sorted({run.bits for run in done if run.method != FULL_PRECISION})
-        traces = [_mean_line(method, some, widths, colours[method]) for method, some in _by_method(done)]
-        labels = [f"{width:g}" for width in widths]
-        axis = {"type": "category", "categoryorder": "array", "categoryarray": labels}
-        views.append(View(name, traces, {"xaxis": axis}))
+        widths = sorted({run.bits for run in done if run.method != FULL_PRECISION} or {run.bits for run in done})
+        methods = _by_method(done)
+        shifts = [BESIDE * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
+        traces = [
+            _mean_line(method, some, widths, shift, colours[method])
+            for (method, some), shift in zip(methods, shifts, strict=True)
+        ]
+        ticks = {"tickvals": list(range(len(widths))), "ticktext": [f"{width:g}" for width in widths]}
+        views.append(View(name, traces, {"xaxis": ticks | {"range": [-0.4, len(widths) - 0.6], "zeroline": False}}))
     heading = "Accuracy (%) against bits"
     return Chart("by-bits", heading, views, axes("bits"), 380, ("network",)) if _any(views) else None
 
 
-def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], colour: int) -> Trace:
-    """Of full precision: a level across all bits."""
-    found: dict[float, list[float]] = {}
-    for run in runs:
-        for width in widths if method == FULL_PRECISION and widths else [run.bits]:
-            found.setdefault(width, []).append(accuracy(run.summary or {}))
-    means = {width: statistics.fmean(values) for width, values in sorted(found.items())}
-    trace = line([f"{width:g}" for width in means], list(means.values()), method, colour)
+def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> Trace:
+    """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
     if method == FULL_PRECISION:
-        return trace | {"mode": "lines" if len(means) > 1 else "markers", "line": {"width": 2, "dash": "dash"}}
+        level = statistics.fmean(accuracy(run.summary or {}) for run in runs)
+        trace = line([-0.4, len(widths) - 0.6], [level] * 2, method, colour, mode="lines", hovertemplate="%{y} %")
+        return trace | {"line": {"width": 2, "dash": "dash"}}
+    found = {width: [accuracy(run.summary or {}) for run in runs if run.bits == width] for width in widths}
+    found = {width: values for width, values in found.items() if values}
+    means = {width: statistics.fmean(values) for width, values in found.items()}
+    told = [f"{method}, {width:g} bits" for width in means]
+    trace = line([rounded(widths.index(width) + shift) for width in means], list(means.values()), method, colour)
+    trace |= {"text": told, "hovertemplate": "%{text}: %{y} %<extra></extra>"}
     if any(len(values) > 1 for values in found.values()):
         trace["error_y"] = {
             "type": "data",
@@ -221,7 +234,7 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], colo
             "array": [rounded(max(found[width]) - mean) for width, mean in means.items()],
             "arrayminus": [rounded(mean - min(found[width])) for width, mean in means.items()],
             "thickness": 1.5,
-            "width": 4,
+            "width": 3,
         }
     return trace
 
