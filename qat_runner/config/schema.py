@@ -216,7 +216,8 @@ class Config:
     batch_size: int | None = None
     """samples a step, over all devices; null: the recipe's"""
     lr: float | None = None
-    """learning rate before any decay; null: the recipe's, with another batch_size in proportion to it, or for AdamW to its square root"""
+    """learning rate before any decay; null: the recipe's, with another batch_size in proportion to it, or for AdamW to
+    its square root"""
     accumulate: int = 1
     """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
     seed: int = 0

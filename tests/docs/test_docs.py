@@ -23,11 +23,15 @@ import pytest
 import torch
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from torch import nn
 
 from qat_runner.cli import export, report, run
 from qat_runner.data import prepare
+from qat_runner.data.images import MemorySource
+from qat_runner.data.registry import DATASETS, PICTURES
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
+from qat_runner.models import MODELS
 from qat_runner.quant import CLIPPING_METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +236,23 @@ def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, monke
     assert run.main([*named, "model=resnet20", "epochs=1", "limit_train_batches=1", "run_dir=run"]) == 0
     assert yaml.safe_load((place / "run" / "config.yaml").read_text())["clipping"]["name"] == "mean_multiple"
     assert yaml.safe_load((place / "run" / "summary.json").read_text())["clipping"] == "mean_multiple"
+
+
+def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
+    monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
+    monkeypatch.setitem(PICTURES, "mine", lambda folder, config: MemorySource(half, half, config.augment))
+    monkeypatch.setitem(DATASETS, "mine", (lambda folder: (folder / "mine.bin").is_file(), "mine.bin"))
+    command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]
+    assert run.main(command) == 2  # the data are not there
+    (place / "data" / "mine").mkdir(parents=True)
+    (place / "data" / "mine" / "mine.bin").touch()
+    assert run.main(command) == 0
+    assert yaml.safe_load((place / "run" / "summary.json").read_text())["dataset"] == "mine"
+
+
+def _layers(classes: int) -> list[nn.Module]:
+    return [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes)]
 
 
 def _example() -> Callable[..., torch.Tensor]:
