@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +20,8 @@ def test_qat_run_from_the_installed_wheel(tmp_path: Path) -> None:
 
     call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
+    templates = {path.name for path in (ROOT / "qat_runner" / "report" / "templates").iterdir()}
+    assert templates <= {Path(name).name for name in ZipFile(wheel).namelist()}
     site = tmp_path / "site"
     call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
     where = "import qat_runner.cli.run as r; print(r.__file__); print(r.config_dir())"

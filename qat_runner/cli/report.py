@@ -1,5 +1,7 @@
-"""qat-report: the paper's tables and figures from a folder of runs.
+"""qat-report: pages of runs, and the paper's tables and figures from a folder of runs.
 
+    qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
+    qat-report compare runs                    a page that sets runs, or folders of runs, side by side
     qat-report table1 runs                     ours beside the published numbers
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
@@ -8,8 +10,8 @@
     qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
     qat-report table6 --run runs/NAME          seconds to find them
 
-Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures are written as PNG and SVG. Exit codes: 0 all
-is well, 2 the request cannot be carried out.
+Pages are single files that need no network. Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures
+are written as PNG and SVG. Exit codes: 0 all is well, 2 the request cannot be carried out.
 """
 
 import argparse
@@ -30,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    choices = (*TABLES, "table6", *FIGURES, "status")
-    parser.add_argument("what", choices=choices, metavar="WHAT", help=f"one of {', '.join(choices)}")
-    parser.add_argument("runs_dir", nargs="?", type=Path, default=Path("runs"), help="folder of run folders (runs)")
+    verbs = ("compare", *TABLES, "table6", *FIGURES, "status")
+    parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs)}")
+    parser.add_argument("places", nargs="*", type=Path, help="folder of run folders (runs); compare: runs as well")
     parser.add_argument("--dataset", help="whose runs, where there are several")
     parser.add_argument("--model", help="tables: of one network alone")
     parser.add_argument(
@@ -40,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="figures 1, 2 and 5, table6: the run whose tensors it is about",
     )
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write to (report)")
+    parser.add_argument("--out", type=Path, help="folder to write to (report; for a run, its own)")
     args = parser.parse_args(argv)
     try:
+        _settle(args, verbs)
         for path in _report(args):
             print(path)
     except QatError as error:
@@ -54,8 +57,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _settle(args: argparse.Namespace, verbs: Sequence[str]) -> None:
+    """Make out what is meant: `run_page`, and `runs_dir` of what takes a folder of runs."""
+    args.run_page = args.what not in verbs
+    if args.run_page and not Path(args.what).is_dir():
+        raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs)}")
+    if args.run_page and any(Path(args.what).glob("*/config.yaml")) and not (Path(args.what) / "config.yaml").is_file():
+        raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
+    if (len(args.places) > 1 and args.what != "compare") or (args.run_page and args.places):
+        raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
+    args.runs_dir = args.places[0] if args.places else Path("runs")
+    args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
+
+
 def _report(args: argparse.Namespace) -> list[Path]:
     """Print and write what was asked for; returns the files."""
+    if args.run_page:
+        from qat_runner.report import run_page
+
+        return [run_page.write(Path(args.what), args.out / "report.html")]
+    if args.what == "compare":
+        from qat_runner.report import compare_page
+
+        return [compare_page.write(args.places or [args.runs_dir], args.out / "compare.html")]
     if args.what == "status":
         from qat_runner.report import status
 

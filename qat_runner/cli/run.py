@@ -34,22 +34,16 @@ from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register
+from qat_runner.config.composing import HYDRA_VERSION_BASE, compose_config, config_dir
 from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
 from qat_runner.report.status import remember_asked
 from qat_runner.training import distributed
 
-HYDRA_VERSION_BASE = "1.3"
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
 log = logging.getLogger("qat_runner")
-
-
-def config_dir() -> Path:
-    """The folder of Hydra configs: inside the package where it is installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
 
 
 class _Terminal(logging.Handler):
@@ -119,13 +113,12 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
         return []
     if not chosen[0].startswith("+experiment="):
         raise ConfigError(f"{chosen[0].lstrip('+')}: puts an experiment on other data; +experiment=NAME must name it")
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        composed = compose("config", overrides=chosen)
+    found = compose_config(chosen)
     given = {arg.lstrip("+~").partition("=")[0] for arg in args}
     rows = []
-    for key, values in composed.sweep.items():
+    for key, values in found.sweep.items():
         if key.lstrip("+") not in given:
-            stand_in = dict.fromkeys(composed.standins.get(value, value) for value in values.split(","))
+            stand_in = dict.fromkeys(found.standins.get(value, value) for value in values.split(","))
             rows.append(f"{key}={','.join(stand_in)}")
     if not multirun and any("," in row for row in rows):
         raise ConfigError(f"{chosen[0].lstrip('+')}: holds several rows; qat-run -m runs them all")

@@ -32,8 +32,10 @@ from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import prepare
 from qat_runner.insertion import quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
+from qat_runner.insertion.size import size_mb
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint, distributed
+from qat_runner.training.histograms import record_histograms
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
 from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json, write_text
@@ -157,6 +159,7 @@ def _carry_out(
             trainer.evaluate()
         result = _summarize(config, trainer)
         if distributed.is_main():
+            record_histograms(folder, config, model, data)
             plot_curves(folder)
             plot_noise(folder)
             write_json(folder / "summary.json", result)
@@ -258,6 +261,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
     sqnr = trainer.mean_sqnr()
+    quantized_mb, full_mb = size_mb(trainer.model)
     source = trainer.data.source if isinstance(trainer.data, ImageData) else None
     corrupt: set[str] | None = None  # met since the run last began
     if isinstance(source, FolderSource) and config.dataset.skip_corrupt:
@@ -284,6 +288,8 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "samples_per_second": state.samples_per_second,
         "seconds": state.seconds,
         "sqnr_db": sqnr if sqnr == sqnr else None,
+        "size_mb": quantized_mb,
+        "fp32_size_mb": full_mb,
         "quantization_mse": sum(mses) / len(mses) if mses else None,
         **({"corrupt_pictures": len(corrupt)} if corrupt is not None else {}),
         "run_dir": str(trainer.record.folder),

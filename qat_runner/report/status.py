@@ -7,7 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qat_runner.config import Config, load_config
-from qat_runner.report.tables import accuracy
+from qat_runner.report.tables import accuracy, metric
 from qat_runner.training.lock import alive
 from qat_runner.training.tracking import read_json, read_rows
 
@@ -47,17 +47,18 @@ def statuses(runs_dir: Path) -> list[Status]:
     asked = runs_dir / ASKED
     names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
     names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
-    return [_status(runs_dir / name) for name in sorted(names)]
+    return [status(runs_dir / name) for name in sorted(names)]
 
 
-def _status(folder: Path) -> Status:
+def status(folder: Path) -> Status:
+    """Of the run in a folder."""
     config = load_config(folder)
     if config is None:
         return Status(folder.name, "running" if alive(folder) else "missing")
     epochs = _epochs(folder, config)
     if (folder / "summary.json").is_file():
         summary = read_json(folder / "summary.json")
-        return Status(folder.name, "finished", epochs, f"{summary['metric']} {accuracy(summary):.2f} %")
+        return Status(folder.name, "finished", epochs, f"{metric(summary)} {accuracy(summary):.2f} %")
     if alive(folder):
         return Status(folder.name, "running", epochs)
     why = folder / "error.txt"

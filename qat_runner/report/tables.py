@@ -11,17 +11,11 @@ def _number(value: object, digits: int) -> str:
 
 
 def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from summary.json, each beside the full-precision run of the same model, data, mode and seed.
-
-    Where there is none, beside the full-precision network as it is, which retraining starts from.
-    """
-    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
-    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
-    metrics = "/".join(dict.fromkeys(s["metric"] for s in summaries))
+    """A row a run, from summary.json, each beside full precision as `against_full_precision` has it."""
+    metrics = "/".join(dict.fromkeys(metric(s) for s in summaries))
     rows = []
-    for s in summaries:
-        baseline = baselines.get(_setting(s), starts.get(_setting(s)[:2]))
-        drop = "" if baseline is None or s["clipping"] == "none" else f"{accuracy(s) - baseline:+.2f}"
+    for s, difference in zip(summaries, against_full_precision(summaries), strict=True):
+        drop = "" if difference is None else f"{difference:+.2f}"
         rows.append(
             (
                 s["model"],
@@ -33,7 +27,7 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 s["seed"],
                 _number(accuracy(s), 2),
                 drop,
-                _number(s[f"best_{s['metric']}"], 2),
+                _number(s[f"best_{metric(s)}"], 2),
                 _number(s["sqnr_db"], 1),
                 _number(s["samples_per_second"], 0 if (s["samples_per_second"] or 0) >= 100 else 1),
                 _number(s["seconds"], 1),
@@ -59,9 +53,28 @@ def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def against_full_precision(summaries: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """How far each run lies above the full-precision run of the same model, data, mode and seed, in points.
+
+    Where there is none, above the full-precision network as it is, which retraining starts from; None without either.
+    """
+    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
+    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
+    found = [baselines.get(_setting(s), starts.get(_setting(s)[:2])) for s in summaries]
+    return [
+        None if baseline is None or s["clipping"] == "none" else accuracy(s) - baseline
+        for s, baseline in zip(summaries, found, strict=True)
+    ]
+
+
+def metric(summary: Mapping[str, Any]) -> str:
+    """Name of the figure of a run that counts; records of old do not tell."""
+    return str(summary.get("metric") or ("f1" if "f1" in summary else "top1"))
+
+
 def accuracy(summary: Mapping[str, Any]) -> float:
     """The figure of a run that counts, in percent."""
-    return float(summary[summary["metric"]])
+    return float(summary[metric(summary)])
 
 
 def _setting(summary: Mapping[str, Any]) -> tuple[Any, ...]:

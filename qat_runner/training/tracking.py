@@ -11,7 +11,9 @@
 | layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
 | checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
+| histograms.json   | how the values of each quantized tensor lie on its grid, at the end                           |
 | curves.png, noise.png | plots                                                                                     |
+| report.html       | the run's page, where qat-report was asked for it                                             |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
 | error.txt         | why the run broke off, if it did                                                              |
 | summary.json      | the result; a folder that has it is a finished run                                            |
@@ -43,16 +45,8 @@ STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
 LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
-    *(
-        "tensorboard",
-        "checkpoints",
-        "curves.png",
-        "noise.png",
-        "predictions.json",
-        "summary.json",
-        "error.txt",
-        "export",
-    ),
+    *("histograms.json", "tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json"),
+    *("error.txt", "report.html", "export"),
 )
 """All that a run folder holds."""
 

@@ -59,6 +59,7 @@ def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> No
         "config.yaml",
         "curves.png",
         "environment.json",
+        "histograms.json",
         "layers.csv",
         "log.txt",
         "metrics.csv",

@@ -1,0 +1,296 @@
+"""The page that sets runs side by side: a table, accuracy against bits and costs, and where their configs differ."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from qat_runner.config import Config, clipping_label, gradient_label, identity, load_config
+from qat_runner.config.composing import flat
+from qat_runner.errors import ConfigError
+from qat_runner.report import page
+from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown
+from qat_runner.report.run_page import bits
+from qat_runner.report.status import status
+from qat_runner.report.tables import accuracy, against_full_precision, metric
+from qat_runner.training.tracking import read_json, read_rows
+
+FULL_PRECISION = "full precision"
+
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+"""Of lines, by bits."""
+
+DIGITS_OF_HASH = 8
+"""Of the fingerprint of a file, how many are shown."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that takes part."""
+
+    folder: Path
+    config: Config
+    summary: dict[str, Any] | None
+    """None while it is not finished"""
+
+    @property
+    def method(self) -> str:
+        """Clipping and gradient, in a few words."""
+        if self.config.policy.full_precision:
+            return FULL_PRECISION
+        usual = self.config.clipping.learned or self.config.gradient.name == "mph"
+        gradient = "" if usual else f", {gradient_label(self.config)}"
+        return f"{clipping_label(self.config)}{gradient}{', distilled' if self.config.distilling else ''}"
+
+    @property
+    def network(self) -> tuple[str, str]:
+        return self.config.model.name, self.config.dataset.name
+
+    @property
+    def bits(self) -> float:
+        """Mean of those of weights and activations."""
+        assert self.config.weight_bits is not None and self.config.activation_bits is not None
+        return (self.config.weight_bits + self.config.activation_bits) / 2
+
+
+Costs = dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]]
+
+COSTS: Costs = {
+    "time": ("minutes", lambda summary: summary["seconds"] / 60),
+    "size": ("MB", lambda summary: summary.get("size_mb")),
+}
+"""What accuracy is set against: unit, and the figure from summary.json."""
+
+
+def entries(places: Sequence[Path]) -> list[Entry]:
+    """The runs at the places, or in them where these are folders of runs, each once.
+
+    Raises:
+        ConfigError: a place that holds no run, or fewer than two runs in all.
+    """
+    found: dict[Path, Entry] = {}
+    for place in places:
+        single = (place / "config.yaml").is_file()
+        folders = [place] if single else sorted(path.parent for path in place.glob("*/config.yaml"))
+        runs = [(folder, config) for folder in folders if (config := load_config(folder)) is not None]
+        if not runs:
+            raise ConfigError(f"{place}: holds no run of qat-run")
+        for folder, config in runs:
+            summary = folder / "summary.json"
+            found[folder.resolve()] = Entry(folder, config, read_json(summary) if summary.is_file() else None)
+    if len(found) < 2:
+        raise ConfigError(f"compare: needs two runs or more, and found {len(found)}")
+    return list(found.values())
+
+
+def write(places: Sequence[Path], out: Path) -> Path:
+    """Write the page; returns its path.
+
+    Args:
+        places: run folders, or folders of them.
+        out: the file to write.
+
+    Raises:
+        ConfigError: as `entries`.
+    """
+    runs = entries(places)
+    networks = _networks(runs)
+    colours = _colours(runs)
+    charts = [chart for chart in (_by_bits(networks, colours), _by_cost(networks, colours)) if chart is not None]
+    curves = _curves(networks, colours)
+    differing, values = _differing(runs)
+    content = {
+        "title": f"{len(runs)} runs",
+        "table": _table(runs),
+        "networks": list(networks),
+        "costs": list(COSTS),
+        "charts": charts,
+        "curves": curves,
+        "differing": differing,
+        "values": values,
+    }
+    return page.write(out, "compare", [*charts, *([curves] if curves else [])], content)
+
+
+def _networks(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """What can be drawn in one chart, the largest first: runs of a network on a data set in a mode, and their start."""
+    found: dict[str, list[Entry]] = {}
+    for run in runs:
+        found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
+    for some in found.values():
+        if not any(run.method == FULL_PRECISION for run in some):
+            some += [r for r in runs if r.config.mode == "evaluate" and r.network == some[0].network]
+    several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
+    return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
+
+
+def _colours(runs: Sequence[Entry]) -> dict[str, int]:
+    """Each method has its colour, the same in all charts; full precision has the grey one."""
+    methods = sorted({run.method for run in runs} - {FULL_PRECISION})
+    free = [index for index in range(page.COLOURS * len(page.SYMBOLS)) if index % page.COLOURS != page.COLOURS - 1]
+    return {FULL_PRECISION: page.COLOURS - 1} | {name: free[i % len(free)] for i, name in enumerate(methods)}
+
+
+def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
+    def method(run: Entry) -> str:
+        return run.method
+
+    return [(name, list(some)) for name, some in groupby(sorted(runs, key=method), method)]
+
+
+def _table(runs: Sequence[Entry]) -> dict[str, Any]:
+    """Heads, rows (words, figures as text and as number, name of the run), and the words that all runs share."""
+    summaries = [run.summary for run in runs if run.summary is not None]
+    drops = dict(zip([r.folder for r in runs if r.summary is not None], against_full_precision(summaries), strict=True))
+    metrics = "/".join(dict.fromkeys(metric(summary) for summary in summaries)) or "accuracy"
+    heads = ("bits", "seed", f"{metrics} %", "vs fp32", "best %", "SQNR dB", "MB", "minutes")
+    words = [dict(zip(("model", "dataset", "mode", "method"), _words(run), strict=True)) for run in runs]
+    varied = [key for key in words[0] if key == "method" or len({row[key] for row in words}) > 1]
+    numbers = [_figures(run, drops.get(run.folder)) for run in runs]
+    known = [i for i in range(len(heads)) if any(row[i][0] is not None for row in numbers)]
+    rows = [
+        (
+            [texts[key] for key in varied],
+            [("" if row[i][0] is None else row[i][1].format(row[i][0]), row[i][0]) for i in known],
+            name if run.summary is not None else f"{name} ({status(run.folder).state})",
+        )
+        for run, texts, row, name in zip(runs, words, numbers, _names(runs), strict=True)
+    ]
+    shared = [word for key, word in words[0].items() if key not in varied]
+    return {"words": varied, "figures": [heads[i] for i in known], "rows": rows, "shared": shared}
+
+
+def _words(run: Entry) -> tuple[str, str, str, str]:
+    return *run.network, run.config.mode, run.method
+
+
+def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
+    """Of a row of the table, and how each is written."""
+    s = run.summary or {}
+    return [
+        (run.bits, "{:g}"),
+        (run.config.seed, "{:d}"),
+        (accuracy(s) if s else None, "{:.2f}"),
+        (drop, "{:+.2f}"),
+        (s.get(f"best_{metric(s)}"), "{:.2f}"),
+        (s.get("sqnr_db"), "{:.1f}"),
+        (s.get("size_mb"), "{:.3g}"),
+        (s["seconds"] / 60 if s else None, "{:.1f}"),
+    ]
+
+
+def _names(runs: Sequence[Entry]) -> list[str]:
+    """Names of run folders without the words that all of them begin with."""
+    names = [run.folder.resolve().name.split("_") for run in runs]
+    shared = 0
+    while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
+        shared += 1
+    return ["_".join(words[shared:]) for words in names]
+
+
+def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
+    """Accuracy against bits, a line a method: mean over its runs at these bits, and their range as a bar."""
+    views = []
+    for name, runs in networks.items():
+        done = [run for run in runs if run.summary is not None]
+        widths = sorted({run.bits for run in done if run.method != FULL_PRECISION})
+        traces = [_mean_line(method, some, widths, colours[method]) for method, some in _by_method(done)]
+        labels = [f"{width:g}" for width in widths]
+        axis = {"type": "category", "categoryorder": "array", "categoryarray": labels}
+        views.append(View(name, traces, {"xaxis": axis}))
+    heading = "Accuracy (%) against bits"
+    return Chart("by-bits", heading, views, axes("bits"), 380, ("network",)) if _any(views) else None
+
+
+def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], colour: int) -> Trace:
+    """Of full precision: a level across all bits."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        for width in widths if method == FULL_PRECISION and widths else [run.bits]:
+            found.setdefault(width, []).append(accuracy(run.summary or {}))
+    means = {width: statistics.fmean(values) for width, values in sorted(found.items())}
+    trace = line([f"{width:g}" for width in means], list(means.values()), method, colour)
+    if method == FULL_PRECISION:
+        return trace | {"mode": "lines" if len(means) > 1 else "markers", "line": {"width": 2, "dash": "dash"}}
+    if any(len(values) > 1 for values in found.values()):
+        trace["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [rounded(max(found[width]) - mean) for width, mean in means.items()],
+            "arrayminus": [rounded(mean - min(found[width])) for width, mean in means.items()],
+            "thickness": 1.5,
+            "width": 4,
+        }
+    return trace
+
+
+def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
+    """Accuracy against a cost, a point a run; the views are all networks for each cost in turn."""
+    views = []
+    for cost, (unit, figure) in COSTS.items():
+        for name, runs in networks.items():
+            done = [(r, r.summary) for r in runs if r.summary is not None and figure(r.summary) is not None]
+            known = {run.folder: (figure(summary), accuracy(summary)) for run, summary in done}
+            traces = [_points(method, some, known, colours[method]) for method, some in _by_method(r for r, _ in done)]
+            title = f"{cost} ({unit})" if traces else f"{cost}: not on record for these runs"
+            views.append(View(name, traces, {"xaxis": {"title": {"text": title}}}))
+    heading = "Accuracy (%) against cost"
+    return Chart("by-cost", heading, views, axes(), 380, ("cost", "network")) if _any(views) else None
+
+
+def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> Trace:
+    x, y = zip(*(known[run.folder] for run in runs), strict=True)
+    told = [f"{method}, {bits(run.config)} bits, seed {run.config.seed}" for run in runs]
+    trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
+    return trace | {"marker": trace["marker"] | {"size": 9}, "hovertemplate": "%{text}<br>%{x}, %{y} %<extra></extra>"}
+
+
+def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
+    """Validation accuracy by epoch, a line a run: its colour tells the method, its dashes the bits."""
+    views = []
+    for name, runs in networks.items():
+        widths = sorted({run.bits for run in runs if run.method != FULL_PRECISION})
+        dashes = {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
+        traces: list[Trace] = []
+        for method, some in _by_method(runs):
+            found = [_curve(run, colours[method], dashes.get(run.bits, "solid")) for run in some]
+            group: list[Trace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
+            traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
+        told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
+        title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
+        few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
+        views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {})))
+    heading = "Validation accuracy (%) by epoch"
+    return Chart("curves", heading, views, height=420, selects=("network",)) if _any(views) else None
+
+
+def _curve(run: Entry, colour: int, dash: str) -> Trace | None:
+    rows = read_rows(run.folder / "metrics.csv")
+    key = next((key for key in ("val_f1", "val_top1") if rows and key in rows[0]), None)
+    if key is None:
+        return None
+    epochs, values = [int(row["epoch"]) for row in rows], [number(row[key]) for row in rows]
+    told = f"{run.method}, {bits(run.config)} bits, seed {run.config.seed}"
+    trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: %{{y}} %<extra></extra>")
+    return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}
+
+
+def _any(views: Sequence[View]) -> bool:
+    return any(view.traces for view in views)
+
+
+def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Keys in which configs differ, of those that decide a result; and by run its values."""
+    settings = [flat(identity(run.config)) for run in runs]
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    keys = [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
+    told = [[_value(setting[key]) if key in setting else "" for key in keys] for setting in settings]
+    return keys, list(zip(_names(runs), told, strict=True))
+
+
+def _value(value: Any) -> str:
+    text = shown(value)
+    hashed = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return f"{text[:DIGITS_OF_HASH]}…" if hashed else text

@@ -1,0 +1,231 @@
+"""The page of a run: what came of it, how, and how to have it again."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat_runner.config import Config, differences, load_config
+from qat_runner.config.composing import choices, command
+from qat_runner.errors import ConfigError
+from qat_runner.report import page
+from qat_runner.report.page import Chart, axes, line, number
+from qat_runner.report.runs import find_runs
+from qat_runner.report.settings import sections
+from qat_runner.report.status import status
+from qat_runner.report.tables import accuracy, against_full_precision, metric
+from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
+from qat_runner.training.tracking import read_json, read_rows
+
+POINTS = 1000
+"""Steps that a curve is drawn through, at most; each point is the mean of those that it stands for."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def write(folder: Path, out: Path) -> Path:
+    """Write the page of a run, finished or not; returns its path.
+
+    Args:
+        folder: of the run.
+        out: the file to write.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    config = load_config(folder)
+    if config is None:
+        raise ConfigError(f"{folder}: holds no run of qat-run")
+    summary, environment = _read(folder / "summary.json"), _read(folder / "environment.json")
+    rows = read_rows(folder / "layers.csv")
+    curves, noise = _curves(folder), noise_charts(rows)
+    one_tensor = tensor_charts(rows, _read(folder / "histograms.json") or [])
+    settings = sections(config)
+    content = {
+        "title": folder.resolve().name,
+        "heading": heading(config),
+        "status": status(folder),
+        "cards": _cards(folder, config, summary),
+        "curves": curves,
+        "noise": noise,
+        "noisiest": noisiest(rows),
+        "epoch": rows[-1]["epoch"] if rows else "",
+        "one_tensor": one_tensor,
+        "why_no_noise": _why_no_noise(config),
+        "settings": settings,
+        "any_changed": any(row.changed for _, rows in settings for row in rows),
+        "choices": " ".join(choices(config)),
+        "environment": _environment(environment),
+        "sittings": _sittings(environment),
+        **_again(config, environment),
+    }
+    return page.write(out, "run", [*curves, *noise, *one_tensor], content)
+
+
+def _read(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None
+
+
+def heading(config: Config) -> str:
+    """What a run is, in a few words."""
+    how = "in full precision" if config.policy.full_precision else f"at {bits(config)} bits"
+    return f"{config.model.name} on {config.dataset.name} {how}"
+
+
+def bits(config: Config) -> str:
+    """Bits of weights and activations, as one number where they are the same."""
+    same = config.weight_bits == config.activation_bits
+    return f"{config.weight_bits}" if same else f"{config.weight_bits}/{config.activation_bits}"
+
+
+def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> list[Card]:
+    if summary is None:
+        return _cards_so_far(folder, config)
+    name = metric(summary)
+    best = f"best {summary[f'best_{name}']:.2f} %" if config.training and f"best_{name}" in summary else ""
+    cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
+    difference = _difference(folder, summary)
+    if difference is not None:
+        cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
+    if not config.policy.full_precision:
+        cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
+        cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
+    if summary.get("sqnr_db") is not None:
+        cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
+    if "size_mb" in summary:
+        small, full = summary["size_mb"], summary["fp32_size_mb"]
+        note = f"{full:.3g} MB in fp32, {full / small:.1f} times as much" if small < full else "in fp32"
+        cards.append(Card("size", f"{small:.3g} MB", note))
+    epochs = f"{summary['epochs']} epochs" if config.training else "validation alone"
+    cards.append(Card("time", duration(summary["seconds"]), epochs))
+    return cards
+
+
+def _cards_so_far(folder: Path, config: Config) -> list[Card]:
+    """Of a run that is not finished."""
+    rows = read_rows(folder / "metrics.csv")
+    cards = [Card("epochs", f"{len(rows)} of {config.epochs}")] if config.training else []
+    if rows:
+        name = next(key for key in ("val_f1", "val_top1") if key in rows[-1])
+        values = [number(row[name]) for row in rows]
+        best = f"best {max(values):.2f} %"
+        cards.append(Card(f"{name.removeprefix('val_')} so far", f"{values[-1]:.2f} %", best))
+        cards.append(Card("time", duration(number(rows[-1]["seconds"]))))
+    return cards
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _difference(folder: Path, summary: Mapping[str, Any]) -> float | None:
+    """From the full-precision run that lies in the same folder of runs, in points."""
+    beside = [run.summary for run in find_runs(folder.resolve().parent) if run.summary]
+    return against_full_precision([*beside, summary])[-1]
+
+
+def _curves(folder: Path) -> list[Chart]:
+    """Accuracy and loss by epoch, loss and learning rate by step."""
+    rows, steps = read_rows(folder / "metrics.csv"), read_rows(folder / "steps.csv")
+    charts = []
+    if rows:
+        halves = [key for key in rows[0] if key.startswith(("val_", "train_"))]
+        losses = [key for key in halves if key.endswith("_loss")]
+        rates = [key for key in halves if key not in losses and not key.endswith("5")]  # top5 would flatten the rest
+        charts.append(_by_epoch("accuracy", "Accuracy (%)", rows, rates))
+        charts.append(_by_epoch("loss", "Loss", rows, losses))
+    if steps:
+        size = -(-len(steps) // POINTS)
+        told = f"Training loss by step{f', means of {size}' if size > 1 else ''}"
+        charts.append(_by_step("step-loss", told, steps, "loss", size))
+        charts.append(_by_step("learning-rate", "Learning rate by step", steps, "lr", size))
+    return charts
+
+
+def _by_epoch(name: str, heading: str, rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> Chart:
+    epochs = [int(row["epoch"]) for row in rows]
+    ticks = {"dtick": 1} if len(epochs) <= page.FEW_EPOCHS else {}
+    keys = sorted(keys, reverse=True)  # validation first: it has the first colour
+    traces = [
+        line(epochs, [number(row[key]) for row in rows], key.replace("_", " "), int(key.startswith("train")))
+        for key in keys
+    ]
+    for trace, key in zip(traces, keys, strict=True):
+        if key == "val_em":
+            trace["line"]["dash"] = "dot"
+    return Chart(name, heading, [page.View("", traces)], axes("epoch", xaxis=ticks, hovermode="x unified"))
+
+
+def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, str]], key: str, size: int) -> Chart:
+    """A column of steps.csv, thinned to means of `size` rows."""
+    values = [number(row[key]) for row in steps]
+    parts = [values[i : i + size] for i in range(0, len(values), size)]
+    ends = [min(size * (i + 1), len(values)) for i in range(len(parts))]
+    trace = line(ends, [sum(part) / len(part) for part in parts], key, mode="lines")
+    trace["line"] = {"width": 1.25}
+    layout = axes("step", showlegend=False, yaxis={"exponentformat": "none"})
+    return Chart(name, heading, [page.View("", [trace])], layout, height=240)
+
+
+def _why_no_noise(config: Config) -> str:
+    """Where a run has no noise on record."""
+    if config.policy.full_precision:
+        return "Nothing is quantized in this run."
+    if config.noise_batches == 0:
+        return "This run was asked not to measure noise (noise_batches=0)."
+    return "None is on record yet."
+
+
+def _again(config: Config, environment: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The command that gives the same run, or else the recorded one; and the folder that the run was started in."""
+    recorded = None if environment is None else shlex.join(environment["command"])
+    return {
+        "command": command(config),
+        "recorded": recorded,
+        "directory": None if environment is None else environment.get("directory"),
+    }
+
+
+def _environment(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the run was begun in, line by line."""
+    if environment is None:
+        return []
+    machine, git = environment["machine"], environment["git"]
+    checkout = "not from a checkout" if git is None else f"{git['commit']} on {git['branch']}"
+    return [
+        ("started", environment["started"]),
+        ("machine", f"{machine['processor']}, {machine['cores']} cores, {machine['platform']}"),
+        ("GPUs", ", ".join(machine["gpus"]) or "none"),
+        ("processes", str(environment.get("processes", 1))),
+        ("threads", str(machine["torch_threads"])),
+        ("code", checkout + (", with uncommitted changes" if git is not None and git["dirty"] else "")),
+        ("python", environment["python"]),
+        *((name, version) for name, version in environment["packages"].items() if version),
+    ]
+
+
+def _sittings(environment: Mapping[str, Any] | None) -> list[str]:
+    """When a run was resumed, and in what that was new."""
+    told = []
+    for sitting in (environment or {}).get("resumed", []):
+        changed = [
+            key for part in ("packages", "git", "machine") for key in _changed(environment or {}, sitting, part) or []
+        ]
+        told.append(sitting["started"] + (f", with other {', '.join(changed)}" if changed else ""))
+    return told
+
+
+def _changed(first: Mapping[str, Any], later: Mapping[str, Any], part: str) -> list[str]:
+    old, new = first[part], later[part]
+    return differences(old, new) if old and new else [part] if old != new else []

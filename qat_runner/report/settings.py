@@ -1,0 +1,48 @@
+"""The config of a run as a table: section by section, beside what it would have been without a word from its user."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qat_runner.config import Config, from_hydra
+from qat_runner.config.composing import compose_config, defaults_for, flat
+from qat_runner.config.identities import PLACES
+from qat_runner.report.page import shown
+
+_CHOICES = {"model.name", "dataset.name", "clipping.name", "clipping.dynamic", "gradient.name", "bits", "mode"}
+"""Keys whose default is that of `qat-run` alone; that of all others follows from these."""
+
+_HIDDEN = ("fingerprints", "sweep", "standins")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table."""
+
+    key: str
+    """inside of its group"""
+    value: str
+    default: str
+    changed: bool
+
+
+def sections(config: Config) -> list[tuple[str, list[Setting]]]:
+    """(title, rows): the keys of the run itself, those of each group, and where things lie, which makes no difference.
+
+    Args:
+        config: resolved.
+    """
+    own, default, plain = (asdict(c) for c in (config, defaults_for(config), from_hydra(compose_config([]))))
+    groups = [key for key, value in own.items() if isinstance(value, dict) and key not in _HIDDEN]
+    places = [key for key in PLACES if key not in _HIDDEN]
+    run = [key for key in own if key not in (*groups, *PLACES)]
+    tables = [("run", run), *((group, [group]) for group in groups), ("places and habits", places)]
+    flattened = flat(default) | {key: value for key, value in flat(plain).items() if key in _CHOICES}
+    return [(title, list(_rows({key: own[key] for key in keys}, flattened))) for title, keys in tables]
+
+
+def _rows(own: dict[str, Any], default: dict[str, Any]) -> Iterator[Setting]:
+    for key, value in flat(own).items():
+        group, _, rest = key.partition(".")
+        changed = group not in PLACES and value != default.get(key)
+        yield Setting(rest or key, shown(value), shown(default.get(key)), changed)

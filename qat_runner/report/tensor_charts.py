@@ -1,0 +1,164 @@
+"""Charts of a run's tensors: noise of all of them, and one at a time its values and its clipping scalar."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qat_runner.quant.grid import Grid
+from qat_runner.report.page import CHOSEN, OTHER, Chart, Trace, View, axes, line, number, rounded
+
+FEW = 20
+"""Tensors that are shown at first, where there are many more."""
+
+LEVELS = 64
+"""Levels of a grid that are drawn, at most."""
+
+LETTERS = 27
+"""Of a tensor's name beside an axis, at most."""
+
+Row = Mapping[str, Any]
+"""Of layers.csv or histograms.json."""
+
+
+def name(row: Row) -> str:
+    """Of a tensor."""
+    return f"{row['layer']}.{row['tensor']}"
+
+
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the latest epoch."""
+    return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+
+
+def noisiest(rows: Sequence[Row], count: int = 3) -> list[str]:
+    """The tensors of the latest epoch with the smallest SQNR, and how small it is."""
+    found = sorted(latest(rows), key=lambda row: number(row["sqnr_db"]))[:count]
+    return [f"{name(row)} ({number(row['sqnr_db']):.1f} dB)" for row in found]
+
+
+def noise_charts(rows: Sequence[Row]) -> list[Chart]:
+    """SQNR of the latest epoch beside that of max-scaling, weights and activations apart."""
+    charts = []
+    for kind in ("weights", "activations"):
+        some = [row for row in latest(rows) if (row["tensor"] == "weight") == (kind == "weights")]
+        if some:
+            views = [_noise(f"all {len(some)}, as they follow each other", some)]
+            if len(some) > FEW + 5:
+                first = sorted(some, key=lambda row: number(row["sqnr_db"]))[:FEW]
+                views.insert(0, _noise(f"the {FEW} noisiest", first))
+            selects = (f"{kind}-shown",) if len(views) > 1 else ()
+            charts.append(Chart(f"noise-{kind}", kind.capitalize(), views, axes("SQNR (dB)"), selects=selects))
+    return charts
+
+
+def _noise(label: str, rows: Sequence[Row]) -> View:
+    """A line a tensor: a point for the chosen clipping, a square for max-scaling, and what lies between."""
+    places = list(range(len(rows)))
+    chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
+    gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
+    told = [f"{name(row)}, {row['bits']} bits, {100 * number(row['clipped_fraction']):.2g} % clipped" for row in rows]
+    common: Trace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
+    common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
+    symbol = {"size": 7, "symbol": "square-open"}
+    link = {
+        "type": "data",
+        "symmetric": False,
+        "array": gain,
+        "arrayminus": [0] * len(rows),
+        "width": 0,
+        "thickness": 1,
+    }
+    traces = [
+        common | {"x": other, "name": "max-scaling", "colour": OTHER, "marker": symbol, "error_x": link},
+        common | {"x": chosen, "name": "this run", "colour": CHOSEN, "marker": {"size": 8}},
+    ]
+    ends = [len(rows) - 0.4, -0.6]
+    ticks = {"tickvals": places, "ticktext": _labels(rows), "range": ends, "zeroline": False, "tickfont": {"size": 10}}
+    return View(label, traces, {"yaxis": ticks}, 80 + 17 * len(rows))
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Names that fit beside an axis: without what all layers begin with, and without a middle where still too long."""
+    layers = [row["layer"].split(".") for row in rows]
+    shared = 0
+    while all(len(parts) > shared + 1 for parts in layers) and len({parts[shared] for parts in layers}) == 1:
+        shared += 1
+    plain = ("weight", "input")
+    names = [
+        ".".join([*parts[shared:], *([] if row["tensor"] in plain else [row["tensor"]])])
+        for parts, row in zip(layers, rows, strict=True)
+    ]
+    return [
+        text if len(text) <= LETTERS else f"{text[: LETTERS // 3]}…{text[1 - LETTERS * 2 // 3 :]}" for text in names
+    ]
+
+
+def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]:
+    """The values of a tensor on its grid, and its clipping scalar by epoch: two charts of one selector, noisiest first.
+
+    Args:
+        rows: of layers.csv.
+        histograms: of histograms.json; there may be none.
+    """
+    by_name = {name(h): h for h in histograms}
+    history: dict[str, list[Row]] = {}
+    for row in rows:
+        history.setdefault(name(row), []).append(row)
+    noise = {name(row): number(row["sqnr_db"]) for row in latest(rows)}
+    names = sorted({**by_name, **history}, key=lambda tensor: noise.get(tensor, 0.0))
+    charts = []
+    if by_name:
+        layout = axes(bargap=0, showlegend=False)
+        views = [_histogram(tensor, by_name.get(tensor)) for tensor in names]
+        charts.append(Chart("histogram", "Values", views, layout, 320, ("tensor",), "logarithmic"))
+    if any(len(some) > 1 for some in history.values()):
+        layout = axes("epoch", yaxis={"rangemode": "tozero"}, showlegend=False)
+        views = [_scalar(tensor, history.get(tensor, [])) for tensor in names]
+        charts.append(Chart("scalar", "Clipping scalar s by epoch", views, layout, 320, ("tensor",)))
+    return charts
+
+
+def _scalar(tensor: str, rows: Sequence[Row]) -> View:
+    epochs, values = [int(row["epoch"]) for row in rows], [number(row["s"]) for row in rows]
+    per = " (mean over channels)" if rows and rows[0]["granularity"] == "channel" else ""
+    return View(tensor, [line(epochs, values, "s")], {"yaxis": {"title": {"text": f"s{per}"}}})
+
+
+def _histogram(tensor: str, h: Row | None) -> View:
+    """Bars, lines at the clipping scalar, and ticks at the grid's levels; x is in units of the scalar."""
+    if h is None:
+        return View(tensor, [], {"xaxis": {"title": {"text": "not on record"}}})
+    width = (h["high"] - h["low"]) / len(h["counts"])
+    bars: Trace = {
+        "type": "bar",
+        "x0": rounded(h["low"] + width / 2),
+        "dx": rounded(width),
+        "width": width,
+        "y": h["counts"],
+        "colour": CHOSEN,
+        "marker": {"line": {"width": 0}},
+        "hovertemplate": "%{x:.3f} s: %{y}<extra></extra>",
+    }
+    grid = Grid(h["bits"], h["signed"])
+    levels = range(grid.lowest, grid.highest + 1) if 2 ** h["bits"] <= LEVELS else range(0)
+    shapes = [_mark(code / grid.levels_per_scalar, -0.04, 0, 1) for code in levels]
+    shapes += [_mark(end, 0, 1, 2) for end in ((-1, 1) if h["signed"] else (1,))]
+    start = min(h["low"], -1.05 if h["signed"] else -0.05)
+    axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
+    axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the grid's
+    return View(tensor, [bars], {"shapes": shapes, "xaxis": axis})
+
+
+def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:
+    """A vertical line; its ends in parts of the plot's height."""
+    ends = {"x0": x, "x1": x, "y0": bottom, "y1": top, "yref": "paper"}
+    return {"type": "line", **ends, "colour": OTHER, "line": {"width": width}}
+
+
+def _told(h: Row) -> str:
+    """What the x axis shows, and what lies beyond it."""
+    per = "of each channel, mean " if h["granularity"] == "channel" else "= "
+    grid = f"{h['bits']} bits, {'signed' if h['signed'] else 'unsigned'}"
+    share = 100 * h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
+    far = max(-h["lowest"], h["highest"])
+    beyond = f"<br>{share:.2g} % lie further out, up to {far:.3g} s" if h["beyond"] else ""
+    return f"x / s, s {per}{h['s']:.3g}; {grid}{beyond}"

@@ -1,0 +1,122 @@
+"""histograms.json: how the values of every quantized tensor lie on its grid, at the end of a run.
+
+Measured once, when all training is done, on the batches that noise is measured on; a weight's is of itself.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.config import Config
+from qat_runner.data import Data
+from qat_runner.data.batches import undivided
+from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.calibrate import evaluating
+from qat_runner.quant import Quantizer
+from qat_runner.training.measure import autocast
+from qat_runner.training.tracking import write_json
+
+BINS = 100
+REACH = 4.0
+"""Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Of x / s. Each channel is divided by its own s, so that one grid stands for all of them."""
+
+    layer: str
+    tensor: str
+    bits: int
+    signed: bool
+    granularity: str
+    s: float
+    """clipping scalar of the latest batch in units of x, the mean over the channels where there are several"""
+    low: float
+    """left end of the first bin, in units of s, like all that follow"""
+    high: float
+    """right end of the last bin"""
+    lowest: float
+    """the smallest value of the first batch"""
+    highest: float
+    """the largest value of the first batch"""
+    beyond: int
+    """values outside of the bins"""
+    counts: list[int]
+    """values in each bin; all bins have the same width"""
+
+
+def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data) -> None:
+    """Write histograms.json into a run's folder; nothing for a run whose noise is not measured either.
+
+    Args:
+        folder: of the run.
+        config: resolved.
+        model: as trained, with its quantizers.
+        data: whose first validation batches are used.
+    """
+    if config.policy.full_precision or config.noise_batches == 0:
+        return
+    batches = undivided(data).val_batches(config.dataset.val_batch_size, config.noise_batches)
+    with autocast(data.device, config.amp):
+        found = histograms(model, (batch.inputs for batch in batches))
+    write_json(folder / "histograms.json", [asdict(histogram) for histogram in found])
+
+
+@torch.no_grad()
+def histograms(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> list[Histogram]:
+    """Histograms of all quantized tensors that the batches reach. Waits for the device at each tensor.
+
+    Args:
+        model: with quantizers that have scalars; runs in eval mode, and is in the mode that it was in afterwards.
+        batches: each an input tensor, or a tuple of arguments of forward; the first sets the bins.
+    """
+    tensors = {t.quantizer: t for t in quantized_tensors(model)}
+    tallies: dict[Quantizer, _Tally] = {}
+
+    def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
+        s = quantizer.last_s.float()
+        x = args[0].detach().float() / torch.where(s > 0, s, 1.0)
+        if quantizer not in tallies:
+            tallies[quantizer] = _Tally(x)
+        elif tensors[quantizer].tensor == "weight":
+            return  # the same again
+        tallies[quantizer].add(x)
+
+    handles = [quantizer.register_forward_hook(hook) for quantizer in tensors]
+    try:
+        with evaluating(model):
+            for batch in batches:
+                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tallies[q].histogram(t.layer, t.tensor, q) for q, t in tensors.items() if q in tallies]
+
+
+class _Tally:
+    """Counts that add up, in bins that suit the first tensor, any shape, in units of s."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.lowest, self.highest = (end.item() for end in torch.aminmax(x))
+        self.low = max(self.lowest, -REACH)
+        self.high = max(min(self.highest, REACH), self.low + 1e-3)  # of a constant tensor, too, bins have a width
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+        self.beyond = 0
+
+    def add(self, x: Tensor) -> None:
+        found = torch.histc(x, BINS, self.low, self.high).double().cpu()
+        self.counts += found
+        self.beyond += x.numel() - int(found.sum())
+
+    def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
+        assert quantizer.last_s is not None
+        kind = (layer, tensor, quantizer.bits, quantizer.signed, quantizer.granularity)
+        s = quantizer.last_s.float().mean().item()
+        ends = (self.low, self.high, self.lowest, self.highest)
+        return Histogram(*kind, s, *ends, self.beyond, [int(n) for n in self.counts.tolist()])

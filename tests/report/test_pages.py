@@ -1,0 +1,549 @@
+"""The pages of qat-report: what they say, and that a browser shows them."""
+
+import csv
+import functools
+import html
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from plotly.offline import get_plotlyjs
+from torch import nn
+
+from qat_runner.cli.report import main as report
+from qat_runner.cli.run import main as qat_run
+from qat_runner.config import Config, from_hydra, identity, run_name
+from qat_runner.config.composing import command, compose_config
+from qat_runner.insertion import quantize_model
+from qat_runner.insertion.size import size_mb
+from qat_runner.report import compare_page, run_page
+from qat_runner.report.page import shown
+from qat_runner.report.settings import sections
+from qat_runner.training.histograms import BINS, REACH, histograms
+from qat_runner.training.tracking import RECORDED
+from tests.report.browser import CHROMIUM, Page, browser
+
+SMALL = (
+    *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8"),
+    *("dataset.fake_pictures=64", "batch_size=32"),
+)
+
+
+@functools.cache
+def config_of(*overrides: str) -> Config:
+    return from_hydra(compose_config([*SMALL, *overrides]))
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+LAYERS = ("conv1", "features.10.block.2.very.long.name.of.a.layer.indeed", "fc")
+
+
+def layer_rows(epochs: int, layers: Sequence[str] = LAYERS) -> list[dict[str, Any]]:
+    common = {"bits": 4, "signed": True, "granularity": "tensor", "mse": 1e-4, "clipped_fraction": 0.01}
+    return [
+        {"epoch": e, "layer": layer, "tensor": tensor, **common, "s": 1 + e / 10, "sqnr_db": 20 - i, "max_sqnr_db": 15}
+        for e in range(epochs + 1)
+        for i, layer in enumerate(layers)
+        for tensor in ("weight", "input")
+    ]
+
+
+def histogram(layer: str, bits: int = 4) -> dict[str, Any]:
+    ends = {"low": -1.5, "high": 1.5, "lowest": -9.0, "highest": 1.5}
+    kind = {"layer": layer, "tensor": "weight", "bits": bits, "signed": True, "granularity": "channel"}
+    return {**kind, "s": 0.25, **ends, "beyond": 2, "counts": list(range(BINS))}
+
+
+ENVIRONMENT = {
+    "command": ["qat-run", "bits=4", "+note=two words"],
+    "directory": "/somewhere",
+    "started": "2026-01-01T00:00:00+00:00",
+    "python": "3.12.0",
+    "packages": {"torch": "2.11", "numpy": "2.0"},
+    "git": {"commit": "abc123", "branch": "main", "dirty": True},
+    "machine": {"platform": "Linux", "processor": "a CPU", "cores": 2, "torch_threads": 2, "gpus": [], "cuda": None},
+    "processes": 1,
+}
+
+
+def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float | None = 60.0, epochs: int = 2) -> Path:
+    """A run folder as qat-run leaves it; top1=None: unfinished."""
+    config = config_of(*overrides)
+    folder = runs / (name or run_name(config))
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    halves = {"train_loss": 1.0, "train_top1": 50.0, "val_loss": 1.1, "val_top1": 55.0, "val_top5": 90.0}
+    write_rows(folder / "metrics.csv", [{"epoch": e + 1, **halves, "lr": 0.1, "seconds": 9.0} for e in range(epochs)])
+    write_rows(folder / "steps.csv", [{"epoch": 1, "step": i, "loss": 2 - i / 3000, "lr": 0.1} for i in range(2500)])
+    if not config.policy.full_precision:
+        write_rows(folder / "layers.csv", layer_rows(epochs))
+        (folder / "histograms.json").write_text(json.dumps([histogram(layer, 6) for layer in LAYERS]))
+    if top1 is not None:
+        full = config.policy.full_precision
+        summary = {
+            "model": config.model.name,
+            "dataset": config.dataset.name,
+            "mode": config.mode,
+            "seed": config.seed,
+            "clipping": "none" if full else config.clipping.name,
+            "gradient": "mph",
+            "metric": "top1",
+            "top1": top1,
+            "best_top1": top1 + 1,
+            "epochs": epochs,
+            "seconds": 90.0,
+            "sqnr_db": None if full else 20.0,
+            "size_mb": 0.5,
+            "fp32_size_mb": 4.0,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def text_of(path: Path) -> str:
+    """What the page of a path says, without its scripts, styles and tags."""
+    page = re.sub(r"<(script|style).*?</\1>", "", path.read_text(), flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def charts_of(path: Path) -> dict[str, dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', path.read_text(), re.DOTALL)
+    assert found is not None
+    return {chart["id"]: chart for chart in json.loads(found[1])}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of two epochs."""
+    runs = tmp_path_factory.mktemp("real")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qat-run"])
+        patch.chdir(runs)
+        assert qat_run([*SMALL, "epochs=2", f"run_dir={runs / 'run'}"]) == 0
+    return runs / "run"
+
+
+def test_a_run_records_histograms_and_sizes(real: Path) -> None:
+    found = json.loads((real / "histograms.json").read_text())
+    assert len(found) == 2 * 20  # weight and input of 20 layers
+    first = found[0]
+    assert (first["layer"], first["tensor"], first["bits"], first["granularity"]) == ("conv1", "weight", 8, "channel")
+    assert sum(first["counts"]) + first["beyond"] == 16 * 3 * 3 * 3
+    inputs = next(h for h in found if (h["layer"], h["tensor"]) == ("layer1.0.conv1", "input"))
+    assert inputs["low"] == 0 and not inputs["signed"]
+    summary = json.loads((real / "summary.json").read_text())
+    assert summary["fp32_size_mb"] / 8 < summary["size_mb"] < summary["fp32_size_mb"] / 6
+
+
+def test_the_page_of_a_real_run(real: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report([str(real)]) == 0
+    assert capsys.readouterr().out == f"{real / 'report.html'}\n"
+    text = text_of(real / "report.html")
+    for word in ("resnet20 on fake at 4 bits", "top1", "mean SQNR", "octav", "times as much", "layer3.2.conv2"):
+        assert word in text
+    told = re.search(r"qat-run model=resnet20 [^ ]*( [a-z_.]+=[^ ]+)+", text)
+    assert told is not None
+    assert identity(from_hydra(compose_config(shlex.split(told[0])[1:]))) == identity(config_of("epochs=2"))
+    assert set(charts_of(real / "report.html")) == {
+        *("accuracy", "loss", "step-loss", "learning-rate", "noise-weights", "noise-activations"),
+        *("histogram", "scalar"),
+    }
+
+
+def test_the_page_belongs_to_the_run() -> None:
+    assert {"report.html", "histograms.json"} <= set(RECORDED)  # a folder that holds it may be resumed or overwritten
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.first(x))
+        return y
+
+
+def two(bits: int = 4, granularity: str = "channel") -> nn.Module:
+    return quantize_model(
+        Two(), bits, "max", first_last_bits=None, linear_granularity=granularity, example=torch.randn(2, 4)
+    )
+
+
+def test_histograms_are_in_units_of_the_scalars() -> None:
+    model = two()
+    with torch.no_grad():
+        model.get_submodule("first").weight[0] *= 100  # type: ignore[operator]
+    batches = [torch.randn(5, 4), 50 * torch.randn(6, 4)]
+    weight, inputs = histograms(model, batches)[:2]
+    assert (weight.layer, weight.tensor, weight.granularity, weight.bits) == ("first", "weight", "channel", 4)
+    assert -1.01 <= weight.low < weight.high <= 1.01 and sum(weight.counts) == 12  # max-scaling clips nothing
+    assert inputs.granularity == "tensor" and len(inputs.counts) == BINS
+    assert sum(inputs.counts) + inputs.beyond == 11 * 4  # of both batches; a weight counts once
+    assert model.training
+
+
+def test_histograms_of_outliers_and_of_nothing_but_zeros() -> None:
+    model = quantize_model(Two(), 4, "percentile", q=50.0, first_last_bits=None, example=torch.randn(2, 4))
+    far = histograms(model, [torch.cat([torch.ones(4, 4), torch.full((1, 4), -1000.0)])])[1]
+    assert far.low == -REACH and far.lowest == pytest.approx(-1000) and far.beyond == 4
+    zeros = histograms(two(), [torch.zeros(3, 4)])[1]
+    assert sum(zeros.counts) == 12 and zeros.low < zeros.high
+
+
+def test_size() -> None:
+    weights, biases = 4 * 3 + 3 * 2, 3
+    assert size_mb(Two()) == pytest.approx((4e-6 * (weights + biases),) * 2)
+    scalars = {"channel": 3 + 2 + 2, "tensor": 2 + 2}  # of weights and of inputs
+    for granularity, count in scalars.items():
+        small, full = size_mb(two(4, granularity))
+        assert full == pytest.approx(4e-6 * (weights + biases))
+        assert small == pytest.approx(0.5e-6 * weights + 4e-6 * (biases + count))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("bits=32",),
+        ("bits=8", "weight_bits=2", "clipping=pact", "clipping.alpha=6.5"),
+        ("clipping=static_percentile", "clipping.q=99.9", "mode=retrain", "weights=baseline", "recipe.retrain.lr=0.5"),
+        ("mode=ptq", "weights='/a b/it\\'s=here, {x}.pt'", "gradient=pwl"),
+        (
+            "dataset.mean=[0.25]",
+            "clipping.warm_iterations=null",
+            "seed=3",
+            "lr=1e-5",
+            "recipe.distill=full_precision",
+            "recipe.teacher=t.pt",
+        ),
+        ("recipe=cifar10", "epochs=7", "recipe.scratch.max_grad_norm=1.5", "data_dir=/elsewhere"),
+    ],
+)
+def test_the_command_gives_the_same_run(overrides: tuple[str, ...]) -> None:
+    config = config_of(*overrides)
+    told = command(config)
+    assert told is not None
+    again = from_hydra(compose_config(shlex.split(told)[1:]))
+    assert (run_name(again), identity(again), again.data_dir) == (run_name(config), identity(config), config.data_dir)
+
+
+def test_no_command_where_none_gives_the_same_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    config = config_of()
+    stage = config.recipe.scratch  # no shipped recipe for pictures has such a stage
+    config = replace(config, mode="finetune", recipe=replace(config.recipe, finetune=stage))
+    assert command(config) is None
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "qat-run bits=4 '+note=two words'" in text
+    assert "This is the recorded command, given in /somewhere :" in text
+
+
+def test_settings_that_differ_from_the_defaults() -> None:
+    found = {
+        (title, row.key): row for title, rows in sections(config_of("bits=6", "lr=0.5", "runs_dir=x")) for row in rows
+    }
+    changed = {key for key, row in found.items() if row.changed}
+    assert changed == {
+        *(("run", key) for key in ("bits", "lr", "batch_size", "backend") if key != "batch_size"),
+        *(("model", key) for key in ("name",)),
+        *(("dataset", key) for key in ("name", "image_size", "fake_pictures")),
+    }
+    assert (found["run", "lr"].value, found["run", "lr"].default) == ("0.5", "0.05")
+    assert found["run", "bits"].default == "4" and found["model", "name"].default == "resnet18"
+    assert found["places and habits", "runs_dir"].value == "x"
+    assert [title for title, _ in sections(config_of())][1:-1] == ["model", "dataset", "clipping", "gradient", "recipe"]
+
+
+def test_values_are_shown_as_one_writes_them() -> None:
+    assert [shown(v) for v in (None, True, 0.0002, 99.99, [1, 2], "x")] == [
+        *("null", "true", "0.0002", "99.99", "[1, 2]", "x")
+    ]
+
+
+def test_headline_figures(tmp_path: Path) -> None:
+    make_run(tmp_path, "bits=32", top1=62.5)
+    folder = make_run(tmp_path, top1=60.0)
+    text = text_of(run_page.write(folder, folder / "report.html"))
+    for words in (
+        *("top1 60.00 % best 61.00 %", "against fp32 -2.50", "mean SQNR 20.0 dB", "clipping octav"),
+        *("size 0.5 MB 4 MB in fp32, 8.0 times as much", "time 90 s 2 epochs"),
+        "Noisiest: fc.weight (18.0 dB), fc.input (18.0 dB)",
+        "not finished",
+    ):
+        assert (words in text) == (words != "not finished"), words
+    assert "a CPU, 2 cores" in text and "abc123 on main, with uncommitted changes" in text
+
+
+def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, top1=None)
+    (folder / "histograms.json").unlink()
+    (folder / "error.txt").write_text("the loss became nan\n\nTraceback ...")
+    page = run_page.write(folder, tmp_path / "page.html")
+    text = text_of(page)
+    assert "This run is not finished: it is failed (the loss became nan)" in text
+    assert "2 of 2" in text and "top1 so far 55.00 %" in text
+    assert "no histograms.json is in the folder" in text
+    assert {"accuracy", "noise-weights", "scalar"} <= set(charts_of(page))
+
+
+def test_sittings_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    later = ENVIRONMENT | {"started": "2026-01-02T00:00:00+00:00", "packages": {"torch": "2.12", "numpy": "2.0"}}
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"resumed": [later]}))
+    assert "resumed 2026-01-02T00:00:00+00:00, with other torch" in text_of(run_page.write(folder, tmp_path / "p.html"))
+
+
+def test_records_of_old_have_pages_too(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(
+        json.dumps({key: value for key, value in summary.items() if not key.endswith(("metric", "mb"))})
+    )
+    for name in ("histograms.json", "environment.json", "steps.csv", "metrics.csv", "layers.csv"):
+        (folder / name).unlink()
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "top1 60.00 %" in text
+    for sentence in ("No training is on record", "None is on record yet", "No environment.json is in the folder"):
+        assert sentence in text
+
+
+def test_a_full_precision_run_says_that_nothing_is_quantized(tmp_path: Path) -> None:
+    text = text_of(run_page.write(make_run(tmp_path, "bits=32"), tmp_path / "page.html"))
+    assert "in full precision" in text and text.count("Nothing is quantized in this run.") == 2
+    assert "qat-run model=resnet20 dataset=fake bits=32" in text
+
+
+def test_long_runs_are_thinned(tmp_path: Path) -> None:
+    charts = charts_of(run_page.write(make_run(tmp_path), tmp_path / "page.html"))
+    assert charts["step-loss"]["heading"] == "Training loss by step, means of 3"
+    trace = charts["step-loss"]["views"][0]["traces"][0]
+    assert len(trace["x"]) == 834 and trace["x"][-1] == 2500
+
+
+def test_many_tensors_show_the_noisiest_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    write_rows(folder / "layers.csv", layer_rows(1, [f"net.layer.{i}.with.a.long.name.{i}" for i in range(40)]))
+    chart = charts_of(run_page.write(folder, tmp_path / "page.html"))["noise-weights"]
+    first, whole = chart["views"]
+    assert first["label"] == "the 20 noisiest" and len(first["traces"][0]["x"]) == 20
+    assert len(whole["traces"][0]["x"]) == 40
+    labels = whole["layout"]["yaxis"]["ticktext"]
+    assert labels[39] == "39.with.a.long.name.39" and max(map(len, labels)) <= 27
+
+
+HOSTILE = "a</script><script>alert(1)</script>&\"'{{ 7 * 7 }}"
+
+
+def test_a_hostile_name_does_no_harm(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, name=HOSTILE.replace("/", "\u2215"))
+    make_run(tmp_path, "seed=1")
+    write_rows(folder / "layers.csv", layer_rows(1, [HOSTILE]))
+    (folder / "histograms.json").write_text(json.dumps([histogram(HOSTILE)]))
+    one = run_page.write(folder, tmp_path / "page.html")
+    both = compare_page.write([tmp_path], tmp_path / "compare.html")
+    assert HOSTILE in charts_of(one)["noise-weights"]["views"][0]["traces"][0]["text"][0]
+    own = len(re.findall("</script", get_plotlyjs())) + 3  # Plotly, the charts, the page's own
+    for page in (one, both):
+        assert "<script>alert" not in page.read_text()
+        assert page.read_text().count("</script") == own
+        assert "{{ 7 * 7 }}" in text_of(page)
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", "bits=32", top1=70.0)
+    for seed, top1 in enumerate((60.0, 64.0, 65.0)):
+        make_run(tmp_path / "a", "bits=4", f"seed={seed}", top1=top1)
+    make_run(tmp_path / "a", "bits=8", top1=69.0)
+    other = make_run(tmp_path / "b", "clipping=max", "gradient=ste", top1=None)
+    assert report(["compare", str(tmp_path / "a"), str(other), "--out", str(tmp_path / "out")]) == 0
+    page = tmp_path / "out" / "compare.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    text, charts = text_of(page), charts_of(page)
+    assert "6 runs resnet20, fake, scratch" in text and "(stale)" in text
+    (view,) = charts["by-bits"]["views"]
+    lines = {trace["name"]: trace for trace in view["traces"]}
+    assert set(lines) == {"full precision", "octav"}
+    assert (lines["octav"]["x"], lines["octav"]["y"]) == (["4", "8"], [63.0, 69.0])
+    assert (lines["octav"]["error_y"]["array"], lines["octav"]["error_y"]["arrayminus"]) == ([2.0, 0.0], [3.0, 0.0])
+    assert lines["full precision"]["y"] == [70.0, 70.0]
+    assert [view["layout"]["xaxis"]["title"]["text"] for view in charts["by-cost"]["views"]] == [
+        "time (minutes)",
+        "size (MB)",
+    ]
+    assert {trace["name"] for trace in charts["curves"]["views"][0]["traces"]} == {
+        "full precision",
+        "octav",
+        "max, ste",
+    }
+    where = text.partition("Where they differ Keys")[2]
+    for key in ("clipping. name", "gradient. name", "weight_bits", "seed"):
+        assert key in where
+    assert "epochs" not in where
+
+
+def test_compare_keeps_networks_apart(tmp_path: Path) -> None:
+    for model in ("resnet20", "resnet32"):
+        for bits in (4, 8):
+            make_run(tmp_path, f"bits={bits}", f"model={model}")
+    charts = charts_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    names = [view["label"] for view in charts["by-bits"]["views"]]
+    assert names == ["resnet20, fake, scratch", "resnet32, fake, scratch"]
+    assert [view["label"] for view in charts["by-cost"]["views"]] == 2 * names
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, table1"),
+        (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
+        (["empty"], "empty: holds no run of qat-run"),
+        (["broken"], "broken: holds no run of qat-run"),
+        (["compare", "runs"], "compare: needs two runs or more, and found 1"),
+        (["compare", "runs", "empty"], "empty: holds no run of qat-run"),
+        (["compare"], "compare: needs two runs or more, and found 1"),
+        (["status", "runs", "runs"], "runs: is one folder too many; qat-report compare takes several"),
+        (["runs/one", "runs"], "runs: is one folder too many"),
+        (["runs/one", "--out", "file"], "file cannot be written"),
+    ],
+)
+def test_wrong_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs"), name="one")
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/config.yaml").write_text("a: [")
+    Path("file").touch()
+    assert report(args) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium or Chrome is installed, which the pages are looked at with")
+    with browser(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="module")
+def pages(real: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages by kind: a real run, an unfinished one, a comparison."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = [make_run(folder / "runs", f"bits={bits}", top1=50.0 + bits) for bits in (4, 8, 10, 32)]
+    unfinished = make_run(folder / "other", "clipping=max", top1=None)
+    (unfinished / "histograms.json").unlink()
+    return {
+        "run": run_page.write(real, folder / "run.html"),
+        "unfinished": run_page.write(unfinished, folder / "unfinished.html"),
+        "compare": compare_page.write([*runs, unfinished], folder / "compare.html"),
+    }
+
+
+TRACES = """
+[...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll(
+  '.main-svg .scatterlayer .trace, .main-svg .barlayer .trace').length)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "scheme"),
+    [
+        *(("run", width, scheme) for width in (390, 1280) for scheme in ("light", "dark")),
+        *(("compare", 390, "dark"), ("compare", 1280, "light"), ("unfinished", 390, "light")),
+    ],
+)
+def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: int, scheme: str) -> None:
+    page.open(pages[kind], width, scheme=scheme)
+    assert page.complaints == []
+    assert [url for url in page.requests if not url.startswith(("data:", "blob:"))] == [pages[kind].as_uri()]
+    traces = page.run(TRACES)
+    assert len(traces) == len(charts_of(pages[kind])) and all(traces)
+    assert page.run("innerWidth") == width
+    assert page.run("document.documentElement.scrollWidth") == width  # nothing sticks out
+    assert page.run("[...document.querySelectorAll('.chart .main-svg')].every(e => e.clientWidth <= innerWidth)")
+    back = page.run("getComputedStyle(document.body).backgroundColor")
+    assert (back == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_selectors_redraw(page: Page, pages: dict[str, Path]) -> None:
+    page.open(pages["run"])
+    title = "document.querySelector('#histogram .xtitle').textContent"
+    before = page.run(title)
+    choose = "(() => { const s = document.getElementById('tensor'); s.selectedIndex = s.options.length - 1; {} })()"
+    page.run(choose.replace("{}", "s.dispatchEvent(new Event('change'));"))
+    assert page.run(title) != before
+    kind = "document.getElementById('histogram').layout.yaxis.type"
+    assert page.run(kind) == "log"
+    page.run("document.getElementById('logarithmic').click()")
+    assert page.run(kind) == "linear"
+    assert page.complaints == []
+
+
+def test_charts_follow_the_scheme_and_the_printer(page: Page, pages: dict[str, Path]) -> None:
+    page.open(pages["run"], scheme="light")
+    ink = "document.getElementById('accuracy').layout.font.color"
+    light = page.run(ink)
+    page.prefer("dark")
+    dark = page.run(f"new Promise(done => setTimeout(() => done({ink}), 100))")
+    assert light != dark
+    page.run("dispatchEvent(new Event('beforeprint'))")
+    assert page.run(ink) == light
+    widths = page.run("[...document.querySelectorAll('.chart .main-svg')].map(e => e.clientWidth)")
+    assert max(widths) <= 680
+    page.run("dispatchEvent(new Event('afterprint'))")
+    assert page.run(ink) == dark
+    assert page.complaints == []
+
+
+def test_the_config_table_shows_all_when_asked_and_the_command_is_copied(page: Page, pages: dict[str, Path]) -> None:
+    page.open(pages["run"])
+    rows = "[...document.querySelectorAll('#settings tr')].filter(e => e.offsetHeight).length"
+    few = page.run(rows)
+    page.run("document.querySelector('[data-toggle]').click()")
+    assert page.run(rows) > few + 50
+    page.run("document.querySelector('[data-copy]').click()")
+    assert page.run("new Promise(done => setTimeout(() => done(getSelection().toString()), 100))").startswith(
+        "qat-run "
+    )
+    assert page.complaints == []
+
+
+def test_tables_are_sorted_by_number_both_ways(page: Page, pages: dict[str, Path]) -> None:
+    page.open(pages["compare"])
+    head = "[...document.querySelectorAll('#runs th')].find(e => e.textContent.startsWith({}))"
+    cells = "[...document.querySelectorAll('#runs tbody tr')].map(e => e.cells[{}].textContent)"
+
+    def sort(name: str) -> tuple[list[str], str]:
+        place = head.format(json.dumps(name))
+        page.run(f"{place}.querySelector('button').click()")
+        return page.run(cells.format(page.run(f"{place}.cellIndex"))), page.run(f"{place}.getAttribute('aria-sort')")
+
+    assert sort("bits") == (["4", "4", "8", "10", "32"], "ascending")
+    assert sort("bits") == (["32", "10", "8", "4", "4"], "descending")
+    assert sort("top1") == (["54.00", "58.00", "60.00", "82.00", ""], "ascending")
+    assert sort("top1") == (["82.00", "60.00", "58.00", "54.00", ""], "descending")  # what is unknown stays last
+    assert sort("method")[0][0] == "full precision"
+    assert page.run("document.querySelectorAll('#runs [aria-sort]').length") == 1
