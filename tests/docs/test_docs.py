@@ -62,6 +62,8 @@ def blocks_of(page: Path) -> list[Block]:
     found, lines = [], page.read_text().splitlines()
     fences = [number for number, line in enumerate(lines) if line.startswith("```")]
     assert len(fences) % 2 == 0, f"{page}: a block is not closed"
+    indented = [line for line in lines if re.match(r"\s+```|\s*~~~", line)]
+    assert not indented, f"{page}: blocks are fenced by ``` at the start of a line, or they are not seen here"
     for start, end in zip(fences[::2], fences[1::2], strict=True):
         mark = re.fullmatch(r"<!-- shell: (.+) -->", lines[start - 1])
         text = "\n".join(lines[start + 1 : end])
@@ -117,7 +119,8 @@ WRONG = [
     *("qat-run bits=4 clipping.qq=1 --cfg job", "qat-run dataset=imagenet model=bert data_dir=/data"),
     *("qat-run dataset=imagenet mode=retrain weights=file.txt.gz bits=99", "qat-run -m +experiment=table9"),
     *("torchrun --nproc-per-node 8 -m qat_runner modle=resnet50", "make tests", "rm -rf runs"),
-    *("qat-report table9", "qat-report table1 runs --modle resnet50", "qat-export runs/NAME --rule averaged"),
+    *("qat-report table9", "qat-report table1 runs --modle resnet50", "qat-report runs/NAME runs/OTHER"),
+    *("qat-report figure4 runs more", "qat-report", "qat-export runs/NAME --rule averaged"),
     *("python -m qat_runner.data.prepare cifar11 /data", "qat-export"),
 ]
 
@@ -135,8 +138,10 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             _check_run(words, monkeypatch)
         case ["torchrun", *words] if "qat_runner" in words:
             _check_run(words[words.index("qat_runner") + 1 :], monkeypatch)
-        case [("qat-report" | "qat-export") as name, *words]:
-            assert _parses(MAINS[name], words, monkeypatch), command
+        case ["qat-report", *words]:
+            _check_report(words, monkeypatch)
+        case ["qat-export", *words]:
+            assert _parses(export.main, words, monkeypatch), command
         case ["python", "-m", "qat_runner.data.prepare", *words]:
             assert _parses(prepare.main, words, monkeypatch), command
         case ["make", target]:
@@ -155,6 +160,20 @@ def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         for begin in ("_run_all", "_detach", "remember_asked"):
             patch.setattr(run, begin, lambda *args: 0)
         assert run.main(words) == 0, words
+
+
+def _check_report(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """qat-report up to where it would read runs; a path with a slash is the folder of one, all else must be a verb."""
+    for word in words:
+        if re.fullmatch(r"\w+/\w+", word):
+            Path(word).mkdir(parents=True, exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "_report", lambda args: [])
+        try:
+            code = report.main(words)
+        except SystemExit as end:
+            raise AssertionError(words) from end
+        assert code == 0, words
 
 
 def _few_rows(overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
