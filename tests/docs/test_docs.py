@@ -135,6 +135,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             _check_run(words, monkeypatch)
         case ["torchrun", *words] if "qat_runner" in words:
             _check_run(words[words.index("qat_runner") + 1 :], monkeypatch)
+        case ["qat-report", what, *_] if what not in report.verbs() and "/" not in what:
+            raise AssertionError(f"{command}: neither a folder nor what qat-report knows")
         case [("qat-report" | "qat-export") as name, *words]:
             assert _parses(MAINS[name], words, monkeypatch), command
         case ["python", "-m", "qat_runner.data.prepare", *words]:
