@@ -14,6 +14,7 @@ from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
 from qat_runner.export import exporting, verify
 from qat_runner.export.formats import read_safetensors
+from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
 FAKE = [
@@ -177,6 +178,7 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads(Path("run/export/export.json").read_text())
     assert result["figures"]["onnx"]["agreement"] == 100
     layers = json.loads(Path("run/export/model.json").read_text())["layers"]
+    assert "BatchNorm folded" in run_page.write(Path("run"), Path("page.html")).read_text()
     products = [layer for layer in layers.values() if layer["kind"] == "Matmul"]
     assert len(products) == 2 and products[0]["query"]["bits"] == 4
     session = verify.OnnxFile(Path("run/export/model.onnx"))
