@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-reliability bench lint format wheel clean
+.PHONY: help run test test-slow test-reliability bench docs lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters di
 bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py
 
+docs: .venv/.installed-dev ## the docs as a site, in docs/_build/html
+	$(BIN)/python -m sphinx -b html -W -n --keep-going -q docs docs/_build/html
+
 lint: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,5 +52,5 @@ wheel: .venv/.installed-dev ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove .venv, caches and build results (not runs/)
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find qat_runner tests -name __pycache__ -prune -exec rm -rf {} +

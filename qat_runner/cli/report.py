@@ -25,15 +25,19 @@ LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def verbs() -> tuple[str, ...]:
+    """What can be asked for, beside the page of a run."""
     from qat_runner.report.tables_of_paper import TABLES
 
+    return ("compare", *TABLES, "table6", *FIGURES, "status")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = ("compare", *TABLES, "table6", *FIGURES, "status")
-    parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs)}")
+    parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs())}")
     parser.add_argument("places", nargs="*", type=Path, help="folder of run folders (runs); compare: runs as well")
     parser.add_argument("--dataset", help="whose runs, where there are several")
     parser.add_argument("--model", help="tables: of one network alone")
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to (report; for a run, its own)")
     args = parser.parse_args(argv)
     try:
-        _settle(args, verbs)
+        _settle(args)
         for path in _report(args):
             print(path)
     except QatError as error:
@@ -57,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settle(args: argparse.Namespace, verbs: Sequence[str]) -> None:
+def _settle(args: argparse.Namespace) -> None:
     """Make out what is meant: `run_page`, and `runs_dir` of what takes a folder of runs."""
-    args.run_page = args.what not in verbs
+    args.run_page = args.what not in verbs()
     if args.run_page and not Path(args.what).is_dir():
-        raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs)}")
+        raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs())}")
     if args.run_page and any(Path(args.what).glob("*/config.yaml")) and not (Path(args.what) / "config.yaml").is_file():
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
     if (len(args.places) > 1 and args.what != "compare") or (args.run_page and args.places):

@@ -129,6 +129,7 @@ class StageConfig:
     """How one stage, from scratch or retraining or fine-tuning, is trained."""
 
     epochs: int = MISSING
+    """times that the training data are gone through"""
     batch_size: int = MISSING
     """samples a step, over all devices"""
     lr: float = MISSING
@@ -138,6 +139,7 @@ class StageConfig:
     momentum: float = 0.9
     """sgd"""
     weight_decay: float = 1e-4
+    """of SGD added to the gradients, of AdamW apart from them"""
     nesterov: bool = False
     """sgd"""
     max_grad_norm: float | None = None
@@ -149,6 +151,7 @@ class StageConfig:
     decay_every: int = 30
     """epochs"""
     decay_factor: float = 0.1
+    """above 0, at most 1"""
     warmup_epochs: float = 0.0
     """epochs, or a part of one, of linear rise at the start"""
 
@@ -158,6 +161,7 @@ class RecipeConfig:
     """The full-precision recipe of a network on a data set, a stage a mode; quantized runs use it unmodified."""
 
     name: str = MISSING
+    """what messages call it"""
     scratch: StageConfig | None = None
     retrain: StageConfig | None = None
     long_retrain: StageConfig | None = None
@@ -208,11 +212,12 @@ class Config:
     """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
 
     epochs: int | None = None
-    """null: the recipe's"""
+    """times that the training data are gone through; null: the recipe's"""
     batch_size: int | None = None
-    """null: the recipe's"""
+    """samples a step, over all devices; null: the recipe's"""
     lr: float | None = None
-    """null: the recipe's; with another batch_size in proportion to it, or for AdamW to its square root"""
+    """learning rate before any decay; null: the recipe's, with another batch_size in proportion to it, or for AdamW to
+    its square root"""
     accumulate: int = 1
     """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
     seed: int = 0

@@ -79,13 +79,20 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     if config.policy.full_precision:
         raise ConfigError(f"{run}: is a run in full precision, which has no integers")
     weights = _weights_of(run, config, checkpoint)
+    if not (run / "summary.json").is_file():
+        log.warning(f"{run} is not finished: this is its network as it was last saved")
     mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
     model, data = build(replace(config, mode=mode, device="cpu", backend="auto"), weights)
-    if config.freezing:
+    if config.freezing and _held(weights):
         for tensor in quantized_tensors(model):
             if tensor.tensor != "weight":
                 tensor.quantizer.freeze(tensor.quantizer.s)
     return model.eval(), data, config
+
+
+def _held(checkpoint: str) -> bool:
+    """Whether a checkpoint is of after recipe.freeze_scalars_at, where what it holds are the constants."""
+    return bool(torch.load(checkpoint, map_location="cpu", weights_only=True)["state"].get("held"))
 
 
 def _weights_of(run: Path, config: Config, checkpoint: str) -> str:

@@ -2,8 +2,8 @@
 
 BatchNorm in eval mode is y = f (x - mean) + beta with f = gamma / sqrt(variance + eps), one of each a channel. A weight
 that is stored as codes takes f into its step sizes: D becomes |f| D, and where f is negative the codes of that channel
-change their sign. Two's complement has no counterpart to its lowest code; a convolution that would need one keeps its
-BatchNorm.
+change their sign. Two's complement has no counterpart to its lowest code. From 8 bits on the highest one, a step away,
+takes its place; of fewer bits a step is too much, so a convolution that would need one keeps its BatchNorm.
 """
 
 from collections import Counter
@@ -16,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from qat_runner.export.integer import IntegerConv2d
+
+FINE = 8
+"""Bits from which on a step more or less does not matter."""
 
 
 @torch.no_grad()
@@ -51,9 +54,9 @@ def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
     if weight is None:
         conv.weight.mul_(rows)
     else:
-        if bool(((rows < 0) & (weight.codes == weight.grid.lowest)).any()):
+        if weight.grid.bits < FINE and bool(((rows < 0) & (weight.codes == weight.grid.lowest)).any()):
             return False
-        weight.codes = torch.where(rows < 0, -weight.codes, weight.codes)
+        weight.codes = torch.where(rows < 0, -weight.codes.clamp(min=-weight.grid.highest), weight.codes)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
         weight.scale = (weight.scale * factor.abs()).clamp(min=torch.finfo(torch.float32).tiny)
     shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean

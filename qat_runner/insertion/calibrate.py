@@ -4,18 +4,15 @@ Calibration gives static quantizers their scalars before training (section 5). F
 hold after it, since inference wants them as constants.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.insert import QuantizedTensor, quantized_tensors
+from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
-
-Batches = Iterable[Tensor | tuple[Any, ...]]
-"""Each an input tensor, or a tuple of arguments of forward."""
 
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
@@ -127,46 +124,27 @@ def _average(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batc
     """Mean scalars of dynamic quantizers in the quantized network."""
     found: dict[Quantizer, list[Tensor]] = {t.quantizer: [] for t in tensors}
 
-    def keep(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
-        found[quantizer].append(quantizer.last_s)
+    def keep(quantizer: Quantizer, x: Tensor) -> None:
+        if quantizer in found and quantizer.last_s is not None:
+            found[quantizer].append(quantizer.last_s.float())
 
-    handles = [quantizer.register_forward_hook(keep) for quantizer in found]
     modes = [quantizer.eval_mode for quantizer in found]
     try:
         for quantizer in found:
             quantizer.eval_mode = "dynamic"
-        _run(model, batches)
+        _run(model, batches, keep)
     finally:
-        for handle in handles:
-            handle.remove()
         for quantizer, mode in zip(found, modes, strict=True):
             quantizer.eval_mode = mode
     unseen = next((t.name for t in tensors if not found[t.quantizer]), None)
     if unseen is not None:
         raise ValueError(f"{unseen} was not reached by any batch, so it has no scalar to freeze")
-    return [torch.stack([s.float() for s in found[t.quantizer]]).mean(0) for t in tensors]
+    return [torch.stack(scalars).mean(0) for scalars in found.values()]
 
 
-def _run(model: nn.Module, batches: Batches) -> int:
-    """Run the model over the batches in eval mode; returns how many there were."""
-    used = 0
-    with evaluating(model):
-        for batch in batches:
-            model(*(batch if isinstance(batch, tuple | list) else (batch,)))
-            used += 1
+def _run(model: nn.Module, batches: Batches, look: Callable[[Quantizer, Tensor], None] | None = None) -> int:
+    """`watch`, which must have something to run on."""
+    used = watch(model, batches, look)
     if used == 0:
         raise ValueError("calibration needs at least one batch")
     return used
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, all modules are in eval mode; afterwards each is in the mode that it was in."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag

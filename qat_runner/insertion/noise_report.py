@@ -1,15 +1,13 @@
 """Quantization noise of every tensor of a network, beside what max-scaling would give."""
 
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
-from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qat_runner.insertion.calibrate import evaluating
 from qat_runner.insertion.insert import quantized_tensors
+from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer, maximum, measure
 
 
@@ -41,7 +39,7 @@ class NoiseReport(list[LayerNoise]):
 
 
 @torch.no_grad()
-def noise_report(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> NoiseReport:
+def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
     """Noise of every quantized tensor that the batches reach, averaged over the batches (SQNR: in dB).
 
     Args:
@@ -58,21 +56,14 @@ def noise_report(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) 
     names = {t.quantizer: (t.layer, t.tensor) for t in quantized_tensors(model)}
     figures: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
 
-    def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
-        x, s, bits, signed = args[0].detach(), quantizer.last_s, quantizer.bits, quantizer.signed
+    def look(quantizer: Quantizer, x: Tensor) -> None:
+        assert quantizer.last_s is not None
+        s, bits, signed = quantizer.last_s, quantizer.bits, quantizer.signed
         noise = measure(x, s, bits, signed)
         rival = measure(x, maximum(x, bits, signed, quantizer.dim, check=False), bits, signed)
         figures[quantizer].append(torch.stack([s.double().mean(), *noise, rival.sqnr_db]))
 
-    handles = [quantizer.register_forward_hook(hook) for quantizer in names]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch(model, batches, look)
     seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]
     values = torch.stack([v for _, v in seen]).tolist() if seen else []  # one wait for all of them
     return NoiseReport(

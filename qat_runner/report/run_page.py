@@ -9,6 +9,7 @@ from typing import Any
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
 from qat_runner.errors import ConfigError
+from qat_runner.export import exporting
 from qat_runner.report import page
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
@@ -65,6 +66,7 @@ def write(folder: Path, out: Path) -> Path:
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
+        "exported": _exported(folder),
         **_again(config, environment),
     }
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)
@@ -195,6 +197,12 @@ def _again(config: Config, environment: Mapping[str, Any] | None) -> dict[str, A
         "recorded": recorded,
         "directory": None if environment is None else environment.get("directory"),
     }
+
+
+def _exported(folder: Path) -> str | None:
+    """What qat-export wrote into the run's folder, as it printed it."""
+    result = _read(folder / exporting.FOLDER / "export.json")
+    return None if result is None else exporting.text(result)
 
 
 def _environment(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from qat_runner.config import ClippingConfig, Config, load_config, resolve
@@ -12,6 +11,8 @@ from qat_runner.data import Data
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.insert import quantizers_disabled
+from qat_runner.insertion.watch import watch
+from qat_runner.quant import Quantizer
 
 Look = Callable[[QuantizedTensor, Tensor], None]
 
@@ -45,25 +46,16 @@ def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: L
     """
     from qat_runner.experiment import CALIBRATION_EPOCH
 
-    tensors = quantized_tensors(model)
+    tensors = {tensor.quantizer: tensor for tensor in quantized_tensors(model)}
     seen_weights: set[str] = set()
 
-    def hook(tensor: QuantizedTensor) -> Callable[..., None]:
-        def show(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if tensor.tensor == "weight":
-                if tensor.name in seen_weights:
-                    return
-                seen_weights.add(tensor.name)
-            look(tensor, args[0].detach())
+    def show(quantizer: Quantizer, x: Tensor) -> None:
+        tensor = tensors[quantizer]
+        if tensor.tensor == "weight":
+            if tensor.name in seen_weights:
+                return
+            seen_weights.add(tensor.name)
+        look(tensor, x)
 
-        return show
-
-    handles = [tensor.quantizer.register_forward_hook(hook(tensor)) for tensor in tensors]
-    model.eval()
-    try:
-        with torch.no_grad(), quantizers_disabled(model):
-            for batch in data.train_batches(batch_size, CALIBRATION_EPOCH, batches):
-                model(*batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with quantizers_disabled(model):
+        watch(model, (batch.inputs for batch in data.train_batches(batch_size, CALIBRATION_EPOCH, batches)), show)

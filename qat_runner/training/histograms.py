@@ -3,10 +3,8 @@
 Measured once, when all training is done, on the batches that noise is measured on; a weight's is of itself.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from qat_runner.config import Config
 from qat_runner.data import Data
 from qat_runner.data.batches import undivided
 from qat_runner.insertion import quantized_tensors
-from qat_runner.insertion.calibrate import evaluating
+from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
 from qat_runner.training.measure import autocast
 from qat_runner.training.tracking import write_json
@@ -68,7 +66,7 @@ def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data
 
 
 @torch.no_grad()
-def histograms(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> list[Histogram]:
+def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
     """Histograms of all quantized tensors that the batches reach. Waits for the device at each tensor.
 
     Args:
@@ -78,24 +76,17 @@ def histograms(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) ->
     tensors = {t.quantizer: t for t in quantized_tensors(model)}
     tallies: dict[Quantizer, _Tally] = {}
 
-    def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(quantizer, Quantizer) and quantizer.last_s is not None
+    def look(quantizer: Quantizer, x: Tensor) -> None:
+        assert quantizer.last_s is not None
         s = quantizer.last_s.float()
-        x = args[0].detach().float() / torch.where(s > 0, s, 1.0)
+        x = x.float() / torch.where(s > 0, s, 1.0)
         if quantizer not in tallies:
             tallies[quantizer] = _Tally(x)
         elif tensors[quantizer].tensor == "weight":
             return  # the same again
         tallies[quantizer].add(x)
 
-    handles = [quantizer.register_forward_hook(hook) for quantizer in tensors]
-    try:
-        with evaluating(model):
-            for batch in batches:
-                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch(model, batches, look)
     return [tallies[q].histogram(t.layer, t.tensor, q) for q, t in tensors.items() if q in tallies]
 
 

@@ -57,6 +57,12 @@ class State:
     """activations' scalars are held, from recipe.freeze_scalars_at on"""
 
 
+def hold_average(model: nn.Module) -> None:
+    """`hold_activations`, on the mean over the processes of what each has seen."""
+    for quantizer in hold_activations(model):
+        quantizer.freeze(distributed.add_up(quantizer.s.clone()) / distributed.shard().world)
+
+
 class Lap:
     """The steps since their losses were last read; they wait on the device till then."""
 
@@ -242,7 +248,7 @@ class Trainer:
         return Totals(sums, self.totals.names).read()
 
     def _hold_if_due(self, position: float) -> None:
-        """From recipe.freeze_scalars_at on, activations keep the average of their scalars, over all processes.
+        """From recipe.freeze_scalars_at on, activations keep the average of their scalars.
 
         Args:
             position: in epochs.
@@ -250,8 +256,7 @@ class Trainer:
         due = self.config.recipe.freeze_scalars_at
         if self.state.held or due is None or position < due or self.config.policy.full_precision:
             return
-        for quantizer in hold_activations(self.model):
-            quantizer.freeze(distributed.add_up(quantizer.s.clone()) / distributed.shard().world)
+        hold_average(self.model)
         self.state.held = True
         log.info(f"activations' clipping scalars are held from here on (epoch {position:g})")
 

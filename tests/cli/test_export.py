@@ -14,6 +14,7 @@ from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
 from qat_runner.export import exporting, verify
 from qat_runner.export.formats import read_safetensors
+from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
 FAKE = [
@@ -31,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(sys, "argv", ["qat-run"])
         patch.chdir(folder)
         assert qat_run([*FAKE, "run_dir=dynamic"]) == 0
-        assert qat_run([*FAKE, "run_dir=frozen", "recipe.freeze_scalars_at=0.5"]) == 0
+        assert qat_run([*FAKE, "run_dir=frozen", "epochs=2", "recipe.freeze_scalars_at=1.5"]) == 0
         retrain = ("mode=retrain", "weights=dynamic/checkpoints/last.pt", "clipping=static_octav", "bits=8")
         assert qat_run([*FAKE, "run_dir=static", *retrain]) == 0
         assert qat_run([*FAKE, "run_dir=full", "bits=32"]) == 0
@@ -103,6 +104,8 @@ def test_scalars_frozen_in_training_are_kept(
         assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
         assert export(run, "--scalars", "running") == 2
         assert "have constant scalars already" in capsys.readouterr().err
+    assert export("frozen", "--formats", "safetensors", "--checkpoint", "previous") == 0  # from before
+    assert json.loads((tmp_path / "out/export.json").read_text())["scalars"] == "averaged"
     assert export("frozen", "--formats", "safetensors") == 0
     state = torch.load("frozen/checkpoints/last.pt", weights_only=True)["model"]
     scale = read_safetensors(tmp_path / "out/model.safetensors")
@@ -177,6 +180,7 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads(Path("run/export/export.json").read_text())
     assert result["figures"]["onnx"]["agreement"] == 100
     layers = json.loads(Path("run/export/model.json").read_text())["layers"]
+    assert "BatchNorm folded" in run_page.write(Path("run"), Path("page.html")).read_text()
     products = [layer for layer in layers.values() if layer["kind"] == "Matmul"]
     assert len(products) == 2 and products[0]["query"]["bits"] == 4
     session = verify.OnnxFile(Path("run/export/model.onnx"))

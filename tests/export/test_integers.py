@@ -24,7 +24,7 @@ from qat_runner.export.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.export.integer import IntegerConv2d, IntegerLinear, IntegerWeight, StaticGrid
+from qat_runner.export.integer import IntegerConv2d, IntegerLinear, StaticGrid
 from qat_runner.export.verify import Figures, OnnxFile, require
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
@@ -121,42 +121,45 @@ def test_what_has_no_integers() -> None:
         to_integers(Small())
 
 
+def test_of_eight_bits_the_highest_code_is_near_enough() -> None:
+    model, x = frozen(8)
+    integers = to_integers(model)
+    with torch.no_grad():
+        integers.norm_a.weight[0] = -1
+    integers.a.integer_weight.codes[0, 0, 0, :2] = torch.tensor([-128, -127])
+    before = integers(x)
+    assert fold_batchnorm(integers, x) == []
+    assert integers.a.integer_weight.codes[0, 0, 0, :2].tolist() == [127, 127]
+    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("negative", [False, True])
 def test_folding_keeps_integers_and_results(negative: bool) -> None:
     model, x = frozen(8, negative=negative)
     integers = to_integers(model)
-    before, codes = (
-        integers(x),
-        {n: m.codes.clone() for n, m in integers.named_modules() if isinstance(m, IntegerWeight)},
-    )
+    weights = {name: integers.get_submodule(name).integer_weight for name in ("a", "b")}
     signs = {"a": integers.norm_a.weight.sign(), "b": integers.norm_b.weight.sign()}
-    left = fold_batchnorm(integers, x)
+    before, codes = integers(x), {name: weight.codes.clone() for name, weight in weights.items()}
+    assert fold_batchnorm(integers, x) == []
     kinds = [type(m) for m in (integers.norm_a, integers.norm_b, integers.norm_c)]
-    assert kinds[2] is nn.BatchNorm2d  # the convolution's output goes elsewhere, too
-    assert [k is nn.Identity for k in kinds[:2]] == [name not in left for name in ("norm_a", "norm_b")]
-    if not negative:
-        assert not left
-    for name in ("a", "b"):
-        if f"norm_{name}" not in left:
-            rows = signs[name].reshape(-1, 1, 1, 1).to(torch.int8)
-            assert torch.equal(
-                integers.get_submodule(name).integer_weight.codes, codes[f"{name}.integer_weight"] * rows
-            )
-    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.02)
+    assert kinds == [nn.Identity, nn.Identity, nn.BatchNorm2d]  # the last convolution's output goes elsewhere, too
+    for name, weight in weights.items():
+        rows = signs[name].reshape(-1, 1, 1, 1)
+        turned = torch.where(rows < 0, -codes[name].clamp(min=-127), codes[name])
+        assert torch.equal(weight.codes, turned)
+    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.05)
 
 
 def test_a_code_without_a_counterpart_keeps_its_batchnorm() -> None:
     model, x = frozen(4)
     integers = to_integers(model)
     with torch.no_grad():
-        integers.norm_a.weight[0] = -1
+        integers.norm_a.weight[:2] = torch.tensor([-1.0, 0.0])
         integers.norm_b.weight[0] = -1
-        integers.norm_b.weight[1] = 0
-    integers.a.integer_weight.codes[0, 0, 0, 0] = -8
-    integers.b.integer_weight.codes[0].clamp_(min=-7)
+    integers.b.integer_weight.codes[0, 0, 0, 0] = -8
     before = integers(x)
-    assert fold_batchnorm(integers, x) == ["norm_a"]
-    assert not integers.b.integer_weight.codes[1].any()
+    assert fold_batchnorm(integers, x) == ["norm_b"]
+    assert not integers.a.integer_weight.codes[1].any()
     torch.testing.assert_close(integers(x), before, rtol=0, atol=0.3)
 
 
@@ -246,11 +249,11 @@ def test_a_network_that_cannot_be_exported_is_told_in_a_sentence(tmp_path: Path)
 
 def test_a_file_that_disagrees_is_refused() -> None:
     network = Figures(90.0)
-    require("model.onnx", Figures(89.6, 98.5, 3.0), network)
+    require("model.onnx", Figures(89.6, 95.5, 3.0), network)
     with pytest.raises(
-        RunError, match=r"model\.onnx disagrees with the network: 97\.00 % of the predictions are the same"
+        RunError, match=r"model\.onnx disagrees with the network: 94\.00 % of the predictions are the same"
     ):
-        require("model.onnx", Figures(90.0, 97.0, 3.0), network)
+        require("model.onnx", Figures(90.0, 94.0, 3.0), network)
     with pytest.raises(RunError, match=r"accuracy 89\.00 % beside 90\.00 %"):
         require("model.onnx", Figures(89.0, 99.0, 3.0), network)
 

@@ -1,0 +1,321 @@
+"""What README and docs show works: shell blocks, Python blocks, examples, links, the reference of configs, the site.
+
+A comment on the line before a block of shell commands says how it is tested:
+
+    <!-- shell: run -->              it is run, in an empty folder that all such blocks of a page share
+    <!-- shell: check -->            it would be accepted if the data, weights and checkpoints that it names were here
+    <!-- shell: not run, REASON -->  it is not tested
+"""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from torch import nn
+
+from qat_runner.cli import export, report, run
+from qat_runner.data import prepare
+from qat_runner.data.images import MemorySource
+from qat_runner.data.registry import DATASETS, PICTURES
+from qat_runner.errors import ConfigError
+from qat_runner.experiment import checks
+from qat_runner.models import MODELS
+from qat_runner.quant import CLIPPING_METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+MAINS: dict[str, Callable[[Sequence[str]], int]] = {
+    "qat-run": run.main,
+    "qat-report": report.main,
+    "qat-export": export.main,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    mark: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found, lines = [], page.read_text().splitlines()
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    assert len(fences) % 2 == 0, f"{page}: a block is not closed"
+    indented = [line for line in lines if re.match(r"\s+```|\s*~~~", line)]
+    assert not indented, f"{page}: blocks are fenced by ``` at the start of a line, or they are not seen here"
+    for start, end in zip(fences[::2], fences[1::2], strict=True):
+        mark = re.fullmatch(r"<!-- shell: (.+) -->", lines[start - 1])
+        text = "\n".join(lines[start + 1 : end])
+        found.append(Block(page, start + 1, lines[start][3:], mark[1] if mark else "", text))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SHELL = [block for block in BLOCKS if block.language in ("bash", "sh", "shell", "console")]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+
+
+def commands(block: Block) -> list[str]:
+    """One a line, continuation lines joined; comments alone are none."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, to be in; with commands run in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_every_shell_block_says_how_it_is_tested(block: Block) -> None:
+    assert block.mark in ("run", "check") or re.match(r"not run, \w", block.mark), (
+        f"{block}: the line before must be <!-- shell: run -->, check or not run, REASON"
+    )
+
+
+@pytest.mark.parametrize("page", dict.fromkeys(b.page for b in SHELL if b.mark == "run"), ids=lambda page: page.name)
+def test_shell_blocks_run(page: Path, place: Path) -> None:
+    for block in (block for block in SHELL if block.page == page and block.mark == "run"):
+        for command in commands(block):
+            name, *words = shlex.split(command, comments=True)
+            if name in MAINS:
+                assert MAINS[name](words) == 0, f"{block}: {command}"
+            else:
+                subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
+
+
+@pytest.mark.parametrize("block", [block for block in SHELL if block.mark == "check"], ids=str)
+def test_shell_blocks_would_be_accepted(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in commands(block):
+        check(command, monkeypatch)
+
+
+WRONG = [
+    *("qat-run bitz=4", "qat-run clipping=octave", "qat-run bits=1", "qat-run -m seed=0,1 mode=training --detach"),
+    *("qat-run bits=4 clipping.qq=1 --cfg job", "qat-run dataset=imagenet model=bert data_dir=/data"),
+    *("qat-run dataset=imagenet mode=retrain weights=file.txt.gz bits=99", "qat-run -m +experiment=table9"),
+    *("torchrun --nproc-per-node 8 -m qat_runner modle=resnet50", "make tests", "rm -rf runs"),
+    *("qat-report table9", "qat-report table1 runs --modle resnet50", "qat-report runs/NAME runs/OTHER"),
+    *("qat-report figure4 runs more", "qat-report", "qat-export runs/NAME --rule averaged"),
+    *("python -m qat_runner.data.prepare cifar11 /data", "qat-export"),
+]
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_what_is_misspelt_would_not_be_accepted(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError):
+        check(command, monkeypatch)
+
+
+def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail unless the command would be accepted, given the data and weights that it names."""
+    match shlex.split(command.replace("--cfg job", ""), comments=True):
+        case ["qat-run", *words]:
+            _check_run(words, monkeypatch)
+        case ["torchrun", *words] if "qat_runner" in words:
+            _check_run(words[words.index("qat_runner") + 1 :], monkeypatch)
+        case ["qat-report", *words]:
+            _check_report(words, monkeypatch)
+        case ["qat-export", *words]:
+            assert _parses(export.main, words, monkeypatch), command
+        case ["python", "-m", "qat_runner.data.prepare", *words]:
+            assert _parses(prepare.main, words, monkeypatch), command
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
+        case _:
+            raise AssertionError(f"{command}: cannot be checked; its block can be run, or say why not")
+
+
+def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """qat-run up to where it would begin: rows are composed and checked, with all that they name taken as there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "BasicSweeper", SimpleNamespace(split_arguments=_few_rows))
+        patch.setattr(checks, "find_dataset", _but_for("not found in data_dir=", checks.find_dataset))
+        patch.setattr(checks, "_check_weights", _but_for(": no such file", checks._check_weights))
+        patch.setattr(checks, "read_checkpoint", lambda checkpoint: SimpleNamespace(max_position_embeddings=512))
+        for begin in ("_run_all", "_detach", "remember_asked"):
+            patch.setattr(run, begin, lambda *args: 0)
+        assert run.main(words) == 0, words
+
+
+def _check_report(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """qat-report up to where it would read runs; a path with a slash is the folder of one, all else must be a verb."""
+    for word in words:
+        if re.fullmatch(r"\w+/\w+", word):
+            Path(word).mkdir(parents=True, exist_ok=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "_report", lambda args: [])
+        try:
+            code = report.main(words)
+        except SystemExit as end:
+            raise AssertionError(words) from end
+        assert code == 0, words
+
+
+def _few_rows(overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
+    """Of the rows of a sweep, enough that every value occurs."""
+    seen: set[str] = set()
+    few = []
+    for row in BasicSweeper.split_arguments(overrides, max_batch_size)[0]:
+        if not seen.issuperset(row):
+            few.append(row)
+            seen.update(row)
+    return [few]
+
+
+def _but_for(absence: str, checker: Callable[..., Any]) -> Callable[..., Any]:
+    def tolerant(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return checker(*args, **kwargs)
+        except ConfigError as error:
+            if absence not in str(error):
+                raise
+            return None
+
+    return tolerant
+
+
+class _ParsedError(Exception):
+    pass
+
+
+def _parses(main: Callable[[Sequence[str]], int], words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a command understands its arguments; nothing is done."""
+    original = ArgumentParser.parse_args
+
+    def parse(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        raise _ParsedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArgumentParser, "parse_args", parse)
+        try:
+            main(words)
+        except _ParsedError:
+            return True
+        except SystemExit:
+            return False
+    raise AssertionError("the command has parsed nothing")
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_blocks_run(block: Block, place: Path) -> None:
+    exec(compile(block.text, str(block), "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(path: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if path.stem == "torchao_observer":
+        pytest.importorskip("torchao", reason="torchao is not installed; the example names the version that it needs")
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("name", [*CLIPPING_METHODS, "mean_multiple"])
+def test_clipping_methods_keep_the_contract_of_the_docs(name: str, signed: bool) -> None:
+    method = {**CLIPPING_METHODS, "mean_multiple": _example()}[name]
+    x = torch.randn(6, 3, 2, 2)
+    x[4] = 0
+    whole, rows = (method(x, 4, signed, dim, check=True) for dim in (None, 0))
+    assert (whole.shape, rows.shape) == ((), (6, 1, 1, 1))
+    assert rows[4] == 0 and bool((rows >= 0).all())
+    assert method(x[4], 4, signed, None, check=True) == 0
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        method(torch.tensor([1.0, torch.nan]), 4, signed, None, check=True)
+
+
+def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CLIPPING_METHODS, "mean_multiple", _example())
+    named = ("clipping=max", "clipping.name=mean_multiple")  # what a file with the line "name: mean_multiple" sets
+    assert run.main([*named, "model=resnet20", "epochs=1", "limit_train_batches=1", "run_dir=run"]) == 0
+    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["clipping"]["name"] == "mean_multiple"
+    assert yaml.safe_load((place / "run" / "summary.json").read_text())["clipping"] == "mean_multiple"
+
+
+def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
+    monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
+    monkeypatch.setitem(PICTURES, "mine", lambda folder, config: MemorySource(half, half, config.augment))
+    monkeypatch.setitem(DATASETS, "mine", (lambda folder: (folder / "mine.bin").is_file(), "mine.bin"))
+    command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]
+    assert run.main(command) == 2  # the data are not there
+    (place / "data" / "mine").mkdir(parents=True)
+    (place / "data" / "mine" / "mine.bin").touch()
+    assert run.main(command) == 0
+    assert yaml.safe_load((place / "run" / "summary.json").read_text())["dataset"] == "mine"
+
+
+def _layers(classes: int) -> list[nn.Module]:
+    return [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes)]
+
+
+def _example() -> Callable[..., torch.Tensor]:
+    method: Callable[..., torch.Tensor] = runpy.run_path(str(DOCS / "examples" / "mean_multiple.py"))["mean_multiple"]
+    return method
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "config_reference.py"))
+    assert (DOCS / "configuration.md").read_text() == script["reference"](), "run: python scripts/config_reference.py"
+    for _, prefix, cls, _ in script["SECTIONS"]:
+        keys = [field.name for field in fields(cls) if not script["_is_section"](field)]
+        assert [prefix + key for key in keys if key not in script["meanings"](cls)] == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in _anchors(target), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for target in re.findall(r"`make ([a-z-]+)`", page.read_text()):
+        check(f"make {target}", monkeypatch)
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason=f"{package} is not installed; pip install -e '.[docs]' has it")
+    options = ["-b", "html", "-W", "-n", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path / "html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "qat-run" in (tmp_path / "html" / "recipes.html").read_text()
