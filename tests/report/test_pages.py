@@ -548,3 +548,14 @@ def test_tables_are_sorted_by_number_both_ways(page: Page, pages: dict[str, Path
     assert sort("top1") == (["82.00", "60.00", "58.00", "54.00", ""], "descending")  # what is unknown stays last
     assert sort("method")[0][0] == "full precision"
     assert page.run("document.querySelectorAll('#runs [aria-sort]').length") == 1
+
+
+def test_nothing_is_cut_on_paper(page: Page, pages: dict[str, Path]) -> None:
+    for kind in ("run", "compare"):
+        page.open(pages[kind])
+        page.run("dispatchEvent(new Event('beforeprint'))")
+        page.prefer("dark", "print")
+        wide = "Math.max(...[...document.querySelectorAll('table, figure, pre')].map(e => e.scrollWidth))"
+        assert page.run(wide) <= 680
+        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        page.prefer("light")
