@@ -13,13 +13,19 @@ def qat_run() -> int:
 
 def qat_export() -> int:
     """The `qat-export` command; returns its exit code."""
-    from qat_runner.cli.export import main
+    try:
+        from qat_runner.cli.export import main
 
-    return main()
+        return main()
+    except KeyboardInterrupt:  # while PyTorch was being imported
+        return 130
 
 
 def qat_report() -> int:
     """The `qat-report` command; returns its exit code."""
-    from qat_runner.cli.report import main
+    try:
+        from qat_runner.cli.report import main
 
-    return main()
+        return main()
+    except KeyboardInterrupt:
+        return 130

@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qat-export: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"qat-export: writing failed ({error})", file=sys.stderr)
+        print(f"qat-export: writing failed ({error.strerror}); nothing was kept", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("qat-export: interrupted; nothing was kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -127,7 +127,7 @@ def read_weights(weights: str, model_name: str) -> dict[str, Tensor]:
             else torch.load(weights, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # whatever a parser may raise on a file that is something else
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
         raise ConfigError(f"weights={weights}: not a readable weights file ({reason})") from error
     tensors = _tensors(content)
     if not tensors:

@@ -201,8 +201,8 @@ def _again(config: Config, environment: Mapping[str, Any] | None) -> dict[str, A
 
 def _exported(folder: Path) -> str | None:
     """What qat-export wrote into the run's folder, as it printed it."""
-    result = _read(folder / exporting.FOLDER / "export.json")
-    return None if result is None else exporting.text(result)
+    path = folder / exporting.FOLDER / "export.json"
+    return exporting.text(read_json(path, "qat-export writes it anew")) if path.is_file() else None
 
 
 def _environment(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]:

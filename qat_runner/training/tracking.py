@@ -145,8 +145,12 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, advice: str = "overwrite=true starts the run anew") -> Any:
     """What `write_json` wrote.
+
+    Args:
+        path: the file.
+        advice: what to do if it cannot be read.
 
     Raises:
         RunError: the file is damaged.
@@ -154,7 +158,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); overwrite=true starts the run anew") from error
+        raise RunError(f"{path} cannot be read ({error}); {advice}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

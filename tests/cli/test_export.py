@@ -156,6 +156,23 @@ def test_a_file_that_disagrees_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interrupted_or_out_of_space_leaves_nothing(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for trouble, code, told in (
+        (KeyboardInterrupt(), 130, "interrupted; nothing was kept"),
+        (OSError(28, "No space left on device"), 1, "writing failed (No space left on device); nothing was kept"),
+    ):
+
+        def fail(*args: Any, trouble: BaseException = trouble) -> None:
+            raise trouble
+
+        monkeypatch.setattr(exporting, "_check", fail)
+        assert export("dynamic", "--formats", "safetensors") == code
+        assert told in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_onnx_without_its_packages(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
