@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from qat_runner.config import Config, clipping_label, gradient_label, identity, 
 from qat_runner.config.composing import flat
 from qat_runner.errors import ConfigError
 from qat_runner.report import page
-from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown
+from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown, whole_rows
 from qat_runner.report.run_page import bits
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.training.tracking import read_json, read_rows
+from qat_runner.training.tracking import read_json
 
 FULL_PRECISION = "full precision"
 
@@ -24,6 +24,9 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 BESIDE = 0.05
 """How far apart the points of two methods stand, in parts of the step from one number of bits to the next."""
+
+OF_A_LINE = ("seed", "weights", "weight_bits", "activation_bits")
+"""Keys that runs of one line may differ in: bits are its axis, and seeds are averaged, each with weights of its own."""
 
 DIGITS_OF_HASH = 8
 """Of the fingerprint of a file, how many are shown."""
@@ -37,12 +40,19 @@ class Entry:
     config: Config
     summary: dict[str, Any] | None
     """None while it is not finished"""
+    variant: str = ""
+    """how it differs from other runs of its method, in more than bits and seed"""
+
+    @property
+    def full_precision(self) -> bool:
+        return self.config.policy.full_precision
 
     @property
     def method(self) -> str:
-        """Clipping and gradient, in a few words."""
-        if self.config.policy.full_precision:
-            return FULL_PRECISION
+        """Clipping, gradient and variant, in a few words. Runs that share it differ in bits and seed at most."""
+        return ", ".join(filter(None, (FULL_PRECISION if self.full_precision else self._clipping(), self.variant)))
+
+    def _clipping(self) -> str:
         usual = self.config.clipping.learned or self.config.gradient.name == "mph"
         gradient = "" if usual else f", {gradient_label(self.config)}"
         return f"{clipping_label(self.config)}{gradient}{', distilled' if self.config.distilling else ''}"
@@ -85,7 +95,22 @@ def entries(places: Sequence[Path]) -> list[Entry]:
             found[folder.resolve()] = Entry(folder, config, read_json(summary) if summary.is_file() else None)
     if len(found) < 2:
         raise ConfigError(f"compare: needs two runs or more, and found {len(found)}")
-    return list(found.values())
+    return _told_apart(list(found.values()))
+
+
+def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
+    """The runs with their variants, so that what is averaged as seeds of one method is no more than that."""
+    alike: dict[tuple[str, ...], list[Entry]] = {}
+    for run in runs:
+        alike.setdefault((*run.network, run.config.mode, run.method), []).append(run)
+    variants: dict[Path, str] = {}
+    for some in alike.values():
+        settings = [flat(identity(run.config)) for run in some]
+        keys = [key for key in _keys_that_differ(settings) if key not in OF_A_LINE]
+        for run, setting in zip(some, settings, strict=True):
+            told = [f"{key.rpartition('.')[2]}={_value(setting[key])}" for key in keys if key in setting]
+            variants[run.folder] = ", ".join(told)
+    return [replace(run, variant=variants[run.folder]) for run in runs]
 
 
 def write(places: Sequence[Path], out: Path) -> Path:
@@ -123,7 +148,7 @@ def _networks(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
     for run in runs:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
     for some in found.values():
-        if not any(run.method == FULL_PRECISION for run in some):
+        if not any(run.full_precision for run in some):
             some += [r for r in runs if r.config.mode == "evaluate" and r.network == some[0].network]
     several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
     return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
@@ -131,9 +156,10 @@ def _networks(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 def _colours(runs: Sequence[Entry]) -> dict[str, int]:
     """Each method has its colour, the same in all charts; full precision has the grey one."""
-    methods = sorted({run.method for run in runs} - {FULL_PRECISION})
+    methods = sorted({run.method for run in runs if not run.full_precision})
+    grey = {run.method: page.COLOURS - 1 for run in runs if run.full_precision}
     free = [index for index in range(page.COLOURS * len(page.SYMBOLS)) if index % page.COLOURS != page.COLOURS - 1]
-    return {FULL_PRECISION: page.COLOURS - 1} | {name: free[i % len(free)] for i, name in enumerate(methods)}
+    return grey | {name: free[i % len(free)] for i, name in enumerate(methods)}
 
 
 def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
@@ -189,8 +215,12 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
 
 
 def _names(runs: Sequence[Entry]) -> list[str]:
-    """Names of run folders without the words that all of them begin with."""
-    names = [run.folder.resolve().name.split("_") for run in runs]
+    """Names of run folders without the words that all begin with; with their parents', where names alone repeat."""
+    folders = [run.folder.resolve() for run in runs]
+    plain = [folder.name for folder in folders]
+    if len({*plain}) < len(plain):
+        plain = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    names = [name.split("_") for name in plain]
     shared = 0
     while all(len(words) > shared + 1 for words in names) and len({words[shared] for words in names}) == 1:
         shared += 1
@@ -202,7 +232,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
     views = []
     for name, runs in networks.items():
         done = [run for run in runs if run.summary is not None]
-        widths = sorted({run.bits for run in done if run.method != FULL_PRECISION} or {run.bits for run in done})
+        widths = sorted({run.bits for run in done if not run.full_precision} or {run.bits for run in done})
         methods = _by_method(done)
         shifts = [BESIDE * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
         traces = [
@@ -217,7 +247,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> Trace:
     """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
-    if method == FULL_PRECISION:
+    if runs[0].full_precision:
         level = statistics.fmean(accuracy(run.summary or {}) for run in runs)
         trace = line([-0.4, len(widths) - 0.6], [level] * 2, method, colour, mode="lines", hovertemplate="%{y} %")
         return trace | {"line": {"width": 2, "dash": "dash"}}
@@ -264,7 +294,7 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
     """Validation accuracy by epoch, a line a run: its colour tells the method, its dashes the bits."""
     views = []
     for name, runs in networks.items():
-        widths = sorted({run.bits for run in runs if run.method != FULL_PRECISION})
+        widths = sorted({run.bits for run in runs if not run.full_precision})
         dashes = {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
         traces: list[Trace] = []
         for method, some in _by_method(runs):
@@ -280,7 +310,7 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
 
 
 def _curve(run: Entry, colour: int, dash: str) -> Trace | None:
-    rows = read_rows(run.folder / "metrics.csv")
+    rows = whole_rows(run.folder / "metrics.csv")
     key = next((key for key in ("val_f1", "val_top1") if rows and key in rows[0]), None)
     if key is None:
         return None
@@ -297,10 +327,14 @@ def _any(views: Sequence[View]) -> bool:
 def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Keys in which configs differ, of those that decide a result; and by run its values."""
     settings = [flat(identity(run.config)) for run in runs]
-    keys = list(dict.fromkeys(key for setting in settings for key in setting))
-    keys = [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
+    keys = _keys_that_differ(settings)
     told = [[_value(setting[key]) if key in setting else "" for key in keys] for setting in settings]
     return keys, list(zip(_names(runs), told, strict=True))
+
+
+def _keys_that_differ(settings: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
 
 
 def _value(value: Any) -> str:

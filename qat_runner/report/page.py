@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qat_runner.training.tracking import write_text
+from qat_runner.training.tracking import read_rows, write_text
 
 CHOSEN, OTHER = 0, 1
 """Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
@@ -81,6 +81,11 @@ def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = C
 def rounded(value: float | None) -> float | None:
     """To five digits, which is more than a screen shows; None for what is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+
+
+def whole_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, without one that is being written, or was when its run was killed."""
+    return [row for row in read_rows(path) if None not in row.values()]
 
 
 def number(text: str | float | None) -> float:

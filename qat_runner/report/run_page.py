@@ -8,19 +8,23 @@ from typing import Any
 
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, RunError
 from qat_runner.export import exporting
 from qat_runner.report import page
-from qat_runner.report.page import Chart, axes, line, number
+from qat_runner.report.page import Chart, axes, line, number, whole_rows
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
-from qat_runner.training.tracking import read_json, read_rows
+from qat_runner.training.tracking import read_json
 
 POINTS = 1000
 """Steps that a curve is drawn through, at most; each point is the mean of those that it stands for."""
+
+
+_UNFINISHED = {"running": "it is running", "failed": "it failed", "stale": "no process is at work on it"}
+"""What is said of a run, by its state."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def write(folder: Path, out: Path) -> Path:
     if config is None:
         raise ConfigError(f"{folder}: holds no run of qat-run")
     summary, environment = _read(folder / "summary.json"), _read(folder / "environment.json")
-    rows = read_rows(folder / "layers.csv")
+    rows = whole_rows(folder / "layers.csv")
     curves, noise = _curves(folder), noise_charts(rows)
     one_tensor = tensor_charts(rows, _read(folder / "histograms.json") or [])
-    settings = sections(config)
+    settings, state = sections(config), status(folder)
     content = {
         "title": folder.resolve().name,
         "heading": heading(config),
-        "status": status(folder),
+        "status": state,
+        "unfinished": _UNFINISHED.get(state.state, ""),
         "cards": _cards(folder, config, summary),
         "curves": curves,
         "noise": noise,
@@ -113,7 +118,7 @@ def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> l
 
 def _cards_so_far(folder: Path, config: Config) -> list[Card]:
     """Of a run that is not finished."""
-    rows = read_rows(folder / "metrics.csv")
+    rows = whole_rows(folder / "metrics.csv")
     cards = [Card("epochs", f"{len(rows)} of {config.epochs}")] if config.training else []
     if rows:
         name = next(key for key in ("val_f1", "val_top1") if key in rows[-1])
@@ -133,13 +138,16 @@ def duration(seconds: float) -> str:
 
 def _difference(folder: Path, summary: Mapping[str, Any]) -> float | None:
     """From the full-precision run that lies in the same folder of runs, in points."""
-    beside = [run.summary for run in find_runs(folder.resolve().parent) if run.summary]
+    try:
+        beside = [run.summary for run in find_runs(folder.resolve().parent) if run.summary]
+    except RunError:  # a damaged neighbour leaves this run's page without a figure, not this run without a page
+        return None
     return against_full_precision([*beside, summary])[-1]
 
 
 def _curves(folder: Path) -> list[Chart]:
     """Accuracy and loss by epoch, loss and learning rate by step."""
-    rows, steps = read_rows(folder / "metrics.csv"), read_rows(folder / "steps.csv")
+    rows, steps = whole_rows(folder / "metrics.csv"), whole_rows(folder / "steps.csv")
     charts = []
     if rows:
         halves = [key for key in rows[0] if key.startswith(("val_", "train_"))]

@@ -29,10 +29,10 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
 
 
-def noisiest(rows: Sequence[Row], count: int = 3) -> list[str]:
+def noisiest(rows: Sequence[Row], count: int = 3) -> list[tuple[str, str]]:
     """The tensors of the latest epoch with the smallest SQNR, and how small it is."""
     found = sorted(latest(rows), key=lambda row: number(row["sqnr_db"]))[:count]
-    return [f"{name(row)} ({number(row['sqnr_db']):.1f} dB)" for row in found]
+    return [(name(row), f"{number(row['sqnr_db']):.1f} dB") for row in found]
 
 
 def noise_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -161,4 +161,4 @@ def _told(h: Row) -> str:
     share = 100 * h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
     far = max(-h["lowest"], h["highest"])
     beyond = f"<br>{share:.2g} % lie further out, up to {far:.3g} s" if h["beyond"] else ""
-    return f"x / s, s {per}{h['s']:.3g}; {grid}{beyond}"
+    return f"x / s, s {per}{h['s']:.3g}<br>{grid}{beyond}"

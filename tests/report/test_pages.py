@@ -117,7 +117,7 @@ def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float |
 
 def text_of(path: Path) -> str:
     """What the page of a path says, without its scripts, styles and tags."""
-    page = re.sub(r"<(script|style).*?</\1>", "", path.read_text(), flags=re.DOTALL)
+    page = re.sub(r"<(script|style).*?</\1>|<wbr>", "", path.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
@@ -297,7 +297,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
     (folder / "error.txt").write_text("the loss became nan\n\nTraceback ...")
     page = run_page.write(folder, tmp_path / "page.html")
     text = text_of(page)
-    assert "This run is not finished: it is failed (the loss became nan)" in text
+    assert "This run is not finished: it failed (the loss became nan)" in text
     assert "2 of 2" in text and "top1 so far 55.00 %" in text
     assert "no histograms.json is in the folder" in text
     assert {"accuracy", "noise-weights", "scalar"} <= set(charts_of(page))
@@ -394,7 +394,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "max, ste",
     }
     where = text.partition("Where they differ Keys")[2]
-    for key in ("clipping. name", "gradient. name", "weight_bits", "seed"):
+    for key in ("clipping.name", "gradient.name", "weight_bits", "seed"):
         assert key in where
     assert "epochs" not in where
 
@@ -407,6 +407,49 @@ def test_compare_keeps_networks_apart(tmp_path: Path) -> None:
     names = [view["label"] for view in charts["by-bits"]["views"]]
     assert names == ["resnet20, fake, scratch", "resnet32, fake, scratch"]
     assert [view["label"] for view in charts["by-cost"]["views"]] == 2 * names
+
+
+def test_no_more_than_seeds_are_averaged(tmp_path: Path) -> None:
+    for seed, top1 in enumerate((60.0, 64.0)):
+        make_run(tmp_path, f"seed={seed}", top1=top1)
+        make_run(tmp_path, f"seed={seed}", "bits=8", top1=70.0)
+    make_run(tmp_path, "lr=0.5", top1=10.0)
+    make_run(tmp_path, "bits=32", top1=80.0)
+    make_run(tmp_path, "bits=32", "lr=0.5", top1=20.0)
+    page = compare_page.write([tmp_path], tmp_path / "compare.html")
+    (view,) = charts_of(page)["by-bits"]["views"]
+    lines = {trace["name"]: trace["y"] for trace in view["traces"]}
+    assert lines == {
+        "octav, lr=0.05": [62.0, 70.0],
+        "octav, lr=0.5": [10.0],
+        "full precision, lr=0.05": [80.0, 80.0],
+        "full precision, lr=0.5": [20.0, 20.0],
+    }
+    assert "octav, lr=0.5" in text_of(page)
+
+
+def test_compare_tells_runs_of_one_name_apart(tmp_path: Path) -> None:
+    for place in ("here", "there"):
+        make_run(tmp_path / place)
+    text = text_of(compare_page.write([tmp_path / "here", tmp_path / "there"], tmp_path / "compare.html"))
+    assert "here/resnet20_fake" in text and "there/resnet20_fake" in text
+
+
+def test_a_damaged_neighbour_takes_nobody_s_page(tmp_path: Path) -> None:
+    folder, other = make_run(tmp_path), make_run(tmp_path, "bits=32")
+    (other / "summary.json").write_text("{")
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "top1 60.00 %" in text and "against fp32" not in text
+
+
+def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, top1=None)
+    for name, row in (("metrics.csv", "3,1.0"), ("steps.csv", "3,7"), ("layers.csv", "3,conv1,wei")):
+        with open(folder / name, "a") as file:
+            file.write(row)
+    page = run_page.write(folder, tmp_path / "page.html")
+    assert "top1 so far 55.00 %" in text_of(page) and "after epoch 2" in text_of(page)
+    assert charts_of(page)["accuracy"]["views"][0]["traces"][0]["x"] == [1, 2]
 
 
 @pytest.mark.parametrize(
