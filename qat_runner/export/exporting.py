@@ -145,7 +145,10 @@ def compare_rules(run: Path, rules: Sequence[str], batches: int = 10, checkpoint
     networks = {"dynamic": model}
     if rule_for(model, None) == HELD:
         networks, rules = {}, [HELD]
-    networks |= {rule: frozen(model, data, config, rule, batches) for rule in rules}
+    untrained = not config.training and "averaged" in rules  # all rules were asked for: that of training means nothing
+    for rule in rules:
+        if not (rule == "running" and untrained):
+            networks[rule] = frozen(model, data, config, rule, batches)
     (first, reference), *others = networks.items()
     computes = {name: _compute(network) for name, network in others}
     figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))

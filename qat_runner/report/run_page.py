@@ -52,7 +52,9 @@ def write(folder: Path, out: Path) -> Path:
     summary, environment = _read(folder / "summary.json"), _read(folder / "environment.json")
     rows = whole_rows(folder / "layers.csv")
     curves, noise = _curves(folder), noise_charts(rows)
-    one_tensor = tensor_charts(rows, _read(folder / "histograms.json") or [])
+    one_tensor = tensor_charts(
+        rows, _read(folder / "histograms.json", "without the file there is a page without them") or []
+    )
     settings, state = sections(config), status(folder)
     content = {
         "title": folder.resolve().name,
@@ -77,8 +79,8 @@ def write(folder: Path, out: Path) -> Path:
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)
 
 
-def _read(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+def _read(path: Path, *advice: str) -> Any:
+    return read_json(path, *advice) if path.is_file() else None
 
 
 def heading(config: Config) -> str:
