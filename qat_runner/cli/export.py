@@ -60,12 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     from qat_runner.export import exporting
-    from qat_runner.insertion import FREEZING
 
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare:
-        rules = [args.scalars] if args.scalars else FREEZING
+        rules = [args.scalars] if args.scalars else None
         print(exporting.text_of_rules(exporting.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
         return
     out = args.out or args.run_dir / exporting.FOLDER

@@ -31,7 +31,8 @@ from qat_runner.export.formats import (
     write_safetensors,
 )
 from qat_runner.export.integer import to_integers
-from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
+from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
+from qat_runner.insertion.calibrate import hold_activations
 from qat_runner.models import TORCHVISION
 from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
@@ -84,9 +85,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
     model, data = build(replace(config, mode=mode, device="cpu", backend="auto"), weights)
     if config.freezing and _held(weights):
-        for tensor in quantized_tensors(model):
-            if tensor.tensor != "weight":
-                tensor.quantizer.freeze(tensor.quantizer.s)
+        hold_activations(model)
     return model.eval(), data, config
 
 
@@ -135,8 +134,14 @@ def frozen(model: nn.Module, data: Data, config: Config, rule: str, batches: int
         raise ConfigError(f"--scalars {rule}: {error}") from error
 
 
-def compare_rules(run: Path, rules: Sequence[str], batches: int = 10, checkpoint: str = "last") -> dict[str, float]:
+def compare_rules(
+    run: Path, rules: Sequence[str] | None = None, batches: int = 10, checkpoint: str = "last"
+) -> dict[str, float]:
     """Accuracy on the validation set of a run's network with dynamic scalars, and with those of each rule.
+
+    Args:
+        run, batches, checkpoint: as of Request.
+        rules: of `freeze`; None: all that mean something to the run.
 
     Returns:
         {"dynamic": percent, rule: percent, ...}; under a run that holds its scalars, {"held": percent}.
@@ -145,10 +150,9 @@ def compare_rules(run: Path, rules: Sequence[str], batches: int = 10, checkpoint
     networks = {"dynamic": model}
     if rule_for(model, None) == HELD:
         networks, rules = {}, [HELD]
-    untrained = not config.training and "averaged" in rules  # all rules were asked for: that of training means nothing
-    for rule in rules:
-        if not (rule == "running" and untrained):
-            networks[rule] = frozen(model, data, config, rule, batches)
+    elif rules is None:
+        rules = [rule for rule in FREEZING if config.training or rule != "running"]
+    networks |= {rule: frozen(model, data, config, rule, batches) for rule in rules}
     (first, reference), *others = networks.items()
     computes = {name: _compute(network) for name, network in others}
     figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
