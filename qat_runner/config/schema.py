@@ -136,6 +136,8 @@ class StageConfig:
     """learning rate at that batch size, before any decay"""
     optimizer: str = "sgd"
     """sgd, or adamw, which spares biases and normalization the weight decay"""
+    bias_correction: bool = True
+    """adamw: divide the running averages, which start at zero, by what they lack in the first steps"""
     momentum: float = 0.9
     """sgd"""
     weight_decay: float = 1e-4
