@@ -164,6 +164,9 @@ class RecipeConfig:
 
     name: str = MISSING
     """what messages call it"""
+    device_batch: int | None = None
+    """samples that a device saw at a time where the recipe was published, over which BatchNorm and the scalars of
+    activations were taken; a run is told how it compares, and does not follow it; null: not published"""
     scratch: StageConfig | None = None
     retrain: StageConfig | None = None
     long_retrain: StageConfig | None = None
