@@ -75,7 +75,11 @@ def test_from_weights_alone_it_is_the_half_of_the_weights_and_with_data_all(run:
     weights = str(run / "checkpoints" / "last.pt")
     of_run = {(row.tensor, row.bits): row for row in figure2.of_run(run) if row.kind == "weight"}
     alone = figure2.of_weights("resnet20", weights, "digits", None)
-    assert {(row.tensor, row.bits): row for row in alone} == of_run
+    assert {(row.tensor, row.bits) for row in alone} == {*of_run}
+    for row in alone:
+        theirs = of_run[row.tensor, row.bits]
+        assert (row.sweep, row.octav) == pytest.approx((theirs.sweep, theirs.octav), rel=1e-5)
+        assert (row.sweep_mse, row.octav_mse) == pytest.approx((theirs.sweep_mse, theirs.octav_mse), rel=1e-5)
     figure = figure2.draw(alone)
     assert len(figure.axes) == 2
     plt.close(figure)
