@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_name
+from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_folder
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError
 from qat_runner.experiment.building import bare_model, find_device
@@ -47,8 +47,7 @@ def prepare(config: Config) -> Path:
         _check_weights(config, config.weights, new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:
         _check_weights(config, config.recipe.teacher, new_head=False)
-    chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
-    folder = Path(chosen).expanduser()
+    folder = run_folder(config)
     _check_folder(folder, config)
     return folder
 

@@ -1,6 +1,6 @@
 """Networks of integers: weights are codes and step sizes, activations are rounded to fixed grids.
 
-`to_integers` turns the quantized layers of a frozen network into these, in place, by swapping their class. What they
+`to_integers` turns the quantized layers of a static network into these, in place, by swapping their class. What they
 compute is bit for bit what the quantized layers computed: a code times its step D = s / 2^(B-1) (2^B if unsigned), and
 step sizes differ from clipping scalars by powers of two alone.
 
@@ -148,7 +148,7 @@ def _bias_apart(layer: nn.Module) -> bool:
 
 
 def to_integers(model: nn.Module) -> nn.Module:
-    """Replace the quantized layers of a frozen network by integer ones, in place.
+    """Replace the quantized layers of a static network by integer ones, in place.
 
     Args:
         model: all its quantizers static, with scalars (see `freeze`).
@@ -165,7 +165,7 @@ def to_integers(model: nn.Module) -> nn.Module:
         raise ValueError("nothing is quantized, so there are no integers to be had")
     for t in tensors:
         if t.quantizer.dynamic or not t.quantizer.ready:
-            raise ValueError(f"{t.name} has no frozen clipping scalars: freeze(model, ...) gives it some")
+            raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
         if t.tensor != "weight" and t.quantizer.s.ndim:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
     for _, layer in each(model, is_quantized):

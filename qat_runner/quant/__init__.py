@@ -16,7 +16,7 @@ from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import BITS, Grid
 from qat_runner.quant.learned import LEARNED, LearnedQuantizer
 from qat_runner.quant.noise import Noise, clipped_fraction, measure, model_mse, mse, sqnr_db
-from qat_runner.quant.quantizer import EVAL_MODES, Quantizer
+from qat_runner.quant.quantizer import EVAL_MODES, NotCalibratedError, Quantizer
 
 __all__ = [
     "BITS",
@@ -27,6 +27,7 @@ __all__ = [
     "Grid",
     "LearnedQuantizer",
     "Noise",
+    "NotCalibratedError",
     "Quantizer",
     "clipped_fraction",
     "fake_quantize",

@@ -16,8 +16,7 @@ scale is kept; that is what weights get here.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,6 +82,11 @@ class LearnedQuantizer(Quantizer):
         self.learned = nn.Parameter(torch.zeros(tuple(shape)))
 
     @property
+    def mode(self) -> str:
+        """ "learned"."""
+        return "learned"
+
+    @property
     def weight_decay_factor(self) -> float:
         """What the recipe's weight decay is multiplied by for the weights that this quantizes (LSQ)."""
         return {2: 0.25, 3: 0.5}.get(self.bits, 1.0) if self.method == "lsq" else 1.0
@@ -104,22 +108,25 @@ class LearnedQuantizer(Quantizer):
         out: Tensor = _Learned.apply(x, self.learned, s, grid, self.method, 1 / math.sqrt(max(count, 1) * grid.highest))
         return out
 
+    def _averaged(self) -> tuple[Tensor, ...]:
+        return *super()._averaged(), self.learned
+
     @torch.no_grad()
     def _scalars(self, x: Tensor) -> Tensor:
-        super()._scalars(x)  # complains where there are none
+        self._constant_scalars()  # complains where there are none
         positive = self.learned.clamp(min=torch.finfo(self.learned.dtype).tiny)  # a large step of SGD may cross zero
         self.s.copy_(positive * self._per_scalar)
         return self.s.clone()
 
-    @contextmanager
-    def calibrating(self) -> Iterator[None]:
-        """As `Quantizer.calibrating`; the result is where learning starts."""
-        with super().calibrating():
-            yield
-        with torch.no_grad():
-            self.learned.copy_(self.s / self._per_scalar)
+    @torch.no_grad()
+    def assign(self, s: Tensor, batches: int = 1) -> None:
+        """As `Quantizer.assign`: it is where learning starts."""
+        super().assign(s, batches)
+        self.learned.copy_(self.s / self._per_scalar)
 
     def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
+        self.static.fill_(1)  # whatever the scalars were: here they are learned
+        self._know(static=True)
         if f"{prefix}learned" in missing_keys:  # the scalars of another method are a start as good as any
             missing_keys.remove(f"{prefix}learned")
             with torch.no_grad():

@@ -99,7 +99,7 @@ def test_scalars_frozen_in_training_are_kept(
     for run in ("frozen", "static", "ptq"):
         assert export(run, "--formats", "safetensors") == 0
         result = json.loads((tmp_path / "out/export.json").read_text())
-        assert (result["scalars"], result["batches"]) == ("held", None)
+        assert (result["scalars"], result["batches"]) == ("static", None)
         summary = json.loads(Path(run, "summary.json").read_text())
         assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
         assert export(run, "--scalars", "running") == 2
@@ -117,7 +117,7 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["dynamic", "averaged", "calibrated", "running"]
     assert export("frozen", "--compare") == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "held"
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "static"
     assert not (tmp_path / "out").exists()
     exact = exporting.compare_rules(Path("dynamic"), ["running"])
     assert exact["dynamic"] == json.loads(Path("dynamic/summary.json").read_text())["top1"]

@@ -15,8 +15,7 @@ from qat_runner.training.recipe import make_optimizer
 
 def ready(method: str, x: Tensor, **options: object) -> LearnedQuantizer:
     q = LearnedQuantizer(method, 4, **options)  # type: ignore[arg-type]
-    with q.calibrating():
-        q(x)
+    q.assign(q.scalars_of(x))
     return q
 
 
@@ -107,8 +106,7 @@ def test_evaluation_uses_what_was_learned_and_state_travels() -> None:
     again.load_state_dict(q.state_dict())
     assert torch.equal(again(x), trained)
     static = Quantizer(4, dynamic=False)
-    with static.calibrating():
-        static(x)
+    static.assign(static.scalars_of(x))
     again.load_state_dict(static.state_dict())
     torch.testing.assert_close(again.learned.data * 8, static.s)
     fresh = LearnedQuantizer("lsq", 4)

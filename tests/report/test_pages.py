@@ -442,6 +442,22 @@ def test_a_damaged_neighbour_takes_nobody_s_page(tmp_path: Path) -> None:
     assert "top1 60.00 %" in text and "against fp32" not in text
 
 
+def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs), make_run(runs, "bits=32")
+    bad = make_run(runs, name="bad")
+    (bad / "config.yaml").write_text("schema_version: 99\n")
+    told = "config.yaml: cannot be read (schema_version=99"
+    assert told in text_of(compare_page.write([runs], tmp_path / "compare.html"))
+    assert report(["status", str(runs)]) == 0
+    assert "2 finished, 1 unreadable" in capsys.readouterr().out
+    assert report(["table1", str(runs), "--out", str(tmp_path)]) == 0
+    assert f"{told}" in capsys.readouterr().err
+    assert report([str(bad)]) == 2
+    assert told in capsys.readouterr().err
+    assert report(["compare", str(bad), str(runs)]) == 2
+
+
 def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path, top1=None)
     for name, row in (("metrics.csv", "3,1.0"), ("steps.csv", "3,7"), ("layers.csv", "3,conv1,wei")):
