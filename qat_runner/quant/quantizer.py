@@ -234,7 +234,8 @@ class Quantizer(nn.Module):
             self._trained.over = True
         else:
             self._remember(s)
-            self._trained = self._trained.then(s)
+            if not torch.compiler.is_compiling():
+                self._trained = self._trained.then(s)
         return s
 
     def _solve(self, x: Tensor, **options: Any) -> Tensor:
@@ -353,7 +354,8 @@ class Quantizer(nn.Module):
         """Note, in the state as well, that there are scalars."""
         if not self._known.seen:
             self.seen.fill_(1)
-        self._know(seen=True)
+            self._known = self._known._replace(seen=True)
+        self._known_of = self._version_of_state()
 
     def _know(self, **what: bool) -> None:
         """Note what the state says now."""

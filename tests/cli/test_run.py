@@ -223,7 +223,7 @@ def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.Ca
     assert captured.out.count("resnet20  fake") == 1
 
 
-def test_evaluation_measures_what_training_made_static(run: Run) -> None:
+def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The scalars of the file, dynamic or static; another config is refused, and a file of old is understood."""
     freezing = ("epochs=2", "recipe.freeze_scalars_at=0.5", "run_dir=whole")
     assert run(*freezing) == 0
@@ -235,7 +235,7 @@ def test_evaluation_measures_what_training_made_static(run: Run) -> None:
         assert run("mode=evaluate", f"weights={weights}", f"run_dir={name}") == 0
         found, trained = (json.loads(Path(d, "summary.json").read_text()) for d in (name, "whole"))
         assert (found["loss"], found["top1"]) == (trained["loss"], trained["top1"])
-        assert "20 of 40 quantized tensors have static clipping scalars" in Path(name, "log.txt").read_text()
+        assert "20 of 40 quantized tensors have static clipping scalars" in capsys.readouterr().out
     evaluate = ("mode=evaluate", "clipping=static_octav", "weights=dynamic/checkpoints/last.pt", "run_dir=refused")
     assert run(*evaluate) == 2 and not Path("refused").exists()
     retrain = ("mode=retrain", "weights=whole/checkpoints/last.pt", "epochs=1", "run_dir=retrained")
@@ -244,13 +244,13 @@ def test_evaluation_measures_what_training_made_static(run: Run) -> None:
     assert not any(value for key, value in state.items() if key.endswith("_quantizer.static"))
 
 
-def test_calibration_has_a_batch_size_of_its_own(run: Run) -> None:
+def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
     ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav"]
     assert run(*ptq, "batch_size=512", "run_dir=one") == 0
-    assert "scalars calibrated on 5 training batches of 64" in Path("one/log.txt").read_text()
+    assert "scalars calibrated on 5 training batches of 64" in capsys.readouterr().out
     assert run(*ptq, "clipping.calibration_batch_size=16", "clipping.calibration_batches=2", "run_dir=two") == 0
-    assert "scalars calibrated on 2 training batches of 16" in Path("two/log.txt").read_text()
+    assert "scalars calibrated on 2 training batches of 16" in capsys.readouterr().out
     assert run(*ptq, "clipping.calibration_batch_size=0") == 2
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.utils import prune  # noqa: F401  # makes nn.utils.prune
 
@@ -416,6 +417,18 @@ def test_a_quantized_model_compiles_in_one_graph() -> None:
     model = quantize_model(Small(), bits=4, example=torch.randn(2, 3, 8, 8)).eval()
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_compiles_once_and_for_all() -> None:
+    """Once without scalars to start from, once with them: no step after that compiles again."""
+    model = quantize_model(nn.Sequential(nn.Linear(8, 4)), 4, example=torch.randn(2, 8))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for _ in range(4):
+        compiled(torch.randn(4, 8)).square().mean().backward()
+    assert counter.frame_count == 2
+    assert all(t.quantizer.batches == 4 for t in quantized_tensors(model))
 
 
 def test_weights_quantized_once() -> None:
