@@ -23,7 +23,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import LEARNED, LearnedQuantizer, Quantizer
+from qat_runner.quant import LEARNED, DoReFaQuantizer, LearnedQuantizer, Quantizer
 
 
 class QuantizationWarning(UserWarning):
@@ -198,7 +198,7 @@ def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quan
     signed, shape = (True, policy.weight_shape(layer)) if weight else (None, ())
     quantizer: Quantizer
     if policy.clipping == "pact" and weight:
-        quantizer = Quantizer(bits, signed, shape, "max", "ste")
+        quantizer = DoReFaQuantizer(bits)
     elif policy.clipping in LEARNED:
         quantizer = LearnedQuantizer(policy.clipping, bits, signed, shape, not weight, **policy.clipping_options)
     else:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat_runner.config import StageConfig
 from qat_runner.insertion import calibrate, quantize_model, quantized_tensors
-from qat_runner.quant import LearnedQuantizer, Quantizer
+from qat_runner.quant import DoReFaQuantizer, LearnedQuantizer, Quantizer
 from qat_runner.quant.learned import lsq_start, pact_start
 from qat_runner.training.recipe import make_optimizer
 
@@ -127,7 +127,7 @@ def test_a_network_learns_its_scalars(method: str) -> None:
     optimizer = make_optimizer(model, StageConfig(weight_decay=0.1), lr=0.01)
     kinds = {t.name: type(t.quantizer) for t in quantized_tensors(model)}
     assert kinds["2.input"] is LearnedQuantizer
-    assert kinds["2.weight"] is (LearnedQuantizer if method == "lsq" else Quantizer)
+    assert kinds["2.weight"] is (LearnedQuantizer if method == "lsq" else DoReFaQuantizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     quantizer = next(t.quantizer for t in quantized_tensors(model) if t.name == "2.input")
