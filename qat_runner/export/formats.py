@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid, storage_bits
 from qat_runner.insertion.layers import each
+from qat_runner.quant import Grid
 
 FORMATS = ("onnx", "torch", "safetensors")
 """model.onnx; model.pt2; model.safetensors and model.json"""
@@ -132,8 +133,8 @@ def _give_types(graph: Any, widths: Mapping[str, int]) -> None:
             dtype, codes = node.outputs[0].dtype, [node.attributes.pop(end).value for end in ("lowest", "highest")]
             if dtype.bitwidth == 4:
                 _replace_clip(graph, node)
-            ends = ml_dtypes.iinfo(dtype.numpy())
-            if codes != [ends.min, ends.max]:  # the integer type alone would let more of them through
+            whole = Grid(dtype.bitwidth, dtype.is_signed())
+            if codes != [whole.lowest, whole.highest]:  # the integer type alone would let more of them through
                 _limit_to(graph, node, codes)
             _zero_point(graph, node, dtype)
         elif node.op_type == "DequantizeLinear":

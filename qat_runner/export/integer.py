@@ -1,8 +1,8 @@
 """Networks of integers: weights are codes and step sizes, activations are rounded to fixed grids.
 
 `to_integers` turns the quantized layers of a frozen network into these, in place, by swapping their class. What they
-compute is bit for bit what the quantized layers computed: a code times its step size D, a part of the clipping scalar (see
-`Grid`).
+compute is bit for bit what the quantized layers computed: a code times its step size D, which is a part of the clipping
+scalar (see `Grid`).
 
 The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
 exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.

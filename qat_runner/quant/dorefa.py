@@ -1,18 +1,18 @@
-"""DoReFa's weights, which PACT quantizes with: Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks
-with Low Bitwidth Gradients", 2016, arXiv 1606.06160, section 2.3.
+"""DoReFa's weights, which PACT quantizes with: Zhou et al., "DoReFa-Net: Training Low Bitwidth Convolutional Neural
+Networks with Low Bitwidth Gradients", 2016, arXiv 1606.06160, section 2.3.
 
     t = tanh(w),   m = max |t| over the whole weight
     q = m (2 quantize_B(t / (2 m) + 1/2) - 1),   quantize_B(v) = round((2^B - 1) v) / (2^B - 1)
 
-The 2^B levels are the odd multiples of m / (2^B - 1): there is no zero. Gradients pass straight through the rounding; tanh and
-m are differentiated, as in the authors' own code (tensorpack, examples/DoReFa-Net).
+The 2^B levels are the odd multiples of m / (2^B - 1): there is no zero. Gradients pass straight through the rounding;
+tanh and m are differentiated, as in the authors' own code (tensorpack, examples/DoReFa-Net).
 
-Published, the factor m in front is missing, so that weights fill [-1, 1] whatever they were. BatchNorm follows every layer
-that is quantized there, which makes a factor of no account: the output of the network is the same, and so is the gradient
-of w (where scaling q changes nothing, sum q dL/dq is 0, which is just what the factor's gradient adds). The factor
-is for what that setting does not have: networks that start from trained weights, whose BatchNorm statistics
-belong to the weights' own scale, and layers that no BatchNorm follows, such as the last one and all of a transformer's.
-Reimplementations that start from trained weights have it as well.
+Published, the factor m in front is missing, so that weights fill [-1, 1] whatever they were. There, BatchNorm follows
+every layer that is quantized, and such a factor is of no account: the output is the same, and so is the gradient of w
+(where the scale of q changes nothing, sum q dL/dq is 0, and this is all that the factor adds to it). It is here for
+what that setting does not have: networks that start from trained weights, whose BatchNorm has learned its statistics
+at the weights' own scale, and layers without a BatchNorm behind them, such as the last one and all of a
+transformer's. Reimplementations that start from trained weights have it as well.
 """
 
 from typing import Any
@@ -82,7 +82,7 @@ def _quantized(x: Tensor, s: Tensor, bits: int) -> Tensor:
     s = s.to(dtype)
     v = x.to(dtype).tanh() / torch.where(s == 0, 1.0, s)
     level = ((v + 1) * (highest / 2)).round().clamp(0, highest)
-    q = (2 * level - highest) * (s / highest)
+    q: Tensor = (2 * level - highest) * (s / highest)
     return q if q.dtype == x.dtype else q.to(x.dtype)
 
 

@@ -5,9 +5,9 @@
 | open   | D = s * 2^(1-B), codes -2^(B-1)..2^(B-1)-1   | D = s * 2^-B, codes 0..2^B-1      |
 | closed | D = s / (2^(B-1)-1), codes -s/D..s/D         | D = s / (2^B-1), codes 0..2^B-1   |
 
-Codes are round(x/D), clamped. Open grids are those of the paper (section 2, "Quantizers"): their step is s / 2^(B-1), not
-s / (2^(B-1) - 1), so an OCTAV scalar belongs to them and is wrong for the others. On a closed grid the largest code lies
-at s itself, as PACT has it; signed, its lowest one lies at -s.
+Codes are round(x/D), clamped. Open grids are those of the paper (section 2, "Quantizers"): their step is s / 2^(B-1),
+not s / (2^(B-1) - 1), so an OCTAV scalar belongs to them and is wrong for the others. On a closed grid, which is
+PACT's, the largest code lies at s itself; signed, the lowest one lies at -s.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Grid:
 
     @property
     def rounding_noise(self) -> float:
-        """k, such that rounding alone costs k * s^2 on average: D^2 / 12; open, 4^-B / 3, or 4^-B / 12 when unsigned."""
+        """k, such that rounding alone costs k s^2 = D^2 / 12 on average; open: 4^-B / 3, or 4^-B / 12 when unsigned."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)
 
     def step(self, s: Scalar) -> Scalar:

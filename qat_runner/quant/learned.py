@@ -10,16 +10,18 @@ LSQ: Esser et al., "Learned Step Size Quantization", ICLR 2020: for weights and 
 that share D, or the number of features of one sample; Q_P the largest code. At 3 and 2 bits it trains the weights
 themselves with a half and a quarter of the weight decay.
 
-PACT: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv 1805.06085: for
-activations, one alpha a layer. They are clipped to [0, alpha] (equation 1) and rounded to 2^B - 1 steps, the last of which
-ends at alpha (equation 2: the closed `Grid`); alpha's gradient is that of equation 3, straight through the rounding. Alpha
-starts large and is brought down by an L2 penalty, as strong as that of the weights. Weights are DoReFa's (`quant.dorefa`).
+PACT: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv 1805.06085:
+for activations, one alpha a layer. They are clipped to [0, alpha] (equation 1) and rounded to 2^B - 1 steps that end
+at alpha (equation 2: the closed `Grid`). Alpha's gradient is that of equation 3, straight through the rounding. Alpha
+starts large, and an L2 penalty as strong as that of the weights brings it down. Weights are DoReFa's
+(`quant.dorefa`).
 
 Where this departs from the paper:
-- First and last layers, which PACT and DoReFa leave in full precision, get `first_last_bits`, as under every method here.
-- PACT takes the place of a ReLU, so an input is never negative there. One that may be has the symmetric extension: clipped
-  to [-alpha, alpha], 2^B - 2 steps of alpha / (2^(B-1) - 1), both ends counting for alpha.
-- Of the start it says that it be large; 10 is what reimplementations take.
+- First and last layers, which PACT and DoReFa leave in full precision, get `first_last_bits`, as under all methods
+  here.
+- PACT takes the place of a ReLU, so an input is never negative there. One that may be has the symmetric extension: it
+  is clipped to [-alpha, alpha] and rounded to steps of alpha / (2^(B-1) - 1), and both ends count for alpha.
+- The start is 10, as in reimplementations; what matters to the paper is that it be large.
 """
 
 import math
@@ -63,8 +65,8 @@ class LearnedQuantizer(Quantizer):
     """A quantizer whose scalars are parameters: calibrated once for their start, then trained.
 
     As a static Quantizer, but in training and evaluation `s` follows the parameter `learned`, which holds step sizes
-    (lsq) or clipping scalars (pact), in units of x, in the shape of s. It is never less than float32 either, and its gradient
-    is computed and summed in float32 (float64 for float64), whatever x is stored in.
+    (lsq) or clipping scalars (pact), in units of x, in the shape of s. It is never less than float32 either; its
+    gradient is computed and summed in float32 (float64 for float64), whatever x is stored in.
 
     Args:
         method: "lsq" or "pact".
