@@ -85,7 +85,8 @@ def quantize_model(
         dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
-        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights; those
+            of pact have one per tensor, as published.
         synchronize: solve activation scalars in training on the batch of all processes of torch.distributed together
             (dynamic octav and max); weights have the same scalars everywhere.
         keep: names of layers that are left in full precision.
