@@ -163,6 +163,7 @@ def export(request: Request) -> dict[str, Any]:
     """
     _check_out(request)
     model, data, config = network_of(request.run, request.checkpoint)
+    _check_formats(request, model)
     rule = rule_for(model, request.rule)
     static = made_static(model, data, config, rule, request.batches)
     example = next(undivided(data).val_batches(2, 1)).inputs
@@ -288,6 +289,15 @@ def _check_out(request: Request) -> None:
     out = request.out
     if out.exists() and not (out / "export.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
+
+
+def _check_formats(request: Request, model: nn.Module) -> None:
+    """Refuse tensors whose levels are no codes."""
+    try:
+        for tensor in quantized_tensors(model):
+            _ = tensor.quantizer.format
+    except ValueError as error:
+        raise ConfigError(f"{request.run}: {error}") from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import LEARNED, LearnedQuantizer, Quantizer
+from qat_runner.quant import LEARNED, DoReFaQuantizer, LearnedQuantizer, Quantizer
 
 
 class QuantizationWarning(UserWarning):
@@ -86,7 +86,8 @@ def quantize_model(
         dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
             forward pass.
         eval_mode: what activation quantizers do in eval(): dynamic, running or last.
-        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights; those
+            of pact have one per tensor, as published.
         synchronize: solve activation scalars in training on the batch of all processes of torch.distributed together
             (dynamic octav and max); weights have the same scalars everywhere.
         quantize_head: whether the last linear layer is quantized.
@@ -208,7 +209,7 @@ def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quan
     signed, shape = (True, policy.weight_shape(layer)) if weight else (None, ())
     quantizer: Quantizer
     if policy.clipping == "pact" and weight:
-        quantizer = Quantizer(bits, signed, shape, "max", "ste")
+        quantizer = DoReFaQuantizer(bits)
     elif policy.clipping in LEARNED:
         quantizer = LearnedQuantizer(policy.clipping, bits, signed, shape, not weight, **policy.clipping_options)
     else:

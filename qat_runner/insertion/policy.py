@@ -43,9 +43,9 @@ class Policy:
     eval_mode: str = "dynamic"
     """what activation quantizers do in eval(): dynamic, running or last; weights are always solved"""
     conv_granularity: str = "channel"
-    """clipping scalars of a convolution weight: one per output channel, or one per tensor"""
+    """clipping scalars of a convolution weight: one per output channel, or one per tensor; pact has one per tensor"""
     linear_granularity: str = "tensor"
-    """clipping scalars of a linear weight: one per output feature (channel), or one per tensor"""
+    """clipping scalars of a linear weight: one per output feature (channel), or one per tensor; pact as above"""
     synchronize: bool = False
     """solve activation scalars in training on the batch of all processes together"""
     quantize_head: bool = True

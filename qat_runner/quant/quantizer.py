@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qat_runner.quant import kernels
 from qat_runner.quant.clipping import CLIPPING_METHODS
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import Grid
@@ -216,7 +217,24 @@ class Quantizer(nn.Module):
             return self._reused[1]
         return out
 
+    @property
+    def format(self) -> Grid:
+        """The grid that values come to lie on."""
+        return Grid(self.bits, self.signed)
+
+    @property
+    def levels(self) -> list[float]:
+        """All values that there are, in units of s, rising."""
+        grid = self.format
+        return [code / grid.levels_per_scalar for code in range(grid.lowest, grid.highest + 1)]
+
+    @torch.no_grad()
+    def quantized(self, x: Tensor, s: Tensor) -> Tensor:
+        """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient."""
+        return kernels.backend().fake_quantize(x, s, self.format)
+
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        """As `quantized`, with a gradient."""
         return fake_quantize(x, s, self.bits, self.signed, self.gradient)
 
     def _scalars(self, x: Tensor) -> Tensor:
@@ -248,7 +266,7 @@ class Quantizer(nn.Module):
     def _constant_scalars(self) -> Tensor:
         known = self._now()
         if not known.seen:
-            what = "static" if known.static else f"eval_mode={self.eval_mode!r}"
+            what = self.mode if known.static else f"eval_mode={self.eval_mode!r}"
             raise NotCalibratedError(
                 f"{self.name} ({what}) has no clipping scalars yet: calibrate it on batches that reach it, train it, "
                 f"or load a state that has them"

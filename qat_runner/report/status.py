@@ -16,7 +16,7 @@ ASKED = "asked.txt"
 """In a folder of runs: names of all run folders that sweeps asked for."""
 
 STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
-"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: by its config."""
+"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: its config."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Several processes on one run, one for each GPU (or for a few CPU cores), as torchrun starts them.
 
-Gradients are averaged after the backward pass rather than during it, as DistributedDataParallel would: where weights are
-quantized once for several parts of a batch, their gradients come outside of any backward pass that it would see.
+Gradients are averaged after the backward pass rather than during it, as DistributedDataParallel would: where weights
+are quantized once for several parts of a batch, their gradients come outside of any backward pass that it would see.
 Everything here does nothing where there is one process.
 """
 

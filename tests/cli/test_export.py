@@ -203,3 +203,18 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = verify.OnnxFile(Path("run/export/model.onnx"))
     ids = torch.randint(5, 20, (3, 17))  # any number of any length
     assert session([ids, torch.ones_like(ids), torch.zeros_like(ids)]).shape == (3, 17, 2)
+
+
+def test_pact_and_its_widest_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    assert qat_run([*FAKE, "run_dir=pact", "clipping=pact"]) == 0
+    assert command.main(["pact", "--formats", "safetensors"]) == 0
+    assert (tmp_path / "pact" / "export" / "model.safetensors").is_file()
+    assert qat_run([*FAKE, "run_dir=wide", "clipping=pact", "weight_bits=16"]) == 0
+    capsys.readouterr()
+    assert command.main(["wide"]) == 2
+    assert "wide: DoReFa's weights of 16 bits have codes of 17" in capsys.readouterr().err
+    assert not (tmp_path / "wide" / "export").exists()
