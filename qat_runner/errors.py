@@ -15,6 +15,10 @@ class ConfigError(QatError):
     exit_code = 2
 
 
+class UnreadableError(ConfigError):
+    """What a run recorded cannot be read."""
+
+
 class RunError(QatError):
     """A run that had begun could not go on; what it had recorded is kept."""
 

@@ -1,13 +1,13 @@
 """qat-export: a trained network as integers, in files that others can run.
 
     qat-export runs/NAME                       ONNX, torch.export and safetensors, in runs/NAME/export
-    qat-export runs/NAME --scalars calibrated  activations' clipping scalars frozen by another rule
+    qat-export runs/NAME --scalars calibrated  activations' clipping scalars made static by another rule
     qat-export runs/NAME --compare             only tell what accuracy each rule leaves
     qat-export runs/NAME --formats onnx        only one file
 
 Rules for the scalars of activations, which training solved anew for every batch: averaged, over training batches, of
 the quantized network; calibrated, of the full-precision one (static-OCTAV); running, the running average of training.
-Runs with constant scalars (static, learned, frozen in training) keep them.
+Runs with static or learned scalars keep them.
 
 Every file is run on the validation set, and is kept only if it does what the network does. Exit codes: 0 all is well,
 1 a file did not, 2 the request cannot be carried out.

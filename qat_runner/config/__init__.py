@@ -1,6 +1,17 @@
 """The config of a run: its schema, what follows from the rest, what is refused, and which runs are the same."""
 
-from qat_runner.config.identities import clipping_label, differences, gradient_label, identity, load_config, run_name
+from qat_runner.config.identities import (
+    clipping_label,
+    differences,
+    flat,
+    gradient_label,
+    identity,
+    load_config,
+    read_config,
+    run_folder,
+    run_name,
+    settings,
+)
 from qat_runner.config.resolving import baseline_of, check, from_hydra, resolve, scaled_lr
 from qat_runner.config.schema import (
     BASELINE,
@@ -27,12 +38,16 @@ __all__ = [
     "check",
     "clipping_label",
     "differences",
+    "flat",
     "from_hydra",
     "gradient_label",
     "identity",
     "load_config",
+    "read_config",
     "register",
     "resolve",
+    "run_folder",
     "run_name",
     "scaled_lr",
+    "settings",
 ]

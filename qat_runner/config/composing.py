@@ -1,7 +1,7 @@
 """Composing the shipped configs, and the way back: from a config to the command that asks for it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from qat_runner.config.identities import PLACES, differences, identity
+from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config, register
 
@@ -38,12 +38,12 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 def choices(config: Config) -> list[str]:
     """What a resolved config was chosen by: the groups that are shipped under its names, bits, mode and weights."""
-    held = not config.clipping.dynamic and not config.clipping.learned
+    static = not config.clipping.dynamic and not config.clipping.learned
     wanted = {"model": config.model.name, "dataset": config.dataset.name}
     if config.recipe.name != config.dataset.name:
         wanted["recipe"] = config.recipe.name
     if not config.policy.full_precision:
-        wanted["clipping"] = ("static_" if held else "") + config.clipping.name
+        wanted["clipping"] = ("static_" if static else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
     groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]
     bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
@@ -94,17 +94,6 @@ def _gives(overrides: Sequence[str], config: Config) -> bool:
         return identity(again) == identity(config)
     except Exception:  # a file that is gone, a key that is no more
         return False
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config -> dotted keys and their values."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def _value(value: Any) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from omegaconf import OmegaConf
 
 from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import BASELINE, Config
+from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
+from qat_runner.errors import UnreadableError
 
 PLACES = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
-    *("checkpoint_minutes", "distributed_timeout"),
+    *("checkpoint_minutes", "distributed_timeout", "schema_version"),
 )
 """Keys that say where things lie and what is kept, not what is computed."""
 
@@ -35,7 +38,16 @@ _OF_TEXT = {
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The keys of a resolved config that decide its result: what is equal here is the same run.
+    """The dotted keys of a resolved config that tell it from others: what is equal here is the same run.
+
+    These are its `settings` but for what goes without saying (see `versions`).
+    """
+    usual = FIRST_DEFAULTS | {f"recipe.{key}": value for key, value in FIRST_DEFAULTS_OF_STAGE.items()}
+    return {key: value for key, value in settings(config).items() if key not in usual or value != usual[key]}
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The dotted keys of a resolved config that decide its result.
 
     Weights count by content, wherever they lie. Clipping and gradient are no part of a full-precision run, nor is the
     recipe of one that does not train.
@@ -63,13 +75,18 @@ def identity(config: Config) -> dict[str, Any]:
     if config.freezing:
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
     if not config.training:
-        for key in ("epochs", "lr", "accumulate", *([] if config.needs_calibration else ["batch_size"])):
+        for key in ("epochs", "lr", "accumulate", "batch_size"):
             del keys[key]
+    if not config.needs_calibration:
+        del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
+    if config.schema_version >= (revision := REVISED.get(config.clipping.name, SCHEMA_VERSION + 1)):
+        keys["clipping"]["revision"] = revision
     if config.policy.full_precision:
         for key in (
             "clipping",
             "gradient",
             "first_last_bits",
+            "quantize_head",
             "conv_granularity",
             "linear_granularity",
             "noise_batches",
@@ -77,7 +94,7 @@ def identity(config: Config) -> dict[str, Any]:
             keys.pop(key, None)
     elif config.clipping.learned:
         del keys["gradient"]
-    return keys
+    return flat(keys)
 
 
 def _drop_foreign(keys: dict[str, Any], reads_text: bool) -> None:
@@ -87,19 +104,53 @@ def _drop_foreign(keys: dict[str, Any], reads_text: bool) -> None:
 
 
 def load_config(folder: Path) -> Config | None:
-    """The config of the run that a folder holds; None if it holds none."""
+    """The config of the run that a folder holds; None if it holds none.
+
+    Raises:
+        UnreadableError: there is one, which cannot be read.
+    """
+    path = folder / "config.yaml"
+    return read_config(path) if path.is_file() else None
+
+
+def read_config(path: Path) -> Config:
+    """A config as a run wrote it, with this version of the schema or an earlier one.
+
+    Raises:
+        UnreadableError: no YAML, no config of ours, or one of a later version.
+    """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"))
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(raw, dict):
+            raise ValueError("it holds no keys")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), migrate({str(key): v for key, v in raw.items()}))
         saved = OmegaConf.to_object(merged)
         assert isinstance(saved, Config)
         identity(saved)
-    except Exception:  # no such file, no YAML, no config of ours
-        return None
+    except Exception as error:  # whatever a file may hold
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableError(f"{path}: cannot be read ({reason})") from error
     return saved
 
 
+def run_folder(config: Config) -> Path:
+    """The folder of a config's run: `run_dir`, or one in `runs_dir` that is named after it.
+
+    A folder that holds this very run under the name that an earlier version gave it serves as well.
+    """
+    if config.run_dir is not None:
+        return Path(config.run_dir).expanduser()
+    runs, name = Path(config.runs_dir).expanduser(), run_name(config)
+    if not (runs / name).exists():
+        for folder in sorted(runs.glob(f"{name.rpartition('_')[0]}_*/")):
+            with suppress(UnreadableError):
+                if (saved := load_config(folder)) is not None and identity(saved) == identity(config):
+                    return folder
+    return runs / name
+
+
 def run_name(config: Config) -> str:
-    """A folder name that tells the main choices, and a fingerprint of all others."""
+    """A folder name that tells the main choices, and a fingerprint of all that `identity` holds."""
     fingerprint = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     return "_".join(
         [
@@ -123,12 +174,12 @@ def _quantization_words(config: Config) -> list[str]:
 
 
 def clipping_label(config: Config) -> str:
-    """The clipping method in one word, e.g. octav, octav-frozen, static-percentile99.9; "none" for full precision."""
+    """The clipping method in a word: octav, octav-to-static, static-percentile99.9, ...; "none" for full precision."""
     if config.policy.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
-    held = not config.clipping.dynamic and not config.clipping.learned
-    return ("static-" if held else "") + config.clipping.name + suffix + ("-frozen" if config.freezing else "")
+    static = not config.clipping.dynamic and not config.clipping.learned
+    return ("static-" if static else "") + config.clipping.name + suffix + ("-to-static" if config.freezing else "")
 
 
 def gradient_label(config: Config) -> str:
@@ -136,13 +187,27 @@ def gradient_label(config: Config) -> str:
     return "none" if config.policy.full_precision else "own" if config.clipping.learned else config.gradient.name
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config -> dotted keys and their values."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys in which two nested configs differ."""
     found = []
     for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
+        a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(prefix + key)
     return found
+
+
+_ABSENT = object()

@@ -23,6 +23,7 @@ from qat_runner.config.schema import (
     Config,
     StageConfig,
 )
+from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES
 from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, LEARNED, LearnedQuantizer, Quantizer
@@ -42,6 +43,7 @@ def from_hydra(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     for key in _unknown_keys(config):
         raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
+    _require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
     return resolve(config)
 
 
@@ -65,6 +67,8 @@ def resolve(config: Config) -> Config:
     clipping = config.clipping
     if clipping.calibration_batches is None:
         clipping = replace(clipping, calibration_batches=10 if text else 5)
+    if clipping.calibration_batch_size is None:
+        clipping = replace(clipping, calibration_batch_size=4 if text else 64)
     granularity = config.linear_granularity
     config = replace(
         config,
@@ -136,6 +140,7 @@ def check(config: Config) -> None:
         ("dataset.workers", config.dataset.workers, 0),
         ("dataset.fake_pictures", config.dataset.fake_pictures, 2),
         ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
+        ("clipping.calibration_batch_size", config.clipping.calibration_batch_size, 1),
         ("clipping.warm_iterations", config.clipping.warm_iterations, 1),
         *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in config.recipe.stages()),
     ]

@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
+from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import Policy
 from qat_runner.quant import LEARNED
@@ -23,9 +24,6 @@ SCHEDULES = ("step", "cosine", "linear")
 
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
-
-ANSWER_HEAD = "qa_outputs"
-"""The layer of a BERT that finds answers; the paper quantizes the transformer blocks alone."""
 
 
 @dataclass
@@ -85,7 +83,7 @@ class ClippingConfig:
     name: str = MISSING
     """octav, max, percentile, mse_sweep, lsq or pact"""
     dynamic: bool = True
-    """solve scalars on each call, or calibrate once and hold them"""
+    """solve scalars on each call; otherwise static: calibrated once"""
     iterations: int | None = None
     """octav: reads of a tensor a solution, from cold"""
     warm_iterations: int | None = None
@@ -99,13 +97,17 @@ class ClippingConfig:
     alpha: float | None = None
     """pact: the first clipping scalar of activations"""
     calibration_batches: int | None = None
-    """training batches that static scalars (and eval_mode running or frozen without training) are calibrated on; null:
+    """training batches that static scalars (and eval_mode running or last without training) are calibrated on; null:
     5, of a BERT 10, as in the paper"""
+    calibration_batch_size: int | None = None
+    """samples a calibration batch, and of those that qat-export makes scalars static on; null: 64, of a BERT 4, what
+    one GPU of the paper saw"""
     sync: bool = False
     """of several processes: solve activation scalars in training on the batch of all together (dynamic octav and max);
     otherwise each on its own part, as in the paper"""
     eval_mode: str = "dynamic"
-    """activation scalars in evaluation: dynamic (solved on each batch), running (their average) or frozen (the last)"""
+    """activation scalars in evaluation: dynamic (solved on each batch), running (their average in
+    training) or last (the last of training)"""
 
     def options(self) -> dict[str, Any]:
         """What is passed to the clipping method."""
@@ -180,8 +182,8 @@ class RecipeConfig:
     distill_weight: float = 0.5
     """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
     freeze_scalars_at: float | None = None
-    """epoch, or a part of one, from which on the dynamic scalars of activations are held at their running average, so
-    that training gets used to what static inference will see; null: never"""
+    """epoch, or a part of one, from which on the scalars of activations are static, at their running average, so that
+    training gets used to what static inference will see; null: never"""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """Those that there are, by name."""
@@ -211,6 +213,8 @@ class Config:
     """bits of activations; null: bits"""
     first_last_bits: int | None = None
     """bits of the first convolution and the last linear layer, weights and inputs; null: 8; a BERT has no such ends"""
+    quantize_head: bool | None = None
+    """quantize the last linear layer (a classifier at first_last_bits); null: yes, but not the answer head of a BERT"""
     conv_granularity: str = "channel"
     """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
     linear_granularity: str = "auto"
@@ -254,6 +258,8 @@ class Config:
     standins: dict[str, str] = field(default_factory=dict)
     """of a scale: what takes the place of values in `sweep`"""
 
+    schema_version: int = SCHEMA_VERSION
+    """of this schema; filled in by the runner"""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """of the files and folders that this config names, as a run found them; filled in by the runner"""
 
@@ -309,7 +315,7 @@ class Config:
 
     @property
     def freezing(self) -> bool:
-        """Whether activations' scalars are held in the last part of training."""
+        """Whether activations' scalars are static in the last part of training."""
         return self.training and self.recipe.freeze_scalars_at is not None and not self.policy.full_precision
 
     def content(self, path: str) -> str:
@@ -338,18 +344,18 @@ class Config:
             conv_granularity=self.conv_granularity,
             linear_granularity=self.linear_granularity,
             synchronize=self.clipping.sync,
-            keep=(ANSWER_HEAD,) if self.reads_text else (),
+            quantize_head=not self.reads_text if self.quantize_head is None else self.quantize_head,
         )
 
     @property
     def needs_calibration(self) -> bool:
         """Whether scalars must be found on training batches before the first use."""
-        held = (
+        wanted = (
             self.clipping.learned
             or not self.clipping.dynamic
             or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
         )
-        return held and self.mode != "evaluate" and not self.policy.full_precision
+        return wanted and self.mode != "evaluate" and not self.policy.full_precision
 
 
 def register() -> None:

@@ -84,22 +84,35 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     if weights is not None:
-        loaded = load_weights(model, weights, config.model.name, new_head=config.retraining)
+        as_it_is = config.mode == "evaluate"
+        loaded = load_weights(model, weights, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
     if config.needs_calibration:
         _calibrate(config, model, data)
-    for tensor in quantized_tensors(model):
-        if not (config.training or tensor.quantizer.ready):
-            raise ConfigError(
-                f"weights={weights}: holds no clipping scalars for {tensor.name} at these bits, which "
-                f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
-            )
+    if not config.training:
+        _check_scalars(config, model, weights)
     if config.sync_batchnorm:
         distributed.synchronize_batchnorm(model)
     distributed.follow_main(model)
     if shard.rank > 0:  # its own dropout
         checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
     return model, data
+
+
+def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> None:
+    """Refuse to measure a network whose scalars are not there, or not what the config says of them."""
+    tensors = quantized_tensors(model)
+    for tensor in tensors:
+        wanting = not tensor.quantizer.ready
+        if wanting or (tensor.quantizer.dynamic and not config.clipping.dynamic):
+            what = "no" if wanting else "no static"
+            raise ConfigError(
+                f"weights={weights}: holds {what} clipping scalars for {tensor.name} at these bits, which "
+                f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
+            )
+    static = [tensor for tensor in tensors if tensor.quantizer.mode == "static"]
+    if static and config.clipping.dynamic:
+        log.info(f"{len(static)} of {len(tensors)} quantized tensors have static clipping scalars, as in {weights}")
 
 
 def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
@@ -113,11 +126,11 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
-    assert config.batch_size is not None
-    count = config.clipping.calibration_batches
-    batches = undivided(data).train_batches(config.batch_size, CALIBRATION_EPOCH, count)
+    count, size = config.clipping.calibration_batches, config.clipping.calibration_batch_size
+    assert size is not None
+    batches = undivided(data).train_batches(size, CALIBRATION_EPOCH, count)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:
         raise ConfigError(f"calibration failed: {error}") from error
-    log.info(f"scalars calibrated on {used} training batches of {config.batch_size}")
+    log.info(f"scalars calibrated on {used} training batches of {size}")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_name
+from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_folder
 from qat_runner.data import AUGMENTATIONS, find_dataset
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import bare_model, find_device
 from qat_runner.models import BERTS, MODELS, STEMS, TORCHVISION, find_weights, match_weights, read_checkpoint
 from qat_runner.quant.kernels import choose_backend
@@ -47,8 +47,7 @@ def prepare(config: Config) -> Path:
         _check_weights(config, config.weights, new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:
         _check_weights(config, config.recipe.teacher, new_head=False)
-    chosen = config.run_dir or str(Path(config.runs_dir) / run_name(config))
-    folder = Path(chosen).expanduser()
+    folder = run_folder(config)
     _check_folder(folder, config)
     return folder
 
@@ -92,12 +91,16 @@ def _check_folder(folder: Path, config: Config) -> None:
     if not content:
         return
     foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in RECORDED)
-    saved = load_config(folder)
+    saved, unreadable = None, ""
+    try:
+        saved = load_config(folder)
+    except UnreadableError as error:
+        unreadable = f" ({error})"
     if saved is None and not foreign and not content & {"config.yaml", "checkpoints"}:
         return  # of a run that broke off before it began
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
-        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder")
+        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder{unreadable}")
     if config.overwrite:
         for key, weights in (("weights", config.weights), ("recipe.teacher", config.recipe.teacher)):
             if weights is not None and Path(weights).resolve().is_relative_to(folder.resolve()):

@@ -34,6 +34,7 @@ from qat_runner.experiment.checks import prepare
 from qat_runner.insertion import quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
+from qat_runner.quant import NotCalibratedError
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.histograms import record_histograms
@@ -189,6 +190,8 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return RunError(f"out of memory on {config.device}: a smaller batch_size (now {config.batch_size}) needs less")
+    if isinstance(error, NotCalibratedError):
+        return RunError(str(error))
     if isinstance(error, OSError):
         return RunError(f"{folder}: writing failed ({error}); what was recorded before is intact")
     where = folder / "error.txt"

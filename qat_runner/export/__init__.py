@@ -1,4 +1,4 @@
-"""From a trained network to integers: scalars frozen, weights as codes, files that others can run."""
+"""From a trained network to integers: static scalars, weights as codes, files that others can run."""
 
 from qat_runner.export.folding import fold_batchnorm
 from qat_runner.export.integer import IntegerConv2d, IntegerLinear, IntegerMatmul, to_integers

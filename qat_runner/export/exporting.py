@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qat_runner.config import BASELINE, Config, baseline_of, clipping_label, load_config, run_name
+from qat_runner.config import BASELINE, Config, baseline_of, clipping_label, load_config, run_folder
 from qat_runner.data import Data, ImageData
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
@@ -32,7 +32,6 @@ from qat_runner.export.formats import (
 )
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
-from qat_runner.insertion.calibrate import hold_activations
 from qat_runner.models import TORCHVISION
 from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
@@ -40,8 +39,8 @@ from qat_runner.training.tracking import write_json
 
 log = logging.getLogger("qat_runner")
 
-HELD = "held"
-"""The rule of a run whose activations' scalars are constants already: static, learned, or frozen in training."""
+STATIC = "static"
+"""The rule of a run whose activations' scalars are constants already: static from some time on, or learned."""
 
 DEFAULT_RULE = "averaged"
 
@@ -58,9 +57,9 @@ class Request:
     out: Path
     """the folder to write"""
     rule: str | None = None
-    """of `freeze`; None: what the run holds already, or else DEFAULT_RULE"""
+    """of `freeze`; None: what the run has already, or else DEFAULT_RULE"""
     batches: int = 10
-    """training batches that scalars are frozen on"""
+    """training batches that scalars are averaged over"""
     checkpoint: str = "last"
     """last, previous or best"""
     fold: bool = True
@@ -84,14 +83,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
         log.warning(f"{run} is not finished: this is its network as it was last saved")
     mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
     model, data = build(replace(config, mode=mode, device="cpu", backend="auto"), weights)
-    if config.freezing and _held(weights):
-        hold_activations(model)
     return model.eval(), data, config
-
-
-def _held(checkpoint: str) -> bool:
-    """Whether a checkpoint is of after recipe.freeze_scalars_at, where what it holds are the constants."""
-    return bool(torch.load(checkpoint, map_location="cpu", weights_only=True)["state"].get("held"))
 
 
 def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
@@ -104,7 +96,7 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
         baseline = config.weights == BASELINE
         path = Path(config.weights)
         if baseline:
-            path = Path(config.runs_dir) / run_name(baseline_of(config)) / "checkpoints" / LAST
+            path = run_folder(baseline_of(config)) / "checkpoints" / LAST
     if not path.is_file():
         raise ConfigError(f"{run}: its network is not there any more, {path}")
     return str(path)
@@ -116,18 +108,18 @@ def rule_for(model: nn.Module, rule: str | None) -> str:
     Raises:
         ConfigError: one was asked for where there is nothing to decide.
     """
-    held = not any(t.quantizer.dynamic for t in quantized_tensors(model) if t.tensor != "weight")
-    if held and rule is not None:
+    static = not any(t.quantizer.dynamic for t in quantized_tensors(model) if t.tensor != "weight")
+    if static and rule is not None:
         raise ConfigError(f"--scalars {rule}: the run's activations have constant scalars already, which are kept")
-    return HELD if held else rule or DEFAULT_RULE
+    return STATIC if static else rule or DEFAULT_RULE
 
 
-def frozen(model: nn.Module, data: Data, config: Config, rule: str, batches: int) -> nn.Module:
-    """A copy of a network with its scalars frozen by a rule, on training batches that no training sees."""
-    assert config.batch_size is not None
-    if rule == HELD:
+def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches: int) -> nn.Module:
+    """A copy of a network, made static by a rule, on training batches that no training sees."""
+    if rule == STATIC:
         return freeze(copy.deepcopy(model))  # the weights
-    some = undivided(data).train_batches(config.batch_size, CALIBRATION_EPOCH, batches)
+    assert config.clipping.calibration_batch_size is not None
+    some = undivided(data).train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, batches)
     try:
         return freeze(copy.deepcopy(model), rule, (batch.inputs for batch in some))
     except ValueError as error:
@@ -144,15 +136,15 @@ def compare_rules(
         rules: of `freeze`; None: all that mean something to the run.
 
     Returns:
-        {"dynamic": percent, rule: percent, ...}; under a run that holds its scalars, {"held": percent}.
+        {"dynamic": percent, rule: percent, ...}; under a run with static scalars, {"static": percent}.
     """
     model, data, config = network_of(run, checkpoint)
     networks = {"dynamic": model}
-    if rule_for(model, None) == HELD:
-        networks, rules = {}, [HELD]
+    if rule_for(model, None) == STATIC:
+        networks, rules = {}, [STATIC]
     elif rules is None:
         rules = [rule for rule in FREEZING if config.training or rule != "running"]
-    networks |= {rule: frozen(model, data, config, rule, batches) for rule in rules}
+    networks |= {rule: made_static(model, data, config, rule, batches) for rule in rules}
     (first, reference), *others = networks.items()
     computes = {name: _compute(network) for name, network in others}
     figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
@@ -171,8 +163,9 @@ def export(request: Request) -> dict[str, Any]:
     """
     _check_out(request)
     model, data, config = network_of(request.run, request.checkpoint)
+    _check_formats(request, model)
     rule = rule_for(model, request.rule)
-    static = frozen(model, data, config, rule, request.batches)
+    static = made_static(model, data, config, rule, request.batches)
     example = next(undivided(data).val_batches(2, 1)).inputs
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
@@ -187,7 +180,7 @@ def export(request: Request) -> dict[str, Any]:
             "activation_bits": config.activation_bits,
             "clipping": clipping_label(config),
             "scalars": rule,
-            "batches": None if rule in (HELD, "running") else request.batches,
+            "batches": None if rule in (STATIC, "running") else request.batches,
             "batchnorm": "folded" if request.fold else "kept",
             "batchnorm_kept": kept,
             "metric": data.metric,
@@ -221,7 +214,7 @@ def _write(
 def _check(
     model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
 ) -> dict[str, verify.Figures]:
-    """Figures of the dynamic network, the frozen one, and the files that run by themselves."""
+    """Figures of the dynamic network, the static one, and the files that run by themselves."""
     log.info("checking on the validation set")
     others: dict[str, verify.Compute] = {"dynamic": _compute(model)}
     if "onnx" in files:
@@ -298,6 +291,15 @@ def _check_out(request: Request) -> None:
         raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
 
 
+def _check_formats(request: Request, model: nn.Module) -> None:
+    """Refuse tensors whose levels are no codes."""
+    try:
+        for tensor in quantized_tensors(model):
+            _ = tensor.quantizer.format
+    except ValueError as error:
+        raise ConfigError(f"{request.run}: {error}") from error
+
+
 @contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, which takes its place if all goes well, and else is gone."""
@@ -313,7 +315,7 @@ def _in_place_of(out: Path) -> Iterator[Path]:
 
 def text(result: dict[str, Any]) -> str:
     """The result for the terminal."""
-    names = {"dynamic": "dynamic scalars", "static": "frozen scalars", "onnx": "model.onnx", "torch": "model.pt2"}
+    names = {"dynamic": "dynamic scalars", "static": "static scalars", "onnx": "model.onnx", "torch": "model.pt2"}
     rows = [
         (
             label,

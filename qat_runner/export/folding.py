@@ -54,7 +54,7 @@ def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
     if weight is None:
         conv.weight.mul_(rows)
     else:
-        if weight.grid.bits < FINE and bool(((rows < 0) & (weight.codes == weight.grid.lowest)).any()):
+        if weight.grid.bits < FINE and bool(((rows < 0) & (weight.codes < -weight.grid.highest)).any()):
             return False
         weight.codes = torch.where(rows < 0, -weight.codes.clamp(min=-weight.grid.highest), weight.codes)
         weight.codes = torch.where(rows == 0, 0, weight.codes)

@@ -130,11 +130,12 @@ def _give_types(graph: Any, widths: Mapping[str, int]) -> None:
             value.dtype = ir.DataType.INT4
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
-            dtype, bits = node.outputs[0].dtype, node.attributes.pop("bits").value
-            if storage_bits(bits) == 4:
+            dtype, codes = node.outputs[0].dtype, [node.attributes.pop(end).value for end in ("lowest", "highest")]
+            if dtype.bitwidth == 4:
                 _replace_clip(graph, node)
-            if bits < storage_bits(bits):  # the integer type alone would let more codes through
-                _limit_to(graph, node, Grid(bits, dtype.is_signed()))
+            whole = Grid(dtype.bitwidth, dtype.is_signed())
+            if codes != [whole.lowest, whole.highest]:  # the integer type alone would let more of them through
+                _limit_to(graph, node, codes)
             _zero_point(graph, node, dtype)
         elif node.op_type == "DequantizeLinear":
             _zero_point(graph, node, node.inputs[0].dtype)
@@ -158,13 +159,13 @@ def _replace_clip(graph: Any, node: Any) -> None:
         node.replace_input_with(0, _limit(graph, node, clip.inputs[0], *clip.inputs[1:]))
 
 
-def _limit_to(graph: Any, node: Any, grid: Grid) -> None:
-    """Limit what goes into a QuantizeLinear to the codes that a grid has."""
+def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
+    """Limit what goes into a QuantizeLinear to what gives the codes from the first to the last."""
     x, scale = node.inputs[:2]
     step = scale.const_value.numpy()
     ends = [
         _constant(graph, f"{node.outputs[0].name}_{end}", (step * code).astype(step.dtype))
-        for end, code in (("lowest", grid.lowest), ("highest", grid.highest))
+        for end, code in zip(("lowest", "highest"), codes, strict=True)
     ]
     node.replace_input_with(0, _limit(graph, node, x, *ends))
 

@@ -1,8 +1,8 @@
 """Networks of integers: weights are codes and step sizes, activations are rounded to fixed grids.
 
-`to_integers` turns the quantized layers of a frozen network into these, in place, by swapping their class. What they
-compute is bit for bit what the quantized layers computed: a code times its step D = s / 2^(B-1) (2^B if unsigned), and
-step sizes differ from clipping scalars by powers of two alone.
+`to_integers` turns the quantized layers of a static network into these, in place, by swapping their class. What they
+compute is bit for bit what the quantized layers computed: a code times its step size D, which is a part of the clipping
+scalar (see `Grid`).
 
 The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
 exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
@@ -52,10 +52,9 @@ class IntegerWeight(nn.Module):
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
-        self.grid = Grid(quantizer.bits, quantizer.signed)
+        self.grid = quantizer.format
         scale = _step(quantizer.s, self.grid)
-        codes = (weight.detach().float() / scale).round().clamp(self.grid.lowest, self.grid.highest)
-        codes = torch.where(quantizer.s == 0, 0.0, codes)
+        codes = (quantizer.quantized(weight.detach().float(), quantizer.s) / scale).round()
         self.register_buffer("codes", codes.to(torch.int8 if self.grid.bits <= 8 else torch.int16))
         self.register_buffer("scale", scale.reshape(-1) if scale.ndim else scale)
 
@@ -75,7 +74,7 @@ class StaticGrid(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        self.grid = Grid(quantizer.bits, quantizer.signed)
+        self.grid = quantizer.format
         self.register_buffer("scale", _step(quantizer.s, self.grid))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class StaticGrid(nn.Module):
         if not torch.onnx.is_in_onnx_export():
             return (x / self.scale).round().clamp(grid.lowest, grid.highest) * self.scale
         code = TYPES[storage_bits(grid.bits), grid.signed]
-        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, bits=grid.bits)
+        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, lowest=grid.lowest, highest=grid.highest)
         return _onnx("DequantizeLinear", codes, self.scale, dtype=torch.float32, shape=x.shape)
 
 
@@ -96,7 +95,7 @@ def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None,
 
 def _step(s: Tensor, grid: Grid) -> Tensor:
     """Step sizes that belong to clipping scalars, float32; the smallest normal number for a scalar of 0."""
-    return (s.detach().float() / grid.levels_per_scalar).clamp(min=torch.finfo(torch.float32).tiny)
+    return grid.step(s.detach().float()).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class IntegerConv2d(nn.Conv2d):
@@ -148,7 +147,7 @@ def _bias_apart(layer: nn.Module) -> bool:
 
 
 def to_integers(model: nn.Module) -> nn.Module:
-    """Replace the quantized layers of a frozen network by integer ones, in place.
+    """Replace the quantized layers of a static network by integer ones, in place.
 
     Args:
         model: all its quantizers static, with scalars (see `freeze`).
@@ -165,7 +164,7 @@ def to_integers(model: nn.Module) -> nn.Module:
         raise ValueError("nothing is quantized, so there are no integers to be had")
     for t in tensors:
         if t.quantizer.dynamic or not t.quantizer.ready:
-            raise ValueError(f"{t.name} has no frozen clipping scalars: freeze(model, ...) gives it some")
+            raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
         if t.tensor != "weight" and t.quantizer.s.ndim:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
     for _, layer in each(model, is_quantized):

@@ -1,16 +1,23 @@
-"""Calibration and freezing: clipping scalars that are found once, and then held.
+"""Calibration and freezing: clipping scalars that are found once, and are static from then on.
 
-Calibration gives static quantizers their scalars before training (section 5). Freezing gives dynamic ones scalars to
-hold after it, since inference wants them as constants.
+Calibration gives static quantizers their scalars before training (section 5). Freezing makes dynamic ones static after
+it, since inference wants constants. Both can be had for a part of the network: `layers` are globs over names of layers
+("layer4.*") or of quantized tensors ("*.input").
 """
 
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.insert import QuantizedTensor, quantized_tensors
+from qat_runner.insertion.insert import (
+    QuantizationWarning,
+    QuantizedTensor,
+    quantized_tensors,
+    quantizers_disabled,
+)
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
 
@@ -19,27 +26,50 @@ FREEZING = ("averaged", "calibrated", "running")
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches) -> int:
+def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | None = None) -> int:
     """Set every quantizer's scalars to the mean of those that its clipping method finds on each batch.
 
     Meanwhile the network runs in full precision and in eval mode (BatchNorm with its running statistics); its training
-    flags are restored. Weights come out with the scalars of the weights themselves.
+    flags are restored. Layers that are used in training alone see what they would see there. Weights get the scalars of
+    the weights themselves.
 
     Args:
-        model: with static quantizers, or dynamic ones that are to be used with eval_mode running or frozen.
+        model: with static quantizers, or dynamic ones that are to be used with eval_mode running or last.
         batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward.
+        layers: see the module's head; None: all.
 
     Returns:
         How many batches were used.
 
     Raises:
-        ValueError: no batch, or NaN or infinity in a tensor.
+        ValueError: no batch, NaN or infinity in a tensor, a glob that matches nothing.
+
+    Warns:
+        QuantizationWarning: inputs that no batch reached, by name: they have no scalars, and refuse to go without.
     """
-    return _calibrate(model, [t.quantizer for t in quantized_tensors(model)], batches)
+    tensors = _chosen(model, layers)
+    weights = [t for t in tensors if t.tensor == "weight"]
+    activations = [t for t in tensors if t.tensor != "weight"]
+    used, scalars = _full_precision_scalars(model, activations, batches)
+    for t in weights:
+        t.quantizer.assign(_weight_scalars(model, t), used)
+    for t, s in zip(activations, scalars, strict=True):
+        if s is not None:
+            t.quantizer.assign(s, used)
+    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
+    if unreached:
+        warnings.warn(
+            f"{', '.join(unreached)}: reached by no calibration batch, so there are no clipping scalars for it",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+    return used
 
 
 @torch.no_grad()
-def freeze(model: nn.Module, rule: str = "averaged", batches: Batches = ()) -> nn.Module:
+def freeze(
+    model: nn.Module, rule: str = "averaged", batches: Batches = (), layers: str | Sequence[str] | None = None
+) -> nn.Module:
     """Make every dynamic quantizer static, in place, so that inference finds its scalars ready.
 
     A weight gets the scalars of the weight as it is now. An activation gets them by the rule:
@@ -56,36 +86,52 @@ def freeze(model: nn.Module, rule: str = "averaged", batches: Batches = ()) -> n
         model: trained, with quantizers.
         rule: see above.
         batches: training batches, for averaged and calibrated, where an activation is dynamic.
+        layers: see the module's head; None: all.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an unknown rule; no batches where the rule needs them, or no training where it needs that.
+        ValueError: an unknown rule, or a glob that matches nothing; no batches where the rule needs them, or no
+            training where it needs that; an activation that no batch reaches. Nothing is frozen then.
     """
     if rule not in FREEZING:
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
-    dynamic = [t for t in quantized_tensors(model) if t.quantizer.dynamic]
+    dynamic = [t for t in _chosen(model, layers) if t.quantizer.dynamic]
     activations = [t for t in dynamic if t.tensor != "weight"]
     scalars = _scalars_by_rule(model, rule, activations, batches)
     for tensor, s in zip(activations, scalars, strict=True):
         tensor.quantizer.freeze(s)
     for tensor in dynamic:
         if tensor.tensor == "weight":
-            q, weight = tensor.quantizer, model.get_submodule(tensor.layer).weight
-            q.freeze(q.solve(weight, q.bits, q.signed, q.dim, check=True))
+            tensor.quantizer.freeze(_weight_scalars(model, tensor))
     return model
 
 
-def hold_activations(model: nn.Module) -> list[Quantizer]:
+def freeze_activations(model: nn.Module) -> list[Quantizer]:
     """Make the activations' dynamic quantizers static, with the running average of their scalars; returns them.
 
-    Weights' quantizers stay dynamic: for training that goes on.
+    Weights' quantizers stay dynamic: for training that goes on. So does what has seen no training.
     """
-    held = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic]
-    for quantizer in held:
+    activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
+    trained = [q for q in activations if q.dynamic and q.has_scalars]
+    for quantizer in trained:
         quantizer.freeze(quantizer.running_s)
-    return held
+    return trained
+
+
+def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> list[QuantizedTensor]:
+    """The quantized tensors that globs name."""
+    tensors = quantized_tensors(model)
+    if layers is None:
+        return tensors
+    chosen: dict[str, QuantizedTensor] = {}
+    for glob in [layers] if isinstance(layers, str) else layers:
+        found = {t.name: t for t in tensors if fnmatchcase(t.layer, glob) or fnmatchcase(t.name, glob)}
+        if not found:
+            raise ValueError(f"layers={glob!r}: matches no quantized layer (such as {tensors[0].layer})")
+        chosen |= found
+    return list(chosen.values())
 
 
 def _scalars_by_rule(
@@ -93,58 +139,75 @@ def _scalars_by_rule(
 ) -> list[Tensor]:
     if not activations:
         return []
-    if rule == "averaged":
-        return _average(model, activations, batches)
-    if rule == "calibrated":
-        _calibrate(model, [t.quantizer for t in activations], batches)
-        return [t.quantizer.s for t in activations]
-    untrained = next((t for t in activations if not t.quantizer.batches), None)
-    if untrained is not None:
-        raise ValueError(f"rule='running': {untrained.name} has seen no training; 'averaged' takes batches instead")
-    return [t.quantizer.running_s for t in activations]
+    if rule == "running":
+        untrained = [t.name for t in activations if not t.quantizer.has_scalars]
+        if untrained:
+            raise ValueError(
+                f"rule='running': {', '.join(untrained)} has seen no training; 'averaged' takes batches instead"
+            )
+        return [t.quantizer.running_s for t in activations]
+    mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars
+    _, scalars = mean_scalars(model, activations, batches)
+    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
+    if unreached:
+        raise ValueError(
+            f"{', '.join(unreached)}: reached by no batch, so there are no scalars to freeze; other batches may reach "
+            f"it, and layers=... freezes a part of the network"
+        )
+    return [s for s in scalars if s is not None]
 
 
-def _calibrate(model: nn.Module, quantizers: Sequence[Quantizer], batches: Batches) -> int:
-    """`calibrate` for some of the quantizers, all others disabled meanwhile; returns how many batches there were."""
-    idle = [t.quantizer for t in quantized_tensors(model) if t.quantizer not in {*quantizers}]
-    enabled = [q.enabled for q in idle]
-    with ExitStack() as stack:
-        for quantizer in quantizers:
-            stack.enter_context(quantizer.calibrating())
-        for quantizer in idle:
-            quantizer.enabled = False
-        try:
-            return _run(model, batches)
-        finally:
-            for quantizer, before in zip(idle, enabled, strict=True):
-                quantizer.enabled = before
+def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
+    """The scalars of a weight as it is now."""
+    weight = model.get_submodule(tensor.layer).weight
+    assert isinstance(weight, Tensor)
+    return tensor.quantizer.scalars_of(weight)
 
 
-def _average(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batches) -> list[Tensor]:
-    """Mean scalars of dynamic quantizers in the quantized network."""
-    found: dict[Quantizer, list[Tensor]] = {t.quantizer: [] for t in tensors}
+MeanScalars = tuple[int, list[Tensor | None]]
+"""How many batches there were; and of each tensor the mean of its scalars over the calls, None if there was none."""
 
-    def keep(quantizer: Quantizer, x: Tensor) -> None:
-        if quantizer in found and quantizer.last_s is not None:
-            found[quantizer].append(quantizer.last_s.float())
 
-    modes = [quantizer.eval_mode for quantizer in found]
+def _full_precision_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batches) -> MeanScalars:
+    """Scalars of tensors as the full-precision network has them."""
+    with quantizers_disabled(model):
+        return _mean_scalars(model, tensors, batches, Quantizer.scalars_of)
+
+
+def _quantized_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batches) -> MeanScalars:
+    """Scalars that dynamic quantizers solve in the quantized network."""
+
+    def latest(quantizer: Quantizer, x: Tensor) -> Tensor:
+        assert quantizer.last_s is not None
+        return quantizer.last_s.float()
+
+    modes = [t.quantizer.eval_mode for t in tensors]
     try:
-        for quantizer in found:
-            quantizer.eval_mode = "dynamic"
-        _run(model, batches, keep)
+        for t in tensors:
+            t.quantizer.eval_mode = "dynamic"
+        return _mean_scalars(model, tensors, batches, latest)
     finally:
-        for quantizer, mode in zip(found, modes, strict=True):
-            quantizer.eval_mode = mode
-    unseen = next((t.name for t in tensors if not found[t.quantizer]), None)
-    if unseen is not None:
-        raise ValueError(f"{unseen} was not reached by any batch, so it has no scalar to freeze")
-    return [torch.stack(scalars).mean(0) for scalars in found.values()]
+        for t, mode in zip(tensors, modes, strict=True):
+            t.quantizer.eval_mode = mode
 
 
-def _run(model: nn.Module, batches: Batches, look: Callable[[Quantizer, Tensor], None] | None = None) -> int:
-    """`watch`, which must have something to run on."""
-    used = watch(model, batches, look)
+def _mean_scalars(
+    model: nn.Module,
+    tensors: Sequence[QuantizedTensor],
+    batches: Batches,
+    scalars_of: Callable[[Quantizer, Tensor], Tensor],
+) -> MeanScalars:
+    """Means of `scalars_of` over all calls of the tensors' quantizers: section 5."""
+    wanted = {t.quantizer for t in tensors}
+    found: dict[Quantizer, tuple[int, Tensor]] = {}
+
+    def look(quantizer: Quantizer, x: Tensor) -> None:
+        if quantizer in wanted:
+            s = scalars_of(quantizer, x)
+            calls, mean = found.get(quantizer, (0, s))
+            found[quantizer] = calls + 1, mean.lerp(s, 1 / (calls + 1))
+
+    used = watch(model, batches, look, unreached=lambda: wanted - found.keys())
     if used == 0:
         raise ValueError("calibration needs at least one batch")
-    return used
+    return used, [found[t.quantizer][1] if t.quantizer in found else None for t in tensors]

@@ -23,7 +23,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import LEARNED, LearnedQuantizer, Quantizer
+from qat_runner.quant import LEARNED, DoReFaQuantizer, LearnedQuantizer, Quantizer
 
 
 class QuantizationWarning(UserWarning):
@@ -61,6 +61,7 @@ def quantize_model(
     eval_mode: str = "dynamic",
     conv_granularity: str = "channel",
     linear_granularity: str = "tensor",
+    quantize_head: bool = True,
     keep: Sequence[str] = (),
     synchronize: bool = False,
     example: Tensor | tuple[Any, ...] | None = None,
@@ -84,10 +85,12 @@ def quantize_model(
         warm_iterations: octav's reads of a tensor a training step, from the previous step's scalar; None: start anew.
         dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
             forward pass.
-        eval_mode: what activation quantizers do in eval(): dynamic, running or frozen.
-        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights.
+        eval_mode: what activation quantizers do in eval(): dynamic, running or last.
+        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights; those
+            of pact have one per tensor, as published.
         synchronize: solve activation scalars in training on the batch of all processes of torch.distributed together
             (dynamic octav and max); weights have the same scalars everywhere.
+        quantize_head: whether the last linear layer is quantized.
         keep: names of layers that are left in full precision.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
@@ -116,6 +119,7 @@ def quantize_model(
         conv_granularity=conv_granularity,
         linear_granularity=linear_granularity,
         synchronize=synchronize,
+        quantize_head=quantize_head,
         keep=tuple(keep),
     )
     return insert(model, policy, example)
@@ -135,12 +139,19 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     products = dict(each(model, lambda m: isinstance(m, QuantMatmul)))
     layers |= products
     seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
-    ends = _ends([name for name in seen.layers if name in layers] if seen else list(layers), layers)
+    called = [] if seen is None else [name for name, calls in seen.layers.items() if not calls.training_only]
+    first, last = _ends([name for name in called if name in layers] if seen else list(layers), layers)
+    if not policy.quantize_head and isinstance(layers.get(last), nn.Linear):
+        del layers[last]
     for name, layer in layers.items():
         beside = layer if name not in products else model.get_submodule(name.rpartition(".")[0])
         device = next(beside.parameters()).device
-        quantizers = {operand: _quantizer(layer, policy, operand, name in ends) for operand in operands(layer)}
-        convert(layer, {operand: q if q is None else q.to(device) for operand, q in quantizers.items()})
+        quantizers = {operand: _quantizer(layer, policy, operand, name in (first, last)) for operand in operands(layer)}
+        for operand, quantizer in quantizers.items():
+            if quantizer is not None:
+                quantizer.name = f"{name}.{operand}"
+                quantizer.to(device)
+        convert(layer, quantizers)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
             module.register_forward_pre_hook(_no_fast_path)
@@ -180,13 +191,13 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight  # type: ignore[return-value]
 
 
-def _ends(order: list[str], layers: dict[str, nn.Module]) -> set[str]:
+def _ends(order: list[str], layers: dict[str, nn.Module]) -> tuple[str, str]:
     """Names of the first convolution and the last linear layer, or of the first and last layer where there is none."""
     if not order:
-        return set()
+        return "", ""
     first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
     last = next((name for name in reversed(order) if isinstance(layers[name], nn.Linear)), order[-1])
-    return {first, last}
+    return first, last
 
 
 def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quantizer | None:
@@ -198,7 +209,7 @@ def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quan
     signed, shape = (True, policy.weight_shape(layer)) if weight else (None, ())
     quantizer: Quantizer
     if policy.clipping == "pact" and weight:
-        quantizer = Quantizer(bits, signed, shape, "max", "ste")
+        quantizer = DoReFaQuantizer(bits)
     elif policy.clipping in LEARNED:
         quantizer = LearnedQuantizer(policy.clipping, bits, signed, shape, not weight, **policy.clipping_options)
     else:
@@ -277,11 +288,12 @@ def summary(model: nn.Module) -> str:
             t.quantizer.bits,
             _sign(t.quantizer),
             t.quantizer.granularity,
+            t.quantizer.mode,
             t.elements or "?",
         )
         for t in quantized_tensors(model)
     ]
-    table = tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "elements"))
+    table = tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"))
     left = _left(model)
     return f"{table}\n\nin full precision: {', '.join(left)}" if rows and left else table
 
@@ -319,7 +331,7 @@ def quantizers_disabled(model: nn.Module) -> Iterator[None]:
 
 def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
     """While open, each weight is quantized at its first use only: for gradients that add up over several batches."""
-    return Quantizer.holding([t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"])
+    return Quantizer.reusing([t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"])
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:

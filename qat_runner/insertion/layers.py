@@ -5,7 +5,7 @@ and every other reference to it stay what they were; converting back is the same
 `weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
     return layer.get_submodule(f"{operand}_quantizer")
 
 
-def convert(layer: nn.Module, quantizers: dict[str, nn.Module | None]) -> None:
+def convert(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> None:
     """Turn a layer of a class in LAYERS into its quantized class, or give a product its quantizers, in place.
 
     Args:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
-from qat_runner.quant import Quantizer, maximum, measure
+from qat_runner.quant import Quantizer, maximum, measure, noise_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
     def look(quantizer: Quantizer, x: Tensor) -> None:
         assert quantizer.last_s is not None
         s, bits, signed = quantizer.last_s, quantizer.bits, quantizer.signed
-        noise = measure(x, s, bits, signed)
+        noise = noise_of(x, quantizer.quantized(x, s), s, signed)
         rival = measure(x, maximum(x, bits, signed, quantizer.dim, check=False), bits, signed)
         figures[quantizer].append(torch.stack([s.double().mean(), *noise, rival.sqnr_db]))
 

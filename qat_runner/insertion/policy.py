@@ -37,17 +37,19 @@ class Policy:
     warm_iterations: int | None = 6
     """octav: at most so many reads of a tensor a training step, from the previous step's scalar; None: from cold"""
     dynamic: bool = True
-    """solve scalars on each call, or hold calibrated ones"""
+    """solve scalars on each call, or be static, with calibrated ones"""
     gradient: str = "mph"
     """ste, pwl, mad or mph"""
     eval_mode: str = "dynamic"
-    """what activation quantizers do in eval(): dynamic, running or frozen; weights are always solved"""
+    """what activation quantizers do in eval(): dynamic, running or last; weights are always solved"""
     conv_granularity: str = "channel"
-    """clipping scalars of a convolution weight: one per output channel, or one per tensor"""
+    """clipping scalars of a convolution weight: one per output channel, or one per tensor; pact has one per tensor"""
     linear_granularity: str = "tensor"
-    """clipping scalars of a linear weight: one per output feature (channel), or one per tensor"""
+    """clipping scalars of a linear weight: one per output feature (channel), or one per tensor; pact as above"""
     synchronize: bool = False
     """solve activation scalars in training on the batch of all processes together"""
+    quantize_head: bool = True
+    """whether the last linear layer is quantized"""
     keep: tuple[str, ...] = ()
     """names of layers that are left in full precision"""
 

@@ -1,12 +1,13 @@
 """What a model does with one batch: the layers it calls, how often, in which order, on inputs of which sign.
 
-A forward pass in eval mode is watched call by call. "Cannot be negative" is a matter of structure: the tag starts at
-functions such as ReLU or sigmoid and passes through those that keep it (pooling, reshaping, sums of tagged tensors).
-Values decide where structure knows nothing, at the model's own inputs. So an average pooled from hardswish outputs is
-signed even if this one batch happens to be positive.
+A forward pass in eval mode is watched call by call; and if that leaves layers uncalled, one that goes as in training.
+"Cannot be negative" is a matter of structure: the tag starts at functions such as ReLU or sigmoid and passes through
+those that keep it (pooling, reshaping, sums of tagged tensors). Values decide where structure knows nothing, at the
+model's own inputs. So an average pooled from hardswish outputs is signed even if this one batch happens to be positive.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized
+from qat_runner.insertion.modes import evaluating, taking_the_ways_of_training
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
@@ -49,6 +51,8 @@ class LayerCalls:
     """operand, other than the weight -> whether it may be negative"""
     elements: dict[str, int] = field(default_factory=dict)
     """operand -> elements of the largest one seen, for one sample"""
+    training_only: bool = False
+    """not called in eval mode"""
 
 
 @dataclass
@@ -155,15 +159,19 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     names = {module: name for name, module in each(model, lambda m: type(m) in LAYERS or is_quantized(m))}
     found: dict[nn.Module, LayerCalls] = {}
 
+    training_only = False
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer = found.setdefault(module, LayerCalls(names[module], module))
+        layer = found.setdefault(module, LayerCalls(names[module], module, training_only=training_only))
+        watch.inside.append(layer.name)
+        if layer.training_only != training_only:
+            return  # seen in eval mode already
         layer.calls += 1
         for operand, x in activations(module, args, kwargs).items():
             # Values only ever overrule structure towards signed, should it have been fooled.
             negative = not watch.is_tagged(x) or bool((x < 0).any())
             layer.signed[operand] = layer.signed.get(operand, False) or negative
             layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))
-        watch.inside.append(layer.name)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         watch.inside.pop()
@@ -179,18 +187,19 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     for module in names:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
-    training = [(module, module.training) for module in model.modules()]
     for t in _flatten([*inputs, *named_inputs.values()])[0]:
         watch.tags[t] = t.is_floating_point() and bool((t >= 0).all())
     try:
-        model.eval()
-        with watch:
+        with evaluating(model), watch:
             model(*inputs, **named_inputs)
+        if len(found) < len(names):
+            training_only = True
+            # It may want more than it is given, targets say.
+            with taking_the_ways_of_training(model), watch, suppress(Exception):
+                model(*inputs, **named_inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in training:
-            module.training = flag
 
     seen.layers = {layer.name: layer for layer in found.values()}
     seen.notes += [
@@ -198,6 +207,7 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         for la in found.values()
         if la.calls > 1
     ]
+    seen.notes += [f"{la.name} is called in training only" for la in found.values() if la.training_only]
     seen.notes += [
         f"{name} is not called: it keeps its quantizers, but sees no data"
         for m, name in names.items()

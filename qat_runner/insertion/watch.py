@@ -1,13 +1,14 @@
 """Running a network over batches in order to look at what its quantizers are given."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
+from qat_runner.insertion.modes import evaluating, taking_the_ways_of_training
 from qat_runner.quant import Quantizer
 
 Batches = Iterable[Tensor | tuple[Any, ...]]
@@ -15,44 +16,48 @@ Batches = Iterable[Tensor | tuple[Any, ...]]
 
 
 @torch.no_grad()
-def watch(model: nn.Module, batches: Batches, look: Callable[[Quantizer, Tensor], None] | None = None) -> int:
+def watch(
+    model: nn.Module,
+    batches: Batches,
+    look: Callable[[Quantizer, Tensor], None] | None = None,
+    unreached: Callable[[], Set[Quantizer]] = frozenset,
+) -> int:
     """Run a model over batches, in eval mode.
 
     Args:
         model: with quantizers; afterwards its modules are in the modes that they were in.
         batches: see above.
         look: is shown each quantizer after each call, and the tensor that it was given; None: nobody looks.
+        unreached: asked after each batch which quantizers are still waited for. If there are any, the batch is run once
+            more, the way training goes, for layers that are used there alone, and these quantizers only are shown. A
+            network that needs more for that than it is given (targets, say) is spared it.
 
     Returns:
         How many batches there were.
     """
     handles = []
+    shown: Set[Quantizer] | None = None  # all
     if look is not None:
 
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(quantizer, Quantizer)
-            look(quantizer, args[0].detach())
+            if shown is None or quantizer in shown:
+                look(quantizer, args[0].detach())
 
         handles = [t.quantizer.register_forward_hook(hook) for t in quantized_tensors(model)]
     used = 0
     try:
-        with evaluating(model):
-            for batch in batches:
-                model(*(batch if isinstance(batch, tuple | list) else (batch,)))
-                used += 1
+        for batch in batches:
+            inputs = batch if isinstance(batch, tuple | list) else (batch,)
+            with evaluating(model):
+                model(*inputs)
+            used += 1
+            shown = unreached() or None
+            if shown is not None:
+                with taking_the_ways_of_training(model), suppress(Exception):
+                    model(*inputs)
+                shown = None
     finally:
         for handle in handles:
             handle.remove()
     return used
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, all modules are in eval mode; afterwards each is in the mode that it was in."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag

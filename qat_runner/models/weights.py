@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qat_runner.errors import ConfigError
+from qat_runner.insertion.state import upgrade
 from qat_runner.models.vision import TORCHVISION_MODELS
 
 TORCHVISION = "torchvision"
@@ -55,22 +56,25 @@ def find_weights(weights: str, model_name: str) -> None:
         raise ConfigError(f"weights={weights}: must end in {', '.join(SUFFIXES)}")
 
 
-def load_weights(model: nn.Module, weights: str, model_name: str, new_head: bool) -> Loaded:
+def load_weights(model: nn.Module, weights: str, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
     """Load weights into a model: what `match_weights` finds."""
-    state, loaded = match_weights(model, weights, model_name, new_head)
+    state, loaded = match_weights(model, weights, model_name, new_head, quantizers)
     model.load_state_dict(state)
     return loaded
 
 
-def match_weights(model: nn.Module, weights: str, model_name: str, new_head: bool) -> tuple[dict[str, Tensor], Loaded]:
+def match_weights(
+    model: nn.Module, weights: str, model_name: str, new_head: bool, quantizers: bool = False
+) -> tuple[dict[str, Tensor], Loaded]:
     """Match weights with a model by name, wrappers' prefixes stripped, nested state dicts found.
 
     Args:
-        model: the model, with or without quantizers, on any device. Quantizers' entries of the file are used where the
-            model has the same quantizer.
+        model: the model, with or without quantizers, on any device.
         weights: a path, or "torchvision".
         model_name: its name among MODELS.
         new_head: whether the last layer may keep its initialization where the file's has another number of classes.
+        quantizers: whether quantizers become what they were in the file, where it has the same ones; otherwise they
+            stay as they are.
 
     Returns:
         A state dict for the model, and what matched.
@@ -80,7 +84,8 @@ def match_weights(model: nn.Module, weights: str, model_name: str, new_head: boo
     """
     found = read_weights(weights, model_name)
     wanted = model.state_dict()
-    found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | _fitting_quantizers(found, wanted)
+    fitting = _fitting_quantizers(found, wanted) if quantizers else {}
+    found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | fitting
     # Bookkeeping of BatchNorm that older files lack, and quantizers' state: welcome, but never missed.
     optional = {key for key in {*wanted, *found} if key.endswith("num_batches_tracked") or _is_quantizer_key(key)}
     usable = {key: t for key, t in found.items() if key in wanted and t.shape == wanted[key].shape}
@@ -137,6 +142,8 @@ def read_weights(weights: str, model_name: str) -> dict[str, Tensor]:
 
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The state dict in what a file held, however deeply nested, with plain names."""
+    if isinstance(content, dict) and isinstance(content.get("state"), dict) and isinstance(content.get("model"), dict):
+        content = upgrade(content)
     while isinstance(content, Mapping):
         nested = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
         if nested is None:
@@ -161,7 +168,8 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     for name in {key.rpartition(".")[0] for key in found if _is_quantizer_key(key)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
         same_shapes = all(key in wanted and t.shape == wanted[key].shape for key, t in state.items())
-        if same_shapes and f"{name}.grid" in state and state[f"{name}.grid"][0] == wanted[f"{name}.grid"][0]:
+        bits = f"{name}.grid"
+        if same_shapes and bits in state and round(float(state[bits][0])) == round(float(wanted[bits][0])):
             fitting |= state
     return fitting
 

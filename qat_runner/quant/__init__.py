@@ -12,11 +12,12 @@ Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 
 """
 
 from qat_runner.quant.clipping import CLIPPING_METHODS, maximum, mse_sweep, newton_step, octav, percentile
+from qat_runner.quant.dorefa import DoReFaQuantizer
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import BITS, Grid
 from qat_runner.quant.learned import LEARNED, LearnedQuantizer
-from qat_runner.quant.noise import Noise, clipped_fraction, measure, model_mse, mse, sqnr_db
-from qat_runner.quant.quantizer import EVAL_MODES, Quantizer
+from qat_runner.quant.noise import Noise, clipped_fraction, measure, model_mse, mse, noise_of, sqnr_db
+from qat_runner.quant.quantizer import EVAL_MODES, NotCalibratedError, Quantizer
 
 __all__ = [
     "BITS",
@@ -24,9 +25,11 @@ __all__ = [
     "EVAL_MODES",
     "GRADIENTS",
     "LEARNED",
+    "DoReFaQuantizer",
     "Grid",
     "LearnedQuantizer",
     "Noise",
+    "NotCalibratedError",
     "Quantizer",
     "clipped_fraction",
     "fake_quantize",
@@ -36,6 +39,7 @@ __all__ = [
     "mse",
     "mse_sweep",
     "newton_step",
+    "noise_of",
     "octav",
     "percentile",
     "sqnr_db",

@@ -1,17 +1,24 @@
-"""The uniform grids of the paper (section 2, "Quantizers"): B bits and a clipping scalar s > 0.
+"""The uniform grids: B bits and a clipping scalar s > 0.
 
-|       | signed (two's complement)                | unsigned (e.g. after a ReLU)     |
-|-------|------------------------------------------|----------------------------------|
-| step  | D = s * 2^(1-B)                          | D = s * 2^-B                     |
-| codes | round(x/D) in [-2^(B-1), 2^(B-1) - 1]    | round(x/D) in [0, 2^B - 1]       |
+|        | signed                                       | unsigned (e.g. after a ReLU)      |
+|--------|----------------------------------------------|-----------------------------------|
+| open   | D = s * 2^(1-B), codes -2^(B-1)..2^(B-1)-1   | D = s * 2^-B, codes 0..2^B-1      |
+| closed | D = s / (2^(B-1)-1), codes -s/D..s/D         | D = s / (2^B-1), codes 0..2^B-1   |
 
-The step is s / 2^(B-1), not s / (2^(B-1) - 1): an OCTAV scalar belongs to this grid and is wrong for the other.
+Codes are round(x/D), clamped. Open grids are those of the paper (section 2, "Quantizers"): their step is s / 2^(B-1),
+not s / (2^(B-1) - 1), so an OCTAV scalar belongs to them and is wrong for the others. On a closed grid, which is
+PACT's, the largest code lies at s itself; signed, the lowest one lies at -s.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
 
 BITS = range(2, 17)
 """The bit-widths that can be quantized to. The paper uses 4 to 8."""
+
+Scalar = TypeVar("Scalar", Tensor, float)
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class Grid:
 
     Args:
         bits: width B of a code, 2 to 16.
-        signed: two's complement codes if true, unsigned ones otherwise.
+        signed: codes of both signs if true, none below zero otherwise.
+        closed: the largest code lies at s if true, one step below it otherwise.
 
     Raises:
         ValueError: `bits` is no integer in 2..16.
@@ -28,15 +36,21 @@ class Grid:
 
     bits: int
     signed: bool = True
+    closed: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
             raise ValueError(f"bits={self.bits!r}: must be an integer from {BITS.start} to {BITS.stop - 1}")
 
     @property
-    def levels_per_scalar(self) -> int:
-        """s / D: how many steps the clipping scalar holds, a power of two."""
+    def resolution(self) -> int:
+        """Steps from zero to the full scale, a power of two."""
         return 1 << (self.bits - 1 if self.signed else self.bits)
+
+    @property
+    def levels_per_scalar(self) -> int:
+        """s / D: how many steps the clipping scalar holds; a power of two, or one less on a closed grid."""
+        return self.resolution - self.closed
 
     @property
     def lowest(self) -> int:
@@ -46,9 +60,20 @@ class Grid:
     @property
     def highest(self) -> int:
         """The largest code."""
-        return self.levels_per_scalar - 1
+        return self.resolution - 1
 
     @property
     def rounding_noise(self) -> float:
-        """k, such that rounding alone costs k * s^2 on average: 4^-B / 3, or 4^-B / 12 when unsigned."""
+        """k, such that rounding alone costs k s^2 = D^2 / 12 on average; open: 4^-B / 3, or 4^-B / 12 when unsigned."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)
+
+    def step(self, s: Scalar) -> Scalar:
+        """D, in units of s."""
+        return s / self.levels_per_scalar
+
+    def full_scale(self, s: Scalar) -> Scalar:
+        """The clipping scalar of the open grid of the same step: s itself, or a step above it on a closed grid.
+
+        In units of it a step is a power of two: scaling by it is exact, whatever it is.
+        """
+        return self.step(s) * self.resolution if self.closed else s

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qat_runner.quant.estimators import fake_quantize
 from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels.eager import compute_dtype
 
 
 class Noise(NamedTuple):
@@ -69,7 +70,8 @@ def clipped_fraction(x: Tensor, s: Tensor | float, signed: bool = True, dim: int
         signed: which interval.
         dim: None for one figure, or the dimension that gets one an index.
     """
-    outside = x.abs() > s if signed else (x > s) | (x < 0)
+    a = x.to(compute_dtype(x))  # beside a half-precision x, PyTorch would round a scalar s to its dtype
+    outside = a.abs() > s if signed else (a > s) | (a < 0)
     return _mean(outside, dim)
 
 
@@ -106,5 +108,16 @@ def measure(x: Tensor, s: Tensor | float, bits: int, signed: bool = True) -> Noi
         signed: the grid.
     """
     x = x.detach()
-    q = fake_quantize(x, s, bits, signed)
+    return noise_of(x, fake_quantize(x, s, bits, signed), s, signed)
+
+
+def noise_of(x: Tensor, q: Tensor, s: Tensor | float, signed: bool = True) -> Noise:
+    """The noise of a quantized tensor, over the whole of it.
+
+    Args:
+        x: the tensor, any shape and floating dtype.
+        q: its quantized version, same shape.
+        s: clipping scalar(s) in units of x, broadcastable to x.
+        signed: whether what is clipped are magnitudes.
+    """
     return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x, s, signed))

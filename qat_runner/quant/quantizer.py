@@ -3,40 +3,88 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from qat_runner.quant import kernels
 from qat_runner.quant.clipping import CLIPPING_METHODS
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.grid import Grid
+from qat_runner.quant.kernels import eager
 from qat_runner.quant.pool import Processes
 
-EVAL_MODES = ("dynamic", "running", "frozen")
+
+class NotCalibratedError(RuntimeError):
+    """A quantizer that does not solve its clipping scalars has none."""
+
+
+class _Known(NamedTuple):
+    """What a quantizer knows of its state without waiting for the device."""
+
+    signed: bool
+    static: bool
+    seen: bool
+
+
+@dataclass
+class _Trained:
+    """The scalars of the calls in training since activation checkpointing last repeated one."""
+
+    calls: int = 0
+    s: Tensor | None = None
+    """of the latest call"""
+    over: bool = False
+    """a call has been repeated: what comes next is of another step"""
+
+    @property
+    def only_s(self) -> Tensor | None:
+        """The scalars of the call that is repeated, if there is one alone that it can be."""
+        return self.s if self.calls == 1 else None
+
+    def then(self, s: Tensor) -> "_Trained":
+        """After one more call."""
+        return _Trained(1 if self.over else self.calls + 1, s)
+
+
+EVAL_MODES = ("dynamic", "running", "last")
 """What a dynamic quantizer does in eval()."""
 
 
 class Quantizer(nn.Module):
-    """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or held (static).
+    """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or constant (static).
 
-    | state           | dynamic                                                        | static           |
-    |-----------------|----------------------------------------------------------------|------------------|
-    | `train()`       | solves s on each call; remembers it, and a running average     | uses `s`         |
-    | `eval()`        | by `eval_mode`; remembers nothing                              | uses `s`         |
-    | `calibrating()` | passes x on; `s` becomes the mean of the scalars of all calls  | as dynamic       |
+    | mode      | dynamic                                                    | static   |
+    |-----------|------------------------------------------------------------|----------|
+    | `train()` | solves s on each call; remembers it, and a running average | uses `s` |
+    | `eval()`  | by `eval_mode`; remembers nothing                          | uses `s` |
 
     `eval_mode` of a dynamic quantizer: "dynamic" solves s on each batch, as the paper does (the default); "running"
-    uses the exponential average of the scalars seen in training; "frozen" uses the last of them.
+    uses the exponential average of the scalars seen in training; "last" uses the last of them. It says how to read the
+    state, as train() and eval() do, and is no part of it.
 
-    The state dict holds `s` and `running_s` (shape `shape`, never less than float32, also after `.half()`), `batches`
-    (int64, []: how many calls they stem from) and `grid` (int64, [2]: bits and signed). Loading takes over the sign. A
-    state dict without these keys, such as a full-precision model's, loads without complaint and changes nothing; one of
-    other bits is refused.
+    The state dict holds
 
-    In training no call waits for the device. In `eval()`, solving refuses NaN and infinity with a ValueError.
+    - `s` and `running_s`: shape `shape`, never less than float32, also after `.half()`;
+    - `seen`: [], 1 once there are scalars, 0 before;
+    - `static`: [], 1 if static, 0 if dynamic: a quantizer becomes what the state that it loads was;
+    - `grid`: [2], bits and signed: the sign is taken over, other bits are refused;
+    - `batches`: int64, []: how many calls the scalars stem from.
+
+    A state dict without any of these keys, such as a full-precision model's, loads without complaint and changes
+    nothing; one of before `seen` and `static` leaves the quantizer dynamic or static as it is.
+
+    All but `batches` are floating, so that averaging states (EMA, SWA) averages them: `seen` of an average that began
+    before the first scalar is the share of the time in which there were scalars, and what `s` is then divided by. An
+    average is static as soon as what it follows is.
+
+    In training no call waits for the device, and a forward pass that activation checkpointing repeats within the
+    backward pass gives what it gave before, and is not remembered again. In `eval()`, solving refuses NaN and infinity
+    with a ValueError.
 
     Args:
         bits: 2 to 16.
@@ -44,7 +92,7 @@ class Quantizer(nn.Module):
         shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
         clipping: a name in CLIPPING_METHODS, or a function (x, bits, signed, dim, *, check) -> s of shape `shape`.
         gradient: "ste", "pwl" or "mad".
-        dynamic: solve on each call if true, hold calibrated scalars otherwise.
+        dynamic: solve on each call if true, static otherwise.
         eval_mode: see above; without effect on a static quantizer.
         momentum: weight of the newest scalar in `running_s`, above 0 and at most 1.
         warm_iterations: at most so many reads of x a call in training, once there is a scalar to start from; for
@@ -54,13 +102,16 @@ class Quantizer(nn.Module):
 
     Raises:
         ValueError, TypeError: an argument out of range; an option that the clipping method does not have.
-        RuntimeError: on a call that needs scalars when there are none yet.
+        NotCalibratedError: on a call that needs scalars when there are none yet. It begins with `name`, as all errors
+            of a call do.
     """
 
     s: Tensor
     running_s: Tensor
     batches: Tensor
     grid: Tensor
+    seen: Tensor
+    static: Tensor
 
     def __init__(
         self,
@@ -84,7 +135,7 @@ class Quantizer(nn.Module):
             raise ValueError(f"eval_mode={eval_mode!r}: must be one of {', '.join(EVAL_MODES)}")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
-        self.gradient, self.dynamic, self.eval_mode, self.momentum = gradient, dynamic, eval_mode, momentum
+        self.gradient, self.eval_mode, self.momentum = gradient, eval_mode, momentum
         self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
         if warm_iterations is not None and warm_iterations < 1:
             raise ValueError(f"warm_iterations={warm_iterations}: must be 1 or more")
@@ -99,23 +150,42 @@ class Quantizer(nn.Module):
         self.register_buffer("s", torch.zeros(tuple(shape)))
         self.register_buffer("running_s", torch.zeros(tuple(shape)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("grid", torch.tensor([bits, 1]))
-        self._batches = 0  # the same number where reading it costs no wait
-        self.signed, self.decided = True, False
-        if signed is not None:
-            self.decide_sign(signed)
-        self._calibrating = False
+        self.register_buffer("grid", torch.tensor([bits, signed is not False], dtype=torch.float32))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("static", torch.tensor(float(not dynamic)))
+        self.decided = signed is not None
+        self._known = _Known(signed is not False, not dynamic, False)
+        self._known_of = self._version_of_state()
+        self.name = "quantizer"
+        """What errors call it; insertion puts the tensor's name here."""
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""
         self.last_s: Tensor | None = None
         """The scalars of the latest call, for whoever measures noise; not part of the state."""
-        self._holding = False
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._reusing = False
+        self._reused: tuple[Tensor, Tensor] | None = None
+        self._trained = _Trained()
 
     def decide_sign(self, signed: bool) -> None:
         """Settle whether the grid is signed."""
-        self.signed, self.decided = signed, True
-        self.grid[1] = int(signed)
+        self.decided = True
+        self.grid[1] = float(signed)
+        self._know(signed=signed)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the grid is signed."""
+        return self._now().signed
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scalars are solved anew on each call, in training at least."""
+        return not self._now().static
+
+    @property
+    def mode(self) -> str:
+        """ "dynamic" or "static"."""
+        return "dynamic" if self.dynamic else "static"
 
     @property
     def granularity(self) -> str:
@@ -125,47 +195,87 @@ class Quantizer(nn.Module):
     @property
     def ready(self) -> bool:
         """Whether a call in eval() would find the scalars it needs."""
-        return self._batches > 0 or (self.dynamic and self.eval_mode == "dynamic")
+        return self.has_scalars or (self.dynamic and self.eval_mode == "dynamic")
+
+    @property
+    def has_scalars(self) -> bool:
+        """Whether `s` and `running_s` mean anything."""
+        return self._now().seen
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, any shape and floating dtype -> the same shape and dtype, on the grid (or unchanged while calibrating)."""
+        """x, any shape and floating dtype -> the same shape and dtype, on the grid."""
         if not self.enabled:
             return x
-        if self._calibrating:
-            self._remember(self.solve(x, self.bits, self.signed, self.dim, check=True))
-            return x
-        if self._held is not None:
-            return self._held[1]
+        if self._reused is not None:
+            return self._reused[1]
         s = self._scalars(x)
         if not torch.compiler.is_compiling():
             self.last_s = s
         out = self._quantize(x, s)
-        if self._holding:
-            self._held = out, out.detach().requires_grad_(out.requires_grad)
-            return self._held[1]
+        if self._reusing:
+            self._reused = out, out.detach().requires_grad_(out.requires_grad)
+            return self._reused[1]
         return out
 
+    @property
+    def format(self) -> Grid:
+        """The grid that values come to lie on."""
+        return Grid(self.bits, self.signed)
+
+    @property
+    def levels(self) -> list[float]:
+        """All values that there are, in units of s, rising."""
+        grid = self.format
+        return [code / grid.levels_per_scalar for code in range(grid.lowest, grid.highest + 1)]
+
+    @torch.no_grad()
+    def quantized(self, x: Tensor, s: Tensor) -> Tensor:
+        """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient."""
+        return kernels.backend().fake_quantize(x, s, self.format)
+
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        """As `quantized`, with a gradient."""
         return fake_quantize(x, s, self.bits, self.signed, self.gradient)
 
     def _scalars(self, x: Tensor) -> Tensor:
-        if self.dynamic and (self.training or self.eval_mode == "dynamic"):
-            check = not (self.training or torch.compiler.is_compiling())
-            together = {"pool": Processes()} if self.synchronize and self.training and dist.is_initialized() else {}
-            s = self.solve(x, self.bits, self.signed, self.dim, check=check, **self._start(), **together)
-            if self.training:
-                self._remember(s)
-            return s
-        if self._batches == 0:
-            what = "static" if not self.dynamic else f"eval_mode={self.eval_mode!r}"
-            raise RuntimeError(
-                f"quantizer ({what}) has no clipping scalars yet: calibrate it, train it or load a state that has them"
+        """The scalars of a call, remembered where they are to be."""
+        if not (self.dynamic and (self.training or self.eval_mode == "dynamic")):
+            return self._constant_scalars()
+        if not self.training:
+            return self._solve(x, check=not torch.compiler.is_compiling(), **self._start())
+        repeated = _in_backward_pass()
+        s = self._trained.only_s if repeated else None  # of the pass that is repeated
+        if s is None:
+            together = {"pool": Processes()} if self.synchronize and dist.is_initialized() else {}
+            s = self._solve(x, check=False, **self._start(), **together)
+        if repeated:
+            self._trained.over = True
+        else:
+            self._remember(s)
+            if not torch.compiler.is_compiling():
+                self._trained = self._trained.then(s)
+        return s
+
+    def _solve(self, x: Tensor, **options: Any) -> Tensor:
+        try:
+            s: Tensor = self.solve(x, self.bits, self.signed, self.dim, **options)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        return s
+
+    def _constant_scalars(self) -> Tensor:
+        known = self._now()
+        if not known.seen:
+            what = self.mode if known.static else f"eval_mode={self.eval_mode!r}"
+            raise NotCalibratedError(
+                f"{self.name} ({what}) has no clipping scalars yet: calibrate it on batches that reach it, train it, "
+                f"or load a state that has them"
             )
-        return self.running_s if self.dynamic and self.eval_mode == "running" else self.s
+        return self.s if known.static or self.eval_mode == "last" else self.running_s
 
     def _start(self) -> dict[str, Any]:
         """The scalars of the previous step are an excellent start for this one's; evaluation converges all the same."""
-        if self.warm_iterations is None or self._batches == 0:
+        if self.warm_iterations is None or not self.has_scalars:
             return {}
         if not self.training:
             return {"init": self.s}
@@ -173,69 +283,108 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _remember(self, s: Tensor) -> None:
-        self._batches += 1
-        self.batches.add_(1)
+        # A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
         s = s.to(self.s.dtype)
-        if self._calibrating:  # cumulative mean: section 5
-            self.s.lerp_(s, 1 / self._batches)
-            self.running_s.copy_(self.s)
-        else:
-            # A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
-            s = torch.where(torch.isfinite(s), s, self.s)
-            self.s.copy_(s)
-            self.running_s.lerp_(s, self.momentum if self._batches > 1 else 1.0)
+        s = torch.where(torch.isfinite(s), s, self.s)
+        self.s.copy_(s)
+        self.running_s.lerp_(s, self.momentum if self.has_scalars else 1.0)
+        self.batches.add_(1)
+        self._know_scalars()
+
+    def scalars_of(self, x: Tensor) -> Tensor:
+        """The scalars that the clipping method finds on x, from cold and to convergence; nothing is remembered.
+
+        Raises:
+            ValueError: x holds NaN or infinity.
+        """
+        return self._solve(x, check=True)
 
     @torch.no_grad()
-    def freeze(self, s: Tensor) -> None:
-        """Be static from now on, with these scalars.
+    def assign(self, s: Tensor, batches: int = 1) -> None:
+        """Have these scalars, found elsewhere, such as on calibration batches.
 
         Args:
             s: in units of x, broadcastable to `shape`.
+            batches: how many calls they stem from.
 
         Raises:
             ValueError: s is negative, NaN or infinite.
         """
         if not bool((torch.isfinite(s) & (s >= 0)).all()):
-            raise ValueError("clipping scalars must be finite and not negative")
+            raise ValueError(f"{self.name}: clipping scalars must be finite and not negative")
         self.s.copy_(s)
-        self.running_s.copy_(self.s)
-        self._batches = max(self._batches, 1)
-        self.batches.fill_(self._batches)
-        self.dynamic = False
+        self.running_s.copy_(s)
+        self.batches.fill_(batches)
+        self._know_scalars()
+
+    @torch.no_grad()
+    def freeze(self, s: Tensor) -> None:
+        """Be static from now on, with these scalars; as `assign`."""
+        self.assign(s, max(int(self.batches), 1))
+        self.static.fill_(1)
+        self._know(static=True)
 
     @staticmethod
     @contextmanager
-    def holding(quantizers: Sequence["Quantizer"]) -> Iterator[None]:
+    def reusing(quantizers: Sequence["Quantizer"]) -> Iterator[None]:
         """While open, each quantizes the tensor of its first call only, and gives the result to all other calls.
 
         For weights, which stay the same while the gradients of several batches add up. On leaving, the sum of the
         gradients passes through the quantization, once.
         """
         for q in quantizers:
-            q._holding = True
+            q._reusing = True
         try:
             yield
-            held = [q._held for q in quantizers if q._held is not None and q._held[1].grad is not None]
-            torch.autograd.backward([out for out, _ in held], [leaf.grad for _, leaf in held])
+            reused = [q._reused for q in quantizers if q._reused is not None and q._reused[1].grad is not None]
+            torch.autograd.backward([out for out, _ in reused], [leaf.grad for _, leaf in reused])
         finally:
             for q in quantizers:
-                q._holding, q._held = False, None
+                q._reusing, q._reused = False, None
 
-    @contextmanager
-    def calibrating(self) -> Iterator[None]:
-        """While open, calls pass x on unchanged and average its scalars into `s`, from scratch.
+    def _now(self) -> _Known:
+        """What the state says, read from the device only where someone else may have written to it.
 
-        If there is no call, all is as before.
+        In training that is never asked once there are scalars: what DistributedDataParallel broadcasts at every step
+        says nothing new.
         """
-        before = self._batches
-        self._batches = 0
-        self._calibrating = True
-        try:
-            yield
-        finally:
-            self._calibrating = False
-            self._batches = self._batches or before
-            self.batches.fill_(self._batches)
+        unchanged = (self.training and self._known.seen) or self._known_of == self._version_of_state()
+        if not (eager.recording() or unchanged):
+            self._read()
+        return self._known
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        """Look at the state, on whatever device it is."""
+        if self.seen.is_meta:
+            return
+        seen = float(self.seen)
+        if 0 < seen < 1:  # an average that began before the first scalar
+            for t in self._averaged():
+                t.div_(seen)
+        self._know(signed=round(float(self.grid[1])) > 0, static=float(self.static) > 0, seen=seen > 0)
+
+    def _averaged(self) -> tuple[Tensor, ...]:
+        """What of the state is zero before the first scalar."""
+        return self.s, self.running_s, self.seen
+
+    def _know_scalars(self) -> None:
+        """Note, in the state as well, that there are scalars."""
+        if not self._known.seen:
+            self.seen.fill_(1)
+            self._known = self._known._replace(seen=True)
+        self._known_of = self._version_of_state()
+
+    def _know(self, **what: bool) -> None:
+        """Note what the state says now."""
+        self._known = self._known._replace(**what)
+        self._known_of = self._version_of_state()
+
+    def _version_of_state(self) -> tuple[int, int]:
+        """Changes with every write to the state. Whoever writes to it from outside writes to all of its buffers."""
+        if eager.recording():
+            return self._known_of
+        return id(self.batches), -1 if self.batches.is_inference() else self.batches._version
 
     def _load_from_state_dict(
         self,
@@ -249,15 +398,20 @@ class Quantizer(nn.Module):
     ) -> None:
         if not any(prefix + name in state_dict for name in self._buffers):
             return
-        saved_bits = int(state_dict.get(f"{prefix}grid", self.grid)[0])
+        saved_bits = round(float(state_dict.get(f"{prefix}grid", self.grid)[0]))
         if saved_bits != self.bits:
             error_msgs.append(f"{prefix}grid: scalars found for {saved_bits} bits do not suit {self.bits} bits")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._batches = int(self.batches)
-        self.decide_sign(bool(self.grid[1]))
+        for name in ("seen", "static"):  # states of old do not tell
+            if prefix + name in missing_keys:
+                missing_keys.remove(prefix + name)
+        if f"{prefix}seen" not in state_dict:
+            self.seen.copy_(self.batches.clamp(max=1))
+        self.decided = True
+        self._read()
         self._loaded(prefix, missing_keys)
 
     def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
@@ -273,11 +427,14 @@ class Quantizer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        when = "dynamic" if self.dynamic else "static"
         sign = ("signed" if self.signed else "unsigned") if self.decided else "sign open"
-        return (
-            f"bits={self.bits}, {sign}, per {self.granularity}, {when} {self.clipping_name}, gradient={self.gradient}"
-        )
+        method = f"{self.mode} {self.clipping_name}"
+        return f"bits={self.bits}, {sign}, per {self.granularity}, {method}, gradient={self.gradient}"
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd is at work: a forward pass inside of it is one that activation checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _clipping_method(

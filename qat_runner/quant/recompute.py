@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.quant import kernels
-from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.quantizer import Quantizer
 
@@ -25,7 +23,7 @@ class _Source:
     x: Tensor
     version: int
     s: Tensor
-    grid: Grid
+    by: Quantizer
 
     def make(self, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
         if self.x._version != self.version:
@@ -34,7 +32,7 @@ class _Source:
                 f"the gradient of the weight needs it as it was"
             )
         with torch.no_grad():
-            return kernels.backend().fake_quantize(self.x, self.s, self.grid).as_strided(size, stride)
+            return self.by.quantized(self.x, self.s).as_strided(size, stride)
 
 
 def recomputing(*operands: tuple[Tensor, Tensor, nn.Module]) -> AbstractContextManager[object]:
@@ -71,7 +69,7 @@ def _memory(t: Tensor) -> tuple[int, int, torch.dtype]:
 
 def _source(x: Tensor, quantizer: Quantizer) -> _Source:
     assert quantizer.last_s is not None
-    return _Source(x.detach(), x._version, quantizer.last_s, Grid(quantizer.bits, quantizer.signed))
+    return _Source(x.detach(), x._version, quantizer.last_s, quantizer)
 
 
 def _unpack(saved: Any) -> Tensor:

@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import Config, clipping_label, gradient_label, identity, load_config
-from qat_runner.config.composing import flat
+from qat_runner.config import Config, clipping_label, gradient_label, load_config, settings
 from qat_runner.errors import ConfigError
 from qat_runner.report import page
 from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown, whole_rows
 from qat_runner.report.run_page import bits
+from qat_runner.report.runs import configs_in
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
 from qat_runner.training.tracking import read_json
@@ -77,25 +77,26 @@ COSTS: Costs = {
 """What accuracy is set against: unit, and the figure from summary.json."""
 
 
-def entries(places: Sequence[Path]) -> list[Entry]:
-    """The runs at the places, or in them where these are folders of runs, each once.
+def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
+    """The runs at the places, or in them where these are folders of runs, each once; and why others are left out.
 
     Raises:
         ConfigError: a place that holds no run, or fewer than two runs in all.
     """
     found: dict[Path, Entry] = {}
+    left_out: list[str] = []
     for place in places:
-        single = (place / "config.yaml").is_file()
-        folders = [place] if single else sorted(path.parent for path in place.glob("*/config.yaml"))
-        runs = [(folder, config) for folder in folders if (config := load_config(folder)) is not None]
-        if not runs:
+        config = load_config(place)
+        configs, unreadable = configs_in(place) if config is None else ({place: config}, [])
+        left_out += map(str, unreadable)
+        if not configs and not unreadable:
             raise ConfigError(f"{place}: holds no run of qat-run")
-        for folder, config in runs:
+        for folder, config in configs.items():
             summary = folder / "summary.json"
             found[folder.resolve()] = Entry(folder, config, read_json(summary) if summary.is_file() else None)
     if len(found) < 2:
-        raise ConfigError(f"compare: needs two runs or more, and found {len(found)}")
-    return _told_apart(list(found.values()))
+        raise ConfigError("; ".join([f"compare: needs two runs or more, and found {len(found)}", *left_out]))
+    return _told_apart(list(found.values())), left_out
 
 
 def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
@@ -105,9 +106,9 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
         alike.setdefault((*run.network, run.config.mode, run.method), []).append(run)
     variants: dict[Path, str] = {}
     for some in alike.values():
-        settings = [flat(identity(run.config)) for run in some]
-        keys = [key for key in _keys_that_differ(settings) if key not in OF_A_LINE]
-        for run, setting in zip(some, settings, strict=True):
+        theirs = [settings(run.config) for run in some]
+        keys = [key for key in _keys_that_differ(theirs) if key not in OF_A_LINE]
+        for run, setting in zip(some, theirs, strict=True):
             told = [f"{key.rpartition('.')[2]}={_value(setting[key])}" for key in keys if key in setting]
             variants[run.folder] = ", ".join(told)
     return [replace(run, variant=variants[run.folder]) for run in runs]
@@ -123,7 +124,7 @@ def write(places: Sequence[Path], out: Path) -> Path:
     Raises:
         ConfigError: as `entries`.
     """
-    runs = entries(places)
+    runs, left_out = entries(places)
     networks = _networks(runs)
     colours = _colours(runs)
     charts = [chart for chart in (_by_bits(networks, colours), _by_cost(networks, colours)) if chart is not None]
@@ -132,6 +133,7 @@ def write(places: Sequence[Path], out: Path) -> Path:
     content = {
         "title": f"{len(runs)} runs",
         "table": _table(runs),
+        "left_out": left_out,
         "networks": list(networks),
         "costs": list(COSTS),
         "charts": charts,
@@ -326,15 +328,15 @@ def _any(views: Sequence[View]) -> bool:
 
 def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Keys in which configs differ, of those that decide a result; and by run its values."""
-    settings = [flat(identity(run.config)) for run in runs]
-    keys = _keys_that_differ(settings)
-    told = [[_value(setting[key]) if key in setting else "" for key in keys] for setting in settings]
+    theirs = [settings(run.config) for run in runs]
+    keys = _keys_that_differ(theirs)
+    told = [[_value(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
     return keys, list(zip(_names(runs), told, strict=True))
 
 
-def _keys_that_differ(settings: Sequence[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    return [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
+def _keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for setting in some for key in setting)
+    return [key for key in keys if any(setting.get(key) != some[0].get(key) for setting in some)]
 
 
 def _value(value: Any) -> str:

@@ -1,13 +1,16 @@
 """Finding runs in a folder of run folders, and telling which row of a table each of them is."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import Config, clipping_label, differences, identity, load_config
-from qat_runner.errors import ConfigError
+from qat_runner.config import Config, clipping_label, differences, identity, read_config
+from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.training.tracking import read_json
+
+log = logging.getLogger("qat_runner")
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,30 @@ class Run:
     """the content of summary.json; None while unfinished"""
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """All runs in a folder of run folders, finished or not, by name."""
-    found = []
+def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]:
+    """The run folders in a folder, by name, with their configs; and why others could not be read."""
+    found: dict[Path, Config] = {}
+    unreadable = []
     for path in sorted(folder.glob("*/config.yaml")):
-        config = load_config(path.parent)
-        if config is None:
-            continue
+        try:
+            found[path.parent] = read_config(path)
+        except UnreadableError as error:
+            unreadable.append(error)
+    return found, unreadable
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """All runs in a folder of run folders, finished or not, by name; those that cannot be read are told of."""
+    configs, unreadable = configs_in(folder)
+    for error in unreadable:
+        log.warning(f"{error}: left out")
+    found = []
+    for path, config in configs.items():
         assert config.weight_bits is not None
-        summary = path.parent / "summary.json"
+        summary = path / "summary.json"
         found.append(
             Run(
-                path.parent,
+                path,
                 config.model.name,
                 config.dataset.name,
                 config.mode,

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qat_runner.config import Config, from_hydra
-from qat_runner.config.composing import compose_config, defaults_for, flat
+from qat_runner.config import Config, flat, from_hydra
+from qat_runner.config.composing import compose_config, defaults_for
 from qat_runner.config.identities import PLACES
 from qat_runner.report.page import shown
 

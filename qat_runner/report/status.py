@@ -7,6 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qat_runner.config import Config, load_config
+from qat_runner.errors import UnreadableError
 from qat_runner.report.tables import accuracy, metric
 from qat_runner.training.lock import alive
 from qat_runner.training.tracking import read_json, read_rows
@@ -14,8 +15,8 @@ from qat_runner.training.tracking import read_json, read_rows
 ASKED = "asked.txt"
 """In a folder of runs: names of all run folders that sweeps asked for."""
 
-STATES = ("finished", "running", "stale", "failed", "missing")
-"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun."""
+STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
+"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: its config."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Status:
     """done and in all"""
     result: str = ""
     note: str = ""
-    """of one that failed: why"""
+    """of one that failed or cannot be read: why"""
 
 
 def remember_asked(folders: Iterable[Path]) -> None:
@@ -52,7 +53,10 @@ def statuses(runs_dir: Path) -> list[Status]:
 
 def status(folder: Path) -> Status:
     """Of the run in a folder."""
-    config = load_config(folder)
+    try:
+        config = load_config(folder)
+    except UnreadableError as error:
+        return Status(folder.name, "unreadable", note=str(error))
     if config is None:
         return Status(folder.name, "running" if alive(folder) else "missing")
     epochs = _epochs(folder, config)

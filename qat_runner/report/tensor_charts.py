@@ -5,12 +5,10 @@ from typing import Any
 
 from qat_runner.quant.grid import Grid
 from qat_runner.report.page import CHOSEN, OTHER, Chart, Trace, View, axes, line, number, rounded
+from qat_runner.training.histograms import LEVELS
 
 FEW = 20
 """Tensors that are shown at first, where there are many more."""
-
-LEVELS = 64
-"""Levels of a grid that are drawn, at most."""
 
 LETTERS = 27
 """Of a tensor's name beside an axis, at most."""
@@ -138,14 +136,22 @@ def _histogram(tensor: str, h: Row | None) -> View:
         "marker": {"line": {"width": 0}},
         "hovertemplate": "%{x:.3f} s: %{y}<extra></extra>",
     }
-    grid = Grid(h["bits"], h["signed"])
-    levels = range(grid.lowest, grid.highest + 1) if 2 ** h["bits"] <= LEVELS else range(0)
-    shapes = [_mark(code / grid.levels_per_scalar, -0.04, 0, 1) for code in levels]
+    shapes = [_mark(level, -0.04, 0, 1) for level in _levels(h)]
     shapes += [_mark(end, 0, 1, 2) for end in ((-1, 1) if h["signed"] else (1,))]
     start = min(h["low"], -1.05 if h["signed"] else -0.05)
     axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
     axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the grid's
     return View(tensor, [bars], {"shapes": shapes, "xaxis": axis})
+
+
+def _levels(h: Row) -> Sequence[float]:
+    """Those on record; runs from before there were any had the paper's grids."""
+    if "levels" in h:
+        levels: list[float] = h["levels"]
+        return levels
+    grid = Grid(h["bits"], h["signed"])
+    codes = range(grid.lowest, grid.highest + 1) if 2 ** h["bits"] <= LEVELS else range(0)
+    return [code / grid.levels_per_scalar for code in codes]
 
 
 def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from qat_runner.errors import RunError
+from qat_runner.insertion.state import upgrade
 
 log = logging.getLogger("qat_runner")
 
@@ -102,8 +103,7 @@ def load(path: Path) -> dict[str, Any]:
     reason = "it is damaged: its checksum is wrong"
     try:
         if is_whole(path):
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return content
+            return upgrade(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever a parser may raise on damaged bytes
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     raise RunError(f"checkpoint {path} cannot be read ({reason})")

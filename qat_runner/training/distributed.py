@@ -1,8 +1,8 @@
 """Several processes on one run, one for each GPU (or for a few CPU cores), as torchrun starts them.
 
-Gradients are averaged after the backward pass rather than during it, as DistributedDataParallel would: it could not see
-the gradients of weights that are quantized once for several batches. Everything here does nothing where there is one
-process.
+Gradients are averaged after the backward pass rather than during it, as DistributedDataParallel would: where weights
+are quantized once for several parts of a batch, their gradients come outside of any backward pass that it would see.
+Everything here does nothing where there is one process.
 """
 
 import os

@@ -19,6 +19,9 @@ from qat_runner.training.measure import autocast
 from qat_runner.training.tracking import write_json
 
 BINS = 100
+LEVELS = 64
+"""Levels of a grid that are recorded, at most: more could not be told apart."""
+
 REACH = 4.0
 """Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""
 
@@ -46,6 +49,8 @@ class Histogram:
     """values outside of the bins"""
     counts: list[int]
     """values in each bin; all bins have the same width"""
+    levels: list[float]
+    """those of the grid; none where there are more than LEVELS"""
 
 
 def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data) -> None:
@@ -110,4 +115,5 @@ class _Tally:
         kind = (layer, tensor, quantizer.bits, quantizer.signed, quantizer.granularity)
         s = quantizer.last_s.float().mean().item()
         ends = (self.low, self.high, self.lowest, self.highest)
-        return Histogram(*kind, s, *ends, self.beyond, [int(n) for n in self.counts.tolist()])
+        levels = quantizer.levels if 2**quantizer.bits <= LEVELS else []
+        return Histogram(*kind, s, *ends, self.beyond, [int(n) for n in self.counts.tolist()], levels)

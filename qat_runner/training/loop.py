@@ -18,8 +18,8 @@ from qat_runner.data.answers import AnswerScore
 from qat_runner.data.batches import undivided
 from qat_runner.errors import RunError, StoppedError
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
-from qat_runner.insertion.calibrate import hold_activations
 from qat_runner.insertion.insert import scalars, weights_quantized_once
+from qat_runner.quant import Quantizer
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
 from qat_runner.training.progress import Progress
@@ -53,14 +53,23 @@ class State:
     """the latest validation: loss, the data's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
-    held: bool = False
-    """activations' scalars are held, from recipe.freeze_scalars_at on"""
 
 
-def hold_average(model: nn.Module) -> None:
-    """`hold_activations`, on the mean over the processes of what each has seen."""
-    for quantizer in hold_activations(model):
-        quantizer.freeze(distributed.add_up(quantizer.s.clone()) / distributed.shard().world)
+def dynamic_activations(model: nn.Module) -> list[Quantizer]:
+    """The quantizers of activations that are dynamic."""
+    return [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic]
+
+
+def freeze_activations(model: nn.Module) -> None:
+    """Make activations' scalars static: the running average of training, mean over the processes that have one.
+
+    Weights' quantizers stay dynamic, since training goes on; so do those that have seen no training.
+    """
+    for quantizer in dynamic_activations(model):
+        seen = quantizer.seen.reshape(1)
+        sums = distributed.add_up(torch.cat([quantizer.running_s.reshape(-1) * seen, seen]))
+        if sums[-1] > 0:
+            quantizer.freeze((sums[:-1] / sums[-1]).reshape(quantizer.s.shape))
 
 
 class Lap:
@@ -109,6 +118,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, self.stage, self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.state = State()
+        self.to_freeze = config.freezing
+        """whether recipe.freeze_scalars_at is still to come"""
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
         self.totals = data.totals()
@@ -218,8 +229,7 @@ class Trainer:
         self.scaler.load_state_dict(saved["scaler"])
         checkpoint.set_random_state(own["random"])
         self.state = State(**saved["state"])
-        if self.state.held:
-            hold_activations(self.model)
+        self.to_freeze = self.to_freeze and bool(dynamic_activations(self.model))
         self.totals.sums.copy_(own["totals"])
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
@@ -231,7 +241,7 @@ class Trainer:
             lr = learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self._hold_if_due(epoch + step / self.steps)
+            self._freeze_if_due(epoch + step / self.steps)
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._add_gradients(batch)
             distributed.average_gradients(self.model.parameters())
@@ -247,18 +257,18 @@ class Trainer:
         sums = distributed.add_up(self.totals.sums.clone())
         return Totals(sums, self.totals.names).read()
 
-    def _hold_if_due(self, position: float) -> None:
-        """From recipe.freeze_scalars_at on, activations keep the average of their scalars.
+    def _freeze_if_due(self, position: float) -> None:
+        """From recipe.freeze_scalars_at on, activations have the average of their scalars.
 
         Args:
             position: in epochs.
         """
         due = self.config.recipe.freeze_scalars_at
-        if self.state.held or due is None or position < due or self.config.policy.full_precision:
+        if not self.to_freeze or due is None or position < due:
             return
-        hold_average(self.model)
-        self.state.held = True
-        log.info(f"activations' clipping scalars are held from here on (epoch {position:g})")
+        freeze_activations(self.model)
+        self.to_freeze = False
+        log.info(f"activations' clipping scalars are static from here on (epoch {position:g})")
 
     def _look_around(self, epoch: int, finite: bool) -> None:
         """After a step: break off, save or stop, whichever any of the processes finds it is time for."""

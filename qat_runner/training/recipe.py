@@ -43,8 +43,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):
-            if not tensor.quantizer.decays:
-                decay[tensor.quantizer.learned] = 0.0
+            decay[tensor.quantizer.learned] = stage.weight_decay if tensor.quantizer.decays else 0.0
             if tensor.tensor == "weight":
                 weight = model.get_parameter(f"{tensor.layer}.weight")
                 decay[weight] = stage.weight_decay * tensor.quantizer.weight_decay_factor

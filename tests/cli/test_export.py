@@ -99,7 +99,7 @@ def test_scalars_frozen_in_training_are_kept(
     for run in ("frozen", "static", "ptq"):
         assert export(run, "--formats", "safetensors") == 0
         result = json.loads((tmp_path / "out/export.json").read_text())
-        assert (result["scalars"], result["batches"]) == ("held", None)
+        assert (result["scalars"], result["batches"]) == ("static", None)
         summary = json.loads(Path(run, "summary.json").read_text())
         assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
         assert export(run, "--scalars", "running") == 2
@@ -117,7 +117,7 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["dynamic", "averaged", "calibrated", "running"]
     assert export("frozen", "--compare") == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "held"
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "static"
     assert not (tmp_path / "out").exists()
     exact = exporting.compare_rules(Path("dynamic"), ["running"])
     assert exact["dynamic"] == json.loads(Path("dynamic/summary.json").read_text())["top1"]
@@ -203,3 +203,18 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = verify.OnnxFile(Path("run/export/model.onnx"))
     ids = torch.randint(5, 20, (3, 17))  # any number of any length
     assert session([ids, torch.ones_like(ids), torch.zeros_like(ids)]).shape == (3, 17, 2)
+
+
+def test_pact_and_its_widest_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    assert qat_run([*FAKE, "run_dir=pact", "clipping=pact"]) == 0
+    assert command.main(["pact", "--formats", "safetensors"]) == 0
+    assert (tmp_path / "pact" / "export" / "model.safetensors").is_file()
+    assert qat_run([*FAKE, "run_dir=wide", "clipping=pact", "weight_bits=16"]) == 0
+    capsys.readouterr()
+    assert command.main(["wide"]) == 2
+    assert "wide: DoReFa's weights of 16 bits have codes of 17" in capsys.readouterr().err
+    assert not (tmp_path / "wide" / "export").exists()

@@ -179,8 +179,8 @@ def test_scalars_frozen_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -
         for e in ("1", "2")
     )
     assert first == second and len(first) == 20  # in evaluation as in training, from then on
-    assert "held from here on (epoch 0.5)" in Path("whole/log.txt").read_text()
-    assert json.loads(Path("whole/summary.json").read_text())["clipping"] == "octav-frozen"
+    assert "static from here on (epoch 0.5)" in Path("whole/log.txt").read_text()
+    assert json.loads(Path("whole/summary.json").read_text())["clipping"] == "octav-to-static"
     original = Trainer._train_epoch
 
     def break_off(self: Trainer, epoch: int, progress: Any) -> dict[str, float]:
@@ -221,6 +221,47 @@ def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.Ca
     finished = [path for path in Path("runs").iterdir() if (path / "summary.json").is_file()]
     assert len(finished) == 1
     assert captured.out.count("resnet20  fake") == 1
+
+
+def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scalars of the file, dynamic or static; another config is refused, and a file of old is understood."""
+    freezing = ("epochs=2", "recipe.freeze_scalars_at=0.5", "run_dir=whole")
+    assert run(*freezing) == 0
+    saved = torch.load("whole/checkpoints/last.pt", weights_only=True)
+    saved["model"] = {k: v for k, v in saved["model"].items() if not k.endswith(("quantizer.seen", "quantizer.static"))}
+    torch.save(saved | {"state": saved["state"] | {"held": True}}, "old.pt")
+    assert run("epochs=1", "run_dir=dynamic") == 0
+    for name, weights in (("new", "whole/checkpoints/last.pt"), ("old", "old.pt")):
+        assert run("mode=evaluate", f"weights={weights}", f"run_dir={name}") == 0
+        found, trained = (json.loads(Path(d, "summary.json").read_text()) for d in (name, "whole"))
+        assert (found["loss"], found["top1"]) == (trained["loss"], trained["top1"])
+        assert "20 of 40 quantized tensors have static clipping scalars" in capsys.readouterr().out
+    evaluate = ("mode=evaluate", "clipping=static_octav", "weights=dynamic/checkpoints/last.pt", "run_dir=refused")
+    assert run(*evaluate) == 2 and not Path("refused").exists()
+    retrain = ("mode=retrain", "weights=whole/checkpoints/last.pt", "epochs=1", "run_dir=retrained")
+    assert run(*retrain) == 0  # with quantizers of its own
+    state = torch.load("retrained/checkpoints/last.pt", weights_only=True)["model"]
+    assert not any(value for key, value in state.items() if key.endswith("_quantizer.static"))
+
+
+def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
+    ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav"]
+    assert run(*ptq, "batch_size=512", "run_dir=one") == 0
+    assert "scalars calibrated on 5 training batches of 64" in capsys.readouterr().out
+    assert run(*ptq, "clipping.calibration_batch_size=16", "clipping.calibration_batches=2", "run_dir=two") == 0
+    assert "scalars calibrated on 2 training batches of 16" in capsys.readouterr().out
+    assert run(*ptq, "clipping.calibration_batch_size=0") == 2
+
+
+def test_an_input_that_no_batch_reached_is_a_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
+    monkeypatch.setattr("qat_runner.experiment.building.calibrate", lambda model, batches: 5)
+    assert run("mode=retrain", "weights=w.pt", "clipping=static_octav", "run_dir=one") == 1
+    told = capsys.readouterr().err
+    assert "conv1.input (static) has no clipping scalars yet" in told and "internal error" not in told
 
 
 @pytest.mark.parametrize("clipping", ["static_octav", "static_percentile", "percentile", "mse_sweep"])
@@ -283,7 +324,7 @@ WRONG = [
     (["clipping=static_octav"], "mode=scratch has no trained weights to calibrate on"),
     (["mode=ptq", "weights=ok.pt", "clipping=static_max", "clipping.calibration_batches=0"], "needs data to calibrate"),
     (["mode=evaluate", "weights=ok.pt", "clipping=static_max"], "holds no clipping scalars for conv1.weight"),
-    (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=frozen"], "holds no clipping scalars for conv1.input"),
+    (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=last"], "holds no clipping scalars for conv1.input"),
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
     (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
@@ -375,9 +416,9 @@ def test_scalars_of_other_bits_are_not_used(run: Run) -> None:
     torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
     static = ["clipping=static_octav", "mode=retrain", "weights=w.pt", "epochs=1"]
     assert run(*static, "run_dir=four") == 0
-    held = ["mode=evaluate", "clipping=static_octav", "weights=four/checkpoints/last.pt"]
-    assert run(*held, "run_dir=same") == 0
-    assert run(*held, "bits=8", "run_dir=other") == 2
+    evaluate = ["mode=evaluate", "clipping=static_octav", "weights=four/checkpoints/last.pt"]
+    assert run(*evaluate, "run_dir=same") == 0
+    assert run(*evaluate, "bits=8", "run_dir=other") == 2
     retrain = ["mode=retrain", "weights=four/checkpoints/last.pt", "epochs=1"]
     assert run(*retrain, "conv_granularity=tensor", "run_dir=granularity") == 0
     same, four = (json.loads(Path(d, "summary.json").read_text()) for d in ("same", "four"))

@@ -117,7 +117,7 @@ def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: p
     assert "the checkpoint does not fit this network" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("eval_mode", ["running", "frozen"])
+@pytest.mark.parametrize("eval_mode", ["running", "last"])
 def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
     assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
     assert {row["epoch"] for row in read_rows(Path("one/layers.csv"))} == {"1"}  # before the first step there are none

@@ -32,7 +32,7 @@ WORDS = {
     "backend": ["eager", "triton", "auto", "fast"],
     "device": ["cpu", "cuda", "cuda:7", "tpu", "cpu:1"],
     "resume": ["auto", "force", "never", "maybe"],
-    "clipping.eval_mode": ["dynamic", "running", "frozen", "mean"],
+    "clipping.eval_mode": ["dynamic", "running", "last", "mean"],
     "clipping.sync": ["true", "false", "maybe"],
     "clipping.dynamic": ["true", "false"],
     "conv_granularity": ["channel", "tensor", "row"],

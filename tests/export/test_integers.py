@@ -98,6 +98,36 @@ def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
     torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None:
+    model, x = frozen(bits, negative=True, clipping="pact", alpha=2.5, first_last_bits=None)
+    expected = model(x)
+    integers = to_integers(model)
+    assert torch.equal(integers(x), expected)
+    weight, signed, unsigned = integers.b.integer_weight, integers.a.input_grid.grid, integers.b.input_grid.grid
+    assert (
+        weight.codes % 2 == 1
+    ).all() and weight.codes.abs().max() == 2**bits - 1  # odd: DoReFa's weights have no zero
+    assert weight.codes.dtype == (torch.int8 if bits < 8 else torch.int16)
+    assert (signed.lowest, signed.highest) == (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+    assert (unsigned.lowest, unsigned.highest) == (0, 2**bits - 1)
+    assert integers.b.input_grid(torch.tensor([-1.0, 2.5, 99.0])).tolist() == pytest.approx([0, 2.5, 2.5])
+
+    assert fold_batchnorm(integers, x) == []  # every code has a counterpart of the other sign
+    expected = integers(x)
+    write_safetensors(integers, tmp_path / "m.safetensors", {})
+    state = read_safetensors(tmp_path / "m.safetensors")
+    assert all(torch.equal(state[name], t) for name, t in integers.state_dict().items())
+    about = json.loads((tmp_path / "m.json").read_text())["layers"]["b"]
+    assert about["weight"]["bits"] == bits + 1 and about["input"]["highest"] == 2**bits - 1
+
+    far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the pictures
+    write_onnx(integers, Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
+    found = OnnxFile(tmp_path / "m.onnx")([far])
+    torch.testing.assert_close(found, integers(far), rtol=0, atol=0.3 if bits < 7 else 0.02)
+    torch.testing.assert_close(found[:4], expected, rtol=0, atol=0.3 if bits < 7 else 0.02)
+
+
 def test_a_tensor_of_zeros_stays_zero() -> None:
     model, x = frozen()
     with torch.no_grad():

@@ -28,7 +28,7 @@ CONFIG = BertConfig(
     intermediate_size=32,
     max_position_embeddings=24,
 )
-POLICY: dict[str, Any] = {"first_last_bits": None, "linear_granularity": "channel", "keep": ["qa_outputs"]}
+POLICY: dict[str, Any] = {"first_last_bits": None, "linear_granularity": "channel", "quantize_head": False}
 
 
 def bert(attention: str = "sdpa") -> BertForQuestionAnswering:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.utils import prune  # noqa: F401  # makes nn.utils.prune
 
@@ -121,9 +122,9 @@ def test_signs_ends_and_summary_with_or_without_an_example(given: bool) -> None:
     last = "head" if given else "d"  # without an example: in order of registration
     assert {n for n in q if q[n].bits == 8} == {"a.weight", "a.input", f"{last}.weight", f"{last}.input"}
     rows = [line.split() for line in summary(model).splitlines()]
-    assert rows[0] == ["layer", "tensor", "bits", "signed", "granularity", "elements"]
-    assert ["b", "weight", "4", "yes", "channel", "72"] in rows
-    assert ["b", "input", "4", "no", "tensor", "512"] in rows
+    assert rows[0] == ["layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"]
+    assert ["b", "weight", "4", "yes", "channel", "dynamic", "72"] in rows
+    assert ["b", "input", "4", "no", "tensor", "dynamic", "512"] in rows
 
 
 def test_the_example_leaves_no_trace() -> None:
@@ -286,9 +287,9 @@ def test_calibration_is_the_mean_of_full_precision_batches() -> None:
     q = find(model)
     torch.testing.assert_close(q["c.input"].s, torch.stack([octav(x, 4) for x in inputs]).mean())
     torch.testing.assert_close(q["c.weight"].s, octav(model.c.weight, 4, dim=0))
-    held = q["c.input"].s.clone()
+    before = q["c.input"].s.clone()
     model(torch.randn(4, 3, 8, 8) * 10)
-    assert torch.equal(q["c.input"].s, held)
+    assert torch.equal(q["c.input"].s, before)
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate(model, [])
 
@@ -418,6 +419,18 @@ def test_a_quantized_model_compiles_in_one_graph() -> None:
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_training_compiles_once_and_for_all() -> None:
+    """Once without scalars to start from, once with them: no step after that compiles again."""
+    model = quantize_model(nn.Sequential(nn.Linear(8, 4)), 4, example=torch.randn(2, 8))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for _ in range(4):
+        compiled(torch.randn(4, 8)).square().mean().backward()
+    assert counter.frame_count == 2
+    assert all(t.quantizer.batches == 4 for t in quantized_tensors(model))
+
+
 def test_weights_quantized_once() -> None:
     """Gradients of a batch in two parts: the same as without, with one quantization of each weight for both."""
     x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
@@ -439,7 +452,7 @@ def test_weights_quantized_once() -> None:
             for part in (slice(0, 3), slice(3, 8)):
                 nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
         assert calls == len(weights) * (1 if once else 2)
-        assert all(q._held is None and not q._holding for q in weights)
+        assert all(q._reused is None and not q._reusing for q in weights)
         return [p.grad for p in model.parameters() if p.grad is not None], calls
 
     for a, b in zip(gradients(True)[0], gradients(False)[0], strict=True):
@@ -451,4 +464,16 @@ def test_weights_quantized_once_lets_go_after_an_error() -> None:
     model = quantize_model(Small(), 4, example=x)
     with pytest.raises(RuntimeError), weights_quantized_once(model):
         model(x[:, :2])  # the first layer has quantized its weight by then
-    assert all(t.quantizer._held is None for t in quantized_tensors(model))
+    assert all(t.quantizer._reused is None for t in quantized_tensors(model))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_head_is_quantized_or_not(given: bool) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    model = quantize_model(Small(), bits=4, quantize_head=False, example=x if given else None)
+    last = "head" if given else "d"  # without an example: in order of registration
+    assert f"{last}.weight" not in find(model) and f"{last}.input" not in find(model)
+    assert f"Linear {last}" in summary(model)
+    assert {n for n in find(model) if find(model)[n].bits == 8} == {"a.weight", "a.input"}
+    convolutions = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3)), quantize_head=False)
+    assert {t.layer for t in quantized_tensors(convolutions)} == {"0"}

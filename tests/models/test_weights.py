@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import quantize_model
 from qat_runner.models import build_model, find_weights, load_weights
+from qat_runner.quant import Quantizer
 
 
 @pytest.fixture
@@ -53,6 +54,8 @@ def test_safetensors_and_quantized_models(tmp_path: Path, model: nn.Module) -> N
     torch.save({"model": other.state_dict()}, tmp_path / "run.pt")
     third = quantize_model(build_model("resnet20", 10, 32), example=torch.randn(2, 3, 32, 32))
     load_weights(third, str(tmp_path / "run.pt"), "resnet20", new_head=False)
+    assert not any(m.has_scalars for m in third.modules() if isinstance(m, Quantizer))
+    load_weights(third, str(tmp_path / "run.pt"), "resnet20", new_head=False, quantizers=True)
     assert same(third, other.state_dict())
     load_weights(build_model("resnet20", 10, 32), str(tmp_path / "run.pt"), "resnet20", new_head=False)
 

@@ -50,3 +50,8 @@ def quantize_by_hand(x: Tensor, s: float, bits: int, signed: bool) -> Tensor:
     step = s * 2.0 ** (1 - bits) if signed else s * 2.0**-bits
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return torch.round(x.double() / step).clamp(low, high) * step
+
+
+def straight_through(v: Tensor) -> Tensor:
+    """round(v), with the gradient of v."""
+    return v + (v.round() - v).detach()

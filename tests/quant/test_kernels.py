@@ -169,6 +169,58 @@ def test_many_blocks_nan_and_gaps(name: str) -> None:
         assert fake_quantize(on(name, broken[:1]), 0.0, 4).item() == 0
 
 
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signed", [True, False])
+def test_closed_grids(name: str, dtype: torch.dtype, signed: bool) -> None:
+    """Steps that are no power of two; to the last bit what ONNX makes of a step size."""
+    x = (torch.randn(6, 40) * 2).to(dtype)
+    for bits in (2, 3, 4, 8, 16):
+        grid = Grid(bits, signed, closed=True)
+        top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+        assert (grid.lowest, grid.highest, grid.levels_per_scalar) == (-top if signed else 0, top, top)
+        assert grid.rounding_noise == pytest.approx((1 / top) ** 2 / 12)
+        for s in (torch.tensor(1.7), torch.rand(6, 1) + 0.5):
+            with using(name, DEVICES[name]):
+                found = backend().fake_quantize(on(name, x), on(name, s), grid).cpu()
+            wide = s.double()
+            expected = (x.double() / wide * top).clamp(grid.lowest, top).round() * wide / top
+            size = torch.finfo(dtype).eps * x.abs().max().item() + float(s.max()) / top  # between two codes
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=size)
+            scale = s / top
+            codes = (x.float() / scale).round().clamp(grid.lowest, top)
+            if not (dtype == torch.bfloat16 and name == "triton" and not GPU):  # the interpreter does not round
+                assert torch.equal(found, (codes * scale).to(dtype))
+                assert found.max() <= (s * (1 + 1e-6)).max().to(dtype)
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(), (6, 1)])
+def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What is clipped, and the gradients, against float64; the scalars have more digits than x."""
+    x, upstream, s = (torch.randn(6, 500) * 2).to(dtype), torch.randn(6, 500).to(dtype), 1 + torch.rand(shape)
+    eps = torch.finfo(dtype).eps
+    for signed in (True, False):
+        with using(name, DEVICES[name]):
+            q = fake_quantize(on(name, x), on(name, s), 4, signed).cpu()
+        assert torch.allclose(q.double(), fake_quantize(x.float(), s, 4, signed).double(), rtol=eps, atol=0)
+        a, low = x.double(), -s.double() if signed else torch.zeros_like(s).double()
+        clipped = torch.minimum(torch.maximum(a, low), s.double())
+        for gradient, factor in (
+            ("ste", torch.ones_like(a)),
+            ("pwl", (clipped == a).double()),
+            ("mad", torch.where(a == 0, 1.0, clipped / a)),
+        ):
+            leaf = on(name, x).clone().requires_grad_()
+            with using(name, DEVICES[name]):
+                fake_quantize(leaf, on(name, s), 4, signed, gradient).backward(on(name, upstream))
+            assert leaf.grad is not None and leaf.grad.dtype == dtype
+            found, expected = leaf.grad.cpu().double(), upstream.double() * factor
+            assert torch.equal(found == 0, expected.to(dtype) == 0)
+            torch.testing.assert_close(found, expected, rtol=eps, atol=torch.finfo(dtype).tiny)
+
+
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x = torch.randn(4, 100_000)

@@ -4,24 +4,22 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_runner.config import StageConfig
-from qat_runner.insertion import calibrate, quantize_model, quantized_tensors
-from qat_runner.quant import LearnedQuantizer, Quantizer
+from qat_runner.insertion import calibrate, noise_report, quantize_model, quantized_tensors
+from qat_runner.quant import DoReFaQuantizer, LearnedQuantizer, Quantizer
 from qat_runner.quant.learned import lsq_start, pact_start
 from qat_runner.training.recipe import make_optimizer
+from tests.quant.oracles import straight_through
 
 
 def ready(method: str, x: Tensor, **options: object) -> LearnedQuantizer:
-    q = LearnedQuantizer(method, 4, **options)  # type: ignore[arg-type]
-    with q.calibrating():
-        q(x)
+    q = LearnedQuantizer(method, **{"bits": 4, **options})  # type: ignore[arg-type]
+    q.assign(q.scalars_of(x))
     return q
-
-
-def rounded(v: Tensor) -> Tensor:
-    return v + (v.round() - v).detach()
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -43,7 +41,7 @@ def test_lsq_against_its_definition(signed: bool, shape: tuple[int, ...]) -> Non
     count = x.numel() // step.numel()
     scale = 1 / math.sqrt(count * highest)
     scaled = step * scale + (step - step * scale).detach()  # the gradient scale, as its authors write it
-    expected = rounded((theirs / scaled).clamp(lowest, highest)) * scaled
+    expected = straight_through((theirs / scaled).clamp(lowest, highest)) * scaled
     expected.backward(upstream)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(mine.grad, theirs.grad)
@@ -60,20 +58,147 @@ def test_lsq_counts_the_features_of_one_sample() -> None:
     torch.testing.assert_close(grads[0], grads[1] * math.sqrt(8))
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_pact_against_its_definition(signed: bool) -> None:
-    x = torch.randn(500) * 3
-    q = ready("pact", x, signed=signed, alpha=2.5)
-    assert q.learned.item() == 2.5
+def pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
+    """Equations 1 to 3 of PACT, differentiable as they say; signed, the symmetric extension."""
+    steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    low = -alpha if signed else torch.zeros_like(alpha)
+    y = torch.where(x >= alpha, alpha, torch.where(x <= low, low, x))
+    return y + ((y * steps / alpha).round() * alpha / steps - y).detach()
+
+
+def alike(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
+    """Within a few roundings of the dtype, beside the largest number."""
+    assert found is not None and expected is not None
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.float32, *HALF]),
+    st.floats(0.1, 20),
+    st.lists(st.integers(0, 6), max_size=4),
+)
+def test_pact_against_its_definition(
+    seed: int, bits: int, signed: bool, dtype: torch.dtype, alpha: float, shape: list[int]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=generator) * alpha).to(dtype)
+    flat, at = x.flatten(), torch.tensor([0.0, alpha, -alpha, 2 * alpha]).to(dtype)
+    flat[: min(4, len(flat))] = at[: len(flat)]  # zeros, and values exactly at alpha
+    x = flat.view(shape)
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+    q = LearnedQuantizer("pact", bits, signed, alpha=alpha).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    q.assign(q.scalars_of(x.new_zeros(1)))
+    mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    learned = q.learned.detach().double().requires_grad_()
+    out, expected = q(mine), pact(theirs, learned, bits, signed)
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    steps = x.double() / learned.detach() * q.format.levels_per_scalar
+    if not ((steps - steps.floor() - 0.5).abs() < 1e-5 * 2**bits).any():  # there, float32 may go to either side
+        alike(out, expected.detach(), dtype)
+    assert mine.grad is not None and theirs.grad is not None
+    assert torch.equal(mine.grad.double(), theirs.grad)
+    assert q.learned.grad is not None and learned.grad is not None
+    total = upstream.double().abs().sum().item()
+    eps = 1e-15 if dtype == torch.float64 else 1e-6  # of what the sum is computed in
+    assert abs(q.learned.grad.item() - learned.grad.item()) <= eps * total
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_grid_of_pact_ends_at_alpha(bits: int) -> None:
+    x = torch.linspace(-3, 3, 200_001)
+    for signed in (False, True):
+        q = ready("pact", x, signed=signed, alpha=2.5, bits=bits)
+        levels = q(x).detach().unique()
+        assert len(levels) == len(q.levels) == 2**bits - signed
+        assert levels[-1].item() == pytest.approx(2.5) and levels[0].item() == pytest.approx(-2.5 if signed else 0)
+        step = 2.5 / (2 ** (bits - 1) - 1 if signed else 2**bits - 1)
+        torch.testing.assert_close(levels.diff(), torch.full_like(levels[1:], step))
+        torch.testing.assert_close(levels, torch.tensor(q.levels) * 2.5)
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([torch.float32, *HALF]),
+    st.sampled_from([(), (6, 1), (6, 1, 1)]),
+)
+def test_half_precision_costs_lsq_no_more_than_its_rounding(
+    seed: int, bits: int, signed: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Against float64, the code being the one that the forward pass came to."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 5, 8, generator=generator)[: 6 if shape else 4]
+    x = (x[:, 0] if len(shape) == 2 else x).to(dtype)
+    upstream = torch.randn(x.shape, generator=generator).to(dtype)
+    q = ready("lsq", x, signed=signed, shape=shape, bits=bits)
+    mine = x.clone().requires_grad_()
+    out = q(mine)
+    out.backward(upstream)
+
+    step, g = q.learned.detach().double(), upstream.double()
+    v = x.double() / step
+    code = (q(x.float()).detach().double() / step).round()
+    lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    inside = (v > lowest) & (v < highest)
+    elementwise = g * torch.where(inside, code - v, code) / math.sqrt(x.numel() / step.numel() * highest)
+    assert torch.equal(out, q(x.float()).to(dtype))
+    near = ((v - lowest).abs() < 1e-5) | ((v - highest).abs() < 1e-5)
+    assert mine.grad is not None and q.learned.grad is not None
+    assert torch.equal((mine.grad.double() == g * inside) | near, torch.ones_like(near))
+    if not near.any():
+        error = (q.learned.grad - elementwise.sum_to_size(step.shape)).abs()
+        assert (error <= 1e-5 * elementwise.abs().sum_to_size(step.shape) + 1e-12).all()
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(method: str, dtype: torch.dtype) -> None:
+    x, upstream = torch.randn(8, 3, 16, 16).to(dtype), torch.randn(8, 3, 16, 16).to(dtype)
+    alpha = 1.705 if dtype == torch.bfloat16 else 1.7004  # in x there are numbers that this would be rounded down to
+    x[0, 0, 0] = alpha
+    grads = []
+    for kind in (dtype, torch.float32):
+        q = ready(method, x, alpha=alpha) if method == "pact" else ready(method, x)
+        mine = x.clone().to(kind).requires_grad_()
+        q(mine).backward(upstream.to(kind))
+        assert mine.grad is not None and q.learned.grad is not None
+        grads.append((mine.grad.float(), q.learned.grad))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_sums_do_not_overflow_in_half_precision(method: str) -> None:
+    x = torch.full((4, 50_000), 30.0, dtype=torch.float16)
+    q = LearnedQuantizer(method, 4).half()  # the scalar stays in float32
+    q.assign(torch.tensor(8.0 if method == "lsq" else 1.0))
+    assert q.learned.item() == 1
+    q(x).backward(torch.full_like(x, 60.0))
+    assert q.learned.dtype == torch.float32 and q.s.dtype == torch.float32
+    assert q.learned.grad is not None and q.learned.grad.item() > 65504
+    expected = 60.0 * x.numel() * (7 / math.sqrt(x.numel() * 7) if method == "lsq" else 1)
+    assert q.learned.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_float64_is_summed_in_float64() -> None:
+    x = torch.randn(1000, dtype=torch.float64)
+    q = LearnedQuantizer("pact", 4, alpha=0.5).double()
+    q.assign(q.scalars_of(x))
     upstream = torch.randn_like(x)
-    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    q(mine).backward(upstream)
-    alpha = torch.tensor(2.5, requires_grad=True)
-    low = -alpha if signed else torch.zeros(())
-    clipped = torch.where(theirs >= alpha, alpha, torch.where(theirs <= low, low, theirs))
-    clipped.backward(upstream)
-    torch.testing.assert_close(mine.grad, theirs.grad)
-    torch.testing.assert_close(q.learned.grad, alpha.grad)
+    q(x).backward(upstream)
+    assert q.learned.grad is not None and q.learned.grad.dtype == torch.float64
+    exact = math.fsum((upstream * ((x >= 0.5).double() - (x <= -0.5).double())).tolist())
+    assert q.learned.grad.item() == pytest.approx(exact, rel=1e-13)
 
 
 def test_starts_refuse_and_default() -> None:
@@ -107,8 +232,7 @@ def test_evaluation_uses_what_was_learned_and_state_travels() -> None:
     again.load_state_dict(q.state_dict())
     assert torch.equal(again(x), trained)
     static = Quantizer(4, dynamic=False)
-    with static.calibrating():
-        static(x)
+    static.assign(static.scalars_of(x))
     again.load_state_dict(static.state_dict())
     torch.testing.assert_close(again.learned.data * 8, static.s)
     fresh = LearnedQuantizer("lsq", 4)
@@ -127,7 +251,7 @@ def test_a_network_learns_its_scalars(method: str) -> None:
     optimizer = make_optimizer(model, StageConfig(weight_decay=0.1), lr=0.01)
     kinds = {t.name: type(t.quantizer) for t in quantized_tensors(model)}
     assert kinds["2.input"] is LearnedQuantizer
-    assert kinds["2.weight"] is (LearnedQuantizer if method == "lsq" else Quantizer)
+    assert kinds["2.weight"] is (LearnedQuantizer if method == "lsq" else DoReFaQuantizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     quantizer = next(t.quantizer for t in quantized_tensors(model) if t.name == "2.input")
@@ -141,3 +265,53 @@ def test_a_network_learns_its_scalars(method: str) -> None:
     assert quantizer.learned.item() != before
     model(x)
     assert quantizer.last_s is not None and quantizer.s.item() == quantizer.last_s.item()
+
+
+def test_the_penalty_of_alpha_is_that_of_weights_under_adamw_too() -> None:
+    x = torch.randn(4, 6)
+    model = quantize_model(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), 4, "pact", example=x)
+    optimizer = make_optimizer(model, StageConfig(optimizer="adamw", weight_decay=0.1), lr=0.01)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    learned = [q.learned for q in model.modules() if isinstance(q, LearnedQuantizer)]
+    assert len(learned) == 2 and all(decay[id(p)] == 0.1 for p in learned)
+    assert decay[id(model[0].bias)] == 0.0
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_all_of_pact_travels_in_a_state_dict(bits: int) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model, again = (quantize_model(network(), bits, "pact", example=x) for _ in range(2))
+    calibrate(model, [x])
+    with torch.no_grad():
+        for q in model.modules():
+            if isinstance(q, LearnedQuantizer):
+                q.learned.uniform_(1, 3)
+    expected = model(x)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.parametrize("method", ["lsq", "pact"])
+def test_torch_compile_gives_the_same(method: str) -> None:
+    grads = []
+    for wrap in (lambda q: q, lambda q: torch.compile(q, backend="aot_eager")):
+        x = torch.linspace(-3, 2.9, 101, requires_grad=True)
+        q = ready(method, x.detach(), signed=True)
+        wrap(q)(x).square().sum().backward()
+        grads.append((x.grad, q.learned.grad))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_noise_is_measured_on_the_grid_of_the_quantizer() -> None:
+    x = torch.randn(8, 3, 8, 8)
+    model = quantize_model(network(), 3, "pact", alpha=1.0, example=x, first_last_bits=None)
+    calibrate(model, [x])
+    rows = {f"{r.layer}.{r.tensor}": r for r in noise_report(model, [x])}
+    low, high = -1.0, 1.0
+    assert rows["0.input"].mse == pytest.approx((x - (x.clamp(low, high) * 3).round() / 3).square().mean().item())
+    w = model[2].weight.detach()
+    m = w.tanh().abs().max()
+    levels = torch.arange(-7, 8, 2) / 7 * m
+    nearest = levels[(w.tanh()[..., None] - levels).abs().argmin(-1)]
+    assert rows["2.weight"].mse == pytest.approx((w - nearest).square().mean().item(), rel=1e-4)

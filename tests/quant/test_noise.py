@@ -31,6 +31,15 @@ def test_clipped_fraction() -> None:
     assert mse(torch.zeros(0), torch.zeros(0)).item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scalars_are_not_rounded_to_the_dtype_of_what_they_clip(dtype: torch.dtype) -> None:
+    x = torch.tensor([1.7, -1.7, 0.3]).to(dtype)  # 1.703125, or 1.7001953125
+    assert x[0].item() > 1.7001
+    for s in (1.7, torch.tensor(1.7)):
+        assert clipped_fraction(x, s).item() == pytest.approx(2 / 3)
+        assert clipped_fraction(x, s, signed=False).item() == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_model_mse_is_the_paper_s_formula(bits: int, signed: bool) -> None:

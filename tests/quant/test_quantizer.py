@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat_runner.quant import Quantizer, fake_quantize, maximum, octav
+from qat_runner.quant import NotCalibratedError, Quantizer, fake_quantize, maximum, octav
 
 
 def test_dynamic_solves_in_training_and_remembers() -> None:
@@ -19,7 +19,7 @@ def test_dynamic_solves_in_training_and_remembers() -> None:
     assert q.batches.item() == 2
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "running", "frozen"])
+@pytest.mark.parametrize("mode", ["dynamic", "running", "last"])
 def test_eval_modes(mode: str) -> None:
     q = Quantizer(4, eval_mode=mode)
     for _ in range(3):
@@ -27,27 +27,28 @@ def test_eval_modes(mode: str) -> None:
     before = copy.deepcopy(q.state_dict())
     q.eval()
     x = torch.randn(100) * 5
-    s = {"dynamic": octav(x, 4), "running": q.running_s, "frozen": q.s}[mode]
+    s = {"dynamic": octav(x, 4), "running": q.running_s, "last": q.s}[mode]
     torch.testing.assert_close(q(x), fake_quantize(x, s, 4))
     assert all(torch.equal(q.state_dict()[k], v) for k, v in before.items())  # eval remembers nothing
 
 
-def test_static_calibrates_to_the_mean_and_holds() -> None:
+def test_static_keeps_what_it_is_assigned() -> None:
     q = Quantizer(4, dynamic=False)
-    with pytest.raises(RuntimeError, match="no clipping scalars yet"):
+    q.name = "conv.input"
+    with pytest.raises(NotCalibratedError, match=r"conv\.input \(static\) has no clipping scalars yet"):
         q(torch.randn(10))
-    batches = [torch.randn(100) * scale for scale in (1, 2, 3)]
-    with q.calibrating():
-        for x in batches:
-            assert q(x) is x
-    expected = torch.stack([octav(x, 4) for x in batches]).mean()
-    torch.testing.assert_close(q.s, expected)
+    x = torch.randn(100)
+    assert torch.equal(q.scalars_of(x), octav(x, 4)) and not q.has_scalars
+    q.assign(torch.tensor(1.5), batches=3)
     for _ in (q.train(), q.eval()):
-        q(torch.randn(100) * 9)
-        torch.testing.assert_close(q.s, expected)
-    with q.calibrating():  # from scratch
-        q(batches[0])
-    torch.testing.assert_close(q.s, octav(batches[0], 4))
+        torch.testing.assert_close(q(x * 9), fake_quantize(x * 9, 1.5, 4))
+        assert (q.s.item(), q.batches.item(), q.mode) == (1.5, 3, "static")
+    q.name = "fc.weight"
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"fc\.weight: clipping scalars must be finite and not negative"):
+            q.assign(torch.tensor(bad))
+    with pytest.raises(ValueError, match=r"fc\.weight: x of shape"):
+        q.scalars_of(torch.tensor([1.0, float("nan")]))
 
 
 def test_per_channel() -> None:
@@ -59,7 +60,7 @@ def test_per_channel() -> None:
 
 
 def test_state_travels() -> None:
-    q, other = Quantizer(4), Quantizer(4, eval_mode="frozen")
+    q, other = Quantizer(4), Quantizer(4, eval_mode="last")
     q(torch.randn(50))
     other.load_state_dict(q.state_dict())
     other.eval()
@@ -131,16 +132,6 @@ def test_a_bad_batch_does_not_spoil_the_average() -> None:
     q(torch.tensor([float("nan"), 1.0]))
     assert q.s.isfinite()
     assert q.running_s.isfinite()
-
-
-def test_calibration_without_a_call_changes_nothing() -> None:
-    q = Quantizer(4, dynamic=False)
-    with q.calibrating():
-        q(torch.ones(3))
-    with q.calibrating():
-        pass
-    assert q.ready
-    assert q(torch.ones(3)).isfinite().all()
 
 
 def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qat_runner.insertion import quantize_model
+from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
 
@@ -31,6 +31,16 @@ def test_gradients_are_the_same(layout: torch.memory_format, gradient: str, monk
     kept = gradients(model, x)
     assert len(kept) == 6
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("clipping", ["lsq", "pact"])
+def test_gradients_of_learned_scalars_are_the_same(clipping: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = quantize_model(network(), 3, clipping, example=x)
+    calibrate(model, [x])
+    recomputed = gradients(model, x)
+    monkeypatch.setattr("qat_runner.insertion.layers.recomputing", lambda *operands: saved_tensors_hooks(id_, id_))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, x), recomputed, strict=True))
 
 
 def id_(t: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from qat_runner.cli.report import main as report
 from qat_runner.cli.run import main as qat_run
 from qat_runner.config import Config, from_hydra, identity, run_name
 from qat_runner.config.composing import command, compose_config
-from qat_runner.insertion import quantize_model
+from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.insertion.size import size_mb
 from qat_runner.report import compare_page, run_page
 from qat_runner.report.page import shown
 from qat_runner.report.settings import sections
+from qat_runner.report.tensor_charts import _levels
 from qat_runner.training.histograms import BINS, REACH, histograms
 from qat_runner.training.tracking import RECORDED
 from tests.report.browser import CHROMIUM, Page, browser
@@ -196,6 +197,18 @@ def test_histograms_are_in_units_of_the_scalars() -> None:
     assert inputs.granularity == "tensor" and len(inputs.counts) == BINS
     assert sum(inputs.counts) + inputs.beyond == 11 * 4  # of both batches; a weight counts once
     assert model.training
+
+
+def test_levels_on_record_are_the_quantizer_s_own() -> None:
+    model = quantize_model(Two(), 2, "pact", alpha=2.0, first_last_bits=None, example=torch.randn(2, 4))
+    calibrate(model, [torch.randn(5, 4)])
+    weight, inputs = histograms(model, [torch.randn(5, 4)])[:2]
+    assert weight.levels == pytest.approx([-1, -1 / 3, 1 / 3, 1]) and inputs.levels == [-1, 0, 1]
+    assert histograms(two(), [torch.randn(5, 4)])[0].levels == [code / 8 for code in range(-8, 8)]
+    before = histogram("first", 3)  # of a run from before they were recorded
+    assert _levels(before) == [code / 4 for code in range(-4, 4)]
+    assert _levels(before | {"levels": inputs.levels}) == [-1, 0, 1]
+    assert _levels(before | {"bits": 8}) == []
 
 
 def test_histograms_of_outliers_and_of_nothing_but_zeros() -> None:
@@ -442,6 +455,22 @@ def test_a_damaged_neighbour_takes_nobody_s_page(tmp_path: Path) -> None:
     assert "top1 60.00 %" in text and "against fp32" not in text
 
 
+def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs), make_run(runs, "bits=32")
+    bad = make_run(runs, name="bad")
+    (bad / "config.yaml").write_text("schema_version: 99\n")
+    told = "config.yaml: cannot be read (schema_version=99"
+    assert told in text_of(compare_page.write([runs], tmp_path / "compare.html"))
+    assert report(["status", str(runs)]) == 0
+    assert "2 finished, 1 unreadable" in capsys.readouterr().out
+    assert report(["table1", str(runs), "--out", str(tmp_path)]) == 0
+    assert told in "".join(capsys.readouterr())
+    assert report([str(bad)]) == 2
+    assert told in capsys.readouterr().err
+    assert report(["compare", str(bad), str(runs)]) == 2
+
+
 def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path, top1=None)
     for name, row in (("metrics.csv", "3,1.0"), ("steps.csv", "3,7"), ("layers.csv", "3,conv1,wei")):
@@ -458,7 +487,7 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
         (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, table1"),
         (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
         (["empty"], "empty: holds no run of qat-run"),
-        (["broken"], "broken: holds no run of qat-run"),
+        (["broken"], "broken/config.yaml: cannot be read"),
         (["compare", "runs"], "compare: needs two runs or more, and found 1"),
         (["compare", "runs", "empty"], "empty: holds no run of qat-run"),
         (["compare"], "compare: needs two runs or more, and found 1"),

@@ -19,7 +19,7 @@ from qat_runner.quant import maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.quantizer import Quantizer
 from qat_runner.training import distributed
-from qat_runner.training.loop import hold_average
+from qat_runner.training.loop import freeze_activations
 from tests.training.processes import together
 
 
@@ -50,20 +50,20 @@ def test_scalars_are_those_of_the_whole_batch(tmp_path: Path) -> None:
         assert torch.allclose(s, expected, rtol=1e-6), name
 
 
-def held(x: Tensor) -> dict[str, Tensor]:
+def with_static_activations(x: Tensor) -> dict[str, Tensor]:
     model = network(4).train()
     for t in quantized_tensors(model):
         t.quantizer.synchronize = False  # each process sees its own
     for part in x.split(2):
         model(part * (1 + 3 * distributed.shard().rank))
     own = {t.name: t.quantizer.running_s.clone() for t in quantized_tensors(model)}
-    hold_average(model)
+    freeze_activations(model)
     now = {t.name: t.quantizer.s.clone() for t in quantized_tensors(model)}
     return {f"own {name}": s for name, s in own.items()} | {f"now {name}": s for name, s in now.items()}
 
 
-def test_frozen_scalars_are_the_mean_over_processes(tmp_path: Path) -> None:
-    first, second = together(held, 2, tmp_path, torch.randn(8, 3, 8, 8))
+def test_static_scalars_are_the_mean_over_processes(tmp_path: Path) -> None:
+    first, second = together(with_static_activations, 2, tmp_path, torch.randn(8, 3, 8, 8))
     names = [name.removeprefix("now ") for name in first if name.startswith("now ") and name.endswith("input")]
     assert len(names) == 4
     for name in names:

@@ -205,15 +205,15 @@ void solve(const T* x, int64_t rows, int64_t n, const float* guess, const Settin
 }
 
 struct Levels {
-    float per_scalar, lowest, highest;
+    float resolution, lowest, highest;
 };
 
 template <typename T>
 void quantize_piece(const T* x, int64_t n, float s, Levels levels, T* out) {
-    const float divisor = s == 0 ? 1 : s, step = 1 / levels.per_scalar;
+    const float divisor = s == 0 ? 1 : s, step = 1 / levels.resolution;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-        const float code = clamp(load(x[i]) / divisor * levels.per_scalar, levels.lowest, levels.highest);
+        const float code = clamp(load(x[i]) / divisor * levels.resolution, levels.lowest, levels.highest);
         store((code + ROUND - ROUND) * step * s, out[i]);
     }
 }
@@ -269,7 +269,8 @@ void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const
 
 }  // namespace
 
-// x, grad, out: float, or BFloat16 where `half`; s, guess: float [rows]; guess is null for a cold start.
+// x, grad, out: float, or BFloat16 where `half`; s, guess: float [rows]; guess is null for a cold start. Quantizing, s are
+// full scales.
 extern "C" {
 
 void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* guess, double k, int is_signed,
@@ -279,9 +280,9 @@ void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* gu
          : solve_any<float>(x, rows, n, guess, set, is_signed, threads, s);
 }
 
-void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int levels, int lowest,
+void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int resolution, int lowest,
                        int highest, int threads, void* out) {
-    const Levels grid{static_cast<float>(levels), static_cast<float>(lowest), static_cast<float>(highest)};
+    const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
     (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, grid, threads, out);
 }
 

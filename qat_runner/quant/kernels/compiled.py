@@ -71,13 +71,14 @@ def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     if library is None or flat is None:
         return eager.fake_quantize(x, s, grid)
     rows, scalars = flat
+    full_scale = grid.full_scale(scalars)
     out = torch.empty_like(rows)
     library.qat_fake_quantize(
         _half(x),
         rows.data_ptr(),
-        scalars.data_ptr(),
+        full_scale.data_ptr(),
         *rows.shape,
-        grid.levels_per_scalar,
+        grid.resolution,
         grid.lowest,
         grid.highest,
         torch.get_num_threads(),

@@ -98,24 +98,35 @@ def octav(
     return newton.solve(step, guess, k, cold=cold, iterations=iterations, tolerance=tolerance, look=look)
 
 
+def in_steps(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
+    """x / D, which is what is rounded to a code; always fresh memory, in `compute_dtype`.
+
+    Works on x over the full scale, whose grid is a power of two: exact scaling, and no step size that underflows.
+
+    Args:
+        x: any shape and floating dtype.
+        s: >= 0, broadcastable to x. Where s is 0 it is taken for 1.
+        grid: whose step counts.
+    """
+    dtype = compute_dtype(x)
+    full_scale = grid.full_scale(s.to(dtype))
+    divisor = torch.where(full_scale == 0, torch.ones_like(full_scale), full_scale)
+    return (x.to(dtype) / divisor).mul_(grid.resolution)
+
+
 def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """Round x to the grid of clipping scalar s.
-
-    Works on x / s, whose grid is a power of two: exact scaling, and no step size that underflows.
 
     Args:
         x: any shape and floating dtype.
         s: >= 0, broadcastable to x. Where s is 0 the result is 0; where it is NaN the result is NaN.
+        grid: which.
 
     Returns:
-        code * s / levels, shape and dtype of x.
+        code * D, shape and dtype of x.
     """
-    dtype = compute_dtype(x)
-    s = s.to(dtype)
-    divisor = torch.where(s == 0, torch.ones_like(s), s)
-    q = x.to(dtype) / divisor
-    q.mul_(grid.levels_per_scalar).round_().clamp_(grid.lowest, grid.highest)
-    return q.mul_(1.0 / grid.levels_per_scalar).mul_(s).to(x.dtype)
+    q = in_steps(x, s, grid).round_().clamp_(grid.lowest, grid.highest)
+    return q.mul_(1.0 / grid.resolution).mul_(grid.full_scale(s.to(q.dtype))).to(x.dtype)
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:

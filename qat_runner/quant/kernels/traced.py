@@ -15,9 +15,9 @@ __all__ = ["fake_quantize", "fake_quantize_backward", "octav"]
 
 def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     """As `eager.fake_quantize`."""
-    s = s.to(compute_dtype(x))
-    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * grid.levels_per_scalar
-    q = q.round().clamp(grid.lowest, grid.highest) * (1.0 / grid.levels_per_scalar) * s
+    s = grid.full_scale(s.to(compute_dtype(x)))
+    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * grid.resolution
+    q = q.round().clamp(grid.lowest, grid.highest) * (1.0 / grid.resolution) * s
     return q if q.dtype == x.dtype else q.to(x.dtype)  # .to() of the same dtype would be an alias
 
 

@@ -54,11 +54,11 @@ def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize[(len(rows) * blocks,)](
         rows,
-        scalars,
+        grid.full_scale(scalars),
         out,
         rows.shape[1],
         blocks,
-        float(grid.levels_per_scalar),
+        float(grid.resolution),
         float(grid.lowest),
         float(grid.highest),
         BLOCK=BLOCK,
@@ -309,18 +309,18 @@ def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.cons
 
 
 @triton.jit
-def _fake_quantize(x_ptr, s_ptr, out_ptr, n, blocks, levels, lowest, highest, BLOCK: tl.constexpr):
-    """x, out [rows, n], s float32 [rows]; `blocks` programs a row."""
+def _fake_quantize(x_ptr, s_ptr, out_ptr, n, blocks, resolution, lowest, highest, BLOCK: tl.constexpr):
+    """x, out [rows, n], s float32 [rows], full scales; `blocks` programs a row."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
     x = tl.load(x_ptr + row * n + offsets, mask=mask).to(tl.float32)
-    code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * levels
+    code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
     code = tl.where(code < lowest, lowest, code)  # NaN stays NaN
     code = tl.where(code > highest, highest, code)
     code = (code + ROUND) - ROUND
-    tl.store(out_ptr + row * n + offsets, code * (1.0 / levels) * s, mask=mask)
+    tl.store(out_ptr + row * n + offsets, code * (1.0 / resolution) * s, mask=mask)
 
 
 @triton.jit

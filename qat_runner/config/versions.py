@@ -1,0 +1,139 @@
+"""Versions of the schema: what configs of before mean today, and which values go without saying.
+
+A run is identified by the keys whose values differ from `FIRST_DEFAULTS`: the value that a key had for everyone when it
+came into being. This table only ever grows. So a new key leaves the runs of before what they were, and changing a
+default later renames no run that has the old value.
+
+Whoever adds a key adds its line to the table; whoever renames or removes one, or lets a value mean something else,
+raises `SCHEMA_VERSION` and adds a step to `_STEPS`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SCHEMA_VERSION = 2
+"""Of the configs that are written today; those without a number are of version 1."""
+
+FIRST_DEFAULTS: dict[str, Any] = {
+    "model.stem": "auto",
+    "model.width": 1.0,
+    "model.checkpoint": None,
+    "dataset.num_classes": None,
+    "dataset.image_size": 0,
+    "dataset.mean": [],
+    "dataset.std": [],
+    "dataset.augment": "none",
+    "dataset.val_batch_size": 500,
+    "dataset.workers": 4,
+    "dataset.skip_corrupt": False,
+    "dataset.fake_pictures": 512,
+    "dataset.max_length": 384,
+    "dataset.stride": 128,
+    "dataset.padding": "max_length",
+    "dataset.one_window": False,
+    "dataset.train_questions": None,
+    "dataset.val_questions": None,
+    "dataset.n_best": 20,
+    "dataset.max_answer_length": 30,
+    "clipping.dynamic": True,
+    "clipping.iterations": None,
+    "clipping.warm_iterations": None,
+    "clipping.q": None,
+    "clipping.points": None,
+    "clipping.together": None,
+    "clipping.alpha": None,
+    "clipping.calibration_batches": None,
+    "clipping.calibration_batch_size": None,
+    "clipping.sync": False,
+    "clipping.eval_mode": "dynamic",
+    "recipe.scratch": None,
+    "recipe.retrain": None,
+    "recipe.long_retrain": None,
+    "recipe.finetune": None,
+    "recipe.distill": "none",
+    "recipe.teacher": None,
+    "recipe.distill_temperature": 4.0,
+    "recipe.distill_weight": 0.5,
+    "recipe.freeze_scalars_at": None,
+    "weights": None,
+    "weight_bits": None,
+    "activation_bits": None,
+    "first_last_bits": None,
+    "quantize_head": None,
+    "conv_granularity": "channel",
+    "linear_granularity": "auto",
+    "epochs": None,
+    "batch_size": None,
+    "lr": None,
+    "accumulate": 1,
+    "seed": 0,
+    "backend": "auto",
+    "device": "auto",
+    "amp": "none",
+    "channels_last": True,
+    "limit_train_batches": None,
+    "limit_val_batches": None,
+    "noise_batches": 1,
+    "sync_batchnorm": False,
+    "distributed_timeout": 600.0,
+    "checkpoint_minutes": 10.0,
+    "sweep": {},
+    "standins": {},
+    "fingerprints": {},
+    "log_excess_mse": False,
+    "run_dir": None,
+    "overwrite": False,
+    "resume": "auto",
+}
+"""By dotted key. Keys that always had to be given are not here."""
+
+FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "nesterov": False,
+    "max_grad_norm": None,
+    "label_smoothing": 0.0,
+    "schedule": "step",
+    "decay_every": 30,
+    "decay_factor": 0.1,
+    "warmup_epochs": 0.0,
+}
+"""The same for the keys of each stage of a recipe."""
+
+REVISED = {"pact": 2}
+"""Clipping methods that compute something else since a version of the schema: runs of before are other runs."""
+
+
+def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config of any version -> the same run in today's words; `schema_version` tells when it was written.
+
+    Raises:
+        ValueError: it is of a later version, or its version is no number.
+    """
+    config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
+    version = config.setdefault("schema_version", 1)
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        raise ValueError(f"schema_version={version}: must be 1 to {SCHEMA_VERSION}; a later qat_runner wrote it")
+    for step in _STEPS[version - 1 :]:
+        step(config)
+    for key, value in FIRST_DEFAULTS.items():  # it knew nothing of what came later
+        group, _, name = key.rpartition(".")
+        (config.setdefault(group, {}) if group else config).setdefault(name, value)
+    recipe = config["recipe"]
+    for stage, values in recipe.items():
+        if isinstance(values, Mapping):
+            recipe[stage] = FIRST_DEFAULTS_OF_STAGE | dict(values)
+    return config
+
+
+def _to_2(config: dict[str, Any]) -> None:
+    """Calibration took the batch size of training; "last" was "frozen"."""
+    clipping = config.setdefault("clipping", {})
+    clipping.setdefault("calibration_batch_size", config.get("batch_size"))
+    if clipping.get("eval_mode") == "frozen":
+        clipping["eval_mode"] = "last"
+
+
+_STEPS: tuple[Callable[[dict[str, Any]], None], ...] = (_to_2,)
+"""From version 1 to 2, and so on; each changes a config in place."""
