@@ -82,8 +82,9 @@ def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[
         ConfigError: the folder holds no run with a checkpoint.
     """
     model, data, config = network_of_run(folder)
-    assert config.batch_size is not None
-    batches = min(batches, data.train_steps(config.batch_size))
+    batch_size = config.clipping.calibration_batch_size
+    assert batch_size is not None
+    batches = min(batches, data.train_steps(batch_size))
     found: dict[str, Input] = {}
 
     def solve(tensor: QuantizedTensor, x: Tensor) -> None:
@@ -95,14 +96,14 @@ def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[
         found[tensor.name].octav.append(octav(x, bits, tensor.quantizer.signed).item())
         found[tensor.name].sweep.append(mse_sweep(x, bits, tensor.quantizer.signed).item())
 
-    look_at(model, data, config.batch_size, batches, solve)
+    look_at(model, data, batch_size, batches, solve)
     views: dict[str, list[View]] = {each.name: [] for each in apart_most(list(found.values()))}
 
     def show(tensor: QuantizedTensor, x: Tensor) -> None:
         if tensor.name in views:
             views[tensor.name].append(view(Sample(tensor.name, x, tensor.quantizer.signed), bits))
 
-    look_at(model, data, config.batch_size, batches, show)  # a second time: only now is it known where to look
+    look_at(model, data, batch_size, batches, show)  # a second time: only now is it known where to look
     return list(found.values()), views
 
 

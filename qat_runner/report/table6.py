@@ -123,18 +123,19 @@ def _activations() -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 def of_run(folder: Path) -> Timing:
-    """Timing of the tensors of a run's network, activations on 10 training batches.
+    """Timing of the tensors of a run's network, activations on 10 calibration batches.
 
     Raises:
         ConfigError: the folder holds no finished run.
     """
     model, data, config = network_of_run(folder)
-    assert config.batch_size is not None
+    batch_size = config.clipping.calibration_batch_size
+    assert batch_size is not None
     timing = Timing(f"The tensors of {folder.name}")
 
     def add(tensor: QuantizedTensor, x: Tensor) -> None:
         kind = "weight" if tensor.tensor == "weight" else "activation"
         timing.add(kind, x, tensor.quantizer.signed, tensor.quantizer.dim)
 
-    look_at(model, data, config.batch_size, min(BATCHES, data.train_steps(config.batch_size)), add)
+    look_at(model, data, batch_size, min(BATCHES, data.train_steps(batch_size)), add)
     return timing

@@ -122,7 +122,7 @@ def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[st
     assert report.main(["table6", "--run", str(folder)]) == 0
     with open("report/table6.csv", newline="") as file:
         numbers = {(row["tensors"], row["number"]) for row in csv.DictReader(file)}
-    assert numbers == {("weights", "12"), ("weights", ""), ("activations", "40"), ("activations", "")}
+    assert numbers == {("weights", "12"), ("weights", ""), ("activations", "80"), ("activations", "")}  # 4 batches
     assert report.main(["figure5"]) == 2
     assert "figure5: needs --run RUN_DIR" in capsys.readouterr().err
 
