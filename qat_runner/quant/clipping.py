@@ -255,7 +255,7 @@ def octav(
     if init is not None:
         guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device).expand(eager.kept(x, dims))
     if pool is None:
-        s = kernels.backend().octav(x, k, signed, dims, guess, iterations, tolerance)
+        s = kernels.backend(x).octav(x, k, signed, dims, guess, iterations, tolerance)
     else:
         s = eager.octav(x, k, signed, dims, guess, iterations, tolerance, pool)
     return s.reshape(()) if dim is None else s

@@ -34,7 +34,7 @@ class _Source:
                 f"the gradient of the weight needs it as it was"
             )
         with torch.no_grad():
-            return kernels.backend().fake_quantize(self.x, self.s, self.grid).as_strided(size, stride)
+            return kernels.backend(self.x).fake_quantize(self.x, self.s, self.grid).as_strided(size, stride)
 
 
 def recomputing(*operands: tuple[Tensor, Tensor, nn.Module]) -> AbstractContextManager[object]:

@@ -9,9 +9,14 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from qat_runner.quant import CLIPPING_METHODS, fake_quantize, maximum, mse, mse_sweep, newton_step, octav, percentile
+from qat_runner.quant.kernels import compiled, using
 from tests.quant.oracles import j_on_grid, octav_by_sorting, textbook_octav
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
+backends = pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no C++ compiler"))],
+)
 
 
 def constant_of(bits: int, signed: bool) -> float:
@@ -52,11 +57,13 @@ KINDS = [
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_octav_finds_the_minimum_on_every_row(kind: str, bits: int, signed: bool) -> None:
+@backends
+def test_octav_finds_the_minimum_on_every_row(backend: str, kind: str, bits: int, signed: bool) -> None:
     for n in (1, 2, 9, 27, 576):
         x = distribution(kind, 40, n)
         x = x if signed else x.abs()
-        s = octav(x, bits, signed, dim=0)
+        with using(backend):
+            s = octav(x, bits, signed, dim=0)
         assert s.shape == (40, 1)
         expected = torch.tensor([octav_by_sorting(row, constant_of(bits, signed)) for row in x]).unsqueeze(1)
         torch.testing.assert_close(s.double(), expected.double(), rtol=1e-4, atol=0)
@@ -64,9 +71,11 @@ def test_octav_finds_the_minimum_on_every_row(kind: str, bits: int, signed: bool
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_octav_of_a_large_tensor_in_every_dtype(bits: int, dtype: torch.dtype) -> None:
+@backends
+def test_octav_of_a_large_tensor_in_every_dtype(backend: str, bits: int, dtype: torch.dtype) -> None:
     x = torch.randn(300, 400).to(dtype)
-    s = octav(x, bits)
+    with using(backend):
+        s = octav(x, bits)
     assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert s.shape == ()
     assert s.item() == pytest.approx(octav_by_sorting(x.flatten(), constant_of(bits, True)), rel=1e-4)
@@ -95,20 +104,22 @@ def test_the_modelled_error_at_octav_is_the_least_there_is(kind: str, signed: bo
         assert j[0] <= j.min() * (1.01 if bits == 3 else 1.002)
 
 
+@backends
 @given(
-    hnp.arrays(
+    array=hnp.arrays(
         np.float32,
         hnp.array_shapes(min_dims=2, max_dims=4, max_side=6),
         elements=st.floats(-(2.0**100), 2.0**100, width=32),
     ),
-    st.sampled_from(BITS),
-    st.booleans(),
+    bits=st.sampled_from(BITS),
+    signed=st.booleans(),
 )
-def test_octav_on_anything_finite(array: np.ndarray, bits: int, signed: bool) -> None:
+def test_octav_on_anything_finite(backend: str, array: np.ndarray, bits: int, signed: bool) -> None:
     x = torch.from_numpy(array)
     x = x if signed else x.abs()
     rows = x.flatten(1)
-    s = octav(x, bits, signed, dim=0, iterations=60).flatten()
+    with using(backend):
+        s = octav(x, bits, signed, dim=0, iterations=60).flatten()
     for row, found in zip(rows, s, strict=True):
         expected = octav_by_sorting(row, constant_of(bits, signed))
         assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-44)
