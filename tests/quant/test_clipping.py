@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat_runner.quant import CLIPPING_METHODS, fake_quantize, maximum, mse, mse_sweep, newton_step, octav, percentile
 from qat_runner.quant.kernels import compiled, using
@@ -176,12 +178,75 @@ def test_maximum_is_the_largest_magnitude() -> None:
     torch.testing.assert_close(maximum(x, 4, signed=False), x.max())
 
 
-@pytest.mark.parametrize("q", [1.0, 50.0, 99.0, 99.9, 99.99, 100.0])
-def test_percentile_is_numpys(q: float) -> None:
-    x = torch.randn(12, 3, 70)
-    assert percentile(x, 4, q=q).item() == pytest.approx(np.percentile(x.abs().numpy(), q), rel=1e-5)
-    expected = np.percentile(x.abs().numpy().transpose(1, 0, 2).reshape(3, -1), q, axis=1)
-    np.testing.assert_allclose(percentile(x, 4, dim=1, q=q).flatten(), expected, rtol=1e-5)
+QS = (0.1, 1.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 100.0)
+
+
+def assert_is_numpys(x: Tensor, q: float) -> None:
+    """Per tensor and along each dimension, signed and not; NumPy computes in float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.finfo(dtype)
+    rtol = 4 * wide.eps + 1e-15 * x.numel()  # where q lies between two elements is rounded, too
+    for signed in (True, False):
+        a = (x.abs() if signed else x.clamp(min=0)).double().numpy()
+        for dim in (None, *range(x.ndim)):
+            s = percentile(x, 4, signed, dim, q)
+            axes = None if dim is None else tuple(d for d in range(x.ndim) if d != dim)
+            expected = np.percentile(a, q, axis=axes, keepdims=dim is not None) if a.size else np.zeros(s.shape)
+            assert s.shape == expected.shape and s.dtype == dtype
+            np.testing.assert_allclose(s.double(), expected, rtol, 2 * wide.smallest_normal * wide.eps)
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=7),
+        elements=st.floats(-6e4, 6e4, width=16) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 6e-8, 2.0**-14]),
+    ),
+    st.sampled_from(QS) | st.floats(1e-3, 100),
+    st.booleans(),
+)
+def test_percentile_is_numpys(array: np.ndarray, q: float, half: bool) -> None:
+    x = torch.from_numpy(array)
+    assert_is_numpys(x.bfloat16() if half else x, q)
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
+    st.sampled_from(QS),
+)
+def test_percentile_of_any_finite_floats(array: np.ndarray, q: float) -> None:
+    assert_is_numpys(torch.from_numpy(array), q)
+
+
+@pytest.mark.parametrize("q", QS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_percentile_of_large_tensors(dtype: torch.dtype, q: float) -> None:
+    for x in (torch.randn(50_001), torch.randn(6, 9000), torch.randn(9000, 3).relu(), torch.full((20_000,), -2.5)):
+        assert_is_numpys(x.to(dtype), q)
+    x = torch.randn(8, 4, 50, 20).to(memory_format=torch.channels_last)
+    before = x.clone()
+    assert_is_numpys(x.to(dtype), q)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("q", QS)
+def test_percentile_waits_for_no_device(q: float) -> None:
+    with FakeTensorMode():  # refuses whatever would have to look at a value
+        x = torch.empty(6, 500, device="cuda")
+        for dim in (None, 0, 1):
+            assert percentile(x, 4, dim=dim, q=q, check=False).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("q", QS)
+def test_percentile_elsewhere_than_on_a_cpu(q: float, dim: int | None) -> None:
+    """What other devices do, as a trace of it tells."""
+
+    def found(x: Tensor) -> Tensor:
+        return percentile(x, 4, True, dim, q, check=False)
+
+    x = torch.randn(3, 2000)
+    torch.testing.assert_close(make_fx(found)(torch.zeros(3, 2000))(x), found(x), rtol=0, atol=0)
 
 
 def test_percentile_of_more_elements_than_torch_quantile_takes() -> None:
@@ -267,6 +332,13 @@ class TestEveryMethod:
             CLIPPING_METHODS[name](x, 4)
         s = CLIPPING_METHODS[name](x, 4, check=False)
         assert not torch.isfinite(fake_quantize(x, s, 4)).all() or bad == -math.inf or bad == math.inf
+
+    def test_finite_values_of_an_infinite_sum(self, name: str) -> None:
+        x = torch.full((9,), 3e38)
+        assert CLIPPING_METHODS[name](x, 4).item() == pytest.approx(3e38)
+        x[2:4] = torch.tensor([math.inf, -math.inf])
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            CLIPPING_METHODS[name](x, 4)
 
     def test_refusals(self, name: str) -> None:
         method = CLIPPING_METHODS[name]
