@@ -36,7 +36,7 @@ from qat_runner.insertion.calibrate import hold_activations
 from qat_runner.models import TORCHVISION
 from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
-from qat_runner.training.tracking import write_json
+from qat_runner.training.tracking import environment, write_json
 
 log = logging.getLogger("qat_runner")
 
@@ -44,6 +44,9 @@ HELD = "held"
 """The rule of a run whose activations' scalars are constants already: static, learned, or frozen in training."""
 
 DEFAULT_RULE = "averaged"
+
+FUSED = "onnx_fused"
+"""In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
 
 FOLDER = "export"
 """In a run's folder."""
@@ -191,6 +194,7 @@ def export(request: Request) -> dict[str, Any]:
             "batchnorm": "folded" if request.fold else "kept",
             "batchnorm_kept": kept,
             "metric": data.metric,
+            "processor": environment()["machine"]["processor"],
             "figures": {name: verify.as_dict(found) for name, found in figures.items()},
             **_costs(static, files, config, example),
         }
@@ -221,11 +225,15 @@ def _write(
 def _check(
     model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
 ) -> dict[str, verify.Figures]:
-    """Figures of the dynamic network, the frozen one, and the files that run by themselves."""
+    """Figures of the dynamic network, the frozen one, and the files that run by themselves.
+
+    A file must do what the network does by its own definition; what a processor's fused kernels make of it is told.
+    """
     log.info("checking on the validation set")
     others: dict[str, verify.Compute] = {"dynamic": _compute(model)}
     if "onnx" in files:
-        others["onnx"] = verify.OnnxFile(files["onnx"])
+        others["onnx"] = verify.OnnxFile(files["onnx"], fused=False)
+        others[FUSED] = verify.OnnxFile(files["onnx"], fused=True)
     if "torch" in files:
         program = read_program(files["torch"])
         others["torch"] = lambda inputs: verify.joined(program(*inputs))
@@ -250,7 +258,10 @@ def _costs(static: nn.Module, files: dict[str, Path], config: Config, example: S
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "full.onnx"
             write_onnx(full, _signature(config, example), path)
-            timed = {"full_precision": verify.OnnxFile(path), "onnx": verify.OnnxFile(files["onnx"])}
+            timed = {
+                "full_precision": verify.OnnxFile(path, fused=True),
+                "onnx": verify.OnnxFile(files["onnx"], fused=True),
+            }
             costs["milliseconds"] = verify.latency(timed, [t[:1] for t in example])
     return costs
 
@@ -313,7 +324,13 @@ def _in_place_of(out: Path) -> Iterator[Path]:
 
 def text(result: dict[str, Any]) -> str:
     """The result for the terminal."""
-    names = {"dynamic": "dynamic scalars", "static": "frozen scalars", "onnx": "model.onnx", "torch": "model.pt2"}
+    names = {
+        "dynamic": "dynamic scalars",
+        "static": "frozen scalars",
+        "onnx": "model.onnx",
+        FUSED: "model.onnx, this processor's kernels",
+        "torch": "model.pt2",
+    }
     rows = [
         (
             label,
@@ -352,7 +369,20 @@ def text(result: dict[str, Any]) -> str:
         f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
         f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
     )
-    return f"{head}\n\n{quality}\n\n{costs}"
+    return "\n\n".join([head, quality, *_warning(result), costs])
+
+
+def _warning(result: dict[str, Any]) -> list[str]:
+    """What to do where this processor's kernels compute something else than the ONNX file says."""
+    figures = result["figures"]
+    if FUSED not in figures or verify.agrees(verify.Figures(**figures[FUSED]), verify.Figures(**figures["static"])):
+        return []
+    return [
+        "model.onnx is right, but onnxruntime's fused kernels compute something else from it on this processor\n"
+        f"({result['processor']}). Where it has no VNNI instructions, their sums of products of uint8 and int8\n"
+        "saturate at 16 bits. Weights of 7 bits leave them room: weight_bits=7 (first_last_bits=7 for the two ends).\n"
+        "The session option session.disable_quant_qdq=1 computes what the file says, more slowly."
+    ]
 
 
 def text_of_rules(accuracies: dict[str, float]) -> str:
