@@ -378,10 +378,11 @@ def _warning(result: dict[str, Any]) -> list[str]:
     if FUSED not in figures or verify.agrees(verify.Figures(**figures[FUSED]), verify.Figures(**figures["static"])):
         return []
     return [
-        "model.onnx is right, but onnxruntime's fused kernels compute something else from it on this processor\n"
-        f"({result['processor']}). Where it has no VNNI instructions, their sums of products of uint8 and int8\n"
-        "saturate at 16 bits. Weights of 7 bits leave them room: weight_bits=7 (first_last_bits=7 for the two ends).\n"
-        "The session option session.disable_quant_qdq=1 computes what the file says, more slowly."
+        "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
+        f"({result['processor']}). They round in other places, and where a processor has no VNNI\n"
+        "instructions, their sums of products of uint8 and int8 saturate at 16 bits. Weights of 7 bits prevent that:\n"
+        "weight_bits=7 (and first_last_bits=7 for the two ends). The session option session.disable_quant_qdq=1\n"
+        "computes what the file says, more slowly."
     ]
 
 
