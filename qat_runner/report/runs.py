@@ -15,6 +15,7 @@ class Run:
     """A run folder."""
 
     folder: Path
+    config: Config
     model: str
     dataset: str
     mode: str
@@ -40,6 +41,7 @@ def find_runs(folder: Path) -> list[Run]:
         found.append(
             Run(
                 path.parent,
+                config,
                 config.model.name,
                 config.dataset.name,
                 config.mode,
