@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
+from qat_runner.report.tables import mean_and_deviation
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 UNKNOWN = "unknown"
@@ -54,18 +55,12 @@ class Row:
             self.model,
             "32" if self.bits is None else str(self.bits),
             self.label,
-            _mean(self.values) if self.values else "missing",
+            mean_and_deviation(self.values) if self.values else "missing",
             str(len(self.values)),
             "" if self.gap is None else f"{self.gap:+.2f}",
             UNKNOWN if self.published is None else f"{self.published:.2f}{'*' if self.second_hand else ''}",
             "" if self.published_gap is None else f"{self.published_gap:+.2f}",
         )
-
-
-def _mean(values: Sequence[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 @dataclass

@@ -149,7 +149,7 @@ def test_a_tensor_of_zeros_stays_zero() -> None:
 
 def test_what_has_no_integers() -> None:
     model = quantize_model(Small(), 4, example=torch.randn(2, 3, 10, 10))
-    with pytest.raises(ValueError, match=r"head\.weight|a\.weight has no frozen clipping scalars"):
+    with pytest.raises(ValueError, match=r"head\.weight|a\.weight has no static clipping scalars"):
         to_integers(model)
     with pytest.raises(ValueError, match="nothing is quantized"):
         to_integers(Small())
