@@ -1,8 +1,11 @@
-"""Tables for the terminal, and the differences from full precision that all reports show."""
+"""Tables for the terminal and in files, and the differences from full precision that all reports show."""
 
+import csv
+import html
+import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
@@ -153,3 +156,44 @@ def metric(summary: Mapping[str, Any]) -> str:
 def accuracy(summary: Mapping[str, Any]) -> float:
     """The figure of a run that counts, in percent."""
     return float(summary[metric(summary)])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is written in several layouts."""
+
+    title: str
+    headers: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    """rows"""
+    notes: Sequence[str]
+    """sentences under it; of CSV they are no part, in LaTeX they are comments"""
+
+    def text(self, layout: str) -> str:
+        """The table as markdown, csv, latex or html."""
+        if layout == "csv":
+            out = io.StringIO()
+            csv.writer(out).writerows([self.headers, *self.cells])
+            return out.getvalue()
+        tablefmt = {"markdown": "github", "latex": "latex_booktabs", "html": "html"}[layout]
+        body = tabulate(self.cells, self.headers, tablefmt=tablefmt, disable_numparse=True)
+        if layout == "latex":
+            return "".join(f"% {line}\n" for line in (self.title, *self.notes)) + body + "\n"
+        if layout == "html":
+            notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+            return _PAGE.format(title=html.escape(self.title), body=body, notes=notes)
+        return "\n\n".join([f"## {self.title}", body, *self.notes]) + "\n"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left }}
+</style></head><body><h1>{title}</h1>
+{body}
+{notes}
+</body></html>
+"""
