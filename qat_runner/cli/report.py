@@ -137,10 +137,8 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
 
 
 def _table6(run: Path | None, out: Path) -> list[Path]:
-    from qat_runner.quant.kernels import set_backend
     from qat_runner.report import table6
 
-    set_backend("auto")
     table = (table6.synthetic() if run is None else table6.of_run(run)).table()
     print(table.text("markdown"))
     return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})

@@ -60,14 +60,19 @@ def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batch
     ]
 
 
+def agrees(found: Figures, reference: Figures) -> bool:
+    """Whether what was found is the network of the reference, but for rounding."""
+    assert found.agreement is not None
+    return found.agreement >= LEAST_AGREEMENT and found.accuracy >= reference.accuracy - LARGEST_LOSS
+
+
 def require(name: str, found: Figures, reference: Figures) -> None:
     """Refuse a file that does not do what its network does.
 
     Raises:
         RunError: with the figures.
     """
-    assert found.agreement is not None
-    if found.agreement < LEAST_AGREEMENT or found.accuracy < reference.accuracy - LARGEST_LOSS:
+    if not agrees(found, reference):
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
             f"{LEAST_AGREEMENT:g} wanted), accuracy {found.accuracy:.2f} % beside {reference.accuracy:.2f} % (at most "
@@ -78,11 +83,17 @@ def require(name: str, found: Figures, reference: Figures) -> None:
 class OnnxFile:
     """An ONNX file at work in onnxruntime, on the CPU, with as many threads as PyTorch.
 
+    Args:
+        path: the file.
+        fused: as onnxruntime does by default, with kernels of integers in place of dequantize, compute, quantize;
+            what these give depends on the processor, since some add products of uint8 and int8 in 16 bits, which
+            saturate. False computes what the file says, node by node.
+
     Raises:
         ConfigError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fused: bool) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -90,6 +101,8 @@ class OnnxFile:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
+        if not fused:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._names = [value.name for value in self._session.get_inputs()]
 

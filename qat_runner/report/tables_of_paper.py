@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
-from qat_runner.report.tables import Table
+from qat_runner.report.tables import Table, mean_and_deviation
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 
@@ -81,12 +81,6 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
-
-
 def _points(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}"
 
@@ -119,7 +113,7 @@ class TableOfRuns:
             "network": [row.model for row in self.rows],
             "bits": ["32" if row.bits is None else str(row.bits) for row in self.rows],
             "method": [row.label for row in self.rows],
-            f"{self.metric} % (ours)": [_mean(row.values) if row.values else "missing" for row in self.rows],
+            f"{self.metric} % (ours)": [mean_and_deviation(row.values) or "missing" for row in self.rows],
             "seeds": [str(len(row.values)) for row in self.rows],
             "against full precision": [_points(row.gap) for row in self.rows],
         }
