@@ -131,15 +131,15 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
 
 def compare_rules(
     run: Path, rules: Sequence[str] | None = None, batches: int = 10, checkpoint: str = "last"
-) -> dict[str, float]:
-    """Accuracy on the validation set of a run's network with dynamic scalars, and with those of each rule.
+) -> dict[str, verify.Figures]:
+    """Figures on the validation set of a run's network with dynamic scalars, and with those of each rule.
 
     Args:
         run, batches, checkpoint: as of Request.
         rules: of `freeze`; None: all that mean something to the run.
 
     Returns:
-        {"dynamic": percent, rule: percent, ...}; under a run with static scalars, {"static": percent}.
+        {"dynamic": figures, rule: figures, ...}; under a run with static scalars, {"static": figures}.
     """
     model, data, config = network_of(run, checkpoint)
     networks = {"dynamic": model}
@@ -151,7 +151,7 @@ def compare_rules(
     (first, reference), *others = networks.items()
     computes = {name: _compute(network) for name, network in others}
     figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
-    return {name: found.accuracy for name, found in zip([first, *computes], figures, strict=True)}
+    return dict(zip([first, *computes], figures, strict=True))
 
 
 def export(request: Request) -> dict[str, Any]:
@@ -388,13 +388,27 @@ def _warning(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def text_of_rules(accuracies: dict[str, float]) -> str:
+def text_of_rules(figures: dict[str, verify.Figures]) -> str:
     """What `compare_rules` found, for the terminal."""
-    first = next(iter(accuracies.values()))
-    rows = [(name, f"{value:.2f}", f"{value - first:+.2f}") for name, value in accuracies.items()]
+    first = next(iter(figures.values()))
+    rows = [
+        (
+            name,
+            f"{found.accuracy:.2f}",
+            "" if found is first else _difference(found, first),
+            "" if found.agreement is None else f"{found.agreement:.2f}",
+        )
+        for name, found in figures.items()
+    ]
     return tabulate(
         rows,
-        ("scalars", "accuracy %", "difference"),
+        ("scalars", "accuracy %", "difference ± standard error", "same predictions %"),
         disable_numparse=True,
-        colalign=("left", "right", "right"),
+        colalign=("left", "right", "right", "right"),
     )
+
+
+def _difference(found: verify.Figures, reference: verify.Figures) -> str:
+    """Of two accuracies, in points, with its standard error where that is known."""
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+    return f"{found.accuracy - reference.accuracy:+.2f}{error}"

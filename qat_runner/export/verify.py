@@ -1,5 +1,6 @@
 """Files held against the network that they were written from: on the validation set, and by the clock."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,9 @@ class Figures:
     """percent of samples for which all predictions are the reference's"""
     largest_difference: float | None = None
     """of a logit from the reference's"""
+    standard_error: float | None = None
+    """of the accuracy less the reference's, in points; None where the metric is no share of samples. Both answer the same
+    samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
 @torch.inference_mode()
@@ -44,20 +48,45 @@ def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batch
     scores = [data.score() for _ in computes]
     same = [0] * len(computes)
     largest = [0.0] * len(computes)
+    gained, lost = [0] * len(computes), [0] * len(computes)
     samples = 0
     for batch in batches:
         all_logits = [compute(batch.inputs) for compute in computes]
         expected = all_logits[0].argmax(1)
+        reference_right = expected == batch.targets
         for i, logits in enumerate(all_logits):
             scores[i].add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
             same[i] += int((logits.argmax(1) == expected).reshape(batch.size, -1).all(1).sum())
             largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
+            right = logits.argmax(1) == batch.targets
+            gained[i] += int((right & ~reference_right).sum())
+            lost[i] += int((reference_right & ~right).sum())
         samples += batch.size
-    accuracies = [score.read()[data.metric] for score in scores]
+    first, *accuracies = [score.read()[data.metric] for score in scores]
     return [
-        Figures(accuracy, *((100 * same[i] / samples, largest[i]) if i else ()))
-        for i, accuracy in enumerate(accuracies)
+        Figures(first),
+        *(
+            Figures(
+                accuracy,
+                100 * same[i] / samples,
+                largest[i],
+                paired_standard_error(gained[i], lost[i], samples) if data.metric == "top1" else None,
+            )
+            for i, accuracy in enumerate(accuracies, 1)
+        ),
     ]
+
+
+def paired_standard_error(gained: int, lost: int, samples: int) -> float:
+    """Standard error of a difference of two accuracies on the same samples, in points.
+
+    Args:
+        gained: samples that the one has right and the other wrong.
+        lost: the other way round.
+        samples: all of them.
+    """
+    variance = (gained + lost) / samples - ((gained - lost) / samples) ** 2  # of a sample's difference: 1, 0 or -1
+    return 100 * math.sqrt(variance / samples)
 
 
 def agrees(found: Figures, reference: Figures) -> bool:

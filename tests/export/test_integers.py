@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from qat_runner.export.formats import (
     write_safetensors,
 )
 from qat_runner.export.integer import IntegerConv2d, IntegerLinear, StaticGrid
-from qat_runner.export.verify import Figures, OnnxFile, require
+from qat_runner.export.verify import Figures, OnnxFile, paired_standard_error, require
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
@@ -355,3 +356,10 @@ def test_integer_layers_are_what_their_classes_say() -> None:
     assert type(integers.a) is IntegerConv2d and type(integers.head) is IntegerLinear
     assert isinstance(integers.a.input_grid, StaticGrid)
     assert "weight" not in dict(integers.a.named_parameters())
+
+
+@pytest.mark.parametrize(("gained", "lost", "samples"), [(0, 0, 10), (3, 1, 50), (0, 7, 20), (40, 40, 100)])
+def test_the_standard_error_of_a_paired_difference(gained: int, lost: int, samples: int) -> None:
+    differences = torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * (samples - gained - lost), dtype=torch.float64)
+    expected = 100 * differences.std(correction=0).item() / math.sqrt(samples)
+    assert paired_standard_error(gained, lost, samples) == pytest.approx(expected)
