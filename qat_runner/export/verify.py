@@ -37,8 +37,8 @@ class Figures:
     largest_difference: float | None = None
     """of a logit from the reference's"""
     standard_error: float | None = None
-    """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer the
-    same samples, so it stems from those alone that one of them has right and the other wrong."""
+    """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
+    the same samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
 @torch.inference_mode()
