@@ -279,6 +279,7 @@ def _seen_at_a_time(config: Config) -> str:
 def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
+    activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.model)
     source = trainer.data.source if isinstance(trainer.data, ImageData) else None
@@ -293,7 +294,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         else f"{config.weight_bits}/{config.activation_bits}",
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
-        "clipping": clipping_label(config),
+        "clipping": clipping_label(config, became_static=bool(activations) and "dynamic" not in activations),
         "gradient": gradient_label(config),
         "distilled": config.distilling,
         "mode": config.mode,

@@ -272,6 +272,7 @@ def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.
         assert run("mode=evaluate", f"weights={weights}", f"run_dir={name}") == 0
         found, trained = (json.loads(Path(d, "summary.json").read_text()) for d in (name, "whole"))
         assert (found["loss"], found["top1"]) == (trained["loss"], trained["top1"])
+        assert found["clipping"] == trained["clipping"] == "octav-to-static"
         assert "20 of 40 quantized tensors have static clipping scalars" in capsys.readouterr().out
     evaluate = ("mode=evaluate", "clipping=static_octav", "weights=dynamic/checkpoints/last.pt", "run_dir=refused")
     assert run(*evaluate) == 2 and not Path("refused").exists()
