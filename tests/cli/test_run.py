@@ -284,7 +284,7 @@ def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.
 
 def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
-    ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav"]
+    ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav", "dataset.fake_pictures=400"]
     assert run(*ptq, "batch_size=512", "run_dir=one") == 0
     assert "scalars calibrated on 5 training batches of 64" in capsys.readouterr().out
     assert run(*ptq, "clipping.calibration_batch_size=16", "clipping.calibration_batches=2", "run_dir=two") == 0
