@@ -32,8 +32,6 @@ def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[L
     Raises:
         ValueError: they have other shapes or values, or shapes that can be read in two ways.
     """
-    if len(pictures) != len(labels):
-        raise ValueError(f"{name} has {len(pictures)} pictures and {len(labels)} labels")
     try:
         values = as_bytes(_channels_first(pictures))
     except ValueError as error:
@@ -42,6 +40,8 @@ def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[L
         classes = _class_numbers(labels)
     except ValueError as error:
         raise ValueError(f"the labels of {name}: {error}") from None
+    if len(values) != len(classes):
+        raise ValueError(f"{name} has {len(values)} pictures and {len(classes)} labels")
     notes = []
     if pictures.dtype != np.uint8:
         scale = "0..1" if pictures.dtype.kind == "f" and pictures.max() <= 1 else "0..255"
@@ -89,7 +89,7 @@ def _class_numbers(labels: NDArray[Any]) -> NDArray[np.int64]:
         raise ValueError(
             f"one-hot it seems, of the shape {list(labels.shape)}; class numbers [N] are needed (labels.argmax(1))"
         )
-    if labels.shape not in ((len(labels),), (len(labels), 1)):
+    if labels.ndim not in (1, 2):
         raise ValueError(f"of the shape {list(labels.shape)}; [N] or [N, 1] is allowed")
     labels = labels.reshape(-1)
     numbers = (labels >= 0) & (labels < 2**31) & (np.rint(labels) == labels)  # NaN is none of these

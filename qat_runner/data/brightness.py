@@ -21,12 +21,12 @@ def as_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
         ValueError: other values.
     """
     if values.dtype == np.uint8:
-        return values.view(np.uint8)
+        return np.asarray(values, dtype=np.uint8)
     low, high = values.min(), values.max()
     if np.isnan(low):
         raise ValueError("NaN among them")
     if low >= 0 and high <= 1 and values.dtype.kind == "f":
-        return np.rint(values * 255).astype(np.uint8)
-    if low >= 0 and high <= 255 and (values.dtype.kind in "iu" or (np.rint(values) == values).all()):
-        return values.astype(np.uint8)
-    raise ValueError(f"{values.dtype} from {low:g} to {high:g}, neither whole numbers of 0..255 nor floats of 0..1")
+        values = np.rint(values * 255)
+    elif not (low >= 0 and high <= 255 and (values.dtype.kind in "iu" or (np.rint(values) == values).all())):
+        raise ValueError(f"{values.dtype} from {low:g} to {high:g}, neither whole numbers of 0..255 nor floats of 0..1")
+    return values.astype(np.uint8)

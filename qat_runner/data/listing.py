@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +32,9 @@ class PassedOver:
     """pictures beside the class folders"""
 
     def __str__(self) -> str:
-        suffixes = ", ".join(printable(suffix) for suffix, _ in self.by_suffix.most_common(5))
-        first = printable(self.special[0]) if self.special else ""
+        common = sorted(self.by_suffix, key=lambda suffix: (-self.by_suffix[suffix], suffix))
+        suffixes = ", ".join(printable(suffix) for suffix in common[:5])
+        first = printable(min(self.special, default=""))
         parts = {
             f"{self.hidden} hidden": self.hidden,
             f"{self.by_suffix.total()} without a picture's suffix ({suffixes})": self.by_suffix,
@@ -121,11 +122,11 @@ def _entries(folder: str, passed_over: PassedOver) -> tuple[list[str], list[str]
                 name = entry.name
                 if name.startswith(".") or name in CLUTTER:
                     passed_over.hidden += 1
-                elif _leads_to_folder(entry):
+                elif _holds(entry.is_dir):
                     folders.append(name)
                 elif not name.lower().endswith(SUFFIXES):
                     passed_over.by_suffix[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-                elif entry.is_file():
+                elif _holds(entry.is_file):
                     files.append(name)
                 else:
                     passed_over.special.append(entry.path)
@@ -134,8 +135,8 @@ def _entries(folder: str, passed_over: PassedOver) -> tuple[list[str], list[str]
     return sorted(folders), sorted(files)
 
 
-def _leads_to_folder(entry: "os.DirEntry[str]") -> bool:
+def _holds(test: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
+        return test()
     except OSError:  # a link to itself, or past a folder that is closed to us
         return False
