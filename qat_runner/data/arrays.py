@@ -92,9 +92,10 @@ def _class_numbers(labels: NDArray[Any]) -> NDArray[np.int64]:
     if labels.ndim not in (1, 2):
         raise ValueError(f"of the shape {list(labels.shape)}; [N] or [N, 1] is allowed")
     labels = labels.reshape(-1)
-    numbers = (labels >= 0) & (labels < 2**31) & (np.rint(labels) == labels)  # NaN is none of these
-    if not numbers.all():
-        raise ValueError(f"{labels[~numbers][0]} among them; class numbers from 0 are needed")
+    values = labels.astype(np.float64)
+    good = (values >= 0) & (values < 2**31) & (np.rint(values) == values)  # NaN is none of these
+    if not good.all():
+        raise ValueError(f"{labels[~good][0]} among them; class numbers from 0 are needed")
     return labels.astype(np.int64)
 
 

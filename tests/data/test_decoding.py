@@ -101,7 +101,7 @@ KINDS: dict[str, tuple[Callable[[], Made], Any, int]] = {
     ),
     "CMYK in a TIFF": (lambda: (Image.new("CMYK", (1, 1), (10, 100, 200, 50)), "tif", {}), [[[197, 125, 44]]], 1),
     "YCbCr": (lambda: (Image.new("YCbCr", (2, 2), (76, 85, 255)), "tif", {}), [[[254, 0, 0]] * 2] * 2, 2),
-    "LAB": (lambda: (Image.new("LAB", (1, 1), (138, 128 + 81, 128 + 70)), "tif", {}), [[[255, 0, 0]]], 4),  # red at D50
+    "LAB": (lambda: (Image.new("LAB", (1, 1), (138, 128 + 81, 128 + 70)), "tif", {}), [[[255, 0, 0]]], 5),  # red at D50
     "1 pixel": (lambda: (Image.new("RGB", (1, 1), (1, 2, 3)), "bmp", {}), [[[1, 2, 3]]], 0),
     "GIF of two frames": (
         lambda: (_frame("red"), "gif", {"save_all": True, "append_images": [_frame("blue")]}),
