@@ -149,6 +149,8 @@ def _carry_out(
         record = stack.enter_context(closing(_open_record(folder, saved)))
         trainer = Trainer(config, model, data, record, teacher)
         _describe(config, folder, model, notes)
+        for note in data.notes:
+            log.info(f"{config.dataset.name}: {note}")
         if config.training:
             log.info(_recipe(config))
         if saved is not None:
