@@ -102,9 +102,10 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
 def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> None:
     """Refuse to measure a network whose scalars are not there, or not what the config says of them."""
     tensors = quantized_tensors(model)
+    wants_static = not (config.clipping.dynamic or config.clipping.learned)
     for tensor in tensors:
         wanting = not tensor.quantizer.ready
-        if wanting or (tensor.quantizer.dynamic and not config.clipping.dynamic):
+        if wanting or (tensor.quantizer.dynamic and wants_static):
             what = "no" if wanting else "no static"
             raise ConfigError(
                 f"weights={weights}: holds {what} clipping scalars for {tensor.name} at these bits, which "
