@@ -58,12 +58,12 @@ def find_file(path: Path) -> Path:
     Raises:
         TensorFileError: there is none, or its name has another suffix than files of tensors have.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which, other than Path's, says no to a name that cannot be one
         found = [path / name for name in IN_FOLDER if os.path.isfile(path / name)]
         if not found:
             raise TensorFileError(f"is a folder that has none of {', '.join(IN_FOLDER)}; name a file")
         return found[0]
-    if not os.path.isfile(path):  # which, other than Path's, says no to a name that cannot be one
+    if not os.path.isfile(path):
         raise TensorFileError("no such file")
     if not path.name.endswith(INDEX) and path.suffix.lower() not in SUFFIXES:
         raise TensorFileError(f"must end in {', '.join((*SUFFIXES, INDEX))}, or be a folder of such files")
@@ -115,7 +115,10 @@ def _unpickle(path: Path) -> Any:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch.save has it since 2020
     if zipped:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            data = [
+                entry for entry in archive.infolist() if "/data" in entry.filename
+            ]  # of TorchScript, code is packed
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in data):
                 raise TensorFileError("is a compressed archive, which torch.save does not write")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
@@ -173,7 +176,7 @@ def _shards(index: Path) -> dict[str, str]:
 
 
 def _parts(content: Any) -> Parts:
-    """The dicts of tensors in what a file held; each is looked at once, so that one that holds itself does no harm."""
+    """The dicts of tensors in what a file held; each is gone into once, so that one that holds itself does no harm."""
     if _is_old_checkpoint(content):
         content = upgrade(content)
     parts: Parts = {}
@@ -183,13 +186,12 @@ def _parts(content: Any) -> Parts:
         dicts = [(path, d) for path, d in level if isinstance(d, Mapping)]
         level = []
         for path, some in dicts:
-            if id(some) in seen:
-                continue
-            seen.add(id(some))
             named = {name: value for name, value in some.items() if isinstance(name, str)}
             if tensors := {name: value for name, value in named.items() if isinstance(value, Tensor)}:
                 parts[path] = tensors
-            level += [(f"{path}.{name}" if path else name, value) for name, value in named.items()]
+            if id(some) not in seen:
+                level += [(f"{path}.{name}" if path else name, value) for name, value in named.items()]
+            seen.add(id(some))
     return parts
 
 

@@ -195,15 +195,16 @@ def _part_of(source: Source, parts: Parts) -> Parts:
 
 def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candidate]:
     """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model."""
-    components = {component for name in wanted for component in name.split(".")}
+    wrappers = _WRAPPERS - {component for name in wanted for component in name.split(".")}
     counted = {name for name in wanted if not _optional(name)}
     longest = max(name.count(".") + 1 for name in wanted)  # in components
     for path, tensors in parts.items():
-        plain = _without_wrappers(tensors, components)
+        plain = _without_wrappers(tensors, wrappers)
         matched = Counter({"": 0})
         for name, tensor in plain.items():
             for beginning, rest in _splits(name, longest):
-                if rest in counted and _same_shape(tensor, wanted[rest]):
+                fits = rest in counted and _same_shape(tensor, wanted[rest])
+                if fits and not wrappers & set(beginning.split(".")):
                     matched[beginning] += 1
         best = matched.most_common(1)[0][0]
         for beginning, count in matched.items():
@@ -220,9 +221,8 @@ def _splits(name: str, longest: int) -> Iterator[tuple[str, str]]:
         yield "".join(f"{component}." for component in components[:i]), ".".join(components[i:])
 
 
-def _without_wrappers(tensors: Mapping[str, Tensor], components: set[str]) -> dict[str, Tensor]:
+def _without_wrappers(tensors: Mapping[str, Tensor], wrappers: set[str]) -> dict[str, Tensor]:
     """Tensors by their names before a model was wrapped, whole or in parts; names that would meet stay as they are."""
-    wrappers = _WRAPPERS - components
     plain = {name: ".".join(part for part in name.split(".") if part not in wrappers) for name in tensors}
     times = Counter(plain.values())
     return {plain[name] if times[plain[name]] == 1 else name: tensor for name, tensor in tensors.items()}
