@@ -90,6 +90,11 @@ def read_file(path: Path) -> Parts:
     return parts
 
 
+def dotted(*names: str) -> str:
+    """Names within names as one; those that are empty are left out."""
+    return ".".join(filter(None, names))
+
+
 def shown(text: object) -> str:
     """A name out of a file, fit for a message: short, and without characters that cannot be printed."""
     line = "".join(c if c.isprintable() else "?" for c in str(text)[:81])
@@ -115,9 +120,7 @@ def _unpickle(path: Path) -> Any:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch.save has it since 2020
     if zipped:
         with zipfile.ZipFile(path) as archive:
-            data = [
-                entry for entry in archive.infolist() if "/data" in entry.filename
-            ]  # of TorchScript, code is packed
+            data = [entry for entry in archive.infolist() if "/data" in entry.filename]  # in TorchScript, there is more
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in data):
                 raise TensorFileError("is a compressed archive, which torch.save does not write")
     with warnings.catch_warnings():
@@ -190,7 +193,7 @@ def _parts(content: Any) -> Parts:
             if tensors := {name: value for name, value in named.items() if isinstance(value, Tensor)}:
                 parts[path] = tensors
             if id(some) not in seen:
-                level += [(f"{path}.{name}" if path else name, value) for name, value in named.items()]
+                level += [(dotted(path, name), value) for name, value in named.items()]
             seen.add(id(some))
     return parts
 

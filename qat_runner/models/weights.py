@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat_runner.config import TORCHVISION, path_of
 from qat_runner.errors import ConfigError
-from qat_runner.models.tensor_files import Parts, TensorFileError, find_file, read_file, shown
+from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
 from qat_runner.models.vision import TORCHVISION_MODELS
 
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
@@ -25,7 +25,7 @@ _WRAPPERS = {
     *("_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),  # Fabric, FSDP, activation checkpoints
 }
 _RAW = ("state_dict", "model_state_dict", "model", "net", "module")  # keys that training scripts keep weights under
-_AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)")
 _BOOKKEEPING = ("num_batches_tracked", "n_averaged")  # of BatchNorm, which older files lack; of AveragedModel
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -181,13 +181,13 @@ def _part_of(source: Source, parts: Parts) -> Parts:
     if source.part is None:
         return parts
     some = {
-        path: {name: t for name, t in tensors.items() if f"{path}.{name}".lstrip(".").startswith(f"{source.part}.")}
+        path: {name: t for name, t in tensors.items() if dotted(path, name).startswith(f"{source.part}.")}
         for path, tensors in parts.items()
     }
     some = {path: tensors for path, tensors in some.items() if tensors}
     if not some:
-        beginnings = {f"{path}.{name}".lstrip(".").rpartition(".")[0] for path in parts for name in parts[path]}
-        firsts = sorted({shown(beginning.partition(".")[0]) for beginning in beginnings if beginning})
+        names = [dotted(path, name) for path, tensors in parts.items() for name in tensors]
+        firsts = sorted({shown(name.partition(".")[0]) for name in names if "." in name})
         has = f"; there are {', '.join(firsts[:8])}" if firsts else ""
         raise ConfigError(f"{source}: has no part {source.part}{has}")
     return some
@@ -210,8 +210,8 @@ def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candida
         for beginning, count in matched.items():
             if beginning in ("", best) or count >= _MIN_SHARE * len(counted):
                 under = {name.removeprefix(beginning): t for name, t in plain.items() if name.startswith(beginning)}
-                part = ".".join(filter(None, (path, beginning.removesuffix("."))))
-                yield _Candidate(part, under, count, len(counted), sum(not _optional(name) for name in under))
+                of_file = sum(not _optional(name) for name in under)
+                yield _Candidate(dotted(path, beginning.removesuffix(".")), under, count, len(counted), of_file)
 
 
 def _splits(name: str, longest: int) -> Iterator[tuple[str, str]]:
