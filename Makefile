@@ -21,8 +21,10 @@ help: ## list the targets
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@ .venv/.installed
 
-run: .venv/.installed ## first run: 4-bit ResNet-18 on digits, with OCTAV and max-scaling, beside full precision
-	$(BIN)/qat-run -m bits=32,4 clipping=octav,max
+run: .venv/.installed ## first run: 2-bit ResNet-20 on digits, OCTAV and max-scaling beside full precision, three seeds
+	$(BIN)/qat-run -m model=resnet20 bits=32,2 clipping=octav,max seed=0,1,2
+	$(BIN)/qat-report compare runs
+	@echo "Open report/compare.html in a browser: the page of these runs."
 
 test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 	$(BIN)/python -m pytest

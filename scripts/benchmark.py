@@ -9,6 +9,7 @@ with the spread between quartiles. Parts:
 
     solver   OCTAV, cold and warm, beside the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a copy
     growth   OCTAV against elements, rows and bits
+    select   percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
     step     a whole training step: full precision, static scales, max-scaling, OCTAV
     memory   peak memory of the same steps
     startup  seconds to the end of the first step, compiling from nothing and from a warm cache
@@ -31,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 from qat_runner.data import Batch
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
-from qat_runner.quant import fake_quantize, mse_sweep, octav
+from qat_runner.quant import fake_quantize, mse_sweep, octav, percentile
 from qat_runner.quant.kernels import set_backend
 from qat_runner.training.measure import compute
 from qat_runner.training.memory import keep_freed_memory
@@ -194,6 +196,26 @@ def growth(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     return [{"what": name, **figures} for name, figures in take_turns(contest, args.rounds, device).items()]
 
 
+def numpys_percentile(x: np.ndarray, q: float) -> object:
+    return np.percentile(np.abs(x), q)
+
+
+def select(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for n in (10**e for e in range(3, 9)):
+        x = torch.randn(n)
+        there, array = x.to(device), x.numpy()
+        for q in (0.1, 1, 50, 90, 99, 99.9, 99.99, 99.999, 100):
+            contest: Contest = {
+                "ours": partial(percentile, there, 4, q=q, check=device.type == "cpu"),
+                "NumPy": partial(numpys_percentile, array, q),
+            }
+            figures = take_turns(contest, args.rounds if n < 1e7 else 3, device)
+            ours, numpy = figures["ours"]["ms"], figures["NumPy"]["ms"]
+            rows.append({"elements": n, "q": q, "ours, ms": ours, "NumPy, ms": numpy, "ours / NumPy": ours / numpy})
+    return rows
+
+
 def vision(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
     """A network, a batch of random pictures, and how the network is quantized."""
     name, size, batch = which
@@ -322,7 +344,7 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return rows
 
 
-PARTS = {"solver": solver, "growth": growth, "step": step, "memory": memory, "startup": startup}
+PARTS = {"solver": solver, "growth": growth, "select": select, "step": step, "memory": memory, "startup": startup}
 
 
 def main() -> None:

@@ -2,13 +2,18 @@
 
     qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
     qat-report compare runs                    a page that sets runs, or folders of runs, side by side
+    qat-report status runs                     which runs are finished, running, stale, failed or missing
     qat-report table1 runs                     ours beside the published numbers
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
+    qat-report table6 --run runs/NAME          seconds to find the scalars of a run's tensors; alone: BERT-Base's
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
-    qat-report status runs                     which runs are finished, running, stale, failed or missing
+    qat-report figure2 --run runs/NAME         scalars and MSE of all its tensors, by the MSE sweep and by OCTAV
+    qat-report figure2 --model resnet50 --weights torchvision --dataset imagenet
+                                               the same of its weights; with --data-dir DIR of its activations as well
     qat-report figure3                         the gradient estimators
+    qat-report figure4 runs                    accuracy against epoch of Table 1's runs
     qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
-    qat-report table6 --run runs/NAME          seconds to find them
+    qat-report iterations                      OCTAV's iteration from several starts
 
 Pages are single files that need no network. Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures
 are written as PNG and SVG. Exit codes: 0 all is well, 2 the request cannot be carried out.
@@ -22,7 +27,7 @@ from pathlib import Path
 from qat_runner.errors import ConfigError, QatError
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5")
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
 
 
 def verbs() -> tuple[str, ...]:
@@ -39,13 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs())}")
     parser.add_argument("places", nargs="*", type=Path, help="folder of run folders (runs); compare: runs as well")
-    parser.add_argument("--dataset", help="whose runs, where there are several")
-    parser.add_argument("--model", help="tables: of one network alone")
+    parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
+    parser.add_argument("--model", help="tables, figure 4: of one network alone; figure2: the network of --weights")
     parser.add_argument(
         "--run",
         type=Path,
-        help="figures 1, 2 and 5, table6: the run whose tensors it is about",
+        help="figures 1, 2 and 5, iterations, table6: the run whose tensors it is about",
     )
+    parser.add_argument("--weights", metavar="FILE", help="figure2: of a network's weights, as qat-run takes them")
+    parser.add_argument("--data-dir", type=Path, help="figure2: of its activations as well, on the data that lie there")
     parser.add_argument("--out", type=Path, help="folder to write to (report; for a run, its own)")
     args = parser.parse_args(argv)
     try:
@@ -130,34 +137,41 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
 
 
 def _table6(run: Path | None, out: Path) -> list[Path]:
-    from qat_runner.quant.kernels import set_backend
     from qat_runner.report import table6
 
-    set_backend("auto")
-    text = (table6.synthetic() if run is None else table6.of_run(run)).text()
-    print(text)
-    return _write(out, "table6", {"markdown": text})
+    table = (table6.synthetic() if run is None else table6.of_run(run)).table()
+    print(table.text("markdown"))
+    return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:
-    from qat_runner.report import figure5
+    from qat_runner.report import figure2, figure5
     from qat_runner.report import figures_of_paper as figures
     from qat_runner.report.runs import find_runs
 
-    tables: list[Path] = []
-    if args.what == "figure3":
+    tables: dict[str, str] = {}
+    if args.what == "figure2":
+        compared = figure2.of_run(args.run) if args.run else figure2.of_weights(*_weights(args))
+        figure, tables = figure2.draw(compared), {"csv": figure2.table(compared)}
+    elif args.what == "figure3":
         figure = figures.figure3()
     elif args.what == "figure4":
         runs = find_runs(_folder(args.runs_dir))
-        figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]))
+        figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]), args.model)
     elif args.what == "figure5":
         if args.run is None:
             raise ConfigError("figure5: needs --run RUN_DIR, the run whose activations are shown")
-        scalars = figure5.static_scalars(args.run)
-        figure = figure5.draw(scalars)
-        tables = _write(args.out, "figure5", {"csv": figure5.table(scalars)})
+        inputs, views = figure5.inputs_of_run(args.run)
+        figure, tables = figure5.draw(inputs, views), {"csv": figure5.table(inputs)}
     else:
         samples = figures.synthetic_samples() if args.run is None else figures.samples_of_run(args.run)
-        figure = (figures.figure1 if args.what == "figure1" else figures.figure2)(samples)
+        figure = (figures.figure1 if args.what == "figure1" else figures.iterations)(samples)
     args.out.mkdir(parents=True, exist_ok=True)
-    return [*tables, *figures.save(figure, args.out / args.what)]
+    return [*_write(args.out, args.what, tables), *figures.save(figure, args.out / args.what)]
+
+
+def _weights(args: argparse.Namespace) -> tuple[str, str, str, Path | None]:
+    """The network, its weights and their data, as they are named for figure 2."""
+    if None in (args.model, args.weights, args.dataset):
+        raise ConfigError("figure2: needs --run RUN_DIR, or --model NAME --weights FILE --dataset NAME")
+    return args.model, args.weights, args.dataset, args.data_dir

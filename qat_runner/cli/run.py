@@ -13,13 +13,14 @@ broke off; 2 the request cannot be carried out as it stands, and nothing was lef
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -33,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
-from qat_runner.config import Config, differences, from_hydra, identity, register
+from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.config.composing import HYDRA_VERSION_BASE, compose_config, config_dir
 from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
 from qat_runner.report.status import remember_asked
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.group(max((row.distributed_timeout for row in rows.values()), default=600)):
             _run_all(args, failures)
         if main_process:
-            _print_table(folders)
+            _print_results(rows)
     except (HydraException, OmegaConfBaseException) as error:
         return _fail(explain(error, config_dir()), 2)
     except QatError as error:
@@ -207,6 +208,7 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
 
 
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:
+    done: dict[tuple[str, str | None], float] = {}  # full precision is one run, whatever a sweep's rows say of clipping
 
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
@@ -220,7 +222,11 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
         if any(isinstance(failure, StoppedError) or distributed.launched() for failure in failures):
             return None
         try:
-            return accuracy(run(from_hydra(composed)))
+            config = from_hydra(composed)
+            row = run_name(config), config.run_dir
+            if row not in done:
+                done[row] = accuracy(run(config))
+            return done[row]
         except QatError as error:
             if here:
                 failures.append(error)
@@ -241,10 +247,20 @@ def _wait_for_slurm(error: QatError) -> None:
         time.sleep(SLURM_PATIENCE)
 
 
-def _print_table(folders: Sequence[Path]) -> None:
-    from qat_runner.report.tables import results_table
+def _print_results(rows: Mapping[Path, Config]) -> None:
+    """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
+    from qat_runner.report import tables
     from qat_runner.training.tracking import read_json
 
-    summaries: list[dict[str, Any]] = [read_json(path) for f in folders if (path := f / "summary.json").is_file()]
-    if summaries:
-        log.info("\n" + results_table(summaries))
+    finished = {folder: folder / "summary.json" for folder in rows if (folder / "summary.json").is_file()}
+    results = [(rows[folder], read_json(path)) for folder, path in finished.items()]
+    if not results:
+        return
+    log.info("\n" + tables.results_table(results))
+    if tables.several_seeds(results):
+        log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results))
+    if sentences := tables.differences_in_words(results):
+        log.info("\n" + "\n".join(sentences))
+    places = list(dict.fromkeys(folder.parent for folder in finished))
+    words = ["qat-report", *(["compare", *map(str, places)] if len(finished) > 1 else map(str, finished))]
+    log.info(f"\n{shlex.join(words)} makes a page of {'them' if len(finished) > 1 else 'it'}")

@@ -175,13 +175,19 @@ def _quantization_words(config: Config) -> list[str]:
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
 
 
-def clipping_label(config: Config) -> str:
-    """The clipping method in a word: octav, octav-to-static, static-percentile99.9, ...; "none" for full precision."""
+def clipping_label(config: Config, became_static: bool = False) -> str:
+    """The clipping method in a word: octav, octav-to-static, static-percentile99.9, ...; "none" for full precision.
+
+    Args:
+        config: resolved.
+        became_static: the network is known to have static activations, whatever the config says of its training.
+    """
     if config.policy.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     static = not config.clipping.dynamic and not config.clipping.learned
-    return ("static-" if static else "") + config.clipping.name + suffix + ("-to-static" if config.freezing else "")
+    became = config.clipping.dynamic and (config.freezing or became_static)
+    return ("static-" if static else "") + config.clipping.name + suffix + ("-to-static" if became else "")
 
 
 def gradient_label(config: Config) -> str:

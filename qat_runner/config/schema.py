@@ -140,6 +140,8 @@ class StageConfig:
     """learning rate at that batch size, before any decay"""
     optimizer: str = "sgd"
     """sgd, or adamw, which spares biases and normalization the weight decay"""
+    bias_correction: bool = True
+    """adamw: divide the running averages, which start at zero, by what they lack in the first steps"""
     momentum: float = 0.9
     """sgd"""
     weight_decay: float = 1e-4
@@ -166,6 +168,9 @@ class RecipeConfig:
 
     name: str = MISSING
     """what messages call it"""
+    device_batch: int | None = None
+    """samples that a device saw at a time where the recipe was published, over which BatchNorm and the scalars of
+    activations were taken; a run is told how it compares, and does not follow it; null: not published"""
     scratch: StageConfig | None = None
     retrain: StageConfig | None = None
     long_retrain: StageConfig | None = None

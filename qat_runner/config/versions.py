@@ -46,6 +46,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "clipping.calibration_batch_size": None,
     "clipping.sync": False,
     "clipping.eval_mode": "dynamic",
+    "recipe.device_batch": None,
     "recipe.scratch": None,
     "recipe.retrain": None,
     "recipe.long_retrain": None,
@@ -91,6 +92,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
 
 FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "optimizer": "sgd",
+    "bias_correction": True,
     "momentum": 0.9,
     "weight_decay": 1e-4,
     "nesterov": False,

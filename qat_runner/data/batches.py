@@ -96,6 +96,10 @@ class Data(Protocol):
     """what a sample is, in a word"""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found in reading the data that whoever asked for them should know."""
+
+    @property
     def train_size(self) -> int: ...
 
     @property

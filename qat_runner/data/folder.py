@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from qat_runner.data.batches import Shard
+from qat_runner.data.decoding import FORMATS, read_picture
 from qat_runner.data.images import Labelled, epoch_seed
+from qat_runner.data.listing import Listing, list_pictures, printable
 from qat_runner.errors import RunError
 
 RESIZE_RATIO = 256 / 224
 """Validation pictures are resized to this times the crop, the ImageNet standard."""
+
+LONGEST = 16
+"""Of a validation picture, what lies further from its centre than this ratio of sides is cut off before resizing."""
 
 
 log = logging.getLogger("qat_runner")
@@ -27,32 +31,45 @@ log = logging.getLogger("qat_runner")
 class _Pictures(Dataset[tuple[Tensor, int, str]]):
     """Pictures of one half, asked for as (seed, index): augmentation depends on these two alone.
 
-    An item is a picture, its label, and the path of a picture that cannot be decoded, or "".
+    An item is a picture, its label, and what was wrong with a picture that cannot be decoded, or "".
     """
 
-    def __init__(self, folder: Path, transform: Any, skip_corrupt: bool) -> None:
-        self.files = ImageFolder(str(folder))
+    def __init__(self, listing: Listing, transform: Any) -> None:
+        self.samples = listing.samples
         self.transform = transform
-        self.skip_corrupt = skip_corrupt
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.samples)
 
     def __getitem__(self, item: Any) -> tuple[Tensor, int, str]:
         seed, index = item
-        path, label = self.files.samples[index]
+        path, label = self.samples[index]
+        trouble = ""
         try:
-            picture = self.files.loader(path)
-        except Exception as error:
-            if self.skip_corrupt:
-                return self.transform(Image.new("RGB", (8, 8))), label, path
-            raise RunError(
-                f"picture {path} cannot be decoded ({type(error).__name__}: {error}); "
-                f"dataset.skip_corrupt=true leaves such pictures out"
-            ) from error
+            picture = read_picture(path)
+        except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
+            picture, trouble = Image.new("RGB", (8, 8)), f"picture {printable(path)} cannot be decoded ({_told(error)})"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(epoch_seed(seed, index))
-            return self.transform(picture), label, ""
+            return self.transform(picture), label, trouble
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
+
+
+def _within_reach(picture: Image.Image) -> Image.Image:
+    """The picture, or the middle of a very long one: all of it, resized by its short side, might not fit in memory."""
+    longest = LONGEST * min(picture.size)
+    if max(picture.size) <= longest:
+        return picture
+    width, height = (min(side, longest) for side in picture.size)
+    middle: Image.Image = v2.functional.center_crop(picture, [height, width])
+    return middle
 
 
 def _processors() -> int:
@@ -71,22 +88,30 @@ class FolderSource:
         image_size: pixels a side of what comes out.
         workers: processes that decode, for each half; 0 decodes in this process.
         skip_corrupt: leave out pictures that cannot be decoded.
+
+    Raises:
+        ValueError: a folder cannot be read, has other classes than the other half's, or a class has no pictures.
     """
 
     def __init__(self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False) -> None:
         # antialias and bilinear are the defaults of the published recipes
         crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        center = v2.Compose([v2.Resize(round(image_size * RESIZE_RATIO)), v2.CenterCrop(image_size), v2.PILToTensor()])
-        self._train = _Pictures(folder / "train", crop, skip_corrupt)
-        self._val = _Pictures(folder / "val", center, skip_corrupt)
-        self.corrupt: set[str] = set()
-        """paths of the pictures that were left out"""
-        self._workers = workers
-        self.classes = self._train.files.classes
-        if self._val.files.classes != self.classes:
-            odd = sorted(set(self.classes) ^ set(self._val.files.classes))
-            raise ValueError(f"train/ and val/ differ in their class folders: {', '.join(odd[:5])}")
+        resize = v2.Resize(round(image_size * RESIZE_RATIO))
+        center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+        listings = {half: list_pictures(folder / half) for half in ("train", "val")}
+        self.classes = listings["train"].classes
+        _check_same(self.classes, listings["val"].classes)
+        self.notes = tuple(
+            f"{half}/: passed over {listing.passed_over}"
+            for half, listing in listings.items()
+            if str(listing.passed_over)
+        )
+        self._train, self._val = _Pictures(listings["train"], crop), _Pictures(listings["val"], center)
         self.train_size, self.val_size = len(self._train), len(self._val)
+        self._workers = workers
+        self._skip_corrupt = skip_corrupt
+        self.corrupt: set[str] = set()
+        """what is wrong with each picture that was left out"""
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
@@ -107,18 +132,28 @@ class FolderSource:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting the workers would draw from the global one
         )
-        try:
-            for pictures, labels, paths in loader:
-                yield self._decoded(pictures, labels, paths) if any(paths) else (pictures, labels)
-        except RunError as error:  # from a worker it arrives with the worker's traceback as its message
-            raise RunError(str(error).strip().splitlines()[-1].rpartition("RunError: ")[2]) from None
+        for pictures, labels, troubles in loader:
+            yield self._decoded(pictures, labels, troubles) if any(troubles) else (pictures, labels)
 
-    def _decoded(self, pictures: Tensor, labels: Tensor, paths: Sequence[str]) -> Labelled:
+    def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """What could be decoded of a batch."""
-        good = [i for i, path in enumerate(paths) if not path]
-        for path in sorted({*filter(None, paths)} - self.corrupt):
-            log.warning(f"picture {path} cannot be decoded: left out")
-        self.corrupt.update(filter(None, paths))
+        told = sorted(set(filter(None, troubles)))
+        if not self._skip_corrupt:
+            raise RunError(f"{told[0]}; dataset.skip_corrupt=true leaves such pictures out")
+        for trouble in told:
+            if trouble not in self.corrupt:
+                log.warning(f"{trouble}: left out")
+        self.corrupt.update(told)
+        good = [i for i, trouble in enumerate(troubles) if not trouble]
         if not good:
-            raise RunError(f"none of the {len(paths)} pictures of a batch can be decoded, the first is {paths[0]}")
+            raise RunError(f"none of the {len(troubles)} pictures of a batch can be decoded; {troubles[0]}")
         return pictures[good], labels[good]
+
+
+def _check_same(train: Sequence[str], val: Sequence[str]) -> None:
+    """Refuse halves of different classes, naming the first that one of them has alone."""
+    for name in sorted(set(train) ^ set(val)):
+        here, there = ("train", "val") if name in train else ("val", "train")
+        raise ValueError(
+            f"train/ and val/ must have the same class folders: {here}/ has {printable(name)}, {there}/ not"
+        )

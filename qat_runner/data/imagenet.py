@@ -19,6 +19,8 @@ import scipy.io
 from torchvision.models._meta import _IMAGENET_CATEGORIES as CATEGORIES
 from tqdm import tqdm
 
+from qat_runner.data.listing import class_folders
+
 MD5 = {
     "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
@@ -42,7 +44,7 @@ def prepare_imagenet(folder: Path) -> None:
     classes, wnid_of_val = read_devkit(folder / "ILSVRC2012_devkit_t12.tar.gz")
     _unpack_val(folder / "ILSVRC2012_img_val.tar", folder / "val", wnid_of_val)
     _unpack_train(folder / "ILSVRC2012_img_train.tar", folder / "train")
-    check_order(sorted(path.name for path in (folder / "train").iterdir()), classes)
+    check_order(class_folders(folder / "train"), classes)
     for half, wanted in PICTURES.items():
         found = sum(1 for _ in (folder / half).glob("*/*.JPEG"))
         if found != wanted:

@@ -28,6 +28,8 @@ class Source(Protocol):
 
     train_size: int
     val_size: int
+    notes: tuple[str, ...]
+    """what was passed over, or taken for what it does not say it is"""
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]: ...
 
@@ -60,6 +62,10 @@ class ImageData:
     @property
     def val_size(self) -> int:
         return self.source.val_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source.notes
 
     def train_steps(self, batch_size: int) -> int:
         """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
@@ -96,13 +102,24 @@ class ImageData:
 
 @dataclass
 class MemorySource:
-    """Pictures held in memory; both halves are one large batch each."""
+    """Pictures held in memory; both halves are one large batch each.
+
+    Raises:
+        ValueError: pictures and labels of a half differ in number or there are none; sizes of pictures differ.
+    """
 
     training: Labelled
     validation: Labelled
     augmentation: str = "none"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for pictures, labels in (self.training, self.validation):
+            if not len(pictures) == len(labels) > 0:
+                raise ValueError(f"{len(pictures)} pictures with {len(labels)} labels")
+        sizes = [tuple(pictures.shape[2:]) for pictures, _ in (self.training, self.validation)]
+        if len({side for size in sizes for side in size}) > 1:
+            raise ValueError(f"pictures of {sizes[0]} pixels to train with, {sizes[1]} to validate: must be one square")
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:

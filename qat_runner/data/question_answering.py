@@ -35,6 +35,7 @@ class SquadData:
     name = "squad"
     metric = "f1"
     unit = "win"
+    notes = ()
 
     @property
     def train_size(self) -> int:

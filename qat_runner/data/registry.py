@@ -6,16 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
+from numpy.typing import NDArray
 
 from qat_runner.config import DatasetConfig
+from qat_runner.data.arrays import labelled, read_npz
 from qat_runner.data.batches import WHOLE, Data, Shard
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 from qat_runner.data.images import ImageData, Labelled, MemorySource, Source, shrink
+from qat_runner.data.listing import class_folders, printable
+from qat_runner.data.published import read_cifar10, read_fashion_mnist
 from qat_runner.data.question_answering import load_squad
 from qat_runner.data.squad import FILES, holds_squad
 from qat_runner.errors import ConfigError
+
+Arrays = tuple[NDArray[Any], NDArray[Any]]
+"""pictures and labels"""
 
 PREPARE = "python -m qat_runner.data.prepare"
 
@@ -33,21 +39,21 @@ def _digits(folder: Path, config: DatasetConfig) -> Source:
 
 def _cifar10(folder: Path, config: DatasetConfig) -> Source:
     if (folder / "cifar10.npz").is_file():
-        arrays = np.load(folder / "cifar10.npz", allow_pickle=False)
-        halves = [(arrays[f"x_{half}"], arrays[f"y_{half}"]) for half in ("train", "test")]
-    else:
-        sets = [torchvision.datasets.CIFAR10(str(folder), train=train) for train in (True, False)]
-        halves = [(s.data, np.asarray(s.targets)) for s in sets]
-    train, val = (
-        (torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64)))
-        for pictures, labels in halves
-    )
-    return MemorySource(train, val, config.augment)
+        x_train, y_train, x_test, y_test = read_npz(folder / "cifar10.npz", ("x_train", "y_train", "x_test", "y_test"))
+        return _in_memory((x_train, y_train), (x_test, y_test), config)
+    batches = folder / "cifar-10-batches-py"
+    return _in_memory(read_cifar10(batches, train=True), read_cifar10(batches, train=False), config)
 
 
 def _fashion_mnist(folder: Path, config: DatasetConfig) -> Source:
-    train, val = (torchvision.datasets.FashionMNIST(str(folder), train=train) for train in (True, False))
-    return MemorySource((train.data.unsqueeze(1), train.targets), (val.data.unsqueeze(1), val.targets), config.augment)
+    raw = folder / "FashionMNIST" / "raw"
+    return _in_memory(read_fashion_mnist(raw, train=True), read_fashion_mnist(raw, train=False), config)
+
+
+def _in_memory(train: Arrays, test: Arrays, config: DatasetConfig) -> MemorySource:
+    training, notes = labelled("train", *train)
+    validation, more = labelled("test", *test)
+    return MemorySource(training, validation, config.augment, (*notes, *more))
 
 
 def _fake(folder: Path, config: DatasetConfig) -> Source:
@@ -87,10 +93,7 @@ def _holds_fashion_mnist(folder: Path) -> bool:
 
 
 def _holds_class_folders(folder: Path) -> bool:
-    return all(
-        (folder / half).is_dir() and any(path.is_dir() for path in (folder / half).iterdir())
-        for half in ("train", "val")
-    )
+    return all((folder / half).is_dir() and class_folders(folder / half) for half in ("train", "val"))
 
 
 _FOLDERS = "train/ and val/ with a folder of pictures for each class"
@@ -135,23 +138,28 @@ def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
     if config.num_classes is None or config.num_classes < classes:
         raise ConfigError(f"dataset.num_classes={config.num_classes}: {config.name} has {classes} classes")
     (train, train_labels), (val, val_labels) = source.training, source.validation
-    return MemorySource((shrink(train, wanted), train_labels), (shrink(val, wanted), val_labels), source.augmentation)
+    return MemorySource(
+        (shrink(train, wanted), train_labels), (shrink(val, wanted), val_labels), source.augmentation, source.notes
+    )
 
 
 def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
     """The folder that holds a data set: data_dir itself or its subfolder of the data set's name.
 
     Raises:
-        ConfigError: unknown name; it lies in neither, the message says what must lie where, and which command
-            prepares it.
+        ConfigError: unknown name; a folder that cannot be read; it lies in neither, the message says what must lie
+            where, and which command prepares it.
     """
     if config.name not in DATASETS:
         raise ConfigError(f"dataset.name={config.name}: must be one of {', '.join(DATASETS)}")
     holds, what = DATASETS[config.name]
     root = Path(data_dir).expanduser()
-    for folder in (root, root / config.name):
-        if holds is None or (folder.is_dir() and holds(folder)):
-            return folder
+    try:
+        for folder in (root, root / config.name):
+            if holds is None or (folder.is_dir() and holds(folder)):
+                return folder
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"dataset={config.name}: data_dir={printable(data_dir)}: {error}") from error
     raise ConfigError(
         f"dataset={config.name}: not found in data_dir={data_dir}; there (or in {root / config.name}) must lie {what}"
     )
@@ -186,9 +194,8 @@ def load_dataset(
             return load_squad(folder, config, tokenizer, device, seed, shard)
         source = PICTURES[config.name](folder, config)
     except Exception as error:  # whatever a parser may raise on files that are something else
-        raise ConfigError(
-            f"dataset={config.name}: {folder} cannot be read ({error or type(error).__name__})"
-        ) from error
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"dataset={config.name}: {printable(str(folder))} cannot be read ({told})") from error
     if isinstance(source, MemorySource):
         source = _fit(source, config)
     num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes

@@ -1,6 +1,7 @@
 """Carrying out a run: the folder is taken, all is built, trained or measured, and what came of it is written down."""
 
 import logging
+import math
 import shutil
 import time
 import traceback
@@ -148,6 +149,8 @@ def _carry_out(
         record = stack.enter_context(closing(_open_record(folder, saved)))
         trainer = Trainer(config, model, data, record, teacher)
         _describe(config, folder, model, notes)
+        for note in data.notes:
+            log.info(f"{config.dataset.name}: {note}")
         if config.training:
             log.info(_recipe(config))
         if saved is not None:
@@ -249,20 +252,36 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
 
 
 def _recipe(config: Config) -> str:
-    """Batch size and learning rate, and the rule that they follow."""
+    """Batch size and learning rate, and the rule that they follow; and what part of the batch is seen at a time."""
     stage = config.stage
     assert config.batch_size is not None
     told = f"batch size {config.batch_size}, lr {config.lr:g}"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
-        return f"{told}: the recipe's, whatever the number of devices"
+        return f"{told}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
     law = "the square root of the batch size" if stage.optimizer == "adamw" else "the batch size"
     rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
-    return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size})"
+    return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
+
+
+def _seen_at_a_time(config: Config) -> str:
+    """How many samples BatchNorm and the scalars of activations are taken over, beside the published number."""
+    published, world = config.recipe.device_batch, distributed.world_size()
+    if published is None or config.clipping.sync or config.sync_batchnorm:
+        return ""
+    assert config.batch_size is not None
+    own = config.batch_size // world
+    seen = math.ceil(own / config.accumulate)
+    told = f"; BatchNorm and activations' scalars see {seen} samples at a time"
+    if seen == published:
+        return f"{told}, as published"
+    remedy = f" (accumulate={own // published} restores that)" if own % published == 0 else ""
+    return f"{told}, where the recipe was published {published}{remedy}"
 
 
 def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
+    activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.model)
     source = trainer.data.source if isinstance(trainer.data, ImageData) else None
@@ -277,7 +296,7 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         else f"{config.weight_bits}/{config.activation_bits}",
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
-        "clipping": clipping_label(config),
+        "clipping": clipping_label(config, became_static=bool(activations) and "dynamic" not in activations),
         "gradient": gradient_label(config),
         "distilled": config.distilling,
         "mode": config.mode,

@@ -43,7 +43,7 @@ from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
 from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
-from qat_runner.training.tracking import write_json
+from qat_runner.training.tracking import environment, write_json
 
 log = logging.getLogger("qat_runner")
 
@@ -51,6 +51,9 @@ STATIC = "static"
 """The rule of a run whose activations' scalars are constants already: static from some time on, or learned."""
 
 DEFAULT_RULE = "averaged"
+
+FUSED = "onnx_fused"
+"""In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
 
 FOLDER = "export"
 """In a run's folder."""
@@ -137,15 +140,15 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
 
 def compare_rules(
     run: Path, rules: Sequence[str] | None = None, batches: int = 10, checkpoint: str = "last"
-) -> dict[str, float]:
-    """Accuracy on the validation set of a run's network with dynamic scalars, and with those of each rule.
+) -> dict[str, verify.Figures]:
+    """Figures on the validation set of a run's network with dynamic scalars, and with those of each rule.
 
     Args:
         run, batches, checkpoint: as of Request.
         rules: of `freeze`; None: all that mean something to the run.
 
     Returns:
-        {"dynamic": percent, rule: percent, ...}; under a run with static scalars, {"static": percent}.
+        {"dynamic": figures, rule: figures, ...}; under a run with static scalars, {"static": figures}.
     """
     model, data, config = network_of(run, checkpoint)
     networks = {"dynamic": model}
@@ -157,7 +160,7 @@ def compare_rules(
     (first, reference), *others = networks.items()
     computes = {name: _compute(network) for name, network in others}
     figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
-    return {name: found.accuracy for name, found in zip([first, *computes], figures, strict=True)}
+    return dict(zip([first, *computes], figures, strict=True))
 
 
 def export(request: Request) -> dict[str, Any]:
@@ -193,6 +196,7 @@ def export(request: Request) -> dict[str, Any]:
             "batchnorm": "folded" if request.fold else "kept",
             "batchnorm_kept": kept,
             "metric": data.metric,
+            "processor": environment()["machine"]["processor"],
             "figures": {name: verify.as_dict(found) for name, found in figures.items()},
             **_costs(static, files, config, example),
         }
@@ -223,11 +227,15 @@ def _write(
 def _check(
     model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
 ) -> dict[str, verify.Figures]:
-    """Figures of the dynamic network, the static one, and the files that run by themselves."""
+    """Figures of the dynamic network, the static one, and the files that run by themselves.
+
+    A file must do what the network does by its own definition; what a processor's fused kernels make of it is told.
+    """
     log.info("checking on the validation set")
     others: dict[str, verify.Compute] = {"dynamic": _compute(model)}
     if "onnx" in files:
-        others["onnx"] = verify.OnnxFile(files["onnx"])
+        others["onnx"] = verify.OnnxFile(files["onnx"], fused=False)
+        others[FUSED] = verify.OnnxFile(files["onnx"], fused=True)
     if "torch" in files:
         program = read_program(files["torch"])
         others["torch"] = lambda inputs: verify.joined(program(*inputs))
@@ -252,7 +260,10 @@ def _costs(static: nn.Module, files: dict[str, Path], config: Config, example: S
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "full.onnx"
             write_onnx(full, _signature(config, example), path)
-            timed = {"full_precision": verify.OnnxFile(path), "onnx": verify.OnnxFile(files["onnx"])}
+            timed = {
+                "full_precision": verify.OnnxFile(path, fused=True),
+                "onnx": verify.OnnxFile(files["onnx"], fused=True),
+            }
             costs["milliseconds"] = verify.latency(timed, [t[:1] for t in example])
     return costs
 
@@ -324,7 +335,13 @@ def _in_place_of(out: Path) -> Iterator[Path]:
 
 def text(result: dict[str, Any]) -> str:
     """The result for the terminal."""
-    names = {"dynamic": "dynamic scalars", "static": "static scalars", "onnx": "model.onnx", "torch": "model.pt2"}
+    names = {
+        "dynamic": "dynamic scalars",
+        "static": "static scalars",
+        "onnx": "model.onnx",
+        FUSED: "model.onnx, this processor's kernels",
+        "torch": "model.pt2",
+    }
     rows = [
         (
             label,
@@ -363,16 +380,44 @@ def text(result: dict[str, Any]) -> str:
         f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
         f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
     )
-    return f"{head}\n\n{quality}\n\n{costs}"
+    return "\n\n".join([head, quality, *_warning(result), costs])
 
 
-def text_of_rules(accuracies: dict[str, float]) -> str:
+def _warning(result: dict[str, Any]) -> list[str]:
+    """What to do where this processor's kernels compute something else than the ONNX file says."""
+    figures = result["figures"]
+    if FUSED not in figures or verify.agrees(verify.Figures(**figures[FUSED]), verify.Figures(**figures["static"])):
+        return []
+    return [
+        "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
+        f"({result['processor']}). They round in other places, and where a processor has no VNNI\n"
+        "instructions, their sums of products of uint8 and int8 saturate at 16 bits. Weights of 7 bits prevent that:\n"
+        "weight_bits=7 (and first_last_bits=7 for the two ends). The session option session.disable_quant_qdq=1\n"
+        "computes what the file says, more slowly."
+    ]
+
+
+def text_of_rules(figures: dict[str, verify.Figures]) -> str:
     """What `compare_rules` found, for the terminal."""
-    first = next(iter(accuracies.values()))
-    rows = [(name, f"{value:.2f}", f"{value - first:+.2f}") for name, value in accuracies.items()]
+    first = next(iter(figures.values()))
+    rows = [
+        (
+            name,
+            f"{found.accuracy:.2f}",
+            "" if found is first else _difference(found, first),
+            "" if found.agreement is None else f"{found.agreement:.2f}",
+        )
+        for name, found in figures.items()
+    ]
     return tabulate(
         rows,
-        ("scalars", "accuracy %", "difference"),
+        ("scalars", "accuracy %", "difference ± standard error", "same predictions %"),
         disable_numparse=True,
-        colalign=("left", "right", "right"),
+        colalign=("left", "right", "right", "right"),
     )
+
+
+def _difference(found: verify.Figures, reference: verify.Figures) -> str:
+    """Of two accuracies, in points, with its standard error where that is known."""
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+    return f"{found.accuracy - reference.accuracy:+.2f}{error}"

@@ -1,5 +1,6 @@
 """Files held against the network that they were written from: on the validation set, and by the clock."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,9 @@ class Figures:
     """percent of samples for which all predictions are the reference's"""
     largest_difference: float | None = None
     """of a logit from the reference's"""
+    standard_error: float | None = None
+    """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
+    the same samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
 @torch.inference_mode()
@@ -44,20 +48,51 @@ def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batch
     scores = [data.score() for _ in computes]
     same = [0] * len(computes)
     largest = [0.0] * len(computes)
+    gained, lost = [0] * len(computes), [0] * len(computes)
     samples = 0
     for batch in batches:
         all_logits = [compute(batch.inputs) for compute in computes]
         expected = all_logits[0].argmax(1)
+        reference_right = expected == batch.targets
         for i, logits in enumerate(all_logits):
             scores[i].add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
             same[i] += int((logits.argmax(1) == expected).reshape(batch.size, -1).all(1).sum())
             largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
+            right = logits.argmax(1) == batch.targets
+            gained[i] += int((right & ~reference_right).sum())
+            lost[i] += int((reference_right & ~right).sum())
         samples += batch.size
-    accuracies = [score.read()[data.metric] for score in scores]
+    first, *accuracies = [score.read()[data.metric] for score in scores]
     return [
-        Figures(accuracy, *((100 * same[i] / samples, largest[i]) if i else ()))
-        for i, accuracy in enumerate(accuracies)
+        Figures(first),
+        *(
+            Figures(
+                accuracy,
+                100 * same[i] / samples,
+                largest[i],
+                paired_standard_error(gained[i], lost[i], samples) if data.metric == "top1" else None,
+            )
+            for i, accuracy in enumerate(accuracies, 1)
+        ),
     ]
+
+
+def paired_standard_error(gained: int, lost: int, samples: int) -> float:
+    """Standard error of a difference of two accuracies on the same samples, in points.
+
+    Args:
+        gained: samples that the one has right and the other wrong.
+        lost: the other way round.
+        samples: all of them.
+    """
+    variance = (gained + lost) / samples - ((gained - lost) / samples) ** 2  # of a sample's difference: 1, 0 or -1
+    return 100 * math.sqrt(variance / samples)
+
+
+def agrees(found: Figures, reference: Figures) -> bool:
+    """Whether what was found is the network of the reference, but for rounding."""
+    assert found.agreement is not None
+    return found.agreement >= LEAST_AGREEMENT and found.accuracy >= reference.accuracy - LARGEST_LOSS
 
 
 def require(name: str, found: Figures, reference: Figures) -> None:
@@ -66,8 +101,7 @@ def require(name: str, found: Figures, reference: Figures) -> None:
     Raises:
         RunError: with the figures.
     """
-    assert found.agreement is not None
-    if found.agreement < LEAST_AGREEMENT or found.accuracy < reference.accuracy - LARGEST_LOSS:
+    if not agrees(found, reference):
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
             f"{LEAST_AGREEMENT:g} wanted), accuracy {found.accuracy:.2f} % beside {reference.accuracy:.2f} % (at most "
@@ -78,11 +112,17 @@ def require(name: str, found: Figures, reference: Figures) -> None:
 class OnnxFile:
     """An ONNX file at work in onnxruntime, on the CPU, with as many threads as PyTorch.
 
+    Args:
+        path: the file.
+        fused: as onnxruntime does by default, with kernels of integers in place of dequantize, compute, quantize;
+            what these give depends on the processor, since some add products of uint8 and int8 in 16 bits, which
+            saturate. False computes what the file says, node by node.
+
     Raises:
         ConfigError: onnxruntime is not installed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fused: bool) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -90,6 +130,8 @@ class OnnxFile:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors
+        if not fused:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._names = [value.name for value in self._session.get_inputs()]
 

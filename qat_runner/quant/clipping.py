@@ -31,11 +31,16 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
         raise TypeError(f"a clipping scalar needs a floating tensor, not {x.dtype}")
     if dim is not None and not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim={dim} does not exist in a tensor of shape {list(x.shape)}")
-    if check and x.numel() and not bool(torch.isfinite(x).all()):
+    if check and not _all_finite(x):
         raise ValueError(f"x of shape {list(x.shape)} holds NaN or infinity: no clipping scalar exists")
     if dim is None:
         return x.detach().reshape(1) if x.ndim == 0 else x.detach(), tuple(range(max(x.ndim, 1)))
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
+
+
+def _all_finite(x: Tensor) -> bool:
+    # A sum is one read and allocates nothing; NaN and infinity get into it, but it may also overflow.
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 @torch.no_grad()
@@ -101,19 +106,29 @@ def percentile(
     Grid(bits, signed)
     if not 0 < q <= 100:
         raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
+    if q == 100:
+        return maximum(x, bits, signed, dim, check=check)  # needs no copy
     x, dims = _prepare(x, dim, check)
     a = eager.magnitudes(x, signed)
     shape = [] if dim is None else eager.kept(a, dims)
     if a.numel() == 0:
         return a.new_zeros(shape)
     rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
-    n = rows.shape[1]
-    position = (n - 1) * q / 100
-    below = math.floor(position)
-    # The order statistics wanted sit near the top: the few largest are found faster than a full sort would find them.
-    top = rows.topk(n - below, dim=1, sorted=True).values
-    s = torch.lerp(top[:, -1], top[:, max(n - below - 2, 0)], position - below)
+    position = (rows.shape[1] - 1) * q / 100
+    below, above = math.floor(position), math.ceil(position)
+    s = torch.lerp(*_order_statistics(rows, below, above), position - below)
     return s.reshape(shape)
+
+
+def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor]:
+    """The elements of ranks below and above, counted from 0 upwards, of each of [rows, n]; leaves rows in disorder."""
+    if rows.device.type == "cpu" and not eager.recording():
+        rows.numpy().partition(below, axis=1)  # several ranks at once would be ten times slower than one
+        return rows[:, below], rows[:, above:].amin(1)
+    # Nothing waits for the device. Percentiles that clip sit near the top, which is found faster than all are sorted.
+    n = rows.shape[1]
+    top = rows.topk(n - below, dim=1, sorted=True).values
+    return top[:, -1], top[:, n - 1 - above]
 
 
 @torch.no_grad()
@@ -255,7 +270,7 @@ def octav(
     if init is not None:
         guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device).expand(eager.kept(x, dims))
     if pool is None:
-        s = kernels.backend().octav(x, k, signed, dims, guess, iterations, tolerance)
+        s = kernels.backend(x).octav(x, k, signed, dims, guess, iterations, tolerance)
     else:
         s = eager.octav(x, k, signed, dims, guess, iterations, tolerance, pool)
     return s.reshape(()) if dim is None else s

@@ -33,7 +33,7 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.save_for_backward(x, s)
         ctx.signed = grid.signed
         ctx.gradient = gradient
-        return kernels.backend().fake_quantize(x, s, grid)
+        return kernels.backend(x).fake_quantize(x, s, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
-        return kernels.backend().fake_quantize_backward(grad, x, s, ctx.signed, ctx.gradient), None, None, None
+        return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.signed, ctx.gradient), None, None, None
 
 
 def fake_quantize(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, gradient: str = "mad") -> Tensor:

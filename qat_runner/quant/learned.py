@@ -163,7 +163,7 @@ class _Learned(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, learned, s)
         ctx.grid, ctx.method, ctx.gradient_scale = grid, method, gradient_scale
-        return kernels.backend().fake_quantize(x, s, grid)
+        return kernels.backend(x).fake_quantize(x, s, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

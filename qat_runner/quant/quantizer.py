@@ -231,7 +231,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor) -> Tensor:
         """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient."""
-        return kernels.backend().fake_quantize(x, s, self.format)
+        return kernels.backend(x).fake_quantize(x, s, self.format)
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """As `quantized`, with a gradient."""

@@ -174,7 +174,8 @@ def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     """Heads, rows (words, figures as text and as number, words again), and the words that all runs share."""
     summaries = [run.summary for run in runs if run.summary is not None]
-    drops = dict(zip([r.folder for r in runs if r.summary is not None], against_full_precision(summaries), strict=True))
+    finished = {run.folder: (run.config, run.summary) for run in runs if run.summary is not None}
+    drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
     metrics = "/".join(dict.fromkeys(metric(summary) for summary in summaries)) or "accuracy"
     heads = ("bits", f"{metrics} %", "vs fp32", "best %", "SQNR dB", "MB", "minutes", "seed")
     words = [_words(run, name) for run, name in zip(runs, _names(runs), strict=True)]

@@ -4,12 +4,14 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
@@ -18,43 +20,105 @@ from qat_runner.report.figures_of_paper import Sample
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.tensors_of_run import look_at, network_of_run
 
+BATCHES = 10
+"""Calibration batches, as in the paper."""
+
+SHOWN = 2
+"""Layers that are looked at closely: those where the two methods part most."""
+
 
 @dataclass
-class Scalars:
-    """Static scalars of one activation tensor, each the mean over batches, and one batch of it."""
+class Input:
+    """The input of a layer: its clipping scalars, one a batch."""
 
-    sample: Sample
-    octav: float = 0.0
-    sweep: float = 0.0
+    name: str
+    signed: bool
+    minima: int
+    """of the measured MSE, on the first batch"""
+    octav: list[float] = field(default_factory=list)
+    sweep: list[float] = field(default_factory=list)
+
+    @property
+    def static_octav(self) -> float:
+        """The static scalar: the mean over batches (section 5)."""
+        return sum(self.octav) / len(self.octav)
+
+    @property
+    def static_sweep(self) -> float:
+        """Likewise."""
+        return sum(self.sweep) / len(self.sweep)
 
     @property
     def ratio(self) -> float:
-        """Of the larger to the smaller."""
-        low, high = sorted((self.octav, self.sweep))
+        """Of the larger static scalar to the smaller."""
+        low, high = sorted((self.static_octav, self.static_sweep))
         return high / low if low > 0 else 1.0
 
 
-def static_scalars(folder: Path, bits: int = 4, batches: int = 10) -> list[Scalars]:
-    """Scalars of a run's activations by OCTAV and by the MSE sweep, as static quantization finds them (section 5).
+@dataclass(frozen=True)
+class View:
+    """One batch of an input: how its values lie, and what each clipping scalar would cost."""
+
+    density: np.ndarray
+    """[bins]"""
+    edges: np.ndarray
+    """[bins + 1], in units of x"""
+    candidates: list[float]
+    curve: list[float]
+    """the measured MSE at each candidate"""
+    octav: float
+    octav_mse: float
+
+
+def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[list[Input], dict[str, list[View]]]:
+    """Static scalars of the inputs of a run's layers by OCTAV and by the sweep, and views of where they part most.
+
+    Operands of products in attention are left out, as in the paper's figure.
+
+    Returns:
+        The inputs in the order of the layers; and of SHOWN of them, by name, a view of each batch.
 
     Raises:
-        ConfigError: the folder holds no finished run.
+        ConfigError: the folder holds no run with a checkpoint.
     """
     model, data, config = network_of_run(folder)
-    assert config.batch_size is not None
-    batches = min(batches, data.train_steps(config.batch_size))
-    found: dict[str, Scalars] = {}
+    batch_size = config.clipping.calibration_batch_size
+    assert batch_size is not None
+    batches = min(batches, data.train_steps(batch_size))
+    found: dict[str, Input] = {}
 
-    def add(tensor: QuantizedTensor, x: Tensor) -> None:
-        if tensor.tensor == "weight":
+    def solve(tensor: QuantizedTensor, x: Tensor) -> None:
+        if tensor.tensor != "input":
             return
-        signed = tensor.quantizer.signed
-        row = found.setdefault(tensor.name, Scalars(Sample(tensor.name, x.flatten(), signed)))
-        row.octav += octav(x, bits, signed).item() / batches
-        row.sweep += mse_sweep(x, bits, signed).item() / batches
+        if tensor.name not in found:
+            sample = Sample(tensor.name, x, tensor.quantizer.signed)
+            found[tensor.name] = Input(tensor.name, sample.signed, minima(mse_curve(sample, bits)[1]))
+        found[tensor.name].octav.append(octav(x, bits, tensor.quantizer.signed).item())
+        found[tensor.name].sweep.append(mse_sweep(x, bits, tensor.quantizer.signed).item())
 
-    look_at(model, data, config.batch_size, batches, add)
-    return list(found.values())
+    look_at(model, data, batch_size, batches, solve)
+    views: dict[str, list[View]] = {each.name: [] for each in apart_most(list(found.values()))}
+
+    def show(tensor: QuantizedTensor, x: Tensor) -> None:
+        if tensor.name in views:
+            views[tensor.name].append(view(Sample(tensor.name, x, tensor.quantizer.signed), bits))
+
+    look_at(model, data, batch_size, batches, show)  # a second time: only now is it known where to look
+    return list(found.values()), views
+
+
+def apart_most(inputs: Sequence[Input]) -> list[Input]:
+    """The SHOWN inputs where the two methods part most, in the order of the layers."""
+    chosen = sorted(inputs, key=lambda each: each.ratio, reverse=True)[:SHOWN]
+    return [each for each in inputs if each in chosen]
+
+
+def view(sample: Sample, bits: int) -> View:
+    """What figure 5 shows of one batch."""
+    density, edges = np.histogram(sample.x.float().numpy(), bins=200, density=True)
+    s = octav(sample.x, bits, sample.signed).item()
+    cost = mse(sample.x, fake_quantize(sample.x, s, bits, sample.signed)).item()
+    return View(density, edges, *mse_curve(sample, bits), s, cost)
 
 
 def mse_curve(sample: Sample, bits: int, points: int = 100) -> tuple[list[float], list[float]]:
@@ -70,44 +134,41 @@ def minima(curve: Sequence[float]) -> int:
     return sum(a > b < c for a, b, c in zip(bounded, bounded[1:], bounded[2:], strict=False))
 
 
-def draw(rows: Sequence[Scalars], bits: int = 4, shown: int = 2) -> Figure:
-    """Static scalars tensor by tensor, by OCTAV and by the sweep; densities and MSE of those where they part most."""
-    figure = plt.figure(figsize=(12, 4 + 3.2 * shown), layout="constrained")
-    layout: list[list[str]] = [["all", "all"], *([f"density{i}", f"mse{i}"] for i in range(shown))]
+def draw(inputs: Sequence[Input], views: dict[str, list[View]], bits: int = 4) -> Figure:
+    """(a) static scalars layer by layer; (b, c) densities and (d, e) MSE where they part most, a colour a batch."""
+    figure = plt.figure(figsize=(12, 11), layout="constrained")
+    layout = [["all"] * len(views), *([f"{what}{i}" for i in range(len(views))] for what in ("density", "mse"))]
     axes: dict[str, Axes] = figure.subplot_mosaic(layout)  # type: ignore[arg-type]
-    places = range(len(rows))
-    axes["all"].plot(places, [row.octav for row in rows], color=CHOSEN, marker="o", markersize=3, label="OCTAV")
-    axes["all"].plot(places, [row.sweep for row in rows], color=OTHER, marker="s", markersize=3, label="MSE sweep")
-    axes["all"].set(
-        yscale="log", xlabel="activation tensor, in order", ylabel="s", title=f"static scalars at {bits} bits"
-    )
-    for i, row in enumerate(sorted(rows, key=lambda row: row.ratio, reverse=True)[:shown]):
-        candidates, curve = mse_curve(row.sample, bits)
-        axes[f"density{i}"].hist(row.sample.x.float().numpy(), bins=200, density=True, log=True, color="grey")
-        axes[f"density{i}"].set(title=row.sample.name, xlabel="x", ylabel="density")
-        axes[f"mse{i}"].plot(candidates, curve, color="grey")
-        axes[f"mse{i}"].set(
-            yscale="log",
-            title="1 minimum" if minima(curve) == 1 else f"{minima(curve)} minima",
-            xlabel="s",
-            ylabel="MSE",
-        )
-        for ax in (axes[f"density{i}"], axes[f"mse{i}"]):
-            ax.axvline(row.octav, color=CHOSEN, label=f"OCTAV {row.octav:.3g}")
-            ax.axvline(row.sweep, color=OTHER, linestyle="--", label=f"sweep {row.sweep:.3g}")
+    for label, scalars, colour, marker in (
+        ("OCTAV", [each.static_octav for each in inputs], CHOSEN, "o"),
+        ("MSE sweep", [each.static_sweep for each in inputs], OTHER, "s"),
+    ):
+        axes["all"].plot(range(len(inputs)), scalars, color=colour, marker=marker, markersize=3, label=label)
+    axes["all"].set(yscale="log", xlabel="layer", ylabel="s of its input", title=f"static scalars at {bits} bits")
+    axes["all"].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes["all"].legend()
+    numbers = {each.name: number for number, each in enumerate(inputs)}
+    for i, (name, batches) in enumerate(views.items()):
+        density, cost = axes[f"density{i}"], axes[f"mse{i}"]
+        for number, batch in enumerate(batches):
+            colour = f"C{number % 10}"
+            density.stairs(batch.density, batch.edges, color=colour, linewidth=0.8)
+            density.axvline(batch.octav, color=colour, linewidth=0.8, linestyle="--")
+            cost.plot(batch.candidates, batch.curve, color=colour, linewidth=0.8)
+            cost.plot(batch.octav, batch.octav_mse, color=colour, marker="o", markersize=5)
+        density.set(yscale="log", xlabel="x", ylabel="density", title=f"layer {numbers[name]}, {name}")
+        cost.set(yscale="log", xlabel="s", ylabel="MSE", title=f"a colour a batch; OCTAV's s marked, {bits} bits")
     for ax in axes.values():
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
     return figure
 
 
-def table(rows: Sequence[Scalars], bits: int = 4) -> str:
-    """What figure 5 shows, as numbers."""
+def table(inputs: Sequence[Input]) -> str:
+    """What figure 5 shows, as numbers: CSV, a row a layer."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(("tensor", "signed", "octav", "sweep", "ratio", "minima_of_mse"))
-    for row in rows:
-        _, curve = mse_curve(row.sample, bits)
-        figures = (f"{value:.6g}" for value in (row.octav, row.sweep, row.ratio))
-        writer.writerow((row.sample.name, row.sample.signed, *figures, minima(curve)))
+    writer.writerow(("layer", "tensor", "signed", "octav", "sweep", "ratio", "minima_of_mse"))
+    for number, each in enumerate(inputs):
+        figures = (f"{value:.6g}" for value in (each.static_octav, each.static_sweep, each.ratio))
+        writer.writerow((number, each.name, each.signed, *figures, each.minima))
     return out.getvalue()

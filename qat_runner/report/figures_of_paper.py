@@ -1,4 +1,4 @@
-"""The paper's figures 1 to 4, and writing figures as PNG and SVG."""
+"""The paper's figures 1, 3 and 4, the iteration from several starts, and writing figures as PNG and SVG."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
+from qat_runner.insertion.policy import FULL_PRECISION
 from qat_runner.quant import fake_quantize, model_mse, mse, newton_step, octav
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.runs import Run
@@ -82,8 +83,8 @@ def figure1(samples: Sequence[Sample]) -> Figure:
     return figure
 
 
-def figure2(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Figure:
-    """s_n against n by the published iteration, from 0, the maximum and 3, 4, 5 standard deviations."""
+def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Figure:
+    """s_n against n by the published iteration, from 0, the maximum and 3, 4, 5 standard deviations (section 3)."""
     columns = 3
     figure, axes = _grid(-(-len(samples) // columns), columns)
     for ax, sample in zip([ax for row in axes for ax in row], samples, strict=False):
@@ -112,31 +113,48 @@ def figure3() -> Figure:
     return figure
 
 
-def figure4(runs: Sequence[Run], dataset: str) -> Figure:
-    """Validation top1 against epoch of Table 1's runs, a line a row; over seeds: mean, with the range shaded."""
+def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figure:
+    """Validation top1 against epoch of Table 1's six runs, a line a row; over seeds: mean, with the range shaded.
+
+    Rows without an epoch are named in the legend.
+
+    Args:
+        runs: as found.
+        dataset: whose runs.
+        only: of which network, where there are several.
+
+    Raises:
+        ConfigError: runs cannot be averaged, are of several networks, or none has finished an epoch.
+    """
     layout, labels = paper()["table1"], paper()["labels"]
-    make_table("table1", runs, dataset)  # refuses what cannot be averaged
+    make_table("table1", runs, dataset, only)  # refuses what cannot be averaged
+    ours = [r for r in runs if r.row in layout["rows"] and (r.dataset, r.mode) == (dataset, "scratch")]
+    ours = [r for r in ours if r.weight_bits in (FULL_PRECISION, *layout["bits"]) and only in (None, r.model)]
+    models = sorted({run.model for run in ours})
+    if len(models) > 1:
+        raise ConfigError(f"figure4: there are runs of {', '.join(models)}: --model chooses one")
     figure, axes = _grid(1, 1, wide=True)
     ax = axes[0][0]
+    missing = []
     for row in layout["rows"]:
-        curves = [
-            [float(line["val_top1"]) for line in read_rows(run.folder / "metrics.csv")]
-            for run in runs
-            if run.row == row and run.dataset == dataset and run.mode == "scratch" and run.weight_bits in (4, 32)
-        ]
-        curves = [curve for curve in curves if curve]
-        if curves:
-            columns = list(zip(*curves, strict=False))
-            epochs = range(1, len(columns) + 1)
-            (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row])
-            ax.fill_between(
-                epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color()
-            )
+        curves = [_accuracy(run) for run in ours if run.row == row]
+        columns = list(zip(*(curve for curve in curves if curve), strict=False))
+        if not columns:
+            missing.append(labels[row])
+            continue
+        epochs = range(1, len(columns) + 1)
+        (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row])
+        ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color())
     if not ax.lines:
         raise ConfigError(f"figure4: no run of table1 on {dataset} has finished an epoch")
-    ax.set(xlabel="epoch", ylabel="validation top1 (%)", title=f"Table 1's runs on {dataset}")
-    ax.legend()
+    ax.set(xlabel="epoch", ylabel="validation top1 (%)", title=f"Table 1's runs of {models[0]} on {dataset}")
+    ax.legend(title=f"missing: {', '.join(missing)}" if missing else None)
     return figure
+
+
+def _accuracy(run: Run) -> list[float]:
+    """Epoch by epoch, in percent."""
+    return [float(line["val_top1"]) for line in read_rows(run.folder / "metrics.csv")]
 
 
 def _grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:

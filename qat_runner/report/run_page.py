@@ -101,7 +101,7 @@ def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> l
     name = metric(summary)
     best = f"best {summary[f'best_{name}']:.2f} %" if config.training and f"best_{name}" in summary else ""
     cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
-    difference = _difference(folder, summary)
+    difference = _difference(folder, config, summary)
     if difference is not None:
         cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
     if not config.policy.full_precision:
@@ -138,13 +138,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _difference(folder: Path, summary: Mapping[str, Any]) -> float | None:
+def _difference(folder: Path, config: Config, summary: Mapping[str, Any]) -> float | None:
     """From the full-precision run that lies in the same folder of runs, in points."""
     try:
-        beside = [run.summary for run in find_runs(folder.resolve().parent) if run.summary]
+        beside = [(run.config, run.summary) for run in find_runs(folder.resolve().parent) if run.summary]
     except RunError:  # a damaged neighbour leaves this run's page without a figure, not this run without a page
         return None
-    return against_full_precision([*beside, summary])[-1]
+    return against_full_precision([*beside, (config, summary)])[-1]
 
 
 def _curves(folder: Path) -> list[Chart]:

@@ -18,6 +18,7 @@ class Run:
     """A run folder."""
 
     folder: Path
+    config: Config
     model: str
     dataset: str
     mode: str
@@ -55,6 +56,7 @@ def find_runs(folder: Path) -> list[Run]:
         found.append(
             Run(
                 path,
+                config,
                 config.model.name,
                 config.dataset.name,
                 config.mode,

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
 from qat_runner.quant import mse_sweep, octav
+from qat_runner.report.tables import Table
+from qat_runner.report.tables_of_paper import paper
 from qat_runner.report.tensors_of_run import look_at, network_of_run
 
 LAYERS, HIDDEN, INNER, HEADS, BATCH, LENGTH, BATCHES = 12, 768, 3072, 12, 4, 384, 10
 """BERT-Base on SQuAD as the paper fine-tunes it; activations are calibrated on 10 batches."""
 
 BITS = (4, 5, 6, 7, 8)
-METHODS: tuple[Callable[..., Tensor], ...] = (octav, mse_sweep)
-HEADERS = ("bits", "weights: OCTAV, s", "MSE sweep, s", "activations: OCTAV, s", "MSE sweep, s", "sweep / OCTAV")
+METHODS: dict[str, Callable[..., Tensor]] = {"octav": octav, "mse_sweep": mse_sweep}
+PUBLISHED = "published (Xeon, NumPy)"
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Timing:
 
     network: str
     tensors: dict[str, int] = field(default_factory=lambda: {"weight": 0, "activation": 0})
-    seconds: dict[tuple[int, str, int], float] = field(default_factory=dict)
-    """(bits, kind, number of the method) -> seconds"""
+    seconds: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    """(kind, method, bits) -> seconds"""
 
     def add(self, kind: str, x: Tensor, signed: bool, dim: int | None, count: int = 1, repeats: int = 1) -> None:
         """Time both methods on a tensor.
@@ -44,31 +45,55 @@ class Timing:
         """
         self.tensors[kind] += count
         for bits in BITS:
-            for number, method in enumerate(METHODS):
+            for name, method in METHODS.items():
                 times = []
                 for _ in range(repeats):
                     began = time.perf_counter()
                     method(x, bits, signed, dim, check=False)
                     times.append(time.perf_counter() - began)
-                key = bits, kind, number
+                key = kind, name, bits
                 self.seconds[key] = self.seconds.get(key, 0.0) + count * statistics.median(times)
 
-    def text(self) -> str:
-        """Markdown."""
-        rows = []
-        for bits in BITS:
-            w_octav, w_sweep, a_octav, a_sweep = (
-                self.seconds.get((bits, kind, number), 0.0) for kind in ("weight", "activation") for number in (0, 1)
-            )
-            ratio = (w_sweep + a_sweep) / (w_octav + a_octav)
-            rows.append((bits, f"{w_octav:.3f}", f"{w_sweep:.2f}", f"{a_octav:.2f}", f"{a_sweep:.1f}", f"{ratio:.0f}"))
-        table = tabulate(rows, HEADERS, tablefmt="github", disable_numparse=True)
-        weights, activations = self.tensors["weight"], self.tensors["activation"]
-        return (
-            f"## table6: seconds to calibrate {weights} weight and {activations} activation tensors\n\n{table}\n\n"
+    def table(self) -> Table:
+        """Seconds a tensor and in all, beside the published ones: one figure for 4 to 8 bits."""
+        bits = [f"{b} bits" for b in BITS]
+        each = ("seconds a tensor", f"seconds a tensor, {PUBLISHED}")
+        headers = ["tensors", "number", "method", *bits, *each, "in all", f"in all, {PUBLISHED}"]
+        weights, activations = (self._rows(kind) for kind in self.tensors)
+        published = {kind: paper()["table6"][kind]["tensors"] for kind in self.tensors}
+        notes = [
             f"{self.network}. On {torch.get_num_threads()} CPU threads, OCTAV compiled, the sweep in plain PyTorch. "
-            f"Published, for BERT-Base: OCTAV is about 10 times faster than the sweep.\n"
-        )
+            "Seconds a tensor by bits, and their mean; in all (h:mm:ss) is for one bit-width.",
+            f"Published figures: {paper()['source']}, of BERT-Base's {published['weight']} weight and "
+            f"{published['activation']} activation tensors, on a Xeon with NumPy: another machine and another program, "
+            "so the seconds cannot be compared with ours, and the ratios only roughly.",
+        ]
+        return Table("table6: Seconds to calibrate a network's tensors", headers, [*weights, *activations], notes)
+
+    def _rows(self, kind: str) -> list[list[str]]:
+        """A row a method, and one of their ratio."""
+        known, number = paper()["table6"][kind], self.tensors[kind]
+        ours = {name: [self.seconds[kind, name, bits] / number for bits in BITS] for name in METHODS}
+        rows = []
+        for name, label in (("octav", "OCTAV"), ("mse_sweep", "MSE sweep")):
+            mean, (published, published_all) = statistics.fmean(ours[name]), known[name]
+            seconds = [f"{s:.3g}" for s in (*ours[name], mean)]
+            totals = [_clock(mean * number), _clock(published_all)]
+            rows.append([f"{kind}s", str(number), label, *seconds, f"{published:.3f}", *totals])
+        pairs = zip(ours["mse_sweep"], ours["octav"], strict=True)
+        ratio = statistics.fmean(ours["mse_sweep"]) / statistics.fmean(ours["octav"])
+        published_ratio = known["mse_sweep"][0] / known["octav"][0]
+        ratios = [*(f"{sweep / solved:.0f}" for sweep, solved in pairs), f"{ratio:.0f}", f"{published_ratio:.1f}"]
+        return [*rows, [f"{kind}s", "", "sweep / OCTAV", *ratios, "", ""]]
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss, m:ss, or below ten seconds m:ss.ss."""
+    if seconds < 10:
+        return f"0:{seconds:05.2f}"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def synthetic() -> Timing:
@@ -98,18 +123,19 @@ def _activations() -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 def of_run(folder: Path) -> Timing:
-    """Timing of the tensors of a run's network, activations on 10 training batches.
+    """Timing of the tensors of a run's network, activations on 10 calibration batches.
 
     Raises:
         ConfigError: the folder holds no finished run.
     """
     model, data, config = network_of_run(folder)
-    assert config.batch_size is not None
+    batch_size = config.clipping.calibration_batch_size
+    assert batch_size is not None
     timing = Timing(f"The tensors of {folder.name}")
 
     def add(tensor: QuantizedTensor, x: Tensor) -> None:
         kind = "weight" if tensor.tensor == "weight" else "activation"
         timing.add(kind, x, tensor.quantizer.signed, tensor.quantizer.dim)
 
-    look_at(model, data, config.batch_size, min(BATCHES, data.train_steps(config.batch_size)), add)
+    look_at(model, data, batch_size, min(BATCHES, data.train_steps(batch_size)), add)
     return timing

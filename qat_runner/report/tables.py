@@ -1,70 +1,151 @@
-"""Tables for the terminal."""
+"""Tables for the terminal and in files, and the differences from full precision that all reports show."""
 
+import csv
+import html
+import io
+import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
 
+from qat_runner.config import BASELINE, Config, baseline_of, run_name
+from qat_runner.insertion.policy import FULL_PRECISION
 
-def _number(value: object, digits: int) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+Result = tuple[Config, Mapping[str, Any]]
+"""Of a finished run: its config, and the content of its summary.json."""
 
 
-def results_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """A row a run, from summary.json, each beside full precision as `against_full_precision` has it."""
-    metrics = "/".join(dict.fromkeys(metric(s) for s in summaries))
+def results_table(results: Sequence[Result]) -> str:
+    """A row a run, each beside full precision as `against_full_precision` has it."""
     rows = []
-    for s, difference in zip(summaries, against_full_precision(summaries), strict=True):
-        drop = "" if difference is None else f"{difference:+.2f}"
+    for (_, s), difference in zip(results, against_full_precision(results), strict=True):
         rows.append(
             (
-                s["model"],
-                s["dataset"],
-                s["mode"],
-                s["bits"],
-                s["clipping"] + (", distilled" if s.get("distilled") else ""),
-                s["gradient"],
+                *_words(s),
                 s["seed"],
                 _number(accuracy(s), 2),
-                drop,
+                "" if difference is None else f"{difference:+.2f}",
                 _number(s[f"best_{metric(s)}"], 2),
                 _number(s["sqnr_db"], 1),
                 _number(s["samples_per_second"], 0 if (s["samples_per_second"] or 0) >= 100 else 1),
                 _number(s["seconds"], 1),
             )
         )
-    headers = [
-        "model",
-        "dataset",
-        "mode",
-        "bits",
-        "clipping",
-        "gradient",
-        "seed",
-        f"{metrics} %",
-        "vs fp32",
-        "best %",
-        "SQNR dB",
-        "per s",
-        "s",
-    ]
-    return tabulate(
-        rows, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * 7
-    )
+    return _table(rows, ["seed", _percent(results), "vs fp32", "best %", "SQNR dB", "per s", "s"])
 
 
-def against_full_precision(summaries: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """How far each run lies above the full-precision run of the same model, data, mode and seed, in points.
+def seeds_table(results: Sequence[Result]) -> str:
+    """A row for all runs that differ in their seed alone: means, and standard deviations where there are several.
 
-    Where there is none, above the full-precision network as it is, which retraining starts from; None without either.
+    Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences.
     """
-    baselines = {_setting(s): accuracy(s) for s in summaries if s["clipping"] == "none"}
-    starts = {_setting(s)[:2]: accuracy(s) for s in summaries if s["clipping"] == "none" and s["mode"] == "evaluate"}
-    found = [baselines.get(_setting(s), starts.get(_setting(s)[:2])) for s in summaries]
-    return [
-        None if baseline is None or s["clipping"] == "none" else accuracy(s) - baseline
-        for s, baseline in zip(summaries, found, strict=True)
+    rows = [
+        (*_words(runs[0]), len(runs), mean_and_deviation([accuracy(s) for s in runs]), mean_and_deviation(found, "+"))
+        for runs, found in _over_seeds(results)
     ]
+    return _table(rows, ["seeds", _percent(results), "vs fp32"])
+
+
+def several_seeds(results: Sequence[Result]) -> bool:
+    """Whether any two runs differ in their seed alone."""
+    return any(len(runs) > 1 for runs, _ in _over_seeds(results))
+
+
+def differences_in_words(results: Sequence[Result]) -> list[str]:
+    """How far methods lie above or below full precision, a sentence for those that share network, data, mode and bits.
+
+    A method without full precision or without another beside it is left out, and so is what differs in other keys, too:
+    there the sentence would name a method twice.
+    """
+    told: dict[str, list[tuple[str, str]]] = {}
+    for runs, found in _over_seeds(results):
+        if found:
+            model, dataset, mode, bits, clipping, gradient = _words(runs[0])
+            method = clipping if gradient in ("mph", "own") else f"{clipping} with {gradient}"
+            where = f"{model}, {dataset}, {mode}, {bits} bits"
+            told.setdefault(where, []).append((method, mean_and_deviation(found, "+")))
+    return [
+        f"{where}, in points against full precision: {', '.join(map(' '.join, methods))}"
+        for where, methods in told.items()
+        if 1 < len(methods) == len(dict(methods))
+    ]
+
+
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and the standard deviation over seeds where there are several; empty if there are none.
+
+    Args:
+        values: in any unit.
+        sign: "+" to write the sign of a positive mean, too.
+    """
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.2f}{spread}"
+
+
+def against_full_precision(results: Sequence[Result]) -> list[float | None]:
+    """How far each run lies above full precision, in points; None of full precision itself, and where it is missing.
+
+    It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
+    network that it starts from.
+    """
+    found = {_key(config): accuracy(summary) for config, summary in results if config.policy.full_precision}
+    differences: list[float | None] = []
+    for config, summary in results:
+        baselines = [] if config.policy.full_precision else [found[key] for key in _baselines(config) if key in found]
+        differences.append(accuracy(summary) - baselines[0] if baselines else None)
+    return differences
+
+
+def _baselines(config: Config) -> list[str]:
+    """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
+    recipe = replace(config.recipe, distill="none", teacher=None)
+    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, recipe=recipe)
+    if config.weights is None:
+        return [_key(same)]
+    start = [_key(replace(same, mode="evaluate"))]
+    return [_key(same), *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
+
+
+def _key(config: Config) -> str:
+    """The same for full-precision runs that compute the same: keys of quantization are without effect on them."""
+    config = replace(config, backend="auto", log_excess_mse=False)
+    by_seed = config.mode != "evaluate" or config.weights == BASELINE
+    return run_name(config if by_seed else replace(config, seed=0))
+
+
+def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
+    """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision."""
+    groups: dict[str, tuple[list[Mapping[str, Any]], list[float]]] = {}
+    for (config, summary), difference in zip(results, against_full_precision(results), strict=True):
+        summaries, differences = groups.setdefault(run_name(replace(config, seed=0)), ([], []))
+        summaries.append(summary)
+        differences += [] if difference is None else [difference]
+    return list(groups.values())
+
+
+def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run is, in the columns that all tables begin with."""
+    clipping = summary["clipping"] + (", distilled" if summary.get("distilled") else "")
+    return (*(str(summary[key]) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
+
+
+def _percent(results: Sequence[Result]) -> str:
+    return "/".join(dict.fromkeys(metric(s) for _, s in results)) + " %"
+
+
+def _number(value: object, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
+
+
+def _table(rows: Sequence[Sequence[object]], figures: Sequence[str]) -> str:
+    """Rows of words, as `_words` has them, and of figures, whose heads are given."""
+    headers = ["model", "dataset", "mode", "bits", "clipping", "gradient", *figures]
+    align = ["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * len(figures)
+    return tabulate(rows, headers, disable_numparse=True, colalign=align)
 
 
 def metric(summary: Mapping[str, Any]) -> str:
@@ -77,5 +158,42 @@ def accuracy(summary: Mapping[str, Any]) -> float:
     return float(summary[metric(summary)])
 
 
-def _setting(summary: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(summary[key] for key in ("model", "dataset", "mode", "seed"))
+@dataclass(frozen=True)
+class Table:
+    """A table that is written in several layouts."""
+
+    title: str
+    headers: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    """rows"""
+    notes: Sequence[str]
+    """sentences under it; of CSV they are no part, in LaTeX they are comments"""
+
+    def text(self, layout: str) -> str:
+        """The table as markdown, csv, latex or html."""
+        if layout == "csv":
+            out = io.StringIO()
+            csv.writer(out).writerows([self.headers, *self.cells])
+            return out.getvalue()
+        tablefmt = {"markdown": "github", "latex": "latex_booktabs", "html": "html"}[layout]
+        body = tabulate(self.cells, self.headers, tablefmt=tablefmt, disable_numparse=True)
+        if layout == "latex":
+            return "".join(f"% {line}\n" for line in (self.title, *self.notes)) + body + "\n"
+        if layout == "html":
+            notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+            return _PAGE.format(title=html.escape(self.title), body=body, notes=notes)
+        return "\n\n".join([f"## {self.title}", body, *self.notes]) + "\n"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left }}
+</style></head><body><h1>{title}</h1>
+{body}
+{notes}
+</body></html>
+"""

@@ -1,9 +1,6 @@
 """The paper's tables from a folder of runs: ours beside the published number, over seeds, with what is missing."""
 
-import csv
 import functools
-import io
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from tabulate import tabulate
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
+from qat_runner.report.tables import Table, mean_and_deviation
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
-UNKNOWN = "unknown"
 
 
 @functools.cache
@@ -29,7 +25,23 @@ def paper() -> dict[str, Any]:
 
 
 TABLES = tuple(name for name, value in paper().items() if isinstance(value, dict) and "rows" in value)
-"""The names of the tables."""
+"""The names of the tables of runs."""
+
+
+def published(table: str, model: str, row: str, bits: int | None) -> float | None:
+    """The number published in a cell, in percent; None where there is none.
+
+    Args:
+        table: one of TABLES.
+        model: the network.
+        row: one of the table's rows; in full precision the paper has one number a network for all its tables.
+        bits: one of the table's; None in full precision.
+    """
+    layout = paper()[table]
+    rows = layout.get("published", {}).get(model, {})
+    if row in FULL_PRECISION_ROWS:
+        return paper()["full_precision"][model] if rows and "source" not in layout else None
+    return rows[row][layout["bits"].index(bits)] if row in rows else None
 
 
 @dataclass(frozen=True)
@@ -39,129 +51,130 @@ class Row:
     model: str
     bits: int | None
     """None in full precision"""
-    name: str
     label: str
     values: tuple[float, ...]
     """the table's metric, of each finished seed, in percent"""
-    gap: float | None
-    """mean value minus that of full precision; None where either is missing"""
+    baseline: float | None
+    """their mean in full precision; None of that row itself, and where it is missing"""
     published: float | None
-    published_gap: float | None
-    second_hand: bool
+    """in percent"""
+    published_baseline: float | None
+    """that of full precision, likewise"""
 
-    def cells(self) -> tuple[str, ...]:
-        return (
-            self.model,
-            "32" if self.bits is None else str(self.bits),
-            self.label,
-            _mean(self.values) if self.values else "missing",
-            str(len(self.values)),
-            "" if self.gap is None else f"{self.gap:+.2f}",
-            UNKNOWN if self.published is None else f"{self.published:.2f}{'*' if self.second_hand else ''}",
-            "" if self.published_gap is None else f"{self.published_gap:+.2f}",
-        )
+    @property
+    def gap(self) -> float | None:
+        """Ours minus our full precision, in points."""
+        return _minus(statistics.fmean(self.values) if self.values else None, self.baseline)
+
+    @property
+    def published_gap(self) -> float | None:
+        """The published number minus the published full precision, in points."""
+        return _minus(self.published, self.published_baseline)
+
+    @property
+    def difference(self) -> float | None:
+        """Of our gap to the published one, in points."""
+        return _minus(self.gap, self.published_gap)
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}"
 
 
 @dataclass
-class Table:
-    """One of the paper's tables, filled."""
+class TableOfRuns:
+    """One of TABLES, filled."""
 
     name: str
-    title: str
-    metric: str
     dataset: str
     rows: list[Row] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     """folders of runs that belong here and have no result yet"""
 
     @property
-    def headers(self) -> tuple[str, ...]:
-        ours = f"{self.metric} % (ours)"
-        return "network", "bits", "method", ours, "seeds", "against full precision", "published %", "published gap"
+    def layout(self) -> dict[str, Any]:
+        """Its part of paper.yaml."""
+        layout: dict[str, Any] = paper()[self.name]
+        return layout
 
     @property
-    def missing(self) -> list[str]:
-        """What no run was found for, a name each."""
-        return [
-            f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")
-            for row in self.rows
-            if not row.values
-        ]
+    def metric(self) -> str:
+        return str(self.layout.get("metric", "top1"))
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Header -> cells; a table has columns of published numbers where there are any, and of differences to the
+        published full precision where that is the paper's."""
+        columns = {
+            "network": [row.model for row in self.rows],
+            "bits": ["32" if row.bits is None else str(row.bits) for row in self.rows],
+            "method": [row.label for row in self.rows],
+            f"{self.metric} % (ours)": [mean_and_deviation(row.values) or "missing" for row in self.rows],
+            "seeds": [str(len(row.values)) for row in self.rows],
+            "against full precision": [_points(row.gap) for row in self.rows],
+        }
+        if "published" in self.layout:
+            columns["published %"] = ["" if row.published is None else f"{row.published:.2f}" for row in self.rows]
+            if "source" not in self.layout:
+                columns["published against full precision"] = [_points(row.published_gap) for row in self.rows]
+                columns["difference of the two"] = [_points(row.difference) for row in self.rows]
+        return columns
 
     def notes(self) -> list[str]:
         what = f"{self.metric} of the last epoch on the validation half"
         notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds."]
-        published = "SQuAD v1.1" if self.metric == "f1" else "ImageNet"
-        notes.append(f"Published figures are for {published}; unknown ones are not known to us.")
-        if any(row.second_hand and row.published is not None for row in self.rows):
-            notes.append("* read from a third party's summary of the paper.")
-        if self.missing:
-            notes.append(f"Missing: {'; '.join(self.missing)}.")
+        if "published" in self.layout:
+            data = "SQuAD v1.1" if self.metric == "f1" else "ImageNet"
+            notes.append(f"Published figures: {self.layout.get('source', paper()['source'])}, on {data}.")
+        began = {row.model for row in self.rows if row.values}
+        missing = [
+            f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")
+            for row in self.rows
+            if row.model in began and not row.values
+        ]
+        if missing:
+            notes.append(f"Missing: {'; '.join(missing)}.")
+        if absent := [model for model in dict.fromkeys(row.model for row in self.rows) if model not in began]:
+            notes.append(f"No results of {', '.join(absent)}.")
         if self.unfinished:
             notes.append(f"Unfinished: {', '.join(self.unfinished)}.")
         return notes
 
     def text(self, layout: str) -> str:
         """The table as markdown, csv, latex or html."""
-        cells = [row.cells() for row in self.rows]
-        if layout == "csv":
-            out = io.StringIO()
-            csv.writer(out).writerows([self.headers, *cells])
-            return out.getvalue()
-        tablefmt = {"markdown": "github", "latex": "latex_booktabs", "html": "html"}[layout]
-        body = tabulate(cells, self.headers, tablefmt=tablefmt, disable_numparse=True)
-        if layout == "latex":
-            return body + "\n"
-        if layout == "html":
-            notes = "".join(f"<p>{note}</p>" for note in self.notes())
-            return _PAGE.format(title=f"{self.name}: {self.title}", body=body, notes=notes)
-        return "\n\n".join([f"## {self.name}: {self.title}", body, *self.notes()]) + "\n"
+        columns = self.columns
+        cells = list(zip(*columns.values(), strict=True))
+        return Table(f"{self.name}: {self.layout['title']}", list(columns), cells, self.notes()).text(layout)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left }}
-</style></head><body><h1>{title}</h1>
-{body}
-{notes}
-</body></html>
-"""
-
-
-def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = None) -> Table:
+def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = None) -> TableOfRuns:
     """Fill a table with the runs of one data set.
 
     Args:
         name: one of TABLES.
         runs: as found; those that belong to other tables are passed over.
         dataset: whose runs.
-        only: of which network; None: of all that the table has, or that runs were found of.
+        only: of which network; None: of all that runs were found of, and all that have published numbers.
 
     Raises:
-        ConfigError: runs that would share a cell differ in more than their seed.
+        ConfigError: runs that would share a cell differ in more than their seed, or there is no such network.
     """
     layout, labels = paper()[name], paper()["labels"]
-    table = Table(name, layout["title"], layout.get("metric", "top1"), dataset)
+    table = TableOfRuns(name, dataset)
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     for run in ours:
         if run.summary is not None and table.metric not in run.summary:
             raise ConfigError(f"{name}: is about {table.metric}, which {run.folder.name} does not have")
     found = {run.model for run in ours}
-    models = [m for m in layout["models"] if m in found or dataset in ("imagenet", "squad")]
-    models += sorted(found - {*models})
+    models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
+    if only is not None and only not in models:
+        raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     for model in models if only is None else [only]:
         baseline: float | None = None
-        published = layout["published"].get(model, {})
         for row in layout["rows"]:
             full = row in FULL_PRECISION_ROWS
             for bits in [None] if full else layout["bits"]:
@@ -169,23 +182,11 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
                 check_seeds(mine)
                 table.unfinished += [str(run.folder) for run in mine if run.summary is None]
                 values = tuple(run.summary[table.metric] for run in mine if run.summary is not None)
-                mean = statistics.fmean(values) if values else math.nan
-                baseline = mean if full and values else baseline
-                value = published.get(row if full else f"{row}/{bits}")
-                known = [published[key] for key in FULL_PRECISION_ROWS if key in published]
-                table.rows.append(
-                    Row(
-                        model,
-                        bits,
-                        row,
-                        labels[row],
-                        values,
-                        None if full or baseline is None or not values else mean - baseline,
-                        value,
-                        None if full or value is None or not known else value - known[0],
-                        model in layout.get("second_hand", []),
-                    )
-                )
+                if full:
+                    baseline = statistics.fmean(values) if values else None
+                baselines = (None, None) if full else (baseline, published(name, model, FULL_PRECISION_ROWS[0], None))
+                value = published(name, model, row, bits)
+                table.rows.append(Row(model, bits, labels[row], values, baselines[0], value, baselines[1]))
     return table
 
 

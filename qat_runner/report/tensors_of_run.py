@@ -1,4 +1,4 @@
-"""The tensors of a finished run's network, as its quantizers would see them: for figures and timings."""
+"""The tensors of a network, of a run or of a file, as its quantizers would see them: for figures and timings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,12 +6,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qat_runner.config import ClippingConfig, Config, load_config, resolve
+from qat_runner.config import ClippingConfig, Config, from_hydra, load_config, resolve
+from qat_runner.config.composing import compose_config
 from qat_runner.data import Data
+from qat_runner.data.registry import PICTURES
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
-from qat_runner.insertion.insert import quantizers_disabled
+from qat_runner.insertion.insert import insert, quantizers_disabled
 from qat_runner.insertion.watch import watch
+from qat_runner.models import MODELS, find_weights, load_weights
 from qat_runner.quant import Quantizer
 
 Look = Callable[[QuantizedTensor, Tensor], None]
@@ -34,6 +37,48 @@ def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
     )
     config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
     return *build(config, config.weights), config
+
+
+def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | None) -> tuple[nn.Module, Data | None]:
+    """A network for pictures with weights of a file and 4-bit quantizers, and the data if it is said where, on the CPU.
+
+    Args:
+        model, weights, dataset: as `qat-run` takes them.
+        data_dir: where the data set lies; None: no data are needed.
+
+    Raises:
+        ConfigError: no such network, file or data, or they do not fit.
+    """
+    from qat_runner.experiment import build
+    from qat_runner.experiment.building import bare_model
+
+    if model not in MODELS:
+        raise ConfigError(f"--model {model}: must be one of {', '.join(MODELS)}")
+    if dataset not in PICTURES:
+        raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(PICTURES)}")
+    find_weights(weights, model)
+    config = from_hydra(compose_config([f"model={model}", f"dataset={dataset}", "bits=4"]))
+    config = replace(config, device="cpu", data_dir=config.data_dir if data_dir is None else str(data_dir))
+    config = resolve(replace(config, mode="evaluate", weights=weights))
+    if data_dir is not None:
+        return build(config, weights)
+    if config.dataset.num_classes is None:
+        raise ConfigError(f"--dataset {dataset}: has any number of classes; --data-dir says where to count them")
+    network = bare_model(config, config.dataset.num_classes, config.dataset.image_size)
+    load_weights(network, weights, model, new_head=False)
+    return insert(network, config.policy), None
+
+
+def look_at_weights(model: nn.Module, look: Look) -> None:
+    """Show each weight, in order of registration.
+
+    Args:
+        model: with quantizers.
+        look: is given the place and the tensor.
+    """
+    for tensor in quantized_tensors(model):
+        if tensor.tensor == "weight":
+            look(tensor, model.get_parameter(tensor.name).detach())
 
 
 def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: Look) -> None:

@@ -35,7 +35,7 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
 
 def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.Optimizer:
     """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW with none of
-    biases and normalization, as BERT is fine-tuned.
+    biases and normalization, as BERT is fine-tuned, and with or without bias correction.
 
     Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
     """
@@ -52,5 +52,24 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
         for value in sorted({*decay.values()}, reverse=True)
     ]
     if adamw:
-        return torch.optim.AdamW(groups, lr=lr)
+        optimizer = torch.optim.AdamW(groups, lr=lr)
+        if not stage.bias_correction:
+            _start_far_along(optimizer)
+        return optimizer
     return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=stage.nesterov and stage.momentum > 0)
+
+
+FAR_ALONG = 100_000.0
+"""A count of steps at which Adam's bias corrections, 1 - 0.9^t and 1 - 0.999^t, are 1 to the last bit of a double."""
+
+
+def _start_far_along(optimizer: torch.optim.AdamW) -> None:
+    """Leave out bias correction, for which PyTorch's AdamW has no switch: its averages start at zero all the same, but
+    its count of steps at FAR_ALONG.
+
+    So it goes on with m / (sqrt(v) + eps), as `BertAdam` and apex's `FusedAdam(bias_correction=False)` do.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(FAR_ALONG), **averages}

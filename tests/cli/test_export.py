@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
@@ -120,7 +121,7 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "static"
     assert not (tmp_path / "out").exists()
     exact = exporting.compare_rules(Path("dynamic"), ["running"])
-    assert exact["dynamic"] == json.loads(Path("dynamic/summary.json").read_text())["top1"]
+    assert exact["dynamic"].accuracy == json.loads(Path("dynamic/summary.json").read_text())["top1"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,57 @@ def test_a_file_that_disagrees_leaves_nothing(
     monkeypatch.setattr(verify, "joined", lambda outputs: -outputs[0])
     assert export("dynamic", "--formats", "torch") == 1
     assert "model.pt2 disagrees with the network" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+class SameKernels(verify.OnnxFile):
+    """onnxruntime on a processor whose fused kernels compute what the file says."""
+
+    def __init__(self, path: Path, *, fused: bool) -> None:
+        super().__init__(path, fused=False)
+
+
+class OtherKernels(verify.OnnxFile):
+    """onnxruntime on a processor whose fused kernels, or whose others, compute something else."""
+
+    wrong = True
+    """fused"""
+
+    def __init__(self, path: Path, *, fused: bool) -> None:
+        super().__init__(path, fused=fused)
+        self.is_wrong = fused is self.wrong
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        logits = super().__call__(inputs)
+        return -logits if self.is_wrong else logits
+
+
+def test_fused_kernels_that_compute_something_else_are_told_of(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    remedy = "weight_bits=7"
+    monkeypatch.setattr(verify, "OnnxFile", SameKernels)
+    assert export("static", "--formats", "onnx") == 0
+    assert remedy not in capsys.readouterr().out
+    monkeypatch.setattr(verify, "OnnxFile", OtherKernels)
+    assert export("static", "--formats", "onnx") == 0  # the file is right
+    told = capsys.readouterr().out
+    result = json.loads((tmp_path / "out/export.json").read_text())
+    assert result["figures"]["onnx"]["agreement"] >= verify.LEAST_AGREEMENT
+    assert result["figures"]["onnx_fused"]["agreement"] < verify.LEAST_AGREEMENT
+    assert remedy in told and result["processor"] in told and "model.onnx, this processor's kernels" in told
+    assert result["milliseconds"].keys() == {"full_precision", "onnx"}
+
+
+def test_a_file_that_is_wrong_by_its_own_definition_is_refused(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(verify, "OnnxFile", OtherKernels)
+    monkeypatch.setattr(OtherKernels, "wrong", False)  # and the fused ones agree
+    assert export("static", "--formats", "onnx") == 1
+    assert "model.onnx disagrees with the network" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +252,7 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "BatchNorm folded" in run_page.write(Path("run"), Path("page.html")).read_text()
     products = [layer for layer in layers.values() if layer["kind"] == "Matmul"]
     assert len(products) == 2 and products[0]["query"]["bits"] == 4
-    session = verify.OnnxFile(Path("run/export/model.onnx"))
+    session = verify.OnnxFile(Path("run/export/model.onnx"), fused=True)
     ids = torch.randint(5, 20, (3, 17))  # any number of any length
     assert session([ids, torch.ones_like(ids), torch.zeros_like(ids)]).shape == (3, 17, 2)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qat_runner.cli.report import main as report
 from qat_runner.cli.run import main
 from qat_runner.models import build_model
 from qat_runner.training.loop import Trainer
@@ -211,6 +213,41 @@ def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert "vs fp32" in table
     assert table.count("resnet20  fake") == 5
+    assert "is finished already" not in table
+    assert "Over seeds" not in table
+
+
+def test_a_row_that_occurs_twice_is_run_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert run("-m", "bits=32", "clipping=octav,max", "epochs=1", "overwrite=true") == 0
+        assert capsys.readouterr().out.count("epoch 1/1") == 1
+
+
+def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("-m", "bits=32,4", "clipping=octav,max", "epochs=1", "seed=0,1", "runs_dir=two words") == 0
+    table, sentence, closing = (
+        capsys.readouterr().out.split("Over seeds, mean ± standard deviation:")[1].strip().split("\n\n")
+    )
+    assert [line.split()[6] for line in table.splitlines()[2:]] == ["2"] * 3
+    assert all(" ± " in line for line in table.splitlines()[2:])
+    top1 = {
+        (s["bits"], s["clipping"], s["seed"]): s["top1"]
+        for s in (json.loads(path.read_text()) for path in Path("two words").glob("*/summary.json"))
+    }
+    drops = [top1[4, "max", seed] - top1[32, "none", seed] for seed in (0, 1)]
+    assert f"{sum(drops) / 2:+.2f} ± " in table.splitlines()[-1]
+    assert sentence.startswith("resnet20, fake, scratch, 4 bits, in points against full precision: octav ")
+    command, told = closing.split(" makes a page of them")
+    assert (command, told) == ("qat-report compare 'two words'", "")
+    assert report(shlex.split(command)[1:]) == 0
+    assert Path("report/compare.html").is_file()
+
+
+def test_a_run_ends_with_what_makes_its_page(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("epochs=1", "run_dir=mine") == 0
+    assert capsys.readouterr().out.endswith("\n\nqat-report mine makes a page of it\n")
 
 
 def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +272,7 @@ def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.
         assert run("mode=evaluate", f"weights={weights}", f"run_dir={name}") == 0
         found, trained = (json.loads(Path(d, "summary.json").read_text()) for d in (name, "whole"))
         assert (found["loss"], found["top1"]) == (trained["loss"], trained["top1"])
+        assert found["clipping"] == trained["clipping"] == "octav-to-static"
         assert "20 of 40 quantized tensors have static clipping scalars" in capsys.readouterr().out
     evaluate = ("mode=evaluate", "clipping=static_octav", "weights=dynamic/checkpoints/last.pt", "run_dir=refused")
     assert run(*evaluate) == 2 and not Path("refused").exists()
@@ -246,7 +284,7 @@ def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.
 
 def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet20", 10, 8).state_dict(), "w.pt")
-    ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav"]
+    ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav", "dataset.fake_pictures=400"]
     assert run(*ptq, "batch_size=512", "run_dir=one") == 0
     assert "scalars calibrated on 5 training batches of 64" in capsys.readouterr().out
     assert run(*ptq, "clipping.calibration_batch_size=16", "clipping.calibration_batches=2", "run_dir=two") == 0

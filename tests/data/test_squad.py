@@ -1,4 +1,3 @@
-import collections
 import json
 import re
 import string
@@ -9,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data import squad
-from qat_runner.data.answers import AnswerScore, decode
+from qat_runner.data.answers import AnswerScore, decode, exact_match, f1
 from qat_runner.data.question_answering import SquadData, load_squad
 from qat_runner.data.squad import Half, Question, Ragged, Tokens, load_half, make_windows, read_squad
 from qat_runner.models import load_tokenizer
@@ -150,21 +149,82 @@ def test_order_depends_on_seed_and_epoch_alone(data: SquadData) -> None:
     assert sum(batch.size for batch in data.val_batches(5)) == data.val_size
 
 
-def official_score(gold: dict[str, list[str]], predictions: dict[str, str]) -> tuple[float, float]:
-    """EM and F1 as SQuAD's own evaluation defines them."""
+class Official:
+    """The rules of SQuAD's evaluate-v1.1.py, written down step by step."""
 
+    @staticmethod
     def normal(text: str) -> str:
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        text = "".join(c for c in text.lower() if c not in set(string.punctuation))
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
-    def f1(a: str, b: str) -> float:
-        words = normal(a).split(), normal(b).split()
-        common = sum((collections.Counter(words[0]) & collections.Counter(words[1])).values())
-        return 2 * common / (len(words[0]) + len(words[1])) if common else 0.0
+    @staticmethod
+    def f1(answer: str, gold: str) -> float:
+        left, right = Official.normal(answer).split(), Official.normal(gold).split()
+        same = 0
+        rest = list(right)
+        for word in left:
+            if word in rest:
+                rest.remove(word)
+                same += 1
+        if same == 0:
+            return 0.0
+        precision, recall = same / len(left), same / len(right)
+        return 2 * precision * recall / (precision + recall)
 
-    em = [max(normal(text) == normal(g) for g in gold[key]) for key, text in predictions.items()]
-    f1s = [max(f1(text, g) for g in gold[key]) for key, text in predictions.items()]
-    return 100 * sum(em) / len(em), 100 * sum(f1s) / len(f1s)
+    @staticmethod
+    def score(gold: dict[str, list[str]], predictions: dict[str, str]) -> tuple[float, float]:
+        """EM and F1, in percent."""
+        em = f1 = 0.0
+        for key, text in predictions.items():
+            em += max(Official.normal(text) == Official.normal(g) for g in gold[key])
+            f1 += max(Official.f1(text, g) for g in gold[key])
+        return 100 * em / len(predictions), 100 * f1 / len(predictions)
+
+
+PIECES = [
+    "a",
+    "an",
+    "The",
+    "THE",
+    "theatre",
+    "cat",
+    "Cat",
+    "1,000",
+    "1000",
+    "3.5",
+    "-",
+    "!?",
+    "'s",
+    "£5",
+    "É",
+    "İ",
+    "–",
+    "a–n",
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=5).flatmap(
+    lambda pieces: st.sampled_from([" ", "", "\u00a0", "\n"]).map(lambda gap: gap.join(pieces))
+)
+
+
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3))
+@settings(max_examples=400)
+@example("", ["the"])
+@example("the", ["a", "An"])
+@example("!", ["?"])
+@example("", ["cat"])
+@example("The  cat.", ["a dog", "cat"])
+@example("cat cat dog", ["cat dog dog"])
+def test_scores_are_those_of_version_one(answer: str, gold: list[str]) -> None:
+    expected = Official.score({"q": gold}, {"q": answer})
+    assert (100 * exact_match(answer, gold), 100 * f1(answer, gold)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_words_that_all_fall_away_match_exactly_but_have_no_f1() -> None:
+    for answer, gold in (("the", "a"), ("", "an"), ("!", "?"), ("", "")):
+        assert exact_match(answer, [gold]) and f1(answer, [gold]) == 0
+    assert exact_match("the", ["cat", "a"]) and f1("cat", ["the", "a cat"]) == 1
+    assert not exact_match("", ["cat"]) and f1("", ["cat"]) == 0
+    assert f1("cat cat dog", ["cat dog dog"]) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("seen", [1, 3, None])
@@ -179,7 +239,7 @@ def test_score_over_all_windows_seen_is_the_official_one(data: SquadData, seen: 
         score.add(torch.tensor(1.5), logits, batch.targets)
     figures = score.read()
     gold = {q.id: list(q.answers) for q in data.validation.questions}
-    assert (figures["em"], figures["f1"]) == pytest.approx(official_score(gold, score.predictions), abs=1e-4)
+    assert (figures["em"], figures["f1"]) == pytest.approx(Official.score(gold, score.predictions), rel=1e-12)
     assert figures["loss"] == 1.5
     assert 0 < figures["em"] <= figures["f1"] <= 100
     if seen is None:

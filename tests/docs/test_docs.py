@@ -7,9 +7,11 @@ A comment on the line before a block of shell commands says how it is tested:
     <!-- shell: not run, REASON -->  it is not tested
 """
 
+import json
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -309,6 +311,38 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for target in re.findall(r"`make ([a-z-]+)`", page.read_text()):
         check(f"make {target}", monkeypatch)
+
+
+def make_run() -> list[str]:
+    """The commands of `make run`, as one would type them."""
+    recipe = re.search(r"^run:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    return re.findall(r"^\t\$\(BIN\)/(.+)$", recipe[1], re.MULTILINE)
+
+
+def test_the_first_run_would_be_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [command.split()[0] for command in make_run()] == ["qat-run", "qat-report"]
+    Path("runs").mkdir()
+    for command in make_run():
+        check(command, monkeypatch)
+        assert command in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_first_run_convinces(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full precision, OCTAV, max-scaling: in this order for each seed, and further apart than seeds are."""
+    for command in make_run():
+        name, *words = shlex.split(command)
+        assert MAINS[name](words) == 0
+    assert capsys.readouterr().out.endswith("report/compare.html\n")
+    found = [json.loads(path.read_text()) for path in place.glob("runs/*/summary.json")]
+    top1 = {(s["clipping"], s["seed"]): s["top1"] for s in found}
+    seeds = sorted({s["seed"] for s in found})
+    assert len(seeds) >= 3 and len(found) == 3 * len(seeds)
+    for better, worse in (("none", "octav"), ("octav", "max")):
+        differences = [top1[better, seed] - top1[worse, seed] for seed in seeds]
+        assert min(differences) > 0
+        assert statistics.fmean(differences) > 2 * statistics.stdev(differences) / len(seeds) ** 0.5
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

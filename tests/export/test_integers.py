@@ -2,6 +2,11 @@
 
 import copy
 import json
+import math
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from qat_runner.export.formats import (
     write_safetensors,
 )
 from qat_runner.export.integer import IntegerConv2d, IntegerLinear, StaticGrid
-from qat_runner.export.verify import Figures, OnnxFile, require
+from qat_runner.export.verify import Figures, OnnxFile, paired_standard_error, require
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
@@ -123,7 +128,7 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
 
     far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the pictures
     write_onnx(integers, Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
-    found = OnnxFile(tmp_path / "m.onnx")([far])
+    found = OnnxFile(tmp_path / "m.onnx", fused=False)([far])
     torch.testing.assert_close(found, integers(far), rtol=0, atol=0.3 if bits < 7 else 0.02)
     torch.testing.assert_close(found[:4], expected, rtol=0, atol=0.3 if bits < 7 else 0.02)
 
@@ -145,7 +150,7 @@ def test_a_tensor_of_zeros_stays_zero() -> None:
 
 def test_what_has_no_integers() -> None:
     model = quantize_model(Small(), 4, example=torch.randn(2, 3, 10, 10))
-    with pytest.raises(ValueError, match=r"head\.weight|a\.weight has no frozen clipping scalars"):
+    with pytest.raises(ValueError, match=r"head\.weight|a\.weight has no static clipping scalars"):
         to_integers(model)
     with pytest.raises(ValueError, match="nothing is quantized"):
         to_integers(Small())
@@ -226,10 +231,67 @@ def test_the_three_files(bits: int, tmp_path: Path) -> None:
     assert set(about["full_precision"]) == {k for k in state if k.endswith("bias") or "norm" in k}
 
     write_onnx(integers, signature, tmp_path / "m.onnx")
-    file = OnnxFile(tmp_path / "m.onnx")
+    file = OnnxFile(tmp_path / "m.onnx", fused=False)
     torch.testing.assert_close(file([x]), expected, rtol=0, atol=0.3 if bits < 8 else 0.02)
     assert file([torch.cat([x, x, x])]).shape == (12, 5)
     assert file.seconds([x]) > 0
+
+
+class Largest(nn.Module):
+    """A layer whose input and weights are all at their highest code: sums of two products need 16 bits and more."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        top = 2 ** (bits - 1) - 1
+        self.linear = nn.Linear(64, 64, bias=False)
+        nn.init.constant_(self.linear.weight, top / 2 ** (bits - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.relu()).relu()
+
+
+def largest_sums(bits: int, path: Path) -> Tensor:
+    """Writes the network at 8-bit activations and weights of `bits`; returns what it gives for ones."""
+    x = torch.ones(2, 64)
+    model = quantize_model(Largest(bits), 8, "max", weight_bits=bits, first_last_bits=None, example=x)
+    with torch.no_grad():
+        model.linear.weight[0, 0] = -1.0  # what the lowest code stands for
+    integers = to_integers(freeze(model, "averaged", [x]))
+    write_onnx(integers, Signature((x,), ["x"], ["y"]), path)
+    return integers(x)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_largest_sums_by_the_definition_of_the_file(bits: int, tmp_path: Path) -> None:
+    expected = largest_sums(bits, tmp_path / "m.onnx")
+    assert expected.max() > 62
+    torch.testing.assert_close(OnnxFile(tmp_path / "m.onnx", fused=False)([torch.ones(2, 64)]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no emulator of other processors here")
+def test_fused_kernels_without_vnni_saturate_where_seven_bits_do_not(tmp_path: Path) -> None:
+    """Why a file is judged by its definition: on a processor with AVX2 and nothing later, emulated."""
+    script = textwrap.dedent(
+        """
+        import sys, numpy, onnxruntime
+        for path in sys.argv[1:]:
+            for fused in (False, True):
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads, options.log_severity_level = 1, 3
+                options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
+                session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                print(session.run(None, {"x": numpy.ones((2, 64), numpy.float32)})[0].max())
+        """
+    )
+    files = [tmp_path / "8.onnx", tmp_path / "7.onnx"]
+    expected = [largest_sums(bits, path).max().item() for bits, path in zip((8, 7), files, strict=True)]
+    command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", script, *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    eight, eight_fused, seven, seven_fused = map(float, done.stdout.split())
+    assert [eight, seven, seven_fused] == pytest.approx([expected[0], expected[1], expected[1]], rel=0.01)
+    assert eight_fused < 0.6 * expected[0]
 
 
 def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
@@ -294,3 +356,10 @@ def test_integer_layers_are_what_their_classes_say() -> None:
     assert type(integers.a) is IntegerConv2d and type(integers.head) is IntegerLinear
     assert isinstance(integers.a.input_grid, StaticGrid)
     assert "weight" not in dict(integers.a.named_parameters())
+
+
+@pytest.mark.parametrize(("gained", "lost", "samples"), [(0, 0, 10), (3, 1, 50), (0, 7, 20), (40, 40, 100)])
+def test_the_standard_error_of_a_paired_difference(gained: int, lost: int, samples: int) -> None:
+    differences = torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * (samples - gained - lost), dtype=torch.float64)
+    expected = 100 * differences.std(correction=0).item() / math.sqrt(samples)
+    assert paired_standard_error(gained, lost, samples) == pytest.approx(expected)

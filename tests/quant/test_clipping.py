@@ -7,11 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat_runner.quant import CLIPPING_METHODS, fake_quantize, maximum, mse, mse_sweep, newton_step, octav, percentile
+from qat_runner.quant.kernels import compiled, using
 from tests.quant.oracles import j_on_grid, octav_by_sorting, textbook_octav
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
+backends = pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("compiled", marks=pytest.mark.skipif(not compiled.available(), reason="no C++ compiler"))],
+)
 
 
 def constant_of(bits: int, signed: bool) -> float:
@@ -52,11 +59,13 @@ KINDS = [
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_octav_finds_the_minimum_on_every_row(kind: str, bits: int, signed: bool) -> None:
+@backends
+def test_octav_finds_the_minimum_on_every_row(backend: str, kind: str, bits: int, signed: bool) -> None:
     for n in (1, 2, 9, 27, 576):
         x = distribution(kind, 40, n)
         x = x if signed else x.abs()
-        s = octav(x, bits, signed, dim=0)
+        with using(backend):
+            s = octav(x, bits, signed, dim=0)
         assert s.shape == (40, 1)
         expected = torch.tensor([octav_by_sorting(row, constant_of(bits, signed)) for row in x]).unsqueeze(1)
         torch.testing.assert_close(s.double(), expected.double(), rtol=1e-4, atol=0)
@@ -64,9 +73,11 @@ def test_octav_finds_the_minimum_on_every_row(kind: str, bits: int, signed: bool
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_octav_of_a_large_tensor_in_every_dtype(bits: int, dtype: torch.dtype) -> None:
+@backends
+def test_octav_of_a_large_tensor_in_every_dtype(backend: str, bits: int, dtype: torch.dtype) -> None:
     x = torch.randn(300, 400).to(dtype)
-    s = octav(x, bits)
+    with using(backend):
+        s = octav(x, bits)
     assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert s.shape == ()
     assert s.item() == pytest.approx(octav_by_sorting(x.flatten(), constant_of(bits, True)), rel=1e-4)
@@ -95,20 +106,22 @@ def test_the_modelled_error_at_octav_is_the_least_there_is(kind: str, signed: bo
         assert j[0] <= j.min() * (1.01 if bits == 3 else 1.002)
 
 
+@backends
 @given(
-    hnp.arrays(
+    array=hnp.arrays(
         np.float32,
         hnp.array_shapes(min_dims=2, max_dims=4, max_side=6),
         elements=st.floats(-(2.0**100), 2.0**100, width=32),
     ),
-    st.sampled_from(BITS),
-    st.booleans(),
+    bits=st.sampled_from(BITS),
+    signed=st.booleans(),
 )
-def test_octav_on_anything_finite(array: np.ndarray, bits: int, signed: bool) -> None:
+def test_octav_on_anything_finite(backend: str, array: np.ndarray, bits: int, signed: bool) -> None:
     x = torch.from_numpy(array)
     x = x if signed else x.abs()
     rows = x.flatten(1)
-    s = octav(x, bits, signed, dim=0, iterations=60).flatten()
+    with using(backend):
+        s = octav(x, bits, signed, dim=0, iterations=60).flatten()
     for row, found in zip(rows, s, strict=True):
         expected = octav_by_sorting(row, constant_of(bits, signed))
         assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-44)
@@ -165,12 +178,75 @@ def test_maximum_is_the_largest_magnitude() -> None:
     torch.testing.assert_close(maximum(x, 4, signed=False), x.max())
 
 
-@pytest.mark.parametrize("q", [1.0, 50.0, 99.0, 99.9, 99.99, 100.0])
-def test_percentile_is_numpys(q: float) -> None:
-    x = torch.randn(12, 3, 70)
-    assert percentile(x, 4, q=q).item() == pytest.approx(np.percentile(x.abs().numpy(), q), rel=1e-5)
-    expected = np.percentile(x.abs().numpy().transpose(1, 0, 2).reshape(3, -1), q, axis=1)
-    np.testing.assert_allclose(percentile(x, 4, dim=1, q=q).flatten(), expected, rtol=1e-5)
+QS = (0.1, 1.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 100.0)
+
+
+def assert_is_numpys(x: Tensor, q: float) -> None:
+    """Per tensor and along each dimension, signed and not; NumPy computes in float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.finfo(dtype)
+    rtol = 4 * wide.eps + 1e-15 * x.numel()  # where q lies between two elements is rounded, too
+    for signed in (True, False):
+        a = (x.abs() if signed else x.clamp(min=0)).double().numpy()
+        for dim in (None, *range(x.ndim)):
+            s = percentile(x, 4, signed, dim, q)
+            axes = None if dim is None else tuple(d for d in range(x.ndim) if d != dim)
+            expected = np.percentile(a, q, axis=axes, keepdims=dim is not None) if a.size else np.zeros(s.shape)
+            assert s.shape == expected.shape and s.dtype == dtype
+            np.testing.assert_allclose(s.double(), expected, rtol, 2 * wide.smallest_normal * wide.eps)
+
+
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.float64]),
+        hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=7),
+        elements=st.floats(-6e4, 6e4, width=16) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 6e-8, 2.0**-14]),
+    ),
+    st.sampled_from(QS) | st.floats(1e-3, 100),
+    st.booleans(),
+)
+def test_percentile_is_numpys(array: np.ndarray, q: float, half: bool) -> None:
+    x = torch.from_numpy(array)
+    assert_is_numpys(x.bfloat16() if half else x, q)
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
+    st.sampled_from(QS),
+)
+def test_percentile_of_any_finite_floats(array: np.ndarray, q: float) -> None:
+    assert_is_numpys(torch.from_numpy(array), q)
+
+
+@pytest.mark.parametrize("q", QS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_percentile_of_large_tensors(dtype: torch.dtype, q: float) -> None:
+    for x in (torch.randn(50_001), torch.randn(6, 9000), torch.randn(9000, 3).relu(), torch.full((20_000,), -2.5)):
+        assert_is_numpys(x.to(dtype), q)
+    x = torch.randn(8, 4, 50, 20).to(memory_format=torch.channels_last)
+    before = x.clone()
+    assert_is_numpys(x.to(dtype), q)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("q", QS)
+def test_percentile_waits_for_no_device(q: float) -> None:
+    with FakeTensorMode():  # refuses whatever would have to look at a value
+        x = torch.empty(6, 500, device="cuda")
+        for dim in (None, 0, 1):
+            assert percentile(x, 4, dim=dim, q=q, check=False).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("q", QS)
+def test_percentile_elsewhere_than_on_a_cpu(q: float, dim: int | None) -> None:
+    """What other devices do, as a trace of it tells."""
+
+    def found(x: Tensor) -> Tensor:
+        return percentile(x, 4, True, dim, q, check=False)
+
+    x = torch.randn(3, 2000)
+    torch.testing.assert_close(make_fx(found)(torch.zeros(3, 2000))(x), found(x), rtol=0, atol=0)
 
 
 def test_percentile_of_more_elements_than_torch_quantile_takes() -> None:
@@ -256,6 +332,13 @@ class TestEveryMethod:
             CLIPPING_METHODS[name](x, 4)
         s = CLIPPING_METHODS[name](x, 4, check=False)
         assert not torch.isfinite(fake_quantize(x, s, 4)).all() or bad == -math.inf or bad == math.inf
+
+    def test_finite_values_of_an_infinite_sum(self, name: str) -> None:
+        x = torch.full((9,), 3e38)
+        assert CLIPPING_METHODS[name](x, 4).item() == pytest.approx(3e38)
+        x[2:4] = torch.tensor([math.inf, -math.inf])
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            CLIPPING_METHODS[name](x, 4)
 
     def test_refusals(self, name: str) -> None:
         method = CLIPPING_METHODS[name]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat_runner.quant import Grid, fake_quantize, octav
 from qat_runner.quant.kernels import (
@@ -42,9 +43,9 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.fixture(autouse=True)
-def _back_to_eager() -> Iterator[None]:
+def _back_to_auto() -> Iterator[None]:
     yield
-    set_backend("eager")
+    set_backend("auto")
 
 
 def on(name: str, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, layout: torch.memor
             )
             assert q.stride() == x.stride()
             if not (dtype == torch.bfloat16 and name == "triton" and not GPU):  # the interpreter does not round
-                assert torch.equal(q.cpu(), fake_quantize(x, s, 4, signed))  # eager, to the last bit
+                assert torch.equal(q.cpu(), eager.fake_quantize(x, s, Grid(4, signed)))  # to the last bit
             for gradient in ("ste", "pwl", "mad"):
                 expected = grad("eager", x, s, signed, gradient)
                 tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
@@ -182,7 +183,7 @@ def test_closed_grids(name: str, dtype: torch.dtype, signed: bool) -> None:
         assert grid.rounding_noise == pytest.approx((1 / top) ** 2 / 12)
         for s in (torch.tensor(1.7), torch.rand(6, 1) + 0.5):
             with using(name, DEVICES[name]):
-                found = backend().fake_quantize(on(name, x), on(name, s), grid).cpu()
+                found = backend(on(name, x)).fake_quantize(on(name, x), on(name, s), grid).cpu()
             wide = s.double()
             expected = (x.double() / wide * top).clamp(grid.lowest, top).round() * wide / top
             size = torch.finfo(dtype).eps * x.abs().max().item() + float(s.max()) / top  # between two codes
@@ -259,7 +260,8 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
             q = fake_quantize(x, s, 4)  # and not a second warning
     finally:
         compiled.library.cache_clear()
-    assert torch.equal(q, fake_quantize(x, octav(x, 4), 4))
+    with using("eager"):
+        assert torch.equal(q, fake_quantize(x, octav(x, 4), 4))
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -271,7 +273,7 @@ def test_choosing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_backend("auto") == "eager"
     with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler found, taking eager"):
         assert set_backend("compiled") == "eager"
-    assert backend() is load_backend("eager")
+    assert backend(torch.zeros(1)) is eager
     monkeypatch.setattr(compiled, "available", lambda: True)
     assert set_backend("auto") == "compiled"
     with pytest.raises(ValueError, match="backend=compiled: is for the CPU"):
@@ -279,6 +281,69 @@ def test_choosing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend=triton: needs a CUDA device"):
         choose_backend("triton", "cpu")
+
+
+START = """
+import sys, torch
+from qat_runner import quantize_model
+from qat_runner.quant import octav
+from qat_runner.quant.kernels import backend, compiled
+x = torch.randn(1000)
+print(compiled.library.cache_info().currsize)
+octav(x, 4)
+print(backend(x).__name__.rpartition(".")[2], compiled.library.cache_info().currsize)
+"""
+
+
+def in_a_new_process(**environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", START],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@needs_compiler
+def test_a_process_starts_with_the_fast_backend_and_compiles_at_first_use() -> None:
+    assert in_a_new_process() == ["0", "compiled", "1"]
+
+
+def test_a_process_without_a_compiler_starts_with_eager_and_says_nothing(tmp_path: Path) -> None:
+    assert in_a_new_process(PATH=str(tmp_path), CXX="") == ["0", "eager", "0"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("asked", "cpu", "cuda"),
+    [
+        ("auto", "compiled", "triton"),
+        ("compiled", "compiled", "triton"),
+        ("triton", "compiled", "triton"),
+        ("eager", "eager", "eager"),
+    ],
+)
+def test_each_device_has_its_own(asked: str, cpu: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(compiled, "available", lambda: True)
+    with using(asked, "cuda" if asked == "triton" else "cpu"):
+        assert [backend(fake).__name__.rpartition(".")[2] for fake in map(OnDevice, ("cpu", "cuda"))] == [cpu, cuda]
+        assert backend(OnDevice("mps")) is eager
+
+
+class OnDevice(Tensor):
+    """An empty tensor that says where it lies."""
+
+    def __new__(cls, kind: str) -> "OnDevice":
+        made = torch.zeros(0).as_subclass(cls)
+        made.kind = kind
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.kind)
 
 
 @needs_triton
@@ -329,12 +394,19 @@ def test_triton_kernels_compile_for_gpus() -> None:
 
 
 @needs_compiler
-def test_a_trace_holds_operations_not_results() -> None:
+@pytest.mark.parametrize("tracer", ["jit", "make_fx"])
+def test_a_trace_holds_operations_not_results(tracer: str) -> None:
+    def quantized(x: Tensor) -> Tensor:
+        return fake_quantize(x, 2.0, 4)
+
     with using("compiled"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, but in use
-        traced = torch.jit.trace(lambda x: fake_quantize(x, 2.0, 4), torch.randn(50), check_trace=False)
+        example = torch.randn(50)
+        traced = (
+            torch.jit.trace(quantized, example, check_trace=False) if tracer == "jit" else make_fx(quantized)(example)
+        )
         x = torch.randn(50)
-        torch.testing.assert_close(traced(x), fake_quantize(x, 2.0, 4))
+        torch.testing.assert_close(traced(x), quantized(x))
 
 
 @needs_compiler

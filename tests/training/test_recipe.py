@@ -1,5 +1,8 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from qat_runner.config import StageConfig
 from qat_runner.training.recipe import learning_rate, make_optimizer
@@ -42,6 +45,36 @@ def test_adamw_spares_biases_and_normalization_the_decay() -> None:
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     assert [p.shape for p in decayed["params"]] == [(2, 2)]
     assert len(spared["params"]) == 3
+
+
+def _uncorrected(start: Tensor, gradients: Sequence[Tensor], lr: float, decay: float) -> Tensor:
+    """Adam with decoupled weight decay and no bias correction, written down in float64 (betas 0.9, 0.999, eps 1e-8)."""
+    p, m, v = start.double(), 0.0, 0.0
+    for g in (gradient.double() for gradient in gradients):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        p = p - lr * (m / (v.sqrt() + 1e-8) + decay * p)
+    return p
+
+
+@pytest.mark.parametrize("saved_after", [None, 3])
+def test_adamw_without_bias_correction(saved_after: int | None) -> None:
+    """Also when it goes on from a checkpoint."""
+    layer = torch.nn.Linear(5, 4, bias=False)
+    start = layer.weight.detach().clone()
+    gradients = [torch.randn(4, 5) * 10.0**-i for i in range(8)]
+    stage = StageConfig(1, 1, 1.0, optimizer="adamw", bias_correction=False, weight_decay=0.1)
+    optimizer = make_optimizer(layer, stage, 0.01)
+    for i, gradient in enumerate(gradients):
+        if i == saved_after:
+            saved = optimizer.state_dict()
+            optimizer = make_optimizer(layer, stage, 0.01)
+            optimizer.load_state_dict(saved)
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+    expected = _uncorrected(start, gradients, 0.01, 0.1)
+    torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    first = (_uncorrected(start, gradients[:1], 0.01, 0.0) - start.double()).abs()
+    assert first.max() == pytest.approx(0.01 * 0.1 / 0.001**0.5, rel=1e-4)  # 3.2 times that of a corrected first step
 
 
 def test_optimizer() -> None:

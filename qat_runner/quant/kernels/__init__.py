@@ -7,9 +7,11 @@
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
 
 `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU, `triton` is for CUDA devices.
-`auto` takes the fast one of the device, where there is a compiler, and eager elsewhere.
+`auto`, the default, takes the fast one of each tensor's device, where there is a compiler, and eager elsewhere. It
+chooses when a tensor of that device first comes, so importing costs nothing.
 """
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -45,7 +47,8 @@ class Backend(Protocol):
 BACKENDS = ("eager", "compiled", "triton")
 """The names of the backends; "auto" chooses among them."""
 
-_chosen: Backend = eager
+_asked = "auto"
+"""What `set_backend` was told last; a name in BACKENDS, or auto."""
 
 
 def load_backend(name: str) -> Backend:
@@ -55,14 +58,16 @@ def load_backend(name: str) -> Backend:
 
 
 def set_backend(name: str, device: str = "cpu") -> str:
-    """Choose the backend of all quantization in this process.
+    """Choose the backend of all quantization in this process; until it is called, that is auto.
+
+    Tensors on a device that `name` does not serve have what auto gives there.
 
     Args:
         name: auto, or a name in BACKENDS.
-        device: where tensors will lie: "cpu" or "cuda".
+        device: the type of device that `name` must serve, and that the answer is for: "cpu" or "cuda".
 
     Returns:
-        The name of what was chosen.
+        The name of what serves that device now.
 
     Raises:
         ValueError: unknown name, or one that does not serve the device.
@@ -70,48 +75,76 @@ def set_backend(name: str, device: str = "cpu") -> str:
     Warns:
         RuntimeWarning: "compiled" was asked for and there is no compiler: eager is taken.
     """
-    global _chosen
-    name = choose_backend(name, device)
-    _chosen = load_backend(name)
-    return name
+    global _asked
+    chosen = choose_backend(name, device)
+    load_backend(chosen)
+    _asked = name if name == "auto" else chosen
+    _backend_of.cache_clear()  # the machine may have changed
+    return chosen
 
 
 def choose_backend(name: str, device: str = "cpu") -> str:
     """As `set_backend`, without setting it."""
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend={name}: must be one of auto, {', '.join(BACKENDS)}")
+    if name == "auto":
+        return _fastest(device)
     if device == "cuda":
         if name == "compiled":
             raise ValueError("backend=compiled: is for the CPU; on a CUDA device it must be auto, triton or eager")
         if name == "triton" and not _has_triton():
             raise ValueError("backend=triton: Triton is not installed here")
-        return ("triton" if _has_triton() else "eager") if name == "auto" else name
-    if name == "triton" and not (_has_triton() and os.environ.get("TRITON_INTERPRET") == "1"):
+        return name
+    if name == "triton" and not _interprets_triton():
         raise ValueError("backend=triton: needs a CUDA device; on the CPU it must be auto, compiled or eager")
     if name == "compiled" and not compiled.available():
         warnings.warn("backend=compiled: no C++ compiler found, taking eager", RuntimeWarning, stacklevel=3)
         return "eager"
-    return ("compiled" if compiled.available() else "eager") if name == "auto" else name
+    return name
+
+
+def _fastest(device: str) -> str:
+    """What auto means on a type of device."""
+    if device == "cuda" and _has_triton():
+        return "triton"
+    if device == "cpu" and compiled.available():
+        return "compiled"
+    return "eager"
 
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def backend() -> Backend:
-    """The backend in force; eager until `set_backend` is called.
+def _interprets_triton() -> bool:
+    return _has_triton() and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backend(x: Tensor) -> Backend:
+    """The backend that serves x.
 
     Inside a torch.compile or a trace of the user's own it is what these can take in whole.
     """
-    return traced if eager.recording() else _chosen
+    return traced if eager.recording() else _backend_of(x.device.type, _asked)
+
+
+@functools.cache
+def _backend_of(device: str, asked: str) -> Backend:
+    """The backend of a type of device; auto's where what was asked for is for another one."""
+    return load_backend(choose_backend(asked if _serves(asked, device) else "auto", device))
+
+
+def _serves(name: str, device: str) -> bool:
+    """Whether a backend is for a type of device."""
+    return {"compiled": device == "cpu", "triton": device == "cuda" or _interprets_triton()}.get(name, True)
 
 
 @contextmanager
 def using(name: str, device: str = "cpu") -> Iterator[str]:
     """While open, another backend is in force."""
-    global _chosen
-    before = _chosen
+    global _asked
+    before = _asked
     try:
         yield set_backend(name, device)
     finally:
-        _chosen = before
+        _asked = before

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from qat_runner.quant.grid import Grid
 from qat_runner.quant.kernels import newton
@@ -15,8 +16,10 @@ from qat_runner.quant.pool import Pool
 
 
 def recording() -> bool:
-    """Whether operations are being recorded, by torch.compile or torch.jit.trace, for later tensors than these."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    """Whether operations are recorded for later tensors than these: by torch.compile, torch.jit.trace or make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(torch.jit.is_tracing()) or get_proxy_mode() is not None  # type: ignore[attr-defined, no-untyped-call]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,72 @@
+"""A file as a picture of three bytes a pixel, whatever kind of picture it holds.
+
+- It is turned upright where its EXIF data say how the camera was held.
+- Transparency is shown on white.
+- Greys of more than 8 bits are scaled, not cut off at 255: see `_deep_grey`.
+- Of several frames, the first is the picture.
+"""
+
+import warnings
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from qat_runner.data.brightness import as_bytes
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".gif", ".avif"),
+    *(".bmp", ".ppm", ".pgm", ".pbm"),
+)
+"""Of files that are taken for pictures, in lower case."""
+
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP", "PPM")
+"""What such a file may hold. Pillow goes by content, and knows formats that it hands to other programs (EPS)."""
+
+BITS_PER_SAMPLE = 258
+"""TIFF's tag"""
+
+
+def read_picture(path: str) -> Image.Image:
+    """The picture in a file, of mode RGB.
+
+    Raises:
+        OSError: it cannot be read, or holds no picture of these formats, or part of one.
+        ValueError: its numbers could mean anything.
+        Image.DecompressionBombError: it has more pixels than Pillow allows.
+    """
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged EXIF data, and the like, which change no pixel
+        picture = Image.open(file, formats=FORMATS)
+        picture.load()
+        with suppress(Exception):  # EXIF data may be anything; the pixels are there
+            ImageOps.exif_transpose(picture, in_place=True)
+        return _in_colour(picture)
+
+
+def _in_colour(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        picture = _deep_grey(picture)
+    elif picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _deep_grey(picture: Image.Image) -> Image.Image:
+    """Greys of 12, 16 or 32 bits or floats, as bytes.
+
+    12 and 16 bits count as the whole range of their type. 32 bits hold no such range in practice: whole numbers up to
+    255 count as bytes, up to 65535 as 16 bits, and floats as in `as_bytes`.
+
+    Raises:
+        ValueError: other values.
+    """
+    values = np.asarray(picture)
+    if picture.mode.startswith("I;16"):
+        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+    elif picture.mode == "I" and (picture.format == "PPM" or (values.min() >= 0 and 255 < values.max() <= 65535)):
+        bits = 16  # Pillow stretches those of PGM to that
+    else:
+        return Image.fromarray(as_bytes(values))
+    return Image.fromarray(np.rint(values * (255 / (2**bits - 1))).astype(np.uint8))

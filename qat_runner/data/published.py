@@ -1,0 +1,70 @@
+"""The files in which CIFAR-10 and Fashion-MNIST are published."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+_ARRAY = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Of plain values and NumPy arrays: whatever else a pickle names is refused before it is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] != "numpy" or name not in _ARRAY:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a data set")
+        return _ARRAY[name]
+
+
+def read_cifar10(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pictures [N, 32, 32, 3] and labels [N] from the files of cifar-10-batches-py/.
+
+    Raises:
+        ValueError: a file is missing or is not the official one.
+    """
+    batches = [_read_batch(folder / name, md5) for name, md5 in (CIFAR10.train_list if train else CIFAR10.test_list)]
+    pictures = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    return pictures.transpose(0, 2, 3, 1), np.concatenate(
+        [np.asarray(batch["labels"], dtype=np.int64) for batch in batches]
+    )
+
+
+def _read_batch(path: Path, md5: str) -> Any:
+    _check_there(path)
+    content = path.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise ValueError(f"{path.name} is not the official file, going by its MD5 sum")
+    return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
+
+
+def read_fashion_mnist(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pictures [N, 28, 28] and labels [N] from the files of FashionMNIST/raw/.
+
+    Raises:
+        ValueError: a file is missing, or is no IDX file of bytes.
+    """
+    half = "train" if train else "t10k"
+    pictures = _read_idx(folder / f"{half}-images-idx3-ubyte", read_image_file)
+    return pictures, _read_idx(folder / f"{half}-labels-idx1-ubyte", read_label_file)
+
+
+def _read_idx(path: Path, read: Any) -> NDArray[Any]:
+    _check_there(path)
+    try:
+        array: NDArray[Any] = read(str(path)).numpy()
+    except Exception as error:  # torchvision's reader checks little, and fails at what does not fit
+        raise ValueError(f"{path.name} is no IDX file of bytes ({str(error) or type(error).__name__})") from error
+    return array
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        packed = path.with_name(f"{path.name}.gz").is_file()
+        raise ValueError(f"{path.name} is missing{f' (unpack {path.name}.gz)' if packed else ''}")

@@ -1,0 +1,71 @@
+"""Runs on folders and arrays as people have them."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qat_runner.cli.run import main
+
+SMALL = ["backend=eager", "model=resnet20", "epochs=1", "batch_size=4", "bits=32", "run_dir=run"]
+FOLDERS = ["dataset=imagefolder", "data_dir=data", "dataset.image_size=8", "dataset.workers=0"]
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder data, with two classes, one of which has a name of bytes."""
+    monkeypatch.chdir(tmp_path)
+    for half in ("train", "val"):
+        for name in (b"a", b"b\xff"):
+            folder = tmp_path / "data" / half / os.fsdecode(name)
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (9, 9), (80 * i, 9, 9)).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_what_was_left_out_is_on_record(data: Path) -> None:
+    (data / "train" / ".ipynb_checkpoints").mkdir()
+    os.mkfifo(data / "val" / "a" / "0.jpg")
+    (data / "val" / "a" / "x\ny.jpg").write_bytes(b"no picture")
+    (data / "val" / os.fsdecode(b"b\xff") / "x.jpg").write_bytes(b"no picture")
+    assert main([*SMALL, *FOLDERS, "dataset.skip_corrupt=true"]) == 0
+    log = (data.parent / "run" / "log.txt").read_text()
+    assert "imagefolder: train/: passed over 1 hidden\n" in log
+    assert "imagefolder: val/: passed over 1 that are neither files nor folders (the first is " in log
+    assert r"picture 'data/val/a/x\ny.jpg' cannot be decoded (it is none of JPEG" in log
+    assert r"picture 'data/val/b\udcff/x.jpg' cannot be decoded (it is none of JPEG" in log
+    assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 2
+
+
+def test_a_bad_picture_ends_a_run_with_a_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "val" / os.fsdecode(b"b\xff") / "x\ny.jpg").write_bytes(b"no picture")
+    assert main([*SMALL, *FOLDERS]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qat-run:")]
+    assert r"picture 'data/val/b\udcff/x\ny.jpg' cannot be decoded" in line
+    assert line.endswith("dataset.skip_corrupt=true leaves such pictures out")
+    assert (data.parent / "run" / "error.txt").is_file()
+
+
+@pytest.mark.parametrize("change", ["empty class", "other classes", "one-hot", "hidden classes alone"])
+def test_what_can_be_known_before_leaves_nothing(data: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    asked = FOLDERS
+    if change == "empty class":
+        (data / "train" / "c").mkdir()
+    elif change == "other classes":
+        (data / "train" / "a").rename(data / "train" / "A")
+    elif change == "one-hot":
+        x, y = np.zeros((4, 32, 32, 3), np.uint8), np.eye(10)[:4]
+        np.savez(data / "cifar10.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        asked = ["dataset=cifar10", "data_dir=data"]
+    else:
+        for folder in (data / "train").iterdir():
+            folder.rename(folder.with_name(f".{folder.name}"))
+    before = sorted(data.parent.rglob("*"))
+    assert main([*SMALL, *asked]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("qat-run: dataset=") and told.count("\n") == 1
+    assert sorted(data.parent.rglob("*")) == before

@@ -1,0 +1,196 @@
+"""Folders of pictures, as people and their systems leave them."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from qat_runner.data.folder import FolderSource
+from qat_runner.data.listing import class_folders, list_pictures, printable
+
+NAMES = st.text("ab-_. é🙂\n0", min_size=1, max_size=4).filter(lambda name: not name.startswith("."))
+
+
+@given(
+    files=st.sets(
+        st.tuples(NAMES, st.lists(NAMES, max_size=2).map(tuple), NAMES, st.sampled_from([".JPEG", ".png", ".txt"]))
+    )
+)
+def test_order_and_classes_are_those_of_torchvision(files: set[tuple[str, tuple[str, ...], str, str]]) -> None:
+    with TemporaryDirectory() as place:
+        for name, between, stem, suffix in [("one", (), "0", ".jpg"), *files]:
+            folder = Path(place, name, *(f"{part}_" for part in between))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{stem}{suffix}").touch()
+        theirs = ImageFolder(place, allow_empty=True)
+        empty = set(range(len(theirs.classes))) - set(theirs.targets)
+        if empty:
+            with pytest.raises(ValueError, match="class folders without pictures"):
+                list_pictures(Path(place))
+        else:
+            ours = list_pictures(Path(place))
+            assert ours.classes == theirs.classes == class_folders(Path(place))
+            assert ours.samples == theirs.samples
+            assert ours.passed_over.by_suffix.total() == sum(suffix == ".txt" for *_, suffix in files)
+
+
+def make(root: Path) -> None:
+    """train/ and val/, each with the classes a and b, each with 0.jpg."""
+    for half in ("train", "val"):
+        for name in ("a", "b"):
+            (root / half / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(root / half / name / "0.jpg")
+
+
+def _in_both(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        for half in ("train", "val"):
+            change(root / half)
+
+    return apply
+
+
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+def _raw(half: Path) -> None:
+    os.rename(half / "b", os.fsencode(half) + b"/b\xff")
+
+
+def _crowd(half: Path) -> None:
+    """Folders that all link to each other: there are millions of ways through them."""
+    for i in range(12):
+        (half / "a" / f"f{i}").mkdir()
+        for j in range(12):
+            (half / "a" / f"f{i}" / f"to{j}").symlink_to(half / "a" / f"f{j}")
+
+
+CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    # what was done, pictures in val/ afterwards, what is said of val/
+    "nothing": (lambda r: None, 2, ""),
+    "Jupyter's copies": (_in_both(lambda h: (h / ".ipynb_checkpoints").mkdir()), 2, "1 hidden"),
+    "Jupyter's copies in a class": (lambda r: (r / "val/a/.ipynb_checkpoints").mkdir(), 2, "1 hidden"),
+    "macOS": (lambda r: [(r / "val" / name).touch() for name in (".DS_Store", "a/._0.jpg")], 2, "2 hidden"),
+    "a zip of macOS": (_in_both(lambda h: (h / "__MACOSX" / "a").mkdir(parents=True)), 2, "1 hidden"),
+    "Windows": (lambda r: (r / "val/a/Thumbs.db").touch(), 2, "1 hidden"),
+    "other files": (
+        lambda r: [(r / "val/a" / name).touch() for name in ("x.txt", "y.txt", "z.xml", "LICENSE", "0.jpg.part")],
+        2,
+        "5 without a picture's suffix (.txt, .part, .xml, no suffix)",
+    ),
+    "a pipe": (lambda r: os.mkfifo(r / "val/a/1.jpg"), 2, "1 that are neither files nor folders (the first is "),
+    "a socket": (lambda r: _socket(r / "val/a/1.jpg"), 2, "1 that are neither"),
+    "a device": (lambda r: (r / "val/a/1.jpg").symlink_to("/dev/zero"), 2, "1 that are neither"),
+    "a link to nothing": (lambda r: (r / "val/a/1.jpg").symlink_to("gone.jpg"), 2, "1 that are neither"),
+    "a link to itself": (lambda r: (r / "val/a/1.jpg").symlink_to("1.jpg"), 2, "1 that are neither"),
+    "a picture beside the classes": (lambda r: (r / "val/1.jpg").touch(), 2, "1 pictures outside the class folders"),
+    "a link to a picture": (lambda r: (r / "val/a/1.jpg").symlink_to(r / "val/b/0.jpg"), 3, ""),
+    "a link to a folder": (lambda r: (r / "val/a/more").symlink_to(r / "val/b"), 3, ""),
+    "a class that is a link": (
+        lambda r: ((r / "val/b").rename(r / "elsewhere"), (r / "val/b").symlink_to(r / "elsewhere")),
+        2,
+        "",
+    ),
+    "a loop": (lambda r: (r / "val/a/loop").symlink_to(r / "val/a"), 2, "1 links to folders read already"),
+    "a loop over both": (lambda r: (r / "val/a/up").symlink_to(r), 2, "1 links to folders read already"),
+    "folders that link to each other": (lambda r: _crowd(r / "val"), 2, "144 links to folders read already"),
+    "folders in folders": (lambda r: (r / "val/a/0.jpg").rename(_made(r / "val/a/images") / "0.jpg"), 2, ""),
+    "a deep folder": (lambda r: _made(r / "val/a" / "/".join("x" * 300)), 2, ""),
+    "a newline": (lambda r: (r / "val/a/0.jpg").rename(r / "val/a/0\n1.jpg"), 2, ""),
+    "a name of bytes": (_in_both(_raw), 2, ""),
+    "an emoji and spaces": (_in_both(lambda h: (h / "b").rename(h / "b 🙂 x ")), 2, ""),
+    "capitals": (lambda r: (r / "val/a/0.jpg").rename(r / "val/a/0.JPEG"), 2, ""),
+    "another kind of picture": (lambda r: Image.new("P", (9, 9)).save(r / "val/a/1.gif"), 3, ""),
+}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", CARELESS)
+def test_careless_folders(tmp_path: Path, name: str) -> None:
+    make(tmp_path)
+    change, pictures, told = CARELESS[name]
+    change(tmp_path)
+    source = FolderSource(tmp_path, 8, 0)
+    assert (len(source.classes), source.val_size) == (2, pictures)
+    notes = [note for note in source.notes if note.startswith("val/: passed over ")]
+    assert len(notes) == bool(told)
+    assert told in "".join(notes)
+    assert all(note.isprintable() for note in source.notes)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an empty class": (
+        _in_both(lambda h: _made(h / "c")),
+        "train: class folders without pictures: c; pictures are .jpg",
+    ),
+    "only other files": (
+        _in_both(lambda h: (_made(h / "c") / "0.heic").touch()),
+        r"train: class folders without pictures: c \(passed over 1 without a picture's suffix \(\.heic\)\)",
+    ),
+    "many empty classes": (
+        lambda r: [_made(r / f"val/c{i}") for i in range(9)],
+        r"val: class folders without pictures: c0, c1, c2, c3, c4 and 4 more",
+    ),
+    "a class of train alone": (
+        lambda r: (_made(r / "train/c") / "0.jpg").touch(),
+        "must have the same class folders: train/ has c, val/ not",
+    ),
+    "a class of val alone": (
+        lambda r: [(_made(r / f"val/{name}") / "0.jpg").touch() for name in ("A", "c")],
+        "must have the same class folders: val/ has A, train/ not",
+    ),
+    "no classes": (lambda r: [(r / "val" / n).rename(r / n) for n in "ab"], "val has no class folders"),
+    "a class that leads upwards": (lambda r: (r / "val/c").symlink_to(r / "val"), "without pictures: c"),
+    "a class that leads to everything": (lambda r: (r / "val/c").symlink_to("/"), "without pictures: c"),
+    "a name of bytes": (lambda r: _raw(r / "val"), r"train/ has b, val/ not"),
+    "a name of bytes alone": (
+        lambda r: os.makedirs(os.fsencode(r) + b"/val/z\xff\n"),
+        r"without pictures: 'z\\udcff\\n'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_folders(tmp_path: Path, name: str) -> None:
+    make(tmp_path)
+    change, message = REFUSED[name]
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as caught:
+        FolderSource(tmp_path, 8, 0)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_is_closed_to_us_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    scandir = os.scandir
+
+    def closed(folder: str) -> object:
+        if folder.endswith("b"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"train/b cannot be read \(Permission denied\)"):
+        list_pictures(tmp_path / "train")
+
+
+def test_names_on_one_line() -> None:
+    assert printable("a b 🙂/0.jpg") == "a b 🙂/0.jpg"
+    assert printable("a\nb") == r"'a\nb'"
+    assert printable(os.fsdecode(b"b\xff")) == r"'b\udcff'"

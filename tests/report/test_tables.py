@@ -1,0 +1,143 @@
+"""The tables that close a request, and the differences from full precision that all reports show."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qat_runner.config import clipping_label, from_hydra, gradient_label
+from qat_runner.config.composing import compose_config
+from qat_runner.report.tables import (
+    Result,
+    against_full_precision,
+    differences_in_words,
+    mean_and_deviation,
+    results_table,
+    seeds_table,
+    several_seeds,
+)
+
+
+def result(*overrides: str, top1: float = 50.0) -> Result:
+    """A finished run, as its config and summary tell of it."""
+    config = from_hydra(compose_config(["model=resnet20", *overrides]))
+    summary: dict[str, Any] = {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "mode": config.mode,
+        "seed": config.seed,
+        "bits": config.weight_bits,
+        "clipping": clipping_label(config),
+        "gradient": gradient_label(config),
+        "top1": top1,
+        "best_top1": top1,
+        "sqnr_db": None,
+        "samples_per_second": 1.0,
+        "seconds": 1.0,
+    }
+    return config, summary
+
+
+def differences(*results: Result) -> list[float | None]:
+    return against_full_precision(results)
+
+
+@given(st.lists(st.floats(0, 100), min_size=2, max_size=9))
+def test_mean_and_deviation(values: list[float]) -> None:
+    mean, deviation = map(float, mean_and_deviation(values).split(" ± "))
+    assert mean == pytest.approx(np.mean(values), abs=0.0051)
+    assert deviation == pytest.approx(np.std(values, ddof=1), abs=0.0051)
+
+
+def test_one_value_has_no_deviation_and_none_is_empty() -> None:
+    assert mean_and_deviation([2.5], "+") == "+2.50"
+    assert mean_and_deviation([-2.5], "+") == "-2.50"
+    assert mean_and_deviation([]) == ""
+
+
+def test_full_precision_is_that_of_the_same_run() -> None:
+    """Runs of other epochs, widths, seeds are not what a run is compared with, wherever they stand."""
+    quantized = result("bits=4", "epochs=5", "seed=1", top1=60.0)
+    others = [
+        result("bits=32", *words, top1=99.0)
+        for words in (["epochs=5"], ["epochs=4", "seed=1"], ["epochs=5", "seed=1", "lr=0.3"], ["seed=1"])
+    ]
+    same = result("bits=32", "epochs=5", "seed=1", top1=70.0)
+    assert differences(*others, quantized) == [None] * 5
+    assert differences(*others, same, quantized)[-1] == pytest.approx(-10)
+    assert differences(quantized, same, *others) == [pytest.approx(-10), *[None] * 5]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["clipping=max", "gradient=ste"],
+        ["weight_bits=3"],
+        ["first_last_bits=4", "conv_granularity=tensor", "noise_batches=0", "log_excess_mse=true"],
+        ["backend=eager", "clipping.eval_mode=running", "recipe.freeze_scalars_at=2"],
+        ["recipe.distill=full_precision", "recipe.teacher=w.pt"],
+        ["clipping=lsq"],
+    ],
+)
+def test_keys_of_quantization_do_not_count(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").touch()
+    assert differences(result("bits=32", top1=90.0), result(*words, top1=85.0)) == [None, pytest.approx(-5)]
+
+
+def test_what_retraining_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").write_text("one")
+    Path("other.pt").write_text("another")
+    start = result("bits=32", "mode=evaluate", "weights=w.pt", top1=80.0)
+    other = result("bits=32", "mode=evaluate", "weights=other.pt", top1=99.0)
+    for mode in ("retrain", "ptq"):
+        for seed in (0, 3):  # the start is the same, whatever the seed
+            run = result("bits=4", f"mode={mode}", "weights=w.pt", f"seed={seed}", top1=75.0)
+            assert differences(start, other, run)[-1] == pytest.approx(-5)
+    retrained = result("bits=4", "mode=retrain", "weights=w.pt", top1=75.0)
+    longer = result("bits=32", "mode=retrain", "weights=w.pt", top1=82.0)
+    assert differences(start, longer, retrained)[-1] == pytest.approx(-7)
+
+
+def test_a_baseline_of_each_seed_is_a_start_of_its_own() -> None:
+    names = ("mode=retrain", "weights=baseline")
+    runs = [result("bits=4", *names, f"seed={seed}", top1=70.0 + seed) for seed in (0, 1)]
+    evaluated = [
+        result("bits=32", "mode=evaluate", "weights=baseline", f"seed={seed}", top1=80.0 + 5 * seed) for seed in (0, 1)
+    ]
+    assert differences(*evaluated, *runs)[2:] == [pytest.approx(-10), pytest.approx(-14)]
+    trained = [result("bits=32", f"seed={seed}", top1=80.0 + 5 * seed) for seed in (0, 1)]
+    assert differences(*trained, *runs)[2:] == [pytest.approx(-10), pytest.approx(-14)]
+
+
+def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:
+    full = [result("bits=32", f"seed={seed}", top1=top1) for seed, top1 in enumerate((90.0, 92.0))]
+    two = [result("bits=2", f"seed={seed}", top1=top1) for seed, top1 in enumerate((80.0, 88.0))]
+    longer = [result("bits=2", "epochs=9", top1=89.0)]
+    table = seeds_table([*full, *two, *longer]).splitlines()[2:]
+    figures = [line.split("mph")[-1].split("none")[-1].split() for line in table]
+    assert figures == [
+        ["2", "91.00", "±", "1.41"],
+        ["2", "84.00", "±", "5.66", "-7.00", "±", "4.24"],  # -10 and -4: paired by seed
+        ["1", "89.00"],
+    ]
+    assert several_seeds([*full, *longer]) and not several_seeds([full[0], two[0], *longer])
+    assert len(results_table([*full, *two, *longer]).splitlines()) == 2 + 5
+
+
+def test_differences_in_words() -> None:
+    full = [result("bits=32", f"seed={seed}", top1=90.0 + seed) for seed in (0, 1)]
+    octav = [result("bits=2", f"seed={seed}", top1=88.0) for seed in (0, 1)]
+    scaled = [result("bits=2", "clipping=max", "gradient=ste", f"seed={seed}", top1=80.0 + seed) for seed in (0, 1)]
+    assert differences_in_words([*full, *octav, *scaled]) == [
+        "resnet20, digits, scratch, 2 bits, in points against full precision: "
+        "octav -2.50 ± 0.71, max with ste -10.00 ± 0.00"
+    ]
+    assert differences_in_words([*octav, *scaled]) == []  # nothing to compare with
+    assert differences_in_words([*full, *octav]) == []  # nothing beside it
+    longer = [result(bits, "epochs=9") for bits in ("bits=32", "bits=2")]
+    assert differences_in_words([*full, *octav, *longer]) == []  # which octav?

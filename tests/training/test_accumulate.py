@@ -1,0 +1,132 @@
+"""`accumulate` restores what the paper's devices saw: each part has its own BatchNorm and scalars of activations."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.config import Config, from_hydra
+from qat_runner.config.composing import compose_config
+from qat_runner.data import Batch
+from qat_runner.experiment import build
+from qat_runner.experiment.running import _recipe
+from qat_runner.insertion import quantized_tensors
+from qat_runner.training import distributed
+from qat_runner.training.loop import Trainer
+from qat_runner.training.tracking import Silence
+
+
+def composed(*overrides: str) -> Config:
+    return from_hydra(compose_config([*overrides]))
+
+
+def trainer(folder: Path, *overrides: str) -> Trainer:
+    """Of a small ResNet on digits, always with the same weights. Scalars are solved from cold: from a warm start, those
+    of weights that are quantized again would differ in the last bits, which rounding makes large.
+    """
+    config = composed("model=resnet20", "dataset=digits", "device=cpu", "clipping.warm_iterations=null", *overrides)
+    model, data = build(config, None)
+    return Trainer(config, model.train(), data, Silence(folder))
+
+
+def batchnorms(model: nn.Module) -> dict[str, Tensor]:
+    return {key: t for key, t in model.state_dict().items() if "running_" in key or "num_batches" in key}
+
+
+def activation_scalars(model: nn.Module) -> dict[str, Tensor]:
+    return {t.name: t.quantizer.s.clone() for t in quantized_tensors(model) if t.tensor != "weight"}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_an_accumulated_step_is_that_of_its_parts_one_by_one(tmp_path: Path) -> None:
+    accumulated = trainer(tmp_path, "batch_size=64", "accumulate=8")
+    batch = next(iter(accumulated.data.train_batches(64, epoch=0)))
+    accumulated._add_gradients(batch)
+
+    alone = trainer(tmp_path, "batch_size=8").model
+    means: dict[str, Tensor] = {}
+    for inputs, targets in zip(batch.inputs[0].split(8), batch.targets.split(8), strict=True):  # as eight devices would
+        alone.zero_grad()
+        F.cross_entropy(alone(inputs), targets).backward()
+        for name, gradient in gradients(alone).items():
+            means[name] = means.get(name, torch.zeros_like(gradient)) + gradient / 8
+
+    found = gradients(accumulated.model)
+    assert found.keys() == means.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], means[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(batchnorms(accumulated.model), batchnorms(alone), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(activation_scalars(accumulated.model), activation_scalars(alone), rtol=1e-5, atol=0)
+
+    whole = trainer(tmp_path, "batch_size=64")
+    whole._add_gradients(Batch(batch.inputs, batch.targets))
+    assert not torch.allclose(
+        *(batchnorms(t.model)["layer1.0.bn1.running_var"] for t in (whole, accumulated)), rtol=0.01
+    )
+
+
+def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_path: Path) -> None:
+    """Of the first layer, computed from the pictures themselves."""
+    accumulated = trainer(tmp_path, "batch_size=64", "accumulate=8", "first_last_bits=8")
+    batch = next(iter(accumulated.data.train_batches(64, epoch=0)))
+    first = next(t for t in quantized_tensors(accumulated.model) if t.tensor == "input").quantizer
+    seen: list[tuple[int, Tensor]] = []
+    hook = first.register_forward_hook(lambda module, args, output: seen.append((len(args[0]), first.last_s.clone())))
+    accumulated._add_gradients(batch)
+    hook.remove()
+    assert [size for size, _ in seen] == [8] * 8
+    for part, (_, s) in zip(batch.inputs[0].double().abs().split(8), seen, strict=True):
+        x = part.flatten()
+        for candidate, sign in (
+            (s.double() * 0.999, 1),
+            (s.double() * 1.001, -1),
+        ):  # J(s) falls before s, rises after it
+            clipped = x > candidate
+            slope = candidate * (~clipped & (x > 0)).sum() * 4.0**-8 / 3 - (x - candidate)[clipped].sum()
+            assert sign * slope.item() < 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["model=resnet50"],
+            "batch size 512, lr 0.1: the recipe's, whatever the number of devices; BatchNorm and activations' scalars "
+            "see 512 samples at a time, where the recipe was published 64 (accumulate=8 restores that)",
+        ),
+        (
+            ["model=mobilenet_v2"],
+            "see 1024 samples at a time, where the recipe was published 128 (accumulate=8 restores",
+        ),
+        (["model=resnet34"], "(accumulate=8 restores that)"),
+        (["model=mobilenet_v3_large", "mode=retrain", "weights=torchvision"], "(accumulate=4 restores that)"),
+        (["model=resnet50", "accumulate=8"], "see 64 samples at a time, as published"),
+        (
+            ["model=resnet50", "accumulate=2"],
+            "see 256 samples at a time, where the recipe was published 64 (accumulate=8",
+        ),
+        (
+            ["model=resnet50", "batch_size=100"],
+            "the recipe has 0.1 at 512); BatchNorm and activations' scalars see 100 ",
+        ),
+        (["model=resnet50", "sync_batchnorm=true"], "lr 0.1: the recipe's, whatever the number of devices"),
+    ],
+)
+def test_the_log_says_what_is_seen_at_a_time(overrides: list[str], told: str) -> None:
+    line = _recipe(composed("dataset=imagenet", *overrides))
+    assert told in line
+    assert ("restores" in line) == ("restores" in told or "accumulate=8" in told)
+
+
+def test_with_as_many_processes_as_the_paper_had_gpus_it_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    assert "see 64 samples at a time, as published" in _recipe(composed("dataset=imagenet", "model=resnet50"))
+    bert = composed("dataset=squad", "model=bert_base")
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    assert "see 4 samples at a time, as published" in _recipe(bert)
+    assert "at a time" not in _recipe(composed("dataset=digits"))
