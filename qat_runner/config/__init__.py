@@ -1,5 +1,6 @@
 """The config of a run: its schema, what follows from the rest, what is refused, and which runs are the same."""
 
+from qat_runner.config.fingerprints import path_of
 from qat_runner.config.identities import (
     clipping_label,
     differences,
@@ -15,6 +16,7 @@ from qat_runner.config.identities import (
 from qat_runner.config.resolving import baseline_of, check, from_hydra, resolve, scaled_lr
 from qat_runner.config.schema import (
     BASELINE,
+    TORCHVISION,
     ClippingConfig,
     Config,
     DatasetConfig,
@@ -27,6 +29,7 @@ from qat_runner.config.schema import (
 
 __all__ = [
     "BASELINE",
+    "TORCHVISION",
     "ClippingConfig",
     "Config",
     "DatasetConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "gradient_label",
     "identity",
     "load_config",
+    "path_of",
     "read_config",
     "register",
     "resolve",

@@ -72,6 +72,8 @@ def settings(config: Config) -> dict[str, Any]:
             "temperature": config.recipe.distill_temperature,
             "weight": config.recipe.distill_weight,
         }
+        if config.recipe.teacher_part is not None:
+            keys["distill"]["teacher_part"] = config.recipe.teacher_part
     if config.freezing:
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
     if not config.training:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat_runner.config.schema import (
     AMP,
+    BASELINE,
     DISTILL,
     MODES,
     OPTIMIZERS,
@@ -20,6 +21,7 @@ from qat_runner.config.schema import (
     RESUME,
     SCHEDULES,
     TEXT_DATASETS,
+    TORCHVISION,
     Config,
     StageConfig,
 )
@@ -87,9 +89,9 @@ def resolve(config: Config) -> Config:
 
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
-    recipe = replace(config.recipe, distill="none", teacher=None)
+    recipe = replace(config.recipe, distill="none", teacher=None, teacher_part=None)
     changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
-    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "run_dir"))
+    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir"))
     return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, **changes))
 
 
@@ -259,6 +261,12 @@ def _check_mode(config: Config) -> None:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
         )
+    for key, part, value in (
+        ("weights", config.weights_part, config.weights),
+        ("recipe.teacher", config.recipe.teacher_part, config.recipe.teacher),
+    ):
+        if part is not None and value in (None, TORCHVISION, BASELINE):
+            raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
     if config.mode == "ptq" and config.policy.full_precision:

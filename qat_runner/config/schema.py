@@ -22,6 +22,8 @@ RESUME = ("auto", "force", "never")
 AMP = ("none", "bf16", "fp16")
 SCHEDULES = ("step", "cosine", "linear")
 
+TORCHVISION = "torchvision"
+"""The value of `weights` that means torchvision's published weights."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
 
@@ -177,6 +179,8 @@ class RecipeConfig:
     """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
     teacher: str | None = None
     """weights file of that network, as `weights`; null: `weights` themselves"""
+    teacher_part: str | None = None
+    """part of that file, as `weights_part`"""
     distill_temperature: float = 4.0
     """what logits of both are divided by, above 0"""
     distill_weight: float = 0.5
@@ -202,8 +206,12 @@ class Config:
     """scratch: train from random weights; finetune: a BERT from its checkpoint; retrain, long_retrain: from `weights`;
     ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
     weights: str | None = None
-    """.pt, .pth, .th or .safetensors file; "torchvision" for the published weights; "baseline" for the full-precision
-    run of the same network, data, recipe and seed in mode auto, which is made first where it is missing"""
+    """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
+    "torchvision" for the published weights; "baseline" for the full-precision run of the same network, data, recipe and
+    seed in mode auto, which is made first where it is missing"""
+    weights_part: str | None = None
+    """of a file that holds several networks: the key it keeps one under, such as state_dict_ema, or how the names of
+    its tensors begin; null: the one that fits the model, raw weights before averaged ones"""
 
     bits: int = 4
     """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""

@@ -11,7 +11,7 @@ from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert
-from qat_runner.models import build_bert, build_model, load_tokenizer, load_weights
+from qat_runner.models import Source, build_bert, build_model, load_tokenizer, load_weights
 from qat_runner.quant.kernels import set_backend
 from qat_runner.training import checkpoint, distributed
 from qat_runner.training.memory import keep_freed_memory
@@ -85,7 +85,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         ) from error
     if weights is not None:
         as_it_is = config.mode == "evaluate"
-        loaded = load_weights(model, weights, config.model.name, new_head=config.retraining, quantizers=as_it_is)
+        source = Source(weights, config.weights_part)
+        loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
     if config.needs_calibration:
         _calibrate(config, model, data)
@@ -117,11 +118,16 @@ def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> Non
 
 
 def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
-    """The full-precision network that a distilled one learns from, in eval mode."""
-    assert weights is not None
+    """The full-precision network that a distilled one learns from, in eval mode; weights as `build` takes them."""
+    recipe = config.recipe
+    if recipe.teacher is not None:
+        source = Source(recipe.teacher, recipe.teacher_part, "recipe.teacher")
+    else:
+        assert weights is not None
+        source = Source(weights, config.weights_part)
     teacher = model_for(config, data)
-    loaded = load_weights(teacher, weights, config.model.name, new_head=False)
-    log.info(f"teacher {weights}: {loaded}")
+    loaded = load_weights(teacher, source, config.model.name, new_head=False)
+    log.info(f"teacher {source.value}: {loaded}")
     return teacher.eval().requires_grad_(False)
 
 

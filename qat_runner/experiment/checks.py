@@ -5,11 +5,21 @@ from pathlib import Path
 
 import torch
 
-from qat_runner.config import BASELINE, Config, baseline_of, differences, identity, load_config, run_folder
+from qat_runner.config import (
+    BASELINE,
+    TORCHVISION,
+    Config,
+    baseline_of,
+    differences,
+    identity,
+    load_config,
+    path_of,
+    run_folder,
+)
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import bare_model, find_device
-from qat_runner.models import BERTS, MODELS, STEMS, TORCHVISION, find_weights, match_weights, read_checkpoint
+from qat_runner.models import BERTS, MODELS, STEMS, Source, find_weights, match_weights, read_checkpoint
 from qat_runner.quant.kernels import choose_backend
 from qat_runner.training import checkpoint, distributed, lock
 from qat_runner.training.tracking import RECORDED, TEMPORARY, read_json
@@ -44,9 +54,10 @@ def prepare(config: Config) -> Path:
     if config.weights == BASELINE:
         prepare(baseline_of(config))
     elif config.weights is not None:
-        _check_weights(config, config.weights, new_head=config.retraining)
+        _check_weights(config, Source(config.weights, config.weights_part), new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:
-        _check_weights(config, config.recipe.teacher, new_head=False)
+        teacher = Source(config.recipe.teacher, config.recipe.teacher_part, "recipe.teacher")
+        _check_weights(config, teacher, new_head=False)
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
@@ -69,13 +80,16 @@ def _check_kind(config: Config) -> None:
             )
 
 
-def _check_weights(config: Config, weights: str, new_head: bool) -> None:
-    """Try the weights on a model without memory."""
-    find_weights(weights, config.model.name)
-    if weights != TORCHVISION and (config.reads_text or config.dataset.num_classes is not None):
-        with torch.device("meta"):
-            model = bare_model(config, config.dataset.num_classes or 0, config.dataset.image_size)
-        match_weights(model, weights, config.model.name, new_head=new_head)
+def _check_weights(config: Config, source: Source, new_head: bool) -> None:
+    """Try the weights on a model without memory; where it is not known how many classes it has, all but its head."""
+    find_weights(source, config.model.name)
+    if source.value == TORCHVISION:
+        return
+    classes = config.dataset.num_classes
+    unknown = classes is None and not config.reads_text
+    with torch.device("meta"):
+        model = bare_model(config, classes or 2, config.dataset.image_size)
+    match_weights(model, source, config.model.name, new_head=new_head or unknown)
 
 
 def _check_folder(folder: Path, config: Config) -> None:
@@ -103,7 +117,7 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder{unreadable}")
     if config.overwrite:
         for key, weights in (("weights", config.weights), ("recipe.teacher", config.recipe.teacher)):
-            if weights is not None and Path(weights).resolve().is_relative_to(folder.resolve()):
+            if weights is not None and path_of(weights).resolve().is_relative_to(folder.resolve()):
                 raise ConfigError(f"run_dir={folder}: overwrite=true would delete {key}={weights}")
         return
     changed = differences(identity(saved), identity(config))

@@ -101,7 +101,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
-        teacher = load_teacher(config, data, config.recipe.teacher or weights) if config.distilling else None
+        teacher = load_teacher(config, data, weights) if config.distilling else None
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     return _carry_out(config, folder, model, data, teacher, notes)

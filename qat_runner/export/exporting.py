@@ -14,7 +14,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qat_runner.config import BASELINE, Config, baseline_of, clipping_label, load_config, run_folder
+from qat_runner.config import (
+    BASELINE,
+    TORCHVISION,
+    Config,
+    baseline_of,
+    clipping_label,
+    load_config,
+    path_of,
+    run_folder,
+)
 from qat_runner.data import Data, ImageData
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
@@ -32,7 +41,6 @@ from qat_runner.export.formats import (
 )
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
-from qat_runner.models import TORCHVISION
 from qat_runner.training.checkpoint import LAST
 from qat_runner.training.measure import compute
 from qat_runner.training.tracking import environment, write_json
@@ -85,7 +93,8 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     if not (run / "summary.json").is_file():
         log.warning(f"{run} is not finished: this is its network as it was last saved")
     mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
-    model, data = build(replace(config, mode=mode, device="cpu", backend="auto"), weights)
+    part = None if config.training else config.weights_part
+    model, data = build(replace(config, mode=mode, weights_part=part, device="cpu", backend="auto"), weights)
     return model.eval(), data, config
 
 
@@ -97,10 +106,10 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     if not config.training:
         assert config.weights is not None
         baseline = config.weights == BASELINE
-        path = Path(config.weights)
+        path = path_of(config.weights)
         if baseline:
             path = run_folder(baseline_of(config)) / "checkpoints" / LAST
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{run}: its network is not there any more, {path}")
     return str(path)
 

@@ -2,14 +2,14 @@
 
 from qat_runner.models.bert import BERTS, build_bert, load_tokenizer, read_checkpoint
 from qat_runner.models.vision import MODELS, STEMS, build_model
-from qat_runner.models.weights import TORCHVISION, Loaded, find_weights, load_weights, match_weights
+from qat_runner.models.weights import Loaded, Source, find_weights, load_weights, match_weights
 
 __all__ = [
     "BERTS",
     "MODELS",
     "STEMS",
-    "TORCHVISION",
     "Loaded",
+    "Source",
     "build_bert",
     "build_model",
     "find_weights",

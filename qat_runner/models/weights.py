@@ -1,27 +1,53 @@
-"""Loading weights into a model: from a file of any of the usual shapes, or torchvision's published ones."""
+"""Loading weights into a model: from a file (see `tensor_files`), or torchvision's published ones.
+
+The tensors of a file are matched with a model by name. Which dict of the file they lie in, and what wrappers have put
+before their names, is found by trying what fits; no tensor is used before it was looked at.
+"""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qat_runner.config import TORCHVISION, path_of
 from qat_runner.errors import ConfigError
-from qat_runner.insertion.state import upgrade
+from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
 from qat_runner.models.vision import TORCHVISION_MODELS
 
-TORCHVISION = "torchvision"
-"""The value of `weights` that means torchvision's published weights."""
-
-SUFFIXES = (".pt", ".pth", ".th", ".safetensors")
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "module")
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
+_WRAPPERS = {
+    *("module", "_orig_mod"),  # DistributedDataParallel and AveragedModel; torch.compile
+    *("_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),  # Fabric, FSDP, activation checkpoints
+}
+_RAW = ("state_dict", "model_state_dict", "model", "net", "module")  # keys that training scripts keep weights under
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)")
+_BOOKKEEPING = ("num_batches_tracked", "n_averaged")  # of BatchNorm, which older files lack; of AveragedModel
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a config says that weights are."""
+
+    value: str
+    """a path, or "torchvision" """
+    part: str | None = None
+    """the dict of the file, or the beginning of the tensors' names; None: found by what fits"""
+    key: str = "weights"
+    """the key that says so, for messages"""
+
+    @property
+    def path(self) -> Path:
+        return path_of(self.value)
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}"
 
 
 @dataclass(frozen=True)
@@ -32,45 +58,49 @@ class Loaded:
     of_model: int
     left_fresh: tuple[str, ...]
     """tensors of the model that the file did not fill"""
+    part: str = ""
+    """that they were taken from, where the file has others or this one holds averages"""
+    converted: str = ""
+    """what they were, where the model has another dtype"""
 
     def __str__(self) -> str:
+        part = f" from {self.part}" if self.part else ""
+        converted = f"; {self.converted} became float32" if self.converted else ""
         rest = f"; left as initialized: {', '.join(self.left_fresh)}" if self.left_fresh else ""
-        return f"{self.matched} of {self.of_model} tensors loaded{rest}"
+        return f"{self.matched} of {self.of_model} tensors loaded{part}{converted}{rest}"
 
 
-def find_weights(weights: str, model_name: str) -> None:
+def find_weights(source: Source, model_name: str) -> None:
     """Refuse, before any work, weights that cannot be there.
 
     Raises:
         ConfigError: no such file, an unknown suffix, no published weights for the model.
     """
-    if weights == TORCHVISION:
+    if source.value == TORCHVISION:
         if model_name not in TORCHVISION_MODELS:
-            raise ConfigError(
-                f"weights=torchvision: there are none for {model_name}, only for {', '.join(TORCHVISION_MODELS)}"
-            )
+            raise ConfigError(f"{source}: there are none for {model_name}, only for {', '.join(TORCHVISION_MODELS)}")
         return
-    if not Path(weights).is_file():
-        raise ConfigError(f"weights={weights}: no such file")
-    if Path(weights).suffix not in SUFFIXES:
-        raise ConfigError(f"weights={weights}: must end in {', '.join(SUFFIXES)}")
+    try:
+        find_file(source.path)
+    except TensorFileError as error:
+        raise ConfigError(f"{source}: {error}") from error
 
 
-def load_weights(model: nn.Module, weights: str, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
+def load_weights(model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
     """Load weights into a model: what `match_weights` finds."""
-    state, loaded = match_weights(model, weights, model_name, new_head, quantizers)
+    state, loaded = match_weights(model, source, model_name, new_head, quantizers)
     model.load_state_dict(state)
     return loaded
 
 
 def match_weights(
-    model: nn.Module, weights: str, model_name: str, new_head: bool, quantizers: bool = False
+    model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False
 ) -> tuple[dict[str, Tensor], Loaded]:
-    """Match weights with a model by name, wrappers' prefixes stripped, nested state dicts found.
+    """Match weights with a model by name, and look at every tensor that matches.
 
     Args:
         model: the model, with or without quantizers, on any device.
-        weights: a path, or "torchvision".
+        source: where they are.
         model_name: its name among MODELS.
         new_head: whether the last layer may keep its initialization where the file's has another number of classes.
         quantizers: whether quantizers become what they were in the file, where it has the same ones; otherwise they
@@ -80,86 +110,207 @@ def match_weights(
         A state dict for the model, and what matched.
 
     Raises:
-        ConfigError: the file is unreadable, holds no tensors, or is another network's; the message counts what matched.
+        ConfigError: the file is unreadable, holds no tensors, or is another network's, the message counts what matched;
+            or it holds tensors that are none to compute with, such as integers, sparse ones, NaN.
     """
-    found = read_weights(weights, model_name)
     wanted = model.state_dict()
+    chosen, part = _choose(_candidates(_part_of(source, read_weights(source, model_name)), wanted), source, model_name)
+    found = chosen.tensors
     fitting = _fitting_quantizers(found, wanted) if quantizers else {}
     found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | fitting
-    # Bookkeeping of BatchNorm that older files lack, and quantizers' state: welcome, but never missed.
-    optional = {key for key in {*wanted, *found} if key.endswith("num_batches_tracked") or _is_quantizer_key(key)}
-    usable = {key: t for key, t in found.items() if key in wanted and t.shape == wanted[key].shape}
-    clashing = [key for key in wanted if key in found and key not in usable]
-    missing = [key for key in wanted if key not in found and key not in optional]
-    counted = [key for key in usable if key not in optional]
-    of_model = len(wanted.keys() - optional)
-    of_file = len(found.keys() - optional)
-    share = min(len(counted) / max(of_model, 1), len(counted) / max(of_file, 1))
+    missing = [key for key in wanted if key not in found and not _optional(key)]
+    clashing = [key for key in wanted if key in found and not _same_shape(found[key], wanted[key])]
     head = set(_head_keys(model)) if new_head else set()
-    if share < _MIN_SHARE:
-        raise ConfigError(
-            f"weights={weights}: little matches, {len(counted)} of the {of_model} tensors of {model_name} "
-            f"and of the {of_file} in the file; it must be a file for {model_name}"
-        )
-    wrong = [key for key in [*clashing, *missing] if key not in head]
+    wrong = [key for key in [*clashing, *missing] if key not in head and not _is_bookkeeping(key)]
     if wrong:
         key = wrong[0]
         why = f"has shape {list(found[key].shape)}, not {list(wanted[key].shape)}" if key in found else "is missing"
-        hint = "; model.stem=imagenet keeps the published network" if weights == TORCHVISION else ""
-        raise ConfigError(
-            f"weights={weights}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}"
-        )
+        hint = "; model.stem=imagenet keeps the published network" if source.value == TORCHVISION else ""
+        raise ConfigError(f"{source}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}")
+    usable = {key: found[key] for key in wanted if key in found and key not in clashing}
+    converted = sorted({_name(t.dtype) for key, t in usable.items() if not _optional(key)} - {"float32"})
+    usable = _checked(usable, wanted, source)
     state = {key: t for key, t in wanted.items() if not _is_quantizer_key(key)} | usable
-    return state, Loaded(len(counted), of_model, (*clashing, *missing))
+    left = tuple(key for key in [*clashing, *missing] if not _is_bookkeeping(key))
+    return state, Loaded(chosen.matched, chosen.of_model, left, part, ", ".join(converted))
 
 
-def read_weights(weights: str, model_name: str) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, without wrappers' prefixes; or torchvision's published ones.
+def read_weights(source: Source, model_name: str) -> Parts:
+    """All named tensors of a weights file, on the CPU, as they are in it; or torchvision's published ones.
 
     Raises:
         ConfigError: the file is unreadable or holds no tensors; the published weights cannot be had.
     """
-    if weights == TORCHVISION:
+    if source.value == TORCHVISION:
         try:  # the first published version: the classic recipe, which the paper's baselines share
             published = torchvision.models.get_model_weights(model_name)["IMAGENET1K_V1"]
-            return dict(published.get_state_dict(progress=False, check_hash=True))
+            return {"": dict(published.get_state_dict(progress=False, check_hash=True))}
         except Exception as error:
-            raise ConfigError(f"weights=torchvision: download failed ({type(error).__name__}: {error})") from error
+            raise ConfigError(f"{source}: download failed ({type(error).__name__}: {error})") from error
     try:
-        content: Any = (
-            load_file(weights)
-            if weights.endswith(".safetensors")
-            else torch.load(weights, map_location="cpu", weights_only=True)
+        return read_file(source.path)
+    except TensorFileError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Tensors of a file that might be a model's, under the model's names."""
+
+    part: str
+    """where they lie in the file, what precedes their names included"""
+    tensors: Mapping[str, Tensor]
+    matched: int
+    of_model: int
+    of_file: int
+    """tensors, but for bookkeeping and quantizers"""
+
+    @property
+    def fits(self) -> bool:
+        return self.matched >= _MIN_SHARE * max(self.of_model, self.of_file, 1)
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """What is preferred of several that fit, the least first: raw weights, and names that they usually have."""
+        first = self.part.partition(".")[0]
+        return bool(_AVERAGED.search(self.part)), ("", *_RAW, first).index(first)
+
+
+def _part_of(source: Source, parts: Parts) -> Parts:
+    """What a file has under the part that is asked for: all, or a dict, or those names that begin so."""
+    if source.part is None:
+        return parts
+    some = {
+        path: {name: t for name, t in tensors.items() if dotted(path, name).startswith(f"{source.part}.")}
+        for path, tensors in parts.items()
+    }
+    some = {path: tensors for path, tensors in some.items() if tensors}
+    if not some:
+        names = [dotted(path, name) for path, tensors in parts.items() for name in tensors]
+        firsts = sorted({shown(name.partition(".")[0]) for name in names if "." in name})
+        has = f"; there are {', '.join(firsts[:8])}" if firsts else ""
+        raise ConfigError(f"{source}: has no part {source.part}{has}")
+    return some
+
+
+def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candidate]:
+    """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model."""
+    wrappers = _WRAPPERS - {component for name in wanted for component in name.split(".")}
+    counted = {name for name in wanted if not _optional(name)}
+    longest = max(name.count(".") + 1 for name in wanted)  # in components
+    for path, tensors in parts.items():
+        plain = _without_wrappers(tensors, wrappers)
+        matched = Counter({"": 0})
+        for name, tensor in plain.items():
+            for beginning, rest in _splits(name, longest):
+                fits = rest in counted and _same_shape(tensor, wanted[rest])
+                if fits and not wrappers & set(beginning.split(".")):
+                    matched[beginning] += 1
+        best = matched.most_common(1)[0][0]
+        for beginning, count in matched.items():
+            if beginning in ("", best) or count >= _MIN_SHARE * len(counted):
+                under = {name.removeprefix(beginning): t for name, t in plain.items() if name.startswith(beginning)}
+                of_file = sum(not _optional(name) for name in under)
+                yield _Candidate(dotted(path, beginning.removesuffix(".")), under, count, len(counted), of_file)
+
+
+def _splits(name: str, longest: int) -> Iterator[tuple[str, str]]:
+    """All ways to cut a dotted name before a component, none of them leaving more than so many components."""
+    components = name.split(".")
+    for i in range(max(0, len(components) - longest), len(components)):
+        yield "".join(f"{component}." for component in components[:i]), ".".join(components[i:])
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor], wrappers: set[str]) -> dict[str, Tensor]:
+    """Tensors by their names before a model was wrapped, whole or in parts; names that would meet stay as they are."""
+    plain = {name: ".".join(part for part in name.split(".") if part not in wrappers) for name in tensors}
+    times = Counter(plain.values())
+    return {plain[name] if times[plain[name]] == 1 else name: tensor for name, tensor in tensors.items()}
+
+
+def _choose(candidates: Iterator[_Candidate], source: Source, model_name: str) -> tuple[_Candidate, str]:
+    """The candidate that is the model's, and its part if that has to be said."""
+    every = sorted(candidates, key=lambda c: c.rank)
+    fitting = [c for c in every if c.fits]
+    if not fitting:
+        best = max(every, key=lambda c: c.matched / max(c.of_model, c.of_file, 1))
+        where = shown(best.part) if best.part else "the file"
+        raise ConfigError(
+            f"{source}: little matches, {best.matched} of the {best.of_model} tensors of {model_name} "
+            f"and of the {best.of_file} in {where}; it must be a file for {model_name}"
         )
-    except Exception as error:  # whatever a parser may raise on a file that is something else
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"weights={weights}: not a readable weights file ({reason})") from error
-    tensors = _tensors(content)
-    if not tensors:
-        raise ConfigError(f"weights={weights}: holds no named tensors")
-    return tensors
+    chosen = fitting[0]
+    equals = [shown(c.part) for c in fitting if c.rank == chosen.rank]
+    if len(equals) > 1:
+        raise ConfigError(f"{source}: {', '.join(equals)} all hold {model_name}; {source.key}_part=NAME chooses one")
+    others = ", ".join(shown(c.part or "names without a beginning") for c in fitting[1:])
+    said = shown(chosen.part or "names without a beginning") + (f" (not {others})" if others else "")
+    return chosen, said if others or chosen.rank[0] else ""
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
-    """The state dict in what a file held, however deeply nested, with plain names."""
-    if isinstance(content, dict) and isinstance(content.get("state"), dict) and isinstance(content.get("model"), dict):
-        content = upgrade(content)
-    while isinstance(content, Mapping):
-        nested = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
-        if nested is None:
-            break
-        content = nested
-    if not isinstance(content, Mapping):
-        return {}
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _WRAPPERS * 2:
-        if tensors and all(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+def _checked(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """Tensors in the dtypes of the model.
+
+    Raises:
+        ConfigError: some are none to compute with; bookkeeping that is none is left out.
+    """
+    checked: dict[str, Tensor] = {}
+    faults: dict[str, str] = {}
+    for key, tensor in found.items():
+        fault = _fault(tensor, wanted[key], any_number=_optional(key)) or _not_finite(tensor, wanted[key])
+        if fault is None:
+            checked[key] = tensor.detach().to(wanted[key].dtype)
+        elif not _is_bookkeeping(key):
+            faults[key] = fault
+    if faults:
+        key, fault = next(iter(faults.items()))
+        count = sum(not _is_bookkeeping(key) for key in found)
+        raise ConfigError(f"{source}: tensor {key} {fault}; {len(faults)} of {count} tensors cannot be used")
+    return checked
+
+
+def _fault(tensor: Tensor, wanted: Tensor, any_number: bool) -> str | None:
+    """What, apart from its values, makes a tensor none to compute with; quantizers and counters take any number."""
+    name = _name(tensor.dtype)
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"is a {shown(type(tensor).__name__)} of {name}, not a plain tensor"
+    if tensor.is_nested or tensor.is_quantized:
+        return f"is {'nested' if tensor.is_nested else 'quantized'} ({name}), not a plain tensor"
+    if tensor.layout != torch.strided:
+        return f"is {_name(tensor.layout)} ({name}), not dense"
+    if tensor.is_meta:
+        return f"is on the meta device ({name}), without values"
+    allowed = _FLOATS if wanted.is_floating_point() and not any_number else (*_FLOATS, *_INTEGERS)
+    return None if tensor.dtype in allowed else f"is {name}, not {', '.join(map(_name, allowed))}"
+
+
+def _not_finite(tensor: Tensor, wanted: Tensor) -> str | None:
+    """Whether values are NaN or infinite, or become so in the dtype of the model."""
+    values = tensor.to(wanted.dtype) if wanted.is_floating_point() else tensor
+    bad = values.numel() - int(torch.isfinite(values).sum())
+    return f"has {bad} of {values.numel()} elements that are NaN or infinite" if bad else None
+
+
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _same_shape(tensor: Tensor, wanted: Tensor) -> bool:
+    """One that is nested has no shape, and is told of later."""
+    return tensor.is_nested or tensor.shape == wanted.shape
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return key.rpartition(".")[2] in _BOOKKEEPING
 
 
 def _is_quantizer_key(key: str) -> bool:
     return re.search(r"(^|\.)\w+_quantizer\.", key) is not None
+
+
+def _optional(key: str) -> bool:
+    """Welcome, but never missed, and never counted."""
+    return _is_bookkeeping(key) or _is_quantizer_key(key)
 
 
 def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,10 +318,12 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     fitting: dict[str, Tensor] = {}
     for name in {key.rpartition(".")[0] for key in found if _is_quantizer_key(key)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
-        same_shapes = all(key in wanted and t.shape == wanted[key].shape for key, t in state.items())
-        bits = f"{name}.grid"
-        if same_shapes and bits in state and round(float(state[bits][0])) == round(float(wanted[bits][0])):
-            fitting |= state
+        same_shapes = all(key in wanted and _same_shape(t, wanted[key]) for key, t in state.items())
+        if not same_shapes or f"{name}.grid" not in state:
+            continue
+        grid, of_model = (some[f"{name}.grid"] for some in (state, wanted))
+        if _fault(grid, of_model, any_number=True) or torch.equal(grid[0].round().to(of_model), of_model[0].round()):
+            fitting |= state  # an odd grid is told of later
     return fitting
 
 

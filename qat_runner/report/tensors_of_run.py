@@ -32,7 +32,9 @@ def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
     if config is None or not checkpoint.is_file():
         raise ConfigError(f"{folder}: holds no run with a checkpoint")
     config = replace(config, device="cpu", backend="auto")
-    config = replace(config, mode="evaluate", weights=str(checkpoint), clipping=ClippingConfig(name="octav"))
+    config = replace(
+        config, mode="evaluate", weights=str(checkpoint), weights_part=None, clipping=ClippingConfig(name="octav")
+    )
     config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
     return *build(config, config.weights), config
 

@@ -1,14 +1,19 @@
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qat_runner.config.fingerprints import fingerprint
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import quantize_model
-from qat_runner.models import build_model, find_weights, load_weights
+from qat_runner.models import Source, build_model, find_weights, load_weights
 from qat_runner.quant import Quantizer
 
 
@@ -21,51 +26,162 @@ def same(a: nn.Module, b: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, b[key]) for key, value in a.state_dict().items())
 
 
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: t for name, t in state.items()}
+
+
+SHAPES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "plain": (lambda s: s, ""),
+    "older BatchNorm": (lambda s: {k: v for k, v in s.items() if "num_batches" not in k}, ""),
+    "parameters": (lambda s: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in s.items()}, ""),
+    "nested": (lambda s: {"state_dict": s, "best_prec1": 91.7, "best_acc1": torch.tensor(1.0)}, ""),
+    "data parallel": (lambda s: {"state_dict": under("module.", s)}, ""),
+    "compiled": (lambda s: {"model": under("_orig_mod.module.", s), "epoch": 3}, ""),
+    "compiled within": (lambda s: {"model": under("module._orig_mod.", s)}, ""),
+    "compiled in parts": (lambda s: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()}, ""),
+    "Fabric": (lambda s: under("_forward_module.", s), ""),
+    "Lightning": (lambda s: {"state_dict": under("model.", s), "pytorch-lightning_version": "2.0"}, ""),
+    "Lightning, parallel": (lambda s: {"state_dict": under("net.module.", s)}, ""),
+    "one beginning": (lambda s: under("backbone.body.", s), ""),
+    "beside a loss": (lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.ones(10)}}, ""),
+    "DeepSpeed": (lambda s: {"module": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}, ""),
+    "optimizer beside": (lambda s: s | {"optimizer": {"state": {"a": {"exp_avg": torch.ones(3)}}}}, ""),
+    "twice nested": (lambda s: {"checkpoint": {"model": {"state_dict": under("module.", s)}}}, ""),
+    "an unknown key": (lambda s: {"params": s, "args": {"lr": 0.1}}, ""),
+    "AveragedModel": (lambda s: under("module.", s) | {"n_averaged": torch.tensor(7)}, ""),
+    "averages alone": (lambda s: {"state_dict_ema": s}, " from state_dict_ema"),
+    "timm": (lambda s: {"state_dict_ema": zeros(s), "state_dict": s}, " from state_dict (not state_dict_ema)"),
+    "torchvision": (lambda s: {"model_ema": zeros(s), "model": s}, " from model (not model_ema)"),
+    "Lightning's average": (
+        lambda s: {"state_dict": under("ema_model.module.", zeros(s)) | under("model.", s)},
+        " from state_dict.model (not state_dict.ema_model)",
+    ),
+    "half": (lambda s: {k: v.half() for k, v in s.items()}, "; float16 became float32"),
+    "bfloat16": (lambda s: {k: v.bfloat16() for k, v in s.items()}, "; bfloat16 became float32"),
+    "double": (lambda s: {k: v.double() for k, v in s.items()}, "; float64 became float32"),
+}
+
+
+def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(t) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_usual_shapes_of_files(tmp_path: Path, model: nn.Module, shape: str) -> None:
+    path, (wrap, said) = tmp_path / "weights.pt", SHAPES[shape]
+    state = {k: v.half().to(v.dtype) if "half" in shape else v for k, v in model.state_dict().items()}
+    state = {k: v.bfloat16().to(v.dtype) if shape == "bfloat16" else v for k, v in state.items()}
+    torch.save(wrap(state), path)
+    other = build_model("resnet20", 10, 32)
+    loaded = load_weights(other, Source(str(path)), "resnet20", new_head=False)
+    assert same(other, state)
+    assert str(loaded) == f"97 of 97 tensors loaded{said}"
+
+
+def test_bookkeeping_beyond_half_precision_is_left_out(tmp_path: Path, model: nn.Module) -> None:
+    state = {k: v + 100_000 if "num_batches" in k else v for k, v in model.state_dict().items()}
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "w.pt")  # 100,000 becomes infinity
+    assert str(load_weights(model, Source(str(tmp_path / "w.pt")), "resnet20", False)).startswith("97 of 97")
+    assert int(model.state_dict()["bn1.num_batches_tracked"]) == 0
+
+
 @pytest.mark.parametrize(
-    "wrap",
+    ("part", "value"),
     [
-        lambda s: s,
-        lambda s: {"state_dict": s, "best_prec1": 91.7},
-        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-        lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "epoch": 3},
-        lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
-        lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+        ("state_dict", 1),
+        ("state_dict_ema", 2),
+        ("model", 3),
+        ("model.module", 3),
+        ("both.student", 4),
+        ("both.teacher", 5),
+        ("both.teacher.module", 5),
     ],
 )
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".th"])
-def test_the_usual_shapes_of_files(tmp_path: Path, model: nn.Module, wrap: Any, suffix: str) -> None:
-    path = tmp_path / f"weights{suffix}"
-    torch.save(wrap(model.state_dict()), path)
-    other = build_model("resnet20", 10, 32)
-    loaded = load_weights(other, str(path), "resnet20", new_head=False)
-    assert same(other, model.state_dict())
-    assert loaded.matched == loaded.of_model
-    assert str(loaded) == f"{loaded.matched} of {loaded.of_model} tensors loaded"
+def test_a_part_can_be_chosen(tmp_path: Path, model: nn.Module, part: str, value: int) -> None:
+    def full(value: int) -> dict[str, Tensor]:
+        return {name: torch.full_like(t, value) for name, t in model.state_dict().items()}
+
+    path = tmp_path / "w.pt"
+    both = under("student.", full(4)) | under("teacher.module.", full(5))
+    content = {"model": under("module.", full(3)), "state_dict_ema": full(2), "state_dict": full(1), "both": both}
+    torch.save(content, path)
+    loaded = load_weights(model, Source(str(path), part), "resnet20", new_head=False)
+    assert loaded.matched == 97
+    assert bool((model.get_parameter("conv1.weight") == value).all())
+    if part == "both.student":
+        with pytest.raises(
+            ConfigError, match=r"both\.student, both\.teacher all hold resnet20; weights_part=NAME chooses"
+        ):
+            load_weights(model, Source(str(path), "both"), "resnet20", new_head=False)
+        with pytest.raises(ConfigError, match=r"has no part bot; there are both, model, state_dict, state_dict_ema"):
+            load_weights(model, Source(str(path), "bot"), "resnet20", new_head=False)
+        torch.save(both, path)
+        with pytest.raises(ConfigError, match=r"r.teacher=.*: student, teacher all hold resnet20; r.teacher_part=NAME"):
+            load_weights(model, Source(str(path), key="r.teacher"), "resnet20", new_head=False)
+
+
+def named_state() -> dict[str, Tensor]:
+    return tiny().state_dict()
+
+
+def tiny() -> nn.Module:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.Conv2d(4, 4, 1, bias=False)))
+    return nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 3, 1), layers=layers, linear=nn.Linear(4, 2)))
+
+
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module")
+words = st.sampled_from(("state_dict", "model", "net", "weights", "ckpt", "ema", "a b", "\u00fc", "0"))
+
+
+@given(st.data())
+def test_any_nesting_and_wrapping_is_seen_through(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    state, source = {}, named_state()
+    beginning = data.draw(st.lists(st.sampled_from(("model", "net", "backbone", *WRAPPERS)), max_size=3))
+    inside = data.draw(st.dictionaries(st.sampled_from(("stem", "layers", "linear")), st.sampled_from(WRAPPERS)))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float64)))
+    for name, tensor in source.items():
+        first, _, rest = name.partition(".")
+        wrapped = [*beginning, first, *([inside[first]] if first in inside else []), rest]
+        state[".".join(wrapped)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    content: Any = state
+    for key in data.draw(st.lists(words, max_size=4)):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}
+    path = tmp_path_factory.mktemp("any") / "w.pt"
+    torch.save(content, path)
+    model = tiny()
+    loaded = load_weights(model, Source(str(path)), "tiny", new_head=False)
+    assert loaded.matched == loaded.of_model == len(source) - 1  # but for a counter of batches
+    assert same(model, source)
 
 
 def test_safetensors_and_quantized_models(tmp_path: Path, model: nn.Module) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), path)
     other = quantize_model(build_model("resnet20", 10, 32), example=torch.randn(2, 3, 32, 32))
-    load_weights(other, str(path), "resnet20", new_head=False)
+    load_weights(other, Source(str(path)), "resnet20", new_head=False)
     assert torch.equal(other.get_parameter("linear.weight"), model.get_parameter("linear.weight"))
 
     other(torch.randn(4, 3, 32, 32))  # its quantizers now remember something
     torch.save({"model": other.state_dict()}, tmp_path / "run.pt")
     third = quantize_model(build_model("resnet20", 10, 32), example=torch.randn(2, 3, 32, 32))
-    load_weights(third, str(tmp_path / "run.pt"), "resnet20", new_head=False)
+    load_weights(third, Source(str(tmp_path / "run.pt")), "resnet20", new_head=False)
     assert not any(m.has_scalars for m in third.modules() if isinstance(m, Quantizer))
-    load_weights(third, str(tmp_path / "run.pt"), "resnet20", new_head=False, quantizers=True)
+    load_weights(third, Source(str(tmp_path / "run.pt")), "resnet20", new_head=False, quantizers=True)
     assert same(third, other.state_dict())
-    load_weights(build_model("resnet20", 10, 32), str(tmp_path / "run.pt"), "resnet20", new_head=False)
+    load_weights(build_model("resnet20", 10, 32), Source(str(tmp_path / "run.pt")), "resnet20", new_head=False)
 
 
 def test_a_new_head(tmp_path: Path) -> None:
     torch.save(build_model("resnet18", 1000, 32).state_dict(), tmp_path / "w.pt")
     model = build_model("resnet18", 10, 32)
-    assert load_weights(model, str(tmp_path / "w.pt"), "resnet18", new_head=True).left_fresh == ("fc.weight", "fc.bias")
+    assert load_weights(model, Source(str(tmp_path / "w.pt")), "resnet18", new_head=True).left_fresh == (
+        "fc.weight",
+        "fc.bias",
+    )
     with pytest.raises(ConfigError, match=r"fc\.weight has shape \[1000, 512\], not \[10, 512\]"):
-        load_weights(model, str(tmp_path / "w.pt"), "resnet18", new_head=False)
+        load_weights(model, Source(str(tmp_path / "w.pt")), "resnet18", new_head=False)
 
 
 def test_files_of_another_network_are_refused(tmp_path: Path, model: nn.Module) -> None:
@@ -75,45 +191,33 @@ def test_files_of_another_network_are_refused(tmp_path: Path, model: nn.Module) 
         other = build_model(name, 10, 32)
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(ConfigError, match="little matches"):
-            load_weights(other, path, name, new_head=True)
+            load_weights(other, Source(path), name, new_head=True)
         assert same(other, before)
     torch.save(build_model("resnet56", 10, 32).state_dict(), path)
     with pytest.raises(ConfigError, match="little matches"):
-        load_weights(model, path, "resnet20", new_head=True)
+        load_weights(model, Source(path), "resnet20", new_head=True)
     state = model.state_dict()
     state["layer1.0.conv1.weight"] = torch.zeros(16, 16, 1, 1)
     torch.save(state, path)
     with pytest.raises(ConfigError, match=r"layer1\.0\.conv1\.weight has shape"):
-        load_weights(model, path, "resnet20", new_head=True)
+        load_weights(model, Source(path), "resnet20", new_head=True)
 
 
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, ("/nonexistent/evil", "w"))
-
-
-def test_unreadable_files(tmp_path: Path, model: nn.Module) -> None:
-    path = tmp_path / "w.pt"
-    for content in (b"", b"no weights at all", b"PK\x03\x04 half a zip"):
-        path.write_bytes(content)
-        with pytest.raises(ConfigError, match="not a readable weights file"):
-            load_weights(model, str(path), "resnet20", new_head=False)
-    torch.save({"state_dict": Evil()}, path)  # would run code if it were unpickled freely
-    with pytest.raises(ConfigError, match="not a readable weights file"):
-        load_weights(model, str(path), "resnet20", new_head=False)
-    torch.save([1, 2, 3], path)
-    with pytest.raises(ConfigError, match="holds no named tensors"):
-        load_weights(model, str(path), "resnet20", new_head=False)
-
-
-def test_find_weights(tmp_path: Path) -> None:
+def test_find_weights(tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "w.txt").touch()
-    find_weights("torchvision", "resnet18")
+    find_weights(Source("torchvision"), "resnet18")
     for weights, message in (
         ("torchvision", "there are none for resnet20"),
         (str(tmp_path / "no.pt"), "no such file"),
         (str(tmp_path / "w.txt"), "must end in"),
-        (str(tmp_path), "no such file"),
+        (str(tmp_path), "is a folder that has none of model.safetensors.index.json"),
+        ("~nobody/w.pt", "no such file"),
+        ("w\0.pt", "no such file"),
+        ("w" * 5000 + ".pt", "no such file"),
     ):
         with pytest.raises(ConfigError, match=message):
-            find_weights(weights, "resnet20")
+            find_weights(Source(weights), "resnet20")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(model.state_dict(), tmp_path / "w.PTH")
+    assert load_weights(model, Source("~/w.PTH"), "resnet20", new_head=False).matched == 97
+    assert fingerprint("~/w.PTH") == fingerprint(str(tmp_path / "w.PTH"))
