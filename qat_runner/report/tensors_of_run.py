@@ -14,7 +14,7 @@ from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.insert import insert, quantizers_disabled
 from qat_runner.insertion.watch import watch
-from qat_runner.models import MODELS, find_weights, load_weights
+from qat_runner.models import MODELS, Source, find_weights, load_weights
 from qat_runner.quant import Quantizer
 
 Look = Callable[[QuantizedTensor, Tensor], None]
@@ -56,7 +56,8 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
         raise ConfigError(f"--model {model}: must be one of {', '.join(MODELS)}")
     if dataset not in PICTURES:
         raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(PICTURES)}")
-    find_weights(weights, model)
+    source = Source(weights)
+    find_weights(source, model)
     config = from_hydra(compose_config([f"model={model}", f"dataset={dataset}", "bits=4"]))
     config = replace(config, device="cpu", data_dir=config.data_dir if data_dir is None else str(data_dir))
     config = resolve(replace(config, mode="evaluate", weights=weights))
@@ -65,7 +66,7 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
     if config.dataset.num_classes is None:
         raise ConfigError(f"--dataset {dataset}: has any number of classes; --data-dir says where to count them")
     network = bare_model(config, config.dataset.num_classes, config.dataset.image_size)
-    load_weights(network, weights, model, new_head=False)
+    load_weights(network, source, model, new_head=False)
     return insert(network, config.policy), None
 
 
