@@ -1,6 +1,7 @@
 """What has become of the runs of a folder: finished, running, stale, failed or missing."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def remember_asked(folders: Iterable[Path]) -> None:
         if folder.name not in known:
             with open(path, "a") as file:
                 file.write(f"{folder.name}\n")
+
+
+def forget_asked(folders: Iterable[Path]) -> None:
+    """Take run folders off the lists that do not exist: their runs were refused. An empty list goes, and its folder."""
+    for folder in folders:
+        path = folder.parent / ASKED
+        if not folder.exists() and path.is_file():
+            known = [name for name in path.read_text(encoding="utf-8").splitlines() if name != folder.name]
+            path.write_text("".join(f"{name}\n" for name in known), encoding="utf-8")
+            if not known:
+                path.unlink()
+                with suppress(OSError):  # it holds more
+                    folder.parent.rmdir()
 
 
 def statuses(runs_dir: Path) -> list[Status]:
