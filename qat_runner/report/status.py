@@ -38,30 +38,36 @@ def remember_asked(folders: Iterable[Path]) -> None:
     for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / ASKED
-        known = path.read_text().splitlines() if path.is_file() else []
-        if folder.name not in known:
-            with open(path, "a") as file:
-                file.write(f"{folder.name}\n")
+        if folder.name not in _asked(path):  # added at the end, since sweeps side by side do so as well
+            _write_asked(path, [folder.name], "a")
 
 
 def forget_asked(folders: Iterable[Path]) -> None:
     """Take run folders off the lists that do not exist: their runs were refused. An empty list goes, and its folder."""
     for folder in folders:
         path = folder.parent / ASKED
-        if not folder.exists() and path.is_file():
-            known = [name for name in path.read_text(encoding="utf-8").splitlines() if name != folder.name]
-            path.write_text("".join(f"{name}\n" for name in known), encoding="utf-8")
-            if not known:
+        known = _asked(path)
+        if folder.name in known and not folder.exists():
+            _write_asked(path, [name for name in known if name != folder.name], "w")
+            if known == [folder.name]:
                 path.unlink()
                 with suppress(OSError):  # it holds more
                     folder.parent.rmdir()
 
 
+def _asked(path: Path) -> list[str]:
+    """Names that are not UTF-8 keep their bytes."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
+
+
+def _write_asked(path: Path, names: Iterable[str], mode: str) -> None:
+    with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{name}\n" for name in names)
+
+
 def statuses(runs_dir: Path) -> list[Status]:
     """Of every run in a folder of runs, and of those that were asked for, by name."""
-    asked = runs_dir / ASKED
-    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
-    names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
+    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")} | {*_asked(runs_dir / ASKED)}
     return [status(runs_dir / name) for name in sorted(names)]
 
 
@@ -81,7 +87,7 @@ def status(folder: Path) -> Status:
         return Status(folder.name, "running", epochs)
     why = folder / "error.txt"
     if why.is_file():
-        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text().splitlines()), ""))
+        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text(encoding="utf-8").splitlines()), ""))
     return Status(folder.name, "stale", epochs)
 
 
