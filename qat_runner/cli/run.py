@@ -78,38 +78,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     register()
     failures: list[QatError] = []
+    asked: list[Path] = []
+    made: list[Path] = []
+    code = 0
     try:
         args += _rows_of_experiment(args, sweep)
         if distributed.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
-        folders = list(rows)
         if sweep and main_process:
-            remember_asked(folders)
-        if detach and folders:
-            return _detach(args, folders[0].parent)
+            asked = list(rows)
+            made = remember_asked(asked)
+        if detach and rows:
+            return _detach(args, next(iter(rows)).parent)
         # One group for all rows: processes that were launched together can meet but once.
         with distributed.group(max((row.distributed_timeout for row in rows.values()), default=600)):
             _run_all(args, rows, failures)
         if main_process:
             _print_results(rows)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(explain(error, config_dir()), 2)
+        code = _fail(explain(error, config_dir()), ConfigError.exit_code)
     except QatError as error:
-        return _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code)
     except SystemExit as stop:  # after --help and its like
-        return int(stop.code or 0)
+        code = int(stop.code or 0)
     except OSError as error:  # of a folder of runs, which is about to be written to
-        return _fail(f"writing failed ({error})", 1)
+        code = _fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
     for failure in failures:
         _wait_for_slurm(failure)
-    for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
-        _fail(sentence, code)
-    code = max((failure.exit_code for failure in failures), default=0)
-    if sweep and main_process and code == ConfigError.exit_code:
-        forget_asked(folders)
+    for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
+        code = max(code, _fail(sentence, failed))
+    if code == ConfigError.exit_code:
+        forget_asked(asked, made)
     return code
 
 
@@ -148,7 +150,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
 
 def _fail(sentence: str, code: int) -> int:
     who = "qat-run" if distributed.is_main() else f"qat-run, process {os.environ['RANK']}"
-    print(f"{who}: {sentence}", file=sys.stderr)
+    line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], sentence)  # as a value may hold
+    print(f"{who}: {line}", file=sys.stderr)
     return code
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,9 +149,12 @@ def _check_path(key: str, path: str) -> None:
     if any(unicodedata.category(c) == "Cc" for c in path):
         raise ConfigError(f"{key}={path!r}: must be a path without line breaks and other control characters")
     try:
-        name = max(map(os.fsencode, path.split("/")), key=len)
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{key}={path!r}: cannot be a file's name in this locale; LC_ALL=C.UTF-8 can") from error
+        path.encode(sys.getfilesystemencoding(), "strict" if key in ("run_dir", "runs_dir") else "surrogateescape")
+    except UnicodeEncodeError as error:  # TensorBoard has no way to write there
+        raise ConfigError(
+            f"{key}={path!r}: no UTF-8, or no name in this locale; LC_ALL=C.UTF-8 has all names"
+        ) from error
+    name = max(map(os.fsencode, path.split("/")), key=len)
     if len(name) > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
         raise ConfigError(
             f"{key}={path[:40]}...: must be a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} between two slashes"

@@ -19,7 +19,7 @@ from qat_runner.errors import ConfigError
 INTERPOLATIONS = ("${dataset}", "${model}", "${runs_dir}", "${oc.env:QAT_DATA_DIR,data}")
 """Those of the shipped configs, outside of `hydra`."""
 
-FILLED_IN = ("overrides", "runtime.choices", "runtime.config_sources", "job.override_dirname")
+FILLED_IN = ("overrides", "runtime", "job.override_dirname")
 """What Hydra writes into its own node, whatever stood there; `overrides` it adds to, so those are compared."""
 
 _TARGET = "_target_"

@@ -1,6 +1,6 @@
 """What has become of the runs of a folder: finished, running, stale, failed or missing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +33,20 @@ class Status:
     """of one that failed or cannot be read: why"""
 
 
-def remember_asked(folders: Iterable[Path]) -> None:
-    """Add run folders to the lists of the folders that they lie in."""
+def remember_asked(folders: Iterable[Path]) -> list[Path]:
+    """Add run folders to the lists of the folders that they lie in; returns the folders made for it, deepest last."""
+    made: list[Path] = []
     for folder in folders:
+        made += [path for path in reversed(folder.parents) if not path.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / ASKED
         if folder.name not in _asked(path):  # added at the end, since sweeps side by side do so as well
             _write_asked(path, [folder.name], "a")
+    return made
 
 
-def forget_asked(folders: Iterable[Path]) -> None:
-    """Take run folders off the lists that do not exist: their runs were refused. An empty list goes, and its folder."""
+def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
+    """Take run folders off the lists that do not exist, since their runs were refused, and what is empty then away."""
     for folder in folders:
         path = folder.parent / ASKED
         known = _asked(path)
@@ -51,8 +54,9 @@ def forget_asked(folders: Iterable[Path]) -> None:
             _write_asked(path, [name for name in known if name != folder.name], "w")
             if known == [folder.name]:
                 path.unlink()
-                with suppress(OSError):  # it holds more
-                    folder.parent.rmdir()
+    for path in reversed(made):
+        with suppress(OSError):  # it holds more
+            path.rmdir()
 
 
 def _asked(path: Path) -> list[str]:
