@@ -231,10 +231,14 @@ def test_what_was_composed_is_looked_at_however_it_came_in(name: str, run: Run) 
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         search = [f"hydra.searchpath=[file://{Path('D').resolve()}]", *overrides]
-        with pytest.raises((ConfigError, HydraException), match=r"cannot be set|name code|interpolation|not in '"):
+
+        def compose_and_check() -> None:
             composed = hydra.compose_config("config", search, run_mode=RunMode.RUN, with_log_configuration=False)
             composed.hydra.searchpath = []
             hydras_own.check_composed(composed, search, _hydra_node)
+
+        with pytest.raises((ConfigError, HydraException), match=r"cannot be set|name code|interpolation|not in '"):
+            compose_and_check()
 
 
 def hydra_keys() -> list[str]:
