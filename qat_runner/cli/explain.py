@@ -2,13 +2,17 @@
 
 import difflib
 import re
+import shlex
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hydra.errors import MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException, OverrideParseException
 
 from qat_runner.config import Config
+from qat_runner.config.composing import quoted
 
 
 def explain(error: Exception, configs: Path) -> str:
@@ -28,6 +32,8 @@ def explain(error: Exception, configs: Path) -> str:
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
         return f"{group}={option}: must be one of {', '.join(options)}{_similar(option, options)}"
+    if isinstance(error, OverrideParseException) and (sentence := _how_to_quote(error.override)):
+        return sentence
     text = " ".join(str(error).split())
     cause = error.__cause__ or error.__context__
     detail = " ".join(str(cause).split()) if cause else ""
@@ -46,6 +52,17 @@ def explain(error: Exception, configs: Path) -> str:
     if match := re.search(r"Error merging override (\S+)", text):
         return f"{match[1]}: {re.sub(r' full_key:.*', '', detail)}"
     return re.sub(r"\s*(full_key:|See https?:).*", "", text)
+
+
+def _how_to_quote(override: str) -> str | None:
+    """A sentence for KEY=VALUE whose value Hydra's grammar cannot read as it is, but reads within quotes."""
+    key, _, value = override.partition("=")
+    suggestion = f"{key}={quoted(value)}"
+    with suppress(OverrideParseException):
+        if value and OverridesParser.create().parse_override(suggestion).value() == value:
+            typed = shlex.quote(suggestion) if re.search(r'["$`\\!]', suggestion) else f'"{suggestion}"'
+            return f"{override}: such a value has to be quoted, for Hydra and for the shell: {typed}"
+    return None
 
 
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a text"}

@@ -114,7 +114,7 @@ def _write(out: Path, name: str, texts: dict[str, str]) -> list[Path]:
     paths = []
     for layout, text in texts.items():
         paths.append(out / f"{name}{LAYOUTS[layout]}")
-        paths[-1].write_text(text)
+        paths[-1].write_text(text, encoding="utf-8")
     return paths
 
 

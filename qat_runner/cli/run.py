@@ -13,35 +13,46 @@ broke off; 2 the request cannot be carried out as it stands, and nothing was lef
 
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
-from qat_runner.config.composing import HYDRA_VERSION_BASE, compose_config, config_dir
+from qat_runner.config.composing import (
+    HYDRA_VERSION_BASE,
+    compose_checked,
+    compose_config,
+    config_dir,
+    quoted,
+    shipped_configs,
+)
 from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
-from qat_runner.report.status import remember_asked
+from qat_runner.report.status import forget_asked, remember_asked
 from qat_runner.training import distributed
 
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
+_HERE = "basic"
+"""The option of hydra/launcher that runs the rows in this process, one after the other."""
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
 log = logging.getLogger("qat_runner")
@@ -63,45 +74,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_process = distributed.is_main()
     _tell_on_terminal(logging.INFO if sweep else logging.DEBUG)
     detach = _DETACH in args
-    args = [arg for arg in args if arg != _DETACH]
+    args = [_with_home(arg) for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     register()
     failures: list[QatError] = []
+    asked: list[Path] = []
+    made: list[Path] = []
+    code = 0
     try:
         args += _rows_of_experiment(args, sweep)
         if distributed.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
-        folders = list(rows)
         if sweep and main_process:
-            remember_asked(folders)
-        if detach and folders:
-            return _detach(args, folders[0].parent)
+            asked = list(rows)
+            made = remember_asked(asked)
+        if detach and rows:
+            return _detach(args, next(iter(rows)).parent)
         # One group for all rows: processes that were launched together can meet but once.
         with distributed.group(max((row.distributed_timeout for row in rows.values()), default=600)):
-            _run_all(args, failures)
+            _run_all(args, rows, failures)
         if main_process:
             _print_results(rows)
     except (HydraException, OmegaConfBaseException) as error:
-        return _fail(explain(error, config_dir()), 2)
+        code = _fail(explain(error, config_dir()), ConfigError.exit_code)
     except QatError as error:
-        return _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code)
     except SystemExit as stop:  # after --help and its like
-        return int(stop.code or 0)
+        code = int(stop.code or 0)
     except OSError as error:  # of a folder of runs, which is about to be written to
-        return _fail(f"writing failed ({error})", 1)
+        code = _fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
     for failure in failures:
         _wait_for_slurm(failure)
-    for sentence, code in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
-        _fail(sentence, code)
-    return max((failure.exit_code for failure in failures), default=0)
+    for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
+        code = max(code, _fail(sentence, failed))
+    if code == ConfigError.exit_code:
+        forget_asked(asked, made)
+    return code
 
 
 def _rank(arg: str) -> int:
     """Hydra's parser wants the flag first; an experiment stands before its scale, which changes it. Users may not."""
     return 0 if arg in _MULTIRUN else 1 if arg.startswith("+experiment=") else 2 if arg.startswith("+scale=") else 3
+
+
+def _with_home(arg: str) -> str:
+    """`key=~/x` with `~` as a shell means it: Hydra's grammar has no such character."""
+    key, equals, value = arg.partition("=")
+    return key + equals + re.sub(r"(?<![^,\[])~\w*(?=[/,\]]|$)", lambda found: os.path.expanduser(found[0]), value)
 
 
 def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
@@ -128,7 +150,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
 
 def _fail(sentence: str, code: int) -> int:
     who = "qat-run" if distributed.is_main() else f"qat-run, process {os.environ['RANK']}"
-    print(f"{who}: {sentence}", file=sys.stderr)
+    line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], sentence)  # as a value may hold
+    print(f"{who}: {line}", file=sys.stderr)
     return code
 
 
@@ -138,38 +161,38 @@ def _refuse(message: str) -> NoReturn:
 
 def _check_all(args: Sequence[str]) -> dict[Path, Config]:
     """Compose and check every row of the request before any work; returns the run folders and configs of the rows."""
-    if any("_target_" in arg for arg in args):
-        _refuse("_target_: a config cannot name code to run")
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign]
     parsed = parser.parse_args(args)
+    for flag in ("config_dir", "config_name", "config_path", "experimental_rerun"):
+        if getattr(parsed, flag) is not None:
+            _refuse(f"--{flag.replace('_', '-')}: a run is composed of the shipped configs and of keys")
     if parsed.multirun and (parsed.cfg or parsed.info):
         _refuse("--cfg and --info show one config, not a sweep's")
-    if parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion:
+    if parsed.shell_completion:
         return {}
+    shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info
+    with shipped_configs():
+        everything = compose_checked(parsed.overrides, RunMode.MULTIRUN if parsed.multirun else RunMode.RUN)
+        if shows:
+            return {}
+        if not parsed.multirun:
+            return _check_rows([everything])
+        overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+        (rows,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        return _check_rows(map(compose_checked, rows))
+
+
+def _check_rows(rows: Iterable[DictConfig]) -> dict[Path, Config]:
     from qat_runner.experiment import prepare
 
-    rows = [parsed.overrides]
-    if parsed.multirun and not any(override.startswith("hydra/sweeper=") for override in parsed.overrides):
-        overrides = OverridesParser.create().parse_overrides(parsed.overrides)
-        rows = [row for batch in BasicSweeper.split_arguments(overrides, max_batch_size=None) for row in batch]
     folders: dict[Path, Config] = {}
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        for row in rows:
-            try:
-                composed = compose(parsed.config_name or "config", overrides=list(row))
-            except ValueError as error:  # some of Hydra's refusals are no HydraException
-                raise ConfigError(explain(error, config_dir())) from error
-            except AssertionError as error:  # and a key inside of what is null trips over its own checks
-                stages = ", ".join(override for override in row if override.startswith("recipe."))
-                raise ConfigError(f"{stages}: the recipe has no such stage") from error
-            config = from_hydra(composed)
-            folder = prepare(config)
-            other = folders.setdefault(folder, config)
-            if other is not config and (changed := differences(identity(other), identity(config))):
-                raise ConfigError(
-                    f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it"
-                )
+    for row in rows:
+        config = from_hydra(row)
+        folder = prepare(config)
+        other = folders.setdefault(folder, config)
+        if other is not config and (changed := differences(identity(other), identity(config))):
+            raise ConfigError(f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it")
     return folders
 
 
@@ -191,20 +214,29 @@ def _detach(args: Sequence[str], runs_dir: Path) -> int:
     return 0
 
 
-def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
+def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[QatError]) -> None:
     """Let Hydra's launcher run the rows, here or elsewhere; their errors are collected."""
-    elsewhere = any(arg.startswith("hydra/launcher=") for arg in args)
-    try:
-        _launch(args, failures)
-    except QatError as error:
-        failures.append(error)
-    except (HydraException, OmegaConfBaseException):
-        raise
-    except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
-        if not elsewhere:
+    launcher = next((arg.partition("=")[2] for arg in args if arg.startswith("hydra/launcher=")), _HERE)
+    with TemporaryDirectory() as scratch:
+        # Hydra notes a sweep down, for which no one asked; but jobs of submitit leave their logs there.
+        place = scratch if launcher in (_HERE, "joblib") or not rows else next(iter(rows.values())).runs_dir
+        try:
+            _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}") if rows else args, failures)
+        except QatError as error:
+            failures.append(error)
+        except (HydraException, OmegaConfBaseException):
             raise
-        reason = str(error).strip() or type(error).__name__
-        failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
+        except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
+            if launcher == _HERE:
+                raise
+            reason = str(error).strip() or type(error).__name__
+            failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
+
+
+def _with_override(args: Sequence[str], override: str) -> list[str]:
+    """Among the overrides, which the parser wants side by side."""
+    at = next((i for i, arg in enumerate(args) if not arg.startswith("-")), len(args))
+    return [*args[:at], override, *args[at:]]
 
 
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:

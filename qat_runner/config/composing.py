@@ -1,17 +1,24 @@
 """Composing the shipped configs, and the way back: from a config to the command that asks for it."""
 
+import functools
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qat_runner.config import hydras_own
 from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config, register
+from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
 
@@ -25,15 +32,63 @@ def config_dir() -> Path:
     return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
 
 
+@contextmanager
+def shipped_configs() -> Iterator[None]:
+    """While open, Hydra composes from the shipped configs."""
+    register()
+    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
+        yield
+
+
+def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    """What Hydra composes, as yet unresolved, within `shipped_configs`; refused if it is more than the keys of a run.
+
+    Args:
+        overrides: of one row; in mode MULTIRUN those of a whole sweep, which its launcher is made from.
+
+    Raises:
+        ConfigError: it would set what it must not (see `hydras_own`), or cannot be composed.
+        HydraException, OmegaConfBaseException: it cannot be composed.
+    """
+    hydras_own.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
+    try:
+        composed = _compose(overrides, mode)
+    except AssertionError as error:  # a key inside of what is null trips over Hydra's own checks
+        stages = ", ".join(override for override in overrides if override.startswith("recipe."))
+        raise ConfigError(f"{stages}: the recipe has no such stage") from error
+    except ValueError as error:  # some of Hydra's refusals are no HydraException
+        raise ConfigError(" ".join(str(error).split())) from error
+    hydras_own.check_composed(composed, overrides, _hydra_node)
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
+
+
+def _compose(overrides: Sequence[str], mode: RunMode) -> DictConfig:
+    """With the node `hydra`, which `hydra.compose` would leave unchecked, or without knowing of sweeps."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    return hydra.compose_config(
+        "config", list(overrides), run_mode=mode, from_shell=False, with_log_configuration=False
+    )
+
+
+@functools.cache
+def _hydra_node(launcher: str) -> Mapping[str, Any]:
+    """The node `hydra` of the shipped configs, with an option of `hydra/launcher`."""
+    node = OmegaConf.to_container(_compose([f"hydra/launcher={launcher}"], RunMode.RUN).hydra, resolve=False)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """What `qat-run OVERRIDES` composes, as yet unresolved.
 
     Raises:
-        HydraException, OmegaConfBaseException, ValueError: it cannot be composed.
+        As `compose_checked`.
     """
-    register()
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        return compose("config", overrides=list(overrides))
+    with shipped_configs():
+        return compose_checked(overrides)
 
 
 def choices(config: Config) -> list[str]:
@@ -48,7 +103,7 @@ def choices(config: Config) -> list[str]:
     groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]
     bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
     mode = [] if config.mode == config.auto_mode else [f"mode={config.mode}"]
-    weights = [] if config.weights is None else [f"weights={_value(config.weights)}"]
+    weights = [] if config.weights is None else [f"weights={quoted(config.weights)}"]
     return [*groups, f"bits={bits}", *mode, *weights]
 
 
@@ -67,9 +122,9 @@ def command(config: Config) -> str | None:
     values = flat(new)
     changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
     changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
-    place = [] if config.data_dir == base.data_dir else [f"data_dir={_value(config.data_dir)}"]
+    place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
-        overrides = [*choices(config), *(f"{key}={_value(values[key])}" for key in keys if key != "weights"), *place]
+        overrides = [*choices(config), *(f"{key}={quoted(values[key])}" for key in keys if key != "weights"), *place]
         if _gives(overrides, config):
             return shlex.join(["qat-run", *overrides])
     return None
@@ -96,15 +151,20 @@ def _gives(overrides: Sequence[str], config: Config) -> bool:
         return False
 
 
-def _value(value: Any) -> str:
+def quoted(value: Any) -> str:
     """As Hydra's grammar reads it back."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_value, value))}]"
-    text = str(value)
-    plain = not isinstance(value, str) or all(c.isalnum() or c in "/._-+:" for c in text)
-    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
-    return text if plain else f"'{quoted}'"
+        return f"[{','.join(map(quoted, value))}]"
+    if not isinstance(value, str):
+        return str(value)
+    if re.fullmatch(r"[A-Za-z_/.][\w/.+:-]*", value, re.ASCII) and value.lower() not in _READ_OTHERWISE:
+        return value
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # elsewhere a backslash is only that
+    return f"'{escaped}'"
+
+
+_READ_OTHERWISE = ("null", "true", "false", "nan", "inf")

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import BASELINE, Config
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
@@ -122,10 +123,7 @@ def read_config(path: Path) -> Config:
         UnreadableError: no YAML, no config of ours, or one of a later version.
     """
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(raw, dict):
-            raise ValueError("it holds no keys")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), migrate({str(key): v for key, v in raw.items()}))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), migrate(plain_yaml(path)))
         saved = OmegaConf.to_object(merged)
         assert isinstance(saved, Config)
         identity(saved)

@@ -5,31 +5,18 @@ and `check` refuses what cannot be meant, before any work. A run's `config.yaml`
 """
 
 import math
-from collections.abc import Sequence
+import os
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qat_runner.config.schema import (
-    AMP,
-    BASELINE,
-    DISTILL,
-    MODES,
-    OPTIMIZERS,
-    PADDINGS,
-    RESUME,
-    SCHEDULES,
-    TEXT_DATASETS,
-    TORCHVISION,
-    Config,
-    StageConfig,
-)
+from qat_runner.config.allowed import check_values, require
+from qat_runner.config.schema import BASELINE, TEXT_DATASETS, TORCHVISION, Config, StageConfig
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
-from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, GRANULARITIES
-from qat_runner.quant import BITS, CLIPPING_METHODS, EVAL_MODES, LEARNED, LearnedQuantizer, Quantizer
-from qat_runner.quant.kernels import BACKENDS
+from qat_runner.insertion.policy import FULL_PRECISION
+from qat_runner.quant import BITS, LearnedQuantizer, Quantizer
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -45,7 +32,7 @@ def from_hydra(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     for key in _unknown_keys(config):
         raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
-    _require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
+    require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
     return resolve(config)
 
 
@@ -61,7 +48,8 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
 
 def resolve(config: Config) -> Config:
     """Fill in what follows from the rest, and check the result."""
-    _require(config.mode in ("auto", *MODES), "mode", config.mode, f"one of {', '.join(('auto', *MODES))}")
+    check_values(config)
+    config = _with_home(config)
     text = config.reads_text
     config = replace(config, mode=config.auto_mode if config.mode == "auto" else config.mode)
     stage = config.stage
@@ -87,6 +75,20 @@ def resolve(config: Config) -> Config:
     return config
 
 
+def _with_home(config: Config) -> Config:
+    """With `~` as it is meant: a shell that sees `key=~/x` may leave it as it is."""
+    run_dir, checkpoint = (
+        None if path is None else os.path.expanduser(path) for path in (config.run_dir, config.model.checkpoint)
+    )
+    return replace(
+        config,
+        data_dir=os.path.expanduser(config.data_dir),
+        runs_dir=os.path.expanduser(config.runs_dir),
+        run_dir=run_dir,
+        model=replace(config.model, checkpoint=checkpoint),
+    )
+
+
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
     recipe = replace(config.recipe, distill="none", teacher=None, teacher_part=None)
@@ -107,94 +109,16 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: naming key, value and what is allowed.
     """
-    names: list[tuple[str, str, Sequence[str]]] = [
-        ("amp", config.amp, AMP),
-        ("backend", config.backend, ("auto", *BACKENDS)),
-        ("resume", config.resume, RESUME),
-        ("gradient.name", config.gradient.name, tuple(GRADIENT_PAIRS)),
-        ("clipping.name", config.clipping.name, (*CLIPPING_METHODS, *LEARNED)),
-        ("clipping.eval_mode", config.clipping.eval_mode, EVAL_MODES),
-        ("conv_granularity", config.conv_granularity, GRANULARITIES),
-        ("linear_granularity", config.linear_granularity, GRANULARITIES),
-        *((f"recipe.{name}.schedule", stage.schedule, SCHEDULES) for name, stage in config.recipe.stages()),
-        *((f"recipe.{name}.optimizer", stage.optimizer, OPTIMIZERS) for name, stage in config.recipe.stages()),
-        ("dataset.padding", config.dataset.padding, PADDINGS),
-        ("recipe.distill", config.recipe.distill, DISTILL),
-    ]
-    for key, value, allowed in names:
-        _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
-    counts: list[tuple[str, int | None, int]] = [
-        ("epochs", config.epochs, 1),
-        ("batch_size", config.batch_size, 1),
-        ("seed", config.seed, 0),
-        ("noise_batches", config.noise_batches, 0),
-        ("limit_train_batches", config.limit_train_batches, 1),
-        ("limit_val_batches", config.limit_val_batches, 1),
-        ("dataset.image_size", None if config.reads_text else config.dataset.image_size, 1),
-        ("dataset.max_length", config.dataset.max_length, 8),
-        ("dataset.stride", config.dataset.stride, 1),
-        ("dataset.train_questions", config.dataset.train_questions, 1),
-        ("dataset.val_questions", config.dataset.val_questions, 1),
-        ("dataset.n_best", config.dataset.n_best, 1),
-        ("dataset.max_answer_length", config.dataset.max_answer_length, 1),
-        ("dataset.num_classes", config.dataset.num_classes, 2),
-        ("dataset.val_batch_size", config.dataset.val_batch_size, 1),
-        ("dataset.workers", config.dataset.workers, 0),
-        ("dataset.fake_pictures", config.dataset.fake_pictures, 2),
-        ("clipping.calibration_batches", config.clipping.calibration_batches, 0),
-        ("clipping.calibration_batch_size", config.clipping.calibration_batch_size, 1),
-        ("clipping.warm_iterations", config.clipping.warm_iterations, 1),
-        *((f"recipe.{name}.decay_every", stage.decay_every, 1) for name, stage in config.recipe.stages()),
-    ]
-    for name, count, least in counts:
-        _require(count is None or count >= least, name, count, f"{least} or more")
+    check_values(config)
     assert config.batch_size is not None
-    _require(1 <= config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
-    _require(0 < config.model.width <= 4, "model.width", config.model.width, "above 0, at most 4")
-    _require(config.seed < 2**32, "seed", config.seed, "below 2^32")
-    assert config.lr is not None
-    _require(0 < config.lr < float("inf"), "lr", config.lr, "a positive number")
-    _require(config.checkpoint_minutes > 0, "checkpoint_minutes", config.checkpoint_minutes, "a positive number")
-    _require(
-        0 < config.distributed_timeout < 1e6, "distributed_timeout", config.distributed_timeout, "a positive number"
-    )
-    for name, stage in config.recipe.stages():
-        _require(0 < stage.decay_factor <= 1, f"recipe.{name}.decay_factor", stage.decay_factor, "above 0, at most 1")
-        _require(
-            0 <= stage.warmup_epochs < float("inf"), f"recipe.{name}.warmup_epochs", stage.warmup_epochs, "0 or more"
-        )
-        norm = stage.max_grad_norm
-        _require(
-            norm is None or 0 < norm < float("inf"), f"recipe.{name}.max_grad_norm", norm, "a positive number or null"
-        )
-        _require(0 <= stage.momentum < 1, f"recipe.{name}.momentum", stage.momentum, "at least 0 and below 1")
-        _require(
-            0 <= stage.label_smoothing < 1,
-            f"recipe.{name}.label_smoothing",
-            stage.label_smoothing,
-            "at least 0 and below 1",
-        )
-        _require(0 <= stage.weight_decay < float("inf"), f"recipe.{name}.weight_decay", stage.weight_decay, "0 or more")
-    _require(
-        0 < config.recipe.distill_temperature < float("inf"),
-        "recipe.distill_temperature",
-        config.recipe.distill_temperature,
-        "a positive number",
-    )
-    _require(
-        0 < config.recipe.distill_weight <= 1,
-        "recipe.distill_weight",
-        config.recipe.distill_weight,
-        "above 0, at most 1",
-    )
+    require(config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
     channels = {len(config.dataset.mean), len(config.dataset.std)}
-    _require(
+    require(
         config.reads_text or (channels <= {1, 3} and len(channels) == 1),
         "dataset.mean",
         config.dataset.mean,
         "as long as dataset.std, 1 or 3 numbers",
     )
-    _require(all(s > 0 for s in config.dataset.std), "dataset.std", config.dataset.std, "positive numbers")
     _check_quantization(config)
     _check_freezing(config)
     _check_mode(config)
@@ -207,7 +131,7 @@ def _check_quantization(config: Config) -> None:
             continue
         said = "bits" if bits == config.bits and key != "first_last_bits" else key
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
-        _require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
+        require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
     try:
         if config.clipping.learned:
             LearnedQuantizer(config.clipping.name, 8, **config.clipping.options())
@@ -224,7 +148,7 @@ def _check_quantization(config: Config) -> None:
             else f"clipping.eval_mode={config.clipping.eval_mode}"
         )
         assert config.clipping.calibration_batches is not None
-        _require(
+        require(
             config.clipping.calibration_batches > 0,
             "clipping.calibration_batches",
             config.clipping.calibration_batches,
@@ -237,7 +161,7 @@ def _check_freezing(config: Config) -> None:
     if at is None or not config.training or config.policy.full_precision:
         return
     assert config.epochs is not None
-    _require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
+    require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
     if config.clipping.learned or not config.clipping.dynamic:
         raise ConfigError(
             f"recipe.freeze_scalars_at={at:g}: clipping={config.clipping.name} has no dynamic scalars to freeze"
@@ -273,8 +197,3 @@ def _check_mode(config: Config) -> None:
         raise ConfigError(
             f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
         )
-
-
-def _require(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key}={value}: must be {allowed}")

@@ -57,7 +57,7 @@ def _check(path: Path) -> None:
         raise ValueError(f"{path} is missing; it comes from image-net.org")
     stat = path.stat()
     note, seal = path.with_name(f"{path.name}.checked"), f"{stat.st_size} {stat.st_mtime_ns}"
-    if note.is_file() and note.read_text() == seal:
+    if note.is_file() and note.read_text(encoding="utf-8") == seal:
         return
     digest = hashlib.md5(usedforsecurity=False)
     with (
@@ -69,7 +69,7 @@ def _check(path: Path) -> None:
             bar.update(len(block))
     if digest.hexdigest() != MD5[path.name]:
         raise ValueError(f"{path} is damaged: its MD5 sum is {digest.hexdigest()}, not {MD5[path.name]}")
-    note.write_text(seal)
+    note.write_text(seal, encoding="utf-8")
 
 
 def read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:

@@ -180,7 +180,7 @@ def _failures_told(config: Config, folder: Path) -> Iterator[None]:
     except Exception as error:
         told = _in_a_sentence(error, config, folder)
         # "x": of several processes the first keeps its reason; the others' is that they lost it
-        with suppress(OSError), open(folder / "error.txt", "x") as file:
+        with suppress(OSError), open(folder / "error.txt", "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{told}\n\n{traceback.format_exc()}")
         if told is error:
             raise
@@ -203,7 +203,7 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     """Write to a file, too, what is told on the terminal."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     try:
@@ -240,7 +240,7 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
     table = summary(model)
     count = len(quantized_tensors(model))
     if distributed.is_main():
-        (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n")
+        (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n", encoding="utf-8")
     log.info(f"run folder {folder}")
     if count:
         log.info(f"{config.model.name}, {count} quantized tensors")

@@ -214,7 +214,7 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
         "full_precision": sorted(state.keys() - described),
     }
     save_file(state, path, metadata={"format": DESCRIPTION, "packed": json.dumps(packed)})
-    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     shutil.copymode(path.with_suffix(".json"), path)  # which safetensors makes readable for its owner alone
 
 

@@ -1,6 +1,7 @@
 """What has become of the runs of a folder: finished, running, stale, failed or missing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +33,45 @@ class Status:
     """of one that failed or cannot be read: why"""
 
 
-def remember_asked(folders: Iterable[Path]) -> None:
-    """Add run folders to the lists of the folders that they lie in."""
+def remember_asked(folders: Iterable[Path]) -> list[Path]:
+    """Add run folders to the lists of the folders that they lie in; returns the folders made for it, deepest last."""
+    made: list[Path] = []
     for folder in folders:
+        made += [path for path in reversed(folder.parents) if not path.exists()]
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / ASKED
-        known = path.read_text().splitlines() if path.is_file() else []
-        if folder.name not in known:
-            with open(path, "a") as file:
-                file.write(f"{folder.name}\n")
+        if folder.name not in _asked(path):  # added at the end, since sweeps side by side do so as well
+            _write_asked(path, [folder.name], "a")
+    return made
+
+
+def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
+    """Take run folders off the lists that do not exist, since their runs were refused, and what is empty then away."""
+    for folder in folders:
+        path = folder.parent / ASKED
+        known = _asked(path)
+        if folder.name in known and not folder.exists():
+            _write_asked(path, [name for name in known if name != folder.name], "w")
+            if known == [folder.name]:
+                path.unlink()
+    for path in reversed(made):
+        with suppress(OSError):  # it holds more
+            path.rmdir()
+
+
+def _asked(path: Path) -> list[str]:
+    """Names that are not UTF-8 keep their bytes."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if path.is_file() else []
+
+
+def _write_asked(path: Path, names: Iterable[str], mode: str) -> None:
+    with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
+        file.writelines(f"{name}\n" for name in names)
 
 
 def statuses(runs_dir: Path) -> list[Status]:
     """Of every run in a folder of runs, and of those that were asked for, by name."""
-    asked = runs_dir / ASKED
-    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
-    names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
+    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")} | {*_asked(runs_dir / ASKED)}
     return [status(runs_dir / name) for name in sorted(names)]
 
 
@@ -67,7 +91,7 @@ def status(folder: Path) -> Status:
         return Status(folder.name, "running", epochs)
     why = folder / "error.txt"
     if why.is_file():
-        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text().splitlines()), ""))
+        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text(encoding="utf-8").splitlines()), ""))
     return Status(folder.name, "stale", epochs)
 
 

@@ -122,7 +122,7 @@ def owner(folder: Path) -> str:
 
 def _read(folder: Path) -> dict[str, object]:
     try:
-        who = json.loads((folder / NAME).read_text())
+        who = json.loads((folder / NAME).read_text(encoding="utf-8"))
         return {"process": who["process"], "host": who["host"]}
     except (OSError, ValueError, KeyError):
         return {}

@@ -138,7 +138,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file: path holds the old content or the new one, never half of it, and nothing else is left."""
     temporary = path.with_name(f"{path.name}{TEMPORARY}")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def read_json(path: Path, advice: str = "overwrite=true starts the run anew") ->
         RunError: the file is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({error}); {advice}") from error
 
@@ -165,7 +165,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; none where there is no file."""
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -193,7 +193,7 @@ def environment() -> dict[str, Any]:
 
 def _append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     new = not path.is_file()
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         if new:
             writer.writeheader()
@@ -235,7 +235,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
@@ -246,7 +246,8 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*words: str) -> str:
         here = Path(__file__).resolve().parent
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True)
+        command = ["git", "-C", str(here), *words]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True)
         return done.stdout.strip()
 
     try:

@@ -376,7 +376,7 @@ WRONG = [
     (["dataset=cifar10", "data_dir=broken"], "broken cannot be read"),
     (["-m", "bits=4,8", "run_dir=one"], "run_dir=one: rows of the sweep that differ in activation_bits, weight_bits"),
     (["-m", "bits=4,8", "mode=ptq", "weights=other.pt"], "little matches"),
-    (["epochs=0"], "epochs=0: must be 1 or more"),
+    (["epochs=0"], "epochs=0: must be 1 to 100000"),
     (["device=cuda:99"], "device=cuda:99: this machine has"),
     (["device=tpu"], "device=tpu: must be auto, cpu, cuda or cuda:N"),
     (["model.stem=large"], "model.stem=large: must be one of auto"),

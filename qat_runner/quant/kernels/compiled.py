@@ -182,7 +182,7 @@ def _fingerprint(command: str) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

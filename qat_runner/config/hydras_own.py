@@ -1,0 +1,163 @@
+"""What a command may change of Hydra's own config, and which interpolations it may hold: next to nothing.
+
+Hydra imports, instantiates, writes and copies from the environment as the node `hydra` of a config tells it to, so a
+config that came from someone else could make code run. Therefore a command is looked at before it is composed
+(`check_typed`), and what was composed before any of it is used (`check_composed`): it must be what the shipped configs
+compose on their own, but for the launcher's settings in `LAUNCHERS`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from qat_runner.errors import ConfigError
+
+INTERPOLATIONS = ("${dataset}", "${model}", "${runs_dir}", "${oc.env:QAT_DATA_DIR,data}")
+"""Those of the shipped configs, outside of `hydra`."""
+
+FILLED_IN = ("overrides", "runtime", "job.override_dirname")
+"""What Hydra writes into its own node, whatever stood there; `overrides` it adds to, so those are compared."""
+
+_TARGET = "_target_"
+_MOST = 10_000_000
+_LINE = re.compile(r"[\w.,:;=@+&|*()\[\] -]*", re.ASCII)  # nothing in it means more to a shell or to Slurm
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+_INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) <= _MOST)
+_NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) <= _MOST)
+_FLAG = Kind("true or false", lambda value: type(value) is bool)
+_TEXT = Kind("letters, digits and .,:;=@+&|*()[]-", lambda value: _LINE.fullmatch(str(value)) is not None)
+
+
+def _settings(integers: str = "", numbers: str = "", flags: str = "", texts: str = "") -> dict[str, Kind]:
+    kinds = {_INTEGER: integers, _NUMBER: numbers, _FLAG: flags, _TEXT: texts}
+    return {key: kind for kind, keys in kinds.items() for key in keys.split()}
+
+
+_JOBLIB = _settings(integers="n_jobs verbose", numbers="timeout")
+_SUBMITIT = _settings(
+    integers="timeout_min cpus_per_task gpus_per_node tasks_per_node mem_gb nodes",
+    flags="stderr_to_stdout",
+    texts="name",
+)
+_SLURM = _SUBMITIT | _settings(
+    integers="cpus_per_gpu gpus_per_task signal_delay_s max_num_timeout array_parallelism additional_parameters.nice",
+    flags="additional_parameters.requeue additional_parameters.exclusive",
+    texts="partition qos account comment constraint exclude gres mem_per_gpu mem_per_cpu "
+    "additional_parameters.reservation additional_parameters.nodelist additional_parameters.licenses "
+    "additional_parameters.begin additional_parameters.mail_type additional_parameters.mail_user",
+)
+LAUNCHERS: dict[str, tuple[str, Mapping[str, Kind]]] = {
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher": ("basic", {}),
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher": ("joblib", _JOBLIB),
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher": ("submitit_local", _SUBMITIT),
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": ("slurm", _SLURM),
+}
+"""The launchers, by their class: the option of `hydra/launcher` that it belongs to, and its keys that may be set."""
+
+
+def check_typed(overrides: Sequence[str], groups: Callable[[str], bool]) -> None:
+    """Refuse overrides that must not even be composed, as that would import, or read files of elsewhere.
+
+    Args:
+        overrides: as typed.
+        groups: whether a key is a group of configs.
+
+    Raises:
+        ConfigError: a key of Hydra's own that is not the launcher's, an option that is a path, an interpolation.
+        OverrideParseException: what Hydra cannot read.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, line = override.key_or_group, override.input_line or ""
+        if re.match(r"hydra\b", key) and key != "hydra/launcher" and not key.startswith("hydra.launcher."):
+            raise _not_to_be_set(key)
+        if groups(key) and ".." in line:
+            raise ConfigError(f"{line}: an option is the name of a shipped config, not a path")
+        _check_interpolations(key, line)
+
+
+def check_composed(composed: DictConfig, overrides: Sequence[str], own: Callable[[str], Mapping[str, Any]]) -> None:
+    """Refuse a composed config that differs from the shipped ones in more of Hydra's own keys than it may.
+
+    Args:
+        composed: with its node `hydra`; nothing in it is resolved.
+        overrides: those that it was composed from.
+        own: for an option of `hydra/launcher`, the node `hydra` of the shipped configs, as plain values.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    raw = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(raw, dict)
+    node = raw.pop("hydra")
+    _check_strings(raw)
+    target = node["launcher"].get(_TARGET) if isinstance(node, dict) and isinstance(node.get("launcher"), dict) else ""
+    if target not in LAUNCHERS:
+        raise _names_code(f"hydra.launcher.{_TARGET}")
+    option, settings = LAUNCHERS[target]
+    for key, value in _differences(own(option), node):
+        setting = key.removeprefix("launcher.")
+        if any(key == filled or key.startswith(f"{filled}.") for filled in FILLED_IN):
+            continue
+        if setting == key:
+            raise _not_to_be_set(f"hydra.{key}")
+        if setting not in settings:
+            allowed = ", ".join(settings) or "none"
+            raise ConfigError(f"hydra.{key}: cannot be set; of hydra/launcher={option} these can: {allowed}")
+        if value not in (None, MISSING) and not settings[setting].fits(value):
+            raise ConfigError(f"hydra.{key}={value}: must be {settings[setting].words}")
+    if sorted([*node["overrides"]["hydra"], *node["overrides"]["task"]]) != sorted(overrides):
+        raise _not_to_be_set("hydra.overrides")
+
+
+def _differences(own: Any, other: Any, key: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys in which a node differs from the shipped one, and their values; what is not there is MISSING."""
+    if not (isinstance(own, Mapping) and isinstance(other, Mapping)):
+        return [] if type(own) is type(other) and own == other else [(key, other)]
+    keys = sorted(map(str, {*own, *other}))
+    prefix = f"{key}." if key else ""
+    return [found for k in keys for found in _differences(own.get(k, MISSING), other.get(k, MISSING), f"{prefix}{k}")]
+
+
+def _check_strings(value: Any, key: str = "") -> None:
+    """Refuse interpolations and `_target_` anywhere in plain values."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name == _TARGET:
+                raise _names_code(f"{key}.{name}".lstrip("."))
+            _check_interpolations(key or str(name), str(name))
+            _check_strings(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_strings(inner, key)
+    elif isinstance(value, str):
+        _check_interpolations(key, value)
+
+
+def _check_interpolations(key: str, text: str) -> None:
+    for known in INTERPOLATIONS:
+        text = text.replace(known, "")
+    if "${" in text:
+        raise ConfigError(f"{key}: an interpolation (${{...}}) is not resolved here; write the value itself")
+
+
+def _names_code(key: str) -> ConfigError:
+    return ConfigError(f"{key}: a config cannot name code to run")
+
+
+def _not_to_be_set(key: str) -> ConfigError:
+    if key.endswith(_TARGET):
+        return _names_code(key)
+    return ConfigError(f"{key}: cannot be set; of Hydra's own keys only hydra/launcher and its settings can")
