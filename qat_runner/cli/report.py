@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat_runner.errors import ConfigError, QatError
+from qat_runner.training.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
@@ -114,7 +115,7 @@ def _write(out: Path, name: str, texts: dict[str, str]) -> list[Path]:
     paths = []
     for layout, text in texts.items():
         paths.append(out / f"{name}{LAYOUTS[layout]}")
-        paths[-1].write_text(text)
+        write_text(paths[-1], text)
     return paths
 
 

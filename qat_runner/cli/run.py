@@ -250,10 +250,10 @@ def _wait_for_slurm(error: QatError) -> None:
 def _print_results(rows: Mapping[Path, Config]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     from qat_runner.report import tables
-    from qat_runner.training.tracking import read_json
+    from qat_runner.training.records import SUMMARY
 
-    finished = {folder: folder / "summary.json" for folder in rows if (folder / "summary.json").is_file()}
-    results = [(rows[folder], read_json(path)) for folder, path in finished.items()]
+    finished = {folder: summary for folder in rows if (summary := SUMMARY.read(folder)) is not None}
+    results = [(rows[folder], summary) for folder, summary in finished.items()]
     if not results:
         return
     log.info("\n" + tables.results_table(results))

@@ -1,22 +1,24 @@
 """What has become of the runs of a folder: finished, running, stale, failed or missing."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
 
-from qat_runner.config import Config, load_config
+from qat_runner.config import load_config
 from qat_runner.errors import UnreadableError
 from qat_runner.report.tables import accuracy, metric
+from qat_runner.training.files import open_own, told
 from qat_runner.training.lock import alive
-from qat_runner.training.tracking import read_json, read_rows
+from qat_runner.training.records import ASKED, ERROR, METRICS, SUMMARY
 
-ASKED = "asked.txt"
-"""In a folder of runs: names of all run folders that sweeps asked for."""
+LONGEST_NAME = 255
+"""Of a file, in bytes."""
 
 STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
-"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: its config."""
+"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: what it left."""
 
 
 @dataclass(frozen=True)
@@ -33,47 +35,64 @@ class Status:
 
 
 def remember_asked(folders: Iterable[Path]) -> None:
-    """Add run folders to the lists of the folders that they lie in."""
+    """Add run folders to the lists of the folders that they lie in.
+
+    Raises:
+        UnreadableError: there is a list, which is none of ours.
+    """
     for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        path = folder.parent / ASKED
-        known = path.read_text().splitlines() if path.is_file() else []
-        if folder.name not in known:
-            with open(path, "a") as file:
+        if folder.name not in asked(folder.parent):
+            with open_own(folder.parent / ASKED.name, "a") as file:
                 file.write(f"{folder.name}\n")
+
+
+def asked(runs_dir: Path) -> set[str]:
+    """Names of all run folders in a folder that sweeps asked for.
+
+    Raises:
+        UnreadableError: their list is none of ours.
+    """
+    names = {*(ASKED.read(runs_dir) or "").splitlines()} - {""}
+    for name in sorted(names):
+        if "/" in name or "\0" in name or name in (".", "..") or len(os.fsencode(name)) > LONGEST_NAME:
+            raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({told(name)}: is no name of a folder)")
+    return names
 
 
 def statuses(runs_dir: Path) -> list[Status]:
     """Of every run in a folder of runs, and of those that were asked for, by name."""
-    asked = runs_dir / ASKED
-    names = {path.parent.name for path in runs_dir.glob("*/config.yaml")}
-    names |= {*asked.read_text().splitlines()} if asked.is_file() else set()
-    return [status(runs_dir / name) for name in sorted(names)]
+    names, unreadable = {path.parent.name for path in runs_dir.glob("*/config.yaml")}, []
+    try:
+        names |= asked(runs_dir)
+    except UnreadableError as error:
+        unreadable.append(Status(ASKED.name, "unreadable", note=str(error)))
+    return [*(status(runs_dir / name) for name in sorted(names)), *unreadable]
 
 
 def status(folder: Path) -> Status:
     """Of the run in a folder."""
     try:
-        config = load_config(folder)
+        return _status(folder)
     except UnreadableError as error:
         return Status(folder.name, "unreadable", note=str(error))
+
+
+def _status(folder: Path) -> Status:
+    config = load_config(folder)
     if config is None:
         return Status(folder.name, "running" if alive(folder) else "missing")
-    epochs = _epochs(folder, config)
-    if (folder / "summary.json").is_file():
-        summary = read_json(folder / "summary.json")
+    rows = METRICS.read(folder)
+    epochs = f"{rows[-1]['epoch'] if rows else 0:.0f}/{config.epochs}" if config.training else ""
+    summary = SUMMARY.read(folder)
+    if summary is not None:
         return Status(folder.name, "finished", epochs, f"{metric(summary)} {accuracy(summary):.2f} %")
     if alive(folder):
         return Status(folder.name, "running", epochs)
-    why = folder / "error.txt"
-    if why.is_file():
-        return Status(folder.name, "failed", epochs, note=next(iter(why.read_text().splitlines()), ""))
+    why = ERROR.read(folder)
+    if why is not None:
+        return Status(folder.name, "failed", epochs, note=told(next(iter(why.splitlines()), "")))
     return Status(folder.name, "stale", epochs)
-
-
-def _epochs(folder: Path, config: Config) -> str:
-    rows = read_rows(folder / "metrics.csv")
-    return f"{rows[-1]['epoch'] if rows else 0}/{config.epochs}" if config.training else ""
 
 
 def text(found: list[Status]) -> str:
