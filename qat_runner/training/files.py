@@ -172,22 +172,29 @@ def told(reason: object) -> str:
 
 def _reading(path: Path, parse: Callable[[bytes], T]) -> T | None:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+        return parse(_content(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise UnreadableError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    with open(handle, "rb") as file:
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ValueError("it is no file")
-            return parse(file.read())
-        except UnicodeDecodeError as error:
-            raise UnreadableError(f"{path}: cannot be read (it is not UTF-8 at byte {error.start})") from error
-        except RecursionError as error:
-            raise UnreadableError(f"{path}: cannot be read (it is nested too deeply)") from error
-        except (OSError, ValueError, csv.Error) as error:
-            raise UnreadableError(f"{path}: cannot be read ({told(error)})") from error
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 at byte {error.start}"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, csv.Error) as error:
+        reason = told(error)
+    raise UnreadableError(f"{path}: cannot be read ({reason})")
+
+
+def _content(path: Path) -> bytes:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is no file")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def _lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
