@@ -1,8 +1,20 @@
 """The commands: one thin file a verb. Here is only what must work before anything heavy is imported."""
 
+import io
+import os
+import sys
+
+
+def _speak_utf8() -> None:
+    """Print UTF-8 whatever the locale, and of a name that is no text its bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
 
 def qat_run() -> int:
     """The `qat-run` command; returns its exit code."""
+    _speak_utf8()
     try:
         from qat_runner.cli.run import main
 
@@ -13,6 +25,7 @@ def qat_run() -> int:
 
 def qat_export() -> int:
     """The `qat-export` command; returns its exit code."""
+    _speak_utf8()
     try:
         from qat_runner.cli.export import main
 
@@ -23,9 +36,15 @@ def qat_export() -> int:
 
 def qat_report() -> int:
     """The `qat-report` command; returns its exit code."""
+    _speak_utf8()
     try:
         from qat_runner.cli.report import main
 
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat-report: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        raise  # of the terminal, not of what is written
     except OSError as error:
         print(f"qat-report: {args.out} cannot be written ({error})", file=sys.stderr)
         return 2

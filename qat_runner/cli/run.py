@@ -36,14 +36,17 @@ from tqdm import tqdm
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.config.composing import HYDRA_VERSION_BASE, compose_config, config_dir
-from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.report.status import remember_asked
 from qat_runner.training import distributed
+from qat_runner.training.records import SUMMARY, Summary
 
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
+PATIENCE = 2.0
+"""Seconds between two looks at a run that another process is at work on."""
 log = logging.getLogger("qat_runner")
 
 
@@ -210,6 +213,9 @@ def _run_all(args: Sequence[str], failures: list[QatError]) -> None:
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:
     done: dict[tuple[str, str | None], float] = {}  # full precision is one run, whatever a sweep's rows say of clipping
 
+    sweep = any(arg in _MULTIRUN for arg in args)
+    busy: list[Config] = []  # rows that other processes are at work on
+
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
@@ -228,6 +234,11 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
                 done[row] = accuracy(run(config))
             return done[row]
         except QatError as error:
+            if sweep and isinstance(error, BusyError):
+                if not here:
+                    return accuracy(_after_others(config))
+                busy.append(config)
+                return None
             if here:
                 failures.append(error)
                 return None
@@ -238,6 +249,26 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 
     sys.argv = [sys.argv[0], *args]
     job()
+    for config in busy if not failures else ():
+        try:
+            _after_others(config)
+        except QatError as error:
+            failures.append(error)
+
+
+def _after_others(config: Config) -> Summary:
+    """The result of a run, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
+    from qat_runner.experiment import run
+
+    waiting = False
+    while True:
+        try:
+            return run(config)
+        except BusyError as error:
+            if not waiting:
+                log.info(f"{error}: waiting for it")
+            waiting = True
+            time.sleep(PATIENCE)
 
 
 def _wait_for_slurm(error: QatError) -> None:
@@ -250,7 +281,6 @@ def _wait_for_slurm(error: QatError) -> None:
 def _print_results(rows: Mapping[Path, Config]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     from qat_runner.report import tables
-    from qat_runner.training.records import SUMMARY
 
     finished = {folder: summary for folder in rows if (summary := SUMMARY.read(folder)) is not None}
     results = [(rows[folder], summary) for folder, summary in finished.items()]

@@ -5,7 +5,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
 from qat_runner.models import TORCHVISION
 from qat_runner.training.checkpoint import LAST
+from qat_runner.training.files import TEMPORARY, exchange, full_disk_told
+from qat_runner.training.lock import RunLock
 from qat_runner.training.measure import compute
 from qat_runner.training.records import EXPORT, Export
 from qat_runner.training.tracking import environment
@@ -252,7 +254,7 @@ def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequen
     """A sample in onnxruntime, in full precision and of the file."""
     log.info("timing")
     full = remove_quantizers(copy.deepcopy(static))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=onnx.parent) as folder:
         path = Path(folder) / "full.onnx"
         write_onnx(full, _signature(config, example), path)
         timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
@@ -313,15 +315,36 @@ def _check_formats(request: Request, model: nn.Module) -> None:
 
 @contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its place if all goes well, and else is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+    """A new folder beside `out`, which takes its place if all goes well, and else is gone.
+
+    A process that is killed leaves the old export or the new one, and NAME.tmp beside it, which the next one clears.
+
+    Raises:
+        BusyError: another process is writing there.
+        OSError: it cannot be written; of a full disk with its path.
+    """
+    out = out.resolve()  # a link, perhaps to another disk, stays one
+    work = out.with_name(f"{out.name}{TEMPORARY}")
+    if work.is_symlink():
+        work.unlink()
+    with RunLock(work, str(out)), full_disk_told(work):
+        new, old = work / "new", work / "old"
+        if old.exists() and not out.exists():  # one was killed between two renames
+            old.rename(out)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            if out.exists() and not exchange(new, out):
+                out.rename(old)
+            if new.exists() and not out.exists():
+                new.rename(out)
+        finally:
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # of one that was killed
+        work.rmdir()
 
 
 def text(result: Export) -> str:

@@ -4,12 +4,10 @@ A checkpoint is a file of torch.save, sealed: the zip archive that it is ends wi
 before. So a truncated or damaged file is known as such, and any other tool still reads it.
 """
 
-import errno
 import hashlib
 import logging
 import os
 import random
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 
 from qat_runner.errors import RunError
 from qat_runner.insertion.state import upgrade
-from qat_runner.training.files import told
+from qat_runner.training.files import full_disk_told, told
 from qat_runner.training.records import RandomState
 
 log = logging.getLogger("qat_runner")
@@ -45,16 +43,13 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
     try:
-        with open(temporary, "x+b") as file:
+        with full_disk_told(path.parent), open(temporary, "x+b") as file:
             torch.save(content, file)
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
-        full = shutil.disk_usage(path.parent).free < 2**20
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise error if isinstance(error, OSError) else OSError(f"{path}: {' '.join(str(error).split())}") from error
     if keep is not None and path.is_file():
         os.replace(path, keep)

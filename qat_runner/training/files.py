@@ -5,15 +5,17 @@ and what does not fit is told in one sentence that names the file and the key.
 """
 
 import csv
+import ctypes
 import errno
 import functools
 import io
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
@@ -273,3 +275,32 @@ def open_own(path: Path, mode: str, newline: str | None = None) -> IO[str]:
             raise
 
     return open(path, mode, encoding="utf-8", errors="backslashreplace", newline=newline, opener=opener)
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """While open, whatever a library makes of a full disk becomes an OSError that says so, and where."""
+    try:
+        yield
+    except Exception as error:
+        if _tells_of_full_disk(error) or shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
+def _tells_of_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two files or folders change their places at one stroke; False where the system cannot (renameat2, Linux)."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)

@@ -25,6 +25,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -83,10 +84,14 @@ class Record:
         for file in (METRICS, STEPS, LAYERS):
             if bad := file.keep(folder, done):
                 log.warning(f"{folder / file.name}: {bad} damaged lines are left out")
+        self._hook, threading.excepthook = threading.excepthook, _quiet_about_tensorboard
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def close(self) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Add a row to metrics.csv; the keys, the same each time, are its columns."""
@@ -113,6 +118,12 @@ class Record:
         for name, s in scalars.items():
             if torch.isfinite(s).all():
                 self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
+
+
+def _quiet_about_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Its writer's thread tells the next call of its error, which we tell in a sentence; that is enough."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 class Silence(Record):
