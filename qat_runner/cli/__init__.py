@@ -1,15 +1,24 @@
 """The commands: one thin file a verb. Here is only what must work before anything heavy is imported."""
 
+import codecs
 import io
 import os
 import sys
 
 
+def _names(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
 def _speak_utf8() -> None:
-    """Print UTF-8 whatever the locale, and of a name that is no text its bytes."""
+    """Print UTF-8 whatever the locale; a name of a file that is no text as it is."""
+    codecs.register_error("names", _names)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="names")
 
 
 def qat_run() -> int:

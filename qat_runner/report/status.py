@@ -44,7 +44,7 @@ def remember_asked(folders: Iterable[Path]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.name not in asked(folder.parent):
             with open_own(folder.parent / ASKED.name, "a") as file:
-                file.write(f"{folder.name}\n")
+                file.write(os.fsencode(folder.name).decode(errors="backslashreplace") + "\n")
 
 
 def asked(runs_dir: Path) -> set[str]:
@@ -53,7 +53,7 @@ def asked(runs_dir: Path) -> set[str]:
     Raises:
         UnreadableError: their list is none of ours.
     """
-    names = {*(ASKED.read(runs_dir) or "").splitlines()} - {""}
+    names = {os.fsdecode(name.encode()) for name in (ASKED.read(runs_dir) or "").splitlines() if name}
     for name in sorted(names):
         if "/" in name or "\0" in name or name in (".", "..") or len(os.fsencode(name)) > LONGEST_NAME:
             raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({told(name)}: is no name of a folder)")

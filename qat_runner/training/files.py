@@ -101,14 +101,16 @@ class CsvFile(Generic[T]):
 
         Args:
             folder: where the file lies, or is begun.
-            rows: a column that one lacks stays empty; one that it has beyond the columns is refused.
+            rows: a column that one lacks stays empty; of a file that an earlier version began, what has no column is
+                left out.
             columns: where the description does not name them all.
         """
         path = folder / self.name
-        new = not path.is_file()
+        known = _columns(path)
+        columns = known or columns or list(self.kind.__annotations__)
         with open_own(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, columns or list(self.kind.__annotations__), restval="")
-            if new:
+            writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore" if known else "raise")
+            if not known:
                 writer.writeheader()
             writer.writerows(rows)
 
@@ -216,6 +218,14 @@ def _row(kind: Any, line: int, row: Mapping[str, str]) -> Any:
         return fit(kind, row, strict=False)
     except ValueError as error:
         raise ValueError(f"line {line}, {error}") from None
+
+
+def _columns(path: Path) -> list[str]:
+    """Those of a file that has some."""
+    if not path.is_file() or path.is_symlink():
+        return []  # opening it for more rows tells of a link
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _no_number(name: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from hypothesis import strategies as st
 
 from qat_runner.cli.export import main as export
 from qat_runner.cli.report import main as report
+from qat_runner.config import Config, identities, read_config
 from qat_runner.errors import UnreadableError
 from qat_runner.insertion import LayerNoise
 from qat_runner.report import page, run_page
+from qat_runner.report import runs as runs_in_report
 from qat_runner.training import records
 from qat_runner.training.loop import State
 from tests.report.test_pages import make_run, text_of
@@ -70,7 +73,9 @@ def runs(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config is as it was: composing it anew for each page would take a second."""
+    """Configs are as they were: composing and reading them anew for each page would take seconds."""
+    monkeypatch.setattr(identities, "read_config", _once_read)
+    monkeypatch.setattr(runs_in_report, "read_config", _once_read)
     monkeypatch.setattr(page, "get_plotlyjs", str)  # 5 MB
     for name in ("command", "sections", "choices"):
         monkeypatch.setattr(run_page, name, _once(getattr(run_page, name)))
@@ -87,6 +92,21 @@ def _once(function: Callable[..., Any]) -> Callable[..., Any]:
         return known[key]
 
     return cached
+
+
+@functools.cache
+def _config_of(content: bytes) -> Config:
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        file.write(content)
+        file.flush()
+        return read_config(Path(file.name))
+
+
+def _once_read(path: Path) -> Config:
+    try:
+        return _config_of(path.read_bytes())
+    except UnreadableError:
+        return read_config(path)
 
 
 def path_of(runs: Path, name: str) -> Path:
