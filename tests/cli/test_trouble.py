@@ -13,6 +13,7 @@ import torch
 
 from qat_runner.cli import report
 from qat_runner.cli.run import main
+from qat_runner.errors import BusyError
 from qat_runner.training import checkpoint
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
@@ -240,3 +241,28 @@ def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.Captu
     assert run("-m", override) == 2
     assert "_target_: a config cannot name code to run" in capsys.readouterr().err
     assert not [*Path().iterdir()]
+
+
+def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does all others first; a single run is told at once."""
+    from qat_runner import experiment
+
+    real, order = experiment.run, []
+    left = {"0": 2}  # so often the first row is found busy
+
+    def busy_at_first(config: Any) -> Any:
+        order.append(config.seed)
+        if config.seed == 0 and left["0"]:
+            left["0"] -= 1
+            raise BusyError("run_dir=one: process 1 on elsewhere is at work in it")
+        return real(config)
+
+    monkeypatch.setattr(experiment, "run", busy_at_first)
+    monkeypatch.setattr("qat_runner.cli.run.PATIENCE", 0.01)
+    assert run("-m", "seed=0,1", "epochs=1") == 0
+    assert order == [0, 1, 0, 0]
+    assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1
+    left["0"] = 1
+    assert run("seed=0", "epochs=1") == 1
