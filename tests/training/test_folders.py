@@ -275,7 +275,7 @@ def test_a_library_without_our_functions(compiler: Any) -> None:
 
 
 def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
-    (tmp_path / "asked.txt").write_text("".join(f"run{i:05}\n" for i in range(3000)))  # more than a pipe holds
+    (tmp_path / "asked.txt").write_text("".join(f"{i:0100}\n" for i in range(3000)))  # more than a pipe holds
     with subprocess.Popen(
         [*REPORT, "status", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
