@@ -1,16 +1,28 @@
 """The commands: one thin file a verb. Here is only what must work before anything heavy is imported."""
 
 import codecs
+import io
+import os
 import sys
-from io import TextIOWrapper
+
+
+def _names(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 def _speak_utf8() -> None:
-    """Let whatever is said reach the terminal, under any locale: UTF-8 where that has but ASCII, or else escaped."""
+    """Let whatever is said reach the terminal, under any locale: UTF-8 where that has but ASCII, or else escaped.
+
+    A name of a file that is no text is printed as it is.
+    """
+    codecs.register_error("names", _names)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):
             encoding = "utf-8" if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding
-            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+            stream.reconfigure(encoding=encoding, errors="names")
 
 
 def qat_run() -> int:
@@ -41,6 +53,11 @@ def qat_report() -> int:
     try:
         from qat_runner.cli.report import main
 
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qat-export: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"qat-export: writing failed ({error.strerror}); nothing was kept", file=sys.stderr)
+        where = f" {error.filename}" if error.filename else ""
+        print(f"qat-export: writing{where} failed ({error.strerror}); nothing was kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("qat-export: interrupted; nothing was kept", file=sys.stderr)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat_runner.errors import ConfigError, QatError
+from qat_runner.training.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat-report: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        raise  # of the terminal, not of what is written
     except OSError as error:
         print(f"qat-report: {args.out} cannot be written ({error})", file=sys.stderr)
         return 2
@@ -114,7 +117,7 @@ def _write(out: Path, name: str, texts: dict[str, str]) -> list[Path]:
     paths = []
     for layout, text in texts.items():
         paths.append(out / f"{name}{LAYOUTS[layout]}")
-        paths[-1].write_text(text, encoding="utf-8")
+        write_text(paths[-1], text)
     return paths
 
 

@@ -45,9 +45,10 @@ from qat_runner.config.composing import (
     quoted,
     shipped_configs,
 )
-from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.report.status import forget_asked, remember_asked
 from qat_runner.training import distributed
+from qat_runner.training.records import SUMMARY, Summary
 
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
@@ -55,6 +56,8 @@ _HERE = "basic"
 """The option of hydra/launcher that runs the rows in this process, one after the other."""
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
+PATIENCE = 2.0
+"""Seconds between two looks at a run that another process is at work on."""
 log = logging.getLogger("qat_runner")
 
 
@@ -87,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
         if sweep and main_process:
+            made = remember_asked(rows)
             asked = list(rows)
-            made = remember_asked(asked)
         if detach and rows:
             return _detach(args, next(iter(rows)).parent)
         # One group for all rows: processes that were launched together can meet but once.
@@ -242,6 +245,9 @@ def _with_override(args: Sequence[str], override: str) -> list[str]:
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:
     done: dict[tuple[str, str | None], float] = {}  # full precision is one run, whatever a sweep's rows say of clipping
 
+    sweep = any(arg in _MULTIRUN for arg in args)
+    busy: list[Config] = []  # rows that other processes are at work on
+
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
@@ -260,6 +266,11 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
                 done[row] = accuracy(run(config))
             return done[row]
         except QatError as error:
+            if sweep and isinstance(error, BusyError):
+                if not here:
+                    return accuracy(_after_others(config))
+                busy.append(config)
+                return None
             if here:
                 failures.append(error)
                 return None
@@ -270,6 +281,26 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 
     sys.argv = [sys.argv[0], *args]
     job()
+    for config in busy if not failures else ():
+        try:
+            _after_others(config)
+        except QatError as error:
+            failures.append(error)
+
+
+def _after_others(config: Config) -> Summary:
+    """The result of a run, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
+    from qat_runner.experiment import run
+
+    waiting = False
+    while True:
+        try:
+            return run(config)
+        except BusyError as error:
+            if not waiting:
+                log.info(f"{error}: waiting for it")
+            waiting = True
+            time.sleep(PATIENCE)
 
 
 def _wait_for_slurm(error: QatError) -> None:
@@ -282,10 +313,9 @@ def _wait_for_slurm(error: QatError) -> None:
 def _print_results(rows: Mapping[Path, Config]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     from qat_runner.report import tables
-    from qat_runner.training.tracking import read_json
 
-    finished = {folder: folder / "summary.json" for folder in rows if (folder / "summary.json").is_file()}
-    results = [(rows[folder], read_json(path)) for folder, path in finished.items()]
+    finished = {folder: summary for folder in rows if (summary := SUMMARY.read(folder)) is not None}
+    results = [(rows[folder], summary) for folder, summary in finished.items()]
     if not results:
         return
     log.info("\n" + tables.results_table(results))

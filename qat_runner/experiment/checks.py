@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,8 +22,12 @@ from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import bare_model, find_device
 from qat_runner.models import BERTS, MODELS, STEMS, Source, find_weights, match_weights, read_checkpoint
 from qat_runner.quant.kernels import choose_backend
-from qat_runner.training import checkpoint, distributed, lock
-from qat_runner.training.tracking import RECORDED, TEMPORARY, read_json
+from qat_runner.training import checkpoint, distributed
+from qat_runner.training.files import TEMPORARY, JsonFile
+from qat_runner.training.records import ENVIRONMENT, LOCK
+from qat_runner.training.tracking import RECORDED
+
+T = TypeVar("T")
 
 
 def prepare(config: Config) -> Path:
@@ -101,7 +106,7 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"run_dir={folder}: {parent} cannot be written to")
     if not folder.exists():
         return
-    content = {path.name for path in folder.iterdir()} - {lock.NAME}  # which may be of one that is just beginning
+    content = {path.name for path in folder.iterdir()} - {LOCK.name}  # which may be of one that is just beginning
     if not content:
         return
     foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in RECORDED)
@@ -134,7 +139,19 @@ def _check_folder(folder: Path, config: Config) -> None:
 
 def _check_processes(folder: Path) -> None:
     """An unfinished run goes on with as many processes as it began with: each has its part of the state."""
-    path = folder / "environment.json"
-    begun, now = read_json(path).get("processes", 1) if path.is_file() else None, distributed.world_size()
+    environment, now = recorded(ENVIRONMENT, folder), distributed.world_size()
+    begun = None if environment is None else environment.get("processes", 1)
     if begun not in (None, now) and checkpoint.exists(folder / "checkpoints"):
         raise ConfigError(f"run_dir={folder}: was begun by {begun} process(es), not {now}; go on with as many")
+
+
+def recorded(file: JsonFile[T], folder: Path) -> T | None:
+    """What an earlier sitting of a run recorded; None if it did not come to that.
+
+    Raises:
+        UnreadableError: with what to do about it.
+    """
+    try:
+        return file.read(folder)
+    except UnreadableError as error:
+        raise UnreadableError(f"{error}; without the file the run goes on, overwrite=true starts it anew") from error

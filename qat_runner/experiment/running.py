@@ -30,22 +30,24 @@ from qat_runner.data import Data, ImageData
 from qat_runner.data.folder import FolderSource
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment.building import build, load_teacher
-from qat_runner.experiment.checks import prepare
+from qat_runner.experiment.checks import prepare, recorded
 from qat_runner.insertion import quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.training import checkpoint, distributed
+from qat_runner.training.files import TEMPORARY, open_own, write_text
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
-from qat_runner.training.tracking import RECORDED, Record, Silence, environment, read_json, write_json, write_text
+from qat_runner.training.records import ENVIRONMENT, ERROR, SUMMARY, Summary
+from qat_runner.training.tracking import RECORDED, Record, Silence, environment
 
 log = logging.getLogger("qat_runner")
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config) -> Summary:
     """Carry out a run, or go on with it, or look up its result where it is finished.
 
     Returns:
@@ -82,18 +84,17 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
+def _finished(config: Config, folder: Path) -> Summary | None:
     """The result of a run of this very config, if it is finished and is not to be begun anew."""
     saved = load_config(folder)
     if config.overwrite or saved is None or not (folder / "summary.json").is_file():
         return None
     if differences(identity(saved), identity(config)):  # resume=force
         return None
-    result: dict[str, Any] = read_json(folder / "summary.json")
-    return result
+    return recorded(SUMMARY, folder)
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def _run(config: Config, folder: Path) -> Summary:
     """`run`, in a folder that is this process's own."""
     weights = config.weights
     if weights == BASELINE:
@@ -109,12 +110,20 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 
 def _clear(config: Config, folder: Path) -> None:
     """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
-    for name in RECORDED if config.overwrite else ("summary.json", "error.txt"):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for name in RECORDED if config.overwrite else (SUMMARY.name, ERROR.name):
+        for path in (folder / name, folder / f"{name}{TEMPORARY}"):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder; of a link to a folder, which may lie on a larger disk, the content alone."""
+    if path.is_symlink() and path.is_dir():
+        for inside in path.iterdir():
+            _remove(inside) if not inside.is_symlink() else inside.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _baseline(config: Config) -> Path:
@@ -137,7 +146,7 @@ def _baseline(config: Config) -> Path:
 
 def _carry_out(
     config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
-) -> dict[str, Any]:
+) -> Summary:
     """Train or evaluate what has been built, on the record."""
     with ExitStack() as stack:
         if distributed.is_main():
@@ -145,16 +154,15 @@ def _carry_out(
             stack.enter_context(_log_to(folder / "log.txt"))
         checkpoints = folder / "checkpoints"
         resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
-        saved = checkpoint.newest(checkpoints) if resuming else None
-        record = stack.enter_context(closing(_open_record(folder, saved)))
-        trainer = Trainer(config, model, data, record, teacher)
+        trainer = Trainer(config, model, data, Silence(folder), teacher)
+        saved = checkpoint.newest(checkpoints, trainer.resume) if resuming else None
+        trainer.record = stack.enter_context(closing(_open_record(folder, saved)))
         _describe(config, folder, model, notes)
         for note in data.notes:
             log.info(f"{config.dataset.name}: {note}")
         if config.training:
             log.info(_recipe(config))
         if saved is not None:
-            trainer.resume(saved)
             step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
             log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
         if config.training:
@@ -166,7 +174,7 @@ def _carry_out(
             record_histograms(folder, config, model, data)
             plot_curves(folder)
             plot_noise(folder)
-            write_json(folder / "summary.json", result)
+            SUMMARY.write(folder, result)
         return result
 
 
@@ -180,7 +188,7 @@ def _failures_told(config: Config, folder: Path) -> Iterator[None]:
     except Exception as error:
         told = _in_a_sentence(error, config, folder)
         # "x": of several processes the first keeps its reason; the others' is that they lost it
-        with suppress(OSError), open(folder / "error.txt", "x", encoding="utf-8", errors="backslashreplace") as file:
+        with suppress(OSError), open_own(folder / ERROR.name, "x") as file:
             file.write(f"{told}\n\n{traceback.format_exc()}")
         if told is error:
             raise
@@ -203,44 +211,44 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     """Write to a file, too, what is told on the terminal."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = logging.StreamHandler(open_own(path, "a"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     try:
         yield
     finally:
         log.removeHandler(handler)
-        handler.close()
+        handler.stream.close()
 
 
 def _open_record(folder: Path, saved: dict[str, Any] | None) -> Record:
     """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
     if not distributed.is_main():
         return Silence(folder)
-    _record_environment(folder / "environment.json", resuming=saved is not None)
+    _record_environment(folder, resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
     return Record(folder, state["epoch"], state["step"])
 
 
-def _record_environment(path: Path, resuming: bool) -> None:
+def _record_environment(folder: Path, resuming: bool) -> None:
     """What the run began in; and, under "resumed", what each later sitting went on in."""
     now = environment()
-    if not (resuming and path.is_file()):
-        write_json(path, now)
+    first = recorded(ENVIRONMENT, folder) if resuming else None
+    if first is None:
+        ENVIRONMENT.write(folder, {**now, "resumed": []})
         return
-    first = read_json(path)
     first.setdefault("resumed", []).append(now)
     for key in ("packages", "git", "machine"):
         if now[key] != first[key]:
             log.warning(f"going on with other {key} than the run began with: numbers may differ from an unbroken run's")
-    write_json(path, first)
+    ENVIRONMENT.write(folder, first)
 
 
 def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) -> None:
     table = summary(model)
     count = len(quantized_tensors(model))
     if distributed.is_main():
-        (folder / "quantizers.txt").write_text("\n".join([table, *notes]) + "\n", encoding="utf-8")
+        write_text(folder / "quantizers.txt", "\n".join([table, *notes]) + "\n")
     log.info(f"run folder {folder}")
     if count:
         log.info(f"{config.model.name}, {count} quantized tensors")
@@ -278,7 +286,7 @@ def _seen_at_a_time(config: Config) -> str:
     return f"{told}, where the recipe was published {published}{remedy}"
 
 
-def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
+def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
     activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
@@ -288,7 +296,8 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
     corrupt: set[str] | None = None  # met since the run last began
     if isinstance(source, FolderSource) and config.dataset.skip_corrupt:
         corrupt = set().union(*distributed.gather(source.corrupt))
-    return {
+    assert config.weight_bits is not None and config.activation_bits is not None
+    result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,
         "bits": config.weight_bits
@@ -303,8 +312,6 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "seed": config.seed,
         "processes": distributed.world_size(),
         "metric": trainer.data.metric,
-        **{key: value for key, value in state.val.items() if key != "samples"},
-        f"best_{trainer.data.metric}": state.best,
         "epochs": state.epoch,
         "steps": state.steps,
         "samples_per_second": state.samples_per_second,
@@ -313,6 +320,11 @@ def _summarize(config: Config, trainer: Trainer) -> dict[str, Any]:
         "size_mb": quantized_mb,
         "fp32_size_mb": full_mb,
         "quantization_mse": sum(mses) / len(mses) if mses else None,
-        **({"corrupt_pictures": len(corrupt)} if corrupt is not None else {}),
         "run_dir": str(trainer.record.folder),
     }
+    if corrupt is not None:
+        result["corrupt_pictures"] = len(corrupt)
+    figures: Any = {key: value for key, value in state.val.items() if key != "samples"}
+    figures[f"best_{trainer.data.metric}"] = state.best
+    result.update(figures)
+    return result

@@ -5,7 +5,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ from qat_runner.export.formats import (
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
 from qat_runner.training.checkpoint import LAST
+from qat_runner.training.files import TEMPORARY, exchange, full_disk_told
+from qat_runner.training.lock import RunLock
 from qat_runner.training.measure import compute
-from qat_runner.training.tracking import environment, write_json
+from qat_runner.training.records import EXPORT, Export
+from qat_runner.training.tracking import environment
 
 log = logging.getLogger("qat_runner")
 
@@ -163,7 +166,7 @@ def compare_rules(
     return dict(zip([first, *computes], figures, strict=True))
 
 
-def export(request: Request) -> dict[str, Any]:
+def export(request: Request) -> Export:
     """Write a run's network as integers, check what was written, and put it into its place.
 
     Returns:
@@ -181,10 +184,11 @@ def export(request: Request) -> dict[str, Any]:
     example = next(undivided(data).val_batches(2, 1)).inputs
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
+    assert config.weight_bits is not None and config.activation_bits is not None
     with _in_place_of(request.out) as folder:
         files = _write(integers, config, data, example, folder, request.formats)
         figures = _check(model, static, files, config, data)
-        result = {
+        result: Export = {
             "run": str(request.run),
             "model": config.model.name,
             "dataset": config.dataset.name,
@@ -197,10 +201,12 @@ def export(request: Request) -> dict[str, Any]:
             "batchnorm_kept": kept,
             "metric": data.metric,
             "processor": environment()["machine"]["processor"],
-            "figures": {name: verify.as_dict(found) for name, found in figures.items()},
-            **_costs(static, files, config, example),
+            "figures": {name: verify.recorded(found) for name, found in figures.items()},
+            "bytes": _bytes(static, files),
         }
-        write_json(folder / "export.json", result)
+        if "onnx" in files:
+            result["milliseconds"] = _milliseconds(static, files["onnx"], config, example)
+        EXPORT.write(folder, result)
     return result
 
 
@@ -246,26 +252,22 @@ def _check(
     return figures
 
 
-def _costs(static: nn.Module, files: dict[str, Path], config: Config, example: Sequence[Tensor]) -> dict[str, Any]:
-    """Bytes of the files and of the full-precision state, and milliseconds a sample in onnxruntime."""
+def _bytes(static: nn.Module, files: dict[str, Path]) -> dict[str, int]:
+    """Of the files and of the full-precision state."""
+    full = remove_quantizers(copy.deepcopy(static)).state_dict()
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    return {"full_precision": sum(t.numel() * t.element_size() for t in full.values()), **sizes}
+
+
+def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequence[Tensor]) -> dict[str, float]:
+    """A sample in onnxruntime, in full precision and of the file."""
+    log.info("timing")
     full = remove_quantizers(copy.deepcopy(static))
-    costs: dict[str, Any] = {
-        "bytes": {
-            "full_precision": sum(t.numel() * t.element_size() for t in full.state_dict().values()),
-            **{name: path.stat().st_size for name, path in files.items()},
-        }
-    }
-    if "onnx" in files:
-        log.info("timing")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "full.onnx"
-            write_onnx(full, _signature(config, example), path)
-            timed = {
-                "full_precision": verify.OnnxFile(path, fused=True),
-                "onnx": verify.OnnxFile(files["onnx"], fused=True),
-            }
-            costs["milliseconds"] = verify.latency(timed, [t[:1] for t in example])
-    return costs
+    with tempfile.TemporaryDirectory(dir=onnx.parent) as folder:
+        path = Path(folder) / "full.onnx"
+        write_onnx(full, _signature(config, example), path)
+        timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
+        return verify.latency(timed, [t[:1] for t in example])
 
 
 def _compute(network: nn.Module) -> verify.Compute:
@@ -307,7 +309,7 @@ def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
 def _check_out(request: Request) -> None:
     """Refuse to replace what is no export."""
     out = request.out
-    if out.exists() and not (out / "export.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / EXPORT.name).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
 
 
@@ -322,18 +324,39 @@ def _check_formats(request: Request, model: nn.Module) -> None:
 
 @contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its place if all goes well, and else is gone."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
+    """A new folder beside `out`, which takes its place if all goes well, and else is gone.
+
+    A process that is killed leaves the old export or the new one, and NAME.tmp beside it, which the next one clears.
+
+    Raises:
+        BusyError: another process is writing there.
+        OSError: it cannot be written; of a full disk with its path.
+    """
+    out = out.resolve()  # a link, perhaps to another disk, stays one
+    work = out.with_name(f"{out.name}{TEMPORARY}")
+    if work.is_symlink():
+        work.unlink()
+    with RunLock(work, str(out)), full_disk_told(work):
+        new, old = work / "new", work / "old"
+        if old.exists() and not out.exists():  # one was killed between two renames
+            old.rename(out)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            if out.exists() and not exchange(new, out):
+                out.rename(old)
+            if new.exists() and not out.exists():
+                new.rename(out)
+        finally:
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # of one that was killed
+        work.rmdir()
 
 
-def text(result: dict[str, Any]) -> str:
+def text(result: Export) -> str:
     """The result for the terminal."""
     names = {
         "dynamic": "dynamic scalars",
@@ -383,7 +406,7 @@ def text(result: dict[str, Any]) -> str:
     return "\n\n".join([head, quality, *_warning(result), costs])
 
 
-def _warning(result: dict[str, Any]) -> list[str]:
+def _warning(result: Export) -> list[str]:
     """What to do where this processor's kernels compute something else than the ONNX file says."""
     figures = result["figures"]
     if FUSED not in figures or verify.agrees(verify.Figures(**figures[FUSED]), verify.Figures(**figures["static"])):

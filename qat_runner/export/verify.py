@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qat_runner.data import Batch, Data
 from qat_runner.errors import ConfigError, RunError
+from qat_runner.training.records import ExportFigures
 
 LEAST_AGREEMENT = 95.0
 """Percent of the predictions that a file must share with the network. Rounding differs from library to library, and a
@@ -166,6 +167,13 @@ def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor], rounds: int
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def as_dict(figures: Figures) -> dict[str, float]:
-    """Without what is not known."""
-    return {key: value for key, value in asdict(figures).items() if value is not None}
+def recorded(figures: Figures) -> ExportFigures:
+    """As export.json has them: without what is not known."""
+    known: ExportFigures = {"accuracy": figures.accuracy}
+    if figures.agreement is not None:
+        known["agreement"] = figures.agreement
+    if figures.largest_difference is not None:
+        known["largest_difference"] = figures.largest_difference
+    if figures.standard_error is not None:
+        known["standard_error"] = figures.standard_error
+    return known

@@ -1,21 +1,21 @@
 """The page that sets runs side by side: a table, accuracy against bits and costs, and where their configs differ."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from qat_runner.config import Config, clipping_label, gradient_label, load_config, settings
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report import page
-from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown, whole_rows
+from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown
 from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.training.tracking import read_json
+from qat_runner.training.records import METRICS, SUMMARY, EpochRow, Summary
 
 FULL_PRECISION = "full precision"
 
@@ -38,8 +38,9 @@ class Entry:
 
     folder: Path
     config: Config
-    summary: dict[str, Any] | None
+    summary: Summary | None
     """None while it is not finished"""
+    epochs: list[EpochRow]
     variant: str = ""
     """how it differs from other runs of its method, in more than bits and seed"""
 
@@ -68,7 +69,7 @@ class Entry:
         return (self.config.weight_bits + self.config.activation_bits) / 2
 
 
-Costs = dict[str, tuple[str, Callable[[dict[str, Any]], float | None]]]
+Costs = dict[str, tuple[str, Callable[[Summary], float | None]]]
 
 COSTS: Costs = {
     "time": ("minutes", lambda summary: summary["seconds"] / 60),
@@ -92,8 +93,12 @@ def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
         if not configs and not unreadable:
             raise ConfigError(f"{place}: holds no run of qat-run")
         for folder, config in configs.items():
-            summary = folder / "summary.json"
-            found[folder.resolve()] = Entry(folder, config, read_json(summary) if summary.is_file() else None)
+            try:
+                entry = Entry(folder, config, SUMMARY.read(folder), METRICS.read(folder))
+            except UnreadableError as error:
+                left_out.append(str(error))
+            else:
+                found[folder.resolve()] = entry
     if len(found) < 2:
         raise ConfigError("; ".join([f"compare: needs two runs or more, and found {len(found)}", *left_out]))
     return _told_apart(list(found.values())), left_out
@@ -204,7 +209,7 @@ def _words(run: Entry, name: str) -> dict[str, str]:
 
 def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
     """Of a row of the table, and how each is written."""
-    s = run.summary or {}
+    s: Mapping[str, Any] = run.summary or {}
     return [
         (run.bits, "{:g}"),
         (accuracy(s) if s else None, "{:.2f}"),
@@ -313,11 +318,11 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
 
 
 def _curve(run: Entry, colour: int, dash: str) -> Trace | None:
-    rows = whole_rows(run.folder / "metrics.csv")
+    rows = run.epochs
     key = next((key for key in ("val_f1", "val_top1") if rows and key in rows[0]), None)
     if key is None:
         return None
-    epochs, values = [int(row["epoch"]) for row in rows], [number(row[key]) for row in rows]
+    epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
     told = f"{run.method}, {bits(run.config)} bits, seed {run.config.seed}"
     trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: %{{y}} %<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}

@@ -1,5 +1,6 @@
 """The paper's figures 1, 3 and 4, the iteration from several starts, and writing figures as PNG and SVG."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.policy import FULL_PRECISION
 from qat_runner.quant import fake_quantize, model_mse, mse, newton_step, octav
@@ -18,7 +19,9 @@ from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.runs import Run
 from qat_runner.report.tables_of_paper import make_table, paper
 from qat_runner.report.tensors_of_run import look_at, network_of_run
-from qat_runner.training.tracking import read_rows
+from qat_runner.training.records import METRICS
+
+log = logging.getLogger("qat_runner")
 
 POINTS = 120
 """Clipping scalars that a curve of figure 1 is drawn through."""
@@ -153,8 +156,12 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
 
 
 def _accuracy(run: Run) -> list[float]:
-    """Epoch by epoch, in percent."""
-    return [float(line["val_top1"]) for line in read_rows(run.folder / "metrics.csv")]
+    """Epoch by epoch, in percent; of a run whose epochs cannot be read none, which is told."""
+    try:
+        return [value for row in METRICS.read(run.folder) if (value := row.get("val_top1")) is not None]
+    except UnreadableError as error:
+        log.warning(f"{error}: left out")
+        return []
 
 
 def _grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:

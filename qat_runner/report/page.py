@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qat_runner.training.tracking import read_rows, write_text
+from qat_runner.training.files import write_text
 
 CHOSEN, OTHER = 0, 1
 """Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
@@ -83,14 +83,9 @@ def rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
-def whole_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, without one that is being written, or was when its run was killed."""
-    return [row for row in read_rows(path) if None not in row.values()]
-
-
-def number(text: str | float | None) -> float:
+def number(cell: float | None) -> float:
     """A cell of a CSV file; NaN where there is none."""
-    return math.nan if text in (None, "") else float(text)
+    return math.nan if cell is None else cell
 
 
 def shown(value: Any) -> str:

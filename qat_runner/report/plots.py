@@ -1,7 +1,9 @@
 """The plots of a run folder, drawn from its CSV files."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,17 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qat_runner.training.tracking import read_rows
+from qat_runner.training.files import write_whole
+from qat_runner.training.records import LAYERS, METRICS
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
 def plot_curves(folder: Path) -> None:
     """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained."""
-    rows = read_rows(folder / "metrics.csv")
+    rows = METRICS.read(folder)
     if not rows:
         return
-    epochs = [int(row["epoch"]) for row in rows]
+    epochs = [row["epoch"] for row in rows]
     halves = [key for key in rows[0] if key.startswith(("train_", "val_"))]
     losses = [key for key in halves if key.endswith("_loss")]
     rates = [
@@ -33,8 +36,16 @@ def plot_curves(folder: Path) -> None:
             half, _, what = key.partition("_")
             colour = OTHER if half == "train" else CHOSEN
             style = "--" if key == "val_em" else "-"
-            values = [float(row[key]) for row in rows]
-            axes.plot(epochs, values, style, color=colour, marker="o", markersize=3, label=f"{half} {what}")
+            values = [math.nan if (value := row.get(key)) is None else value for row in rows]
+            axes.plot(
+                epochs,
+                [math.nan if v is None else v for v in values],
+                style,
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"{half} {what}",
+            )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -45,7 +56,7 @@ def plot_curves(folder: Path) -> None:
 
 def plot_noise(folder: Path) -> None:
     """noise.png: SQNR of each tensor in the latest epoch of layers.csv, beside max-scaling."""
-    rows = read_rows(folder / "layers.csv")
+    rows = LAYERS.read(folder)
     if not rows:
         return
     rows = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
@@ -58,16 +69,16 @@ def plot_noise(folder: Path) -> None:
     _save(figure, folder / "noise.png")
 
 
-def _noise_of(rows: list[dict[str, str]], ax: Axes) -> None:
+def _noise_of(rows: Sequence[Mapping[str, Any]], ax: Axes) -> None:
     places = range(len(rows))
     for key, label, colour, marker in (
         ("max_sqnr_db", "max-scaling", OTHER, "s"),
         ("sqnr_db", "this run", CHOSEN, "o"),
     ):
-        values = [float(row[key]) for row in rows]
+        values = [row[key] for row in rows]
         ax.plot(
             places,
-            [v if math.isfinite(v) else math.nan for v in values],
+            [math.nan if v is None or math.isinf(v) else v for v in values],
             color=colour,
             marker=marker,
             markersize=4,
@@ -80,10 +91,10 @@ def _noise_of(rows: list[dict[str, str]], ax: Axes) -> None:
     ax.legend()
 
 
-def _name(row: dict[str, str]) -> str:
+def _name(row: Mapping[str, Any]) -> str:
     return row["layer"] if row["tensor"] in ("weight", "input") else f"{row['layer']}.{row['tensor']}"
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)

@@ -1,23 +1,42 @@
 """The page of a run: what came of it, how, and how to have it again."""
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.export import exporting
 from qat_runner.report import page
-from qat_runner.report.page import Chart, axes, line, number, whole_rows
+from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
-from qat_runner.training.tracking import read_json
+from qat_runner.training.files import CsvFile, JsonFile
+from qat_runner.training.records import (
+    ENVIRONMENT,
+    EXPORT,
+    HISTOGRAMS,
+    LAYERS,
+    METRICS,
+    STEPS,
+    SUMMARY,
+    Environment,
+    EpochRow,
+    Sitting,
+    StepRow,
+    Summary,
+)
+
+log = logging.getLogger("qat_runner")
+
+T = TypeVar("T")
 
 POINTS = 1000
 """Steps that a curve is drawn through, at most; each point is the mean of those that it stands for."""
@@ -49,19 +68,32 @@ def write(folder: Path, out: Path) -> Path:
     config = load_config(folder)
     if config is None:
         raise ConfigError(f"{folder}: holds no run of qat-run")
-    summary, environment = _read(folder / "summary.json"), _read(folder / "environment.json")
-    rows = whole_rows(folder / "layers.csv")
-    curves, noise = _curves(folder), noise_charts(rows)
-    one_tensor = tensor_charts(
-        rows, _read(folder / "histograms.json", "without the file there is a page without them") or []
-    )
+    unreadable: list[str] = []
+
+    def read(file: JsonFile[T] | CsvFile[T], place: Path = folder) -> Any:
+        try:
+            return file.read(place)
+        except UnreadableError as error:  # the page shows all else
+            unreadable.append(str(error))
+            return None
+
+    summary, environment, epochs = read(SUMMARY), read(ENVIRONMENT), read(METRICS) or []
+    rows = read(LAYERS) or []
+    curves, noise = _curves(epochs, read(STEPS) or []), noise_charts(rows)
+    one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
+    exported = read(EXPORT, folder / exporting.FOLDER)
     settings, state = sections(config), status(folder)
+    if state.state == "unreadable" and state.note not in unreadable:
+        unreadable.append(state.note)
+    for why in unreadable:
+        log.warning(f"{why}: left out")
     content = {
         "title": folder.resolve().name,
         "heading": heading(config),
         "status": state,
         "unfinished": _UNFINISHED.get(state.state, ""),
-        "cards": _cards(folder, config, summary),
+        "unreadable": unreadable,
+        "cards": _cards_so_far(epochs, config) if summary is None else _cards(folder, config, summary),
         "curves": curves,
         "noise": noise,
         "noisiest": noisiest(rows),
@@ -73,14 +105,10 @@ def write(folder: Path, out: Path) -> Path:
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
-        "exported": _exported(folder),
+        "exported": None if exported is None else exporting.text(exported),
         **_again(config, environment),
     }
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)
-
-
-def _read(path: Path, *advice: str) -> Any:
-    return read_json(path, *advice) if path.is_file() else None
 
 
 def heading(config: Config) -> str:
@@ -95,11 +123,10 @@ def bits(config: Config) -> str:
     return f"{config.weight_bits}" if same else f"{config.weight_bits}/{config.activation_bits}"
 
 
-def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> list[Card]:
-    if summary is None:
-        return _cards_so_far(folder, config)
+def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     name = metric(summary)
-    best = f"best {summary[f'best_{name}']:.2f} %" if config.training and f"best_{name}" in summary else ""
+    highest = summary.get("best_f1" if name == "f1" else "best_top1")
+    best = f"best {highest:.2f} %" if config.training and highest is not None else ""
     cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
     difference = _difference(folder, config, summary)
     if difference is not None:
@@ -107,7 +134,7 @@ def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> l
     if not config.policy.full_precision:
         cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
-    if summary.get("sqnr_db") is not None:
+    if summary["sqnr_db"] is not None:
         cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]
@@ -118,16 +145,15 @@ def _cards(folder: Path, config: Config, summary: Mapping[str, Any] | None) -> l
     return cards
 
 
-def _cards_so_far(folder: Path, config: Config) -> list[Card]:
+def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
     """Of a run that is not finished."""
-    rows = whole_rows(folder / "metrics.csv")
     cards = [Card("epochs", f"{len(rows)} of {config.epochs}")] if config.training else []
     if rows:
         name = next(key for key in ("val_f1", "val_top1") if key in rows[-1])
-        values = [number(row[name]) for row in rows]
+        values = [number(row.get(name)) for row in rows]
         best = f"best {max(values):.2f} %"
         cards.append(Card(f"{name.removeprefix('val_')} so far", f"{values[-1]:.2f} %", best))
-        cards.append(Card("time", duration(number(rows[-1]["seconds"]))))
+        cards.append(Card("time", duration(number(rows[-1].get("seconds")))))
     return cards
 
 
@@ -138,18 +164,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _difference(folder: Path, config: Config, summary: Mapping[str, Any]) -> float | None:
+def _difference(folder: Path, config: Config, summary: Summary) -> float | None:
     """From the full-precision run that lies in the same folder of runs, in points."""
-    try:
-        beside = [(run.config, run.summary) for run in find_runs(folder.resolve().parent) if run.summary]
-    except RunError:  # a damaged neighbour leaves this run's page without a figure, not this run without a page
-        return None
+    beside = [(run.config, run.summary) for run in find_runs(folder.resolve().parent) if run.summary]
     return against_full_precision([*beside, (config, summary)])[-1]
 
 
-def _curves(folder: Path) -> list[Chart]:
+def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow]) -> list[Chart]:
     """Accuracy and loss by epoch, loss and learning rate by step."""
-    rows, steps = whole_rows(folder / "metrics.csv"), whole_rows(folder / "steps.csv")
     charts = []
     if rows:
         halves = [key for key in rows[0] if key.startswith(("val_", "train_"))]
@@ -165,8 +187,8 @@ def _curves(folder: Path) -> list[Chart]:
     return charts
 
 
-def _by_epoch(name: str, heading: str, rows: Sequence[Mapping[str, str]], keys: Sequence[str]) -> Chart:
-    epochs = [int(row["epoch"]) for row in rows]
+def _by_epoch(name: str, heading: str, rows: Sequence[EpochRow], keys: Sequence[str]) -> Chart:
+    epochs = [int(number(row["epoch"])) for row in rows]
     ticks = {"dtick": 1} if len(epochs) <= page.FEW_EPOCHS else {}
     keys = sorted(keys, reverse=True)  # validation first: it has the first colour
     traces = [
@@ -179,7 +201,7 @@ def _by_epoch(name: str, heading: str, rows: Sequence[Mapping[str, str]], keys: 
     return Chart(name, heading, [page.View("", traces)], axes("epoch", xaxis=ticks, hovermode="x unified"))
 
 
-def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, str]], key: str, size: int) -> Chart:
+def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, Any]], key: str, size: int) -> Chart:
     """A column of steps.csv, thinned to means of `size` rows."""
     values = [number(row[key]) for row in steps]
     parts = [values[i : i + size] for i in range(0, len(values), size)]
@@ -199,7 +221,7 @@ def _why_no_noise(config: Config) -> str:
     return "None is on record yet."
 
 
-def _again(config: Config, environment: Mapping[str, Any] | None) -> dict[str, Any]:
+def _again(config: Config, environment: Environment | None) -> dict[str, Any]:
     """The command that gives the same run, or else the recorded one; and the folder that the run was started in."""
     recorded = None if environment is None else shlex.join(environment["command"])
     return {
@@ -209,13 +231,7 @@ def _again(config: Config, environment: Mapping[str, Any] | None) -> dict[str, A
     }
 
 
-def _exported(folder: Path) -> str | None:
-    """What qat-export wrote into the run's folder, as it printed it."""
-    path = folder / exporting.FOLDER / "export.json"
-    return exporting.text(read_json(path, "qat-export writes it anew")) if path.is_file() else None
-
-
-def _environment(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _environment(environment: Environment | None) -> list[tuple[str, str]]:
     """What the run was begun in, line by line."""
     if environment is None:
         return []
@@ -233,17 +249,17 @@ def _environment(environment: Mapping[str, Any] | None) -> list[tuple[str, str]]
     ]
 
 
-def _sittings(environment: Mapping[str, Any] | None) -> list[str]:
+def _sittings(environment: Environment | None) -> list[str]:
     """When a run was resumed, and in what that was new."""
-    told = []
-    for sitting in (environment or {}).get("resumed", []):
-        changed = [
-            key for part in ("packages", "git", "machine") for key in _changed(environment or {}, sitting, part) or []
-        ]
+    told: list[str] = []
+    if environment is None:
+        return told
+    for sitting in environment.get("resumed", []):
+        changed = [key for part in ("packages", "git", "machine") for key in _changed(environment, sitting, part)]
         told.append(sitting["started"] + (f", with other {', '.join(changed)}" if changed else ""))
     return told
 
 
-def _changed(first: Mapping[str, Any], later: Mapping[str, Any], part: str) -> list[str]:
+def _changed(first: Sitting, later: Sitting, part: Literal["packages", "git", "machine"]) -> list[str]:
     old, new = first[part], later[part]
     return differences(old, new) if old and new else [part] if old != new else []

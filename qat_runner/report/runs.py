@@ -8,7 +8,7 @@ from typing import Any
 
 from qat_runner.config import Config, clipping_label, differences, identity, read_config
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.training.tracking import read_json
+from qat_runner.training.records import SUMMARY, Summary
 
 log = logging.getLogger("qat_runner")
 
@@ -28,7 +28,7 @@ class Run:
     seed: int
     setting: dict[str, Any]
     """all that decides its result, but the seed"""
-    summary: dict[str, Any] | None
+    summary: Summary | None
     """the content of summary.json; None while unfinished"""
 
 
@@ -47,12 +47,14 @@ def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]
 def find_runs(folder: Path) -> list[Run]:
     """All runs in a folder of run folders, finished or not, by name; those that cannot be read are told of."""
     configs, unreadable = configs_in(folder)
-    for error in unreadable:
-        log.warning(f"{error}: left out")
     found = []
     for path, config in configs.items():
         assert config.weight_bits is not None
-        summary = path / "summary.json"
+        try:
+            summary = SUMMARY.read(path)
+        except UnreadableError as error:
+            unreadable.append(error)
+            continue
         found.append(
             Run(
                 path,
@@ -64,9 +66,11 @@ def find_runs(folder: Path) -> list[Run]:
                 _row(config),
                 config.seed,
                 {key: value for key, value in identity(config).items() if key not in ("seed", "weights")},
-                read_json(summary) if summary.is_file() else None,
+                summary,
             )
         )
+    for why in unreadable:
+        log.warning(f"{why}: left out")
     return found
 
 

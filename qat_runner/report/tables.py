@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from qat_runner.config import BASELINE, Config, baseline_of, run_name
 from qat_runner.insertion.policy import FULL_PRECISION
+from qat_runner.training.records import metric_of
 
 Result = tuple[Config, Mapping[str, Any]]
 """Of a finished run: its config, and the content of its summary.json."""
@@ -27,9 +28,9 @@ def results_table(results: Sequence[Result]) -> str:
                 s["seed"],
                 _number(accuracy(s), 2),
                 "" if difference is None else f"{difference:+.2f}",
-                _number(s[f"best_{metric(s)}"], 2),
+                _number(s.get(f"best_{metric(s)}"), 2),
                 _number(s["sqnr_db"], 1),
-                _number(s["samples_per_second"], 0 if (s["samples_per_second"] or 0) >= 100 else 1),
+                _number(s.get("samples_per_second"), 0 if (s.get("samples_per_second") or 0) >= 100 else 1),
                 _number(s["seconds"], 1),
             )
         )
@@ -130,7 +131,7 @@ def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]]
 def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What a run is, in the columns that all tables begin with."""
     clipping = summary["clipping"] + (", distilled" if summary.get("distilled") else "")
-    return (*(str(summary[key]) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
+    return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 
 def _percent(results: Sequence[Result]) -> str:
@@ -149,8 +150,8 @@ def _table(rows: Sequence[Sequence[object]], figures: Sequence[str]) -> str:
 
 
 def metric(summary: Mapping[str, Any]) -> str:
-    """Name of the figure of a run that counts; records of old do not tell."""
-    return str(summary.get("metric") or ("f1" if "f1" in summary else "top1"))
+    """Name of the figure of a run that counts."""
+    return metric_of(summary)
 
 
 def accuracy(summary: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
-from qat_runner.report.tables import Table, mean_and_deviation
+from qat_runner.report.tables import Table, accuracy, mean_and_deviation, metric
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 
@@ -167,7 +167,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     table = TableOfRuns(name, dataset)
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     for run in ours:
-        if run.summary is not None and table.metric not in run.summary:
+        if run.summary is not None and metric(run.summary) != table.metric:
             raise ConfigError(f"{name}: is about {table.metric}, which {run.folder.name} does not have")
     found = {run.model for run in ours}
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
@@ -181,7 +181,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
                 mine = [r for r in ours if (r.model, r.row) == (model, row) and (full or r.weight_bits == bits)]
                 check_seeds(mine)
                 table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-                values = tuple(run.summary[table.metric] for run in mine if run.summary is not None)
+                values = tuple(accuracy(run.summary) for run in mine if run.summary is not None)
                 if full:
                     baseline = statistics.fmean(values) if values else None
                 baselines = (None, None) if full else (baseline, published(name, model, FULL_PRECISION_ROWS[0], None))

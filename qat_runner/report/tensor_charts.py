@@ -116,7 +116,7 @@ def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]
 
 
 def _scalar(tensor: str, rows: Sequence[Row]) -> View:
-    epochs, values = [int(row["epoch"]) for row in rows], [number(row["s"]) for row in rows]
+    epochs, values = [row["epoch"] for row in rows], [number(row["s"]) for row in rows]
     per = " (mean over channels)" if rows and rows[0]["granularity"] == "channel" else ""
     return View(tensor, [line(epochs, values, "s")], {"yaxis": {"title": {"text": f"s{per}"}}})
 

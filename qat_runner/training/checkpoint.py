@@ -4,13 +4,12 @@ A checkpoint is a file of torch.save, sealed: the zip archive that it is ends wi
 before. So a truncated or damaged file is known as such, and any other tool still reads it.
 """
 
-import errno
 import hashlib
 import logging
 import os
 import random
-import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,8 @@ import torch
 
 from qat_runner.errors import RunError
 from qat_runner.insertion.state import upgrade
+from qat_runner.training.files import full_disk_told, told
+from qat_runner.training.records import RandomState
 
 log = logging.getLogger("qat_runner")
 
@@ -40,17 +41,15 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
         OSError: it could not be written; the old content is as it was, and nothing else is left.
     """
     temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
     try:
-        with open(temporary, "w+b") as file:
+        with full_disk_told(path.parent), open(temporary, "x+b") as file:
             torch.save(content, file)
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save tells a full disk by a RuntimeError
-        full = shutil.disk_usage(path.parent).free < 2**20
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise error if isinstance(error, OSError) else OSError(f"{path}: {' '.join(str(error).split())}") from error
     if keep is not None and path.is_file():
         os.replace(path, keep)
@@ -103,9 +102,12 @@ def load(path: Path) -> dict[str, Any]:
     reason = "it is damaged: its checksum is wrong"
     try:
         if is_whole(path):
-            return upgrade(torch.load(path, map_location="cpu", weights_only=True))
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(found, dict):
+                raise ValueError("it is no dictionary")
+            return upgrade(found)
     except Exception as error:  # whatever a parser may raise on damaged bytes
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = told(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise RunError(f"checkpoint {path} cannot be read ({reason})")
 
 
@@ -114,26 +116,38 @@ def exists(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (LAST, PREVIOUS))
 
 
-def newest(folder: Path) -> dict[str, Any]:
-    """The newest whole checkpoint of a folder; one that is damaged is named in the log.
+def newest(folder: Path, take: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
+    """The newest whole checkpoint of a folder that is taken; one that is damaged or not taken is named in the log.
+
+    Args:
+        folder: of checkpoints.
+        take: is given a checkpoint, and raises RunError if it is none to go on from, with what to say of it.
 
     Raises:
         RunError: there is none.
     """
     reasons: list[str] = []
     for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.is_file():
+            continue
         try:
-            if (folder / name).is_file():
-                found = load(folder / name)
-                if reasons:
-                    log.warning(f"{reasons[0]}; going on from the one before")
-                return found
+            found = load(path)
         except RunError as error:
             reasons.append(str(error))
+            continue
+        try:
+            take(found)
+        except RunError as error:
+            reasons.append(f"checkpoint {path} {error}")
+            continue
+        if reasons:
+            log.warning(f"{reasons[0]}; going on from the one before")
+        return found
     raise RunError(f"{'; '.join(reasons) or f'{folder} holds no checkpoint'}; overwrite=true starts the run anew")
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> RandomState:
     """The state of all global random generators, on a GPU that of this process's, as tensors and plain values."""
     numpy_state: Any = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -145,7 +159,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Undo what happened to the generators since `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():

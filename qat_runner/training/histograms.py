@@ -3,7 +3,6 @@
 Measured once, when all training is done, on the batches that noise is measured on; a weight's is of itself.
 """
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
 from qat_runner.training.measure import autocast
-from qat_runner.training.tracking import write_json
+from qat_runner.training.records import HISTOGRAMS, Histogram
 
 BINS = 100
 LEVELS = 64
@@ -24,33 +23,6 @@ LEVELS = 64
 
 REACH = 4.0
 """Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Of x / s. Each channel is divided by its own s, so that one grid stands for all of them."""
-
-    layer: str
-    tensor: str
-    bits: int
-    signed: bool
-    granularity: str
-    s: float
-    """clipping scalar of the latest batch in units of x, the mean over the channels where there are several"""
-    low: float
-    """left end of the first bin, in units of s, like all that follow"""
-    high: float
-    """right end of the last bin"""
-    lowest: float
-    """the smallest value of the first batch"""
-    highest: float
-    """the largest value of the first batch"""
-    beyond: int
-    """values outside of the bins"""
-    counts: list[int]
-    """values in each bin; all bins have the same width"""
-    levels: list[float]
-    """those of the grid; none where there are more than LEVELS"""
 
 
 def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data) -> None:
@@ -67,7 +39,7 @@ def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data
     batches = undivided(data).val_batches(config.dataset.val_batch_size, config.noise_batches)
     with autocast(data.device, config.amp):
         found = histograms(model, (batch.inputs for batch in batches))
-    write_json(folder / "histograms.json", [asdict(histogram) for histogram in found])
+    HISTOGRAMS.write(folder, found)
 
 
 @torch.no_grad()
@@ -112,8 +84,18 @@ class _Tally:
 
     def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
         assert quantizer.last_s is not None
-        kind = (layer, tensor, quantizer.bits, quantizer.signed, quantizer.granularity)
-        s = quantizer.last_s.float().mean().item()
-        ends = (self.low, self.high, self.lowest, self.highest)
-        levels = quantizer.levels if 2**quantizer.bits <= LEVELS else []
-        return Histogram(*kind, s, *ends, self.beyond, [int(n) for n in self.counts.tolist()], levels)
+        return {
+            "layer": layer,
+            "tensor": tensor,
+            "bits": quantizer.bits,
+            "signed": quantizer.signed,
+            "granularity": quantizer.granularity,
+            "s": quantizer.last_s.float().mean().item(),
+            "low": self.low,
+            "high": self.high,
+            "lowest": self.lowest,
+            "highest": self.highest,
+            "beyond": self.beyond,
+            "counts": [int(n) for n in self.counts.tolist()],
+            "levels": list(quantizer.levels) if 2**quantizer.bits <= LEVELS else [],
+        }

@@ -1,6 +1,7 @@
 """One process at a time in a run's folder, and a sign of life for whoever asks from elsewhere."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -10,9 +11,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from qat_runner.errors import BusyError
+from qat_runner.errors import BusyError, UnreadableError
+from qat_runner.training.records import LOCK, Owner
 
-NAME = "lock"
 BEAT = 15.0
 """Seconds between signs of life."""
 PATIENCE = 10
@@ -24,39 +25,60 @@ STALE = 4 * BEAT
 class RunLock:
     """Holds a run's folder, made if need be, while open. Removes the folder again if nothing came to lie in it.
 
+    Args:
+        folder: to hold.
+        name: what it is called in the sentence for whoever comes second; None: run_dir.
+
     Raises, on entering:
         BusyError: another process holds it.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made, or the lock be written; nothing is left.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder = folder
-        self._path = folder / NAME
+        self.name = name or f"run_dir={folder}"
+        self._path = folder / LOCK.name
         self._made: list[Path] = []
         self._file: int | None = None
         self._over = threading.Event()
 
     def __enter__(self) -> "RunLock":
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while self._file is None:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                _take(handle)
-            except OSError as error:
-                os.close(handle)
-                if not isinstance(error, BlockingIOError):  # a file system without locks
-                    raise
-                raise BusyError(f"run_dir={self.folder}: {owner(self.folder)} is at work in it") from error
-            if _same(handle, self._path):  # not removed meanwhile by the one that held it
-                self._file = handle
-            else:
-                os.close(handle)
-        os.truncate(self._file, 0)
-        os.write(self._file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while self._file is None:
+                self._try()
+            os.truncate(self._file, 0)
+            os.write(self._file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError:
+            self._leave()
+            raise
         threading.Thread(target=self._beat, daemon=True).start()
         os.register_at_fork(after_in_child=self._forget)
         return self
+
+    def _try(self) -> None:
+        """Take the lock, unless it is removed meanwhile by the one that held it."""
+        try:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                error.strerror = f"{LOCK.name} is a symbolic link, which is not followed"
+            raise
+        try:
+            _take(handle)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise BusyError(f"{self.name}: {owner(self.folder)} is at work in it") from error
+        except OSError:  # a file system without locks
+            os.close(handle)
+            if self._made:
+                self._path.unlink(missing_ok=True)
+            raise
+        if _same(handle, self._path):
+            self._file = handle
+        else:
+            os.close(handle)
 
     def _forget(self) -> None:
         """In a child, such as a worker that decodes pictures: it must not hold the lock beyond its parent's death."""
@@ -66,10 +88,13 @@ class RunLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._over.set()
-        self._path.unlink(missing_ok=True)
-        assert self._file is not None
-        os.close(self._file)
-        self._file = None
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
         with contextlib.suppress(OSError):  # not empty: as it should be
             for path in self._made:
                 path.rmdir()
@@ -100,11 +125,12 @@ def _same(handle: int, path: Path) -> bool:
 def alive(folder: Path) -> bool:
     """Whether a process is at work in a folder: here, by its lock; on another machine, by its latest sign of life."""
     try:
-        handle = os.open(folder / NAME, os.O_RDONLY)
-    except FileNotFoundError:
+        handle = os.open(folder / LOCK.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError):  # none, or nothing that a run wrote
         return False
     try:
-        if _read(folder).get("host") != socket.gethostname():
+        who = _read(folder)
+        if who is None or who["host"] != socket.gethostname():
             return time.time() - os.fstat(handle).st_mtime < STALE
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
@@ -120,9 +146,9 @@ def owner(folder: Path) -> str:
     return f"process {who['process']} on {who['host']}" if who else "another process"
 
 
-def _read(folder: Path) -> dict[str, object]:
+def _read(folder: Path) -> Owner | None:
+    """None where it is not told: the lock was taken just now, or someone else wrote there."""
     try:
-        who = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return {"process": who["process"], "host": who["host"]}
-    except (OSError, ValueError, KeyError):
-        return {}
+        return LOCK.read(folder)
+    except UnreadableError:
+        return None

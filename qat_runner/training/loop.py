@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.config import Config, identity
+from qat_runner.config import Config, differences, flat, identity, settings
 from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
 from qat_runner.data.batches import undivided
@@ -21,13 +21,18 @@ from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
 from qat_runner.training import checkpoint, distributed
+from qat_runner.training.files import fit, told
 from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
+from qat_runner.training.records import PREDICTIONS, Checkpoint, ProcessState
 from qat_runner.training.stop import StopRequest
-from qat_runner.training.tracking import Record, write_json
+from qat_runner.training.tracking import Record
 
 log = logging.getLogger("qat_runner")
+
+OF_EVERY_VERSION = ("model.name", "dataset.name", "weight_bits", "activation_bits", "mode", "seed")
+"""Keys that tell the runs of checkpoints from one another whose config is that of an earlier version."""
 
 DIVERGED = 1000
 """What a process tells the others when its loss is no number; above all numbers of signals."""
@@ -182,7 +187,7 @@ class Trainer:
         except ValueError as error:  # a quantizer met NaN or infinity
             raise RunError(f"validation failed, the network has diverged: {error}") from error
         if isinstance(score, AnswerScore) and distributed.is_main():
-            write_json(self.record.folder / "predictions.json", score.predictions)
+            PREDICTIONS.write(self.record.folder, score.predictions)
         return figures
 
     def _progress(self, epochs: int, train_samples: int) -> AbstractContextManager[Progress]:
@@ -213,24 +218,39 @@ class Trainer:
         """Go on from a checkpoint: model, optimizer, scaler and random state as they were, and the place in the epoch.
 
         Raises:
-            RunError: it belongs to another network, or to another number of processes.
+            RunError: it is no checkpoint of this run, or of another number of processes.
         """
         shard = distributed.shard()
-        if len(saved["processes"]) != shard.world:
-            raise RunError(
-                f"the run was begun by {len(saved['processes'])} processes, not {shard.world}: go on with as many"
-            )
-        own = saved["processes"][shard.rank]
         try:
-            self.model.load_state_dict(saved["model"] | own["buffers"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise RunError(f"the checkpoint does not fit this network ({str(error).splitlines()[0]})") from error
-        self.scaler.load_state_dict(saved["scaler"])
-        checkpoint.set_random_state(own["random"])
-        self.state = State(**saved["state"])
-        self.to_freeze = self.to_freeze and bool(dynamic_activations(self.model))
-        self.totals.sums.copy_(own["totals"])
+            found: Checkpoint = fit(Checkpoint, saved)
+            self._check_same_run(found)
+            if len(found["processes"]) != shard.world:
+                raise ValueError(f"it has the state of {len(found['processes'])} processes, not of {shard.world}")
+            own = found["processes"][shard.rank]
+            self.model.load_state_dict(found["model"] | own["buffers"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.scaler.load_state_dict(found["scaler"])
+            checkpoint.set_random_state(own["random"])
+            self.totals.sums.copy_(own["totals"])
+        except Exception as error:  # whatever PyTorch may raise on state that is none
+            raise RunError(f"does not fit this run ({told(error)})") from error
+        self.state = State(**found["state"])
+        self.to_freeze = self.config.freezing and bool(dynamic_activations(self.model))
+
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        state = saved["state"]
+        if state["epoch"] > self.epochs or (state["epoch"] == self.epochs and state["step"]):
+            raise ValueError(f"state.epoch: is {state['epoch']}, of {self.epochs}")
+        if state["step"] > self.steps:
+            raise ValueError(f"state.step: is {state['step']}, of {self.steps} an epoch")
+        if self.config.resume == "force":
+            return
+        now, then = identity(self.config), saved["config"]
+        if any(isinstance(value, dict) for value in then.values()):  # of before: what has kept its name and meaning
+            then = {key: value for key, value in flat(then).items() if key in OF_EVERY_VERSION}
+            now = {key: value for key, value in settings(self.config).items() if key in then}
+        if changed := differences(then, now):
+            raise ValueError(f"it is of a run with another {', '.join(changed)}")
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         """What is left of an epoch; returns the figures of all of it."""
@@ -380,19 +400,18 @@ class Trainer:
         value = self.state.val[self.data.metric] if end_of_epoch else -math.inf
         best = value > self.state.best
         self.state.best = max(value, self.state.best)
-        processes = distributed.gather(
-            {
-                "random": checkpoint.random_state(),
-                "totals": self.totals.sums.cpu(),
-                "buffers": self._own_buffers(),
-            }
-        )
-        content: dict[str, Any] = {
+        own: ProcessState = {
+            "random": checkpoint.random_state(),
+            "totals": self.totals.sums.cpu(),
+            "buffers": self._own_buffers(),
+        }
+        processes = distributed.gather(own)
+        content: Checkpoint = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": processes,
-            "state": vars(self.state),
+            "state": vars(self.state),  # type: ignore[typeddict-item]
             "config": identity(self.config),
         }
         self.saved_at = time.monotonic()
@@ -400,8 +419,9 @@ class Trainer:
             return
         folder = self.record.folder / "checkpoints"
         if best:  # first: killed in between, the run would know of it, and not write it again
-            checkpoint.save(folder / "best.pt", {key: content[key] for key in ("model", "state", "config")})
-        checkpoint.save(folder / checkpoint.LAST, content, keep=folder / checkpoint.PREVIOUS)
+            best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
+            checkpoint.save(folder / "best.pt", best_one)
+        checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
 
     def _own_buffers(self) -> dict[str, Tensor]:
         """What of the model's state is this process's own, where there are several."""

@@ -19,13 +19,13 @@
 | summary.json      | the result; a folder that has it is a finished run                                            |
 """
 
-import csv
-import json
+import logging
 import math
 import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -37,21 +37,18 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from qat_runner.errors import RunError
 from qat_runner.insertion import LayerNoise
 from qat_runner.training import distributed
+from qat_runner.training.records import LAYERS, METRICS, STEPS, Git, Sitting
 
-STEPS = ("epoch", "step", "loss", "lr", "excess_mse_mean", "excess_mse_max")
-LAYERS = ("epoch", *LayerNoise.__dataclass_fields__)
+log = logging.getLogger("qat_runner")
+
 RECORDED = (
     *("config.yaml", "environment.json", "quantizers.txt", "log.txt", "metrics.csv", "steps.csv", "layers.csv"),
     *("histograms.json", "tensorboard", "checkpoints", "curves.png", "noise.png", "predictions.json", "summary.json"),
     *("error.txt", "report.html", "export"),
 )
 """All that a run folder holds."""
-
-TEMPORARY = ".tmp"
-"""Ending of what is being written; a process that was killed may leave one."""
 
 _PACKAGES = (
     "qat_runner",
@@ -80,16 +77,25 @@ class Record:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints").mkdir(exist_ok=True)
-        for name in ("metrics.csv", "steps.csv", "layers.csv"):
-            _drop_rows_after(folder / name, epoch, step)
+
+        def done(row: Mapping[str, Any]) -> bool:
+            return bool(row["epoch"] <= epoch) or (row["epoch"] == epoch + 1 and bool(0 < row.get("step", 0) <= step))
+
+        for file in (METRICS, STEPS, LAYERS):
+            if bad := file.keep(folder, done):
+                log.warning(f"{folder / file.name}: {bad} damaged lines are left out")
+        self._hook, threading.excepthook = threading.excepthook, _quiet_about_tensorboard
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def close(self) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Add a row to metrics.csv; the keys, the same each time, are its columns."""
-        _append(self.folder / "metrics.csv", list(row), [row])
+        METRICS.append(self.folder, [row], list(row))
         for key, value in row.items():
             if key != "epoch" and math.isfinite(value):
                 half, _, what = key.partition("_")
@@ -99,11 +105,11 @@ class Record:
 
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Add the steps of an epoch to steps.csv."""
-        _append(self.folder / "steps.csv", STEPS, rows)
+        STEPS.append(self.folder, rows)
 
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None:
         """Add the noise of all tensors to layers.csv, and the scalars [any shape], by tensor name, to TensorBoard."""
-        _append(self.folder / "layers.csv", LAYERS, [{"epoch": epoch, **asdict(row)} for row in noise])
+        LAYERS.append(self.folder, [{"epoch": epoch, **asdict(row)} for row in noise])
         for row in noise:
             for key in ("sqnr_db", "max_sqnr_db", "mse", "clipped_fraction", "s"):
                 value = getattr(row, key)
@@ -112,6 +118,12 @@ class Record:
         for name, s in scalars.items():
             if torch.isfinite(s).all():
                 self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
+
+
+def _quiet_about_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Its writer's thread tells the next call of its error, which we tell in a sentence; that is enough."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 class Silence(Record):
@@ -129,47 +141,7 @@ class Silence(Record):
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None: ...
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON: path holds the old content or the new one, never half of it. NaN and infinity become null."""
-    write_text(path, json.dumps(_finite(content), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file: path holds the old content or the new one, never half of it, and nothing else is left."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path, advice: str = "overwrite=true starts the run anew") -> Any:
-    """What `write_json` wrote.
-
-    Args:
-        path: the file.
-        advice: what to do if it cannot be read.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); {advice}") from error
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def environment() -> dict[str, Any]:
+def environment() -> Sitting:
     """Versions, git state, command and machine, for environment.json."""
     cuda = torch.cuda.is_available()
     return {
@@ -191,41 +163,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _append(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    new = not path.is_file()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _drop_rows_after(path: Path, epoch: int, step: int) -> None:
-    def done(row: Mapping[str, str]) -> bool:
-        if not (row.get("epoch") or "").isdigit():  # a line that was cut short
-            return False
-        number = int(row["epoch"])
-        return number <= epoch or (number == epoch + 1 and 0 < int(row.get("step") or 0) <= step)
-
-    rows = read_rows(path)
-    kept = [row for row in rows if done(row)]
-    if not kept:
-        path.unlink(missing_ok=True)
-    elif len(kept) < len(rows):
-        temporary = path.with_name(f"{path.name}{TEMPORARY}")
-        temporary.unlink(missing_ok=True)
-        _append(temporary, list(kept[0]), kept)
-        os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -235,13 +172,13 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
 
 
-def _git() -> dict[str, Any] | None:
+def _git() -> Git | None:
     """Commit and cleanness of the checkout that this code runs from; None where it is installed from a wheel."""
 
     def ask(*words: str) -> str:

@@ -13,10 +13,11 @@ import torch
 
 from qat_runner.cli import report
 from qat_runner.cli.run import main
+from qat_runner.errors import BusyError
 from qat_runner.training import checkpoint
 from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
-from qat_runner.training.tracking import read_rows
+from qat_runner.training.records import LAYERS, METRICS, STEPS
 
 SMALL = [
     *("backend=eager", "model=mobilenet_v3_small", "model.width=0.5", "dataset=fake", "dataset.image_size=8"),
@@ -47,7 +48,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callabl
 
 def outcome(folder: str) -> dict[str, Any]:
     last = checkpoint.load(Path(folder, "checkpoints", checkpoint.LAST))
-    rows = [(row["epoch"], row["step"], row["loss"]) for row in read_rows(Path(folder, "steps.csv"))]
+    rows = [(row["epoch"], row["step"], row["loss"]) for row in STEPS.read(Path(folder))]
     return {"rows": rows, "weight": last["model"]["classifier.3.weight"].tolist()}
 
 
@@ -111,16 +112,16 @@ def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: p
     assert "holds a run with another epochs, gradient.name; overwrite=true replaces it, resume=force goes on" in err
     assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
     assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
-    assert len(read_rows(Path("one/metrics.csv"))) == 2
+    assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
     assert run("run_dir=one", "model=resnet20", "resume=force") == 1
-    assert "the checkpoint does not fit this network" in capsys.readouterr().err
+    assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])
 def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
     assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
-    assert {row["epoch"] for row in read_rows(Path("one/layers.csv"))} == {"1"}  # before the first step there are none
+    assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # before the first step there are none
 
 
 def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,8 +216,9 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         assert run("seed=1") == 1
         assert f"process {os.getpid()} on " in capsys.readouterr().err
     (stale / "summary.json").write_text("{")
-    assert report.main(["status", "runs"]) == 1
-    assert "summary.json cannot be read" in capsys.readouterr().err
+    assert report.main(["status", "runs"]) == 0
+    out = capsys.readouterr().out
+    assert "summary.json:cannotberead" in "".join(out.split()) and "1 finished, 1 missing, 1 unreadable" in out
 
 
 def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +229,7 @@ def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         at_step(patch, 2, 1, lambda trainer: patch.setattr(torch, "save", full))
         assert run("run_dir=one") == 1
     err = capsys.readouterr().err
-    assert "one: writing failed ([Errno 28] No space left on device); what was recorded before is intact" in err
+    assert "one: writing failed ([Errno 28] No space left on device: 'one/checkpoints'); what was recorded" in err
     assert run("run_dir=one") == 0
     assert json.loads(Path("one/summary.json").read_text())["epochs"] == 2
 
@@ -239,3 +241,28 @@ def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.Captu
     assert run("-m", override) == 2
     assert "_target_: a config cannot name code to run" in capsys.readouterr().err
     assert not [*Path().iterdir()]
+
+
+def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does all others first; a single run is told at once."""
+    from qat_runner import experiment
+
+    real, order = experiment.run, []
+    left = {"0": 2}  # so often the first row is found busy
+
+    def busy_at_first(config: Any) -> Any:
+        order.append(config.seed)
+        if config.seed == 0 and left["0"]:
+            left["0"] -= 1
+            raise BusyError("run_dir=one: process 1 on elsewhere is at work in it")
+        return real(config)
+
+    monkeypatch.setattr(experiment, "run", busy_at_first)
+    monkeypatch.setattr("qat_runner.cli.run.PATIENCE", 0.01)
+    assert run("-m", "seed=0,1", "epochs=1") == 0
+    assert order == [0, 1, 0, 0]
+    assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1
+    left["0"] = 1
+    assert run("seed=0", "epochs=1") == 1

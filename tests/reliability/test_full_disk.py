@@ -1,5 +1,6 @@
 """A disk that fills up in the middle of a checkpoint: a sentence, the checkpoint before stays, and later it goes on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qat_runner.training import checkpoint
-from qat_runner.training.tracking import read_json
 
 pytestmark = [
     pytest.mark.reliability,
@@ -54,5 +54,7 @@ def test_a_disk_that_fills_up(disk: Path, tmp_path: Path) -> None:
         f"step {saved['state']['step']} of the next" in log or f"going on after epoch {saved['state']['epoch']}" in log
     )
     assert qat_run(tmp_path / "undisturbed").returncode == 0
-    ours, expected = (read_json(folder / "summary.json") for folder in (disk / "run", tmp_path / "undisturbed"))
+    ours, expected = (
+        json.loads((folder / "summary.json").read_text()) for folder in (disk / "run", tmp_path / "undisturbed")
+    )
     assert [ours[key] for key in ("top1", "loss", "steps")] == [expected[key] for key in ("top1", "loss", "steps")]

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from qat_runner.training import checkpoint
-from qat_runner.training.tracking import read_json, read_rows
+from qat_runner.training.files import CsvFile
+from qat_runner.training.records import LAYERS, METRICS, STEPS, SUMMARY
 
 pytestmark = pytest.mark.reliability
 ARGS = [
@@ -82,10 +83,12 @@ def _progress(folder: Path) -> int:
 def result(folder: Path) -> dict[str, Any]:
     """All that a run came to, but for its speed."""
     last = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
-    summary = read_json(folder / "summary.json")
+    summary = SUMMARY.read(folder)
+    assert summary is not None
+    files: tuple[CsvFile[Any], ...] = (METRICS, STEPS, LAYERS)
     tables = {
-        name: [{key: value for key, value in row.items() if key not in CLOCK} for row in read_rows(folder / name)]
-        for name in ("metrics.csv", "steps.csv", "layers.csv")
+        file.name: [{key: value for key, value in row.items() if key not in CLOCK} for row in file.read(folder)]
+        for file in files
     }
     return {
         "model": last["model"],

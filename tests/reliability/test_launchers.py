@@ -1,5 +1,6 @@
 """Other ways of starting: rows in parallel, detached from the shell, and a sweep by several processes together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from qat_runner.report.status import statuses
-from qat_runner.training.tracking import read_json
 
 pytestmark = pytest.mark.reliability
 SMALL = [
@@ -24,7 +24,7 @@ def run(*command: str) -> "subprocess.CompletedProcess[str]":
 
 
 def losses(runs_dir: Path) -> list[float]:
-    return sorted(read_json(path)["loss"] for path in runs_dir.glob("*/summary.json"))
+    return sorted(json.loads(path.read_text())["loss"] for path in runs_dir.glob("*/summary.json"))
 
 
 def test_every_launcher_comes_to_the_same(tmp_path: Path) -> None:

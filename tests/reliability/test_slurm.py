@@ -15,7 +15,7 @@ import torch
 
 from qat_runner.report.status import Status, statuses
 from qat_runner.training import checkpoint
-from qat_runner.training.tracking import read_json
+from qat_runner.training.records import SUMMARY
 
 pytestmark = [
     pytest.mark.reliability,
@@ -65,7 +65,7 @@ def by_rate(runs_dir: Path) -> dict[str, tuple[Status, dict[str, Any]]]:
     for status in statuses(runs_dir):
         folder, came_to = runs_dir / status.name, {}
         if status.state == "finished":
-            summary = read_json(folder / "summary.json")
+            summary: Any = SUMMARY.read(folder)
             came_to = {key: summary[key] for key in ("top1", "loss", "sqnr_db", "quantization_mse", "steps")}
             came_to["weights"] = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)["model"]
         line = next(line for line in (folder / "config.yaml").read_text().splitlines() if line.startswith("lr:"))

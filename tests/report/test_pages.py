@@ -192,10 +192,15 @@ def test_histograms_are_in_units_of_the_scalars() -> None:
         model.get_submodule("first").weight[0] *= 100  # type: ignore[operator]
     batches = [torch.randn(5, 4), 50 * torch.randn(6, 4)]
     weight, inputs = histograms(model, batches)[:2]
-    assert (weight.layer, weight.tensor, weight.granularity, weight.bits) == ("first", "weight", "channel", 4)
-    assert -1.01 <= weight.low < weight.high <= 1.01 and sum(weight.counts) == 12  # max-scaling clips nothing
-    assert inputs.granularity == "tensor" and len(inputs.counts) == BINS
-    assert sum(inputs.counts) + inputs.beyond == 11 * 4  # of both batches; a weight counts once
+    assert (weight["layer"], weight["tensor"], weight["granularity"], weight["bits"]) == (
+        "first",
+        "weight",
+        "channel",
+        4,
+    )
+    assert -1.01 <= weight["low"] < weight["high"] <= 1.01 and sum(weight["counts"]) == 12  # max-scaling clips nothing
+    assert inputs["granularity"] == "tensor" and len(inputs["counts"]) == BINS
+    assert sum(inputs["counts"]) + inputs["beyond"] == 11 * 4  # of both batches; a weight counts once
     assert model.training
 
 
@@ -203,20 +208,20 @@ def test_levels_on_record_are_the_quantizer_s_own() -> None:
     model = quantize_model(Two(), 2, "pact", alpha=2.0, first_last_bits=None, example=torch.randn(2, 4))
     calibrate(model, [torch.randn(5, 4)])
     weight, inputs = histograms(model, [torch.randn(5, 4)])[:2]
-    assert weight.levels == pytest.approx([-1, -1 / 3, 1 / 3, 1]) and inputs.levels == [-1, 0, 1]
-    assert histograms(two(), [torch.randn(5, 4)])[0].levels == [code / 8 for code in range(-8, 8)]
+    assert weight["levels"] == pytest.approx([-1, -1 / 3, 1 / 3, 1]) and inputs["levels"] == [-1, 0, 1]
+    assert histograms(two(), [torch.randn(5, 4)])[0]["levels"] == [code / 8 for code in range(-8, 8)]
     before = histogram("first", 3)  # of a run from before they were recorded
     assert _levels(before) == [code / 4 for code in range(-4, 4)]
-    assert _levels(before | {"levels": inputs.levels}) == [-1, 0, 1]
+    assert _levels(before | {"levels": inputs["levels"]}) == [-1, 0, 1]
     assert _levels(before | {"bits": 8}) == []
 
 
 def test_histograms_of_outliers_and_of_nothing_but_zeros() -> None:
     model = quantize_model(Two(), 4, "percentile", q=50.0, first_last_bits=None, example=torch.randn(2, 4))
     far = histograms(model, [torch.cat([torch.ones(4, 4), torch.full((1, 4), -1000.0)])])[1]
-    assert far.low == -REACH and far.lowest == pytest.approx(-1000) and far.beyond == 4
+    assert far["low"] == -REACH and far["lowest"] == pytest.approx(-1000) and far["beyond"] == 4
     zeros = histograms(two(), [torch.zeros(3, 4)])[1]
-    assert sum(zeros.counts) == 12 and zeros.low < zeros.high
+    assert sum(zeros["counts"]) == 12 and zeros["low"] < zeros["high"]
 
 
 def test_size() -> None:

@@ -126,13 +126,17 @@ def _library_for(x: Tensor) -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The compiled operations; None, and a warning, where compiling fails."""
     try:
-        loaded = ctypes.CDLL(str(_build()))
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return _declared(ctypes.CDLL(str(_build())))
+    except (OSError, RuntimeError, AttributeError) as error:  # the last: a symbol is missing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"backend=compiled: compiling failed, going on with eager ({reason})", RuntimeWarning, stacklevel=5
         )
         return None
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions' arguments."""
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
     loaded.qat_octav.argtypes = [integer, pointer, long, long, pointer, real, integer, integer, real, integer, pointer]
     loaded.qat_fake_quantize.argtypes = [integer, pointer, pointer, long, long, *[integer] * 4, pointer]
@@ -166,7 +170,10 @@ def _build() -> Path:
         made = Path(scratch) / path.name
         for tuning in TUNING:
             done = subprocess.run(
-                [command, *FLAGS, *tuning, str(SOURCE), "-o", str(made)], capture_output=True, text=True
+                [command, *FLAGS, *tuning, str(SOURCE), "-o", str(made)],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
             )
             if done.returncode == 0:
                 os.replace(made, path)  # whole or not at all: other processes may be here as well
@@ -176,13 +183,13 @@ def _build() -> Path:
 
 def _fingerprint(command: str) -> str:
     """Of all that decides what the library holds: source, flags, compiler, and the processor it is tuned for."""
-    version = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([command, "--version"], capture_output=True).stdout
     return hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, TUNING, version, _processor())).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

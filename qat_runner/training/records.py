@@ -1,0 +1,316 @@
+"""What each file of a run folder holds: the one description from which it is written, and against which it is read.
+
+A key that came later than its file is NotRequired, so that records of before keep loading. config.yaml is described by
+the schema (`qat_runner.config`). For pictures, logs and tables that no one reads back there is nothing here.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from qat_runner.training.files import CsvFile, JsonFile, TextFile
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Bits = Annotated[int, Field(ge=1, le=32)]
+
+
+def _no_nan(cell: object) -> object:
+    return None if isinstance(cell, str) and cell.strip().lower() in ("", "nan") else cell
+
+
+Cell = Annotated[float | None, BeforeValidator(_no_nan)]
+"""A number in a CSV file; None where there is none."""
+
+
+# summary.json
+
+
+class Summary(TypedDict):
+    """The result of a run; with it, under the name of its metric, and of what else validation tells, the figures."""
+
+    model: str
+    dataset: str
+    mode: str
+    clipping: str
+    gradient: str
+    seed: int
+    epochs: Count
+    """done"""
+    seconds: Real
+    sqnr_db: Real | None
+    bits: NotRequired[int | str]
+    """of weights and activations, as "4/8" where they differ"""
+    weight_bits: NotRequired[Bits]
+    activation_bits: NotRequired[Bits]
+    distilled: NotRequired[bool]
+    processes: NotRequired[Count]
+    metric: NotRequired[str]
+    """name of the figure that counts"""
+    loss: NotRequired[Real | None]
+    top1: NotRequired[Percent]
+    top5: NotRequired[Percent]
+    f1: NotRequired[Percent]
+    em: NotRequired[Percent]
+    best_top1: NotRequired[Percent | None]
+    best_f1: NotRequired[Percent | None]
+    steps: NotRequired[Count]
+    samples_per_second: NotRequired[Real | None]
+    size_mb: NotRequired[Size]
+    fp32_size_mb: NotRequired[Size]
+    quantization_mse: NotRequired[Real | None]
+    corrupt_pictures: NotRequired[Count]
+    run_dir: NotRequired[str]
+
+
+def metric_of(summary: Mapping[str, Any]) -> str:
+    """Name of the figure of a run that counts; records of old do not tell."""
+    return str(summary.get("metric") or ("f1" if "f1" in summary else "top1"))
+
+
+def _with_its_figure(summary: Summary) -> Summary:
+    name = metric_of(summary)
+    if name not in ("top1", "f1"):
+        raise ValueError(f"metric: must be top1 or f1, not {name}")
+    if name not in summary:
+        raise ValueError(f"{name}: field required")
+    if ("size_mb" in summary) != ("fp32_size_mb" in summary):
+        raise ValueError("size_mb, fp32_size_mb: one is of no use without the other")
+    return summary
+
+
+# environment.json
+
+
+class Git(TypedDict):
+    """The checkout that the code ran from."""
+
+    commit: str
+    branch: str
+    dirty: bool
+
+
+class Machine(TypedDict):
+    """What the run ran on."""
+
+    platform: str
+    processor: str
+    cores: Count | None
+    torch_threads: Count
+    gpus: list[str]
+    cuda: str | None
+
+
+class Sitting(TypedDict):
+    """What a run was begun, or went on, in."""
+
+    command: list[str]
+    directory: NotRequired[str]
+    started: str
+    python: str
+    packages: dict[str, str | None]
+    git: Git | None
+    machine: Machine
+    processes: NotRequired[Count]
+
+
+class Environment(Sitting):
+    """The first sitting of a run, and the later ones."""
+
+    resumed: NotRequired[list[Sitting]]
+
+
+# The CSV files
+
+
+class StepRow(TypedDict):
+    """A training step."""
+
+    epoch: Count
+    step: Count
+    """of the epoch, from 1 on"""
+    loss: Cell
+    lr: Cell
+    excess_mse_mean: NotRequired[Cell]
+    excess_mse_max: NotRequired[Cell]
+
+
+class LayerRow(TypedDict):
+    """A `LayerNoise`, and its epoch; 0 is before any training."""
+
+    epoch: Count
+    layer: str
+    tensor: str
+    bits: Bits
+    signed: bool
+    granularity: str
+    s: Cell
+    mse: Cell
+    sqnr_db: Cell
+    clipped_fraction: Cell
+    max_sqnr_db: Cell
+
+
+EpochRow = dict[str, float | None]
+"""An epoch: what training and validation tell, under names that begin with train_ and val_, and lr, seconds, ..."""
+
+
+def _of_an_epoch(row: EpochRow) -> EpochRow:
+    epoch = row.get("epoch")
+    if epoch is None or not 0 <= epoch <= 2**53 or epoch != int(epoch):
+        raise ValueError("epoch: must be a whole number")
+    if not {"val_top1", "val_f1"} & {*row}:
+        raise ValueError("val_top1: field required")
+    return row
+
+
+# histograms.json
+
+
+class Histogram(TypedDict):
+    """How the values of a tensor lie on its grid: of x / s, each channel divided by its own s, one grid for all."""
+
+    layer: str
+    tensor: str
+    bits: Bits
+    signed: bool
+    granularity: str
+    s: Real
+    """clipping scalar of the latest batch in units of x, the mean over the channels where there are several"""
+    low: Real
+    """left end of the first bin, in units of s, like all that follow"""
+    high: Real
+    """right end of the last bin"""
+    lowest: Real
+    """the smallest value of the first batch"""
+    highest: Real
+    """the largest value of the first batch"""
+    beyond: Count
+    """values outside of the bins"""
+    counts: Annotated[list[Count], Field(min_length=1)]
+    """values in each bin; all bins have the same width"""
+    levels: NotRequired[list[Real]]
+    """those of the grid; none where there are more than `histograms.LEVELS`"""
+
+
+# export/export.json
+
+
+class ExportFigures(TypedDict):
+    """What a network, or a file, does on the validation set: `verify.Figures`."""
+
+    accuracy: Real
+    """percent"""
+    agreement: NotRequired[Real]
+    largest_difference: NotRequired[Real | None]
+    standard_error: NotRequired[Real | None]
+
+
+class Export(TypedDict):
+    """What qat-export wrote, and what came out when it was run."""
+
+    run: str
+    model: str
+    dataset: str
+    weight_bits: Bits
+    activation_bits: Bits
+    clipping: str
+    scalars: str
+    batches: Count | None
+    batchnorm: str
+    batchnorm_kept: list[str]
+    metric: str
+    processor: NotRequired[str]
+    figures: dict[str, ExportFigures]
+    bytes: dict[str, Count]
+    milliseconds: NotRequired[dict[str, Real]]
+
+
+def _with_reference(export: Export) -> Export:
+    if "static" not in export["figures"]:
+        raise ValueError("figures.static: field required")
+    if not export["bytes"].get("full_precision"):
+        raise ValueError("bytes.full_precision: must be above 0")
+    fused = export["figures"].get("onnx_fused")
+    if fused is not None and ("agreement" not in fused or "processor" not in export):
+        raise ValueError("figures.onnx_fused: needs agreement, and processor beside it")
+    return export
+
+
+# lock
+
+
+class Owner(TypedDict):
+    """The process that is at work in a folder."""
+
+    process: Count
+    host: str
+
+
+# Checkpoints
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class RandomState(TypedDict):
+    """Of all global generators: see `checkpoint.random_state`."""
+
+    torch: Tensor
+    cuda: list[Tensor]
+    numpy: Annotated[list[Any], Field(min_length=5, max_length=5)]
+    python: Annotated[list[Any], Field(min_length=3, max_length=3)]
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class ProcessState(TypedDict):
+    """What of a run is one process's own."""
+
+    random: RandomState
+    totals: Tensor
+    buffers: dict[str, Tensor]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class Progress(TypedDict):
+    """How far a run has come: `loop.State`."""
+
+    epoch: Count
+    step: Count
+    steps: Count
+    seconds: Real
+    train_seconds: Real
+    best: float
+    val: dict[str, float]
+    samples_per_second: float
+
+
+@with_config(ConfigDict(arbitrary_types_allowed=True))
+class Checkpoint(TypedDict):
+    """All that a run needs to go on."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    processes: Annotated[list[ProcessState], Field(min_length=1)]
+    state: Progress
+    config: dict[str, Any]
+    """its identity; of checkpoints of before its whole config, nested"""
+
+
+SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterValidator(_with_its_figure)])
+ENVIRONMENT: JsonFile[Environment] = JsonFile("environment.json", Environment)
+HISTOGRAMS: JsonFile[list[Histogram]] = JsonFile("histograms.json", list[Histogram])
+EXPORT: JsonFile[Export] = JsonFile("export.json", Annotated[Export, AfterValidator(_with_reference)])
+PREDICTIONS: JsonFile[dict[str, str]] = JsonFile("predictions.json", dict[str, str])
+"""The answers of the latest validation, by id of the question, in SQuAD's format."""
+LOCK: JsonFile[Owner] = JsonFile("lock", Owner)
+METRICS: CsvFile[EpochRow] = CsvFile("metrics.csv", Annotated[dict[str, Cell], AfterValidator(_of_an_epoch)])
+STEPS: CsvFile[StepRow] = CsvFile("steps.csv", StepRow)
+LAYERS: CsvFile[LayerRow] = CsvFile("layers.csv", LayerRow)
+ERROR = TextFile("error.txt")
+ASKED = TextFile("asked.txt")
+"""In a folder of runs: names of all run folders that sweeps asked for, a line each."""

@@ -1,0 +1,293 @@
+"""Files and folders that are not what they seem, and processes that end in the middle of a swap."""
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from qat_runner.errors import BusyError
+from qat_runner.experiment.running import _remove
+from qat_runner.export import exporting
+from qat_runner.quant.kernels import compiled
+from qat_runner.report.status import remember_asked
+from qat_runner.training import checkpoint, files, lock
+from qat_runner.training.files import open_own, write_text
+from qat_runner.training.lock import RunLock
+from qat_runner.training.records import METRICS, STEPS
+from qat_runner.training.tracking import Record
+
+STEP = {"epoch": 12, "step": 1, "loss": 0.5, "lr": 0.1}
+REPORT = [sys.executable, "-c", "import sys; from qat_runner.cli import qat_report; sys.exit(qat_report())"]
+EPOCH = {"epoch": 1, "val_top1": 50.0}
+
+
+@pytest.fixture
+def thesis(tmp_path: Path) -> Path:
+    """A file that is none of a run's business."""
+    path = tmp_path / "thesis"
+    path.write_text("years of work")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+# Links
+
+
+def test_a_lock_that_is_a_link(thesis: Path, run: Path) -> None:
+    (run / "lock").symlink_to(thesis)
+    with pytest.raises(OSError, match="lock is a symbolic link, which is not followed"), RunLock(run):
+        pass
+    assert thesis.read_text() == "years of work" and not lock.alive(run)
+
+
+@pytest.mark.parametrize("name", ["steps.csv", "asked.txt", "log.txt", "error.txt"])
+def test_what_is_added_to_is_no_link(name: str, thesis: Path, run: Path) -> None:
+    (run / name).symlink_to(thesis)
+    with pytest.raises(OSError, match="is a symbolic link, which is not followed"):
+        STEPS.append(run, [STEP]) if name == "steps.csv" else open_own(run / name, "a")
+    assert thesis.read_text() == "years of work"
+
+
+def test_the_list_of_what_was_asked_for_is_no_link(thesis: Path, run: Path) -> None:
+    (run / "asked.txt").symlink_to(thesis)
+    with pytest.raises(OSError, match="is a symbolic link"):
+        remember_asked([run / "one"])
+    assert thesis.read_text() == "years of work"
+
+
+def test_what_is_written_replaces_a_link(thesis: Path, run: Path) -> None:
+    for name in ("summary.json", "summary.json.tmp"):
+        (run / name).symlink_to(thesis)
+    write_text(run / "summary.json", "{}")
+    (run / "last.tmp").symlink_to(thesis)
+    checkpoint.save(run / "last.pt", {})
+    assert thesis.read_text() == "years of work"
+    assert not (run / "summary.json").is_symlink() and not (run / "summary.json.tmp").is_symlink()
+    assert stat.S_IMODE((run / "summary.json").stat().st_mode) & 0o444 == 0o444
+
+
+def test_a_link_to_a_scratch_disk_is_emptied_and_kept(thesis: Path, run: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    (scratch / "deep").mkdir(parents=True)
+    (scratch / "last.pt").touch()
+    (scratch / "elsewhere").symlink_to(tmp_path)
+    (run / "checkpoints").symlink_to(scratch)
+    _remove(run / "checkpoints")
+    assert (run / "checkpoints").is_symlink() and scratch.is_dir() and not [*scratch.iterdir()]
+    assert thesis.is_file()
+    (run / "log.txt").symlink_to(thesis)
+    _remove(run / "log.txt")
+    assert not (run / "log.txt").is_symlink() and thesis.is_file()
+
+
+def test_a_lock_that_cannot_be_had_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(handle: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module, name, failing in ((lock, "_take", without), (os, "write", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing)
+            with pytest.raises(OSError, match=r"No (locks|space)"), RunLock(tmp_path / "a" / "b"):
+                pass
+        assert not (tmp_path / "a").exists()
+
+
+# CSV files
+
+
+def test_a_line_that_was_cut_is_dropped_before_more_is_added(run: Path) -> None:
+    (run / "steps.csv").write_bytes(b"epoch,step,loss,lr\r\n11,1,0.5,0.1\r\n1")
+    with closing(Record(run, epoch=11)) as record:
+        record.steps([STEP])
+    assert [(row["epoch"], row["step"]) for row in STEPS.read(run)] == [(11, 1), (12, 1)]
+
+
+def test_lines_that_do_not_fit_are_dropped_and_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "steps.csv").write_bytes(b"epoch,step,loss,lr\n1,1,0.5,0.1\n\0\0\0\n1,2\n1,2,\xff,0.1\n1,3,0.25,0.1\n")
+    (run / "metrics.csv").write_bytes(b"\xff\0\n1,2,3\n")
+    with caplog.at_level("WARNING", "qat_runner"), closing(Record(run, epoch=0, step=3)):
+        pass
+    assert [row["loss"] for row in STEPS.read(run)] == [0.5, 0.25] and METRICS.read(run) == []
+    assert "steps.csv: 2 damaged lines are left out" in caplog.text
+
+
+# A full disk
+
+
+def test_tensorboard_on_a_full_disk_says_nothing_of_its_own(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(writer: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.excepthook
+    record = Record(run)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        record.epoch(EPOCH)
+    with pytest.raises(OSError, match="No space left"):
+        record.close()
+    assert capsys.readouterr().err == "" and threading.excepthook is before
+
+
+@pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "x"), RuntimeError("x: No space left on device")])
+def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
+    error = ValueError("cannot export this network")
+    error.__cause__ = cause
+    with pytest.raises(OSError, match="No space left on device") as caught, files.full_disk_told(tmp_path):
+        raise error
+    assert caught.value.filename == str(tmp_path)
+
+
+# An export takes the place of another
+
+
+def swap(out: Path) -> None:
+    with exporting._in_place_of(out) as folder:
+        (folder / "export.json").write_text("new")
+
+
+@pytest.fixture
+def old(run: Path) -> Path:
+    (run / "export").mkdir()
+    (run / "export" / "export.json").write_text("old")
+    return run / "export"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_export_takes_the_place_of_another(can_exchange: bool, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(exporting, "exchange", lambda one, other: False)
+    swap(old)
+    assert (old / "export.json").read_text() == "new" and [*old.parent.iterdir()] == [old]
+
+
+def test_an_export_that_fails_leaves_the_old_one(old: Path) -> None:
+    with pytest.raises(ZeroDivisionError), exporting._in_place_of(old):
+        raise ZeroDivisionError
+    assert (old / "export.json").read_text() == "old" and [*old.parent.iterdir()] == [old]
+
+
+class Killed(BaseException):
+    """Nothing that comes after it is done."""
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
+    moment: int, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is killed before the first, second, ... of its calls that change a folder."""
+    code = (
+        "import os, pathlib, shutil, sys\n"
+        "from qat_runner.export import exporting\n"
+        "left = [int(sys.argv[1])]\n"
+        "def mortal(function):\n"
+        "    def call(*args, **options):\n"
+        "        left[0] -= 1\n"
+        "        if left[0] < 0: os._exit(9)\n"
+        "        return function(*args, **options)\n"
+        "    return call\n"
+        "exporting.exchange = mortal(exporting.exchange)\n"
+        "shutil.rmtree = mortal(shutil.rmtree)\n"
+        "pathlib.Path.rename = mortal(pathlib.Path.rename)\n"
+        "with exporting._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
+        "    (folder / 'export.json').write_text('new')\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(moment), str(old)], capture_output=True, text=True, timeout=120)
+    assert (old / "export.json").read_text() in ("old", "new")
+    assert {path.name for path in old.parent.iterdir()} <= {"export", "export.tmp"}
+    swap(old)
+    assert (old / "export.json").read_text() == "new" and [*old.parent.iterdir()] == [old]
+
+
+def test_one_killed_between_two_renames_is_put_right(old: Path) -> None:
+    (old.parent / "export.tmp").mkdir()
+    old.rename(old.parent / "export.tmp" / "old")
+    with pytest.raises(ZeroDivisionError), exporting._in_place_of(old):
+        raise ZeroDivisionError
+    assert (old / "export.json").read_text() == "old"
+
+
+def test_the_second_of_two_exports_is_told(old: Path) -> None:
+    with (
+        exporting._in_place_of(old),
+        pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is at work in it"),
+        exporting._in_place_of(old),
+    ):
+        pass
+    assert [*old.parent.iterdir()] == [old]
+
+
+def test_a_link_to_an_export_stays_one(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old)
+    swap(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (old / "export.json").read_text() == "new"
+
+
+# Compilers and terminals
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes a program the compiler."""
+
+    def use(script: str) -> None:
+        path = tmp_path / "cxx"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+        monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
+        compiled.library.cache_clear()
+
+    yield use
+    compiled.library.cache_clear()
+
+
+def test_a_compiler_that_speaks_no_utf8(compiler: Any) -> None:
+    compiler(r"printf 'Fehler: ung\374ltig\n' >&2; exit 1")
+    with pytest.warns(RuntimeWarning, match="compiling failed, going on with eager \\(Fehler: ung�ltig\\)"):
+        assert compiled.library() is None
+
+
+@pytest.mark.skipif(not compiled.available(), reason="needs a C++ compiler")
+def test_a_library_without_our_functions(compiler: Any) -> None:
+    real = compiled.compiler()
+    compiler(f'while [ "$1" != -o ]; do shift; done; echo "int x;" | {real} -x c++ -shared -fPIC -o "$2" -')
+    with pytest.warns(RuntimeWarning, match="going on with eager .*qat_octav"):
+        assert compiled.library() is None
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_text("".join(f"{i:0100}\n" for i in range(3000)))  # more than a pipe holds
+    with subprocess.Popen(
+        [*REPORT, "status", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "asked.txt").write_bytes("rün\n".encode())
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([*REPORT, "status", str(tmp_path)], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"") and "rün" in done.stdout.decode()
