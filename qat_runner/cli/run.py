@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -45,7 +46,7 @@ from qat_runner.config.composing import (
     quoted,
     shipped_configs,
 )
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
 from qat_runner.report.status import forget_asked, remember_asked
 from qat_runner.training import distributed
 from qat_runner.training.records import SUMMARY, Summary
@@ -314,7 +315,11 @@ def _print_results(rows: Mapping[Path, Config]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     from qat_runner.report import tables
 
-    finished = {folder: summary for folder in rows if (summary := SUMMARY.read(folder)) is not None}
+    finished: dict[Path, Summary] = {}
+    for folder in rows:
+        with suppress(UnreadableError):  # of which the row itself has told
+            if (summary := SUMMARY.read(folder)) is not None:
+                finished[folder] = summary
     results = [(rows[folder], summary) for folder, summary in finished.items()]
     if not results:
         return

@@ -46,23 +46,6 @@ _BATCHES = 1_000_000_000
 _TOKENS = 100_000
 _LARGE = 1e30  # float32 goes to 3e38
 
-NAMES: dict[str, Sequence[str]] = {
-    "mode": ("auto", *MODES),
-    "amp": AMP,
-    "backend": ("auto", *BACKENDS),
-    "resume": RESUME,
-    "gradient.name": tuple(GRADIENT_PAIRS),
-    "clipping.name": (*CLIPPING_METHODS, *LEARNED),
-    "clipping.eval_mode": EVAL_MODES,
-    "conv_granularity": GRANULARITIES,
-    "linear_granularity": ("auto", *GRANULARITIES),
-    "recipe.STAGE.schedule": SCHEDULES,
-    "recipe.STAGE.optimizer": OPTIMIZERS,
-    "recipe.distill": DISTILL,
-    "dataset.padding": PADDINGS,
-}
-"""The names that a key may hold."""
-
 RANGES: dict[str, Range] = {
     "epochs": Range(1, _EPOCHS),
     "batch_size": Range(1, _SAMPLES),
@@ -124,7 +107,7 @@ def check_values(config: Config) -> None:
     Raises:
         ConfigError: naming key, value and what is allowed.
     """
-    for key, names in NAMES.items():
+    for key, names in _names().items():
         for place, value in _values(config, key):
             require(value in names, place, value, f"one of {', '.join(names)}")
     for key, allowed in RANGES.items():
@@ -135,6 +118,25 @@ def check_values(config: Config) -> None:
     for key in PATHS:
         for place, value in _values(config, key):
             _check_path(place, value)
+
+
+def _names() -> dict[str, Sequence[str]]:
+    """The names that a key may hold: those of today, since methods of others can be added."""
+    return {
+        "mode": ("auto", *MODES),
+        "amp": AMP,
+        "backend": ("auto", *BACKENDS),
+        "resume": RESUME,
+        "gradient.name": tuple(GRADIENT_PAIRS),
+        "clipping.name": (*CLIPPING_METHODS, *LEARNED),
+        "clipping.eval_mode": EVAL_MODES,
+        "conv_granularity": GRANULARITIES,
+        "linear_granularity": ("auto", *GRANULARITIES),
+        "recipe.STAGE.schedule": SCHEDULES,
+        "recipe.STAGE.optimizer": OPTIMIZERS,
+        "recipe.distill": DISTILL,
+        "dataset.padding": PADDINGS,
+    }
 
 
 def _values(config: Config, key: str) -> list[tuple[str, Any]]:

@@ -167,7 +167,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        x = input.float()
+        x = input.to(self.running_mean.dtype)
         shape = (1, -1, 1, 1)
         sums = _Sum.apply(torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() / x.shape[1]])]))
         total = sums[-1].detach()
