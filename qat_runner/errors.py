@@ -2,6 +2,9 @@
 
 import signal
 
+LONGEST = 200
+"""Letters of a reason that are told, at most: it may quote what a file holds."""
+
 
 class QatError(Exception):
     """Base of the errors that end the process with a sentence and `exit_code`, without a traceback."""
@@ -33,3 +36,10 @@ class StoppedError(RunError):
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def told(reason: object) -> str:
+    """A reason in one line of printable letters, and not too many."""
+    text = " ".join(str(reason).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

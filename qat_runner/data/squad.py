@@ -15,12 +15,16 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from qat_runner.config import DatasetConfig
+from qat_runner.description import fit
+from qat_runner.errors import told
 from qat_runner.quant.kernels.compiled import cache_folder
 
 FILES = ("train-v1.1.json", "dev-v1.1.json")
@@ -28,6 +32,40 @@ QUESTIONS = (87_599, 10_570)
 """In the official files."""
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 log = logging.getLogger("qat_runner")
+
+
+class Answer(TypedDict):
+    """A span of a paragraph, as a file in SQuAD's format has it; like all below."""
+
+    text: Annotated[str, Field(min_length=1)]
+    answer_start: Annotated[int, Field(ge=0)]
+
+
+class QuestionAnswers(TypedDict):
+    """A question, and its answers by several people."""
+
+    id: str
+    question: str
+    answers: list[Answer]
+
+
+class Paragraph(TypedDict):
+    """A text, and questions on it."""
+
+    context: str
+    qas: list[QuestionAnswers]
+
+
+class Article(TypedDict):
+    """Paragraphs on one thing."""
+
+    paragraphs: list[Paragraph]
+
+
+class SquadFile(TypedDict):
+    """A whole file."""
+
+    data: list[Article]
 
 
 @dataclass(frozen=True)
@@ -49,12 +87,14 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
         ValueError: it is something else, a question has no answer, or an answer is not where it is said to be.
     """
     try:
-        articles = json.loads(path.read_text(encoding="utf-8"))["data"]
-        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
-        contexts = [str(paragraph["context"]) for paragraph in paragraphs]
-        questions = [_question(qa, i) for i, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name} is not in SQuAD's format ({type(error).__name__}: {error})") from error
+        articles = fit(SquadFile, json.loads(path.read_text(encoding="utf-8")))["data"]
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is not in SQuAD's format (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not in SQuAD's format ({told(error)})") from error
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    contexts = [paragraph["context"] for paragraph in paragraphs]
+    questions = [_question(qa, i) for i, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]]
     if not questions:
         raise ValueError(f"{path.name} holds no question")
     seen: set[str] = set()
@@ -67,13 +107,11 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
     return contexts, questions
 
 
-def _question(qa: dict[str, Any], paragraph: int) -> Question:
+def _question(qa: QuestionAnswers, paragraph: int) -> Question:
     if not qa["answers"]:
         raise ValueError(f"question {qa['id']} has no answer: SQuAD v1.1 is wanted, not v2")
-    answers = tuple(str(answer["text"]) for answer in qa["answers"])
-    return Question(
-        str(qa["id"]), str(qa["question"]).strip(), paragraph, answers, int(qa["answers"][0]["answer_start"])
-    )
+    answers = tuple(answer["text"] for answer in qa["answers"])
+    return Question(qa["id"], qa["question"].strip(), paragraph, answers, qa["answers"][0]["answer_start"])
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from qat_runner.export.formats import (
 )
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
-from qat_runner.training.checkpoint import LAST
+from qat_runner.training.checkpoint import LAST, is_whole
 from qat_runner.training.files import TEMPORARY, exchange, full_disk_told
 from qat_runner.training.lock import RunLock
 from qat_runner.training.measure import compute
@@ -114,6 +114,8 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
             path = run_folder(baseline_of(config)) / "checkpoints" / LAST
     if not path.exists():
         raise ConfigError(f"{run}: its network is not there any more, {path}")
+    if config.training and not is_whole(path):
+        raise ConfigError(f"checkpoint {path} cannot be read (it is damaged: its checksum is wrong)")
     return str(path)
 
 

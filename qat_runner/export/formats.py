@@ -2,19 +2,22 @@
 
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.description import fit
+from qat_runner.errors import ConfigError, RunError, told
 from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid, storage_bits
 from qat_runner.insertion.layers import each
 from qat_runner.quant import Grid
@@ -24,6 +27,8 @@ FORMATS = ("onnx", "torch", "safetensors")
 
 DESCRIPTION = "qat_runner integers, version 1"
 PACKED = "two codes a byte, low half first, in the order of the flattened tensor"
+_Shapes = dict[str, list[Annotated[int, Field(ge=0)]]]
+"""Of the tensors whose codes are packed, by name."""
 
 
 class Signature:
@@ -222,7 +227,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The state dict that `write_safetensors` wrote, codes unpacked: int8 or int16 as in the network.
 
     Raises:
-        ConfigError: the file is no such file.
+        ConfigError: the file is no such file, or what it says of its codes does not fit them.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -232,9 +237,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from error
     if metadata.get("format") != DESCRIPTION:
         raise ConfigError(f"{path}: not written by qat-export")
-    for name, shape in json.loads(metadata["packed"]).items():
-        state[name] = _unpack(state[name], shape)
+    try:
+        for name, shape in fit(_Shapes, json.loads(metadata.get("packed", ""))).items():
+            state[name] = _unpacked(state.get(name), shape)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: the shapes of its packed codes do not fit ({told(error)})") from error
     return state
+
+
+def _unpacked(packed: Tensor | None, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    if packed is None or packed.dtype != torch.uint8 or packed.ndim != 1 or len(packed) != (count + 1) // 2:
+        raise ValueError(f"there are no {count} codes of four bits")
+    return _unpack(packed, shape)
 
 
 def _describe(name: str, layer: nn.Module) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from tabulate import tabulate
 
 from qat_runner.config import load_config
 from qat_runner.config.allowed import LONGEST_NAME
-from qat_runner.errors import UnreadableError
+from qat_runner.errors import UnreadableError, told
 from qat_runner.report.tables import accuracy, metric
-from qat_runner.training.files import open_own, told, write_text
+from qat_runner.training.files import open_own, write_text
 from qat_runner.training.lock import alive
 from qat_runner.training.records import ASKED, ERROR, METRICS, SUMMARY
 

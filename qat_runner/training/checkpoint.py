@@ -9,16 +9,18 @@ import logging
 import os
 import random
 import struct
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from qat_runner.errors import RunError
+from qat_runner.errors import RunError, told
 from qat_runner.insertion.state import upgrade
-from qat_runner.training.files import full_disk_told, told
+from qat_runner.training.files import full_disk_told
 from qat_runner.training.records import RandomState
 
 log = logging.getLogger("qat_runner")
@@ -26,6 +28,7 @@ log = logging.getLogger("qat_runner")
 LAST, PREVIOUS = "last.pt", "previous.pt"
 _MARK = b"qat_runner sha256="
 _COMMENT = len(_MARK) + 64  # bytes
+_WORDS = 624  # of a Mersenne Twister
 _END = 22  # bytes of a zip archive's last record without comment, whose last two say how long the comment is
 
 
@@ -102,7 +105,9 @@ def load(path: Path) -> dict[str, Any]:
     reason = "it is damaged: its checksum is wrong"
     try:
         if is_whole(path):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
+                found = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(found, dict):
                 raise ValueError("it is no dictionary")
             return upgrade(found)
@@ -160,14 +165,70 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Undo what happened to the generators since `random_state`."""
+    """Undo what happened to the generators since `random_state`.
+
+    Raises:
+        Exception: it is no state of theirs.
+    """
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0])
     name, keys, position, has_gauss, gauss = state["numpy"]
+    if keys.shape != (_WORDS,) or not 0 <= position <= _WORDS:  # NumPy would read beyond the end of them
+        raise ValueError("random.numpy: is no state of a Mersenne Twister")
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse tensors that loading would quietly make into others; names and shapes it looks at itself.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, own in model.state_dict().items():
+        found = saved.get(name, own)
+        if (found.dtype, found.layout) != (own.dtype, own.layout):
+            raise ValueError(f"model.{name}: is {found.dtype}, {found.layout}, not {own.dtype}, {own.layout}")
+
+
+def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse the state of an optimizer that loading it would take, and its next step trip over.
+
+    Args:
+        saved: its "state" by number of the parameter, and its "param_groups".
+        optimizer: that is to go on with it.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    groups, own_groups = saved["param_groups"], optimizer.param_groups
+    if len(groups) != len(own_groups):
+        raise ValueError(f"optimizer.param_groups: are {len(groups)}, not {len(own_groups)}")
+    for i, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
+        for key, value in own.items():
+            if type(group.get(key, value)) is not type(value):
+                raise ValueError(f"optimizer.param_groups.{i}.{key}: is a {type(group[key]).__name__}")
+    parameters = [p for group in own_groups for p in group["params"]]
+    template = _state_after_a_step(optimizer)
+    for number, state in saved["state"].items():
+        where = f"optimizer.state.{number}"
+        if state and state.keys() != template.keys():
+            raise ValueError(f"{where}: must have {', '.join(template) or 'nothing'}")
+        for key, value in state.items():
+            shape = parameters[number].shape if template[key].ndim else template[key].shape
+            if not isinstance(value, Tensor) or value.shape != shape or value.dtype != template[key].dtype:
+                raise ValueError(f"{where}.{key}: must be a tensor of shape {list(shape)}, {template[key].dtype}")
+
+
+def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What such an optimizer keeps of a parameter: of one element here, so that what is a scalar has no dimension."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    lone = type(optimizer)([parameter], **optimizer.defaults)
+    lone.step()
+    return dict(lone.state[parameter])
 
 
 def seed_everything(seed: int) -> None:

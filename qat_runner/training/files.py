@@ -7,7 +7,6 @@ and what does not fit is told in one sentence that names the file and the key.
 import csv
 import ctypes
 import errno
-import functools
 import io
 import json
 import math
@@ -20,17 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from qat_runner.errors import UnreadableError
+from qat_runner.description import fit
+from qat_runner.errors import UnreadableError, told
 
 T = TypeVar("T")
 
 TEMPORARY = ".tmp"
 """Ending of what is being written; a process that was killed may leave one."""
-
-LONGEST = 200
-"""Letters of a reason that are told, at most: it may quote what the file holds."""
 
 
 @dataclass(frozen=True)
@@ -140,38 +135,6 @@ class CsvFile(Generic[T]):
         else:
             path.unlink()
         return bad
-
-
-def fit(kind: Any, content: object, *, strict: bool = True) -> Any:
-    """Content that was read, if it fits a description.
-
-    Args:
-        kind: a type, such as a TypedDict or a list of dataclasses; limits are Annotated.
-        content: plain values and tensors.
-        strict: take nothing for another type; False reads numbers from text.
-
-    Raises:
-        ValueError: naming the first key that does not fit, in half a sentence.
-    """
-    try:
-        return _adapter(kind).validate_python(content, strict=strict)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        why = first["msg"].removeprefix("Value error, ")
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {why[:1].lower()}{why[1:]}" if where else f"{why[:1].lower()}{why[1:]}") from None
-
-
-@functools.cache
-def _adapter(kind: Any) -> "TypeAdapter[Any]":
-    return TypeAdapter(kind)
-
-
-def told(reason: object) -> str:
-    """A reason in one line of printable letters, and not too many."""
-    text = " ".join(str(reason).split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def _reading(path: Path, parse: Callable[[bytes], T]) -> T | None:

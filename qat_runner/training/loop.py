@@ -16,12 +16,12 @@ from qat_runner.config import Config, differences, flat, identity, settings
 from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
 from qat_runner.data.batches import undivided
-from qat_runner.errors import RunError, StoppedError
+from qat_runner.description import fit
+from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
 from qat_runner.training import checkpoint, distributed
-from qat_runner.training.files import fit, told
 from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
@@ -227,10 +227,15 @@ class Trainer:
             if len(found["processes"]) != shard.world:
                 raise ValueError(f"it has the state of {len(found['processes'])} processes, not of {shard.world}")
             own = found["processes"][shard.rank]
-            self.model.load_state_dict(found["model"] | own["buffers"])
+            model = found["model"] | own["buffers"]
+            checkpoint.check_model(model, self.model)
+            self.model.load_state_dict(model)
+            checkpoint.check_optimizer(found["optimizer"], self.optimizer)
             self.optimizer.load_state_dict(found["optimizer"])
             self.scaler.load_state_dict(found["scaler"])
             checkpoint.set_random_state(own["random"])
+            if own["totals"].shape != self.totals.sums.shape:
+                raise ValueError(f"totals: is of shape {list(own['totals'].shape)}")
             self.totals.sums.copy_(own["totals"])
         except Exception as error:  # whatever PyTorch may raise on state that is none
             raise RunError(f"does not fit this run ({told(error)})") from error

@@ -302,7 +302,16 @@ def test_a_part_of_the_questions(tmp_path: Path, tokenizer: Any) -> None:
         (lambda qa: qa.update(answers=[]), "question 0-0 has no answer: SQuAD v1.1 is wanted, not v2"),
         (lambda qa: qa["answers"][0].update(answer_start=0), "the answer of question 0-0 is not at its answer_start"),
         (lambda qa: qa.update(id="0-1"), "two questions have the id 0-1"),
-        (lambda qa: qa.pop("question"), "not in SQuAD's format"),
+        (lambda qa: qa.pop("question"), r"0\.paragraphs\.0\.qas\.0\.question: field required"),
+        (lambda qa: qa.update(id=7), r"qas\.0\.id: input should be a valid string"),
+        (lambda qa: qa.update(answers=None), r"qas\.0\.answers: input should be a valid list"),
+        (lambda qa: qa.update(answers=["x"]), r"qas\.0\.answers\.0: input should be a valid dictionary"),
+        (lambda qa: qa["answers"][0].update(answer_start=-1), r"answers\.0\.answer_start: input should be greater"),
+        (lambda qa: qa["answers"][0].update(answer_start="0"), r"answers\.0\.answer_start: input should be a valid"),
+        (lambda qa: qa["answers"][0].update(answer_start=0.5), r"answers\.0\.answer_start: input should be a valid"),
+        (lambda qa: qa["answers"][0].update(answer_start=10**30), "is not at its answer_start"),
+        (lambda qa: qa["answers"][0].update(text=""), r"answers\.0\.text: string should have at least 1"),
+        (lambda qa: qa["answers"][0].update(text=None), r"answers\.0\.text: input should be a valid string"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -314,8 +323,10 @@ def test_wrong_files_are_refused(tmp_path: Path, change: Any, message: str) -> N
         read_squad(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"data": 3}', '{"data": []}'])
-def test_files_of_another_kind_are_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "dev.json").write_text(text)
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b'{"data": 3}', b'{"data": []}', b'{"data": [[]]}', b"\xff\xfe", b"\0", b"[" * 100_000]
+)
+def test_files_of_another_kind_are_refused(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "dev.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"dev\.json (is not in SQuAD's format|holds no question)"):
         read_squad(tmp_path / "dev.json")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.export import fold_batchnorm, to_integers
 from qat_runner.export.formats import (
+    DESCRIPTION,
     Signature,
     _pack,
     _unpack,
@@ -320,6 +321,19 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     with pytest.raises(ConfigError, match="not written by qat-export"):
         read_safetensors(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [None, "", "[]", "{", "[" * 100_000, '{"y": [2]}', '{"x": [3]}', '{"x": [-2]}', '{"x": ["2"]}', '{"x": 2}'],
+)
+def test_codes_that_do_not_fit_what_is_said_of_them(tmp_path: Path, packed: str | None) -> None:
+    from safetensors.torch import save_file
+
+    about = {"format": DESCRIPTION} | ({} if packed is None else {"packed": packed})
+    save_file({"x": torch.zeros(1, dtype=torch.uint8)}, tmp_path / "m.safetensors", metadata=about)
+    with pytest.raises(ConfigError, match="the shapes of its packed codes do not fit"):
+        read_safetensors(tmp_path / "m.safetensors")
 
 
 class Unfollowable(nn.Module):

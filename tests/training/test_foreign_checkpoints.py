@@ -1,21 +1,31 @@
 """Checkpoints that are not of the run that finds them: told in a sentence, and the one before them is tried."""
 
+import copy
+import functools
 import os
+import random
 import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
+from qat_runner.cli.export import main as export
 from qat_runner.cli.run import main
+from qat_runner.description import fit
+from qat_runner.errors import RunError
 from qat_runner.training import checkpoint
-from qat_runner.training.files import fit
 from qat_runner.training.loop import Trainer
 from qat_runner.training.records import Checkpoint
+from tests.report.test_hostile_records import VALUES, places
 
 RUN = (
     *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
@@ -27,6 +37,10 @@ def qat_run(folder: Path, *more: str) -> int:
     return main([*RUN, f"run_dir={folder}", *more])
 
 
+TRAINERS: list[Trainer] = []
+"""Of the runs that `stopped` made."""
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two seeds, stopped within their second epoch."""
@@ -35,6 +49,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def stop(trainer: Trainer, batch: Any) -> Any:
         if (trainer.state.epoch, trainer.state.step) == (1, 1):
+            TRAINERS.append(trainer)
             os.kill(os.getpid(), signal.SIGTERM)
         return before(trainer, batch)
 
@@ -58,6 +73,12 @@ def with_(content: dict[str, Any], *keys: str, to: Any = ...) -> dict[str, Any]:
     return found
 
 
+def beyond(content: dict[str, Any]) -> list[Any]:
+    """NumPy's state, at a place where it has no number."""
+    name, keys, _, *rest = content["processes"][0]["random"]["numpy"]
+    return [name, keys, 1e6, *rest]
+
+
 Spoil = Callable[[dict[str, Any]], Any]
 FOREIGN: dict[str, tuple[Spoil, str]] = {
     "a list": (lambda c: [c], "it is no dictionary"),
@@ -75,7 +96,34 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
     "a model of text": (lambda c: with_(c, "model", to={"a": "b"}), "model.a: input should be an instance of Tensor"),
     "another key of the model": (lambda c: with_(c, "model", "colour", to=torch.ones(1)), "Unexpected key"),
     "another shape": (lambda c: with_(c, "model", "conv1.weight", to=torch.ones(1)), "size mismatch for conv1.weight"),
+    "integers": (lambda c: with_(c, "model", "conv1.weight", to=c["model"]["conv1.weight"].int()), "is torch.int32"),
+    "sparse": (lambda c: with_(c, "model", "conv1.weight", to=c["model"]["conv1.weight"].to_sparse()), "sparse_coo"),
     "no optimizer": (lambda c: with_(c, "optimizer", to={}), "does not fit this run"),
+    "no groups": (lambda c: with_(c, "optimizer", "param_groups", to=[]), "optimizer.param_groups: are 0, not"),
+    "momentum of text": (
+        lambda c: with_(c, "optimizer", "state", 0, to={"momentum_buffer": "x"}),
+        "optimizer.state.0.momentum_buffer: must be a tensor of shape [16, 3, 3, 3], torch.float32",
+    ),
+    "momentum of another shape": (
+        lambda c: with_(c, "optimizer", "state", 0, to={"momentum_buffer": torch.ones(1)}),
+        "optimizer.state.0.momentum_buffer: must be a tensor of shape",
+    ),
+    "state of another optimizer": (
+        lambda c: with_(c, "optimizer", "state", 0, to={"exp_avg": torch.ones(16, 3, 3, 3)}),
+        "optimizer.state.0: must have momentum_buffer",
+    ),
+    "rate of text": (
+        lambda c: with_(c, "optimizer", "param_groups", to=[g | {"lr": "x"} for g in c["optimizer"]["param_groups"]]),
+        "optimizer.param_groups.0.lr: is a str",
+    ),
+    "a place beyond the random numbers": (
+        lambda c: with_(c, "processes", to=[with_(c["processes"][0], "random", "numpy", to=beyond(c))]),
+        "random.numpy: is no state of a Mersenne Twister",
+    ),
+    "totals of another shape": (
+        lambda c: with_(c, "processes", to=[with_(c["processes"][0], "totals", to=torch.ones(()))]),
+        "totals: is of shape []",
+    ),
     "another seed": (lambda c: with_(c, "config", "seed", to=7), "it is of a run with another seed"),
     "another seed, of before": (lambda c: with_(c, "config", to={"seed": 7, "model": {"name": "resnet20"}}), "seed"),
 }
@@ -147,3 +195,123 @@ def test_a_lock_that_is_a_link_is_refused(stopped: Path, tmp_path: Path, capsys:
     assert qat_run(folder) == 2
     assert "lock is a symbolic link, which is not followed" in capsys.readouterr().err
     assert thesis.read_text() == "years of work"
+
+
+# Whatever hypothesis makes of them
+
+TENSORS = st.sampled_from(
+    [
+        *(torch.ones(1), torch.ones(()), torch.zeros(0), torch.full((16,), float("nan")), torch.ones(16, 3, 3, 3)),
+        *(torch.ones(16, dtype=torch.int64), torch.ones(16, dtype=torch.complex64), torch.ones(2, device="meta")),
+        *(torch.eye(3).to_sparse(), torch.ones(1).expand(10**9), torch.full((624,), 2**40)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """A checkpoint with some values replaced, deleted or inserted."""
+
+    content: Any = field(repr=False)
+    edits: list[Any]
+
+
+@functools.cache
+def _loaded(path: Path) -> dict[str, Any]:
+    return checkpoint.load(path)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, path: Path) -> Mutated:
+    content: Any = copy.deepcopy(_loaded(path))
+    edits: list[Any] = []
+    for _ in range(draw(st.integers(1, 3))):
+        if not content:
+            break
+        first = draw(st.sampled_from(sorted(content)))  # of which most hold few values beside the model's
+        *way, last = draw(st.sampled_from([(first, *rest) for rest in places(content[first])]))
+        place = content
+        for key in way:
+            place = place[key]
+        how = draw(st.sampled_from(["replace", "delete", "insert"]))
+        new = draw(VALUES | TENSORS)
+        if how == "replace":
+            place[last] = new
+        elif how == "delete":
+            del place[last]
+        elif isinstance(place, dict):
+            place[draw(st.text(max_size=4))] = new
+        edits.append((how, *way, last, new))
+    return Mutated(content, edits)
+
+
+def _take(trainer: Trainer, content: Any) -> None:
+    """It is refused in half a sentence, or training goes on from it."""
+    refused = ""
+    try:
+        trainer.resume(content)
+    except RunError as error:
+        refused = str(error)
+    assert "\n" not in refused and len(refused) < 300
+    if refused:
+        return
+    for p in trainer.model.parameters():
+        p.grad = torch.zeros_like(p)
+    trainer.optimizer.step()
+    np.random.rand(1000)
+    torch.rand(1000)
+    [random.random() for _ in range(1000)]
+
+
+def _mutations(stopped: Path, examples: int) -> None:
+    trainer = TRAINERS[0]
+
+    @settings(max_examples=examples, suppress_health_check=[*HealthCheck])
+    @given(mutated(stopped / "seed0" / "checkpoints" / "last.pt"))
+    def tried(found: Mutated) -> None:
+        _take(trainer, found.content)
+
+    with torch.random.fork_rng():
+        tried()
+
+
+def test_mutated_checkpoints(stopped: Path) -> None:
+    _mutations(stopped, 60)
+
+
+@pytest.mark.reliability
+def test_many_mutated_checkpoints(stopped: Path) -> None:
+    _mutations(stopped, 1000)
+
+
+@pytest.mark.reliability
+def test_mutated_checkpoints_are_exported_or_refused(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Contents and bytes."""
+    folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
+    path = folder / "checkpoints" / "last.pt"
+    codes: list[int] = []
+
+    sound = stopped / "seed0" / "checkpoints" / "last.pt"
+
+    @settings(max_examples=300, suppress_health_check=[*HealthCheck])
+    @given(mutated(sound), st.none() | st.tuples(st.integers(0, path.stat().st_size - 1), st.binary(max_size=8)))
+    def tried(found: Mutated, damage: tuple[int, bytes] | None) -> None:
+        path.unlink(missing_ok=True)
+        try:
+            checkpoint.save(path, found.content)
+        except (OSError, NotImplementedError):  # not even PyTorch can
+            assume(False)
+        if damage is not None:
+            with open(path, "r+b") as file:
+                file.seek(damage[0])
+                file.write(damage[1])
+        capsys.readouterr()
+        codes.append(export([str(folder), "--formats", "safetensors"]))
+        err = capsys.readouterr().err
+        assert "Traceback" not in err and "internal error" not in err
+        assert codes[-1] == 0 or (codes[-1] in (1, 2) and err.count("qat-export: ") == 1), err
+
+    tried()
+    print({code: codes.count(code) for code in codes})
