@@ -434,7 +434,7 @@ def mutated(draw: st.DrawFn, sound: Path) -> dict[str, bytes | str]:
 
 
 def _mutations(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], examples: int) -> None:
-    @settings(max_examples=examples, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[*HealthCheck])
     @given(mutated(sound))
     def tried(files: dict[str, bytes | str]) -> None:
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +207,14 @@ TENSORS = st.sampled_from(
 )
 
 
-@dataclass(frozen=True)
 class Mutated:
     """A checkpoint with some values replaced, deleted or inserted."""
 
-    content: Any = field(repr=False)
-    edits: list[Any]
+    def __init__(self, content: Any, edits: list[str]) -> None:
+        self.content, self.edits = content, edits
+
+    def __repr__(self) -> str:
+        return "; ".join(self.edits)
 
 
 @functools.cache
@@ -224,7 +225,7 @@ def _loaded(path: Path) -> dict[str, Any]:
 @st.composite
 def mutated(draw: st.DrawFn, path: Path) -> Mutated:
     content: Any = copy.deepcopy(_loaded(path))
-    edits: list[Any] = []
+    edits: list[str] = []
     for _ in range(draw(st.integers(1, 3))):
         if not content:
             break
@@ -241,7 +242,7 @@ def mutated(draw: st.DrawFn, path: Path) -> Mutated:
             del place[last]
         elif isinstance(place, dict):
             place[draw(st.text(max_size=4))] = new
-        edits.append((how, *way, last, new))
+        edits.append(f"{how} {way} {last} {new!r}"[:300])
     return Mutated(content, edits)
 
 
@@ -266,7 +267,7 @@ def _take(trainer: Trainer, content: Any) -> None:
 def _mutations(stopped: Path, examples: int) -> None:
     trainer = TRAINERS[0]
 
-    @settings(max_examples=examples, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[*HealthCheck])
     @given(mutated(stopped / "seed0" / "checkpoints" / "last.pt"))
     def tried(found: Mutated) -> None:
         _take(trainer, found.content)
@@ -295,7 +296,7 @@ def test_mutated_checkpoints_are_exported_or_refused(
 
     sound = stopped / "seed0" / "checkpoints" / "last.pt"
 
-    @settings(max_examples=300, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=300, deadline=None, suppress_health_check=[*HealthCheck])
     @given(mutated(sound), st.none() | st.tuples(st.integers(0, path.stat().st_size - 1), st.binary(max_size=8)))
     def tried(found: Mutated, damage: tuple[int, bytes] | None) -> None:
         path.unlink(missing_ok=True)
