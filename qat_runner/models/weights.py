@@ -18,6 +18,7 @@ from qat_runner.config import TORCHVISION, path_of
 from qat_runner.errors import ConfigError
 from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
 from qat_runner.models.vision import TORCHVISION_MODELS
+from qat_runner.quant.quantizer import LATER
 
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
 _WRAPPERS = {
@@ -319,7 +320,8 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     for name in {key.rpartition(".")[0] for key in found if _is_quantizer_key(key)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
         same_shapes = all(key in wanted and _same_shape(t, wanted[key]) for key, t in state.items())
-        if not same_shapes or f"{name}.grid" not in state:
+        needed = {key for key in wanted if key.rpartition(".")[0] == name and key.rpartition(".")[2] not in LATER}
+        if not same_shapes or not needed <= state.keys():
             continue
         grid, of_model = (some[f"{name}.grid"] for some in (state, wanted))
         if _fault(grid, of_model, any_number=True) or torch.equal(grid[0].round().to(of_model), of_model[0].round()):

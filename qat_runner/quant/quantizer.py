@@ -53,6 +53,8 @@ class _Trained:
 
 EVAL_MODES = ("dynamic", "running", "last")
 """What a dynamic quantizer does in eval()."""
+LATER = ("seen", "static")
+"""Of a quantizer's state, what states of old do not tell."""
 
 
 class Quantizer(nn.Module):
@@ -405,7 +407,7 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name in ("seen", "static"):  # states of old do not tell
+        for name in LATER:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         if f"{prefix}seen" not in state_dict:
