@@ -193,24 +193,29 @@ def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
             raise ValueError(f"model.{name}: is {found.dtype}, {found.layout}, not {own.dtype}, {own.layout}")
 
 
-def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse the state of an optimizer that loading it would take, and its next step trip over.
+def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, unless it is one that loading would take, and the next step trip over.
 
     Args:
         saved: its "state" by number of the parameter, and its "param_groups".
         optimizer: that is to go on with it.
 
+    Returns:
+        The same, with the options of the optimizer that are not among those saved, as by an earlier PyTorch.
+
     Raises:
         ValueError: naming the key.
     """
-    groups, own_groups = saved["param_groups"], optimizer.param_groups
+    groups, own_groups = saved["param_groups"], optimizer.state_dict()["param_groups"]
     if len(groups) != len(own_groups):
         raise ValueError(f"optimizer.param_groups: are {len(groups)}, not {len(own_groups)}")
     for i, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
         for key, value in own.items():
             if type(group.get(key, value)) is not type(value):
                 raise ValueError(f"optimizer.param_groups.{i}.{key}: is a {type(group[key]).__name__}")
-    parameters = [p for group in own_groups for p in group["params"]]
+        if group["params"] != own["params"] or any(type(number) is not int for number in group["params"]):
+            raise ValueError(f"optimizer.param_groups.{i}.params: are not the numbers of the parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     template = _state_after_a_step(optimizer)
     for number, state in saved["state"].items():
         where = f"optimizer.state.{number}"
@@ -220,6 +225,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
             shape = parameters[number].shape if template[key].ndim else template[key].shape
             if not isinstance(value, Tensor) or value.shape != shape or value.dtype != template[key].dtype:
                 raise ValueError(f"{where}.{key}: must be a tensor of shape {list(shape)}, {template[key].dtype}")
+    return {**saved, "param_groups": [own | group for group, own in zip(groups, own_groups, strict=True)]}
 
 
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

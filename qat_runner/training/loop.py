@@ -230,8 +230,7 @@ class Trainer:
             model = found["model"] | own["buffers"]
             checkpoint.check_model(model, self.model)
             self.model.load_state_dict(model)
-            checkpoint.check_optimizer(found["optimizer"], self.optimizer)
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
             checkpoint.set_random_state(own["random"])
             if own["totals"].shape != self.totals.sums.shape:

@@ -457,6 +457,36 @@ def test_many_mutated_records(sound: Path, tmp_path: Path, capsys: pytest.Captur
     _mutations(sound, tmp_path, capsys, 300)
 
 
+def _mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], examples: int) -> None:
+    """A config makes the run: one that cannot be read costs the run, in a sentence, and no other."""
+    shutil.copytree(sound, tmp_path / "runs")
+    text = (sound / "bad" / "config.yaml").read_text()
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[*HealthCheck])
+    @given(mutated_text(text))
+    def tried(content: bytes) -> None:
+        spoil(tmp_path / "runs", "config.yaml", content)
+        for verb in VERBS:
+            code, printed, err = ask(verb, tmp_path / "runs", tmp_path / "out", capsys)
+            assert code == 0 or (code == 2 and verb == ["RUN"] and err.count("\n") == 1), (verb, err)
+            assert "Traceback" not in printed + err
+            if verb[0] == "status":
+                assert SHOWN in " ".join(printed.split()) or "3 finished" in printed
+        assert export([str(tmp_path / "runs" / "bad"), "--formats", "safetensors"]) == 2  # it has no checkpoint
+        assert capsys.readouterr().err.count("\n") == 1
+
+    tried()
+
+
+def test_mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _mutated_configs(sound, tmp_path, capsys, 20)
+
+
+@pytest.mark.reliability
+def test_many_mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _mutated_configs(sound, tmp_path, capsys, 300)
+
+
 # The descriptions
 
 
