@@ -32,7 +32,7 @@ test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 test-slow: .venv/.installed-dev ## every row of every table for two batches, on a folder of ImageNet's shape
 	$(BIN)/python -m pytest -m slow
 
-test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed
+test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled
 	$(BIN)/python -m pytest -m reliability -s -n 0
 
 bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
