@@ -47,7 +47,10 @@ EXPORTED: dict[str, Any] = {
     "bytes": {"full_precision": 100, "onnx": 20},
     "milliseconds": {"full_precision": 1.0, "onnx": 2.0},
 }
-OTHERS = {"error.txt": "the loss became nan\n\nwhere it was raised ...\n", "lock": '{"process": 1, "host": "elsewhere"}'}
+OTHERS = {
+    "error.txt": "the loss became nan\n\nwhere it was raised ...\n",
+    "lock": '{"process": 1, "host": "elsewhere"}',
+}
 SHOWN = "2 finished"
 """What is said of the runs beside the hostile one."""
 
