@@ -5,6 +5,7 @@ before. So a truncated or damaged file is known as such, and any other tool stil
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import random
@@ -232,7 +233,8 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What such an optimizer keeps of a parameter: of one element here, so that what is a scalar has no dimension."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    lone = type(optimizer)([parameter], **optimizer.defaults)
+    options = inspect.signature(type(optimizer)).parameters  # AdamW sets a default of Adam's that it does not take
+    lone = type(optimizer)([parameter], **{k: v for k, v in optimizer.defaults.items() if k in options})
     lone.step()
     return dict(lone.state[parameter])
 

@@ -16,6 +16,7 @@ from qat_runner.cli import export, report
 from qat_runner.cli.run import main
 from qat_runner.config import load_config, run_name
 from qat_runner.models import build_model
+from qat_runner.training import checkpoint
 
 SMALL = [
     *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
@@ -97,8 +98,8 @@ def test_files_that_are_read_again(run: Run, capsys: pytest.CaptureFixture[str])
     assert export.main(["ptq", "--formats", "safetensors"]) == 0
     torch.save({"state_dict_ema": state(lambda t: t * float("inf"))}, "w.pt")
     saved = torch.load("trained/checkpoints/last.pt", weights_only=True)
-    torch.save(saved | {"model": {k: v.to(torch.complex64) for k, v in saved["model"].items()}}, "spoilt.pt")
-    Path("spoilt.pt").replace("trained/checkpoints/last.pt")
+    spoilt = {k: v.to(torch.complex64) for k, v in saved["model"].items()}
+    checkpoint.save(Path("trained/checkpoints/last.pt"), saved | {"model": spoilt})
     capsys.readouterr()
     for folder, why in (("ptq", "elements that are NaN or infinite"), ("trained", "is complex64, not float32")):
         assert export.main([folder, "--formats", "safetensors", "--out", "out"]) == 2

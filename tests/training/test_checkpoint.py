@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from qat_runner.config.schema import OPTIMIZERS, StageConfig
 from qat_runner.errors import RunError
 from qat_runner.training import checkpoint
+from qat_runner.training.recipe import make_optimizer
 
 
 def test_random_state_round_trip(tmp_path: Path) -> None:
@@ -81,3 +83,20 @@ def test_a_write_that_fails_leaves_the_old_content(two: Path, monkeypatch: pytes
 def test_a_crash_between_the_two_renames_loses_nothing(two: Path) -> None:
     (two / checkpoint.LAST).rename(two / checkpoint.PREVIOUS)
     assert checkpoint.newest(two)["step"] == 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_every_optimizer_is_taken(name: str) -> None:
+    def trained() -> torch.optim.Optimizer:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = make_optimizer(model, StageConfig(optimizer=name), 0.1)
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    optimizer = trained()
+    saved = optimizer.state_dict()
+    assert saved["state"]
+    taken = checkpoint.checked_optimizer(saved, trained())
+    assert taken["param_groups"] == saved["param_groups"] and taken["state"] is saved["state"]
