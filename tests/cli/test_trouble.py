@@ -46,17 +46,28 @@ def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callabl
     monkeypatch.setattr(Trainer, "_add_gradients", add_gradients)
 
 
-def outcome(folder: str) -> dict[str, Any]:
+def outcome(folder: Path | str) -> dict[str, Any]:
     last = checkpoint.load(Path(folder, "checkpoints", checkpoint.LAST))
     rows = [(row["epoch"], row["step"], row["loss"]) for row in STEPS.read(Path(folder))]
     return {"rows": rows, "weight": last["model"]["classifier.3.weight"].tolist()}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What comes of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main([*SMALL, f"run_dir={folder}"]) == 0
+    return outcome(folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_stops_within_an_epoch(
-    number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    whole: dict[str, Any],
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run("run_dir=whole") == 0
     with monkeypatch.context() as patch:
         at_step(patch, 2, 3, lambda trainer: os.kill(os.getpid(), number))
         capsys.readouterr()
@@ -65,12 +76,11 @@ def test_a_signal_saves_and_stops_within_an_epoch(
     assert not Path("stopped/error.txt").exists() and not Path("stopped/lock").exists()
     assert run("run_dir=stopped") == 0
     assert "going on after epoch 1 of 2, step 3 of the next" in capsys.readouterr().out
-    assert outcome("stopped") == outcome("whole")
-    assert len(outcome("whole")["rows"]) == 8
+    assert outcome("stopped") == whole
+    assert len(whole["rows"]) == 8
 
 
-def test_a_signal_during_validation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("run_dir=whole", "dataset.val_batch_size=4") == 0
+def test_a_signal_during_validation(whole: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Trainer._evaluate
 
     def stopped(trainer: Trainer, progress: Any) -> Any:
@@ -82,7 +92,7 @@ def test_a_signal_during_validation(run: Run, monkeypatch: pytest.MonkeyPatch) -
         assert run("run_dir=stopped", "dataset.val_batch_size=4") == 143
     assert not Path("stopped/metrics.csv").exists()
     assert run("run_dir=stopped", "dataset.val_batch_size=4") == 0
-    assert outcome("stopped") == outcome("whole")
+    assert outcome("stopped") == whole
 
 
 def test_a_stop_ends_the_whole_sweep(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +101,9 @@ def test_a_stop_ends_the_whole_sweep(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert len([*Path("runs").glob("*/config.yaml")]) == 1
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("run_dir=whole") == 0
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    whole: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 2, 3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("run_dir=cut") == 143
@@ -101,7 +112,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run: Run, monkeypatch:
     assert run("run_dir=cut") == 0
     assert "last.pt cannot be read (it is damaged" in Path("cut/log.txt").read_text()
     assert "going on after epoch 1 of 2" in Path("cut/log.txt").read_text()
-    assert outcome("cut") == outcome("whole")
+    assert outcome("cut") == whole
 
 
 def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -414,8 +414,8 @@ def test_pruned_and_parametrized_layers() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
 def test_a_quantized_model_compiles_in_one_graph() -> None:
-    model = quantize_model(Small(), bits=4, example=torch.randn(2, 3, 8, 8)).eval()
     x = torch.randn(2, 3, 8, 8)
+    model = quantize_model(Small(), bits=4, example=x, iterations=2).eval()  # a loop that is compiled unrolled
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
