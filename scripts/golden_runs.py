@@ -1,0 +1,195 @@
+"""Carry out a dozen or two tiny runs, and note all that they leave: for changes that must not change a number.
+
+    python scripts/golden_runs.py before.json                       # the code as it is
+    python scripts/golden_runs.py after.json --against before.json  # after the change: exit status 1 if anything differs
+
+Of each run are kept: every step's loss and learning rate, every epoch's figures, every tensor's noise, the result, the
+name that the run would have by itself, hashes of each tensor of the last checkpoint and of each exported file. Times
+and paths are left out. Equal means equal to the last bit, so both halves belong on one machine.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PICTURES = (
+    *("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=16"),
+    *("epochs=2", "dataset.val_batch_size=32", "clipping.calibration_batches=2"),
+)
+TEXT = (
+    *("model=bert", "model.checkpoint=bert", "dataset=squad", "data_dir=data", "dataset.max_length=32"),
+    *("dataset.stride=8", "batch_size=8", "epochs=1", "clipping.calibration_batches=1"),
+)
+EAGER = "backend=eager"
+WEIGHTS = "weights=full_precision.pt"
+RETRAIN = (*PICTURES, "mode=retrain", WEIGHTS, "recipe=cifar10")
+
+RUNS: Mapping[str, Sequence[str]] = {
+    "full_precision": (*PICTURES, "bits=32"),
+    "octav": (*PICTURES, EAGER),
+    "octav_compiled": (*PICTURES, "clipping.warm_iterations=4"),
+    "max_ste": (*PICTURES, EAGER, "clipping=max", "gradient=ste", "bits=3"),
+    "percentile_pwl": (*PICTURES, EAGER, "clipping=percentile", "clipping.q=99.9", "gradient=pwl", "bits=5"),
+    "mse_sweep_mad": (*PICTURES, EAGER, "clipping=mse_sweep", "clipping.points=20", "gradient=mad"),
+    "static_octav": (*RETRAIN, EAGER, "clipping=static_octav", "weight_bits=4", "activation_bits=8"),
+    "static_max": (*RETRAIN, EAGER, "clipping=static_max", "conv_granularity=tensor", "linear_granularity=channel"),
+    "static_percentile": (*RETRAIN, "clipping=static_percentile", "first_last_bits=4"),
+    "static_mse_sweep": (*RETRAIN, "clipping=static_mse_sweep"),
+    "lsq": (*RETRAIN, EAGER, "clipping=lsq", "bits=3"),
+    "lsq_compiled": (*RETRAIN, "clipping=lsq", "bits=2"),
+    "pact": (*PICTURES, EAGER, "clipping=pact", "clipping.alpha=8"),
+    "running": (*PICTURES, EAGER, "clipping.eval_mode=running", "model=mobilenet_v2", "model.width=0.5"),
+    "frozen": (*PICTURES, EAGER, "recipe.freeze_scalars_at=1"),
+    "accumulate": (*PICTURES, EAGER, "accumulate=4", "log_excess_mse=true"),
+    "resumed": (*PICTURES, EAGER, "epochs=6", "seed=3"),
+    "ptq": (*PICTURES, EAGER, "mode=ptq", WEIGHTS, "quantize_head=false"),
+    "retrain": (*RETRAIN, EAGER, "recipe.distill=full_precision"),
+    "evaluate": (*PICTURES, EAGER, "mode=evaluate", "weights=octav.pt"),
+    "two_processes": (*PICTURES, EAGER, "clipping.sync=true"),
+    "bert": (*TEXT, EAGER),
+    "bert_static": (*TEXT, EAGER, "clipping=static_octav", "bits=6"),
+}
+NEEDED = ("full_precision", "octav")
+"""Their weights are what others begin with."""
+EXPORTED = ("octav", "static_octav", "lsq", "pact", "frozen", "bert_static")
+NOT_NUMBERS = ("seconds", "samples_per_second", "train_seconds", "run_dir")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help="where to write what the runs left")
+    parser.add_argument("--against", type=Path, help="such a file, of the code before")
+    parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of runs")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: left for name, left in carried_out(Path(folder), asked.only)}
+    asked.file.write_text(json.dumps(found, indent=1) + "\n")
+    if asked.against is None:
+        return 0
+    return compared(json.loads(asked.against.read_text()), found)
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """Print a line a run: how much of it there is, and what of it differs; returns the exit status."""
+    bad = 0
+    for name in (name for name in before if name in after):
+        then, now = dict(leaves(before[name])), dict(leaves(after[name]))
+        differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        told = f"{len(differing)} DIFFER, first {differing[0]}" if differing else "equal"
+        print(f"{name:20} {len(then):6} values  {told}")
+        bad += bool(differing)
+    return int(bad > 0)
+
+
+def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and value of everything in nested dicts and lists."""
+    if isinstance(value, dict | list):
+        for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inside, f"{where}/{key}")
+    else:
+        yield where, value
+
+
+def carried_out(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each run's name and what it left; runs that others need come before them."""
+    sys.path.insert(0, str(ROOT))
+    from tests.tiny import tiny_bert, tiny_squad
+
+    tiny_bert(folder / "bert")
+    tiny_squad(folder / "data" / "squad")
+    for name, args in RUNS.items():
+        if name not in (*wanted, *NEEDED):
+            continue
+        command = ["-m", "qat_runner", *args, f"runs_dir=runs/{name}"]
+        if name == "two_processes":
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+        if name == "resumed":
+            stopped_after(folder / "runs" / name, 5, command, folder)
+        called(command, folder)
+        (run,) = (folder / "runs" / name).iterdir()
+        if name in NEEDED:
+            torch.save(torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"], folder / f"{name}.pt")
+        if name in EXPORTED:
+            called(["-m", "qat_runner.cli.export", str(run), "--formats", "safetensors", "onnx"], folder)
+        yield name, {"name": run.name, **left(run)}
+        print(f"{name} done", file=sys.stderr)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QAT_CACHE_DIR": str(folder / "cache")}
+
+
+def called(command: Sequence[str], folder: Path) -> str:
+    """What a command of this Python prints.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment(folder), capture_output=True, encoding="utf-8"
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+    return done.stdout
+
+
+def stopped_after(runs: Path, rows: int, command: Sequence[str], folder: Path) -> None:
+    """Start a run, and stop it once its steps.csv has so many rows."""
+
+    def recorded() -> int:
+        return sum(path.read_text().count("\n") for path in runs.glob("*/steps.csv"))
+
+    run = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL)
+    while run.poll() is None and recorded() <= rows:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    run.wait()
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """All that a run left in its folder, but times and paths."""
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p))
+    summary = json.loads((folder / "summary.json").read_text())
+    found: dict[str, Any] = {"files": files, "summary": without_times(summary)}
+    for name in ("steps.csv", "metrics.csv", "layers.csv"):
+        if (folder / name).is_file():
+            with open(folder / name, newline="") as file:
+                found[name] = [without_times(row) for row in csv.DictReader(file)]
+    for name in ("quantizers.txt", "histograms.json", "predictions.json"):
+        if (folder / name).is_file():
+            found[name] = hashed((folder / name).read_bytes())
+    last = folder / "checkpoints" / "last.pt"
+    if last.is_file():
+        saved = torch.load(last, weights_only=True)
+        found["weights"] = {key: hashed(tensor.numpy().tobytes()) for key, tensor in saved["model"].items()}
+        found["identity"] = saved["config"]
+    for path in sorted(folder.glob("export/*")):
+        if path.suffix in (".safetensors", ".onnx"):
+            found[path.name] = hashed(path.read_bytes())
+    return found
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in NOT_NUMBERS}
+
+
+def hashed(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
