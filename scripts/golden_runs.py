@@ -1,7 +1,7 @@
 """Carry out a dozen or two tiny runs, and note all that they leave: for changes that must not change a number.
 
     python scripts/golden_runs.py before.json                       # the code as it is
-    python scripts/golden_runs.py after.json --against before.json  # after the change: exit status 1 if anything differs
+    python scripts/golden_runs.py after.json --against before.json  # after the change; exit status 1: something differs
 
 Of each run are kept: every step's loss and learning rate, every epoch's figures, every tensor's noise, the result, the
 name that the run would have by itself, hashes of each tensor of the last checkpoint and of each exported file. Times
@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of runs")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {name: left for name, left in carried_out(Path(folder), asked.only)}
+        found = dict(carried_out(Path(folder), asked.only))
     asked.file.write_text(json.dumps(found, indent=1) + "\n")
     if asked.against is None:
         return 0
