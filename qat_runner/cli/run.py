@@ -36,6 +36,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from qat_runner import distributed
 from qat_runner.cli.explain import explain
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.config.composing import (
@@ -48,7 +49,6 @@ from qat_runner.config.composing import (
 )
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
 from qat_runner.report.status import forget_asked, remember_asked
-from qat_runner.training import distributed
 from qat_runner.training.records import SUMMARY, Summary
 
 _MULTIRUN = ("-m", "--multirun")

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from qat_runner import distributed
 from qat_runner.config import Config, clipping_label
 from qat_runner.data import Data, ImageData, load_dataset
 from qat_runner.data.batches import undivided
@@ -13,7 +14,7 @@ from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert
 from qat_runner.models import Source, build_bert, build_model, load_tokenizer, load_weights
 from qat_runner.quant.kernels import set_backend
-from qat_runner.training import checkpoint, distributed
+from qat_runner.training import checkpoint
 from qat_runner.training.memory import keep_freed_memory
 
 log = logging.getLogger("qat_runner")

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from qat_runner import distributed
 from qat_runner.config import (
     BASELINE,
     TORCHVISION,
@@ -22,7 +23,7 @@ from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import bare_model, find_device
 from qat_runner.models import BERTS, MODELS, STEMS, Source, find_weights, match_weights, read_checkpoint
 from qat_runner.quant.kernels import choose_backend
-from qat_runner.training import checkpoint, distributed
+from qat_runner.training import checkpoint
 from qat_runner.training.files import TEMPORARY, JsonFile
 from qat_runner.training.records import ENVIRONMENT, LOCK
 from qat_runner.training.tracking import RECORDED

@@ -15,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from qat_runner import distributed
 from qat_runner.config import (
     BASELINE,
     Config,
@@ -36,7 +37,7 @@ from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.report.plots import plot_curves, plot_noise
-from qat_runner.training import checkpoint, distributed
+from qat_runner.training import checkpoint
 from qat_runner.training.files import TEMPORARY, open_own, write_text
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.lock import RunLock

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner import distributed
 from qat_runner.config import Config, differences, flat, identity, settings
 from qat_runner.data import Batch, Data, Totals
 from qat_runner.data.answers import AnswerScore
@@ -21,7 +22,7 @@ from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
-from qat_runner.training import checkpoint, distributed
+from qat_runner.training import checkpoint
 from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from qat_runner import distributed
 from qat_runner.insertion import LayerNoise
-from qat_runner.training import distributed
 from qat_runner.training.records import LAYERS, METRICS, STEPS, Git, Sitting
 
 log = logging.getLogger("qat_runner")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from qat_runner.training import distributed
+from qat_runner import distributed
 
 
 def together(work: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:

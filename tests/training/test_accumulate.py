@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner import distributed
 from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.data import Batch
 from qat_runner.experiment import build
 from qat_runner.experiment.running import _recipe
 from qat_runner.insertion import quantized_tensors
-from qat_runner.training import distributed
 from qat_runner.training.loop import Trainer
 from qat_runner.training.tracking import Silence
 

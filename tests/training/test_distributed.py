@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner import distributed
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard, Totals
@@ -18,7 +19,6 @@ from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.quant import maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.quantizer import Quantizer
-from qat_runner.training import distributed
 from qat_runner.training.loop import freeze_activations
 from tests.training.processes import together
 
