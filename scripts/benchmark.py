@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BertConfig, BertForQuestionAnswering
 
 from qat_runner.data import Batch
@@ -44,7 +43,7 @@ from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
 from qat_runner.quant import fake_quantize, mse_sweep, octav, percentile
 from qat_runner.quant.kernels import set_backend
-from qat_runner.training.measure import compute
+from qat_runner.tasks import TASKS
 from qat_runner.training.memory import keep_freed_memory
 from qat_runner.training.tracking import environment
 
@@ -242,6 +241,7 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     """A training step: forward, backward, SGD; of a BERT AdamW."""
     torch.manual_seed(0)
     is_bert = which[0] in BERTS
+    task = TASKS["question_answering" if is_bert else "classification"]
     model, batch, options = (bert if is_bert else vision)(which, device)
     if mode == "brevitas":
         model = brevitas_model(model).to(memory_format=torch.channels_last)
@@ -259,7 +259,7 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = F.cross_entropy(compute(model, batch.inputs), batch.targets)
+            loss = task.loss(task.compute(model, batch.inputs), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -104,6 +104,17 @@ def test_configs_of_version_1(composed: Callable[..., Config], tmp_path: Path) -
     assert identity(read) == identity(replace(now, clipping=replace(now.clipping, calibration_batch_size=512)))
 
 
+@pytest.mark.parametrize(("dataset", "model"), [("squad", "bert_base"), ("digits", "resnet20")])
+def test_configs_of_before_data_sets_named_their_task(
+    composed: Callable[..., Config], tmp_path: Path, dataset: str, model: str
+) -> None:
+    now = composed(f"dataset={dataset}", f"model={model}")
+    old = raw(now)
+    del old["dataset"]["task"]
+    read = read_config(write(tmp_path / "old", old) / "config.yaml")
+    assert (read.dataset.task, run_name(read)) == (now.dataset.task, run_name(now))
+
+
 def test_a_method_that_was_revised_is_another(composed: Callable[..., Config], tmp_path: Path) -> None:
     for clipping, same in (("pact", False), ("lsq", True)):
         now = composed(f"clipping={clipping}", "mode=retrain", "weights=w.pt")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qat_runner.config.schema import AMP, DISTILL, MODES, OPTIMIZERS, PADDINGS, RESUME, SCHEDULES, Config
+from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import GRADIENT_PAIRS, GRANULARITIES
 from qat_runner.quant import CLIPPING_METHODS, EVAL_MODES, LEARNED
@@ -110,8 +111,9 @@ def check_values(config: Config) -> None:
     for key, names in _names().items():
         for place, value in _values(config, key):
             require(value in names, place, value, f"one of {', '.join(names)}")
+    foreign = foreign_keys(config.task)
     for key, allowed in RANGES.items():
-        if key == "dataset.image_size" and config.reads_text:
+        if key in foreign and _left_alone(config, key):
             continue
         for place, value in _values(config, key):
             require(all(n in allowed for n in (value if isinstance(value, list) else [value])), place, value, allowed)
@@ -136,7 +138,13 @@ def _names() -> dict[str, Sequence[str]]:
         "recipe.STAGE.optimizer": OPTIMIZERS,
         "recipe.distill": DISTILL,
         "dataset.padding": PADDINGS,
+        "dataset.task": tuple(FACTS),
     }
+
+
+def _left_alone(config: Config, key: str) -> bool:
+    """Whether a key has the value that it has where nothing is said of it."""
+    return functools.reduce(getattr, key.split("."), config) == functools.reduce(getattr, key.split("."), Config())
 
 
 def _values(config: Config, key: str) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import BASELINE, Config
+from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.errors import UnreadableError
 
@@ -21,21 +22,6 @@ PLACES = (
     *("checkpoint_minutes", "distributed_timeout", "schema_version"),
 )
 """Keys that say where things lie and what is kept, not what is computed."""
-
-_OF_PICTURES = {
-    "model": ("stem", "width"),
-    "dataset": ("num_classes", "image_size", "mean", "std", "augment", "fake_pictures", "skip_corrupt"),
-    "": ("channels_last", "conv_granularity"),
-}
-
-_OF_TEXT = {
-    "model": ("checkpoint",),
-    "dataset": (
-        *("max_length", "stride", "padding", "one_window"),
-        *("train_questions", "val_questions", "n_best", "max_answer_length"),
-    ),
-}
-"""Keys, by group, that mean nothing to the other kind of network."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -54,9 +40,9 @@ def settings(config: Config) -> dict[str, Any]:
     recipe of one that does not train.
     """
     keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
-    del keys["bits"], keys["dataset"]["workers"]
-    _drop_foreign(keys, config.reads_text)
-    if config.reads_text and config.model.checkpoint is not None:
+    del keys["bits"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
+    foreign = foreign_keys(config.task)
+    if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
     if config.weights is not None:
         baseline = config.weights == BASELINE
@@ -97,13 +83,7 @@ def settings(config: Config) -> dict[str, Any]:
             keys.pop(key, None)
     elif config.clipping.learned:
         del keys["gradient"]
-    return flat(keys)
-
-
-def _drop_foreign(keys: dict[str, Any], reads_text: bool) -> None:
-    for group, names in (_OF_PICTURES if reads_text else _OF_TEXT).items():
-        for name in names:
-            del (keys[group] if group else keys)[name]
+    return {key: value for key, value in flat(keys).items() if key not in foreign}
 
 
 def load_config(folder: Path) -> Config | None:

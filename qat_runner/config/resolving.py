@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qat_runner.config.allowed import check_values, require
-from qat_runner.config.schema import BASELINE, TEXT_DATASETS, TORCHVISION, Config, StageConfig
+from qat_runner.config.schema import BASELINE, TORCHVISION, Config, StageConfig
+from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import FULL_PRECISION
@@ -50,21 +51,21 @@ def resolve(config: Config) -> Config:
     """Fill in what follows from the rest, and check the result."""
     check_values(config)
     config = _with_home(config)
-    text = config.reads_text
+    task = config.task
     config = replace(config, mode=config.auto_mode if config.mode == "auto" else config.mode)
     stage = config.stage
     batch_size = stage.batch_size if config.batch_size is None else config.batch_size
     clipping = config.clipping
     if clipping.calibration_batches is None:
-        clipping = replace(clipping, calibration_batches=10 if text else 5)
+        clipping = replace(clipping, calibration_batches=task.calibration_batches)
     if clipping.calibration_batch_size is None:
-        clipping = replace(clipping, calibration_batch_size=4 if text else 64)
+        clipping = replace(clipping, calibration_batch_size=task.calibration_batch_size)
     granularity = config.linear_granularity
     config = replace(
         config,
         clipping=clipping,
-        first_last_bits=8 if config.first_last_bits is None and not text else config.first_last_bits,
-        linear_granularity=("channel" if text else "tensor") if granularity == "auto" else granularity,
+        first_last_bits=task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
+        linear_granularity=task.linear_granularity if granularity == "auto" else granularity,
         weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
         activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
         epochs=stage.epochs if config.epochs is None else config.epochs,
@@ -114,7 +115,7 @@ def check(config: Config) -> None:
     require(config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
     channels = {len(config.dataset.mean), len(config.dataset.std)}
     require(
-        config.reads_text or (channels <= {1, 3} and len(channels) == 1),
+        "dataset.mean" in foreign_keys(config.task) or (channels <= {1, 3} and len(channels) == 1),
         "dataset.mean",
         config.dataset.mean,
         "as long as dataset.std, 1 or 3 numbers",
@@ -177,10 +178,9 @@ def _check_mode(config: Config) -> None:
         raise ConfigError(
             f"weights={config.weights}: mode={config.mode} starts from {start}; use mode=retrain, ptq or evaluate"
         )
-    if from_checkpoint and not config.reads_text:
-        raise ConfigError(
-            f"mode=finetune: is for a BERT on {', '.join(TEXT_DATASETS)}; pictures have scratch and retrain"
-        )
+    if config.training and config.mode not in config.task.modes:
+        allowed = ", ".join((*config.task.modes, "ptq", "evaluate"))
+        raise ConfigError(f"mode={config.mode}: must be one of {allowed} for dataset.task={config.dataset.task}")
     if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"

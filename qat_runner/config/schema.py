@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
+from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import Policy
@@ -14,7 +15,6 @@ from qat_runner.quant import LEARNED
 
 STAGES = ("scratch", "retrain", "long_retrain", "finetune")
 MODES = (*STAGES, "ptq", "evaluate")
-TEXT_DATASETS = ("squad",)
 OPTIMIZERS = ("sgd", "adamw")
 PADDINGS = ("max_length", "longest")
 DISTILL = ("none", "full_precision")
@@ -44,6 +44,8 @@ class ModelConfig:
 class DatasetConfig:
     name: str = MISSING
     """a name in qat_runner.data.DATASETS"""
+    task: str = "classification"
+    """what is learned of it: classification or question_answering; it follows from the name"""
     num_classes: int | None = None
     """pictures: classes; null: as many as there are class folders"""
     image_size: int = 0
@@ -290,9 +292,15 @@ class Config:
         return self.mode in STAGES
 
     @property
-    def reads_text(self) -> bool:
-        """Whether the network is a BERT, going by the data."""
-        return self.dataset.name in TEXT_DATASETS
+    def task(self) -> TaskFacts:
+        """What follows from the task of the data set.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
+        if self.dataset.task not in FACTS:
+            raise ConfigError(f"dataset.task={self.dataset.task}: must be one of {', '.join(FACTS)}")
+        return FACTS[self.dataset.task]
 
     @property
     def retraining(self) -> bool:
@@ -315,7 +323,7 @@ class Config:
     @property
     def auto_mode(self) -> str:
         """What mode=auto stands for."""
-        return "finetune" if self.reads_text else "scratch"
+        return self.task.modes[0]
 
     @property
     def distilling(self) -> bool:
@@ -352,7 +360,7 @@ class Config:
             conv_granularity=self.conv_granularity,
             linear_granularity=self.linear_granularity,
             synchronize=self.clipping.sync,
-            quantize_head=not self.reads_text if self.quantize_head is None else self.quantize_head,
+            quantize_head=self.task.quantize_head if self.quantize_head is None else self.quantize_head,
         )
 
     @property

@@ -18,6 +18,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "model.stem": "auto",
     "model.width": 1.0,
     "model.checkpoint": None,
+    "dataset.task": "classification",
     "dataset.num_classes": None,
     "dataset.image_size": 0,
     "dataset.mean": [],
@@ -121,6 +122,8 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"schema_version={version}: must be 1 to {SCHEMA_VERSION}; a later qat_runner wrote it")
     for step in _STEPS[version - 1 :]:
         step(config)
+    if config.get("dataset", {}).get("name") == "squad":  # of before data sets named their task
+        config["dataset"].setdefault("task", "question_answering")
     for key, value in FIRST_DEFAULTS.items():  # it knew nothing of what came later
         group, _, name = key.rpartition(".")
         (config.setdefault(group, {}) if group else config).setdefault(name, value)

@@ -1,7 +1,19 @@
 """Data sets by name, as batches of what a model takes."""
 
-from qat_runner.data.batches import Batch, Data, Totals
+from qat_runner.data.batches import Batch, Data
+from qat_runner.data.dataset import Dataset, Delivery
 from qat_runner.data.images import AUGMENTATIONS, ImageData
-from qat_runner.data.registry import DATASETS, find_dataset, load_dataset
+from qat_runner.data.registry import find_dataset, load_dataset
+from qat_runner.data.sets import DATASETS
 
-__all__ = ["AUGMENTATIONS", "DATASETS", "Batch", "Data", "ImageData", "Totals", "find_dataset", "load_dataset"]
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "Batch",
+    "Data",
+    "Dataset",
+    "Delivery",
+    "ImageData",
+    "find_dataset",
+    "load_dataset",
+]

@@ -1,6 +1,6 @@
-"""What all data sets have in common: their batches, and the sums by which a pass over them is judged."""
+"""What all data sets have in common: their batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     inputs: tuple[Tensor, ...]
     """positional arguments of the model's forward, [N, ...] each"""
     targets: Tensor
-    """class indices, int64: [N] for logits [N, C]; [N, d] for logits [N, C, d]"""
+    """what it should answer, [N, ...], in the terms of the task"""
 
     @property
     def size(self) -> int:
@@ -48,39 +48,6 @@ class Batch(NamedTuple):
                 yield Batch(tuple(inputs), targets)
 
 
-@dataclass
-class Totals:
-    """Sums over samples, kept on the device: adding a batch waits for nothing, reading does.
-
-    A sample is a hit if each of its targets has the highest logit (or one of the five highest).
-    """
-
-    sums: Tensor  # float64 [4]: loss, hits, hits among five, samples
-    names: tuple[str, str] = ("top1", "top5")
-
-    @classmethod
-    def on(cls, device: torch.device, names: tuple[str, str] = ("top1", "top5")) -> "Totals":
-        return cls(torch.zeros(4, dtype=torch.float64, device=device), names)
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """loss: mean over the batch, []; logits [N, C] or [N, C, d]; targets [N] or [N, d]."""
-        n = len(targets)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        best, any_of_five = hits[:, 0].reshape(n, -1).all(1).sum(), hits.any(1).reshape(n, -1).all(1).sum()
-        self.sums += torch.stack([loss.detach().float() * n, best, any_of_five, torch.full_like(loss, n).float()])
-
-    def merge(self, gather: Callable[[Any], list[Any]], add_up: Callable[[Tensor], Tensor]) -> None:
-        """Become the totals of all processes that share a pass; the two tell them each other's figures."""
-        add_up(self.sums)
-
-    def read(self) -> dict[str, float]:
-        """Mean loss, both hit rates by their names (percent), samples."""
-        loss, best, five, n = self.sums.tolist()
-        rates = {name: 100 * hits / max(n, 1) for name, hits in zip(self.names, (best, five), strict=True)}
-        return {"loss": loss / max(n, 1), **rates, "samples": n}
-
-
 class Data(Protocol):
     """A data set ready for training. Its batches are on `device`; both halves come out the same at any time.
 
@@ -90,14 +57,14 @@ class Data(Protocol):
 
     name: str
     device: torch.device
-    metric: str
-    """the figure of a validation pass that counts, in percent"""
-    unit: str
-    """what a sample is, in a word"""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was found in reading the data that whoever asked for them should know."""
+
+    @property
+    def corrupt(self) -> set[str] | None:
+        """What could not be read and was left out up to now; None where nothing may be left out."""
 
     @property
     def train_size(self) -> int: ...
@@ -120,12 +87,6 @@ class Data(Protocol):
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The first `limit` batches of the validation half in its own order, the last as small as it comes."""
-
-    def totals(self) -> Totals:
-        """Sums for a pass over training batches."""
-
-    def score(self) -> Totals:
-        """Sums for a pass over all of `val_batches`; reading them gives `metric`."""
 
 
 def undivided(data: Data) -> Data:

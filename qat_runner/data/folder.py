@@ -109,8 +109,7 @@ class FolderSource:
         self._train, self._val = _Pictures(listings["train"], crop), _Pictures(listings["val"], center)
         self.train_size, self.val_size = len(self._train), len(self._val)
         self._workers = workers
-        self._skip_corrupt = skip_corrupt
-        self.corrupt: set[str] = set()
+        self.corrupt: set[str] | None = set() if skip_corrupt else None
         """what is wrong with each picture that was left out"""
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
@@ -138,7 +137,7 @@ class FolderSource:
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """What could be decoded of a batch."""
         told = sorted(set(filter(None, troubles)))
-        if not self._skip_corrupt:
+        if self.corrupt is None:
             raise RunError(f"{told[0]}; dataset.skip_corrupt=true leaves such pictures out")
         for trouble in told:
             if trouble not in self.corrupt:

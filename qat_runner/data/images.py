@@ -6,7 +6,7 @@ Both hand over bytes, which are normalized on the device.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat_runner.data.batches import WHOLE, Batch, Shard, Totals
+from qat_runner.data.batches import WHOLE, Batch, Shard
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
@@ -30,6 +30,8 @@ class Source(Protocol):
     val_size: int
     notes: tuple[str, ...]
     """what was passed over, or taken for what it does not say it is"""
+    corrupt: set[str] | None
+    """as of `Data`"""
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]: ...
 
@@ -52,9 +54,6 @@ class ImageData:
     """memory layout of the batches"""
     shard: Shard = WHOLE
 
-    metric = "top1"
-    unit = "img"
-
     @property
     def train_size(self) -> int:
         return self.source.train_size
@@ -66,6 +65,10 @@ class ImageData:
     @property
     def notes(self) -> tuple[str, ...]:
         return self.source.notes
+
+    @property
+    def corrupt(self) -> set[str] | None:
+        return self.source.corrupt
 
     def train_steps(self, batch_size: int) -> int:
         """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
@@ -80,12 +83,6 @@ class ImageData:
         count = -(-self.val_size // batch_size)
         batches = range(count if limit is None else min(limit, count))
         return map(self._normalize, self.source.val(batch_size, batches, self.shard))
-
-    def totals(self) -> Totals:
-        return Totals.on(self.device)
-
-    def score(self) -> Totals:
-        return Totals.on(self.device)
 
     def _normalize(self, labelled: Labelled) -> Batch:
         pictures, labels = labelled
@@ -112,6 +109,7 @@ class MemorySource:
     validation: Labelled
     augmentation: str = "none"
     notes: tuple[str, ...] = ()
+    corrupt: set[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         for pictures, labels in (self.training, self.validation):

@@ -11,32 +11,22 @@ DATA_DIR.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from torchvision import datasets
-
-from qat_runner.data.imagenet import prepare_imagenet
-from qat_runner.data.squad import prepare_squad
-
-PREPARE: dict[str, Callable[[str], object]] = {
-    "cifar10": lambda folder: [datasets.CIFAR10(folder, train, download=True) for train in (True, False)],
-    "fashion_mnist": lambda folder: [datasets.FashionMNIST(folder, train, download=True) for train in (True, False)],
-    "squad": lambda folder: prepare_squad(Path(folder)),
-    "imagenet": lambda folder: prepare_imagenet(Path(folder)),
-}
+from qat_runner.data.sets import DATASETS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qat_runner.data.prepare", description="Fetch or unpack a data set."
     )
-    parser.add_argument("dataset", choices=sorted(PREPARE))
+    fetched = {name: dataset.fetch for name, dataset in DATASETS.items() if dataset.fetch is not None}
+    parser.add_argument("dataset", choices=fetched)
     parser.add_argument("data_dir", type=Path, help="where it is to lie; give the same folder to qat-run as data_dir")
     args = parser.parse_args(argv)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     try:
-        PREPARE[args.dataset](str(args.data_dir))
+        fetched[args.dataset](args.data_dir)
     except Exception as error:
         print(f"{args.dataset} could not be prepared in {args.data_dir}: {error}", file=sys.stderr)
         return 1

@@ -7,13 +7,14 @@ from torch import nn
 
 from qat_runner import distributed
 from qat_runner.config import Config, clipping_label
-from qat_runner.data import Data, ImageData, load_dataset
+from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert
-from qat_runner.models import Source, build_bert, build_model, load_tokenizer, load_weights
+from qat_runner.models import Source, load_weights
 from qat_runner.quant.kernels import set_backend
+from qat_runner.tasks import task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.memory import keep_freed_memory
 
@@ -43,18 +44,9 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def bare_model(config: Config, num_classes: int, image_size: int, pretrained: bool = False) -> nn.Module:
-    """The network without quantizers; num_classes and image_size mean nothing to a BERT."""
-    if config.reads_text:
-        assert config.model.checkpoint is not None
-        return build_bert(config.model.checkpoint, pretrained)
-    return build_model(config.model.name, num_classes, image_size, config.model.stem, config.model.width)
-
-
 def model_for(config: Config, data: Data) -> nn.Module:
-    """`bare_model`, on the device of the data and in its layout."""
-    sizes = (data.num_classes, data.image_size) if isinstance(data, ImageData) else (0, 0)
-    model = bare_model(config, *sizes, pretrained=config.mode == "finetune").to(data.device)
+    """The network without quantizers, on the device of the data and in its layout."""
+    model = task_of(config).network(config, data, pretrained=config.mode == "finetune").to(data.device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
@@ -73,8 +65,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
     keep_freed_memory()
-    tokenizer = load_tokenizer(config.model.checkpoint) if config.model.checkpoint and config.reads_text else None
-    data = load_dataset(config.dataset, config.data_dir, device, config.seed, config.channels_last, tokenizer, shard)
+    delivery = Delivery(device, config.seed, config.channels_last, task_of(config).tokenizer(config), shard)
+    data = load_dataset(config.dataset, config.data_dir, delivery)
     model = model_for(config, data)
     # Real samples, the same in every process: it is seen what the model does with them.
     example = next(undivided(data).train_batches(2, epoch=0, limit=1)).inputs

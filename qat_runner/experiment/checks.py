@@ -20,9 +20,10 @@ from qat_runner.config import (
 )
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.experiment.building import bare_model, find_device
-from qat_runner.models import BERTS, MODELS, STEMS, Source, find_weights, match_weights, read_checkpoint
+from qat_runner.experiment.building import find_device
+from qat_runner.models import STEMS, Source, find_weights, match_weights
 from qat_runner.quant.kernels import choose_backend
+from qat_runner.tasks import TASKS, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.files import TEMPORARY, JsonFile
 from qat_runner.training.records import ENVIRONMENT, LOCK
@@ -38,7 +39,7 @@ def prepare(config: Config) -> Path:
         ConfigError: unknown model or device, absent data or weights, a run folder of another config.
     """
     for key, value, allowed in (
-        ("model", config.model.name, (*MODELS, *BERTS)),
+        ("model", config.model.name, dict.fromkeys(name for task in TASKS.values() for name in task.networks)),
         ("model.stem", config.model.stem, STEMS),
         ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
     ):
@@ -56,7 +57,7 @@ def prepare(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
-    _check_kind(config)
+    task_of(config).check(config)
     if config.weights == BASELINE:
         prepare(baseline_of(config))
     elif config.weights is not None:
@@ -69,33 +70,15 @@ def prepare(config: Config) -> Path:
     return folder
 
 
-def _check_kind(config: Config) -> None:
-    """Refuse a network that cannot read the data."""
-    name = config.model.name
-    if (name in BERTS) != config.reads_text:
-        fitting = ", ".join(MODELS if name in BERTS else BERTS)
-        raise ConfigError(f"model={name}: cannot read dataset={config.dataset.name}, which is for {fitting}")
-    if config.reads_text:
-        if config.model.checkpoint is None:
-            raise ConfigError(f"model={name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
-        positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
-        if config.dataset.max_length > positions:
-            raise ConfigError(
-                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
-                f"{config.model.checkpoint}"
-            )
-
-
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:
     """Try the weights on a model without memory; where it is not known how many classes it has, all but its head."""
     find_weights(source, config.model.name)
     if source.value == TORCHVISION:
         return
-    classes = config.dataset.num_classes
-    unknown = classes is None and not config.reads_text
+    task = task_of(config)
     with torch.device("meta"):
-        model = bare_model(config, classes or 2, config.dataset.image_size)
-    match_weights(model, source, config.model.name, new_head=new_head or unknown)
+        model = task.network(config, None)
+    match_weights(model, source, config.model.name, new_head=new_head or not task.knows_head(config))
 
 
 def _check_folder(folder: Path, config: Config) -> None:

@@ -27,8 +27,7 @@ from qat_runner.config import (
     load_config,
     scaled_lr,
 )
-from qat_runner.data import Data, ImageData
-from qat_runner.data.folder import FolderSource
+from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import prepare, recorded
@@ -173,7 +172,7 @@ def _carry_out(
         result = _summarize(config, trainer)
         if distributed.is_main():
             record_histograms(folder, config, model, data)
-            plot_curves(folder)
+            plot_curves(folder, trainer.task)
             plot_noise(folder)
             SUMMARY.write(folder, result)
         return result
@@ -293,10 +292,9 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.model)
-    source = trainer.data.source if isinstance(trainer.data, ImageData) else None
-    corrupt: set[str] | None = None  # met since the run last began
-    if isinstance(source, FolderSource) and config.dataset.skip_corrupt:
-        corrupt = set().union(*distributed.gather(source.corrupt))
+    corrupt = trainer.data.corrupt  # met since the run last began
+    if corrupt is not None:
+        corrupt = set().union(*distributed.gather(corrupt))
     assert config.weight_bits is not None and config.activation_bits is not None
     result: Summary = {
         "model": config.model.name,
@@ -312,7 +310,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
         "mode": config.mode,
         "seed": config.seed,
         "processes": distributed.world_size(),
-        "metric": trainer.data.metric,
+        "metric": trainer.metric,
         "epochs": state.epoch,
         "steps": state.steps,
         "samples_per_second": state.samples_per_second,
@@ -326,6 +324,6 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     if corrupt is not None:
         result["corrupt_pictures"] = len(corrupt)
     figures: Any = {key: value for key, value in state.val.items() if key != "samples"}
-    figures[f"best_{trainer.data.metric}"] = state.best
+    figures[f"best_{trainer.metric}"] = state.best
     result.update(figures)
     return result

@@ -1,6 +1,7 @@
 """A finished run -> files of integers, each checked on the validation set before it is called done."""
 
 import copy
+import functools
 import logging
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from qat_runner.config import (
     path_of,
     run_folder,
 )
-from qat_runner.data import Data, ImageData
+from qat_runner.data import Data
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
@@ -41,10 +42,10 @@ from qat_runner.export.formats import (
 )
 from qat_runner.export.integer import to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
+from qat_runner.tasks import joined, task_of
 from qat_runner.training.checkpoint import LAST, is_whole
 from qat_runner.training.files import TEMPORARY, exchange, full_disk_told
 from qat_runner.training.lock import RunLock
-from qat_runner.training.measure import compute
 from qat_runner.training.records import EXPORT, Export
 from qat_runner.training.tracking import environment
 
@@ -163,8 +164,9 @@ def compare_rules(
         rules = [rule for rule in FREEZING if config.training or rule != "running"]
     networks |= {rule: made_static(model, data, config, rule, batches) for rule in rules}
     (first, reference), *others = networks.items()
-    computes = {name: _compute(network) for name, network in others}
-    figures = verify.compare(_compute(reference), computes, data, _val_batches(config, data))
+    computes = {name: _compute(config, network) for name, network in others}
+    task = task_of(config)
+    figures = verify.compare(_compute(config, reference), computes, task, data, _val_batches(config, data))
     return dict(zip([first, *computes], figures, strict=True))
 
 
@@ -201,7 +203,7 @@ def export(request: Request) -> Export:
             "batches": None if rule in (STATIC, "running") else request.batches,
             "batchnorm": "folded" if request.fold else "kept",
             "batchnorm_kept": kept,
-            "metric": data.metric,
+            "metric": config.task.metric,
             "processor": environment()["machine"]["processor"],
             "figures": {name: verify.recorded(found) for name, found in figures.items()},
             "bytes": _bytes(static, files),
@@ -240,14 +242,15 @@ def _check(
     A file must do what the network does by its own definition; what a processor's fused kernels make of it is told.
     """
     log.info("checking on the validation set")
-    others: dict[str, verify.Compute] = {"dynamic": _compute(model)}
+    others: dict[str, verify.Compute] = {"dynamic": _compute(config, model)}
     if "onnx" in files:
         others["onnx"] = verify.OnnxFile(files["onnx"], fused=False)
         others[FUSED] = verify.OnnxFile(files["onnx"], fused=True)
     if "torch" in files:
         program = read_program(files["torch"])
-        others["torch"] = lambda inputs: verify.joined(program(*inputs))
-    found = verify.compare(_compute(static), others, data, _val_batches(config, data))
+        others["torch"] = lambda inputs: joined(program(*inputs))
+    task = task_of(config)
+    found = verify.compare(_compute(config, static), others, task, data, _val_batches(config, data))
     figures = dict(zip(["static", *others], found, strict=True))
     for name in others.keys() & files.keys():
         verify.require(files[name].name, figures[name], figures["static"])
@@ -272,8 +275,8 @@ def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequen
         return verify.latency(timed, [t[:1] for t in example])
 
 
-def _compute(network: nn.Module) -> verify.Compute:
-    return lambda inputs: compute(network, inputs)
+def _compute(config: Config, network: nn.Module) -> verify.Compute:
+    return functools.partial(task_of(config).compute, network)
 
 
 def _val_batches(config: Config, data: Data) -> Iterator[Any]:
@@ -281,31 +284,14 @@ def _val_batches(config: Config, data: Data) -> Iterator[Any]:
 
 
 def _signature(config: Config, example: Sequence[Tensor]) -> Signature:
-    if config.reads_text:
-        names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
-        return Signature(example, names, ("start_logits", "end_logits"), config.dataset.max_length)
-    return Signature(example, ("pictures",), ("logits",))
+    task = task_of(config)
+    return Signature(example, task.inputs[: len(example)], task.outputs, task.longest(config))
 
 
 def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
     """What a reader must know to use the numbers."""
-    about: dict[str, Any] = {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "inputs": signature.inputs,
-        "outputs": signature.outputs,
-    }
-    if isinstance(data, ImageData):
-        about |= {
-            "picture": {
-                "shape": ["N", *signature.example[0].shape[1:]],
-                "normalization": "(value in 0..1 - mean) / std, a number a channel",
-                "mean": list(config.dataset.mean),
-                "std": list(config.dataset.std),
-            },
-            "classes": data.num_classes,
-        }
-    return about
+    names = {"model": config.model.name, "dataset": config.dataset.name}
+    return {**names, "inputs": signature.inputs, "outputs": signature.outputs, **task_of(config).about(config, data)}
 
 
 def _check_out(request: Request) -> None:

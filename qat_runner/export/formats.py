@@ -21,6 +21,7 @@ from qat_runner.errors import ConfigError, RunError, told
 from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid, storage_bits
 from qat_runner.insertion.layers import each
 from qat_runner.quant import Grid
+from qat_runner.tasks import separate
 
 FORMATS = ("onnx", "torch", "safetensors")
 """model.onnx; model.pt2; model.safetensors and model.json"""
@@ -58,13 +59,12 @@ class Signature:
 class _Outputs(nn.Module):
     """A network with a tuple of tensors for its answer, as files have it."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.names = network, names
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        out = self.network(*inputs)
-        return (out,) if isinstance(out, Tensor) else (out.start_logits, out.end_logits)
+        return separate(self.network(*inputs), self.names)
 
 
 def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
@@ -73,7 +73,7 @@ def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
     Raises:
         RunError: torch.export cannot follow the network.
     """
-    network, shapes = _Outputs(model).eval(), signature.dynamic_shapes
+    network, shapes = _Outputs(model, signature.outputs).eval(), signature.dynamic_shapes
     with torch.no_grad(), _exporting(path):
         program = torch.export.export(network, signature.example, dynamic_shapes=shapes, strict=False)
         torch.export.save(program, path)
@@ -98,7 +98,7 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'qat_runner[export]'") from error
-    network = _Outputs(model).eval()
+    network = _Outputs(model, signature.outputs).eval()
     with torch.no_grad(), _exporting(path):
         program = torch.onnx.export(
             network,

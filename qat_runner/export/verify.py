@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from qat_runner.data import Batch, Data
 from qat_runner.errors import ConfigError, RunError
+from qat_runner.tasks import Task, joined
 from qat_runner.training.records import ExportFigures
 
 LEAST_AGREEMENT = 95.0
@@ -24,7 +24,7 @@ LARGEST_LOSS = 0.5
 """Points that its accuracy may lie below the network's."""
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
-"""Inputs -> logits: [N, C], or [N, L, 2] for start and end of an answer."""
+"""Inputs -> logits of the task."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Figures:
     """What came out over the validation set."""
 
     accuracy: float
-    """the data's metric, percent"""
+    """the task's metric, percent"""
     agreement: float | None = None
     """percent of samples for which all predictions are the reference's"""
     largest_difference: float | None = None
@@ -43,27 +43,33 @@ class Figures:
 
 
 @torch.inference_mode()
-def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batches: Iterable[Batch]) -> list[Figures]:
+def compare(
+    reference: Compute, others: Mapping[str, Compute], task: Task[Any], data: Data, batches: Iterable[Batch]
+) -> list[Figures]:
     """Run all on the same batches; returns the figures of the reference and of the others, in order."""
     computes = [reference, *others.values()]
-    scores = [data.score() for _ in computes]
+    scores = [task.score(data) for _ in computes]
     same = [0] * len(computes)
     largest = [0.0] * len(computes)
     gained, lost = [0] * len(computes), [0] * len(computes)
-    samples = 0
+    samples, paired = 0, True
     for batch in batches:
         all_logits = [compute(batch.inputs) for compute in computes]
-        expected = all_logits[0].argmax(1)
-        reference_right = expected == batch.targets
+        expected = task.predictions(all_logits[0])
+        reference_right = task.right(expected, batch.targets)
         for i, logits in enumerate(all_logits):
-            scores[i].add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
-            same[i] += int((logits.argmax(1) == expected).reshape(batch.size, -1).all(1).sum())
+            scores[i].add(task.loss(logits, batch.targets), logits, batch.targets)
+            found = task.predictions(logits)
+            same[i] += int((found == expected).reshape(batch.size, -1).all(1).sum())
             largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
-            right = logits.argmax(1) == batch.targets
+            right = task.right(found, batch.targets)
+            if right is None or reference_right is None:
+                paired = False
+                continue
             gained[i] += int((right & ~reference_right).sum())
             lost[i] += int((reference_right & ~right).sum())
         samples += batch.size
-    first, *accuracies = [score.read()[data.metric] for score in scores]
+    first, *accuracies = [score.read()[task.facts.metric] for score in scores]
     return [
         Figures(first),
         *(
@@ -71,7 +77,7 @@ def compare(reference: Compute, others: Mapping[str, Compute], data: Data, batch
                 accuracy,
                 100 * same[i] / samples,
                 largest[i],
-                paired_standard_error(gained[i], lost[i], samples) if data.metric == "top1" else None,
+                paired_standard_error(gained[i], lost[i], samples) if paired else None,
             )
             for i, accuracy in enumerate(accuracies, 1)
         ),
@@ -149,11 +155,6 @@ class OnnxFile:
 
     def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         return {name: t.contiguous().numpy() for name, t in zip(self._names, inputs, strict=True)}
-
-
-def joined(outputs: Sequence[Tensor]) -> Tensor:
-    """One output as it is; start and end logits, [N, L] each, as [N, L, 2]."""
-    return outputs[0] if len(outputs) == 1 else torch.stack(list(outputs), dim=2)
 
 
 def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor], rounds: int = 50) -> dict[str, float]:

@@ -15,7 +15,7 @@ from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.training.records import METRICS, SUMMARY, EpochRow, Summary
+from qat_runner.training.records import METRICS, SUMMARY, EpochRow, Summary, validated
 
 FULL_PRECISION = "full precision"
 
@@ -319,7 +319,7 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
 
 def _curve(run: Entry, colour: int, dash: str) -> Trace | None:
     rows = run.epochs
-    key = next((key for key in ("val_f1", "val_top1") if rows and key in rows[0]), None)
+    key = validated(rows[0]) if rows else None
     if key is None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]

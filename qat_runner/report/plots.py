@@ -13,29 +13,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qat_runner.tasks import Task
 from qat_runner.training.files import write_whole
 from qat_runner.training.records import LAYERS, METRICS
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
-def plot_curves(folder: Path) -> None:
-    """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained."""
+def plot_curves(folder: Path, task: Task[Any]) -> None:
+    """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained.
+
+    Args:
+        folder: of a run.
+        task: of the run.
+    """
     rows = METRICS.read(folder)
     if not rows:
         return
     epochs = [row["epoch"] for row in rows]
     halves = [key for key in rows[0] if key.startswith(("train_", "val_"))]
     losses = [key for key in halves if key.endswith("_loss")]
-    rates = [
-        key for key in halves if key not in losses and not key.endswith("5")
-    ]  # the five best would flatten the rest
+    rates = [key for key in halves if key not in losses and key.partition("_")[2] not in task.not_drawn]
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, keys, label in zip(both, (losses, rates), ("loss", "accuracy (%)"), strict=True):
         for key in keys:
             half, _, what = key.partition("_")
             colour = OTHER if half == "train" else CHOSEN
-            style = "--" if key == "val_em" else "-"
+            style = "--" if what in task.dashed else "-"
             values = [math.nan if (value := row.get(key)) is None else value for row in rows]
             axes.plot(
                 epochs,

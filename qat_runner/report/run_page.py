@@ -18,6 +18,7 @@ from qat_runner.report.settings import sections
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
+from qat_runner.tasks import Task, task_of
 from qat_runner.training.files import CsvFile, JsonFile
 from qat_runner.training.records import (
     ENVIRONMENT,
@@ -32,6 +33,7 @@ from qat_runner.training.records import (
     Sitting,
     StepRow,
     Summary,
+    validated,
 )
 
 log = logging.getLogger("qat_runner")
@@ -79,7 +81,7 @@ def write(folder: Path, out: Path) -> Path:
 
     summary, environment, epochs = read(SUMMARY), read(ENVIRONMENT), read(METRICS) or []
     rows = read(LAYERS) or []
-    curves, noise = _curves(epochs, read(STEPS) or []), noise_charts(rows)
+    curves, noise = _curves(epochs, read(STEPS) or [], task_of(config)), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
     exported = read(EXPORT, folder / exporting.FOLDER)
     settings, state = sections(config), status(folder)
@@ -125,7 +127,7 @@ def bits(config: Config) -> str:
 
 def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     name = metric(summary)
-    highest = summary.get("best_f1" if name == "f1" else "best_top1")
+    highest: Any = summary.get(f"best_{name}")
     best = f"best {highest:.2f} %" if config.training and highest is not None else ""
     cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
     difference = _difference(folder, config, summary)
@@ -148,8 +150,8 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
     """Of a run that is not finished."""
     cards = [Card("epochs", f"{len(rows)} of {config.epochs}")] if config.training else []
-    if rows:
-        name = next(key for key in ("val_f1", "val_top1") if key in rows[-1])
+    name = validated(rows[-1]) if rows else None
+    if name is not None:
         values = [number(row.get(name)) for row in rows]
         best = f"best {max(values):.2f} %"
         cards.append(Card(f"{name.removeprefix('val_')} so far", f"{values[-1]:.2f} %", best))
@@ -170,14 +172,14 @@ def _difference(folder: Path, config: Config, summary: Summary) -> float | None:
     return against_full_precision([*beside, (config, summary)])[-1]
 
 
-def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow]) -> list[Chart]:
+def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: Task[Any]) -> list[Chart]:
     """Accuracy and loss by epoch, loss and learning rate by step."""
     charts = []
     if rows:
         halves = [key for key in rows[0] if key.startswith(("val_", "train_"))]
         losses = [key for key in halves if key.endswith("_loss")]
-        rates = [key for key in halves if key not in losses and not key.endswith("5")]  # top5 would flatten the rest
-        charts.append(_by_epoch("accuracy", "Accuracy (%)", rows, rates))
+        rates = [key for key in halves if key not in losses and _figure(key) not in task.not_drawn]
+        charts.append(_by_epoch("accuracy", "Accuracy (%)", rows, rates, task.dashed))
         charts.append(_by_epoch("loss", "Loss", rows, losses))
     if steps:
         size = -(-len(steps) // POINTS)
@@ -187,7 +189,14 @@ def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow]) -> list[Chart]:
     return charts
 
 
-def _by_epoch(name: str, heading: str, rows: Sequence[EpochRow], keys: Sequence[str]) -> Chart:
+def _figure(key: str) -> str:
+    """val_top1 -> top1"""
+    return key.partition("_")[2]
+
+
+def _by_epoch(
+    name: str, heading: str, rows: Sequence[EpochRow], keys: Sequence[str], dashed: Sequence[str] = ()
+) -> Chart:
     epochs = [int(number(row["epoch"])) for row in rows]
     ticks = {"dtick": 1} if len(epochs) <= page.FEW_EPOCHS else {}
     keys = sorted(keys, reverse=True)  # validation first: it has the first colour
@@ -196,7 +205,7 @@ def _by_epoch(name: str, heading: str, rows: Sequence[EpochRow], keys: Sequence[
         for key in keys
     ]
     for trace, key in zip(traces, keys, strict=True):
-        if key == "val_em":
+        if _figure(key) in dashed:
             trace["line"]["dash"] = "dot"
     return Chart(name, heading, [page.View("", traces)], axes("epoch", xaxis=ticks, hovermode="x unified"))
 

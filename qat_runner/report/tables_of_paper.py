@@ -128,8 +128,8 @@ class TableOfRuns:
         what = f"{self.metric} of the last epoch on the validation half"
         notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds."]
         if "published" in self.layout:
-            data = "SQuAD v1.1" if self.metric == "f1" else "ImageNet"
-            notes.append(f"Published figures: {self.layout.get('source', paper()['source'])}, on {data}.")
+            source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))
+            notes.append(f"Published figures: {source}, on {data}.")
         began = {row.model for row in self.rows if row.values}
         missing = [
             f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")

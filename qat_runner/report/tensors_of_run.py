@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from qat_runner.config import ClippingConfig, Config, from_hydra, load_config, resolve
 from qat_runner.config.composing import compose_config
-from qat_runner.data import Data
-from qat_runner.data.registry import PICTURES
+from qat_runner.data import DATASETS, Data
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.insert import insert, quantizers_disabled
 from qat_runner.insertion.watch import watch
 from qat_runner.models import MODELS, Source, find_weights, load_weights
 from qat_runner.quant import Quantizer
+from qat_runner.tasks import TASKS, task_of
 
 Look = Callable[[QuantizedTensor, Tensor], None]
 
@@ -50,12 +50,12 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
         ConfigError: no such network, file or data, or they do not fit.
     """
     from qat_runner.experiment import build
-    from qat_runner.experiment.building import bare_model
 
     if model not in MODELS:
         raise ConfigError(f"--model {model}: must be one of {', '.join(MODELS)}")
-    if dataset not in PICTURES:
-        raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(PICTURES)}")
+    fitting = [name for name, known in DATASETS.items() if model in TASKS[known.task].networks]
+    if dataset not in fitting:
+        raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(fitting)}")
     source = Source(weights)
     find_weights(source, model)
     config = from_hydra(compose_config([f"model={model}", f"dataset={dataset}", "bits=4"]))
@@ -63,9 +63,10 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
     config = resolve(replace(config, mode="evaluate", weights=weights))
     if data_dir is not None:
         return build(config, weights)
-    if config.dataset.num_classes is None:
+    task = task_of(config)
+    if not task.knows_head(config):
         raise ConfigError(f"--dataset {dataset}: has any number of classes; --data-dir says where to count them")
-    network = bare_model(config, config.dataset.num_classes, config.dataset.image_size)
+    network = task.network(config, None)
     load_weights(network, source, model, new_head=False)
     return insert(network, config.policy), None
 

@@ -10,20 +10,19 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat_runner import distributed
 from qat_runner.config import Config, differences, flat, identity, settings
-from qat_runner.data import Batch, Data, Totals
-from qat_runner.data.answers import AnswerScore
+from qat_runner.data import Batch, Data
 from qat_runner.data.batches import undivided
 from qat_runner.description import fit
 from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
+from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
-from qat_runner.training.measure import WarmStartExcess, autocast, compute, evaluate
+from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.records import PREDICTIONS, Checkpoint, ProcessState
@@ -54,9 +53,9 @@ class State:
     train_seconds: float = 0.0
     """of them, training of the epoch that is under way"""
     best: float = -math.inf
-    """of the data's metric, in percent"""
+    """of the task's metric, in percent"""
     val: dict[str, float] = field(default_factory=dict)
-    """the latest validation: loss, the data's metric, and what else it tells"""
+    """the latest validation: loss, the task's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
 
@@ -117,7 +116,8 @@ class Trainer:
     ) -> None:
         assert config.epochs is not None and config.batch_size is not None and config.lr is not None
         self.config, self.model, self.data, self.record = config, model, data, record
-        self.teacher = teacher
+        self.teacher, self.task = teacher, task_of(config)
+        self.metric = self.task.facts.metric
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
@@ -128,7 +128,7 @@ class Trainer:
         """whether recipe.freeze_scalars_at is still to come"""
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
-        self.totals = data.totals()
+        self.totals = self.task.totals(self.device)
         """of the epoch that is under way, of this process"""
         self.lap = Lap()
         self.stop = StopRequest()
@@ -154,7 +154,7 @@ class Trainer:
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
                 self.state.epoch, self.state.step, self.state.train_seconds = self.state.epoch + 1, 0, 0.0
-                self.totals = self.data.totals()
+                self.totals = self.task.totals(self.device)
                 self.measure_noise()
                 self._record_epoch(train)
                 self._save(end_of_epoch=True)
@@ -167,13 +167,13 @@ class Trainer:
             began = time.perf_counter()
             self.state.val = self._evaluate(progress)
             self.state.seconds = time.perf_counter() - began
-        self.state.best = self.state.val[self.data.metric]
+        self.state.best = self.state.val[self.metric]
         self.state.samples_per_second = self.state.val["samples"] / self.state.seconds
         self.measure_noise()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         batches = self.data.val_batches(self.config.dataset.val_batch_size, self.config.limit_val_batches)
-        score = self.data.score()
+        score = self.task.score(self.data)
 
         def seen(samples: int, totals: Totals) -> None:
             progress.step(samples * distributed.shard().world, totals)
@@ -182,12 +182,12 @@ class Trainer:
                 self._stop(self.stop.signal)
 
         try:
-            evaluate(self.model, batches, score, self.config.amp, seen)
-            score.merge(distributed.gather, distributed.add_up)
+            evaluate(self.task, self.model, batches, score, self.config.amp, seen)
+            score = score.merged()
             figures = score.read()
         except ValueError as error:  # a quantizer met NaN or infinity
             raise RunError(f"validation failed, the network has diverged: {error}") from error
-        if isinstance(score, AnswerScore) and distributed.is_main():
+        if score.predictions is not None and distributed.is_main():
             PREDICTIONS.write(self.record.folder, score.predictions)
         return figures
 
@@ -195,7 +195,7 @@ class Trainer:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
         samples = train_samples + min(self.data.val_size, limit)
         live = None if distributed.is_main() else False
-        return closing(Progress(epochs, samples, self.state.epoch, self.data.unit, live))
+        return closing(Progress(epochs, samples, self.state.epoch, self.task.unit, live))
 
     def measure_noise(self) -> None:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
@@ -279,8 +279,7 @@ class Trainer:
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
             self._look_around(epoch, finite)
         self._end_lap(epoch)
-        sums = distributed.add_up(self.totals.sums.clone())
-        return Totals(sums, self.totals.names).read()
+        return self.totals.merged().read()
 
     def _freeze_if_due(self, position: float) -> None:
         """From recipe.freeze_scalars_at on, activations have the average of their scalars.
@@ -357,7 +356,7 @@ class Trainer:
         with weights_quantized_once(self.model) if count > 1 else nullcontext():
             for part in batch.parts(count):
                 with autocast(self.device, self.config.amp):
-                    logits = compute(self.model, part.inputs)
+                    logits = self.task.compute(self.model, part.inputs)
                     loss = self._loss(logits, part)
                 share = part.size / batch.size
                 self.scaler.scale(loss * share).backward()
@@ -366,22 +365,20 @@ class Trainer:
         return mean
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross entropy with the targets; under distillation in parts with the teacher (Hinton et al. 2015)."""
-        loss = F.cross_entropy(logits, batch.targets, label_smoothing=self.stage.label_smoothing)
+        """The task's; under distillation in parts the distance from the teacher."""
+        loss = self.task.loss(logits, batch.targets, self.stage.label_smoothing)
         if self.teacher is None:
             return loss
-        recipe, t = self.config.recipe, self.config.recipe.distill_temperature
+        recipe = self.config.recipe
         with torch.no_grad():
-            wanted = F.log_softmax(compute(self.teacher, batch.inputs).float() / t, dim=1)
-        found = F.log_softmax(logits.float() / t, dim=1)
-        divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / batch.targets.numel()
-        divergence = divergence * t**2  # gradients keep their size
-        return (1 - recipe.distill_weight) * loss + recipe.distill_weight * divergence
+            wanted = self.task.compute(self.teacher, batch.inputs)
+        distance = self.task.distance(logits, wanted, recipe.distill_temperature)
+        return (1 - recipe.distill_weight) * loss + recipe.distill_weight * distance
 
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
         lr = self.optimizer.param_groups[0]["lr"]
-        hit, metric = self.data.totals().names[0], self.data.metric
+        hit, metric = self.totals.names[0], self.metric
         self.record.epoch(
             {
                 "epoch": state.epoch,
@@ -397,12 +394,12 @@ class Trainer:
         log.info(
             f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {hit} {train[hit]:.2f} %; "
             f"val loss {val['loss']:.4f}, {metric} {val[metric]:.2f} %; "
-            f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.data.unit}/s"
+            f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.task.unit}/s"
         )
 
     def _save(self, end_of_epoch: bool = False) -> None:
         """Write last.pt, keeping the one before as previous.pt; and best.pt, if this epoch's validation is the best."""
-        value = self.state.val[self.data.metric] if end_of_epoch else -math.inf
+        value = self.state.val[self.metric] if end_of_epoch else -math.inf
         best = value > self.state.best
         self.state.best = max(value, self.state.best)
         own: ProcessState = {

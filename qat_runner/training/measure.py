@@ -1,15 +1,16 @@
 """Measuring a model over a data set, and what warm starts cost."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qat_runner.data import Batch, Totals
+from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
 from qat_runner.quant import Quantizer, measure
+from qat_runner.tasks import Task, Totals
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
@@ -19,14 +20,9 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
 
 
-def compute(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-    """The model's logits for the inputs of a batch: [N, C], or [N, L, 2] for start and end of an answer."""
-    out = model(*inputs)
-    return out if isinstance(out, Tensor) else torch.stack([out.start_logits, out.end_logits], dim=2)
-
-
 @torch.inference_mode()
 def evaluate(
+    task: Task[Any],
     model: nn.Module,
     batches: Iterable[Batch],
     totals: Totals,
@@ -36,9 +32,9 @@ def evaluate(
     """Add batches to the totals, the model in eval mode; `seen` is told of each batch."""
     model.eval()
     for batch in batches:
-        with autocast(totals.sums.device, amp):
-            logits = compute(model, batch.inputs)
-        totals.add(F.cross_entropy(logits.float(), batch.targets), logits, batch.targets)
+        with autocast(totals.device, amp):
+            logits = task.compute(model, batch.inputs)
+        totals.add(task.loss(logits, batch.targets), logits, batch.targets)
         seen(batch.size, totals)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qat_runner.data import Totals
+from qat_runner.tasks import Totals
 
 
 class Progress:
@@ -52,9 +52,9 @@ class Progress:
             return True
         self._last_look = now
         shown = self._look(totals.sums)
-        if shown is None or shown[3] == 0:
+        if shown is None or shown[-1] == 0:
             return True
-        loss, hits = float(shown[0] / shown[3]), float(100 * shown[1] / shown[3])
+        loss, hits = float(shown[0] / shown[-1]), float(100 * shown[1] / shown[-1])
         self._bar.set_postfix_str(f"loss {loss:.3f}, {totals.names[0]} {hits:.2f} %")
         return loss - loss == 0.0
 

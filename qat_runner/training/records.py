@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_co
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from qat_runner.config.tasks import metrics
+from qat_runner.description import fit
 from qat_runner.training.files import CsvFile, JsonFile, TextFile
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -31,8 +33,12 @@ Cell = Annotated[float | None, BeforeValidator(_no_nan)]
 # summary.json
 
 
+@with_config(ConfigDict(extra="allow"))
 class Summary(TypedDict):
-    """The result of a run; with it, under the name of its metric, and of what else validation tells, the figures."""
+    """The result of a run; with it, under the name of its metric, and of what else validation tells, the figures.
+
+    Those of the tasks that there were from the start are listed; other tasks bring others.
+    """
 
     model: str
     dataset: str
@@ -70,15 +76,20 @@ class Summary(TypedDict):
 
 def metric_of(summary: Mapping[str, Any]) -> str:
     """Name of the figure of a run that counts; records of old do not tell."""
-    return str(summary.get("metric") or ("f1" if "f1" in summary else "top1"))
+    return str(summary.get("metric") or next((name for name in metrics() if name in summary), metrics()[0]))
 
 
 def _with_its_figure(summary: Summary) -> Summary:
     name = metric_of(summary)
-    if name not in ("top1", "f1"):
-        raise ValueError(f"metric: must be top1 or f1, not {name}")
+    if name not in metrics():
+        raise ValueError(f"metric: must be {' or '.join(metrics())}, not {name}")
     if name not in summary:
         raise ValueError(f"{name}: field required")
+    for key, kind in ((name, Percent), (f"best_{name}", Percent | None)):
+        try:
+            fit(kind, summary.get(key))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
     if ("size_mb" in summary) != ("fp32_size_mb" in summary):
         raise ValueError("size_mb, fp32_size_mb: one is of no use without the other")
     return summary
@@ -164,9 +175,14 @@ def _of_an_epoch(row: EpochRow) -> EpochRow:
     epoch = row.get("epoch")
     if epoch is None or not 0 <= epoch <= 2**53 or epoch != int(epoch):
         raise ValueError("epoch: must be a whole number")
-    if not {"val_top1", "val_f1"} & {*row}:
-        raise ValueError("val_top1: field required")
+    if validated(row) is None:
+        raise ValueError(f"val_{metrics()[0]}: field required")
     return row
+
+
+def validated(row: Mapping[str, Any]) -> str | None:
+    """The key, of a row an epoch, of the figure that counts; None where it has none."""
+    return next((key for name in metrics() if (key := f"val_{name}") in row), None)
 
 
 # histograms.json

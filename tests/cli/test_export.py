@@ -151,7 +151,7 @@ def test_wrong_words(export: Export) -> None:
 def test_a_file_that_disagrees_leaves_nothing(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verify, "joined", lambda outputs: -outputs[0])
+    monkeypatch.setattr(exporting, "joined", lambda outputs: -outputs[0])
     assert export("dynamic", "--formats", "torch") == 1
     assert "model.pt2 disagrees with the network" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

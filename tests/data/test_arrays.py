@@ -17,7 +17,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data import ImageData, load_dataset, published
+from qat_runner.data import Delivery, ImageData, load_dataset, published
 from qat_runner.data.arrays import labelled
 from qat_runner.data.images import MemorySource
 from qat_runner.errors import ConfigError
@@ -37,7 +37,7 @@ def save(path: Path, x: Any = X, y: Any = Y, x_test: Any = None, y_test: Any = N
 
 
 def load(path: Path, settings: DatasetConfig | None = None) -> MemorySource:
-    data = load_dataset(settings or config(), str(path), CPU, seed=0)
+    data = load_dataset(settings or config(), str(path), Delivery(CPU, seed=0))
     assert isinstance(data, ImageData) and isinstance(data.source, MemorySource)
     return data.source
 

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data import AUGMENTATIONS, ImageData, find_dataset, load_dataset
-from qat_runner.data.folder import FolderSource
+from qat_runner.data import AUGMENTATIONS, Delivery, ImageData, find_dataset, load_dataset
 from qat_runner.data.images import augment, epoch_seed, shrink
 from qat_runner.errors import ConfigError, RunError
 
@@ -23,7 +22,7 @@ def config(name: str, **changes: object) -> DatasetConfig:
 
 
 def test_digits_are_the_real_ones() -> None:
-    data = load_dataset(config("digits", image_size=8), "nowhere", CPU, seed=0)
+    data = load_dataset(config("digits", image_size=8), "nowhere", Delivery(CPU, seed=0))
     assert (data.train_size, data.val_size, data.num_classes) == (1437, 360, 10)
     (pictures,), labels = next(data.val_batches(360))
     assert pictures.shape == (360, 3, 8, 8)
@@ -33,19 +32,19 @@ def test_digits_are_the_real_ones() -> None:
 
 
 def test_an_epoch_depends_on_seed_and_number_alone() -> None:
-    data = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", CPU, seed=3)
+    data = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", Delivery(CPU, seed=3))
     first = [x.sum().item() for (x,), _ in data.train_batches(100, epoch=5)]
     list(data.train_batches(100, epoch=0))
     assert [x.sum().item() for (x,), _ in data.train_batches(100, epoch=5)] == first
     assert [x.sum().item() for (x,), _ in data.train_batches(100, epoch=6)] != first
-    other = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", CPU, seed=4)
+    other = load_dataset(config("digits", image_size=8, augment="crop"), "nowhere", Delivery(CPU, seed=4))
     assert [x.sum().item() for (x,), _ in other.train_batches(100, epoch=5)] != first
     assert len(first) == data.train_steps(100) == 14
     assert len({epoch_seed(s, e) for s in range(30) for e in range(30)}) == 900
 
 
 def test_every_picture_once_an_epoch_in_full_batches() -> None:
-    data = load_dataset(config("fake", fake_pictures=70), "nowhere", CPU, seed=0)
+    data = load_dataset(config("fake", fake_pictures=70), "nowhere", Delivery(CPU, seed=0))
     batches = list(data.train_batches(32, epoch=0))
     assert [len(y) for _, y in batches] == [32, 32]
     seen = torch.cat([x for (x,), _ in batches]).flatten(1)
@@ -82,7 +81,7 @@ def test_cifar10_from_npz_and_from_torchvisions_folder(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path.parent):  # data_dir itself, or its subfolder of that name
         (tmp_path.parent / "cifar10").mkdir(exist_ok=True)
         np.savez(tmp_path.parent / "cifar10" / "cifar10.npz", **arrays)
-        data = load_dataset(config("cifar10", mean=[0.0] * 3, std=[1.0] * 3), str(root), CPU, seed=0)
+        data = load_dataset(config("cifar10", mean=[0.0] * 3, std=[1.0] * 3), str(root), Delivery(CPU, seed=0))
         (pictures,), labels = next(data.val_batches(5))
         torch.testing.assert_close(pictures[0, :, 7, 9], torch.tensor([1.0, 0.0, 0.2]))  # channels first, RGB
         assert labels.tolist() == [0, 1, 2, 3, 4]
@@ -102,7 +101,7 @@ def class_folders(root: Path, classes: int = 3, pictures: int = 4, size: int = 4
 def test_folders_of_pictures(tmp_path: Path, workers: int) -> None:
     class_folders(tmp_path)
     settings = config("imagefolder", num_classes=None, workers=workers, mean=[0.0], std=[1.0])
-    data = load_dataset(settings, str(tmp_path), CPU, seed=0)
+    data = load_dataset(settings, str(tmp_path), Delivery(CPU, seed=0))
     assert (data.num_classes, data.train_size, data.val_size) == (3, 12, 12)
     (pictures,), labels = next(data.val_batches(12))
     assert pictures.shape == (12, 3, 32, 32)
@@ -116,7 +115,7 @@ def test_folders_of_pictures(tmp_path: Path, workers: int) -> None:
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     class_folders(tmp_path)
     (tmp_path / "val" / "class1" / "0.png").write_bytes(b"no picture")
-    data = load_dataset(config("imagefolder", num_classes=3), str(tmp_path), CPU, seed=0)
+    data = load_dataset(config("imagefolder", num_classes=3), str(tmp_path), Delivery(CPU, seed=0))
     with pytest.raises(RunError, match=r"class1/0\.png cannot be decoded"):
         list(data.val_batches(12))
 
@@ -131,7 +130,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         ("fashion_mnist", "prepare fashion_mnist DATA_DIR"),
         ("imagenet", "train/ and val/ with a folder of pictures for each class"),
         ("imagefolder", "train/ and val/"),
-        ("mnist", "must be one of digits"),
+        ("mnist", "must be one of cifar10, digits"),
     ],
 )
 def test_absent_data_says_what_to_put_where(tmp_path: Path, name: str, message: str) -> None:
@@ -142,10 +141,10 @@ def test_absent_data_says_what_to_put_where(tmp_path: Path, name: str, message: 
 def test_damaged_data(tmp_path: Path) -> None:
     (tmp_path / "cifar10.npz").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match="cannot be read"):
-        load_dataset(config("cifar10"), str(tmp_path), CPU, seed=0)
+        load_dataset(config("cifar10"), str(tmp_path), Delivery(CPU, seed=0))
     class_folders(tmp_path)
     with pytest.raises(ConfigError, match=r"first and last class folders are class0 and class2"):
-        load_dataset(config("imagenet", num_classes=1000), str(tmp_path), CPU, seed=0)
+        load_dataset(config("imagenet", num_classes=1000), str(tmp_path), Delivery(CPU, seed=0))
 
 
 def test_classes_of_both_halves_must_agree(tmp_path: Path) -> None:
@@ -153,12 +152,12 @@ def test_classes_of_both_halves_must_agree(tmp_path: Path) -> None:
     (tmp_path / "train" / "aardvark").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "aardvark" / "0.png")
     with pytest.raises(ConfigError, match="must have the same class folders: train/ has aardvark, val/ not"):
-        load_dataset(config("imagefolder", num_classes=None), str(tmp_path), CPU, seed=0)
+        load_dataset(config("imagefolder", num_classes=None), str(tmp_path), Delivery(CPU, seed=0))
 
 
 def test_pictures_in_memory_are_averaged_down() -> None:
-    whole = load_dataset(config("fake"), "nowhere", CPU, seed=0)
-    half = load_dataset(config("fake", image_size=16), "nowhere", CPU, seed=0)
+    whole = load_dataset(config("fake"), "nowhere", Delivery(CPU, seed=0))
+    half = load_dataset(config("fake", image_size=16), "nowhere", Delivery(CPU, seed=0))
     assert next(half.val_batches(2)).inputs[0].shape == (2, 3, 16, 16)
     assert whole.image_size == 32
     pictures = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4) * 4
@@ -170,7 +169,7 @@ def test_pictures_in_memory_are_averaged_down() -> None:
 def test_a_limit_and_a_bad_picture_in_a_worker(tmp_path: Path, workers: int) -> None:
     class_folders(tmp_path)
     (tmp_path / "val" / "class2" / "3.png").write_bytes(b"no picture")
-    data = load_dataset(config("imagefolder", num_classes=3, workers=workers), str(tmp_path), CPU, seed=0)
+    data = load_dataset(config("imagefolder", num_classes=3, workers=workers), str(tmp_path), Delivery(CPU, seed=0))
     assert len(list(data.val_batches(4, limit=2))) == 2  # the last batch is never decoded
     with pytest.raises(
         RunError,
@@ -185,11 +184,11 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path, workers: int, cap
     for name in ("0", "3"):
         (tmp_path / "val" / "class2" / f"{name}.png").write_bytes(b"no picture")
     tolerant = config("imagefolder", num_classes=3, workers=workers, skip_corrupt=True)
-    data = load_dataset(tolerant, str(tmp_path), CPU, seed=0)
-    assert isinstance(data, ImageData) and isinstance(data.source, FolderSource)
+    data = load_dataset(tolerant, str(tmp_path), Delivery(CPU, seed=0))
+    assert isinstance(data, ImageData)
     for _ in range(2):
         assert sum(batch.size for batch in data.val_batches(5)) == data.val_size - 2
-    assert len(data.source.corrupt) == 2
+    assert data.corrupt is not None and len(data.corrupt) == 2
     assert caplog.text.count("): left out") == 2  # each once
     with pytest.raises(RunError, match=r"none of the 1 pictures of a batch can be decoded; picture .*class2"):
         list(data.val_batches(1))
@@ -203,7 +202,7 @@ def test_fashion_mnist_from_torchvisions_files(tmp_path: Path) -> None:
         (raw / f"{half}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pictures.tobytes())
         (raw / f"{half}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
     settings = config("fashion_mnist", image_size=28, mean=[0.0], std=[1.0])
-    data = load_dataset(settings, str(tmp_path), CPU, seed=0)
+    data = load_dataset(settings, str(tmp_path), Delivery(CPU, seed=0))
     (pictures,), labels = next(data.val_batches(3))
     torch.testing.assert_close(pictures, torch.full((3, 3, 28, 28), 0.2))
     assert labels.tolist() == [0, 1, 2]

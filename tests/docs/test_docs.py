@@ -28,13 +28,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from torch import nn
 
 from qat_runner.cli import export, report, run
-from qat_runner.data import prepare
+from qat_runner.data import DATASETS, Dataset, prepare
 from qat_runner.data.images import MemorySource
-from qat_runner.data.registry import DATASETS, PICTURES
+from qat_runner.data.pictures import pictures
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
 from qat_runner.models import MODELS
 from qat_runner.quant import CLIPPING_METHODS
+from qat_runner.tasks import question_answering
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -158,7 +159,9 @@ def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(run, "BasicSweeper", SimpleNamespace(split_arguments=_few_rows))
         patch.setattr(checks, "find_dataset", _but_for("not found in data_dir=", checks.find_dataset))
         patch.setattr(checks, "_check_weights", _but_for(": no such file", checks._check_weights))
-        patch.setattr(checks, "read_checkpoint", lambda checkpoint: SimpleNamespace(max_position_embeddings=512))
+        patch.setattr(
+            question_answering, "read_checkpoint", lambda checkpoint: SimpleNamespace(max_position_embeddings=512)
+        )
         for begin in ("_run_all", "_detach", "remember_asked"):
             patch.setattr(run, begin, lambda *args: 0)
         assert run.main(words) == 0, words
@@ -262,8 +265,9 @@ def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, monke
 def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
-    monkeypatch.setitem(PICTURES, "mine", lambda folder, config: MemorySource(half, half, config.augment))
-    monkeypatch.setitem(DATASETS, "mine", (lambda folder: (folder / "mine.bin").is_file(), "mine.bin"))
+    read = pictures(lambda folder, config: MemorySource(half, half, config.augment))
+    mine = Dataset("classification", read, lambda folder: (folder / "mine.bin").is_file(), "mine.bin")
+    monkeypatch.setitem(DATASETS, "mine", mine)
     command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]
     assert run.main(command) == 2  # the data are not there
     (place / "data" / "mine").mkdir(parents=True)

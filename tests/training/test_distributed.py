@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from qat_runner import distributed
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import from_hydra, register
-from qat_runner.data.batches import Batch, Shard, Totals
+from qat_runner.data.batches import Batch, Shard
 from qat_runner.errors import RunError
 from qat_runner.experiment import build
 from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.quant import maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.quantizer import Quantizer
+from qat_runner.tasks import TASKS
 from qat_runner.training.loop import freeze_activations
 from tests.training.processes import together
 
@@ -122,10 +123,9 @@ def odds_and_ends() -> dict[str, Any]:
         distributed.on_main(_fail)
     except RunError as error:
         said = str(error)
-    totals = Totals.on(torch.device("cpu"))
+    totals = TASKS["classification"].totals(torch.device("cpu"))
     totals.add(torch.tensor(float(shard.rank)), torch.eye(5)[: 1 + shard.rank], torch.tensor([0, 4])[: 1 + shard.rank])
-    totals.merge(distributed.gather, distributed.add_up)
-    return {"said": said, "gathered": distributed.gather(shard.rank), "totals": totals.read()}
+    return {"said": said, "gathered": distributed.gather(shard.rank), "totals": totals.merged().read()}
 
 
 def _fail() -> None:

@@ -3,11 +3,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qat_runner.data import Batch, Totals
+from qat_runner.data import Batch
 from qat_runner.insertion import quantize_model
+from qat_runner.tasks import TASKS
 from qat_runner.training.measure import evaluate
 
 CPU = torch.device("cpu")
+TASK = TASKS["classification"]
 
 
 def network() -> nn.Module:
@@ -23,8 +25,8 @@ def batches(*sizes: int) -> list[Batch]:
 
 def test_evaluation_over_uneven_batches() -> None:
     model, data = network(), batches(10, 10, 3)
-    totals = Totals.on(CPU)
-    evaluate(model, data, totals, "none")
+    totals = TASK.totals(CPU)
+    evaluate(TASK, model, data, totals, "none")
     result = totals.read()
     logits = torch.cat([model(x) for (x,), _ in data]).detach()
     labels = torch.cat([y for _, y in data])
@@ -35,29 +37,11 @@ def test_evaluation_over_uneven_batches() -> None:
     assert result["top5"] == pytest.approx(100 * hits)
 
 
-def test_fewer_than_five_classes() -> None:
-    totals = Totals.on(CPU)
-    totals.add(torch.tensor(0.5), torch.eye(3), torch.tensor([0, 1, 0]))
-    assert totals.read() == {"loss": 0.5, "top1": pytest.approx(200 / 3), "top5": 100, "samples": 3}
-    assert Totals.on(CPU).read()["loss"] == 0
-
-
-def test_a_sample_is_a_hit_if_all_its_targets_are() -> None:
-    totals = Totals.on(CPU, ("exact", "exact5"))
-    logits = torch.zeros(3, 9, 2)
-    for sample, targets in enumerate([(4, 7), (4, 0), (1, 1)]):  # the highest logits
-        logits[sample, targets, [0, 1]] = 5.0
-    totals.add(torch.tensor(1.0), logits, torch.tensor([[4, 7], [4, 7], [8, 8]]))
-    figures = totals.read()
-    assert figures["exact"] == pytest.approx(100 / 3)
-    assert figures["samples"] == 3
-
-
 def test_autocast_changes_the_precision() -> None:
     model, data = network(), batches(4)
-    totals = {amp: Totals.on(CPU) for amp in ("none", "bf16")}
+    totals = {amp: TASK.totals(CPU) for amp in ("none", "bf16")}
     for amp, sums in totals.items():
-        evaluate(model, data, sums, amp)
+        evaluate(TASK, model, data, sums, amp)
     exact, rounded = totals["none"].read(), totals["bf16"].read()
     assert exact["loss"] != rounded["loss"]
     assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.05)

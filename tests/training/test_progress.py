@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from qat_runner.data import Totals
+from qat_runner.tasks import TASKS, Totals
 from qat_runner.training.progress import Progress
 
 
 def totals(loss: float) -> Totals:
-    made = Totals.on(torch.device("cpu"))
+    made = TASKS["classification"].totals(torch.device("cpu"))
     made.add(torch.tensor(loss), torch.eye(4), torch.tensor([0, 1, 2, 0]))
     return made
 

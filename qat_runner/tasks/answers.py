@@ -1,65 +1,17 @@
-"""From the logits of windows to answers, and their score: exact match and F1 of SQuAD v1.1."""
+"""From the logits of windows to answers, and whether they are right: exact match and F1 of SQuAD v1.1."""
 
-import itertools
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from qat_runner.data.batches import Totals
 from qat_runner.data.squad import Half, Windows
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@dataclass
-class AnswerScore(Totals):
-    """`Totals` of a pass over the validation windows that goes on to answers. It can stop early.
-
-    Reading gives em and f1, in percent, over the questions that a window was seen of.
-    """
-
-    half: Half = field(kw_only=True)
-    n_best: int = field(kw_only=True)
-    max_answer_length: int = field(kw_only=True)
-    logits: list[Tensor] = field(default_factory=list, kw_only=True)
-    """of each batch, [N, L, 2]"""
-    predictions: dict[str, str] = field(default_factory=dict, kw_only=True)
-    """question id -> answer, once read"""
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        super().add(loss, logits, targets)
-        self.logits.append(logits.float())
-
-    def merge(self, gather: Callable[[Any], list[Any]], add_up: Callable[[Tensor], Tensor]) -> None:
-        super().merge(gather, add_up)
-        everyone = gather([part.cpu() for part in self.logits])  # each has every so manieth batch
-        rounds = itertools.zip_longest(*everyone)
-        self.logits = [part for parts in rounds for part in parts if part is not None]
-
-    def read(self) -> dict[str, float]:
-        figures = super().read()
-        if not self.logits:
-            return {"loss": 0.0, "em": 0.0, "f1": 0.0, "samples": 0}
-        width = max(part.shape[1] for part in self.logits)
-        padded = [F.pad(part, (0, 0, 0, width - part.shape[1]), value=-torch.inf) for part in self.logits]
-        self.predictions = decode(torch.cat(padded).cpu(), self.half, self.n_best, self.max_answer_length)
-        gold = {q.id: list(q.answers) for q in self.half.questions}
-        pairs = [(text, gold[key]) for key, text in self.predictions.items()]
-        return {
-            "loss": figures["loss"],
-            "em": 100 * sum(exact_match(*pair) for pair in pairs) / len(pairs),
-            "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
-            "samples": figures["samples"],
-        }
 
 
 def exact_match(answer: str, gold: Sequence[str]) -> bool:

@@ -1,19 +1,16 @@
-"""SQuAD as `Data`: batches of windows in, exact match and F1 out."""
+"""SQuAD as batches of windows."""
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data.answers import AnswerScore
-from qat_runner.data.batches import WHOLE, Batch, Shard, Totals
+from qat_runner.data.batches import WHOLE, Batch, Shard
 from qat_runner.data.images import epoch_seed
-from qat_runner.data.squad import FILES, Half, load_half
+from qat_runner.data.squad import Half
 
 
 @dataclass
@@ -33,9 +30,8 @@ class SquadData:
     shard: Shard = WHOLE
 
     name = "squad"
-    metric = "f1"
-    unit = "win"
     notes = ()
+    corrupt = None
 
     @property
     def train_size(self) -> int:
@@ -60,17 +56,6 @@ class SquadData:
             if self.shard.owns(batch):
                 yield self._batch(self.validation, np.arange(start, min(start + batch_size, self.val_size)))
 
-    def totals(self) -> Totals:
-        return Totals.on(self.device, ("exact", "exact5"))
-
-    def score(self) -> AnswerScore:
-        return AnswerScore(
-            torch.zeros(4, dtype=torch.float64, device=self.device),
-            half=self.validation,
-            n_best=self.config.n_best,
-            max_answer_length=self.config.max_answer_length,
-        )
-
     def _batch(self, half: Half, rows: np.ndarray) -> Batch:
         cls, sep, pad = self.special
         windows, tokens = half.windows, half.tokens
@@ -88,25 +73,3 @@ class SquadData:
         types = mask * (place >= windows.prefix[rows, None])
         inputs = tuple(torch.from_numpy(t).to(self.device, non_blocking=True) for t in (ids, mask, types))
         return Batch(inputs, torch.from_numpy(windows.answer[rows]).to(self.device, non_blocking=True))
-
-
-def load_squad(
-    folder: Path, config: DatasetConfig, tokenizer: Any, device: torch.device, seed: int, shard: Shard = WHOLE
-) -> SquadData:
-    """Read both halves.
-
-    Args:
-        folder: holds FILES.
-        config: lengths, and which questions.
-        tokenizer: a fast one of transformers.
-        device: where batches are wanted.
-        seed: of the order of training.
-        shard: of this process.
-
-    Raises:
-        ValueError: a file is not what it should be.
-    """
-    training = load_half(folder / FILES[0], config, tokenizer, config.train_questions)
-    validation = load_half(folder / FILES[1], config, tokenizer, config.val_questions)
-    special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-    return SquadData(training, validation, config, special, device, seed, shard)

@@ -1,0 +1,75 @@
+"""What a config must know of each task: a few plain facts, so that no config needs the code that carries a task out.
+
+A data set's YAML file names its task (`dataset.task`). The code of a task is in `qat_runner.tasks`, which has a name
+here, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What of a run follows from its task."""
+
+    metric: str
+    """name of the figure of a validation pass that counts, in percent"""
+    modes: tuple[str, ...]
+    """those that it trains in; the first is what mode=auto stands for"""
+    own_keys: frozenset[str]
+    """keys that mean something to it, of those that do not to every task; the other tasks' are no part of its runs"""
+    calibration_batches: int
+    """training batches that static scalars are calibrated on by default"""
+    calibration_batch_size: int
+    """samples of each by default"""
+    first_last_bits: int | None = None
+    """of both ends of its networks by default; None: they have no such ends"""
+    quantize_head: bool = True
+    """by default"""
+    linear_granularity: str = "tensor"
+    """what linear_granularity=auto stands for"""
+
+
+PICTURE_KEYS = frozenset(
+    (
+        *("model.stem", "model.width", "channels_last", "conv_granularity"),
+        *("dataset.num_classes", "dataset.image_size", "dataset.mean", "dataset.std", "dataset.augment"),
+        *("dataset.fake_pictures", "dataset.skip_corrupt"),
+    )
+)
+
+FACTS: dict[str, TaskFacts] = {
+    "classification": TaskFacts(
+        metric="top1",
+        modes=("scratch", "retrain", "long_retrain"),
+        own_keys=PICTURE_KEYS,
+        calibration_batches=5,
+        calibration_batch_size=64,
+        first_last_bits=8,
+    ),
+    "question_answering": TaskFacts(
+        metric="f1",
+        modes=("finetune", "scratch", "retrain", "long_retrain"),
+        own_keys=frozenset(
+            (
+                *("model.checkpoint", "dataset.max_length", "dataset.stride", "dataset.padding", "dataset.one_window"),
+                *("dataset.train_questions", "dataset.val_questions", "dataset.n_best", "dataset.max_answer_length"),
+            )
+        ),
+        calibration_batches=10,
+        calibration_batch_size=4,
+        quantize_head=False,
+        linear_granularity="channel",
+    ),
+}
+"""By name. Tasks of others can be added: `qat_runner.tasks.register`."""
+
+
+def foreign_keys(task: TaskFacts) -> frozenset[str]:
+    """Dotted keys that mean nothing to a task: those that others have for themselves."""
+    return frozenset().union(*(facts.own_keys for facts in FACTS.values())) - task.own_keys
+
+
+def metrics() -> Sequence[str]:
+    """Names of the figures that count, of all tasks."""
+    return tuple(dict.fromkeys(facts.metric for facts in FACTS.values()))

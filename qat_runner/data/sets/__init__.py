@@ -1,0 +1,11 @@
+"""The data sets, a file each, which has the name of the data set and holds its `DATASET`."""
+
+import pkgutil
+from importlib import import_module
+
+from qat_runner.data.dataset import Dataset
+
+DATASETS: dict[str, Dataset] = {
+    module.name: import_module(f"{__name__}.{module.name}").DATASET for module in pkgutil.iter_modules(__path__)
+}
+"""By name."""

@@ -1,0 +1,36 @@
+"""CIFAR-10: cifar10.npz, or as torchvision unpacks it."""
+
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10
+
+from qat_runner.config import DatasetConfig
+from qat_runner.data.arrays import read_npz
+from qat_runner.data.dataset import Dataset
+from qat_runner.data.images import MemorySource
+from qat_runner.data.pictures import in_memory, pictures
+from qat_runner.data.published import read_cifar10
+
+NPZ, BATCHES = "cifar10.npz", "cifar-10-batches-py"
+
+
+def read(folder: Path, config: DatasetConfig) -> MemorySource:
+    """Both halves.
+
+    Raises:
+        ValueError: the files are something else.
+    """
+    if (folder / NPZ).is_file():
+        x_train, y_train, x_test, y_test = read_npz(folder / NPZ, ("x_train", "y_train", "x_test", "y_test"))
+        return in_memory((x_train, y_train), (x_test, y_test), config)
+    batches = folder / BATCHES
+    return in_memory(read_cifar10(batches, train=True), read_cifar10(batches, train=False), config)
+
+
+DATASET = Dataset(
+    "classification",
+    pictures(read),
+    holds=lambda folder: (folder / NPZ).is_file() or (folder / BATCHES).is_dir(),
+    content=f"{NPZ} or torchvision's {BATCHES}/",
+    fetch=lambda folder: [CIFAR10(folder, train, download=True) for train in (True, False)],
+)

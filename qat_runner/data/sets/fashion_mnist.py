@@ -1,0 +1,32 @@
+"""Fashion-MNIST, as torchvision unpacks it."""
+
+from pathlib import Path
+
+from torchvision.datasets import FashionMNIST
+
+from qat_runner.config import DatasetConfig
+from qat_runner.data.dataset import Dataset
+from qat_runner.data.images import MemorySource
+from qat_runner.data.pictures import in_memory, pictures
+from qat_runner.data.published import read_fashion_mnist
+
+RAW = Path("FashionMNIST", "raw")
+
+
+def read(folder: Path, config: DatasetConfig) -> MemorySource:
+    """Both halves.
+
+    Raises:
+        ValueError: the files are something else.
+    """
+    raw = folder / RAW
+    return in_memory(read_fashion_mnist(raw, train=True), read_fashion_mnist(raw, train=False), config)
+
+
+DATASET = Dataset(
+    "classification",
+    pictures(read),
+    holds=lambda folder: (folder / RAW).is_dir(),
+    content=f"torchvision's {RAW}/",
+    fetch=lambda folder: [FashionMNIST(folder, train, download=True) for train in (True, False)],
+)

@@ -1,0 +1,30 @@
+"""The kinds of problems that networks are trained for, a file each. No other room knows one of them by name."""
+
+from typing import Any
+
+from qat_runner.config import Config
+from qat_runner.config.tasks import FACTS
+from qat_runner.tasks.classification import Classification
+from qat_runner.tasks.question_answering import QuestionAnswering
+from qat_runner.tasks.task import Task, joined, separate
+from qat_runner.tasks.totals import Totals
+
+__all__ = ["TASKS", "Task", "Totals", "joined", "register", "separate", "task_of"]
+
+TASKS: dict[str, Task[Any]] = {}
+"""By name."""
+
+
+def register(task: Task[Any]) -> None:
+    """Let data sets be of a task: `dataset.task` may name it from then on."""
+    TASKS[task.name] = task
+    FACTS[task.name] = task.facts
+
+
+def task_of(config: Config) -> Task[Any]:
+    """The task of a resolved config's data set."""
+    return TASKS[config.dataset.task]
+
+
+register(Classification())
+register(QuestionAnswering())

@@ -1,0 +1,106 @@
+"""Where in a text the answer to a question is: its first and its last token, chosen among all of a window."""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner import distributed
+from qat_runner.config import Config
+from qat_runner.config.tasks import FACTS
+from qat_runner.data.squad import Half
+from qat_runner.data.windows import SquadData
+from qat_runner.errors import ConfigError
+from qat_runner.models import BERTS, build_bert, load_tokenizer, read_checkpoint
+from qat_runner.tasks.answers import decode, exact_match, f1
+from qat_runner.tasks.task import Choice
+from qat_runner.tasks.totals import Totals, top_five
+
+
+class QuestionAnswering(Choice[SquadData]):
+    """Windows of L tokens in, logits [N, L, 2] for start and end out; judged by the F1 of the answers."""
+
+    name = "question_answering"
+    facts = FACTS[name]
+    networks = BERTS
+    unit = "win"
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    outputs = ("start_logits", "end_logits")
+    dashed = ("em",)
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if config.model.checkpoint is None:
+            raise ConfigError(
+                f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub"
+            )
+        positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
+        if config.dataset.max_length > positions:
+            raise ConfigError(
+                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
+                f"{config.model.checkpoint}"
+            )
+
+    def tokenizer(self, config: Config) -> Any:
+        return None if config.model.checkpoint is None else load_tokenizer(config.model.checkpoint)
+
+    def network(self, config: Config, data: SquadData | None, pretrained: bool = False) -> nn.Module:
+        assert config.model.checkpoint is not None
+        return build_bert(config.model.checkpoint, pretrained)
+
+    def totals(self, device: torch.device) -> Totals:
+        return Totals(device, ("exact", "exact5"), top_five)
+
+    def score(self, data: SquadData) -> "AnswerScore":
+        names = ("exact", "exact5")
+        longest, n_best = data.config.max_answer_length, data.config.n_best
+        return AnswerScore(data.device, names, top_five, half=data.validation, n_best=n_best, max_answer_length=longest)
+
+    def longest(self, config: Config) -> int:
+        return config.dataset.max_length
+
+
+@dataclass
+class AnswerScore(Totals):
+    """`Totals` of a pass over the validation windows that goes on to answers. It can stop early.
+
+    Reading gives em and f1, in percent, over the questions that a window was seen of.
+    """
+
+    half: Half = field(kw_only=True)
+    n_best: int = field(kw_only=True)
+    max_answer_length: int = field(kw_only=True)
+    logits: list[Tensor] = field(default_factory=list, init=False)
+    """of each batch, [N, L, 2]"""
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        super().add(loss, logits, targets)
+        self.logits.append(logits.float())
+
+    def merged(self) -> Self:
+        everyone = super().merged()
+        gathered = distributed.gather([part.cpu() for part in self.logits])  # each has every so manieth batch
+        rounds = itertools.zip_longest(*gathered)
+        everyone.logits = [part for parts in rounds for part in parts if part is not None]
+        return everyone
+
+    def read(self) -> dict[str, float]:
+        figures = super().read()
+        self.predictions = {}
+        if not self.logits:
+            return {"loss": 0.0, "em": 0.0, "f1": 0.0, "samples": 0}
+        width = max(part.shape[1] for part in self.logits)
+        padded = [F.pad(part, (0, 0, 0, width - part.shape[1]), value=-torch.inf) for part in self.logits]
+        self.predictions = decode(torch.cat(padded).cpu(), self.half, self.n_best, self.max_answer_length)
+        gold = {q.id: list(q.answers) for q in self.half.questions}
+        pairs = [(text, gold[key]) for key, text in self.predictions.items()]
+        return {
+            "loss": figures["loss"],
+            "em": 100 * sum(exact_match(*pair) for pair in pairs) / len(pairs),
+            "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
+            "samples": figures["samples"],
+        }

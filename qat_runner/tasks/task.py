@@ -1,0 +1,136 @@
+"""What a task is: all that the runner must know of one kind of problem, and that no other room knows."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.config import Config
+from qat_runner.config.tasks import TaskFacts
+from qat_runner.data import Data
+from qat_runner.errors import ConfigError
+from qat_runner.tasks.totals import Totals
+
+D = TypeVar("D", bound=Data)
+
+
+class Task(ABC, Generic[D]):
+    """One kind of problem, such as classification: its networks, loss, metrics and words.
+
+    D is what its data sets are read as. What a network answers is called logits, whatever it is: one tensor [N, ...].
+    """
+
+    name: ClassVar[str]
+    """as `dataset.task`"""
+    facts: ClassVar[TaskFacts]
+    """what the config must know of it"""
+    networks: ClassVar[Collection[str]]
+    """names of the models that can do it"""
+    unit: ClassVar[str]
+    """what a sample is, in a word"""
+    inputs: ClassVar[tuple[str, ...]]
+    """names, in exported files, of the arguments of a network's forward"""
+    outputs: ClassVar[tuple[str, ...]]
+    """names, in exported files, of what comes out; of several also those that forward's result has them by"""
+    not_drawn: ClassVar[tuple[str, ...]] = ()
+    """figures of a pass that have no curve, since it would flatten the others"""
+    dashed: ClassVar[tuple[str, ...]] = ()
+    """figures whose curve is drawn so"""
+
+    def check(self, config: Config) -> None:
+        """Refuse what cannot be carried out, on the config alone.
+
+        Raises:
+            ConfigError: a network for another task, or what the task itself asks for is not there.
+        """
+        if config.model.name not in self.networks:
+            raise ConfigError(
+                f"model={config.model.name}: cannot read dataset={config.dataset.name}, which is for "
+                f"{', '.join(self.networks)}"
+            )
+
+    def tokenizer(self, config: Config) -> Any:
+        """What data sets of text are read with; None: there is none."""
+        return None
+
+    @abstractmethod
+    def network(self, config: Config, data: D | None, pretrained: bool = False) -> nn.Module:
+        """The network without quantizers, on torch's default device.
+
+        Args:
+            config: resolved.
+            data: that it is for; None: they are not read, and it is built by the config alone.
+            pretrained: with the weights of its checkpoint, where the task has such.
+        """
+
+    def knows_head(self, config: Config) -> bool:
+        """Whether the config alone tells what the last layer of a network looks like."""
+        return True
+
+    def compute(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        """The model's logits for the inputs of a batch."""
+        return joined(separate(model(*inputs), self.outputs))
+
+    @abstractmethod
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean over a batch, float32 [], of logits [N, ...] and targets [N, ...]; without autocast in float32, too."""
+
+    @abstractmethod
+    def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Mean distance, float32 [], of logits from a teacher's, both [N, ...], for distillation."""
+
+    @abstractmethod
+    def predictions(self, logits: Tensor) -> Tensor:
+        """What is predicted, [N, ...], from a finite number of values: two networks agree where it is the same."""
+
+    def right(self, predictions: Tensor, targets: Tensor) -> Tensor | None:
+        """Whether each sample counts for the metric, bool [N]; None where the metric is no share of samples."""
+        return None
+
+    @abstractmethod
+    def totals(self, device: torch.device) -> Totals:
+        """Sums for a pass over training batches."""
+
+    @abstractmethod
+    def score(self, data: D) -> Totals:
+        """Sums for a pass over all of `val_batches`; reading them gives the metric."""
+
+    def longest(self, config: Config) -> int | None:
+        """The second dimension of all inputs may be anything up to this; None: it is fixed."""
+        return None
+
+    def about(self, config: Config, data: D) -> dict[str, Any]:
+        """What someone who uses an exported file must know of the inputs, as JSON values."""
+        return {}
+
+
+class Choice(Task[D]):
+    """A task of choosing: logits [N, C] over C classes, or [N, C, d] for d choices; targets int64 [N] or [N, d]."""
+
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+    def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Divergence of the two distributions, softened by the temperature (Hinton et al. 2015)."""
+        wanted, found = (F.log_softmax(t.float() / temperature, dim=1) for t in (teacher, logits))
+        choices = logits.numel() // logits.shape[1]
+        divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / choices
+        return divergence * temperature**2  # gradients keep their size
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The classes of highest logit, int64 [N] or [N, d]."""
+        return logits.argmax(1)
+
+
+def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:
+    """What a network returned, as the tensors that exported files have: one, or the fields of a result by name."""
+    return (out,) if isinstance(out, Tensor) else tuple(getattr(out, name) for name in names)
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """Logits: one output as it is; d outputs of shape [N, C] as [N, C, d]."""
+    return outputs[0] if len(outputs) == 1 else torch.stack(list(outputs), dim=2)

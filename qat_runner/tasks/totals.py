@@ -1,0 +1,73 @@
+"""The sums by which a pass over data is judged.
+
+torchmetrics has top-k accuracy, too, but not of samples with several targets, which are right if all are (the ends of
+an answer); it waits for the device to look at its inputs, unless told not to; and its F1 of SQuAD follows the rule of
+v2. What is left is a `topk` and a sum.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from qat_runner import distributed
+
+Hits = Callable[[Tensor, Tensor], Sequence[Tensor]]
+"""Logits [N, ...] and targets [N, ...] -> how many of N samples are right, [] each, by one measure or several."""
+
+
+@dataclass
+class Totals:
+    """Sums over samples, kept on the device: adding a batch waits for nothing, reading does.
+
+    A checkpoint holds `sums`, so that an epoch can be gone on with.
+    """
+
+    device: torch.device
+    names: tuple[str, ...]
+    """of the measures of `hits`; the first is shown while a pass is under way"""
+    hits: Hits
+    sums: Tensor = field(init=False)
+    """float64 [2 + names]: loss, hits by each measure, samples"""
+    predictions: dict[str, str] | None = field(default=None, init=False)
+    """once read: the answer to each sample that has a name, where answers are of use by themselves"""
+
+    def __post_init__(self) -> None:
+        self.sums = torch.zeros(2 + len(self.names), dtype=torch.float64, device=self.device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """loss: mean over the batch, []; logits [N, ...] and targets [N, ...] as `hits` takes them."""
+        n = len(targets)
+        parts = [loss.detach().float() * n, *self.hits(logits, targets), torch.full_like(loss, n).float()]
+        self.sums += torch.stack(parts)
+
+    def merged(self) -> Self:
+        """The totals of all processes that share a pass, known to all of them."""
+        everyone = copy.copy(self)
+        everyone.sums = distributed.add_up(self.sums.clone())
+        return everyone
+
+    def read(self) -> dict[str, float]:
+        """Mean loss, the hit rates by their names (percent), samples."""
+        loss, *hits, n = self.sums.tolist()
+        rates = {name: 100 * count / max(n, 1) for name, count in zip(self.names, hits, strict=True)}
+        return {"loss": loss / max(n, 1), **rates, "samples": n}
+
+
+def top_five(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples each of whose targets has the highest logit; and one of the five highest.
+
+    Args:
+        logits: [N, C] or [N, C, d].
+        targets: int64, [N] or [N, d].
+
+    Returns:
+        Two counts, int64 [].
+    """
+    n = len(targets)
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return hits[:, 0].reshape(n, -1).all(1).sum(), hits.any(1).reshape(n, -1).all(1).sum()
