@@ -19,6 +19,9 @@ from qat_runner.tasks.answers import decode, exact_match, f1
 from qat_runner.tasks.task import Choice
 from qat_runner.tasks.totals import Totals, top_five
 
+WINDOW_HITS = ("exact", "exact5")
+"""Names of the measures of a window by itself: both ends right; and both among the five best."""
+
 
 class QuestionAnswering(Choice[SquadData]):
     """Windows of L tokens in, logits [N, L, 2] for start and end out; judged by the F1 of the answers."""
@@ -52,12 +55,17 @@ class QuestionAnswering(Choice[SquadData]):
         return build_bert(config.model.checkpoint, pretrained)
 
     def totals(self, device: torch.device) -> Totals:
-        return Totals(device, ("exact", "exact5"), top_five)
+        return Totals(device, WINDOW_HITS, top_five)
 
     def score(self, data: SquadData) -> "AnswerScore":
-        names = ("exact", "exact5")
-        longest, n_best = data.config.max_answer_length, data.config.n_best
-        return AnswerScore(data.device, names, top_five, half=data.validation, n_best=n_best, max_answer_length=longest)
+        return AnswerScore(
+            data.device,
+            WINDOW_HITS,
+            top_five,
+            half=data.validation,
+            n_best=data.config.n_best,
+            max_answer_length=data.config.max_answer_length,
+        )
 
     def longest(self, config: Config) -> int:
         return config.dataset.max_length
