@@ -41,7 +41,7 @@ from transformers import BertConfig, BertForQuestionAnswering
 from qat_runner.data import Batch
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
-from qat_runner.quant import fake_quantize, mse_sweep, octav, percentile
+from qat_runner.quant import IntFormat, fake_quantize, mse_sweep, octav, percentile
 from qat_runner.quant.kernels import set_backend
 from qat_runner.tasks import TASKS
 from qat_runner.training.memory import keep_freed_memory
@@ -157,19 +157,19 @@ def solver(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         tensors += [(f"{n:g} M, signed", x, True, None), (f"{n:g} M, unsigned", x.relu(), False, None)]
     rows: list[dict[str, Any]] = []
     for name, x, signed, dim in tensors:
-        x = x.to(device)
-        s = octav(x, 4, signed, dim, check=False)
+        x, format = x.to(device), IntFormat(4, signed)
+        s = octav(x, format, dim, check=False)
         contest: Contest = {
             "copy": x.clone,
-            "octav cold": partial(octav, x, 4, signed, dim, check=False),
-            "octav warm, 2 reads": partial(octav, x, 4, signed, dim, 2, s * 1.03, check=False),
-            "octav warm, 1 read": partial(octav, x, 4, signed, dim, 1, s * 1.03, check=False),
-            "our fake-quantize": partial(fake_quantize, x, s, 4, signed),
+            "octav cold": partial(octav, x, format, dim, check=False),
+            "octav warm, 2 reads": partial(octav, x, format, dim, 2, s * 1.03, check=False),
+            "octav warm, 1 read": partial(octav, x, format, dim, 1, s * 1.03, check=False),
+            "our fake-quantize": partial(fake_quantize, x, s, format),
             "torch fake-quantize": partial(torch.fake_quantize_per_tensor_affine, x, 0.1, 0, -8, 7),
             "textbook octav": partial(textbook, x, 4, signed, dim),
         }
         if x.numel() < 2e7:
-            contest["mse sweep, 100 points"] = partial(mse_sweep, x, 4, signed, dim, check=False)
+            contest["mse sweep, 100 points"] = partial(mse_sweep, x, format, dim, check=False)
         if device.type == "cpu" and signed:
             contest |= others(x, dim)
         for contestant, figures in take_turns(contest, args.rounds, device).items():

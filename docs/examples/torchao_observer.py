@@ -16,7 +16,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
 
-from qat_runner.quant import Grid, octav
+from qat_runner.quant import IntFormat, octav
 
 BITS = 4
 
@@ -31,16 +31,16 @@ class OctavObserver(ObserverBase):
         super().__init__(dtype)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.qscheme, self.ch_axis = spec["qscheme"], spec.get("ch_axis")
-        self.grid = Grid((quant_max - quant_min).bit_length(), quant_min < 0)
+        self.format = IntFormat((quant_max - quant_min).bit_length(), quant_min < 0)
         self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(octav(x.detach(), self.grid.bits, self.grid.signed, self.ch_axis))
+        self.seen.append(octav(x.detach(), self.format, self.ch_axis))
         return x
 
     def calculate_qparams(self, **kwargs: Any) -> tuple[Tensor, Tensor]:
         s = torch.stack(self.seen).mean(0).reshape(-1)
-        scale = (s / self.grid.levels_per_scalar).clamp(min=torch.finfo(s.dtype).tiny)
+        scale = (s / self.format.levels_per_scalar).clamp(min=torch.finfo(s.dtype).tiny)
         return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 

@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from qat_runner.config.schema import AMP, DISTILL, MODES, OPTIMIZERS, PADDINGS, 
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import GRADIENT_PAIRS, GRANULARITIES
-from qat_runner.quant import CLIPPING_METHODS, EVAL_MODES, LEARNED
+from qat_runner.quant import EVAL_MODES, FORMATS, METHODS
 from qat_runner.quant.kernels import BACKENDS
 
 
@@ -95,7 +95,7 @@ RANGES: dict[str, Range] = {
 }
 """The numbers that a key may hold, or each entry of its list."""
 
-PATHS = ("data_dir", "runs_dir", "run_dir", "weights", "recipe.teacher", "model.checkpoint")
+PATHS = ("data_dir", "runs_dir", "run_dir", "weights", "recipe.teacher", "model.checkpoint", "policy")
 """The keys that hold a path (some of them: or a name)."""
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000
@@ -122,7 +122,7 @@ def check_values(config: Config) -> None:
             _check_path(place, value)
 
 
-def _names() -> dict[str, Sequence[str]]:
+def _names() -> dict[str, Collection[str]]:
     """The names that a key may hold: those of today, since methods of others can be added."""
     return {
         "mode": ("auto", *MODES),
@@ -130,7 +130,8 @@ def _names() -> dict[str, Sequence[str]]:
         "backend": ("auto", *BACKENDS),
         "resume": RESUME,
         "gradient.name": tuple(GRADIENT_PAIRS),
-        "clipping.name": (*CLIPPING_METHODS, *LEARNED),
+        "clipping.name": METHODS,
+        "format": FORMATS,
         "clipping.eval_mode": EVAL_MODES,
         "conv_granularity": GRANULARITIES,
         "linear_granularity": ("auto", *GRANULARITIES),

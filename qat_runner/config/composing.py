@@ -97,7 +97,7 @@ def choices(config: Config) -> list[str]:
     wanted = {"model": config.model.name, "dataset": config.dataset.name}
     if config.recipe.name != config.dataset.name:
         wanted["recipe"] = config.recipe.name
-    if not config.policy.full_precision:
+    if not config.quantization.full_precision:
         wanted["clipping"] = ("static_" if static else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
     groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]

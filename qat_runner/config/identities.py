@@ -19,7 +19,7 @@ from qat_runner.errors import UnreadableError
 
 PLACES = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
-    *("checkpoint_minutes", "distributed_timeout", "schema_version"),
+    *("checkpoint_minutes", "distributed_timeout", "schema_version", "policy"),  # whose rules are in `rules`
 )
 """Keys that say where things lie and what is kept, not what is computed."""
 
@@ -70,7 +70,7 @@ def settings(config: Config) -> dict[str, Any]:
         del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
     if config.schema_version >= (revision := REVISED.get(config.clipping.name, SCHEMA_VERSION + 1)):
         keys["clipping"]["revision"] = revision
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         for key in (
             "clipping",
             "gradient",
@@ -78,6 +78,8 @@ def settings(config: Config) -> dict[str, Any]:
             "quantize_head",
             "conv_granularity",
             "linear_granularity",
+            "format",
+            "rules",
             "noise_batches",
         ):
             keys.pop(key, None)
@@ -145,11 +147,12 @@ def run_name(config: Config) -> str:
 
 
 def _quantization_words(config: Config) -> list[str]:
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         return ["fp32"]
     same = config.weight_bits == config.activation_bits
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
     distilled = ["distilled"] if config.distilling else []
+    bits += "-mixed" if config.rules else ""
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
 
 
@@ -160,7 +163,7 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
         config: resolved.
         became_static: the network is known to have static activations, whatever the config says of its training.
     """
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     static = not config.clipping.dynamic and not config.clipping.learned
@@ -170,7 +173,7 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
 
 def gradient_label(config: Config) -> str:
     """The gradient estimator in one word; that of lsq and pact is their own."""
-    return "none" if config.policy.full_precision else "own" if config.clipping.learned else config.gradient.name
+    return "none" if config.quantization.full_precision else "own" if config.clipping.learned else config.gradient.name
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,17 +7,20 @@ and `check` refuses what cannot be meant, before any work. A run's `config.yaml`
 import math
 import os
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from qat_runner.config.allowed import check_values, require
+from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import BASELINE, TORCHVISION, Config, StageConfig
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, told
 from qat_runner.insertion.policy import FULL_PRECISION
-from qat_runner.quant import BITS, LearnedQuantizer, Quantizer
+from qat_runner.quant import BITS
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -61,9 +64,12 @@ def resolve(config: Config) -> Config:
     if clipping.calibration_batch_size is None:
         clipping = replace(clipping, calibration_batch_size=task.calibration_batch_size)
     granularity = config.linear_granularity
+    rules = [] if config.policy is None else rules_of(config.policy)
     config = replace(
         config,
         clipping=clipping,
+        policy=None,
+        rules=[*rules, *config.rules],
         first_last_bits=task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
         linear_granularity=task.linear_granularity if granularity == "auto" else granularity,
         weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
@@ -90,12 +96,32 @@ def _with_home(config: Config) -> Config:
     )
 
 
+def rules_of(path: str) -> list[Any]:
+    """The rules of a policy file, as yet unchecked.
+
+    Raises:
+        ConfigError: there is no such file, or it does not hold rules.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"policy={path}: there is no such file")
+    try:
+        content = plain_yaml(file)
+    except (OSError, ValueError, YAMLError) as error:
+        hint = "; a glob that begins with * is written in quotes" if isinstance(error, YAMLError) else ""
+        raise ConfigError(f"policy={path}: cannot be read ({told(error)}{hint})") from error
+    rules = content.get("rules")
+    if list(content) != ["rules"] or not isinstance(rules, list):
+        raise ConfigError(f"policy={path}: must hold one key, rules, with a list of rules")
+    return rules
+
+
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
     recipe = replace(config.recipe, distill="none", teacher=None, teacher_part=None)
     changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
-    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir"))
-    return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, **changes))
+    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
+    return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, rules=[], **changes))
 
 
 def scaled_lr(stage: StageConfig, batch_size: int) -> float:
@@ -133,14 +159,7 @@ def _check_quantization(config: Config) -> None:
         said = "bits" if bits == config.bits and key != "first_last_bits" else key
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
-    try:
-        if config.clipping.learned:
-            LearnedQuantizer(config.clipping.name, 8, **config.clipping.options())
-        else:
-            Quantizer(8, clipping=config.clipping.name, synchronize=config.clipping.sync, **config.clipping.options())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"clipping={config.clipping.name}: {error}") from error
-    if config.needs_calibration:
+    if config.needs_calibration:  # to know that takes the whole policy, which checks itself
         wanted = (
             f"clipping={config.clipping.name}"
             if config.clipping.learned
@@ -159,7 +178,7 @@ def _check_quantization(config: Config) -> None:
 
 def _check_freezing(config: Config) -> None:
     at = config.recipe.freeze_scalars_at
-    if at is None or not config.training or config.policy.full_precision:
+    if at is None or not config.training or config.quantization.full_precision:
         return
     assert config.epochs is not None
     require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
@@ -193,7 +212,7 @@ def _check_mode(config: Config) -> None:
             raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
-    if config.mode == "ptq" and config.policy.full_precision:
+    if config.mode == "ptq" and config.quantization.full_precision:
         raise ConfigError(
             f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
         )

@@ -10,8 +10,8 @@ from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
-from qat_runner.insertion.policy import Policy
-from qat_runner.quant import LEARNED
+from qat_runner.insertion.policy import Policy, Rule
+from qat_runner.quant import METHODS, ClippingMethod, clipping_method
 
 STAGES = ("scratch", "retrain", "long_retrain", "finetune")
 MODES = (*STAGES, "ptq", "evaluate")
@@ -85,7 +85,7 @@ class DatasetConfig:
 @dataclass
 class ClippingConfig:
     name: str = MISSING
-    """octav, max, percentile, mse_sweep, lsq or pact"""
+    """octav, max, percentile, mse_sweep, lsq or pact, or what an installed package adds"""
     dynamic: bool = True
     """solve scalars on each call; otherwise static: calibrated once"""
     iterations: int | None = None
@@ -112,16 +112,41 @@ class ClippingConfig:
     eval_mode: str = "dynamic"
     """activation scalars in evaluation: dynamic (solved on each batch), running (their average in
     training) or last (the last of training)"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further options of a method that an installed package adds: clipping.options.NAME=VALUE"""
 
-    def options(self) -> dict[str, Any]:
-        """What is passed to the clipping method."""
+    @property
+    def kind(self) -> type[ClippingMethod]:
+        """The class of the method.
+
+        Raises:
+            ConfigError: an installed package names what is none.
+        """
+        try:
+            return METHODS[self.name]
+        except TypeError as error:
+            raise ConfigError(f"clipping.name={self.name}: {error}") from error
+
+    @property
+    def method(self) -> ClippingMethod:
+        """The clipping method, with its options.
+
+        Raises:
+            ConfigError: an option that it does not have, or out of range.
+        """
         options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together", "alpha")}
-        return {name: value for name, value in options.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.warm_iterations is not None or hasattr(self.kind, "warm_iterations"):
+            options["warm_iterations"] = self.warm_iterations  # of which null is a value
+        try:
+            return clipping_method(self.name, **options, **self.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"clipping={self.name}: {error}") from error
 
     @property
     def learned(self) -> bool:
         """Whether scalars are parameters, with gradients of their own."""
-        return self.name in LEARNED
+        return self.kind.learned
 
 
 @dataclass
@@ -229,6 +254,13 @@ class Config:
     """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
     linear_granularity: str = "auto"
     """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
+    format: str = "int"
+    """what a number looks like: int, or what an installed package adds"""
+    rules: list[Any] = field(default_factory=list)
+    """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
+    the page about policies"""
+    policy: str | None = None
+    """YAML file of such rules, which come before those of `rules`"""
 
     epochs: int | None = None
     """times that the training data are gone through; null: the recipe's"""
@@ -332,7 +364,7 @@ class Config:
     @property
     def freezing(self) -> bool:
         """Whether activations' scalars are static in the last part of training."""
-        return self.training and self.recipe.freeze_scalars_at is not None and not self.policy.full_precision
+        return self.training and self.recipe.freeze_scalars_at is not None and not self.quantization.full_precision
 
     def content(self, path: str) -> str:
         """A fingerprint of what is at a path, as the run found it, or as it is now."""
@@ -344,34 +376,39 @@ class Config:
         return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
 
     @property
-    def policy(self) -> Policy:
-        """Of a resolved config."""
-        assert self.weight_bits is not None and self.activation_bits is not None
-        return Policy(
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
-            first_last_bits=self.first_last_bits,
-            clipping=self.clipping.name,
-            clipping_options=self.clipping.options(),
-            warm_iterations=self.clipping.warm_iterations,
-            dynamic=self.clipping.dynamic,
-            gradient=self.gradient.name,
-            eval_mode=self.clipping.eval_mode,
-            conv_granularity=self.conv_granularity,
-            linear_granularity=self.linear_granularity,
-            synchronize=self.clipping.sync,
-            quantize_head=self.task.quantize_head if self.quantize_head is None else self.quantize_head,
-        )
+    def quantization(self) -> Policy:
+        """What every tensor of a resolved config gets.
+
+        Raises:
+            ConfigError: it makes no policy.
+        """
+        method = self.clipping.method
+        try:
+            return Policy.of(
+                self.bits,
+                method,
+                self.gradient.name,
+                format=self.format,
+                weight_bits=self.weight_bits,
+                activation_bits=self.activation_bits,
+                first_last_bits=self.first_last_bits,
+                dynamic=self.clipping.dynamic,
+                eval_mode=self.clipping.eval_mode,
+                conv_granularity=self.conv_granularity,
+                linear_granularity=self.linear_granularity,
+                quantize_head=self.task.quantize_head if self.quantize_head is None else self.quantize_head,
+                synchronize=self.clipping.sync,
+                rules=[Rule.from_dict(rule) for rule in self.rules],
+            )
+        except ValueError as error:
+            raise ConfigError(f"{'rules' if str(error).startswith('rule ') else 'policy'}: {error}") from error
 
     @property
     def needs_calibration(self) -> bool:
         """Whether scalars must be found on training batches before the first use."""
-        wanted = (
-            self.clipping.learned
-            or not self.clipping.dynamic
-            or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
-        )
-        return wanted and self.mode != "evaluate" and not self.policy.full_precision
+        policy = self.quantization
+        wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
+        return wanted and self.mode != "evaluate" and not policy.full_precision
 
 
 def register() -> None:

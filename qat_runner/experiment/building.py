@@ -11,7 +11,8 @@ from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
-from qat_runner.insertion.insert import insert
+from qat_runner.insertion.insert import insert, wanted
+from qat_runner.insertion.policy import PolicyError
 from qat_runner.models import Source, load_weights
 from qat_runner.quant.kernels import set_backend
 from qat_runner.tasks import task_of
@@ -71,7 +72,9 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     # Real samples, the same in every process: it is seen what the model does with them.
     example = next(undivided(data).train_batches(2, epoch=0, limit=1)).inputs
     try:
-        insert(model, config.policy, example)
+        insert(model, config.quantization, example)
+    except PolicyError as error:
+        raise ConfigError(f"model={config.model.name}: {error}") from error
     except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
         raise ConfigError(
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
@@ -96,10 +99,9 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
 def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> None:
     """Refuse to measure a network whose scalars are not there, or not what the config says of them."""
     tensors = quantized_tensors(model)
-    wants_static = not (config.clipping.dynamic or config.clipping.learned)
     for tensor in tensors:
         wanting = not tensor.quantizer.ready
-        if wanting or (tensor.quantizer.dynamic and wants_static):
+        if wanting or (tensor.quantizer.dynamic and not wanted(model, tensor).dynamic):
             what = "no" if wanting else "no static"
             raise ConfigError(
                 f"weights={weights}: holds {what} clipping scalars for {tensor.name} at these bits, which "

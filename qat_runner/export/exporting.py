@@ -40,7 +40,7 @@ from qat_runner.export.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.export.integer import to_integers
+from qat_runner.export.integer import integers_of, to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
 from qat_runner.tasks import joined, task_of
 from qat_runner.training.checkpoint import LAST, is_whole
@@ -91,7 +91,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     config = load_config(run)
     if config is None:
         raise ConfigError(f"{run}: holds no run")
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         raise ConfigError(f"{run}: is a run in full precision, which has no integers")
     weights = _weights_of(run, config, checkpoint)
     if not (run / "summary.json").is_file():
@@ -305,7 +305,7 @@ def _check_formats(request: Request, model: nn.Module) -> None:
     """Refuse tensors whose levels are no codes."""
     try:
         for tensor in quantized_tensors(model):
-            _ = tensor.quantizer.format
+            integers_of(tensor.quantizer)
     except ValueError as error:
         raise ConfigError(f"{request.run}: {error}") from error
 

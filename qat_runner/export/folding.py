@@ -54,9 +54,9 @@ def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
     if weight is None:
         conv.weight.mul_(rows)
     else:
-        if weight.grid.bits < FINE and bool(((rows < 0) & (weight.codes < -weight.grid.highest)).any()):
+        if weight.format.code_bits < FINE and bool(((rows < 0) & (weight.codes < -weight.format.highest)).any()):
             return False
-        weight.codes = torch.where(rows < 0, -weight.codes.clamp(min=-weight.grid.highest), weight.codes)
+        weight.codes = torch.where(rows < 0, -weight.codes.clamp(min=-weight.format.highest), weight.codes)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
         weight.scale = (weight.scale * factor.abs()).clamp(min=torch.finfo(torch.float32).tiny)
     shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean

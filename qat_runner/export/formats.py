@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from qat_runner.description import fit
 from qat_runner.errors import ConfigError, RunError, told
-from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid, storage_bits
+from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid
 from qat_runner.insertion.layers import each
-from qat_runner.quant import Grid
+from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate
 
 FORMATS = ("onnx", "torch", "safetensors")
@@ -113,23 +113,25 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     assert program is not None
     for node in program.model.graph:
         node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
-    widths = {f"{name}.codes": m.grid.bits for name, m in network.named_modules() if isinstance(m, IntegerWeight)}
-    _give_types(program.model.graph, widths)
+    stored = {
+        f"{name}.codes": m.format.storage_bits for name, m in network.named_modules() if isinstance(m, IntegerWeight)
+    }
+    _give_types(program.model.graph, stored)
     ir.save(program.model, path)
 
 
-def _give_types(graph: Any, widths: Mapping[str, int]) -> None:
+def _give_types(graph: Any, stored: Mapping[str, int | None]) -> None:
     """Store weights in as few bits as ONNX has, and give every quantizing node its zero point, which carries the type.
 
     Args:
         graph: of onnx_ir.
-        widths: bits of each initializer that holds codes.
+        stored: bits of storage of each initializer that holds codes.
     """
     import ml_dtypes
     import onnx_ir as ir
 
-    for name, bits in widths.items():
-        if storage_bits(bits) == 4:
+    for name, bits in stored.items():
+        if bits == 4:
             value = graph.initializers[name]
             value.const_value = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=name)
             value.dtype = ir.DataType.INT4
@@ -138,7 +140,7 @@ def _give_types(graph: Any, widths: Mapping[str, int]) -> None:
             dtype, codes = node.outputs[0].dtype, [node.attributes.pop(end).value for end in ("lowest", "highest")]
             if dtype.bitwidth == 4:
                 _replace_clip(graph, node)
-            whole = Grid(dtype.bitwidth, dtype.is_signed())
+            whole = IntFormat(dtype.bitwidth, dtype.is_signed())
             if codes != [whole.lowest, whole.highest]:  # the integer type alone would let more of them through
                 _limit_to(graph, node, codes)
             _zero_point(graph, node, dtype)
@@ -263,7 +265,7 @@ def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
                 "shape": list(module.codes.shape),
                 "axis": 0 if module.scale.ndim else None,
                 **_grid(module),
-                **({"packed": PACKED} if storage_bits(module.grid.bits) == 4 else {}),
+                **({"packed": PACKED} if module.format.storage_bits == 4 else {}),
             }
         elif isinstance(module, StaticGrid):
             described[child.removesuffix("_grid")] = {"scale": f"{name}.{child}.scale", **_grid(module)}
@@ -271,8 +273,8 @@ def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
 
 
 def _grid(module: IntegerWeight | StaticGrid) -> dict[str, Any]:
-    grid = module.grid
-    return {"bits": grid.bits, "signed": grid.signed, "lowest": grid.lowest, "highest": grid.highest}
+    format = module.format
+    return {"bits": format.code_bits, "signed": format.signed, "lowest": format.lowest, "highest": format.highest}
 
 
 def _pack(codes: Tensor) -> Tensor:

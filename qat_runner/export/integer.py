@@ -2,7 +2,7 @@
 
 `to_integers` turns the quantized layers of a static network into these, in place, by swapping their class. What they
 compute is bit for bit what the quantized layers computed: a code times its step size D, which is a part of the clipping
-scalar (see `Grid`).
+scalar (see `quant.formats`).
 
 The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
 exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
@@ -23,18 +23,25 @@ from qat_runner.insertion.layers import (
     operands,
     quantizer_of,
 )
-from qat_runner.quant import Grid, Quantizer
+from qat_runner.quant import Quantizer, StepFormat
 
 OPSET = 21
 """The first version of ONNX's operators with 4-bit and 16-bit integers."""
 
-TYPES = {(4, True): 22, (4, False): 21, (8, True): 3, (8, False): 2, (16, True): 5, (16, False): 4}
-"""(bits of storage, signed) -> ONNX's number of the type: int4, uint4, int8, uint8, int16, uint16."""
+TYPES = {"int4": 22, "uint4": 21, "int8": 3, "uint8": 2, "int16": 5, "uint16": 4}
+"""Integer type -> ONNX's number of it."""
 
 
-def storage_bits(bits: int) -> int:
-    """Of the smallest integer type that holds codes of so many bits: 4, 8 or 16."""
-    return next(width for width in (4, 8, 16) if bits <= width)
+def integers_of(quantizer: Quantizer) -> StepFormat:
+    """The format of a quantizer, whose codes are integers that a file can hold.
+
+    Raises:
+        ValueError: they are not, in a sentence that begins with the tensor's name.
+    """
+    format = quantizer.format
+    if not isinstance(format, StepFormat) or format.storage_bits is None:
+        raise ValueError(f"{quantizer.name} has numbers of format {format.name}, whose codes no integer type holds")
+    return format
 
 
 class IntegerWeight(nn.Module):
@@ -52,10 +59,10 @@ class IntegerWeight(nn.Module):
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
-        self.grid = quantizer.format
-        scale = _step(quantizer.s, self.grid)
+        self.format = integers_of(quantizer)
+        scale = _step(quantizer.s, self.format)
         codes = (quantizer.quantized(weight.detach().float(), quantizer.s) / scale).round()
-        self.register_buffer("codes", codes.to(torch.int8 if self.grid.bits <= 8 else torch.int16))
+        self.register_buffer("codes", codes.to(torch.int8 if self.format.code_bits <= 8 else torch.int16))
         self.register_buffer("scale", scale.reshape(-1) if scale.ndim else scale)
 
     def forward(self) -> Tensor:
@@ -74,15 +81,15 @@ class StaticGrid(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        self.grid = quantizer.format
-        self.register_buffer("scale", _step(quantizer.s, self.grid))
+        self.format = integers_of(quantizer)
+        self.register_buffer("scale", _step(quantizer.s, self.format))
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = self.grid
+        format = self.format
         if not torch.onnx.is_in_onnx_export():
-            return (x / self.scale).round().clamp(grid.lowest, grid.highest) * self.scale
-        code = TYPES[storage_bits(grid.bits), grid.signed]
-        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, lowest=grid.lowest, highest=grid.highest)
+            return (x / self.scale).round().clamp(format.lowest, format.highest) * self.scale
+        code = TYPES[str(format.exported_type)]
+        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, lowest=format.lowest, highest=format.highest)
         return _onnx("DequantizeLinear", codes, self.scale, dtype=torch.float32, shape=x.shape)
 
 
@@ -93,9 +100,9 @@ def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None,
     )
 
 
-def _step(s: Tensor, grid: Grid) -> Tensor:
+def _step(s: Tensor, format: StepFormat) -> Tensor:
     """Step sizes that belong to clipping scalars, float32; the smallest normal number for a scalar of 0."""
-    return grid.step(s.detach().float()).clamp(min=torch.finfo(torch.float32).tiny)
+    return format.step(s.detach().float()).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class IntegerConv2d(nn.Conv2d):
@@ -143,7 +150,7 @@ def _bias_apart(layer: nn.Module) -> bool:
     """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which is
     nothing at 8 bits, but coarse at 4."""
     weight = getattr(layer, "integer_weight", None)
-    return torch.onnx.is_in_onnx_export() and weight is not None and storage_bits(weight.grid.bits) == 4
+    return torch.onnx.is_in_onnx_export() and weight is not None and weight.format.storage_bits == 4
 
 
 def to_integers(model: nn.Module) -> nn.Module:
@@ -156,8 +163,8 @@ def to_integers(model: nn.Module) -> nn.Module:
         The same model, in eval mode.
 
     Raises:
-        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, or has one a channel of an
-            activation.
+        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, has one a channel of an
+            activation, or has codes that are no integers.
     """
     tensors = quantized_tensors(model)
     if not tensors:
@@ -167,6 +174,7 @@ def to_integers(model: nn.Module) -> nn.Module:
             raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
         if t.tensor != "weight" and t.quantizer.s.ndim:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
+        integers_of(t.quantizer)
     for _, layer in each(model, is_quantized):
         _convert(layer)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Where quantizers go: the policy (bits, granularity, sign), the layers, insertion and calibration."""
+"""Where quantizers go: the policy (what every tensor gets), the layers, insertion, calibration, saving."""
 
 from qat_runner.insertion.calibrate import FREEZING, calibrate, freeze
 from qat_runner.insertion.insert import (
@@ -11,7 +11,8 @@ from qat_runner.insertion.insert import (
 )
 from qat_runner.insertion.layers import QuantConv2d, QuantLinear
 from qat_runner.insertion.noise_report import LayerNoise, NoiseReport, noise_report
-from qat_runner.insertion.policy import Policy
+from qat_runner.insertion.policy import Policy, PolicyError, Rule
+from qat_runner.insertion.saving import load, save
 from qat_runner.insertion.trace import Trace, trace
 
 __all__ = [
@@ -19,17 +20,21 @@ __all__ = [
     "LayerNoise",
     "NoiseReport",
     "Policy",
+    "PolicyError",
     "QuantConv2d",
     "QuantLinear",
     "QuantizedTensor",
+    "Rule",
     "Trace",
     "calibrate",
     "freeze",
     "full_precision_state_dict",
+    "load",
     "noise_report",
     "quantize_model",
     "quantized_tensors",
     "remove_quantizers",
+    "save",
     "summary",
     "trace",
 ]

@@ -1,7 +1,7 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +17,22 @@ from qat_runner.insertion.layers import (
     convert,
     each,
     is_quantized,
+    kind_of,
     operands,
     quantizer_of,
     restore,
 )
-from qat_runner.insertion.policy import FULL_PRECISION, GRADIENT_PAIRS, Policy
+from qat_runner.insertion.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import LEARNED, DoReFaQuantizer, LearnedQuantizer, Quantizer
+from qat_runner.quant import ClippingMethod, Quantizer
 
 
 class QuantizationWarning(UserWarning):
     """Part of the model is not quantized, or not as one might expect."""
+
+
+POLICY = "quantization_policy"
+"""Attribute of a quantized model: its policy, ends named."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,12 @@ class QuantizedTensor:
 
 def quantize_model(
     model: nn.Module,
-    bits: int = 4,
-    clipping: str | Callable[..., Tensor] = "octav",
+    bits: int | Policy = 4,
+    clipping: str | ClippingMethod = "octav",
     gradient: str = "mph",
     *,
-    weight_bits: int | None = None,
-    activation_bits: int | None = None,
-    first_last_bits: int | None = 8,
-    warm_iterations: int | None = 6,
-    dynamic: bool = True,
-    eval_mode: str = "dynamic",
-    conv_granularity: str = "channel",
-    linear_granularity: str = "tensor",
-    quantize_head: bool = True,
-    keep: Sequence[str] = (),
-    synchronize: bool = False,
     example: Tensor | tuple[Any, ...] | None = None,
-    **clipping_options: Any,
+    **how: Any,
 ) -> nn.Module:
     """Quantize the weights and inputs of all Conv2d and Linear layers of a model, in place (Appendix E.2).
 
@@ -76,87 +70,65 @@ def quantize_model(
 
     Args:
         model: any model of nn.Conv2d and nn.Linear layers.
-        bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
-        clipping: octav, max, percentile, mse_sweep, or a function (x, bits, signed, dim, *, check) -> s; lsq or pact,
-            whose scalars are parameters, and which need `calibrate` for their start.
+        bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
+        clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
+            parameters, and which need `calibrate` for their start; or what is registered.
         gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
-        weight_bits, activation_bits: override `bits`.
-        first_last_bits: bits at the two ends, weights and inputs; None: as everywhere.
-        warm_iterations: octav's reads of a tensor a training step, from the previous step's scalar; None: start anew.
-        dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
-            forward pass.
-        eval_mode: what activation quantizers do in eval(): dynamic, running or last.
-        conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights; those
-            of pact have one per tensor, as published.
-        synchronize: solve activation scalars in training on the batch of all processes of torch.distributed together
-            (dynamic octav and max); weights have the same scalars everywhere.
-        quantize_head: whether the last linear layer is quantized.
-        keep: names of layers that are left in full precision.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
             rest is found on the first forward pass of the model.
-        **clipping_options: options of the clipping method, e.g. q=99.9.
+        **how: as of `Policy.of`: weight_bits, activation_bits, first_last_bits, format, dynamic, eval_mode,
+            conv_granularity, linear_granularity, quantize_head, keep, synchronize, rules, and the options of a
+            clipping method that is given by name, e.g. q=99.9.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: an argument out of range, nothing to quantize, or quantizers already there.
+        ValueError, TypeError: an argument out of range, a rule that is about no tensor, nothing to quantize, or
+            quantizers already there.
 
     Warns:
         QuantizationWarning: what is left in full precision, or is shared: named, a sentence each.
     """
-    policy = Policy(
-        weight_bits=bits if weight_bits is None else weight_bits,
-        activation_bits=bits if activation_bits is None else activation_bits,
-        first_last_bits=first_last_bits,
-        clipping=clipping,
-        clipping_options=clipping_options,
-        warm_iterations=warm_iterations,
-        dynamic=dynamic,
-        gradient=gradient,
-        eval_mode=eval_mode,
-        conv_granularity=conv_granularity,
-        linear_granularity=linear_granularity,
-        synchronize=synchronize,
-        quantize_head=quantize_head,
-        keep=tuple(keep),
-    )
-    return insert(model, policy, example)
+    if isinstance(bits, Policy):
+        if (clipping, gradient) != ("octav", "mph") or how:
+            raise TypeError("quantize_model: a policy says all that there is to say, beside an example")
+        return insert(model, bits, example)
+    return insert(model, Policy.of(bits, clipping, gradient, **how), example)
 
 
 def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
     """`quantize_model` with a ready policy."""
     if each(model, is_quantized):
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
-    layers, notes = _convertible(model, policy.keep)
+    layers, notes = _convertible(model)
     if not layers:
-        why = "".join(f"; {note}" for note in notes)
+        why = "".join(f"; {note}" for note in notes.values())
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
     quantize_attention(model)
-    products = dict(each(model, lambda m: isinstance(m, QuantMatmul)))
-    layers |= products
-    seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
-    called = [] if seen is None else [name for name, calls in seen.layers.items() if not calls.training_only]
-    first, last = _ends([name for name in called if name in layers] if seen else list(layers), layers)
-    if not policy.quantize_head and isinstance(layers.get(last), nn.Linear):
-        del layers[last]
-    for name, layer in layers.items():
-        beside = layer if name not in products else model.get_submodule(name.rpartition(".")[0])
-        device = next(beside.parameters()).device
-        quantizers = {operand: _quantizer(layer, policy, operand, name in (first, last)) for operand in operands(layer)}
-        for operand, quantizer in quantizers.items():
-            if quantizer is not None:
-                quantizer.name = f"{name}.{operand}"
-                quantizer.to(device)
-        convert(layer, quantizers)
+    try:
+        layers |= dict(each(model, lambda m: isinstance(m, QuantMatmul)))
+        seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
+        ends = _ends(layers, seen)
+        chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
+        quantizers = {name: _quantizers(layers[name], tensors) for name, tensors in chosen.items() if name in layers}
+        if not any(any(found.values()) for found in quantizers.values()):
+            raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+    except BaseException:
+        restore_attention(model)
+        raise
+    for name, found in quantizers.items():
+        _convert(model, name, layers[name], found)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
             module.register_forward_pre_hook(_no_fast_path)
-    for note in notes:
-        _warn(note)
+    for name, note in notes.items():
+        if not all(tensor.full_precision for tensor in chosen[name].values()):
+            _warn(note)
+    setattr(model, POLICY, policy.with_ends(ends))
     if seen is not None:
         _decide(model, seen)
     else:
@@ -164,26 +136,61 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     return model
 
 
-def _convertible(model: nn.Module, keep: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot."""
+def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot, likewise."""
     layers: dict[str, nn.Module] = {}
-    notes = []
-    candidates = each(model, lambda m: isinstance(m, tuple(LAYERS)))
-    for name in keep:
-        if name not in dict(candidates):
-            raise ValueError(f"keep={name!r}: the model has no Conv2d or Linear layer of that name")
-    for name, layer in candidates:
-        if name in keep:
-            continue
+    notes: dict[str, str] = {}
+    for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
         if type(layer) not in LAYERS:
-            notes.append(
-                f"{name} is a {type(layer).__name__}, which may not compute what its base class does: left as it is"
-            )
+            what = type(layer).__name__
+            notes[name] = f"{name} is a {what}, which may not compute what its base class does: left as it is"
         elif not _weight(layer).is_floating_point():
-            notes.append(f"{name} has a weight of dtype {_weight(layer).dtype}: left as it is")
+            notes[name] = f"{name} has a weight of dtype {_weight(layer).dtype}: left as it is"
         else:
             layers[name] = layer
     return layers, notes
+
+
+def _chosen(
+    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, TensorPolicy]]:
+    """What a policy says of each operand of each layer.
+
+    Raises:
+        PolicyError: a rule is about none of them.
+    """
+    places = [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+    for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
+        if rule.type == "*" and not rule.end and not any(rule.matches(*place) for place in places):
+            raise PolicyError(
+                f"rule {rule.match!r} is about no layer or tensor that can be quantized (such as {places[0][0]} or "
+                f"{places[0][0]}.{places[0][2]})"
+            )
+    chosen: dict[str, dict[str, TensorPolicy]] = {}
+    for name, kind, operand in places:
+        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
+    return chosen
+
+
+def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
+    """A quantizer for each operand of a layer; None for full precision."""
+    try:
+        return {operand: tensor.quantizer(layer, operand) for operand, tensor in tensors.items()}
+    except ValueError as error:
+        raise PolicyError(str(error)) from error
+
+
+def _convert(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:
+    """Give a layer its quantizers, on its device; one that gets none stays what it is."""
+    if not any(quantizers.values()) and not isinstance(layer, QuantMatmul):
+        return
+    beside = model.get_submodule(name.rpartition(".")[0]) if isinstance(layer, QuantMatmul) else layer
+    device = next(beside.parameters()).device
+    for operand, quantizer in quantizers.items():
+        if quantizer is not None:
+            quantizer.name = f"{name}.{operand}"
+            quantizer.to(device)
+    convert(layer, quantizers)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -191,41 +198,18 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight  # type: ignore[return-value]
 
 
-def _ends(order: list[str], layers: dict[str, nn.Module]) -> tuple[str, str]:
-    """Names of the first convolution and the last linear layer, or of the first and last layer where there is none."""
-    if not order:
-        return "", ""
-    first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
-    last = next((name for name in reversed(order) if isinstance(layers[name], nn.Linear)), order[-1])
-    return first, last
-
-
-def _quantizer(layer: nn.Module, policy: Policy, tensor: str, end: bool) -> Quantizer | None:
-    """The quantizer of an operand of a layer; None for full precision."""
-    bits = policy.bits(tensor, end)
-    if bits == FULL_PRECISION:
-        return None
-    weight = tensor == "weight"
-    signed, shape = (True, policy.weight_shape(layer)) if weight else (None, ())
-    quantizer: Quantizer
-    if policy.clipping == "pact" and weight:
-        quantizer = DoReFaQuantizer(bits)
-    elif policy.clipping in LEARNED:
-        quantizer = LearnedQuantizer(policy.clipping, bits, signed, shape, not weight, **policy.clipping_options)
-    else:
-        quantizer = Quantizer(
-            bits,
-            signed,
-            shape,
-            policy.clipping,
-            GRADIENT_PAIRS[policy.gradient][0 if weight else 1],
-            dynamic=policy.dynamic,
-            eval_mode="dynamic" if weight else policy.eval_mode,
-            warm_iterations=policy.warm_iterations,
-            synchronize=policy.synchronize and not weight,
-            **policy.clipping_options,
-        )
-    return quantizer
+def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[str]]:
+    """The first convolution and the last linear layer, or the first and last layer where there is none, by name."""
+    order = list(layers)
+    if seen is not None:
+        order = [name for name, calls in seen.layers.items() if name in layers and not calls.training_only]
+    ends: dict[str, set[str]] = {}
+    if order:
+        first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
+        last = next((name for name in reversed(order) if isinstance(layers[name], nn.Linear)), order[-1])
+        ends.setdefault(first, set()).add("first")
+        ends.setdefault(last, set()).add("last")
+    return ends
 
 
 def _decide(model: nn.Module, seen: Trace) -> None:
@@ -279,13 +263,24 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
     return found
 
 
+def policy_of(model: nn.Module) -> Policy:
+    """The policy that a model was quantized with, its ends named; of another model one that says nothing."""
+    policy: Policy = getattr(model, POLICY, Policy())
+    return policy
+
+
+def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
+    """What the policy of a model says of one of its tensors; a state loaded since may have made it static."""
+    return policy_of(model).tensor(tensor.layer, kind_of(model.get_submodule(tensor.layer)), tensor.tensor)
+
+
 def summary(model: nn.Module) -> str:
     """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized."""
     rows = [
         (
             t.layer,
             t.tensor,
-            t.quantizer.bits,
+            t.quantizer.format.bits,
             _sign(t.quantizer),
             t.quantizer.granularity,
             t.quantizer.mode,
@@ -312,7 +307,21 @@ def _left(model: nn.Module) -> list[str]:
 
 
 def _sign(quantizer: Quantizer) -> str:
-    return ("yes" if quantizer.signed else "no") if quantizer.decided else "?"
+    return ("yes" if quantizer.format.signed else "no") if quantizer.decided else "?"
+
+
+def remember_elements(model: nn.Module, elements: Mapping[str, int]) -> None:
+    """Take over what another one of the same network has seen, instead of a first batch.
+
+    Args:
+        model: with quantizers whose signs are known.
+        elements: name of a tensor -> its elements for one sample.
+    """
+    _remove_hook(model, _decide_on_first_batch)
+    for name, count in elements.items():
+        layer, _, operand = name.rpartition(".")
+        module = model.get_submodule(layer)
+        module.elements_seen = {**getattr(module, "elements_seen", {}), operand: count}  # type: ignore[assignment]
 
 
 @contextmanager
@@ -339,6 +348,8 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     restore_attention(model)
     for _, layer in each(model, is_quantized):
         restore(layer)
+    if hasattr(model, POLICY):
+        delattr(model, POLICY)
     for module in model.modules():
         _remove_hook(module, _decide_on_first_batch)
         _remove_hook(module, _no_fast_path)

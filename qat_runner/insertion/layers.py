@@ -73,6 +73,11 @@ def is_quantized(module: nn.Module) -> bool:
     return type(module) in LAYERS.values() or type(module) is QuantMatmul
 
 
+def kind_of(layer: nn.Module) -> str:
+    """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul."""
+    return type(layer).__name__.removeprefix("Quant")
+
+
 def operands(layer: nn.Module) -> tuple[str, ...]:
     """Names of what a layer multiplies."""
     return layer.operands if isinstance(layer, QuantMatmul) else WEIGHT_AND_INPUT

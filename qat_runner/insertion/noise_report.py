@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
-from qat_runner.quant import Quantizer, maximum, measure, noise_of
+from qat_runner.quant import IntFormat, Quantizer, maximum, measure, noise_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerNoise:
     clipped_fraction: float
     """0 to 1"""
     max_sqnr_db: float
-    """what max-scaling gives on the same tensor"""
+    """what max-scaling gives on the same tensor, with plain integers of as many bits"""
 
 
 class NoiseReport(list[LayerNoise]):
@@ -58,14 +58,16 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
         assert quantizer.last_s is not None
-        s, bits, signed = quantizer.last_s, quantizer.bits, quantizer.signed
-        noise = noise_of(x, quantizer.quantized(x, s), s, signed)
-        rival = measure(x, maximum(x, bits, signed, quantizer.dim, check=False), bits, signed)
+        s, format = quantizer.last_s, quantizer.format
+        noise = noise_of(x, quantizer.quantized(x, s), s, format)
+        plain = IntFormat(format.bits, format.signed)
+        rival = measure(x, maximum(x, plain, quantizer.dim, check=False), plain)
         figures[quantizer].append(torch.stack([s.double().mean(), *noise, rival.sqnr_db]))
 
     watch(model, batches, look)
     seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]
     values = torch.stack([v for _, v in seen]).tolist() if seen else []  # one wait for all of them
     return NoiseReport(
-        LayerNoise(*names[q], q.bits, q.signed, q.granularity, *row) for (q, _), row in zip(seen, values, strict=True)
+        LayerNoise(*names[q], q.format.bits, q.format.signed, q.granularity, *row)
+        for (q, _), row in zip(seen, values, strict=True)
     )

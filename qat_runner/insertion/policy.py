@@ -1,11 +1,30 @@
-"""The policy: which tensor gets how many bits, at which granularity (Appendix E.2 of the paper)."""
+"""The policy: what every tensor gets, bits, format, clipping, gradient, granularity, as rules (Appendix E.2).
 
-from dataclasses import dataclass, field
+A policy is a list of rules. Each names tensors by globs and says some of what they get; a later rule overrides an
+earlier one. So the first says what holds in general, and the others are exceptions:
+
+    - {match: "*", bits: 4, clipping: octav}
+    - {match: "*.weight", bits: 3}
+    - {match: first, bits: 8}
+    - {match: layer4.*, clipping: {name: percentile, q: 99.9}}
+    - {match: fc, bits: 32}
+
+`match` is a glob over names of layers (`layer4.*`) and of their operands (`*.weight`, `layer1.0.conv1.input`; in
+attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
+the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
+operands. `type` is a glob over the kind of layer: Conv2d, Linear, Matmul.
+"""
+
+import glob
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from qat_runner.quant import BITS
+from qat_runner.insertion.layers import WEIGHT_AND_INPUT
+from qat_runner.quant import BITS, EVAL_MODES, FORMATS, METHODS, ClippingMethod, Octav, Quantizer, clipping_method
 
 FULL_PRECISION = 32
 """The bit-width that means "leave this tensor alone"."""
@@ -15,74 +34,360 @@ GRADIENT_PAIRS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "
 
 GRANULARITIES = ("channel", "tensor")
 
+ENDS = ("first", "last")
+"""What `match` calls the first convolution and the last linear layer."""
+
+
+class PolicyError(ValueError):
+    """A policy does not go with a network."""
+
 
 @dataclass(frozen=True)
-class Policy:
-    """Bits, granularity, clipping and gradient of every tensor that is quantized.
+class TensorPolicy:
+    """What one tensor gets."""
 
-    Raises:
-        ValueError: a field out of range; the message names it and what is allowed.
-    """
-
-    weight_bits: int = 4
-    """bits of weights, 2 to 16, or 32 for full precision everywhere"""
-    activation_bits: int = 4
-    """bits of layer inputs, likewise"""
-    first_last_bits: int | None = 8
-    """bits of weight and input of the first convolution and of the last linear layer, likewise; None: as elsewhere"""
-    clipping: Any = "octav"
-    """clipping method: a name in CLIPPING_METHODS or in LEARNED, or a function, see `Quantizer`"""
-    clipping_options: dict[str, Any] = field(default_factory=dict)
-    """options of the clipping method, e.g. {"q": 99.9}"""
-    warm_iterations: int | None = 6
-    """octav: at most so many reads of a tensor a training step, from the previous step's scalar; None: from cold"""
+    bits: int = 4
+    """2 to 16, or 32 for full precision"""
+    format: str = "int"
+    """a name in FORMATS: what a number looks like"""
+    clipping: ClippingMethod = field(default_factory=Octav)
+    """how scalars are found"""
+    gradient: str = "mph"
+    """ste, pwl, mad, or mph: mad for weights, pwl for activations; learned methods have their own"""
+    granularity: str = "tensor"
+    """of weights: one scalar per output channel ("channel"), or one in all; pact has one in all"""
     dynamic: bool = True
     """solve scalars on each call, or be static, with calibrated ones"""
-    gradient: str = "mph"
-    """ste, pwl, mad or mph"""
     eval_mode: str = "dynamic"
-    """what activation quantizers do in eval(): dynamic, running or last; weights are always solved"""
-    conv_granularity: str = "channel"
-    """clipping scalars of a convolution weight: one per output channel, or one per tensor; pact has one per tensor"""
-    linear_granularity: str = "tensor"
-    """clipping scalars of a linear weight: one per output feature (channel), or one per tensor; pact as above"""
+    """of activations in eval(): dynamic, running or last; weights are always solved"""
     synchronize: bool = False
     """solve activation scalars in training on the batch of all processes together"""
-    quantize_head: bool = True
-    """whether the last linear layer is quantized"""
-    keep: tuple[str, ...] = ()
-    """names of layers that are left in full precision"""
-
-    def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "first_last_bits"):
-            bits = getattr(self, name)
-            if name == "first_last_bits" and bits is None:
-                continue
-            if isinstance(bits, bool) or not (bits in BITS or bits == FULL_PRECISION):
-                raise ValueError(
-                    f"{name}={bits!r}: must be {BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
-                )
-        if self.gradient not in GRADIENT_PAIRS:
-            raise ValueError(f"gradient={self.gradient!r}: must be one of {', '.join(GRADIENT_PAIRS)}")
-        for name in ("conv_granularity", "linear_granularity"):
-            if getattr(self, name) not in GRANULARITIES:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(GRANULARITIES)}")
 
     @property
     def full_precision(self) -> bool:
-        """Whether nothing at all is quantized."""
-        return self.weight_bits == self.activation_bits == FULL_PRECISION
+        """Whether the tensor is left alone."""
+        return self.bits == FULL_PRECISION
 
-    def bits(self, tensor: str, end: bool) -> int:
-        """Bits of an operand of a layer; `end`: it is the first convolution or the last linear layer.
+    def quantizer(self, layer: nn.Module, operand: str) -> Quantizer | None:
+        """The quantizer of an operand of a layer; None for full precision.
 
-        A tensor kind in full precision is so everywhere, at the ends too.
+        Raises:
+            ValueError: the clipping method does not work with the format.
         """
-        bits = self.weight_bits if tensor == "weight" else self.activation_bits
-        return self.first_last_bits if end and self.first_last_bits and bits != FULL_PRECISION else bits
+        if self.full_precision:
+            return None
+        weight = operand == "weight"
+        format = FORMATS[self.format](self.bits)
+        return self.clipping.quantizer(
+            format,
+            weight=weight,
+            shape=self._scalar_shape(layer) if weight else (),
+            gradient=GRADIENT_PAIRS[self.gradient][0 if weight else 1],
+            sign_known=weight,
+            dynamic=self.dynamic,
+            eval_mode="dynamic" if weight else self.eval_mode,
+            synchronize=self.synchronize and not weight,
+        )
 
-    def weight_shape(self, layer: nn.Module) -> tuple[int, ...]:
+    def _scalar_shape(self, layer: nn.Module) -> tuple[int, ...]:
         """Shape of the clipping scalars of a layer's weight [K, ...]: [K, 1, ...], or [] for one scalar."""
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        granularity = self.conv_granularity if isinstance(layer, nn.Conv2d) else self.linear_granularity
-        return (weight.shape[0], *[1] * (weight.ndim - 1)) if granularity == "channel" else ()
+        return (weight.shape[0], *[1] * (weight.ndim - 1)) if self.granularity == "channel" else ()
+
+
+SETTINGS = tuple(f.name for f in fields(TensorPolicy))
+"""What a rule may say."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What some tensors get; None leaves a setting as the rules before have it.
+
+    Raises:
+        ValueError: a setting out of range; the message names the rule, the setting and what is allowed.
+    """
+
+    match: str = "*"
+    """which layers or operands: see the module's head"""
+    type: str = "*"
+    """which kinds of layers"""
+    bits: int | None = None
+    format: str | None = None
+    clipping: ClippingMethod | None = None
+    gradient: str | None = None
+    granularity: str | None = None
+    dynamic: bool | None = None
+    eval_mode: str | None = None
+    synchronize: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("match", "type"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"rule {self.match!r}: {name}={getattr(self, name)!r}: must be a glob")
+        if self.bits is not None:
+            _check_bits(f"{self._place}bits", self.bits)
+        names: dict[str, Collection[str]] = {
+            "format": FORMATS,
+            "gradient": GRADIENT_PAIRS,
+            "granularity": GRANULARITIES,
+            "eval_mode": EVAL_MODES,
+        }
+        for name, allowed in names.items():
+            if (value := getattr(self, name)) is not None:
+                _check_name(self._place + name, value, allowed)
+        for name in ("dynamic", "synchronize"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"{self._place}{name}={getattr(self, name)!r}: must be true or false")
+        if not isinstance(self.clipping, ClippingMethod | None):
+            raise ValueError(f"{self._place}clipping={self.clipping!r}: must be a clipping method")
+
+    @property
+    def everything(self) -> bool:
+        """Whether it is about all tensors."""
+        return self.match == self.type == "*"
+
+    @property
+    def _place(self) -> str:
+        return "" if self.match == "*" else f"rule {self.match!r}: "
+
+    @property
+    def end(self) -> bool:
+        """Whether it is about the first or the last layer."""
+        return self.match.partition(".")[0] in ENDS
+
+    def settings(self) -> dict[str, Any]:
+        """What it says."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+
+    def matches(self, layer: str, kind: str, operand: str, ends: Collection[str] = ()) -> bool:
+        """Whether it is about an operand of a layer.
+
+        Args:
+            layer: name in the model.
+            kind: Conv2d, Linear or Matmul.
+            operand: "weight", "input", ...
+            ends: what of ENDS the layer is.
+        """
+        if not fnmatchcase(kind, self.type):
+            return False
+        if self.end:
+            end, _, of_operand = self.match.partition(".")
+            return end in ends and fnmatchcase(operand, of_operand or "*")
+        return fnmatchcase(layer, self.match) or fnmatchcase(f"{layer}.{operand}", self.match)
+
+    def as_dict(self) -> dict[str, Any]:
+        """In plain values, as a YAML file has it."""
+        found: dict[str, Any] = {"match": self.match}
+        if self.type != "*":
+            found["type"] = self.type
+        found |= self.settings()
+        if self.clipping is not None:
+            found["clipping"] = {"name": self.clipping.name, **self.clipping.options}
+        return found
+
+    @classmethod
+    def from_dict(cls, content: object) -> "Rule":
+        """A rule from plain values.
+
+        Raises:
+            ValueError: it is none; in a sentence.
+        """
+        known = tuple(f.name for f in fields(cls))
+        if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+            raise ValueError(f"rule {content!r}: must be a mapping of {', '.join(known)}")
+        said = dict(content)
+        name = said.get("match", "*")
+        if unknown := [key for key in said if key not in known]:
+            raise ValueError(f"rule {name!r}: unknown setting {unknown[0]!r}, only {', '.join(known)}")
+        if "match" not in said:
+            raise ValueError(f"rule {said!r}: needs match, a glob over names of layers or operands")
+        if said.get("clipping") is not None:
+            said["clipping"] = _clipping(name, said["clipping"])
+        return cls(**said)
+
+
+def _check_bits(place: str, bits: object) -> None:
+    if isinstance(bits, bool) or bits not in (*BITS, FULL_PRECISION):
+        allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
+        raise ValueError(f"{place}={bits!r}: must be {allowed}")
+
+
+def _check_name(place: str, value: object, allowed: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{place}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def _clipping(rule: object, said: object) -> ClippingMethod:
+    """A clipping method by its name, or by a mapping of name and options."""
+    options = {"name": said} if isinstance(said, str) else said
+    if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
+        raise ValueError(f"rule {rule!r}: clipping={said!r}: must be a name, or a mapping of name and options")
+    options = {str(key): value for key, value in options.items()}
+    try:
+        return clipping_method(options.pop("name"), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rule {rule!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What every tensor of a network gets; `Policy.of` makes one of a few words, and the usual one.
+
+    Raises:
+        ValueError: a rule out of range.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    """later ones override earlier ones; what none says is as in `TensorPolicy`"""
+
+    def __post_init__(self) -> None:
+        general: dict[str, Any] = {}
+        for rule in self.rules:
+            if rule.everything:
+                general |= rule.settings()
+        usual = TensorPolicy(**general)
+        if usual.synchronize and not (usual.clipping.pools or usual.clipping.learned):
+            able = ", ".join(name for name, method in METHODS.items() if method.pools)
+            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes, {able} can")
+
+    @classmethod
+    def of(
+        cls,
+        bits: int = 4,
+        clipping: str | ClippingMethod = "octav",
+        gradient: str = "mph",
+        *,
+        format: str = "int",
+        weight_bits: int | None = None,
+        activation_bits: int | None = None,
+        first_last_bits: int | None = 8,
+        dynamic: bool = True,
+        eval_mode: str = "dynamic",
+        conv_granularity: str = "channel",
+        linear_granularity: str = "tensor",
+        quantize_head: bool = True,
+        keep: Sequence[str] = (),
+        synchronize: bool = False,
+        rules: Sequence[Rule] = (),
+        **clipping_options: Any,
+    ) -> "Policy":
+        """The usual policy: one width for all, another one at both ends.
+
+        Args:
+            bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
+            clipping: a method, or the name of one: octav, max, percentile, mse_sweep, lsq, pact, or what is registered.
+            gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
+            format: int, or what is registered.
+            weight_bits, activation_bits: override `bits`.
+            first_last_bits: bits of the first convolution and the last linear layer, weights and inputs, where these
+                are quantized elsewhere; None: as everywhere.
+            dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
+                forward pass.
+            eval_mode: what activation quantizers do in eval(): dynamic, running or last.
+            conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights;
+                those of pact have one per tensor, as published.
+            quantize_head: whether the last linear layer is quantized.
+            keep: names of layers that are left in full precision.
+            synchronize: solve activation scalars in training on the batch of all processes of torch.distributed
+                together (dynamic octav and max); weights have the same scalars everywhere.
+            rules: exceptions, after all of these.
+            **clipping_options: options of the clipping method, where it is given by name: q=99.9, warm_iterations=None.
+
+        Raises:
+            ValueError: an argument out of range; the message names it and what is allowed.
+            TypeError: an option that the method does not have.
+        """
+        method = clipping_method(clipping, **clipping_options) if isinstance(clipping, str) else clipping
+        if not isinstance(clipping, str) and clipping_options:
+            raise TypeError(f"{', '.join(clipping_options)}: a clipping method that is made has its options already")
+        width = {
+            "weight_bits": bits if weight_bits is None else weight_bits,
+            "activation_bits": bits if activation_bits is None else activation_bits,
+        }
+        for name, value in (width | {"first_last_bits": first_last_bits}).items():
+            if value is not None:
+                _check_bits(name, value)
+        for name, granularity in (("conv_granularity", conv_granularity), ("linear_granularity", linear_granularity)):
+            _check_name(name, granularity, GRANULARITIES)
+        general = Rule(
+            bits=width["activation_bits"],
+            format=format,
+            clipping=method,
+            gradient=gradient,
+            dynamic=dynamic,
+            eval_mode=eval_mode,
+            synchronize=synchronize,
+        )
+        return cls(
+            (
+                general,
+                Rule("*.weight", bits=width["weight_bits"]),
+                Rule("*.weight", "Conv2d", granularity=conv_granularity),
+                Rule("*.weight", "Linear", granularity=linear_granularity),
+                *_rules_of_ends(list(width.values()), first_last_bits),
+                *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
+                *(Rule(glob.escape(name), bits=FULL_PRECISION) for name in keep),
+                *rules,
+            )
+        )
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether nothing at all is quantized, whatever the network."""
+        first = self.rules[0] if self.rules else Rule()
+        return first.everything and {rule.bits for rule in self.rules} in ({FULL_PRECISION}, {FULL_PRECISION, None})
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether scalars of some tensors must be found on batches before the first use."""
+        methods = [rule.clipping for rule in self.rules if rule.clipping is not None]
+        return any(method.learned for method in methods) or any(rule.dynamic is False for rule in self.rules)
+
+    def tensor(self, layer: str, kind: str, operand: str, ends: Collection[str] = ()) -> TensorPolicy:
+        """What an operand of a layer gets; arguments as of `Rule.matches`."""
+        settings: dict[str, Any] = {}
+        for rule in self.rules:
+            if rule.matches(layer, kind, operand, ends):
+                settings |= rule.settings()
+        return TensorPolicy(**settings)
+
+    def with_ends(self, ends: Mapping[str, Collection[str]]) -> "Policy":
+        """The same for one network: rules about ends are about these layers by name.
+
+        Args:
+            ends: name of a layer -> what of ENDS it is.
+        """
+        rules: list[Rule] = []
+        for rule in self.rules:
+            end, _, operand = rule.match.partition(".")
+            if not rule.end:
+                rules.append(rule)
+                continue
+            for layer in (name for name, which in ends.items() if end in which):
+                rules.append(replace(rule, match=f"{glob.escape(layer)}.{operand or '*'}"))
+        return Policy(tuple(rules))
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Its rules in plain values, as a YAML file has them."""
+        return [rule.as_dict() for rule in self.rules]
+
+    @classmethod
+    def from_list(cls, content: object) -> "Policy":
+        """A policy from plain values: a list of mappings.
+
+        Raises:
+            ValueError: it is none; in a sentence.
+        """
+        if not isinstance(content, Sequence) or isinstance(content, str | bytes):
+            raise ValueError(f"a policy must be a list of rules, not {type(content).__name__}")
+        return cls(tuple(map(Rule.from_dict, content)))
+
+
+def _rules_of_ends(widths: Sequence[int], bits: int | None) -> list[Rule]:
+    """Bits at both ends; a kind of tensor, weights or inputs, that is in full precision is so everywhere."""
+    if bits is None:
+        return []
+    quantized = [f".{operand}" for operand, n in zip(WEIGHT_AND_INPUT, widths, strict=True) if n != FULL_PRECISION]
+    return [
+        Rule(f"{end}{operand}", bits=bits) for operand in (quantized if len(quantized) < 2 else [""]) for end in ENDS
+    ]

@@ -20,5 +20,5 @@ def size_mb(model: nn.Module) -> tuple[float, float]:
     for tensor in quantized_tensors(model):
         quantized += BITS_OF_FLOAT * tensor.quantizer.s.numel()
         if tensor.tensor == "weight" and tensor.elements:
-            quantized -= (BITS_OF_FLOAT - tensor.quantizer.bits) * tensor.elements
+            quantized -= (BITS_OF_FLOAT - tensor.quantizer.format.bits) * tensor.elements
     return quantized / 8e6, full / 8e6

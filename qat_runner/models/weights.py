@@ -18,7 +18,7 @@ from qat_runner.config import TORCHVISION, path_of
 from qat_runner.errors import ConfigError
 from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
 from qat_runner.models.vision import TORCHVISION_MODELS
-from qat_runner.quant.quantizer import LATER
+from qat_runner.quant.state import LATER
 
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
 _WRAPPERS = {

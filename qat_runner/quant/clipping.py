@@ -5,7 +5,7 @@ gives one for each index of dimension d, kept with the other dimensions at size 
 weight with `dim=0`. They share these results as well:
 
 - The dtype of s is float64 for float64 tensors and float32 for all others, whatever x is stored in.
-- What is clipped are magnitudes: |x| on a signed grid, max(x, 0) on an unsigned one, which has no codes below zero.
+- What is clipped are magnitudes: |x| in a signed format, max(x, 0) in an unsigned one, which has no values below zero.
 - Rows that are all zero, and empty ones, give 0, which `fake_quantize` turns into zeros.
 - Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
@@ -14,15 +14,14 @@ weight with `dim=0`. They share these results as well:
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels import eager
+from qat_runner.quant.formats import Format, as_format
 from qat_runner.quant.pool import Pool
+from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -38,6 +37,30 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
 
 
+def check_iterations(iterations: int) -> None:
+    """Raises:
+    ValueError: OCTAV reads less than once.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
+
+
+def check_percentile(q: float) -> None:
+    """Raises:
+    ValueError: q outside (0, 100].
+    """
+    if not 0 < q <= 100:
+        raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
+
+
+def check_points(points: int) -> None:
+    """Raises:
+    ValueError: a sweep without a candidate.
+    """
+    if points < 1:
+        raise ValueError(f"points={points}: a sweep needs at least 1")
+
+
 def _all_finite(x: Tensor) -> bool:
     # A sum is one read and allocates nothing; NaN and infinity get into it, but it may also overflow.
     return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
@@ -46,8 +69,7 @@ def _all_finite(x: Tensor) -> bool:
 @torch.no_grad()
 def maximum(
     x: Tensor,
-    bits: int,
-    signed: bool = True,
+    format: Format | int,
     dim: int | None = None,
     *,
     check: bool = True,
@@ -57,8 +79,7 @@ def maximum(
 
     Args:
         x: any shape and floating dtype.
-        bits: unused by the value, checked all the same, so that the methods are exchangeable.
-        signed: |x| if true, max(x, 0) otherwise.
+        format: of which the sign alone counts; a number stands for the signed integers of so many bits.
         dim: None for one scalar, or the dimension that gets one scalar an index.
         check: refuse NaN and infinity (waits for the device).
         pool: what x is a part of; None: it is all there is.
@@ -66,18 +87,18 @@ def maximum(
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head.
     """
-    Grid(bits, signed)
+    signed = as_format(format).signed
     x, dims = _prepare(x, dim, check)
-    s = eager.largest(x, signed, dims)
+    s = largest(x, signed, dims)
     s = s if pool is None else pool.largest(s)
     return s.reshape(()) if dim is None else s
 
 
 @torch.no_grad()
-def mean_magnitude(x: Tensor, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
+def mean_magnitude(x: Tensor, format: Format | int, dim: int | None = None, *, check: bool = True) -> Tensor:
     """The mean of the magnitudes, zeros included; shape, dtype and special cases as in the module's head."""
     x, dims = _prepare(x, dim, check)
-    a = eager.magnitudes(x, signed)
+    a = magnitudes(x, as_format(format).signed)
     count = math.prod([x.shape[d] for d in dims])
     s = (a / max(count, 1)).sum(dims, keepdim=True) if dims else a
     return s.reshape(()) if dim is None else s
@@ -85,14 +106,13 @@ def mean_magnitude(x: Tensor, signed: bool = True, dim: int | None = None, *, ch
 
 @torch.no_grad()
 def percentile(
-    x: Tensor, bits: int, signed: bool = True, dim: int | None = None, q: float = 99.99, *, check: bool = True
+    x: Tensor, format: Format | int, dim: int | None = None, q: float = 99.99, *, check: bool = True
 ) -> Tensor:
     """The q-th percentile of |x|, zeros included, linear between the two nearest elements (as NumPy's default).
 
     Args:
         x: any shape and floating dtype.
-        bits: unused by the value, checked all the same, so that the methods are exchangeable.
-        signed: |x| if true, max(x, 0) otherwise.
+        format: of which the sign alone counts; a number stands for the signed integers of so many bits.
         dim: None for one scalar, or the dimension that gets one scalar an index.
         q: 0 < q <= 100, in percent. The paper tries 99.9, 99.99 and 99.999.
         check: refuse NaN and infinity (waits for the device).
@@ -103,14 +123,13 @@ def percentile(
     Raises:
         ValueError: q outside (0, 100].
     """
-    Grid(bits, signed)
-    if not 0 < q <= 100:
-        raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
+    signed = as_format(format).signed
+    check_percentile(q)
     if q == 100:
-        return maximum(x, bits, signed, dim, check=check)  # needs no copy
+        return maximum(x, format, dim, check=check)  # needs no copy
     x, dims = _prepare(x, dim, check)
-    a = eager.magnitudes(x, signed)
-    shape = [] if dim is None else eager.kept(a, dims)
+    a = magnitudes(x, signed)
+    shape = [] if dim is None else kept(a, dims)
     if a.numel() == 0:
         return a.new_zeros(shape)
     rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
@@ -122,7 +141,7 @@ def percentile(
 
 def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor]:
     """The elements of ranks below and above, counted from 0 upwards, of each of [rows, n]; leaves rows in disorder."""
-    if rows.device.type == "cpu" and not eager.recording():
+    if rows.device.type == "cpu" and not recording():
         rows.numpy().partition(below, axis=1)  # several ranks at once would be ten times slower than one
         return rows[:, below], rows[:, above:].amin(1)
     # Nothing waits for the device. Percentiles that clip sit near the top, which is found faster than all are sorted.
@@ -134,8 +153,7 @@ def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Ten
 @torch.no_grad()
 def mse_sweep(
     x: Tensor,
-    bits: int,
-    signed: bool = True,
+    format: Format | int,
     dim: int | None = None,
     points: int = 100,
     *,
@@ -148,8 +166,7 @@ def mse_sweep(
 
     Args:
         x: any shape and floating dtype.
-        bits: 2 to 16.
-        signed: the grid.
+        format: what is rounded to; a number stands for the signed integers of so many bits.
         dim: None for one scalar, or the dimension that gets one scalar an index.
         points: how many candidates, at least 1.
         together: with `dim`, rows share one k, the least total MSE deciding, as in the paper; false lets each row
@@ -162,18 +179,17 @@ def mse_sweep(
     Raises:
         ValueError: points below 1.
     """
-    grid = Grid(bits, signed)
-    if points < 1:
-        raise ValueError(f"points={points}: a sweep needs at least 1")
+    format = as_format(format)
+    check_points(points)
     x, dims = _prepare(x, dim, check)
-    unit = eager.largest(x, signed, dims)
+    unit = largest(x, format.signed, dims)
     y = x.to(unit.dtype) / torch.where(unit > 0, unit, 1.0)
-    if not signed:
+    if not format.signed:
         y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
     candidates = [k / points for k in range(1, points + 1)]
     errors = []
     for candidate in candidates:
-        error = eager.fake_quantize(y, y.new_full((), candidate), grid).sub_(y).square_()
+        error = format.fake_quantize(y, y.new_full((), candidate)).sub_(y).square_()
         errors.append(error.sum(dims, keepdim=True) if dims else error)
     cost = torch.stack(errors)  # [points, *shape of s]
     if dim is not None and together and cost.numel():
@@ -185,7 +201,7 @@ def mse_sweep(
 
 
 @torch.no_grad()
-def newton_step(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, dim: int | None = None) -> Tensor:
+def newton_step(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
     """One Newton-Raphson step of OCTAV exactly as published (Corollary 3.2): the iteration of Figure 2.
 
         s_{n+1} = sum |x| 1{|x|>s_n} / ((4^-B / 3) #{0<|x|<=s_n} + #{|x|>s_n})      (12 instead of 3 when unsigned)
@@ -193,30 +209,28 @@ def newton_step(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, di
     Args:
         x: any shape and floating dtype.
         s: s_n in units of x; a number or a tensor of the result's shape.
-        bits: 2 to 16.
-        signed: the grid.
+        format: what is rounded to; a number stands for the signed integers of so many bits.
         dim: None for one scalar, or the dimension that gets one scalar an index.
 
     Returns:
         s_{n+1} in units of x, shape and dtype as in the module's head; 0 for all-zero rows.
     """
-    grid = Grid(bits, signed)
+    format = as_format(format)
     x, dims = _prepare(x, dim, check=False)
-    a = (x.abs() if signed else x.clamp(min=0)).to(torch.float64)
+    a = (x.abs() if format.signed else x.clamp(min=0)).to(torch.float64)
     s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
     clipped = a > s
     total = (a * clipped).sum(dims, keepdim=True)
     outside = clipped.sum(dims, keepdim=True)
     inside = ((a > 0) & ~clipped).sum(dims, keepdim=True)
-    step = (total / (grid.rounding_noise * inside + outside)).nan_to_num(nan=0.0).to(eager.compute_dtype(x))
+    step = (total / (format.rounding_noise * inside + outside)).nan_to_num(nan=0.0).to(compute_dtype(x))
     return step.reshape(()) if dim is None else step
 
 
 @torch.no_grad()
 def octav(
     x: Tensor,
-    bits: int,
-    signed: bool = True,
+    format: Format | int,
     dim: int | None = None,
     iterations: int = 10,
     init: Tensor | float | None = None,
@@ -240,8 +254,7 @@ def octav(
 
     Args:
         x: any shape and floating dtype.
-        bits: 2 to 16.
-        signed: the grid.
+        format: what is rounded to; a number stands for the signed integers of so many bits.
         dim: None for one scalar, or the dimension that gets one scalar an index.
         iterations: reads of x after the start, 1 or more. With 10, the paper's number, about one row in 10^5 of a
             heavy-tailed tensor is still off by more than 10^-4.
@@ -260,26 +273,13 @@ def octav(
     Raises:
         ValueError: iterations below 1, NaN or infinity in x under `check`.
     """
-    k = Grid(bits, signed).rounding_noise
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
+    format = as_format(format)
+    check_iterations(iterations)
     x, dims = _prepare(x, dim, check)
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
-        return maximum(x, bits, signed, dim, check=False, pool=pool)
+        return maximum(x, format, dim, check=False, pool=pool)
     guess = None
     if init is not None:
-        guess = torch.as_tensor(init, dtype=eager.compute_dtype(x), device=x.device).expand(eager.kept(x, dims))
-    if pool is None:
-        s = kernels.backend(x).octav(x, k, signed, dims, guess, iterations, tolerance)
-    else:
-        s = eager.octav(x, k, signed, dims, guess, iterations, tolerance, pool)
+        guess = torch.as_tensor(init, dtype=compute_dtype(x), device=x.device).expand(kept(x, dims))
+    s = kernels.backend(x).octav(x, format, dims, guess, iterations, tolerance, pool)
     return s.reshape(()) if dim is None else s
-
-
-CLIPPING_METHODS: dict[str, Callable[..., Tensor]] = {
-    "octav": octav,
-    "max": maximum,
-    "percentile": percentile,
-    "mse_sweep": mse_sweep,
-}
-"""By name. Each takes (x, bits, signed, dim, *, check) and options of its own."""

@@ -15,23 +15,31 @@ at the weights' own scale, and layers without a BatchNorm behind them, such as t
 transformer's. Reimplementations that start from trained weights have it as well.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from qat_runner.quant.clipping import maximum
-from qat_runner.quant.grid import BITS, Grid
-from qat_runner.quant.kernels.eager import compute_dtype
-from qat_runner.quant.quantizer import Quantizer
+from qat_runner.quant.formats import Format, MidriseFormat
+from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
+from qat_runner.quant.tensors import compute_dtype
 
 
-@torch.no_grad()
-def squashed_maximum(
-    x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *, check: bool = True
-) -> Tensor:
-    """max tanh |x|; as `clipping.maximum` else."""
-    return maximum(x, bits, signed, dim, check=check).tanh()
+@dataclass(frozen=True)
+class DoReFa(ClippingMethod):
+    """DoReFa's weights, as above."""
+
+    name: ClassVar[str] = "dorefa"
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """m = max tanh |x|."""
+        return maximum(x, format, dim, check=call.check).tanh()
+
+    def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
+        """Of as many bits as the format has; there is one scalar for the whole weight, and no estimator to choose."""
+        return DoReFaQuantizer(format.bits)
 
 
 class DoReFaQuantizer(Quantizer):
@@ -44,45 +52,21 @@ class DoReFaQuantizer(Quantizer):
     """
 
     def __init__(self, bits: int) -> None:
-        super().__init__(bits, True, (), squashed_maximum, "ste")
-        self.clipping_name = "dorefa"
-
-    @property
-    def format(self) -> Grid:
-        """The grid whose odd codes are the levels: a bit more than there are bits of information.
-
-        Raises:
-            ValueError: there are 16 bits, the most that a code can have.
-        """
-        if self.bits == BITS[-1]:
-            raise ValueError(
-                f"DoReFa's weights of {self.bits} bits have codes of {self.bits + 1}, and there are none so wide"
-            )
-        return Grid(self.bits + 1, closed=True)
-
-    @property
-    def levels(self) -> list[float]:
-        """All values that there are, in units of s, rising."""
-        count = 2**self.bits
-        return [(2 * level + 1 - count) / (count - 1) for level in range(count)]
+        super().__init__(MidriseFormat(bits), DoReFa(), gradient="ste")
 
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor) -> Tensor:
         """x, any shape and floating dtype, as a scalar s quantizes it; without a gradient."""
-        return _quantized(x, s, self.bits)
+        return _quantized(x, s, self.format)
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
-        out: Tensor = _DoReFa.apply(x, s, self.bits, self.dynamic)
+        out: Tensor = _DoReFa.apply(x, s, self.format, self.dynamic)
         return out
 
 
-def _quantized(x: Tensor, s: Tensor, bits: int) -> Tensor:
-    """In the compute dtype, as an odd code times a step size; 0 where s is 0."""
-    dtype, highest = compute_dtype(x), 2**bits - 1
-    s = s.to(dtype)
-    v = x.to(dtype).tanh() / torch.where(s == 0, 1.0, s)
-    level = ((v + 1) * (highest / 2)).round().clamp(0, highest)
-    q: Tensor = (2 * level - highest) * (s / highest)
+def _quantized(x: Tensor, s: Tensor, format: Format) -> Tensor:
+    """tanh(x), rounded to the levels; 0 where s is 0."""
+    q = format.fake_quantize(x.to(compute_dtype(x)).tanh(), s)
     return q if q.dtype == x.dtype else q.to(x.dtype)
 
 
@@ -90,11 +74,11 @@ class _DoReFa(torch.autograd.Function):
     """Saves x and s only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, bits: int, of_x: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, s: Tensor, format: Format, of_x: bool) -> Tensor:
         """of_x: s is max tanh |x|, rather than a constant."""
         ctx.save_for_backward(x, s)
-        ctx.bits, ctx.of_x = bits, of_x
-        return _quantized(x, s, bits)
+        ctx.format, ctx.of_x = format, of_x
+        return _quantized(x, s, format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +88,7 @@ class _DoReFa(torch.autograd.Function):
         t = x.tanh()
         of_t = grad
         if ctx.of_x and x.numel():
-            of_s = (grad * (_quantized(x, s, ctx.bits) - t)).sum() / torch.where(s == 0, 1.0, s)
+            of_s = (grad * (_quantized(x, s, ctx.format) - t)).sum() / torch.where(s == 0, 1.0, s)
             largest = x.abs() == x.abs().max()  # several share the gradient, as they do in PyTorch's own maximum
             of_t = grad + of_s / largest.sum() * largest * x.sign()
         return (of_t / x.cosh().square()).to(grads[0].dtype), None, None, None  # 1 - t^2, without cancellation

@@ -6,7 +6,7 @@
 | pwl  | 1                            | 0         |
 | mad  | 1                            | s / abs(x)|
 
-The interval is [-s, s] for a signed grid; for an unsigned one it is [0, s], so what an unsigned grid clips at zero
+The interval is [-s, s] for a signed format; for an unsigned one it is [0, s], so what an unsigned one clips at zero
 counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. The clipping scalar is a constant: it gets no
 gradient. MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl for activations.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels import eager
+from qat_runner.quant.formats import Format, as_format
+from qat_runner.quant.tensors import compute_dtype
 
 GRADIENTS = ("ste", "pwl", "mad")
 """The names of the estimators."""
@@ -28,12 +28,12 @@ class _FakeQuantize(torch.autograd.Function):
     """Saves x and s only: the backward pass finds again what was clipped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, grid: Grid, gradient: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
         if gradient != "ste":
             ctx.save_for_backward(x, s)
-        ctx.signed = grid.signed
+        ctx.format = format
         ctx.gradient = gradient
-        return kernels.backend(x).fake_quantize(x, s, grid)
+        return kernels.backend(x).fake_quantize(x, s, format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,11 +48,11 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
-        return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.signed, ctx.gradient), None, None, None
+        return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient), None, None, None
 
 
-def fake_quantize(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, gradient: str = "mad") -> Tensor:
-    """Quantize x to `bits` bits with clipping scalar s, and give back real numbers on that grid.
+def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str = "mad") -> Tensor:
+    """Quantize x with clipping scalar s, and give back real numbers: levels of the format times s.
 
     Source: the quantizer of section 2 (two's complement, or unsigned), with the gradient estimators of section 4.
     Halves round to even. Half-precision inputs are scaled and rounded in float32.
@@ -61,8 +61,8 @@ def fake_quantize(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, 
         x: any shape, floating dtype.
         s: clipping scalar(s) >= 0, finite, in units of x; a number, or a tensor broadcastable to x without growing it
             ([] for one per tensor, [K, 1, 1, 1] for one per output channel). Gets no gradient.
-        bits: 2 to 16.
-        signed: codes -2^(B-1)..2^(B-1)-1 if true, 0..2^B-1 otherwise.
+        format: what to round to; a number B, 2 to 16, stands for the signed integers of so many bits, codes
+            -2^(B-1)..2^(B-1)-1.
         gradient: "ste", "pwl" or "mad".
 
     Returns:
@@ -70,17 +70,17 @@ def fake_quantize(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, 
 
     Raises:
         TypeError: x is not floating.
-        ValueError: unknown `gradient`, `bits` out of range, s needs a gradient or does not broadcast to x.
+        ValueError: unknown `gradient`, bits out of range, s needs a gradient or does not broadcast to x.
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
     if not x.is_floating_point():
         raise TypeError(f"fake_quantize: x must be floating, not {x.dtype}")
-    s = torch.as_tensor(s, dtype=eager.compute_dtype(x), device=x.device)
+    s = torch.as_tensor(s, dtype=compute_dtype(x), device=x.device)
     if s.requires_grad:
         raise ValueError("fake_quantize: s must not require a gradient (pass s.detach())")
     if s.ndim > x.ndim or any(n not in (1, m) for n, m in zip(reversed(s.shape), reversed(x.shape), strict=False)):
         raise ValueError(f"fake_quantize: s of shape {list(s.shape)} does not broadcast to x of shape {list(x.shape)}")
-    out: Tensor = _FakeQuantize.apply(x, s, Grid(bits, signed), gradient)
+    out: Tensor = _FakeQuantize.apply(x, s, as_format(format), gradient)
     return out

@@ -12,8 +12,8 @@ themselves with a half and a quarter of the weight decay.
 
 PACT: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv 1805.06085:
 for activations, one alpha a layer. They are clipped to [0, alpha] (equation 1) and rounded to 2^B - 1 steps that end
-at alpha (equation 2: the closed `Grid`). Alpha's gradient is that of equation 3, straight through the rounding. Alpha
-starts large, and an L2 penalty as strong as that of the weights brings it down. Weights are DoReFa's
+at alpha (equation 2: a closed `IntFormat`). Alpha's gradient is that of equation 3, straight through the rounding.
+Alpha starts large, and an L2 penalty as strong as that of the weights brings it down. Weights are DoReFa's
 (`quant.dorefa`).
 
 Where this departs from the paper:
@@ -25,71 +25,185 @@ Where this departs from the paper:
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels.eager import compute_dtype, in_steps
-from qat_runner.quant.quantizer import Quantizer
-
-LEARNED = ("lsq", "pact")
-"""The names of the methods."""
+from qat_runner.quant.dorefa import DoReFa
+from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
+from qat_runner.quant.tensors import compute_dtype
 
 
-def lsq_start(x: Tensor, bits: int, signed: bool = True, dim: int | None = None, *, check: bool = True) -> Tensor:
-    """The clipping scalar that belongs to LSQ's first step size, 2 mean |x| / sqrt(Q_P); as `clipping.octav` else."""
-    grid = Grid(bits, signed)
-    return mean_magnitude(x, signed, dim, check=check) * (2 * grid.levels_per_scalar / math.sqrt(grid.highest))
+class LearnedMethod(ClippingMethod):
+    """A method whose scalars follow parameters; `solve` gives their start.
 
-
-def pact_start(
-    x: Tensor, bits: int, signed: bool = True, dim: int | None = None, alpha: float = 10.0, *, check: bool = True
-) -> Tensor:
-    """PACT's first clipping scalar, whatever x is.
-
-    Raises:
-        ValueError: alpha is not positive and finite.
+    A subclass gives `gradients` as well, and says what a parameter is and how it is trained. Its quantizers ignore what
+    is said of an estimator, of when scalars are solved, and of processes: gradients are averaged over these anyway.
     """
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: must be a positive number")
-    return torch.full_like(mean_magnitude(x, signed, dim, check=check), alpha)
+
+    learned = True
+
+    def per_scalar(self, format: Format) -> float:
+        """s / parameter: 1 where it is the clipping scalar itself, s / D where it is the step size."""
+        return 1.0
+
+    @property
+    def decays(self) -> bool:
+        """Whether the recipe's weight decay holds for the parameters as well."""
+        return False
+
+    def weight_decay_factor(self, format: Format) -> float:
+        """What the recipe's weight decay is multiplied by for the weights that this quantizes."""
+        return 1.0
+
+    def gradient_scale(self, count: int, format: Format) -> float:
+        """Factor of a parameter's gradient; count: the elements that share it, of one sample of activations."""
+        return 1.0
+
+    @abstractmethod
+    def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """Gradients with respect to x, and elementwise with respect to the parameter.
+
+        Args:
+            grad: gradient of the loss with respect to the output, shape and dtype of x.
+            x: the input of the forward pass. Beside a half-precision x, PyTorch would round a scalar s to its dtype:
+                put x into the compute dtype before it meets s.
+            s: its clipping scalar(s), broadcastable to x.
+            format: what x was rounded to.
+
+        Returns:
+            The first in the dtype of `grad`, the second in `compute_dtype`; a parameter's gradient is its sum.
+        """
+
+    def format_of(self, format: Format) -> Format:
+        """What is rounded to where a format is asked for.
+
+        Raises:
+            ValueError: the method has no gradients for it.
+        """
+        if not isinstance(format, IntFormat):
+            raise ValueError(f"clipping {self.name!r} is for plain integers, not for {format.name}")
+        return format
+
+    def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
+        """As `ClippingMethod.quantizer`."""
+        known = {key: how[key] for key in ("shape", "sign_known") if key in how}
+        return LearnedQuantizer(self.format_of(format), self, per_sample=not weight, **known)
+
+
+@dataclass(frozen=True)
+class LSQ(LearnedMethod):
+    """Learned step sizes: see the module's head."""
+
+    name: ClassVar[str] = "lsq"
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """The clipping scalar that belongs to the first step size, 2 mean |x| / sqrt(Q_P)."""
+        integers = _integers(format)
+        factor = 2 * integers.levels_per_scalar / math.sqrt(integers.highest)
+        return mean_magnitude(x, format, dim, check=call.check) * factor
+
+    def per_scalar(self, format: Format) -> float:
+        """s / D."""
+        return float(_integers(format).levels_per_scalar)
+
+    def weight_decay_factor(self, format: Format) -> float:
+        """A quarter at 2 bits, half at 3, as published."""
+        return {2: 0.25, 3: 0.5}.get(format.bits, 1.0)
+
+    def gradient_scale(self, count: int, format: Format) -> float:
+        """1 / sqrt(N Q_P)."""
+        return 1 / math.sqrt(max(count, 1) * _integers(format).highest)
+
+    def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """Equation 3 of LSQ; the second with respect to the step size."""
+        integers = _integers(format)
+        v = integers.in_steps(x, s)
+        inside = (v > integers.lowest) & (v < integers.highest)
+        code = v.round().clamp(integers.lowest, integers.highest)
+        return grad * inside, grad.to(v.dtype) * (code - torch.where(inside, v, 0.0))
+
+
+@dataclass(frozen=True)
+class PACT(LearnedMethod):
+    """Learned clipping scalars of activations, and DoReFa's weights: see the module's head."""
+
+    name: ClassVar[str] = "pact"
+
+    alpha: float = 10.0
+    """the first clipping scalar"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: must be a positive number")
+
+    @property
+    def decays(self) -> bool:
+        """Yes, as published: it is what brings them down."""
+        return True
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """Alpha, whatever x is."""
+        return torch.full_like(mean_magnitude(x, format, dim, check=call.check), self.alpha)
+
+    def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+        """Equation 3 of PACT. Signed, for inputs that no ReLU precedes: the same on both sides."""
+        dtype = compute_dtype(x)
+        x, s = x.to(dtype), s.to(dtype)
+        above, below = x >= s, x <= (-s if format.signed else torch.zeros_like(s))
+        inside = grad.masked_fill(above | below, 0)
+        return inside, grad.to(dtype) * (above.to(dtype) - (below & format.signed).to(dtype))
+
+    def format_of(self, format: Format) -> Format:
+        """The closed one of the same integers."""
+        return replace(_integers(super().format_of(format)), closed=True)
+
+    def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
+        """As `ClippingMethod.quantizer`; a weight's has one scalar for all of it, as published."""
+        if weight:
+            return DoReFa().quantizer(self.format_of(format), weight=True)
+        return super().quantizer(format, weight=False, **how)
+
+
+def _integers(format: Format) -> IntFormat:
+    if not isinstance(format, IntFormat):
+        raise ValueError(f"learned scalars are for plain integers, not for {format.name}")
+    return format
 
 
 class LearnedQuantizer(Quantizer):
     """A quantizer whose scalars are parameters: calibrated once for their start, then trained.
 
-    As a static Quantizer, but in training and evaluation `s` follows the parameter `learned`, which holds step sizes
-    (lsq) or clipping scalars (pact), in units of x, in the shape of s. It is never less than float32 either; its
-    gradient is computed and summed in float32 (float64 for float64), whatever x is stored in.
+    As a static Quantizer, but in training and evaluation `s` follows the parameter `learned`, in the shape of s: step
+    sizes or clipping scalars, as the method says, in units of x. It is never less than float32 either; its gradient is
+    computed and summed in float32 (float64 for float64), whatever x is stored in.
 
     Args:
-        method: "lsq" or "pact".
-        bits, signed, shape: as of `Quantizer`.
-        per_sample: x is a batch of activations: the elements of one sample count for LSQ's gradient scale.
-        **options: of the start: alpha=10.0 for pact.
+        format, method, shape, sign_known: as of `Quantizer`.
+        per_sample: x is a batch of activations: the elements of one sample count for the scale of the gradient.
     """
 
     learned: nn.Parameter
+    method: LearnedMethod
 
     def __init__(
         self,
-        method: str,
-        bits: int,
-        signed: bool | None = True,
+        format: Format | int,
+        method: LearnedMethod,
+        *,
         shape: Sequence[int] = (),
+        sign_known: bool = True,
         per_sample: bool = False,
-        **options: Any,
     ) -> None:
-        if method not in LEARNED:
-            raise ValueError(f"method={method!r}: must be one of {', '.join(LEARNED)}")
-        start = {"lsq": lsq_start, "pact": pact_start}[method]
-        super().__init__(bits, signed, shape, start, "pwl", dynamic=False, **options)
-        self.method, self.per_sample, self.clipping_name = method, per_sample, method
+        super().__init__(format, method, shape=shape, gradient="pwl", sign_known=sign_known, dynamic=False)
+        self.per_sample = per_sample
         self.learned = nn.Parameter(torch.zeros(tuple(shape)))
 
     @property
@@ -97,31 +211,12 @@ class LearnedQuantizer(Quantizer):
         """ "learned"."""
         return "learned"
 
-    @property
-    def weight_decay_factor(self) -> float:
-        """What the recipe's weight decay is multiplied by for the weights that this quantizes (LSQ)."""
-        return {2: 0.25, 3: 0.5}.get(self.bits, 1.0) if self.method == "lsq" else 1.0
-
-    @property
-    def decays(self) -> bool:
-        """Whether the recipe's weight decay holds for `learned` as well."""
-        return self.method == "pact"
-
-    @property
-    def format(self) -> Grid:
-        """The grid that values come to lie on."""
-        return Grid(self.bits, self.signed, closed=self.method == "pact")
-
-    @property
-    def _per_scalar(self) -> float:
-        """s / learned."""
-        return float(self.format.levels_per_scalar) if self.method == "lsq" else 1.0
-
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """Differentiable with respect to `learned` as well."""
-        count = x[0].numel() if self.per_sample else x.numel() // max(self.learned.numel(), 1)
-        grid = self.format
-        out: Tensor = _Learned.apply(x, self.learned, s, grid, self.method, 1 / math.sqrt(max(count, 1) * grid.highest))
+        shares = x.shape[0] if self.per_sample and x.ndim else self.learned.numel()
+        count = x.numel() // max(shares, 1)
+        scale = self.method.gradient_scale(count, self.format)
+        out: Tensor = _Learned.apply(x, self.learned, s, self.format, self.method, scale)
         return out
 
     def _averaged(self) -> tuple[Tensor, ...]:
@@ -131,16 +226,16 @@ class LearnedQuantizer(Quantizer):
     def _scalars(self, x: Tensor) -> Tensor:
         self._constant_scalars()  # complains where there are none
         positive = self.learned.clamp(min=torch.finfo(self.learned.dtype).tiny)  # a large step of SGD may cross zero
-        self.s.copy_(positive * self._per_scalar)
+        self.s.copy_(positive * self.method.per_scalar(self.format))
         return self.s.clone()
 
     @torch.no_grad()
     def assign(self, s: Tensor, batches: int = 1) -> None:
         """As `Quantizer.assign`: it is where learning starts."""
         super().assign(s, batches)
-        self.learned.copy_(self.s / self._per_scalar)
+        self.learned.copy_(self.s / self.method.per_scalar(self.format))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedQuantizer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         learned = self.learned.data
         super()._apply(fn, recurse)
         if self.learned.dtype in (torch.float16, torch.bfloat16):  # as with the scalars of every Quantizer
@@ -153,58 +248,22 @@ class LearnedQuantizer(Quantizer):
         if f"{prefix}learned" in missing_keys:  # the scalars of another method are a start as good as any
             missing_keys.remove(f"{prefix}learned")
             with torch.no_grad():
-                self.learned.copy_(self.s / self._per_scalar)
+                self.learned.copy_(self.s / self.method.per_scalar(self.format))
 
 
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, learned: Tensor, s: Tensor, grid: Grid, method: str, gradient_scale: float
+        ctx: Any, x: Tensor, learned: Tensor, s: Tensor, format: Format, method: LearnedMethod, scale: float
     ) -> Tensor:
         ctx.save_for_backward(x, learned, s)
-        ctx.grid, ctx.method, ctx.gradient_scale = grid, method, gradient_scale
-        return kernels.backend(x).fake_quantize(x, s, grid)
+        ctx.format, ctx.method, ctx.scale = format, method, scale
+        return kernels.backend(x).fake_quantize(x, s, format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, learned, s = ctx.saved_tensors
-        of_x, of_learned = (_lsq if ctx.method == "lsq" else _pact)(grad, x, s, ctx.grid)
-        of_learned = of_learned.sum_to_size(learned.shape)
-        if ctx.method == "lsq":
-            of_learned = of_learned * ctx.gradient_scale
+        of_x, of_learned = ctx.method.gradients(grad, x, s, ctx.format)
+        of_learned = of_learned.sum_to_size(learned.shape) * ctx.scale
         return of_x, of_learned.to(learned.dtype), None, None, None, None
-
-
-# Below, x is put into the compute dtype before it meets s: beside a half-precision x, PyTorch would round a scalar s to
-# the dtype of x.
-
-
-def _lsq(grad: Tensor, x: Tensor, s: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to x, and elementwise with respect to the step size (equation 3 of LSQ).
-
-    Args:
-        grad: gradient of the loss with respect to the output, shape and dtype of x.
-        x: the input of the forward pass.
-        s: its clipping scalar(s), broadcastable to x.
-        grid: on which x was rounded.
-
-    Returns:
-        The first in the dtype of `grad`, the second in `compute_dtype`.
-    """
-    v = in_steps(x, s, grid)
-    inside = (v > grid.lowest) & (v < grid.highest)
-    code = v.round().clamp(grid.lowest, grid.highest)
-    return grad * inside, grad.to(v.dtype) * (code - torch.where(inside, v, 0.0))
-
-
-def _pact(grad: Tensor, x: Tensor, s: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to x, and elementwise with respect to the clipping scalar (equation 3 of PACT); as `_lsq`.
-
-    Signed, for inputs that no ReLU precedes: the same on both sides.
-    """
-    dtype = compute_dtype(x)
-    x, s = x.to(dtype), s.to(dtype)
-    above, below = x >= s, x <= (-s if grid.signed else torch.zeros_like(s))
-    inside = grad.masked_fill(above | below, 0)
-    return inside, grad.to(dtype) * (above.to(dtype) - (below & grid.signed).to(dtype))

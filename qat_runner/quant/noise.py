@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.estimators import fake_quantize
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels.eager import compute_dtype
+from qat_runner.quant.formats import Format, as_format
+from qat_runner.quant.tensors import compute_dtype
 
 
 class Noise(NamedTuple):
@@ -61,63 +61,62 @@ def sqnr_db(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def clipped_fraction(x: Tensor, s: Tensor | float, signed: bool = True, dim: int | None = None) -> Tensor:
+def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
     """Share of the elements that lie outside [-s, s], or outside [0, s] if unsigned; 0 to 1.
 
     Args:
         x: the tensor, any shape and floating dtype.
         s: clipping scalar(s), broadcastable to x.
-        signed: which interval.
+        format: whose sign says which interval; a number stands for signed integers.
         dim: None for one figure, or the dimension that gets one an index.
     """
     a = x.to(compute_dtype(x))  # beside a half-precision x, PyTorch would round a scalar s to its dtype
-    outside = a.abs() > s if signed else (a > s) | (a < 0)
+    outside = a.abs() > s if as_format(format).signed else (a > s) | (a < 0)
     return _mean(outside, dim)
 
 
 @torch.no_grad()
-def model_mse(x: Tensor, s: Tensor | float, bits: int, signed: bool = True, dim: int | None = None) -> Tensor:
+def model_mse(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
     """The paper's model of the clipped MSE, over the empirical distribution of x:
 
         J(s) = k s^2 P(0 < |x| <= s) + E[(|x| - s)^2 1{|x| > s}],      k = 4^-B / 3, or 4^-B / 12 when unsigned
 
     Args:
-        x: the tensor, any shape and floating dtype; an unsigned grid sees max(x, 0) instead of |x|.
+        x: the tensor, any shape and floating dtype; an unsigned format sees max(x, 0) instead of |x|.
         s: clipping scalar(s) > 0 in units of x, broadcastable to x.
-        bits: 2 to 16.
-        signed: the grid.
+        format: what is rounded to, whose `rounding_noise` is k; a number stands for signed integers of so many bits.
         dim: None for one figure, or the dimension that gets one an index.
 
     Returns:
         J in squared units of x, float64.
     """
-    k = Grid(bits, signed).rounding_noise
-    a = (x.abs() if signed else x.clamp(min=0)).double()
+    format = as_format(format)
+    k = format.rounding_noise
+    a = (x.abs() if format.signed else x.clamp(min=0)).double()
     s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
     rounded = k * s.square() * ((a > 0) & (a <= s))
     return _mean(rounded + (a - s).clamp_(min=0).square_(), dim)
 
 
-def measure(x: Tensor, s: Tensor | float, bits: int, signed: bool = True) -> Noise:
+def measure(x: Tensor, s: Tensor | float, format: Format | int) -> Noise:
     """Quantize x with clipping scalar(s) s and measure the noise over the whole tensor.
 
     Args:
         x: any shape and floating dtype.
         s: clipping scalar(s) in units of x, broadcastable to x.
-        bits: 2 to 16.
-        signed: the grid.
+        format: what is rounded to; a number stands for the signed integers of so many bits.
     """
     x = x.detach()
-    return noise_of(x, fake_quantize(x, s, bits, signed), s, signed)
+    return noise_of(x, fake_quantize(x, s, format), s, format)
 
 
-def noise_of(x: Tensor, q: Tensor, s: Tensor | float, signed: bool = True) -> Noise:
+def noise_of(x: Tensor, q: Tensor, s: Tensor | float, format: Format | int) -> Noise:
     """The noise of a quantized tensor, over the whole of it.
 
     Args:
         x: the tensor, any shape and floating dtype.
         q: its quantized version, same shape.
         s: clipping scalar(s) in units of x, broadcastable to x.
-        signed: whether what is clipped are magnitudes.
+        format: whose sign says what is clipped, |x| or max(x, 0).
     """
-    return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x, s, signed))
+    return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x, s, format))

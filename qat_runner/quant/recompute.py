@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.quant.kernels import eager
 from qat_runner.quant.quantizer import Quantizer
+from qat_runner.quant.tensors import recording
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def recomputing(*operands: tuple[Tensor, Tensor, nn.Module]) -> AbstractContextM
     Returns:
         A context; one without effect where nothing is saved, and inside torch.compile, which plans its own saving.
     """
-    if eager.recording() or not torch.is_grad_enabled():
+    if recording() or not torch.is_grad_enabled():
         return nullcontext()
     sources = {
         _memory(q): _source(x, by)

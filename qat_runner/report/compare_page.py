@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def full_precision(self) -> bool:
-        return self.config.policy.full_precision
+        return self.config.quantization.full_precision
 
     @property
     def method(self) -> str:

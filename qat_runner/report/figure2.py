@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
-from qat_runner.quant import fake_quantize, mse, mse_sweep, octav
+from qat_runner.quant import IntFormat, fake_quantize, mse, mse_sweep, octav
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.tensors_of_run import look_at, look_at_weights, network_of_run, network_of_weights
 
@@ -47,11 +47,12 @@ def compare(tensor: QuantizedTensor, x: Tensor) -> list[Comparison]:
         x: any shape.
     """
     kind = "weight" if tensor.tensor == "weight" else "activation"
-    signed, dim = tensor.quantizer.signed, tensor.quantizer.dim
+    signed, dim = tensor.quantizer.format.signed, tensor.quantizer.dim
     found = []
     for bits in BITS:
-        both = (mse_sweep(x, bits, signed, dim, together=False), octav(x, bits, signed, dim))
-        costs = (mse(x, fake_quantize(x, s, bits, signed)).item() for s in both)
+        format = IntFormat(bits, signed)
+        both = (mse_sweep(x, format, dim, together=False), octav(x, format, dim))
+        costs = (mse(x, fake_quantize(x, s, format)).item() for s in both)
         found.append(Comparison(tensor.name, kind, bits, signed, *(s.mean().item() for s in both), *costs))
     return found
 

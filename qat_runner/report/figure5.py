@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
-from qat_runner.quant import fake_quantize, mse, mse_sweep, octav
+from qat_runner.quant import IntFormat, fake_quantize, mse, mse_sweep, octav
 from qat_runner.report.figures_of_paper import Sample
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.tensors_of_run import look_at, network_of_run
@@ -91,17 +91,18 @@ def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[
         if tensor.tensor != "input":
             return
         if tensor.name not in found:
-            sample = Sample(tensor.name, x, tensor.quantizer.signed)
+            sample = Sample(tensor.name, x, tensor.quantizer.format.signed)
             found[tensor.name] = Input(tensor.name, sample.signed, minima(mse_curve(sample, bits)[1]))
-        found[tensor.name].octav.append(octav(x, bits, tensor.quantizer.signed).item())
-        found[tensor.name].sweep.append(mse_sweep(x, bits, tensor.quantizer.signed).item())
+        format = IntFormat(bits, tensor.quantizer.format.signed)
+        found[tensor.name].octav.append(octav(x, format).item())
+        found[tensor.name].sweep.append(mse_sweep(x, format).item())
 
     look_at(model, data, batch_size, batches, solve)
     views: dict[str, list[View]] = {each.name: [] for each in apart_most(list(found.values()))}
 
     def show(tensor: QuantizedTensor, x: Tensor) -> None:
         if tensor.name in views:
-            views[tensor.name].append(view(Sample(tensor.name, x, tensor.quantizer.signed), bits))
+            views[tensor.name].append(view(Sample(tensor.name, x, tensor.quantizer.format.signed), bits))
 
     look_at(model, data, batch_size, batches, show)  # a second time: only now is it known where to look
     return list(found.values()), views
@@ -116,8 +117,8 @@ def apart_most(inputs: Sequence[Input]) -> list[Input]:
 def view(sample: Sample, bits: int) -> View:
     """What figure 5 shows of one batch."""
     density, edges = np.histogram(sample.x.float().numpy(), bins=200, density=True)
-    s = octav(sample.x, bits, sample.signed).item()
-    cost = mse(sample.x, fake_quantize(sample.x, s, bits, sample.signed)).item()
+    s = octav(sample.x, sample.format(bits)).item()
+    cost = mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item()
     return View(density, edges, *mse_curve(sample, bits), s, cost)
 
 
@@ -125,7 +126,7 @@ def mse_curve(sample: Sample, bits: int, points: int = 100) -> tuple[list[float]
     """The candidates of the MSE sweep, k / points of the maximum, and the measured MSE at each."""
     top = sample.x.abs().max().item()
     candidates = [k / points * top for k in range(1, points + 1)]
-    return candidates, [mse(sample.x, fake_quantize(sample.x, s, bits, sample.signed)).item() for s in candidates]
+    return candidates, [mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item() for s in candidates]
 
 
 def minima(curve: Sequence[float]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.policy import FULL_PRECISION
-from qat_runner.quant import fake_quantize, model_mse, mse, newton_step, octav
+from qat_runner.quant import IntFormat, fake_quantize, model_mse, mse, newton_step, octav
 from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.runs import Run
 from qat_runner.report.tables_of_paper import make_table, paper
@@ -34,6 +34,10 @@ class Sample:
     name: str
     x: Tensor
     signed: bool
+
+    def format(self, bits: int) -> IntFormat:
+        """What it is rounded to at so many bits."""
+        return IntFormat(bits, self.signed)
 
 
 def synthetic_samples() -> list[Sample]:
@@ -61,7 +65,7 @@ def samples_of_run(folder: Path) -> list[Sample]:
 
     def keep(tensor: QuantizedTensor, x: Tensor) -> None:
         if tensor.layer in chosen:
-            samples.append(Sample(tensor.name, x.flatten(), tensor.quantizer.signed))
+            samples.append(Sample(tensor.name, x.flatten(), tensor.quantizer.format.signed))
 
     look_at(model, data, 32, 1, keep)
     return samples
@@ -74,10 +78,10 @@ def figure1(samples: Sequence[Sample]) -> Figure:
     for row, sample in zip(axes, samples, strict=True):
         top = sample.x.abs().max().item()
         for ax, bits in zip(row, all_bits, strict=True):
-            best = octav(sample.x, bits, sample.signed).item()
+            best = octav(sample.x, sample.format(bits)).item()
             candidates = torch.linspace(0.15 * best, top, POINTS).tolist()
-            modelled = [model_mse(sample.x, s, bits, sample.signed).item() for s in candidates]
-            real = [mse(sample.x, fake_quantize(sample.x, s, bits, sample.signed)).item() for s in candidates]
+            modelled = [model_mse(sample.x, s, sample.format(bits)).item() for s in candidates]
+            real = [mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item() for s in candidates]
             ax.plot(candidates, real, color=CHOSEN, label="measured")
             ax.plot(candidates, modelled, color=OTHER, linestyle="--", label="J(s)")
             ax.axvline(best, color="black", linewidth=1, label=f"s* = {best:.3g}")
@@ -96,9 +100,9 @@ def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Fig
         for label, start in starts.items():
             path = [torch.tensor(start, dtype=torch.float64)]
             for _ in range(steps):
-                path.append(newton_step(sample.x, path[-1], bits, sample.signed).double())
+                path.append(newton_step(sample.x, path[-1], sample.format(bits)).double())
             ax.plot(range(steps + 1), [s.item() for s in path], marker="o", markersize=3, label=label)
-        ax.axhline(octav(sample.x, bits, sample.signed).item(), color="black", linewidth=1, label="s*")
+        ax.axhline(octav(sample.x, sample.format(bits)).item(), color="black", linewidth=1, label="s*")
         ax.set(title=f"{sample.name}, {bits} bits", xlabel="n", ylabel="s_n")
         ax.legend(fontsize=7)
     return figure

@@ -115,7 +115,7 @@ def write(folder: Path, out: Path) -> Path:
 
 def heading(config: Config) -> str:
     """What a run is, in a few words."""
-    how = "in full precision" if config.policy.full_precision else f"at {bits(config)} bits"
+    how = "in full precision" if config.quantization.full_precision else f"at {bits(config)} bits"
     return f"{config.model.name} on {config.dataset.name} {how}"
 
 
@@ -133,7 +133,7 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     difference = _difference(folder, config, summary)
     if difference is not None:
         cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
-    if not config.policy.full_precision:
+    if not config.quantization.full_precision:
         cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
     if summary["sqnr_db"] is not None:
@@ -223,7 +223,7 @@ def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, Any]], key: s
 
 def _why_no_noise(config: Config) -> str:
     """Where a run has no noise on record."""
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         return "Nothing is quantized in this run."
     if config.noise_batches == 0:
         return "This run was asked not to measure noise (noise_batches=0)."

@@ -92,7 +92,7 @@ def check_seeds(runs: Sequence[Run]) -> None:
 
 
 def _row(config: Config) -> str | None:
-    if config.policy.full_precision:
+    if config.quantization.full_precision:
         return {"evaluate": "pretrained", "scratch": "full_precision", "finetune": "full_precision"}.get(config.mode)
     if config.weight_bits != config.activation_bits:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
-from qat_runner.quant import mse_sweep, octav
+from qat_runner.quant import IntFormat, mse_sweep, octav
 from qat_runner.report.tables import Table
 from qat_runner.report.tables_of_paper import paper
 from qat_runner.report.tensors_of_run import look_at, network_of_run
@@ -38,7 +38,7 @@ class Timing:
         Args:
             kind: weight or activation.
             x: the tensor.
-            signed: its grid.
+            signed: whether it is quantized with a sign.
             dim: one scalar for each index of it; None: one for all.
             count: how many such tensors there are: as many of one shape take so many times as long.
             repeats: the median of so many counts.
@@ -49,7 +49,7 @@ class Timing:
                 times = []
                 for _ in range(repeats):
                     began = time.perf_counter()
-                    method(x, bits, signed, dim, check=False)
+                    method(x, IntFormat(bits, signed), dim, check=False)
                     times.append(time.perf_counter() - began)
                 key = kind, name, bits
                 self.seconds[key] = self.seconds.get(key, 0.0) + count * statistics.median(times)
@@ -135,7 +135,7 @@ def of_run(folder: Path) -> Timing:
 
     def add(tensor: QuantizedTensor, x: Tensor) -> None:
         kind = "weight" if tensor.tensor == "weight" else "activation"
-        timing.add(kind, x, tensor.quantizer.signed, tensor.quantizer.dim)
+        timing.add(kind, x, tensor.quantizer.format.signed, tensor.quantizer.dim)
 
     look_at(model, data, batch_size, min(BATCHES, data.train_steps(batch_size)), add)
     return timing

@@ -93,10 +93,12 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
     It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
     network that it starts from.
     """
-    found = {_key(config): accuracy(summary) for config, summary in results if config.policy.full_precision}
+    found = {_key(config): accuracy(summary) for config, summary in results if config.quantization.full_precision}
     differences: list[float | None] = []
     for config, summary in results:
-        baselines = [] if config.policy.full_precision else [found[key] for key in _baselines(config) if key in found]
+        baselines = (
+            [] if config.quantization.full_precision else [found[key] for key in _baselines(config) if key in found]
+        )
         differences.append(accuracy(summary) - baselines[0] if baselines else None)
     return differences
 

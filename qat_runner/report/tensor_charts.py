@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qat_runner.quant.grid import Grid
+from qat_runner.quant import IntFormat
 from qat_runner.report.page import CHOSEN, OTHER, Chart, Trace, View, axes, line, number, rounded
 from qat_runner.training.histograms import LEVELS
 
@@ -145,13 +145,11 @@ def _histogram(tensor: str, h: Row | None) -> View:
 
 
 def _levels(h: Row) -> Sequence[float]:
-    """Those on record; runs from before there were any had the paper's grids."""
+    """Those on record; runs from before there were any had the paper's integers."""
     if "levels" in h:
         levels: list[float] = h["levels"]
         return levels
-    grid = Grid(h["bits"], h["signed"])
-    codes = range(grid.lowest, grid.highest + 1) if 2 ** h["bits"] <= LEVELS else range(0)
-    return [code / grid.levels_per_scalar for code in codes]
+    return IntFormat(h["bits"], h["signed"]).levels if 2 ** h["bits"] <= LEVELS else []
 
 
 def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:

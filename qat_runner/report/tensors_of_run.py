@@ -68,7 +68,7 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
         raise ConfigError(f"--dataset {dataset}: has any number of classes; --data-dir says where to count them")
     network = task.network(config, None)
     load_weights(network, source, model, new_head=False)
-    return insert(network, config.policy), None
+    return insert(network, config.quantization), None
 
 
 def look_at_weights(model: nn.Module, look: Look) -> None:

@@ -34,7 +34,7 @@ def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data
         model: as trained, with its quantizers.
         data: whose first validation batches are used.
     """
-    if config.policy.full_precision or config.noise_batches == 0:
+    if config.quantization.full_precision or config.noise_batches == 0:
         return
     batches = undivided(data).val_batches(config.dataset.val_batch_size, config.noise_batches)
     with autocast(data.device, config.amp):
@@ -84,11 +84,12 @@ class _Tally:
 
     def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
         assert quantizer.last_s is not None
+        format = quantizer.format
         return {
             "layer": layer,
             "tensor": tensor,
-            "bits": quantizer.bits,
-            "signed": quantizer.signed,
+            "bits": format.bits,
+            "signed": format.signed,
             "granularity": quantizer.granularity,
             "s": quantizer.last_s.float().mean().item(),
             "low": self.low,
@@ -97,5 +98,5 @@ class _Tally:
             "highest": self.highest,
             "beyond": self.beyond,
             "counts": [int(n) for n in self.counts.tolist()],
-            "levels": list(quantizer.levels) if 2**quantizer.bits <= LEVELS else [],
+            "levels": list(format.levels) if 2**format.bits <= LEVELS else [],
         }

@@ -204,7 +204,7 @@ class Trainer:
             self.record.layers(self.state.epoch, self.noise, scalars(self.model))
 
     def _noise(self) -> list[LayerNoise]:
-        if self.config.noise_batches == 0 or self.config.policy.full_precision:
+        if self.config.noise_batches == 0 or self.config.quantization.full_precision:
             return []
         batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
         with autocast(self.device, self.config.amp):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
-from qat_runner.quant import Quantizer, measure
+from qat_runner.quant import Call, Quantizer, measure
 from qat_runner.tasks import Task, Totals
 
 
@@ -52,12 +52,12 @@ class WarmStartExcess:
 
     def _measure(self, quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(quantizer, Quantizer)
-        if not (quantizer.training and quantizer.warm_iterations):
+        if not (quantizer.training and quantizer.method.warm):
             return
         x, s = args[0].detach(), quantizer.last_s
         assert s is not None
-        converged = quantizer.solve(x, quantizer.bits, quantizer.signed, quantizer.dim, check=False)
-        ours, best = (measure(x, t, quantizer.bits, quantizer.signed).mse for t in (s, converged))
+        converged = quantizer.method.solve(x, quantizer.format, quantizer.dim, Call(check=False))
+        ours, best = (measure(x, t, quantizer.format).mse for t in (s, converged))
         self._step.append(torch.where(best > 0, ours / best - 1, 0.0))
 
     def take(self) -> Tensor:

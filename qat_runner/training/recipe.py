@@ -43,10 +43,11 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):
-            decay[tensor.quantizer.learned] = stage.weight_decay if tensor.quantizer.decays else 0.0
+            method = tensor.quantizer.method
+            decay[tensor.quantizer.learned] = stage.weight_decay if method.decays else 0.0
             if tensor.tensor == "weight":
                 weight = model.get_parameter(f"{tensor.layer}.weight")
-                decay[weight] = stage.weight_decay * tensor.quantizer.weight_decay_factor
+                decay[weight] = stage.weight_decay * method.weight_decay_factor(tensor.quantizer.format)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decay if decay[p] == value], "weight_decay": value}
         for value in sorted({*decay.values()}, reverse=True)

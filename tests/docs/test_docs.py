@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ from qat_runner.data.pictures import pictures
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
 from qat_runner.models import MODELS
-from qat_runner.quant import CLIPPING_METHODS
+from qat_runner.quant import METHODS, Call, ClippingMethod, IntFormat, clipping_method
 from qat_runner.tasks import question_answering
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,25 +240,34 @@ def test_examples_run(path: Path, place: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def example() -> Iterator[type[ClippingMethod]]:
+    """The clipping method of the docs, which registers itself."""
+    yield runpy.run_path(str(DOCS / "examples" / "mean_multiple.py"))["MeanMultiple"]
+    METHODS.forget("mean_multiple")
+
+
 @pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("name", [*CLIPPING_METHODS, "mean_multiple"])
-def test_clipping_methods_keep_the_contract_of_the_docs(name: str, signed: bool) -> None:
-    method = {**CLIPPING_METHODS, "mean_multiple": _example()}[name]
+@pytest.mark.parametrize("name", ["octav", "max", "percentile", "mse_sweep", "mean_multiple"])
+def test_clipping_methods_keep_the_contract_of_the_docs(name: str, signed: bool, example: type[ClippingMethod]) -> None:
+    method, format, call = clipping_method(name), IntFormat(4, signed), Call()
     x = torch.randn(6, 3, 2, 2)
     x[4] = 0
-    whole, rows = (method(x, 4, signed, dim, check=True) for dim in (None, 0))
+    whole, rows = (method.solve(x, format, dim, call) for dim in (None, 0))
     assert (whole.shape, rows.shape) == ((), (6, 1, 1, 1))
     assert rows[4] == 0 and bool((rows >= 0).all())
-    assert method(x[4], 4, signed, None, check=True) == 0
+    assert method.solve(x[4], format, None, call) == 0
     with pytest.raises(ValueError, match="NaN or infinity"):
-        method(torch.tensor([1.0, torch.nan]), 4, signed, None, check=True)
+        method.solve(torch.tensor([1.0, torch.nan]), format, None, call)
 
 
-def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CLIPPING_METHODS, "mean_multiple", _example())
+def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, example: type[ClippingMethod]) -> None:
     named = ("clipping=max", "clipping.name=mean_multiple")  # what a file with the line "name: mean_multiple" sets
-    assert run.main([*named, "model=resnet20", "epochs=1", "limit_train_batches=1", "run_dir=run"]) == 0
-    assert yaml.safe_load((place / "run" / "config.yaml").read_text())["clipping"]["name"] == "mean_multiple"
+    small = ("model=resnet20", "epochs=1", "limit_train_batches=1", "run_dir=run")
+    assert run.main([*named, "+clipping.options.multiple=-1", *small]) == 2
+    assert run.main([*named, "+clipping.options.multiple=2.5", *small]) == 0
+    clipping = yaml.safe_load((place / "run" / "config.yaml").read_text())["clipping"]
+    assert (clipping["name"], clipping["options"]) == ("mean_multiple", {"multiple": 2.5})
     assert yaml.safe_load((place / "run" / "summary.json").read_text())["clipping"] == "mean_multiple"
 
 
@@ -278,11 +287,6 @@ def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: p
 
 def _layers(classes: int) -> list[nn.Module]:
     return [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, classes)]
-
-
-def _example() -> Callable[..., torch.Tensor]:
-    method: Callable[..., torch.Tensor] = runpy.run_path(str(DOCS / "examples" / "mean_multiple.py"))["mean_multiple"]
-    return method
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:

@@ -78,7 +78,7 @@ def test_integers_compute_what_the_quantizers_did(bits: int) -> None:
     assert not any(isinstance(m, Quantizer) for m in integers.modules())
     codes = integers.b.integer_weight
     assert codes.codes.dtype == (torch.int8 if bits <= 8 else torch.int16)
-    assert codes.codes.min() >= codes.grid.lowest and codes.codes.max() <= codes.grid.highest
+    assert codes.codes.min() >= codes.format.lowest and codes.codes.max() <= codes.format.highest
     assert torch.equal(codes(), fake_quantize(model.b.weight, octav(model.b.weight, bits, dim=0), bits))
 
 
@@ -110,7 +110,7 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
     expected = model(x)
     integers = to_integers(model)
     assert torch.equal(integers(x), expected)
-    weight, signed, unsigned = integers.b.integer_weight, integers.a.input_grid.grid, integers.b.input_grid.grid
+    weight, signed, unsigned = integers.b.integer_weight, integers.a.input_grid.format, integers.b.input_grid.format
     assert (
         weight.codes % 2 == 1
     ).all() and weight.codes.abs().max() == 2**bits - 1  # odd: DoReFa's weights have no zero
@@ -141,7 +141,7 @@ def test_a_tensor_of_zeros_stays_zero() -> None:
         model.head.weight.zero_()
     for layer in (model.b, model.head):
         q = layer.weight_quantizer
-        q.freeze(q.solve(layer.weight, q.bits, q.signed, q.dim))
+        q.freeze(q.scalars_of(layer.weight))
     model.head.input_quantizer.freeze(torch.tensor(0.0))
     expected = model(x)
     integers = to_integers(model)

@@ -18,7 +18,7 @@ from qat_runner.insertion import (
 from qat_runner.insertion.attention import NAME
 from qat_runner.insertion.insert import quantizers_disabled
 from qat_runner.insertion.layers import QuantMatmul
-from qat_runner.quant import Quantizer, fake_quantize, octav
+from qat_runner.quant import Octav, Quantizer, fake_quantize, octav
 
 CONFIG = BertConfig(
     vocab_size=50,
@@ -61,9 +61,9 @@ def test_which_tensors_are_quantized(batch: tuple[Tensor, ...]) -> None:
     expected += [f"{layer}.attention.self.{name}" for name in products]
     assert sorted(name for name in tensors if name.startswith(layer)) == sorted(expected)
     assert len(tensors) == 2 * 16
-    unsigned = [name for name, t in tensors.items() if not t.quantizer.signed]
+    unsigned = [name for name, t in tensors.items() if not t.quantizer.format.signed]
     assert unsigned == [f"bert.encoder.layer.{i}.attention.self.context.probabilities" for i in (0, 1)]
-    assert {t.quantizer.bits for t in tensors.values()} == {4}
+    assert {t.quantizer.format.bits for t in tensors.values()} == {4}
     assert {t.quantizer.granularity for t in tensors.values() if t.tensor == "weight"} == {"channel"}
     assert {t.quantizer.granularity for t in tensors.values() if t.tensor != "weight"} == {"tensor"}
     assert tensors[f"{layer}.attention.self.context.probabilities"].elements == 2 * 12 * 12
@@ -87,7 +87,7 @@ def test_without_quantizers_it_is_the_network_itself(batch: tuple[Tensor, ...]) 
 def test_a_product_of_quantized_operands() -> None:
     product = QuantMatmul(("query", "key"))
     for name in product.operands:
-        product.add_module(f"{name}_quantizer", Quantizer(4, clipping="octav", gradient="pwl"))
+        product.add_module(f"{name}_quantizer", Quantizer(4, Octav(), gradient="pwl"))
     a, b = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 3, 5, 4, requires_grad=True)
     out = product(a, b.transpose(2, 3))
     by_hand = [fake_quantize(t, octav(t, 4), 4, gradient="pwl") for t in (a, b)]
@@ -112,7 +112,7 @@ def test_the_sign_of_probabilities_is_known_under_dropout_too(batch: tuple[Tenso
     model = quantize_model(bert(), 4, **POLICY)  # no example: decided on the first batch
     model.train()
     model(*batch)
-    signs = {t.name.rpartition(".")[2]: t.quantizer.signed for t in quantized_tensors(model)}
+    signs = {t.name.rpartition(".")[2]: t.quantizer.format.signed for t in quantized_tensors(model)}
     assert signs == {"weight": True, "input": True, "query": True, "key": True, "probabilities": False, "value": True}
 
 
@@ -176,7 +176,7 @@ def test_grouped_keys_and_values() -> None:
 
 
 def test_layers_to_keep_must_be_there() -> None:
-    with pytest.raises(ValueError, match=r"keep='head': the model has no Conv2d or Linear layer of that name"):
+    with pytest.raises(ValueError, match="rule 'head' is about no layer or tensor that can be quantized"):
         quantize_model(bert(), 4, keep=["head"])
 
 

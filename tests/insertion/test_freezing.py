@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model, quantized_tensors
-from qat_runner.quant import Quantizer, fake_quantize, maximum, octav, sqnr_db
+from qat_runner.quant import IntFormat, Octav, Quantizer, fake_quantize, maximum, octav, sqnr_db
 
 
 def network(**options: object) -> nn.Module:
@@ -37,11 +37,13 @@ def test_noise_of_every_tensor() -> None:
     rows = {(r.layer, r.tensor): r for r in noise_report(model, data)}
     assert len(rows) == 6
     row, x = rows["3", "input"], inputs["x"]
-    s = octav(x, 4, signed=False)
+    s = octav(x, IntFormat(4, False))
     assert (row.bits, row.signed, row.granularity) == (4, False, "tensor")
     assert row.s == pytest.approx(s.item())
-    assert row.sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, s, 4, False)).item())
-    assert row.max_sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, maximum(x, 4, False), 4, False)).item())
+    assert row.sqnr_db == pytest.approx(sqnr_db(x, fake_quantize(x, s, IntFormat(4, False))).item())
+    assert row.max_sqnr_db == pytest.approx(
+        sqnr_db(x, fake_quantize(x, maximum(x, IntFormat(4, False)), IntFormat(4, False))).item()
+    )
     w = model[3].weight
     assert rows["3", "weight"].s == pytest.approx(octav(w, 4, dim=0).mean().item())
     assert rows["3", "weight"].granularity == "channel"
@@ -60,7 +62,7 @@ def test_averaged_scalars_are_those_of_the_quantized_network() -> None:
     model, data = network(), batches()
     train(model, data)
     seen: list[Tensor] = []
-    quantizers(model)["3.input"].register_forward_hook(lambda q, a, o: seen.append(octav(a[0], 4, False)))
+    quantizers(model)["3.input"].register_forward_hook(lambda q, a, o: seen.append(octav(a[0], IntFormat(4, False))))
     model.eval()
     for x in data:
         model(x)
@@ -125,7 +127,7 @@ def test_what_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         freeze(model, "averaged")
     with pytest.raises(ValueError, match="finite and not negative"):
-        Quantizer(4).freeze(torch.tensor(torch.nan))
+        Quantizer(4, Octav()).freeze(torch.tensor(torch.nan))
     assert all(q.dynamic for q in quantizers(model).values())
     freeze(model, "averaged", batches())  # and after all that it still can be
 

@@ -84,28 +84,30 @@ def test_bits_granularity_and_gradients_of_the_paper() -> None:
     quantize_model(model, bits=4, example=torch.randn(2, 3, 64, 64))
     q = find(model)
     for name in ("conv1", "fc"):
-        assert q[f"{name}.weight"].bits == q[f"{name}.input"].bits == 8
-    assert {q[n].bits for n in q if not n.startswith(("conv1.", "fc."))} == {4}
-    assert q["layer2.0.downsample.0.weight"].bits == 4  # projection shortcuts: at the low precision
+        assert q[f"{name}.weight"].format.bits == q[f"{name}.input"].format.bits == 8
+    assert {q[n].format.bits for n in q if not n.startswith(("conv1.", "fc."))} == {4}
+    assert q["layer2.0.downsample.0.weight"].format.bits == 4  # projection shortcuts: at the low precision
     assert q["layer1.0.conv1.weight"].s.shape == (64, 1, 1, 1)
     assert q["fc.weight"].s.shape == q["fc.input"].s.shape == q["layer1.0.conv1.input"].s.shape == ()
     assert {q[n].gradient for n in q if n.endswith("weight")} == {"mad"}
     assert {q[n].gradient for n in q if n.endswith("input")} == {"pwl"}
-    assert all(q[n].signed for n in q if n.endswith("weight"))
-    assert [n for n in q if n.endswith("input") and q[n].signed] == ["conv1.input"]
+    assert all(q[n].format.signed for n in q if n.endswith("weight"))
+    assert [n for n in q if n.endswith("input") and q[n].format.signed] == ["conv1.input"]
 
 
 def test_signs_of_mobilenet_v3_come_from_structure() -> None:
     model = torchvision.models.mobilenet_v3_small(num_classes=7)
     quantize_model(model, example=torch.randn(2, 3, 64, 64))
     q = find(model)
-    assert not q["features.1.block.1.fc1.input"].signed  # pooled ReLU
-    assert not q["features.1.block.1.fc2.input"].signed  # ReLU
-    assert q["features.4.block.2.fc1.input"].signed  # pooled hardswish: may be negative, whatever this batch says
-    assert not q["features.4.block.2.fc2.input"].signed
-    assert q["features.1.block.0.0.input"].signed  # hardswish
-    assert q["classifier.0.input"].signed
-    assert q["classifier.3.input"].signed
+    assert not q["features.1.block.1.fc1.input"].format.signed  # pooled ReLU
+    assert not q["features.1.block.1.fc2.input"].format.signed  # ReLU
+    assert q[
+        "features.4.block.2.fc1.input"
+    ].format.signed  # pooled hardswish: may be negative, whatever this batch says
+    assert not q["features.4.block.2.fc2.input"].format.signed
+    assert q["features.1.block.0.0.input"].format.signed  # hardswish
+    assert q["classifier.0.input"].format.signed
+    assert q["classifier.3.input"].format.signed
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -117,10 +119,10 @@ def test_signs_ends_and_summary_with_or_without_an_example(given: bool) -> None:
         assert "?" in summary(model)
         model(x)
     q = find(model)
-    signed = {n.removesuffix(".input"): q[n].signed for n in q if n.endswith("input")}
+    signed = {n.removesuffix(".input"): q[n].format.signed for n in q if n.endswith("input")}
     assert signed == {"a": False, "b": False, "c": True, "d": False, "head": True}
     last = "head" if given else "d"  # without an example: in order of registration
-    assert {n for n in q if q[n].bits == 8} == {"a.weight", "a.input", f"{last}.weight", f"{last}.input"}
+    assert {n for n in q if q[n].format.bits == 8} == {"a.weight", "a.input", f"{last}.weight", f"{last}.input"}
     rows = [line.split() for line in summary(model).splitlines()]
     assert rows[0] == ["layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"]
     assert ["b", "weight", "4", "yes", "channel", "dynamic", "72"] in rows
@@ -307,7 +309,7 @@ def sign_of(function: Any) -> bool:
             return out
 
     model = quantize_model(Model(), example=torch.randn(2, 3, 8, 8))
-    return find(model)["layer.input"].signed
+    return find(model)["layer.input"].format.signed
 
 
 def negate_a_view(y: Tensor) -> Tensor:
@@ -353,7 +355,7 @@ def test_copies_of_an_undecided_model_decide_for_themselves() -> None:
     model = quantize_model(Small())
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     twin(x)
-    assert not find(twin)["a.input"].signed
+    assert not find(twin)["a.input"].format.signed
     assert "?" in summary(model)
     assert not twin._forward_pre_hooks
     remove_quantizers(model)
@@ -366,9 +368,9 @@ def test_the_sign_travels_with_the_state() -> None:
     model = quantize_model(Small(), example=torch.rand(2, 3, 8, 8), dynamic=False)
     calibrate(model, [torch.rand(2, 3, 8, 8)])
     other = quantize_model(Small(), example=torch.randn(2, 3, 8, 8), dynamic=False)
-    assert find(other)["a.input"].signed
+    assert find(other)["a.input"].format.signed
     other.load_state_dict(model.state_dict())
-    assert not find(other)["a.input"].signed
+    assert not find(other)["a.input"].format.signed
     eight = quantize_model(Small(), bits=8, example=torch.randn(2, 3, 8, 8))
     with pytest.raises(RuntimeError, match="scalars found for 4 bits do not suit 8 bits"):
         eight.load_state_dict(model.state_dict())
@@ -384,10 +386,10 @@ def test_the_same_tensor_twice_and_keywords() -> None:
             return self.layer(input=a) + b
 
     y = torch.randn(3, 4)
-    assert find(quantize_model(Two(), example=(y, y)))["layer.input"].signed
+    assert find(quantize_model(Two(), example=(y, y)))["layer.input"].format.signed
     model = quantize_model(Two())
     model(a=y.abs(), b=y)
-    assert not find(model)["layer.input"].signed
+    assert not find(model)["layer.input"].format.signed
 
 
 @pytest.mark.filterwarnings("ignore:.*is not quantized.*", "ignore:.*left as it is", "ignore:.*is not called")
@@ -446,8 +448,8 @@ def test_weights_quantized_once() -> None:
 
         weights = [t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"]
         for quantizer in weights:
-            solve = quantizer.solve
-            quantizer.solve = lambda *args, solve=solve, **options: (count(), solve(*args, **options))[1]
+            solve = quantizer._solve
+            quantizer._solve = lambda *args, solve=solve: (count(), solve(*args))[1]
         with weights_quantized_once(model) if once else nullcontext():
             for part in (slice(0, 3), slice(3, 8)):
                 nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
@@ -474,6 +476,6 @@ def test_the_head_is_quantized_or_not(given: bool) -> None:
     last = "head" if given else "d"  # without an example: in order of registration
     assert f"{last}.weight" not in find(model) and f"{last}.input" not in find(model)
     assert f"Linear {last}" in summary(model)
-    assert {n for n in find(model) if find(model)[n].bits == 8} == {"a.weight", "a.input"}
+    assert {n for n in find(model) if find(model)[n].format.bits == 8} == {"a.weight", "a.input"}
     convolutions = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3)), quantize_head=False)
     assert {t.layer for t in quantized_tensors(convolutions)} == {"0"}

@@ -14,7 +14,7 @@ from qat_runner import calibrate, freeze, quantize_model
 from qat_runner.insertion import quantized_tensors, summary, trace
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.state import upgrade
-from qat_runner.quant import NotCalibratedError, Quantizer, octav
+from qat_runner.quant import IntFormat, NotCalibratedError, Quantizer, octav
 
 
 def network(**options: Any) -> nn.Module:
@@ -117,8 +117,8 @@ def test_copies_averaged_from_before_the_first_scalar(options: dict[str, Any], d
         assert out.isfinite().all() and out.abs().max() > 0
         found = quantizers(average)
         assert found["3.input"].running_s.item() == pytest.approx(expected[name], rel=1e-3)
-        assert {n: (q.bits, q.signed) for n, q in found.items()} == {
-            n: (q.bits, q.signed) for n, q in quantizers(model).items()
+        assert {n: (q.format.bits, q.format.signed) for n, q in found.items()} == {
+            n: (q.format.bits, q.format.signed) for n, q in quantizers(model).items()
         }
         loaded = network(**options)
         loaded.load_state_dict(average.state_dict())
@@ -251,15 +251,15 @@ def test_a_head_of_training_is_seen_calibrated_and_frozen() -> None:
         with pytest.warns(QuantizationWarning, match="^aux is called in training only$") as notes:
             quantize_model(model, 4, example=x, **options)  # type: ignore[arg-type]
         assert len(notes) == 1
-        bits = {t.name: t.quantizer.bits for t in quantized_tensors(model)}
+        bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
         assert (bits["fc.input"], bits["aux.input"]) == (8, 4)  # the last layer is the one of eval mode
-        assert not quantizers(model)["aux.input"].signed
+        assert not quantizers(model)["aux.input"].format.signed
         before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
         if options:
             calibrate(model, [x])
             features = torch.relu(model.eval().norm(nn.functional.conv2d(x, model.c.weight, model.c.bias))).mean((2, 3))
             if options == {"dynamic": False}:
-                torch.testing.assert_close(quantizers(model)["aux.input"].s, octav(features, 4, signed=False))
+                torch.testing.assert_close(quantizers(model)["aux.input"].s, octav(features, IntFormat(4, False)))
         state = model.state_dict()
         assert all(torch.equal(state[k], v) for k, v in before[0].items() if "quantizer" not in k)
         assert torch.equal(torch.get_rng_state(), before[1])

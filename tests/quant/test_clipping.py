@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat_runner.quant import CLIPPING_METHODS, fake_quantize, maximum, mse, mse_sweep, newton_step, octav, percentile
+from qat_runner.quant import (
+    IntFormat,
+    fake_quantize,
+    maximum,
+    mse,
+    mse_sweep,
+    newton_step,
+    octav,
+    percentile,
+)
 from qat_runner.quant.kernels import compiled, using
 from tests.quant.oracles import j_on_grid, octav_by_sorting, textbook_octav
 
@@ -65,7 +75,7 @@ def test_octav_finds_the_minimum_on_every_row(backend: str, kind: str, bits: int
         x = distribution(kind, 40, n)
         x = x if signed else x.abs()
         with using(backend):
-            s = octav(x, bits, signed, dim=0)
+            s = octav(x, IntFormat(bits, signed), dim=0)
         assert s.shape == (40, 1)
         expected = torch.tensor([octav_by_sorting(row, constant_of(bits, signed)) for row in x]).unsqueeze(1)
         torch.testing.assert_close(s.double(), expected.double(), rtol=1e-4, atol=0)
@@ -98,7 +108,7 @@ def test_octav_agrees_with_the_published_iteration_where_that_converges(bits: in
 def test_the_modelled_error_at_octav_is_the_least_there_is(kind: str, signed: bool) -> None:
     x = distribution(kind, 1, 50_000).abs()
     for bits in (3, 4, 6, 8):
-        s = octav(x, bits, signed).double()
+        s = octav(x, IntFormat(bits, signed)).double()
         grid = s * torch.linspace(0.5, 1.5, 801, dtype=torch.float64)
         j = j_on_grid(x, bits, signed, torch.cat([s.view(1), grid]))
         # The paper holds the indicators of J constant when it differentiates. What that leaves out moves s by up to a
@@ -121,7 +131,7 @@ def test_octav_on_anything_finite(backend: str, array: np.ndarray, bits: int, si
     x = x if signed else x.abs()
     rows = x.flatten(1)
     with using(backend):
-        s = octav(x, bits, signed, dim=0, iterations=60).flatten()
+        s = octav(x, IntFormat(bits, signed), dim=0, iterations=60).flatten()
     for row, found in zip(rows, s, strict=True):
         expected = octav_by_sorting(row, constant_of(bits, signed))
         assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-44)
@@ -158,7 +168,7 @@ def test_octav_keeps_to_the_bulk_where_a_sweep_follows_outliers() -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_newton_step_is_the_published_formula(signed: bool) -> None:
     x = torch.randn(5000) if signed else torch.randn(5000).relu()
-    assert newton_step(x, textbook_octav(x, 4, signed, 3), 4, signed).item() == pytest.approx(
+    assert newton_step(x, textbook_octav(x, 4, signed, 3), IntFormat(4, signed)).item() == pytest.approx(
         textbook_octav(x, 4, signed, 4).item(), rel=1e-6
     )
     rows = torch.randn(3, 4, 5)
@@ -175,7 +185,7 @@ def test_maximum_is_the_largest_magnitude() -> None:
     x = torch.randn(4, 5, 6)
     torch.testing.assert_close(maximum(x, 4), x.abs().max())
     torch.testing.assert_close(maximum(x, 4, dim=1), x.abs().amax((0, 2), keepdim=True))
-    torch.testing.assert_close(maximum(x, 4, signed=False), x.max())
+    torch.testing.assert_close(maximum(x, IntFormat(4, False)), x.max())
 
 
 QS = (0.1, 1.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 100.0)
@@ -189,7 +199,7 @@ def assert_is_numpys(x: Tensor, q: float) -> None:
     for signed in (True, False):
         a = (x.abs() if signed else x.clamp(min=0)).double().numpy()
         for dim in (None, *range(x.ndim)):
-            s = percentile(x, 4, signed, dim, q)
+            s = percentile(x, IntFormat(4, signed), dim, q)
             axes = None if dim is None else tuple(d for d in range(x.ndim) if d != dim)
             expected = np.percentile(a, q, axis=axes, keepdims=dim is not None) if a.size else np.zeros(s.shape)
             assert s.shape == expected.shape and s.dtype == dtype
@@ -243,7 +253,7 @@ def test_percentile_elsewhere_than_on_a_cpu(q: float, dim: int | None) -> None:
     """What other devices do, as a trace of it tells."""
 
     def found(x: Tensor) -> Tensor:
-        return percentile(x, 4, True, dim, q, check=False)
+        return percentile(x, 4, dim, q, check=False)
 
     x = torch.randn(3, 2000)
     torch.testing.assert_close(make_fx(found)(torch.zeros(3, 2000))(x), found(x), rtol=0, atol=0)
@@ -259,9 +269,9 @@ def test_mse_sweep_takes_the_best_candidate(signed: bool) -> None:
     x = torch.randn(3, 500)
     x = x if signed else x.relu()
     top = x.max() if not signed else x.abs().max()
-    errors = [mse(x, fake_quantize(x, top * k / 50, 4, signed)).item() for k in range(1, 51)]
+    errors = [mse(x, fake_quantize(x, top * k / 50, IntFormat(4, signed))).item() for k in range(1, 51)]
     best = (int(np.argmin(errors)) + 1) / 50
-    assert mse_sweep(x, 4, signed, points=50).item() == pytest.approx(top.item() * best, rel=1e-6)
+    assert mse_sweep(x, IntFormat(4, signed), points=50).item() == pytest.approx(top.item() * best, rel=1e-6)
 
 
 def test_mse_sweep_with_rows_together_and_apart() -> None:
@@ -274,10 +284,18 @@ def test_mse_sweep_with_rows_together_and_apart() -> None:
     torch.testing.assert_close(mse_sweep(x, 3, dim=0), top * best)
 
 
-@pytest.mark.parametrize("name", list(CLIPPING_METHODS))
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "octav": octav,
+    "max": maximum,
+    "percentile": percentile,
+    "mse_sweep": mse_sweep,
+}
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 class TestEveryMethod:
     def test_shapes(self, name: str) -> None:
-        method = CLIPPING_METHODS[name]
+        method = FUNCTIONS[name]
         x = torch.randn(6, 3, 2, 2)
         assert method(x, 4).shape == ()
         assert method(x, 4, dim=0).shape == (6, 1, 1, 1)
@@ -288,7 +306,7 @@ class TestEveryMethod:
 
     def test_rows_are_solved_as_if_alone(self, name: str) -> None:
         options = {"together": False} if name == "mse_sweep" else {}
-        method = CLIPPING_METHODS[name]
+        method = FUNCTIONS[name]
         x = torch.randn(5, 3, 4)
         apart = torch.stack([method(row, 4, **options) for row in x]).view(5, 1, 1)
         torch.testing.assert_close(method(x, 4, dim=0, **options), apart)
@@ -296,10 +314,10 @@ class TestEveryMethod:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     def test_dtype_of_the_scalar(self, name: str, dtype: torch.dtype) -> None:
         wanted = torch.float64 if dtype == torch.float64 else torch.float32
-        assert CLIPPING_METHODS[name](torch.randn(10).to(dtype), 4).dtype == wanted
+        assert FUNCTIONS[name](torch.randn(10).to(dtype), 4).dtype == wanted
 
     def test_zeros_and_empty(self, name: str) -> None:
-        method = CLIPPING_METHODS[name]
+        method = FUNCTIONS[name]
         assert method(torch.zeros(7), 4).item() == 0
         assert method(torch.zeros(0), 4).item() == 0
         assert method(torch.zeros(3, 0), 4, dim=0).tolist() == [[0], [0], [0]]
@@ -311,37 +329,39 @@ class TestEveryMethod:
     @pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-38, 1e38])
     def test_extreme_magnitudes(self, name: str, scale: float) -> None:
         x = torch.rand(100) * 3 * scale
-        s = CLIPPING_METHODS[name](x, 4)
+        s = FUNCTIONS[name](x, 4)
         assert 0.2 * x.max() <= s <= x.max()
         assert torch.isfinite(fake_quantize(x, s, 4)).all()
 
     def test_constants(self, name: str) -> None:
-        assert CLIPPING_METHODS[name](torch.full((5, 17), -0.3), 4).item() == pytest.approx(0.3)
+        assert FUNCTIONS[name](torch.full((5, 17), -0.3), 4).item() == pytest.approx(0.3)
 
     def test_negative_values_do_not_exist_for_an_unsigned_grid(self, name: str) -> None:
         x = torch.randn(400)
         options = {"q": 100.0} if name == "percentile" else {}
-        method = CLIPPING_METHODS[name]
-        assert method(x, 4, False, **options).item() == pytest.approx(method(x.relu(), 4, False, **options).item())
+        method = FUNCTIONS[name]
+        assert method(x, IntFormat(4, False), **options).item() == pytest.approx(
+            method(x.relu(), IntFormat(4, False), **options).item()
+        )
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_not_finite(self, name: str, bad: float) -> None:
         x = torch.randn(10)
         x[3] = bad
         with pytest.raises(ValueError, match="NaN or infinity"):
-            CLIPPING_METHODS[name](x, 4)
-        s = CLIPPING_METHODS[name](x, 4, check=False)
+            FUNCTIONS[name](x, 4)
+        s = FUNCTIONS[name](x, 4, check=False)
         assert not torch.isfinite(fake_quantize(x, s, 4)).all() or bad == -math.inf or bad == math.inf
 
     def test_finite_values_of_an_infinite_sum(self, name: str) -> None:
         x = torch.full((9,), 3e38)
-        assert CLIPPING_METHODS[name](x, 4).item() == pytest.approx(3e38)
+        assert FUNCTIONS[name](x, 4).item() == pytest.approx(3e38)
         x[2:4] = torch.tensor([math.inf, -math.inf])
         with pytest.raises(ValueError, match="NaN or infinity"):
-            CLIPPING_METHODS[name](x, 4)
+            FUNCTIONS[name](x, 4)
 
     def test_refusals(self, name: str) -> None:
-        method = CLIPPING_METHODS[name]
+        method = FUNCTIONS[name]
         with pytest.raises(ValueError, match="bits=1"):
             method(torch.randn(4), 1)
         with pytest.raises(ValueError, match=r"bits=4\.0"):
@@ -356,11 +376,11 @@ class TestEveryMethod:
         before = x.clone()
         y = x.to(memory_format=torch.channels_last)
         for dim in (None, 0):
-            torch.testing.assert_close(CLIPPING_METHODS[name](x, 4, dim=dim), CLIPPING_METHODS[name](y, 4, dim=dim))
+            torch.testing.assert_close(FUNCTIONS[name](x, 4, dim=dim), FUNCTIONS[name](y, 4, dim=dim))
         assert torch.equal(x, before)
 
     def test_no_gradient(self, name: str) -> None:
-        assert not CLIPPING_METHODS[name](torch.randn(10, requires_grad=True), 4).requires_grad
+        assert not FUNCTIONS[name](torch.randn(10, requires_grad=True), 4).requires_grad
 
 
 def test_option_refusals() -> None:

@@ -76,10 +76,10 @@ def test_levels(bits: int) -> None:
     w = torch.linspace(-0.7, 0.7, 100_001)
     q, count = DoReFaQuantizer(bits), 2**bits
     levels = q(w).unique()
-    assert len(levels) == len(q.levels) == count and 0 not in q.levels
-    torch.testing.assert_close(levels, torch.tensor(q.levels) * torch.tensor(0.7).tanh())
-    assert q.levels[0] == -1 and q.levels[-1] == 1
-    codes = torch.tensor(q.levels, dtype=torch.float64) * q.format.levels_per_scalar
+    assert len(levels) == len(q.format.levels) == count and 0 not in q.format.levels
+    torch.testing.assert_close(levels, torch.tensor(q.format.levels) * torch.tensor(0.7).tanh())
+    assert q.format.levels[0] == -1 and q.format.levels[-1] == 1
+    codes = torch.tensor(q.format.levels, dtype=torch.float64) * q.format.levels_per_scalar
     assert torch.equal(codes % 2, torch.ones_like(codes))  # odd
     assert codes.min() == q.format.lowest and codes.max() == q.format.highest
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from qat_runner.quant import GRADIENTS, fake_quantize, octav
+from qat_runner.quant import GRADIENTS, IntFormat, fake_quantize, octav
 from tests.quant.oracles import quantize_by_hand
 
 
@@ -33,7 +33,7 @@ def test_gradients_against_autograd_of_the_written_out_estimators(
     s = torch.full(shape, 0.8, dtype=torch.float64)
     upstream = torch.randn_like(x)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    fake_quantize(ours, s, 4, signed, gradient).backward(upstream)
+    fake_quantize(ours, s, IntFormat(4, signed), gradient).backward(upstream)
     by_autograd(theirs, s, signed, gradient).backward(upstream)
     assert ours.grad is not None
     assert theirs.grad is not None
@@ -48,7 +48,7 @@ def test_gradients_against_autograd_of_the_written_out_estimators(
 )
 def test_values_against_the_table(array: np.ndarray, s: float, bits: int, signed: bool) -> None:
     x = torch.from_numpy(array)
-    torch.testing.assert_close(fake_quantize(x, s, bits, signed), quantize_by_hand(x, s, bits, signed))
+    torch.testing.assert_close(fake_quantize(x, s, IntFormat(bits, signed)), quantize_by_hand(x, s, bits, signed))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
@@ -56,14 +56,14 @@ def test_values_against_the_table(array: np.ndarray, s: float, bits: int, signed
 def test_the_grid(bits: int, signed: bool) -> None:
     x = torch.linspace(-3, 3, 1_000_001, dtype=torch.float64)
     s = 1.25
-    q = fake_quantize(x, s, bits, signed)
+    q = fake_quantize(x, s, IntFormat(bits, signed))
     levels = q.unique()
     assert len(levels) == 2**bits
     step = s / 2 ** (bits - 1) if signed else s / 2**bits
     torch.testing.assert_close(levels.diff(), torch.full_like(levels[1:], step))
     assert levels[0].item() == (-s if signed else 0)
     assert levels[-1].item() == pytest.approx(s - step)
-    assert torch.equal(fake_quantize(q, s, bits, signed), q)  # idempotent
+    assert torch.equal(fake_quantize(q, s, IntFormat(bits, signed)), q)  # idempotent
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat_runner.quant import Grid, fake_quantize, octav
+from qat_runner.quant import IntFormat, fake_quantize, octav
 from qat_runner.quant.kernels import (
     backend,
     choose_backend,
@@ -65,10 +65,10 @@ def test_octav(name: str, dtype: torch.dtype, layout: torch.memory_format) -> No
                 k = 4.0**-bits / (3 if signed else 12)
                 a = x.double().abs() if signed else x.double().clamp(min=0)
                 rows = torch.tensor([octav_by_sorting(row.flatten(), k) for row in a])
-                found = octav(on(name, x), bits, signed, dim=0, iterations=20)
+                found = octav(on(name, x), IntFormat(bits, signed), dim=0, iterations=20)
                 assert found.shape == (6, 1, 1, 1) and found.dtype == torch.float32
                 torch.testing.assert_close(found.flatten().cpu().double(), rows.double(), rtol=1e-4, atol=0)
-                whole = octav(on(name, x), bits, signed, iterations=20)
+                whole = octav(on(name, x), IntFormat(bits, signed), iterations=20)
                 assert whole.shape == ()
                 assert whole.item() == pytest.approx(octav_by_sorting(a.flatten(), k), rel=1e-4)
 
@@ -101,11 +101,11 @@ def test_octav_of_long_rows(name: str, n: int, monkeypatch: pytest.MonkeyPatch) 
         for signed in (True, False):
             a = x.double().abs() if signed else x.double().clamp(min=0)
             expected = torch.tensor([octav_by_sorting(row, 4.0**-4 / (3 if signed else 12)) for row in a]).double()
-            cold = octav(on(name, x), 4, signed, dim=0).flatten().cpu()
+            cold = octav(on(name, x), IntFormat(4, signed), dim=0).flatten().cpu()
             torch.testing.assert_close(cold.double(), expected, rtol=1e-4, atol=0)
             for off in (1.02, 0.5, 30.0):
                 guess = on(name, (expected * off).float().reshape(2, 1))
-                warm = octav(on(name, x), 4, signed, 0, 8, guess, tolerance=1e-4).flatten().cpu()
+                warm = octav(on(name, x), IntFormat(4, signed), 0, 8, guess, tolerance=1e-4).flatten().cpu()
                 torch.testing.assert_close(warm.double(), expected, rtol=1e-4, atol=0)
 
 
@@ -116,9 +116,9 @@ def test_one_iteration_is_one_step_of_the_reference(name: str) -> None:
         for start in (0.01, 0.7, 2.0, 2.9, 3.5, 6.0, 100.0):
             for iterations in (1, 2, 3):
                 with using("eager"):
-                    expected = octav(x.double(), 8, True, None, iterations, start, tolerance=0)
+                    expected = octav(x.double(), 8, None, iterations, start, tolerance=0)
                 with using(name, DEVICES[name]):
-                    found = octav(on(name, x), 8, True, None, iterations, start, tolerance=0)
+                    found = octav(on(name, x), 8, None, iterations, start, tolerance=0)
                 assert found.item() == pytest.approx(expected.item(), rel=2e-3), (len(x), start, iterations)
 
 
@@ -132,7 +132,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, layout: torch.memor
         s = torch.rand(shape) + 0.5
         for signed in (True, False):
             with using(name, DEVICES[name]):
-                q = fake_quantize(on(name, x), s, 4, signed)
+                q = fake_quantize(on(name, x), s, IntFormat(4, signed))
             wide = s.double().expand(6, 1, 1, 1)
             expected = torch.cat(
                 [quantize_by_hand(row[None], v.item(), 4, signed) for row, v in zip(x, wide, strict=True)]
@@ -142,7 +142,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, layout: torch.memor
             )
             assert q.stride() == x.stride()
             if not (dtype == torch.bfloat16 and name == "triton" and not GPU):  # the interpreter does not round
-                assert torch.equal(q.cpu(), eager.fake_quantize(x, s, Grid(4, signed)))  # to the last bit
+                assert torch.equal(q.cpu(), eager.fake_quantize(x, s, IntFormat(4, signed)))  # to the last bit
             for gradient in ("ste", "pwl", "mad"):
                 expected = grad("eager", x, s, signed, gradient)
                 tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
@@ -153,7 +153,7 @@ def grad(name: str, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor
     x = on(name, x).clone().requires_grad_()
     upstream = torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype)
     with using(name, DEVICES[name]):
-        fake_quantize(x, s, 4, signed, gradient).backward(on(name, upstream))
+        fake_quantize(x, s, IntFormat(4, signed), gradient).backward(on(name, upstream))
     assert x.grad is not None
     return x.grad.cpu()
 
@@ -163,7 +163,7 @@ def test_many_blocks_nan_and_gaps(name: str) -> None:
     with using(name, DEVICES[name]):
         for x in (torch.randn(3, 70_001), torch.randn(64, 900).T, torch.randn(8, 9, 4, 4)[:, ::2]):
             for s in (torch.tensor(1.5), torch.rand(x.shape[0], *[1] * (x.ndim - 1)) + 0.5):
-                assert torch.equal(fake_quantize(on(name, x), s, 4).cpu(), eager.fake_quantize(x, s, Grid(4)))
+                assert torch.equal(fake_quantize(on(name, x), s, 4).cpu(), eager.fake_quantize(x, s, IntFormat(4)))
         broken = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf])
         found = fake_quantize(on(name, broken), 2.0, 4).cpu()
         torch.testing.assert_close(found, torch.tensor([1, torch.nan, 1.75, -2]), equal_nan=True)
@@ -177,7 +177,7 @@ def test_closed_grids(name: str, dtype: torch.dtype, signed: bool) -> None:
     """Steps that are no power of two; to the last bit what ONNX makes of a step size."""
     x = (torch.randn(6, 40) * 2).to(dtype)
     for bits in (2, 3, 4, 8, 16):
-        grid = Grid(bits, signed, closed=True)
+        grid = IntFormat(bits, signed, closed=True)
         top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         assert (grid.lowest, grid.highest, grid.levels_per_scalar) == (-top if signed else 0, top, top)
         assert grid.rounding_noise == pytest.approx((1 / top) ** 2 / 12)
@@ -204,8 +204,8 @@ def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.
     eps = torch.finfo(dtype).eps
     for signed in (True, False):
         with using(name, DEVICES[name]):
-            q = fake_quantize(on(name, x), on(name, s), 4, signed).cpu()
-        assert torch.allclose(q.double(), fake_quantize(x.float(), s, 4, signed).double(), rtol=eps, atol=0)
+            q = fake_quantize(on(name, x), on(name, s), IntFormat(4, signed)).cpu()
+        assert torch.allclose(q.double(), fake_quantize(x.float(), s, IntFormat(4, signed)).double(), rtol=eps, atol=0)
         a, low = x.double(), -s.double() if signed else torch.zeros_like(s).double()
         clipped = torch.minimum(torch.maximum(a, low), s.double())
         for gradient, factor in (
@@ -215,7 +215,7 @@ def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.
         ):
             leaf = on(name, x).clone().requires_grad_()
             with using(name, DEVICES[name]):
-                fake_quantize(leaf, on(name, s), 4, signed, gradient).backward(on(name, upstream))
+                fake_quantize(leaf, on(name, s), IntFormat(4, signed), gradient).backward(on(name, upstream))
             assert leaf.grad is not None and leaf.grad.dtype == dtype
             found, expected = leaf.grad.cpu().double(), upstream.double() * factor
             assert torch.equal(found == 0, expected.to(dtype) == 0)

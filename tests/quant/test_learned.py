@@ -1,6 +1,7 @@
 """LSQ and PACT against autograd of their definitions written out, and their rules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,33 @@ from torch import Tensor, nn
 
 from qat_runner.config import StageConfig
 from qat_runner.insertion import calibrate, noise_report, quantize_model, quantized_tensors
-from qat_runner.quant import DoReFaQuantizer, LearnedQuantizer, Quantizer
-from qat_runner.quant.learned import lsq_start, pact_start
+from qat_runner.quant import (
+    LSQ,
+    PACT,
+    Call,
+    DoReFaQuantizer,
+    IntFormat,
+    LearnedMethod,
+    LearnedQuantizer,
+    Octav,
+    Quantizer,
+)
 from qat_runner.training.recipe import make_optimizer
 from tests.quant.oracles import straight_through
 
 
-def ready(method: str, x: Tensor, **options: object) -> LearnedQuantizer:
-    q = LearnedQuantizer(method, **{"bits": 4, **options})  # type: ignore[arg-type]
+def learned(
+    method: LearnedMethod, bits: int = 4, signed: bool = True, shape: tuple[int, ...] = (), weight: bool = True
+) -> LearnedQuantizer:
+    """Of an activation where the method has something else for weights."""
+    weight = weight and method.name != "pact"
+    q = method.quantizer(IntFormat(bits, signed), weight=weight, shape=shape)
+    assert isinstance(q, LearnedQuantizer)
+    return q
+
+
+def ready(method: LearnedMethod, x: Tensor, **how: Any) -> LearnedQuantizer:
+    q = learned(method, **how)
     q.assign(q.scalars_of(x))
     return q
 
@@ -26,7 +46,7 @@ def ready(method: str, x: Tensor, **options: object) -> LearnedQuantizer:
 @pytest.mark.parametrize("shape", [(), (6, 1)])
 def test_lsq_against_its_definition(signed: bool, shape: tuple[int, ...]) -> None:
     x = torch.randn(6, 40)
-    q = ready("lsq", x, signed=signed, shape=shape)
+    q = ready(LSQ(), x, signed=signed, shape=shape)
     lowest, highest = (-8, 7) if signed else (0, 15)
     a = x.abs() if signed else x.clamp(min=0)
     mean = a.mean() if shape == () else a.mean(1, keepdim=True)
@@ -52,7 +72,7 @@ def test_lsq_counts_the_features_of_one_sample() -> None:
     x = torch.randn(8, 3, 5)
     grads = []
     for per_sample in (True, False):
-        q = ready("lsq", x, per_sample=per_sample)
+        q = ready(LSQ(), x, weight=not per_sample)
         q(x).sum().backward()
         grads.append(q.learned.grad)
     torch.testing.assert_close(grads[0], grads[1] * math.sqrt(8))
@@ -93,37 +113,36 @@ def test_pact_against_its_definition(
     flat[: min(4, len(flat))] = at[: len(flat)]  # zeros, and values exactly at alpha
     x = flat.view(shape)
     upstream = torch.randn(shape, generator=generator).to(dtype)
-    q = LearnedQuantizer("pact", bits, signed, alpha=alpha).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    q = learned(PACT(alpha), bits, signed).to(torch.float64 if dtype == torch.float64 else torch.float32)
     q.assign(q.scalars_of(x.new_zeros(1)))
     mine, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-    learned = q.learned.detach().double().requires_grad_()
-    out, expected = q(mine), pact(theirs, learned, bits, signed)
+    alphas = q.learned.detach().double().requires_grad_()
+    out, expected = q(mine), pact(theirs, alphas, bits, signed)
     out.backward(upstream)
     expected.backward(upstream.double())
-    steps = x.double() / learned.detach() * q.format.levels_per_scalar
+    assert isinstance(q.format, IntFormat)
+    steps = x.double() / alphas.detach() * q.format.levels_per_scalar
     if not ((steps - steps.floor() - 0.5).abs() < 1e-5 * 2**bits).any():  # there, float32 may go to either side
         alike(out, expected.detach(), dtype)
     assert mine.grad is not None and theirs.grad is not None
     assert torch.equal(mine.grad.double(), theirs.grad)
-    assert q.learned.grad is not None and learned.grad is not None
+    assert q.learned.grad is not None and alphas.grad is not None
     total = upstream.double().abs().sum().item()
     eps = 1e-15 if dtype == torch.float64 else 1e-6  # of what the sum is computed in
-    assert abs(q.learned.grad.item() - learned.grad.item()) <= eps * total
+    assert abs(q.learned.grad.item() - alphas.grad.item()) <= eps * total
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_grid_of_pact_ends_at_alpha(bits: int) -> None:
     x = torch.linspace(-3, 3, 200_001)
     for signed in (False, True):
-        q = ready("pact", x, signed=signed, alpha=2.5, bits=bits)
+        q = ready(PACT(2.5), x, signed=signed, bits=bits)
         levels = q(x).detach().unique()
-        assert len(levels) == len(q.levels) == 2**bits - signed
+        assert len(levels) == len(q.format.levels) == 2**bits - signed
         assert levels[-1].item() == pytest.approx(2.5) and levels[0].item() == pytest.approx(-2.5 if signed else 0)
         step = 2.5 / (2 ** (bits - 1) - 1 if signed else 2**bits - 1)
         torch.testing.assert_close(levels.diff(), torch.full_like(levels[1:], step))
-        torch.testing.assert_close(levels, torch.tensor(q.levels) * 2.5)
+        torch.testing.assert_close(levels, torch.tensor(q.format.levels) * 2.5)
 
 
 @given(
@@ -141,7 +160,7 @@ def test_half_precision_costs_lsq_no_more_than_its_rounding(
     x = torch.randn(6, 5, 8, generator=generator)[: 6 if shape else 4]
     x = (x[:, 0] if len(shape) == 2 else x).to(dtype)
     upstream = torch.randn(x.shape, generator=generator).to(dtype)
-    q = ready("lsq", x, signed=signed, shape=shape, bits=bits)
+    q = ready(LSQ(), x, signed=signed, shape=shape, bits=bits)
     mine = x.clone().requires_grad_()
     out = q(mine)
     out.backward(upstream)
@@ -161,15 +180,17 @@ def test_half_precision_costs_lsq_no_more_than_its_rounding(
         assert (error <= 1e-5 * elementwise.abs().sum_to_size(step.shape) + 1e-12).all()
 
 
-@pytest.mark.parametrize("method", ["lsq", "pact"])
+@pytest.mark.parametrize("method", [LSQ, PACT])
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(method: str, dtype: torch.dtype) -> None:
+def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(
+    method: type[LearnedMethod], dtype: torch.dtype
+) -> None:
     x, upstream = torch.randn(8, 3, 16, 16).to(dtype), torch.randn(8, 3, 16, 16).to(dtype)
     alpha = 1.705 if dtype == torch.bfloat16 else 1.7004  # in x there are numbers that this would be rounded down to
     x[0, 0, 0] = alpha
     grads = []
     for kind in (dtype, torch.float32):
-        q = ready(method, x, alpha=alpha) if method == "pact" else ready(method, x)
+        q = ready(PACT(alpha) if method is PACT else method(), x)
         mine = x.clone().to(kind).requires_grad_()
         q(mine).backward(upstream.to(kind))
         assert mine.grad is not None and q.learned.grad is not None
@@ -177,22 +198,22 @@ def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(metho
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
 
 
-@pytest.mark.parametrize("method", ["lsq", "pact"])
-def test_sums_do_not_overflow_in_half_precision(method: str) -> None:
+@pytest.mark.parametrize("method", [LSQ(), PACT()], ids=lambda method: method.name)
+def test_sums_do_not_overflow_in_half_precision(method: LearnedMethod) -> None:
     x = torch.full((4, 50_000), 30.0, dtype=torch.float16)
-    q = LearnedQuantizer(method, 4).half()  # the scalar stays in float32
-    q.assign(torch.tensor(8.0 if method == "lsq" else 1.0))
+    q = learned(method).half()  # the scalar stays in float32
+    q.assign(torch.tensor(8.0 if method.name == "lsq" else 1.0))
     assert q.learned.item() == 1
     q(x).backward(torch.full_like(x, 60.0))
     assert q.learned.dtype == torch.float32 and q.s.dtype == torch.float32
     assert q.learned.grad is not None and q.learned.grad.item() > 65504
-    expected = 60.0 * x.numel() * (7 / math.sqrt(x.numel() * 7) if method == "lsq" else 1)
+    expected = 60.0 * x.numel() * (7 / math.sqrt(x.numel() * 7) if method.name == "lsq" else 1)
     assert q.learned.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_float64_is_summed_in_float64() -> None:
     x = torch.randn(1000, dtype=torch.float64)
-    q = LearnedQuantizer("pact", 4, alpha=0.5).double()
+    q = learned(PACT(0.5)).double()
     q.assign(q.scalars_of(x))
     upstream = torch.randn_like(x)
     q(x).backward(upstream)
@@ -201,41 +222,35 @@ def test_float64_is_summed_in_float64() -> None:
     assert q.learned.grad.item() == pytest.approx(exact, rel=1e-13)
 
 
-def test_starts_refuse_and_default() -> None:
-    assert pact_start(torch.randn(3), 4).item() == 10
-    with pytest.raises(ValueError, match="alpha=-1"):
-        LearnedQuantizer("pact", 4, alpha=-1)
-    with pytest.raises(TypeError, match="has no option 'q'"):
-        LearnedQuantizer("lsq", 4, q=99)
-    with pytest.raises(ValueError, match="method='octav': must be one of lsq, pact"):
-        LearnedQuantizer("octav", 4)
-    assert lsq_start(torch.zeros(5), 4).item() == 0
+def test_starts() -> None:
+    assert PACT().solve(torch.randn(3), IntFormat(4), None, Call()).item() == 10
+    assert LSQ().solve(torch.zeros(5), IntFormat(4), None, Call()).item() == 0
     with pytest.raises(RuntimeError, match="no clipping scalars yet"):
-        LearnedQuantizer("lsq", 4)(torch.randn(3))
+        learned(LSQ())(torch.randn(3))
 
 
 def test_a_step_below_zero_does_no_harm() -> None:
-    q = ready("lsq", torch.randn(50))
+    q = ready(LSQ(), torch.randn(50))
     q.learned.data.fill_(-0.1)
     assert q(torch.randn(50)).isfinite().all()
 
 
 def test_evaluation_uses_what_was_learned_and_state_travels() -> None:
     x = torch.randn(100)
-    q = ready("lsq", x)
+    q = ready(LSQ(), x)
     q.learned.data.mul_(1.5)
     trained = q(x).detach()
     q.eval()
     assert torch.equal(q(x), trained)
     torch.testing.assert_close(q.s, q.learned * 8)
-    again = LearnedQuantizer("lsq", 4)
+    again = learned(LSQ())
     again.load_state_dict(q.state_dict())
     assert torch.equal(again(x), trained)
-    static = Quantizer(4, dynamic=False)
+    static = Quantizer(4, Octav(), dynamic=False)
     static.assign(static.scalars_of(x))
     again.load_state_dict(static.state_dict())
     torch.testing.assert_close(again.learned.data * 8, static.s)
-    fresh = LearnedQuantizer("lsq", 4)
+    fresh = learned(LSQ())
     fresh.load_state_dict({})  # a full-precision model's
 
 
@@ -292,8 +307,8 @@ def test_all_of_pact_travels_in_a_state_dict(bits: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
-@pytest.mark.parametrize("method", ["lsq", "pact"])
-def test_torch_compile_gives_the_same(method: str) -> None:
+@pytest.mark.parametrize("method", [LSQ(), PACT()], ids=lambda method: method.name)
+def test_torch_compile_gives_the_same(method: LearnedMethod) -> None:
     grads = []
     for wrap in (lambda q: q, lambda q: torch.compile(q, backend="aot_eager")):
         x = torch.linspace(-3, 2.9, 101, requires_grad=True)

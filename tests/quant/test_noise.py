@@ -3,7 +3,17 @@ import math
 import pytest
 import torch
 
-from qat_runner.quant import clipped_fraction, fake_quantize, maximum, measure, model_mse, mse, octav, sqnr_db
+from qat_runner.quant import (
+    IntFormat,
+    clipped_fraction,
+    fake_quantize,
+    maximum,
+    measure,
+    model_mse,
+    mse,
+    octav,
+    sqnr_db,
+)
 from tests.quant.oracles import j_on_grid
 
 
@@ -20,14 +30,14 @@ def test_rows() -> None:
     q = fake_quantize(x, 1.0, 4)
     assert mse(x, q, dim=1).shape == (1, 5, 1)
     torch.testing.assert_close(mse(x, q, dim=1).mean(), mse(x, q))
-    torch.testing.assert_close(clipped_fraction(x, 1.0, dim=0).flatten()[2], (x[2].abs() > 1).double().mean())
+    torch.testing.assert_close(clipped_fraction(x, 1.0, 4, dim=0).flatten()[2], (x[2].abs() > 1).double().mean())
 
 
 def test_clipped_fraction() -> None:
     x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0, 3.0])
-    assert clipped_fraction(x, 1.0).item() == pytest.approx(2 / 6)
-    assert clipped_fraction(x, 1.0, signed=False).item() == pytest.approx(3 / 6)
-    assert clipped_fraction(torch.zeros(0), 1.0).item() == 0
+    assert clipped_fraction(x, 1.0, 4).item() == pytest.approx(2 / 6)
+    assert clipped_fraction(x, 1.0, IntFormat(4, False)).item() == pytest.approx(3 / 6)
+    assert clipped_fraction(torch.zeros(0), 1.0, 4).item() == 0
     assert mse(torch.zeros(0), torch.zeros(0)).item() == 0
 
 
@@ -36,8 +46,8 @@ def test_scalars_are_not_rounded_to_the_dtype_of_what_they_clip(dtype: torch.dty
     x = torch.tensor([1.7, -1.7, 0.3]).to(dtype)  # 1.703125, or 1.7001953125
     assert x[0].item() > 1.7001
     for s in (1.7, torch.tensor(1.7)):
-        assert clipped_fraction(x, s).item() == pytest.approx(2 / 3)
-        assert clipped_fraction(x, s, signed=False).item() == pytest.approx(2 / 3)
+        assert clipped_fraction(x, s, 4).item() == pytest.approx(2 / 3)
+        assert clipped_fraction(x, s, IntFormat(4, False)).item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -45,10 +55,12 @@ def test_scalars_are_not_rounded_to_the_dtype_of_what_they_clip(dtype: torch.dty
 def test_model_mse_is_the_paper_s_formula(bits: int, signed: bool) -> None:
     x = torch.randn(2000).relu() + (torch.rand(2000) < 0.1)
     grid = torch.linspace(0.1, 4, 20)
-    ours = torch.stack([model_mse(x, s, bits, signed) for s in grid])
+    ours = torch.stack([model_mse(x, s, IntFormat(bits, signed)) for s in grid])
     torch.testing.assert_close(ours, j_on_grid(x, bits, signed, grid))
     rows = x.view(20, 100)
-    torch.testing.assert_close(model_mse(rows, 0.7, bits, signed, dim=0).mean(), model_mse(x, 0.7, bits, signed))
+    torch.testing.assert_close(
+        model_mse(rows, 0.7, IntFormat(bits, signed), dim=0).mean(), model_mse(x, 0.7, IntFormat(bits, signed))
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

@@ -1,15 +1,28 @@
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from qat_runner.quant import NotCalibratedError, Quantizer, fake_quantize, maximum, octav
+from qat_runner.quant import (
+    Call,
+    ClippingMethod,
+    Format,
+    Maximum,
+    NotCalibratedError,
+    Octav,
+    Quantizer,
+    clipping_method,
+    fake_quantize,
+    maximum,
+    octav,
+)
 
 
 def test_dynamic_solves_in_training_and_remembers() -> None:
-    q = Quantizer(4, momentum=0.25, warm_iterations=None)
+    q = Quantizer(4, Octav(warm_iterations=None), momentum=0.25)
     first, second = torch.randn(100), torch.randn(100) * 3
     torch.testing.assert_close(q(first), fake_quantize(first, octav(first, 4), 4))
     torch.testing.assert_close(q.running_s, octav(first, 4))
@@ -21,7 +34,7 @@ def test_dynamic_solves_in_training_and_remembers() -> None:
 
 @pytest.mark.parametrize("mode", ["dynamic", "running", "last"])
 def test_eval_modes(mode: str) -> None:
-    q = Quantizer(4, eval_mode=mode)
+    q = Quantizer(4, Octav(), eval_mode=mode)
     for _ in range(3):
         q(torch.randn(100))
     before = copy.deepcopy(q.state_dict())
@@ -33,7 +46,7 @@ def test_eval_modes(mode: str) -> None:
 
 
 def test_static_keeps_what_it_is_assigned() -> None:
-    q = Quantizer(4, dynamic=False)
+    q = Quantizer(4, Octav(), dynamic=False)
     q.name = "conv.input"
     with pytest.raises(NotCalibratedError, match=r"conv\.input \(static\) has no clipping scalars yet"):
         q(torch.randn(10))
@@ -52,28 +65,28 @@ def test_static_keeps_what_it_is_assigned() -> None:
 
 
 def test_per_channel() -> None:
-    q = Quantizer(4, shape=(6, 1, 1, 1), clipping="max")
+    q = Quantizer(4, Maximum(), shape=(6, 1, 1, 1))
     x = torch.randn(6, 3, 3, 3)
     torch.testing.assert_close(q(x), fake_quantize(x, maximum(x, 4, dim=0), 4))
     assert (q.granularity, q.dim, tuple(q.s.shape)) == ("channel", 0, (6, 1, 1, 1))
-    assert Quantizer(4, shape=(1, 1)).dim == 0
+    assert Quantizer(4, Octav(), shape=(1, 1)).dim == 0
 
 
 def test_state_travels() -> None:
-    q, other = Quantizer(4), Quantizer(4, eval_mode="last")
+    q, other = Quantizer(4, Octav()), Quantizer(4, Octav(), eval_mode="last")
     q(torch.randn(50))
     other.load_state_dict(q.state_dict())
     other.eval()
     x = torch.randn(50)
     torch.testing.assert_close(other(x), fake_quantize(x, q.s, 4))
-    fresh = Quantizer(4)
+    fresh = Quantizer(4, Octav())
     fresh.load_state_dict({})  # a full-precision state dict has no such keys
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Quantizer(4, shape=(3, 1)).load_state_dict(q.state_dict())
+        Quantizer(4, Octav(), shape=(3, 1)).load_state_dict(q.state_dict())
 
 
 def test_scalars_stay_in_full_precision() -> None:
-    q = Quantizer(4)
+    q = Quantizer(4, Octav())
     q(torch.randn(100))
     before = q.s.clone()
     half = q.half()
@@ -84,7 +97,7 @@ def test_scalars_stay_in_full_precision() -> None:
 
 
 def test_not_finite_is_refused_outside_training_only() -> None:
-    q = Quantizer(4)
+    q = Quantizer(4, Octav())
     bad = torch.tensor([1.0, float("nan")])
     assert q(bad).isnan().any()
     q.eval()
@@ -93,41 +106,67 @@ def test_not_finite_is_refused_outside_training_only() -> None:
 
 
 def test_disabled_passes_on() -> None:
-    q = Quantizer(2)
+    q = Quantizer(2, Octav())
     q.enabled = False
     x = torch.randn(10)
     assert q(x) is x
 
 
-def test_a_clipping_function_of_ones_own() -> None:
-    def half_of_max(x: Tensor, bits: int, signed: bool, dim: int | None, *, check: bool, share: float = 0.5) -> Tensor:
-        return maximum(x, bits, signed, dim, check=check) * share
+@dataclass(frozen=True)
+class PartOfMaximum(ClippingMethod):
+    name: ClassVar[str] = "part_of_max"
+    share: float = 0.5
 
-    q = Quantizer(4, clipping=half_of_max, share=0.25)
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        return maximum(x, format, dim, check=call.check) * self.share
+
+
+def test_a_clipping_method_of_ones_own() -> None:
+    q = Quantizer(4, PartOfMaximum(0.25))
     x = torch.randn(30)
     torch.testing.assert_close(q(x), fake_quantize(x, x.abs().max() * 0.25, 4))
-    assert "half_of_max" in repr(q)
+    assert "part_of_max" in repr(q) and q.method.options == {"share": 0.25}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ({"bits": 1}, ValueError, "bits=1"),
-        ({"bits": 4, "clipping": "best"}, ValueError, "clipping='best'"),
-        ({"bits": 4, "gradient": "mph"}, ValueError, "gradient='mph'"),
-        ({"bits": 4, "eval_mode": "mean"}, ValueError, "eval_mode='mean'"),
-        ({"bits": 4, "clipping": "percentile", "q": 120.0}, ValueError, "q=120"),
-        ({"bits": 4, "clipping": "octav", "q": 99.0}, TypeError, "no option 'q', only iterations"),
-        ({"bits": 4, "momentum": 5.0}, ValueError, "momentum=5"),
+        ({"format": 1}, "bits=1"),
+        ({"format": 4, "gradient": "mph"}, "gradient='mph'"),
+        ({"format": 4, "eval_mode": "mean"}, "eval_mode='mean'"),
+        ({"format": 4, "momentum": 5.0}, "momentum=5"),
+        ({"format": 4, "method": clipping_method("percentile"), "synchronize": True}, "'percentile' cannot be synch"),
     ],
 )
-def test_refusals(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Quantizer(**{"method": Octav(), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("best", {}, ValueError, "clipping='best': must be one of octav, max"),
+        ("octva", {}, ValueError, "did you mean octav"),
+        ("percentile", {"q": 120.0}, ValueError, "q=120"),
+        ("mse_sweep", {"points": 0}, ValueError, "points=0"),
+        ("octav", {"iterations": 0}, ValueError, "iterations=0"),
+        ("octav", {"warm_iterations": 0}, ValueError, "warm_iterations=0"),
+        ("octav", {"q": 99.0}, TypeError, "no option 'q', only iterations, warm_iterations"),
+        ("max", {"q": 99.0}, TypeError, "no option 'q', only none"),
+        ("pact", {"alpha": -1.0}, ValueError, "alpha=-1"),
+        ("lsq", {"alpha": 2.0}, TypeError, "clipping 'lsq' has no option 'alpha', only none"),
+    ],
+)
+def test_options_are_checked_when_a_method_is_made(
+    name: str, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
-        Quantizer(**arguments)
+        clipping_method(name, **options)
 
 
 def test_a_bad_batch_does_not_spoil_the_average() -> None:
-    q = Quantizer(4)
+    q = Quantizer(4, Octav())
     q(torch.ones(3))
     q(torch.tensor([float("nan"), 1.0]))
     assert q.s.isfinite()
@@ -136,7 +175,7 @@ def test_a_bad_batch_does_not_spoil_the_average() -> None:
 
 def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:
     x = torch.randn(20_000)
-    q, cold = Quantizer(4, warm_iterations=1), Quantizer(4, warm_iterations=None)
+    q, cold = Quantizer(4, Octav(warm_iterations=1)), Quantizer(4, Octav(warm_iterations=None))
     for step in range(20):
         q(x * 1.02**step)
         cold(x * 1.02**step)
@@ -152,6 +191,4 @@ def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:
     torch.testing.assert_close(q.s, octav(x, 4), rtol=2e-2, atol=0)
     q.eval()
     torch.testing.assert_close(q(x * 50), fake_quantize(x * 50, octav(x * 50, 4), 4))  # evaluation converges
-    with pytest.raises(ValueError, match="warm_iterations=0"):
-        Quantizer(4, warm_iterations=0)
-    assert Quantizer(4, clipping="max").warm_iterations is None
+    assert Octav().warm and not Octav(warm_iterations=None).warm and not Maximum().warm

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qat_runner.insertion import calibrate, quantize_model
-from qat_runner.quant import Quantizer
+from qat_runner.quant import Octav, Quantizer
 from qat_runner.quant.recompute import recomputing
 
 
@@ -54,7 +54,7 @@ def test_sequences_through_a_linear_layer() -> None:
 
 
 def test_quantized_tensors_are_not_kept() -> None:
-    x, quantizer = torch.randn(50, 4, requires_grad=True), Quantizer(4)
+    x, quantizer = torch.randn(50, 4, requires_grad=True), Quantizer(4, Octav())
     weight = torch.randn(3, 4, requires_grad=True)
     q = quantizer(x)
     saved: list[object] = []
@@ -66,7 +66,7 @@ def test_quantized_tensors_are_not_kept() -> None:
 
 
 def test_a_changed_input_is_noticed() -> None:
-    x, quantizer = torch.randn(50, 4), Quantizer(4, gradient="ste")
+    x, quantizer = torch.randn(50, 4), Quantizer(4, Octav(), gradient="ste")
     weight = torch.randn(3, 4, requires_grad=True)
     q = quantizer(x.requires_grad_())
     with recomputing((q, x, quantizer)):
@@ -78,7 +78,7 @@ def test_a_changed_input_is_noticed() -> None:
 
 
 def test_nothing_to_do_without_gradients() -> None:
-    x, quantizer = torch.randn(5), Quantizer(4)
+    x, quantizer = torch.randn(5), Quantizer(4, Octav())
     with torch.no_grad():
         q = quantizer(x)
         assert not isinstance(recomputing((q, x, quantizer)), saved_tensors_hooks)

@@ -15,10 +15,9 @@ from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard
 from qat_runner.errors import RunError
 from qat_runner.experiment import build
-from qat_runner.insertion import quantize_model, quantized_tensors
-from qat_runner.quant import maximum, octav
+from qat_runner.insertion import Policy, quantize_model, quantized_tensors
+from qat_runner.quant import IntFormat, maximum, octav
 from qat_runner.quant.pool import Processes
-from qat_runner.quant.quantizer import Quantizer
 from qat_runner.tasks import TASKS
 from qat_runner.training.loop import freeze_activations
 from tests.training.processes import together
@@ -29,10 +28,12 @@ def scalars_of_parts(x: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for bits in (2, 4, 8):
         for signed in (True, False):
-            cold = octav(part, bits, signed, pool=Processes())
+            cold = octav(part, IntFormat(bits, signed), pool=Processes())
             found[f"octav {bits} {signed}"] = cold
-            found[f"warm {bits} {signed}"] = octav(part, bits, signed, init=cold * 1.3, iterations=6, pool=Processes())
-            found[f"rows {bits} {signed}"] = octav(part, bits, signed, dim=1, pool=Processes())
+            found[f"warm {bits} {signed}"] = octav(
+                part, IntFormat(bits, signed), init=cold * 1.3, iterations=6, pool=Processes()
+            )
+            found[f"rows {bits} {signed}"] = octav(part, IntFormat(bits, signed), dim=1, pool=Processes())
     found["max"] = maximum(part, 4, pool=Processes())
     return found
 
@@ -146,7 +147,7 @@ def signs() -> dict[str, Any]:
         small = ["dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=8", "model=resnet20", "backend=eager"]
         config = from_hydra(compose("config", overrides=small))
     model, _ = build(config, None)
-    return {t.name: t.quantizer.signed for t in quantized_tensors(model)}
+    return {t.name: t.quantizer.format.signed for t in quantized_tensors(model)}
 
 
 def test_all_processes_see_the_same_samples_before_they_begin(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
     with pytest.raises(
         ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"
     ):
-        Quantizer(4, clipping=clipping, synchronize=True)
+        Policy.of(4, clipping, synchronize=True)
 
 
 def test_alone_nothing_changes() -> None:

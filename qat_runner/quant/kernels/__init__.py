@@ -2,13 +2,14 @@
 
 | operation                              | cost                                                                |
 |----------------------------------------|---------------------------------------------------------------------|
-| `octav(x, k, signed, dims, ...)`       | one read of x an iteration; one in all where a row fits into cache  |
-| `fake_quantize(x, s, grid)`            | one read, one write                                                 |
+| `octav(x, format, dims, ...)`          | one read of x an iteration; one in all where a row fits into cache  |
+| `fake_quantize(x, s, format)`          | one read, one write                                                 |
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
 
-`eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU, `triton` is for CUDA devices.
-`auto`, the default, takes the fast one of each tensor's device, where there is a compiler, and eager elsewhere. It
-chooses when a tensor of that device first comes, so importing costs nothing.
+A format that a backend has no kernel for is served by `Format.fake_quantize`, and what several processes solve
+together by eager.octav. `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU,
+`triton` is for CUDA devices. `auto`, the default, takes the fast one of each tensor's device, where there is a
+compiler, and eager elsewhere. It chooses when a tensor of that device first comes, so importing costs nothing.
 """
 
 import functools
@@ -21,8 +22,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels import compiled, eager, traced
+from qat_runner.quant.formats import Format
+from qat_runner.quant.kernels import compiled, traced
+from qat_runner.quant.pool import Pool
+from qat_runner.quant.tensors import recording
 
 
 class Backend(Protocol):
@@ -31,17 +34,17 @@ class Backend(Protocol):
     def octav(
         self,
         x: Tensor,
-        k: float,
-        signed: bool,
+        format: Format,
         dims: tuple[int, ...],
         guess: Tensor | None,
         iterations: int,
         tolerance: float,
+        pool: Pool | None = None,
     ) -> Tensor: ...
 
-    def fake_quantize(self, x: Tensor, s: Tensor, grid: Grid) -> Tensor: ...
+    def fake_quantize(self, x: Tensor, s: Tensor, format: Format) -> Tensor: ...
 
-    def fake_quantize_backward(self, grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor: ...
+    def fake_quantize_backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor: ...
 
 
 BACKENDS = ("eager", "compiled", "triton")
@@ -125,7 +128,7 @@ def backend(x: Tensor) -> Backend:
 
     Inside a torch.compile or a trace of the user's own it is what these can take in whole.
     """
-    return traced if eager.recording() else _backend_of(x.device.type, _asked)
+    return traced if recording() else _backend_of(x.device.type, _asked)
 
 
 @functools.cache

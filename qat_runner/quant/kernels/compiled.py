@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat_runner.quant.grid import Grid
+from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
+from qat_runner.quant.pool import Pool
+from qat_runner.quant.tensors import kept
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -41,22 +43,28 @@ def available() -> bool:
 
 
 def octav(
-    x: Tensor, k: float, signed: bool, dims: tuple[int, ...], guess: Tensor | None, iterations: int, tolerance: float
+    x: Tensor,
+    format: Format,
+    dims: tuple[int, ...],
+    guess: Tensor | None,
+    iterations: int,
+    tolerance: float,
+    pool: Pool | None = None,
 ) -> Tensor:
     """As `eager.octav`. Rows that fit into the processor's cache are read from memory once."""
     rows = rows_of(x, dims)
     library = _library_for(x)
-    if rows is None or library is None:
-        return eager.octav(x, k, signed, dims, guess, iterations, tolerance)
+    if rows is None or library is None or pool is not None:
+        return eager.octav(x, format, dims, guess, iterations, tolerance, pool)
     start = None if guess is None else guess.to(torch.float32).contiguous()
-    s = torch.empty(eager.kept(x, dims), dtype=torch.float32)
+    s = torch.empty(kept(x, dims), dtype=torch.float32)
     library.qat_octav(
         _half(x),
         rows.data_ptr(),
         *rows.shape,
         None if start is None else start.data_ptr(),
-        k,
-        signed,
+        format.rounding_noise,
+        format.signed,
         iterations,
         tolerance,
         torch.get_num_threads(),
@@ -65,35 +73,35 @@ def octav(
     return s
 
 
-def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
     library, flat = _library_for(x), with_scalars(x, s)
-    if library is None or flat is None:
-        return eager.fake_quantize(x, s, grid)
+    if library is None or flat is None or not isinstance(format, IntFormat):
+        return eager.fake_quantize(x, s, format)
     rows, scalars = flat
-    full_scale = grid.full_scale(scalars)
+    full_scale = format.full_scale(scalars)
     out = torch.empty_like(rows)
     library.qat_fake_quantize(
         _half(x),
         rows.data_ptr(),
         full_scale.data_ptr(),
         *rows.shape,
-        grid.resolution,
-        grid.lowest,
-        grid.highest,
+        format.resolution,
+        format.lowest,
+        format.highest,
         torch.get_num_threads(),
         out.data_ptr(),
     )
     return like(out, x)
 
 
-def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
+def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
     library, flat = _library_for(x), with_scalars(x, s)
     if library is None or flat is None or grad.dtype != x.dtype:
-        return eager.fake_quantize_backward(grad, x, s, signed, gradient)
+        return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
     grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(rows)
@@ -103,7 +111,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gra
         rows.data_ptr(),
         scalars.data_ptr(),
         *rows.shape,
-        signed,
+        format.signed,
         gradient == "mad",
         torch.get_num_threads(),
         out.data_ptr(),

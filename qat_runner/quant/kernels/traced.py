@@ -7,27 +7,30 @@ backward pass that is ours.
 import torch
 from torch import Tensor
 
-from qat_runner.quant.grid import Grid
-from qat_runner.quant.kernels.eager import compute_dtype, octav
+from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.kernels.eager import octav
+from qat_runner.quant.tensors import compute_dtype
 
 __all__ = ["fake_quantize", "fake_quantize_backward", "octav"]
 
 
-def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`."""
-    s = grid.full_scale(s.to(compute_dtype(x)))
-    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * grid.resolution
-    q = q.round().clamp(grid.lowest, grid.highest) * (1.0 / grid.resolution) * s
+    if not isinstance(format, IntFormat):
+        return format.fake_quantize(x, s)
+    s = format.full_scale(s.to(compute_dtype(x)))
+    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * format.resolution
+    q = q.round().clamp(format.lowest, format.highest) * (1.0 / format.resolution) * s
     return q if q.dtype == x.dtype else q.to(x.dtype)  # .to() of the same dtype would be an alias
 
 
-def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
+def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`."""
     if gradient == "ste":
         return grad
     s = s.to(compute_dtype(x))
     x = x.to(s.dtype)
-    low = -s if signed else torch.zeros_like(s)
+    low = -s if format.signed else torch.zeros_like(s)
     if gradient == "pwl":
         return torch.where((x <= s) & (x >= low), grad, 0.0)
     clipped = torch.minimum(torch.maximum(x, low), s)

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from qat_runner.quant.grid import Grid
+from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
+from qat_runner.quant.pool import Pool
+from qat_runner.quant.tensors import largest
 
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = {1024: 4, 4096: 8, 16384: 16}
@@ -31,54 +33,61 @@ SUMS = tl.constexpr(5)
 
 
 def octav(
-    x: Tensor, k: float, signed: bool, dims: tuple[int, ...], guess: Tensor | None, iterations: int, tolerance: float
+    x: Tensor,
+    format: Format,
+    dims: tuple[int, ...],
+    guess: Tensor | None,
+    iterations: int,
+    tolerance: float,
+    pool: Pool | None = None,
 ) -> Tensor:
     """As `eager.octav`; each row stops on its own."""
-    rows = rows_of(x, dims) if _serves(x) else None
+    rows = rows_of(x, dims) if _serves(x) and pool is None else None
     if rows is None:
-        return eager.octav(x, k, signed, dims, guess, iterations, tolerance)
-    start = (eager.largest(x, signed, dims) if guess is None else guess).to(torch.float32).contiguous()
+        return eager.octav(x, format, dims, guess, iterations, tolerance, pool)
+    k, signed = format.rounding_noise, format.signed
+    start = (largest(x, signed, dims) if guess is None else guess).to(torch.float32).contiguous()
     s = torch.empty_like(start)
     solve = _solve_short if rows.shape[1] <= max(REGISTERS) else _solve_long
     solve(rows, start, s, k, tolerance, iterations, signed, guess is None)
     return s
 
 
-def fake_quantize(x: Tensor, s: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
     flat = with_scalars(x, s) if _serves(x) else None
-    if flat is None:
-        return eager.fake_quantize(x, s, grid)
+    if flat is None or not isinstance(format, IntFormat):
+        return eager.fake_quantize(x, s, format)
     rows, scalars = flat
     out = torch.empty_like(rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize[(len(rows) * blocks,)](
         rows,
-        grid.full_scale(scalars),
+        format.full_scale(scalars),
         out,
         rows.shape[1],
         blocks,
-        float(grid.resolution),
-        float(grid.lowest),
-        float(grid.highest),
+        float(format.resolution),
+        float(format.lowest),
+        float(format.highest),
         BLOCK=BLOCK,
     )
     return like(out, x)
 
 
-def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
+def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
     flat = with_scalars(x, s) if _serves(x) else None
     if flat is None:
-        return eager.fake_quantize_backward(grad, x, s, signed, gradient)
+        return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
     grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(grad_rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize_backward[(len(rows) * blocks,)](
-        grad_rows, rows, scalars, out, rows.shape[1], blocks, SIGNED=signed, MAD=gradient == "mad", BLOCK=BLOCK
+        grad_rows, rows, scalars, out, rows.shape[1], blocks, SIGNED=format.signed, MAD=gradient == "mad", BLOCK=BLOCK
     )
     return like(out, x)
 

@@ -1,0 +1,285 @@
+"""Formats: what a number looks like, apart from its scale.
+
+A format has levels, in units of a clipping scalar s > 0, which belongs to a tensor or to a channel of it. All that
+depends on the levels is asked of the format: rounding to them, codes and back, how much noise rounding makes, the shape
+of the scalars, and what a code is called in an exported file. Quantizers, records, charts, export and kernels know no
+format by its parameters.
+
+The plain integers, `IntFormat`:
+
+|        | signed                                       | unsigned (e.g. after a ReLU)      |
+|--------|----------------------------------------------|-----------------------------------|
+| open   | D = s * 2^(1-B), codes -2^(B-1)..2^(B-1)-1   | D = s * 2^-B, codes 0..2^B-1      |
+| closed | D = s / (2^(B-1)-1), codes -s/D..s/D         | D = s / (2^B-1), codes 0..2^B-1   |
+
+Codes are round(x/D), clamped. Open formats are those of the paper (section 2, "Quantizers"): their step is
+s / 2^(B-1), not s / (2^(B-1) - 1), so an OCTAV scalar belongs to them and is wrong for the others. In a closed format,
+which is PACT's, the largest code lies at s itself; signed, the lowest one lies at -s.
+
+To add a format: a frozen dataclass that derives from `Format` and gives `levels`, `rounding_noise`, `encode` and
+`decode`. A kernel for it is a branch in a module of `kernels`; without one, `fake_quantize` below serves all backends.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from qat_runner.plugins import Registry
+from qat_runner.quant.tensors import compute_dtype
+
+BITS = range(2, 17)
+"""The bit-widths that can be quantized to. The paper uses 4 to 8."""
+
+Scalar = TypeVar("Scalar", Tensor, float)
+
+
+def check_bits(bits: object) -> None:
+    """Raises:
+    ValueError: `bits` is no integer in `BITS`.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        raise ValueError(f"bits={bits!r}: must be an integer from {BITS.start} to {BITS.stop - 1}")
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """What a number looks like, apart from its scale.
+
+    Args:
+        bits: of information in a code, 2 to 16: there are up to 2^bits levels.
+        signed: whether there are levels of both signs. What clips and is clipped are magnitudes, then: |x|, or else
+            max(x, 0).
+
+    Raises:
+        ValueError: `bits` is no integer in 2..16.
+    """
+
+    bits: int
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def with_sign(self, signed: bool) -> Self:
+        """The same format for tensors of the other kind."""
+        return replace(self, signed=signed)
+
+    @property
+    def name(self) -> str:
+        """A word for it, such as int4 or uint4."""
+        return f"{'' if self.signed else 'u'}{type(self).__name__.removesuffix('Format').lower()}{self.bits}"
+
+    @property
+    @abstractmethod
+    def levels(self) -> Sequence[float]:
+        """All values that there are, in units of s, rising."""
+
+    @property
+    @abstractmethod
+    def rounding_noise(self) -> float:
+        """k, such that rounding alone costs k s^2 on average: the model of J(s) (section 2 of the paper)."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, s: Tensor) -> Tensor:
+        """x, any shape and floating dtype -> codes, integers in the compute dtype; s >= 0, broadcastable to x."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, s: Tensor) -> Tensor:
+        """Codes -> the values that they stand for, in the dtype of the codes or of s, whichever is wider."""
+
+    def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        """Round x to the levels; the reference of what kernels do, and what there is where none serves.
+
+        Args:
+            x: any shape and floating dtype.
+            s: >= 0, broadcastable to x. Where s is 0 the result is 0; where it is NaN the result is NaN.
+
+        Returns:
+            Shape and dtype of x; no gradient is meant to flow.
+        """
+        s = s.to(compute_dtype(x))
+        q = self.decode(self.encode(x, s), s)
+        return q if q.dtype == x.dtype else q.to(x.dtype)
+
+    def scalar_shape(self, shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
+        """The shape of the clipping scalars of a tensor: [] for one, or one for each index of `dim`, the others 1."""
+        return () if dim is None else tuple(n if d == dim % len(shape) else 1 for d, n in enumerate(shape))
+
+    @property
+    def exported_type(self) -> str | None:
+        """The integer type that holds its codes in a file: int4, uint4, int8, ...; None: it cannot be exported."""
+        return None
+
+
+@dataclass(frozen=True)
+class StepFormat(Format):
+    """A format whose values are integers times a step size D = s / `levels_per_scalar`."""
+
+    @property
+    @abstractmethod
+    def levels_per_scalar(self) -> int:
+        """s / D: how many steps the clipping scalar holds."""
+
+    @property
+    @abstractmethod
+    def lowest(self) -> int:
+        """The smallest code."""
+
+    @property
+    @abstractmethod
+    def highest(self) -> int:
+        """The largest code."""
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that a code takes."""
+        return self.bits
+
+    def step(self, s: Scalar) -> Scalar:
+        """D, in units of s."""
+        return s / self.levels_per_scalar
+
+    def decode(self, codes: Tensor, s: Tensor) -> Tensor:
+        return codes * self.step(s)
+
+    @property
+    def storage_bits(self) -> int | None:
+        """Of the smallest integer type that holds its codes: 4, 8 or 16; None: there is none."""
+        return next((width for width in (4, 8, 16) if self.code_bits <= width), None)
+
+    @property
+    def exported_type(self) -> str | None:
+        return None if self.storage_bits is None else f"{'' if self.signed else 'u'}int{self.storage_bits}"
+
+
+@dataclass(frozen=True)
+class IntFormat(StepFormat):
+    """Plain integers: see the module's head.
+
+    Args:
+        bits: width B of a code, 2 to 16.
+        signed: codes of both signs if true, none below zero otherwise.
+        closed: the largest code lies at s if true, one step below it otherwise.
+    """
+
+    closed: bool = False
+
+    @property
+    def resolution(self) -> int:
+        """Steps from zero to the full scale, a power of two."""
+        return 1 << (self.bits - 1 if self.signed else self.bits)
+
+    @property
+    def levels_per_scalar(self) -> int:
+        """s / D: a power of two, or one less in a closed format."""
+        return self.resolution - self.closed
+
+    @property
+    def lowest(self) -> int:
+        return -self.levels_per_scalar if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        return self.resolution - 1
+
+    @property
+    def levels(self) -> Sequence[float]:
+        return [code / self.levels_per_scalar for code in range(self.lowest, self.highest + 1)]
+
+    @property
+    def rounding_noise(self) -> float:
+        """D^2 / 12 in units of s^2; open: 4^-B / 3, or 4^-B / 12 when unsigned."""
+        return 1.0 / (12.0 * self.levels_per_scalar**2)
+
+    def full_scale(self, s: Scalar) -> Scalar:
+        """The clipping scalar of the open format of the same step: s itself, or a step above it in a closed one.
+
+        In units of it a step is a power of two: scaling by it is exact, whatever it is.
+        """
+        return self.step(s) * self.resolution if self.closed else s
+
+    def in_steps(self, x: Tensor, s: Tensor) -> Tensor:
+        """x / D, which is what is rounded to a code; always fresh memory, in the compute dtype.
+
+        Works on x over the full scale, whose steps are powers of two: exact scaling, and no step size that underflows.
+
+        Args:
+            x: any shape and floating dtype.
+            s: >= 0, broadcastable to x. Where s is 0 it is taken for 1.
+        """
+        dtype = compute_dtype(x)
+        full_scale = self.full_scale(s.to(dtype))
+        divisor = torch.where(full_scale == 0, torch.ones_like(full_scale), full_scale)
+        return (x.to(dtype) / divisor).mul_(self.resolution)
+
+    def encode(self, x: Tensor, s: Tensor) -> Tensor:
+        return self.in_steps(x, s).round_().clamp_(self.lowest, self.highest)
+
+    def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        q = self.encode(x, s)
+        return q.mul_(1.0 / self.resolution).mul_(self.full_scale(s.to(q.dtype))).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class MidriseFormat(StepFormat):
+    """2^B levels, the odd multiples of s / (2^B - 1): there is no zero. DoReFa's weights lie on them.
+
+    Codes are the odd numbers, so they take a bit more than there are bits of information.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.signed:
+            raise ValueError("signed=False: levels without a zero lie on both sides of it")
+
+    @property
+    def levels_per_scalar(self) -> int:
+        return int(2**self.bits - 1)
+
+    @property
+    def lowest(self) -> int:
+        return -self.levels_per_scalar
+
+    @property
+    def highest(self) -> int:
+        return self.levels_per_scalar
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits + 1
+
+    @property
+    def levels(self) -> Sequence[float]:
+        return [code / self.levels_per_scalar for code in range(self.lowest, self.highest + 1, 2)]
+
+    @property
+    def rounding_noise(self) -> float:
+        """(2 D)^2 / 12 in units of s^2: levels lie two steps apart."""
+        return 1.0 / (3.0 * self.levels_per_scalar**2)
+
+    def encode(self, x: Tensor, s: Tensor) -> Tensor:
+        v = x.to(compute_dtype(x)) / torch.where(s == 0, 1.0, s)
+        highest = self.highest
+        return 2 * ((v + 1) * (highest / 2)).round().clamp(0, highest) - highest
+
+
+def as_format(format: Format | int) -> Format:
+    """A format as it is; of a number, the signed integers of so many bits.
+
+    Raises:
+        ValueError: the number is none in 2..16.
+    """
+    return format if isinstance(format, Format) else IntFormat(format)
+
+
+FORMATS: Registry[type[Format]] = Registry(
+    "number format",
+    "qat_runner.formats",
+    {"int": IntFormat},
+    valid=lambda kind: isinstance(kind, type) and issubclass(kind, Format),
+)
+"""By the name that policies and configs have for them; each is made of bits and signed alone."""

@@ -1,0 +1,141 @@
+"""The clipping methods: OCTAV (section 3 of the paper) and its rivals (section 5), learned ones (`learned`), by name.
+
+To add one: a frozen dataclass that derives from `ClippingMethod`, registered with `METHODS.register(name, class)` or by
+an installed package (see `plugins`).
+"""
+
+import difflib
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from qat_runner.plugins import Registry
+from qat_runner.quant import clipping
+from qat_runner.quant.formats import Format
+from qat_runner.quant.learned import LSQ, PACT
+from qat_runner.quant.quantizer import Call, ClippingMethod
+
+WARM_TOLERANCE = 1e-4
+"""Relative change of a scalar at which a training step that starts from the previous one's stops reading."""
+
+
+@dataclass(frozen=True)
+class Octav(ClippingMethod):
+    """MSE-optimal scalars by Newton-Raphson (Theorem 3.1): `clipping.octav`."""
+
+    name: ClassVar[str] = "octav"
+    pools: ClassVar[bool] = True
+
+    iterations: int = 10
+    """reads of a tensor a solution, from cold"""
+    warm_iterations: int | None = 6
+    """at most so many a training step, from the previous step's scalar, which is an excellent start; None: from cold,
+    in evaluation as well"""
+
+    def __post_init__(self) -> None:
+        clipping.check_iterations(self.iterations)
+        if self.warm_iterations is not None and self.warm_iterations < 1:
+            raise ValueError(f"warm_iterations={self.warm_iterations}: must be 1 or more")
+
+    @property
+    def warm(self) -> bool:  # type: ignore[override]
+        """Whether it starts from the previous scalars."""
+        return self.warm_iterations is not None
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """As `ClippingMethod.solve`; evaluation converges, whatever it starts from."""
+        if call.start is None or self.warm_iterations is None:
+            return clipping.octav(x, format, dim, self.iterations, check=call.check, pool=call.pool)
+        if not call.training:
+            return clipping.octav(x, format, dim, self.iterations, call.start, check=call.check, pool=call.pool)
+        return clipping.octav(
+            x,
+            format,
+            dim,
+            self.warm_iterations,
+            call.start,
+            tolerance=WARM_TOLERANCE,
+            check=call.check,
+            pool=call.pool,
+        )
+
+
+@dataclass(frozen=True)
+class Maximum(ClippingMethod):
+    """Max-scaling, nothing is clipped: `clipping.maximum`."""
+
+    name: ClassVar[str] = "max"
+    pools: ClassVar[bool] = True
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """As `ClippingMethod.solve`."""
+        return clipping.maximum(x, format, dim, check=call.check, pool=call.pool)
+
+
+@dataclass(frozen=True)
+class Percentile(ClippingMethod):
+    """A percentile of |x|: `clipping.percentile`."""
+
+    name: ClassVar[str] = "percentile"
+
+    q: float = 99.99
+    """above 0, at most 100, in percent"""
+
+    def __post_init__(self) -> None:
+        clipping.check_percentile(self.q)
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """As `ClippingMethod.solve`."""
+        return clipping.percentile(x, format, dim, self.q, check=call.check)
+
+
+@dataclass(frozen=True)
+class MseSweep(ClippingMethod):
+    """The best of some candidates by measured MSE: `clipping.mse_sweep`."""
+
+    name: ClassVar[str] = "mse_sweep"
+
+    points: int = 100
+    """candidates, 1 or more"""
+    together: bool = True
+    """rows of a weight share one candidate, as in the paper"""
+
+    def __post_init__(self) -> None:
+        clipping.check_points(self.points)
+
+    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
+        """As `ClippingMethod.solve`."""
+        return clipping.mse_sweep(x, format, dim, self.points, together=self.together, check=call.check)
+
+
+METHODS: Registry[type[ClippingMethod]] = Registry(
+    "clipping method",
+    "qat_runner.clipping",
+    {kind.name: kind for kind in (Octav, Maximum, Percentile, MseSweep, LSQ, PACT)},
+    valid=lambda kind: isinstance(kind, type) and issubclass(kind, ClippingMethod),
+)
+"""By name."""
+
+
+def clipping_method(name: str, **options: Any) -> ClippingMethod:
+    """A clipping method with its options, which it checks.
+
+    Args:
+        name: a name in METHODS.
+        **options: its fields, e.g. iterations=10, q=99.9.
+
+    Raises:
+        ValueError: no such method, or an option out of range.
+        TypeError: an option that the method does not have.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{hint}")
+    kind = METHODS[name]
+    known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    for option in options:
+        if option not in known:
+            raise TypeError(f"clipping {name!r} has no option {option!r}, only {', '.join(known) or 'none'}")
+    return kind(**options)

@@ -1,0 +1,44 @@
+"""What all of this package asks of a tensor: the dtype to compute in, magnitudes, rows, and whether it is recorded."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+
+def recording() -> bool:
+    """Whether operations are recorded for later tensors than these: by torch.compile, torch.jit.trace or make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(torch.jit.is_tracing()) or get_proxy_mode() is not None  # type: ignore[attr-defined, no-untyped-call]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that x is reduced and rounded in: float64 for float64, else float32 (fp16, bf16, float32)."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def magnitudes(x: Tensor, signed: bool) -> Tensor:
+    """What is clipped: |x| in a signed format, max(x, 0) in an unsigned one; fresh memory, in `compute_dtype`."""
+    a = x.abs() if signed else x.clamp(min=0)
+    return a.to(compute_dtype(x))
+
+
+def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
+    """The shape of x with size 1 in dims: that of its clipping scalars."""
+    return [1 if d in dims else n for d, n in enumerate(x.shape)]
+
+
+def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
+    """The largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
+
+    The extremes of x are read where they lie: |x| would be a copy.
+    """
+    if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
+        return magnitudes(x, signed)
+    if math.prod([x.shape[d] for d in dims]) == 0:
+        return x.new_zeros(kept(x, dims), dtype=compute_dtype(x))
+    top = x.amax(dims, keepdim=True)
+    top = torch.maximum(top, -x.amin(dims, keepdim=True)) if signed else top.clamp(min=0)
+    return top.to(compute_dtype(x))

@@ -1,0 +1,190 @@
+"""Rules: which tensors they are about, what overrides what, files, and networks that are saved with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qat_runner.insertion import Policy, PolicyError, Rule, load, quantize_model, quantized_tensors, save, summary
+from qat_runner.insertion.insert import policy_of, wanted
+from qat_runner.quant import LearnedQuantizer, Octav, Percentile
+
+
+class Net(nn.Module):
+    """Two blocks of two convolutions, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.block1 = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.block2 = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.hidden = nn.Linear(4 * 64, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block2(self.block1(self.stem(x).relu()).relu()).relu()
+        out: torch.Tensor = self.head(self.hidden(x.flatten(1)).relu())
+        return out
+
+
+X = torch.randn(4, 3, 8, 8)
+
+
+def bits(model: nn.Module) -> dict[str, int]:
+    return {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
+
+
+def test_later_rules_override_earlier_ones() -> None:
+    rules = (
+        Rule("block2.*", bits=3),
+        Rule("block?.0.weight", bits=2, clipping=Percentile(99.0)),
+        Rule("*", "Linear", bits=6),
+        Rule("hidden.input", bits=32),
+    )
+    model = quantize_model(Net(), 4, rules=rules, example=X)
+    assert bits(model) == {
+        "stem.weight": 8,
+        "stem.input": 8,
+        "block1.0.weight": 2,
+        "block1.0.input": 4,
+        "block1.2.weight": 4,
+        "block1.2.input": 4,
+        "block2.0.weight": 2,
+        "block2.0.input": 3,
+        "block2.2.weight": 3,
+        "block2.2.input": 3,
+        "hidden.weight": 6,
+        "head.weight": 6,
+        "head.input": 6,
+    }
+    methods = {t.name: t.quantizer.method for t in quantized_tensors(model)}
+    assert methods["block1.0.weight"] == Percentile(99.0) and methods["block1.0.input"] == Octav()
+    model(X).sum().backward()
+
+
+def test_ends_have_names_and_follow_the_order_of_calls() -> None:
+    model = quantize_model(Net(), 4, first_last_bits=None, rules=(Rule("first.input", bits=6), Rule("last", bits=7)))
+    changed = {name: n for name, n in bits(model).items() if n != 4}
+    assert changed == {"stem.input": 6, "head.weight": 7, "head.input": 7}
+    assert [rule.match for rule in policy_of(model).rules[-2:]] == ["stem.input", "head.*"]
+
+
+def test_methods_may_be_mixed() -> None:
+    rules = [Rule("block1.*", clipping=Octav(warm_iterations=None), dynamic=False)]
+    policy = Policy.of(4, "lsq", rules=rules)
+    assert policy.needs_calibration
+    model = quantize_model(Net(), policy, example=X)
+    learned = {t.layer for t in quantized_tensors(model) if isinstance(t.quantizer, LearnedQuantizer)}
+    assert learned == {"stem", "block2.0", "block2.2", "hidden", "head"}
+    assert {t.quantizer.mode for t in quantized_tensors(model) if t.layer.startswith("block1")} == {"static"}
+    assert all(wanted(model, t).clipping.learned == (t.layer in learned) for t in quantized_tensors(model))
+    assert "learned" in summary(model) and "static" in summary(model)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"match": "a", "bits": 1}, "rule 'a': bits=1: must be 2 to 16, or 32 for full precision"),
+        ({"match": "a", "bits": "4"}, "rule 'a': bits='4'"),
+        ({"match": "a", "bits": True}, "rule 'a': bits=True"),
+        ({"match": "a", "width": 4}, "rule 'a': unknown setting 'width', only match, type, bits"),
+        ({"bits": 4}, "needs match"),
+        ({"match": ""}, "match='': must be a glob"),
+        ({"match": "a", "gradient": "best"}, "gradient='best': must be one of ste, pwl, mad, mph"),
+        ({"match": "a", "format": "int9"}, "format='int9': must be one of int"),
+        ({"match": "a", "granularity": "row"}, "granularity='row'"),
+        ({"match": "a", "eval_mode": ["last"]}, "eval_mode="),
+        ({"match": "a", "dynamic": "no"}, "dynamic='no': must be true or false"),
+        ({"match": "a", "clipping": "octva"}, "rule 'a': clipping='octva': must be one of octav"),
+        ({"match": "a", "clipping": {"name": "max", "q": 3}}, "rule 'a': clipping 'max' has no option 'q'"),
+        ({"match": "a", "clipping": 3}, "rule 'a': clipping=3: must be a name"),
+        ("layer4.*", "must be a mapping of match"),
+        ({1: 2}, "must be a mapping of match"),
+    ],
+)
+def test_rules_that_are_none(rule: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is looked at below
+        Policy.from_list([rule])
+    assert message in str(error.value)
+
+
+def test_a_policy_that_does_not_go_with_the_network() -> None:
+    model = Net()
+    for rule in (Rule("block3.*", bits=2), Rule("head.bias", bits=2)):
+        with pytest.raises(PolicyError, match="is about no layer or tensor that can be quantized"):
+            quantize_model(model, 4, rules=[rule], example=X)
+    with pytest.raises(PolicyError, match="leaves all of Net in full precision"):
+        quantize_model(model, Policy((Rule("*", bits=4), Rule("*", bits=32))), example=X)
+    with pytest.raises(TypeError, match="a policy says all that there is to say"):
+        quantize_model(model, Policy.of(4), gradient="ste")
+    with pytest.raises(ValueError, match="a policy must be a list of rules, not str"):
+        Policy.from_list("*")
+    assert not quantized_tensors(model) and policy_of(model) == Policy()
+    quantize_model(model, 4)  # and after all that it still can be
+
+
+def test_plain_values_say_it_all() -> None:
+    policy = Policy.of(
+        *(5, "percentile", "pwl"),
+        q=99.0,
+        weight_bits=3,
+        activation_bits=32,
+        keep=["a[0]"],
+        quantize_head=False,
+        rules=[Rule("layer4.*", clipping=Octav(iterations=3), eval_mode="last")],
+    )
+    assert Policy.from_list(policy.as_list()) == policy
+    assert {"match": "*", "bits": 32} in [{k: rule[k] for k in ("match", "bits")} for rule in policy.as_list()[:1]]
+    assert Policy.of(32).full_precision and not policy.full_precision
+    assert not Policy.of(32, rules=[Rule("fc", bits=4)]).full_precision and not Policy().full_precision
+    assert not Policy((Rule("fc", bits=32),)).full_precision
+
+
+@pytest.mark.parametrize("clipping", ["octav", "lsq", "pact"])
+def test_a_saved_network_is_made_again_in_one_call(clipping: str, tmp_path: Path) -> None:
+    class Backwards(Net):  # whose registration says another order than its calls
+        def __init__(self) -> None:
+            super().__init__()
+            modules = dict(self._modules)
+            for name in reversed(modules):
+                del self._modules[name]
+                self._modules[name] = modules[name]
+
+    model = quantize_model(Backwards(), 4, clipping, rules=[Rule("block2.*.weight", bits=2)], example=X)
+    for t in quantized_tensors(model):
+        if not t.quantizer.ready or t.quantizer.dynamic:
+            t.quantizer.assign(torch.tensor(1.5))
+    model(X).sum().backward()
+    expected = model.eval()(X)
+    save(model, tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", Backwards()).eval()
+    assert torch.equal(again(X), expected)
+    assert summary(again) == summary(model) and policy_of(again) == policy_of(model)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+    save(again, tmp_path / "net.pt")
+    assert torch.equal(load(tmp_path / "net.pt", Backwards()).eval()(X), expected)
+
+
+def test_what_cannot_be_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    with pytest.raises(ValueError, match="Net holds no quantizers"):
+        save(Net(), path)
+    with pytest.raises(FileNotFoundError):
+        load(path, Net())
+    path.write_bytes(b"no file of torch")
+    with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
+        load(path, Net())
+    torch.save(Net().state_dict(), path)
+    with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
+        load(path, Net())
+    torch.save({"format": "qat_runner.network.1", "policy": "all of it"}, path)
+    with pytest.raises(ValueError, match=r"net\.pt: its policy is no list"):
+        load(path, Net())
+    save(quantize_model(Net(), 4, example=X), path)
+    small = Net()
+    small.head = nn.Linear(8, 3)
+    with pytest.raises(ValueError, match=r"net\.pt: does not fit Net \(.*head\.weight"):
+        load(path, small)
+    assert not quantized_tensors(small)
