@@ -2,21 +2,68 @@
 
 In a training loop of your own:
 
-    from qat_runner import calibrate, freeze, noise_report, quantize_model
+    import qat_runner as qat
+
+    qat.quantize(model, bits=4, example=x)
+    ...
+    qat.freeze(model, "averaged", batches)
+    qat.save(model, "network.pt")
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model
+    from qat_runner.exporting.network import export
+    from qat_runner.insertion import (
+        Policy,
+        Rule,
+        calibrate,
+        freeze,
+        load,
+        noise_report,
+        quantize_model,
+        remove_quantizers,
+        save,
+        summary,
+    )
+    from qat_runner.insertion import quantize_model as quantize
+    from qat_runner.insertion import quantized_tensors as tensors
+    from qat_runner.quant import fake_quantize, octav
 
-__all__ = ["calibrate", "freeze", "noise_report", "quantize_model"]
+__all__ = [
+    "Policy",
+    "Rule",
+    "calibrate",
+    "export",
+    "fake_quantize",
+    "freeze",
+    "load",
+    "noise_report",
+    "octav",
+    "quantize",
+    "quantize_model",
+    "remove_quantizers",
+    "save",
+    "summary",
+    "tensors",
+]
+
+_ELSEWHERE = {
+    "export": "exporting.network.export",
+    "fake_quantize": "quant.fake_quantize",
+    "octav": "quant.octav",
+    "quantize": "insertion.quantize_model",
+    "tensors": "insertion.quantized_tensors",
+}
+"""What does not lie in `insertion` under the same name."""
 
 
 def __getattr__(name: str) -> Any:
     """Import the library when it is first asked for: the commands answer --help before PyTorch is loaded."""
-    if name in __all__:
-        from qat_runner import insertion
-
-        return getattr(insertion, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _ELSEWHERE.get(name, f"insertion.{name}").rpartition(".")
+    thing = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = thing
+    return thing

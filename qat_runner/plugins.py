@@ -1,7 +1,7 @@
 """Things by name: those of this package, and those of others.
 
-Somebody else's are registered in a line, `REGISTRY.register(name, thing)`, or come with an installed package whose
-entry points name them, for instance in its pyproject.toml:
+Somebody else's are registered in a line, `METHODS.register(name, thing)`, or come with an installed package whose entry
+points name them, for instance in its pyproject.toml:
 
     [project.entry-points."qat_runner.clipping"]
     mean_multiple = "my_package.clipping:MeanMultiple"
@@ -10,46 +10,63 @@ An entry point is looked for only when a name is none of ours, and what it names
 config names a thing that is installed, and cannot say where code lies.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
-    """A mapping from names to things of one kind.
+class Registry(MutableMapping[str, T], Generic[T]):
+    """A mapping from names to things of one kind. Setting an item registers it for this process.
 
     Args:
         kind: what messages call one of them, such as "clipping method".
         group: of the entry points of installed packages that add to them.
         own: this package's.
         valid: asked of what others add; None: anything goes.
+        of: from what an entry point names to the thing.
     """
 
-    def __init__(self, kind: str, group: str, own: Mapping[str, T], valid: Callable[[T], bool] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        own: Mapping[str, T],
+        valid: Callable[[T], bool] | None = None,
+        of: Callable[[Any], T] = lambda named: named,
+    ) -> None:
         self.kind, self.group = kind, group
-        self._things: dict[str, T] = dict(own)
-        self._valid = valid
+        self._own, self._things = frozenset(own), dict(own)
+        self._valid, self._of = valid, of
 
     def register(self, name: str, thing: T) -> T:
-        """Add a thing, for this process.
+        """Add a thing under a name that is none of this package's; one that was registered before is replaced, as in a
+        notebook that defines it anew.
 
         Returns:
             The thing.
 
         Raises:
-            ValueError: the name is taken by another.
+            ValueError: the name is taken.
             TypeError: it is no such thing.
         """
-        if self._things.get(name, thing) is not thing:
-            raise ValueError(f"{self.kind} {name!r}: there is one of that name already")
-        self._check(name, thing)
-        self._things[name] = thing
+        if name in self._own:
+            raise ValueError(f"{self.kind} {name!r}: this name is taken")
+        self[name] = thing
         return thing
 
-    def forget(self, name: str) -> None:
-        """Undo `register`, as in a notebook where a thing is defined anew."""
+    def __setitem__(self, name: str, thing: T) -> None:
+        """Add a thing, in the place of one of that name.
+
+        Raises:
+            TypeError: it is no such thing.
+        """
+        if self._valid is not None and not self._valid(thing):
+            raise TypeError(f"{name!r} is no {self.kind}: {thing!r}")
+        self._things[name] = thing
+
+    def __delitem__(self, name: str) -> None:
         del self._things[name]
 
     def __getitem__(self, name: str) -> T:
@@ -60,11 +77,11 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._things:
             point = self._installed()[name]
             try:
-                thing: T = point.load()
-            except Exception as error:
-                raise TypeError(f"{self.kind} {name!r}: {point.value} cannot be imported ({error})") from error
-            self._check(name, thing)
-            self._things[name] = thing
+                thing = self._of(point.load())
+            except Exception as error:  # whatever somebody's module may raise
+                reason = " ".join(str(error).split())
+                raise TypeError(f"{self.kind} {name!r}: {point.value} cannot be imported ({reason})") from error
+            self[name] = thing
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
@@ -74,11 +91,7 @@ class Registry(Mapping[str, T], Generic[T]):
         yield from dict.fromkeys((*self._things, *self._installed()))
 
     def __len__(self) -> int:
-        return len(list(iter(self)))
+        return sum(1 for _ in self)
 
     def _installed(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self.group)}
-
-    def _check(self, name: str, thing: T) -> None:
-        if self._valid is not None and not self._valid(thing):
-            raise TypeError(f"{name!r} is no {self.kind}: {thing!r}")

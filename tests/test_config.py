@@ -10,6 +10,7 @@ from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.errors import ConfigError
 from qat_runner.models import BERTS, MODELS
+from qat_runner.quant import Percentile
 
 Compose = Callable[..., Config]
 
@@ -76,7 +77,7 @@ def test_what_follows_from_the_rest(composed: Compose) -> None:
     config = composed("bits=6", "weight_bits=3", "epochs=2", "lr=0.5")
     assert (config.weight_bits, config.activation_bits, config.epochs, config.lr) == (3, 6, 2, 0.5)
     assert composed("mode=retrain", "weights=w.pt").epochs == config.recipe.retrain.epochs
-    assert composed("clipping=percentile", "clipping.q=99.9").clipping.options() == {"q": 99.9}
+    assert composed("clipping=percentile", "clipping.q=99.9").clipping.method == Percentile(99.9)
 
 
 def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

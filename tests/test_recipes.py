@@ -4,8 +4,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from qat_runner.config import Config, StageConfig, from_hydra
-from qat_runner.config.composing import compose_config, config_dir
+from qat_runner.config import Config, StageConfig, config_dir, from_hydra
+from qat_runner.config.composing import compose_config
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 SCRATCH = {  # epochs, GPUs x batch, lr, weight decay, epochs between decays

@@ -10,9 +10,19 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qat_runner.config import Config, StageConfig, from_hydra, identity, read_config, register, run_folder, run_name
+from qat_runner.config import (
+    Config,
+    StageConfig,
+    config_dir,
+    from_hydra,
+    identity,
+    read_config,
+    register,
+    run_folder,
+    run_name,
+)
 from qat_runner.config import versions as v
-from qat_runner.config.composing import HYDRA_VERSION_BASE, config_dir
+from qat_runner.config.composing import HYDRA_VERSION_BASE
 from qat_runner.errors import ConfigError, UnreadableError
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "docs/results/configs").glob("*.yaml"))

@@ -26,7 +26,7 @@ CHECKPOINTS = ("last", "previous", "best")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from qat_runner.export.formats import FORMATS
+    from qat_runner.exporting.formats import FORMATS
     from qat_runner.insertion import FREEZING
 
     parser = argparse.ArgumentParser(
@@ -60,16 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from qat_runner.export import exporting
+    from qat_runner.exporting import runs
 
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
-        print(exporting.text_of_rules(exporting.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
+        print(runs.text_of_rules(runs.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
         return
-    out = args.out or args.run_dir / exporting.FOLDER
-    request = exporting.Request(
+    out = args.out or args.run_dir / runs.FOLDER
+    request = runs.Request(
         args.run_dir, out, args.scalars, args.batches, args.checkpoint, not args.no_fold, tuple(args.formats)
     )
-    print(f"\n{exporting.text(exporting.export(request))}\n\n{out}")
+    print(f"\n{runs.text(runs.export(request))}\n\n{out}")

@@ -38,12 +38,11 @@ from tqdm import tqdm
 
 from qat_runner import distributed
 from qat_runner.cli.explain import explain
-from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
+from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register, run_name
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
     compose_config,
-    config_dir,
     quoted,
     shipped_configs,
 )
@@ -80,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     detach = _DETACH in args
     args = [_with_home(arg) for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
-    register()
     failures: list[QatError] = []
     asked: list[Path] = []
     made: list[Path] = []
     code = 0
     try:
+        register()
         args += _rows_of_experiment(args, sweep)
         if distributed.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")

@@ -1,6 +1,7 @@
 """The config of a run: its schema, what follows from the rest, what is refused, and which runs are the same."""
 
 from qat_runner.config.fingerprints import path_of
+from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import (
     clipping_label,
     differences,
@@ -24,7 +25,6 @@ from qat_runner.config.schema import (
     ModelConfig,
     RecipeConfig,
     StageConfig,
-    register,
 )
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "baseline_of",
     "check",
     "clipping_label",
+    "config_dir",
     "differences",
     "flat",
     "from_hydra",

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -15,9 +14,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_runner.config import hydras_own
+from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.resolving import from_hydra, scaled_lr
-from qat_runner.config.schema import Config, register
+from qat_runner.config.schema import Config
 from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -26,15 +26,9 @@ _OF_STAGE = ("epochs", "batch_size", "lr")
 """Keys that follow from the recipe unless they are given."""
 
 
-def config_dir() -> Path:
-    """The folder of Hydra configs: inside the package where it is installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
-
-
 @contextmanager
 def shipped_configs() -> Iterator[None]:
-    """While open, Hydra composes from the shipped configs."""
+    """While open, Hydra composes from the shipped configs and those of installed packages."""
     register()
     with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
         yield
@@ -124,10 +118,16 @@ def command(config: Config) -> str | None:
     changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
-        overrides = [*choices(config), *(f"{key}={quoted(values[key])}" for key in keys if key != "weights"), *place]
+        said = [f"{_free(key)}{key}={quoted(values[key])}" for key in keys if key != "weights"]
+        overrides = [*choices(config), *said, *place]
         if _gives(overrides, config):
             return shlex.join(["qat-run", *overrides])
     return None
+
+
+def _free(key: str) -> str:
+    """What Hydra wants before a key that the schema does not name."""
+    return "++" if key.startswith("clipping.options.") else ""
 
 
 def _follows(key: str, config: Config) -> bool:
@@ -159,6 +159,8 @@ def quoted(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(quoted, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{quoted(item)}' for key, item in value.items())}}}"
     if not isinstance(value, str):
         return str(value)
     if re.fullmatch(r"[A-Za-z_/.][\w/.+:-]*", value, re.ASCII) and value.lower() not in _READ_OTHERWISE:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
@@ -409,8 +408,3 @@ class Config:
         policy = self.quantization
         wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
         return wanted and self.mode != "evaluate" and not policy.full_precision
-
-
-def register() -> None:
-    """Make the schema known to Hydra, as config `schema`."""
-    ConfigStore.instance().store(name="schema", node=Config)

@@ -7,6 +7,8 @@ here, too.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qat_runner.plugins import Registry
+
 
 @dataclass(frozen=True)
 class TaskFacts:
@@ -38,30 +40,47 @@ PICTURE_KEYS = frozenset(
     )
 )
 
-FACTS: dict[str, TaskFacts] = {
-    "classification": TaskFacts(
-        metric="top1",
-        modes=("scratch", "retrain", "long_retrain"),
-        own_keys=PICTURE_KEYS,
-        calibration_batches=5,
-        calibration_batch_size=64,
-        first_last_bits=8,
-    ),
-    "question_answering": TaskFacts(
-        metric="f1",
-        modes=("finetune", "scratch", "retrain", "long_retrain"),
-        own_keys=frozenset(
-            (
-                *("model.checkpoint", "dataset.max_length", "dataset.stride", "dataset.padding", "dataset.one_window"),
-                *("dataset.train_questions", "dataset.val_questions", "dataset.n_best", "dataset.max_answer_length"),
-            )
+FACTS: Registry[TaskFacts] = Registry(
+    "task",
+    "qat_runner.tasks",
+    {
+        "classification": TaskFacts(
+            metric="top1",
+            modes=("scratch", "retrain", "long_retrain"),
+            own_keys=PICTURE_KEYS,
+            calibration_batches=5,
+            calibration_batch_size=64,
+            first_last_bits=8,
         ),
-        calibration_batches=10,
-        calibration_batch_size=4,
-        quantize_head=False,
-        linear_granularity="channel",
-    ),
-}
+        "question_answering": TaskFacts(
+            metric="f1",
+            modes=("finetune", "scratch", "retrain", "long_retrain"),
+            own_keys=frozenset(
+                (
+                    *(
+                        "model.checkpoint",
+                        "dataset.max_length",
+                        "dataset.stride",
+                        "dataset.padding",
+                        "dataset.one_window",
+                    ),
+                    *(
+                        "dataset.train_questions",
+                        "dataset.val_questions",
+                        "dataset.n_best",
+                        "dataset.max_answer_length",
+                    ),
+                )
+            ),
+            calibration_batches=10,
+            calibration_batch_size=4,
+            quantize_head=False,
+            linear_granularity="channel",
+        ),
+    },
+    valid=lambda facts: isinstance(facts, TaskFacts),
+    of=lambda task: task.facts,
+)
 """By name. Tasks of others can be added: `qat_runner.tasks.register`."""
 
 

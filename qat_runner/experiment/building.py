@@ -100,8 +100,9 @@ def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> Non
     """Refuse to measure a network whose scalars are not there, or not what the config says of them."""
     tensors = quantized_tensors(model)
     for tensor in tensors:
-        wanting = not tensor.quantizer.ready
-        if wanting or (tensor.quantizer.dynamic and not wanted(model, tensor).dynamic):
+        wanting, policy = not tensor.quantizer.ready, wanted(model, tensor)
+        wants_static = not (policy.dynamic or policy.clipping.learned)
+        if wanting or (wants_static and tensor.quantizer.dynamic):
             what = "no" if wanting else "no static"
             raise ConfigError(
                 f"weights={weights}: holds {what} clipping scalars for {tensor.name} at these bits, which "

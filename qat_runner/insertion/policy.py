@@ -247,8 +247,8 @@ class Policy:
                 general |= rule.settings()
         usual = TensorPolicy(**general)
         if usual.synchronize and not (usual.clipping.pools or usual.clipping.learned):
-            able = ", ".join(name for name, method in METHODS.items() if method.pools)
-            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes, {able} can")
+            able = " and ".join(name for name, method in METHODS.items() if method.pools)
+            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes: {able} can")
 
     @classmethod
     def of(

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from qat_runner.models.cifar_resnet import CifarResNet
+from qat_runner.plugins import Registry
 
 STEMS = ("auto", "imagenet", "small")
 """imagenet: the published network. small: the first strides are 1, and no max pooling follows the first convolution."""
@@ -54,11 +55,16 @@ TORCHVISION_MODELS = (
 )
 """The models that have published weights."""
 
-MODELS: dict[str, Callable[[int, bool, float], nn.Module]] = {
-    **{name: _resnet(name) for name in TORCHVISION_MODELS if name.startswith("resnet")},
-    **{name: _mobilenet(name) for name in TORCHVISION_MODELS if name.startswith("mobilenet")},
-    **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
-}
+MODELS: Registry[Callable[[int, bool, float], nn.Module]] = Registry(
+    "model",
+    "qat_runner.models",
+    {
+        **{name: _resnet(name) for name in TORCHVISION_MODELS if name.startswith("resnet")},
+        **{name: _mobilenet(name) for name in TORCHVISION_MODELS if name.startswith("mobilenet")},
+        **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
+    },
+    valid=callable,
+)
 """Name -> (number of classes, small stem, width) -> model, from pictures [N, 3, H, W] to logits [N, classes]."""
 
 

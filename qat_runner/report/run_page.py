@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.export import exporting
+from qat_runner.exporting import runs
 from qat_runner.report import page
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
@@ -83,7 +83,7 @@ def write(folder: Path, out: Path) -> Path:
     rows = read(LAYERS) or []
     curves, noise = _curves(epochs, read(STEPS) or [], task_of(config)), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
-    exported = read(EXPORT, folder / exporting.FOLDER)
+    exported = read(EXPORT, folder / runs.FOLDER)
     settings, state = sections(config), status(folder)
     if state.state == "unreadable" and state.note not in unreadable:
         unreadable.append(state.note)
@@ -107,7 +107,7 @@ def write(folder: Path, out: Path) -> Path:
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
-        "exported": None if exported is None else exporting.text(exported),
+        "exported": None if exported is None else runs.text(exported),
         **_again(config, environment),
     }
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)

@@ -4,6 +4,7 @@ from typing import Any
 
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
+from qat_runner.plugins import Registry
 from qat_runner.tasks.classification import Classification
 from qat_runner.tasks.question_answering import QuestionAnswering
 from qat_runner.tasks.task import Task, joined, separate
@@ -11,20 +12,21 @@ from qat_runner.tasks.totals import Totals
 
 __all__ = ["TASKS", "Task", "Totals", "joined", "register", "separate", "task_of"]
 
-TASKS: dict[str, Task[Any]] = {}
+TASKS: Registry[Task[Any]] = Registry(
+    "task",
+    "qat_runner.tasks",
+    {task.name: task for task in (Classification(), QuestionAnswering())},
+    valid=lambda task: isinstance(task, Task),
+)
 """By name."""
 
 
 def register(task: Task[Any]) -> None:
     """Let data sets be of a task: `dataset.task` may name it from then on."""
-    TASKS[task.name] = task
-    FACTS[task.name] = task.facts
+    TASKS.register(task.name, task)
+    FACTS.register(task.name, task.facts)
 
 
 def task_of(config: Config) -> Task[Any]:
     """The task of a resolved config's data set."""
     return TASKS[config.dataset.task]
-
-
-register(Classification())
-register(QuestionAnswering())

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
-from qat_runner.export import exporting, verify
-from qat_runner.export.formats import read_safetensors
+from qat_runner.exporting import runs as exporting
+from qat_runner.exporting import verify
+from qat_runner.exporting.formats import read_safetensors
 from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
@@ -268,5 +269,5 @@ def test_pact_and_its_widest_weights(
     assert qat_run([*FAKE, "run_dir=wide", "clipping=pact", "weight_bits=16"]) == 0
     capsys.readouterr()
     assert command.main(["wide"]) == 2
-    assert "wide: DoReFa's weights of 16 bits have codes of 17" in capsys.readouterr().err
+    assert "numbers of format midrise16, whose codes no integer type holds" in capsys.readouterr().err
     assert not (tmp_path / "wide" / "export").exists()

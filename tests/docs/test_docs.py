@@ -244,7 +244,7 @@ def test_examples_run(path: Path, place: Path, capsys: pytest.CaptureFixture[str
 def example() -> Iterator[type[ClippingMethod]]:
     """The clipping method of the docs, which registers itself."""
     yield runpy.run_path(str(DOCS / "examples" / "mean_multiple.py"))["MeanMultiple"]
-    METHODS.forget("mean_multiple")
+    del METHODS["mean_multiple"]
 
 
 @pytest.mark.parametrize("signed", [True, False])

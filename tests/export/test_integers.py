@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import qat_runner as qat
 from qat_runner.errors import ConfigError, RunError
-from qat_runner.export import fold_batchnorm, to_integers
-from qat_runner.export.formats import (
+from qat_runner.exporting import fold_batchnorm, to_integers
+from qat_runner.exporting.formats import (
     DESCRIPTION,
     Signature,
     _pack,
@@ -30,8 +31,8 @@ from qat_runner.export.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.export.integer import IntegerConv2d, IntegerLinear, StaticGrid
-from qat_runner.export.verify import Figures, OnnxFile, paired_standard_error, require
+from qat_runner.exporting.integer import IntegerConv2d, IntegerLinear, StaticGrid
+from qat_runner.exporting.verify import Figures, OnnxFile, paired_standard_error, require
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
@@ -377,3 +378,32 @@ def test_the_standard_error_of_a_paired_difference(gained: int, lost: int, sampl
     differences = torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * (samples - gained - lost), dtype=torch.float64)
     expected = 100 * differences.std(correction=0).item() / math.sqrt(samples)
     assert paired_standard_error(gained, lost, samples) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2", "net.safetensors"])
+def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
+    model, x = frozen(8)
+    expected = model(x)
+    integers = qat.export(model, tmp_path / name, x)
+    torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.05)  # BatchNorm is folded
+    assert torch.equal(model(x), expected)  # which is as it was
+    if name.endswith("pt2"):
+        (found,) = read_program(tmp_path / name)(x[:3])
+        torch.testing.assert_close(found, integers(x[:3]))
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxruntime")
+        torch.testing.assert_close(OnnxFile(tmp_path / name, fused=False)([x]), integers(x), rtol=0, atol=0.05)
+    if name.endswith("safetensors"):
+        assert json.loads((tmp_path / "net.json").read_text())["inputs"] == ["input"]
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    model, x = frozen(8)
+    with pytest.raises(ValueError, match=r"net\.tflite: must end in one of \.onnx, \.pt2, \.safetensors"):
+        qat.export(model, tmp_path / "net.tflite", x)
+    dynamic = quantize_model(nn.Sequential(nn.Linear(4, 3)), 4, example=torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"0\.input has dynamic clipping scalars: freeze"):
+        qat.export(dynamic, tmp_path / "net.pt2", torch.randn(2, 4))
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        qat.export(nn.Linear(4, 3), tmp_path / "net.pt2", torch.randn(2, 4))
+    assert not list(tmp_path.iterdir())

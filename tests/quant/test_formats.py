@@ -24,7 +24,7 @@ from qat_runner.quant import (
     mse,
     octav,
 )
-from tests.quant.codebook import Codebook
+from tests.plugins.my_package.codebook import Codebook
 
 KINDS = [
     *(IntFormat(b, signed, closed) for b in (2, 3, 4, 8) for signed in (True, False) for closed in (True, False)),
@@ -99,7 +99,7 @@ def test_what_is_no_format() -> None:
 def codebook() -> Iterator[None]:
     FORMATS.register("codebook", Codebook)
     yield
-    FORMATS.forget("codebook")
+    del FORMATS["codebook"]
 
 
 def test_a_codebook_in_a_network(codebook: None, tmp_path: Path) -> None:

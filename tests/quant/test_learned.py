@@ -161,6 +161,8 @@ def test_half_precision_costs_lsq_no_more_than_its_rounding(
     x = (x[:, 0] if len(shape) == 2 else x).to(dtype)
     upstream = torch.randn(x.shape, generator=generator).to(dtype)
     q = ready(LSQ(), x, signed=signed, shape=shape, bits=bits)
+    if (q.learned == 0).any():  # a row without a positive element, unsigned
+        return
     mine = x.clone().requires_grad_()
     out = q(mine)
     out.backward(upstream)

@@ -24,7 +24,7 @@ def _mse(x: np.ndarray, s: float, bits: int, signed: bool) -> float:
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_sweep_is_a_search_by_brute_force(signed: bool) -> None:
     model = quantize_model(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)), example=torch.randn(16, 8))
-    tensor = next(t for t in quantized_tensors(model) if t.tensor == "input" and t.quantizer.signed == signed)
+    tensor = next(t for t in quantized_tensors(model) if t.tensor == "input" and t.quantizer.format.signed == signed)
     x = torch.randn(4000) if signed else torch.randn(4000).relu()
     for row in figure2.compare(tensor, x):
         values = x.double().numpy()

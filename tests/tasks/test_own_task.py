@@ -14,7 +14,7 @@ from qat_runner.cli.run import main
 from qat_runner.config.tasks import FACTS
 from qat_runner.data import DATASETS
 from qat_runner.tasks import TASKS, register
-from tests.tasks.regression import NUMBERS, Regression
+from tests.plugins.my_package.regression import NUMBERS, Regression
 
 SMALL = [
     *("dataset.name=numbers", "dataset.task=regression", "model=resnet20", "backend=eager", "lr=0.01"),

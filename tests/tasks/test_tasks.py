@@ -5,8 +5,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from qat_runner.config import Config, flat
-from qat_runner.config.composing import config_dir
+from qat_runner.config import Config, config_dir, flat
 from qat_runner.config.schema import STAGES
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.data import DATASETS

@@ -48,7 +48,7 @@ def test_scalars_are_those_of_the_whole_batch(tmp_path: Path) -> None:
         if kind == "max":
             expected = maximum(x, 4)
         else:
-            expected = octav(x, int(rest[0]), rest[1] == "True", dim=1 if kind == "rows" else None)
+            expected = octav(x, IntFormat(int(rest[0]), rest[1] == "True"), dim=1 if kind == "rows" else None)
         assert torch.allclose(s, expected, rtol=1e-6), name
 
 

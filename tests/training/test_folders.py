@@ -15,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from qat_runner.errors import BusyError
 from qat_runner.experiment.running import _remove
-from qat_runner.export import exporting
+from qat_runner.exporting import runs
 from qat_runner.quant.kernels import compiled
 from qat_runner.report.status import remember_asked
 from qat_runner.training import checkpoint, files, lock
@@ -160,7 +160,7 @@ def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
 
 
 def swap(out: Path) -> None:
-    with exporting._in_place_of(out) as folder:
+    with runs._in_place_of(out) as folder:
         (folder / "export.json").write_text("new")
 
 
@@ -174,13 +174,13 @@ def old(run: Path) -> Path:
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_export_takes_the_place_of_another(can_exchange: bool, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_exchange:
-        monkeypatch.setattr(exporting, "exchange", lambda one, other: False)
+        monkeypatch.setattr(runs, "exchange", lambda one, other: False)
     swap(old)
     assert (old / "export.json").read_text() == "new" and [*old.parent.iterdir()] == [old]
 
 
 def test_an_export_that_fails_leaves_the_old_one(old: Path) -> None:
-    with pytest.raises(ZeroDivisionError), exporting._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), runs._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old" and [*old.parent.iterdir()] == [old]
 
@@ -196,7 +196,7 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
     """A process is killed before the first, second, ... of its calls that change a folder."""
     code = (
         "import os, pathlib, shutil, sys\n"
-        "from qat_runner.export import exporting\n"
+        "from qat_runner.exporting import runs\n"
         "left = [int(sys.argv[1])]\n"
         "def mortal(function):\n"
         "    def call(*args, **options):\n"
@@ -204,10 +204,10 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
         "        if left[0] < 0: os._exit(9)\n"
         "        return function(*args, **options)\n"
         "    return call\n"
-        "exporting.exchange = mortal(exporting.exchange)\n"
+        "runs.exchange = mortal(runs.exchange)\n"
         "shutil.rmtree = mortal(shutil.rmtree)\n"
         "pathlib.Path.rename = mortal(pathlib.Path.rename)\n"
-        "with exporting._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
+        "with runs._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
         "    (folder / 'export.json').write_text('new')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(moment), str(old)], capture_output=True, text=True, timeout=120)
@@ -220,16 +220,16 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
 def test_one_killed_between_two_renames_is_put_right(old: Path) -> None:
     (old.parent / "export.tmp").mkdir()
     old.rename(old.parent / "export.tmp" / "old")
-    with pytest.raises(ZeroDivisionError), exporting._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), runs._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old"
 
 
 def test_the_second_of_two_exports_is_told(old: Path) -> None:
     with (
-        exporting._in_place_of(old),
+        runs._in_place_of(old),
         pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is at work in it"),
-        exporting._in_place_of(old),
+        runs._in_place_of(old),
     ):
         pass
     assert [*old.parent.iterdir()] == [old]

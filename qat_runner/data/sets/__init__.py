@@ -4,8 +4,12 @@ import pkgutil
 from importlib import import_module
 
 from qat_runner.data.dataset import Dataset
+from qat_runner.plugins import Registry
 
-DATASETS: dict[str, Dataset] = {
-    module.name: import_module(f"{__name__}.{module.name}").DATASET for module in pkgutil.iter_modules(__path__)
-}
+DATASETS: Registry[Dataset] = Registry(
+    "data set",
+    "qat_runner.datasets",
+    {module.name: import_module(f"{__name__}.{module.name}").DATASET for module in pkgutil.iter_modules(__path__)},
+    valid=lambda dataset: isinstance(dataset, Dataset),
+)
 """By name."""

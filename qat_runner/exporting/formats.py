@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat_runner.description import fit
 from qat_runner.errors import ConfigError, RunError, told
-from qat_runner.export.integer import INTEGER, OPSET, IntegerWeight, StaticGrid
+from qat_runner.exporting.integer import INTEGER, OPSET, IntegerWeight, StaticGrid
 from qat_runner.insertion.layers import each
 from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate

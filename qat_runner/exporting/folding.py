@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from qat_runner.export.integer import IntegerConv2d
+from qat_runner.exporting.integer import IntegerConv2d
 
 FINE = 8
 """Bits from which on a step more or less does not matter."""

@@ -29,9 +29,9 @@ from qat_runner.data import Data
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
-from qat_runner.export import verify
-from qat_runner.export.folding import fold_batchnorm
-from qat_runner.export.formats import (
+from qat_runner.exporting import verify
+from qat_runner.exporting.folding import fold_batchnorm
+from qat_runner.exporting.formats import (
     FORMATS,
     Signature,
     read_program,
@@ -40,7 +40,7 @@ from qat_runner.export.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.export.integer import integers_of, to_integers
+from qat_runner.exporting.integer import integers_of, to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
 from qat_runner.tasks import joined, task_of
 from qat_runner.training.checkpoint import LAST, is_whole

@@ -44,3 +44,5 @@ class Regression(Task[ImageData]):
 
 
 NUMBERS = Dataset("regression", DATASETS["digits"].read)
+TASK = Regression()
+"""What an entry point names."""

@@ -1,0 +1,71 @@
+"""Which configs Hydra composes from: those that are shipped, the schema, and those of installed packages.
+
+An installed package adds to the groups by a folder of YAML files of its own, laid out like ours:
+
+    [project.entry-points."qat_runner.configs"]
+    my_package = "my_package.configs"
+
+so that my_package/configs/dataset/mine.yaml is `dataset=mine`. A clipping method or a model that needs no more than its
+name has an option without a file.
+"""
+
+import re
+from importlib.metadata import entry_points
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from qat_runner.config.schema import Config
+from qat_runner.errors import ConfigError
+from qat_runner.quant import METHODS
+
+GROUP, MODELS = "qat_runner.configs", "qat_runner.models"
+"""Of entry points."""
+
+_PACKAGE = re.compile(r"# @package (\S+)")
+
+
+def config_dir() -> Path:
+    """The folder of the shipped configs: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
+
+
+def register() -> None:
+    """Make the schema, as config `schema`, and all that is not shipped known to Hydra.
+
+    Raises:
+        ConfigError: configs of an installed package cannot be read, or would take the place of ours.
+    """
+    ConfigStore.instance().store(name="schema", node=Config)
+    models = [point.name for point in entry_points(group=MODELS)]
+    for group, names in (("clipping", METHODS), ("model", models)):
+        for name in names:
+            if not (config_dir() / group / f"{name}.yaml").is_file():
+                ConfigStore.instance().store(group=group, name=name, node={"name": name})
+    for point in entry_points(group=GROUP):
+        try:
+            with as_file(files(point.value)) as folder:
+                _store(folder)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever somebody's package may raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({reason})") from error
+
+
+def _store(folder: Path) -> None:
+    """All YAML files below a folder, each under the group that its place says."""
+    for file in sorted(folder.rglob("*.yaml")):
+        place = file.relative_to(folder)
+        if (config_dir() / place).is_file():
+            raise ConfigError(f"{file}: {place} is among the shipped configs already; another name is free")
+        package = _PACKAGE.match(file.read_text(encoding="utf-8"))
+        ConfigStore.instance().store(
+            group=place.parent.as_posix(),
+            name=place.stem,
+            node=OmegaConf.load(file),
+            package=package.group(1) if package else None,
+        )

@@ -1,0 +1,69 @@
+"""A network of one's own, out of one's own loop, as integers in a file."""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.exporting.folding import fold_batchnorm
+from qat_runner.exporting.formats import Signature, write_onnx, write_program, write_safetensors
+from qat_runner.exporting.integer import to_integers
+from qat_runner.insertion import freeze, quantized_tensors
+
+SUFFIXES = (".onnx", ".pt2", ".safetensors")
+
+
+@torch.no_grad()
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example: Tensor | Sequence[Tensor],
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] = ("output",),
+    fold: bool = True,
+) -> nn.Module:
+    """Write a quantized network as integers; the model itself is left as it is.
+
+    Args:
+        model: with quantizers; scalars of its activations are static (see `freeze`). Weights get those of the weights
+            as they are now.
+        path: ends in .onnx (QuantizeLinear and DequantizeLinear of true integer types), .pt2 (a program of
+            torch.export, which PyTorch alone runs) or .safetensors (codes and step sizes, and a .json beside it that
+            says what they mean).
+        example: an input of forward, or several, of 2 samples or more: the number of samples is free in the file, all
+            other sizes are fixed.
+        inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
+        outputs: name of what forward returns, or of the fields of its result.
+        fold: put BatchNorm into the step sizes of the convolution before it.
+
+    Returns:
+        The network of integers that was written, in eval mode: it computes what the file says.
+
+    Raises:
+        ValueError: another ending; nothing is quantized; scalars of an activation are not static, or codes no integers.
+        ConfigError: packages that the format takes are not installed.
+        RunError: PyTorch's exporter cannot follow the network.
+    """
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+    dynamic = [t.name for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic]
+    if dynamic:
+        raise ValueError(f"{dynamic[0]} has dynamic clipping scalars: freeze(model, ...) makes them constants")
+    given = (example,) if isinstance(example, Tensor) else tuple(example)
+    names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
+    integers = to_integers(freeze(copy.deepcopy(model)))
+    if fold:
+        fold_batchnorm(integers, *given)
+    signature = Signature(given, names, outputs)
+    if target.suffix == ".onnx":
+        write_onnx(integers, signature, target)
+    elif target.suffix == ".pt2":
+        write_program(integers, signature, target)
+    else:
+        write_safetensors(integers, target, {"inputs": list(names), "outputs": list(outputs)})
+    return integers

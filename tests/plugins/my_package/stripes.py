@@ -1,0 +1,31 @@
+"""A data set of a task that is known: pictures of stripes, across or along."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from qat_runner.config import DatasetConfig
+from qat_runner.data import Dataset
+from qat_runner.data.images import MemorySource
+from qat_runner.data.pictures import in_memory, pictures
+
+Array = NDArray[Any]
+
+
+def read(folder: Path, config: DatasetConfig) -> MemorySource:
+    """Nothing is read: they are drawn."""
+
+    def half(seed: int, count: int) -> tuple[Array, Array]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(0, 2, (count,), generator=generator)
+        lines = (torch.arange(8) % 2 * 200)[None, None, :, None].expand(count, 1, 8, 8)
+        across = torch.where(labels[:, None, None, None] == 0, lines, lines.transpose(2, 3))
+        noise = torch.randint(0, 50, across.shape, generator=generator)
+        return (across + noise).to(torch.uint8).numpy(), labels.numpy()
+
+    return in_memory(half(0, 256), half(1, 64), config)
+
+
+DATASET = Dataset("classification", pictures(read))

@@ -1,0 +1,104 @@
+"""What an installed package adds is there by name, from its entry points, in a process that has never heard of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.plugins.my_package.codebook import Codebook
+
+HERE = Path(__file__).parent
+
+ENTRY_POINTS = """
+[qat_runner.clipping]
+halved_maximum = my_package.halved_maximum:HalvedMaximum
+learned_maximum = my_package.learned_maximum:LearnedMaximum
+
+[qat_runner.formats]
+codebook = my_package.codebook:Codebook
+
+[qat_runner.models]
+small_network = my_package.small_network:small_network
+
+[qat_runner.datasets]
+stripes = my_package.stripes:DATASET
+numbers = my_package.regression:NUMBERS
+
+[qat_runner.tasks]
+regression = my_package.regression:TASK
+
+[qat_runner.configs]
+my_package = my_package.configs
+"""
+
+
+def installed(place: Path, entry_points: str) -> dict[str, str]:
+    """The environment of a process in which my_package is installed."""
+    metadata = place / "my_package-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(entry_points)
+    (place / "my_package").symlink_to(HERE / "my_package")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def ask(environment: dict[str, str], place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qat_runner", "device=cpu", "noise_batches=1", *arguments]
+    return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_one_of_each_in_a_sweep(tmp_path: Path) -> None:
+    environment = installed(tmp_path / "site", ENTRY_POINTS)
+    clipping = "clipping=octav,halved_maximum,learned_maximum"
+    done = ask(environment, tmp_path, "-m", "model=small_network", "dataset=stripes,numbers", clipping, "lr=0.01")
+    assert done.returncode == 0, done.stderr
+    runs = {folder.name.rpartition("_")[0]: folder for folder in (tmp_path / "runs").iterdir() if folder.is_dir()}
+    assert len(runs) == 6
+    folder = next(path for name, path in runs.items() if "stripes" in name and "halved_maximum" in name)
+    assert json.loads((folder / "summary.json").read_text())["clipping"] == "halved_maximum"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["clipping"]["options"] == {"share": 0.7}
+    learned = next(path for name, path in runs.items() if "stripes" in name and "learned_maximum" in name)
+    assert "learned" in (learned / "quantizers.txt").read_text()
+    numbers = next(path for name, path in runs.items() if "numbers" in name)
+    assert json.loads((numbers / "summary.json").read_text())["metric"] == "rounded"
+
+
+def test_a_format_and_options(tmp_path: Path) -> None:
+    environment = installed(tmp_path / "site", ENTRY_POINTS)
+    words = ("model=small_network", "dataset=stripes", "format=codebook", "clipping=halved_maximum", "epochs=1")
+    done = ask(environment, tmp_path, *words, "clipping.options.share=0.9", "run_dir=run")
+    assert done.returncode == 0, done.stderr
+    tensors = json.loads((tmp_path / "run" / "histograms.json").read_text())
+    assert next(t["levels"] for t in tensors if (t["layer"], t["tensor"]) == ("2", "weight")) == list(
+        Codebook(4).levels
+    )
+    done = ask(environment, tmp_path, *words, "clipping.options.share=2", "run_dir=other")
+    assert done.returncode == 2 and not (tmp_path / "other").exists()
+    assert "clipping=halved_maximum: share=2: must be above 0 and at most 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry_points", "words", "told"),
+    [
+        (
+            "[qat_runner.clipping]\nbroken = my_package.nowhere:Method\n",
+            ("clipping=broken",),
+            "clipping.name=broken: clipping method 'broken': my_package.nowhere:Method cannot be imported",
+        ),
+        (
+            "[qat_runner.clipping]\nbroken = my_package.stripes:DATASET\n",
+            ("clipping=broken",),
+            "'broken' is no clipping method",
+        ),
+        ("[qat_runner.configs]\nbroken = my_package.nowhere\n", (), "configs of broken (my_package.nowhere) cannot be"),
+    ],
+)
+def test_what_is_broken_is_told_in_a_sentence(
+    entry_points: str, words: tuple[str, ...], told: str, tmp_path: Path
+) -> None:
+    done = ask(installed(tmp_path / "site", entry_points), tmp_path, "model=resnet20", "dataset=digits", *words)
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
