@@ -43,9 +43,9 @@ from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
 from qat_runner.quant import IntFormat, fake_quantize, mse_sweep, octav, percentile
 from qat_runner.quant.kernels import set_backend
+from qat_runner.runs.environment import environment
 from qat_runner.tasks import TASKS
 from qat_runner.training.memory import keep_freed_memory
-from qat_runner.training.tracking import environment
 
 Contest = dict[str, Callable[[], object]]
 

@@ -60,16 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from qat_runner.exporting import runs
+    from qat_runner.exporting import of_run
+    from qat_runner.runs.folder import RunFolder
 
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
-        print(runs.text_of_rules(runs.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
+        print(of_run.text_of_rules(of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
         return
-    out = args.out or args.run_dir / runs.FOLDER
-    request = runs.Request(
+    out = args.out or RunFolder(args.run_dir).export
+    request = of_run.Request(
         args.run_dir, out, args.scalars, args.batches, args.checkpoint, not args.no_fold, tuple(args.formats)
     )
-    print(f"\n{runs.text(runs.export(request))}\n\n{out}")
+    print(f"\n{of_run.text(of_run.export(request))}\n\n{out}")

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qat_runner.errors import ConfigError, QatError
-from qat_runner.training.files import write_text
+from qat_runner.runs.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
@@ -73,10 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settle(args: argparse.Namespace) -> None:
     """Make out what is meant: `run_page`, and `runs_dir` of what takes a folder of runs."""
+    from qat_runner.config import CONFIG_FILE
+
     args.run_page = args.what not in verbs()
     if args.run_page and not Path(args.what).is_dir():
         raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs())}")
-    if args.run_page and any(Path(args.what).glob("*/config.yaml")) and not (Path(args.what) / "config.yaml").is_file():
+    if (
+        args.run_page
+        and any(Path(args.what).glob(f"*/{CONFIG_FILE}"))
+        and not (Path(args.what) / CONFIG_FILE).is_file()
+    ):
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
     if (len(args.places) > 1 and args.what != "compare") or (args.run_page and args.places):
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
@@ -88,8 +94,9 @@ def _report(args: argparse.Namespace) -> list[Path]:
     """Print and write what was asked for; returns the files."""
     if args.run_page:
         from qat_runner.report import run_page
+        from qat_runner.runs.folder import RunFolder
 
-        return [run_page.write(Path(args.what), args.out / "report.html")]
+        return [run_page.write(Path(args.what), RunFolder(args.out).page)]
     if args.what == "compare":
         from qat_runner.report import compare_page
 

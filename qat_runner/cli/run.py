@@ -47,8 +47,8 @@ from qat_runner.config.composing import (
     shipped_configs,
 )
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
-from qat_runner.report.status import forget_asked, remember_asked
-from qat_runner.training.records import SUMMARY, Summary
+from qat_runner.runs.asked import forget_asked, remember_asked
+from qat_runner.runs.records import SUMMARY, Summary
 
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"

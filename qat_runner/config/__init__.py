@@ -3,6 +3,7 @@
 from qat_runner.config.fingerprints import path_of
 from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import (
+    CONFIG_FILE,
     clipping_label,
     differences,
     flat,
@@ -29,6 +30,7 @@ from qat_runner.config.schema import (
 
 __all__ = [
     "BASELINE",
+    "CONFIG_FILE",
     "TORCHVISION",
     "ClippingConfig",
     "Config",

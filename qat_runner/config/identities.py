@@ -17,6 +17,9 @@ from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.errors import UnreadableError
 
+CONFIG_FILE = "config.yaml"
+"""Name of the file, in the folder of a run, that holds its config."""
+
 PLACES = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
     *("checkpoint_minutes", "distributed_timeout", "schema_version", "policy"),  # whose rules are in `rules`
@@ -94,7 +97,7 @@ def load_config(folder: Path) -> Config | None:
     Raises:
         UnreadableError: there is one, which cannot be read.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     return read_config(path) if path.is_file() else None
 
 

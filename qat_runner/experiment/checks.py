@@ -23,11 +23,11 @@ from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import find_device
 from qat_runner.models import STEMS, Source, find_weights, match_weights
 from qat_runner.quant.kernels import choose_backend
+from qat_runner.runs.files import TEMPORARY, JsonFile
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.records import ENVIRONMENT, LOCK
 from qat_runner.tasks import TASKS, task_of
 from qat_runner.training import checkpoint
-from qat_runner.training.files import TEMPORARY, JsonFile
-from qat_runner.training.records import ENVIRONMENT, LOCK
-from qat_runner.training.tracking import RECORDED
 
 T = TypeVar("T")
 
@@ -93,13 +93,15 @@ def _check_folder(folder: Path, config: Config) -> None:
     content = {path.name for path in folder.iterdir()} - {LOCK.name}  # which may be of one that is just beginning
     if not content:
         return
-    foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in RECORDED)
+    here = RunFolder(folder)
+    ours = {path.name for path in here.contents}
+    foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in ours)
     saved, unreadable = None, ""
     try:
         saved = load_config(folder)
     except UnreadableError as error:
         unreadable = f" ({error})"
-    if saved is None and not foreign and not content & {"config.yaml", "checkpoints"}:
+    if saved is None and not foreign and not content & {here.config.name, here.checkpoints.name}:
         return  # of a run that broke off before it began
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
@@ -115,9 +117,9 @@ def _check_folder(folder: Path, config: Config) -> None:
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
             f"resume=force goes on with it as it is now asked for"
         )
-    if config.training and not (folder / "summary.json").is_file():
+    if config.training and not here.finished:
         _check_processes(folder)
-    if config.resume == "never" and not (folder / "summary.json").is_file():
+    if config.resume == "never" and not here.finished:
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
 
 
@@ -125,7 +127,7 @@ def _check_processes(folder: Path) -> None:
     """An unfinished run goes on with as many processes as it began with: each has its part of the state."""
     environment, now = recorded(ENVIRONMENT, folder), distributed.world_size()
     begun = None if environment is None else environment.get("processes", 1)
-    if begun not in (None, now) and checkpoint.exists(folder / "checkpoints"):
+    if begun not in (None, now) and checkpoint.exists(RunFolder(folder).checkpoints):
         raise ConfigError(f"run_dir={folder}: was begun by {begun} process(es), not {now}; go on with as many")
 
 

@@ -36,13 +36,15 @@ from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.report.plots import plot_curves, plot_noise
+from qat_runner.runs.environment import environment
+from qat_runner.runs.files import TEMPORARY, open_own, write_text
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.lock import RunLock
+from qat_runner.runs.record import NullRecord, Record
+from qat_runner.runs.records import ENVIRONMENT, ERROR, SUMMARY, Summary
 from qat_runner.training import checkpoint
-from qat_runner.training.files import TEMPORARY, open_own, write_text
 from qat_runner.training.histograms import record_histograms
-from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
-from qat_runner.training.records import ENVIRONMENT, ERROR, SUMMARY, Summary
-from qat_runner.training.tracking import RECORDED, Record, Silence, environment
 
 log = logging.getLogger("qat_runner")
 
@@ -87,7 +89,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _finished(config: Config, folder: Path) -> Summary | None:
     """The result of a run of this very config, if it is finished and is not to be begun anew."""
     saved = load_config(folder)
-    if config.overwrite or saved is None or not (folder / "summary.json").is_file():
+    if config.overwrite or saved is None or not RunFolder(folder).finished:
         return None
     if differences(identity(saved), identity(config)):  # resume=force
         return None
@@ -98,7 +100,7 @@ def _run(config: Config, folder: Path) -> Summary:
     """`run`, in a folder that is this process's own."""
     weights = config.weights
     if weights == BASELINE:
-        weights = str(_baseline(config) / "checkpoints" / checkpoint.LAST)
+        weights = str(RunFolder(_baseline(config)).checkpoints / checkpoint.LAST)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
@@ -110,9 +112,9 @@ def _run(config: Config, folder: Path) -> Summary:
 
 def _clear(config: Config, folder: Path) -> None:
     """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
-    for name in RECORDED if config.overwrite else (SUMMARY.name, ERROR.name):
-        for path in (folder / name, folder / f"{name}{TEMPORARY}"):
-            _remove(path)
+    for path in RunFolder(folder).contents if config.overwrite else (folder / SUMMARY.name, folder / ERROR.name):
+        _remove(path)
+        _remove(path.with_name(f"{path.name}{TEMPORARY}"))
 
 
 def _remove(path: Path) -> None:
@@ -131,7 +133,7 @@ def _baseline(config: Config) -> Path:
     baseline = baseline_of(config)
     folder = prepare(baseline)
     waiting = False
-    while not distributed.on_main((folder / "summary.json").is_file):
+    while not distributed.on_main(lambda: RunFolder(folder).finished):
         try:
             if not waiting:
                 log.info(f"first the full-precision baseline, {folder}")
@@ -150,11 +152,11 @@ def _carry_out(
     """Train or evaluate what has been built, on the record."""
     with ExitStack() as stack:
         if distributed.is_main():
-            write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
-            stack.enter_context(_log_to(folder / "log.txt"))
-        checkpoints = folder / "checkpoints"
+            write_text(RunFolder(folder).config, OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
+            stack.enter_context(_log_to(RunFolder(folder).log))
+        checkpoints = RunFolder(folder).checkpoints
         resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
-        trainer = Trainer(config, model, data, Silence(folder), teacher)
+        trainer = Trainer(config, model, data, NullRecord(folder), teacher)
         saved = checkpoint.newest(checkpoints, trainer.resume) if resuming else None
         trainer.record = stack.enter_context(closing(_open_record(folder, saved)))
         _describe(config, folder, model, notes)
@@ -204,7 +206,7 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
         return RunError(str(error))
     if isinstance(error, OSError):
         return RunError(f"{folder}: writing failed ({error}); what was recorded before is intact")
-    where = folder / "error.txt"
+    where = RunFolder(folder).error
     return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
 
 
@@ -224,7 +226,7 @@ def _log_to(path: Path) -> Iterator[None]:
 def _open_record(folder: Path, saved: dict[str, Any] | None) -> Record:
     """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
     if not distributed.is_main():
-        return Silence(folder)
+        return NullRecord(folder)
     _record_environment(folder, resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
     return Record(folder, state["epoch"], state["step"])
@@ -248,7 +250,7 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
     table = summary(model)
     count = len(quantized_tensors(model))
     if distributed.is_main():
-        write_text(folder / "quantizers.txt", "\n".join([table, *notes]) + "\n")
+        write_text(RunFolder(folder).quantizers, "\n".join([table, *notes]) + "\n")
     log.info(f"run folder {folder}")
     if count:
         log.info(f"{config.model.name}, {count} quantized tensors")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qat_runner.data import Batch, Data
 from qat_runner.errors import ConfigError, RunError
+from qat_runner.runs.records import ExportFigures
 from qat_runner.tasks import Task, joined
-from qat_runner.training.records import ExportFigures
 
 LEAST_AGREEMENT = 95.0
 """Percent of the predictions that a file must share with the network. Rounding differs from library to library, and a

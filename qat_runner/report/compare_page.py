@@ -15,7 +15,7 @@ from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.training.records import METRICS, SUMMARY, EpochRow, Summary, validated
+from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, validated
 
 FULL_PRECISION = "full precision"
 

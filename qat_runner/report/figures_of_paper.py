@@ -19,7 +19,7 @@ from qat_runner.report.plots import CHOSEN, OTHER
 from qat_runner.report.runs import Run
 from qat_runner.report.tables_of_paper import make_table, paper
 from qat_runner.report.tensors_of_run import look_at, network_of_run
-from qat_runner.training.records import METRICS
+from qat_runner.runs.records import METRICS
 
 log = logging.getLogger("qat_runner")
 

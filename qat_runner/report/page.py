@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from qat_runner.training.files import write_text
+from qat_runner.runs.files import write_text
 
 CHOSEN, OTHER = 0, 1
 """Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""

@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qat_runner.runs.files import write_whole
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.records import LAYERS, METRICS
 from qat_runner.tasks import Task
-from qat_runner.training.files import write_whole
-from qat_runner.training.records import LAYERS, METRICS
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
@@ -55,7 +56,7 @@ def plot_curves(folder: Path, task: Task[Any]) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(folder.name)
-    _save(figure, folder / "curves.png")
+    _save(figure, RunFolder(folder).curves)
 
 
 def plot_noise(folder: Path) -> None:
@@ -70,7 +71,7 @@ def plot_noise(folder: Path) -> None:
         _noise_of([row for row in rows if (row["tensor"] == "weight") == weights], ax)
         ax.set_title("weights" if weights else "activations")
     figure.suptitle(f"{folder.name}: SQNR after epoch {rows[-1]['epoch']}")
-    _save(figure, folder / "noise.png")
+    _save(figure, RunFolder(folder).noise)
 
 
 def _noise_of(rows: Sequence[Mapping[str, Any]], ax: Axes) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.exporting import runs
+from qat_runner.exporting import of_run
 from qat_runner.report import page
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
@@ -18,9 +18,9 @@ from qat_runner.report.settings import sections
 from qat_runner.report.status import status
 from qat_runner.report.tables import accuracy, against_full_precision, metric
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
-from qat_runner.tasks import Task, task_of
-from qat_runner.training.files import CsvFile, JsonFile
-from qat_runner.training.records import (
+from qat_runner.runs.files import CsvFile, JsonFile
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.records import (
     ENVIRONMENT,
     EXPORT,
     HISTOGRAMS,
@@ -35,6 +35,7 @@ from qat_runner.training.records import (
     Summary,
     validated,
 )
+from qat_runner.tasks import Task, task_of
 
 log = logging.getLogger("qat_runner")
 
@@ -83,7 +84,7 @@ def write(folder: Path, out: Path) -> Path:
     rows = read(LAYERS) or []
     curves, noise = _curves(epochs, read(STEPS) or [], task_of(config)), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
-    exported = read(EXPORT, folder / runs.FOLDER)
+    exported = read(EXPORT, RunFolder(folder).export)
     settings, state = sections(config), status(folder)
     if state.state == "unreadable" and state.note not in unreadable:
         unreadable.append(state.note)
@@ -107,7 +108,7 @@ def write(folder: Path, out: Path) -> Path:
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
-        "exported": None if exported is None else runs.text(exported),
+        "exported": None if exported is None else of_run.text(exported),
         **_again(config, environment),
     }
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)

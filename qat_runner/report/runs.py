@@ -8,7 +8,7 @@ from typing import Any
 
 from qat_runner.config import Config, clipping_label, differences, identity, read_config
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.training.records import SUMMARY, Summary
+from qat_runner.runs.records import SUMMARY, Summary
 
 log = logging.getLogger("qat_runner")
 

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from qat_runner.config import BASELINE, Config, baseline_of, run_name
 from qat_runner.insertion.policy import FULL_PRECISION
-from qat_runner.training.records import metric_of
+from qat_runner.runs.records import metric_of
 
 Result = tuple[Config, Mapping[str, Any]]
 """Of a finished run: its config, and the content of its summary.json."""

@@ -15,7 +15,9 @@ from qat_runner.insertion.insert import insert, quantizers_disabled
 from qat_runner.insertion.watch import watch
 from qat_runner.models import MODELS, Source, find_weights, load_weights
 from qat_runner.quant import Quantizer
+from qat_runner.runs.folder import RunFolder
 from qat_runner.tasks import TASKS, task_of
+from qat_runner.training.checkpoint import LAST
 
 Look = Callable[[QuantizedTensor, Tensor], None]
 
@@ -28,7 +30,7 @@ def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
     """
     from qat_runner.experiment import build
 
-    config, checkpoint = load_config(folder), folder / "checkpoints" / "last.pt"
+    config, checkpoint = load_config(folder), RunFolder(folder).checkpoints / LAST
     if config is None or not checkpoint.is_file():
         raise ConfigError(f"{folder}: holds no run with a checkpoint")
     config = replace(config, device="cpu", backend="auto")

@@ -14,8 +14,8 @@ from qat_runner.data.batches import undivided
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
+from qat_runner.runs.records import HISTOGRAMS, Histogram
 from qat_runner.training.measure import autocast
-from qat_runner.training.records import HISTOGRAMS, Histogram
 
 BINS = 100
 LEVELS = 64

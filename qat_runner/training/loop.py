@@ -20,14 +20,15 @@ from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.record import Record
+from qat_runner.runs.records import PREDICTIONS, Checkpoint, ProcessState
 from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
-from qat_runner.training.records import PREDICTIONS, Checkpoint, ProcessState
 from qat_runner.training.stop import StopRequest
-from qat_runner.training.tracking import Record
 
 log = logging.getLogger("qat_runner")
 
@@ -419,7 +420,7 @@ class Trainer:
         self.saved_at = time.monotonic()
         if not distributed.is_main():
             return
-        folder = self.record.folder / "checkpoints"
+        folder = RunFolder(self.record.folder).checkpoints
         if best:  # first: killed in between, the run would know of it, and not write it again
             best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
             checkpoint.save(folder / "best.pt", best_one)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
-from qat_runner.exporting import runs as exporting
+from qat_runner.exporting import of_run as exporting
 from qat_runner.exporting import verify
 from qat_runner.exporting.formats import read_safetensors
 from qat_runner.report import run_page

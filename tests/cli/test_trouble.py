@@ -14,10 +14,10 @@ import torch
 from qat_runner.cli import report
 from qat_runner.cli.run import main
 from qat_runner.errors import BusyError
+from qat_runner.runs.lock import RunLock
+from qat_runner.runs.records import LAYERS, METRICS, STEPS
 from qat_runner.training import checkpoint
-from qat_runner.training.lock import RunLock
 from qat_runner.training.loop import Trainer
-from qat_runner.training.records import LAYERS, METRICS, STEPS
 
 SMALL = [
     *("backend=eager", "model=mobilenet_v3_small", "model.width=0.5", "dataset=fake", "dataset.image_size=8"),

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from qat_runner.runs.files import CsvFile
+from qat_runner.runs.records import LAYERS, METRICS, STEPS, SUMMARY
 from qat_runner.training import checkpoint
-from qat_runner.training.files import CsvFile
-from qat_runner.training.records import LAYERS, METRICS, STEPS, SUMMARY
 
 pytestmark = pytest.mark.reliability
 ARGS = [

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from qat_runner.report.status import Status, statuses
+from qat_runner.runs.records import SUMMARY
 from qat_runner.training import checkpoint
-from qat_runner.training.records import SUMMARY
 
 pytestmark = [
     pytest.mark.reliability,

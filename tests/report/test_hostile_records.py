@@ -23,7 +23,7 @@ from qat_runner.errors import UnreadableError
 from qat_runner.insertion import LayerNoise
 from qat_runner.report import page, run_page
 from qat_runner.report import runs as runs_in_report
-from qat_runner.training import records
+from qat_runner.runs import records
 from qat_runner.training.loop import State
 from tests.report.test_pages import make_run, text_of
 

@@ -28,8 +28,8 @@ from qat_runner.report import compare_page, run_page
 from qat_runner.report.page import shown
 from qat_runner.report.settings import sections
 from qat_runner.report.tensor_charts import _levels
+from qat_runner.runs.folder import RunFolder
 from qat_runner.training.histograms import BINS, REACH, histograms
-from qat_runner.training.tracking import RECORDED
 from tests.report.browser import CHROMIUM, Page, browser
 
 SMALL = (
@@ -167,7 +167,8 @@ def test_the_page_of_a_real_run(real: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_page_belongs_to_the_run() -> None:
-    assert {"report.html", "histograms.json"} <= set(RECORDED)  # a folder that holds it may be resumed or overwritten
+    ours = {path.name for path in RunFolder(Path()).contents}
+    assert {"report.html", "histograms.json"} <= ours  # a folder that holds it may be resumed or overwritten
 
 
 class Two(nn.Module):

@@ -14,8 +14,8 @@ from qat_runner.data import Batch
 from qat_runner.experiment import build
 from qat_runner.experiment.running import _recipe
 from qat_runner.insertion import quantized_tensors
+from qat_runner.runs.record import NullRecord
 from qat_runner.training.loop import Trainer
-from qat_runner.training.tracking import Silence
 
 
 def composed(*overrides: str) -> Config:
@@ -28,7 +28,7 @@ def trainer(folder: Path, *overrides: str) -> Trainer:
     """
     config = composed("model=resnet20", "dataset=digits", "device=cpu", "clipping.warm_iterations=null", *overrides)
     model, data = build(config, None)
-    return Trainer(config, model.train(), data, Silence(folder))
+    return Trainer(config, model.train(), data, NullRecord(folder))
 
 
 def batchnorms(model: nn.Module) -> dict[str, Tensor]:

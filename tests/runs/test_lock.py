@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qat_runner.errors import BusyError
-from qat_runner.training import lock
-from qat_runner.training.lock import RunLock, alive, owner
+from qat_runner.runs import lock
+from qat_runner.runs.lock import RunLock, alive, owner
 from qat_runner.training.stop import StopRequest
 
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from qat_runner.config.tasks import metrics
 from qat_runner.description import fit
-from qat_runner.training.files import CsvFile, JsonFile, TextFile
+from qat_runner.runs.files import CsvFile, JsonFile, TextFile
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Real = Annotated[float, Field(allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qat_runner.errors import BusyError, UnreadableError
-from qat_runner.training.records import LOCK, Owner
+from qat_runner.runs.records import LOCK, Owner
 
 BEAT = 15.0
 """Seconds between signs of life."""

@@ -42,12 +42,13 @@ from qat_runner.exporting.formats import (
 )
 from qat_runner.exporting.integer import integers_of, to_integers
 from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
+from qat_runner.runs.environment import environment
+from qat_runner.runs.files import TEMPORARY, exchange, full_disk_told
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.lock import RunLock
+from qat_runner.runs.records import EXPORT, Export
 from qat_runner.tasks import joined, task_of
 from qat_runner.training.checkpoint import LAST, is_whole
-from qat_runner.training.files import TEMPORARY, exchange, full_disk_told
-from qat_runner.training.lock import RunLock
-from qat_runner.training.records import EXPORT, Export
-from qat_runner.training.tracking import environment
 
 log = logging.getLogger("qat_runner")
 
@@ -58,9 +59,6 @@ DEFAULT_RULE = "averaged"
 
 FUSED = "onnx_fused"
 """In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
-
-FOLDER = "export"
-"""In a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     if config.quantization.full_precision:
         raise ConfigError(f"{run}: is a run in full precision, which has no integers")
     weights = _weights_of(run, config, checkpoint)
-    if not (run / "summary.json").is_file():
+    if not RunFolder(run).finished:
         log.warning(f"{run} is not finished: this is its network as it was last saved")
     mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
     part = None if config.training else config.weights_part
@@ -106,13 +104,13 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     """The weights of a run's network, as config.weights; a run that trained nothing has them elsewhere."""
     if not config.training and config.weights == TORCHVISION:
         return TORCHVISION
-    path = run / "checkpoints" / f"{checkpoint}.pt"
+    path = RunFolder(run).checkpoints / f"{checkpoint}.pt"
     if not config.training:
         assert config.weights is not None
         baseline = config.weights == BASELINE
         path = path_of(config.weights)
         if baseline:
-            path = run_folder(baseline_of(config)) / "checkpoints" / LAST
+            path = RunFolder(run_folder(baseline_of(config))).checkpoints / LAST
     if not path.exists():
         raise ConfigError(f"{run}: its network is not there any more, {path}")
     if config.training and not is_whole(path):

@@ -15,14 +15,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from qat_runner.errors import BusyError
 from qat_runner.experiment.running import _remove
-from qat_runner.exporting import runs
+from qat_runner.exporting import of_run
 from qat_runner.quant.kernels import compiled
-from qat_runner.report.status import remember_asked
-from qat_runner.training import checkpoint, files, lock
-from qat_runner.training.files import open_own, write_text
-from qat_runner.training.lock import RunLock
-from qat_runner.training.records import METRICS, STEPS
-from qat_runner.training.tracking import Record
+from qat_runner.runs import files, lock
+from qat_runner.runs.asked import remember_asked
+from qat_runner.runs.files import open_own, write_text
+from qat_runner.runs.lock import RunLock
+from qat_runner.runs.record import Record
+from qat_runner.runs.records import METRICS, STEPS
+from qat_runner.training import checkpoint
 
 STEP = {"epoch": 12, "step": 1, "loss": 0.5, "lr": 0.1}
 REPORT = [sys.executable, "-c", "import sys; from qat_runner.cli import qat_report; sys.exit(qat_report())"]
@@ -160,7 +161,7 @@ def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
 
 
 def swap(out: Path) -> None:
-    with runs._in_place_of(out) as folder:
+    with of_run._in_place_of(out) as folder:
         (folder / "export.json").write_text("new")
 
 
@@ -174,13 +175,13 @@ def old(run: Path) -> Path:
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_export_takes_the_place_of_another(can_exchange: bool, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_exchange:
-        monkeypatch.setattr(runs, "exchange", lambda one, other: False)
+        monkeypatch.setattr(of_run, "exchange", lambda one, other: False)
     swap(old)
     assert (old / "export.json").read_text() == "new" and [*old.parent.iterdir()] == [old]
 
 
 def test_an_export_that_fails_leaves_the_old_one(old: Path) -> None:
-    with pytest.raises(ZeroDivisionError), runs._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), of_run._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old" and [*old.parent.iterdir()] == [old]
 
@@ -196,7 +197,7 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
     """A process is killed before the first, second, ... of its calls that change a folder."""
     code = (
         "import os, pathlib, shutil, sys\n"
-        "from qat_runner.exporting import runs\n"
+        "from qat_runner.exporting import of_run\n"
         "left = [int(sys.argv[1])]\n"
         "def mortal(function):\n"
         "    def call(*args, **options):\n"
@@ -204,10 +205,10 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
         "        if left[0] < 0: os._exit(9)\n"
         "        return function(*args, **options)\n"
         "    return call\n"
-        "runs.exchange = mortal(runs.exchange)\n"
+        "of_run.exchange = mortal(of_run.exchange)\n"
         "shutil.rmtree = mortal(shutil.rmtree)\n"
         "pathlib.Path.rename = mortal(pathlib.Path.rename)\n"
-        "with runs._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
+        "with of_run._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
         "    (folder / 'export.json').write_text('new')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(moment), str(old)], capture_output=True, text=True, timeout=120)
@@ -220,16 +221,16 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
 def test_one_killed_between_two_renames_is_put_right(old: Path) -> None:
     (old.parent / "export.tmp").mkdir()
     old.rename(old.parent / "export.tmp" / "old")
-    with pytest.raises(ZeroDivisionError), runs._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), of_run._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old"
 
 
 def test_the_second_of_two_exports_is_told(old: Path) -> None:
     with (
-        runs._in_place_of(old),
+        of_run._in_place_of(old),
         pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is at work in it"),
-        runs._in_place_of(old),
+        of_run._in_place_of(old),
     ):
         pass
     assert [*old.parent.iterdir()] == [old]

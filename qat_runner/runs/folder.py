@@ -1,0 +1,88 @@
+"""A run's folder, and the name of everything in it.
+
+| file              | what                                                                                          |
+|-------------------|-----------------------------------------------------------------------------------------------|
+| config.yaml       | the resolved config                                                                           |
+| environment.json  | versions, git state, command, machine                                                         |
+| quantizers.txt    | table of the quantized tensors                                                                |
+| log.txt           | what was said on the terminal                                                                 |
+| metrics.csv       | a row an epoch                                                                                |
+| steps.csv         | a row a training step                                                                         |
+| layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
+| tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
+| checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
+| histograms.json   | how the values of each quantized tensor lie on its grid, at the end                           |
+| curves.png, noise.png | plots                                                                                     |
+| report.html       | the run's page, where qat-report was asked for it                                             |
+| predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
+| error.txt         | why the run broke off, if it did                                                              |
+| summary.json      | the result; a folder that has it is a finished run                                            |
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qat_runner.config import CONFIG_FILE
+from qat_runner.runs.records import ENVIRONMENT, ERROR, HISTOGRAMS, LAYERS, METRICS, PREDICTIONS, STEPS, SUMMARY
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, which need not exist; files with typed contents are read by `records` from its path."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG_FILE
+
+    @property
+    def quantizers(self) -> Path:
+        return self.path / "quantizers.txt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def error(self) -> Path:
+        return self.path / ERROR.name
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def noise(self) -> Path:
+        return self.path / "noise.png"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / SUMMARY.name).is_file()
+
+    @property
+    def contents(self) -> tuple[Path, ...]:
+        """All that a run may leave here, whether it is there or not; the lock is not left."""
+        typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, HISTOGRAMS, PREDICTIONS, SUMMARY)
+        return (
+            *(self.path / file.name for file in typed),
+            *(self.config, self.quantizers, self.log, self.error, self.tensorboard, self.checkpoints),
+            *(self.curves, self.noise, self.page, self.export),
+        )
