@@ -35,7 +35,6 @@ from qat_runner.insertion import quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.quant import NotCalibratedError
-from qat_runner.report.plots import plot_curves, plot_noise
 from qat_runner.runs.environment import environment
 from qat_runner.runs.files import TEMPORARY, open_own, write_text
 from qat_runner.runs.folder import RunFolder
@@ -45,6 +44,7 @@ from qat_runner.runs.records import ENVIRONMENT, ERROR, SUMMARY, Summary
 from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
+from qat_runner.training.plots import plot_curves, plot_noise
 
 log = logging.getLogger("qat_runner")
 
