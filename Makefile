@@ -41,10 +41,11 @@ bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two
 docs: .venv/.installed-dev ## the docs as a site, in docs/_build/html
 	$(BIN)/python -m sphinx -b html -W -n --keep-going -q docs docs/_build/html
 
-lint: .venv/.installed-dev ## ruff and mypy
+lint: .venv/.installed-dev ## ruff, mypy, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/.installed-dev ## format the code
 	$(BIN)/ruff check --fix .

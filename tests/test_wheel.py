@@ -21,7 +21,9 @@ def test_qat_run_from_the_installed_wheel(tmp_path: Path) -> None:
     call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     (wheel,) = tmp_path.glob("*.whl")
     templates = {path.name for path in (ROOT / "qat_runner" / "report" / "templates").iterdir()}
-    assert templates <= {Path(name).name for name in ZipFile(wheel).namelist()}
+    names = ZipFile(wheel).namelist()
+    assert templates | {"LICENSE"} <= {Path(name).name for name in names}
+    assert "qat_runner/py.typed" in names
     site = tmp_path / "site"
     call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
     where = "import qat_runner.cli.run as r; print(r.__file__); print(r.config_dir())"

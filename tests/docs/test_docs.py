@@ -14,6 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -39,7 +40,7 @@ from qat_runner.tasks import question_answering
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "qat-run": run.main,
     "qat-report": report.main,
@@ -319,6 +320,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for target in re.findall(r"`make ([a-z-]+)`", page.read_text()):
         check(f"make {target}", monkeypatch)
+
+
+def test_the_picture_of_the_house_is_the_one_that_is_held() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    picture = re.search(r"```text\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    assert picture is not None
+    shown = re.findall(r"^(\w+) ", picture[1], re.MULTILINE)
+    assert shown == [room for room in layers if room != "__main__"]
 
 
 def make_run() -> list[str]:
