@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/python pyproject.toml
-	$(BIN)/pip install --disable-pip-version-check -q -e .
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[run,report]'
 	@touch $@
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml
@@ -35,7 +35,7 @@ test-slow: .venv/.installed-dev ## every row of every table for two batches, on 
 test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled
 	$(BIN)/python -m pytest -m reliability -s -n 0
 
-bench: .venv/.installed ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
+bench: .venv/.installed-dev ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py
 
 docs: .venv/.installed-dev ## the docs as a site, in docs/_build/html

@@ -4,6 +4,7 @@ import codecs
 import io
 import os
 import sys
+from importlib import import_module
 
 
 def _names(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -25,39 +26,52 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding=encoding, errors="names")
 
 
-def qat_run() -> int:
-    """The `qat-run` command; returns its exit code."""
+def _command(name: str) -> int:
+    """Import a command, and all that is heavy with it, and carry it out; or say which extra its installation lacks.
+
+    Args:
+        name: of its module here, and of the extra that has all it needs.
+    """
     _speak_utf8()
     try:
-        from qat_runner.cli.run import main
-
-        return main()
+        code: int = import_module(f"qat_runner.cli.{name}").main()
+        return code
     except KeyboardInterrupt:  # while PyTorch was being imported
         return 130
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_EXTRAS:
+            raise
+        extra = _OF_EXTRAS[package] or name
+        print(f"qat-{name}: {package} is not installed; pip install 'qat_runner[{extra}]' brings it", file=sys.stderr)
+        return 2
+
+
+_OF_EXTRAS = {
+    **dict.fromkeys(("PIL", "hydra", "matplotlib", "numpy", "omegaconf", "pydantic", "safetensors", "scipy")),
+    **dict.fromkeys(("sklearn", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
+    **dict.fromkeys(("jinja2", "markupsafe", "plotly"), "report"),
+    "transformers": "text",
+}
+"""Package as it is imported -> the extra that brings it; None: the extra of each command does."""
+
+
+def qat_run() -> int:
+    """The `qat-run` command; returns its exit code."""
+    return _command("run")
 
 
 def qat_export() -> int:
     """The `qat-export` command; returns its exit code."""
-    _speak_utf8()
-    try:
-        from qat_runner.cli.export import main
-
-        return main()
-    except KeyboardInterrupt:  # while PyTorch was being imported
-        return 130
+    return _command("export")
 
 
 def qat_report() -> int:
     """The `qat-report` command; returns its exit code."""
-    _speak_utf8()
     try:
-        from qat_runner.cli.report import main
-
-        code = main()
+        code = _command("report")
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # whoever read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

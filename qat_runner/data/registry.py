@@ -52,7 +52,7 @@ def load_dataset(config: DatasetConfig, data_dir: str, delivery: Delivery) -> Da
     folder = find_dataset(config, data_dir)
     try:
         return DATASETS[config.name].read(folder, config, delivery)
-    except ConfigError:
+    except (ConfigError, ModuleNotFoundError):
         raise
     except Exception as error:  # whatever a parser may raise on files that are something else
         told = " ".join(str(error).split()) or type(error).__name__
