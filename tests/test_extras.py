@@ -40,10 +40,10 @@ def test_the_library_needs_none(tmp_path: Path, part: str) -> None:
     code = {
         "quant": """
 import torch
-from qat_runner.quant import Quantizer, fake_quantize, octav
+from qat_runner.quant import Octav, Quantizer, fake_quantize, octav
 x = torch.randn(8, 3, 3, 3, requires_grad=True)
 fake_quantize(x, octav(x, 4, dim=0), 4, gradient="mad").sum().backward()
-Quantizer(4)(x)
+Quantizer(4, Octav())(x)
 """,
         "model": """
 import torch
