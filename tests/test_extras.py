@@ -58,7 +58,7 @@ quantize_model(model, bits=4, example=x)
 model(x).sum().backward()
 print(summary(model), noise_report(model, [x]))
 calibrate(model, [x])
-freeze(model)
+freeze(model, "averaged", [x])
 remove_quantizers(model)
 """,
     }[part]
