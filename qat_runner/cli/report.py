@@ -33,7 +33,7 @@ FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
 
 def verbs() -> tuple[str, ...]:
     """What can be asked for, beside the page of a run."""
-    from qat_runner.report.tables_of_paper import TABLES
+    from qat_runner.paper.tables import TABLES
 
     return ("compare", *TABLES, "table6", *FIGURES, "status")
 
@@ -110,8 +110,8 @@ def _report(args: argparse.Namespace) -> list[Path]:
         return _table6(args.run, args.out)
     if args.what in FIGURES:
         return _figure(args)
+    from qat_runner.paper.tables import make_table
     from qat_runner.report.runs import find_runs
-    from qat_runner.report.tables_of_paper import make_table
 
     runs = find_runs(_folder(args.runs_dir))
     table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]), args.model)
@@ -147,7 +147,7 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
 
 
 def _table6(run: Path | None, out: Path) -> list[Path]:
-    from qat_runner.report import table6
+    from qat_runner.paper import table6
 
     table = (table6.synthetic() if run is None else table6.of_run(run)).table()
     print(table.text("markdown"))
@@ -155,8 +155,7 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:
-    from qat_runner.report import figure2, figure5
-    from qat_runner.report import figures_of_paper as figures
+    from qat_runner.paper import figure2, figure5, figures
     from qat_runner.report.runs import find_runs
 
     tables: dict[str, str] = {}

@@ -13,10 +13,10 @@ import torch
 from qat_runner.cli import report
 from qat_runner.config import Config
 from qat_runner.errors import ConfigError
-from qat_runner.report import table6
-from qat_runner.report.figures_of_paper import figure4
+from qat_runner.paper import table6
+from qat_runner.paper.figures import figure4
+from qat_runner.paper.tables import make_table, paper, published
 from qat_runner.report.runs import Run
-from qat_runner.report.tables_of_paper import make_table, paper, published
 
 VISION = ("resnet50", "resnet18", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qat_runner.cli.run import main
 from qat_runner.insertion import quantize_model, quantized_tensors
-from qat_runner.report import figure2
+from qat_runner.paper import figure2
 
 
 def _mse(x: np.ndarray, s: float, bits: int, signed: bool) -> float:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
+from qat_runner.paper.tables import paper
+from qat_runner.paper.tensors_of_run import look_at, network_of_run
 from qat_runner.quant import IntFormat, mse_sweep, octav
 from qat_runner.report.tables import Table
-from qat_runner.report.tables_of_paper import paper
-from qat_runner.report.tensors_of_run import look_at, network_of_run
 
 LAYERS, HIDDEN, INNER, HEADS, BATCH, LENGTH, BATCHES = 12, 768, 3072, 12, 4, 384, 10
 """BERT-Base on SQuAD as the paper fine-tunes it; activations are calibrated on 10 batches."""

@@ -4,9 +4,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from qat_runner.paper.figure5 import Input, apart_most, draw, minima, mse_curve, table, view
+from qat_runner.paper.figures import Sample
 from qat_runner.quant import fake_quantize, mse_sweep, octav
-from qat_runner.report.figure5 import Input, apart_most, draw, minima, mse_curve, table, view
-from qat_runner.report.figures_of_paper import Sample
 
 
 @pytest.fixture

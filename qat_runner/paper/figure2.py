@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
+from qat_runner.paper.tensors_of_run import look_at, look_at_weights, network_of_run, network_of_weights
 from qat_runner.quant import IntFormat, fake_quantize, mse, mse_sweep, octav
-from qat_runner.report.tensors_of_run import look_at, look_at_weights, network_of_run, network_of_weights
 from qat_runner.training.plots import CHOSEN, OTHER
 
 BITS = (4, 8)

@@ -1,0 +1,1 @@
+"""The paper's tables and figures: what it published, beside what was run here."""
