@@ -76,7 +76,11 @@ remove_quantizers(model)
             "qat-report: pydantic is not installed; pip install 'qat_runner[report]' brings it",
         ),
         ("qat_export run", ABSENT, "qat-export: pydantic is not installed; pip install 'qat_runner[export]' brings it"),
-        ("qat_run", ["tensorboard"], "qat-run: tensorboard is not installed; pip install 'qat_runner[run]' brings it"),
+        (
+            "qat_run",
+            ["tensorboard"],
+            "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' brings it",
+        ),
         ("qat_report .", ["plotly"], "qat-report: plotly is not installed; pip install 'qat_runner[report]' brings it"),
         (
             "qat_run dataset=squad model=bert model.checkpoint=bert data_dir=.",

@@ -22,7 +22,13 @@ CONFIG_FILE = "config.yaml"
 
 PLACES = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
-    *("checkpoint_minutes", "distributed_timeout", "schema_version", "policy"),  # whose rules are in `rules`
+    *(
+        "checkpoint_minutes",
+        "distributed_timeout",
+        "schema_version",
+        "trackers",
+        "policy",
+    ),  # whose rules are in `rules`
 )
 """Keys that say where things lie and what is kept, not what is computed."""
 

@@ -304,6 +304,10 @@ class Config:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """of the files and folders that this config names, as a run found them; filled in by the runner"""
 
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """where figures are shown beside the run's own files: tensorboard, wandb, mlflow, or what an installed package
+    adds; none: nowhere"""
+
     log_excess_mse: bool = False
     """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
 

@@ -88,6 +88,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "sweep": {},
     "standins": {},
     "fingerprints": {},
+    "trackers": ["tensorboard"],
     "log_excess_mse": False,
     "run_dir": None,
     "overwrite": False,

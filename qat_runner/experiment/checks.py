@@ -26,6 +26,7 @@ from qat_runner.quant.kernels import choose_backend
 from qat_runner.runs.files import TEMPORARY, JsonFile
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import ENVIRONMENT, LOCK
+from qat_runner.runs.trackers import TRACKERS, Tracker
 from qat_runner.tasks import TASKS, task_of
 from qat_runner.training import checkpoint
 
@@ -45,6 +46,11 @@ def prepare(config: Config) -> Path:
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    for name in config.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
+        if missing := _tracker(name).missing():
+            raise ConfigError(f"trackers={name}: {missing}")
     device = find_device(config.device)
     world = distributed.world_size()
     assert config.batch_size is not None
@@ -68,6 +74,16 @@ def prepare(config: Config) -> Path:
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
+
+
+def _tracker(name: str) -> type[Tracker]:
+    """Raises:
+    ConfigError: an installed package names what is none.
+    """
+    try:
+        return TRACKERS[name]
+    except TypeError as error:
+        raise ConfigError(f"trackers={name}: {error}") from error
 
 
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:

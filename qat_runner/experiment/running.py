@@ -25,6 +25,7 @@ from qat_runner.config import (
     gradient_label,
     identity,
     load_config,
+    run_name,
     scaled_lr,
 )
 from qat_runner.data import Data
@@ -41,6 +42,7 @@ from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import NullRecord, Record
 from qat_runner.runs.records import ENVIRONMENT, ERROR, SUMMARY, Summary
+from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
@@ -158,7 +160,7 @@ def _carry_out(
         resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
         trainer = Trainer(config, model, data, NullRecord(folder), teacher)
         saved = checkpoint.newest(checkpoints, trainer.resume) if resuming else None
-        trainer.record = stack.enter_context(closing(_open_record(folder, saved)))
+        trainer.record = stack.enter_context(closing(_open_record(config, folder, saved)))
         _describe(config, folder, model, notes)
         for note in data.notes:
             log.info(f"{config.dataset.name}: {note}")
@@ -177,6 +179,7 @@ def _carry_out(
             plot_curves(folder, trainer.task)
             plot_noise(folder)
             SUMMARY.write(folder, result)
+            trainer.record.close(result)
         return result
 
 
@@ -223,13 +226,14 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.stream.close()
 
 
-def _open_record(folder: Path, saved: dict[str, Any] | None) -> Record:
+def _open_record(config: Config, folder: Path, saved: dict[str, Any] | None) -> Record:
     """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
     if not distributed.is_main():
         return NullRecord(folder)
     _record_environment(folder, resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
-    return Record(folder, state["epoch"], state["step"])
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return Record(Tracked(run_name(config), folder, plain, state["epoch"]), state["step"], config.trackers)
 
 
 def _record_environment(folder: Path, resuming: bool) -> None:

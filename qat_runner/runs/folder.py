@@ -10,6 +10,7 @@
 | steps.csv         | a row a training step                                                                         |
 | layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
+| wandb/, mlruns/   | the same, where `trackers` asks for it; trackers.json: what they call the run                 |
 | checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
 | histograms.json   | how the values of each quantized tensor lie on its grid, at the end                           |
 | curves.png, noise.png | plots                                                                                     |
@@ -53,6 +54,19 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def mlruns(self) -> Path:
+        return self.path / "mlruns"
+
+    @property
+    def trackers(self) -> Path:
+        """What each tracker calls the run, by the tracker's name."""
+        return self.path / "trackers.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -85,4 +99,5 @@ class RunFolder:
             *(self.path / file.name for file in typed),
             *(self.config, self.quantizers, self.log, self.error, self.tensorboard, self.checkpoints),
             *(self.curves, self.noise, self.page, self.export),
+            *(self.trackers, self.wandb, self.mlruns),
         )

@@ -1,84 +1,105 @@
-"""Writes the figures of a run into its folder, as they come."""
+"""Writes the figures of a run into its folder, as they come, and tells them to its trackers."""
 
 import logging
 import math
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from qat_runner.errors import told
 from qat_runner.insertion import LayerNoise
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LAYERS, METRICS, STEPS
+from qat_runner.runs.trackers import TRACKERS, Tracked, Tracker
 
 log = logging.getLogger("qat_runner")
+
+LAYER_FIGURES = ("sqnr_db", "max_sqnr_db", "mse", "clipped_fraction", "s")
+"""What trackers are told of each tensor."""
 
 
 class Record:
     """Writes the folder of a run. Rows are on disk as soon as their method returns.
 
     Args:
-        folder: the run's folder, made if need be.
-        epoch: the epoch that the run goes on from; rows of later ones, left by a run that was killed, are dropped.
+        run: whose folder is made if need be; rows of epochs after the one that the run goes on from, left by a run that
+            was killed, are dropped.
         step: steps of the next epoch that are done.
+        trackers: names in TRACKERS.
     """
 
-    def __init__(self, folder: Path, epoch: int = -1, step: int = 0) -> None:
-        self.folder = folder
+    def __init__(self, run: Tracked, step: int = 0, trackers: Sequence[str] = ()) -> None:
+        self.folder = folder = run.folder
         folder.mkdir(parents=True, exist_ok=True)
         RunFolder(folder).checkpoints.mkdir(exist_ok=True)
 
         def done(row: Mapping[str, Any]) -> bool:
+            epoch = run.epoch
             return bool(row["epoch"] <= epoch) or (row["epoch"] == epoch + 1 and bool(0 < row.get("step", 0) <= step))
 
         for file in (METRICS, STEPS, LAYERS):
             if bad := file.keep(folder, done):
                 log.warning(f"{folder / file.name}: {bad} damaged lines are left out")
-        self._hook, threading.excepthook = threading.excepthook, _quiet_about_tensorboard
-        self._board = SummaryWriter(str(RunFolder(folder).tensorboard), purge_step=epoch + 1)
+        self._trackers: dict[str, Tracker] = {}
+        for name in trackers:
+            with self._survived(name):
+                self._trackers[name] = TRACKERS[name](run)
 
-    def close(self) -> None:
-        try:
-            self._board.close()
-        finally:
-            threading.excepthook = self._hook
+    def close(self, result: Mapping[str, Any] | None = None) -> None:
+        """The run is over, with this result; None: it broke off. A second call does nothing."""
+        for name, tracker in self._now().items():
+            with self._survived(name):
+                tracker.finish(result)
+            self._trackers.pop(name, None)
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Add a row to metrics.csv; the keys, the same each time, are its columns."""
         METRICS.append(self.folder, [row], list(row))
-        for key, value in row.items():
-            if key != "epoch" and math.isfinite(value):
-                half, _, what = key.partition("_")
-                tag = f"{half}/{what}" if half in ("train", "val") else f"run/{key}"
-                self._board.add_scalar(tag, value, int(row["epoch"]))
-        self._board.flush()
+        figures = {_tag(key): value for key, value in row.items() if key != "epoch" and math.isfinite(value)}
+        for name, tracker in self._now().items():
+            with self._survived(name):
+                tracker.epoch(int(row["epoch"]), figures)
 
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Add the steps of an epoch to steps.csv."""
         STEPS.append(self.folder, rows)
 
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None:
-        """Add the noise of all tensors to layers.csv, and the scalars [any shape], by tensor name, to TensorBoard."""
+        """Add the noise of all tensors to layers.csv; trackers get the scalars [any shape], by tensor name, as well."""
         LAYERS.append(self.folder, [{"epoch": epoch, **asdict(row)} for row in noise])
-        for row in noise:
-            for key in ("sqnr_db", "max_sqnr_db", "mse", "clipped_fraction", "s"):
-                value = getattr(row, key)
-                if math.isfinite(value):
-                    self._board.add_scalar(f"layers_{key}/{row.layer}.{row.tensor}", value, epoch)
-        for name, s in scalars.items():
-            if torch.isfinite(s).all():
-                self._board.add_histogram(f"clipping_scalars/{name}", s.float().cpu(), epoch)
+        if not self._trackers:
+            return
+        figures = {key: {f"{row.layer}.{row.tensor}": getattr(row, key) for row in noise} for key in LAYER_FIGURES}
+        finite = {key: {t: v for t, v in values.items() if math.isfinite(v)} for key, values in figures.items()}
+        known = {name: s for name, s in scalars.items() if torch.isfinite(s).all()}
+        for name, tracker in self._now().items():
+            with self._survived(name):
+                tracker.layers(epoch, finite, known)
+
+    def _now(self) -> dict[str, Tracker]:
+        return dict(self._trackers)
+
+    @contextmanager
+    def _survived(self, name: str) -> Iterator[None]:
+        """While open, what a tracker raises ends the tracking alone, and is told."""
+        try:
+            yield
+        except Exception as error:  # whatever a library or a network may raise
+            if (tracker := self._trackers.pop(name, None)) is not None:
+                with suppress(Exception):
+                    tracker.finish(None)
+            log.warning(f"tracker {name}: gave up ({told(error) or type(error).__name__}); the run's own files go on")
 
 
-def _quiet_about_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Its writer's thread tells the next call of its error, which we tell in a sentence; that is enough."""
-    if not type(args.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(args)
+def _tag(key: str) -> str:
+    """train_loss -> train/loss, lr -> run/lr."""
+    half, _, what = key.partition("_")
+    return f"{half}/{what}" if half in ("train", "val") else f"run/{key}"
 
 
 class NullRecord(Record):
@@ -87,7 +108,7 @@ class NullRecord(Record):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def close(self) -> None: ...
+    def close(self, result: Mapping[str, Any] | None = None) -> None: ...
 
     def epoch(self, row: Mapping[str, float]) -> None: ...
 

@@ -31,6 +31,9 @@ numbers = my_package.regression:NUMBERS
 [qat_runner.tasks]
 regression = my_package.regression:TASK
 
+[qat_runner.trackers]
+lines = my_package.lines:Lines
+
 [qat_runner.configs]
 my_package = my_package.configs
 """
@@ -67,11 +70,12 @@ def test_one_of_each_in_a_sweep(tmp_path: Path) -> None:
     assert json.loads((numbers / "summary.json").read_text())["metric"] == "rounded"
 
 
-def test_a_format_and_options(tmp_path: Path) -> None:
+def test_a_format_a_tracker_and_options(tmp_path: Path) -> None:
     environment = installed(tmp_path / "site", ENTRY_POINTS)
     words = ("model=small_network", "dataset=stripes", "format=codebook", "clipping=halved_maximum", "epochs=1")
-    done = ask(environment, tmp_path, *words, "clipping.options.share=0.9", "run_dir=run")
+    done = ask(environment, tmp_path, *words, "clipping.options.share=0.9", "run_dir=run", "trackers=[lines]")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "lines.txt").read_text().startswith("1 ")
     tensors = json.loads((tmp_path / "run" / "histograms.json").read_text())
     assert next(t["levels"] for t in tensors if (t["layer"], t["tensor"]) == ("2", "weight")) == list(
         Codebook(4).levels

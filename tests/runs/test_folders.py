@@ -23,6 +23,7 @@ from qat_runner.runs.files import open_own, write_text
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import Record
 from qat_runner.runs.records import METRICS, STEPS
+from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 
 STEP = {"epoch": 12, "step": 1, "loss": 0.5, "lr": 0.1}
@@ -115,7 +116,7 @@ def test_a_lock_that_cannot_be_had_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 def test_a_line_that_was_cut_is_dropped_before_more_is_added(run: Path) -> None:
     (run / "steps.csv").write_bytes(b"epoch,step,loss,lr\r\n11,1,0.5,0.1\r\n1")
-    with closing(Record(run, epoch=11)) as record:
+    with closing(Record(Tracked("run", run, {}, 11))) as record:
         record.steps([STEP])
     assert [(row["epoch"], row["step"]) for row in STEPS.read(run)] == [(11, 1), (12, 1)]
 
@@ -123,7 +124,7 @@ def test_a_line_that_was_cut_is_dropped_before_more_is_added(run: Path) -> None:
 def test_lines_that_do_not_fit_are_dropped_and_told(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "steps.csv").write_bytes(b"epoch,step,loss,lr\n1,1,0.5,0.1\n\0\0\0\n1,2\n1,2,\xff,0.1\n1,3,0.25,0.1\n")
     (run / "metrics.csv").write_bytes(b"\xff\0\n1,2,3\n")
-    with caplog.at_level("WARNING", "qat_runner"), closing(Record(run, epoch=0, step=3)):
+    with caplog.at_level("WARNING", "qat_runner"), closing(Record(Tracked("run", run, {}, 0), 3)):
         pass
     assert [row["loss"] for row in STEPS.read(run)] == [0.5, 0.25] and METRICS.read(run) == []
     assert "steps.csv: 2 damaged lines are left out" in caplog.text
@@ -133,19 +134,20 @@ def test_lines_that_do_not_fit_are_dropped_and_told(run: Path, caplog: pytest.Lo
 
 
 def test_tensorboard_on_a_full_disk_says_nothing_of_its_own(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(writer: object, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = threading.excepthook
-    record = Record(run)
+    record = Record(Tracked("run", run, {}), trackers=["tensorboard"])
     monkeypatch.setattr(RecordWriter, "write", full)
-    with pytest.raises(OSError, match="No space left"):
-        record.epoch(EPOCH)
-    with pytest.raises(OSError, match="No space left"):
-        record.close()
-    assert capsys.readouterr().err == "" and threading.excepthook is before
+    record.epoch(EPOCH)
+    assert "tracker tensorboard: gave up ([Errno 28] No space left on device); the run's own files" in caplog.text
+    record.epoch(EPOCH)
+    record.close()
+    assert [row["epoch"] for row in METRICS.read(run)] == [EPOCH["epoch"]] * 2
+    assert capsys.readouterr().err == "" and threading.excepthook is before and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("cause", [OSError(errno.ENOSPC, "x"), RuntimeError("x: No space left on device")])

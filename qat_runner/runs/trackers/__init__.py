@@ -1,0 +1,17 @@
+"""Trackers, a file each: where the figures of a run are shown as well, beside the run's own record."""
+
+from qat_runner.plugins import Registry
+from qat_runner.runs.trackers.ml_flow import MLflow
+from qat_runner.runs.trackers.tensorboard import TensorBoard
+from qat_runner.runs.trackers.tracker import NullTracker, Tracked, Tracker
+from qat_runner.runs.trackers.weights_and_biases import WeightsAndBiases
+
+__all__ = ["TRACKERS", "Tracked", "Tracker"]
+
+TRACKERS: Registry[type[Tracker]] = Registry(
+    "tracker",
+    "qat_runner.trackers",
+    {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow, "none": NullTracker},
+    valid=lambda kind: isinstance(kind, type) and issubclass(kind, Tracker),
+)
+"""By the name that `trackers` has for them."""
