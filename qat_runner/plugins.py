@@ -10,11 +10,24 @@ An entry point is looked for only when a name is none of ours, and what it names
 config names a thing that is installed, and cannot say where code lies.
 """
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group, by name, of the packages that are installed."""
+    return {point.name: point for point in _on_path(tuple(sys.path), group)}
+
+
+@functools.cache
+def _on_path(path: tuple[str, ...], group: str) -> EntryPoints:
+    """What is found on a path: to look takes milliseconds, and configs are checked by the hundred."""
+    return entry_points(group=group)
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
@@ -75,7 +88,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         TypeError: what an installed package names so is no such thing, or cannot be imported.
         """
         if name not in self._things:
-            point = self._installed()[name]
+            point = installed(self.group)[name]
             try:
                 thing = self._of(point.load())
             except Exception as error:  # whatever somebody's module may raise
@@ -85,13 +98,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._things or name in self._installed()
+        return name in self._things or name in installed(self.group)
 
     def __iter__(self) -> Iterator[str]:
-        yield from dict.fromkeys((*self._things, *self._installed()))
+        yield from dict.fromkeys((*self._things, *installed(self.group)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def _installed(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}

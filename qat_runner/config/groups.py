@@ -10,7 +10,6 @@ name has an option without a file.
 """
 
 import re
-from importlib.metadata import entry_points
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 
 from qat_runner.config.schema import Config
 from qat_runner.errors import ConfigError
+from qat_runner.plugins import installed
 from qat_runner.quant import METHODS
 
 GROUP, MODELS = "qat_runner.configs", "qat_runner.models"
@@ -40,12 +40,11 @@ def register() -> None:
         ConfigError: configs of an installed package cannot be read, or would take the place of ours.
     """
     ConfigStore.instance().store(name="schema", node=Config)
-    models = [point.name for point in entry_points(group=MODELS)]
-    for group, names in (("clipping", METHODS), ("model", models)):
+    for group, names in (("clipping", METHODS), ("model", installed(MODELS))):
         for name in names:
             if not (config_dir() / group / f"{name}.yaml").is_file():
                 ConfigStore.instance().store(group=group, name=name, node={"name": name})
-    for point in entry_points(group=GROUP):
+    for point in installed(GROUP).values():
         try:
             with as_file(files(point.value)) as folder:
                 _store(folder)
