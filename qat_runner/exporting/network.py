@@ -41,7 +41,7 @@ def export(
         fold: put BatchNorm into the step sizes of the convolution before it.
 
     Returns:
-        The network of integers that was written, in eval mode: it computes what the file says.
+        The network of integers that was written, in eval mode. It computes what the file says.
 
     Raises:
         ValueError: another ending; nothing is quantized; scalars of an activation are not static, or codes no integers.

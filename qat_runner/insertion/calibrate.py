@@ -74,11 +74,13 @@ def freeze(
 
     A weight gets the scalars of the weight as it is now. An activation gets them by the rule:
 
-    | rule       | scalars of an activation                                                                       |
-    |------------|------------------------------------------------------------------------------------------------|
-    | averaged   | the mean of those that the quantized network solves on each batch, in eval mode                |
-    | calibrated | the mean of those that the full-precision network would have (`calibrate`: static-OCTAV)       |
-    | running    | the running average of those of training, without any batch                                    |
+    ==========  ========================================================================================
+    rule        scalars of an activation
+    ==========  ========================================================================================
+    averaged    the mean of those that the quantized network solves on each batch, in eval mode
+    calibrated  the mean of those that the full-precision network would have (`calibrate`: static-OCTAV)
+    running     the running average of those of training, without any batch
+    ==========  ========================================================================================
 
     Quantizers that are static or learned already keep their scalars.
 

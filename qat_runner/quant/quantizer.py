@@ -112,10 +112,12 @@ class _Trained:
 class Quantizer(ScalarState):
     """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or constant (static).
 
-    | mode      | dynamic                                                    | static   |
-    |-----------|------------------------------------------------------------|----------|
-    | `train()` | solves s on each call; remembers it, and a running average | uses `s` |
-    | `eval()`  | by `eval_mode`; remembers nothing                          | uses `s` |
+    =========  ==========================================================  ========
+    mode       dynamic                                                     static
+    =========  ==========================================================  ========
+    `train()`  solves s on each call; remembers it, and a running average  uses `s`
+    `eval()`   by `eval_mode`; remembers nothing                           uses `s`
+    =========  ==========================================================  ========
 
     `eval_mode` of a dynamic quantizer: "dynamic" solves s on each batch, as the paper does (the default); "running"
     uses the exponential average of the scalars seen in training; "last" uses the last of them. It says how to read the

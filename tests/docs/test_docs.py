@@ -7,7 +7,9 @@ A comment on the line before a block of shell commands says how it is tested:
     <!-- shell: not run, REASON -->  it is not tested
 """
 
+import inspect
 import json
+import pkgutil
 import re
 import runpy
 import shlex
@@ -28,6 +30,7 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from torch import nn
 
+import qat_runner
 from qat_runner.cli import export, report, run
 from qat_runner.data import DATASETS, Dataset, prepare
 from qat_runner.data.images import MemorySource
@@ -296,6 +299,14 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     for _, prefix, cls, _ in script["SECTIONS"]:
         keys = [field.name for field in fields(cls) if not script["_is_section"](field)]
         assert [prefix + key for key in keys if key not in script["meanings"](cls)] == []
+
+
+def test_the_api_page_has_all_that_one_import_gives() -> None:
+    page = (DOCS / "api.md").read_text()
+    shown = re.findall(r"^\.\. auto(?:function|class):: qat_runner\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*shown, "quantize_model"]) == qat_runner.__all__
+    for place in re.findall(r"^\.\. auto\w+:: ([\w.]+)$", page, re.MULTILINE):
+        assert inspect.getdoc(pkgutil.resolve_name(place)), place
 
 
 def _anchors(page: Path) -> set[str]:
