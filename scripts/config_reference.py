@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,17 @@ A run is described by keys. `KEY=VALUE` on the command line sets one, `GROUP=OPT
 sets several at once. `qat-run --help` shows the same keys with the values they have by default, and
 `qat-run ... --cfg job` the whole config of a command, without running it.
 
-- **Type**: `null` stands for "not set", and can be given on the command line, too.
+- **Allowed**: `null` stands for "not set", and can be given on the command line, too.
 - **Default**: *required* means that the group's option sets it; where an option sets a key, the option wins over the
   default given here.
 - A wrong key or value is refused in one sentence, before any work.
 """
 
 SECTIONS: list[tuple[str, str, type, str]] = [
-    ("The run", "", schema.Config, "These have no prefix: `qat-run bits=4 seed=1`."),
+    ("The run", "", schema.ConfigSchema, "These have no prefix: `qat-run bits=4 seed=1`."),
     ("model", "model.", schema.ModelConfig, "The network."),
     ("dataset", "dataset.", schema.DatasetConfig, "The data, and how they are read."),
-    ("clipping", "clipping.", schema.ClippingConfig, "How clipping scalars are found."),
+    ("clipping", "clipping.", schema.ClippingSchema, "How clipping scalars are found."),
     ("gradient", "gradient.", schema.GradientConfig, "How gradients pass through quantization."),
     ("recipe", "recipe.", schema.RecipeConfig, "How the network is trained, apart from its stages."),
     (
@@ -90,11 +91,17 @@ def _value(value: Any) -> str:
     )
 
 
-def _type(annotation: Any) -> str:
-    name = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
-    return name.replace("None", "null").replace(" | ", " or ")
+def _allowed(field: dataclasses.Field[Any]) -> str:
+    """The names that a field may hold, or its type and range."""
+    annotation: Any = field.type
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return ", ".join(f"`{name}`" for name in annotation.__members__)
+    plain = isinstance(annotation, type) and not hasattr(annotation, "__args__")
+    name = (annotation.__name__ if plain else str(annotation)).replace("None", "null").replace(" | ", " or ")
+    if "range" not in field.metadata:
+        return name
+    kind, null, _ = name.partition(" or null")
+    return f"{kind}, {field.metadata['range']}" + (f",{null}" if null else "")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -106,11 +113,11 @@ def section(title: str, prefix: str, cls: type, intro: str) -> str:
     """A heading and the table of a dataclass's own keys."""
     said = meanings(cls)
     rows = [
-        [f"`{prefix}{field.name}`", _type(field.type), _default(field), said.get(field.name, "")]
+        [f"`{prefix}{field.name}`", _allowed(field), _default(field), said.get(field.name, "")]
         for field in dataclasses.fields(cls)
         if not _is_section(field)
     ]
-    return f"## {title}\n\n{intro}\n\n{_table(['key', 'type', 'default', 'meaning'], rows)}"
+    return f"## {title}\n\n{intro}\n\n{_table(['key', 'allowed', 'default', 'meaning'], rows)}"
 
 
 def _is_section(field: dataclasses.Field[Any]) -> bool:

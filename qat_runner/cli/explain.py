@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 
-from qat_runner.config import Config
 from qat_runner.config.composing import quoted
+from qat_runner.config.schema import ConfigSchema
 
 
 def explain(error: Exception, configs: Path) -> str:
@@ -44,11 +44,14 @@ def explain(error: Exception, configs: Path) -> str:
             or "not in '" in f"{text} {detail}"
             or "No match in the defaults list" in text
         ):
-            known = _keys(Config)
+            known = _keys(ConfigSchema)
             return f"unknown key '{key}'{_similar(key, known) or '; qat-run --help lists all keys'}"
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
         return f"{key[1] if key else 'a value'}={match[1]}: must be {_KINDS.get(match[2], match[2])}"
+    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*?)\]", f"{text} {detail}"):
+        key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
+        return f"{key[1] if key else 'a value'}={match[1]}: must be one of {match[2]}"
     if match := re.search(r"Error merging override (\S+)", text):
         return f"{match[1]}: {re.sub(r' full_key:.*', '', detail)}"
     return re.sub(r"\s*(full_key:|See https?:).*", "", text)

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from hydra import initialize_config_dir
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from qat_runner.config import hydras_own
 from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import PLACES, differences, flat, identity
+from qat_runner.config.keys import plain
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config
 from qat_runner.errors import ConfigError
@@ -112,7 +113,7 @@ def defaults_for(config: Config) -> Config:
 def command(config: Config) -> str | None:
     """The command that asks for a resolved config again; None if none is found that gives this very run."""
     base = defaults_for(config)
-    old, new = asdict(base), asdict(config)
+    old, new = plain(base), plain(config)
     values = flat(new)
     changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
     changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
@@ -137,7 +138,6 @@ def _follows(key: str, config: Config) -> bool:
     if first == "recipe":
         return key == "recipe.name" or ("." in rest and not key.startswith(used))
     stage = config.stage
-    assert config.batch_size is not None
     said = (stage.epochs, stage.batch_size, scaled_lr(stage, config.batch_size))
     return key in _OF_STAGE and getattr(config, key) == dict(zip(_OF_STAGE, said, strict=True))[key]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from qat_runner.config.schema import Config
+from qat_runner.config.schema import ConfigSchema
 from qat_runner.errors import ConfigError
 from qat_runner.plugins import installed
 from qat_runner.quant import METHODS
@@ -39,7 +39,7 @@ def register() -> None:
     Raises:
         ConfigError: configs of an installed package cannot be read, or would take the place of ours.
     """
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=ConfigSchema)
     for group, names in (("clipping", METHODS), ("model", installed(MODELS))):
         for name in names:
             if not (config_dir() / group / f"{name}.yaml").is_file():

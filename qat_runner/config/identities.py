@@ -4,12 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import BASELINE, Config
@@ -48,7 +48,7 @@ def settings(config: Config) -> dict[str, Any]:
     Weights count by content, wherever they lie. Clipping and gradient are no part of a full-precision run, nor is the
     recipe of one that does not train.
     """
-    keys = {key: value for key, value in asdict(config).items() if key not in PLACES}
+    keys = {key: value for key, value in plain(config).items() if key not in PLACES}
     del keys["bits"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
     foreign = foreign_keys(config.task)
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
@@ -60,7 +60,7 @@ def settings(config: Config) -> dict[str, Any]:
         keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
     keys["recipe"] = None
     if config.training:
-        keys["recipe"] = asdict(config.stage)
+        keys["recipe"] = plain(config.stage)
     if config.distilling:
         teacher = config.recipe.teacher
         keys["distill"] = {

@@ -15,8 +15,19 @@ from yaml import YAMLError
 
 from qat_runner.config.allowed import check_values, require
 from qat_runner.config.plain_yaml import plain_yaml
-from qat_runner.config.schema import BASELINE, TORCHVISION, Config, StageConfig
-from qat_runner.config.tasks import foreign_keys
+from qat_runner.config.schema import (
+    BASELINE,
+    TORCHVISION,
+    ClippingConfig,
+    ClippingSchema,
+    Config,
+    ConfigSchema,
+    Distill,
+    Mode,
+    Optimizer,
+    StageConfig,
+)
+from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
 from qat_runner.insertion.policy import FULL_PRECISION
@@ -33,7 +44,7 @@ def from_hydra(composed: DictConfig) -> Config:
         config = OmegaConf.to_object(composed)
     except Exception as error:  # omegaconf: a missing value, an interpolation that leads nowhere
         raise ConfigError(" ".join(str(error).split())) from error
-    assert isinstance(config, Config)
+    assert isinstance(config, ConfigSchema)
     for key in _unknown_keys(config):
         raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
     require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
@@ -50,39 +61,50 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
     return unknown
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: ConfigSchema) -> Config:
     """Fill in what follows from the rest, and check the result."""
     check_values(config)
     config = _with_home(config)
     task = config.task
-    config = replace(config, mode=config.auto_mode if config.mode == "auto" else config.mode)
+    config = replace(config, mode=config.auto_mode if config.mode == Mode.auto else config.mode)
     stage = config.stage
     batch_size = stage.batch_size if config.batch_size is None else config.batch_size
-    clipping = config.clipping
-    if clipping.calibration_batches is None:
-        clipping = replace(clipping, calibration_batches=task.calibration_batches)
-    if clipping.calibration_batch_size is None:
-        clipping = replace(clipping, calibration_batch_size=task.calibration_batch_size)
-    granularity = config.linear_granularity
     rules = [] if config.policy is None else rules_of(config.policy)
-    config = replace(
-        config,
-        clipping=clipping,
-        policy=None,
-        rules=[*rules, *config.rules],
-        first_last_bits=task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
-        linear_granularity=task.linear_granularity if granularity == "auto" else granularity,
-        weight_bits=config.bits if config.weight_bits is None else config.weight_bits,
-        activation_bits=config.bits if config.activation_bits is None else config.activation_bits,
-        epochs=stage.epochs if config.epochs is None else config.epochs,
-        batch_size=batch_size,
-        lr=scaled_lr(stage, batch_size) if config.lr is None else config.lr,
+    resolved = Config(
+        **_values(config)
+        | {
+            "clipping": _with_calibration(config.clipping, task),
+            "policy": None,
+            "rules": [*rules, *config.rules],
+            "first_last_bits": task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
+            "linear_granularity": task.linear_granularity
+            if config.linear_granularity == "auto"
+            else config.linear_granularity,
+            "weight_bits": config.bits if config.weight_bits is None else config.weight_bits,
+            "activation_bits": config.bits if config.activation_bits is None else config.activation_bits,
+            "epochs": stage.epochs if config.epochs is None else config.epochs,
+            "batch_size": batch_size,
+            "lr": scaled_lr(stage, batch_size) if config.lr is None else config.lr,
+        }
     )
-    check(config)
-    return config
+    check(resolved)
+    return resolved
 
 
-def _with_home(config: Config) -> Config:
+def _with_calibration(clipping: ClippingSchema, task: TaskFacts) -> ClippingConfig:
+    usual = {
+        "calibration_batches": task.calibration_batches,
+        "calibration_batch_size": task.calibration_batch_size,
+    }
+    return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
+
+
+def _values(config: Any) -> dict[str, Any]:
+    """Field -> value, of a dataclass."""
+    return {each.name: getattr(config, each.name) for each in fields(config)}
+
+
+def _with_home(config: ConfigSchema) -> ConfigSchema:
     """With `~` as it is meant: a shell that sees `key=~/x` may leave it as it is."""
     run_dir, checkpoint = (
         None if path is None else os.path.expanduser(path) for path in (config.run_dir, config.model.checkpoint)
@@ -118,16 +140,22 @@ def rules_of(path: str) -> list[Any]:
 
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
-    recipe = replace(config.recipe, distill="none", teacher=None, teacher_part=None)
+    recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None)
     changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
-    return resolve(replace(config, recipe=recipe, mode="auto", overwrite=False, rules=[], **changes))
+    changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False, "rules": []}
+    return changed(config, **changes)
+
+
+def changed(config: Config, **changes: Any) -> Config:
+    """A resolved config with other values, of which null may be what follows from the rest; resolved again."""
+    return resolve(ConfigSchema(**_values(config) | changes))
 
 
 def scaled_lr(stage: StageConfig, batch_size: int) -> float:
     """The recipe's learning rate at another batch size: in proportion to it for SGD, to its square root for AdamW."""
     ratio = batch_size / stage.batch_size
-    return stage.lr * (math.sqrt(ratio) if stage.optimizer == "adamw" else ratio)
+    return stage.lr * (math.sqrt(ratio) if stage.optimizer == Optimizer.adamw else ratio)
 
 
 def check(config: Config) -> None:
@@ -137,7 +165,6 @@ def check(config: Config) -> None:
         ConfigError: naming key, value and what is allowed.
     """
     check_values(config)
-    assert config.batch_size is not None
     require(config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
     channels = {len(config.dataset.mean), len(config.dataset.std)}
     require(
@@ -167,7 +194,6 @@ def _check_quantization(config: Config) -> None:
             if not config.clipping.dynamic
             else f"clipping.eval_mode={config.clipping.eval_mode}"
         )
-        assert config.clipping.calibration_batches is not None
         require(
             config.clipping.calibration_batches > 0,
             "clipping.calibration_batches",
@@ -180,7 +206,6 @@ def _check_freezing(config: Config) -> None:
     at = config.recipe.freeze_scalars_at
     if at is None or not config.training or config.quantization.full_precision:
         return
-    assert config.epochs is not None
     require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
     if config.clipping.learned or not config.clipping.dynamic:
         raise ConfigError(
@@ -189,7 +214,7 @@ def _check_freezing(config: Config) -> None:
 
 
 def _check_mode(config: Config) -> None:
-    from_scratch, from_checkpoint = config.mode == "scratch", config.mode == "finetune"
+    from_scratch, from_checkpoint = config.mode == Mode.scratch, config.mode == Mode.finetune
     if not (from_scratch or from_checkpoint) and config.weights is None:
         raise ConfigError(f"mode={config.mode}: needs weights=PATH, weights=torchvision or weights=baseline")
     if (from_scratch or from_checkpoint) and config.weights is not None:
@@ -200,7 +225,7 @@ def _check_mode(config: Config) -> None:
     if config.training and config.mode not in config.task.modes:
         allowed = ", ".join((*config.task.modes, "ptq", "evaluate"))
         raise ConfigError(f"mode={config.mode}: must be one of {allowed} for dataset.task={config.dataset.task}")
-    if config.mode == "scratch" and config.needs_calibration and not config.clipping.learned:
+    if config.mode == Mode.scratch and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(
             "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
         )
@@ -212,7 +237,7 @@ def _check_mode(config: Config) -> None:
             raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
-    if config.mode == "ptq" and config.quantization.full_precision:
+    if config.mode == Mode.ptq and config.quantization.full_precision:
         raise ConfigError(
             f"bits={config.bits}: mode=ptq has nothing to quantize; mode=evaluate gives the full-precision accuracy"
         )

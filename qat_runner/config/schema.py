@@ -1,30 +1,93 @@
-"""The schema of configs/: every key of a run, typed, with unit and meaning."""
+"""The schema of configs/: every key of a run, typed, with range, unit and meaning.
+
+`ConfigSchema` is what Hydra composes; in it may be null what follows from the rest. `Config` is the resolved one, which
+all the other rooms get.
+"""
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
+from qat_runner.config.keys import number, path, within
 from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import Policy, Rule
 from qat_runner.quant import METHODS, ClippingMethod, clipping_method
 
-STAGES = ("scratch", "retrain", "long_retrain", "finetune")
-MODES = (*STAGES, "ptq", "evaluate")
-OPTIMIZERS = ("sgd", "adamw")
-PADDINGS = ("max_length", "longest")
-DISTILL = ("none", "full_precision")
-RESUME = ("auto", "force", "never")
-AMP = ("none", "bf16", "fp16")
-SCHEDULES = ("step", "cosine", "linear")
+
+class Mode(StrEnum):
+    """What a run does."""
+
+    auto = "auto"
+    scratch = "scratch"
+    retrain = "retrain"
+    long_retrain = "long_retrain"
+    finetune = "finetune"
+    ptq = "ptq"
+    evaluate = "evaluate"
+
+
+class Optimizer(StrEnum):
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+class Schedule(StrEnum):
+    """How the learning rate falls."""
+
+    step = "step"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Padding(StrEnum):
+    """Of token windows."""
+
+    max_length = "max_length"
+    longest = "longest"
+
+
+class Distill(StrEnum):
+    """Whom a network learns from, beside the labels."""
+
+    none = "none"
+    full_precision = "full_precision"
+
+
+class Amp(StrEnum):
+    """What convolutions and matrix products are cast to."""
+
+    none = "none"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Resume(StrEnum):
+    """What becomes of an unfinished run."""
+
+    auto = "auto"
+    force = "force"
+    never = "never"
+
+
+STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
+"""The modes that train, each a stage of the recipe."""
 
 TORCHVISION = "torchvision"
 """The value of `weights` that means torchvision's published weights."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
+
+
+_EPOCHS = 100_000
+_SAMPLES = 1_000_000
+_BATCHES = 1_000_000_000
+_TOKENS = 100_000
+_LARGE = 1e30  # float32 goes to 3e38
 
 
 @dataclass
@@ -33,9 +96,9 @@ class ModelConfig:
     """a name in qat_runner.models.MODELS or BERTS"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
-    width: float = 1.0
+    width: float = number(1.0, 0, 4, above=True)
     """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
-    checkpoint: str | None = None
+    checkpoint: str | None = path(None)
     """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
 
 
@@ -45,64 +108,64 @@ class DatasetConfig:
     """a name in qat_runner.data.DATASETS"""
     task: str = "classification"
     """what is learned of it: classification or question_answering; it follows from the name"""
-    num_classes: int | None = None
+    num_classes: int | None = number(None, 2, 100_000)
     """pictures: classes; null: as many as there are class folders"""
-    image_size: int = 0
+    image_size: int = number(0, 1, 8192)
     """pictures: pixels a side of what the network sees"""
-    mean: list[float] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list, metadata=within(-1e6, 1e6))
     """pictures: normalization, a number a channel, of values in 0..1"""
-    std: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list, metadata=within(0, 1e6, above=True))
     """pictures: normalization, a number a channel, of values in 0..1"""
     augment: str = "none"
     """of training pictures held in memory: none, crop or crop_flip; folders of pictures get ImageNet's"""
-    val_batch_size: int = 500
+    val_batch_size: int = number(500, 1, _SAMPLES)
     """samples a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
-    workers: int = 4
+    workers: int = number(4, 0, 1024)
     """decoding processes (folders of pictures only)"""
     skip_corrupt: bool = False
     """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
-    fake_pictures: int = 512
+    fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
-    max_length: int = 384
+    max_length: int = number(384, 8, _TOKENS)
     """text: tokens a window, question, part of the paragraph and special tokens together"""
-    stride: int = 128
+    stride: int = number(128, 1, _TOKENS)
     """text: tokens of the paragraph from the start of a window to that of the next"""
-    padding: str = "max_length"
+    padding: Padding = Padding.max_length
     """text: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
     one_window: bool = False
     """text: leave out questions that take more than one window, for short trials"""
-    train_questions: int | None = None
+    train_questions: int | None = number(None, 1, _BATCHES)
     """text: at most so many training questions, spread evenly over the file; null: all"""
-    val_questions: int | None = None
+    val_questions: int | None = number(None, 1, _BATCHES)
     """text: at most so many validation questions, spread evenly over the file; null: all"""
-    n_best: int = 20
+    n_best: int = number(20, 1, _TOKENS)
     """text: starts and ends of a window that may become the answer"""
-    max_answer_length: int = 30
+    max_answer_length: int = number(30, 1, _TOKENS)
     """text: tokens of an answer"""
 
 
 @dataclass
-class ClippingConfig:
+class ClippingSchema:
     name: str = MISSING
     """octav, max, percentile, mse_sweep, lsq or pact, or what an installed package adds"""
     dynamic: bool = True
     """solve scalars on each call; otherwise static: calibrated once"""
-    iterations: int | None = None
+    iterations: int | None = number(None, 1, 1000)
     """octav: reads of a tensor a solution, from cold"""
-    warm_iterations: int | None = None
+    warm_iterations: int | None = number(None, 1, 1000)
     """octav: at most so many reads a training step, from the previous step's scalar; null: from cold each time"""
     q: float | None = None
     """percentile: q of the q-th percentile of |x|, in percent"""
-    points: int | None = None
+    points: int | None = number(None, 1, 10_000)
     """mse_sweep: candidates"""
     together: bool | None = None
     """mse_sweep: rows of a weight share one candidate, as in the paper"""
-    alpha: float | None = None
+    alpha: float | None = number(None, 0, _LARGE, above=True)
     """pact: the first clipping scalar of activations"""
-    calibration_batches: int | None = None
+    calibration_batches: int | None = number(None, 0, _SAMPLES)
     """training batches that static scalars (and eval_mode running or last without training) are calibrated on; null:
     5, of a BERT 10, as in the paper"""
-    calibration_batch_size: int | None = None
+    calibration_batch_size: int | None = number(None, 1, _SAMPLES)
     """samples a calibration batch, and of those that qat-export makes scalars static on; null: 64, of a BERT 4, what
     one GPU of the paper saw"""
     sync: bool = False
@@ -149,6 +212,14 @@ class ClippingConfig:
 
 
 @dataclass
+class ClippingConfig(ClippingSchema):
+    """With what follows from the task."""
+
+    calibration_batches: int = number(MISSING, 0, _SAMPLES)
+    calibration_batch_size: int = number(MISSING, 1, _SAMPLES)
+
+
+@dataclass
 class GradientConfig:
     name: str = MISSING
     """ste, pwl, mad or mph"""
@@ -158,33 +229,33 @@ class GradientConfig:
 class StageConfig:
     """How one stage, from scratch or retraining or fine-tuning, is trained."""
 
-    epochs: int = MISSING
+    epochs: int = number(MISSING, 1, _EPOCHS)
     """times that the training data are gone through"""
-    batch_size: int = MISSING
+    batch_size: int = number(MISSING, 1, _SAMPLES)
     """samples a step, over all devices"""
-    lr: float = MISSING
+    lr: float = number(MISSING, 0, _LARGE, above=True)
     """learning rate at that batch size, before any decay"""
-    optimizer: str = "sgd"
+    optimizer: Optimizer = Optimizer.sgd
     """sgd, or adamw, which spares biases and normalization the weight decay"""
     bias_correction: bool = True
     """adamw: divide the running averages, which start at zero, by what they lack in the first steps"""
-    momentum: float = 0.9
+    momentum: float = number(0.9, 0, 1, below=True)
     """sgd"""
-    weight_decay: float = 1e-4
+    weight_decay: float = number(1e-4, 0, _LARGE)
     """of SGD added to the gradients, of AdamW apart from them"""
     nesterov: bool = False
     """sgd"""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = number(None, 0, _LARGE, above=True)
     """gradients are scaled down to this norm, over all parameters; null: never"""
-    label_smoothing: float = 0.0
+    label_smoothing: float = number(0.0, 0, 1, below=True)
     """0 to below 1"""
-    schedule: str = "step"
+    schedule: Schedule = Schedule.step
     """step: times decay_factor every decay_every epochs; cosine, linear: to zero over the epochs"""
-    decay_every: int = 30
+    decay_every: int = number(30, 1, _EPOCHS)
     """epochs"""
-    decay_factor: float = 0.1
+    decay_factor: float = number(0.1, 0, 1, above=True)
     """above 0, at most 1"""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = number(0.0, 0, _EPOCHS)
     """epochs, or a part of one, of linear rise at the start"""
 
 
@@ -194,24 +265,24 @@ class RecipeConfig:
 
     name: str = MISSING
     """what messages call it"""
-    device_batch: int | None = None
+    device_batch: int | None = number(None, 1, _SAMPLES)
     """samples that a device saw at a time where the recipe was published, over which BatchNorm and the scalars of
     activations were taken; a run is told how it compares, and does not follow it; null: not published"""
     scratch: StageConfig | None = None
     retrain: StageConfig | None = None
     long_retrain: StageConfig | None = None
     finetune: StageConfig | None = None
-    distill: str = "none"
+    distill: Distill = Distill.none
     """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
-    teacher: str | None = None
+    teacher: str | None = path(None)
     """weights file of that network, as `weights`; null: `weights` themselves"""
     teacher_part: str | None = None
     """part of that file, as `weights_part`"""
-    distill_temperature: float = 4.0
+    distill_temperature: float = number(4.0, 0, 1e6, above=True)
     """what logits of both are divided by, above 0"""
-    distill_weight: float = 0.5
+    distill_weight: float = number(0.5, 0, 1, above=True)
     """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
-    freeze_scalars_at: float | None = None
+    freeze_scalars_at: float | None = number(None, 0, _EPOCHS, above=True)
     """epoch, or a part of one, from which on the scalars of activations are static, at their running average, so that
     training gets used to what static inference will see; null: never"""
 
@@ -221,17 +292,17 @@ class RecipeConfig:
 
 
 @dataclass
-class Config:
+class ConfigSchema:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    clipping: ClippingConfig = field(default_factory=ClippingConfig)
+    clipping: ClippingSchema = field(default_factory=ClippingSchema)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
-    mode: str = "auto"
+    mode: Mode = Mode.auto
     """scratch: train from random weights; finetune: a BERT from its checkpoint; retrain, long_retrain: from `weights`;
     ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
-    weights: str | None = None
+    weights: str | None = path(None)
     """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
     "torchvision" for the published weights; "baseline" for the full-precision run of the same network, data, recipe and
     seed in mode auto, which is made first where it is missing"""
@@ -258,40 +329,40 @@ class Config:
     rules: list[Any] = field(default_factory=list)
     """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
     the page about policies"""
-    policy: str | None = None
+    policy: str | None = path(None)
     """YAML file of such rules, which come before those of `rules`"""
 
-    epochs: int | None = None
+    epochs: int | None = number(None, 1, _EPOCHS)
     """times that the training data are gone through; null: the recipe's"""
-    batch_size: int | None = None
+    batch_size: int | None = number(None, 1, _SAMPLES)
     """samples a step, over all devices; null: the recipe's"""
-    lr: float | None = None
+    lr: float | None = number(None, 0, _LARGE, above=True)
     """learning rate before any decay; null: the recipe's, with another batch_size in proportion to it, or for AdamW to
     its square root"""
-    accumulate: int = 1
+    accumulate: int = number(1, 1, _SAMPLES)
     """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
-    seed: int = 0
+    seed: int = number(0, 0, 2**32 - 1)
     """of initialization, data order and augmentation; 0 to 2^32 - 1"""
     backend: str = "auto"
     """of the quantization kernels: auto, eager (plain PyTorch), compiled (C++, CPU) or triton (CUDA)"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
-    amp: str = "none"
+    amp: Amp = Amp.none
     """none, bf16 or fp16: autocast of convolutions and matrix products"""
     channels_last: bool = True
     """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
-    limit_train_batches: int | None = None
+    limit_train_batches: int | None = number(None, 1, _BATCHES)
     """at most so many batches an epoch; null: all"""
-    limit_val_batches: int | None = None
+    limit_val_batches: int | None = number(None, 1, _BATCHES)
     """at most so many validation batches; null: all"""
-    noise_batches: int = 1
+    noise_batches: int = number(1, 0, _BATCHES)
     """validation batches on which quantization noise is measured after each epoch; 0: never"""
 
     sync_batchnorm: bool = False
     """of several processes: BatchNorm over the batch of all together"""
-    distributed_timeout: float = 600.0
+    distributed_timeout: float = number(600.0, 0, 1e6, above=True)
     """of several processes: seconds after which one that waits for another gives up"""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = number(10.0, 0, 1e6, above=True)
     """a checkpoint is written so often, and at the end of each epoch"""
 
     sweep: dict[str, str] = field(default_factory=dict)
@@ -311,15 +382,15 @@ class Config:
     log_excess_mse: bool = False
     """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
 
-    data_dir: str = "data"
+    data_dir: str = path("data")
     """where data sets lie; by default the environment variable QAT_DATA_DIR, else ./data"""
-    runs_dir: str = "runs"
+    runs_dir: str = path("runs")
     """where run folders are made"""
-    run_dir: str | None = None
+    run_dir: str | None = path(None)
     """this run's folder; null: a folder in runs_dir named after the config"""
     overwrite: bool = False
     """start anew where the run folder exists; otherwise a finished run is shown and an unfinished one resumed"""
-    resume: str = "auto"
+    resume: Resume = Resume.auto
     """auto: go on with an unfinished run of the same config; force: of another config, too; never: refuse"""
 
     @property
@@ -338,10 +409,6 @@ class Config:
         return FACTS[self.dataset.task]
 
     @property
-    def retraining(self) -> bool:
-        return self.mode in ("retrain", "long_retrain")
-
-    @property
     def stage(self) -> StageConfig:
         """The recipe's stage that this mode uses; one that does not train takes its batch size from mode auto's.
 
@@ -356,13 +423,29 @@ class Config:
         return stage
 
     @property
-    def auto_mode(self) -> str:
+    def auto_mode(self) -> Mode:
         """What mode=auto stands for."""
-        return self.task.modes[0]
+        return Mode(self.task.modes[0])
+
+
+@dataclass
+class Config(ConfigSchema):
+    """A resolved config: what follows from the rest is filled in (see `resolving`). Null means that there is none."""
+
+    clipping: ClippingConfig = field(default_factory=ClippingConfig)
+    weight_bits: int = MISSING
+    activation_bits: int = MISSING
+    epochs: int = number(MISSING, 1, _EPOCHS)
+    batch_size: int = number(MISSING, 1, _SAMPLES)
+    lr: float = number(MISSING, 0, _LARGE, above=True)
+
+    @property
+    def retraining(self) -> bool:
+        return self.mode in (Mode.retrain, Mode.long_retrain)
 
     @property
     def distilling(self) -> bool:
-        return self.training and self.recipe.distill != "none"
+        return self.training and self.recipe.distill != Distill.none
 
     @property
     def freezing(self) -> bool:
@@ -410,5 +493,5 @@ class Config:
     def needs_calibration(self) -> bool:
         """Whether scalars must be found on training batches before the first use."""
         policy = self.quantization
-        wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == "ptq")
-        return wanted and self.mode != "evaluate" and not policy.full_precision
+        wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == Mode.ptq)
+        return wanted and self.mode != Mode.evaluate and not policy.full_precision

@@ -41,7 +41,8 @@ def pictures(
             raise ConfigError(
                 f"dataset.num_classes={config.num_classes}: {folder / 'train'} has {num_classes} class folders"
             )
-        assert num_classes is not None
+        if num_classes is None:
+            raise ConfigError(f"dataset.num_classes=null: must be given for dataset={config.name}")
         normalization = tuple(config.mean), tuple(config.std)
         return ImageData(
             config.name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qat_runner.config import DatasetConfig
+from qat_runner.config import DatasetConfig, Padding
 from qat_runner.data.batches import WHOLE, Batch, Shard
 from qat_runner.data.images import epoch_seed
 from qat_runner.data.squad import Half
@@ -60,7 +60,7 @@ class SquadData:
         cls, sep, pad = self.special
         windows, tokens = half.windows, half.tokens
         ends = windows.prefix[rows] + windows.length[rows]  # where the second [SEP] goes
-        width = self.config.max_length if self.config.padding == "max_length" else int(ends.max()) + 1
+        width = self.config.max_length if self.config.padding == Padding.max_length else int(ends.max()) + 1
         ids = np.full((len(rows), width), pad, dtype=np.int64)
         for out, row in zip(ids, rows, strict=True):
             start, end = windows.start[row], windows.start[row] + windows.length[row]

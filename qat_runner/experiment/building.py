@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qat_runner import distributed
-from qat_runner.config import Config, clipping_label
+from qat_runner.config import Config, Mode, clipping_label
 from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import undivided
 from qat_runner.errors import ConfigError
@@ -47,7 +47,7 @@ def find_device(name: str) -> torch.device:
 
 def model_for(config: Config, data: Data) -> nn.Module:
     """The network without quantizers, on the device of the data and in its layout."""
-    model = task_of(config).network(config, data, pretrained=config.mode == "finetune").to(data.device)
+    model = task_of(config).network(config, data, pretrained=config.mode == Mode.finetune).to(data.device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
@@ -80,7 +80,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     if weights is not None:
-        as_it_is = config.mode == "evaluate"
+        as_it_is = config.mode == Mode.evaluate
         source = Source(weights, config.weights_part)
         loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
@@ -118,9 +118,10 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
     recipe = config.recipe
     if recipe.teacher is not None:
         source = Source(recipe.teacher, recipe.teacher_part, "recipe.teacher")
-    else:
-        assert weights is not None
+    elif weights is not None:
         source = Source(weights, config.weights_part)
+    else:
+        raise ConfigError("recipe.teacher=null: there are no weights to learn from")
     teacher = model_for(config, data)
     loaded = load_weights(teacher, source, config.model.name, new_head=False)
     log.info(f"teacher {source.value}: {loaded}")
@@ -130,7 +131,6 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
     count, size = config.clipping.calibration_batches, config.clipping.calibration_batch_size
-    assert size is not None
     batches = undivided(data).train_batches(size, CALIBRATION_EPOCH, count)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))

@@ -11,6 +11,7 @@ from qat_runner.config import (
     BASELINE,
     TORCHVISION,
     Config,
+    Resume,
     baseline_of,
     differences,
     identity,
@@ -53,7 +54,6 @@ def prepare(config: Config) -> Path:
             raise ConfigError(f"trackers={name}: {missing}")
     device = find_device(config.device)
     world = distributed.world_size()
-    assert config.batch_size is not None
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
     if config.accumulate > config.batch_size // world:
@@ -128,14 +128,14 @@ def _check_folder(folder: Path, config: Config) -> None:
                 raise ConfigError(f"run_dir={folder}: overwrite=true would delete {key}={weights}")
         return
     changed = differences(identity(saved), identity(config))
-    if changed and config.resume != "force":
+    if changed and config.resume != Resume.force:
         raise ConfigError(
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
             f"resume=force goes on with it as it is now asked for"
         )
     if config.training and not here.finished:
         _check_processes(folder)
-    if config.resume == "never" and not here.finished:
+    if config.resume == Resume.never and not here.finished:
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
 
 

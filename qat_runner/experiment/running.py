@@ -19,12 +19,14 @@ from qat_runner import distributed
 from qat_runner.config import (
     BASELINE,
     Config,
+    Optimizer,
     baseline_of,
     clipping_label,
     differences,
     gradient_label,
     identity,
     load_config,
+    plain,
     run_name,
     scaled_lr,
 )
@@ -232,8 +234,7 @@ def _open_record(config: Config, folder: Path, saved: dict[str, Any] | None) -> 
         return NullRecord(folder)
     _record_environment(folder, resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
-    plain: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    return Record(Tracked(run_name(config), folder, plain, state["epoch"]), state["step"], config.trackers)
+    return Record(Tracked(run_name(config), folder, plain(config), state["epoch"]), state["step"], config.trackers)
 
 
 def _record_environment(folder: Path, resuming: bool) -> None:
@@ -268,11 +269,10 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
 def _recipe(config: Config) -> str:
     """Batch size and learning rate, and the rule that they follow; and what part of the batch is seen at a time."""
     stage = config.stage
-    assert config.batch_size is not None
     told = f"batch size {config.batch_size}, lr {config.lr:g}"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
         return f"{told}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
-    law = "the square root of the batch size" if stage.optimizer == "adamw" else "the batch size"
+    law = "the square root of the batch size" if stage.optimizer == Optimizer.adamw else "the batch size"
     rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
     return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
 
@@ -282,7 +282,6 @@ def _seen_at_a_time(config: Config) -> str:
     published, world = config.recipe.device_batch, distributed.world_size()
     if published is None or config.clipping.sync or config.sync_batchnorm:
         return ""
-    assert config.batch_size is not None
     own = config.batch_size // world
     seen = math.ceil(own / config.accumulate)
     told = f"; BatchNorm and activations' scalars see {seen} samples at a time"
@@ -301,7 +300,6 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
         corrupt = set().union(*distributed.gather(corrupt))
-    assert config.weight_bits is not None and config.activation_bits is not None
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,

@@ -19,6 +19,7 @@ from qat_runner.config import (
     BASELINE,
     TORCHVISION,
     Config,
+    Mode,
     baseline_of,
     clipping_label,
     load_config,
@@ -27,7 +28,7 @@ from qat_runner.config import (
 )
 from qat_runner.data import Data
 from qat_runner.data.batches import undivided
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.exporting import verify
 from qat_runner.exporting.folding import fold_batchnorm
@@ -94,7 +95,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     weights = _weights_of(run, config, checkpoint)
     if not RunFolder(run).finished:
         log.warning(f"{run} is not finished: this is its network as it was last saved")
-    mode = "evaluate" if config.training else config.mode  # ptq calibrates again, on the same batches
+    mode = Mode.evaluate if config.training else config.mode  # ptq calibrates again, on the same batches
     part = None if config.training else config.weights_part
     model, data = build(replace(config, mode=mode, weights_part=part, device="cpu", backend="auto"), weights)
     return model.eval(), data, config
@@ -102,14 +103,12 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
 
 def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     """The weights of a run's network, as config.weights; a run that trained nothing has them elsewhere."""
-    if not config.training and config.weights == TORCHVISION:
-        return TORCHVISION
     path = RunFolder(run).checkpoints / f"{checkpoint}.pt"
-    if not config.training:
-        assert config.weights is not None
-        baseline = config.weights == BASELINE
+    if not config.training and config.weights is not None:
+        if config.weights == TORCHVISION:
+            return TORCHVISION
         path = path_of(config.weights)
-        if baseline:
+        if config.weights == BASELINE:
             path = RunFolder(run_folder(baseline_of(config))).checkpoints / LAST
     if not path.exists():
         raise ConfigError(f"{run}: its network is not there any more, {path}")
@@ -134,7 +133,6 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
     """A copy of a network, made static by a rule, on training batches that no training sees."""
     if rule == STATIC:
         return freeze(copy.deepcopy(model))  # the weights
-    assert config.clipping.calibration_batch_size is not None
     some = undivided(data).train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, batches)
     try:
         return freeze(copy.deepcopy(model), rule, (batch.inputs for batch in some))
@@ -186,7 +184,6 @@ def export(request: Request) -> Export:
     example = next(undivided(data).val_batches(2, 1)).inputs
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
-    assert config.weight_bits is not None and config.activation_bits is not None
     with _in_place_of(request.out) as folder:
         files = _write(integers, config, data, example, folder, request.formats)
         figures = _check(model, static, files, config, data)
@@ -228,7 +225,8 @@ def _write(
         else:
             write_safetensors(integers, path, _about(config, data, signature))
             state = read_safetensors(path)
-            assert all(torch.equal(state[key], t) for key, t in integers.state_dict().items())
+            if not all(torch.equal(state[key], t) for key, t in integers.state_dict().items()):
+                raise RunError(f"{path.name} reads back as another network; nothing was kept")
     return files
 
 

@@ -180,8 +180,7 @@ def _quantized_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], bat
     """Scalars that dynamic quantizers solve in the quantized network."""
 
     def latest(quantizer: Quantizer, x: Tensor) -> Tensor:
-        assert quantizer.last_s is not None
-        return quantizer.last_s.float()
+        return quantizer.latest.float()
 
     modes = [t.quantizer.eval_mode for t in tensors]
     try:

@@ -65,7 +65,6 @@ def of_run(folder: Path) -> list[Comparison]:
     """
     model, data, config = network_of_run(folder)
     found: list[Comparison] = []
-    assert config.batch_size is not None
     look_at(model, data, min(32, config.batch_size), 1, lambda tensor, x: found.extend(compare(tensor, x)))
     return found
 

@@ -83,7 +83,6 @@ def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[
     """
     model, data, config = network_of_run(folder)
     batch_size = config.clipping.calibration_batch_size
-    assert batch_size is not None
     batches = min(batches, data.train_steps(batch_size))
     found: dict[str, Input] = {}
 

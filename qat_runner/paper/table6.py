@@ -130,7 +130,6 @@ def of_run(folder: Path) -> Timing:
     """
     model, data, config = network_of_run(folder)
     batch_size = config.clipping.calibration_batch_size
-    assert batch_size is not None
     timing = Timing(f"The tensors of {folder.name}")
 
     def add(tensor: QuantizedTensor, x: Tensor) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from qat_runner.config import ClippingConfig, Config, from_hydra, load_config, resolve
+from qat_runner.config import Config, Mode, from_hydra, load_config, resolve
 from qat_runner.config.composing import compose_config
+from qat_runner.config.resolving import changed
+from qat_runner.config.schema import ClippingSchema
 from qat_runner.data import DATASETS, Data
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
@@ -33,11 +35,11 @@ def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
     config, checkpoint = load_config(folder), RunFolder(folder).checkpoints / LAST
     if config is None or not checkpoint.is_file():
         raise ConfigError(f"{folder}: holds no run with a checkpoint")
-    config = replace(config, device="cpu", backend="auto")
-    config = replace(
-        config, mode="evaluate", weights=str(checkpoint), weights_part=None, clipping=ClippingConfig(name="octav")
+    config = changed(
+        replace(config, device="cpu", backend="auto", mode=Mode.evaluate, weights=str(checkpoint), weights_part=None),
+        **dict.fromkeys(("bits", "weight_bits", "activation_bits"), 4),
+        clipping=ClippingSchema(name="octav"),
     )
-    config = resolve(replace(config, bits=4, weight_bits=4, activation_bits=4))
     return *build(config, config.weights), config
 
 
@@ -62,7 +64,7 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
     find_weights(source, model)
     config = from_hydra(compose_config([f"model={model}", f"dataset={dataset}", "bits=4"]))
     config = replace(config, device="cpu", data_dir=config.data_dir if data_dir is None else str(data_dir))
-    config = resolve(replace(config, mode="evaluate", weights=weights))
+    config = resolve(replace(config, mode=Mode.evaluate, weights=weights))
     if data_dir is not None:
         return build(config, weights)
     task = task_of(config)

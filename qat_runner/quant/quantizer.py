@@ -187,6 +187,17 @@ class Quantizer(ScalarState):
         """Whether a call in eval() would find the scalars it needs."""
         return self.has_scalars or (self.dynamic and self.eval_mode == "dynamic")
 
+    @property
+    def latest(self) -> Tensor:
+        """`last_s`, which there must be.
+
+        Raises:
+            NotCalibratedError: nothing was quantized yet.
+        """
+        if self.last_s is None:
+            raise NotCalibratedError(f"{self.name}: has quantized nothing yet")
+        return self.last_s
+
     def forward(self, x: Tensor) -> Tensor:
         """x, any shape and floating dtype -> the same shape and dtype, on the levels of the format."""
         if not self.enabled:

@@ -68,8 +68,7 @@ def _memory(t: Tensor) -> tuple[int, int, torch.dtype]:
 
 
 def _source(x: Tensor, quantizer: Quantizer) -> _Source:
-    assert quantizer.last_s is not None
-    return _Source(x.detach(), x._version, quantizer.last_s, quantizer)
+    return _Source(x.detach(), x._version, quantizer.latest, quantizer)
 
 
 def _unpack(saved: Any) -> Tensor:

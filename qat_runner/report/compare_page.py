@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import Config, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report import page
 from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown
@@ -65,7 +65,6 @@ class Entry:
     @property
     def bits(self) -> float:
         """Mean of those of weights and activations."""
-        assert self.config.weight_bits is not None and self.config.activation_bits is not None
         return (self.config.weight_bits + self.config.activation_bits) / 2
 
 
@@ -156,7 +155,7 @@ def _networks(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
     for some in found.values():
         if not any(run.full_precision for run in some):
-            some += [r for r in runs if r.config.mode == "evaluate" and r.network == some[0].network]
+            some += [r for r in runs if r.config.mode == Mode.evaluate and r.network == some[0].network]
     several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
     return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import Config, clipping_label, differences, identity, read_config
+from qat_runner.config import Config, Mode, clipping_label, differences, identity, read_config
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.runs.records import SUMMARY, Summary
 
@@ -49,7 +49,6 @@ def find_runs(folder: Path) -> list[Run]:
     configs, unreadable = configs_in(folder)
     found = []
     for path, config in configs.items():
-        assert config.weight_bits is not None
         try:
             summary = SUMMARY.read(path)
         except UnreadableError as error:
@@ -93,7 +92,8 @@ def check_seeds(runs: Sequence[Run]) -> None:
 
 def _row(config: Config) -> str | None:
     if config.quantization.full_precision:
-        return {"evaluate": "pretrained", "scratch": "full_precision", "finetune": "full_precision"}.get(config.mode)
+        trained = dict.fromkeys((Mode.scratch, Mode.finetune), "full_precision")
+        return {Mode.evaluate: "pretrained", **trained}.get(config.mode)
     if config.weight_bits != config.activation_bits:
         return None
     label = clipping_label(config).replace("-", "_").replace(".", "_").replace("percentile", "percentile_")

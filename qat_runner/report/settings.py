@@ -1,10 +1,10 @@
 """The config of a run as a table: section by section, beside what it would have been without a word from its user."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from qat_runner.config import Config, flat, from_hydra
+from qat_runner.config import Config, flat, from_hydra, plain
 from qat_runner.config.composing import compose_config, defaults_for
 from qat_runner.config.identities import PLACES
 from qat_runner.report.page import shown
@@ -32,12 +32,12 @@ def sections(config: Config) -> list[tuple[str, list[Setting]]]:
     Args:
         config: resolved.
     """
-    own, default, plain = (asdict(c) for c in (config, defaults_for(config), from_hydra(compose_config([]))))
+    own, default, bare = (plain(c) for c in (config, defaults_for(config), from_hydra(compose_config([]))))
     groups = [key for key, value in own.items() if isinstance(value, dict) and key not in _HIDDEN]
     places = [key for key in PLACES if key not in _HIDDEN]
     run = [key for key in own if key not in (*groups, *PLACES)]
     tables = [("run", run), *((group, [group]) for group in groups), ("places and habits", places)]
-    flattened = flat(default) | {key: value for key, value in flat(plain).items() if key in _CHOICES}
+    flattened = flat(default) | {key: value for key, value in flat(bare).items() if key in _CHOICES}
     return [(title, list(_rows({key: own[key] for key in keys}, flattened))) for title, keys in tables]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from qat_runner.config import BASELINE, Config, baseline_of, run_name
+from qat_runner.config import BASELINE, Config, Distill, Mode, baseline_of, run_name
 from qat_runner.insertion.policy import FULL_PRECISION
 from qat_runner.runs.records import metric_of
 
@@ -105,18 +105,18 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 
 def _baselines(config: Config) -> list[str]:
     """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
-    recipe = replace(config.recipe, distill="none", teacher=None)
+    recipe = replace(config.recipe, distill=Distill.none, teacher=None)
     same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, recipe=recipe)
     if config.weights is None:
         return [_key(same)]
-    start = [_key(replace(same, mode="evaluate"))]
+    start = [_key(replace(same, mode=Mode.evaluate))]
     return [_key(same), *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
 
 
 def _key(config: Config) -> str:
     """The same for full-precision runs that compute the same: keys of quantization are without effect on them."""
     config = replace(config, backend="auto", log_excess_mse=False)
-    by_seed = config.mode != "evaluate" or config.weights == BASELINE
+    by_seed = config.mode != Mode.evaluate or config.weights == BASELINE
     return run_name(config if by_seed else replace(config, seed=0))
 
 

@@ -36,11 +36,7 @@ class QuestionAnswering(Choice[SquadData]):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        if config.model.checkpoint is None:
-            raise ConfigError(
-                f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub"
-            )
-        positions = read_checkpoint(config.model.checkpoint).max_position_embeddings
+        positions = read_checkpoint(_checkpoint(config)).max_position_embeddings
         if config.dataset.max_length > positions:
             raise ConfigError(
                 f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
@@ -51,8 +47,7 @@ class QuestionAnswering(Choice[SquadData]):
         return None if config.model.checkpoint is None else load_tokenizer(config.model.checkpoint)
 
     def network(self, config: Config, data: SquadData | None, pretrained: bool = False) -> nn.Module:
-        assert config.model.checkpoint is not None
-        return build_bert(config.model.checkpoint, pretrained)
+        return build_bert(_checkpoint(config), pretrained)
 
     def totals(self, device: torch.device) -> Totals:
         return Totals(device, WINDOW_HITS, top_five)
@@ -112,3 +107,9 @@ class AnswerScore(Totals):
             "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
             "samples": figures["samples"],
         }
+
+
+def _checkpoint(config: Config) -> str:
+    if config.model.checkpoint is None:
+        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
+    return config.model.checkpoint

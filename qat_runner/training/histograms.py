@@ -54,8 +54,7 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
     tallies: dict[Quantizer, _Tally] = {}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
-        assert quantizer.last_s is not None
-        s = quantizer.last_s.float()
+        s = quantizer.latest.float()
         x = x.float() / torch.where(s > 0, s, 1.0)
         if quantizer not in tallies:
             tallies[quantizer] = _Tally(x)
@@ -83,7 +82,6 @@ class _Tally:
         self.beyond += x.numel() - int(found.sum())
 
     def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
-        assert quantizer.last_s is not None
         format = quantizer.format
         return {
             "layer": layer,
@@ -91,7 +89,7 @@ class _Tally:
             "bits": format.bits,
             "signed": format.signed,
             "granularity": quantizer.granularity,
-            "s": quantizer.last_s.float().mean().item(),
+            "s": quantizer.latest.float().mean().item(),
             "low": self.low,
             "high": self.high,
             "lowest": self.lowest,

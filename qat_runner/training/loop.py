@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner import distributed
-from qat_runner.config import Config, differences, flat, identity, settings
+from qat_runner.config import Amp, Config, Resume, differences, flat, identity, settings
 from qat_runner.data import Batch, Data
 from qat_runner.data.batches import undivided
 from qat_runner.description import fit
@@ -115,7 +115,6 @@ class Trainer:
     def __init__(
         self, config: Config, model: nn.Module, data: Data, record: Record, teacher: nn.Module | None = None
     ) -> None:
-        assert config.epochs is not None and config.batch_size is not None and config.lr is not None
         self.config, self.model, self.data, self.record = config, model, data, record
         self.teacher, self.task = teacher, task_of(config)
         self.metric = self.task.facts.metric
@@ -123,7 +122,7 @@ class Trainer:
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
         self.optimizer = make_optimizer(model, self.stage, self.lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State()
         self.to_freeze = config.freezing
         """whether recipe.freeze_scalars_at is still to come"""
@@ -249,7 +248,7 @@ class Trainer:
             raise ValueError(f"state.epoch: is {state['epoch']}, of {self.epochs}")
         if state["step"] > self.steps:
             raise ValueError(f"state.step: is {state['step']}, of {self.steps} an epoch")
-        if self.config.resume == "force":
+        if self.config.resume == Resume.force:
             return
         now, then = identity(self.config), saved["config"]
         if any(isinstance(value, dict) for value in then.values()):  # of before: what has kept its name and meaning

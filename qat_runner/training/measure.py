@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_runner.config import Amp
 from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
 from qat_runner.quant import Call, Quantizer, measure
 from qat_runner.tasks import Task, Totals
 
 
-def autocast(device: torch.device, amp: str) -> AbstractContextManager[object]:
+def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
     """The precision that a forward pass runs in: amp is none, bf16 or fp16."""
-    if amp == "none":
+    if amp == Amp.none:
         return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    return torch.autocast(device.type, dtype={Amp.bf16: torch.bfloat16, Amp.fp16: torch.float16}[amp])
 
 
 @torch.inference_mode()
@@ -26,7 +27,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     totals: Totals,
-    amp: str,
+    amp: Amp,
     seen: Callable[[int, Totals], object] = lambda samples, totals: None,
 ) -> None:
     """Add batches to the totals, the model in eval mode; `seen` is told of each batch."""
@@ -54,8 +55,7 @@ class WarmStartExcess:
         assert isinstance(quantizer, Quantizer)
         if not (quantizer.training and quantizer.method.warm):
             return
-        x, s = args[0].detach(), quantizer.last_s
-        assert s is not None
+        x, s = args[0].detach(), quantizer.latest
         converged = quantizer.method.solve(x, quantizer.format, quantizer.dim, Call(check=False))
         ours, best = (measure(x, t, quantizer.format).mse for t in (s, converged))
         self._step.append(torch.where(best > 0, ours / best - 1, 0.0))

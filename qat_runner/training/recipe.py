@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_runner.config import StageConfig
+from qat_runner.config import Optimizer, Schedule, StageConfig
 from qat_runner.insertion import quantized_tensors
 from qat_runner.quant import LearnedQuantizer
 
@@ -26,9 +26,9 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
     if progress < stage.warmup_epochs:
         return base * min((progress * steps + 1) / (stage.warmup_epochs * steps), 1.0)
     done = (progress - stage.warmup_epochs) / max(epochs - stage.warmup_epochs, 1 / steps)  # 0 to 1
-    if stage.schedule == "cosine":
+    if stage.schedule == Schedule.cosine:
         return base * 0.5 * (1 + math.cos(math.pi * done))
-    if stage.schedule == "linear":
+    if stage.schedule == Schedule.linear:
         return base * (1 - done)
     return base * stage.decay_factor ** (epoch // stage.decay_every)
 
@@ -39,7 +39,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
 
     Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
     """
-    adamw = stage.optimizer == "adamw"
+    adamw = stage.optimizer == Optimizer.adamw
     decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):

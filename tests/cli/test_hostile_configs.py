@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from omegaconf import OmegaConf
 
 from qat_runner.cli.run import main
 from qat_runner.config import flat, from_hydra, hydras_own, read_config, run_folder
-from qat_runner.config.allowed import RANGES
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     _hydra_node,
@@ -31,6 +31,8 @@ from qat_runner.config.composing import (
     quoted,
     shipped_configs,
 )
+from qat_runner.config.keys import leaves
+from qat_runner.config.schema import ConfigSchema, RecipeConfig, StageConfig
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment import running
 
@@ -330,15 +332,16 @@ def test_a_search_without_end(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
-    numbers = (int, float, list)
-    composed = flat(OmegaConf.to_container(compose_config([]), resolve=True))  # type: ignore[arg-type]
-    others = {"bits", "schema_version", "rules", "trackers"}  # which have checks of their own
-    found = {
-        key.replace("recipe.scratch.", "recipe.STAGE.")
-        for key, value in composed.items()
-        if isinstance(value, numbers) and not isinstance(value, bool)
-    }
-    assert {key for key in found if not key.startswith(("recipe.retrain", "recipe.long_retrain"))} - others <= {*RANGES}
+    others = {"bits", "weight_bits", "activation_bits", "first_last_bits", "schema_version"}  # with checks of their own
+    others |= {"clipping.q"}
+    schema = ConfigSchema(recipe=RecipeConfig(scratch=StageConfig()))
+    numbers = {key: field for key, field, _ in leaves(schema) if re.search(r"\b(int|float)\b", _written(field.type))}
+    assert {key for key, field in numbers.items() if "range" not in field.metadata} == others
+    assert {"lr", "dataset.mean", "recipe.scratch.lr", "clipping.alpha"} <= numbers.keys()
+
+
+def _written(annotation: Any) -> str:
+    return annotation.__name__ if type(annotation) is type else str(annotation)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from qat_runner.config.schema import OPTIMIZERS, StageConfig
+from qat_runner.config.schema import Optimizer, StageConfig
 from qat_runner.errors import RunError
 from qat_runner.training import checkpoint
 from qat_runner.training.recipe import make_optimizer
@@ -85,7 +85,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(two: Path) -> None:
     assert checkpoint.newest(two)["step"] == 2
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*Optimizer])
 def test_the_state_of_every_optimizer_is_taken(name: str) -> None:
     def trained() -> torch.optim.Optimizer:
         torch.manual_seed(0)
