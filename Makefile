@@ -29,7 +29,7 @@ run: .venv/.installed ## first run: 2-bit ResNet-20 on digits, OCTAV and max-sca
 test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev ## every row of every table for two batches, on a folder of ImageNet's shape
+test-slow: .venv/.installed-dev ## every row of every table for two batches, on small data and on a folder of ImageNet's shape
 	$(BIN)/python -m pytest -m slow
 
 test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled

@@ -12,6 +12,7 @@ import torchvision
 from PIL import Image
 
 from qat_runner.cli import report
+from qat_runner.cli import run as cli_run
 from qat_runner.cli.run import config_dir, main
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 
@@ -29,7 +30,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *args: main(["-m", *args, *SHORT])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+LONG = {"learned", "table2", "table3"}
+"""Those with the most rows."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EXPERIMENTS])
 def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     network = "mobilenet_v3_small" if name == "distillation" else "resnet20"
     args = [f"+experiment={name}", "+scale=digits", f"model={network}", "epochs=1"]
@@ -53,6 +58,12 @@ def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.Capt
     assert sum(row["seeds"] == "1" for row in rows) == ROWS[name]
     assert "\\toprule" in Path(f"report/{name}.tex").read_text()
     assert "<table>" in Path(f"report/{name}.html").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_every_row_is_accepted(name: str, run: Run) -> None:
+    args = ["-m", f"+experiment={name}", "+scale=digits", "model=resnet20", "epochs=1", *SHORT]
+    assert len(cli_run._check_all([*args, *cli_run._rows_of_experiment(args, True)])) == ROWS[name]
 
 
 def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

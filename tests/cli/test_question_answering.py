@@ -99,6 +99,7 @@ def test_every_clipping_method(run: Run, clipping: str) -> None:
     assert run(f"clipping={clipping}", "epochs=1", "limit_train_batches=2", "limit_val_batches=1", "accumulate=2") == 0
 
 
+@pytest.mark.slow
 def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["-m", "+experiment=table5", "+scale=short_squad", "bits=4", "epochs=1", "dataset.train_questions=16"]
     assert run(*args) == 0

@@ -60,7 +60,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return outcome(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.reliability) for n in (signal.SIGUSR1, signal.SIGINT))],
+)
 def test_a_signal_saves_and_stops_within_an_epoch(
     number: signal.Signals,
     whole: dict[str, Any],

@@ -192,7 +192,9 @@ class Killed(BaseException):
     """Nothing that comes after it is done."""
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize(
+    "moment", [pytest.param(n, marks=[pytest.mark.reliability] * (n not in (0, 3))) for n in range(6)]
+)
 def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(
     moment: int, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
