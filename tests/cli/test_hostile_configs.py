@@ -451,6 +451,7 @@ def test_saved_configs_are_plain(content: str | bytes, run: Run) -> None:
     assert not Path("TRACE").exists()
 
 
+@pytest.mark.reliability
 def test_a_locale_that_knows_ascii_alone(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qat_runner", "-m", *SMALL]

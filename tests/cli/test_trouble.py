@@ -83,6 +83,7 @@ def test_a_signal_saves_and_stops_within_an_epoch(
     assert len(whole["rows"]) == 8
 
 
+@pytest.mark.reliability
 def test_a_signal_during_validation(whole: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = Trainer._evaluate
 
@@ -104,6 +105,7 @@ def test_a_stop_ends_the_whole_sweep(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert len([*Path("runs").glob("*/config.yaml")]) == 1
 
 
+@pytest.mark.reliability
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     whole: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run
     assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # before the first step there are none
 
 
+@pytest.mark.reliability
 def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("one").mkdir()
     Path("one/error.txt").write_text("broke off before it began")
@@ -235,6 +238,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "summary.json:cannotberead" in "".join(out.split()) and "1 finished, 1 missing, 1 unreadable" in out
 
 
+@pytest.mark.reliability
 def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -257,6 +261,7 @@ def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.Captu
     assert not [*Path().iterdir()]
 
 
+@pytest.mark.reliability
 def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,7 +103,7 @@ def train(bits: int, steps: int = 20) -> dict[str, Any]:
     return {"weights": model.state_dict(), "first": first}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does(bits: int, tmp_path: Path) -> None:
     first, second = together(train, 2, tmp_path, bits)
     alone = train(bits)
