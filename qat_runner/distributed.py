@@ -91,7 +91,7 @@ def on_main(work: Callable[[], T]) -> T:
     return found
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """The value of every process, in order of rank, known to all."""
     if not dist.is_initialized():
         return [value]
@@ -100,14 +100,14 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def add_up(t: Tensor) -> Tensor:
+def all_reduce(t: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
 
 
-def agree(wish: int) -> int:
+def all_reduce_max(wish: int) -> int:
     """The largest of the numbers that the processes ask for; waits for the other processes, not for a device."""
     if not dist.is_initialized():
         return wish
@@ -124,7 +124,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     for bucket in _buckets(gradients):
         flat = torch.cat([g.reshape(-1) for g in bucket])
-        flat = add_up(flat).div_(dist.get_world_size())
+        flat = all_reduce(flat).div_(dist.get_world_size())
         for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
             g.copy_(mean.view(g.shape))
 
@@ -141,7 +141,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def follow_main(module: nn.Module, parameters: bool = True) -> None:
+def broadcast(module: nn.Module, parameters: bool = True) -> None:
     """Make the buffers, and by default the parameters, of a module those of the main process everywhere."""
     if dist.is_initialized():
         for t in [*(module.parameters() if parameters else ()), *module.buffers()]:
@@ -153,11 +153,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
-        return add_up(t.clone())
+        return all_reduce(t.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return add_up(gradients[0].contiguous().clone())
+        return all_reduce(gradients[0].contiguous().clone())
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

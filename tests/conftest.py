@@ -1,6 +1,8 @@
 """Shared fixtures. Tests run on two threads at most, and never see the user's environment."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,3 +24,12 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.delenv("QAT_DATA_DIR", raising=False)
     os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(autouse=True)
+def _logger_left_alone() -> Iterator[None]:
+    """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
+    log = logging.getLogger("qat_runner")
+    before = list(log.handlers), log.propagate, log.level
+    yield
+    assert (log.handlers, log.propagate, log.level) == before

@@ -75,7 +75,7 @@ remove_quantizers(model)
             ABSENT,
             "qat-report: pydantic is not installed; pip install 'qat_runner[report]' brings it",
         ),
-        ("qat_export run", ABSENT, "qat-export: pydantic is not installed; pip install 'qat_runner[export]' brings it"),
+        ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' brings it"),
         (
             "qat_run",
             ["tensorboard"],
@@ -90,8 +90,8 @@ remove_quantizers(model)
     ],
 )
 def test_commands_say_which_extra_they_lack(tmp_path: Path, command: str, absent: list[str], message: str) -> None:
-    for half in ("train", "dev"):
-        (tmp_path / f"{half}-v1.1.json").touch()
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}-v1.1.json").touch()
     name, *args = command.split()
     done = without(absent, f"from qat_runner.cli import {name}; sys.exit({name}())", *args, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{message}\n")

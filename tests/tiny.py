@@ -53,7 +53,7 @@ def squad_file(path: Path, paragraphs: int, sentences: int = 2) -> Path:
 
 
 def tiny_squad(folder: Path, paragraphs: int = 12) -> Path:
-    """A folder with both halves."""
+    """A folder with both splits."""
     squad_file(folder / "train-v1.1.json", paragraphs)
     squad_file(folder / "dev-v1.1.json", paragraphs // 2)
     return folder

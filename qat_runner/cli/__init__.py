@@ -49,7 +49,7 @@ def _command(name: str) -> int:
 
 _OF_EXTRAS = {
     **dict.fromkeys(("PIL", "hydra", "matplotlib", "numpy", "omegaconf", "pydantic", "safetensors", "scipy")),
-    **dict.fromkeys(("sklearn", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
+    **dict.fromkeys(("sklearn", "tabulate", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
     **dict.fromkeys(("jinja2", "markupsafe", "plotly"), "report"),
     "transformers": "text",
 }

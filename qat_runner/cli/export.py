@@ -14,11 +14,11 @@ Every file is run on the validation set, and is kept only if it does what the ne
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qat_runner.cli.terminal import on_terminal
 from qat_runner.errors import ConfigError, QatError
 
 CHECKPOINTS = ("last", "previous", "best")
@@ -41,11 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="which files (all)")
     parser.add_argument("--compare", action="store_true", help="write nothing, tell the accuracy under each rule")
     args = parser.parse_args(argv)
-    log = logging.getLogger("qat_runner")
-    log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
-    log.setLevel(logging.INFO)
     try:
-        _export(args)
+        with on_terminal():
+            _export(args)
     except QatError as error:
         print(f"qat-export: {error}", file=sys.stderr)
         return error.exit_code

@@ -34,10 +34,10 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
 from qat_runner import distributed
 from qat_runner.cli.explain import explain
+from qat_runner.cli.terminal import on_terminal
 from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register, run_name
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
@@ -61,21 +61,17 @@ PATIENCE = 2.0
 log = logging.getLogger("qat_runner")
 
 
-class _Terminal(logging.Handler):
-    """Prints messages so that a progress bar stays whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     args.sort(key=_rank)
     sweep = any(arg in _MULTIRUN for arg in args)
+    with on_terminal(logging.INFO if sweep else logging.DEBUG):
+        return _carry_out(args, sweep)
+
+
+def _carry_out(args: list[str], sweep: bool) -> int:
     main_process = distributed.is_main()
-    _tell_on_terminal(logging.INFO if sweep else logging.DEBUG)
     detach = _DETACH in args
     args = [_with_home(arg) for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
@@ -187,22 +183,16 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
 
 
 def _check_rows(rows: Iterable[DictConfig]) -> dict[Path, Config]:
-    from qat_runner.experiment import prepare
+    from qat_runner.experiment import preflight
 
     folders: dict[Path, Config] = {}
     for row in rows:
         config = from_hydra(row)
-        folder = prepare(config)
+        folder = preflight(config)
         other = folders.setdefault(folder, config)
         if other is not config and (changed := differences(identity(other), identity(config))):
             raise ConfigError(f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it")
     return folders
-
-
-def _tell_on_terminal(level: int) -> None:
-    log.handlers = [_Terminal(level) if distributed.is_main() else logging.NullHandler()]
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
 
 
 def _detach(args: Sequence[str], runs_dir: Path) -> int:
@@ -253,9 +243,8 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
         from qat_runner.experiment import run
         from qat_runner.report.tables import accuracy
 
-        here = HydraConfig.get().launcher["_target_"].endswith("BasicLauncher")
-        if not here:
-            _tell_on_terminal(logging.INFO)
+        if not HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
+            return _elsewhere(from_hydra(composed), sweep)
         # A stop ends the whole request; and so does any failure of one of several processes: the others may not know.
         if any(isinstance(failure, StoppedError) or distributed.launched() for failure in failures):
             return None
@@ -267,17 +256,10 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
             return done[row]
         except QatError as error:
             if sweep and isinstance(error, BusyError):
-                if not here:
-                    return accuracy(_after_others(config))
                 busy.append(config)
-                return None
-            if here:
+            else:
                 failures.append(error)
-                return None
-            if isinstance(error, StoppedError):  # no result: whoever stopped the job may start it again
-                _wait_for_slurm(error)
-                sys.exit(error.exit_code)
-            raise
+            return None
 
     sys.argv = [sys.argv[0], *args]
     job()
@@ -286,6 +268,19 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
             _after_others(config)
         except QatError as error:
             failures.append(error)
+
+
+def _elsewhere(config: Config, sweep: bool) -> float:
+    """A row of a request, in a process or on a machine that Hydra's launcher gave it."""
+    from qat_runner.experiment import run
+    from qat_runner.report.tables import accuracy
+
+    with on_terminal():
+        try:
+            return accuracy(_after_others(config) if sweep else run(config))
+        except StoppedError as error:  # no result: whoever stopped the job may start it again
+            _wait_for_slurm(error)
+            sys.exit(error.exit_code)
 
 
 def _after_others(config: Config) -> Summary:

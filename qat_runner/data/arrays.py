@@ -22,7 +22,7 @@ def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[L
     """Pictures and their labels in one form.
 
     Args:
-        name: of the half, for messages.
+        name: of the split, for messages.
         pictures: [N, H, H, C], [N, C, H, H] or [N, H, H] with C of 1 or 3: values as `as_bytes` takes them.
         labels: [N] or [N, 1]: class numbers from 0, of any type as long as they are whole.
 

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Data(Protocol):
-    """A data set ready for training. Its batches are on `device`; both halves come out the same at any time.
+    """A data set ready for training. Its batches are on `device`; both splits come out the same at any time.
 
     Where several processes share the work, each gets its shard of every training batch, and its share of the validation
     batches.
@@ -86,9 +86,9 @@ class Data(Protocol):
         """
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` batches of the validation half in its own order, the last as small as it comes."""
+        """The first `limit` batches of the validation split in its own order, the last as small as it comes."""
 
 
-def undivided(data: Data) -> Data:
+def unsharded(data: Data) -> Data:
     """The same data as one process alone would see it, for what every process must do on the same samples."""
     return replace(data, shard=WHOLE)  # type: ignore[type-var]  # all data sets are dataclasses with a shard

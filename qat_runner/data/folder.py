@@ -29,7 +29,7 @@ log = logging.getLogger("qat_runner")
 
 
 class _Pictures(Dataset[tuple[Tensor, int, str]]):
-    """Pictures of one half, asked for as (seed, index): augmentation depends on these two alone.
+    """Pictures of one split, asked for as (seed, index): augmentation depends on these two alone.
 
     An item is a picture, its label, and what was wrong with a picture that cannot be decoded, or "".
     """
@@ -86,11 +86,11 @@ class FolderSource:
     Args:
         folder: holds train/ and val/, each with the same class folders.
         image_size: pixels a side of what comes out.
-        workers: processes that decode, for each half; 0 decodes in this process.
+        workers: processes that decode, for each split; 0 decodes in this process.
         skip_corrupt: leave out pictures that cannot be decoded.
 
     Raises:
-        ValueError: a folder cannot be read, has other classes than the other half's, or a class has no pictures.
+        ValueError: a folder cannot be read, has other classes than the other split's, or a class has no pictures.
     """
 
     def __init__(self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False) -> None:
@@ -98,12 +98,12 @@ class FolderSource:
         crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
         resize = v2.Resize(round(image_size * RESIZE_RATIO))
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), v2.PILToTensor()])
-        listings = {half: list_pictures(folder / half) for half in ("train", "val")}
+        listings = {split: list_pictures(folder / split) for split in ("train", "val")}
         self.classes = listings["train"].classes
         _check_same(self.classes, listings["val"].classes)
         self.notes = tuple(
-            f"{half}/: passed over {listing.passed_over}"
-            for half, listing in listings.items()
+            f"{split}/: passed over {listing.passed_over}"
+            for split, listing in listings.items()
             if str(listing.passed_over)
         )
         self._train, self._val = _Pictures(listings["train"], crop), _Pictures(listings["val"], center)
@@ -123,9 +123,9 @@ class FolderSource:
         own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
         return self._batches(self._val, [[(0, index) for index in part] for part in own])
 
-    def _batches(self, half: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
+    def _batches(self, split: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
         loader: Any = DataLoader(
-            half,
+            split,
             batch_sampler=batches,
             num_workers=min(self._workers, _processors(), len(batches)),
             pin_memory=torch.cuda.is_available(),
@@ -150,7 +150,7 @@ class FolderSource:
 
 
 def _check_same(train: Sequence[str], val: Sequence[str]) -> None:
-    """Refuse halves of different classes, naming the first that one of them has alone."""
+    """Refuse splits of different classes, naming the first that one of them has alone."""
     for name in sorted(set(train) ^ set(val)):
         here, there = ("train", "val") if name in train else ("val", "train")
         raise ValueError(

@@ -45,10 +45,10 @@ def prepare_imagenet(folder: Path) -> None:
     _unpack_val(folder / "ILSVRC2012_img_val.tar", folder / "val", wnid_of_val)
     _unpack_train(folder / "ILSVRC2012_img_train.tar", folder / "train")
     check_order(class_folders(folder / "train"), classes)
-    for half, wanted in PICTURES.items():
-        found = sum(1 for _ in (folder / half).glob("*/*.JPEG"))
+    for split, wanted in PICTURES.items():
+        found = sum(1 for _ in (folder / split).glob("*/*.JPEG"))
         if found != wanted:
-            raise ValueError(f"{folder / half} holds {found} pictures, not {wanted}")
+            raise ValueError(f"{folder / split} holds {found} pictures, not {wanted}")
 
 
 def _check(path: Path) -> None:

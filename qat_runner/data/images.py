@@ -24,7 +24,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class Source(Protocol):
-    """Where pictures come from. Both halves of a data set, as bytes."""
+    """Where pictures come from. Both splits of a data set, as bytes."""
 
     train_size: int
     val_size: int
@@ -99,10 +99,10 @@ class ImageData:
 
 @dataclass
 class MemorySource:
-    """Pictures held in memory; both halves are one large batch each.
+    """Pictures held in memory; both splits are one large batch each.
 
     Raises:
-        ValueError: pictures and labels of a half differ in number or there are none; sizes of pictures differ.
+        ValueError: pictures and labels of a split differ in number or there are none; sizes of pictures differ.
     """
 
     training: Labelled

@@ -47,7 +47,7 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one half."""
+    """The pictures of one split."""
 
     classes: list[str]
     """names of the class folders, sorted"""
@@ -56,13 +56,13 @@ class Listing:
     passed_over: PassedOver
 
 
-def class_folders(half: Path) -> list[str]:
+def class_folders(split: Path) -> list[str]:
     """Names of the class folders, sorted."""
-    return _entries(str(half), PassedOver())[0]
+    return _entries(str(split), PassedOver())[0]
 
 
-def list_pictures(half: Path) -> Listing:
-    """The pictures in the class folders of a half, and in folders within them; links are followed.
+def list_pictures(split: Path) -> Listing:
+    """The pictures in the class folders of a split, and in folders within them; links are followed.
 
     Nothing but folders is opened. Their files are told apart by what the folder says of them, without asking for each.
 
@@ -70,16 +70,16 @@ def list_pictures(half: Path) -> Listing:
         ValueError: a folder cannot be read; there are no class folders, or one without pictures.
     """
     passed_over = PassedOver()
-    classes, beside = _entries(str(half), passed_over)
+    classes, beside = _entries(str(split), passed_over)
     passed_over.outside = len(beside)
     if not classes:
-        raise ValueError(f"{printable(str(half))} has no class folders")
-    above = {_identity(str(folder)) for folder in (half, *half.resolve().parents)}
+        raise ValueError(f"{printable(str(split))} has no class folders")
+    above = {_identity(str(folder)) for folder in (split, *split.resolve().parents)}
     samples: list[tuple[str, int]] = []
     empty: list[str] = []
     for label, name in enumerate(classes):
         before = len(samples)
-        for folder, files in sorted(_walk(os.path.join(half, name), set(above), passed_over)):
+        for folder, files in sorted(_walk(os.path.join(split, name), set(above), passed_over)):
             samples.extend((f"{folder}/{file}", label) for file in files)
         if len(samples) == before:
             empty.append(printable(name))
@@ -87,7 +87,7 @@ def list_pictures(half: Path) -> Listing:
         others = f" (passed over {passed_over})" if str(passed_over) else ""
         many = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ValueError(
-            f"{printable(str(half))}: class folders without pictures: {', '.join(empty[:5])}{many}{others}; "
+            f"{printable(str(split))}: class folders without pictures: {', '.join(empty[:5])}{many}{others}; "
             f"pictures are {', '.join(SUFFIXES)}"
         )
     return Listing(classes, samples, passed_over)

@@ -74,7 +74,7 @@ def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
 
 
 def in_memory(train: Arrays, test: Arrays, config: DatasetConfig) -> MemorySource:
-    """Two published halves as a source: pictures [N, H, W] or [N, H, W, C], uint8, and labels [N], checked.
+    """Two published splits as a source: pictures [N, H, W] or [N, H, W, C], uint8, and labels [N], checked.
 
     Raises:
         ValueError: as `labelled` and `MemorySource`.
@@ -95,4 +95,4 @@ def in_class_folders(folder: Path, config: DatasetConfig) -> FolderSource:
 
 def holds_class_folders(folder: Path) -> bool:
     """Whether a folder has FOLDERS in it."""
-    return all((folder / half).is_dir() and class_folders(folder / half) for half in ("train", "val"))
+    return all((folder / split).is_dir() and class_folders(folder / split) for split in ("train", "val"))

@@ -50,9 +50,9 @@ def read_fashion_mnist(folder: Path, train: bool) -> tuple[NDArray[np.uint8], ND
     Raises:
         ValueError: a file is missing, or is no IDX file of bytes.
     """
-    half = "train" if train else "t10k"
-    pictures = _read_idx(folder / f"{half}-images-idx3-ubyte", read_image_file)
-    return pictures, _read_idx(folder / f"{half}-labels-idx1-ubyte", read_label_file)
+    split = "train" if train else "t10k"
+    pictures = _read_idx(folder / f"{split}-images-idx3-ubyte", read_image_file)
+    return pictures, _read_idx(folder / f"{split}-labels-idx1-ubyte", read_label_file)
 
 
 def _read_idx(path: Path, read: Any) -> NDArray[Any]:

@@ -249,8 +249,8 @@ def _token_span(question: Question, spans: np.ndarray) -> tuple[int, int]:
 
 
 @dataclass
-class Half:
-    """Training or validation half: texts, tokens and windows of the chosen questions."""
+class Split:
+    """Training or validation split: texts, tokens and windows of the chosen questions."""
 
     contexts: list[str]
     questions: list[Question]
@@ -258,7 +258,7 @@ class Half:
     windows: Windows
 
 
-def load_half(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | None) -> Half:
+def load_split(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | None) -> Split:
     """Read a file and cut it into windows.
 
     Args:
@@ -283,7 +283,7 @@ def load_half(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | No
     if len(chosen) < len(questions):
         questions = [questions[i] for i in chosen.tolist()]
         tokens = replace(tokens, questions=Ragged.of([tokens.questions[i] for i in chosen.tolist()]))
-    return Half(contexts, questions, tokens, make_windows(tokens, questions, config.max_length, config.stride))
+    return Split(contexts, questions, tokens, make_windows(tokens, questions, config.max_length, config.stride))
 
 
 def prepare_squad(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from qat_runner.config import DatasetConfig, Padding
 from qat_runner.data.batches import WHOLE, Batch, Shard
 from qat_runner.data.images import epoch_seed
-from qat_runner.data.squad import Half
+from qat_runner.data.squad import Split
 
 
 @dataclass
@@ -20,8 +20,8 @@ class SquadData:
     Logits are [N, L, 2]: of each position, for the start and for the end of the answer.
     """
 
-    training: Half
-    validation: Half
+    training: Split
+    validation: Split
     config: DatasetConfig
     special: tuple[int, int, int]
     """ids of [CLS], [SEP] and [PAD]"""
@@ -56,15 +56,15 @@ class SquadData:
             if self.shard.owns(batch):
                 yield self._batch(self.validation, np.arange(start, min(start + batch_size, self.val_size)))
 
-    def _batch(self, half: Half, rows: np.ndarray) -> Batch:
+    def _batch(self, split: Split, rows: np.ndarray) -> Batch:
         cls, sep, pad = self.special
-        windows, tokens = half.windows, half.tokens
+        windows, tokens = split.windows, split.tokens
         ends = windows.prefix[rows] + windows.length[rows]  # where the second [SEP] goes
         width = self.config.max_length if self.config.padding == Padding.max_length else int(ends.max()) + 1
         ids = np.full((len(rows), width), pad, dtype=np.int64)
         for out, row in zip(ids, rows, strict=True):
             start, end = windows.start[row], windows.start[row] + windows.length[row]
-            context = tokens.contexts[half.questions[windows.question[row]].paragraph][start:end]
+            context = tokens.contexts[split.questions[windows.question[row]].paragraph][start:end]
             text = (*tokens.questions[windows.question[row]], sep, *context, sep)
             out[0] = cls
             out[1 : 1 + len(text)] = text

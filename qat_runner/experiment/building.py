@@ -8,7 +8,7 @@ from torch import nn
 from qat_runner import distributed
 from qat_runner.config import Config, Mode, clipping_label
 from qat_runner.data import Data, Delivery, load_dataset
-from qat_runner.data.batches import undivided
+from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert, wanted
@@ -70,7 +70,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     data = load_dataset(config.dataset, config.data_dir, delivery)
     model = model_for(config, data)
     # Real samples, the same in every process: it is seen what the model does with them.
-    example = next(undivided(data).train_batches(2, epoch=0, limit=1)).inputs
+    example = next(unsharded(data).train_batches(2, epoch=0, limit=1)).inputs
     try:
         insert(model, config.quantization, example)
     except PolicyError as error:
@@ -90,7 +90,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         _check_scalars(config, model, weights)
     if config.sync_batchnorm:
         distributed.synchronize_batchnorm(model)
-    distributed.follow_main(model)
+    distributed.broadcast(model)
     if shard.rank > 0:  # its own dropout
         checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
     return model, data
@@ -131,7 +131,7 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
     """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
     count, size = config.clipping.calibration_batches, config.clipping.calibration_batch_size
-    batches = undivided(data).train_batches(size, CALIBRATION_EPOCH, count)
+    batches = unsharded(data).train_batches(size, CALIBRATION_EPOCH, count)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:

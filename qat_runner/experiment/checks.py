@@ -34,7 +34,7 @@ from qat_runner.training import checkpoint
 T = TypeVar("T")
 
 
-def prepare(config: Config) -> Path:
+def preflight(config: Config) -> Path:
     """Refuse, without doing any work, what cannot be carried out; returns the run's folder, which may exist or not.
 
     Raises:
@@ -65,7 +65,7 @@ def prepare(config: Config) -> Path:
     find_dataset(config.dataset, config.data_dir)
     task_of(config).check(config)
     if config.weights == BASELINE:
-        prepare(baseline_of(config))
+        preflight(baseline_of(config))
     elif config.weights is not None:
         _check_weights(config, Source(config.weights, config.weights_part), new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:

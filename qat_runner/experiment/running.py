@@ -33,7 +33,7 @@ from qat_runner.config import (
 from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment.building import build, load_teacher
-from qat_runner.experiment.checks import prepare, recorded
+from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
@@ -64,7 +64,7 @@ def run(config: Config) -> Summary:
         RunError: it broke off; its folder keeps what was recorded.
         BusyError: another process is at work on it.
     """
-    folder = prepare(config)
+    folder = preflight(config)
     with distributed.group(config.distributed_timeout):
         result = distributed.on_main(lambda: _finished(config, folder))
         if result is not None:
@@ -135,7 +135,7 @@ def _remove(path: Path) -> None:
 def _baseline(config: Config) -> Path:
     """The folder of the finished full-precision run that goes with a config; waits for whoever is training it."""
     baseline = baseline_of(config)
-    folder = prepare(baseline)
+    folder = preflight(baseline)
     waiting = False
     while not distributed.on_main(lambda: RunFolder(folder).finished):
         try:
@@ -299,7 +299,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     quantized_mb, full_mb = size_mb(trainer.model)
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
-        corrupt = set().union(*distributed.gather(corrupt))
+        corrupt = set().union(*distributed.all_gather(corrupt))
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,

@@ -27,7 +27,7 @@ from qat_runner.config import (
     run_folder,
 )
 from qat_runner.data import Data
-from qat_runner.data.batches import undivided
+from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.exporting import verify
@@ -133,7 +133,7 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
     """A copy of a network, made static by a rule, on training batches that no training sees."""
     if rule == STATIC:
         return freeze(copy.deepcopy(model))  # the weights
-    some = undivided(data).train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, batches)
+    some = unsharded(data).train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, batches)
     try:
         return freeze(copy.deepcopy(model), rule, (batch.inputs for batch in some))
     except ValueError as error:
@@ -181,7 +181,7 @@ def export(request: Request) -> Export:
     _check_formats(request, model)
     rule = rule_for(model, request.rule)
     static = made_static(model, data, config, rule, request.batches)
-    example = next(undivided(data).val_batches(2, 1)).inputs
+    example = next(unsharded(data).val_batches(2, 1)).inputs
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
     with _in_place_of(request.out) as folder:
@@ -276,7 +276,7 @@ def _compute(config: Config, network: nn.Module) -> verify.Compute:
 
 
 def _val_batches(config: Config, data: Data) -> Iterator[Any]:
-    return undivided(data).val_batches(config.dataset.val_batch_size, config.limit_val_batches)
+    return unsharded(data).val_batches(config.dataset.val_batch_size, config.limit_val_batches)
 
 
 def _signature(config: Config, example: Sequence[Tensor]) -> Signature:

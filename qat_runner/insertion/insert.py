@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from qat_runner.insertion.attention import quantize_attention, restore_attention
+from qat_runner.insertion.columns import columns
 from qat_runner.insertion.layers import (
     LAYERS,
     QuantMatmul,
@@ -288,7 +288,7 @@ def summary(model: nn.Module) -> str:
         )
         for t in quantized_tensors(model)
     ]
-    table = tabulate(rows, headers=("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"))
+    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"), rows)
     left = _left(model)
     return f"{table}\n\nin full precision: {', '.join(left)}" if rows and left else table
 

@@ -3,9 +3,9 @@
 from dataclasses import astuple, dataclass, fields
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
+from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import IntFormat, Quantizer, maximum, measure, noise_of
@@ -35,7 +35,7 @@ class NoiseReport(list[LayerNoise]):
     """Rows, one a tensor; printed as a table."""
 
     def __str__(self) -> str:
-        return tabulate([astuple(row) for row in self], [field.name for field in fields(LayerNoise)], floatfmt=".4g")
+        return columns([field.name for field in fields(LayerNoise)], [astuple(row) for row in self])
 
 
 @torch.no_grad()

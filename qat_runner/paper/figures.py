@@ -16,7 +16,7 @@ from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.policy import FULL_PRECISION
 from qat_runner.paper.tables import make_table, paper
 from qat_runner.paper.tensors_of_run import look_at, network_of_run
-from qat_runner.quant import IntFormat, fake_quantize, model_mse, mse, newton_step, octav
+from qat_runner.quant import IntFormat, expected_mse, fake_quantize, mse, newton_step, octav
 from qat_runner.report.runs import Run
 from qat_runner.runs.records import METRICS
 from qat_runner.training.plots import CHOSEN, OTHER
@@ -80,7 +80,7 @@ def figure1(samples: Sequence[Sample]) -> Figure:
         for ax, bits in zip(row, all_bits, strict=True):
             best = octav(sample.x, sample.format(bits)).item()
             candidates = torch.linspace(0.15 * best, top, POINTS).tolist()
-            modelled = [model_mse(sample.x, s, sample.format(bits)).item() for s in candidates]
+            modelled = [expected_mse(sample.x, s, sample.format(bits)).item() for s in candidates]
             real = [mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item() for s in candidates]
             ax.plot(candidates, real, color=CHOSEN, label="measured")
             ax.plot(candidates, modelled, color=OTHER, linestyle="--", label="J(s)")

@@ -125,7 +125,7 @@ class TableOfRuns:
         return columns
 
     def notes(self) -> list[str]:
-        what = f"{self.metric} of the last epoch on the validation half"
+        what = f"{self.metric} of the last epoch on the validation split"
         notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds."]
         if "published" in self.layout:
             source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))

@@ -17,7 +17,7 @@ from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.formats import BITS, FORMATS, Format, IntFormat, MidriseFormat, StepFormat, as_format
 from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
 from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
-from qat_runner.quant.noise import Noise, clipped_fraction, measure, model_mse, mse, noise_of, sqnr_db
+from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
 from qat_runner.quant.quantizer import EVAL_MODES, Call, ClippingMethod, NotCalibratedError, Quantizer
 
 __all__ = [
@@ -47,10 +47,10 @@ __all__ = [
     "as_format",
     "clipped_fraction",
     "clipping_method",
+    "expected_mse",
     "fake_quantize",
     "maximum",
     "measure",
-    "model_mse",
     "mse",
     "mse_sweep",
     "newton_step",

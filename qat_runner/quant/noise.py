@@ -76,7 +76,7 @@ def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: in
 
 
 @torch.no_grad()
-def model_mse(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
+def expected_mse(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
     """The paper's model of the clipped MSE, over the empirical distribution of x:
 
         J(s) = k s^2 P(0 < |x| <= s) + E[(|x| - s)^2 1{|x| > s}],      k = 4^-B / 3, or 4^-B / 12 when unsigned

@@ -10,7 +10,7 @@ from typing import Any
 from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report import page
-from qat_runner.report.page import Chart, Trace, View, axes, line, number, rounded, shown
+from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded, shown
 from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
 from qat_runner.report.status import status
@@ -252,7 +252,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
     return Chart("by-bits", heading, views, axes("bits"), 380, ("network",)) if _any(views) else None
 
 
-def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> Trace:
+def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> PlotlyTrace:
     """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
     if runs[0].full_precision:
         level = statistics.fmean(accuracy(run.summary or {}) for run in runs)
@@ -290,7 +290,7 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
     return Chart("by-cost", heading, views, axes(), 380, ("cost", "network")) if _any(views) else None
 
 
-def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> Trace:
+def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> PlotlyTrace:
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
     told = [f"{method}, {bits(run.config)} bits, seed {run.config.seed}" for run in runs]
     trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
@@ -303,10 +303,10 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
     for name, runs in networks.items():
         widths = sorted({run.bits for run in runs if not run.full_precision})
         dashes = {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
-        traces: list[Trace] = []
+        traces: list[PlotlyTrace] = []
         for method, some in _by_method(runs):
             found = [_curve(run, colours[method], dashes.get(run.bits, "solid")) for run in some]
-            group: list[Trace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
+            group: list[PlotlyTrace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
         told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
         title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
@@ -316,7 +316,7 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
     return Chart("curves", heading, views, height=420, selects=("network",)) if _any(views) else None
 
 
-def _curve(run: Entry, colour: int, dash: str) -> Trace | None:
+def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
     rows = run.epochs
     key = validated(rows[0]) if rows else None
     if key is None:

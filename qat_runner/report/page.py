@@ -24,7 +24,7 @@ COLOURS, SYMBOLS = 8, ("circle", "square", "diamond", "triangle-up", "cross")
 FEW_EPOCHS = 12
 """So many have a tick each."""
 
-Trace = dict[str, Any]
+PlotlyTrace = dict[str, Any]
 """As Plotly has it, but for `colour`, an index, in place of its colours."""
 
 
@@ -33,7 +33,7 @@ class View:
     """What a chart shows when it is chosen."""
 
     label: str
-    traces: list[Trace]
+    traces: list[PlotlyTrace]
     layout: dict[str, Any] = field(default_factory=dict)
     height: int | None = None
 
@@ -62,7 +62,7 @@ def axes(x: str = "", y: str = "", **layout: Any) -> dict[str, Any]:
     return {**layout, **{axis: title | layout.get(axis, {}) for axis, title in titles.items()}}
 
 
-def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = CHOSEN, **more: Any) -> Trace:
+def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = CHOSEN, **more: Any) -> PlotlyTrace:
     """A line through points; NaN and None are gaps."""
     symbol = SYMBOLS[(colour + colour // COLOURS) % len(SYMBOLS)]
     return {

@@ -177,9 +177,9 @@ def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: Task[Any])
     """Accuracy and loss by epoch, loss and learning rate by step."""
     charts = []
     if rows:
-        halves = [key for key in rows[0] if key.startswith(("val_", "train_"))]
-        losses = [key for key in halves if key.endswith("_loss")]
-        rates = [key for key in halves if key not in losses and _figure(key) not in task.not_drawn]
+        splits = [key for key in rows[0] if key.startswith(("val_", "train_"))]
+        losses = [key for key in splits if key.endswith("_loss")]
+        rates = [key for key in splits if key not in losses and _figure(key) not in task.not_drawn]
         charts.append(_by_epoch("accuracy", "Accuracy (%)", rows, rates, task.dashed))
         charts.append(_by_epoch("loss", "Loss", rows, losses))
     if steps:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qat_runner.quant import IntFormat
-from qat_runner.report.page import CHOSEN, OTHER, Chart, Trace, View, axes, line, number, rounded
+from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, number, rounded
 from qat_runner.training.histograms import LEVELS
 
 FEW = 20
@@ -54,7 +54,7 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
     chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
     gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
     told = [f"{name(row)}, {row['bits']} bits, {100 * number(row['clipped_fraction']):.2g} % clipped" for row in rows]
-    common: Trace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
+    common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
     common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
     symbol = {"size": 7, "symbol": "square-open"}
     link = {
@@ -126,7 +126,7 @@ def _histogram(tensor: str, h: Row | None) -> View:
     if h is None:
         return View(tensor, [], {"xaxis": {"title": {"text": "not on record"}}})
     width = (h["high"] - h["low"]) / len(h["counts"])
-    bars: Trace = {
+    bars: PlotlyTrace = {
         "type": "bar",
         "x0": rounded(h["low"] + width / 2),
         "dx": rounded(width),

@@ -98,8 +98,8 @@ class Record:
 
 def _tag(key: str) -> str:
     """train_loss -> train/loss, lr -> run/lr."""
-    half, _, what = key.partition("_")
-    return f"{half}/{what}" if half in ("train", "val") else f"run/{key}"
+    split, _, what = key.partition("_")
+    return f"{split}/{what}" if split in ("train", "val") else f"run/{key}"
 
 
 class NullRecord(Record):

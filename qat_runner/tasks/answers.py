@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat_runner.data.squad import Half, Windows
+from qat_runner.data.squad import Split, Windows
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -51,7 +51,7 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def decode(logits: Tensor, half: Half, n_best: int, max_answer_length: int) -> dict[str, str]:
+def decode(logits: Tensor, split: Split, n_best: int, max_answer_length: int) -> dict[str, str]:
     """The answer of each question: the best span in any of its windows.
 
     Start and end are among the `n_best` of their window, inside of the paragraph; a start counts only in the window
@@ -59,14 +59,14 @@ def decode(logits: Tensor, half: Half, n_best: int, max_answer_length: int) -> d
 
     Args:
         logits: [n, L, 2], of the first n windows, for start and end.
-        half: texts, tokens and windows.
+        split: texts, tokens and windows.
         n_best: candidates for either end.
         max_answer_length: tokens.
 
     Returns:
         Question id -> text, for all questions of those windows; "" where no span is possible.
     """
-    windows, n = half.windows, len(logits)
+    windows, n = split.windows, len(logits)
     place = np.arange(logits.shape[1])
     inside = torch.from_numpy(_inside(windows, n, place))
     may_start = inside & torch.from_numpy(_most_context(windows, n, place))
@@ -82,17 +82,17 @@ def decode(logits: Tensor, half: Half, n_best: int, max_answer_length: int) -> d
     for row, (score, (begin, end)) in enumerate(zip(best.tolist(), chosen.tolist(), strict=True)):
         question = int(windows.question[row])
         if question not in found or score > found[question][0]:
-            found[question] = score, _text(half, row, begin, end) if score > -np.inf else ""
-    return {half.questions[question].id: text for question, (_, text) in found.items()}
+            found[question] = score, _text(split, row, begin, end) if score > -np.inf else ""
+    return {split.questions[question].id: text for question, (_, text) in found.items()}
 
 
-def _text(half: Half, row: int, begin: int, end: int) -> str:
-    windows = half.windows
-    paragraph = half.questions[windows.question[row]].paragraph
+def _text(split: Split, row: int, begin: int, end: int) -> str:
+    windows = split.windows
+    paragraph = split.questions[windows.question[row]].paragraph
     token = windows.start[row] - windows.prefix[row]
-    spans = half.tokens.spans[paragraph]
+    spans = split.tokens.spans[paragraph]
     first, last = int(spans[token + begin, 0]), int(spans[token + end, 1])
-    text: str = half.contexts[paragraph][first:last]
+    text: str = split.contexts[paragraph][first:last]
     return text
 
 

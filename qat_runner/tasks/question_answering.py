@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qat_runner import distributed
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
-from qat_runner.data.squad import Half
+from qat_runner.data.squad import Split
 from qat_runner.data.windows import SquadData
 from qat_runner.errors import ConfigError
 from qat_runner.models import BERTS, build_bert, load_tokenizer, read_checkpoint
@@ -57,7 +57,7 @@ class QuestionAnswering(Choice[SquadData]):
             data.device,
             WINDOW_HITS,
             top_five,
-            half=data.validation,
+            split=data.validation,
             n_best=data.config.n_best,
             max_answer_length=data.config.max_answer_length,
         )
@@ -73,7 +73,7 @@ class AnswerScore(Totals):
     Reading gives em and f1, in percent, over the questions that a window was seen of.
     """
 
-    half: Half = field(kw_only=True)
+    split: Split = field(kw_only=True)
     n_best: int = field(kw_only=True)
     max_answer_length: int = field(kw_only=True)
     logits: list[Tensor] = field(default_factory=list, init=False)
@@ -86,7 +86,7 @@ class AnswerScore(Totals):
 
     def merged(self) -> Self:
         everyone = super().merged()
-        gathered = distributed.gather([part.cpu() for part in self.logits])  # each has every so manieth batch
+        gathered = distributed.all_gather([part.cpu() for part in self.logits])  # each has every so manieth batch
         rounds = itertools.zip_longest(*gathered)
         everyone.logits = [part for parts in rounds for part in parts if part is not None]
         return everyone
@@ -98,8 +98,8 @@ class AnswerScore(Totals):
             return {"loss": 0.0, "em": 0.0, "f1": 0.0, "samples": 0}
         width = max(part.shape[1] for part in self.logits)
         padded = [F.pad(part, (0, 0, 0, width - part.shape[1]), value=-torch.inf) for part in self.logits]
-        self.predictions = decode(torch.cat(padded).cpu(), self.half, self.n_best, self.max_answer_length)
-        gold = {q.id: list(q.answers) for q in self.half.questions}
+        self.predictions = decode(torch.cat(padded).cpu(), self.split, self.n_best, self.max_answer_length)
+        gold = {q.id: list(q.answers) for q in self.split.questions}
         pairs = [(text, gold[key]) for key, text in self.predictions.items()]
         return {
             "loss": figures["loss"],

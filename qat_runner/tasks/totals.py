@@ -48,7 +48,7 @@ class Totals:
     def merged(self) -> Self:
         """The totals of all processes that share a pass, known to all of them."""
         everyone = copy.copy(self)
-        everyone.sums = distributed.add_up(self.sums.clone())
+        everyone.sums = distributed.all_reduce(self.sums.clone())
         return everyone
 
     def read(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat_runner.config import Config
 from qat_runner.data import Data
-from qat_runner.data.batches import undivided
+from qat_runner.data.batches import unsharded
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
@@ -36,7 +36,7 @@ def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data
     """
     if config.quantization.full_precision or config.noise_batches == 0:
         return
-    batches = undivided(data).val_batches(config.dataset.val_batch_size, config.noise_batches)
+    batches = unsharded(data).val_batches(config.dataset.val_batch_size, config.noise_batches)
     with autocast(data.device, config.amp):
         found = histograms(model, (batch.inputs for batch in batches))
     HISTOGRAMS.write(folder, found)

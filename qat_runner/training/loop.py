@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_runner import distributed
 from qat_runner.config import Amp, Config, Resume, differences, flat, identity, settings
 from qat_runner.data import Batch, Data
-from qat_runner.data.batches import undivided
+from qat_runner.data.batches import unsharded
 from qat_runner.description import fit
 from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
@@ -73,12 +73,12 @@ def freeze_activations(model: nn.Module) -> None:
     """
     for quantizer in dynamic_activations(model):
         seen = quantizer.seen.reshape(1)
-        sums = distributed.add_up(torch.cat([quantizer.running_s.reshape(-1) * seen, seen]))
+        sums = distributed.all_reduce(torch.cat([quantizer.running_s.reshape(-1) * seen, seen]))
         if sums[-1] > 0:
             quantizer.freeze((sums[:-1] / sums[-1]).reshape(quantizer.s.shape))
 
 
-class Lap:
+class Interval:
     """The steps since their losses were last read; they wait on the device till then."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class Trainer:
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
         self.totals = self.task.totals(self.device)
         """of the epoch that is under way, of this process"""
-        self.lap = Lap()
+        self.interval = Interval()
         self.stop = StopRequest()
         self.saved_at = time.monotonic()
 
@@ -149,7 +149,7 @@ class Trainer:
                 train = self._train_epoch(self.state.epoch, progress)
                 progress.begin(f"epoch {self.state.epoch + 1}/{self.epochs}, validation")
                 began = time.perf_counter()
-                distributed.follow_main(self.model, parameters=False)
+                distributed.broadcast(self.model, parameters=False)
                 self.state.val = self._evaluate(progress)
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
@@ -161,7 +161,7 @@ class Trainer:
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
 
     def evaluate(self) -> None:
-        """Measure the model as it is: its figures on the validation half, and noise."""
+        """Measure the model as it is: its figures on the validation split, and noise."""
         with self._progress(epochs=1, train_samples=0) as progress:
             progress.begin("validation")
             began = time.perf_counter()
@@ -206,7 +206,7 @@ class Trainer:
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
             return []
-        batches = undivided(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
+        batches = unsharded(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
         with autocast(self.device, self.config.amp):
             return noise_report(self.model, (batch.inputs for batch in batches))
 
@@ -260,7 +260,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         """What is left of an epoch; returns the figures of all of it."""
         self.model.train()
-        self.lap = Lap()
+        self.interval = Interval()
         batches = self.data.train_batches(self.batch_size, epoch, self.steps, self.state.step)
         for step, batch in enumerate(batches, self.state.step):
             lr = learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps)
@@ -275,10 +275,10 @@ class Trainer:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.lap.add(loss, lr, None if self.excess is None else self.excess.take())
+            self.interval.add(loss, lr, None if self.excess is None else self.excess.take())
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
             self._look_around(epoch, finite)
-        self._end_lap(epoch)
+        self._end_interval(epoch)
         return self.totals.merged().read()
 
     def _freeze_if_due(self, position: float) -> None:
@@ -298,9 +298,9 @@ class Trainer:
         """After a step: break off, save or stop, whichever any of the processes finds it is time for."""
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         asked = self.stop.signal or 0
-        wish = distributed.agree(DIVERGED if not finite else asked + 1 if asked else int(due))
+        wish = distributed.all_reduce_max(DIVERGED if not finite else asked + 1 if asked else int(due))
         if wish:
-            self._end_lap(epoch)  # where what has diverged is told
+            self._end_interval(epoch)  # where what has diverged is told
             self._save()
         if 1 < wish < DIVERGED:
             self._stop(wish - 1)
@@ -310,34 +310,36 @@ class Trainer:
         where = f"after step {self.state.step} of epoch {self.state.epoch + 1}"
         raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; the same command goes on", number)
 
-    def _end_lap(self, epoch: int) -> None:
+    def _end_interval(self, epoch: int) -> None:
         """Record the steps since the last time, and make sure that they were sound.
 
         Raises:
             RunError: a loss or a weight is NaN or infinite.
         """
-        lap, first, seconds = self.lap, self.state.step, self.lap.seconds()
+        interval, first, seconds = self.interval, self.state.step, self.interval.seconds()
         self.state.seconds += seconds
         self.state.train_seconds += seconds
-        self.state.step += len(lap.rates)
-        self.state.steps += len(lap.rates)
-        losses = self._mean_over_processes(lap.losses).tolist() if lap.losses else []
+        self.state.step += len(interval.rates)
+        self.state.steps += len(interval.rates)
+        losses = self._mean_over_processes(interval.losses).tolist() if interval.losses else []
         rows = [
             {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
-            for i, (loss, lr) in enumerate(zip(losses, lap.rates, strict=True))
+            for i, (loss, lr) in enumerate(zip(losses, interval.rates, strict=True))
         ]
-        for row, figures in zip(rows, lap.excess, strict=False):
+        for row, figures in zip(rows, interval.excess, strict=False):
             row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
         self.record.steps(rows)
-        self.lap = Lap()
+        self.interval = Interval()
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
-            raise RunError(self._diverged(f"the loss became {losses[bad]}", epoch, first + bad, lap.rates[bad]))
+            raise RunError(self._diverged(f"the loss became {losses[bad]}", epoch, first + bad, interval.rates[bad]))
         if rows and not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
-            raise RunError(self._diverged("a weight became NaN or infinite", epoch, self.state.step - 1, lap.rates[-1]))
+            raise RunError(
+                self._diverged("a weight became NaN or infinite", epoch, self.state.step - 1, interval.rates[-1])
+            )
 
     def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
-        return distributed.add_up(torch.stack(losses)) / distributed.shard().world
+        return distributed.all_reduce(torch.stack(losses)) / distributed.shard().world
 
     def _diverged(self, what: str, epoch: int, step: int, lr: float) -> str:
         noisy = min(self.noise, key=lambda row: row.sqnr_db, default=None)
@@ -407,7 +409,7 @@ class Trainer:
             "totals": self.totals.sums.cpu(),
             "buffers": self._own_buffers(),
         }
-        processes = distributed.gather(own)
+        processes = distributed.all_gather(own)
         content: Checkpoint = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -32,14 +32,14 @@ def plot_curves(folder: Path, task: Task[Any]) -> None:
     if not rows:
         return
     epochs = [row["epoch"] for row in rows]
-    halves = [key for key in rows[0] if key.startswith(("train_", "val_"))]
-    losses = [key for key in halves if key.endswith("_loss")]
-    rates = [key for key in halves if key not in losses and key.partition("_")[2] not in task.not_drawn]
+    splits = [key for key in rows[0] if key.startswith(("train_", "val_"))]
+    losses = [key for key in splits if key.endswith("_loss")]
+    rates = [key for key in splits if key not in losses and key.partition("_")[2] not in task.not_drawn]
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, keys, label in zip(both, (losses, rates), ("loss", "accuracy (%)"), strict=True):
         for key in keys:
-            half, _, what = key.partition("_")
-            colour = OTHER if half == "train" else CHOSEN
+            split, _, what = key.partition("_")
+            colour = OTHER if split == "train" else CHOSEN
             style = "--" if what in task.dashed else "-"
             values = [math.nan if (value := row.get(key)) is None else value for row in rows]
             axes.plot(
@@ -49,7 +49,7 @@ def plot_curves(folder: Path, task: Task[Any]) -> None:
                 color=colour,
                 marker="o",
                 markersize=3,
-                label=f"{half} {what}",
+                label=f"{split} {what}",
             )
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -128,15 +128,15 @@ def test_figures(run: Run) -> None:
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ImageNet's shape: 1000 classes, one small picture each, in both halves."""
+    """A folder of ImageNet's shape: 1000 classes, one small picture each, in both splits."""
     folder = tmp_path_factory.mktemp("imagenet")
     names = [FIRST_CLASS, *(f"n{2_000_000 + i:08d}" for i in range(998)), LAST_CLASS]
     chance = np.random.default_rng(0)
-    for half in ("train", "val"):
+    for split in ("train", "val"):
         for name in names:
-            (folder / half / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             picture = Image.fromarray(chance.integers(0, 255, (40, 40, 3), dtype=np.uint8))
-            picture.save(folder / half / name / f"{name}.JPEG")
+            picture.save(folder / split / name / f"{name}.JPEG")
     return folder
 
 

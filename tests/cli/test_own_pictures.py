@@ -18,9 +18,9 @@ FOLDERS = ["dataset=imagefolder", "data_dir=data", "dataset.image_size=8", "data
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder data, with two classes, one of which has a name of bytes."""
     monkeypatch.chdir(tmp_path)
-    for half in ("train", "val"):
+    for split in ("train", "val"):
         for name in (b"a", b"b\xff"):
-            folder = tmp_path / "data" / half / os.fsdecode(name)
+            folder = tmp_path / "data" / split / os.fsdecode(name)
             folder.mkdir(parents=True)
             for i in range(3):
                 Image.new("RGB", (9, 9), (80 * i, 9, 9)).save(folder / f"{i}.png")

@@ -510,8 +510,11 @@ def test_help_and_config_do_no_work(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logging_leaves_others_alone(run: Run) -> None:
-    root = logging.getLogger()
-    handlers = list(root.handlers)
+def test_logging_leaves_others_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, ours, mine = logging.getLogger(), logging.getLogger("qat_runner"), logging.NullHandler()
+    monkeypatch.setattr(ours, "handlers", [mine])
+    handlers, level = list(root.handlers), ours.level
     assert run("epochs=1", "limit_train_batches=1") == 0
+    assert run("bits=1") == 2
     assert root.handlers == handlers
+    assert (ours.handlers, ours.propagate, ours.level) == ([mine], True, level)

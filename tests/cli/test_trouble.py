@@ -39,7 +39,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callabl
     before = Trainer._add_gradients
 
     def add_gradients(trainer: Trainer, batch: Any) -> Any:
-        if (trainer.state.epoch + 1, trainer.state.step + len(trainer.lap.rates) + 1) == (epoch, step):
+        if (trainer.state.epoch + 1, trainer.state.step + len(trainer.interval.rates) + 1) == (epoch, step):
             act(trainer)
         return before(trainer, batch)
 

@@ -76,7 +76,7 @@ def test_all_forms_say_the_same(
 ONE_HOT = np.eye(10, dtype=np.uint8)[Y]
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "uneven": ({"y": Y[:7]}, "train has 20 pictures and 7 labels"),
-    "uneven in the other half": ({"y_test": Y[:7]}, "test has 20 pictures and 7 labels"),
+    "uneven in the other split": ({"y_test": Y[:7]}, "test has 20 pictures and 7 labels"),
     "one-hot": ({"y": ONE_HOT}, r"labels of train: one-hot it seems, of the shape \[20, 10\]; class numbers \[N\]"),
     "one-hot floats": ({"y_test": ONE_HOT.astype("f4")}, "labels of test: one-hot"),
     "one label": ({"y": np.int64(3)}, r"labels of train: of the shape \[\]; \[N\] or \[N, 1\] is allowed"),
@@ -108,7 +108,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "odd floats": ({"x": X / 200}, r"pictures of train: float64 from 0 to 1\.275"),
     "16 bits": ({"x": X.astype("u2") * 257}, "pictures of train: uint16 from 0 to 65535"),
     "signed": ({"x": X.astype("i1")}, "pictures of train: int8 from -128 to 127"),
-    "halves of other sizes": (
+    "splits of other sizes": (
         {"x_test": np.zeros((20, 16, 16, 3), "u1")},
         r"\(8, 8\) pixels to train with",
     ),
@@ -327,9 +327,9 @@ def _spoil_end(path: Path) -> None:
 def test_wrong_idx_files(tmp_path: Path, name: str) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for half in ("train", "t10k"):
-        _idx(raw / f"{half}-images-idx3-ubyte", np.zeros((6, 28, 28), "u1"))
-        _idx(raw / f"{half}-labels-idx1-ubyte", np.arange(6, dtype="u1"))
+    for split in ("train", "t10k"):
+        _idx(raw / f"{split}-images-idx3-ubyte", np.zeros((6, 28, 28), "u1"))
+        _idx(raw / f"{split}-labels-idx1-ubyte", np.arange(6, dtype="u1"))
     settings = config("fashion_mnist", 28)
     assert load(tmp_path, settings).train_size == 6
     change, message = IDX[name]

@@ -235,9 +235,9 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_pictures_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None:
     make, message = BAD[kind]
-    for half in ("train", "val"):
-        (tmp_path / half / "a").mkdir(parents=True)
-        Image.new("RGB", (9, 9)).save(tmp_path / half / "a" / "0.png")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / split / "a" / "0.png")
     (tmp_path / "val" / "a" / "1\n.png").write_bytes(make())
     source = FolderSource(tmp_path, 8, 0, skip_corrupt=True)
     pictures, labels = next(source.val(2, range(1), WHOLE))
@@ -249,9 +249,9 @@ def test_bad_pictures_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None
 
 
 def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
-    for half in ("train", "val"):
-        (tmp_path / half / "a").mkdir(parents=True)
-        Image.new("RGB", (9, 9)).save(tmp_path / half / "a" / "0.png")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / split / "a" / "0.png")
     source = FolderSource(tmp_path, 8, 0)
     (tmp_path / "val" / "a" / "0.png").unlink()
     with pytest.raises(
@@ -262,9 +262,9 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3000), (3000, 1), (40, 700), (701, 40)])
 def test_pictures_of_any_size_and_shape(tmp_path: Path, size: tuple[int, int]) -> None:
-    for half in ("train", "val"):
-        (tmp_path / half / "a").mkdir(parents=True)
-        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / half / "a" / "0.png")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / split / "a" / "0.png")
     source = FolderSource(tmp_path, 32, 0)
     for pictures, _ in (next(source.val(1, range(1), WHOLE)), next(source.train(1, 0, 0, range(1), WHOLE))):
         assert torch.equal(
@@ -275,9 +275,9 @@ def test_pictures_of_any_size_and_shape(tmp_path: Path, size: tuple[int, int]) -
 def test_the_middle_of_a_long_picture_is_seen(tmp_path: Path) -> None:
     long = np.zeros((4, 1000, 3), dtype=np.uint8)
     long[:, 490:510] = 255
-    for half in ("train", "val"):
-        (tmp_path / half / "a").mkdir(parents=True)
-        Image.fromarray(long).save(tmp_path / half / "a" / "0.png")
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(long).save(tmp_path / split / "a" / "0.png")
     pictures, _ = next(FolderSource(tmp_path, 32, 0).val(1, range(1), WHOLE))
     assert pictures.min() == 255
 

@@ -89,12 +89,12 @@ def test_cifar10_from_npz_and_from_torchvisions_folder(tmp_path: Path) -> None:
 
 
 def class_folders(root: Path, classes: int = 3, pictures: int = 4, size: int = 40) -> None:
-    for half in ("train", "val"):
+    for split in ("train", "val"):
         for c in range(classes):
-            (root / half / f"class{c}").mkdir(parents=True)
+            (root / split / f"class{c}").mkdir(parents=True)
             for i in range(pictures):
                 colour = (80 * c, 10 * i, 255 - 80 * c)
-                Image.new("RGB", (size, size + i), colour).save(root / half / f"class{c}" / f"{i}.png")
+                Image.new("RGB", (size, size + i), colour).save(root / split / f"class{c}" / f"{i}.png")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,8 +157,8 @@ def test_classes_of_both_halves_must_agree(tmp_path: Path) -> None:
 
 def test_pictures_in_memory_are_averaged_down() -> None:
     whole = load_dataset(config("fake"), "nowhere", Delivery(CPU, seed=0))
-    half = load_dataset(config("fake", image_size=16), "nowhere", Delivery(CPU, seed=0))
-    assert next(half.val_batches(2)).inputs[0].shape == (2, 3, 16, 16)
+    split = load_dataset(config("fake", image_size=16), "nowhere", Delivery(CPU, seed=0))
+    assert next(split.val_batches(2)).inputs[0].shape == (2, 3, 16, 16)
     assert whole.image_size == 32
     pictures = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4) * 4
     assert shrink(pictures, 2).tolist() == [[[[10, 18], [42, 50]]]]
@@ -197,10 +197,10 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path, workers: int, cap
 def test_fashion_mnist_from_torchvisions_files(tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for half, count in (("train", 6), ("t10k", 3)):
+    for split, count in (("train", 6), ("t10k", 3)):
         pictures = np.full((count, 28, 28), 51, dtype=np.uint8)
-        (raw / f"{half}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pictures.tobytes())
-        (raw / f"{half}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + pictures.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + bytes(range(count)))
     settings = config("fashion_mnist", image_size=28, mean=[0.0], std=[1.0])
     data = load_dataset(settings, str(tmp_path), Delivery(CPU, seed=0))
     (pictures,), labels = next(data.val_batches(3))

@@ -43,16 +43,16 @@ def test_order_and_classes_are_those_of_torchvision(files: set[tuple[str, tuple[
 
 def make(root: Path) -> None:
     """train/ and val/, each with the classes a and b, each with 0.jpg."""
-    for half in ("train", "val"):
+    for split in ("train", "val"):
         for name in ("a", "b"):
-            (root / half / name).mkdir(parents=True)
-            Image.new("RGB", (9, 9)).save(root / half / name / "0.jpg")
+            (root / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(root / split / name / "0.jpg")
 
 
 def _in_both(change: Callable[[Path], object]) -> Callable[[Path], None]:
     def apply(root: Path) -> None:
-        for half in ("train", "val"):
-            change(root / half)
+        for split in ("train", "val"):
+            change(root / split)
 
     return apply
 
@@ -65,16 +65,16 @@ def _socket(path: Path) -> None:
     os.chdir(here)
 
 
-def _raw(half: Path) -> None:
-    os.rename(half / "b", os.fsencode(half) + b"/b\xff")
+def _raw(split: Path) -> None:
+    os.rename(split / "b", os.fsencode(split) + b"/b\xff")
 
 
-def _crowd(half: Path) -> None:
+def _crowd(split: Path) -> None:
     """Folders that all link to each other: there are millions of ways through them."""
     for i in range(12):
-        (half / "a" / f"f{i}").mkdir()
+        (split / "a" / f"f{i}").mkdir()
         for j in range(12):
-            (half / "a" / f"f{i}" / f"to{j}").symlink_to(half / "a" / f"f{j}")
+            (split / "a" / f"f{i}" / f"to{j}").symlink_to(split / "a" / f"f{j}")
 
 
 CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {

@@ -11,10 +11,10 @@ from hypothesis import given
 from qat_runner.config import DatasetConfig
 from qat_runner.data import Delivery, squad
 from qat_runner.data.sets.squad import read
-from qat_runner.data.squad import Half, load_half, make_windows, read_squad
+from qat_runner.data.squad import Split, load_split, make_windows, read_squad
 from qat_runner.data.windows import SquadData
 from qat_runner.models import load_tokenizer
-from tests.halves import HALVES
+from tests.splits import SPLITS
 from tests.tiny import paragraph, squad_file, tiny_bert, tiny_squad
 
 CPU = torch.device("cpu")
@@ -37,13 +37,13 @@ def data(tmp_path: Path, tokenizer: Any) -> SquadData:
     return read(tiny_squad(tmp_path / "squad"), CONFIG, Delivery(CPU, seed=3, tokenizer=tokenizer))
 
 
-@given(HALVES)
-def test_windows_cover_each_paragraph_in_order(half: Half) -> None:
-    w = half.windows
+@given(SPLITS)
+def test_windows_cover_each_paragraph_in_order(split: Split) -> None:
+    w = split.windows
     assert (np.diff(w.question) >= 0).all()
-    for i, question in enumerate(half.questions):
+    for i, question in enumerate(split.questions):
         rows = np.flatnonzero(w.question == i)
-        total = len(half.contexts[i])
+        total = len(split.contexts[i])
         covered = set().union(*(range(w.start[r], w.start[r] + w.length[r]) for r in rows))
         assert covered == set(range(total))
         assert (w.start[rows] + w.length[rows] == total).sum() == 1  # none after the one that reaches the end
@@ -94,37 +94,37 @@ def test_tokens_come_from_the_cache(
     tmp_path: Path, tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = squad_file(tmp_path / "dev.json", 4)
-    first = load_half(path, CONFIG, tokenizer, None)
+    first = load_split(path, CONFIG, tokenizer, None)
     (kept,) = cache.glob("squad_*.npz")
     called: list[str] = []
     encode = squad._encode
     monkeypatch.setattr(squad, "_encode", lambda *args: (called.append("x"), encode(*args))[1])
-    again = load_half(path, CONFIG, tokenizer, None)
+    again = load_split(path, CONFIG, tokenizer, None)
     assert not called
     assert np.array_equal(first.windows.answer, again.windows.answer)
     for content in (kept.read_bytes()[:100], b""):  # damaged: made anew
         kept.write_bytes(content)
-        assert np.array_equal(load_half(path, CONFIG, tokenizer, None).tokens.spans.values, first.tokens.spans.values)
+        assert np.array_equal(load_split(path, CONFIG, tokenizer, None).tokens.spans.values, first.tokens.spans.values)
     assert len(called) == 4
-    load_half(squad_file(path, 5), CONFIG, tokenizer, None)  # another file
+    load_split(squad_file(path, 5), CONFIG, tokenizer, None)  # another file
     assert len(called) == 6
     assert len([*cache.iterdir()]) == 2
 
 
 def test_a_part_of_the_questions(tmp_path: Path, tokenizer: Any) -> None:
     path = squad_file(tmp_path / "dev.json", 10)
-    some = load_half(path, CONFIG, tokenizer, 5)
+    some = load_split(path, CONFIG, tokenizer, 5)
     assert [q.id for q in some.questions] == ["0-0", "2-1", "5-0", "7-0", "9-1"]
     assert set(some.windows.question) == set(range(5))
     mixed = json.loads(path.read_text())
     mixed["data"][0]["paragraphs"] += [{**paragraph(77, sentences=9)}]
     path.write_text(json.dumps(mixed))
-    short = load_half(path, replace(CONFIG, one_window=True), tokenizer, None)
+    short = load_split(path, replace(CONFIG, one_window=True), tokenizer, None)
     assert len(short.questions) == len(short.windows) == 20
     with pytest.raises(ValueError, match=r"no question fits into dataset.max_length=9"):
-        load_half(path, replace(CONFIG, one_window=True, max_length=9), tokenizer, None)
+        load_split(path, replace(CONFIG, one_window=True, max_length=9), tokenizer, None)
     with pytest.raises(ValueError, match="which leaves no room for its paragraph"):
-        load_half(path, replace(CONFIG, max_length=8), tokenizer, None)
+        load_split(path, replace(CONFIG, max_length=8), tokenizer, None)
 
 
 @pytest.mark.parametrize(

@@ -276,9 +276,9 @@ def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, examp
 
 
 def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
+    split = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
-    read = pictures(lambda folder, config: MemorySource(half, half, config.augment))
+    read = pictures(lambda folder, config: MemorySource(split, split, config.augment))
     mine = Dataset("classification", read, lambda folder: (folder / "mine.bin").is_file(), "mine.bin")
     monkeypatch.setitem(DATASETS, "mine", mine)
     command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]

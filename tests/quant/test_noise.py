@@ -6,10 +6,10 @@ import torch
 from qat_runner.quant import (
     IntFormat,
     clipped_fraction,
+    expected_mse,
     fake_quantize,
     maximum,
     measure,
-    model_mse,
     mse,
     octav,
     sqnr_db,
@@ -55,11 +55,11 @@ def test_scalars_are_not_rounded_to_the_dtype_of_what_they_clip(dtype: torch.dty
 def test_model_mse_is_the_paper_s_formula(bits: int, signed: bool) -> None:
     x = torch.randn(2000).relu() + (torch.rand(2000) < 0.1)
     grid = torch.linspace(0.1, 4, 20)
-    ours = torch.stack([model_mse(x, s, IntFormat(bits, signed)) for s in grid])
+    ours = torch.stack([expected_mse(x, s, IntFormat(bits, signed)) for s in grid])
     torch.testing.assert_close(ours, j_on_grid(x, bits, signed, grid))
     rows = x.view(20, 100)
     torch.testing.assert_close(
-        model_mse(rows, 0.7, IntFormat(bits, signed), dim=0).mean(), model_mse(x, 0.7, IntFormat(bits, signed))
+        expected_mse(rows, 0.7, IntFormat(bits, signed), dim=0).mean(), expected_mse(x, 0.7, IntFormat(bits, signed))
     )
 
 
@@ -68,7 +68,7 @@ def test_the_model_predicts_the_measured_noise(bits: int) -> None:
     x = torch.randn(200_000)
     s = octav(x, bits)
     # The model neglects the missing top code, which costs up to a fifth more at 4 bits.
-    assert measure(x, s, bits).mse.item() == pytest.approx(model_mse(x, s, bits).item(), rel=0.2)
+    assert measure(x, s, bits).mse.item() == pytest.approx(expected_mse(x, s, bits).item(), rel=0.2)
 
 
 def test_measure_and_the_promise_of_octav() -> None:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import logging
 import os
 import re
 import shutil
@@ -127,7 +126,6 @@ def spoil(runs: Path, name: str, content: str | bytes) -> None:
 def ask(verb: list[str], runs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Of a verb: exit code, what it printed, and what went to stderr."""
     capsys.readouterr()
-    logging.getLogger("qat_runner").handlers = []  # of a command before, in this process
     words = [str(runs / "bad") if word == "RUN" else str(runs) if word == "RUNS" else word for word in verb]
     code = report([*words, "--out", str(out)])
     told = capsys.readouterr()

@@ -88,8 +88,8 @@ def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float |
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
-    halves = {"train_loss": 1.0, "train_top1": 50.0, "val_loss": 1.1, "val_top1": 55.0, "val_top5": 90.0}
-    write_rows(folder / "metrics.csv", [{"epoch": e + 1, **halves, "lr": 0.1, "seconds": 9.0} for e in range(epochs)])
+    splits = {"train_loss": 1.0, "train_top1": 50.0, "val_loss": 1.1, "val_top1": 55.0, "val_top5": 90.0}
+    write_rows(folder / "metrics.csv", [{"epoch": e + 1, **splits, "lr": 0.1, "seconds": 9.0} for e in range(epochs)])
     write_rows(folder / "steps.csv", [{"epoch": 1, "step": i, "loss": 2 - i / 3000, "lr": 0.1} for i in range(2500)])
     if not config.quantization.full_precision:
         write_rows(folder / "layers.csv", layer_rows(epochs))

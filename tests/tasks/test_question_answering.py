@@ -14,12 +14,12 @@ from torch import Tensor
 from qat_runner.config import DatasetConfig
 from qat_runner.data import Delivery
 from qat_runner.data.sets.squad import read
-from qat_runner.data.squad import Half
+from qat_runner.data.squad import Split
 from qat_runner.data.windows import SquadData
 from qat_runner.models import load_tokenizer
 from qat_runner.tasks.answers import decode, exact_match, f1
 from qat_runner.tasks.question_answering import QuestionAnswering
-from tests.halves import HALVES
+from tests.splits import SPLITS
 from tests.tiny import PLACES, tiny_bert, tiny_squad
 
 
@@ -31,9 +31,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SquadData:
     return read(tiny_squad(tmp_path / "squad"), settings, delivery)
 
 
-def brute_force(logits: Tensor, half: Half, n_best: int, longest: int) -> dict[str, str]:
+def brute_force(logits: Tensor, split: Split, n_best: int, longest: int) -> dict[str, str]:
     """The reference implementation of BERT on SQuAD, in words: loops over windows, starts and ends."""
-    w, best = half.windows, {}
+    w, best = split.windows, {}
     for r in range(len(logits)):
         q = int(w.question[r])
         best.setdefault(q, (-np.inf, ""))
@@ -55,16 +55,16 @@ def brute_force(logits: Tensor, half: Half, n_best: int, longest: int) -> dict[s
                 score = (logits[r, a, 0] + logits[r, b, 1]).item()
                 if a <= b < a + longest and score > best[q][0]:
                     shift = int(w.start[r] - w.prefix[r])
-                    best[q] = score, half.contexts[q][a + shift : b + shift + 1]
-    return {half.questions[q].id: text for q, (_, text) in best.items()}
+                    best[q] = score, split.contexts[q][a + shift : b + shift + 1]
+    return {split.questions[q].id: text for q, (_, text) in best.items()}
 
 
-@given(HALVES, st.integers(1, 8), st.integers(1, 10), st.integers(0, 1000))
-def test_answers_are_those_of_brute_force(half: Half, n_best: int, longest: int, seed: int) -> None:
+@given(SPLITS, st.integers(1, 8), st.integers(1, 10), st.integers(0, 1000))
+def test_answers_are_those_of_brute_force(split: Split, n_best: int, longest: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    width = int((half.windows.prefix + half.windows.length).max()) + 1
-    logits = torch.randn(len(half.windows), width, 2, generator=generator)
-    assert decode(logits, half, n_best, longest) == brute_force(logits, half, n_best, longest)
+    width = int((split.windows.prefix + split.windows.length).max()) + 1
+    logits = torch.randn(len(split.windows), width, 2, generator=generator)
+    assert decode(logits, split, n_best, longest) == brute_force(logits, split, n_best, longest)
 
 
 class Official:

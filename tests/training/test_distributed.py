@@ -87,7 +87,7 @@ def train(bits: int, steps: int = 20) -> dict[str, Any]:
     """SGD on whole batches, of which each process has its part; float64, so that no rounding hangs on a sum's order."""
     model, shard = network(bits).double(), distributed.shard()
     distributed.synchronize_batchnorm(model)
-    distributed.follow_main(model)
+    distributed.broadcast(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     first: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_does(bits: int, tmp_path: Path) -> None:
 def odds_and_ends() -> dict[str, Any]:
     shard = distributed.shard()
     assert distributed.is_main() == (shard.rank == 0)
-    assert distributed.agree(shard.rank * 7) == 7
+    assert distributed.all_reduce_max(shard.rank * 7) == 7
     assert distributed.on_main(lambda: "said") == "said"
     try:
         distributed.on_main(_fail)
@@ -126,7 +126,7 @@ def odds_and_ends() -> dict[str, Any]:
         said = str(error)
     totals = TASKS["classification"].totals(torch.device("cpu"))
     totals.add(torch.tensor(float(shard.rank)), torch.eye(5)[: 1 + shard.rank], torch.tensor([0, 4])[: 1 + shard.rank])
-    return {"said": said, "gathered": distributed.gather(shard.rank), "totals": totals.merged().read()}
+    return {"said": said, "gathered": distributed.all_gather(shard.rank), "totals": totals.merged().read()}
 
 
 def _fail() -> None:
@@ -180,6 +180,8 @@ def test_alone_nothing_changes() -> None:
     module = nn.Linear(2, 2)
     module.weight.grad = torch.ones(2, 2)
     distributed.average_gradients(module.parameters())
-    distributed.follow_main(module)
+    distributed.broadcast(module)
     assert torch.equal(module.weight.grad, torch.ones(2, 2))
-    assert distributed.shard() == Shard(0, 1) and distributed.gather(3) == [3] and distributed.agree(5) == 5
+    assert (
+        distributed.shard() == Shard(0, 1) and distributed.all_gather(3) == [3] and distributed.all_reduce_max(5) == 5
+    )

@@ -15,7 +15,7 @@ NPZ, BATCHES = "cifar10.npz", "cifar-10-batches-py"
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both halves.
+    """Both splits.
 
     Raises:
         ValueError: the files are something else.

@@ -12,7 +12,7 @@ from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both halves; the folder means nothing."""
+    """Both splits; the folder means nothing."""
     from sklearn.datasets import load_digits  # scikit-learn takes a second to import, and only this data set needs it
     from sklearn.model_selection import train_test_split
 

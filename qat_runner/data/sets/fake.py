@@ -11,16 +11,16 @@ from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both halves; the folder means nothing."""
+    """Both splits; the folder means nothing."""
     classes, size = config.num_classes or 10, config.image_size
     generator = torch.Generator().manual_seed(0)
 
-    def half(count: int) -> Labelled:
+    def split(count: int) -> Labelled:
         labels = torch.randint(0, classes, (count,), generator=generator)
         noise = torch.randint(0, 128, (count, 3, size, size), generator=generator, dtype=torch.uint8)
         return noise + (labels * 127 // classes).to(torch.uint8).view(-1, 1, 1, 1), labels
 
-    return MemorySource(half(config.fake_pictures), half(max(config.fake_pictures // 4, 1)), config.augment)
+    return MemorySource(split(config.fake_pictures), split(max(config.fake_pictures // 4, 1)), config.augment)
 
 
 DATASET = Dataset("classification", pictures(read))

@@ -14,7 +14,7 @@ RAW = Path("FashionMNIST", "raw")
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both halves.
+    """Both splits.
 
     Raises:
         ValueError: the files are something else.

@@ -10,7 +10,7 @@ from qat_runner.data.pictures import FOLDERS, holds_class_folders, in_class_fold
 
 
 def read(folder: Path, config: DatasetConfig) -> FolderSource:
-    """Both halves.
+    """Both splits.
 
     Raises:
         ValueError: the classes are not ImageNet's, or as `FolderSource`.

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset, Delivery
-from qat_runner.data.squad import FILES, holds_squad, load_half, prepare_squad
+from qat_runner.data.squad import FILES, holds_squad, load_split, prepare_squad
 from qat_runner.data.windows import SquadData
 
 
 def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> SquadData:
-    """Both halves, as windows.
+    """Both splits, as windows.
 
     Args:
         folder: holds FILES.
@@ -20,8 +20,8 @@ def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> SquadData:
         ValueError: a file is not what it should be.
     """
     tokenizer = delivery.tokenizer
-    training = load_half(folder / FILES[0], config, tokenizer, config.train_questions)
-    validation = load_half(folder / FILES[1], config, tokenizer, config.val_questions)
+    training = load_split(folder / FILES[0], config, tokenizer, config.train_questions)
+    validation = load_split(folder / FILES[1], config, tokenizer, config.val_questions)
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
     return SquadData(training, validation, config, special, delivery.device, delivery.seed, delivery.shard)
 

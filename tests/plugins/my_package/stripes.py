@@ -17,7 +17,7 @@ Array = NDArray[Any]
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
     """Nothing is read: they are drawn."""
 
-    def half(seed: int, count: int) -> tuple[Array, Array]:
+    def split(seed: int, count: int) -> tuple[Array, Array]:
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, 2, (count,), generator=generator)
         lines = (torch.arange(8) % 2 * 200)[None, None, :, None].expand(count, 1, 8, 8)
@@ -25,7 +25,7 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
         noise = torch.randint(0, 50, across.shape, generator=generator)
         return (across + noise).to(torch.uint8).numpy(), labels.numpy()
 
-    return in_memory(half(0, 256), half(1, 64), config)
+    return in_memory(split(0, 256), split(1, 64), config)
 
 
 DATASET = Dataset("classification", pictures(read))

@@ -2,10 +2,10 @@
 
 from hypothesis import strategies as st
 
-from qat_runner.data.squad import Half, Question, Ragged, Tokens, make_windows
+from qat_runner.data.squad import Question, Ragged, Split, Tokens, make_windows
 
 
-def half(lengths: list[tuple[int, int]], max_length: int, stride: int) -> Half:
+def split(lengths: list[tuple[int, int]], max_length: int, stride: int) -> Split:
     """Questions of so many tokens on paragraphs of so many tokens; each token of a paragraph is one character."""
     contexts = ["".join(chr(97 + k % 26) for k in range(n)) for _, n in lengths]
     questions = [Question(str(i), "", i, (contexts[i][n // 2],), n // 2) for i, (_, n) in enumerate(lengths)]
@@ -14,11 +14,11 @@ def half(lengths: list[tuple[int, int]], max_length: int, stride: int) -> Half:
         Ragged.of([range(n) for _, n in lengths]),
         Ragged.of([[(k, k + 1) for k in range(n)] for _, n in lengths], (2,)),
     )
-    return Half(contexts, questions, tokens, make_windows(tokens, questions, max_length, stride))
+    return Split(contexts, questions, tokens, make_windows(tokens, questions, max_length, stride))
 
 
-HALVES = st.builds(
-    half,
+SPLITS = st.builds(
+    split,
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 60)), min_size=1, max_size=5),
     st.integers(12, 24),
     st.integers(1, 30),
