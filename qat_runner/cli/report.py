@@ -20,10 +20,12 @@ are written as PNG and SVG. Exit codes: 0 all is well, 2 the request cannot be c
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qat_runner.cli.terminal import on_terminal
 from qat_runner.errors import ConfigError, QatError
 from qat_runner.runs.files import write_text
 
@@ -58,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _settle(args)
-        for path in _report(args):
+        with on_terminal(logging.WARNING, "stderr"):
+            paths = _report(args)
+        for path in paths:
             print(path)
     except QatError as error:
         print(f"qat-report: {error}", file=sys.stderr)

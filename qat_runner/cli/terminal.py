@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -15,19 +16,24 @@ log = logging.getLogger("qat_runner")
 class _Terminal(logging.Handler):
     """Prints messages so that a progress bar stays whole."""
 
+    def __init__(self, level: int, stream: Literal["stdout", "stderr"]) -> None:
+        super().__init__(level)
+        self.stream = stream
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        file = getattr(sys, self.stream)  # as it is now: whoever calls a command may have put another in its place
+        tqdm.write(self.format(record), file=file)
+        file.flush()
 
 
 @contextmanager
-def on_terminal(level: int = logging.INFO) -> Iterator[None]:
-    """Messages of `level` and above go to stdout, of rank 0 alone; after it the logger is as it was.
+def on_terminal(level: int = logging.INFO, stream: Literal["stdout", "stderr"] = "stdout") -> Iterator[None]:
+    """Messages of `level` and above go to a stream, of rank 0 alone; after it the logger is as it was.
 
     Whoever calls a command's `main` from a program of their own keeps their handlers.
     """
     before = log.handlers, log.level, log.propagate
-    log.handlers = [_Terminal(level) if distributed.is_main() else logging.NullHandler()]
+    log.handlers = [_Terminal(level, stream) if distributed.is_main() else logging.NullHandler()]
     log.propagate = False
     log.setLevel(logging.DEBUG)
     try:
