@@ -59,7 +59,7 @@ GROUPS: dict[str, str] = {
     "Shown for each stage is what differs from the defaults of [its keys](#a-stage-of-the-recipe).",
     "experiment": "Given as `+experiment=NAME`, with `-m`: the rows of a table.",
     "row": "What the rows of experiments are made of; also by itself, as `+row=NAME`.",
-    "scale": "Given as `+scale=NAME` beside an experiment: the data and the recipe that its rows are put on.",
+    "stand_in": "Given as `+stand_in=NAME` beside an experiment: the data and the recipe that its rows are put on.",
 }
 
 

@@ -73,7 +73,7 @@ remove_quantizers(model)
         (
             "qat_report runs",
             ABSENT,
-            "qat-report: pydantic is not installed; pip install 'qat_runner[report]' brings it",
+            "qat-report: tqdm is not installed; pip install 'qat_runner[report]' brings it",
         ),
         ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' brings it"),
         (

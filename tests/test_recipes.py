@@ -27,7 +27,7 @@ RETRAIN = {  # epochs, GPUs x batch, lr, epochs between decays
     "mobilenet_v3_large": (30, 4 * 128, 1e-2, 10),
 }
 DATASETS = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
-SCALES = sorted(path.stem for path in (config_dir() / "scale").glob("*.yaml"))
+STAND_INS = sorted(path.stem for path in (config_dir() / "stand_in").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Config:
@@ -78,11 +78,11 @@ def test_long_retraining_is_from_scratch_at_a_hundredth_of_the_learning_rate(dat
     assert recipe.long_retrain == replace(recipe.scratch, lr=pytest.approx(recipe.scratch.lr * 0.01))
 
 
-@pytest.mark.parametrize("scale", [name for name in SCALES if name != "short_squad"])
-def test_so_it_is_at_small_scale(scale: str) -> None:
-    composed_ = compose_config(["+experiment=table4", f"+scale={scale}"])
+@pytest.mark.parametrize("stand_in", [name for name in STAND_INS if name != "short_squad"])
+def test_so_it_is_on_stand_ins(stand_in: str) -> None:
+    composed_ = compose_config(["+experiment=table4", f"+stand_in={stand_in}"])
     dataset = composed_.standins["imagenet"]
-    recipe = composed("+experiment=table4", f"+scale={scale}", f"dataset={dataset}", "weights=baseline").recipe
+    recipe = composed("+experiment=table4", f"+stand_in={stand_in}", f"dataset={dataset}", "weights=baseline").recipe
     assert recipe.scratch is not None
     assert recipe.long_retrain == replace(recipe.scratch, lr=pytest.approx(recipe.scratch.lr * 0.01))
 

@@ -106,7 +106,7 @@ def _report(args: argparse.Namespace) -> list[Path]:
 
         return [compare_page.write(args.places or [args.runs_dir], args.out / "compare.html")]
     if args.what == "status":
-        from qat_runner.report import status
+        from qat_runner.runs import status
 
         print(status.text(status.statuses(_folder(args.runs_dir))))
         return []

@@ -64,10 +64,9 @@ log = logging.getLogger("qat_runner")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    args.sort(key=_rank)
     sweep = any(arg in _MULTIRUN for arg in args)
     with on_terminal(logging.INFO if sweep else logging.DEBUG):
-        return _carry_out(args, sweep)
+        return _carry_out(sorted(map(_renamed, args), key=_rank), sweep)
 
 
 def _carry_out(args: list[str], sweep: bool) -> int:
@@ -114,9 +113,18 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     return code
 
 
+def _renamed(arg: str) -> str:
+    """An argument as it is called today."""
+    if not arg.startswith("+scale="):
+        return arg
+    renamed = arg.replace("+scale=", "+stand_in=", 1)
+    log.info(f"{arg} is called {renamed} now")
+    return renamed
+
+
 def _rank(arg: str) -> int:
-    """Hydra's parser wants the flag first; an experiment stands before its scale, which changes it. Users may not."""
-    return 0 if arg in _MULTIRUN else 1 if arg.startswith("+experiment=") else 2 if arg.startswith("+scale=") else 3
+    """Hydra's parser wants the flag first; an experiment stands before what changes it. Users may not."""
+    return 0 if arg in _MULTIRUN else 1 if arg.startswith("+experiment=") else 2 if arg.startswith("+stand_in=") else 3
 
 
 def _with_home(arg: str) -> str:
@@ -130,7 +138,7 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
 
     Hydra has a place of its own for this, but lets it clash with the command line instead of giving way.
     """
-    chosen = [arg for arg in args if arg.startswith(("+experiment=", "+scale="))]
+    chosen = [arg for arg in args if arg.startswith(("+experiment=", "+stand_in="))]
     if not chosen:
         return []
     if not chosen[0].startswith("+experiment="):
@@ -241,7 +249,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
-        from qat_runner.report.tables import accuracy
+        from qat_runner.runs.records import accuracy
 
         if not HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
             return _elsewhere(from_hydra(composed), sweep)
@@ -273,7 +281,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 def _elsewhere(config: Config, sweep: bool) -> float:
     """A row of a request, in a process or on a machine that Hydra's launcher gave it."""
     from qat_runner.experiment import run
-    from qat_runner.report.tables import accuracy
+    from qat_runner.runs.records import accuracy
 
     with on_terminal():
         try:

@@ -368,7 +368,7 @@ class ConfigSchema:
     sweep: dict[str, str] = field(default_factory=dict)
     """of an experiment: what -m sweeps over, unless the command line names the key"""
     standins: dict[str, str] = field(default_factory=dict)
-    """of a scale: what takes the place of values in `sweep`"""
+    """of a stand_in: what takes the place of values in `sweep`"""
 
     schema_version: int = SCHEMA_VERSION
     """of this schema; filled in by the runner"""

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
-from qat_runner.report.tables import Table, accuracy, mean_and_deviation, metric
+from qat_runner.report.tables import Table, mean_and_deviation
+from qat_runner.runs.records import accuracy, metric
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 

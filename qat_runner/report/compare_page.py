@@ -13,9 +13,9 @@ from qat_runner.report import page
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded, shown
 from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
-from qat_runner.report.status import status
-from qat_runner.report.tables import accuracy, against_full_precision, metric
-from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, validated
+from qat_runner.report.tables import against_full_precision
+from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, accuracy, metric, validated
+from qat_runner.runs.status import status
 
 FULL_PRECISION = "full precision"
 

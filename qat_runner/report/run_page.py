@@ -15,8 +15,7 @@ from qat_runner.report import page
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
-from qat_runner.report.status import status
-from qat_runner.report.tables import accuracy, against_full_precision, metric
+from qat_runner.report.tables import against_full_precision
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
 from qat_runner.runs.files import CsvFile, JsonFile
 from qat_runner.runs.folder import RunFolder
@@ -33,8 +32,11 @@ from qat_runner.runs.records import (
     Sitting,
     StepRow,
     Summary,
+    accuracy,
+    metric,
     validated,
 )
+from qat_runner.runs.status import status
 from qat_runner.tasks import Task, task_of
 
 log = logging.getLogger("qat_runner")

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from qat_runner.config import BASELINE, Config, Distill, Mode, baseline_of, run_name
 from qat_runner.insertion.policy import FULL_PRECISION
-from qat_runner.runs.records import metric_of
+from qat_runner.runs.records import accuracy, metric
 
 Result = tuple[Config, Mapping[str, Any]]
 """Of a finished run: its config, and the content of its summary.json."""
@@ -149,16 +149,6 @@ def _table(rows: Sequence[Sequence[object]], figures: Sequence[str]) -> str:
     headers = ["model", "dataset", "mode", "bits", "clipping", "gradient", *figures]
     align = ["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * len(figures)
     return tabulate(rows, headers, disable_numparse=True, colalign=align)
-
-
-def metric(summary: Mapping[str, Any]) -> str:
-    """Name of the figure of a run that counts."""
-    return metric_of(summary)
-
-
-def accuracy(summary: Mapping[str, Any]) -> float:
-    """The figure of a run that counts, in percent."""
-    return float(summary[metric(summary)])
 
 
 @dataclass(frozen=True)

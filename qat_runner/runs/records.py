@@ -74,13 +74,18 @@ class Summary(TypedDict):
     run_dir: NotRequired[str]
 
 
-def metric_of(summary: Mapping[str, Any]) -> str:
+def metric(summary: Mapping[str, Any]) -> str:
     """Name of the figure of a run that counts; records of old do not tell."""
     return str(summary.get("metric") or next((name for name in metrics() if name in summary), metrics()[0]))
 
 
+def accuracy(summary: Mapping[str, Any]) -> float:
+    """The figure of a run that counts, in percent."""
+    return float(summary[metric(summary)])
+
+
 def _with_its_figure(summary: Summary) -> Summary:
-    name = metric_of(summary)
+    name = metric(summary)
     if name not in metrics():
         raise ValueError(f"metric: must be {' or '.join(metrics())}, not {name}")
     if name not in summary:

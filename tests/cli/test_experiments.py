@@ -37,7 +37,7 @@ LONG = {"learned", "table2", "table3"}
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EXPERIMENTS])
 def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     network = "mobilenet_v3_small" if name == "distillation" else "resnet20"
-    args = [f"+experiment={name}", "+scale=digits", f"model={network}", "epochs=1"]
+    args = [f"+experiment={name}", "+stand_in=digits", f"model={network}", "epochs=1"]
     assert run(*args) == 0
     table = capsys.readouterr().out.split("top1 %")[-1].split("\n\n")[0]
     assert len(table.splitlines()) - 2 == ROWS[name]
@@ -62,12 +62,12 @@ def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", sorted(LONG))
 def test_every_row_is_accepted(name: str, run: Run) -> None:
-    args = ["-m", f"+experiment={name}", "+scale=digits", "model=resnet20", "epochs=1", *SHORT]
+    args = ["-m", f"+experiment={name}", "+stand_in=digits", "model=resnet20", "epochs=1", *SHORT]
     assert len(cli_run._check_all([*args, *cli_run._rows_of_experiment(args, True)])) == ROWS[name]
 
 
 def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["+experiment=table1", "+scale=digits", "+row=full_precision,octav"]
+    args = ["+experiment=table1", "+stand_in=digits", "+row=full_precision,octav"]
     assert run(*args, "seed=0,1", "epochs=1") == 0
     capsys.readouterr()
     assert report.main(["table1", "runs"]) == 0
@@ -83,11 +83,14 @@ def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.Capt
     assert "would share a cell of the table, but differ in epochs" in capsys.readouterr().err
 
 
-def test_an_experiment_needs_m_and_a_scale_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_experiment_needs_m_and_a_stand_in_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["+experiment=table1"]) == 2
     assert "experiment=table1: holds several rows; qat-run -m runs them all" in capsys.readouterr().err
+    assert run("+stand_in=digits") == 2
+    assert "stand_in=digits: puts an experiment on other data" in capsys.readouterr().err
     assert run("+scale=digits") == 2
-    assert "scale=digits: puts an experiment on other data" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
     assert run("+experiment=table7") == 2
     assert "experiment=table7: must be one of distillation, learned, table1" in capsys.readouterr().err
     assert not list(Path().iterdir())

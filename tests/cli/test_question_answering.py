@@ -101,7 +101,7 @@ def test_every_clipping_method(run: Run, clipping: str) -> None:
 
 @pytest.mark.slow
 def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["-m", "+experiment=table5", "+scale=short_squad", "bits=4", "epochs=1", "dataset.train_questions=16"]
+    args = ["-m", "+experiment=table5", "+stand_in=short_squad", "bits=4", "epochs=1", "dataset.train_questions=16"]
     assert run(*args) == 0
     table = capsys.readouterr().out.split("f1 %")[-1].split("\n\n")[0]
     assert len(table.splitlines()) - 2 == 8

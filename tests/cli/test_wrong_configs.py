@@ -47,7 +47,7 @@ WORDS = {
     "run_dir": ["null", "file", "full", "new/run"],
     "data_dir": ["data", "nowhere", "file"],
 }
-GROUPS = ["model", "dataset", "clipping", "gradient", "recipe", "+row", "+experiment", "+scale"]
+GROUPS = ["model", "dataset", "clipping", "gradient", "recipe", "+row", "+experiment", "+stand_in"]
 
 
 def overrides() -> st.SearchStrategy[list[str]]:

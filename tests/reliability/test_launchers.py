@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_runner.report.status import statuses
+from qat_runner.runs.status import statuses
 
 pytestmark = pytest.mark.reliability
 SMALL = [

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from qat_runner.report.status import Status, statuses
 from qat_runner.runs.records import SUMMARY
+from qat_runner.runs.status import Status, statuses
 from qat_runner.training import checkpoint
 
 pytestmark = [

@@ -7,10 +7,9 @@ from tabulate import tabulate
 
 from qat_runner.config import CONFIG_FILE, load_config
 from qat_runner.errors import UnreadableError, told
-from qat_runner.report.tables import accuracy, metric
 from qat_runner.runs.asked import asked
 from qat_runner.runs.lock import alive
-from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY
+from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, accuracy, metric
 
 STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
 """stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: what it left."""
