@@ -24,4 +24,4 @@ def test_every_value_stands_under_its_head(rows: list[tuple[str, int, float, boo
 
 
 def test_no_rows() -> None:
-    assert columns(("layer", "mse"), []) == "layer  mse\n-----  ---"
+    assert columns(("layer", "mse"), []) == "layer    mse\n-------  -----"
