@@ -12,7 +12,7 @@ from qat_runner.config.schema import ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
 from qat_runner.insertion.policy import GRADIENT_PAIRS, GRANULARITIES
-from qat_runner.quant import EVAL_MODES, FORMATS, METHODS
+from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.kernels import BACKENDS
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000
@@ -44,6 +44,7 @@ def _names() -> dict[str, Collection[str]]:
         "gradient.name": tuple(GRADIENT_PAIRS),
         "clipping.name": METHODS,
         "format": FORMATS,
+        **dict.fromkeys(("range", "weight_range", "activation_range"), tuple(Range)),
         "clipping.eval_mode": EVAL_MODES,
         "conv_granularity": GRANULARITIES,
         "linear_granularity": ("auto", *GRANULARITIES),

@@ -137,6 +137,8 @@ def _follows(key: str, config: Config) -> bool:
     used = ("recipe.name", *(f"recipe.{mode}." for mode in {config.mode, config.auto_mode}))
     if first == "recipe":
         return key == "recipe.name" or ("." in rest and not key.startswith(used))
+    if key in ("weight_range", "activation_range"):
+        return bool(getattr(config, key) == config.range)
     stage = config.stage
     said = (stage.epochs, stage.batch_size, scaled_lr(stage, config.batch_size))
     return key in _OF_STAGE and getattr(config, key) == dict(zip(_OF_STAGE, said, strict=True))[key]

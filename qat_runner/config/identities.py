@@ -49,7 +49,7 @@ def settings(config: Config) -> dict[str, Any]:
     recipe of one that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in PLACES}
-    del keys["bits"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
+    del keys["bits"], keys["range"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
     foreign = foreign_keys(config.task)
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
@@ -88,6 +88,8 @@ def settings(config: Config) -> dict[str, Any]:
             "conv_granularity",
             "linear_granularity",
             "format",
+            "weight_range",
+            "activation_range",
             "rules",
             "noise_batches",
         ):

@@ -160,6 +160,10 @@ class ClippingSchema:
     """mse_sweep: candidates"""
     together: bool | None = None
     """mse_sweep: rows of a weight share one candidate, as in the paper"""
+    missing_code: bool | None = None
+    """octav: know that two's complement has no code at +s, which the paper neglects; null: no"""
+    refine: int | None = number(None, 0, _SAMPLES)
+    """octav: candidates whose measured error decides, where few elements share a scalar; null: none"""
     alpha: float | None = number(None, 0, _LARGE, above=True)
     """pact: the first clipping scalar of activations"""
     calibration_batches: int | None = number(None, 0, _SAMPLES)
@@ -196,8 +200,8 @@ class ClippingSchema:
         Raises:
             ConfigError: an option that it does not have, or out of range.
         """
-        options = {name: getattr(self, name) for name in ("iterations", "q", "points", "together", "alpha")}
-        options = {name: value for name, value in options.items() if value is not None}
+        named = ("iterations", "missing_code", "refine", "q", "points", "together", "alpha")
+        options = {name: value for name in named if (value := getattr(self, name)) is not None}
         if self.warm_iterations is not None or hasattr(self.kind, "warm_iterations"):
             options["warm_iterations"] = self.warm_iterations  # of which null is a value
         try:
@@ -326,6 +330,13 @@ class ConfigSchema:
     """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
     format: str = "int"
     """what a number looks like: int, or what an installed package adds"""
+    range: str = "twos_complement"
+    """which codes plain integers have: twos_complement, with none at +s; full, one at either end; oriented, two's
+    complement whose scale has a sign, so that the code at the end serves the larger side"""
+    weight_range: str | None = None
+    """of weights; null: range"""
+    activation_range: str | None = None
+    """of activations with values of both signs; null: range"""
     rules: list[Any] = field(default_factory=list)
     """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
     the page about policies"""
@@ -435,6 +446,8 @@ class Config(ConfigSchema):
     clipping: ClippingConfig = field(default_factory=ClippingConfig)
     weight_bits: int = MISSING
     activation_bits: int = MISSING
+    weight_range: str = MISSING
+    activation_range: str = MISSING
     epochs: int = number(MISSING, 1, _EPOCHS)
     batch_size: int = number(MISSING, 1, _SAMPLES)
     lr: float = number(MISSING, 0, _LARGE, above=True)
@@ -475,6 +488,8 @@ class Config(ConfigSchema):
                 method,
                 self.gradient.name,
                 format=self.format,
+                weight_range=self.weight_range,
+                activation_range=self.activation_range,
                 weight_bits=self.weight_bits,
                 activation_bits=self.activation_bits,
                 first_last_bits=self.first_last_bits,

@@ -60,8 +60,8 @@ class IntegerWeight(nn.Module):
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
-        scale = _step(quantizer.s, self.format)
-        codes = (quantizer.quantized(weight.detach().float(), quantizer.s) / scale).round()
+        scale = _step(quantizer.scalars, self.format)
+        codes = (quantizer.quantized(weight.detach().float(), quantizer.scalars) / scale).round()
         self.register_buffer("codes", codes.to(torch.int8 if self.format.code_bits <= 8 else torch.int16))
         self.register_buffer("scale", scale.reshape(-1) if scale.ndim else scale)
 
@@ -82,7 +82,7 @@ class StaticGrid(nn.Module):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
-        self.register_buffer("scale", _step(quantizer.s, self.format))
+        self.register_buffer("scale", _step(quantizer.scalars, self.format))
 
     def forward(self, x: Tensor) -> Tensor:
         format = self.format
@@ -102,7 +102,8 @@ def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None,
 
 def _step(s: Tensor, format: StepFormat) -> Tensor:
     """Step sizes that belong to clipping scalars, float32; the smallest normal number for a scalar of 0."""
-    return format.step(s.detach().float()).clamp(min=torch.finfo(torch.float32).tiny)
+    step = format.step(s.detach().float())
+    return torch.where(step.abs() < (tiny := torch.finfo(torch.float32).tiny), tiny, step)
 
 
 class IntegerConv2d(nn.Conv2d):

@@ -118,7 +118,7 @@ def freeze_activations(model: nn.Module) -> list[Quantizer]:
     activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
     trained = [q for q in activations if q.dynamic and q.has_scalars]
     for quantizer in trained:
-        quantizer.freeze(quantizer.running_s)
+        quantizer.freeze(quantizer.with_orientation(quantizer.running_s))
     return trained
 
 
@@ -147,7 +147,7 @@ def _scalars_by_rule(
             raise ValueError(
                 f"rule='running': {', '.join(untrained)} has seen no training; 'averaged' takes batches instead"
             )
-        return [t.quantizer.running_s for t in activations]
+        return [t.quantizer.with_orientation(t.quantizer.running_s) for t in activations]
     mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars
     _, scalars = mean_scalars(model, activations, batches)
     unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
@@ -198,17 +198,22 @@ def _mean_scalars(
     batches: Batches,
     scalars_of: Callable[[Quantizer, Tensor], Tensor],
 ) -> MeanScalars:
-    """Means of `scalars_of` over all calls of the tensors' quantizers: section 5."""
+    """Means of `scalars_of` over all calls of the tensors' quantizers: section 5.
+
+    Where scalars have signs, the mean of their magnitudes, with the sign of most.
+    """
     wanted = {t.quantizer for t in tensors}
     found: dict[Quantizer, tuple[int, Tensor]] = {}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
         if quantizer in wanted:
             s = scalars_of(quantizer, x)
-            calls, mean = found.get(quantizer, (0, s))
-            found[quantizer] = calls + 1, mean.lerp(s, 1 / (calls + 1))
+            both = torch.stack([s.abs(), s.sign()])
+            calls, means = found.get(quantizer, (0, both))
+            found[quantizer] = calls + 1, means.lerp(both, 1 / (calls + 1))
 
     used = watch(model, batches, look, unreached=lambda: wanted - found.keys())
     if used == 0:
         raise ValueError("calibration needs at least one batch")
-    return used, [found[t.quantizer][1] if t.quantizer in found else None for t in tensors]
+    means = [found[t.quantizer][1] if t.quantizer in found else None for t in tensors]
+    return used, [None if mean is None else torch.where(mean[1] < 0, -mean[0], mean[0]) for mean in means]

@@ -368,5 +368,5 @@ def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scalars(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each quantized tensor -> the clipping scalars of its latest call; tensors never seen are left out."""
-    return {t.name: t.quantizer.last_s for t in quantized_tensors(model) if t.quantizer.last_s is not None}
+    """Name of each quantized tensor -> the magnitudes of the clipping scalars of its latest call, if there was one."""
+    return {t.name: t.quantizer.last_s.abs() for t in quantized_tensors(model) if t.quantizer.last_s is not None}

@@ -24,7 +24,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_runner.insertion.layers import WEIGHT_AND_INPUT
-from qat_runner.quant import BITS, EVAL_MODES, FORMATS, METHODS, ClippingMethod, Octav, Quantizer, clipping_method
+from qat_runner.quant import (
+    BITS,
+    EVAL_MODES,
+    FORMATS,
+    METHODS,
+    ClippingMethod,
+    Octav,
+    Quantizer,
+    Range,
+    clipping_method,
+)
 
 FULL_PRECISION = 32
 """The bit-width that means "leave this tensor alone"."""
@@ -50,6 +60,8 @@ class TensorPolicy:
     """2 to 16, or 32 for full precision"""
     format: str = "int"
     """a name in FORMATS: what a number looks like"""
+    range: str = "twos_complement"
+    """of plain integers: which codes they have, twos_complement, full or oriented"""
     clipping: ClippingMethod = field(default_factory=Octav)
     """how scalars are found"""
     gradient: str = "mph"
@@ -72,12 +84,12 @@ class TensorPolicy:
         """The quantizer of an operand of a layer; None for full precision.
 
         Raises:
-            ValueError: the clipping method does not work with the format.
+            ValueError: the clipping method does not work with the format, or the format has no such range.
         """
         if self.full_precision:
             return None
         weight = operand == "weight"
-        format = FORMATS[self.format](self.bits)
+        format = FORMATS[self.format](self.bits).with_range(Range(self.range))
         return self.clipping.quantizer(
             format,
             weight=weight,
@@ -113,6 +125,7 @@ class Rule:
     """which kinds of layers"""
     bits: int | None = None
     format: str | None = None
+    range: str | None = None
     clipping: ClippingMethod | None = None
     gradient: str | None = None
     granularity: str | None = None
@@ -128,6 +141,7 @@ class Rule:
             _check_bits(f"{self._place}bits", self.bits)
         names: dict[str, Collection[str]] = {
             "format": FORMATS,
+            "range": tuple(Range),
             "gradient": GRADIENT_PAIRS,
             "granularity": GRANULARITIES,
             "eval_mode": EVAL_MODES,
@@ -181,6 +195,8 @@ class Rule:
         if self.type != "*":
             found["type"] = self.type
         found |= self.settings()
+        if self.range is not None:
+            found["range"] = str(self.range)  # and no enum
         if self.clipping is not None:
             found["clipping"] = {"name": self.clipping.name, **self.clipping.options}
         return found
@@ -258,6 +274,9 @@ class Policy:
         gradient: str = "mph",
         *,
         format: str = "int",
+        range: str = "twos_complement",
+        weight_range: str | None = None,
+        activation_range: str | None = None,
         weight_bits: int | None = None,
         activation_bits: int | None = None,
         first_last_bits: int | None = 8,
@@ -278,6 +297,9 @@ class Policy:
             clipping: a method, or the name of one: octav, max, percentile, mse_sweep, lsq, pact, or what is registered.
             gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
             format: int, or what is registered.
+            range: twos_complement, full or oriented: which codes plain integers have; for weights and activations
+                unless given apart.
+            weight_range, activation_range: override `range`.
             weight_bits, activation_bits: override `bits`.
             first_last_bits: bits of the first convolution and the last linear layer, weights and inputs, where these
                 are quantized elsewhere; None: as everywhere.
@@ -312,6 +334,7 @@ class Policy:
         general = Rule(
             bits=width["activation_bits"],
             format=format,
+            range=range if activation_range is None else activation_range,
             clipping=method,
             gradient=gradient,
             dynamic=dynamic,
@@ -321,7 +344,7 @@ class Policy:
         return cls(
             (
                 general,
-                Rule("*.weight", bits=width["weight_bits"]),
+                Rule("*.weight", bits=width["weight_bits"], range=range if weight_range is None else weight_range),
                 Rule("*.weight", "Conv2d", granularity=conv_granularity),
                 Rule("*.weight", "Linear", granularity=linear_granularity),
                 *_rules_of_ends(list(width.values()), first_last_bits),

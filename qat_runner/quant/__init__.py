@@ -14,10 +14,11 @@ Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 
 from qat_runner.quant.clipping import maximum, mse_sweep, newton_step, octav, percentile
 from qat_runner.quant.dorefa import DoReFaQuantizer
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
-from qat_runner.quant.formats import BITS, FORMATS, Format, IntFormat, MidriseFormat, StepFormat, as_format
+from qat_runner.quant.formats import BITS, FORMATS, Format, IntFormat, MidriseFormat, Range, StepFormat, as_format
 from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
 from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
 from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
+from qat_runner.quant.orientation import orientation
 from qat_runner.quant.quantizer import EVAL_MODES, Call, ClippingMethod, NotCalibratedError, Quantizer
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Octav",
     "Percentile",
     "Quantizer",
+    "Range",
     "StepFormat",
     "as_format",
     "clipped_fraction",
@@ -56,6 +58,7 @@ __all__ = [
     "newton_step",
     "noise_of",
     "octav",
+    "orientation",
     "percentile",
     "sqnr_db",
 ]

@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.formats import Format, as_format
+from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.kernels.cost import cost_of
+from qat_runner.quant.orientation import side_of_largest
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
+
+FEW = 4096
+"""Elements that share a scalar, at most, where `octav` refines it."""
+TOLERANCE = 1e-6
+"""Relative change of a scalar at which reading ends, where looking is free."""
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
@@ -43,6 +50,14 @@ def check_iterations(iterations: int) -> None:
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
+
+
+def check_refine(candidates: int) -> None:
+    """Raises:
+    ValueError: fewer than none.
+    """
+    if candidates < 0:
+        raise ValueError(f"refine={candidates}: must be 0 or more candidates")
 
 
 def check_percentile(q: float) -> None:
@@ -189,8 +204,9 @@ def mse_sweep(
     candidates = [k / points for k in range(1, points + 1)]
     errors = []
     for candidate in candidates:
-        error = format.fake_quantize(y, y.new_full((), candidate)).sub_(y).square_()
-        errors.append(error.sum(dims, keepdim=True) if dims else error)
+        signs = (1, -1) if format.oriented else (1,)
+        tried = [format.fake_quantize(y, y.new_full((), sign * candidate)).sub_(y).square_() for sign in signs]
+        errors.append(torch.stack([e.sum(dims, keepdim=True) if dims else e for e in tried]).amin(0))
     cost = torch.stack(errors)  # [points, *shape of s]
     if dim is not None and together and cost.numel():
         weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units that rows share
@@ -235,9 +251,12 @@ def octav(
     iterations: int = 10,
     init: Tensor | float | None = None,
     *,
-    tolerance: float = 1e-6,
+    tolerance: float = TOLERANCE,
     check: bool = True,
     pool: Pool | None = None,
+    missing_code: bool = False,
+    orientation: Tensor | None = None,
+    refine: int = 0,
 ) -> Tensor:
     """OCTAV: the MSE-optimal clipping scalar of Theorem 3.1, solved to convergence.
 
@@ -247,6 +266,13 @@ def octav(
 
     g rises with s, with a jump of k|x| at each element, so its sign change is unique: it is the minimum of the convex
     function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. Where g jumps across zero, the answer is that element.
+
+    The paper neglects that two's complement has no code at +s. What is clipped there lands on the last code, at
+    t = s (1 - 2^(1-B)), and so costs (x - t)^2. With that end counted where it lies,
+
+        J(s) = k s^2 #{in between} + sum (x - t)^2 1{x>t} + sum (|x| - s)^2 1{x<-s}
+
+    which is solved in the same way (see `kernels.cost`); in an oriented format on the side without a code at s, always.
 
     The paper's Newton step alone (`newton_step`) approaches from below, needs more than ten steps at 8 bits, and on
     rows of few elements (depthwise filters, constants) falls into cycles. Here each read of x serves several
@@ -265,21 +291,44 @@ def octav(
         check: refuse NaN and infinity (waits for the device).
         pool: what x is a part of, each part with elements, all with the same `init`; None: it is all there is. The
             result is the scalar of all parts together.
+        missing_code: count the last code of two's complement where it lies, and not at s.
+        orientation: in an oriented format, the signs of s, 1 or -1, shape of the result, as far as they are known;
+            None: those that serve the largest magnitudes.
+        refine: J(s) spreads the noise of rounding evenly, which holds for many elements. Where one scalar spans few, at
+            most `FEW`, so many candidates from a third to three times of it are tried, and the one with the least
+            measured error is taken (plain integers only); 0: none.
 
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head. A constant c and a single element c
-        give |c|.
+        give |c|, unless an end is missing on that side.
 
     Raises:
-        ValueError: iterations below 1, NaN or infinity in x under `check`.
+        ValueError: iterations below 1, `refine` below 0, NaN or infinity in x under `check`.
     """
     format = as_format(format)
     check_iterations(iterations)
+    check_refine(refine)
     x, dims = _prepare(x, dim, check)
+    orientation = None if orientation is None else orientation.reshape(kept(x, dims))
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
         return maximum(x, format, dim, check=False, pool=pool)
     guess = None
     if init is not None:
         guess = torch.as_tensor(init, dtype=compute_dtype(x), device=x.device).expand(kept(x, dims))
-    s = kernels.backend(x).octav(x, format, dims, guess, iterations, tolerance, pool)
+    like = x.new_empty(kept(x, dims), dtype=compute_dtype(x))
+    free = orientation is None
+    if format.oriented and free:
+        orientation = side_of_largest(x, dims, pool)
+    cost = cost_of(format, like, missing_code, orientation)
+    if guess is not None and cost.reach != 1:
+        guess = guess * cost.reach
+    s = kernels.backend(x).octav(x, cost, dims, guess, iterations, tolerance, pool)
+    if cost.reach != 1:
+        s = s / cost.reach
+    if refine and isinstance(format, IntFormat) and x.numel() <= FEW * s.numel():
+        factors = [1.0, *torch.logspace(-1.5, 1.5, refine, 2, dtype=torch.float64).tolist()]
+        if format.oriented and free:
+            factors += [-factor for factor in factors]
+        pointed = s if orientation is None or not format.oriented else s * orientation
+        s = kernels.backend(x).refine(x, pointed, format, factors).abs()
     return s.reshape(()) if dim is None else s

@@ -48,6 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
+        s = s.abs() if ctx.format.oriented else s
         return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient), None, None, None
 
 
@@ -60,7 +61,8 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
     Args:
         x: any shape, floating dtype.
         s: clipping scalar(s) >= 0, finite, in units of x; a number, or a tensor broadcastable to x without growing it
-            ([] for one per tensor, [K, 1, 1, 1] for one per output channel). Gets no gradient.
+            ([] for one per tensor, [K, 1, 1, 1] for one per output channel). Negative ones are for oriented formats.
+            Gets no gradient.
         format: what to round to; a number B, 2 to 16, stands for the signed integers of so many bits, codes
             -2^(B-1)..2^(B-1)-1.
         gradient: "ste", "pwl" or "mad".

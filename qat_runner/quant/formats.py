@@ -5,16 +5,18 @@ depends on the levels is asked of the format: rounding to them, codes and back, 
 of the scalars, and what a code is called in an exported file. Quantizers, records, charts, export and kernels know no
 format by its parameters.
 
-The plain integers, `IntFormat`:
+The plain integers, `IntFormat`, in three ranges:
 
-|        | signed                                       | unsigned (e.g. after a ReLU)      |
-|--------|----------------------------------------------|-----------------------------------|
-| open   | D = s * 2^(1-B), codes -2^(B-1)..2^(B-1)-1   | D = s * 2^-B, codes 0..2^B-1      |
-| closed | D = s / (2^(B-1)-1), codes -s/D..s/D         | D = s / (2^B-1), codes 0..2^B-1   |
+| range           | signed                                                     | unsigned (e.g. after a ReLU)    |
+|-----------------|------------------------------------------------------------|---------------------------------|
+| twos_complement | D = s 2^(1-B), codes -2^(B-1)..2^(B-1)-1: none lies at +s  | D = s 2^-B, codes 0..2^B-1      |
+| full            | D = s / (2^(B-1)-1), codes -s/D..s/D: one at either end    | D = s / (2^B-1), codes 0..2^B-1 |
+| oriented        | as two's complement, but D = s 2^(1-B) may be negative     | as full                         |
 
-Codes are round(x/D), clamped. Open formats are those of the paper (section 2, "Quantizers"): their step is
-s / 2^(B-1), not s / (2^(B-1) - 1), so an OCTAV scalar belongs to them and is wrong for the others. In a closed format,
-which is PACT's, the largest code lies at s itself; signed, the lowest one lies at -s.
+Codes are round(x/D), clamped. Two's complement is the paper's range (section 2, "Quantizers"). An oriented tensor, or
+row of one, has its lowest code, the one without a counterpart, on whichever side its sign of s puts it: at -s, which
+is above zero where s is negative. So the code at the end serves the side that needs it, and costs nothing: a sign of
+the scale is arithmetic that is there anyway. The range full is PACT's as well.
 
 To add a format: a frozen dataclass that derives from `Format` and gives `levels`, `rounding_noise`, `encode` and
 `decode`. A kernel for it is a branch in a module of `kernels`; without one, `fake_quantize` below serves all backends.
@@ -23,6 +25,7 @@ To add a format: a frozen dataclass that derives from `Format` and gives `levels
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Self, TypeVar
 
 import torch
@@ -35,6 +38,14 @@ BITS = range(2, 17)
 """The bit-widths that can be quantized to. The paper uses 4 to 8."""
 
 Scalar = TypeVar("Scalar", Tensor, float)
+
+
+class Range(StrEnum):
+    """Which codes plain integers have, and where they lie: see the module's head."""
+
+    TWOS_COMPLEMENT = "twos_complement"
+    FULL = "full"
+    ORIENTED = "oriented"
 
 
 def check_bits(bits: object) -> None:
@@ -67,6 +78,21 @@ class Format(ABC):
     def with_sign(self, signed: bool) -> Self:
         """The same format for tensors of the other kind."""
         return replace(self, signed=signed)
+
+    def with_range(self, range: Range) -> Self:
+        """The same format with other codes, where it has a choice.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if range is not Range.TWOS_COMPLEMENT:
+            raise ValueError(f"range={range}: is for plain integers, not for {self.name}")
+        return self
+
+    @property
+    def oriented(self) -> bool:
+        """Whether scalars have a sign, which says to which side the levels reach further."""
+        return False
 
     @property
     def name(self) -> str:
@@ -163,10 +189,23 @@ class IntFormat(StepFormat):
     Args:
         bits: width B of a code, 2 to 16.
         signed: codes of both signs if true, none below zero otherwise.
-        closed: the largest code lies at s if true, one step below it otherwise.
+        range: which codes there are.
     """
 
-    closed: bool = False
+    range: Range = Range.TWOS_COMPLEMENT
+
+    def with_range(self, range: Range) -> Self:
+        """As `Format.with_range`."""
+        return replace(self, range=Range(range))
+
+    @property
+    def oriented(self) -> bool:
+        return self.signed and self.range is Range.ORIENTED
+
+    @property
+    def closed(self) -> bool:
+        """Whether the largest code lies at s itself; otherwise it is one step below."""
+        return self.range is Range.FULL or (self.range is Range.ORIENTED and not self.signed)
 
     @property
     def resolution(self) -> int:

@@ -12,8 +12,8 @@ themselves with a half and a quarter of the weight decay.
 
 PACT: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv 1805.06085:
 for activations, one alpha a layer. They are clipped to [0, alpha] (equation 1) and rounded to 2^B - 1 steps that end
-at alpha (equation 2: a closed `IntFormat`). Alpha's gradient is that of equation 3, straight through the rounding.
-Alpha starts large, and an L2 penalty as strong as that of the weights brings it down. Weights are DoReFa's
+at alpha (equation 2: an `IntFormat` of full range). Alpha's gradient is that of equation 3, straight through the
+rounding. Alpha starts large, and an L2 penalty as strong as that of the weights brings it down. Weights are DoReFa's
 (`quant.dorefa`).
 
 Where this departs from the paper:
@@ -27,7 +27,7 @@ Where this departs from the paper:
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude
 from qat_runner.quant.dorefa import DoReFa
-from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.formats import Format, IntFormat, Range
+from qat_runner.quant.orientation import orientation
 from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
 from qat_runner.quant.tensors import compute_dtype
 
@@ -128,7 +129,8 @@ class LSQ(LearnedMethod):
         v = integers.in_steps(x, s)
         inside = (v > integers.lowest) & (v < integers.highest)
         code = v.round().clamp(integers.lowest, integers.highest)
-        return grad * inside, grad.to(v.dtype) * (code - torch.where(inside, v, 0.0))
+        of_step = grad.to(v.dtype) * (code - torch.where(inside, v, 0.0))
+        return grad * inside, torch.where(s < 0, -of_step, of_step) if format.oriented else of_step
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,15 @@ class PACT(LearnedMethod):
         return inside, grad.to(dtype) * (above.to(dtype) - (below & format.signed).to(dtype))
 
     def format_of(self, format: Format) -> Format:
-        """The closed one of the same integers."""
-        return replace(_integers(super().format_of(format)), closed=True)
+        """The one of full range of the same integers, as published.
+
+        Raises:
+            ValueError: another range was asked for.
+        """
+        integers = _integers(super().format_of(format))
+        if integers.range is Range.ORIENTED:
+            raise ValueError(f"range={integers.range}: clipping {self.name!r} has grids of its own, of full range")
+        return integers.with_range(Range.FULL)
 
     def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
         """As `ClippingMethod.quantizer`; a weight's has one scalar for all of it, as published."""
@@ -227,7 +236,9 @@ class LearnedQuantizer(Quantizer):
         self._constant_scalars()  # complains where there are none
         positive = self.learned.clamp(min=torch.finfo(self.learned.dtype).tiny)  # a large step of SGD may cross zero
         self.s.copy_(positive * self.method.per_scalar(self.format))
-        return self.s.clone()
+        if self.training and self.orientation is not None and isinstance(self.format, IntFormat):
+            self._point(self.s * orientation(x, self.s, self.format, self.orientation))
+        return self.scalars.clone()
 
     @torch.no_grad()
     def assign(self, s: Tensor, batches: int = 1) -> None:

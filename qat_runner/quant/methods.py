@@ -32,9 +32,14 @@ class Octav(ClippingMethod):
     warm_iterations: int | None = 6
     """at most so many a training step, from the previous step's scalar, which is an excellent start; None: from cold,
     in evaluation as well"""
+    missing_code: bool = False
+    """know that two's complement has no code at +s, which the paper neglects"""
+    refine: int = 0
+    """candidates whose measured error decides, where few elements share a scalar; 0: none, as in the paper"""
 
     def __post_init__(self) -> None:
         clipping.check_iterations(self.iterations)
+        clipping.check_refine(self.refine)
         if self.warm_iterations is not None and self.warm_iterations < 1:
             raise ValueError(f"warm_iterations={self.warm_iterations}: must be 1 or more")
 
@@ -45,19 +50,20 @@ class Octav(ClippingMethod):
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
         """As `ClippingMethod.solve`; evaluation converges, whatever it starts from."""
-        if call.start is None or self.warm_iterations is None:
-            return clipping.octav(x, format, dim, self.iterations, check=call.check, pool=call.pool)
-        if not call.training:
-            return clipping.octav(x, format, dim, self.iterations, call.start, check=call.check, pool=call.pool)
+        start = call.start if self.warm else None
+        soon = start is not None and call.training
         return clipping.octav(
             x,
             format,
             dim,
-            self.warm_iterations,
-            call.start,
-            tolerance=WARM_TOLERANCE,
+            self.warm_iterations if soon and self.warm_iterations is not None else self.iterations,
+            start,
+            tolerance=WARM_TOLERANCE if soon else clipping.TOLERANCE,
             check=call.check,
             pool=call.pool,
+            missing_code=self.missing_code,
+            orientation=call.orientation,
+            refine=self.refine,
         )
 
 

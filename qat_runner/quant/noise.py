@@ -71,21 +71,26 @@ def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: in
         dim: None for one figure, or the dimension that gets one an index.
     """
     a = x.to(compute_dtype(x))  # beside a half-precision x, PyTorch would round a scalar s to its dtype
+    s = s.abs() if isinstance(s, Tensor) else abs(s)
     outside = a.abs() > s if as_format(format).signed else (a > s) | (a < 0)
     return _mean(outside, dim)
 
 
 @torch.no_grad()
-def expected_mse(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
+def expected_mse(
+    x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None, *, missing_code: bool = False
+) -> Tensor:
     """The paper's model of the clipped MSE, over the empirical distribution of x:
 
         J(s) = k s^2 P(0 < |x| <= s) + E[(|x| - s)^2 1{|x| > s}],      k = 4^-B / 3, or 4^-B / 12 when unsigned
 
     Args:
         x: the tensor, any shape and floating dtype; an unsigned format sees max(x, 0) instead of |x|.
-        s: clipping scalar(s) > 0 in units of x, broadcastable to x.
+        s: clipping scalar(s) > 0 in units of x, broadcastable to x; negative ones are for oriented formats.
         format: what is rounded to, whose `rounding_noise` is k; a number stands for signed integers of so many bits.
         dim: None for one figure, or the dimension that gets one an index.
+        missing_code: values on the side without a code at s are clipped to the last code there is, and not to s; in an
+            oriented format they always are.
 
     Returns:
         J in squared units of x, float64.
@@ -94,8 +99,11 @@ def expected_mse(x: Tensor, s: Tensor | float, format: Format | int, dim: int | 
     k = format.rounding_noise
     a = (x.abs() if format.signed else x.clamp(min=0)).double()
     s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
-    rounded = k * s.square() * ((a > 0) & (a <= s))
-    return _mean(rounded + (a - s).clamp_(min=0).square_(), dim)
+    end = s.abs()
+    if missing_code or format.oriented:
+        end = torch.where(x * torch.where(s < 0, -1.0, 1.0) > 0, format.levels[-1] * end, end)
+    rounded = k * s.square() * ((a > 0) & (a <= end))
+    return _mean(rounded + (a - end).clamp_(min=0).square_(), dim)
 
 
 def measure(x: Tensor, s: Tensor | float, format: Format | int) -> Noise:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
-from qat_runner.quant.formats import Format, as_format
+from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.orientation import orientation
 from qat_runner.quant.pool import Pool, Processes
 from qat_runner.quant.state import ScalarState
 
@@ -37,6 +38,8 @@ class Call(NamedTuple):
     """the next call comes soon, with a similar tensor: close to converged is enough"""
     pool: Pool | None = None
     """what x is a part of; only for a method that says `pools`. None: it is all there is"""
+    orientation: Tensor | None = None
+    """in an oriented format, the signs of the scalars of the call before, 1 or -1, in the shape of the result"""
 
 
 class ClippingMethod(ABC):
@@ -67,7 +70,7 @@ class ClippingMethod(ABC):
 
         Returns:
             s in units of x, not negative, without a gradient, float64 for float64 and float32 else; 0 for a row that
-            is all zero.
+            is all zero. In an oriented format its sign is found after it, for all methods alike.
 
         Raises:
             ValueError: NaN or infinity in x under `call.check`.
@@ -227,13 +230,14 @@ class Quantizer(ScalarState):
         if not (self.dynamic and (self.training or self.eval_mode == "dynamic")):
             return self._constant_scalars()
         start = self.s if self.method.warm and self.has_scalars else None
+        pointed = self.orientation if self.has_scalars and self.format.oriented else None
         if not self.training:
-            return self._solve(x, Call(check=not torch.compiler.is_compiling(), start=start))
+            return self._solve(x, Call(check=not torch.compiler.is_compiling(), start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
         if s is None:
             pool = Processes() if self.synchronize and dist.is_initialized() else None
-            s = self._solve(x, Call(check=False, start=start, training=True, pool=pool))
+            s = self._solve(x, Call(check=False, start=start, training=True, pool=pool, orientation=pointed))
         if repeated:
             self._trained.over = True
         else:
@@ -243,10 +247,14 @@ class Quantizer(ScalarState):
         return s
 
     def _solve(self, x: Tensor, call: Call) -> Tensor:
+        format = self.format
         try:
-            return self.method.solve(x, self.format, self.dim, call)
+            s = self.method.solve(x, format, self.dim, call)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        if isinstance(format, IntFormat) and format.oriented:
+            return s * orientation(x, s, format, call.orientation, call.pool)
+        return s
 
     def _constant_scalars(self) -> Tensor:
         if not self.has_scalars:
@@ -255,15 +263,15 @@ class Quantizer(ScalarState):
                 f"{self.name} ({what}) has no clipping scalars yet: calibrate it on batches that reach it, train it, "
                 f"or load a state that has them"
             )
-        return self.s if not self.dynamic or self.eval_mode == "last" else self.running_s
+        return self.with_orientation(self.s if not self.dynamic or self.eval_mode == "last" else self.running_s)
 
-    def scalars_of(self, x: Tensor) -> Tensor:
+    def scalars_of(self, x: Tensor, check: bool = True) -> Tensor:
         """The scalars that the clipping method finds on x, from cold and to convergence; nothing is remembered.
 
         Raises:
-            ValueError: x holds NaN or infinity.
+            ValueError: x holds NaN or infinity, under `check`, which waits for the device.
         """
-        return self._solve(x, Call())
+        return self._solve(x, Call(check=check))
 
     @staticmethod
     @contextmanager

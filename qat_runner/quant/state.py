@@ -28,7 +28,9 @@ class ScalarState(nn.Module):
     - `seen`: [], 1 once there are scalars, 0 before;
     - `static`: [], 1 if static, 0 if dynamic: a quantizer becomes what the state that it loads was;
     - `grid`: [2], bits and sign of the format: the sign is taken over, other bits are refused;
-    - `batches`: int64, []: how many calls the scalars stem from.
+    - `batches`: int64, []: how many calls the scalars stem from;
+    - `orientation`, only for a format that is oriented: shape `shape`, the signs, 1 or -1, of `s` and `running_s`,
+      which are magnitudes.
 
     A state dict without any of these keys, such as a full-precision model's, loads without complaint and changes
     nothing; one of before `seen` and `static` leaves the quantizer dynamic or static as it is.
@@ -50,6 +52,7 @@ class ScalarState(nn.Module):
     grid: Tensor
     seen: Tensor
     static: Tensor
+    orientation: Tensor | None
 
     def __init__(self, format: Format, shape: Sequence[int] = (), sign_known: bool = True, static: bool = False):
         super().__init__()
@@ -58,6 +61,8 @@ class ScalarState(nn.Module):
         self.register_buffer("s", torch.zeros(tuple(shape)))
         self.register_buffer("running_s", torch.zeros(tuple(shape)))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        oriented = torch.ones(tuple(shape)) if format.with_sign(True).oriented else None
+        self.register_buffer("orientation", oriented)
         self.register_buffer("grid", torch.tensor([format.bits, format.signed], dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("static", torch.tensor(float(static)))
@@ -96,6 +101,24 @@ class ScalarState(nn.Module):
         """ "tensor" or "channel"."""
         return "tensor" if self.dim is None else "channel"
 
+    @property
+    def scalars(self) -> Tensor:
+        """`s`, with its sign in a format that is oriented."""
+        return self.with_orientation(self.s)
+
+    def with_orientation(self, s: Tensor) -> Tensor:
+        """Magnitudes of scalars, shape `shape`, with the signs that the state has for them."""
+        if self.orientation is None or not self.format.oriented:
+            return s
+        return torch.where(self.orientation < 0, -s, s)  # an average of states may lie between the signs
+
+    def _point(self, s: Tensor) -> Tensor:
+        """Take the signs of scalars over; returns their magnitudes."""
+        if self.orientation is None or not self.format.oriented:
+            return s
+        self.orientation.copy_(torch.where(s == 0, self.orientation, s.sign()))
+        return s.abs()
+
     @torch.no_grad()
     def assign(self, s: Tensor, batches: int = 1) -> None:
         """Have these scalars, found elsewhere, such as on calibration batches.
@@ -105,10 +128,11 @@ class ScalarState(nn.Module):
             batches: how many calls they stem from.
 
         Raises:
-            ValueError: s is negative, NaN or infinite.
+            ValueError: s is NaN or infinite, or negative in a format that is not oriented.
         """
-        if not bool((torch.isfinite(s) & (s >= 0)).all()):
+        if not bool((torch.isfinite(s) & ((s >= 0) | self.format.oriented)).all()):
             raise ValueError(f"{self.name}: clipping scalars must be finite and not negative")
+        s = self._point(s)
         self.s.copy_(s)
         self.running_s.copy_(s)
         self.batches.fill_(batches)
@@ -127,8 +151,7 @@ class ScalarState(nn.Module):
 
         A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
         """
-        s = s.to(self.s.dtype)
-        s = torch.where(torch.isfinite(s), s, self.s)
+        s = self._point(torch.where(torch.isfinite(s), s, self.scalars).to(self.s.dtype))
         self.s.copy_(s)
         self.running_s.lerp_(s, momentum if self.has_scalars else 1.0)
         self.batches.add_(1)
@@ -194,6 +217,9 @@ class ScalarState(nn.Module):
         saved_bits = round(float(state_dict.get(f"{prefix}grid", self.grid)[0]))
         if saved_bits != bits:
             error_msgs.append(f"{prefix}grid: scalars found for {saved_bits} bits do not suit {bits} bits")
+            return
+        if (f"{prefix}orientation" in state_dict) != (self.orientation is not None):
+            error_msgs.append(f"{prefix}orientation: scalars of an oriented range suit no other, nor others it")
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

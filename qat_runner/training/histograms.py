@@ -55,7 +55,7 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
         s = quantizer.latest.float()
-        x = x.float() / torch.where(s > 0, s, 1.0)
+        x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored where the scale is negative, as the levels are
         if quantizer not in tallies:
             tallies[quantizer] = _Tally(x)
         elif tensors[quantizer].tensor == "weight":
@@ -89,7 +89,7 @@ class _Tally:
             "bits": format.bits,
             "signed": format.signed,
             "granularity": quantizer.granularity,
-            "s": quantizer.latest.float().mean().item(),
+            "s": quantizer.latest.abs().float().mean().item(),
             "low": self.low,
             "high": self.high,
             "lowest": self.lowest,

@@ -69,13 +69,18 @@ def dynamic_activations(model: nn.Module) -> list[Quantizer]:
 def freeze_activations(model: nn.Module) -> None:
     """Make activations' scalars static: the running average of training, mean over the processes that have one.
 
+    Where scalars have signs, the sign of most processes.
+
     Weights' quantizers stay dynamic, since training goes on; so do those that have seen no training.
     """
     for quantizer in dynamic_activations(model):
         seen = quantizer.seen.reshape(1)
-        sums = distributed.all_reduce(torch.cat([quantizer.running_s.reshape(-1) * seen, seen]))
+        signs = quantizer.with_orientation(torch.ones_like(quantizer.s))
+        figures = [t.reshape(-1) * seen for t in (quantizer.running_s, signs)]
+        sums = distributed.all_reduce(torch.cat([*figures, seen]))
         if sums[-1] > 0:
-            quantizer.freeze((sums[:-1] / sums[-1]).reshape(quantizer.s.shape))
+            magnitudes, signs = (sums[:-1] / sums[-1]).reshape(2, *quantizer.s.shape)
+            quantizer.freeze(torch.where(signs < 0, -magnitudes, magnitudes))
 
 
 class Interval:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat_runner.config import Amp
 from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
-from qat_runner.quant import Call, Quantizer, measure
+from qat_runner.quant import Quantizer, measure
 from qat_runner.tasks import Task, Totals
 
 
@@ -56,7 +56,7 @@ class WarmStartExcess:
         if not (quantizer.training and quantizer.method.warm):
             return
         x, s = args[0].detach(), quantizer.latest
-        converged = quantizer.method.solve(x, quantizer.format, quantizer.dim, Call(check=False))
+        converged = quantizer.scalars_of(x, check=False)
         ours, best = (measure(x, t, quantizer.format).mse for t in (s, converged))
         self._step.append(torch.where(best > 0, ours / best - 1, 0.0))
 

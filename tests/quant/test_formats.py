@@ -18,6 +18,7 @@ from qat_runner.quant import (
     Format,
     IntFormat,
     MidriseFormat,
+    Range,
     as_format,
     fake_quantize,
     maximum,
@@ -27,7 +28,7 @@ from qat_runner.quant import (
 from tests.plugins.my_package.codebook import Codebook
 
 KINDS = [
-    *(IntFormat(b, signed, closed) for b in (2, 3, 4, 8) for signed in (True, False) for closed in (True, False)),
+    *(IntFormat(b, signed, range) for b in (2, 3, 4, 8) for signed in (True, False) for range in Range),
     *(MidriseFormat(b) for b in (2, 4, 8)),
     *(Codebook(b, signed) for b in (2, 4) for signed in (True, False)),
 ]
@@ -74,15 +75,17 @@ def test_zeros_and_what_is_not_finite(format: Format) -> None:
     assert format.scalar_shape((6, 3, 2), None) == () and format.scalar_shape((6, 3, 2), 0) == (6, 1, 1)
 
 
-@given(st.integers(2, 16), st.booleans(), st.booleans())
-def test_integers(bits: int, signed: bool, closed: bool) -> None:
-    format = IntFormat(bits, signed, closed)
+@given(st.integers(2, 16), st.booleans(), st.sampled_from(Range))
+def test_integers(bits: int, signed: bool, range: Range) -> None:
+    format = IntFormat(bits, signed, range)
+    closed = range == "full" or (range == "oriented" and not signed)
     assert format.levels_per_scalar == 2 ** (bits - signed) - closed
     assert format.highest == 2 ** (bits - signed) - 1
     assert format.lowest == (0 if not signed else -format.levels_per_scalar)
     assert format.rounding_noise == pytest.approx(1 / 12 / format.levels_per_scalar**2)
     assert format.exported_type == f"{'' if signed else 'u'}int{4 if bits <= 4 else 8 if bits <= 8 else 16}"
-    assert format.with_sign(not signed) == IntFormat(bits, not signed, closed)
+    assert format.with_sign(not signed) == IntFormat(bits, not signed, range)
+    assert format.oriented == (range == "oriented" and signed)
 
 
 def test_what_is_no_format() -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat_runner.quant import IntFormat, fake_quantize, octav
+from qat_runner.quant import IntFormat, Range, fake_quantize, octav
 from qat_runner.quant.kernels import (
     backend,
     choose_backend,
@@ -173,11 +173,11 @@ def test_many_blocks_nan_and_gaps(name: str) -> None:
 @names
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signed", [True, False])
-def test_closed_grids(name: str, dtype: torch.dtype, signed: bool) -> None:
+def test_full_range(name: str, dtype: torch.dtype, signed: bool) -> None:
     """Steps that are no power of two; to the last bit what ONNX makes of a step size."""
     x = (torch.randn(6, 40) * 2).to(dtype)
     for bits in (2, 3, 4, 8, 16):
-        grid = IntFormat(bits, signed, closed=True)
+        grid = IntFormat(bits, signed, Range.FULL)
         top = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         assert (grid.lowest, grid.highest, grid.levels_per_scalar) == (-top if signed else 0, top, top)
         assert grid.rounding_noise == pytest.approx((1 / top) ** 2 / 12)
@@ -374,12 +374,16 @@ def test_triton_kernels_compile_for_gpus() -> None:
         f, state = "*fp32", {"state_ptr": "*fp64", "parts_ptr": "*fp32"}
         sizes = []
         for x in ("*fp32", "*bf16", "*fp16"):
-            tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, "s_ptr": f, "guess_ptr": f} | state
+            tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, "s_ptr": f, "guess_ptr": f, "short_ptr": f, "t_ptr": f}
+            tensors |= state
+            for signed, sided in ((True, False), (False, False), (True, True)):
+                kind = {"SIGNED": signed, "SIDED": sided}
+                sizes += build(ours._solve_row, tensors, {**kind, "COLD": signed, "BLOCK": 4096})
+                sizes += build(ours._sum_part, tensors, {**kind, "BLOCK": 1024})
             for signed in (True, False):
-                sizes += build(ours._solve_row, tensors, {"SIGNED": signed, "COLD": signed, "BLOCK": 4096})
-                sizes += build(ours._sum_part, tensors, {"SIGNED": signed, "BLOCK": 1024})
                 sizes += build(ours._fake_quantize_backward, tensors, {"SIGNED": signed, "MAD": signed, "BLOCK": 1024})
             sizes += build(ours._fake_quantize, tensors, {"BLOCK": 1024})
+            sizes += build(ours._overhang_part, tensors | {"parts_ptr": f}, {"BLOCK": 1024})
         sizes += build(ours._begin, tensors, {})
         for cold in (True, False):
             sizes += build(ours._advance_row, tensors, {"COLD": cold, "PROGRAMS": 512})
@@ -390,7 +394,7 @@ def test_triton_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 48 and min(sizes) > 1000
+    assert len(sizes) == 66 and min(sizes) > 1000
 
 
 @needs_compiler

@@ -2,7 +2,9 @@
 
 | operation                              | cost                                                                |
 |----------------------------------------|---------------------------------------------------------------------|
-| `octav(x, format, dims, ...)`          | one read of x an iteration; one in all where a row fits into cache  |
+| `octav(x, cost, dims, ...)`            | one read of x an iteration; one in all where a row fits into cache  |
+| `overhang(x, t)`                       | one read                                                            |
+| `refine(x, s, format, factors)`        | one read a factor; one in all where a row fits into cache           |
 | `fake_quantize(x, s, format)`          | one read, one write                                                 |
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
 
@@ -16,14 +18,15 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
 
-from qat_runner.quant.formats import Format
+from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import compiled, traced
+from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import recording
 
@@ -34,13 +37,17 @@ class Backend(Protocol):
     def octav(
         self,
         x: Tensor,
-        format: Format,
+        cost: Cost,
         dims: tuple[int, ...],
         guess: Tensor | None,
         iterations: int,
         tolerance: float,
         pool: Pool | None = None,
     ) -> Tensor: ...
+
+    def overhang(self, x: Tensor, t: Tensor) -> Tensor: ...
+
+    def refine(self, x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor: ...
 
     def fake_quantize(self, x: Tensor, s: Tensor, format: Format) -> Tensor: ...
 

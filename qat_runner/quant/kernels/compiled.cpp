@@ -39,9 +39,23 @@ inline void store(float value, BFloat16& to) {  // rounds half to even; NaN stay
     to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
 }
 
-template <bool SIGNED>
-inline float magnitude(float x) {
-    return SIGNED ? std::fabs(x) : (x < 0 ? 0.0f : x);
+// Which signs count: none below zero, both alike, or both, but ending at different places.
+enum Kind { UNSIGNED, SIGNED, SIDED };
+
+// Of a row whose sides end at different places (cost.py): factors of the magnitudes above and below zero, and weights.
+struct Sides {
+    float above = 1, below = 1, weight_above = 1, weight_below = 1;
+};
+
+template <Kind KIND>
+inline float magnitude(float x, const Sides& sides) {
+    if (KIND == UNSIGNED) return x < 0 ? 0.0f : x;
+    return KIND == SIGNED ? std::fabs(x) : (x < 0 ? -x * sides.below : x * sides.above);
+}
+
+template <Kind KIND>
+inline float weight(float x, const Sides& sides) {
+    return KIND == SIDED ? (x < 0 ? sides.weight_below : sides.weight_above) : 1.0f;
 }
 
 inline float clamp(float x, float low, float high) {  // NaN stays NaN
@@ -49,13 +63,15 @@ inline float clamp(float x, float low, float high) {  // NaN stays NaN
     return x > high ? high : x;
 }
 
-// What OCTAV needs to know of a row at a clipping scalar s; all in units of the row's `unit`.
+// What OCTAV needs to know of a row at a clipping scalar s; all in units of the row's `unit`, and all but the last two
+// weighed.
 struct Sums {
     double excess = 0;   // sum of (a - s) over a > s
     double outside = 0;  // number of a > s
     double total = 0;    // sum of a
     double nonzero = 0;  // number of a > 0
     double largest = 0;  // the largest a
+    double count = 0;    // number of a > 0
 
     void add(const Sums& other) {
         excess += other.excess;
@@ -63,57 +79,65 @@ struct Sums {
         total += other.total;
         nonzero += other.nonzero;
         largest = std::max(largest, other.largest);
+        count += other.count;
     }
 };
 
 // At most RUN elements, so that sums in float stay close to exact.
-template <typename T, bool SIGNED>
-inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everything) {
-    float excess = 0, outside = 0, total = 0, nonzero = 0, largest = 0;
+template <typename T, Kind KIND>
+inline Sums sums_of_run(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
+    float excess = 0, outside = 0, total = 0, nonzero = 0, largest = 0, count = 0;
     if (everything) {
-#pragma omp simd reduction(+ : excess, outside, total, nonzero) reduction(max : largest)
+#pragma omp simd reduction(+ : excess, outside, total, nonzero, count) reduction(max : largest)
         for (int64_t i = 0; i < n; ++i) {
-            const float raw = magnitude<SIGNED>(load(x[i])), a = raw * scale;
-            excess += a > s ? a - s : 0.0f;
-            outside += a > s ? 1.0f : 0.0f;
-            total += a;
-            nonzero += raw > 0 ? 1.0f : 0.0f;
+            const float v = load(x[i]), raw = magnitude<KIND>(v, sides), a = raw * scale, w = weight<KIND>(v, sides);
+            excess += a > s ? w * (a - s) : 0.0f;
+            outside += a > s ? w : 0.0f;
+            total += w * a;
+            nonzero += raw > 0 ? w : 0.0f;
             largest = a > largest ? a : largest;
+            if (KIND == SIDED) count += raw > 0 ? 1.0f : 0.0f;
         }
     } else {
 #pragma omp simd reduction(+ : excess, outside)
         for (int64_t i = 0; i < n; ++i) {
-            const float a = magnitude<SIGNED>(load(x[i])) * scale;
-            excess += a > s ? a - s : 0.0f;
-            outside += a > s ? 1.0f : 0.0f;
+            const float v = load(x[i]), a = magnitude<KIND>(v, sides) * scale, w = weight<KIND>(v, sides);
+            excess += a > s ? w * (a - s) : 0.0f;
+            outside += a > s ? w : 0.0f;
         }
     }
-    return {excess, outside, total, nonzero, largest};
+    return {excess, outside, total, nonzero, largest, KIND == SIDED ? count : nonzero};
 }
 
-template <typename T, bool SIGNED>
-Sums sums_of_chunk(const T* x, int64_t n, float scale, float s, bool everything) {
+template <typename T, Kind KIND>
+Sums sums_of_chunk(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
     Sums result;
     for (int64_t i = 0; i < n; i += RUN)
-        result.add(sums_of_run<T, SIGNED>(x + i, std::min(RUN, n - i), scale, s, everything));
+        result.add(sums_of_run<T, KIND>(x + i, std::min(RUN, n - i), sides, scale, s, everything));
     return result;
 }
 
-template <typename T, bool SIGNED>
-Sums sums_of_row(const T* x, int64_t n, float scale, float s, bool everything, int threads) {
+// The sum of `sums_of(first, length)` over the chunks of a row of n, in order.
+template <typename Result, typename Work>
+Result over_chunks(int64_t n, int threads, const Work& sums_of) {
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
-    Sums result;
+    Result result;
     if (threads == 1) {
-        for (int64_t c = 0; c < chunks; ++c)
-            result.add(sums_of_chunk<T, SIGNED>(x + c * CHUNK, std::min(CHUNK, n - c * CHUNK), scale, s, everything));
+        for (int64_t c = 0; c < chunks; ++c) result.add(sums_of(c * CHUNK, std::min(CHUNK, n - c * CHUNK)));
         return result;
     }
-    std::vector<Sums> parts(chunks);
+    std::vector<Result> parts(chunks);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < chunks; ++c)
-        parts[c] = sums_of_chunk<T, SIGNED>(x + c * CHUNK, std::min(CHUNK, n - c * CHUNK), scale, s, everything);
-    for (const Sums& part : parts) result.add(part);
+    for (int64_t c = 0; c < chunks; ++c) parts[c] = sums_of(c * CHUNK, std::min(CHUNK, n - c * CHUNK));
+    for (const Result& part : parts) result.add(part);
     return result;
+}
+
+template <typename T, Kind KIND>
+Sums sums_of_row(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything, int threads) {
+    return over_chunks<Sums>(n, threads, [&](int64_t first, int64_t length) {
+        return sums_of_chunk<T, KIND>(x + first, length, sides, scale, s, everything);
+    });
 }
 
 // An interval [lo, hi] that holds the sign change of g; newton.py explains, and is what this repeats.
@@ -122,7 +146,7 @@ struct Bracket {
     double lo = 0, sum_lo, outside_lo, hi, sum_hi = 0, outside_hi = 0;
 
     Bracket(double k, const Sums& at)
-        : k(k), nonzero(at.nonzero), sum_lo(at.total), outside_lo(at.nonzero), hi(at.largest) {}
+        : k(k * (at.nonzero > 0 ? at.count / at.nonzero : 1)), nonzero(at.nonzero), sum_lo(at.total), outside_lo(at.nonzero), hi(at.largest) {}
 
     double propose(double s, const Sums& at) {
         const double above = at.excess + s * at.outside, cost = k * s * (nonzero - at.outside);
@@ -150,16 +174,16 @@ struct Bracket {
     }
 };
 
-template <typename T, bool SIGNED>
-float largest_of_row(const T* x, int64_t n, int threads) {
+template <typename T, Kind KIND>
+float largest_of_row(const T* x, int64_t n, const Sides& sides, int threads) {
     float largest = 0;
     if (threads == 1) {
 #pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<SIGNED>(load(x[i])));
+        for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<KIND>(load(x[i]), sides));
         return largest;
     }
 #pragma omp parallel for simd num_threads(threads) reduction(max : largest)
-    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<SIGNED>(load(x[i])));
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude<KIND>(load(x[i]), sides));
     return largest;
 }
 
@@ -167,16 +191,26 @@ struct Settings {
     double k, tolerance;
     int iterations;
     bool cold;
+    float reach;         // of the side that ends first, over that of the other
+    const float* short_; // the sign of that side, one a row; only where it is less than 1
 };
 
-template <typename T, bool SIGNED>
-float solve_row(const T* x, int64_t n, float guess, const Settings& set, int threads) {
-    if (set.cold) guess = largest_of_row<T, SIGNED>(x, n, threads);
+// Of a row whose shorter side, at `sign`, ends at `reach` times the other's end.
+Sides sides_of(float reach, float sign) {
+    Sides sides;
+    (sign < 0 ? sides.above : sides.below) = reach;
+    (sign < 0 ? sides.weight_above : sides.weight_below) = 1 / (reach * reach);
+    return sides;
+}
+
+template <typename T, Kind KIND>
+float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Settings& set, int threads) {
+    if (set.cold) guess = largest_of_row<T, KIND>(x, n, sides, threads);
     if (!(guess > 0 && guess <= std::numeric_limits<float>::max())) guess = 1;
     const double unit = std::ldexp(1.0, std::min(std::max(std::ilogb(guess), -126), 125));
     const float scale = static_cast<float>(1 / unit);
     double s = guess / unit;
-    Sums at = sums_of_row<T, SIGNED>(x, n, scale, static_cast<float>(s), true, threads);
+    Sums at = sums_of_row<T, KIND>(x, n, sides, scale, static_cast<float>(s), true, threads);
     Bracket bracket(set.k, at);
     if (set.cold) {
         bracket.propose(static_cast<float>(s), at);
@@ -184,29 +218,120 @@ float solve_row(const T* x, int64_t n, float guess, const Settings& set, int thr
     }
     for (int i = 0; i < set.iterations; ++i) {
         const float here = static_cast<float>(s);
-        if (i > 0 || set.cold) at = sums_of_row<T, SIGNED>(x, n, scale, here, false, threads);
+        if (i > 0 || set.cold) at = sums_of_row<T, KIND>(x, n, sides, scale, here, false, threads);
         s = bracket.propose(here, at);
         if (std::fabs(s - here) <= set.tolerance * s) break;
     }
     return static_cast<float>(s * unit);
 }
 
-template <typename T, bool SIGNED>
-void solve(const T* x, int64_t rows, int64_t n, const float* guess, const Settings& set, int threads, float* s) {
+// Calls work(row, threads) for each row, which may share out its elements to so many threads.
+template <typename Work>
+void by_rows(int64_t rows, int64_t n, int threads, const Work& work) {
     if (rows * n < WORTH_A_THREAD) threads = 1;
-    if (rows < 2 * threads || threads == 1) {  // threads share out each row; no region around theirs: it would cost a
-        for (int64_t r = 0; r < rows; ++r)     // start of threads every time
-            s[r] = solve_row<T, SIGNED>(x + r * n, n, set.cold ? 0 : guess[r], set, threads);
+    if (rows < 2 * threads || threads == 1) {  // no region around theirs: it would cost a start of threads every time
+        for (int64_t r = 0; r < rows; ++r) work(r, threads);
         return;
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-    for (int64_t r = 0; r < rows; ++r)
-        s[r] = solve_row<T, SIGNED>(x + r * n, n, set.cold ? 0 : guess[r], set, 1);
+    for (int64_t r = 0; r < rows; ++r) work(r, 1);
+}
+
+template <typename T, Kind KIND>
+void solve(const T* x, int64_t rows, int64_t n, const float* guess, const Settings& set, int threads, float* s) {
+    by_rows(rows, n, threads, [&](int64_t r, int its_threads) {
+        const Sides sides = KIND == SIDED ? sides_of(set.reach, set.short_[r]) : Sides();
+        s[r] = solve_row<T, KIND>(x + r * n, n, set.cold ? 0 : guess[r], sides, set, its_threads);
+    });
+}
+
+struct Total {
+    double value = 0;
+
+    void add(const Total& other) { value += other.value; }
+};
+
+// By how much a row lies beyond t above zero, less by how much it does below.
+template <typename T>
+Total overhang_of_chunk(const T* x, int64_t n, float t) {
+    Total result;
+    for (int64_t i = 0; i < n; i += RUN) {
+        float sum = 0;
+        const T* run = x + i;
+        const int64_t length = std::min(RUN, n - i);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < length; ++j) {
+            const float v = load(run[j]);
+            sum += v - clamp(v, -t, t);
+        }
+        result.value += sum;
+    }
+    return result;
+}
+
+template <typename T>
+void overhang(const void* x, const float* t, int64_t rows, int64_t n, int threads, float* out) {
+    const T* values = static_cast<const T*>(x);
+    by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
+        out[r] = static_cast<float>(over_chunks<Total>(n, its_threads, [&](int64_t first, int64_t length) {
+            return overhang_of_chunk(values + r * n + first, length, t[r]);
+        }).value);
+    });
 }
 
 struct Levels {
     float resolution, lowest, highest;
 };
+
+// Of a row's codes c at a candidate: sum x c and sum c^2.
+struct Fit {
+    double along = 0, squares = 0;
+
+    void add(const Fit& other) { along += other.along, squares += other.squares; }
+};
+
+template <typename T>
+Fit fit_of_chunk(const T* x, int64_t n, float per_step, Levels levels) {
+    Fit result;
+    for (int64_t i = 0; i < n; i += RUN) {
+        float along = 0, squares = 0;
+        const T* run = x + i;
+        const int64_t length = std::min(RUN, n - i);
+#pragma omp simd reduction(+ : along, squares)
+        for (int64_t j = 0; j < length; ++j) {
+            const float v = load(run[j]);
+            const float code = clamp(v * per_step, levels.lowest, levels.highest) + ROUND - ROUND;
+            along += v * code;
+            squares += code * code;
+        }
+        result.along += along, result.squares += squares;
+    }
+    return result;
+}
+
+template <typename T>
+float refine_row(const T* x, int64_t n, float s, Levels levels, const float* factors, int tried, int threads) {
+    double most = 0;
+    float best = s;
+    for (int i = 0; i < tried && s != 0; ++i) {
+        const float per_step = levels.resolution / (s * factors[i]);
+        const Fit fit = over_chunks<Fit>(n, threads, [&](int64_t first, int64_t length) {
+            return fit_of_chunk(x + first, length, per_step, levels);
+        });
+        const double step = fit.along / (fit.squares > 0 ? fit.squares : 1);
+        if (fit.along * step > most) most = fit.along * step, best = static_cast<float>(step * levels.resolution);
+    }
+    return best;
+}
+
+template <typename T>
+void refine(const void* x, const float* s, int64_t rows, int64_t n, Levels levels, const float* factors, int tried,
+            int threads, float* out) {
+    const T* values = static_cast<const T*>(x);
+    by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
+        out[r] = refine_row(values + r * n, n, s[r], levels, factors, tried, its_threads);
+    });
+}
 
 template <typename T>
 void quantize_piece(const T* x, int64_t n, float s, Levels levels, T* out) {
@@ -263,21 +388,31 @@ template <typename T>
 void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const Settings& set, bool is_signed,
                int threads, float* s) {
     const T* values = static_cast<const T*>(x);
-    is_signed ? solve<T, true>(values, rows, n, guess, set, threads, s)
-              : solve<T, false>(values, rows, n, guess, set, threads, s);
+    const auto solver = !is_signed ? solve<T, UNSIGNED> : set.short_ == nullptr ? solve<T, SIGNED> : solve<T, SIDED>;
+    solver(values, rows, n, guess, set, threads, s);
 }
 
 }  // namespace
 
-// x, grad, out: float, or BFloat16 where `half`; s, guess: float [rows]; guess is null for a cold start. Quantizing, s are
-// full scales.
+// x, grad, out: float, or BFloat16 where `half`; s, guess, short_, t: float [rows]; guess is null for a cold start, short_
+// where both sides are alike. Quantizing, s are full scales.
 extern "C" {
 
 void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* guess, double k, int is_signed,
-               int iterations, double tolerance, int threads, float* s) {
-    const Settings set{k, tolerance, iterations, guess == nullptr};
+               double reach, const float* short_, int iterations, double tolerance, int threads, float* s) {
+    const Settings set{k, tolerance, iterations, guess == nullptr, static_cast<float>(reach), short_};
     half ? solve_any<BFloat16>(x, rows, n, guess, set, is_signed, threads, s)
          : solve_any<float>(x, rows, n, guess, set, is_signed, threads, s);
+}
+
+void qat_overhang(int half, const void* x, const float* t, int64_t rows, int64_t n, int threads, float* out) {
+    (half ? overhang<BFloat16> : overhang<float>)(x, t, rows, n, threads, out);
+}
+
+void qat_refine(int half, const void* x, const float* s, int64_t rows, int64_t n, int levels_per_scalar, int lowest,
+                int highest, const float* factors, int tried, int threads, float* out) {
+    const Levels grid{static_cast<float>(levels_per_scalar), static_cast<float>(lowest), static_cast<float>(highest)};
+    (half ? refine<BFloat16> : refine<float>)(x, s, rows, n, grid, factors, tried, threads, out);
 }
 
 void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int resolution, int lowest,

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import eager
+from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
@@ -44,7 +46,7 @@ def available() -> bool:
 
 def octav(
     x: Tensor,
-    format: Format,
+    cost: Cost,
     dims: tuple[int, ...],
     guess: Tensor | None,
     iterations: int,
@@ -55,22 +57,61 @@ def octav(
     rows = rows_of(x, dims)
     library = _library_for(x)
     if rows is None or library is None or pool is not None:
-        return eager.octav(x, format, dims, guess, iterations, tolerance, pool)
-    start = None if guess is None else guess.to(torch.float32).contiguous()
+        return eager.octav(x, cost, dims, guess, iterations, tolerance, pool)
+    start, short = (None if t is None else t.to(torch.float32).contiguous() for t in (guess, cost.short))
     s = torch.empty(kept(x, dims), dtype=torch.float32)
     library.qat_octav(
         _half(x),
         rows.data_ptr(),
         *rows.shape,
         None if start is None else start.data_ptr(),
-        format.rounding_noise,
-        format.signed,
+        cost.noise,
+        cost.signed,
+        cost.reach,
+        None if short is None else short.data_ptr(),
         iterations,
         tolerance,
         torch.get_num_threads(),
         s.data_ptr(),
     )
     return s
+
+
+def overhang(x: Tensor, t: Tensor) -> Tensor:
+    """As `eager.overhang`; one read."""
+    library, flat = _library_for(x), with_scalars(x, t)
+    if library is None or flat is None:
+        return eager.overhang(x, t)
+    rows, ends = flat
+    out = torch.empty_like(ends)
+    library.qat_overhang(
+        _half(x), rows.data_ptr(), ends.data_ptr(), *rows.shape, torch.get_num_threads(), out.data_ptr()
+    )
+    return out.reshape(t.shape)
+
+
+def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
+    """As `eager.refine`. Rows that fit into the processor's cache are read from memory once."""
+    library, flat = _library_for(x), with_scalars(x, s)
+    if library is None or flat is None:
+        return eager.refine(x, s, format, factors)
+    rows, scalars = flat
+    out = torch.empty_like(scalars)
+    tried = torch.tensor(factors, dtype=torch.float32)
+    library.qat_refine(
+        _half(x),
+        rows.data_ptr(),
+        scalars.data_ptr(),
+        *rows.shape,
+        format.levels_per_scalar,
+        format.lowest,
+        format.highest,
+        tried.data_ptr(),
+        len(tried),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out.reshape(s.shape)
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
@@ -146,21 +187,15 @@ def library() -> ctypes.CDLL | None:
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions' arguments."""
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    loaded.qat_octav.argtypes = [integer, pointer, long, long, pointer, real, integer, integer, real, integer, pointer]
-    loaded.qat_fake_quantize.argtypes = [integer, pointer, pointer, long, long, *[integer] * 4, pointer]
-    loaded.qat_fake_quantize_backward.argtypes = [
-        integer,
-        pointer,
-        pointer,
-        pointer,
-        long,
-        long,
-        integer,
-        integer,
-        integer,
-        pointer,
-    ]
-    for function in (loaded.qat_octav, loaded.qat_fake_quantize, loaded.qat_fake_quantize_backward):
+    tensor = (integer, pointer)  # whether it is half-precision, and where it is
+    rows = (long, long)
+    loaded.qat_octav.argtypes = [*tensor, *rows, pointer, real, integer, real, pointer, integer, real, integer, pointer]
+    loaded.qat_refine.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, integer, integer, pointer]
+    loaded.qat_overhang.argtypes = [*tensor, pointer, *rows, integer, pointer]
+    loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 4, pointer]
+    loaded.qat_fake_quantize_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 3, pointer]
+    for name in ("octav", "overhang", "refine", "fake_quantize", "fake_quantize_backward"):
+        function = getattr(loaded, f"qat_{name}")
         function.restype = None
     return loaded
 

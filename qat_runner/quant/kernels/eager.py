@@ -4,18 +4,21 @@ Freshly allocated memory costs several times what the arithmetic does (8.4 M flo
 `x.abs()`, 1 ms for the same in place), so each operation allocates once and then works in place.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from qat_runner.quant.formats import Format
+from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import newton
+from qat_runner.quant.kernels.cost import Cost, sided
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, largest, magnitudes, recording
 
 
 def octav(
     x: Tensor,
-    format: Format,
+    cost: Cost,
     dims: tuple[int, ...],
     guess: Tensor | None,
     iterations: int,
@@ -26,39 +29,92 @@ def octav(
 
     Args:
         x: any shape and floating dtype, with elements.
-        format: whose magnitudes and noise of rounding count.
+        cost: what is minimized.
         dims: the dimensions that one scalar spans, at least one; they are kept, with size 1.
-        guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
+        guess: t_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
         iterations: reads of x after the start.
         tolerance: reading ends when no scalar moves by more than this, relatively, where looking is free.
         pool: what x is a part of; None: it is all there is.
 
     Returns:
-        s in units of x, in `compute_dtype`.
+        t in units of x, in `compute_dtype`.
     """
-    k, signed = format.rounding_noise, format.signed
-    a = magnitudes(x, signed)
+    a, weights = (magnitudes(x, cost.signed), None) if cost.short is None else sided(x, cost)
     cold = guess is None
-    top_of_x = largest(x, signed, dims) if pool is None else pool.largest(largest(x, signed, dims))
+    top_of_x = largest(x, cost.signed, dims) if weights is None else a.amax(dims, keepdim=True)
+    top_of_x = top_of_x if pool is None else pool.largest(top_of_x)
     guess = top_of_x if guess is None else guess
     nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
+    k: float | Tensor = cost.noise
+    if weights is not None:
+        weighed = (weights * (a > 0)).sum(dims, keepdim=True)
+        if pool is not None:
+            nonzero, weighed = pool.total(nonzero, weighed)
+        k, nonzero = cost.noise * nonzero / weighed.clamp(min=1), weighed
     unit = newton.begin(guess, k)[newton.UNIT]
     a.div_(unit)
-    total, top = a.sum(dims, keepdim=True), a.amax(dims, keepdim=True)
+    total, top = _sum(a, weights, dims), a.amax(dims, keepdim=True)
     if pool is not None:
-        (total, nonzero), top = pool.total(total, nonzero), top_of_x.double() / unit
+        figures = (total, nonzero) if weights is None else (total,)
+        total, nonzero = (*pool.total(*figures), nonzero)[:2]
+        top = top_of_x.double() / unit
     buffer = torch.empty_like(a)
 
     def step(state: Tensor) -> Tensor:
         torch.sub(a, state[newton.S].to(a.dtype), out=buffer).relu_()
-        excess = buffer.sum(dims, keepdim=True)
-        outside = buffer.sign_().sum(dims, keepdim=True)
+        excess = _sum(buffer, weights, dims)
+        outside = _sum(buffer.sign_(), weights, dims)
         if pool is not None:
             excess, outside = pool.total(excess, outside)
         return newton.advance(state, excess, outside, total, nonzero, top)
 
     look = x.device.type == "cpu" and not recording()
     return newton.solve(step, guess, k, cold=cold, iterations=iterations, tolerance=tolerance, look=look)
+
+
+def _sum(t: Tensor, weights: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+    return (t if weights is None else t * weights).sum(dims, keepdim=True)
+
+
+def overhang(x: Tensor, t: Tensor) -> Tensor:
+    """By how much x lies beyond t above zero, less by how much it does below: sum of x - clip(x, -t, t).
+
+    Args:
+        x: any shape and floating dtype, with elements.
+        t: >= 0, broadcastable to x: [], or one an index of some dimension with the others at size 1.
+
+    Returns:
+        One sum for each element of t, in its shape and dtype.
+    """
+    a = x.to(t.dtype)
+    return (a - torch.minimum(torch.maximum(a, -t), t)).sum_to_size(t.shape)
+
+
+def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
+    """The clipping scalar, among some and what follows from them, whose measured squared error is least.
+
+    The codes of x at a candidate have a best step size of their own, sum x c / sum c^2, which leaves the error
+    sum x^2 - (sum x c)^2 / sum c^2: each read of x tries all step sizes that round to these codes.
+
+    Args:
+        x: any shape and floating dtype.
+        s: not 0 where x is not; in an oriented format with a sign, which stays. Broadcastable to x.
+        format: what is rounded to.
+        factors: candidates, in units of s.
+
+    Returns:
+        As s; where no candidate has a code other than 0, s itself.
+    """
+    x = x.to(s.dtype)
+    best, most = s, torch.zeros_like(s)
+    for factor in factors:
+        codes = format.encode(x, s * factor)
+        along, squares = ((x * codes).sum_to_size(s.shape), codes.square().sum_to_size(s.shape))
+        step = along / torch.where(squares > 0, squares, 1.0)
+        gain = along * step
+        best = torch.where(gain > most, step * format.levels_per_scalar, best)
+        most = torch.maximum(gain, most)
+    return best
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:

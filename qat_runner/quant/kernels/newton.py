@@ -20,7 +20,7 @@ S, UNIT, MOVED, SUM_LO, NONZERO = 0, 1, 2, 6, 3
 def solve(
     step: Callable[[Tensor], Tensor],
     guess: Tensor,
-    k: float,
+    k: float | Tensor,
     *,
     cold: bool,
     iterations: int,
@@ -32,7 +32,7 @@ def solve(
     Args:
         step: state -> `advance` of it by the sums of x, one read of x.
         guess: s_1, in units of x; the largest magnitude if `cold`. Where it is not positive and finite, 1 is taken.
-        k: noise of rounding, in units of s^2.
+        k: noise of rounding, in units of s^2; a number, or one a row.
         cold: begin, after one read at `guess`, with the paper's s_1 = sum |x| / #{x != 0}.
         iterations: reads after that, at most.
         tolerance: with `look`, end when no scalar moves by more than this, relatively.
@@ -53,15 +53,14 @@ def solve(
     return (state[S] * state[UNIT]).to(guess.dtype)
 
 
-def begin(guess: Tensor, k: float) -> Tensor:
+def begin(guess: Tensor, k: float | Tensor) -> Tensor:
     """The state before the first read: [11, *guess.shape], float64."""
     guess = torch.where((guess > 0) & torch.isfinite(guess), guess, 1.0)
     unit = power_of_two(guess).double()
     zero = torch.zeros_like(unit)
     infinite = torch.full_like(unit, torch.inf)  # "hi" before anything is known
-    return torch.stack(
-        [guess.double() / unit, unit, infinite, zero, torch.full_like(unit, k), zero, zero, zero, infinite, zero, zero]
-    )
+    noise = torch.full_like(unit, k) if isinstance(k, float) else k.to(unit.dtype).expand_as(unit)
+    return torch.stack([guess.double() / unit, unit, infinite, zero, noise, zero, zero, zero, infinite, zero, zero])
 
 
 def power_of_two(t: Tensor) -> Tensor:

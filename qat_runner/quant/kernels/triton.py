@@ -7,6 +7,7 @@ so a CUDA graph can hold them. Other dtypes, devices and granularities are left 
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import eager
+from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import largest
@@ -29,12 +31,12 @@ ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits for a f
 
 # A row's state, float64: s, unit, done, k, nonzero, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi; see newton.py.
 STATE = tl.constexpr(11)
-SUMS = tl.constexpr(5)
+SUMS = tl.constexpr(6)
 
 
 def octav(
     x: Tensor,
-    format: Format,
+    cost: Cost,
     dims: tuple[int, ...],
     guess: Tensor | None,
     iterations: int,
@@ -44,13 +46,29 @@ def octav(
     """As `eager.octav`; each row stops on its own."""
     rows = rows_of(x, dims) if _serves(x) and pool is None else None
     if rows is None:
-        return eager.octav(x, format, dims, guess, iterations, tolerance, pool)
-    k, signed = format.rounding_noise, format.signed
-    start = (largest(x, signed, dims) if guess is None else guess).to(torch.float32).contiguous()
+        return eager.octav(x, cost, dims, guess, iterations, tolerance, pool)
+    start = (largest(x, cost.signed, dims) if guess is None else guess).to(torch.float32).contiguous()
     s = torch.empty_like(start)
     solve = _solve_short if rows.shape[1] <= max(REGISTERS) else _solve_long
-    solve(rows, start, s, k, tolerance, iterations, signed, guess is None)
+    solve(rows, start, s, cost, tolerance, iterations, guess is None)
     return s
+
+
+def overhang(x: Tensor, t: Tensor) -> Tensor:
+    """As `eager.overhang`; one read."""
+    flat = with_scalars(x, t) if _serves(x) else None
+    if flat is None:
+        return eager.overhang(x, t)
+    rows, ends = flat
+    programs = min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
+    parts = rows.new_empty((len(rows), programs), dtype=torch.float32)
+    _overhang_part[(len(rows) * programs,)](rows, ends, parts, rows.shape[1], programs, BLOCK=BLOCK)
+    return parts.sum(1).reshape(t.shape)
+
+
+def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
+    """As `eager.refine`, by it: for rows of few elements, in a small part of a network."""
+    return eager.refine(x, s, format, factors)
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
@@ -104,18 +122,22 @@ def interpreted() -> bool:
 
 
 def _solve_short(
-    rows: Tensor, start: Tensor, s: Tensor, k: float, tolerance: float, iterations: int, signed: bool, cold: bool
+    rows: Tensor, start: Tensor, s: Tensor, cost: Cost, tolerance: float, iterations: int, cold: bool
 ) -> None:
     block, warps = next((block, warps) for block, warps in REGISTERS.items() if rows.shape[1] <= block)
+    short, sided = _short_side(cost, start)
     _solve_row[(len(rows),)](
         rows,
         start,
+        short,
         s,
         rows.shape[1],
-        k,
+        cost.noise,
+        cost.reach,
         tolerance,
         iterations,
-        SIGNED=signed,
+        SIGNED=cost.signed,
+        SIDED=sided,
         COLD=cold,
         BLOCK=block,
         num_warps=warps,
@@ -123,15 +145,24 @@ def _solve_short(
 
 
 def _solve_long(
-    rows: Tensor, start: Tensor, s: Tensor, k: float, tolerance: float, iterations: int, signed: bool, cold: bool
+    rows: Tensor, start: Tensor, s: Tensor, cost: Cost, tolerance: float, iterations: int, cold: bool
 ) -> None:
-    programs = min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
+    n, programs = rows.shape[1], min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
+    short, sided = _short_side(cost, start)
     state = rows.new_empty((len(rows), STATE.value), dtype=torch.float64)
     parts = rows.new_empty((len(rows), SUMS.value, programs), dtype=torch.float32)
-    _begin[(len(rows),)](start, state, k)
+    kind = {"SIGNED": cost.signed, "SIDED": sided}
+    _begin[(len(rows),)](start, state, cost.noise)
     for i in range(iterations + cold):
-        _sum_part[(len(rows) * programs,)](rows, state, parts, rows.shape[1], programs, SIGNED=signed, BLOCK=BLOCK)
+        _sum_part[(len(rows) * programs,)](rows, state, short, parts, n, programs, cost.reach, **kind, BLOCK=BLOCK)
         _advance_row[(len(rows),)](state, parts, s, programs, tolerance, COLD=cold and i == 0, PROGRAMS=PROGRAMS)
+
+
+def _short_side(cost: Cost, start: Tensor) -> tuple[Tensor, bool]:
+    """Sign of the short side of each row, float32 [rows], and whether there is one; otherwise it is not looked at."""
+    if cost.short is None:
+        return start, False
+    return cost.short.to(torch.float32).contiguous(), True
 
 
 @triton.jit
@@ -151,8 +182,12 @@ def _start(guess):
 
 
 @triton.jit
-def _magnitude(x, SIGNED: tl.constexpr):
-    return tl.abs(x) if SIGNED else tl.where(x < 0, 0.0, x)
+def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr):
+    """Magnitudes of x, and their weights (`cost.sided`)."""
+    if SIDED:
+        x = x * short
+        return tl.where(x < 0, -x * reach, x), tl.where(x < 0, 1.0 / (reach * reach), 1.0)
+    return tl.abs(x) if SIGNED else tl.where(x < 0, 0.0, x), tl.where(x < 0, 1.0, 1.0)
 
 
 @triton.jit
@@ -190,25 +225,30 @@ def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi,
 def _solve_row(
     x_ptr,
     guess_ptr,
+    short_ptr,
     s_ptr,
     n,
     k,
+    reach,
     tolerance,
     iterations,
     SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x [rows, n] with n <= BLOCK, guess and s float32 [rows]; one program a row."""
+    """x [rows, n] with n <= BLOCK, guess, short and s float32 [rows]; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-    raw = _magnitude(x, SIGNED)
+    raw, weight = _magnitude(x, tl.load(short_ptr + row), reach, SIGNED, SIDED)
     s, unit = _start(tl.load(guess_ptr + row))
     a = raw * (1.0 / unit)
     k = s * 0 + k  # float64
-    nonzero = tl.sum((raw > 0).to(tl.float32)).to(tl.float64)
-    total = tl.sum(a).to(tl.float64)
+    nonzero = tl.sum(tl.where(raw > 0, weight, 0.0)).to(tl.float64)
+    if SIDED:
+        k = k * tl.sum((raw > 0).to(tl.float32)).to(tl.float64) / tl.maximum(nonzero, 1.0)
+    total = tl.sum(weight * a).to(tl.float64)
     hi = tl.max(a).to(tl.float64)
     lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
     if COLD:
@@ -217,8 +257,8 @@ def _solve_row(
     moving = True
     while (i < iterations) & moving:
         here = s.to(tl.float32)
-        excess = tl.sum(tl.where(a > here, a - here, 0.0)).to(tl.float64)
-        outside = tl.sum((a > here).to(tl.float32)).to(tl.float64)
+        excess = tl.sum(tl.where(a > here, weight * (a - here), 0.0)).to(tl.float64)
+        outside = tl.sum(tl.where(a > here, weight, 0.0)).to(tl.float64)
         before = here.to(tl.float64)
         s, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
             before, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
@@ -244,7 +284,18 @@ def _begin(guess_ptr, state_ptr, k):
 
 
 @triton.jit
-def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_part(
+    x_ptr,
+    state_ptr,
+    short_ptr,
+    parts_ptr,
+    n,
+    programs,
+    reach,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """x [rows, n] -> parts [rows, SUMS, programs]: each program's share of a row's sums."""
     row, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     state = state_ptr + row * STATE
@@ -255,16 +306,19 @@ def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BL
         total = tl.zeros([BLOCK], dtype=tl.float32)
         nonzero = tl.zeros([BLOCK], dtype=tl.float32)
         largest = tl.zeros([BLOCK], dtype=tl.float32)
+        count = tl.zeros([BLOCK], dtype=tl.float32)
+        short = tl.load(short_ptr + row)
         first = part * BLOCK
         while first < n:  # no range: some interpreters cannot count to what is not a constant
             offsets = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-            raw = _magnitude(x, SIGNED)
+            raw, weight = _magnitude(x, short, reach, SIGNED, SIDED)
             a = raw * scale
-            excess += tl.where(a > s, a - s, 0.0)
-            outside += (a > s).to(tl.float32)
-            total += a
-            nonzero += (raw > 0).to(tl.float32)
+            excess += tl.where(a > s, weight * (a - s), 0.0)
+            outside += tl.where(a > s, weight, 0.0)
+            total += weight * a
+            nonzero += tl.where(raw > 0, weight, 0.0)
+            count += (raw > 0).to(tl.float32)
             largest = tl.maximum(largest, a)
             first += programs * BLOCK
         to = parts_ptr + row * SUMS * programs + part
@@ -273,6 +327,7 @@ def _sum_part(x_ptr, state_ptr, parts_ptr, n, programs, SIGNED: tl.constexpr, BL
         tl.store(to + 2 * programs, tl.sum(total))
         tl.store(to + 3 * programs, tl.sum(nonzero))
         tl.store(to + 4 * programs, tl.max(largest))
+        tl.store(to + 5 * programs, tl.sum(count))
 
 
 @triton.jit
@@ -291,11 +346,13 @@ def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.cons
         total = tl.sum(tl.load(parts + 2 * programs, mask=present, other=0.0).to(tl.float64))
         nonzero = tl.sum(tl.load(parts + 3 * programs, mask=present, other=0.0).to(tl.float64))
         largest = tl.max(tl.load(parts + 4 * programs, mask=present, other=0.0)).to(tl.float64)
+        count = tl.sum(tl.load(parts + 5 * programs, mask=present, other=0.0).to(tl.float64))
         unit, k = tl.load(state + 1), tl.load(state + 3)
         before = tl.load(state).to(tl.float32).to(tl.float64)
         lo, sum_lo, outside_lo = tl.load(state + 5), tl.load(state + 6), tl.load(state + 7)
         hi, sum_hi, outside_hi = tl.load(state + 8), tl.load(state + 9), tl.load(state + 10)
         first = hi == float("inf")
+        k = tl.where(first & (nonzero > 0), k * (count / tl.where(nonzero > 0, nonzero, 1.0)), k)
         hi = tl.where(first, largest, hi)
         sum_lo, outside_lo = tl.where(first, total, sum_lo), tl.where(first, nonzero, outside_lo)
         s, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
@@ -307,6 +364,7 @@ def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.cons
             done = s < 0  # never
         tl.store(state, s)
         tl.store(state + 2, done.to(tl.float64))
+        tl.store(state + 3, k)
         tl.store(state + 4, nonzero)
         tl.store(state + 5, lo)
         tl.store(state + 6, sum_lo)
@@ -315,6 +373,21 @@ def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.cons
         tl.store(state + 9, sum_hi)
         tl.store(state + 10, outside_hi)
         tl.store(s_ptr + row, (s * unit).to(tl.float32))
+
+
+@triton.jit
+def _overhang_part(x_ptr, t_ptr, parts_ptr, n, programs, BLOCK: tl.constexpr):
+    """x [rows, n], t float32 [rows] -> parts [rows, programs]: each program's share of a row's overhang."""
+    row, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    t = tl.load(t_ptr + row)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    first = part * BLOCK
+    while first < n:  # no range: some interpreters cannot count to what is not a constant
+        offsets = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+        total += tl.where(x > t, x - t, 0.0) + tl.where(x < -t, x + t, 0.0)
+        first += programs * BLOCK
+    tl.store(parts_ptr + row * programs + part, tl.sum(total))
 
 
 @triton.jit

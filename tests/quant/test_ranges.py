@@ -1,0 +1,276 @@
+"""Ranges of the plain integers: which end serves, what OCTAV knows of it, and how steady a sign is."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qat_runner.insertion import calibrate, freeze, load, noise_report, quantize_model, quantized_tensors, save
+from qat_runner.quant import (
+    METHODS,
+    IntFormat,
+    Octav,
+    Quantizer,
+    Range,
+    clipping_method,
+    expected_mse,
+    fake_quantize,
+    maximum,
+    mse_sweep,
+    octav,
+    orientation,
+)
+from qat_runner.quant.kernels import backend, using
+from tests.quant.test_kernels import DEVICES, DTYPES, names, on
+
+ORIENTED = IntFormat(4, range=Range.ORIENTED)
+
+
+def error(x: Tensor, s: Tensor, format: IntFormat) -> Tensor:
+    """Squared error of each row of [rows, n], in float64: [rows, 1]."""
+    return (fake_quantize(x.double(), s.double(), format) - x.double()).square().sum(1, keepdim=True)
+
+
+def rows(n: int, count: int = 300, seed: int = 0) -> Tensor:
+    """[count, n], float64: as many rows normal, lopsided and heavy-tailed."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, n, generator=generator, dtype=torch.float64)
+    x[count // 3 : 2 * count // 3].exp_()
+    x[2 * count // 3 :] **= 3
+    return x
+
+
+def least_error(x: Tensor, format: IntFormat) -> Tensor:
+    """Of each row, over 1,500 scalars, of both signs where the format has them: [rows, 1]."""
+    top, best = x.abs().amax(1, keepdim=True), torch.full((len(x), 1), math.inf, dtype=torch.float64)
+    for factor in torch.linspace(0.05, 1.3, 1500).tolist():
+        for sign in (1, -1) if format.oriented else (1,):
+            best = torch.minimum(best, error(x, sign * factor * top, format))
+    return best
+
+
+def test_the_end_that_serves_is_where_s_points() -> None:
+    x = torch.tensor([-1.0, -0.9, 0.9, 1.0])
+    assert fake_quantize(x, 1.0, ORIENTED).tolist() == [-1, -0.875, 0.875, 0.875]
+    assert fake_quantize(x, -1.0, ORIENTED).tolist() == [-0.875, -0.875, 0.875, 1]
+    assert fake_quantize(x, 1.0, IntFormat(4, range=Range.FULL)).tolist() == pytest.approx([-1, -6 / 7, 6 / 7, 1])
+    assert fake_quantize(x, 1.0, 4).tolist() == [-1, -0.875, 0.875, 0.875]
+    unsigned = ORIENTED.with_sign(False)
+    assert not unsigned.oriented and unsigned.levels == IntFormat(4, False, Range.FULL).levels
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_negative_scalars_mirror(name: str, dtype: torch.dtype) -> None:
+    x = (torch.randn(6, 40) * 2).to(dtype)
+    s = torch.rand(6, 1) + 0.5
+    with using(name, DEVICES[name]):
+        mirrored = -fake_quantize(on(name, -x), on(name, s), ORIENTED)
+        assert torch.equal(fake_quantize(on(name, x), on(name, -s), ORIENTED), mirrored)
+        for gradient in ("ste", "pwl", "mad"):
+            inputs = [on(name, x).requires_grad_() for _ in range(2)]
+            for leaf, sign in zip(inputs, (1, -1), strict=True):
+                fake_quantize(leaf, sign * on(name, s), ORIENTED, gradient).float().sum().backward()
+            assert torch.equal(*[leaf.grad for leaf in inputs])  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.lists(st.floats(-8, 8, width=16), min_size=7, max_size=7), min_size=1, max_size=4),
+    st.integers(2, 8),
+    st.floats(0.125, 4),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_the_sign_is_that_of_the_smaller_error(
+    values: list[list[float]], bits: int, s: float, dtype: torch.dtype
+) -> None:
+    x, format = torch.tensor(values, dtype=dtype), IntFormat(bits, range=Range.ORIENTED)
+    scalars = torch.full((len(x), 1), s, dtype=torch.promote_types(dtype, torch.float32))
+    sign = orientation(x, scalars, format)
+    assert sign.abs().eq(1).all()
+    chosen, other = error(x, sign * scalars, format), error(x, -sign * scalars, format)
+    assert (chosen <= other * (1 + 1e-5) + 1e-9).all()
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overhang(name: str, dtype: torch.dtype) -> None:
+    for shape, t in (((6, 5000), torch.rand(6, 1)), ((3, 4, 5, 2), torch.tensor(0.7)), ((2, 9), torch.zeros(2, 1))):
+        x = torch.randn(shape).to(dtype)
+        wide = x.double()
+        ends = t.double()
+        expected = (wide - torch.minimum(torch.maximum(wide, -ends), ends)).sum_to_size(t.shape)
+        with using(name, DEVICES[name]):
+            found = backend(on(name, x)).overhang(on(name, x), on(name, t)).cpu()
+        assert found.shape == t.shape
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_magnitude_is_served_by_max_scaling() -> None:
+    x = torch.randn(64, 9).clamp(-1, 1) * 0.9
+    x[torch.arange(64), torch.arange(64) % 9] = torch.randn(64).sign()
+    s = maximum(x, ORIENTED, dim=0)
+    sign = orientation(x, s, ORIENTED)
+    top = x.gather(1, x.abs().argmax(1, keepdim=True))
+    assert torch.equal(sign, -top.sign())
+    assert torch.equal(fake_quantize(x, sign * s, ORIENTED).gather(1, x.abs().argmax(1, keepdim=True)), top)
+
+
+def test_a_sign_turns_only_when_it_clearly_pays() -> None:
+    x = torch.tensor([[1.0, -1.0] + [0.1] * 7])
+    s, before = torch.tensor([[1.0]]), torch.tensor([[1.0]])
+    for excess, turns in ((1e-3, False), (0.02, True)):
+        x[0, 0] = 1 + excess
+        assert orientation(x, s, ORIENTED).item() == -1
+        assert (orientation(x, s, ORIENTED, before).item() == -1) == turns
+    flickers = [orientation(x * torch.tensor([1 + 1e-3 * (-1) ** i, *[1] * 8]), s, ORIENTED, before) for i in range(9)]
+    assert len({f.item() for f in flickers}) == 1
+
+
+@pytest.mark.parametrize("range", Range)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_octav_minimizes_what_it_models(range: Range, bits: int, signed: bool) -> None:
+    format = IntFormat(bits, signed, range)
+    for n in (9, 16, 25, 64, 576):
+        x = rows(n, 60)
+        s = octav(x, format, 0, 20, missing_code=True)
+        if format.oriented:
+            s = s * torch.where(x.amax(1, keepdim=True) > -x.amin(1, keepdim=True), -1.0, 1.0)
+        found = expected_mse(x, s, format, 0, missing_code=True)
+        grid = [expected_mse(x, s * f, format, 0, missing_code=True) for f in torch.linspace(0.5, 1.6, 400).tolist()]
+        # Weights stand for counts, and the model has jumps where an element leaves the interval.
+        least = torch.stack(grid).amin(0)
+        assert (found.sum() / least.sum()).item() < 1 + {2: 0.03, 3: 0.01, 4: 0.005, 8: 0.02}[bits]
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backends_agree_on_missing_codes(name: str, dtype: torch.dtype) -> None:
+    for shape in ((6, 40), (2, 20000)):
+        x = (torch.randn(shape).exp() - 1).to(dtype)
+        for format in (IntFormat(3), IntFormat(3, False), IntFormat(3, range=Range.ORIENTED)):
+            with using("eager"):
+                expected = octav(x.double(), format, 0, 30, missing_code=True)
+            with using(name, DEVICES[name]):
+                cold = octav(on(name, x), format, 0, 30, missing_code=True).cpu()
+                warm = octav(on(name, x), format, 0, 30, on(name, 1.3 * expected.float()), missing_code=True).cpu()
+            for found in (cold, warm):
+                torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_without_it_two_complements_scalars_are_the_papers() -> None:
+    x = torch.randn(8, 100)
+    assert torch.equal(octav(x, 4, 0), octav(x, IntFormat(4), 0, missing_code=False))
+    assert not torch.equal(octav(x, 4, 0), octav(x, 4, 0, missing_code=True))
+    full = IntFormat(4, range=Range.FULL)
+    assert torch.equal(octav(x, full, 0), octav(x, full, 0, missing_code=True))  # nothing is missing
+
+
+@pytest.mark.parametrize("range", Range)
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_refined_scalars_have_the_least_error(range: Range, bits: int) -> None:
+    """Mean excess over brute force: at most 0.1 % for rows of 64 elements and more."""
+    format = IntFormat(bits, range=range)
+    for n in (64, 576):
+        x = rows(n, 120)
+        least = least_error(x, format)
+        s = octav(x, format, 0, missing_code=True, refine=256)
+        s = s * orientation(x, s, format) if format.oriented else s
+        assert (error(x, s, format) / least).mean().item() < 1.001
+
+
+@names
+def test_backends_agree_on_refining(name: str) -> None:
+    x = torch.randn(7, 50)
+    for format in (IntFormat(4), IntFormat(4, False), ORIENTED, IntFormat(4, range=Range.FULL)):
+        s = octav(x, format, 0)
+        with using(name, DEVICES[name]):
+            refined = octav(on(name, x), format, 0, refine=32).cpu()
+        assert (error(x, refined, format) <= error(x, s, format) * (1 + 1e-6)).all() or format.oriented
+        with using("eager"):
+            reference = octav(x.double(), format, 0, refine=32)
+        assert (error(x, refined, format) <= error(x, reference, format) * 1.001 + 1e-9).all()
+
+
+def test_nothing_to_refine() -> None:
+    x = torch.stack([torch.zeros(9), torch.ones(9), torch.full((9,), 1e-30)])
+    s = octav(x, 4, 0, refine=8)
+    assert s[0] == 0 and torch.isfinite(s).all() and (s >= 0).all()
+    with pytest.raises(ValueError, match=r"refine=-1: must be 0 or more candidates"):
+        Octav(refine=-1)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pact"])
+@pytest.mark.parametrize("range", Range)
+def test_every_method_in_every_range(name: str, range: Range) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(128, 4)
+    )
+    x = torch.randn(4, 3, 8, 8)
+    quantize_model(model, 4, name, range=range, example=x)
+    calibrate(model, [x])
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range_of(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    report = noise_report(model, [x])
+    assert all(row.s > 0 and math.isfinite(row.mse) for row in report)
+    for t in quantized_tensors(model):
+        assert t.quantizer.format.range == range  # type: ignore[attr-defined]
+        signs = {-1.0, 1.0} if t.quantizer.format.oriented else {1.0}
+        assert {*t.quantizer.latest.sign().flatten().tolist()} <= signs
+
+
+range_of = range  # beside the fixtures of that name
+
+
+def test_an_oriented_network_is_frozen_saved_and_made_again(tmp_path: object) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8))
+    x = torch.randn(4, 3, 8, 8)
+    quantize_model(model, 4, range="oriented", example=x)
+    model.train()
+    model(x)
+    freeze(model, "averaged", [x, x + 0.1])
+    model.eval()
+    path = f"{tmp_path}/model.pt"
+    save(model, path)
+    again = load(path, nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8)))
+    assert torch.equal(model(x), again.eval()(x))
+    weights = [t.quantizer for t in quantized_tensors(again) if t.tensor == "weight"]
+    assert any((q.scalars < 0).any() for q in weights) and all((q.s >= 0).all() for q in weights)
+
+
+def test_states_of_other_ranges_are_refused() -> None:
+    oriented, plain = Quantizer(ORIENTED, Octav()), Quantizer(4, Octav())
+    for quantizer, state in ((oriented, plain.state_dict()), (plain, oriented.state_dict())):
+        with pytest.raises(RuntimeError, match="scalars of an oriented range suit no other"):
+            quantizer.load_state_dict(state)
+
+
+def test_an_average_of_signs_is_a_sign() -> None:
+    q = Quantizer(ORIENTED, Octav())
+    q.assign(torch.tensor(-2.0))
+    assert (q.s, q.scalars) == (2.0, -2.0)
+    q.orientation.fill_(-0.2)  # type: ignore[union-attr]
+    assert q.scalars == -2.0
+    with pytest.raises(ValueError, match="finite and not negative"):
+        Quantizer(4, Octav()).assign(torch.tensor(-2.0))
+
+
+def test_ranges_are_for_plain_integers() -> None:
+    with pytest.raises(ValueError, match="clipping 'pact' has grids of its own"):
+        clipping_method("pact").quantizer(ORIENTED, weight=False)
+    with pytest.raises(ValueError, match="range='round': must be one of twos_complement, full, oriented"):
+        quantize_model(nn.Sequential(nn.Linear(3, 3)), 4, range="round")
+
+
+def test_the_sweep_takes_the_better_sign() -> None:
+    x = rows(9)
+    s = mse_sweep(x, ORIENTED, 0, 400, together=False)
+    s = s * orientation(x, s, ORIENTED)
+    assert (error(x, s, ORIENTED) / least_error(x, ORIENTED).clamp(min=1e-12)).median() < 1.1
