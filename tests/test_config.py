@@ -133,6 +133,32 @@ def test_refusals(composed: Compose, overrides: list[str], message: str) -> None
         composed(*overrides)
 
 
+def test_ranges(composed: Compose) -> None:
+    plain = composed("bits=4")
+    assert {plain.weight_range, plain.activation_range} == {"twos_complement"}
+    assert not any("range" in key for key in identity(plain))
+    oriented = composed("range=oriented")
+    told = {key: value for key, value in identity(oriented).items() if key not in identity(plain)}
+    assert told == {"weight_range": "oriented", "activation_range": "oriented"}
+    assert identity(composed("weight_range=oriented", "activation_range=oriented")) == identity(oriented)
+    assert identity(composed("range=full", "bits=32")) == identity(composed("bits=32"))
+    for overrides, label in (
+        (("range=full",), "octav-full"),
+        (("weight_range=oriented",), "octav-weights-oriented"),
+        (
+            ("clipping=max", "range=full", "activation_range=oriented"),
+            "-".join(("max", "weights-full", "activations-oriented")),
+        ),
+    ):
+        assert f"_4bit_{label}_" in run_name(composed(*overrides))
+    tensor = oriented.quantization.tensor("layer", "Conv2d", "weight")
+    assert tensor.range == "oriented"
+    with pytest.raises(ConfigError, match="range=round: must be one of twos_complement, full, oriented"):
+        composed("range=round")
+    with pytest.raises(ConfigError, match=r"clipping=max: .* no option 'refine'"):
+        composed("clipping=max", "clipping.refine=8")
+
+
 def test_identity_and_name(composed: Compose) -> None:
     config = composed()
     assert run_name(config) == run_name(composed("bits=4", "runs_dir=x", "data_dir=y", "overwrite=true"))

@@ -16,6 +16,7 @@ from qat_runner.config.schema import BASELINE, Config
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.errors import UnreadableError
+from qat_runner.quant import Range
 
 CONFIG_FILE = "config.yaml"
 """Name of the file, in the folder of a run, that holds its config."""
@@ -179,7 +180,16 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     static = not config.clipping.dynamic and not config.clipping.learned
     became = config.clipping.dynamic and (config.freezing or became_static)
-    return ("static-" if static else "") + config.clipping.name + suffix + ("-to-static" if became else "")
+    parts = ["static"] if static else []
+    return "-".join([*parts, config.clipping.name + suffix, *_ranges(config), *(["to-static"] if became else [])])
+
+
+def _ranges(config: Config) -> list[str]:
+    """Which codes weights and activations have, where that is not two's complement, in words for labels."""
+    both = {"weights": config.weight_range, "activations": config.activation_range}
+    if len({*both.values()}) == 1:
+        return [] if config.weight_range == Range.TWOS_COMPLEMENT else [config.weight_range]
+    return [f"{what}-{range}" for what, range in both.items() if range != Range.TWOS_COMPLEMENT]
 
 
 def gradient_label(config: Config) -> str:

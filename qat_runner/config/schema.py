@@ -336,7 +336,7 @@ class ConfigSchema:
     weight_range: str | None = None
     """of weights; null: range"""
     activation_range: str | None = None
-    """of activations with values of both signs; null: range"""
+    """of activations; where none is below zero, full and oriented mean the same, a code at s; null: range"""
     rules: list[Any] = field(default_factory=list)
     """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
     the page about policies"""

@@ -3,7 +3,8 @@
 BatchNorm in eval mode is y = f (x - mean) + beta with f = gamma / sqrt(variance + eps), one of each a channel. A weight
 that is stored as codes takes f into its step sizes: D becomes |f| D, and where f is negative the codes of that channel
 change their sign. Two's complement has no counterpart to its lowest code. From 8 bits on the highest one, a step away,
-takes its place; of fewer bits a step is too much, so a convolution that would need one keeps its BatchNorm.
+takes its place; of fewer bits a step is too much, so a convolution that would need one keeps its BatchNorm. Step sizes
+of an oriented weight have a sign, which takes that of f, and all codes stay.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from qat_runner.exporting.integer import IntegerConv2d
+from qat_runner.exporting.integer import IntegerConv2d, not_zero
 
 FINE = 8
 """Bits from which on a step more or less does not matter."""
@@ -53,12 +54,15 @@ def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
     weight = getattr(conv, "integer_weight", None)
     if weight is None:
         conv.weight.mul_(rows)
+    elif weight.format.oriented:
+        weight.scale = not_zero(weight.scale * factor)
+        weight.codes = torch.where(rows == 0, 0, weight.codes)
     else:
         if weight.format.code_bits < FINE and bool(((rows < 0) & (weight.codes < -weight.format.highest)).any()):
             return False
         weight.codes = torch.where(rows < 0, -weight.codes.clamp(min=-weight.format.highest), weight.codes)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
-        weight.scale = (weight.scale * factor.abs()).clamp(min=torch.finfo(torch.float32).tiny)
+        weight.scale = not_zero(weight.scale * factor.abs())
     shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
     shift = shift * factor
     conv.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias, requires_grad=False)

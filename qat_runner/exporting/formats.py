@@ -170,9 +170,10 @@ def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
     """Limit what goes into a QuantizeLinear to what gives the codes from the first to the last."""
     x, scale = node.inputs[:2]
     step = scale.const_value.numpy()
+    values = [(step * code).astype(step.dtype) for code in (codes if step > 0 else codes[::-1])]
     ends = [
-        _constant(graph, f"{node.outputs[0].name}_{end}", (step * code).astype(step.dtype))
-        for end, code in zip(("lowest", "highest"), codes, strict=True)
+        _constant(graph, f"{node.outputs[0].name}_{end}", value)
+        for end, value in zip(("lowest", "highest"), values, strict=True)
     ]
     node.replace_input_with(0, _limit(graph, node, x, *ends))
 

@@ -2,7 +2,7 @@
 
 `to_integers` turns the quantized layers of a static network into these, in place, by swapping their class. What they
 compute is bit for bit what the quantized layers computed: a code times its step size D, which is a part of the clipping
-scalar (see `quant.formats`).
+scalar (see `quant.formats`), and negative where that is, in an oriented format.
 
 The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
 exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
@@ -101,9 +101,14 @@ def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None,
 
 
 def _step(s: Tensor, format: StepFormat) -> Tensor:
-    """Step sizes that belong to clipping scalars, float32; the smallest normal number for a scalar of 0."""
-    step = format.step(s.detach().float())
-    return torch.where(step.abs() < (tiny := torch.finfo(torch.float32).tiny), tiny, step)
+    """Step sizes that belong to clipping scalars, float32."""
+    return not_zero(format.step(s.detach().float()))
+
+
+def not_zero(step: Tensor) -> Tensor:
+    """Step sizes, float32, with the smallest normal number for those below it, which something is divided by."""
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(step.abs() < tiny, tiny, step)
 
 
 class IntegerConv2d(nn.Conv2d):

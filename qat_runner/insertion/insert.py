@@ -24,7 +24,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import ClippingMethod, Quantizer
+from qat_runner.quant import ClippingMethod, IntFormat, Quantizer, Range
 
 
 class QuantizationWarning(UserWarning):
@@ -307,7 +307,12 @@ def _left(model: nn.Module) -> list[str]:
 
 
 def _sign(quantizer: Quantizer) -> str:
-    return ("yes" if quantizer.format.signed else "no") if quantizer.decided else "?"
+    if not quantizer.decided:
+        return "?"
+    format = quantizer.format
+    if isinstance(format, IntFormat) and format.signed and format.range is not Range.TWOS_COMPLEMENT:
+        return str(format.range)
+    return "yes" if format.signed else "no"
 
 
 def remember_elements(model: nn.Module, elements: Mapping[str, int]) -> None:

@@ -94,6 +94,10 @@ def test_integers_compute_what_the_quantizers_did(bits: int) -> None:
         {"weight_bits": 32},
         {"activation_bits": 32},
         {"keep": ["b"]},
+        {"range": "full"},
+        {"range": "oriented"},
+        {"range": "oriented", "clipping": "lsq"},
+        {"weight_range": "oriented", "conv_granularity": "tensor"},
     ],
 )
 def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
@@ -210,12 +214,46 @@ def test_packing_comes_back(codes: list[int]) -> None:
         assert int(packed[0]) == (codes[0] & 15) + 16 * (codes[1] & 15)
 
 
+def test_an_oriented_scale_takes_the_sign_of_batchnorm() -> None:
+    model, x = frozen(4, negative=True, range="oriented")
+    before = model(x)
+    integers = to_integers(model)
+    codes = integers.b.integer_weight.codes.clone()
+    scale, sign = integers.b.integer_weight.scale.clone(), integers.norm_b.weight.sign()
+    assert (codes == -8).any() and (scale < 0).any() and (sign < 0).any()
+    assert fold_batchnorm(integers, x) == []
+    assert torch.equal(integers.b.integer_weight.codes, codes)
+    assert torch.equal(integers.b.integer_weight.scale.sign(), scale.sign() * sign)
+    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("range", ["twos_complement", "full", "oriented"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 5)), sign * (torch.randn(40, 6).exp() - 1)
+    quantize_model(model, bits, "max", range=range, first_last_bits=None, example=x)
+    integers = to_integers(freeze(model, "averaged", [x]))
+    assert bool(integers[0].input_grid.scale < 0) == (range == "oriented" and sign > 0)
+    expected = integers(2 * x)  # some of it is clipped on either side
+    signature = Signature((x,), ["x"], ["y"])
+    write_program(integers, signature, tmp_path / "m.pt2")
+    assert torch.equal(read_program(tmp_path / "m.pt2")(2 * x)[0], expected)
+    write_onnx(integers, signature, tmp_path / "m.onnx")
+    for fused in (False, True) if bits < 8 else (False,):  # whose fused kernels saturate on some processors
+        found = OnnxFile(tmp_path / "m.onnx", fused=fused)([2 * x])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("range", ["twos_complement", "full", "oriented"])
 @pytest.mark.parametrize("bits", [3, 4, 8, 9])
-def test_the_three_files(bits: int, tmp_path: Path) -> None:
-    model, x = frozen(bits)
+def test_the_three_files(bits: int, range: str, tmp_path: Path) -> None:
+    model, x = frozen(bits, range=range)
     integers = to_integers(model)
     fold_batchnorm(integers, x)
     expected = integers(x)
+    if range == "oriented":
+        assert (integers.b.integer_weight.scale < 0).any()
     signature = Signature((x,), ["pictures"], ["logits"])
 
     write_program(integers, signature, tmp_path / "m.pt2")
