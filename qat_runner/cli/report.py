@@ -14,6 +14,7 @@
     qat-report figure4 runs                    accuracy against epoch of Table 1's runs
     qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
     qat-report iterations                      OCTAV's iteration from several starts
+    qat-report ranges                          where the last codes lie, and what that is worth to short rows
 
 Pages are single files that need no network. Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures
 are written as PNG and SVG. Exit codes: 0 all is well, 2 the request cannot be carried out.
@@ -30,7 +31,7 @@ from qat_runner.errors import ConfigError, QatError
 from qat_runner.runs.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations")
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations", "ranges")
 
 
 def verbs() -> tuple[str, ...]:
@@ -159,13 +160,15 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:
-    from qat_runner.paper import figure2, figure5, figures
+    from qat_runner.paper import figure2, figure5, figures, grids
     from qat_runner.report.runs import find_runs
 
     tables: dict[str, str] = {}
     if args.what == "figure2":
         compared = figure2.of_run(args.run) if args.run else figure2.of_weights(*_weights(args))
         figure, tables = figure2.draw(compared), {"csv": figure2.table(compared)}
+    elif args.what == "ranges":
+        figure = grids.ranges()
     elif args.what == "figure3":
         figure = figures.figure3()
     elif args.what == "figure4":

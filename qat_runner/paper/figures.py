@@ -74,7 +74,7 @@ def samples_of_run(folder: Path) -> list[Sample]:
 def figure1(samples: Sequence[Sample]) -> Figure:
     """MSE against s at 4, 6 and 8 bits: the model J(s), what the quantizer really gives, and OCTAV's s*."""
     all_bits = (4, 6, 8)
-    figure, axes = _grid(len(samples), len(all_bits))
+    figure, axes = grid(len(samples), len(all_bits))
     for row, sample in zip(axes, samples, strict=True):
         top = sample.x.abs().max().item()
         for ax, bits in zip(row, all_bits, strict=True):
@@ -93,7 +93,7 @@ def figure1(samples: Sequence[Sample]) -> Figure:
 def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Figure:
     """s_n against n by the published iteration, from 0, the maximum and 3, 4, 5 standard deviations (section 3)."""
     columns = 3
-    figure, axes = _grid(-(-len(samples) // columns), columns)
+    figure, axes = grid(-(-len(samples) // columns), columns)
     for ax, sample in zip([ax for row in axes for ax in row], samples, strict=False):
         deviation = sample.x.std().item()
         starts = {"0": 0.0, "max": sample.x.abs().max().item(), **{f"{n} sigma": n * deviation for n in (3, 4, 5)}}
@@ -110,7 +110,7 @@ def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Fig
 
 def figure3() -> Figure:
     """The factor by which each estimator passes a gradient on, against x, at s = 1."""
-    figure, axes = _grid(1, 3)
+    figure, axes = grid(1, 3)
     for ax, gradient in zip(axes[0], ("ste", "pwl", "mad"), strict=True):
         x = torch.linspace(-3, 3, 601, requires_grad=True)
         fake_quantize(x, 1.0, 4, gradient=gradient).sum().backward()
@@ -140,7 +140,7 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
     models = sorted({run.model for run in ours})
     if len(models) > 1:
         raise ConfigError(f"figure4: there are runs of {', '.join(models)}: --model chooses one")
-    figure, axes = _grid(1, 1, wide=True)
+    figure, axes = grid(1, 1, wide=True)
     ax = axes[0][0]
     missing = []
     for row in layout["rows"]:
@@ -168,7 +168,8 @@ def _accuracy(run: Run) -> list[float]:
         return []
 
 
-def _grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:
+def grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure, and its axes by row and column."""
     size = (8.0, 5.0) if wide else (4.0 * columns, 3.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:

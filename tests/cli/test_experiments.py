@@ -123,7 +123,7 @@ def test_figures(run: Run) -> None:
     assert main(["model=resnet20", *SHORT, "epochs=1", "run_dir=one"]) == 0
     of_run = ["--run", "one"]
     weights = ["--model", "resnet20", "--weights", "one/checkpoints/last.pt", "--dataset", "digits"]
-    figures = (["figure1"], ["figure1", *of_run], ["figure2", *weights], ["figure3"])
+    figures = (["figure1"], ["figure1", *of_run], ["figure2", *weights], ["figure3"], ["ranges"])
     for args in (*figures, ["figure5", *of_run], ["iterations"], ["iterations", *of_run]):
         assert report.main(args) == 0
         assert all(Path(f"report/{args[0]}{suffix}").stat().st_size > 10_000 for suffix in (".png", ".svg"))
