@@ -43,7 +43,7 @@ def _names() -> dict[str, Collection[str]]:
         "backend": ("auto", *BACKENDS),
         "gradient.name": tuple(GRADIENT_PAIRS),
         "clipping.name": METHODS,
-        "format": FORMATS,
+        **dict.fromkeys(("format", "weight_format", "activation_format"), FORMATS),
         **dict.fromkeys(("range", "weight_range", "activation_range"), tuple(Range)),
         "clipping.eval_mode": EVAL_MODES,
         "conv_granularity": GRANULARITIES,

@@ -137,8 +137,9 @@ def _follows(key: str, config: Config) -> bool:
     used = ("recipe.name", *(f"recipe.{mode}." for mode in {config.mode, config.auto_mode}))
     if first == "recipe":
         return key == "recipe.name" or ("." in rest and not key.startswith(used))
-    if key in ("weight_range", "activation_range"):
-        return bool(getattr(config, key) == config.range)
+    for of_all in ("format", "range"):
+        if key in (f"weight_{of_all}", f"activation_{of_all}"):
+            return bool(getattr(config, key) == getattr(config, of_all))
     stage = config.stage
     said = (stage.epochs, stage.batch_size, scaled_lr(stage, config.batch_size))
     return key in _OF_STAGE and getattr(config, key) == dict(zip(_OF_STAGE, said, strict=True))[key]

@@ -50,6 +50,12 @@ def settings(config: Config) -> dict[str, Any]:
     recipe of one that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in PLACES}
+    formats = config.weight_format, config.activation_format
+    if len({*formats}) == 1:  # which is how it was said before they could differ
+        keys["format"] = keys.pop("weight_format")
+        del keys["activation_format"]
+    else:
+        del keys["format"]
     del keys["bits"], keys["range"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
     foreign = foreign_keys(config.task)
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
@@ -89,6 +95,8 @@ def settings(config: Config) -> dict[str, Any]:
             "conv_granularity",
             "linear_granularity",
             "format",
+            "weight_format",
+            "activation_format",
             "weight_range",
             "activation_range",
             "rules",
@@ -181,15 +189,19 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
     static = not config.clipping.dynamic and not config.clipping.learned
     became = config.clipping.dynamic and (config.freezing or became_static)
     parts = ["static"] if static else []
-    return "-".join([*parts, config.clipping.name + suffix, *_ranges(config), *(["to-static"] if became else [])])
+    of_both = (
+        *_of_both(config.weight_format.replace("_", "-"), config.activation_format.replace("_", "-"), "int"),
+        *_of_both(config.weight_range, config.activation_range, Range.TWOS_COMPLEMENT),
+    )
+    return "-".join([*parts, config.clipping.name + suffix, *of_both, *(["to-static"] if became else [])])
 
 
-def _ranges(config: Config) -> list[str]:
-    """Which codes weights and activations have, where that is not two's complement, in words for labels."""
-    both = {"weights": config.weight_range, "activations": config.activation_range}
-    if len({*both.values()}) == 1:
-        return [] if config.weight_range == Range.TWOS_COMPLEMENT else [config.weight_range]
-    return [f"{what}-{range}" for what, range in both.items() if range != Range.TWOS_COMPLEMENT]
+def _of_both(weights: str, activations: str, usual: str) -> list[str]:
+    """What weights and activations have, where it is not the usual, in words for labels."""
+    if weights == activations:
+        return [] if weights == usual else [weights]
+    both = {"weights": weights, "activations": activations}
+    return [f"{what}-{its}" for what, its in both.items() if its != usual]
 
 
 def gradient_label(config: Config) -> str:

@@ -82,6 +82,8 @@ def resolve(config: ConfigSchema) -> Config:
             else config.linear_granularity,
             "weight_bits": config.bits if config.weight_bits is None else config.weight_bits,
             "activation_bits": config.bits if config.activation_bits is None else config.activation_bits,
+            "weight_format": config.format if config.weight_format is None else config.weight_format,
+            "activation_format": config.format if config.activation_format is None else config.activation_format,
             "weight_range": config.range if config.weight_range is None else config.weight_range,
             "activation_range": config.range if config.activation_range is None else config.activation_range,
             "epochs": stage.epochs if config.epochs is None else config.epochs,

@@ -329,7 +329,12 @@ class ConfigSchema:
     linear_granularity: str = "auto"
     """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
     format: str = "int"
-    """what a number looks like: int, or what an installed package adds"""
+    """what a number looks like: int; int_affine, with a zero point, a lower and an upper end in place of one scalar; or
+    what an installed package adds"""
+    weight_format: str | None = None
+    """of weights; null: format"""
+    activation_format: str | None = None
+    """of activations; null: format"""
     range: str = "twos_complement"
     """which codes plain integers have: twos_complement, with none at +s; full, one at either end; oriented, two's
     complement whose scale has a sign, so that the code at the end serves the larger side"""
@@ -446,6 +451,8 @@ class Config(ConfigSchema):
     clipping: ClippingConfig = field(default_factory=ClippingConfig)
     weight_bits: int = MISSING
     activation_bits: int = MISSING
+    weight_format: str = MISSING
+    activation_format: str = MISSING
     weight_range: str = MISSING
     activation_range: str = MISSING
     epochs: int = number(MISSING, 1, _EPOCHS)
@@ -487,7 +494,8 @@ class Config(ConfigSchema):
                 self.bits,
                 method,
                 self.gradient.name,
-                format=self.format,
+                weight_format=self.weight_format,
+                activation_format=self.activation_format,
                 weight_range=self.weight_range,
                 activation_range=self.activation_range,
                 weight_bits=self.weight_bits,

@@ -70,6 +70,8 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "conv_granularity": "channel",
     "linear_granularity": "auto",
     "format": "int",
+    "weight_format": "int",
+    "activation_format": "int",
     "range": "twos_complement",
     "weight_range": "twos_complement",
     "activation_range": "twos_complement",
@@ -134,6 +136,8 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
         step(config)
     if config.get("dataset", {}).get("name") == "squad":  # of before data sets named their task
         config["dataset"].setdefault("task", "question_answering")
+    for key in ("weight_format", "activation_format"):
+        config.setdefault(key, config.get("format", "int"))
     for key, value in FIRST_DEFAULTS.items():  # it knew nothing of what came later
         group, _, name = key.rpartition(".")
         (config.setdefault(group, {}) if group else config).setdefault(name, value)

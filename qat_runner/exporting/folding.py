@@ -4,7 +4,8 @@ BatchNorm in eval mode is y = f (x - mean) + beta with f = gamma / sqrt(variance
 that is stored as codes takes f into its step sizes: D becomes |f| D, and where f is negative the codes of that channel
 change their sign. Two's complement has no counterpart to its lowest code. From 8 bits on the highest one, a step away,
 takes its place; of fewer bits a step is too much, so a convolution that would need one keeps its BatchNorm. Step sizes
-of an oriented weight have a sign, which takes that of f, and all codes stay.
+of an oriented weight have a sign, which takes that of f, and all codes stay. Affine codes and their zero point are
+counted from the other end.
 """
 
 from collections import Counter
@@ -57,6 +58,12 @@ def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
     elif weight.format.oriented:
         weight.scale = not_zero(weight.scale * factor)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
+    elif weight.zero_point is not None:
+        last, zeros = weight.format.highest, weight.zero_point.expand(factor.shape)
+        weight.count_from(torch.where(factor < 0, last - zeros, zeros))
+        weight.codes = torch.where(rows < 0, last - weight.codes, weight.codes)
+        weight.codes = torch.where(rows == 0, weight.zero_point.reshape(rows.shape), weight.codes)
+        weight.scale = not_zero(weight.scale * factor.abs())
     else:
         if weight.format.code_bits < FINE and bool(((rows < 0) & (weight.codes < -weight.format.highest)).any()):
             return False

@@ -114,34 +114,33 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     for node in program.model.graph:
         node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
     stored = {
-        f"{name}.codes": m.format.storage_bits for name, m in network.named_modules() if isinstance(m, IntegerWeight)
+        f"{name}.codes": m.format.exported_type for name, m in network.named_modules() if isinstance(m, IntegerWeight)
     }
     _give_types(program.model.graph, stored)
     ir.save(program.model, path)
 
 
-def _give_types(graph: Any, stored: Mapping[str, int | None]) -> None:
+def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
     """Store weights in as few bits as ONNX has, and give every quantizing node its zero point, which carries the type.
 
     Args:
         graph: of onnx_ir.
-        stored: bits of storage of each initializer that holds codes.
+        stored: integer type of each initializer that holds codes.
     """
-    import ml_dtypes
     import onnx_ir as ir
 
-    for name, bits in stored.items():
-        if bits == 4:
-            value = graph.initializers[name]
-            value.const_value = ir.tensor(value.const_value.numpy().astype(ml_dtypes.int4), name=name)
-            value.dtype = ir.DataType.INT4
+    for name, kind in stored.items():
+        value, wanted = graph.initializers[name], ir.DataType[str(kind).upper()]
+        if value.dtype != wanted:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(wanted.numpy()), name=name)
+            value.dtype = wanted
     for node in list(graph):
         if node.op_type == "QuantizeLinear":
             dtype, codes = node.outputs[0].dtype, [node.attributes.pop(end).value for end in ("lowest", "highest")]
             if dtype.bitwidth == 4:
                 _replace_clip(graph, node)
-            whole = IntFormat(dtype.bitwidth, dtype.is_signed())
-            if codes != [whole.lowest, whole.highest]:  # the integer type alone would let more of them through
+            whole, zero = IntFormat(dtype.bitwidth, dtype.is_signed()), node.attributes["zero_point"].value[0]
+            if codes != [whole.lowest - zero, whole.highest - zero]:  # the type alone would let more of them through
                 _limit_to(graph, node, codes)
             _zero_point(graph, node, dtype)
         elif node.op_type == "DequantizeLinear":
@@ -149,11 +148,12 @@ def _give_types(graph: Any, stored: Mapping[str, int | None]) -> None:
 
 
 def _zero_point(graph: Any, node: Any, dtype: Any) -> None:
-    """The third input of a quantizing node: zeros of its integer type, as many as it has scales."""
-    shape = list(node.inputs[1].shape)
-    name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape)])
+    """The third input of a quantizing node: of its integer type, as many as it has scales."""
+    shape, zeros = list(node.inputs[1].shape), list(node.attributes.pop("zero_point").value)
+    name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape), *(map(str, zeros) if any(zeros) else ())])
     if name not in graph.initializers:
-        _constant(graph, name, torch.zeros(shape).numpy().astype(dtype.numpy()))
+        numbers = torch.tensor(zeros, dtype=torch.float32).expand(math.prod(shape)).reshape(shape)
+        _constant(graph, name, numbers.numpy().astype(dtype.numpy()))
     node.resize_inputs(3)
     node.replace_input_with(2, graph.initializers[name])
 
@@ -214,14 +214,22 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
     }
     described = {part["scale"] for d in layers.values() for part in d.values() if isinstance(part, dict)}
     described |= {w["codes"] for d in layers.values() if (w := d.get("weight"))}
+    parts = [part for d in layers.values() for part in d.values() if isinstance(part, dict)]
+    zero_points = {part["zero_point"] for part in parts if "zero_point" in part}
+    described |= zero_points
+    value = "code * scale; codes are two's complement if signed"
+    value = f"(code - zero_point) * scale, or without one {value}" if zero_points else f"{value}; all zero points are 0"
     description = {
         "format": DESCRIPTION,
-        "value": "code * scale; codes are two's complement if signed; all zero points are 0",
+        "value": value,
         **about,
         "layers": layers,
         "full_precision": sorted(state.keys() - described),
     }
-    save_file(state, path, metadata={"format": DESCRIPTION, "packed": json.dumps(packed)})
+    unsigned = [w["codes"] for d in layers.values() if (w := d.get("weight")) and "packed" in w and not w["signed"]]
+    metadata = {"format": DESCRIPTION, "packed": json.dumps(packed)}
+    metadata |= {"unsigned": json.dumps(unsigned)} if unsigned else {}
+    save_file(state, path, metadata=metadata)
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     shutil.copymode(path.with_suffix(".json"), path)  # which safetensors makes readable for its owner alone
 
@@ -241,18 +249,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if metadata.get("format") != DESCRIPTION:
         raise ConfigError(f"{path}: not written by qat-export")
     try:
+        unsigned = fit(list[str], json.loads(metadata.get("unsigned", "[]")))
         for name, shape in fit(_Shapes, json.loads(metadata.get("packed", ""))).items():
-            state[name] = _unpacked(state.get(name), shape)
+            state[name] = _unpacked(state.get(name), shape, name not in unsigned)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: the shapes of its packed codes do not fit ({told(error)})") from error
     return state
 
 
-def _unpacked(packed: Tensor | None, shape: Sequence[int]) -> Tensor:
+def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tensor:
     count = math.prod(shape)
     if packed is None or packed.dtype != torch.uint8 or packed.ndim != 1 or len(packed) != (count + 1) // 2:
         raise ValueError(f"there are no {count} codes of four bits")
-    return _unpack(packed, shape)
+    return _unpack(packed, shape, signed)
 
 
 def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
@@ -266,16 +275,26 @@ def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
                 "shape": list(module.codes.shape),
                 "axis": 0 if module.scale.ndim else None,
                 **_grid(module),
+                **_zero(f"{name}.{child}", module),
                 **({"packed": PACKED} if module.format.storage_bits == 4 else {}),
             }
         elif isinstance(module, StaticGrid):
-            described[child.removesuffix("_grid")] = {"scale": f"{name}.{child}.scale", **_grid(module)}
+            described[child.removesuffix("_grid")] = {
+                "scale": f"{name}.{child}.scale",
+                **_grid(module),
+                **_zero(f"{name}.{child}", module),
+            }
     return described
+
+
+def _zero(name: str, module: IntegerWeight | StaticGrid) -> dict[str, str]:
+    return {} if module.zero_point is None else {"zero_point": f"{name}.zero_point"}
 
 
 def _grid(module: IntegerWeight | StaticGrid) -> dict[str, Any]:
     format = module.format
-    return {"bits": format.code_bits, "signed": format.signed, "lowest": format.lowest, "highest": format.highest}
+    signed = format.lowest < 0
+    return {"bits": format.code_bits, "signed": signed, "lowest": format.lowest, "highest": format.highest}
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -285,10 +304,13 @@ def _pack(codes: Tensor) -> Tensor:
     return halves[:, 0] | (halves[:, 1] << 4)
 
 
-def _unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack(packed: Tensor, shape: Sequence[int], signed: bool = True) -> Tensor:
     """Undo `_pack`."""
-    halves = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()[: torch.Size(shape).numel()].to(torch.int8)
-    return torch.where(halves > 7, halves - 16, halves).reshape(tuple(shape))
+    halves = torch.stack([packed & 0xF, packed >> 4], dim=1).flatten()[: torch.Size(shape).numel()]
+    if signed:
+        halves = halves.to(torch.int8)
+        halves = torch.where(halves > 7, halves - 16, halves)
+    return halves.reshape(tuple(shape))
 
 
 @contextmanager

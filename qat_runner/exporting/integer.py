@@ -23,7 +23,7 @@ from qat_runner.insertion.layers import (
     operands,
     quantizer_of,
 )
-from qat_runner.quant import Quantizer, StepFormat
+from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
 OPSET = 21
 """The first version of ONNX's operators with 4-bit and 16-bit integers."""
@@ -56,21 +56,37 @@ class IntegerWeight(nn.Module):
     """[K, ...], int8 up to 8 bits, int16 above"""
     scale: Tensor
     """step sizes D, [] or [K]"""
+    zero_point: Tensor | None
+    """the code of zero, of affine integers, shape of `scale`; None: 0"""
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
-        scale = _step(quantizer.scalars, self.format)
+        scale, zero = _step(quantizer.scalars, self.format), _zero_point(quantizer.scalars, self.format)
         codes = (quantizer.quantized(weight.detach().float(), quantizer.scalars) / scale).round()
-        self.register_buffer("codes", codes.to(torch.int8 if self.format.code_bits <= 8 else torch.int16))
+        codes = codes if zero is None else codes + zero
+        self.register_buffer("codes", codes.to(_holds(self.format)))
         self.register_buffer("scale", scale.reshape(-1) if scale.ndim else scale)
+        self.register_buffer("zero_point", None)
+        self.zeros = [0]
+        if zero is not None:
+            self.count_from(zero.reshape(-1) if zero.ndim else zero)
+
+    def count_from(self, zero: Tensor) -> None:
+        """Have this zero point, shape of `scale`."""
+        self.zero_point = zero.to(self.codes.dtype)
+        self.zeros = _listed(zero)
 
     def forward(self) -> Tensor:
         """The weight, [K, ...], float32."""
         if torch.onnx.is_in_onnx_export():
             axis = {"axis": 0} if self.scale.ndim else {}
-            return _onnx("DequantizeLinear", self.codes, self.scale, dtype=torch.float32, **axis)
-        return self.codes.to(torch.float32) * self.scale.reshape(-1, *[1] * (self.codes.ndim - 1))
+            zeros = self.zeros  # no tensor: what an exporter records of one are its operations
+            return _onnx("DequantizeLinear", self.codes, self.scale, zero_point=zeros, dtype=torch.float32, **axis)
+        rows = (-1, *[1] * (self.codes.ndim - 1))
+        codes = self.codes.to(torch.float32)
+        codes = codes if self.zero_point is None else codes - self.zero_point.to(torch.float32).reshape(rows)
+        return codes * self.scale.reshape(rows)
 
 
 class StaticGrid(nn.Module):
@@ -78,26 +94,48 @@ class StaticGrid(nn.Module):
 
     scale: Tensor
     """the step size D, []"""
+    zero_point: Tensor | None
+    """the code of zero, of affine integers, []; None: 0"""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
+        zero = _zero_point(quantizer.scalars, self.format)
         self.register_buffer("scale", _step(quantizer.scalars, self.format))
+        self.register_buffer("zero_point", zero if zero is None else zero.to(_holds(self.format)))
+        self.zeros = [0] if zero is None else _listed(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        format = self.format
+        low, high = self.format.lowest - self.zeros[0], self.format.highest - self.zeros[0]
         if not torch.onnx.is_in_onnx_export():
-            return (x / self.scale).round().clamp(format.lowest, format.highest) * self.scale
-        code = TYPES[str(format.exported_type)]
-        codes = _onnx("QuantizeLinear", x, self.scale, dtype=code, lowest=format.lowest, highest=format.highest)
-        return _onnx("DequantizeLinear", codes, self.scale, dtype=torch.float32, shape=x.shape)
+            return (x / self.scale).round().clamp(low, high) * self.scale
+        code, zeros = TYPES[str(self.format.exported_type)], self.zeros
+        codes = _onnx("QuantizeLinear", x, self.scale, zero_point=zeros, dtype=code, lowest=low, highest=high)
+        return _onnx("DequantizeLinear", codes, self.scale, zero_point=zeros, dtype=torch.float32, shape=x.shape)
 
 
 def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None, **attributes: Any) -> Tensor:
-    """An operator of ONNX, as a call that only an exported graph can carry."""
+    """An operator of ONNX, as a call that only an exported graph can carry; `formats` takes its attributes further."""
     return torch.onnx.ops.symbolic(
         name, (x, scale), attributes, dtype=dtype, shape=x.shape if shape is None else shape, version=OPSET
     )
+
+
+def _listed(zero: Tensor) -> list[int]:
+    """Zero points, one or one a row."""
+    return [int(z) for z in zero.reshape(-1).tolist()]
+
+
+def _holds(format: StepFormat) -> torch.dtype:
+    """The integer dtype of PyTorch that holds a format's codes."""
+    if isinstance(format, IntAffineFormat):
+        return torch.uint8 if format.code_bits <= 8 else torch.int32
+    return torch.int8 if format.code_bits <= 8 else torch.int16
+
+
+def _zero_point(s: Tensor, format: StepFormat) -> Tensor | None:
+    """The code of zero, where there is a choice."""
+    return format.zero_point(s.detach().float()) if isinstance(format, IntAffineFormat) else None
 
 
 def _step(s: Tensor, format: StepFormat) -> Tensor:
@@ -178,7 +216,7 @@ def to_integers(model: nn.Module) -> nn.Module:
     for t in tensors:
         if t.quantizer.dynamic or not t.quantizer.ready:
             raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
-        if t.tensor != "weight" and t.quantizer.s.ndim:
+        if t.tensor != "weight" and t.quantizer.dim is not None:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
         integers_of(t.quantizer)
     for _, layer in each(model, is_quantized):

@@ -24,7 +24,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.quant import ClippingMethod, IntFormat, Quantizer, Range
+from qat_runner.quant import ClippingMethod, IntAffineFormat, IntFormat, Quantizer, Range
 
 
 class QuantizationWarning(UserWarning):
@@ -312,6 +312,8 @@ def _sign(quantizer: Quantizer) -> str:
     format = quantizer.format
     if isinstance(format, IntFormat) and format.signed and format.range is not Range.TWOS_COMPLEMENT:
         return str(format.range)
+    if isinstance(format, IntAffineFormat):
+        return "affine" if format.signed else "no"
     return "yes" if format.signed else "no"
 
 
@@ -373,5 +375,9 @@ def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scalars(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each quantized tensor -> the magnitudes of the clipping scalars of its latest call, if there was one."""
-    return {t.name: t.quantizer.last_s.abs() for t in quantized_tensors(model) if t.quantizer.last_s is not None}
+    """Name of each quantized tensor -> how far its latest clipping scalars reached from zero, if there were any."""
+    return {
+        t.name: t.quantizer.format.reach(t.quantizer.last_s)
+        for t in quantized_tensors(model)
+        if t.quantizer.last_s is not None
+    }

@@ -61,7 +61,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
         noise = noise_of(x, quantizer.quantized(x, s), s, format)
         plain = IntFormat(format.bits, format.signed)
         rival = measure(x, maximum(x, plain, quantizer.dim, check=False), plain)
-        figures[quantizer].append(torch.stack([s.abs().double().mean(), *noise, rival.sqnr_db]))
+        figures[quantizer].append(torch.stack([format.reach(s).double().mean(), *noise, rival.sqnr_db]))
 
     watch(model, batches, look)
     seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]

@@ -274,6 +274,8 @@ class Policy:
         gradient: str = "mph",
         *,
         format: str = "int",
+        weight_format: str | None = None,
+        activation_format: str | None = None,
         range: str = "twos_complement",
         weight_range: str | None = None,
         activation_range: str | None = None,
@@ -296,7 +298,8 @@ class Policy:
             bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
             clipping: a method, or the name of one: octav, max, percentile, mse_sweep, lsq, pact, or what is registered.
             gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
-            format: int, or what is registered.
+            format: int, int_affine, or what is registered; for weights and activations unless given apart.
+            weight_format, activation_format: override `format`.
             range: twos_complement, full or oriented: which codes plain integers have; for weights and activations
                 unless given apart.
             weight_range, activation_range: override `range`.
@@ -333,7 +336,7 @@ class Policy:
             _check_name(name, granularity, GRANULARITIES)
         general = Rule(
             bits=width["activation_bits"],
-            format=format,
+            format=format if activation_format is None else activation_format,
             range=range if activation_range is None else activation_range,
             clipping=method,
             gradient=gradient,
@@ -344,7 +347,12 @@ class Policy:
         return cls(
             (
                 general,
-                Rule("*.weight", bits=width["weight_bits"], range=range if weight_range is None else weight_range),
+                Rule(
+                    "*.weight",
+                    bits=width["weight_bits"],
+                    format=weight_format,
+                    range=range if weight_range is None else weight_range,
+                ),
                 Rule("*.weight", "Conv2d", granularity=conv_granularity),
                 Rule("*.weight", "Linear", granularity=linear_granularity),
                 *_rules_of_ends(list(width.values()), first_last_bits),

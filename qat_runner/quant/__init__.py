@@ -14,7 +14,17 @@ Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 
 from qat_runner.quant.clipping import maximum, mse_sweep, newton_step, octav, percentile
 from qat_runner.quant.dorefa import DoReFaQuantizer
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
-from qat_runner.quant.formats import BITS, FORMATS, Format, IntFormat, MidriseFormat, Range, StepFormat, as_format
+from qat_runner.quant.formats import (
+    BITS,
+    FORMATS,
+    Format,
+    IntAffineFormat,
+    IntFormat,
+    MidriseFormat,
+    Range,
+    StepFormat,
+    as_format,
+)
 from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
 from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
 from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
@@ -33,6 +43,7 @@ __all__ = [
     "ClippingMethod",
     "DoReFaQuantizer",
     "Format",
+    "IntAffineFormat",
     "IntFormat",
     "LearnedMethod",
     "LearnedQuantizer",

@@ -11,6 +11,7 @@ weight with `dim=0`. They share these results as well:
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
   training steps, nothing waits and no s is promised: quantizing x with it leaves the NaN in the result.
 - No gradient flows through s.
+- For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].
 """
 
 import math
@@ -18,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from qat_runner.quant import kernels
+from qat_runner.quant import kernels, two_ends
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import cost_of
 from qat_runner.quant.orientation import side_of_largest
@@ -102,9 +103,11 @@ def maximum(
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head.
     """
-    signed = as_format(format).signed
+    format = as_format(format)
     x, dims = _prepare(x, dim, check)
-    s = largest(x, signed, dims)
+    if format.parts == 2:
+        return _in_shape(two_ends.extremes(x, format, dims, pool), dim)
+    s = largest(x, format.signed, dims)
     s = s if pool is None else pool.largest(s)
     return s.reshape(()) if dim is None else s
 
@@ -138,20 +141,31 @@ def percentile(
     Raises:
         ValueError: q outside (0, 100].
     """
-    signed = as_format(format).signed
+    format = as_format(format)
     check_percentile(q)
     if q == 100:
         return maximum(x, format, dim, check=check)  # needs no copy
     x, dims = _prepare(x, dim, check)
-    a = magnitudes(x, signed)
+    if format.parts == 2:
+        return _in_shape(two_ends.percentiles(x, format, dims, lambda rows: _percentile_of_rows(rows, q)), dim)
+    a = magnitudes(x, format.signed)
     shape = [] if dim is None else kept(a, dims)
     if a.numel() == 0:
         return a.new_zeros(shape)
     rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
+    return _percentile_of_rows(rows, q).reshape(shape)
+
+
+def _percentile_of_rows(rows: Tensor, q: float) -> Tensor:
+    """Of each of [rows, n]; leaves them in disorder."""
     position = (rows.shape[1] - 1) * q / 100
     below, above = math.floor(position), math.ceil(position)
-    s = torch.lerp(*_order_statistics(rows, below, above), position - below)
-    return s.reshape(shape)
+    return torch.lerp(*_order_statistics(rows, below, above), position - below)
+
+
+def _in_shape(ends: Tensor, dim: int | None) -> Tensor:
+    """Ends with all dimensions of x kept, in the shape of a result: [2] for one interval."""
+    return ends.reshape(2) if dim is None else ends
 
 
 def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor]:
@@ -197,6 +211,8 @@ def mse_sweep(
     format = as_format(format)
     check_points(points)
     x, dims = _prepare(x, dim, check)
+    if format.parts == 2:
+        return _in_shape(two_ends.mse_sweep(x, format, dims, points, together), dim)
     unit = largest(x, format.signed, dims)
     y = x.to(unit.dtype) / torch.where(unit > 0, unit, 1.0)
     if not format.signed:
@@ -312,6 +328,10 @@ def octav(
     orientation = None if orientation is None else orientation.reshape(kept(x, dims))
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
         return maximum(x, format, dim, check=False, pool=pool)
+    if format.parts == 2:
+        start = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
+        start = None if start is None else start.reshape(2, *kept(x, dims))
+        return _in_shape(two_ends.octav(x, format, dims, start, iterations, tolerance, pool), dim)
     guess = None
     if init is not None:
         guess = torch.as_tensor(init, dtype=compute_dtype(x), device=x.device).expand(kept(x, dims))

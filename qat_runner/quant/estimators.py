@@ -4,11 +4,12 @@
 |------|------------------------------|-----------|
 | ste  | 1                            | 1         |
 | pwl  | 1                            | 0         |
-| mad  | 1                            | s / abs(x)|
+| mad  | 1                            | clip(x)/x |
 
 The interval is [-s, s] for a signed format; for an unsigned one it is [0, s], so what an unsigned one clips at zero
-counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. The clipping scalar is a constant: it gets no
-gradient. MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl for activations.
+counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. With two ends it is [low, high]. Clipping scalars
+are constants: they get no gradient. MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl
+for activations.
 """
 
 from typing import Any
@@ -82,7 +83,11 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
     s = torch.as_tensor(s, dtype=compute_dtype(x), device=x.device)
     if s.requires_grad:
         raise ValueError("fake_quantize: s must not require a gradient (pass s.detach())")
-    if s.ndim > x.ndim or any(n not in (1, m) for n, m in zip(reversed(s.shape), reversed(x.shape), strict=False)):
+    format = as_format(format)
+    if format.parts > 1 and (s.ndim == 0 or len(s) != format.parts):
+        raise ValueError(f"fake_quantize: s of shape {list(s.shape)}: {format.name} takes {format.parts}, stacked")
+    of_one = s.shape if format.parts == 1 else s.shape[1:]
+    if len(of_one) > x.ndim or any(n not in (1, m) for n, m in zip(reversed(of_one), reversed(x.shape), strict=False)):
         raise ValueError(f"fake_quantize: s of shape {list(s.shape)} does not broadcast to x of shape {list(x.shape)}")
-    out: Tensor = _FakeQuantize.apply(x, s, as_format(format), gradient)
+    out: Tensor = _FakeQuantize.apply(x, s, format, gradient)
     return out

@@ -18,6 +18,14 @@ row of one, has its lowest code, the one without a counterpart, on whichever sid
 is above zero where s is negative. So the code at the end serves the side that needs it, and costs nothing: a sign of
 the scale is arithmetic that is there anyway. The range full is PACT's as well.
 
+Affine integers, `IntAffineFormat`, are for tensors that reach further to one side of zero: instead of s they have two
+ends, low <= 0 <= high, stacked in one tensor [2, ...], with 2^B codes between them:
+
+    D = (high - low) / (2^B - 1),    z = round(-low / D),    codes round(x/D) + z, clamped to 0..2^B-1
+
+z is the zero point, the code of zero, which is exact; so the ends of the grid, -z D and (2^B - 1 - z) D, may lie up to
+half a step beside low and high.
+
 To add a format: a frozen dataclass that derives from `Format` and gives `levels`, `rounding_noise`, `encode` and
 `decode`. A kernel for it is a branch in a module of `kernels`; without one, `fake_quantize` below serves all backends.
 """
@@ -26,7 +34,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +77,9 @@ class Format(ABC):
         ValueError: `bits` is no integer in 2..16.
     """
 
+    parts: ClassVar[int] = 1
+    """how many clipping scalars a row has: 1, s, or 2, a lower and an upper end, stacked along a first dimension"""
+
     bits: int
     signed: bool = True
 
@@ -98,6 +109,22 @@ class Format(ABC):
     def name(self) -> str:
         """A word for it, such as int4 or uint4."""
         return f"{'' if self.signed else 'u'}{type(self).__name__.removesuffix('Format').lower()}{self.bits}"
+
+    def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipping interval: its lower and its upper end, shape of a scalar."""
+        s = s.abs() if self.oriented else s
+        return (-s if self.signed else torch.zeros_like(s)), s
+
+    def reach(self, s: Tensor) -> Tensor:
+        """How far the levels reach from zero, on the side where they reach further: s itself where it has no sign."""
+        return s.abs() if self.oriented else s
+
+    def check_scalars(self, s: Tensor) -> None:
+        """Raises:
+        ValueError: s are no clipping scalars; half a sentence.
+        """
+        if not bool((torch.isfinite(s) & ((s >= 0) | self.oriented)).all()):
+            raise ValueError("clipping scalars must be finite and not negative")
 
     @property
     @abstractmethod
@@ -132,8 +159,12 @@ class Format(ABC):
         return q if q.dtype == x.dtype else q.to(x.dtype)
 
     def scalar_shape(self, shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
-        """The shape of the clipping scalars of a tensor: [] for one, or one for each index of `dim`, the others 1."""
-        return () if dim is None else tuple(n if d == dim % len(shape) else 1 for d, n in enumerate(shape))
+        """The shape of the clipping scalars of a tensor: [] for one, or one for each index of `dim`, the others 1.
+
+        Where a row has two parts, a first dimension of 2 stands before it.
+        """
+        one = () if dim is None else tuple(n if d == dim % len(shape) else 1 for d, n in enumerate(shape))
+        return one if self.parts == 1 else (self.parts, *one)
 
     @property
     def exported_type(self) -> str | None:
@@ -264,6 +295,81 @@ class IntFormat(StepFormat):
 
 
 @dataclass(frozen=True)
+class IntAffineFormat(StepFormat):
+    """Affine integers, which have a zero point: see the module's head. Unsigned, low is 0, and so is the zero point."""
+
+    parts: ClassVar[int] = 2
+
+    @property
+    def name(self) -> str:
+        return f"{'' if self.signed else 'u'}int_affine{self.bits}"
+
+    @property
+    def levels_per_scalar(self) -> int:
+        """Steps from the lower end to the upper one."""
+        return int(2**self.bits - 1)
+
+    @property
+    def lowest(self) -> int:
+        return 0
+
+    @property
+    def highest(self) -> int:
+        return self.levels_per_scalar
+
+    @property
+    def levels(self) -> Sequence[float]:
+        """In units of the width, from the lower end on."""
+        return [code / self.levels_per_scalar for code in range(self.levels_per_scalar + 1)]
+
+    @property
+    def rounding_noise(self) -> float:
+        """D^2 / 12 in units of the width squared."""
+        return 1.0 / (12.0 * self.levels_per_scalar**2)
+
+    @property
+    def exported_type(self) -> str | None:
+        return None if self.storage_bits is None else f"uint{self.storage_bits}"
+
+    def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        return s[0], s[1]
+
+    def reach(self, s: Tensor) -> Tensor:
+        return torch.maximum(-s[0], s[1])
+
+    def check_scalars(self, s: Tensor) -> None:
+        if not bool(torch.isfinite(s).all() & (s[0] <= 0).all() & (s[1] >= 0).all()):
+            raise ValueError("ends must be finite, the lower one not above zero and the upper one not below")
+
+    def step(self, s: Scalar) -> Scalar:
+        """D, of ends [2, ...]: shape of one of them."""
+        assert isinstance(s, Tensor)
+        return (s[1] - s[0]) / self.levels_per_scalar
+
+    def zero_point(self, s: Tensor) -> Tensor:
+        """z, whole numbers in the dtype of s, shape of an end; 0 where both ends are 0."""
+        step = self.step(s)
+        return (-s[0] / torch.where(step == 0, 1.0, step)).round().clamp(0, self.levels_per_scalar)
+
+    def encode(self, x: Tensor, s: Tensor) -> Tensor:
+        zero = self.zero_point(s)
+        return self._steps(x, s, zero) + zero
+
+    def decode(self, codes: Tensor, s: Tensor) -> Tensor:
+        return (codes - self.zero_point(s)) * self.step(s)
+
+    def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
+        s = s.to(compute_dtype(x))
+        return (self._steps(x, s, self.zero_point(s)) * self.step(s)).to(x.dtype)
+
+    def _steps(self, x: Tensor, s: Tensor, zero: Tensor) -> Tensor:
+        """round(x / D), as far as there are codes."""
+        step = self.step(s)
+        steps = (x.to(compute_dtype(x)) / torch.where(step == 0, 1.0, step)).round()
+        return torch.minimum(torch.maximum(steps, -zero), self.levels_per_scalar - zero)
+
+
+@dataclass(frozen=True)
 class MidriseFormat(StepFormat):
     """2^B levels, the odd multiples of s / (2^B - 1): there is no zero. DoReFa's weights lie on them.
 
@@ -318,7 +424,7 @@ def as_format(format: Format | int) -> Format:
 FORMATS: Registry[type[Format]] = Registry(
     "number format",
     "qat_runner.formats",
-    {"int": IntFormat},
+    {"int": IntFormat, "int_affine": IntAffineFormat},
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, Format),
 )
 """By the name that policies and configs have for them; each is made of bits and signed alone."""

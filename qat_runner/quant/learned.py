@@ -10,6 +10,10 @@ LSQ: Esser et al., "Learned Step Size Quantization", ICLR 2020: for weights and 
 that share D, or the number of features of one sample; Q_P the largest code. At 3 and 2 bits it trains the weights
 themselves with a half and a quarter of the weight decay.
 
+LSQ+: Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better initialization", 2020,
+arXiv 2004.09576: for affine integers, with the lower end (its offset) learned as well. It begins where OCTAV ends; and
+zero stays exact, so that the offset is rounded to a whole number of steps.
+
 PACT: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv 1805.06085:
 for activations, one alpha a layer. They are clipped to [0, alpha] (equation 1) and rounded to 2^B - 1 steps that end
 at alpha (equation 2: an `IntFormat` of full range). Alpha's gradient is that of equation 3, straight through the
@@ -34,9 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.quant import kernels
-from qat_runner.quant.clipping import mean_magnitude
+from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
-from qat_runner.quant.formats import Format, IntFormat, Range
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
 from qat_runner.quant.orientation import orientation
 from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
 from qat_runner.quant.tensors import compute_dtype
@@ -51,9 +55,16 @@ class LearnedMethod(ClippingMethod):
 
     learned = True
 
-    def per_scalar(self, format: Format) -> float:
-        """s / parameter: 1 where it is the clipping scalar itself, s / D where it is the step size."""
-        return 1.0
+    def scalars(self, learned: Tensor, format: Format) -> Tensor:
+        """The clipping scalars that a parameter stands for, in its shape.
+
+        Here it is them, or next to nothing where a large step of SGD took it across zero.
+        """
+        return learned.clamp(min=torch.finfo(learned.dtype).tiny)
+
+    def parameter(self, s: Tensor, format: Format) -> Tensor:
+        """The parameter that stands for clipping scalars, in their shape."""
+        return s
 
     @property
     def decays(self) -> bool:
@@ -80,7 +91,8 @@ class LearnedMethod(ClippingMethod):
             format: what x was rounded to.
 
         Returns:
-            The first in the dtype of `grad`, the second in `compute_dtype`; a parameter's gradient is its sum.
+            The first in the dtype of `grad`, the second in `compute_dtype`; a parameter's gradient is its sum. Of a
+            format with two ends the second has a first dimension of 2, as the parameter has.
         """
 
     def format_of(self, format: Format) -> Format:
@@ -105,15 +117,33 @@ class LSQ(LearnedMethod):
 
     name: ClassVar[str] = "lsq"
 
+    def format_of(self, format: Format) -> Format:
+        """As it is: plain or affine integers."""
+        return format if isinstance(format, IntAffineFormat) else super().format_of(format)
+
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """The clipping scalar that belongs to the first step size, 2 mean |x| / sqrt(Q_P)."""
+        """The clipping scalar that belongs to the first step size, 2 mean |x| / sqrt(Q_P); two ends are OCTAV's."""
+        if isinstance(format, IntAffineFormat):
+            return octav(x, format, dim, check=call.check)
         integers = _integers(format)
         factor = 2 * integers.levels_per_scalar / math.sqrt(integers.highest)
         return mean_magnitude(x, format, dim, check=call.check) * factor
 
-    def per_scalar(self, format: Format) -> float:
-        """s / D."""
-        return float(_integers(format).levels_per_scalar)
+    def scalars(self, learned: Tensor, format: Format) -> Tensor:
+        """s of step sizes D; low and high of step sizes and lower ends. What SGD took across zero is taken for next to
+        nothing."""
+        tiny = torch.finfo(learned.dtype).tiny
+        if isinstance(format, IntAffineFormat):
+            low = learned[1].clamp(max=0) if format.signed else torch.zeros_like(learned[1])
+            high = low + learned[0].clamp(min=tiny) * format.levels_per_scalar
+            return torch.stack([low, high.clamp(min=0)])
+        return learned.clamp(min=tiny) * float(_integers(format).levels_per_scalar)
+
+    def parameter(self, s: Tensor, format: Format) -> Tensor:
+        """D of scalars; D and the lower end of two ends."""
+        if isinstance(format, IntAffineFormat):
+            return torch.stack([format.step(s), s[0]])
+        return s / float(_integers(format).levels_per_scalar)
 
     def weight_decay_factor(self, format: Format) -> float:
         """A quarter at 2 bits, half at 3, as published."""
@@ -121,10 +151,16 @@ class LSQ(LearnedMethod):
 
     def gradient_scale(self, count: int, format: Format) -> float:
         """1 / sqrt(N Q_P)."""
-        return 1 / math.sqrt(max(count, 1) * _integers(format).highest)
+        largest = format.highest if isinstance(format, IntAffineFormat) else _integers(format).highest
+        return 1 / math.sqrt(max(count, 1) * largest)
 
     def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        """Equation 3 of LSQ; the second with respect to the step size."""
+        """Equation 3 of LSQ; the second with respect to the step size.
+
+        Affine: equations 4 and 5 of LSQ+, the second with respect to the step size and to the lower end.
+        """
+        if isinstance(format, IntAffineFormat):
+            return _affine_gradients(grad, x, s, format)
         integers = _integers(format)
         v = integers.in_steps(x, s)
         inside = (v > integers.lowest) & (v < integers.highest)
@@ -181,6 +217,21 @@ class PACT(LearnedMethod):
         return super().quantizer(format, weight=False, **how)
 
 
+def _affine_gradients(grad: Tensor, x: Tensor, s: Tensor, format: IntAffineFormat) -> tuple[Tensor, Tensor]:
+    x, s = x.to(compute_dtype(x)), s.to(compute_dtype(x))
+    step, zero = format.step(s), format.zero_point(s)
+    v = x / torch.where(step == 0, 1.0, step)
+    code, low, high = v.round(), -zero, format.highest - zero
+    below, above = v <= low, v >= high
+    inside = ~(below | above)
+    # Below, what comes out is the lower end; above, that and as many steps as there are; in between, a whole number of
+    # steps, on which the lower end has no bearing.
+    of_step = torch.where(inside, code - v, torch.where(above, float(format.highest), 0.0))
+    wide = grad.to(v.dtype)
+    of_low = wide * ~inside if format.signed else torch.zeros_like(wide)
+    return grad * inside, torch.stack([wide * of_step, of_low])
+
+
 def _integers(format: Format) -> IntFormat:
     if not isinstance(format, IntFormat):
         raise ValueError(f"learned scalars are for plain integers, not for {format.name}")
@@ -213,7 +264,7 @@ class LearnedQuantizer(Quantizer):
     ) -> None:
         super().__init__(format, method, shape=shape, gradient="pwl", sign_known=sign_known, dynamic=False)
         self.per_sample = per_sample
-        self.learned = nn.Parameter(torch.zeros(tuple(shape)))
+        self.learned = nn.Parameter(torch.zeros_like(self.s))
 
     @property
     def mode(self) -> str:
@@ -222,7 +273,7 @@ class LearnedQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """Differentiable with respect to `learned` as well."""
-        shares = x.shape[0] if self.per_sample and x.ndim else self.learned.numel()
+        shares = x.shape[0] if self.per_sample and x.ndim else self.learned.numel() // self.format.parts
         count = x.numel() // max(shares, 1)
         scale = self.method.gradient_scale(count, self.format)
         out: Tensor = _Learned.apply(x, self.learned, s, self.format, self.method, scale)
@@ -234,8 +285,7 @@ class LearnedQuantizer(Quantizer):
     @torch.no_grad()
     def _scalars(self, x: Tensor) -> Tensor:
         self._constant_scalars()  # complains where there are none
-        positive = self.learned.clamp(min=torch.finfo(self.learned.dtype).tiny)  # a large step of SGD may cross zero
-        self.s.copy_(positive * self.method.per_scalar(self.format))
+        self.s.copy_(self.method.scalars(self.learned, self.format))
         if self.training and self.orientation is not None and isinstance(self.format, IntFormat):
             self._point(self.s * orientation(x, self.s, self.format, self.orientation))
         return self.scalars.clone()
@@ -244,7 +294,7 @@ class LearnedQuantizer(Quantizer):
     def assign(self, s: Tensor, batches: int = 1) -> None:
         """As `Quantizer.assign`: it is where learning starts."""
         super().assign(s, batches)
-        self.learned.copy_(self.s / self.method.per_scalar(self.format))
+        self.learned.copy_(self.method.parameter(self.s, self.format))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         learned = self.learned.data
@@ -259,7 +309,7 @@ class LearnedQuantizer(Quantizer):
         if f"{prefix}learned" in missing_keys:  # the scalars of another method are a start as good as any
             missing_keys.remove(f"{prefix}learned")
             with torch.no_grad():
-                self.learned.copy_(self.s / self.method.per_scalar(self.format))
+                self.learned.copy_(self.method.parameter(self.s, self.format))
 
 
 class _Learned(torch.autograd.Function):
@@ -276,5 +326,9 @@ class _Learned(torch.autograd.Function):
         (grad,) = grads
         x, learned, s = ctx.saved_tensors
         of_x, of_learned = ctx.method.gradients(grad, x, s, ctx.format)
-        of_learned = of_learned.sum_to_size(learned.shape) * ctx.scale
+        if ctx.format.parts == 1:
+            of_learned = of_learned.sum_to_size(learned.shape)
+        else:
+            of_learned = torch.stack([part.sum_to_size(learned.shape[1:]) for part in of_learned])
+        of_learned = of_learned * ctx.scale
         return of_x, of_learned.to(learned.dtype), None, None, None, None

@@ -71,9 +71,8 @@ def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: in
         dim: None for one figure, or the dimension that gets one an index.
     """
     a = x.to(compute_dtype(x))  # beside a half-precision x, PyTorch would round a scalar s to its dtype
-    s = s.abs() if isinstance(s, Tensor) else abs(s)
-    outside = a.abs() > s if as_format(format).signed else (a > s) | (a < 0)
-    return _mean(outside, dim)
+    low, high = as_format(format).ends(torch.as_tensor(s, device=x.device))
+    return _mean((a > high) | (a < low), dim)
 
 
 @torch.no_grad()
@@ -97,6 +96,11 @@ def expected_mse(
     """
     format = as_format(format)
     k = format.rounding_noise
+    if format.parts == 2:
+        low, high = format.ends(torch.as_tensor(s, dtype=torch.float64, device=x.device))
+        a = x.double()
+        clipped = torch.minimum(torch.maximum(a, low), high)
+        return _mean(k * (high - low).square() * ((a != 0) & (clipped == a)) + (a - clipped).square_(), dim)
     a = (x.abs() if format.signed else x.clamp(min=0)).double()
     s = torch.as_tensor(s, dtype=torch.float64, device=x.device)
     end = s.abs()

@@ -24,7 +24,8 @@ class _Known(NamedTuple):
 class ScalarState(nn.Module):
     """Clipping scalars of a tensor, and what they stem from. The state dict holds
 
-    - `s` and `running_s`: shape `shape`, never less than float32, also after `.half()`;
+    - `s` and `running_s`: shape `shape`, or [2, *shape] for a format with two ends, never less than float32, also after
+      `.half()`;
     - `seen`: [], 1 once there are scalars, 0 before;
     - `static`: [], 1 if static, 0 if dynamic: a quantizer becomes what the state that it loads was;
     - `grid`: [2], bits and sign of the format: the sign is taken over, other bits are refused;
@@ -58,8 +59,9 @@ class ScalarState(nn.Module):
         super().__init__()
         self._format = format
         self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
-        self.register_buffer("s", torch.zeros(tuple(shape)))
-        self.register_buffer("running_s", torch.zeros(tuple(shape)))
+        whole = (format.parts, *shape) if format.parts > 1 else tuple(shape)
+        self.register_buffer("s", torch.zeros(whole))
+        self.register_buffer("running_s", torch.zeros(whole))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         oriented = torch.ones(tuple(shape)) if format.with_sign(True).oriented else None
         self.register_buffer("orientation", oriented)
@@ -130,8 +132,10 @@ class ScalarState(nn.Module):
         Raises:
             ValueError: s is NaN or infinite, or negative in a format that is not oriented.
         """
-        if not bool((torch.isfinite(s) & ((s >= 0) | self.format.oriented)).all()):
-            raise ValueError(f"{self.name}: clipping scalars must be finite and not negative")
+        try:
+            self.format.check_scalars(s)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         s = self._point(s)
         self.s.copy_(s)
         self.running_s.copy_(s)

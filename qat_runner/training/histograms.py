@@ -55,6 +55,7 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
         s = quantizer.latest.float()
+        s = s if quantizer.format.parts == 1 else quantizer.format.reach(s)
         x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored where the scale is negative, as the levels are
         if quantizer not in tallies:
             tallies[quantizer] = _Tally(x)
@@ -64,6 +65,17 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
 
     watch(model, batches, look)
     return [tallies[q].histogram(t.layer, t.tensor, q) for q, t in tensors.items() if q in tallies]
+
+
+def _levels(quantizer: Quantizer) -> list[float]:
+    """Of a quantizer, in units of s; or, with two ends, of how far they reach, where there is one pair of them."""
+    format, s = quantizer.format, quantizer.latest.float()
+    if format.parts == 1:
+        return list(format.levels)
+    if s.ndim > 1:
+        return []
+    codes = torch.arange(2**format.bits, dtype=torch.float32, device=s.device)
+    return [float(level) for level in format.decode(codes, s) / format.reach(s).clamp(min=1e-38)]
 
 
 class _Tally:
@@ -89,12 +101,12 @@ class _Tally:
             "bits": format.bits,
             "signed": format.signed,
             "granularity": quantizer.granularity,
-            "s": quantizer.latest.abs().float().mean().item(),
+            "s": format.reach(quantizer.latest).float().mean().item(),
             "low": self.low,
             "high": self.high,
             "lowest": self.lowest,
             "highest": self.highest,
             "beyond": self.beyond,
             "counts": [int(n) for n in self.counts.tolist()],
-            "levels": list(format.levels) if 2**format.bits <= LEVELS else [],
+            "levels": _levels(quantizer) if 2**format.bits <= LEVELS else [],
         }

@@ -45,6 +45,18 @@ class Backend(Protocol):
         pool: Pool | None = None,
     ) -> Tensor: ...
 
+    def octav_interval(
+        self,
+        x: Tensor,
+        top: Tensor,
+        guess: Tensor | None,
+        k: float,
+        dims: tuple[int, ...],
+        iterations: int,
+        tolerance: float,
+        pool: Pool | None = None,
+    ) -> Tensor: ...
+
     def overhang(self, x: Tensor, t: Tensor) -> Tensor: ...
 
     def refine(self, x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor: ...

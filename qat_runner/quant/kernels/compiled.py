@@ -77,6 +77,9 @@ def octav(
     return s
 
 
+octav_interval = eager.octav_interval
+
+
 def overhang(x: Tensor, t: Tensor) -> Tensor:
     """As `eager.overhang`; one read."""
     library, flat = _library_for(x), with_scalars(x, t)
@@ -140,6 +143,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
+    if format.parts != 1:
+        return eager.fake_quantize_backward(grad, x, s, format, gradient)
     library, flat = _library_for(x), with_scalars(x, s)
     if library is None or flat is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)

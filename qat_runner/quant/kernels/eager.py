@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.kernels import newton
+from qat_runner.quant.kernels import intervals, newton
 from qat_runner.quant.kernels.cost import Cost, sided
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, largest, magnitudes, recording
@@ -76,6 +76,63 @@ def _sum(t: Tensor, weights: Tensor | None, dims: tuple[int, ...]) -> Tensor:
     return (t if weights is None else t * weights).sum(dims, keepdim=True)
 
 
+def octav_interval(
+    x: Tensor,
+    top: Tensor,
+    guess: Tensor | None,
+    k: float,
+    dims: tuple[int, ...],
+    iterations: int,
+    tolerance: float,
+    pool: Pool | None = None,
+) -> Tensor:
+    """Solve for the clipping intervals of x (`intervals`).
+
+    Args:
+        x: any shape and floating dtype, with elements.
+        top: low and high that clip nothing, stacked: [2, *shape of an end], in `compute_dtype`.
+        guess: where to begin, as `top`; None: at twice the mean of what lies on a side.
+        k: noise of rounding, in units of the width squared.
+        dims: the dimensions that one interval spans, at least one; they are kept, with size 1.
+        iterations: reads of x.
+        tolerance: reading ends when no end moves by more than this share of the width, where looking is free.
+        pool: what x is a part of; None: it is all there is.
+
+    Returns:
+        low and high, as `top`.
+    """
+    reach = torch.maximum(-top[0], top[1])
+    unit = newton.power_of_two(torch.where(reach > 0, reach, 1.0))
+    a = x.to(top.dtype) / unit
+    counts = [torch.count_nonzero(a, dims).reshape(reach.shape).double()]
+    if guess is None:
+        counts += [(a > 0).sum(dims, keepdim=True), (a < 0).sum(dims, keepdim=True)]
+        counts += [a.clamp(min=0).sum(dims, keepdim=True), -a.clamp(max=0).sum(dims, keepdim=True)]
+    if pool is not None:
+        counts = pool.total(*counts)
+    if guess is None:
+        u, v = (2 * total / number.clamp(min=1) for number, total in zip(counts[1:3], counts[3:], strict=True))
+    else:
+        u, v = guess[1] / unit, -guess[0] / unit
+    state = intervals.begin(u, v, top[1] / unit, -top[0] / unit, k, counts[0])
+    buffer = torch.empty_like(a)
+
+    def beyond(end: Tensor, sign: int) -> list[Tensor]:
+        torch.sub(sign * a, end.to(a.dtype), out=buffer).relu_()
+        sums = [buffer.sum(dims, keepdim=True), buffer.square().sum(dims, keepdim=True)]
+        return [sums[0], buffer.sign_().sum(dims, keepdim=True), sums[1]]
+
+    look = x.device.type == "cpu" and not recording()
+    for _ in range(iterations):
+        sums = [*beyond(state[intervals.U], 1), *beyond(state[intervals.V], -1)]
+        sums = sums if pool is None else pool.total(*sums)
+        state = intervals.advance(state, k, torch.stack(sums[:3]), torch.stack(sums[3:]))
+        if look and bool((state[intervals.MOVED] <= tolerance).all()):
+            break
+    u, v = intervals.answer(state, k)
+    return (torch.stack([-v, u]) * unit).to(top.dtype)
+
+
 def overhang(x: Tensor, t: Tensor) -> Tensor:
     """By how much x lies beyond t above zero, less by how much it does below: sum of x - clip(x, -t, t).
 
@@ -129,7 +186,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
         grad: gradient of the loss with respect to the output, shape and dtype of x.
         x: the input of fake_quantize.
         s: its clipping scalar, broadcastable to x.
-        format: the clipping interval is [-s, s] where it is signed, [0, s] otherwise.
+        format: which has the clipping interval: [-s, s] where it is signed, [0, s] otherwise, or two ends.
         gradient: "ste" (1 everywhere), "pwl" (1 inside, 0 outside), "mad" (1 inside, clip(x) / x outside).
 
     Returns:
@@ -140,7 +197,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     dtype = compute_dtype(x)
     s = s.to(dtype)
     x = x.to(dtype)
-    clipped = torch.clamp(x, -s if format.signed else torch.zeros_like(s), s)
+    clipped = torch.clamp(x, *format.ends(s))
     if gradient == "pwl":
         return grad * (clipped == x)
     # MAD (Prop. 4.3): clip(x) = alpha * x with alpha held constant; alpha is 1 inside, where 0 / 0 must not appear.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.kernels.eager import octav, overhang, refine
+from qat_runner.quant.kernels.eager import octav, octav_interval, overhang, refine
 from qat_runner.quant.tensors import compute_dtype
 
-__all__ = ["fake_quantize", "fake_quantize_backward", "octav", "overhang", "refine"]
+__all__ = ["fake_quantize", "fake_quantize_backward", "octav", "octav_interval", "overhang", "refine"]
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
@@ -30,8 +30,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
         return grad
     s = s.to(compute_dtype(x))
     x = x.to(s.dtype)
-    low = -s if format.signed else torch.zeros_like(s)
+    low, high = format.ends(s)
     if gradient == "pwl":
-        return torch.where((x <= s) & (x >= low), grad, 0.0)
-    clipped = torch.minimum(torch.maximum(x, low), s)
+        return torch.where((x <= high) & (x >= low), grad, 0.0)
+    clipped = torch.minimum(torch.maximum(x, low), high)
     return (torch.where(x == 0, 1.0, clipped / x) * grad).to(grad.dtype)

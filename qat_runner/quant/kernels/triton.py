@@ -54,6 +54,9 @@ def octav(
     return s
 
 
+octav_interval = eager.octav_interval
+
+
 def overhang(x: Tensor, t: Tensor) -> Tensor:
     """As `eager.overhang`; one read."""
     flat = with_scalars(x, t) if _serves(x) else None
@@ -97,6 +100,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
+    if format.parts != 1:
+        return eager.fake_quantize_backward(grad, x, s, format, gradient)
     flat = with_scalars(x, s) if _serves(x) else None
     if flat is None:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)

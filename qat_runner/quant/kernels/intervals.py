@@ -1,0 +1,95 @@
+"""OCTAV in two unknowns, apart from the sums over the tensor: pure functions of a small state, one column a row of x.
+
+With u = high, v = -low and W = u + v, the interval solves (see `two_ends.octav`)
+
+    k W n = E+(u) = E-(v),      n = #{-v <= x <= u, x != 0},  E+ = sum (x - u)+,  E- = sum (-v - x)+
+
+Both sides' logarithms are nearly linear in the tails, exactly for exponential ones, so Newton's method solves
+
+    log(k W n) - log E+(u) = 0,   log(k W n) - log E-(v) = 0      with n held constant
+
+in a few reads of x. On rows of few elements E and n have kinks and jumps, and there may be no solution at all. Where
+the last step still went further than a step of the grid, or clipping nothing has a smaller J, what is answered is, of
+all intervals that were read, the one with the least J.
+
+The state is one float64 tensor [12, *shape of an end], in units of the larger extreme's power of two.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+U, V = 0, 1
+"""Where the state holds what is to be read next."""
+BEST_U, BEST_V, LEAST, TOP_U, TOP_V, LO_U, LO_V, COUNT, MOVED, OVER_EXTREMES = range(2, 12)
+"""The best interval that was read and its J, the extremes, the largest u and v known to clip, #{x != 0}, how far the
+last step went, as a share of the width, and J at what was read last over J at the extremes."""
+
+
+def begin(u: Tensor, v: Tensor, top_u: Tensor, top_v: Tensor, k: float, count: Tensor) -> Tensor:
+    """The state before the first read, which the extremes need not be read for.
+
+    Args:
+        u, v: where to begin; where they are not positive and finite, at the extremes.
+        top_u, top_v: the extremes, >= 0.
+        k: noise of rounding, in units of W^2.
+        count: #{x != 0}.
+    """
+    u, v, top_u, top_v, count = (t.double() for t in (u, v, top_u, top_v, count))
+    u, v = (torch.where(torch.isfinite(s) & (s > 0), torch.minimum(s, top), top) for s, top in ((u, top_u), (v, top_v)))
+    zero = torch.zeros_like(u)
+    least = k * (top_u + top_v).square() * count
+    return torch.stack([u, v, top_u, top_v, least, top_u, top_v, zero, zero, count, zero, zero])
+
+
+def advance(state: Tensor, k: float, above: Tensor, below: Tensor) -> Tensor:
+    """Take the sums at the state's u and v, and propose the next ones.
+
+    Args:
+        state: as of `begin` or of this function.
+        k: noise of rounding, in units of W^2.
+        above: sum of (x - u), number, and sum of (x - u)^2 over x > u: [3, *shape of an end].
+        below: the same of -x and v.
+    """
+    u, v, best_u, best_v, least, top_u, top_v, lo_u, lo_v, count, _, _ = state.unbind(0)
+    excess_u, outside_u, square_u = above.double().unbind(0)
+    excess_v, outside_v, square_v = below.double().unbind(0)
+    width, inside = u + v, count - outside_u - outside_v
+    cost = k * width.square() * inside + square_u + square_v
+    better = cost < least
+    best_u, best_v, least = (torch.where(better, *pair) for pair in ((u, best_u), (v, best_v), (cost, least)))
+    lo_u = torch.where(excess_u > 0, torch.maximum(lo_u, u), lo_u)
+    lo_v = torch.where(excess_v > 0, torch.maximum(lo_v, v), lo_v)
+
+    level = (k * width * inside).clamp(min=torch.finfo(torch.float64).tiny).log()
+    slope_u, slope_v = (_ratio(n, e) for n, e in ((outside_u, excess_u), (outside_v, excess_v)))
+    off_u, off_v = (torch.where(e > 0, level - e.log(), 0.0) for e in (excess_u, excess_v))
+    both = 1 / width.clamp(min=torch.finfo(torch.float64).tiny)
+    clips_u, clips_v = excess_u > 0, excess_v > 0
+    determinant = both * (slope_u + slope_v) + slope_u * slope_v
+    joint = clips_u & clips_v
+    joint_u = _ratio(both * off_v - off_u * (both + slope_v), determinant)
+    joint_v = _ratio(both * off_u - off_v * (both + slope_u), determinant)
+    step_u = torch.where(joint, joint_u, -_ratio(off_u, both + slope_u))
+    step_v = torch.where(joint, joint_v, -_ratio(off_v, both + slope_v))
+    next_u = torch.where(clips_u, _within(u + step_u, u, top_u), torch.where(lo_u > 0, (lo_u + u) / 2, 0.8 * u))
+    next_v = torch.where(clips_v, _within(v + step_v, v, top_v), torch.where(lo_v > 0, (lo_v + v) / 2, 0.8 * v))
+    moved = ((next_u - u).abs() + (next_v - v).abs()) * both
+    over_extremes = _ratio(cost, k * (top_u + top_v).square() * count)
+    return torch.stack([next_u, next_v, best_u, best_v, least, top_u, top_v, lo_u, lo_v, count, moved, over_extremes])
+
+
+def answer(state: Tensor, k: float) -> tuple[Tensor, Tensor]:
+    """u and v, shape of an end, in units of the state."""
+    worse = (state[OVER_EXTREMES] > 1) | (state[MOVED] > math.sqrt(12 * k))
+    return torch.where(worse, state[BEST_U], state[U]), torch.where(worse, state[BEST_V], state[V])
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b != 0, a / torch.where(b != 0, b, 1.0), 0.0)
+
+
+def _within(proposed: Tensor, s: Tensor, top: Tensor) -> Tensor:
+    """A step is trusted to halve or to double."""
+    return torch.minimum(torch.minimum(torch.maximum(proposed, s / 2), 2 * s), top)
