@@ -279,6 +279,116 @@ void overhang(const void* x, const float* t, int64_t rows, int64_t n, int thread
     });
 }
 
+// What a row has beyond an interval [-v, u], in units of the row: sums over x > u of x - u, 1 and (x - u)^2; and so below.
+struct Beyond {
+    double excess_u = 0, outside_u = 0, square_u = 0, excess_v = 0, outside_v = 0, square_v = 0;
+
+    void add(const Beyond& other) {
+        excess_u += other.excess_u, outside_u += other.outside_u, square_u += other.square_u;
+        excess_v += other.excess_v, outside_v += other.outside_v, square_v += other.square_v;
+    }
+};
+
+template <typename T>
+Beyond beyond_of_chunk(const T* x, int64_t n, float scale, float u, float v) {
+    Beyond result;
+    for (int64_t i = 0; i < n; i += RUN) {
+        float excess_u = 0, outside_u = 0, square_u = 0, excess_v = 0, outside_v = 0, square_v = 0;
+        const T* run = x + i;
+        const int64_t length = std::min(RUN, n - i);
+#pragma omp simd reduction(+ : excess_u, outside_u, square_u, excess_v, outside_v, square_v)
+        for (int64_t j = 0; j < length; ++j) {
+            const float a = load(run[j]) * scale;
+            const float over = a > u ? a - u : 0.0f, under = a < -v ? -v - a : 0.0f;
+            excess_u += over, square_u += over * over, outside_u += a > u ? 1.0f : 0.0f;
+            excess_v += under, square_v += under * under, outside_v += a < -v ? 1.0f : 0.0f;
+        }
+        result.add({excess_u, outside_u, square_u, excess_v, outside_v, square_v});
+    }
+    return result;
+}
+
+// An interval's iteration; intervals.py explains, and is what this repeats.
+struct Interval {
+    double k, count, top_u, top_v, u, v;
+    double best_u = top_u, best_v = top_v, extremes = k * (top_u + top_v) * (top_u + top_v) * count, least = extremes;
+    double lo_u = 0, lo_v = 0, moved = 0;
+    bool worse = false;
+
+    void advance(const Beyond& at) {
+        const double tiny = std::numeric_limits<double>::min(), width = u + v;
+        const double inside = count - at.outside_u - at.outside_v;
+        const double cost = k * width * width * inside + at.square_u + at.square_v;
+        if (cost < least) least = cost, best_u = u, best_v = v;
+        worse = cost > extremes;
+        const bool clips_u = at.excess_u > 0, clips_v = at.excess_v > 0;
+        if (clips_u) lo_u = std::max(lo_u, u);
+        if (clips_v) lo_v = std::max(lo_v, v);
+        const double level = std::log(std::max(k * width * inside, tiny)), both = 1 / std::max(width, tiny);
+        const double p = clips_u ? at.outside_u / at.excess_u : 0, q = clips_v ? at.outside_v / at.excess_v : 0;
+        const double off_u = clips_u ? level - std::log(at.excess_u) : 0, off_v = clips_v ? level - std::log(at.excess_v) : 0;
+        double step_u = -off_u / (both + p), step_v = -off_v / (both + q);
+        if (clips_u && clips_v) {
+            const double determinant = both * (p + q) + p * q;
+            step_u = (both * off_v - off_u * (both + q)) / determinant;
+            step_v = (both * off_u - off_v * (both + p)) / determinant;
+        }
+        const double next_u = next(u, u + step_u, top_u, lo_u, clips_u), next_v = next(v, v + step_v, top_v, lo_v, clips_v);
+        moved = (std::fabs(next_u - u) + std::fabs(next_v - v)) * both;
+        u = next_u, v = next_v;
+    }
+
+    static double next(double s, double proposed, double top, double lo, bool clips) {
+        if (!clips) return lo > 0 ? (lo + s) / 2 : 0.8 * s;
+        return std::min({std::max(proposed, s / 2), 2 * s, top});
+    }
+
+    bool solved() const { return !worse && moved <= std::sqrt(12 * k); }
+};
+
+template <typename T>
+void interval_of_row(const T* x, int64_t n, float low, float high, const float* guess_low, const float* guess_high, double k,
+                     int iterations, double tolerance, int threads, float* to_low, float* to_high) {
+    const float reach = std::max(-low, high);
+    *to_low = low, *to_high = high;
+    if (!(reach > 0 && reach <= std::numeric_limits<float>::max())) return;
+    const double unit = std::ldexp(1.0, std::min(std::max(std::ilogb(reach), -126), 125));
+    const float scale = static_cast<float>(1 / unit);
+    const auto read = [&](float u, float v) {
+        return over_chunks<Beyond>(n, threads, [&](int64_t first, int64_t length) {
+            return beyond_of_chunk(x + first, length, scale, u, v);
+        });
+    };
+    const Beyond all = read(0, 0);
+    const double top_u = high / unit, top_v = -low / unit;
+    double u = 2 * all.excess_u / std::max(all.outside_u, 1.0), v = 2 * all.excess_v / std::max(all.outside_v, 1.0);
+    if (guess_high != nullptr) u = *guess_high / unit, v = -*guess_low / unit;
+    u = u > 0 && u <= top_u ? u : top_u;
+    v = v > 0 && v <= top_v ? v : top_v;
+    Interval interval{k, all.outside_u + all.outside_v, top_u, top_v, u, v};
+    for (int i = 0; i < iterations; ++i) {
+        const float here_u = static_cast<float>(interval.u), here_v = static_cast<float>(interval.v);
+        interval.u = here_u, interval.v = here_v;
+        interval.advance(read(here_u, here_v));
+        if (interval.moved <= tolerance) break;
+    }
+    const bool solved = interval.solved();
+    *to_high = static_cast<float>((solved ? interval.u : interval.best_u) * unit);
+    *to_low = static_cast<float>(-(solved ? interval.v : interval.best_v) * unit);
+}
+
+// top, guess, ends: low of each row, then high of each row.
+template <typename T>
+void intervals(const void* x, int64_t rows, int64_t n, const float* top, const float* guess, double k, int iterations,
+               double tolerance, int threads, float* ends) {
+    const T* values = static_cast<const T*>(x);
+    by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
+        interval_of_row(values + r * n, n, top[r], top[rows + r], guess ? guess + r : nullptr,
+                        guess ? guess + rows + r : nullptr, k, iterations, tolerance, its_threads, ends + r,
+                        ends + rows + r);
+    });
+}
+
 struct Levels {
     float resolution, lowest, highest;
 };
@@ -366,21 +476,24 @@ void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
 }
 
 template <typename T>
-void quantize(const void* x, const float* s, int64_t rows, int64_t n, Levels levels, int threads, void* out) {
+void quantize(const void* x, const float* s, int64_t rows, int64_t n, Levels levels, const float* lowest,
+              const float* highest, int threads, void* out) {
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
     in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
-        quantize_piece(from + at, length, s[row], levels, to + at);
+        const Levels its = lowest == nullptr ? levels : Levels{levels.resolution, lowest[row], highest[row]};
+        quantize_piece(from + at, length, s[row], its, to + at);
     });
 }
 
 template <typename T, bool MAD>
-void quantize_backward(const void* grad, const void* x, const float* s, int64_t rows, int64_t n, bool is_signed,
-                       int threads, void* out) {
+void quantize_backward(const void* grad, const void* x, const float* low, const float* s, int64_t rows, int64_t n,
+                       bool is_signed, int threads, void* out) {
     const T *g = static_cast<const T*>(grad), *from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
     in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
-        backward_piece<T, MAD>(g + at, from + at, length, is_signed ? -s[row] : 0, s[row], to + at);
+        const float lower = low != nullptr ? low[row] : is_signed ? -s[row] : 0;
+        backward_piece<T, MAD>(g + at, from + at, length, lower, s[row], to + at);
     });
 }
 
@@ -415,17 +528,24 @@ void qat_refine(int half, const void* x, const float* s, int64_t rows, int64_t n
     (half ? refine<BFloat16> : refine<float>)(x, s, rows, n, grid, factors, tried, threads, out);
 }
 
+// Codes of a row go from lowests[row] to highests[row], or from lowest to highest where these are null.
 void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int resolution, int lowest,
-                       int highest, int threads, void* out) {
+                       int highest, const float* lowests, const float* highests, int threads, void* out) {
     const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
-    (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, grid, threads, out);
+    (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, grid, lowests, highests, threads, out);
 }
 
-void qat_fake_quantize_backward(int half, const void* grad, const void* x, const float* s, int64_t rows, int64_t n,
-                                int is_signed, int mad, int threads, void* out) {
+void qat_octav_interval(int half, const void* x, int64_t rows, int64_t n, const float* top, const float* guess,
+                        double k, int iterations, double tolerance, int threads, float* ends) {
+    (half ? intervals<BFloat16> : intervals<float>)(x, rows, n, top, guess, k, iterations, tolerance, threads, ends);
+}
+
+// The interval is [low, s]; where low is null, [-s, s] or [0, s].
+void qat_fake_quantize_backward(int half, const void* grad, const void* x, const float* low, const float* s,
+                                int64_t rows, int64_t n, int is_signed, int mad, int threads, void* out) {
     const auto backward = half ? (mad ? quantize_backward<BFloat16, true> : quantize_backward<BFloat16, false>)
                                : (mad ? quantize_backward<float, true> : quantize_backward<float, false>);
-    backward(grad, x, s, rows, n, is_signed, threads, out);
+    backward(grad, x, low, s, rows, n, is_signed, threads, out);
 }
 
 }  // extern "C"

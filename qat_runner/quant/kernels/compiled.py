@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
@@ -77,7 +77,37 @@ def octav(
     return s
 
 
-octav_interval = eager.octav_interval
+def octav_interval(
+    x: Tensor,
+    top: Tensor,
+    guess: Tensor | None,
+    k: float,
+    dims: tuple[int, ...],
+    iterations: int,
+    tolerance: float,
+    pool: Pool | None = None,
+) -> Tensor:
+    """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
+    rows = rows_of(x, dims)
+    library = _library_for(x)
+    if rows is None or library is None or pool is not None:
+        return eager.octav_interval(x, top, guess, k, dims, iterations, tolerance, pool)
+    start = None if guess is None else guess.to(torch.float32).contiguous()
+    top = top.to(torch.float32).contiguous()
+    ends = torch.empty_like(top)
+    library.qat_octav_interval(
+        _half(x),
+        rows.data_ptr(),
+        *rows.shape,
+        top.data_ptr(),
+        None if start is None else start.data_ptr(),
+        k,
+        iterations,
+        tolerance,
+        torch.get_num_threads(),
+        ends.data_ptr(),
+    )
+    return ends
 
 
 def overhang(x: Tensor, t: Tensor) -> Tensor:
@@ -119,20 +149,27 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    library, flat = _library_for(x), with_scalars(x, s)
-    if library is None or flat is None or not isinstance(format, IntFormat):
+    library = _library_for(x)
+    flat = with_scalars(x, format.step(s.to(torch.float32)) if isinstance(format, IntAffineFormat) else s)
+    if library is None or flat is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
     rows, scalars = flat
-    full_scale = format.full_scale(scalars)
     out = torch.empty_like(rows)
+    bounds: tuple[Tensor, ...]
+    if isinstance(format, IntFormat):
+        units, resolution, bounds = format.full_scale(scalars), format.resolution, ()
+    else:
+        zero = format.zero_point(s.to(torch.float32)).reshape(-1)
+        units, resolution, bounds = scalars, 1, (-zero, format.highest - zero)
     library.qat_fake_quantize(
         _half(x),
         rows.data_ptr(),
-        full_scale.data_ptr(),
+        units.data_ptr(),
         *rows.shape,
-        format.resolution,
+        resolution,
         format.lowest,
         format.highest,
+        *([bound.data_ptr() for bound in bounds] or (None, None)),
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -143,18 +180,19 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    if format.parts != 1:
-        return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    library, flat = _library_for(x), with_scalars(x, s)
+    low, high = (None, s) if format.parts == 1 else format.ends(s)
+    library, flat = _library_for(x), with_scalars(x, high)
     if library is None or flat is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
     grad_rows = rows_beside(grad, x, rows)
+    lows = None if low is None else low.detach().to(torch.float32).reshape(-1).contiguous()
     out = torch.empty_like(rows)
     library.qat_fake_quantize_backward(
         _half(x),
         grad_rows.data_ptr(),
         rows.data_ptr(),
+        None if lows is None else lows.data_ptr(),
         scalars.data_ptr(),
         *rows.shape,
         format.signed,
@@ -197,9 +235,10 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.qat_octav.argtypes = [*tensor, *rows, pointer, real, integer, real, pointer, integer, real, integer, pointer]
     loaded.qat_refine.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, integer, integer, pointer]
     loaded.qat_overhang.argtypes = [*tensor, pointer, *rows, integer, pointer]
-    loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 4, pointer]
-    loaded.qat_fake_quantize_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 3, pointer]
-    for name in ("octav", "overhang", "refine", "fake_quantize", "fake_quantize_backward"):
+    loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, pointer, integer, pointer]
+    loaded.qat_fake_quantize_backward.argtypes = [*tensor, *[pointer] * 3, *rows, *[integer] * 3, pointer]
+    loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, pointer, real, integer, real, integer, pointer]
+    for name in ("octav_interval", "octav", "overhang", "refine", "fake_quantize", "fake_quantize_backward"):
         function = getattr(loaded, f"qat_{name}")
         function.restype = None
     return loaded
