@@ -11,6 +11,7 @@ with the spread between quartiles. Parts:
     growth   OCTAV against elements, rows and bits
     select   percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
     step     a whole training step: full precision, static scales, max-scaling, OCTAV
+    grids    a whole training step with OCTAV in each range of the integers, refined, and with affine activations
     memory   peak memory of the same steps
     startup  seconds to the end of the first step, compiling from nothing and from a warm cache
 """
@@ -65,6 +66,14 @@ GPU_STEPS = {
     "bert_base 384 tokens b32": ("bert_base", 384, 32),
 }
 MODES = ("full precision", "static", "max", "octav")
+GRIDS: dict[str, dict[str, Any]] = {
+    "two's complement": {},
+    "two's complement, missing_code": {"missing_code": True},
+    "full": {"range": "full"},
+    "oriented": {"range": "oriented"},
+    "oriented, refine=64": {"range": "oriented", "refine": 64},
+    "oriented weights, affine activations": {"weight_range": "oriented", "activation_format": "int_affine"},
+}
 
 
 def synchronize(device: torch.device) -> None:
@@ -245,6 +254,8 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
     model, batch, options = (bert if is_bert else vision)(which, device)
     if mode == "brevitas":
         model = brevitas_model(model).to(memory_format=torch.channels_last)
+    elif mode in GRIDS:
+        quantize_model(model, 4, "octav", example=tuple(t[:2] for t in batch.inputs), **options, **GRIDS[mode])
     elif mode != "full precision":
         clipping = "octav" if mode == "static" else mode
         example = tuple(t[:2] for t in batch.inputs)
@@ -276,6 +287,18 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
         for mode, f in figures.items():
             against = {f"x {other}": f["ms"] / figures[other]["ms"] for other in ("full precision", "static")}
             rows.append({"network": name, "what": mode, **f, **against})
+    return rows
+
+
+def grids(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name, which in chosen_steps(args, device).items():
+        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in GRIDS}
+        figures = take_turns(contest, args.rounds, device)
+        usual = figures["two's complement"]["ms"]
+        rows += [
+            {"network": name, "what": mode, **f, "x two's complement": f["ms"] / usual} for mode, f in figures.items()
+        ]
     return rows
 
 
@@ -344,7 +367,7 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return rows
 
 
-PARTS = {"solver": solver, "growth": growth, "select": select, "step": step, "memory": memory, "startup": startup}
+PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, memory, startup)}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from qat_runner.paper.figures import grid
-from qat_runner.quant import IntFormat, Range, fake_quantize, maximum, octav, orientation
+from qat_runner.quant import Format, IntAffineFormat, IntFormat, Range, fake_quantize, maximum, octav, orientation
 
 BITS = 3
 """Of the codes that are drawn."""
@@ -25,24 +25,25 @@ def ranges() -> Figure:
 
 def _codes(ax: Axes) -> None:
     x = torch.tensor([-1.1, -0.75, -0.4, -0.15, 0.1, 0.3, 0.55, 0.85, 1.6])
-    for i, range in enumerate(Range):
-        format = IntFormat(BITS, range=range)
+    formats: list[Format] = [*(IntFormat(BITS, range=range) for range in Range), IntAffineFormat(BITS)]
+    for i, format in enumerate(formats):
+        y = float(len(formats) - i)
         s = signed(x, maximum(x, format), format)
-        y = float(len(Range) - i)
-        levels = torch.tensor(format.levels) * s
-        rounded = fake_quantize(x, s, format)
+        rounded, levels = fake_quantize(x, s, format), fake_quantize(torch.linspace(-2, 2, 4001), s, format).unique()
+        colour, name = OF_FORMAT[i], str(getattr(format, "range", "affine"))
         ax.plot(levels, torch.full_like(levels, y), "|", color="black", markersize=16)
-        ax.plot(x, torch.full_like(x, y + 0.3), "o", color=OF_RANGE[range], markersize=4)
+        ax.plot(x, torch.full_like(x, y + 0.3), "o", color=colour, markersize=4)
         for value, to in zip(x.tolist(), rounded.tolist(), strict=True):
-            ax.plot([value, to], [y + 0.3, y], color=OF_RANGE[range], linewidth=0.8)
+            ax.plot([value, to], [y + 0.3, y], color=colour, linewidth=0.8)
+        scalars = f"s = {s:.2g}" if format.parts == 1 else f"low = {s[0]:.2g}, high = {s[1]:.2g}"
         error = (x - rounded).square().mean().item()
-        ax.text(-2.6, y + 0.42, f"{range}: s = {s:.2g}, MSE {error:.3f}", fontsize=8)
-    ax.set(title=f"{2**BITS} codes, max-scaling", xlabel="x", xlim=(-2.7, 2.1), ylim=(0.6, 3.8), yticks=[])
+        ax.text(-2.6, y + 0.42, f"{name}: {scalars}, MSE {error:.3f}", fontsize=8)
+    ax.set(title=f"{2**BITS} codes, max-scaling", xlabel="x", xlim=(-2.7, 2.1), ylim=(0.6, 4.8), yticks=[])
 
 
 def _lengths(ax: Axes) -> None:
     generator = torch.Generator().manual_seed(0)
-    for range in Range:
+    for range, colour in zip(Range, OF_FORMAT, strict=False):
         format = IntFormat(4, range=range)
         figures: dict[str, list[float]] = {"max": [], "OCTAV": []}
         for n in LENGTHS:
@@ -52,15 +53,15 @@ def _lengths(ax: Axes) -> None:
                 noise = (x - fake_quantize(x, signed(x, s, format), format)).square().mean()
                 figures[method].append(10 * (x.square().mean() / noise).log10().item())
         for method, style in (("OCTAV", "-"), ("max", "--")):
-            ax.plot(LENGTHS, figures[method], style, color=OF_RANGE[range], label=f"{range}, {method}")
+            ax.plot(LENGTHS, figures[method], style, color=colour, label=f"{range}, {method}")
     ax.set(title="Normal numbers, 4 bits, a scalar a row", xlabel="elements of a row", ylabel="SQNR, dB", xscale="log")
     ax.legend(fontsize=7)
 
 
-def signed(x: Tensor, s: Tensor, format: IntFormat) -> Tensor:
+def signed(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """Scalars with their sign, where the format has one."""
-    return s * orientation(x, s, format) if format.oriented else s
+    return s * orientation(x, s, format) if isinstance(format, IntFormat) and format.oriented else s
 
 
-OF_RANGE = {Range.TWOS_COMPLEMENT: "#b3261e", Range.FULL: "#1a73e8", Range.ORIENTED: "#188038"}
-"""Colours."""
+OF_FORMAT = ("#b3261e", "#1a73e8", "#188038", "#9334e6")
+"""Colours of two's complement, full range, oriented and affine."""
