@@ -28,7 +28,7 @@ from qat_runner.quant.formats import (
 from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
 from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
 from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
-from qat_runner.quant.orientation import orientation
+from qat_runner.quant.orienting import orientation
 from qat_runner.quant.quantizer import EVAL_MODES, Call, ClippingMethod, NotCalibratedError, Quantizer
 
 __all__ = [

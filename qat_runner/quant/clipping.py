@@ -11,6 +11,7 @@ weight with `dim=0`. They share these results as well:
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
   training steps, nothing waits and no s is promised: quantizing x with it leaves the NaN in the result.
 - No gradient flows through s.
+- In an oriented format s is a magnitude: `orienting.orientation` finds its sign.
 - For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from qat_runner.quant import kernels, two_ends
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import cost_of
-from qat_runner.quant.orientation import side_of_largest
+from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
 

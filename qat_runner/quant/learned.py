@@ -41,7 +41,7 @@ from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
-from qat_runner.quant.orientation import orientation
+from qat_runner.quant.orienting import orientation
 from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
 from qat_runner.quant.tensors import compute_dtype
 

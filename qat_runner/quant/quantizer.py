@@ -13,7 +13,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
-from qat_runner.quant.orientation import orientation
+from qat_runner.quant.orienting import orientation
 from qat_runner.quant.pool import Pool, Processes
 from qat_runner.quant.state import ScalarState
 
