@@ -159,6 +159,17 @@ def test_ranges(composed: Compose) -> None:
         composed("clipping=max", "clipping.refine=8")
 
 
+def test_without_training_octav_knows_its_grid(composed: Compose) -> None:
+    ptq = ("mode=ptq", "weights=w.pt")
+    for overrides in (ptq, (*ptq, "clipping=static_octav")):
+        clipping = composed(*overrides).clipping
+        assert (clipping.missing_code, clipping.refine) == (True, 64)
+        assert clipping.method.refine == 64  # type: ignore[attr-defined]
+    papers = composed(*ptq, "clipping.missing_code=false", "clipping.refine=0").clipping.method
+    assert papers == composed().clipping.method == composed("mode=retrain", "weights=w.pt").clipping.method
+    assert composed(*ptq, "clipping=max").clipping.refine is None
+
+
 def test_identity_and_name(composed: Compose) -> None:
     config = composed()
     assert run_name(config) == run_name(composed("bits=4", "runs_dir=x", "data_dir=y", "overwrite=true"))

@@ -31,7 +31,7 @@ from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
 from qat_runner.insertion.policy import FULL_PRECISION
-from qat_runner.quant import BITS
+from qat_runner.quant import BITS, Octav
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -73,7 +73,7 @@ def resolve(config: ConfigSchema) -> Config:
     resolved = Config(
         **_values(config)
         | {
-            "clipping": _with_calibration(config.clipping, task),
+            "clipping": _resolved_clipping(config, task),
             "policy": None,
             "rules": [*rules, *config.rules],
             "first_last_bits": task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
@@ -95,11 +95,14 @@ def resolve(config: ConfigSchema) -> Config:
     return resolved
 
 
-def _with_calibration(clipping: ClippingSchema, task: TaskFacts) -> ClippingConfig:
-    usual = {
+def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
+    clipping = config.clipping
+    usual: dict[str, Any] = {
         "calibration_batches": task.calibration_batches,
         "calibration_batch_size": task.calibration_batch_size,
     }
+    if config.mode == Mode.ptq and clipping.name == Octav.name:  # no training makes up for what the paper neglects
+        usual |= {"missing_code": True, "refine": 64}
     return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
 
 
