@@ -19,7 +19,6 @@ from qat_runner.config.schema import (
     BASELINE,
     TORCHVISION,
     ClippingConfig,
-    ClippingSchema,
     Config,
     ConfigSchema,
     Distill,

@@ -163,7 +163,7 @@ class ClippingSchema:
     missing_code: bool | None = None
     """octav: know that two's complement has no code at +s, which the paper neglects; null: in mode ptq alone"""
     refine: int | None = number(None, 0, _SAMPLES)
-    """octav: candidates whose measured error decides, where few elements share a scalar; null: 64 in mode ptq, else 0"""
+    """octav: candidates whose measured error decides, where few share a scalar; null: 64 in mode ptq, else 0"""
     alpha: float | None = number(None, 0, _LARGE, above=True)
     """pact: the first clipping scalar of activations"""
     calibration_batches: int | None = number(None, 0, _SAMPLES)

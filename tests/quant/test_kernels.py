@@ -375,14 +375,17 @@ def test_triton_kernels_compile_for_gpus() -> None:
         sizes = []
         for x in ("*fp32", "*bf16", "*fp16"):
             tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, "s_ptr": f, "guess_ptr": f, "short_ptr": f, "t_ptr": f}
+            tensors |= {"low_ptr": f, "zero_ptr": f}
             tensors |= state
             for signed, sided in ((True, False), (False, False), (True, True)):
                 kind = {"SIGNED": signed, "SIDED": sided}
                 sizes += build(ours._solve_row, tensors, {**kind, "COLD": signed, "BLOCK": 4096})
                 sizes += build(ours._sum_part, tensors, {**kind, "BLOCK": 1024})
             for signed in (True, False):
-                sizes += build(ours._fake_quantize_backward, tensors, {"SIGNED": signed, "MAD": signed, "BLOCK": 1024})
-            sizes += build(ours._fake_quantize, tensors, {"BLOCK": 1024})
+                kind = {"SIGNED": signed, "MAD": signed, "ENDS": False}
+                sizes += build(ours._fake_quantize_backward, tensors, {**kind, "BLOCK": 1024})
+                sizes += build(ours._fake_quantize_backward, tensors, {**kind, "ENDS": True, "BLOCK": 1024})
+                sizes += build(ours._fake_quantize, tensors, {"AFFINE": signed, "BLOCK": 1024})
             sizes += build(ours._overhang_part, tensors | {"parts_ptr": f}, {"BLOCK": 1024})
         sizes += build(ours._begin, tensors, {})
         for cold in (True, False):
@@ -394,7 +397,7 @@ def test_triton_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 66 and min(sizes) > 1000
+    assert len(sizes) == 84 and min(sizes) > 1000
 
 
 @needs_compiler

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
@@ -76,21 +76,30 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    flat = with_scalars(x, s) if _serves(x) else None
-    if flat is None or not isinstance(format, IntFormat):
+    if not _serves(x) or not isinstance(format, IntFormat | IntAffineFormat):
+        return eager.fake_quantize(x, s, format)
+    affine = isinstance(format, IntAffineFormat)
+    flat = with_scalars(x, format.step(s.to(torch.float32)) if isinstance(format, IntAffineFormat) else s)
+    if flat is None:
         return eager.fake_quantize(x, s, format)
     rows, scalars = flat
+    if isinstance(format, IntAffineFormat):
+        units, zero, resolution = scalars, format.zero_point(s.to(torch.float32)).reshape(-1).contiguous(), 1
+    else:
+        units, zero, resolution = format.full_scale(scalars), scalars, format.resolution
     out = torch.empty_like(rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize[(len(rows) * blocks,)](
         rows,
-        format.full_scale(scalars),
+        units,
+        zero,
         out,
         rows.shape[1],
         blocks,
-        float(format.resolution),
+        float(resolution),
         float(format.lowest),
         float(format.highest),
+        AFFINE=affine,
         BLOCK=BLOCK,
     )
     return like(out, x)
@@ -100,17 +109,27 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    if format.parts != 1:
-        return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    flat = with_scalars(x, s) if _serves(x) else None
+    low, high = (None, s) if format.parts == 1 else format.ends(s)
+    flat = with_scalars(x, high) if _serves(x) else None
     if flat is None:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
+    lows = scalars if low is None else low.detach().to(torch.float32).reshape(-1).contiguous()
     grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(grad_rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize_backward[(len(rows) * blocks,)](
-        grad_rows, rows, scalars, out, rows.shape[1], blocks, SIGNED=format.signed, MAD=gradient == "mad", BLOCK=BLOCK
+        grad_rows,
+        rows,
+        lows,
+        scalars,
+        out,
+        rows.shape[1],
+        blocks,
+        SIGNED=format.signed,
+        ENDS=low is not None,
+        MAD=gradient == "mad",
+        BLOCK=BLOCK,
     )
     return like(out, x)
 
@@ -396,12 +415,28 @@ def _overhang_part(x_ptr, t_ptr, parts_ptr, n, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fake_quantize(x_ptr, s_ptr, out_ptr, n, blocks, resolution, lowest, highest, BLOCK: tl.constexpr):
-    """x, out [rows, n], s float32 [rows], full scales; `blocks` programs a row."""
+def _fake_quantize(
+    x_ptr,
+    s_ptr,
+    zero_ptr,
+    out_ptr,
+    n,
+    blocks,
+    resolution,
+    lowest,
+    highest,
+    AFFINE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x, out [rows, n], s float32 [rows], full scales, or steps beside zero points of affine codes; `blocks` programs a
+    row."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
+    if AFFINE:
+        zero = tl.load(zero_ptr + row)
+        lowest, highest = lowest - zero, highest - zero
     x = tl.load(x_ptr + row * n + offsets, mask=mask).to(tl.float32)
     code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
     code = tl.where(code < lowest, lowest, code)  # NaN stays NaN
@@ -412,14 +447,24 @@ def _fake_quantize(x_ptr, s_ptr, out_ptr, n, blocks, resolution, lowest, highest
 
 @triton.jit
 def _fake_quantize_backward(
-    grad_ptr, x_ptr, s_ptr, out_ptr, n, blocks, SIGNED: tl.constexpr, MAD: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptr,
+    x_ptr,
+    low_ptr,
+    s_ptr,
+    out_ptr,
+    n,
+    blocks,
+    SIGNED: tl.constexpr,
+    ENDS: tl.constexpr,
+    MAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """grad, x, out [rows, n], s float32 [rows]; `blocks` programs a row."""
+    """grad, x, out [rows, n], s float32 [rows], and with two ends the lower one, low; `blocks` programs a row."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
-    low = -s if SIGNED else s * 0
+    low = tl.load(low_ptr + row) if ENDS else (-s if SIGNED else s * 0)
     x = tl.load(x_ptr + row * n + offsets, mask=mask, other=1.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * n + offsets, mask=mask, other=0.0).to(tl.float32)
     if MAD:
