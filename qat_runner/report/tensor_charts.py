@@ -137,7 +137,7 @@ def _histogram(tensor: str, h: Row | None) -> View:
         "hovertemplate": "%{x:.3f} s: %{y}<extra></extra>",
     }
     shapes = [_mark(level, -0.04, 0, 1) for level in _levels(h)]
-    shapes += [_mark(end, 0, 1, 2) for end in ((-1, 1) if h["signed"] else (1,))]
+    shapes += [_mark(end, 0, 1, 2) for end in h.get("ends", (-1, 1) if h["signed"] else (1,))]
     start = min(h["low"], -1.05 if h["signed"] else -0.05)
     axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
     axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the grid's

@@ -217,6 +217,8 @@ class Histogram(TypedDict):
     """values in each bin; all bins have the same width"""
     levels: NotRequired[list[Real]]
     """those of the grid; none where there are more than `histograms.LEVELS`"""
+    ends: NotRequired[Annotated[list[Real], Field(min_length=2, max_length=2)]]
+    """of a format that has two, where one pair holds for the whole tensor: the lower and the upper one"""
 
 
 # export/export.json

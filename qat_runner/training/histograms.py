@@ -95,7 +95,7 @@ class _Tally:
 
     def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
         format = quantizer.format
-        return {
+        found: Histogram = {
             "layer": layer,
             "tensor": tensor,
             "bits": format.bits,
@@ -110,3 +110,7 @@ class _Tally:
             "counts": [int(n) for n in self.counts.tolist()],
             "levels": _levels(quantizer) if 2**format.bits <= LEVELS else [],
         }
+        if format.parts == 2 and quantizer.dim is None:
+            s = quantizer.latest.float()
+            found["ends"] = (s / format.reach(s).clamp(min=1e-38)).tolist()
+        return found

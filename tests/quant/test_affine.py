@@ -39,6 +39,7 @@ from qat_runner.quant import (
 )
 from qat_runner.quant.kernels import using
 from qat_runner.quant.pool import Pool
+from qat_runner.training.histograms import histograms
 from tests.quant.test_kernels import DEVICES, DTYPES, names, on
 
 
@@ -270,6 +271,16 @@ def test_every_method_trains(method: str, dynamic: bool) -> None:
     freeze(model, "averaged", [x])
     assert all((t.quantizer.s[0] <= 0).all() and (t.quantizer.s[1] >= 0).all() for t in quantized_tensors(model))
     assert torch.isfinite(model.eval()(x)).all()
+
+
+def test_histograms_know_both_ends() -> None:
+    model, x = trained(3, weight_format="int")
+    found = {f"{h['layer']}.{h['tensor']}": h for h in histograms(model, [(x,)])}
+    of_input = found["b.input"]
+    low, high = of_input["ends"]
+    assert low < 0 and max(-low, high) == pytest.approx(1) and len(of_input["levels"]) == 8
+    assert low - 0.2 < of_input["levels"][0] < 0 and 0.0 in of_input["levels"]
+    assert "ends" not in found["b.weight"] and of_input["s"] > 0
 
 
 def test_lsq_plus_is_its_definition() -> None:
