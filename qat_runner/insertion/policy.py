@@ -350,7 +350,7 @@ class Policy:
                 Rule(
                     "*.weight",
                     bits=width["weight_bits"],
-                    format=weight_format,
+                    format=format if weight_format is None else weight_format,
                     range=range if weight_range is None else weight_range,
                 ),
                 Rule("*.weight", "Conv2d", granularity=conv_granularity),

@@ -273,6 +273,16 @@ def test_every_method_trains(method: str, dynamic: bool) -> None:
     assert torch.isfinite(model.eval()(x)).all()
 
 
+def test_weights_and_activations_have_formats_of_their_own() -> None:
+    for how in (
+        {"activation_format": "int_affine", "weight_range": "oriented"},
+        {"format": "int_affine", "weight_format": "int"},
+    ):
+        model = quantize_model(Net(), 4, example=torch.randn(2, 3, 10, 10), **how)  # type: ignore[arg-type]
+        kinds = {(t.tensor, type(t.quantizer.format)) for t in quantized_tensors(model)}
+        assert kinds == {("weight", IntFormat), ("input", IntAffineFormat)}
+
+
 def test_histograms_know_both_ends() -> None:
     model, x = trained(3, weight_format="int")
     found = {f"{h['layer']}.{h['tensor']}": h for h in histograms(model, [(x,)])}
