@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format
-from qat_runner.quant.tensors import recording
+from qat_runner.quant.tensors import recording, with_signs
 
 LATER = ("seen", "static")
 """Of the state, what states of old do not tell."""
@@ -112,7 +112,7 @@ class ScalarState(nn.Module):
         """Magnitudes of scalars, shape `shape`, with the signs that the state has for them."""
         if self.orientation is None or not self.format.oriented:
             return s
-        return torch.where(self.orientation < 0, -s, s)  # an average of states may lie between the signs
+        return with_signs(s, self.orientation)  # an average of states may lie between the signs
 
     def _point(self, s: Tensor) -> Tensor:
         """Take the signs of scalars over; returns their magnitudes."""

@@ -25,6 +25,11 @@ def magnitudes(x: Tensor, signed: bool) -> Tensor:
     return a.to(compute_dtype(x))
 
 
+def with_signs(magnitudes: Tensor, signs: Tensor) -> Tensor:
+    """Magnitudes with the signs of other numbers, such as averages of signs; 0 counts as positive."""
+    return torch.where(signs < 0, -magnitudes, magnitudes)
+
+
 def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
     """The shape of x with size 1 in dims: that of its clipping scalars."""
     return [1 if d in dims else n for d, n in enumerate(x.shape)]
