@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from qat_runner.quant import IntFormat, Range, fake_quantize, maximum, mse_sweep, octav, orientation
+from qat_runner.quant import IntFormat, Range, fake_quantize, maximum, mse_sweep, octav, oriented
 
 WAYS: Mapping[str, Callable[[Tensor, IntFormat], Tensor]] = {
     "max": lambda x, f: maximum(x, f, 0),
@@ -48,7 +48,7 @@ def excess(x: Tensor, format: IntFormat) -> list[float]:
     found = []
     for way in WAYS.values():
         s = way(x, format)
-        s = s * orientation(x, s, format) if format.oriented else s
+        s = oriented(x, s, format) if format.oriented else s
         found.append(100 * (error(x, s, format).mean() / best - 1).item())
     return found
 

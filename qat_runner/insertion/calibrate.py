@@ -20,7 +20,6 @@ from qat_runner.insertion.insert import (
 )
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
-from qat_runner.quant.tensors import with_signs
 
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
@@ -217,4 +216,4 @@ def _mean_scalars(
     if used == 0:
         raise ValueError("calibration needs at least one batch")
     means = [found[t.quantizer][1] if t.quantizer in found else None for t in tensors]
-    return used, [None if mean is None else with_signs(*mean) for mean in means]
+    return used, [None if mean is None else torch.copysign(*mean) for mean in means]

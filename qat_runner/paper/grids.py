@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from qat_runner.paper.figures import grid
-from qat_runner.quant import Format, IntAffineFormat, IntFormat, Range, fake_quantize, maximum, octav, orientation
+from qat_runner.quant import Format, IntAffineFormat, IntFormat, Range, fake_quantize, maximum, octav, oriented
 
 BITS = 3
 """Of the codes that are drawn."""
@@ -60,7 +60,7 @@ def _lengths(ax: Axes) -> None:
 
 def signed(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """Scalars with their sign, where the format has one."""
-    return s * orientation(x, s, format) if isinstance(format, IntFormat) and format.oriented else s
+    return oriented(x, s, format) if isinstance(format, IntFormat) and format.oriented else s
 
 
 OF_FORMAT = ("#b3261e", "#1a73e8", "#188038", "#9334e6")

@@ -28,7 +28,7 @@ from qat_runner.quant.formats import (
 from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
 from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
 from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
-from qat_runner.quant.orienting import orientation
+from qat_runner.quant.orienting import oriented
 from qat_runner.quant.quantizer import EVAL_MODES, Call, ClippingMethod, NotCalibratedError, Quantizer
 
 __all__ = [
@@ -69,7 +69,7 @@ __all__ = [
     "newton_step",
     "noise_of",
     "octav",
-    "orientation",
+    "oriented",
     "percentile",
     "sqnr_db",
 ]

@@ -11,7 +11,7 @@ weight with `dim=0`. They share these results as well:
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
   training steps, nothing waits and no s is promised: quantizing x with it leaves the NaN in the result.
 - No gradient flows through s.
-- In an oriented format s is a magnitude: `orienting.orientation` finds its sign.
+- In an oriented format s is a magnitude: `orienting.oriented` finds its sign.
 - For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qat_runner.quant import kernels, two_ends
 from qat_runner.quant.formats import Format, IntFormat, as_format
-from qat_runner.quant.kernels.cost import cost_of
+from qat_runner.quant.kernels.cost import Search, cost_of
 from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
@@ -309,7 +309,7 @@ def octav(
         pool: what x is a part of, each part with elements, all with the same `init`; None: it is all there is. The
             result is the scalar of all parts together.
         missing_code: count the last code of two's complement where it lies, and not at s.
-        orientation: in an oriented format, the signs of s, 1 or -1, shape of the result, as far as they are known;
+        orientation: in an oriented format, numbers with the signs of s, shape of the result, as far as they are known;
             None: those that serve the largest magnitudes.
         refine: J(s) spreads the noise of rounding evenly, which holds for many elements. Where one scalar spans few, at
             most `FEW`, so many candidates from a third to three times of it are tried, and the one with the least
@@ -329,27 +329,20 @@ def octav(
     orientation = None if orientation is None else orientation.reshape(kept(x, dims))
     if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
         return maximum(x, format, dim, check=False, pool=pool)
+    search = Search(dims, iterations, tolerance, pool)
+    guess = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
     if format.parts == 2:
-        start = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
-        start = None if start is None else start.reshape(2, *kept(x, dims))
-        return _in_shape(two_ends.octav(x, format, dims, start, iterations, tolerance, pool), dim)
-    guess = None
-    if init is not None:
-        guess = torch.as_tensor(init, dtype=compute_dtype(x), device=x.device).expand(kept(x, dims))
-    like = x.new_empty(kept(x, dims), dtype=compute_dtype(x))
+        guess = None if guess is None else guess.reshape(2, *kept(x, dims))
+        return _in_shape(two_ends.octav(x, format, guess, search), dim)
+    guess = None if guess is None else guess.expand(kept(x, dims))
     free = orientation is None
     if format.oriented and free:
         orientation = side_of_largest(x, dims, pool)
-    cost = cost_of(format, like, missing_code, orientation)
-    if guess is not None and cost.reach != 1:
-        guess = guess * cost.reach
-    s = kernels.backend(x).octav(x, cost, dims, guess, iterations, tolerance, pool)
-    if cost.reach != 1:
-        s = s / cost.reach
+    s = kernels.backend(x).octav(x, cost_of(format, missing_code, orientation), guess, search)
     if refine and isinstance(format, IntFormat) and x.numel() <= FEW * s.numel():
         factors = [1.0, *torch.logspace(-1.5, 1.5, refine, 2, dtype=torch.float64).tolist()]
         if format.oriented and free:
             factors += [-factor for factor in factors]
-        pointed = s if orientation is None or not format.oriented else s * orientation
+        pointed = s if orientation is None or not format.oriented else torch.copysign(s, orientation)
         s = kernels.backend(x).refine(x, pointed, format, factors).abs()
     return s.reshape(()) if dim is None else s

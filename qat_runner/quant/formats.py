@@ -225,6 +225,10 @@ class IntFormat(StepFormat):
 
     range: Range = Range.TWOS_COMPLEMENT
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "range", Range(self.range))  # a word of a config is as good
+
     def with_range(self, range: Range) -> Self:
         """As `Format.with_range`."""
         return replace(self, range=Range(range))

@@ -41,7 +41,7 @@ from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
-from qat_runner.quant.orienting import orientation
+from qat_runner.quant.orienting import oriented
 from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
 from qat_runner.quant.tensors import compute_dtype
 
@@ -287,7 +287,7 @@ class LearnedQuantizer(Quantizer):
         self._constant_scalars()  # complains where there are none
         self.s.copy_(self.method.scalars(self.learned, self.format))
         if self.training and self.orientation is not None and isinstance(self.format, IntFormat):
-            self._point(self.s * orientation(x, self.s, self.format, self.orientation))
+            self._point(oriented(x, self.s, self.format, self.orientation))
         return self.scalars.clone()
 
     @torch.no_grad()

@@ -39,32 +39,21 @@ def side_of_largest(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) 
 
 
 @torch.no_grad()
-def orientation(
-    x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = None, pool: Pool | None = None
-) -> Tensor:
-    """The sign of s under which x has the smaller squared error.
+def oriented(x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = None, pool: Pool | None = None) -> Tensor:
+    """Clipping scalars with the sign under which x has the smaller squared error.
 
     Args:
         x: any shape and floating dtype.
-        s: magnitudes of its clipping scalars, [] or one an index of some dimension, broadcastable to x.
+        s: their magnitudes, [] or one an index of some dimension, broadcastable to x.
         format: oriented.
-        before: the sign until now, shape of s, for a tensor that changes little: it stays unless turning clearly pays,
-            so that it does not flicker. None: there was none.
+        before: numbers with the sign until now, shape of s, for a tensor that changes little: it stays unless turning
+            clearly pays, so that it does not flicker. None: there was none.
         pool: what x is a part of; None: it is all there is.
 
     Returns:
-        1 or -1, shape and dtype of s. No gradient flows through it.
+        Shape and dtype of s; zeros have a sign as well. No gradient flows through it.
     """
     if x.numel() == 0:
-        return torch.ones_like(s)
-    x = x.detach()
-    step = s / format.levels_per_scalar
-    overhang = kernels.backend(x).overhang(x, s - step / 2).reshape(s.shape)
-    count = torch.full_like(overhang, x.numel() / max(s.numel(), 1))
-    if pool is not None:
-        overhang, count = (t.to(s.dtype) for t in pool.total(overhang, count))
-    wanted = torch.where(overhang > 0, -1.0, 1.0).to(s.dtype)
-    if before is None:
-        return wanted
-    clearly = overhang.abs() > CLEARLY / 24 * count * step
-    return torch.where(clearly, wanted, before.to(s.dtype))
+        return s if before is None else torch.copysign(s, before)
+    step = 1 / format.levels_per_scalar
+    return kernels.backend(x).orient(x.detach(), s, before, 1 - step / 2, CLEARLY * step / 24, pool)

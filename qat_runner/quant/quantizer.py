@@ -13,7 +13,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
-from qat_runner.quant.orienting import orientation
+from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Pool, Processes
 from qat_runner.quant.state import ScalarState
 
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     pool: Pool | None = None
     """what x is a part of; only for a method that says `pools`. None: it is all there is"""
     orientation: Tensor | None = None
-    """in an oriented format, the signs of the scalars of the call before, 1 or -1, in the shape of the result"""
+    """in an oriented format, numbers with the signs of the scalars of the call before, in the shape of the result"""
 
 
 class ClippingMethod(ABC):
@@ -253,7 +253,7 @@ class Quantizer(ScalarState):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         if isinstance(format, IntFormat) and format.oriented:
-            return s * orientation(x, s, format, call.orientation, call.pool)
+            return oriented(x, s, format, call.orientation, call.pool)
         return s
 
     def _constant_scalars(self) -> Tensor:

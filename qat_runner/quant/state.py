@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format
-from qat_runner.quant.tensors import recording, with_signs
+from qat_runner.quant.tensors import recording
 
 LATER = ("seen", "static")
 """Of the state, what states of old do not tell."""
@@ -112,13 +112,13 @@ class ScalarState(nn.Module):
         """Magnitudes of scalars, shape `shape`, with the signs that the state has for them."""
         if self.orientation is None or not self.format.oriented:
             return s
-        return with_signs(s, self.orientation)  # an average of states may lie between the signs
+        return torch.copysign(s, self.orientation)  # an average of states may lie between the signs
 
     def _point(self, s: Tensor) -> Tensor:
-        """Take the signs of scalars over; returns their magnitudes."""
+        """Take the signs of scalars over, those of zeros as well; returns their magnitudes."""
         if self.orientation is None or not self.format.oriented:
             return s
-        self.orientation.copy_(torch.where(s == 0, self.orientation, s.sign()))
+        self.orientation.copy_(torch.copysign(torch.ones_like(s), s))
         return s.abs()
 
     @torch.no_grad()
@@ -155,7 +155,8 @@ class ScalarState(nn.Module):
 
         A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
         """
-        s = self._point(torch.where(torch.isfinite(s), s, self.scalars).to(self.s.dtype))
+        s = self._point(s.to(self.s.dtype))
+        s = torch.where(torch.isfinite(s), s, self.s)
         self.s.copy_(s)
         self.running_s.lerp_(s, momentum if self.has_scalars else 1.0)
         self.batches.add_(1)

@@ -25,14 +25,17 @@ def magnitudes(x: Tensor, signed: bool) -> Tensor:
     return a.to(compute_dtype(x))
 
 
-def with_signs(magnitudes: Tensor, signs: Tensor) -> Tensor:
-    """Magnitudes with the signs of other numbers, such as averages of signs; 0 counts as positive."""
-    return torch.where(signs < 0, -magnitudes, magnitudes)
-
-
 def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
     """The shape of x with size 1 in dims: that of its clipping scalars."""
     return [1 if d in dims else n for d, n in enumerate(x.shape)]
+
+
+def extremes(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The smallest and the largest element of each row, zero among them: [2, *kept], in the compute dtype."""
+    if math.prod([x.shape[d] for d in dims]) == 0:
+        return x.new_zeros((2, *kept(x, dims)), dtype=compute_dtype(x))
+    low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+    return torch.stack([low.clamp(max=0), high.clamp(min=0)]).to(compute_dtype(x))
 
 
 def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:

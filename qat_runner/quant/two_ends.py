@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qat_runner.quant import kernels
+from qat_runner.quant import kernels, tensors
 from qat_runner.quant.formats import Format
+from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept
 
@@ -24,14 +25,11 @@ def extremes(x: Tensor, format: Format, dims: tuple[int, ...], pool: Pool | None
         dims: what one interval spans, kept with size 1; none: each element is a row.
         pool: what x is a part of; None: it is all there is.
     """
-    if math.prod([x.shape[d] for d in dims]) == 0:
-        return x.new_zeros((2, *kept(x, dims)), dtype=compute_dtype(x))
-    high = (x.amax(dims, keepdim=True) if dims else x).clamp(min=0)
-    low = (x.amin(dims, keepdim=True) if dims else x).clamp(max=0) if format.signed else torch.zeros_like(high)
-    ends = torch.stack([low, high]).to(compute_dtype(x))
-    if pool is not None:
-        ends = torch.stack([-pool.largest(-ends[0]), pool.largest(ends[1])])
-    return ends
+    if not format.signed:
+        high = tensors.largest(x, False, dims)
+        return _from_zero(high if pool is None else pool.largest(high))
+    ends = tensors.extremes(x, dims)
+    return ends if pool is None else torch.stack([-pool.largest(-ends[0]), pool.largest(ends[1])])
 
 
 def percentiles(x: Tensor, format: Format, dims: tuple[int, ...], rank: Callable[[Tensor], Tensor]) -> Tensor:
@@ -79,27 +77,24 @@ def _shared(ends: Tensor, top: Tensor, sides: Sequence[int], share: float) -> Te
     return torch.stack([top[i] * share if i in sides else ends[i] for i in (0, 1)])
 
 
-def octav(
-    x: Tensor,
-    format: Format,
-    dims: tuple[int, ...],
-    guess: Tensor | None,
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None,
-) -> Tensor:
+def octav(x: Tensor, format: Format, guess: Tensor | None, search: Search) -> Tensor:
     """OCTAV in two unknowns: the interval that minimizes
 
         J(low, high) = k (high - low)^2 #{low <= x <= high, x != 0} + sum (x - high)+^2 + sum (low - x)+^2
 
     with the indicators held constant, as the paper differentiates: k (high - low) # = sum (x - high)+ = sum (low - x)+.
-    `kernels.intervals` says how that is solved.
+    `kernels.intervals` says how that is solved. Where low is 0, what is left is OCTAV in one unknown.
 
     Args:
-        x, format, dims, pool: as of `extremes`; x has elements, and a row more than one.
-        guess: where to begin, [2, ...]; None: at the extremes.
-        iterations: reads of x after the start.
-        tolerance: reading ends when no end moves by more than this share of the width, where looking is free.
+        x, format: as of `extremes`; x has elements, and a row more than one.
+        guess: where to begin, [2, ...]; None: nowhere in particular.
+        search: as of the kernels.
     """
-    top = extremes(x, format, dims, pool)
-    return kernels.backend(x).octav_interval(x, top, guess, format.rounding_noise, dims, iterations, tolerance, pool)
+    backend = kernels.backend(x)
+    if format.signed:
+        return backend.octav_interval(x, format.rounding_noise, guess, search)
+    return _from_zero(backend.octav(x, Cost(format.rounding_noise, False), None if guess is None else guess[1], search))
+
+
+def _from_zero(high: Tensor) -> Tensor:
+    return torch.stack([torch.zeros_like(high), high])

@@ -20,7 +20,6 @@ from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
-from qat_runner.quant.tensors import with_signs
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.record import Record
 from qat_runner.runs.records import PREDICTIONS, Checkpoint, ProcessState
@@ -81,7 +80,7 @@ def freeze_activations(model: nn.Module) -> None:
         sums = distributed.all_reduce(torch.cat([*figures, seen]))
         if sums[-1] > 0:
             magnitudes, signs = (sums[:-1] / sums[-1]).reshape(2, *quantizer.s.shape)
-            quantizer.freeze(with_signs(magnitudes, signs))
+            quantizer.freeze(torch.copysign(magnitudes, signs))
 
 
 class Interval:

@@ -208,6 +208,29 @@ def test_octav_of_backends_cold_and_warm(name: str, dtype: torch.dtype) -> None:
             assert (expected_mse(x, found, format, dim) <= least * 1.05).all()  # its slope is small there
 
 
+@names
+@pytest.mark.parametrize("start", [(-1e-30, 1e-30), (-1e30, 1e30), (-1.0, 0.0), (0.0, 1.0), (math.nan, 1.0)])
+def test_octav_from_a_start_that_tells_nothing(name: str, start: tuple[float, float]) -> None:
+    x, format = lopsided(3, 4000), IntAffineFormat(4)
+    least = expected_mse(x, octav(x.double(), format, 0, 30), format, 0)
+    with using(name, DEVICES[name]):
+        guess = torch.tensor(start)[:, None, None].expand(2, 3, 1)
+        found = octav(on(name, x), format, 0, 40, on(name, guess)).cpu()
+    assert (expected_mse(x, found, format, 0) <= least * 1.05).all()
+
+
+@names
+def test_octav_without_a_lower_end_is_octav_in_one_unknown(name: str) -> None:
+    x = lopsided(5, 300).relu()
+    plain = IntFormat(4, signed=False, range=Range.FULL)  # which has the same levels
+    with using(name, DEVICES[name]):
+        for start in (None, torch.full((5, 1), 1.5)):
+            both = None if start is None else on(name, torch.stack([torch.zeros_like(start), start]))
+            low, high = octav(on(name, x), IntAffineFormat(4, signed=False), 0, init=both).cpu()
+            s = octav(on(name, x), plain, 0, init=None if start is None else on(name, start))
+            assert not low.any() and torch.equal(high, s.cpu())
+
+
 class Halves(Pool):
     """As if another process had the same tensor."""
 

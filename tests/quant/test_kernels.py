@@ -363,7 +363,7 @@ def test_triton_kernels_compile_for_gpus() -> None:
         from qat_runner.quant.kernels import triton as ours
 
         def build(kernel, pointers, constants):
-            types = {"n": "i32", "blocks": "i32", "programs": "i32", "iterations": "i32"}
+            types = {"n": "i32", "rows": "i32", "blocks": "i32", "programs": "i32", "iterations": "i32"}
             signature = {
                 name: "constexpr" if name in constants else pointers.get(name) or types.get(name, "fp32")
                 for name in kernel.arg_names
@@ -374,12 +374,11 @@ def test_triton_kernels_compile_for_gpus() -> None:
         f, state = "*fp32", {"state_ptr": "*fp64", "parts_ptr": "*fp32"}
         sizes = []
         for x in ("*fp32", "*bf16", "*fp16"):
-            tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, "s_ptr": f, "guess_ptr": f, "short_ptr": f, "t_ptr": f}
-            tensors |= {"low_ptr": f, "zero_ptr": f}
-            tensors |= state
-            for signed, sided in ((True, False), (False, False), (True, True)):
-                kind = {"SIGNED": signed, "SIDED": sided}
-                sizes += build(ours._solve_row, tensors, {**kind, "COLD": signed, "BLOCK": 4096})
+            scalars = dict.fromkeys(("s_ptr", "guess_ptr", "short_ptr", "before_ptr"), f)
+            tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, **scalars, **state}
+            for signed, sided, pointed in ((1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)):
+                kind = {"SIGNED": bool(signed), "SIDED": bool(sided), "POINTED": bool(pointed)}
+                sizes += build(ours._solve_row, tensors, {**kind, "COLD": bool(signed), "BLOCK": 4096})
                 sizes += build(ours._sum_part, tensors, {**kind, "BLOCK": 1024})
             for signed in (True, False):
                 kind = {"SIGNED": signed, "MAD": signed, "ENDS": False}
@@ -388,6 +387,9 @@ def test_triton_kernels_compile_for_gpus() -> None:
                 sizes += build(ours._fake_quantize, tensors, {"AFFINE": signed, "BLOCK": 1024})
             sizes += build(ours._overhang_part, tensors | {"parts_ptr": f}, {"BLOCK": 1024})
         sizes += build(ours._begin, tensors, {})
+        for stays in (True, False):
+            pointers = tensors | {"parts_ptr": f, "out_ptr": f}
+            sizes += build(ours._orient_row, pointers, {"STAYS": stays, "PROGRAMS": 512})
         for cold in (True, False):
             sizes += build(ours._advance_row, tensors, {"COLD": cold, "PROGRAMS": 512})
         print(json.dumps(sizes))
@@ -397,7 +399,7 @@ def test_triton_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 84 and min(sizes) > 1000
+    assert len(sizes) == 100 and min(sizes) > 1000
 
 
 @needs_compiler

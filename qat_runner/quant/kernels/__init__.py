@@ -2,8 +2,8 @@
 
 | operation                              | cost                                                                |
 |----------------------------------------|---------------------------------------------------------------------|
-| `octav(x, cost, dims, ...)`            | one read of x an iteration; one in all where a row fits into cache  |
-| `overhang(x, t)`                       | one read                                                            |
+| `octav(x, cost, guess, search)`        | one read of x an iteration; one in all where a row fits into cache  |
+| `orient(x, s, before, ...)`            | one read                                                            |
 | `refine(x, s, format, factors)`        | one read a factor; one in all where a row fits into cache           |
 | `fake_quantize(x, s, format)`          | one read, one write                                                 |
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import compiled, traced
-from qat_runner.quant.kernels.cost import Cost
+from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import recording
 
@@ -34,30 +34,13 @@ from qat_runner.quant.tensors import recording
 class Backend(Protocol):
     """What a backend module offers; `eager` documents it."""
 
-    def octav(
-        self,
-        x: Tensor,
-        cost: Cost,
-        dims: tuple[int, ...],
-        guess: Tensor | None,
-        iterations: int,
-        tolerance: float,
-        pool: Pool | None = None,
-    ) -> Tensor: ...
+    def octav(self, x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor: ...
 
-    def octav_interval(
-        self,
-        x: Tensor,
-        top: Tensor,
-        guess: Tensor | None,
-        k: float,
-        dims: tuple[int, ...],
-        iterations: int,
-        tolerance: float,
-        pool: Pool | None = None,
-    ) -> Tensor: ...
+    def octav_interval(self, x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor: ...
 
-    def overhang(self, x: Tensor, t: Tensor) -> Tensor: ...
+    def orient(
+        self, x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
+    ) -> Tensor: ...
 
     def refine(self, x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor: ...
 

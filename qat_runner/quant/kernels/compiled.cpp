@@ -49,13 +49,9 @@ struct Sides {
 
 template <Kind KIND>
 inline float magnitude(float x, const Sides& sides) {
-    if (KIND == UNSIGNED) return x < 0 ? 0.0f : x;
-    return KIND == SIGNED ? std::fabs(x) : (x < 0 ? -x * sides.below : x * sides.above);
-}
-
-template <Kind KIND>
-inline float weight(float x, const Sides& sides) {
-    return KIND == SIDED ? (x < 0 ? sides.weight_below : sides.weight_above) : 1.0f;
+    if (KIND == SIGNED) return std::fabs(x);
+    const float above = x * sides.above, below = KIND == SIDED ? -x * sides.below : 0.0f;
+    return above < below ? below : above;
 }
 
 inline float clamp(float x, float low, float high) {  // NaN stays NaN
@@ -83,37 +79,68 @@ struct Sums {
     }
 };
 
-// At most RUN elements, so that sums in float stay close to exact.
+// At most RUN elements, so that sums in float stay close to exact, and numbers of elements in whole numbers are quick.
 template <typename T, Kind KIND>
 inline Sums sums_of_run(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
-    float excess = 0, outside = 0, total = 0, nonzero = 0, largest = 0, count = 0;
+    float excess = 0, total = 0, largest = 0;
+    int32_t outside = 0, nonzero = 0;
     if (everything) {
-#pragma omp simd reduction(+ : excess, outside, total, nonzero, count) reduction(max : largest)
+#pragma omp simd reduction(+ : excess, outside, total, nonzero) reduction(max : largest)
         for (int64_t i = 0; i < n; ++i) {
-            const float v = load(x[i]), raw = magnitude<KIND>(v, sides), a = raw * scale, w = weight<KIND>(v, sides);
-            excess += a > s ? w * (a - s) : 0.0f;
-            outside += a > s ? w : 0.0f;
-            total += w * a;
-            nonzero += raw > 0 ? w : 0.0f;
+            const float raw = magnitude<KIND>(load(x[i]), sides), a = raw * scale;
+            excess += a > s ? a - s : 0.0f;
+            outside += a > s;
+            total += a;
+            nonzero += raw > 0;
             largest = a > largest ? a : largest;
-            if (KIND == SIDED) count += raw > 0 ? 1.0f : 0.0f;
         }
     } else {
 #pragma omp simd reduction(+ : excess, outside)
         for (int64_t i = 0; i < n; ++i) {
-            const float v = load(x[i]), a = magnitude<KIND>(v, sides) * scale, w = weight<KIND>(v, sides);
-            excess += a > s ? w * (a - s) : 0.0f;
-            outside += a > s ? w : 0.0f;
+            const float a = magnitude<KIND>(load(x[i]), sides) * scale;
+            excess += a > s ? a - s : 0.0f;
+            outside += a > s;
         }
     }
-    return {excess, outside, total, nonzero, largest, KIND == SIDED ? count : nonzero};
+    const double count = nonzero;
+    return {excess, static_cast<double>(outside), total, count, largest, count};
+}
+
+// The same of a row with sides, each summed alone and then weighed.
+template <typename T>
+inline Sums sums_of_sides(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
+    const float up = sides.above * scale, down = -sides.below * scale;
+    float above = 0, below = 0, total_above = 0, total_below = 0, largest = 0;
+    int32_t outside_above = 0, outside_below = 0, positive = 0, negative = 0;
+#pragma omp simd reduction(+ : above, below, outside_above, outside_below)
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = load(x[i]), a = v * up, b = v * down;
+        above += a > s ? a - s : 0.0f, outside_above += a > s;
+        below += b > s ? b - s : 0.0f, outside_below += b > s;
+    }
+    const auto weigh = [&](double of_above, double of_below) {
+        return sides.weight_above * of_above + sides.weight_below * of_below;
+    };
+    Sums result{weigh(above, below), weigh(outside_above, outside_below)};
+    if (!everything) return result;
+#pragma omp simd reduction(+ : total_above, total_below, positive, negative) reduction(max : largest)
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = load(x[i]), a = v * up, b = v * down;
+        total_above += a > 0 ? a : 0.0f, positive += v > 0;
+        total_below += b > 0 ? b : 0.0f, negative += v < 0;
+        largest = std::max(largest, std::max(a, b));
+    }
+    result.total = weigh(total_above, total_below), result.nonzero = weigh(positive, negative);
+    result.largest = largest, result.count = positive + negative;
+    return result;
 }
 
 template <typename T, Kind KIND>
 Sums sums_of_chunk(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
     Sums result;
     for (int64_t i = 0; i < n; i += RUN)
-        result.add(sums_of_run<T, KIND>(x + i, std::min(RUN, n - i), sides, scale, s, everything));
+        result.add(KIND == SIDED ? sums_of_sides(x + i, std::min(RUN, n - i), sides, scale, s, everything)
+                                 : sums_of_run<T, KIND>(x + i, std::min(RUN, n - i), sides, scale, s, everything));
     return result;
 }
 
@@ -192,8 +219,14 @@ struct Settings {
     int iterations;
     bool cold;
     float reach;         // of the side that ends first, over that of the other
-    const float* short_; // the sign of that side, one a row; only where it is less than 1
+    const float* short_; // below zero in rows where that side is the negative one; null: in none
 };
+
+bool usable(float magnitude) { return magnitude > 0 && magnitude <= std::numeric_limits<float>::max(); }
+
+double power_of_two(float magnitude) {  // at or below it, away from subnormals so that its inverse exists
+    return std::ldexp(1.0, std::min(std::max(std::ilogb(magnitude), -126), 125));
+}
 
 // Of a row whose shorter side, at `sign`, ends at `reach` times the other's end.
 Sides sides_of(float reach, float sign) {
@@ -205,9 +238,8 @@ Sides sides_of(float reach, float sign) {
 
 template <typename T, Kind KIND>
 float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Settings& set, int threads) {
-    if (set.cold) guess = largest_of_row<T, KIND>(x, n, sides, threads);
-    if (!(guess > 0 && guess <= std::numeric_limits<float>::max())) guess = 1;
-    const double unit = std::ldexp(1.0, std::min(std::max(std::ilogb(guess), -126), 125));
+    guess = set.cold ? largest_of_row<T, KIND>(x, n, sides, threads) : guess * set.reach;
+    const double unit = power_of_two(guess = usable(guess) ? guess : 1);
     const float scale = static_cast<float>(1 / unit);
     double s = guess / unit;
     Sums at = sums_of_row<T, KIND>(x, n, sides, scale, static_cast<float>(s), true, threads);
@@ -222,7 +254,7 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
         s = bracket.propose(here, at);
         if (std::fabs(s - here) <= set.tolerance * s) break;
     }
-    return static_cast<float>(s * unit);
+    return static_cast<float>(s * unit) / set.reach;
 }
 
 // Calls work(row, threads) for each row, which may share out its elements to so many threads.
@@ -240,7 +272,7 @@ void by_rows(int64_t rows, int64_t n, int threads, const Work& work) {
 template <typename T, Kind KIND>
 void solve(const T* x, int64_t rows, int64_t n, const float* guess, const Settings& set, int threads, float* s) {
     by_rows(rows, n, threads, [&](int64_t r, int its_threads) {
-        const Sides sides = KIND == SIDED ? sides_of(set.reach, set.short_[r]) : Sides();
+        const Sides sides = KIND == SIDED ? sides_of(set.reach, set.short_ ? set.short_[r] : 1) : Sides();
         s[r] = solve_row<T, KIND>(x + r * n, n, set.cold ? 0 : guess[r], sides, set, its_threads);
     });
 }
@@ -269,43 +301,75 @@ Total overhang_of_chunk(const T* x, int64_t n, float t) {
     return result;
 }
 
+// Signs of scalars by the overhang; a sign `before`, where there is one, stays unless that is large.
 template <typename T>
-void overhang(const void* x, const float* t, int64_t rows, int64_t n, int threads, float* out) {
+void orient(const void* x, const float* s, const float* before, int64_t rows, int64_t n, double halfway, double clearly,
+            int threads, float* out) {
     const T* values = static_cast<const T*>(x);
     by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
-        out[r] = static_cast<float>(over_chunks<Total>(n, its_threads, [&](int64_t first, int64_t length) {
-            return overhang_of_chunk(values + r * n + first, length, t[r]);
-        }).value);
+        const float t = static_cast<float>(s[r] * halfway);
+        const double overhang = over_chunks<Total>(n, its_threads, [&](int64_t first, int64_t length) {
+            return overhang_of_chunk(values + r * n + first, length, t);
+        }).value;
+        const double sign = before == nullptr ? 1 : std::copysign(1.0, before[r]);
+        const double large = before == nullptr ? 0 : clearly * s[r] * n;
+        out[r] = static_cast<float>(std::copysign(s[r], overhang * sign > large ? -sign : sign));
     });
 }
 
-// What a row has beyond an interval [-v, u], in units of the row: sums over x > u of x - u, 1 and (x - u)^2; and so below.
+// What a row has beyond an interval [-v, u], in units of the row: sums over x > u of x - u and 1, and so below; the sum of
+// all squares.
 struct Beyond {
-    double excess_u = 0, outside_u = 0, square_u = 0, excess_v = 0, outside_v = 0, square_v = 0;
+    double excess_u = 0, outside_u = 0, excess_v = 0, outside_v = 0, square = 0;
+    float low = 0, high = 0;  // extremes, zero among them
+    double count = 0;         // number of x != 0
 
     void add(const Beyond& other) {
-        excess_u += other.excess_u, outside_u += other.outside_u, square_u += other.square_u;
-        excess_v += other.excess_v, outside_v += other.outside_v, square_v += other.square_v;
+        excess_u += other.excess_u, outside_u += other.outside_u;
+        excess_v += other.excess_v, outside_v += other.outside_v, square += other.square;
+        low = std::min(low, other.low), high = std::max(high, other.high), count += other.count;
     }
 };
 
 template <typename T>
-Beyond beyond_of_chunk(const T* x, int64_t n, float scale, float u, float v) {
-    Beyond result;
-    for (int64_t i = 0; i < n; i += RUN) {
-        float excess_u = 0, outside_u = 0, square_u = 0, excess_v = 0, outside_v = 0, square_v = 0;
-        const T* run = x + i;
-        const int64_t length = std::min(RUN, n - i);
-#pragma omp simd reduction(+ : excess_u, outside_u, square_u, excess_v, outside_v, square_v)
-        for (int64_t j = 0; j < length; ++j) {
-            const float a = load(run[j]) * scale;
-            const float over = a > u ? a - u : 0.0f, under = a < -v ? -v - a : 0.0f;
-            excess_u += over, square_u += over * over, outside_u += a > u ? 1.0f : 0.0f;
-            excess_v += under, square_v += under * under, outside_v += a < -v ? 1.0f : 0.0f;
-        }
-        result.add({excess_u, outside_u, square_u, excess_v, outside_v, square_v});
+Beyond beyond_of_run(const T* x, int64_t n, float scale, float u, float v) {
+    float excess_u = 0, excess_v = 0, square = 0;
+    int32_t outside_u = 0, outside_v = 0;
+#pragma omp simd reduction(+ : excess_u, outside_u, excess_v, outside_v, square)
+    for (int64_t i = 0; i < n; ++i) {
+        const float a = load(x[i]) * scale;
+        const float over = a > u ? a - u : 0.0f, under = a < -v ? -v - a : 0.0f;
+        excess_u += over, outside_u += a > u;
+        excess_v += under, outside_v += a < -v;
+        square += over * over + under * under;
     }
-    return result;
+    return {excess_u, static_cast<double>(outside_u), excess_v, static_cast<double>(outside_v), square};
+}
+
+template <typename T>
+void extremes_of_run(const T* x, int64_t n, float scale, Beyond& to) {
+    float low = 0, high = 0;
+    int32_t count = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) {
+        const float value = load(x[i]), a = value * scale;
+        low = a < low ? a : low, high = a > high ? a : high, count += value != 0;
+    }
+    to.low = low, to.high = high, to.count = count;
+}
+
+template <typename T>
+Beyond beyond(const T* x, int64_t n, float scale, float u, float v, bool everything, int threads) {
+    return over_chunks<Beyond>(n, threads, [=](int64_t first, int64_t length) {
+        Beyond result;
+        for (int64_t i = first; i < first + length; i += RUN) {
+            const int64_t of_run = std::min(RUN, first + length - i);
+            Beyond part = beyond_of_run(x + i, of_run, scale, u, v);
+            if (everything) extremes_of_run(x + i, of_run, scale, part);
+            result.add(part);
+        }
+        return result;
+    });
 }
 
 // An interval's iteration; intervals.py explains, and is what this repeats.
@@ -318,7 +382,7 @@ struct Interval {
     void advance(const Beyond& at) {
         const double tiny = std::numeric_limits<double>::min(), width = u + v;
         const double inside = count - at.outside_u - at.outside_v;
-        const double cost = k * width * width * inside + at.square_u + at.square_v;
+        const double cost = k * width * width * inside + at.square;
         if (cost < least) least = cost, best_u = u, best_v = v;
         worse = cost > extremes;
         const bool clips_u = at.excess_u > 0, clips_v = at.excess_v > 0;
@@ -346,46 +410,52 @@ struct Interval {
     bool solved() const { return !worse && moved <= std::sqrt(12 * k); }
 };
 
+// A start, low and high, is used where it clips on both sides of zero.
 template <typename T>
-void interval_of_row(const T* x, int64_t n, float low, float high, const float* guess_low, const float* guess_high, double k,
-                     int iterations, double tolerance, int threads, float* to_low, float* to_high) {
-    const float reach = std::max(-low, high);
-    *to_low = low, *to_high = high;
-    if (!(reach > 0 && reach <= std::numeric_limits<float>::max())) return;
-    const double unit = std::ldexp(1.0, std::min(std::max(std::ilogb(reach), -126), 125));
+void interval_of_row(const T* x, int64_t n, const float* start_low, const float* start_high, const Settings& set,
+                     int threads, float* low, float* high) {
+    const bool warm = start_low != nullptr && usable(-*start_low) && usable(*start_high);
+    double unit;
+    if (warm) {
+        unit = power_of_two(std::max(-*start_low, *start_high));
+    } else {
+        const Beyond all = beyond(x, n, 1, 0, 0, true, threads);
+        *low = all.low, *high = all.high;
+        const float reach = std::max(-all.low, all.high);
+        if (!usable(reach)) return;
+        unit = power_of_two(reach);
+    }
     const float scale = static_cast<float>(1 / unit);
-    const auto read = [&](float u, float v) {
-        return over_chunks<Beyond>(n, threads, [&](int64_t first, int64_t length) {
-            return beyond_of_chunk(x + first, length, scale, u, v);
-        });
-    };
-    const Beyond all = read(0, 0);
-    const double top_u = high / unit, top_v = -low / unit;
-    double u = 2 * all.excess_u / std::max(all.outside_u, 1.0), v = 2 * all.excess_v / std::max(all.outside_v, 1.0);
-    if (guess_high != nullptr) u = *guess_high / unit, v = -*guess_low / unit;
-    u = u > 0 && u <= top_u ? u : top_u;
-    v = v > 0 && v <= top_v ? v : top_v;
-    Interval interval{k, all.outside_u + all.outside_v, top_u, top_v, u, v};
-    for (int i = 0; i < iterations; ++i) {
+    double u = warm ? *start_high / unit : 0, v = warm ? -*start_low / unit : 0;
+    Beyond at = beyond(x, n, scale, static_cast<float>(u), static_cast<float>(v), true, threads);
+    const double top_u = at.high, top_v = -at.low;
+    if (warm && !(at.square <= std::numeric_limits<float>::max() && u >= top_u / 1024 && v >= top_v / 1024))
+        return interval_of_row<T>(x, n, nullptr, nullptr, set, threads, low, high);  // it is far from where x is
+    if (!warm) {
+        u = 2 * at.excess_u / std::max(at.outside_u, 1.0), v = 2 * at.excess_v / std::max(at.outside_v, 1.0);
+    }
+    const auto within = [](double end, double top) { return end > 0 && end < top ? end : top; };
+    Interval interval{set.k, at.count, top_u, top_v, within(u, top_u), within(v, top_v)};
+    for (int i = 0; i < set.iterations; ++i) {
         const float here_u = static_cast<float>(interval.u), here_v = static_cast<float>(interval.v);
         interval.u = here_u, interval.v = here_v;
-        interval.advance(read(here_u, here_v));
-        if (interval.moved <= tolerance) break;
+        if (i > 0 || !warm) at = beyond(x, n, scale, here_u, here_v, false, threads);
+        interval.advance(at);
+        if (interval.moved <= set.tolerance) break;
     }
     const bool solved = interval.solved();
-    *to_high = static_cast<float>((solved ? interval.u : interval.best_u) * unit);
-    *to_low = static_cast<float>(-(solved ? interval.v : interval.best_v) * unit);
+    *high = static_cast<float>((solved ? interval.u : interval.best_u) * unit);
+    *low = static_cast<float>(-(solved ? interval.v : interval.best_v) * unit);
 }
 
-// top, guess, ends: low of each row, then high of each row.
+// start, ends: low of each row, then high of each row.
 template <typename T>
-void intervals(const void* x, int64_t rows, int64_t n, const float* top, const float* guess, double k, int iterations,
-               double tolerance, int threads, float* ends) {
+void intervals(const void* x, int64_t rows, int64_t n, const float* start, const Settings& set, int threads,
+               float* ends) {
     const T* values = static_cast<const T*>(x);
     by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
-        interval_of_row(values + r * n, n, top[r], top[rows + r], guess ? guess + r : nullptr,
-                        guess ? guess + rows + r : nullptr, k, iterations, tolerance, its_threads, ends + r,
-                        ends + rows + r);
+        interval_of_row(values + r * n, n, start ? start + r : nullptr, start ? start + rows + r : nullptr, set,
+                        its_threads, ends + r, ends + rows + r);
     });
 }
 
@@ -443,14 +513,23 @@ void refine(const void* x, const float* s, int64_t rows, int64_t n, Levels level
     });
 }
 
+// out = the code nearest to x / unit * resolution, as far as there are codes, times unit / resolution.
 template <typename T>
-void quantize_piece(const T* x, int64_t n, float s, Levels levels, T* out) {
-    const float divisor = s == 0 ? 1 : s, step = 1 / levels.resolution;
+void quantize_piece(const T* x, int64_t n, float unit, Levels levels, T* out) {
+    const float divisor = unit == 0 ? 1 : unit, step = 1 / levels.resolution;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const float code = clamp(load(x[i]) / divisor * levels.resolution, levels.lowest, levels.highest);
-        store((code + ROUND - ROUND) * step * s, out[i]);
+        store((code + ROUND - ROUND) * step * unit, out[i]);
     }
+}
+
+// The step of an affine row, and its codes less the zero point, which formats.py explains.
+float affine_step(float low, float high, float steps, Levels& codes) {
+    const float step = (high - low) / steps;
+    const float zero = clamp(std::nearbyint(-low / (step == 0 ? 1 : step)), 0, steps);
+    codes = {1, -zero, steps - zero};
+    return step;
 }
 
 template <typename T, bool MAD>
@@ -476,24 +555,24 @@ void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
 }
 
 template <typename T>
-void quantize(const void* x, const float* s, int64_t rows, int64_t n, Levels levels, const float* lowest,
-              const float* highest, int threads, void* out) {
+void quantize(const void* x, const float* s, int64_t rows, int64_t n, int parts, Levels levels, int threads, void* out) {
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
     in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
-        const Levels its = lowest == nullptr ? levels : Levels{levels.resolution, lowest[row], highest[row]};
-        quantize_piece(from + at, length, s[row], its, to + at);
+        Levels its = levels;
+        const float unit = parts == 1 ? s[row] : affine_step(s[row], s[rows + row], levels.resolution, its);
+        quantize_piece(from + at, length, unit, its, to + at);
     });
 }
 
 template <typename T, bool MAD>
-void quantize_backward(const void* grad, const void* x, const float* low, const float* s, int64_t rows, int64_t n,
+void quantize_backward(const void* grad, const void* x, const float* s, int64_t rows, int64_t n, int parts,
                        bool is_signed, int threads, void* out) {
     const T *g = static_cast<const T*>(grad), *from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
     in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
-        const float lower = low != nullptr ? low[row] : is_signed ? -s[row] : 0;
-        backward_piece<T, MAD>(g + at, from + at, length, lower, s[row], to + at);
+        const float low = parts == 2 ? s[row] : is_signed ? -s[row] : 0, high = s[(parts - 1) * rows + row];
+        backward_piece<T, MAD>(g + at, from + at, length, low, high, to + at);
     });
 }
 
@@ -501,14 +580,14 @@ template <typename T>
 void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const Settings& set, bool is_signed,
                int threads, float* s) {
     const T* values = static_cast<const T*>(x);
-    const auto solver = !is_signed ? solve<T, UNSIGNED> : set.short_ == nullptr ? solve<T, SIGNED> : solve<T, SIDED>;
+    const auto solver = !is_signed ? solve<T, UNSIGNED> : set.reach == 1 ? solve<T, SIGNED> : solve<T, SIDED>;
     solver(values, rows, n, guess, set, threads, s);
 }
 
 }  // namespace
 
-// x, grad, out: float, or BFloat16 where `half`; s, guess, short_, t: float [rows]; guess is null for a cold start, short_
-// where both sides are alike. Quantizing, s are full scales.
+// x, grad, out: float, or BFloat16 where `half`; s, guess, short_, before: float [rows], or [parts, rows]; guess is null for a cold
+// start. Quantizing, s are full scales.
 extern "C" {
 
 void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* guess, double k, int is_signed,
@@ -518,8 +597,9 @@ void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* gu
          : solve_any<float>(x, rows, n, guess, set, is_signed, threads, s);
 }
 
-void qat_overhang(int half, const void* x, const float* t, int64_t rows, int64_t n, int threads, float* out) {
-    (half ? overhang<BFloat16> : overhang<float>)(x, t, rows, n, threads, out);
+void qat_orient(int half, const void* x, const float* s, const float* before, int64_t rows, int64_t n, double halfway,
+                double clearly, int threads, float* out) {
+    (half ? orient<BFloat16> : orient<float>)(x, s, before, rows, n, halfway, clearly, threads, out);
 }
 
 void qat_refine(int half, const void* x, const float* s, int64_t rows, int64_t n, int levels_per_scalar, int lowest,
@@ -528,24 +608,24 @@ void qat_refine(int half, const void* x, const float* s, int64_t rows, int64_t n
     (half ? refine<BFloat16> : refine<float>)(x, s, rows, n, grid, factors, tried, threads, out);
 }
 
-// Codes of a row go from lowests[row] to highests[row], or from lowest to highest where these are null.
-void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int resolution, int lowest,
-                       int highest, const float* lowests, const float* highests, int threads, void* out) {
+// With two parts, s are low and high of each row, and the resolution is the number of steps between them.
+void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int parts, int resolution,
+                       int lowest, int highest, int threads, void* out) {
     const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
-    (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, grid, lowests, highests, threads, out);
+    (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, parts, grid, threads, out);
 }
 
-void qat_octav_interval(int half, const void* x, int64_t rows, int64_t n, const float* top, const float* guess,
-                        double k, int iterations, double tolerance, int threads, float* ends) {
-    (half ? intervals<BFloat16> : intervals<float>)(x, rows, n, top, guess, k, iterations, tolerance, threads, ends);
+void qat_octav_interval(int half, const void* x, int64_t rows, int64_t n, const float* start, double k, int iterations,
+                        double tolerance, int threads, float* ends) {
+    const Settings set{k, tolerance, iterations, start == nullptr, 1, nullptr};
+    (half ? intervals<BFloat16> : intervals<float>)(x, rows, n, start, set, threads, ends);
 }
 
-// The interval is [low, s]; where low is null, [-s, s] or [0, s].
-void qat_fake_quantize_backward(int half, const void* grad, const void* x, const float* low, const float* s,
-                                int64_t rows, int64_t n, int is_signed, int mad, int threads, void* out) {
+void qat_fake_quantize_backward(int half, const void* grad, const void* x, const float* s, int64_t rows, int64_t n,
+                                int parts, int is_signed, int mad, int threads, void* out) {
     const auto backward = half ? (mad ? quantize_backward<BFloat16, true> : quantize_backward<BFloat16, false>)
                                : (mad ? quantize_backward<float, true> : quantize_backward<float, false>);
-    backward(grad, x, low, s, rows, n, is_signed, threads, out);
+    backward(grad, x, s, rows, n, parts, is_signed, threads, out);
 }
 
 }  // extern "C"

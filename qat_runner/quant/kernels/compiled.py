@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager
-from qat_runner.quant.kernels.cost import Cost
+from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
@@ -44,22 +44,14 @@ def available() -> bool:
     return compiler() is not None
 
 
-def octav(
-    x: Tensor,
-    cost: Cost,
-    dims: tuple[int, ...],
-    guess: Tensor | None,
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None = None,
-) -> Tensor:
+def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`. Rows that fit into the processor's cache are read from memory once."""
-    rows = rows_of(x, dims)
+    rows = rows_of(x, search.dims)
     library = _library_for(x)
-    if rows is None or library is None or pool is not None:
-        return eager.octav(x, cost, dims, guess, iterations, tolerance, pool)
-    start, short = (None if t is None else t.to(torch.float32).contiguous() for t in (guess, cost.short))
-    s = torch.empty(kept(x, dims), dtype=torch.float32)
+    if rows is None or library is None or search.pool is not None:
+        return eager.octav(x, cost, guess, search)
+    start, short = _floats(guess), _floats(cost.short)
+    s = torch.empty(kept(x, search.dims), dtype=torch.float32)
     library.qat_octav(
         _half(x),
         rows.data_ptr(),
@@ -69,58 +61,58 @@ def octav(
         cost.signed,
         cost.reach,
         None if short is None else short.data_ptr(),
-        iterations,
-        tolerance,
+        search.iterations,
+        search.tolerance,
         torch.get_num_threads(),
         s.data_ptr(),
     )
     return s
 
 
-def octav_interval(
-    x: Tensor,
-    top: Tensor,
-    guess: Tensor | None,
-    k: float,
-    dims: tuple[int, ...],
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None = None,
-) -> Tensor:
+def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
-    rows = rows_of(x, dims)
+    rows = rows_of(x, search.dims)
     library = _library_for(x)
-    if rows is None or library is None or pool is not None:
-        return eager.octav_interval(x, top, guess, k, dims, iterations, tolerance, pool)
-    start = None if guess is None else guess.to(torch.float32).contiguous()
-    top = top.to(torch.float32).contiguous()
-    ends = torch.empty_like(top)
+    if rows is None or library is None or search.pool is not None:
+        return eager.octav_interval(x, noise, guess, search)
+    start = _floats(guess)
+    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32)
     library.qat_octav_interval(
         _half(x),
         rows.data_ptr(),
         *rows.shape,
-        top.data_ptr(),
         None if start is None else start.data_ptr(),
-        k,
-        iterations,
-        tolerance,
+        noise,
+        search.iterations,
+        search.tolerance,
         torch.get_num_threads(),
         ends.data_ptr(),
     )
     return ends
 
 
-def overhang(x: Tensor, t: Tensor) -> Tensor:
-    """As `eager.overhang`; one read."""
-    library, flat = _library_for(x), with_scalars(x, t)
-    if library is None or flat is None:
-        return eager.overhang(x, t)
-    rows, ends = flat
-    out = torch.empty_like(ends)
-    library.qat_overhang(
-        _half(x), rows.data_ptr(), ends.data_ptr(), *rows.shape, torch.get_num_threads(), out.data_ptr()
+def orient(
+    x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
+) -> Tensor:
+    """As `eager.orient`; one read."""
+    library, flat = _library_for(x), with_scalars(x, s)
+    if library is None or flat is None or pool is not None:
+        return eager.orient(x, s, before, halfway, clearly, pool)
+    rows, scalars = flat
+    signs = _floats(before)
+    out = torch.empty_like(scalars)
+    library.qat_orient(
+        _half(x),
+        rows.data_ptr(),
+        scalars.data_ptr(),
+        None if signs is None else signs.data_ptr(),
+        *rows.shape,
+        halfway,
+        clearly,
+        torch.get_num_threads(),
+        out.data_ptr(),
     )
-    return out.reshape(t.shape)
+    return out.reshape(s.shape)
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
@@ -149,27 +141,23 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    library = _library_for(x)
-    flat = with_scalars(x, format.step(s.to(torch.float32)) if isinstance(format, IntAffineFormat) else s)
+    library, flat = _library_for(x), with_scalars(x, s, format.parts)
     if library is None or flat is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
     rows, scalars = flat
     out = torch.empty_like(rows)
-    bounds: tuple[Tensor, ...]
-    if isinstance(format, IntFormat):
-        units, resolution, bounds = format.full_scale(scalars), format.resolution, ()
-    else:
-        zero = format.zero_point(s.to(torch.float32)).reshape(-1)
-        units, resolution, bounds = scalars, 1, (-zero, format.highest - zero)
+    units, levels = (
+        (format.full_scale(scalars), (format.resolution, format.lowest, format.highest))
+        if isinstance(format, IntFormat)
+        else (scalars, (format.levels_per_scalar, 0, 0))
+    )
     library.qat_fake_quantize(
         _half(x),
         rows.data_ptr(),
         units.data_ptr(),
         *rows.shape,
-        resolution,
-        format.lowest,
-        format.highest,
-        *([bound.data_ptr() for bound in bounds] or (None, None)),
+        format.parts,
+        *levels,
         torch.get_num_threads(),
         out.data_ptr(),
     )
@@ -180,27 +168,30 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    low, high = (None, s) if format.parts == 1 else format.ends(s)
-    library, flat = _library_for(x), with_scalars(x, high)
+    library, flat = _library_for(x), with_scalars(x, s, format.parts)
     if library is None or flat is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
     grad_rows = rows_beside(grad, x, rows)
-    lows = None if low is None else low.detach().to(torch.float32).reshape(-1).contiguous()
     out = torch.empty_like(rows)
     library.qat_fake_quantize_backward(
         _half(x),
         grad_rows.data_ptr(),
         rows.data_ptr(),
-        None if lows is None else lows.data_ptr(),
         scalars.data_ptr(),
         *rows.shape,
+        format.parts,
         format.signed,
         gradient == "mad",
         torch.get_num_threads(),
         out.data_ptr(),
     )
     return like(out, x)
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    """Dense, as C++ takes scalars."""
+    return None if t is None else t.to(torch.float32).contiguous()
 
 
 def _half(x: Tensor) -> bool:
@@ -234,11 +225,11 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     rows = (long, long)
     loaded.qat_octav.argtypes = [*tensor, *rows, pointer, real, integer, real, pointer, integer, real, integer, pointer]
     loaded.qat_refine.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, integer, integer, pointer]
-    loaded.qat_overhang.argtypes = [*tensor, pointer, *rows, integer, pointer]
-    loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, pointer, integer, pointer]
-    loaded.qat_fake_quantize_backward.argtypes = [*tensor, *[pointer] * 3, *rows, *[integer] * 3, pointer]
-    loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, pointer, real, integer, real, integer, pointer]
-    for name in ("octav_interval", "octav", "overhang", "refine", "fake_quantize", "fake_quantize_backward"):
+    loaded.qat_orient.argtypes = [*tensor, pointer, pointer, *rows, real, real, integer, pointer]
+    loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 5, pointer]
+    loaded.qat_fake_quantize_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 4, pointer]
+    loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, real, integer, real, integer, pointer]
+    for name in ("octav_interval", "octav", "orient", "refine", "fake_quantize", "fake_quantize_backward"):
         function = getattr(loaded, f"qat_{name}")
         function.restype = None
     return loaded

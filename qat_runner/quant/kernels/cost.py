@@ -1,4 +1,4 @@
-"""What OCTAV minimizes, J(s), as far as it depends on the format: how coarse rounding is, and where the ends lie."""
+"""What OCTAV minimizes, J(s), as far as it depends on the format, and how long a solver may look for its minimum."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.pool import Pool
+from qat_runner.quant.tensors import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Cost:
 
     Solvers sum w instead of counting elements, on both sides of the equation J' = 0, and have k take the mean weight
     back: exact where both sides are clipped equally often, and next to nothing off elsewhere, since few are clipped.
+    What they start from and answer with is s = t / r.
     """
 
     noise: float
@@ -32,7 +35,12 @@ class Cost:
     reach: float = 1.0
     """r = t / s"""
     short: Tensor | None = None
-    """the sign of the side that ends at t, 1 or -1, shape of s, compute dtype; None: both sides are alike"""
+    """below zero in rows whose negative side is the one that ends at t; shape of s, compute dtype; None: in no row"""
+
+    @property
+    def sided(self) -> bool:
+        """Whether there are two sides, which end at different places."""
+        return self.signed and self.reach < 1
 
     @property
     def weight(self) -> float:
@@ -40,33 +48,42 @@ class Cost:
         return 1 / self.reach**2
 
 
-def cost_of(format: Format, like: Tensor, missing_code: bool, orientation: Tensor | None) -> Cost:
+@dataclass(frozen=True)
+class Search:
+    """Where a solver looks for a minimum, and for how long."""
+
+    dims: tuple[int, ...]
+    """the dimensions of x that one scalar spans, at least one; they are kept, with size 1"""
+    iterations: int
+    """reads of x after the start"""
+    tolerance: float
+    """reading ends when nothing moves by more than this, relatively, where looking is free"""
+    pool: Pool | None = None
+    """what x is a part of; None: it is all there is"""
+
+
+def cost_of(format: Format, missing_code: bool, orientation: Tensor | None) -> Cost:
     """What OCTAV minimizes for a format.
 
     Args:
         format: what is rounded to.
-        like: shape, dtype and device of s.
         missing_code: of two's complement: the last code above zero counts where it lies, not at s.
-        orientation: of an oriented format: the signs of s, shape of s.
+        orientation: of an oriented format: the signs of s, shape of s, compute dtype; only they count.
     """
     if not isinstance(format, IntFormat) or format.closed or not (missing_code or format.oriented):
         return Cost(format.rounding_noise, format.signed)
     reach = format.highest / format.levels_per_scalar
-    noise = format.rounding_noise / reach**2
-    if not format.signed:
-        return Cost(noise, False, reach)
-    short = torch.ones_like(like) if orientation is None else orientation.to(like.dtype).expand(like.shape)
-    return Cost(noise, True, reach, short)
+    return Cost(format.rounding_noise / reach**2, format.signed, reach, orientation)
 
 
 def sided(x: Tensor, cost: Cost) -> tuple[Tensor, Tensor]:
-    """Magnitudes a of x and their weights w, in the dtype of `cost.short`, fresh memory.
+    """Magnitudes a of x and their weights w, in the compute dtype, fresh memory.
 
     Args:
         x: any shape and floating dtype.
-        cost: with a short side.
+        cost: whose sides are not alike.
     """
-    assert cost.short is not None
-    towards_short = x.to(cost.short.dtype) * cost.short
+    x = x.to(compute_dtype(x))
+    towards_short = x if cost.short is None else torch.where(cost.short < 0, -x, x)
     long = towards_short < 0
     return torch.where(long, -cost.reach * towards_short, towards_short), torch.where(long, cost.weight, 1.0)

@@ -11,39 +11,29 @@ from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import intervals, newton
-from qat_runner.quant.kernels.cost import Cost, sided
+from qat_runner.quant.kernels.cost import Cost, Search, sided
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype, largest, magnitudes, recording
+from qat_runner.quant.tensors import compute_dtype, extremes, largest, magnitudes, recording
 
 
-def octav(
-    x: Tensor,
-    cost: Cost,
-    dims: tuple[int, ...],
-    guess: Tensor | None,
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None = None,
-) -> Tensor:
+def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """Solve for the clipping scalars of x (Theorem 3.1).
 
     Args:
         x: any shape and floating dtype, with elements.
         cost: what is minimized.
-        dims: the dimensions that one scalar spans, at least one; they are kept, with size 1.
-        guess: t_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
-        iterations: reads of x after the start.
-        tolerance: reading ends when no scalar moves by more than this, relatively, where looking is free.
-        pool: what x is a part of; None: it is all there is.
+        guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
+        search: see there.
 
     Returns:
-        t in units of x, in `compute_dtype`.
+        s in units of x, in `compute_dtype`.
     """
-    a, weights = (magnitudes(x, cost.signed), None) if cost.short is None else sided(x, cost)
+    dims, pool = search.dims, search.pool
+    a, weights = sided(x, cost) if cost.sided else (magnitudes(x, cost.signed), None)
     cold = guess is None
-    top_of_x = largest(x, cost.signed, dims) if weights is None else a.amax(dims, keepdim=True)
+    top_of_x = a.amax(dims, keepdim=True) if cost.sided else largest(x, cost.signed, dims)
     top_of_x = top_of_x if pool is None else pool.largest(top_of_x)
-    guess = top_of_x if guess is None else guess
+    guess = top_of_x if guess is None else guess * cost.reach
     nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
     k: float | Tensor = cost.noise
     if weights is not None:
@@ -69,41 +59,33 @@ def octav(
         return newton.advance(state, excess, outside, total, nonzero, top)
 
     look = x.device.type == "cpu" and not recording()
-    return newton.solve(step, guess, k, cold=cold, iterations=iterations, tolerance=tolerance, look=look)
+    t = newton.solve(step, guess, k, cold=cold, iterations=search.iterations, tolerance=search.tolerance, look=look)
+    return t / cost.reach
 
 
 def _sum(t: Tensor, weights: Tensor | None, dims: tuple[int, ...]) -> Tensor:
     return (t if weights is None else t * weights).sum(dims, keepdim=True)
 
 
-def octav_interval(
-    x: Tensor,
-    top: Tensor,
-    guess: Tensor | None,
-    k: float,
-    dims: tuple[int, ...],
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None = None,
-) -> Tensor:
+def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """Solve for the clipping intervals of x (`intervals`).
 
     Args:
         x: any shape and floating dtype, with elements.
-        top: low and high that clip nothing, stacked: [2, *shape of an end], in `compute_dtype`.
-        guess: where to begin, as `top`; None: at twice the mean of what lies on a side.
-        k: noise of rounding, in units of the width squared.
-        dims: the dimensions that one interval spans, at least one; they are kept, with size 1.
-        iterations: reads of x.
-        tolerance: reading ends when no end moves by more than this share of the width, where looking is free.
-        pool: what x is a part of; None: it is all there is.
+        noise: k, of rounding, in units of the width squared.
+        guess: where to begin, as the result; None: at twice the mean of what lies on a side.
+        search: see there; the tolerance is a share of the width.
 
     Returns:
-        low and high, as `top`.
+        low and high in units of x, stacked: [2, *shape of an end], in `compute_dtype`.
     """
-    reach = torch.maximum(-top[0], top[1])
+    dims, pool = search.dims, search.pool
+    low, high = extremes(x, dims)
+    if pool is not None:
+        low, high = -pool.largest(-low), pool.largest(high)
+    reach = torch.maximum(-low, high)
     unit = newton.power_of_two(torch.where(reach > 0, reach, 1.0))
-    a = x.to(top.dtype) / unit
+    a = x.to(reach.dtype) / unit
     counts = [torch.count_nonzero(a, dims).reshape(reach.shape).double()]
     if guess is None:
         counts += [(a > 0).sum(dims, keepdim=True), (a < 0).sum(dims, keepdim=True)]
@@ -114,7 +96,7 @@ def octav_interval(
         u, v = (2 * total / number.clamp(min=1) for number, total in zip(counts[1:3], counts[3:], strict=True))
     else:
         u, v = guess[1] / unit, -guess[0] / unit
-    state = intervals.begin(u, v, top[1] / unit, -top[0] / unit, k, counts[0])
+    state = intervals.begin(u, v, high / unit, -low / unit, noise, counts[0])
     buffer = torch.empty_like(a)
 
     def beyond(end: Tensor, sign: int) -> list[Tensor]:
@@ -123,28 +105,40 @@ def octav_interval(
         return [sums[0], buffer.sign_().sum(dims, keepdim=True), sums[1]]
 
     look = x.device.type == "cpu" and not recording()
-    for _ in range(iterations):
+    for _ in range(search.iterations):
         sums = [*beyond(state[intervals.U], 1), *beyond(state[intervals.V], -1)]
         sums = sums if pool is None else pool.total(*sums)
-        state = intervals.advance(state, k, torch.stack(sums[:3]), torch.stack(sums[3:]))
-        if look and bool((state[intervals.MOVED] <= tolerance).all()):
+        state = intervals.advance(state, noise, torch.stack(sums[:3]), torch.stack(sums[3:]))
+        if look and bool((state[intervals.MOVED] <= search.tolerance).all()):
             break
-    u, v = intervals.answer(state, k)
-    return (torch.stack([-v, u]) * unit).to(top.dtype)
+    u, v = intervals.answer(state, noise)
+    return (torch.stack([-v, u]) * unit).to(reach.dtype)
 
 
-def overhang(x: Tensor, t: Tensor) -> Tensor:
-    """By how much x lies beyond t above zero, less by how much it does below: sum of x - clip(x, -t, t).
+def orient(
+    x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
+) -> Tensor:
+    """Clipping scalars with the sign that the overhang of x says, sum x - clip(x, -t, t) at t = halfway * s.
 
     Args:
         x: any shape and floating dtype, with elements.
-        t: >= 0, broadcastable to x: [], or one an index of some dimension with the others at size 1.
+        s: >= 0, broadcastable to x: [], or one an index of some dimension with the others at size 1.
+        before: numbers of a sign that stays unless the overhang is large, shape of s; None: there is none.
+        halfway: see above.
+        clearly: the overhang that is large, in units of s, for each element.
+        pool: what x is a part of; None: it is all there is.
 
     Returns:
-        One sum for each element of t, in its shape and dtype.
+        As s: negative where x overhangs above zero, zeros as well.
     """
-    a = x.to(t.dtype)
-    return (a - torch.minimum(torch.maximum(a, -t), t)).sum_to_size(t.shape)
+    a, t = x.to(s.dtype), s * halfway
+    overhang = (a - torch.minimum(torch.maximum(a, -t), t)).sum_to_size(s.shape)
+    large = s * (clearly * (x.numel() / s.numel()))
+    if pool is not None:
+        overhang, large = (figure.to(s.dtype) for figure in pool.total(overhang, large))
+    if before is None:
+        return torch.where(overhang > 0, -s, s)
+    return torch.copysign(s, torch.where(overhang * before.sign() > large, -before, before))
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:

@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+NEAR = 1 / 1024
+"""A start is not nearer to zero than this share of the extreme: from there on it doubles."""
 U, V = 0, 1
 """Where the state holds what is to be read next."""
 BEST_U, BEST_V, LEAST, TOP_U, TOP_V, LO_U, LO_V, COUNT, MOVED, OVER_EXTREMES = range(2, 12)
@@ -37,7 +39,9 @@ def begin(u: Tensor, v: Tensor, top_u: Tensor, top_v: Tensor, k: float, count: T
         count: #{x != 0}.
     """
     u, v, top_u, top_v, count = (t.double() for t in (u, v, top_u, top_v, count))
-    u, v = (torch.where(torch.isfinite(s) & (s > 0), torch.minimum(s, top), top) for s, top in ((u, top_u), (v, top_v)))
+    u, v = (
+        torch.where(torch.isfinite(s) & (s > 0), s.clamp(NEAR * top, top), top) for s, top in ((u, top_u), (v, top_v))
+    )
     zero = torch.zeros_like(u)
     least = k * (top_u + top_v).square() * count
     return torch.stack([u, v, top_u, top_v, least, top_u, top_v, zero, zero, count, zero, zero])

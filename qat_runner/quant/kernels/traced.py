@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.kernels.eager import octav, octav_interval, overhang, refine
+from qat_runner.quant.kernels.eager import octav, octav_interval, orient, refine
 from qat_runner.quant.tensors import compute_dtype
 
-__all__ = ["fake_quantize", "fake_quantize_backward", "octav", "octav_interval", "overhang", "refine"]
+__all__ = ["fake_quantize", "fake_quantize_backward", "octav", "octav_interval", "orient", "refine"]
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:

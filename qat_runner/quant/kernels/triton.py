@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager
-from qat_runner.quant.kernels.cost import Cost
+from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import largest
@@ -34,39 +34,37 @@ STATE = tl.constexpr(11)
 SUMS = tl.constexpr(6)
 
 
-def octav(
-    x: Tensor,
-    cost: Cost,
-    dims: tuple[int, ...],
-    guess: Tensor | None,
-    iterations: int,
-    tolerance: float,
-    pool: Pool | None = None,
-) -> Tensor:
+def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`; each row stops on its own."""
-    rows = rows_of(x, dims) if _serves(x) and pool is None else None
+    rows = rows_of(x, search.dims) if _serves(x) and search.pool is None else None
     if rows is None:
-        return eager.octav(x, cost, dims, guess, iterations, tolerance, pool)
-    start = (largest(x, cost.signed, dims) if guess is None else guess).to(torch.float32).contiguous()
+        return eager.octav(x, cost, guess, search)
+    start = (largest(x, cost.signed, search.dims) if guess is None else guess).to(torch.float32).contiguous()
     s = torch.empty_like(start)
     solve = _solve_short if rows.shape[1] <= max(REGISTERS) else _solve_long
-    solve(rows, start, s, cost, tolerance, iterations, guess is None)
+    solve(rows, start, s, cost, search, guess is None)
     return s
 
 
 octav_interval = eager.octav_interval
 
 
-def overhang(x: Tensor, t: Tensor) -> Tensor:
-    """As `eager.overhang`; one read."""
-    flat = with_scalars(x, t) if _serves(x) else None
+def orient(
+    x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
+) -> Tensor:
+    """As `eager.orient`; one read."""
+    flat = with_scalars(x, s) if _serves(x) and pool is None else None
     if flat is None:
-        return eager.overhang(x, t)
-    rows, ends = flat
+        return eager.orient(x, s, before, halfway, clearly, pool)
+    rows, scalars = flat
     programs = min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
     parts = rows.new_empty((len(rows), programs), dtype=torch.float32)
-    _overhang_part[(len(rows) * programs,)](rows, ends, parts, rows.shape[1], programs, BLOCK=BLOCK)
-    return parts.sum(1).reshape(t.shape)
+    signs, out = scalars if before is None else before.to(torch.float32).contiguous(), torch.empty_like(scalars)
+    _overhang_part[(len(rows) * programs,)](rows, scalars, parts, rows.shape[1], programs, halfway, BLOCK=BLOCK)
+    _orient_row[(len(rows),)](
+        parts, scalars, signs, out, programs, clearly * rows.shape[1], STAYS=before is not None, PROGRAMS=PROGRAMS
+    )
+    return out.reshape(s.shape)
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
@@ -76,24 +74,19 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    if not _serves(x) or not isinstance(format, IntFormat | IntAffineFormat):
-        return eager.fake_quantize(x, s, format)
-    affine = isinstance(format, IntAffineFormat)
-    flat = with_scalars(x, format.step(s.to(torch.float32)) if isinstance(format, IntAffineFormat) else s)
-    if flat is None:
+    flat = with_scalars(x, s, format.parts) if _serves(x) else None
+    if flat is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
     rows, scalars = flat
-    if isinstance(format, IntAffineFormat):
-        units, zero, resolution = scalars, format.zero_point(s.to(torch.float32)).reshape(-1).contiguous(), 1
-    else:
-        units, zero, resolution = format.full_scale(scalars), scalars, format.resolution
+    affine = isinstance(format, IntAffineFormat)
+    resolution = format.resolution if isinstance(format, IntFormat) else format.levels_per_scalar
     out = torch.empty_like(rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize[(len(rows) * blocks,)](
         rows,
-        units,
-        zero,
+        format.full_scale(scalars) if isinstance(format, IntFormat) else scalars,
         out,
+        len(rows),
         rows.shape[1],
         blocks,
         float(resolution),
@@ -109,25 +102,23 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    low, high = (None, s) if format.parts == 1 else format.ends(s)
-    flat = with_scalars(x, high) if _serves(x) else None
+    flat = with_scalars(x, s, format.parts) if _serves(x) else None
     if flat is None:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
     rows, scalars = flat
-    lows = scalars if low is None else low.detach().to(torch.float32).reshape(-1).contiguous()
     grad_rows = rows_beside(grad, x, rows)
     out = torch.empty_like(grad_rows)
     blocks = triton.cdiv(rows.shape[1], BLOCK)
     _fake_quantize_backward[(len(rows) * blocks,)](
         grad_rows,
         rows,
-        lows,
         scalars,
         out,
+        len(rows),
         rows.shape[1],
         blocks,
         SIGNED=format.signed,
-        ENDS=low is not None,
+        ENDS=format.parts == 2,
         MAD=gradient == "mad",
         BLOCK=BLOCK,
     )
@@ -145,48 +136,46 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def _solve_short(
-    rows: Tensor, start: Tensor, s: Tensor, cost: Cost, tolerance: float, iterations: int, cold: bool
-) -> None:
+def _solve_short(rows: Tensor, start: Tensor, s: Tensor, cost: Cost, search: Search, cold: bool) -> None:
     block, warps = next((block, warps) for block, warps in REGISTERS.items() if rows.shape[1] <= block)
-    short, sided = _short_side(cost, start)
     _solve_row[(len(rows),)](
         rows,
         start,
-        short,
+        _short_sides(cost, start),
         s,
         rows.shape[1],
         cost.noise,
         cost.reach,
-        tolerance,
-        iterations,
-        SIGNED=cost.signed,
-        SIDED=sided,
+        search.tolerance,
+        search.iterations,
+        **_kind(cost),
         COLD=cold,
         BLOCK=block,
         num_warps=warps,
     )
 
 
-def _solve_long(
-    rows: Tensor, start: Tensor, s: Tensor, cost: Cost, tolerance: float, iterations: int, cold: bool
-) -> None:
+def _solve_long(rows: Tensor, start: Tensor, s: Tensor, cost: Cost, search: Search, cold: bool) -> None:
     n, programs = rows.shape[1], min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
-    short, sided = _short_side(cost, start)
+    short, kind = _short_sides(cost, start), _kind(cost)
     state = rows.new_empty((len(rows), STATE.value), dtype=torch.float64)
     parts = rows.new_empty((len(rows), SUMS.value, programs), dtype=torch.float32)
-    kind = {"SIGNED": cost.signed, "SIDED": sided}
-    _begin[(len(rows),)](start, state, cost.noise)
-    for i in range(iterations + cold):
+    _begin[(len(rows),)](start, state, cost.noise, cost.reach)
+    for i in range(search.iterations + cold):
         _sum_part[(len(rows) * programs,)](rows, state, short, parts, n, programs, cost.reach, **kind, BLOCK=BLOCK)
-        _advance_row[(len(rows),)](state, parts, s, programs, tolerance, COLD=cold and i == 0, PROGRAMS=PROGRAMS)
+        _advance_row[(len(rows),)](
+            state, parts, s, programs, cost.reach, search.tolerance, COLD=cold and i == 0, PROGRAMS=PROGRAMS
+        )
 
 
-def _short_side(cost: Cost, start: Tensor) -> tuple[Tensor, bool]:
-    """Sign of the short side of each row, float32 [rows], and whether there is one; otherwise it is not looked at."""
-    if cost.short is None:
-        return start, False
-    return cost.short.to(torch.float32).contiguous(), True
+def _short_sides(cost: Cost, start: Tensor) -> Tensor:
+    """Signs of the short sides, float32 [rows]; something that is not looked at where there are none."""
+    return start if cost.short is None else cost.short.to(torch.float32).contiguous()
+
+
+def _kind(cost: Cost) -> dict[str, bool]:
+    """What decides how a kernel is compiled."""
+    return {"SIGNED": cost.signed, "SIDED": cost.sided, "POINTED": cost.short is not None}
 
 
 @triton.jit
@@ -206,10 +195,11 @@ def _start(guess):
 
 
 @triton.jit
-def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr):
+def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr, POINTED: tl.constexpr):
     """Magnitudes of x, and their weights (`cost.sided`)."""
     if SIDED:
-        x = x * short
+        if POINTED:
+            x = tl.where(short < 0, -x, x)
         return tl.where(x < 0, -x * reach, x), tl.where(x < 0, 1.0 / (reach * reach), 1.0)
     return tl.abs(x) if SIGNED else tl.where(x < 0, 0.0, x), tl.where(x < 0, 1.0, 1.0)
 
@@ -258,6 +248,7 @@ def _solve_row(
     iterations,
     SIGNED: tl.constexpr,
     SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
     COLD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -265,8 +256,8 @@ def _solve_row(
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-    raw, weight = _magnitude(x, tl.load(short_ptr + row), reach, SIGNED, SIDED)
-    s, unit = _start(tl.load(guess_ptr + row))
+    raw, weight = _magnitude(x, tl.load(short_ptr + row), reach, SIGNED, SIDED, POINTED)
+    s, unit = _start(tl.load(guess_ptr + row) * reach)
     a = raw * (1.0 / unit)
     k = s * 0 + k  # float64
     nonzero = tl.sum(tl.where(raw > 0, weight, 0.0)).to(tl.float64)
@@ -289,14 +280,14 @@ def _solve_row(
         )
         moving = tl.abs(s - before) > tolerance * s
         i += 1
-    tl.store(s_ptr + row, (s * unit).to(tl.float32))
+    tl.store(s_ptr + row, tl.div_rn((s * unit).to(tl.float32), reach))
 
 
 @triton.jit
-def _begin(guess_ptr, state_ptr, k):
+def _begin(guess_ptr, state_ptr, k, reach):
     """guess float32 [rows] -> state [rows, STATE]; one program a row."""
     row = tl.program_id(0).to(tl.int64)
-    s, unit = _start(tl.load(guess_ptr + row))
+    s, unit = _start(tl.load(guess_ptr + row) * reach)
     state = state_ptr + row * STATE
     tl.store(state, s)
     tl.store(state + 1, unit.to(tl.float64))
@@ -318,6 +309,7 @@ def _sum_part(
     reach,
     SIGNED: tl.constexpr,
     SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x [rows, n] -> parts [rows, SUMS, programs]: each program's share of a row's sums."""
@@ -336,7 +328,7 @@ def _sum_part(
         while first < n:  # no range: some interpreters cannot count to what is not a constant
             offsets = first + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
-            raw, weight = _magnitude(x, short, reach, SIGNED, SIDED)
+            raw, weight = _magnitude(x, short, reach, SIGNED, SIDED, POINTED)
             a = raw * scale
             excess += tl.where(a > s, weight * (a - s), 0.0)
             outside += tl.where(a > s, weight, 0.0)
@@ -355,7 +347,7 @@ def _sum_part(
 
 
 @triton.jit
-def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.constexpr, PROGRAMS: tl.constexpr):
+def _advance_row(state_ptr, parts_ptr, s_ptr, programs, reach, tolerance, COLD: tl.constexpr, PROGRAMS: tl.constexpr):
     """Propose a row's next s from the sums at its present one, or begin a cold start with the mean; one program a row.
 
     s [rows], float32, is written in units of x.
@@ -396,14 +388,14 @@ def _advance_row(state_ptr, parts_ptr, s_ptr, programs, tolerance, COLD: tl.cons
         tl.store(state + 8, hi)
         tl.store(state + 9, sum_hi)
         tl.store(state + 10, outside_hi)
-        tl.store(s_ptr + row, (s * unit).to(tl.float32))
+        tl.store(s_ptr + row, tl.div_rn((s * unit).to(tl.float32), reach))
 
 
 @triton.jit
-def _overhang_part(x_ptr, t_ptr, parts_ptr, n, programs, BLOCK: tl.constexpr):
-    """x [rows, n], t float32 [rows] -> parts [rows, programs]: each program's share of a row's overhang."""
+def _overhang_part(x_ptr, s_ptr, parts_ptr, n, programs, halfway, BLOCK: tl.constexpr):
+    """x [rows, n], s float32 [rows] -> parts [rows, programs]: each program's share of a row's overhang."""
     row, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    t = tl.load(t_ptr + row)
+    t = tl.load(s_ptr + row) * halfway
     total = tl.zeros([BLOCK], dtype=tl.float32)
     first = part * BLOCK
     while first < n:  # no range: some interpreters cannot count to what is not a constant
@@ -415,11 +407,26 @@ def _overhang_part(x_ptr, t_ptr, parts_ptr, n, programs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _orient_row(parts_ptr, s_ptr, before_ptr, out_ptr, programs, clearly, STAYS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """parts [rows, programs], s and before float32 [rows] -> s with signs; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, PROGRAMS)
+    overhang = tl.sum(tl.load(parts_ptr + row * programs + index, mask=index < programs, other=0.0))
+    s = tl.load(s_ptr + row)
+    if STAYS:
+        sign = tl.where(tl.load(before_ptr + row) < 0, -1.0, 1.0)
+        sign = tl.where(overhang * sign > clearly * s, -sign, sign)
+    else:
+        sign = tl.where(overhang > 0, -1.0, 1.0)
+    tl.store(out_ptr + row, s * sign)
+
+
+@triton.jit
 def _fake_quantize(
     x_ptr,
     s_ptr,
-    zero_ptr,
     out_ptr,
+    rows,
     n,
     blocks,
     resolution,
@@ -428,15 +435,18 @@ def _fake_quantize(
     AFFINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, out [rows, n], s float32 [rows], full scales, or steps beside zero points of affine codes; `blocks` programs a
-    row."""
+    """x, out [rows, n], s float32 [rows], full scales, or low and high [2, rows], with `resolution` steps between them;
+    `blocks` programs a row."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
     if AFFINE:
-        zero = tl.load(zero_ptr + row)
-        lowest, highest = lowest - zero, highest - zero
+        low = s
+        s = tl.div_rn(tl.load(s_ptr + rows + row) - low, resolution)
+        zero = tl.div_rn(-low, tl.where(s == 0, 1.0, s))
+        zero = (tl.minimum(tl.maximum(zero, 0.0), resolution) + ROUND) - ROUND
+        lowest, highest, resolution = -zero, resolution - zero, 1.0
     x = tl.load(x_ptr + row * n + offsets, mask=mask).to(tl.float32)
     code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
     code = tl.where(code < lowest, lowest, code)  # NaN stays NaN
@@ -449,9 +459,9 @@ def _fake_quantize(
 def _fake_quantize_backward(
     grad_ptr,
     x_ptr,
-    low_ptr,
     s_ptr,
     out_ptr,
+    rows,
     n,
     blocks,
     SIGNED: tl.constexpr,
@@ -459,12 +469,14 @@ def _fake_quantize_backward(
     MAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad, x, out [rows, n], s float32 [rows], and with two ends the lower one, low; `blocks` programs a row."""
+    """grad, x, out [rows, n], s float32 [rows], or low and high [2, rows]; `blocks` programs a row."""
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
-    low = tl.load(low_ptr + row) if ENDS else (-s if SIGNED else s * 0)
+    low = -s if SIGNED else s * 0
+    if ENDS:
+        low, s = s, tl.load(s_ptr + rows + row)
     x = tl.load(x_ptr + row * n + offsets, mask=mask, other=1.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * n + offsets, mask=mask, other=0.0).to(tl.float32)
     if MAD:

@@ -32,16 +32,17 @@ def _in_memory_order(x: Tensor, layout: torch.memory_format) -> Tensor:
     return x.permute(0, 2, 3, 1) if layout == torch.channels_last else x
 
 
-def with_scalars(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor] | None:
-    """x as [rows, n] and s, float32, as dense [rows]; None for other granularities."""
+def with_scalars(x: Tensor, s: Tensor, parts: int = 1) -> tuple[Tensor, Tensor] | None:
+    """x as [rows, n] and s, float32, as dense [rows], or [parts, rows]; None for other granularities."""
     s = s.detach().to(torch.float32)
-    if s.numel() == 1:
+    of_one = s if parts == 1 else s[0]
+    if of_one.numel() == 1:
         rows = rows_of(x, tuple(range(x.ndim)))
-    elif s.ndim == x.ndim and s.numel() == s.shape[0] == x.shape[0]:
+    elif of_one.ndim == x.ndim and of_one.numel() == of_one.shape[0] == x.shape[0]:
         rows = rows_of(x, tuple(range(1, x.ndim)))
     else:
         rows = None
-    return None if rows is None else (rows, s.reshape(-1).contiguous())
+    return None if rows is None else (rows, (s.reshape(-1) if parts == 1 else s.reshape(parts, -1)).contiguous())
 
 
 def like(rows: Tensor, x: Tensor) -> Tensor:
