@@ -19,6 +19,7 @@ with the spread between quartiles. Parts:
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -81,8 +82,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def take_turns(contest: Contest, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds."""
+def take_turns(
+    contest: Contest, rounds: int, device: torch.device, beside: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds.
+
+    With `beside`, a contestant, also how many times its time each takes: the median over the rounds, and its standard
+    error, for differences that are small beside what the machine does from minute to minute.
+    """
     for _ in range(3):  # allocate, compile, let memory settle
         for run in contest.values():
             run()
@@ -95,7 +102,13 @@ def take_turns(contest: Contest, rounds: int, device: torch.device) -> dict[str,
             synchronize(device)
             times[name].append(1e3 * (time.perf_counter() - began))
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-    return {name: {"ms": q[1], "spread": q[2] - q[0]} for name, q in quartiles.items()}
+    figures = {name: {"ms": q[1], "spread": q[2] - q[0]} for name, q in quartiles.items()}
+    for name, values in times.items() if beside else ():
+        ratios = [a / b for a, b in zip(values, times[beside or name], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        error = 1.25 * (high - low) / 1.35 / math.sqrt(rounds)  # of a median, of what is nearly normal
+        figures[name] |= {f"x {beside}": middle, "standard error": error}
+    return figures
 
 
 def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
@@ -294,11 +307,8 @@ def grids(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
     rows = []
     for name, which in chosen_steps(args, device).items():
         contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in GRIDS}
-        figures = take_turns(contest, args.rounds, device)
-        usual = figures["two's complement"]["ms"]
-        rows += [
-            {"network": name, "what": mode, **f, "x two's complement": f["ms"] / usual} for mode, f in figures.items()
-        ]
+        figures = take_turns(contest, args.rounds, device, beside="two's complement")
+        rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
     return rows
 
 

@@ -49,7 +49,6 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
-        s = s.abs() if ctx.format.oriented else s
         return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient), None, None, None
 
 

@@ -38,7 +38,6 @@ def side_of_largest(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) 
     return torch.where(above > below, -1.0, 1.0).to(compute_dtype(x))
 
 
-@torch.no_grad()
 def oriented(x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = None, pool: Pool | None = None) -> Tensor:
     """Clipping scalars with the sign under which x has the smaller squared error.
 

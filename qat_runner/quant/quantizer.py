@@ -229,8 +229,9 @@ class Quantizer(ScalarState):
         """The scalars of a call, remembered where they are to be."""
         if not (self.dynamic and (self.training or self.eval_mode == "dynamic")):
             return self._constant_scalars()
-        start = self.s if self.method.warm and self.has_scalars else None
-        pointed = self.orientation if self.has_scalars and self.format.oriented else None
+        known = self.has_scalars
+        start = self.s if known and self.method.warm else None
+        pointed = self.orientation if known else None
         if not self.training:
             return self._solve(x, Call(check=not torch.compiler.is_compiling(), start=start, orientation=pointed))
         repeated = _in_backward_pass()

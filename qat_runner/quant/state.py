@@ -169,7 +169,7 @@ class ScalarState(nn.Module):
         says nothing new.
         """
         unchanged = (self.training and self._known.seen) or self._known_of == self._version_of_state()
-        if not (recording() or unchanged):
+        if not (unchanged or recording()):
             self._read()
         return self._known
 

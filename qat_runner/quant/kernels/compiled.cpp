@@ -106,33 +106,38 @@ inline Sums sums_of_run(const T* x, int64_t n, const Sides& sides, float scale, 
     return {excess, static_cast<double>(outside), total, count, largest, count};
 }
 
-// The same of a row with sides, each summed alone and then weighed.
+// The same of a row with sides. Each element lies on one of them, where its weighed magnitude is the larger of two lines.
 template <typename T>
 inline Sums sums_of_sides(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
-    const float up = sides.above * scale, down = -sides.below * scale;
-    float above = 0, below = 0, total_above = 0, total_below = 0, largest = 0;
+    const float up = sides.above * scale * sides.weight_above, down = -sides.below * scale * sides.weight_below;
+    const float s_up = s * sides.weight_above, s_down = s * sides.weight_below;
+    float excess = 0, total = 0, lowest = 0, highest = 0;
     int32_t outside_above = 0, outside_below = 0, positive = 0, negative = 0;
-#pragma omp simd reduction(+ : above, below, outside_above, outside_below)
-    for (int64_t i = 0; i < n; ++i) {
-        const float v = load(x[i]), a = v * up, b = v * down;
-        above += a > s ? a - s : 0.0f, outside_above += a > s;
-        below += b > s ? b - s : 0.0f, outside_below += b > s;
+    if (everything) {
+#pragma omp simd reduction(+ : excess, outside_above, outside_below, total, positive, negative) \
+    reduction(min : lowest) reduction(max : highest)
+        for (int64_t i = 0; i < n; ++i) {
+            const float v = load(x[i]), a = v * up, b = v * down, over = std::max(a - s_up, b - s_down);
+            excess += over > 0 ? over : 0.0f;
+            outside_above += a > s_up, outside_below += b > s_down;
+            total += std::max(a, b);
+            positive += v > 0, negative += v < 0;
+            lowest = v < lowest ? v : lowest, highest = v > highest ? v : highest;
+        }
+    } else {
+#pragma omp simd reduction(+ : excess, outside_above, outside_below)
+        for (int64_t i = 0; i < n; ++i) {
+            const float v = load(x[i]), a = v * up, b = v * down, over = std::max(a - s_up, b - s_down);
+            excess += over > 0 ? over : 0.0f;
+            outside_above += a > s_up, outside_below += b > s_down;
+        }
     }
-    const auto weigh = [&](double of_above, double of_below) {
-        return sides.weight_above * of_above + sides.weight_below * of_below;
+    const auto weigh = [&](int32_t of_above, int32_t of_below) {
+        return static_cast<double>(sides.weight_above) * of_above + static_cast<double>(sides.weight_below) * of_below;
     };
-    Sums result{weigh(above, below), weigh(outside_above, outside_below)};
-    if (!everything) return result;
-#pragma omp simd reduction(+ : total_above, total_below, positive, negative) reduction(max : largest)
-    for (int64_t i = 0; i < n; ++i) {
-        const float v = load(x[i]), a = v * up, b = v * down;
-        total_above += a > 0 ? a : 0.0f, positive += v > 0;
-        total_below += b > 0 ? b : 0.0f, negative += v < 0;
-        largest = std::max(largest, std::max(a, b));
-    }
-    result.total = weigh(total_above, total_below), result.nonzero = weigh(positive, negative);
-    result.largest = largest, result.count = positive + negative;
-    return result;
+    const float largest = std::max(highest * (sides.above * scale), -lowest * (sides.below * scale));
+    return {excess,  weigh(outside_above, outside_below),         total, weigh(positive, negative),
+            largest, static_cast<double>(positive + negative)};
 }
 
 template <typename T, Kind KIND>
@@ -571,7 +576,8 @@ void quantize_backward(const void* grad, const void* x, const float* s, int64_t 
     const T *g = static_cast<const T*>(grad), *from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
     in_pieces(rows, n, threads, [=](int64_t at, int64_t length, int64_t row) {
-        const float low = parts == 2 ? s[row] : is_signed ? -s[row] : 0, high = s[(parts - 1) * rows + row];
+        const float high = parts == 2 ? s[rows + row] : std::fabs(s[row]);
+        const float low = parts == 2 ? s[row] : is_signed ? -high : 0;
         backward_piece<T, MAD>(g + at, from + at, length, low, high, to + at);
     });
 }

@@ -138,7 +138,8 @@ def orient(
         overhang, large = (figure.to(s.dtype) for figure in pool.total(overhang, large))
     if before is None:
         return torch.where(overhang > 0, -s, s)
-    return torch.copysign(s, torch.where(overhang * before.sign() > large, -before, before))
+    turns = torch.where(before < 0, -overhang, overhang) > large
+    return torch.copysign(s, torch.where(turns, -before, before))
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
@@ -179,8 +180,8 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     Args:
         grad: gradient of the loss with respect to the output, shape and dtype of x.
         x: the input of fake_quantize.
-        s: its clipping scalar, broadcastable to x.
-        format: which has the clipping interval: [-s, s] where it is signed, [0, s] otherwise, or two ends.
+        s: its clipping scalar, broadcastable to x; in an oriented format of either sign.
+        format: which has the clipping interval: [-|s|, |s|] where it is signed, [0, s] otherwise, or two ends.
         gradient: "ste" (1 everywhere), "pwl" (1 inside, 0 outside), "mad" (1 inside, clip(x) / x outside).
 
     Returns:

@@ -474,9 +474,11 @@ def _fake_quantize_backward(
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
     s = tl.load(s_ptr + row)
-    low = -s if SIGNED else s * 0
     if ENDS:
         low, s = s, tl.load(s_ptr + rows + row)
+    else:
+        s = tl.abs(s)
+        low = -s if SIGNED else s * 0
     x = tl.load(x_ptr + row * n + offsets, mask=mask, other=1.0).to(tl.float32)
     grad = tl.load(grad_ptr + row * n + offsets, mask=mask, other=0.0).to(tl.float32)
     if MAD:
