@@ -312,8 +312,8 @@ def octav(
         orientation: in an oriented format, numbers with the signs of s, shape of the result, as far as they are known;
             None: those that serve the largest magnitudes.
         refine: J(s) spreads the noise of rounding evenly, which holds for many elements. Where one scalar spans few, at
-            most `FEW`, so many candidates from a third to three times of it are tried, and the one with the least
-            measured error is taken (plain integers only); 0: none.
+            most `FEW`, so many candidates are tried, half of them from a third to three times of it and half around the
+            best of these, and the one with the least measured error is taken (plain integers only); 0: none.
 
     Returns:
         s in units of x; shape, dtype and special cases as in the module's head. A constant c and a single element c
@@ -340,9 +340,21 @@ def octav(
         orientation = side_of_largest(x, dims, pool)
     s = kernels.backend(x).octav(x, cost_of(format, missing_code, orientation), guess, search)
     if refine and isinstance(format, IntFormat) and x.numel() <= FEW * s.numel():
-        factors = [1.0, *torch.logspace(-1.5, 1.5, refine, 2, dtype=torch.float64).tolist()]
-        if format.oriented and free:
-            factors += [-factor for factor in factors]
         pointed = s if orientation is None or not format.oriented else torch.copysign(s, orientation)
-        s = kernels.backend(x).refine(x, pointed, format, factors).abs()
+        s = _refined(x, pointed, format, refine, both_signs=format.oriented and free)
     return s.reshape(()) if dim is None else s
+
+
+def _refined(x: Tensor, s: Tensor, format: IntFormat, candidates: int, both_signs: bool) -> Tensor:
+    """The best of some scalars by measured error: half of them far and wide around s, the others around the best."""
+    widely = [1.0, *_spread(1.5, (candidates + 1) // 2)]
+    if both_signs:
+        widely += [-factor for factor in widely]
+    backend = kernels.backend(x)
+    s = backend.refine(x, s, format, widely)
+    return backend.refine(x, s, format, [1.0, *_spread(0.2, candidates // 2)]).abs()
+
+
+def _spread(octaves: float, count: int) -> list[float]:
+    """So many factors up to some octaves around 1."""
+    return torch.logspace(-octaves, octaves, count, 2, dtype=torch.float64).tolist()
