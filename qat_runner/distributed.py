@@ -5,7 +5,6 @@ are quantized once for several parts of a batch, their gradients come outside of
 Everything here does nothing where there is one process.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,20 +16,11 @@ from torch import Tensor, nn
 
 from qat_runner.data.batches import WHOLE, Shard
 from qat_runner.errors import QatError, RunError
+from qat_runner.ranks import is_main, launched, local_rank
 
 T = TypeVar("T")
 BUCKET = 2**23
 """Elements of gradients that travel together."""
-
-
-def world_size() -> int:
-    """How many processes torchrun, or something like it, started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched() -> bool:
-    """Whether this process is one of several."""
-    return world_size() > 1
 
 
 @contextmanager
@@ -59,19 +49,9 @@ def group(timeout: float) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def local_rank() -> int:
-    """The number of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def shard() -> Shard:
     """The part of the data that is this process's."""
     return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
-
-
-def is_main() -> bool:
-    """Whether this process keeps the record."""
-    return int(os.environ.get("RANK", "0")) == 0 or not launched()
 
 
 def on_main(work: Callable[[], T]) -> T:

@@ -24,6 +24,15 @@ def installed(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in _on_path(tuple(sys.path), group)}
 
 
+def later(place: str) -> EntryPoint:
+    """A thing of this package that is imported when it is wanted.
+
+    Args:
+        place: module and name, as "package.module:Name".
+    """
+    return EntryPoint(name="", value=place, group="")
+
+
 @functools.cache
 def _on_path(path: tuple[str, ...], group: str) -> EntryPoints:
     """What is found on a path: to look takes milliseconds, and configs are checked by the hundred."""
@@ -36,7 +45,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
     Args:
         kind: what messages call one of them, such as "clipping method".
         group: of the entry points of installed packages that add to them.
-        own: this package's.
+        own: this package's, or where they are, of what is imported when it is wanted (`later`).
         valid: asked of what others add; None: anything goes.
         of: from what an entry point names to the thing.
     """
@@ -45,12 +54,12 @@ class Registry(MutableMapping[str, T], Generic[T]):
         self,
         kind: str,
         group: str,
-        own: Mapping[str, T],
+        own: Mapping[str, T | EntryPoint],
         valid: Callable[[T], bool] | None = None,
         of: Callable[[Any], T] = lambda named: named,
     ) -> None:
         self.kind, self.group = kind, group
-        self._own, self._things = frozenset(own), dict(own)
+        self._own, self._things = frozenset(own), dict[str, T | EntryPoint](own)
         self._valid, self._of = valid, of
 
     def register(self, name: str, thing: T) -> T:
@@ -87,15 +96,16 @@ class Registry(MutableMapping[str, T], Generic[T]):
         KeyError: no such name.
         TypeError: what an installed package names so is no such thing, or cannot be imported.
         """
-        if name not in self._things:
-            point = installed(self.group)[name]
-            try:
-                thing = self._of(point.load())
-            except Exception as error:  # whatever somebody's module may raise
-                reason = " ".join(str(error).split())
-                raise TypeError(f"{self.kind} {name!r}: {point.value} cannot be imported ({reason})") from error
-            self[name] = thing
-        return self._things[name]
+        thing = self._things[name] if name in self._things else installed(self.group)[name]
+        if not isinstance(thing, EntryPoint):
+            return thing
+        try:
+            found = self._of(thing.load())
+        except Exception as error:  # whatever somebody's module may raise
+            reason = " ".join(str(error).split())
+            raise TypeError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({reason})") from error
+        self[name] = found
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self._things or name in installed(self.group)

@@ -20,15 +20,14 @@ from pathlib import Path
 
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.errors import ConfigError, QatError
+from qat_runner.exporting import FORMATS
+from qat_runner.policy import FREEZING
 
 CHECKPOINTS = ("last", "previous", "best")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from qat_runner.exporting.formats import FORMATS
-    from qat_runner.insertion import FREEZING
-
     parser = argparse.ArgumentParser(
         "qat-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,17 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from qat_runner.exporting import of_run
+    from qat_runner.exporting import of_run, telling
     from qat_runner.runs.folder import RunFolder
 
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
-        print(of_run.text_of_rules(of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
+        print(telling.text_of_rules(of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
         return
     out = args.out or RunFolder(args.run_dir).export
     request = of_run.Request(
         args.run_dir, out, args.scalars, args.batches, args.checkpoint, not args.no_fold, tuple(args.formats)
     )
-    print(f"\n{of_run.text(of_run.export(request))}\n\n{out}")
+    print(f"\n{telling.text(of_run.export(request))}\n\n{out}")

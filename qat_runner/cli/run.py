@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -35,7 +35,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qat_runner import distributed
+from qat_runner import ranks
 from qat_runner.cli.explain import explain
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register, run_name
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _carry_out(args: list[str], sweep: bool) -> int:
-    main_process = distributed.is_main()
+    main_process = ranks.is_main()
     detach = _DETACH in args
     args = [_with_home(arg) for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
@@ -81,7 +81,7 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     try:
         register()
         args += _rows_of_experiment(args, sweep)
-        if distributed.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
+        if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
         if sweep and main_process:
@@ -89,8 +89,7 @@ def _carry_out(args: list[str], sweep: bool) -> int:
             asked = list(rows)
         if detach and rows:
             return _detach(args, next(iter(rows)).parent)
-        # One group for all rows: processes that were launched together can meet but once.
-        with distributed.group(max((row.distributed_timeout for row in rows.values()), default=600)):
+        with _group(rows):
             _run_all(args, rows, failures)
         if main_process:
             _print_results(rows)
@@ -111,6 +110,15 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     if code == ConfigError.exit_code:
         forget_asked(asked, made)
     return code
+
+
+def _group(rows: Mapping[Path, Config]) -> AbstractContextManager[None]:
+    """One group for all rows: processes that were launched together can meet but once."""
+    if not ranks.launched():
+        return nullcontext()
+    from qat_runner import distributed
+
+    return distributed.group(max((row.distributed_timeout for row in rows.values()), default=600))
 
 
 def _renamed(arg: str) -> str:
@@ -156,7 +164,7 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
 
 
 def _fail(sentence: str, code: int) -> int:
-    who = "qat-run" if distributed.is_main() else f"qat-run, process {os.environ['RANK']}"
+    who = "qat-run" if ranks.is_main() else f"qat-run, process {os.environ['RANK']}"
     line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], sentence)  # as a value may hold
     print(f"{who}: {line}", file=sys.stderr)
     return code
@@ -191,11 +199,11 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
 
 
 def _check_rows(rows: Iterable[DictConfig]) -> dict[Path, Config]:
-    from qat_runner.experiment import preflight
+    configs = [from_hydra(row) for row in rows]
+    from qat_runner.experiment import preflight  # which takes PyTorch, and seconds
 
     folders: dict[Path, Config] = {}
-    for row in rows:
-        config = from_hydra(row)
+    for config in configs:
         folder = preflight(config)
         other = folders.setdefault(folder, config)
         if other is not config and (changed := differences(identity(other), identity(config))):
@@ -254,7 +262,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
         if not HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
             return _elsewhere(from_hydra(composed), sweep)
         # A stop ends the whole request; and so does any failure of one of several processes: the others may not know.
-        if any(isinstance(failure, StoppedError) or distributed.launched() for failure in failures):
+        if any(isinstance(failure, StoppedError) or ranks.launched() for failure in failures):
             return None
         try:
             config = from_hydra(composed)
@@ -315,8 +323,6 @@ def _wait_for_slurm(error: QatError) -> None:
 
 def _print_results(rows: Mapping[Path, Config]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
-    from qat_runner.report import tables
-
     finished: dict[Path, Summary] = {}
     for folder in rows:
         with suppress(UnreadableError):  # of which the row itself has told
@@ -325,6 +331,8 @@ def _print_results(rows: Mapping[Path, Config]) -> None:
     results = [(rows[folder], summary) for folder, summary in finished.items()]
     if not results:
         return
+    from qat_runner.report import tables
+
     log.info("\n" + tables.results_table(results))
     if tables.several_seeds(results):
         log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results))

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from qat_runner import distributed
+from qat_runner import ranks
 
 log = logging.getLogger("qat_runner")
 
@@ -33,7 +33,7 @@ def on_terminal(level: int = logging.INFO, stream: Literal["stdout", "stderr"] =
     Whoever calls a command's `main` from a program of their own keeps their handlers.
     """
     before = log.handlers, log.level, log.propagate
-    log.handlers = [_Terminal(level, stream) if distributed.is_main() else logging.NullHandler()]
+    log.handlers = [_Terminal(level, stream) if ranks.is_main() else logging.NullHandler()]
     log.propagate = False
     log.setLevel(logging.DEBUG)
     try:

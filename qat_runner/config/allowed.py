@@ -11,9 +11,9 @@ from qat_runner.config.keys import leaves
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
-from qat_runner.insertion.policy import GRADIENT_PAIRS, GRANULARITIES
+from qat_runner.policy import GRADIENT_PAIRS, GRANULARITIES
 from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
-from qat_runner.quant.kernels import BACKENDS
+from qat_runner.quant.backends import BACKENDS
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """Bytes of a file's name on Linux, and of a path (4096) with room for the files of a run."""

@@ -29,7 +29,7 @@ from qat_runner.config.schema import (
 from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
-from qat_runner.insertion.policy import FULL_PRECISION
+from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import BITS, Octav
 
 

@@ -15,7 +15,7 @@ from qat_runner.config.keys import number, path, within
 from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError
-from qat_runner.insertion.policy import Policy, Rule
+from qat_runner.policy import Policy, Rule
 from qat_runner.quant import METHODS, ClippingMethod, clipping_method
 
 

@@ -30,6 +30,10 @@ class TaskFacts:
     """by default"""
     linear_granularity: str = "tensor"
     """what linear_granularity=auto stands for"""
+    not_drawn: tuple[str, ...] = ()
+    """figures of a pass that have no curve, since it would flatten the others"""
+    dashed: tuple[str, ...] = ()
+    """figures whose curve is drawn so"""
 
 
 PICTURE_KEYS = frozenset(
@@ -51,6 +55,7 @@ FACTS: Registry[TaskFacts] = Registry(
             calibration_batches=5,
             calibration_batch_size=64,
             first_last_bits=8,
+            not_drawn=("top5",),
         ),
         "question_answering": TaskFacts(
             metric="f1",
@@ -76,6 +81,7 @@ FACTS: Registry[TaskFacts] = Registry(
             calibration_batch_size=4,
             quantize_head=False,
             linear_granularity="channel",
+            dashed=("em",),
         ),
     },
     valid=lambda facts: isinstance(facts, TaskFacts),

@@ -5,15 +5,15 @@ import logging
 import torch
 from torch import nn
 
-from qat_runner import distributed
+from qat_runner import distributed, ranks
 from qat_runner.config import Config, Mode, clipping_label
 from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
 from qat_runner.insertion.insert import insert, wanted
-from qat_runner.insertion.policy import PolicyError
 from qat_runner.models import Source, load_weights
+from qat_runner.policy import PolicyError
 from qat_runner.quant.kernels import set_backend
 from qat_runner.tasks import task_of
 from qat_runner.training import checkpoint
@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
         ConfigError: no such device here.
     """
     if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", distributed.local_rank() % torch.cuda.device_count())
+        return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
     if name == "auto":
         return torch.device("cpu")
     known = {"cpu": 1, "cuda": torch.cuda.device_count()}

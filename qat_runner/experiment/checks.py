@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from qat_runner import distributed
+from qat_runner import ranks
 from qat_runner.config import (
     BASELINE,
     TORCHVISION,
@@ -53,7 +53,7 @@ def preflight(config: Config) -> Path:
         if missing := _tracker(name).missing():
             raise ConfigError(f"trackers={name}: {missing}")
     device = find_device(config.device)
-    world = distributed.world_size()
+    world = ranks.world_size()
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
     if config.accumulate > config.batch_size // world:
@@ -141,7 +141,7 @@ def _check_folder(folder: Path, config: Config) -> None:
 
 def _check_processes(folder: Path) -> None:
     """An unfinished run goes on with as many processes as it began with: each has its part of the state."""
-    environment, now = recorded(ENVIRONMENT, folder), distributed.world_size()
+    environment, now = recorded(ENVIRONMENT, folder), ranks.world_size()
     begun = None if environment is None else environment.get("processes", 1)
     if begun not in (None, now) and checkpoint.exists(RunFolder(folder).checkpoints):
         raise ConfigError(f"run_dir={folder}: was begun by {begun} process(es), not {now}; go on with as many")

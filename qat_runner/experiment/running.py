@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from qat_runner import distributed
+from qat_runner import distributed, ranks
 from qat_runner.config import (
     BASELINE,
     Config,
@@ -155,7 +155,7 @@ def _carry_out(
 ) -> Summary:
     """Train or evaluate what has been built, on the record."""
     with ExitStack() as stack:
-        if distributed.is_main():
+        if ranks.is_main():
             write_text(RunFolder(folder).config, OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
             stack.enter_context(_log_to(RunFolder(folder).log))
         checkpoints = RunFolder(folder).checkpoints
@@ -176,9 +176,9 @@ def _carry_out(
         else:
             trainer.evaluate()
         result = _summarize(config, trainer)
-        if distributed.is_main():
+        if ranks.is_main():
             record_histograms(folder, config, model, data)
-            plot_curves(folder, trainer.task)
+            plot_curves(folder, config.task)
             plot_noise(folder)
             SUMMARY.write(folder, result)
             trainer.record.close(result)
@@ -230,7 +230,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 def _open_record(config: Config, folder: Path, saved: dict[str, Any] | None) -> Record:
     """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
-    if not distributed.is_main():
+    if not ranks.is_main():
         return NullRecord(folder)
     _record_environment(folder, resuming=saved is not None)
     state = {"epoch": -1, "step": 0} if saved is None else saved["state"]
@@ -254,7 +254,7 @@ def _record_environment(folder: Path, resuming: bool) -> None:
 def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) -> None:
     table = summary(model)
     count = len(quantized_tensors(model))
-    if distributed.is_main():
+    if ranks.is_main():
         write_text(RunFolder(folder).quantizers, "\n".join([table, *notes]) + "\n")
     log.info(f"run folder {folder}")
     if count:
@@ -279,7 +279,7 @@ def _recipe(config: Config) -> str:
 
 def _seen_at_a_time(config: Config) -> str:
     """How many samples BatchNorm and the scalars of activations are taken over, beside the published number."""
-    published, world = config.recipe.device_batch, distributed.world_size()
+    published, world = config.recipe.device_batch, ranks.world_size()
     if published is None or config.clipping.sync or config.sync_batchnorm:
         return ""
     own = config.batch_size // world
@@ -313,7 +313,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
         "distilled": config.distilling,
         "mode": config.mode,
         "seed": config.seed,
-        "processes": distributed.world_size(),
+        "processes": ranks.world_size(),
         "metric": trainer.metric,
         "epochs": state.epoch,
         "steps": state.steps,

@@ -23,9 +23,6 @@ from qat_runner.insertion.layers import each
 from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate
 
-FORMATS = ("onnx", "torch", "safetensors")
-"""model.onnx; model.pt2; model.safetensors and model.json"""
-
 DESCRIPTION = "qat_runner integers, version 1"
 PACKED = "two codes a byte, low half first, in the order of the flattened tensor"
 _Shapes = dict[str, list[Annotated[int, Field(ge=0)]]]

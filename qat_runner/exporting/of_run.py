@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from qat_runner.config import (
@@ -30,10 +29,10 @@ from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment import CALIBRATION_EPOCH, build
-from qat_runner.exporting import verify
+from qat_runner.exporting import FORMATS, verify
+from qat_runner.exporting.agreement import Figures, require
 from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import (
-    FORMATS,
     Signature,
     read_program,
     read_safetensors,
@@ -42,7 +41,9 @@ from qat_runner.exporting.formats import (
     write_safetensors,
 )
 from qat_runner.exporting.integer import integers_of, to_integers
-from qat_runner.insertion import FREEZING, freeze, quantized_tensors, remove_quantizers
+from qat_runner.exporting.telling import FUSED
+from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
+from qat_runner.policy import FREEZING
 from qat_runner.runs.environment import environment
 from qat_runner.runs.files import TEMPORARY, exchange, full_disk_told
 from qat_runner.runs.folder import RunFolder
@@ -57,9 +58,6 @@ STATIC = "static"
 """The rule of a run whose activations' scalars are constants already: static from some time on, or learned."""
 
 DEFAULT_RULE = "averaged"
-
-FUSED = "onnx_fused"
-"""In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
 
 def compare_rules(
     run: Path, rules: Sequence[str] | None = None, batches: int = 10, checkpoint: str = "last"
-) -> dict[str, verify.Figures]:
+) -> dict[str, Figures]:
     """Figures on the validation set of a run's network with dynamic scalars, and with those of each rule.
 
     Args:
@@ -232,7 +230,7 @@ def _write(
 
 def _check(
     model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
-) -> dict[str, verify.Figures]:
+) -> dict[str, Figures]:
     """Figures of the dynamic network, the static one, and the files that run by themselves.
 
     A file must do what the network does by its own definition; what a processor's fused kernels make of it is told.
@@ -249,7 +247,7 @@ def _check(
     found = verify.compare(_compute(config, static), others, task, data, _val_batches(config, data))
     figures = dict(zip(["static", *others], found, strict=True))
     for name in others.keys() & files.keys():
-        verify.require(files[name].name, figures[name], figures["static"])
+        require(files[name].name, figures[name], figures["static"])
     return figures
 
 
@@ -338,93 +336,3 @@ def _in_place_of(out: Path) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     with suppress(OSError):  # of one that was killed
         work.rmdir()
-
-
-def text(result: Export) -> str:
-    """The result for the terminal."""
-    names = {
-        "dynamic": "dynamic scalars",
-        "static": "static scalars",
-        "onnx": "model.onnx",
-        FUSED: "model.onnx, this processor's kernels",
-        "torch": "model.pt2",
-    }
-    rows = [
-        (
-            label,
-            f"{found['accuracy']:.2f}",
-            f"{found['agreement']:.2f}" if "agreement" in found else "",
-            f"{found['largest_difference']:.3g}" if "largest_difference" in found else "",
-        )
-        for key, label in names.items()
-        if (found := result["figures"].get(key))
-    ]
-    quality = tabulate(
-        rows,
-        ("network", f"{result['metric']} %", "same predictions %", "largest logit difference"),
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right"),
-    )
-    whole, times = result["bytes"]["full_precision"], result.get("milliseconds", {})
-    costs = tabulate(
-        [
-            (
-                names.get(key, key.replace("_", " ")) if key != "safetensors" else "model.safetensors",
-                f"{size / 1e6:.2f}",
-                f"{size / whole:.2f}",
-                f"{times[key]:.2f}" if key in times else "",
-            )
-            for key, size in result["bytes"].items()
-        ],
-        ("file", "MB", "of full precision", "ms a sample"),
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right"),
-    )
-    bits = f"{result['weight_bits']}/{result['activation_bits']}"
-    batches = f" over {result['batches']} batches" if result["batches"] else ""
-    kept = f", but for {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
-    head = (
-        f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
-        f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
-    )
-    return "\n\n".join([head, quality, *_warning(result), costs])
-
-
-def _warning(result: Export) -> list[str]:
-    """What to do where this processor's kernels compute something else than the ONNX file says."""
-    figures = result["figures"]
-    if FUSED not in figures or verify.agrees(verify.Figures(**figures[FUSED]), verify.Figures(**figures["static"])):
-        return []
-    return [
-        "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
-        f"({result['processor']}). They round in other places, and where a processor has no VNNI\n"
-        "instructions, their sums of products of uint8 and int8 saturate at 16 bits. Weights of 7 bits prevent that:\n"
-        "weight_bits=7 (and first_last_bits=7 for the two ends). The session option session.disable_quant_qdq=1\n"
-        "computes what the file says, more slowly."
-    ]
-
-
-def text_of_rules(figures: dict[str, verify.Figures]) -> str:
-    """What `compare_rules` found, for the terminal."""
-    first = next(iter(figures.values()))
-    rows = [
-        (
-            name,
-            f"{found.accuracy:.2f}",
-            "" if found is first else _difference(found, first),
-            "" if found.agreement is None else f"{found.agreement:.2f}",
-        )
-        for name, found in figures.items()
-    ]
-    return tabulate(
-        rows,
-        ("scalars", "accuracy %", "difference ± standard error", "same predictions %"),
-        disable_numparse=True,
-        colalign=("left", "right", "right", "right"),
-    )
-
-
-def _difference(found: verify.Figures, reference: verify.Figures) -> str:
-    """Of two accuracies, in points, with its standard error where that is known."""
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
-    return f"{found.accuracy - reference.accuracy:+.2f}{error}"

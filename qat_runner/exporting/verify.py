@@ -4,7 +4,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +11,13 @@ import torch
 from torch import Tensor
 
 from qat_runner.data import Batch, Data
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.errors import ConfigError
+from qat_runner.exporting.agreement import Figures
 from qat_runner.runs.records import ExportFigures
 from qat_runner.tasks import Task, joined
 
-LEAST_AGREEMENT = 95.0
-"""Percent of the predictions that a file must share with the network. Rounding differs from library to library, and a
-value on the edge between two codes then falls to the other side; at few bits that changes some predictions, too."""
-
-LARGEST_LOSS = 0.5
-"""Points that its accuracy may lie below the network's."""
-
 Compute = Callable[[Sequence[Tensor]], Tensor]
 """Inputs -> logits of the task."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What came out over the validation set."""
-
-    accuracy: float
-    """the task's metric, percent"""
-    agreement: float | None = None
-    """percent of samples for which all predictions are the reference's"""
-    largest_difference: float | None = None
-    """of a logit from the reference's"""
-    standard_error: float | None = None
-    """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
-    the same samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
 @torch.inference_mode()
@@ -94,26 +72,6 @@ def paired_standard_error(gained: int, lost: int, samples: int) -> float:
     """
     variance = (gained + lost) / samples - ((gained - lost) / samples) ** 2  # of a sample's difference: 1, 0 or -1
     return 100 * math.sqrt(variance / samples)
-
-
-def agrees(found: Figures, reference: Figures) -> bool:
-    """Whether what was found is the network of the reference, but for rounding."""
-    assert found.agreement is not None
-    return found.agreement >= LEAST_AGREEMENT and found.accuracy >= reference.accuracy - LARGEST_LOSS
-
-
-def require(name: str, found: Figures, reference: Figures) -> None:
-    """Refuse a file that does not do what its network does.
-
-    Raises:
-        RunError: with the figures.
-    """
-    if not agrees(found, reference):
-        raise RunError(
-            f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
-            f"{LEAST_AGREEMENT:g} wanted), accuracy {found.accuracy:.2f} % beside {reference.accuracy:.2f} % (at most "
-            f"{LARGEST_LOSS:g} below); nothing was kept"
-        )
 
 
 class OnnxFile:

@@ -1,6 +1,6 @@
 """Where quantizers go: the policy (what every tensor gets), the layers, insertion, calibration, saving."""
 
-from qat_runner.insertion.calibrate import FREEZING, calibrate, freeze
+from qat_runner.insertion.calibrate import calibrate, freeze
 from qat_runner.insertion.insert import (
     QuantizedTensor,
     full_precision_state_dict,
@@ -11,9 +11,9 @@ from qat_runner.insertion.insert import (
 )
 from qat_runner.insertion.layers import QuantConv2d, QuantLinear
 from qat_runner.insertion.noise_report import LayerNoise, NoiseReport, noise_report
-from qat_runner.insertion.policy import Policy, PolicyError, Rule
 from qat_runner.insertion.saving import load, save
 from qat_runner.insertion.trace import Trace, trace
+from qat_runner.policy import FREEZING, Policy, PolicyError, Rule
 
 __all__ = [
     "FREEZING",

@@ -19,10 +19,8 @@ from qat_runner.insertion.insert import (
     quantizers_disabled,
 )
 from qat_runner.insertion.watch import Batches, watch
+from qat_runner.policy import FREEZING
 from qat_runner.quant import Quantizer
-
-FREEZING = ("averaged", "calibrated", "running")
-"""Rules by which scalars are frozen, see `freeze`."""
 
 
 @torch.no_grad()

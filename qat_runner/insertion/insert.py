@@ -22,8 +22,8 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     restore,
 )
-from qat_runner.insertion.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.insertion.trace import Trace, trace
+from qat_runner.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, IntAffineFormat, IntFormat, Quantizer, Range
 
 

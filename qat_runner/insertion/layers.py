@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_runner.policy import WEIGHT_AND_INPUT
 from qat_runner.quant.recompute import recomputing
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
 """Full-precision class -> quantized class. Only exact classes are converted: a subclass may compute something else."""
-
-
-WEIGHT_AND_INPUT = ("weight", "input")
 
 
 class QuantConv2d(nn.Conv2d):

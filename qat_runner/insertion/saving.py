@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qat_runner.insertion.insert import insert, policy_of, quantized_tensors, remember_elements, remove_quantizers
-from qat_runner.insertion.policy import Policy
+from qat_runner.policy import Policy
 
 FORMAT = "qat_runner.network.1"
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
-from qat_runner.insertion.policy import FULL_PRECISION
 from qat_runner.paper.tables import make_table, paper
 from qat_runner.paper.tensors_of_run import look_at, network_of_run
+from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import IntFormat, expected_mse, fake_quantize, mse, newton_step, octav
 from qat_runner.report.runs import Run
 from qat_runner.runs.records import METRICS

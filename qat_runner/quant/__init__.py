@@ -11,25 +11,30 @@ Equations, tables and sections cited in this package are those of Sakr et al., "
 Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 2022.
 """
 
-from qat_runner.quant.clipping import maximum, mse_sweep, newton_step, octav, percentile
-from qat_runner.quant.dorefa import DoReFaQuantizer
-from qat_runner.quant.estimators import GRADIENTS, fake_quantize
-from qat_runner.quant.formats import (
-    BITS,
-    FORMATS,
-    Format,
-    IntAffineFormat,
-    IntFormat,
-    MidriseFormat,
-    Range,
-    StepFormat,
-    as_format,
-)
-from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
-from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
-from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
-from qat_runner.quant.orienting import oriented
-from qat_runner.quant.quantizer import EVAL_MODES, Call, ClippingMethod, NotCalibratedError, Quantizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qat_runner.quant.clipping import maximum, mse_sweep, newton_step, octav, percentile
+    from qat_runner.quant.dorefa import DoReFaQuantizer
+    from qat_runner.quant.estimators import GRADIENTS, fake_quantize
+    from qat_runner.quant.formats import (
+        BITS,
+        FORMATS,
+        Format,
+        IntAffineFormat,
+        IntFormat,
+        MidriseFormat,
+        Range,
+        StepFormat,
+        as_format,
+    )
+    from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
+    from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
+    from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
+    from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
+    from qat_runner.quant.orienting import oriented
+    from qat_runner.quant.quantizer import NotCalibratedError, Quantizer
 
 __all__ = [
     "BITS",
@@ -73,3 +78,20 @@ __all__ = [
     "percentile",
     "sqnr_db",
 ]
+
+_MODULES = (
+    *("formats", "method", "methods"),  # which do without PyTorch
+    *("clipping", "dorefa", "estimators", "learned", "noise", "orienting", "quantizer"),
+)
+"""Where all that lies."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: a config is checked, and refused, before PyTorch is loaded."""
+    if name in __all__:
+        for module in _MODULES:
+            found = import_module(f"{__name__}.{module}")
+            if hasattr(found, name):
+                globals()[name] = getattr(found, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

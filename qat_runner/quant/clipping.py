@@ -23,6 +23,7 @@ from torch import Tensor
 from qat_runner.quant import kernels, two_ends
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Search, cost_of
+from qat_runner.quant.limits import check_iterations, check_percentile, check_points, check_refine
 from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
@@ -44,38 +45,6 @@ def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int
     if dim is None:
         return x.detach().reshape(1) if x.ndim == 0 else x.detach(), tuple(range(max(x.ndim, 1)))
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
-
-
-def check_iterations(iterations: int) -> None:
-    """Raises:
-    ValueError: OCTAV reads less than once.
-    """
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
-
-
-def check_refine(candidates: int) -> None:
-    """Raises:
-    ValueError: fewer than none.
-    """
-    if candidates < 0:
-        raise ValueError(f"refine={candidates}: must be 0 or more candidates")
-
-
-def check_percentile(q: float) -> None:
-    """Raises:
-    ValueError: q outside (0, 100].
-    """
-    if not 0 < q <= 100:
-        raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
-
-
-def check_points(points: int) -> None:
-    """Raises:
-    ValueError: a sweep without a candidate.
-    """
-    if points < 1:
-        raise ValueError(f"points={points}: a sweep needs at least 1")
 
 
 def _all_finite(x: Tensor) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qat_runner.quant.clipping import maximum
 from qat_runner.quant.formats import Format, MidriseFormat
-from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
+from qat_runner.quant.method import Call, ClippingMethod
+from qat_runner.quant.quantizer import Quantizer
 from qat_runner.quant.tensors import compute_dtype
 
 

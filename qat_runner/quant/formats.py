@@ -30,22 +30,23 @@ To add a format: a frozen dataclass that derives from `Format` and gives `levels
 `decode`. A kernel for it is a branch in a module of `kernels`; without one, `fake_quantize` below serves all backends.
 """
 
+from __future__ import annotations  # configs are checked by formats, and that must not wait for PyTorch
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import ClassVar, Self, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from qat_runner.plugins import Registry
-from qat_runner.quant.tensors import compute_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = range(2, 17)
 """The bit-widths that can be quantized to. The paper uses 4 to 8."""
 
-Scalar = TypeVar("Scalar", Tensor, float)
+Scalar = TypeVar("Scalar", "Tensor", float)
 
 
 class Range(StrEnum):
@@ -54,6 +55,11 @@ class Range(StrEnum):
     TWOS_COMPLEMENT = "twos_complement"
     FULL = "full"
     ORIENTED = "oriented"
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that it is rounded in: `tensors.compute_dtype`."""
+    return x if x.dtype.itemsize >= 4 else x.float()
 
 
 def check_bits(bits: object) -> None:
@@ -113,7 +119,7 @@ class Format(ABC):
     def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The clipping interval: its lower and its upper end, shape of a scalar."""
         s = s.abs() if self.oriented else s
-        return (-s if self.signed else torch.zeros_like(s)), s
+        return (-s if self.signed else s.new_zeros(s.shape)), s
 
     def reach(self, s: Tensor) -> Tensor:
         """How far the levels reach from zero, on the side where they reach further: s itself where it has no sign."""
@@ -123,7 +129,7 @@ class Format(ABC):
         """Raises:
         ValueError: s are no clipping scalars; half a sentence.
         """
-        if not bool((torch.isfinite(s) & ((s >= 0) | self.oriented)).all()):
+        if not bool((s.isfinite() & ((s >= 0) | self.oriented)).all()):
             raise ValueError("clipping scalars must be finite and not negative")
 
     @property
@@ -154,7 +160,7 @@ class Format(ABC):
         Returns:
             Shape and dtype of x; no gradient is meant to flow.
         """
-        s = s.to(compute_dtype(x))
+        s = s.to(_wide(x).dtype)
         q = self.decode(self.encode(x, s), s)
         return q if q.dtype == x.dtype else q.to(x.dtype)
 
@@ -285,10 +291,9 @@ class IntFormat(StepFormat):
             x: any shape and floating dtype.
             s: >= 0, broadcastable to x. Where s is 0 it is taken for 1.
         """
-        dtype = compute_dtype(x)
-        full_scale = self.full_scale(s.to(dtype))
-        divisor = torch.where(full_scale == 0, torch.ones_like(full_scale), full_scale)
-        return (x.to(dtype) / divisor).mul_(self.resolution)
+        x = _wide(x)
+        full_scale = self.full_scale(s.to(x.dtype))
+        return (x / full_scale.where(full_scale != 0, 1.0)).mul_(self.resolution)
 
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
         return self.in_steps(x, s).round_().clamp_(self.lowest, self.highest)
@@ -339,21 +344,21 @@ class IntAffineFormat(StepFormat):
         return s[0], s[1]
 
     def reach(self, s: Tensor) -> Tensor:
-        return torch.maximum(-s[0], s[1])
+        return (-s[0]).maximum(s[1])
 
     def check_scalars(self, s: Tensor) -> None:
-        if not bool(torch.isfinite(s).all() & (s[0] <= 0).all() & (s[1] >= 0).all()):
+        if not bool(s.isfinite().all() & (s[0] <= 0).all() & (s[1] >= 0).all()):
             raise ValueError("ends must be finite, the lower one not above zero and the upper one not below")
 
     def step(self, s: Scalar) -> Scalar:
         """D, of ends [2, ...]: shape of one of them."""
-        assert isinstance(s, Tensor)
+        assert not isinstance(s, float)
         return (s[1] - s[0]) / self.levels_per_scalar
 
     def zero_point(self, s: Tensor) -> Tensor:
         """z, whole numbers in the dtype of s, shape of an end; 0 where both ends are 0."""
         step = self.step(s)
-        return (-s[0] / torch.where(step == 0, 1.0, step)).round().clamp(0, self.levels_per_scalar)
+        return (-s[0] / step.where(step != 0, 1.0)).round().clamp(0, self.levels_per_scalar)
 
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
         zero = self.zero_point(s)
@@ -363,14 +368,14 @@ class IntAffineFormat(StepFormat):
         return (codes - self.zero_point(s)) * self.step(s)
 
     def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
-        s = s.to(compute_dtype(x))
+        s = s.to(_wide(x).dtype)
         return (self._steps(x, s, self.zero_point(s)) * self.step(s)).to(x.dtype)
 
     def _steps(self, x: Tensor, s: Tensor, zero: Tensor) -> Tensor:
         """round(x / D), as far as there are codes."""
         step = self.step(s)
-        steps = (x.to(compute_dtype(x)) / torch.where(step == 0, 1.0, step)).round()
-        return torch.minimum(torch.maximum(steps, -zero), self.levels_per_scalar - zero)
+        steps = (_wide(x) / step.where(step != 0, 1.0)).round()
+        return steps.maximum(-zero).minimum(self.levels_per_scalar - zero)
 
 
 @dataclass(frozen=True)
@@ -411,7 +416,7 @@ class MidriseFormat(StepFormat):
         return 1.0 / (3.0 * self.levels_per_scalar**2)
 
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
-        v = x.to(compute_dtype(x)) / torch.where(s == 0, 1.0, s)
+        v = _wide(x) / s.where(s != 0, 1.0)
         highest = self.highest
         return 2 * ((v + 1) * (highest / 2)).round().clamp(0, highest) - highest
 

@@ -41,8 +41,9 @@ from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
+from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
-from qat_runner.quant.quantizer import Call, ClippingMethod, Quantizer
+from qat_runner.quant.quantizer import Quantizer
 from qat_runner.quant.tensors import compute_dtype
 
 

@@ -4,17 +4,19 @@ To add one: a frozen dataclass that derives from `ClippingMethod`, registered wi
 an installed package (see `plugins`).
 """
 
+from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
+
 import difflib
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
-from qat_runner.plugins import Registry
-from qat_runner.quant import clipping
+from qat_runner.plugins import Registry, later
 from qat_runner.quant.formats import Format
-from qat_runner.quant.learned import LSQ, PACT
-from qat_runner.quant.quantizer import Call, ClippingMethod
+from qat_runner.quant.limits import check_iterations, check_percentile, check_points, check_refine
+from qat_runner.quant.method import Call, ClippingMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WARM_TOLERANCE = 1e-4
 """Relative change of a scalar at which a training step that starts from the previous one's stops reading."""
@@ -38,8 +40,8 @@ class Octav(ClippingMethod):
     """candidates whose measured error decides, where few elements share a scalar; 0: none, as in the paper"""
 
     def __post_init__(self) -> None:
-        clipping.check_iterations(self.iterations)
-        clipping.check_refine(self.refine)
+        check_iterations(self.iterations)
+        check_refine(self.refine)
         if self.warm_iterations is not None and self.warm_iterations < 1:
             raise ValueError(f"warm_iterations={self.warm_iterations}: must be 1 or more")
 
@@ -50,6 +52,8 @@ class Octav(ClippingMethod):
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
         """As `ClippingMethod.solve`; evaluation converges, whatever it starts from."""
+        from qat_runner.quant import clipping
+
         start = call.start if self.warm else None
         soon = start is not None and call.training
         return clipping.octav(
@@ -76,6 +80,8 @@ class Maximum(ClippingMethod):
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
         """As `ClippingMethod.solve`."""
+        from qat_runner.quant import clipping
+
         return clipping.maximum(x, format, dim, check=call.check, pool=call.pool)
 
 
@@ -89,10 +95,12 @@ class Percentile(ClippingMethod):
     """above 0, at most 100, in percent"""
 
     def __post_init__(self) -> None:
-        clipping.check_percentile(self.q)
+        check_percentile(self.q)
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
         """As `ClippingMethod.solve`."""
+        from qat_runner.quant import clipping
+
         return clipping.percentile(x, format, dim, self.q, check=call.check)
 
 
@@ -108,17 +116,23 @@ class MseSweep(ClippingMethod):
     """rows of a weight share one candidate, as in the paper"""
 
     def __post_init__(self) -> None:
-        clipping.check_points(self.points)
+        check_points(self.points)
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
         """As `ClippingMethod.solve`."""
+        from qat_runner.quant import clipping
+
         return clipping.mse_sweep(x, format, dim, self.points, together=self.together, check=call.check)
 
 
 METHODS: Registry[type[ClippingMethod]] = Registry(
     "clipping method",
     "qat_runner.clipping",
-    {kind.name: kind for kind in (Octav, Maximum, Percentile, MseSweep, LSQ, PACT)},
+    {
+        **{kind.name: kind for kind in (Octav, Maximum, Percentile, MseSweep)},
+        "lsq": later("qat_runner.quant.learned:LSQ"),
+        "pact": later("qat_runner.quant.learned:PACT"),
+    },
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, ClippingMethod),
 )
 """By name."""

@@ -1,10 +1,8 @@
-"""A clipping method, and a quantizer as a module that uses it: when scalars are solved, and how x is rounded."""
+"""A quantizer as a module that uses a clipping method: when scalars are solved, and how x is rounded."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,83 +11,14 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
-from qat_runner.quant.pool import Pool, Processes
+from qat_runner.quant.pool import Processes
 from qat_runner.quant.state import ScalarState
 
 
 class NotCalibratedError(RuntimeError):
     """A quantizer that does not solve its clipping scalars has none."""
-
-
-EVAL_MODES = ("dynamic", "running", "last")
-"""What a dynamic quantizer does in eval()."""
-
-
-class Call(NamedTuple):
-    """What a clipping method may know of the call that it solves for, beside the tensor."""
-
-    check: bool = True
-    """refuse NaN and infinity with a ValueError, in evaluation and calibration; false in training, where nothing waits
-    for the device"""
-    start: Tensor | None = None
-    """the scalars of the call before, in the shape of the result; only for a method that says `warm`"""
-    training: bool = False
-    """the next call comes soon, with a similar tensor: close to converged is enough"""
-    pool: Pool | None = None
-    """what x is a part of; only for a method that says `pools`. None: it is all there is"""
-    orientation: Tensor | None = None
-    """in an oriented format, numbers with the signs of the scalars of the call before, in the shape of the result"""
-
-
-class ClippingMethod(ABC):
-    """How clipping scalars are found: its options are the fields of a frozen dataclass, checked when it is made.
-
-    A subclass gives `name` and `solve`, and says what else it can do. Registered (`methods.METHODS`), it has a name in
-    configs as well.
-    """
-
-    name: ClassVar[str]
-    """what configs, records and messages call it"""
-    warm: ClassVar[bool] = False
-    """whether it makes use of a start"""
-    pools: ClassVar[bool] = False
-    """whether it can solve for tensors that lie on several processes together"""
-    learned: ClassVar[bool] = False
-    """whether scalars are parameters that are trained; `solve` gives their start"""
-
-    @abstractmethod
-    def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """The clipping scalars of a tensor.
-
-        Args:
-            x: any shape and floating dtype; zeros and empty tensors occur.
-            format: what will be rounded to; where it is unsigned, magnitudes are max(x, 0).
-            dim: None for one scalar, shape []; a dimension for one an index of it, the others kept at size 1.
-            call: see `Call`.
-
-        Returns:
-            s in units of x, not negative, without a gradient, float64 for float64 and float32 else; 0 for a row that
-            is all zero. In an oriented format its sign is found after it, for all methods alike.
-
-        Raises:
-            ValueError: NaN or infinity in x under `call.check`.
-        """
-
-    def quantizer(self, format: Format, *, weight: bool, **how: Any) -> "Quantizer":
-        """What quantizes a tensor with this method.
-
-        Args:
-            format: what values are rounded to.
-            weight: it is a weight, and no activation.
-            **how: as of `Quantizer`.
-        """
-        return Quantizer(format, self, **how)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its options, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
 
 
 @dataclass

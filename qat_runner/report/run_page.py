@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeVar
 
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
+from qat_runner.config.tasks import TaskFacts
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.exporting import of_run
+from qat_runner.exporting import telling
+from qat_runner.policy import FULL_PRECISION
 from qat_runner.report import page
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
@@ -37,7 +39,6 @@ from qat_runner.runs.records import (
     validated,
 )
 from qat_runner.runs.status import status
-from qat_runner.tasks import Task, task_of
 
 log = logging.getLogger("qat_runner")
 
@@ -84,7 +85,7 @@ def write(folder: Path, out: Path) -> Path:
 
     summary, environment, epochs = read(SUMMARY), read(ENVIRONMENT), read(METRICS) or []
     rows = read(LAYERS) or []
-    curves, noise = _curves(epochs, read(STEPS) or [], task_of(config)), noise_charts(rows)
+    curves, noise = _curves(epochs, read(STEPS) or [], config.task), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
     exported = read(EXPORT, RunFolder(folder).export)
     settings, state = sections(config), status(folder)
@@ -110,7 +111,7 @@ def write(folder: Path, out: Path) -> Path:
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
         "sittings": _sittings(environment),
-        "exported": None if exported is None else of_run.text(exported),
+        "exported": None if exported is None else telling.text(exported),
         **_again(config, environment),
     }
     return page.write(out, "run", [*curves, *noise, *one_tensor], content)
@@ -171,11 +172,19 @@ def duration(seconds: float) -> str:
 
 def _difference(folder: Path, config: Config, summary: Summary) -> float | None:
     """From the full-precision run that lies in the same folder of runs, in points."""
-    beside = [(run.config, run.summary) for run in find_runs(folder.resolve().parent) if run.summary]
+    if config.quantization.full_precision:
+        return None
+    full_precision = find_runs(folder.resolve().parent, _may_be_full_precision)
+    beside = [(run.config, run.summary) for run in full_precision if run.summary]
     return against_full_precision([*beside, (config, summary)])[-1]
 
 
-def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: Task[Any]) -> list[Chart]:
+def _may_be_full_precision(summary: Summary | None) -> bool:
+    """By its result alone, which is read much faster than its config."""
+    return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
+
+
+def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts) -> list[Chart]:
     """Accuracy and loss by epoch, loss and learning rate by step."""
     charts = []
     if rows:

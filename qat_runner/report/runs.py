@@ -1,7 +1,7 @@
 """Finding runs in a folder of run folders, and telling which row of a table each of them is."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,21 @@ def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]
     return found, unreadable
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """All runs in a folder of run folders, finished or not, by name; those that cannot be read are told of."""
-    configs, unreadable = configs_in(folder)
-    found = []
-    for path, config in configs.items():
+def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda summary: True) -> list[Run]:
+    """The runs in a folder of run folders, finished or not, by name; those that cannot be read are told of.
+
+    Args:
+        folder: of run folders.
+        wanted: of a summary, or None while there is none, whether the run is one to read; by default all are.
+    """
+    found, unreadable = [], []
+    for file in sorted(folder.glob("*/config.yaml")):
+        path = file.parent
         try:
             summary = SUMMARY.read(path)
+            if not wanted(summary):
+                continue
+            config = read_config(file)
         except UnreadableError as error:
             unreadable.append(error)
             continue

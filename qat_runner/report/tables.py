@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qat_runner.config import BASELINE, Config, Distill, Mode, baseline_of, run_name
-from qat_runner.insertion.policy import FULL_PRECISION
+from qat_runner.policy import FULL_PRECISION
 from qat_runner.runs.records import accuracy, metric
 
 Result = tuple[Config, Mapping[str, Any]]

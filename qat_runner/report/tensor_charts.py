@@ -5,7 +5,7 @@ from typing import Any
 
 from qat_runner.quant import IntFormat
 from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, number, rounded
-from qat_runner.training.histograms import LEVELS
+from qat_runner.runs.records import LEVELS
 
 FEW = 20
 """Tensors that are shown at first, where there are many more."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qat_runner import distributed
+from qat_runner import ranks
 from qat_runner.runs.records import Git, Sitting
 
 _PACKAGES = (
@@ -45,7 +45,7 @@ def environment() -> Sitting:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
             "cuda": torch.version.cuda,
         },
-        "processes": distributed.world_size(),
+        "processes": ranks.world_size(),
     }
 
 

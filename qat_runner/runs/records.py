@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from qat_runner.config.tasks import metrics
@@ -20,6 +19,9 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Bits = Annotated[int, Field(ge=1, le=32)]
+
+LEVELS = 64
+"""Levels of a grid that are recorded, at most: more could not be told apart."""
 
 
 def _no_nan(cell: object) -> object:
@@ -216,7 +218,7 @@ class Histogram(TypedDict):
     counts: Annotated[list[Count], Field(min_length=1)]
     """values in each bin; all bins have the same width"""
     levels: NotRequired[list[Real]]
-    """those of the grid; none where there are more than `histograms.LEVELS`"""
+    """those of the grid; none where there are more than LEVELS"""
     ends: NotRequired[Annotated[list[Real], Field(min_length=2, max_length=2)]]
     """of a format that has two, where one pair holds for the whole tensor: the lower and the upper one"""
 
@@ -276,52 +278,6 @@ class Owner(TypedDict):
 
 
 # Checkpoints
-
-
-@with_config(ConfigDict(arbitrary_types_allowed=True))
-class RandomState(TypedDict):
-    """Of all global generators: see `checkpoint.random_state`."""
-
-    torch: Tensor
-    cuda: list[Tensor]
-    numpy: Annotated[list[Any], Field(min_length=5, max_length=5)]
-    python: Annotated[list[Any], Field(min_length=3, max_length=3)]
-
-
-@with_config(ConfigDict(arbitrary_types_allowed=True))
-class ProcessState(TypedDict):
-    """What of a run is one process's own."""
-
-    random: RandomState
-    totals: Tensor
-    buffers: dict[str, Tensor]
-
-
-@with_config(ConfigDict(extra="forbid"))
-class Progress(TypedDict):
-    """How far a run has come: `loop.State`."""
-
-    epoch: Count
-    step: Count
-    steps: Count
-    seconds: Real
-    train_seconds: Real
-    best: float
-    val: dict[str, float]
-    samples_per_second: float
-
-
-@with_config(ConfigDict(arbitrary_types_allowed=True))
-class Checkpoint(TypedDict):
-    """All that a run needs to go on."""
-
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    processes: Annotated[list[ProcessState], Field(min_length=1)]
-    state: Progress
-    config: dict[str, Any]
-    """its identity; of checkpoints of before its whole config, nested"""
 
 
 SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterValidator(_with_its_figure)])

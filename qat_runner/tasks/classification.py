@@ -22,7 +22,6 @@ class Classification(Choice[ImageData]):
     unit = "img"
     inputs = ("pictures",)
     outputs = ("logits",)
-    not_drawn = ("top5",)
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:
         """With 2 classes where neither data nor config tell their number."""

@@ -32,7 +32,6 @@ class QuestionAnswering(Choice[SquadData]):
     unit = "win"
     inputs = ("input_ids", "attention_mask", "token_type_ids")
     outputs = ("start_logits", "end_logits")
-    dashed = ("em",)
 
     def check(self, config: Config) -> None:
         super().check(config)

@@ -35,10 +35,6 @@ class Task(ABC, Generic[D]):
     """names, in exported files, of the arguments of a network's forward"""
     outputs: ClassVar[tuple[str, ...]]
     """names, in exported files, of what comes out; of several also those that forward's result has them by"""
-    not_drawn: ClassVar[tuple[str, ...]] = ()
-    """figures of a pass that have no curve, since it would flatten the others"""
-    dashed: ClassVar[tuple[str, ...]] = ()
-    """figures whose curve is drawn so"""
 
     def check(self, config: Config) -> None:
         """Refuse what cannot be carried out, on the config alone.

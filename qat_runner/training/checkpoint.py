@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from qat_runner.errors import RunError, told
 from qat_runner.insertion.state import upgrade
+from qat_runner.runs.checkpoints import RandomState
 from qat_runner.runs.files import full_disk_told
-from qat_runner.runs.records import RandomState
 
 log = logging.getLogger("qat_runner")
 

@@ -14,12 +14,10 @@ from qat_runner.data.batches import unsharded
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.quant import Quantizer
-from qat_runner.runs.records import HISTOGRAMS, Histogram
+from qat_runner.runs.records import HISTOGRAMS, LEVELS, Histogram
 from qat_runner.training.measure import autocast
 
 BINS = 100
-LEVELS = 64
-"""Levels of a grid that are recorded, at most: more could not be told apart."""
 
 REACH = 4.0
 """Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""

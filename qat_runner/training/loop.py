@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from qat_runner import distributed
+from qat_runner import distributed, ranks
 from qat_runner.config import Amp, Config, Resume, differences, flat, identity, settings
 from qat_runner.data import Batch, Data
 from qat_runner.data.batches import unsharded
@@ -20,9 +20,10 @@ from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_quantized_once
 from qat_runner.quant import Quantizer
+from qat_runner.runs.checkpoints import Checkpoint, ProcessState
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.record import Record
-from qat_runner.runs.records import PREDICTIONS, Checkpoint, ProcessState
+from qat_runner.runs.records import PREDICTIONS
 from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
@@ -182,7 +183,7 @@ class Trainer:
 
         def seen(samples: int, totals: Totals) -> None:
             progress.step(samples * distributed.shard().world, totals)
-            if self.stop.signal and not distributed.launched():  # several would have to agree, batch by batch
+            if self.stop.signal and not ranks.launched():  # several would have to agree, batch by batch
                 self._save()
                 self._stop(self.stop.signal)
 
@@ -192,14 +193,14 @@ class Trainer:
             figures = score.read()
         except ValueError as error:  # a quantizer met NaN or infinity
             raise RunError(f"validation failed, the network has diverged: {error}") from error
-        if score.predictions is not None and distributed.is_main():
+        if score.predictions is not None and ranks.is_main():
             PREDICTIONS.write(self.record.folder, score.predictions)
         return figures
 
     def _progress(self, epochs: int, train_samples: int) -> AbstractContextManager[Progress]:
         limit = (self.config.limit_val_batches or 10**9) * self.config.dataset.val_batch_size
         samples = train_samples + min(self.data.val_size, limit)
-        live = None if distributed.is_main() else False
+        live = None if ranks.is_main() else False
         return closing(Progress(epochs, samples, self.state.epoch, self.task.unit, live))
 
     def measure_noise(self) -> None:
@@ -424,7 +425,7 @@ class Trainer:
             "config": identity(self.config),
         }
         self.saved_at = time.monotonic()
-        if not distributed.is_main():
+        if not ranks.is_main():
             return
         folder = RunFolder(self.record.folder).checkpoints
         if best:  # first: killed in between, the run would know of it, and not write it again
@@ -434,5 +435,5 @@ class Trainer:
 
     def _own_buffers(self) -> dict[str, Tensor]:
         """What of the model's state is this process's own, where there are several."""
-        buffers = {name for name, _ in self.model.named_buffers()} if distributed.launched() else set()
+        buffers = {name for name, _ in self.model.named_buffers()} if ranks.launched() else set()
         return {name: t.cpu() for name, t in self.model.state_dict().items() if name in buffers}

@@ -13,20 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qat_runner.config.tasks import TaskFacts
 from qat_runner.runs.files import write_whole
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LAYERS, METRICS
-from qat_runner.tasks import Task
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
-def plot_curves(folder: Path, task: Task[Any]) -> None:
+def plot_curves(folder: Path, task: TaskFacts) -> None:
     """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained.
 
     Args:
         folder: of a run.
-        task: of the run.
+        task: what follows from the task of the run.
     """
     rows = METRICS.read(folder)
     if not rows:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import qat_runner as qat
 from qat_runner.errors import ConfigError, RunError
-from qat_runner.exporting import fold_batchnorm, to_integers
+from qat_runner.exporting.agreement import Figures, require
+from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import (
     DESCRIPTION,
     Signature,
@@ -31,8 +32,8 @@ from qat_runner.exporting.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.exporting.integer import IntegerConv2d, IntegerLinear, StaticGrid
-from qat_runner.exporting.verify import Figures, OnnxFile, paired_standard_error, require
+from qat_runner.exporting.integer import IntegerConv2d, IntegerLinear, StaticGrid, to_integers
+from qat_runner.exporting.verify import OnnxFile, paired_standard_error
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner import distributed
+from qat_runner import distributed, ranks
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard
@@ -117,7 +117,7 @@ def test_two_processes_train_as_one_does(bits: int, tmp_path: Path) -> None:
 
 def odds_and_ends() -> dict[str, Any]:
     shard = distributed.shard()
-    assert distributed.is_main() == (shard.rank == 0)
+    assert ranks.is_main() == (shard.rank == 0)
     assert distributed.all_reduce_max(shard.rank * 7) == 7
     assert distributed.on_main(lambda: "said") == "said"
     try:

@@ -21,7 +21,7 @@ from qat_runner.cli.export import main as export
 from qat_runner.cli.run import main
 from qat_runner.description import fit
 from qat_runner.errors import RunError
-from qat_runner.runs.records import Checkpoint
+from qat_runner.runs.checkpoints import Checkpoint
 from qat_runner.training import checkpoint
 from qat_runner.training.loop import Trainer
 from tests.report.test_hostile_records import VALUES, places

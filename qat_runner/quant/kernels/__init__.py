@@ -24,6 +24,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qat_runner.quant.backends import BACKENDS
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import compiled, traced
 from qat_runner.quant.kernels.cost import Cost, Search
@@ -48,9 +49,6 @@ class Backend(Protocol):
 
     def fake_quantize_backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor: ...
 
-
-BACKENDS = ("eager", "compiled", "triton")
-"""The names of the backends; "auto" chooses among them."""
 
 _asked = "auto"
 """What `set_backend` was told last; a name in BACKENDS, or auto."""

@@ -15,26 +15,20 @@ the first convolution that a batch comes through, `last` the last linear layer, 
 operands. `type` is a glob over the kind of layer: Conv2d, Linear, Matmul.
 """
 
+from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
+
 import glob
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from qat_runner.quant import BITS, EVAL_MODES, FORMATS, METHODS, ClippingMethod, Octav, Range, clipping_method
 
-from qat_runner.insertion.layers import WEIGHT_AND_INPUT
-from qat_runner.quant import (
-    BITS,
-    EVAL_MODES,
-    FORMATS,
-    METHODS,
-    ClippingMethod,
-    Octav,
-    Quantizer,
-    Range,
-    clipping_method,
-)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from qat_runner.quant import Quantizer
 
 FULL_PRECISION = 32
 """The bit-width that means "leave this tensor alone"."""
@@ -43,6 +37,12 @@ GRADIENT_PAIRS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "
 """Gradient name -> (estimator of weights, estimator of activations); mph is the paper's hybrid."""
 
 GRANULARITIES = ("channel", "tensor")
+
+FREEZING = ("averaged", "calibrated", "running")
+"""Rules by which scalars are frozen, see `freeze`."""
+
+WEIGHT_AND_INPUT = ("weight", "input")
+"""The operands of a layer that has a weight."""
 
 ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
@@ -202,7 +202,7 @@ class Rule:
         return found
 
     @classmethod
-    def from_dict(cls, content: object) -> "Rule":
+    def from_dict(cls, content: object) -> Rule:
         """A rule from plain values.
 
         Raises:
@@ -291,7 +291,7 @@ class Policy:
         synchronize: bool = False,
         rules: Sequence[Rule] = (),
         **clipping_options: Any,
-    ) -> "Policy":
+    ) -> Policy:
         """The usual policy: one width for all, another one at both ends.
 
         Args:
@@ -382,7 +382,7 @@ class Policy:
                 settings |= rule.settings()
         return TensorPolicy(**settings)
 
-    def with_ends(self, ends: Mapping[str, Collection[str]]) -> "Policy":
+    def with_ends(self, ends: Mapping[str, Collection[str]]) -> Policy:
         """The same for one network: rules about ends are about these layers by name.
 
         Args:
@@ -403,7 +403,7 @@ class Policy:
         return [rule.as_dict() for rule in self.rules]
 
     @classmethod
-    def from_list(cls, content: object) -> "Policy":
+    def from_list(cls, content: object) -> Policy:
         """A policy from plain values: a list of mappings.
 
         Raises:

@@ -1,0 +1,99 @@
+"""What exporting found, in words for the terminal and for pages."""
+
+from tabulate import tabulate
+
+from qat_runner.exporting.agreement import Figures, agrees
+from qat_runner.runs.records import Export
+
+FUSED = "onnx_fused"
+"""In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
+
+
+def text(result: Export) -> str:
+    """The result for the terminal."""
+    names = {
+        "dynamic": "dynamic scalars",
+        "static": "static scalars",
+        "onnx": "model.onnx",
+        FUSED: "model.onnx, this processor's kernels",
+        "torch": "model.pt2",
+    }
+    rows = [
+        (
+            label,
+            f"{found['accuracy']:.2f}",
+            f"{found['agreement']:.2f}" if "agreement" in found else "",
+            f"{found['largest_difference']:.3g}" if "largest_difference" in found else "",
+        )
+        for key, label in names.items()
+        if (found := result["figures"].get(key))
+    ]
+    quality = tabulate(
+        rows,
+        ("network", f"{result['metric']} %", "same predictions %", "largest logit difference"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+    whole, times = result["bytes"]["full_precision"], result.get("milliseconds", {})
+    costs = tabulate(
+        [
+            (
+                names.get(key, key.replace("_", " ")) if key != "safetensors" else "model.safetensors",
+                f"{size / 1e6:.2f}",
+                f"{size / whole:.2f}",
+                f"{times[key]:.2f}" if key in times else "",
+            )
+            for key, size in result["bytes"].items()
+        ],
+        ("file", "MB", "of full precision", "ms a sample"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+    bits = f"{result['weight_bits']}/{result['activation_bits']}"
+    batches = f" over {result['batches']} batches" if result["batches"] else ""
+    kept = f", but for {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
+    head = (
+        f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
+        f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
+    )
+    return "\n\n".join([head, quality, *_warning(result), costs])
+
+
+def _warning(result: Export) -> list[str]:
+    """What to do where this processor's kernels compute something else than the ONNX file says."""
+    figures = result["figures"]
+    if FUSED not in figures or agrees(Figures(**figures[FUSED]), Figures(**figures["static"])):
+        return []
+    return [
+        "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
+        f"({result['processor']}). They round in other places, and where a processor has no VNNI\n"
+        "instructions, their sums of products of uint8 and int8 saturate at 16 bits. Weights of 7 bits prevent that:\n"
+        "weight_bits=7 (and first_last_bits=7 for the two ends). The session option session.disable_quant_qdq=1\n"
+        "computes what the file says, more slowly."
+    ]
+
+
+def text_of_rules(figures: dict[str, Figures]) -> str:
+    """What `compare_rules` found, for the terminal."""
+    first = next(iter(figures.values()))
+    rows = [
+        (
+            name,
+            f"{found.accuracy:.2f}",
+            "" if found is first else _difference(found, first),
+            "" if found.agreement is None else f"{found.agreement:.2f}",
+        )
+        for name, found in figures.items()
+    ]
+    return tabulate(
+        rows,
+        ("scalars", "accuracy %", "difference ± standard error", "same predictions %"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "right"),
+    )
+
+
+def _difference(found: Figures, reference: Figures) -> str:
+    """Of two accuracies, in points, with its standard error where that is known."""
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
+    return f"{found.accuracy - reference.accuracy:+.2f}{error}"

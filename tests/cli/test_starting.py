@@ -1,0 +1,98 @@
+"""What is imported before a command says its first word: PyTorch takes seconds, and most words need none of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qat_runner.cli.run import main as qat_run
+
+WORDS = {
+    "antlr4",
+    "hydra",
+    "omegaconf",
+    "packaging",
+    "pydantic",
+    "tqdm",
+    "typing_extensions",
+    "typing_inspection",
+    "yaml",
+}
+PARTS = {"annotated_types", "hydra_plugins", "pydantic_core", "qat_runner"}
+"""Of those packages."""
+PAGES = {"_plotly_utils", "jinja2", "markupsafe", "plotly", "tabulate", "wcwidth"}
+
+SCRIPT = """
+import json, sys
+from qat_runner import cli
+sys.argv = sys.argv[1:]
+try:
+    code = getattr(cli, sys.argv[0].replace("-", "_"))()
+except SystemExit as stop:  # as argparse has it
+    code = stop.code or 0
+names = {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+print(json.dumps([code, sorted(name for name in names if not name.startswith(("_sysconfig", "_cython", "cython")))]))
+"""
+
+
+def carried_out(*command: str) -> tuple[int, set[str], str]:
+    """Exit code, packages that were imported, and what was said on standard error."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=True)
+    code, packages = json.loads(done.stdout.splitlines()[-1])
+    return code, set(packages) - started(), done.stderr
+
+
+def started() -> set[str]:
+    """What Python itself imports of what is installed beside us, such as hooks of editable installations."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*{name.partition('.')[0] for name in sys.modules})"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "allowed"),
+    [
+        (("qat-run", "--help"), WORDS),
+        (("qat-run", "--cfg", "job"), WORDS),
+        (("qat-export", "--help"), {"tqdm"}),
+        (("qat-report", "--help"), WORDS | PAGES),
+        (("qat-report", "status", "."), WORDS | PAGES),
+    ],
+)
+def test_words_that_need_no_pytorch(command: tuple[str, ...], allowed: set[str]) -> None:
+    code, packages, _ = carried_out(*command)
+    assert code == 0 and packages <= allowed | PARTS
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ("bits=99",),
+        ("modell=resnet20",),
+        ("clipping=octave",),
+        ("clipping.iterations=0",),
+        ("weight_format=float",),
+        ("mode=retrain",),
+        ("-m", "bits=4,99"),
+        ("rules=[{match: a, bit: 3}]",),
+        ("policy=/nowhere.yaml",),
+    ],
+)
+def test_a_config_is_refused_before_pytorch_is_there(request_: tuple[str, ...]) -> None:
+    code, packages, said = carried_out("qat-run", *request_)
+    assert code == 2 and said.startswith("qat-run: ")
+    assert packages <= WORDS | PARTS
+
+
+def test_the_page_of_a_run_needs_no_pytorch(tmp_path: Path) -> None:
+    tiny = ("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=8")
+    assert qat_run([*tiny, "epochs=1", f"run_dir={tmp_path / 'run'}"]) == 0
+    code, packages, _ = carried_out("qat-report", str(tmp_path / "run"))
+    assert code == 0 and (tmp_path / "run" / "report.html").is_file()
+    assert packages <= WORDS | PARTS | PAGES
