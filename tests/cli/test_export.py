@@ -15,6 +15,7 @@ from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
 from qat_runner.exporting import of_run as exporting
 from qat_runner.exporting import verify
+from qat_runner.exporting.agreement import LEAST_AGREEMENT
 from qat_runner.exporting.formats import read_safetensors
 from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
@@ -64,7 +65,7 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     summary = json.loads(Path("dynamic/summary.json").read_text())
     figures = result["figures"]
     assert figures["dynamic"]["accuracy"] == summary["top1"]  # the network that was trained
-    assert figures["onnx"]["agreement"] >= verify.LEAST_AGREEMENT
+    assert figures["onnx"]["agreement"] >= LEAST_AGREEMENT
     assert figures["torch"]["largest_difference"] >= 0
     assert (result["scalars"], result["batches"], result["batchnorm_kept"]) == ("averaged", 10, [])
     assert result["bytes"]["safetensors"] < 0.25 * result["bytes"]["full_precision"]
@@ -192,8 +193,8 @@ def test_fused_kernels_that_compute_something_else_are_told_of(
     assert export("static", "--formats", "onnx") == 0  # the file is right
     told = capsys.readouterr().out
     result = json.loads((tmp_path / "out/export.json").read_text())
-    assert result["figures"]["onnx"]["agreement"] >= verify.LEAST_AGREEMENT
-    assert result["figures"]["onnx_fused"]["agreement"] < verify.LEAST_AGREEMENT
+    assert result["figures"]["onnx"]["agreement"] >= LEAST_AGREEMENT
+    assert result["figures"]["onnx_fused"]["agreement"] < LEAST_AGREEMENT
     assert remedy in told and result["processor"] in told and "model.onnx, this processor's kernels" in told
     assert result["milliseconds"].keys() == {"full_precision", "onnx"}
 

@@ -23,6 +23,7 @@ from qat_runner.insertion import LayerNoise
 from qat_runner.report import page, run_page
 from qat_runner.report import runs as runs_in_report
 from qat_runner.runs import records
+from qat_runner.runs.checkpoints import Progress
 from qat_runner.training.loop import State
 from tests.report.test_pages import make_run, text_of
 
@@ -493,7 +494,7 @@ def test_many_mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_descriptions_are_of_what_is_written() -> None:
     assert list(records.LayerRow.__annotations__) == ["epoch", *LayerNoise.__dataclass_fields__]
-    assert {*records.Progress.__annotations__} == {*State.__dataclass_fields__}
+    assert {*Progress.__annotations__} == {*State.__dataclass_fields__}
 
 
 def test_records_that_are_written_fit(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner import distributed
+from qat_runner import ranks
 from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.data import Batch
@@ -124,9 +124,9 @@ def test_the_log_says_what_is_seen_at_a_time(overrides: list[str], told: str) ->
 
 
 def test_with_as_many_processes_as_the_paper_had_gpus_it_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    monkeypatch.setattr(ranks, "world_size", lambda: 8)
     assert "see 64 samples at a time, as published" in _recipe(composed("dataset=imagenet", "model=resnet50"))
     bert = composed("dataset=squad", "model=bert_base")
-    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    monkeypatch.setattr(ranks, "world_size", lambda: 1)
     assert "see 4 samples at a time, as published" in _recipe(bert)
     assert "at a time" not in _recipe(composed("dataset=digits"))
