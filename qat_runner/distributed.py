@@ -1,26 +1,23 @@
 """Several processes on one run, one for each GPU (or for a few CPU cores), as torchrun starts them.
 
-Gradients are averaged after the backward pass rather than during it, as DistributedDataParallel would: where weights
-are quantized once for several parts of a batch, their gradients come outside of any backward pass that it would see.
 Everything here does nothing where there is one process.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from qat_runner.data.batches import WHOLE, Shard
 from qat_runner.errors import QatError, RunError
 from qat_runner.ranks import is_main, launched, local_rank
 
 T = TypeVar("T")
-BUCKET = 2**23
-"""Elements of gradients that travel together."""
 
 
 @contextmanager
@@ -87,37 +84,63 @@ def all_reduce(t: Tensor) -> Tensor:
     return t
 
 
-def all_reduce_max(wish: int) -> int:
-    """The largest of the numbers that the processes ask for; waits for the other processes, not for a device."""
-    if not dist.is_initialized():
-        return wish
-    t = torch.tensor(wish)
-    dist.all_reduce(t, dist.ReduceOp.MAX)
-    return int(t)
+class Agreement:
+    """The largest of the numbers that the processes ask for, step by step, without one waiting for the others.
+
+    What is asked for at a step is known at the next: the message travels meanwhile, and is none of a device's.
+    """
+
+    def __init__(self) -> None:
+        self._asked = torch.zeros((), dtype=torch.int64)
+        self._work: dist.Work | None = None
+
+    def ask(self, wish: int) -> int:
+        """Ask for a number; returns the largest of those that were asked for before, in all processes the same.
+
+        Alone, what is asked for is granted at once.
+        """
+        if not dist.is_initialized():
+            return wish
+        granted = self.settle()
+        self._asked = torch.tensor(wish)
+        self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, async_op=True)
+        return granted
+
+    def settle(self) -> int:
+        """The largest of the numbers that were asked for last; nothing is under way any more."""
+        if self._work is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._asked)
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for bucket in _buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        flat = all_reduce(flat).div_(dist.get_world_size())
-        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(mean.view(g.shape))
+def average_gradients(model: nn.Module) -> None:
+    """Replace every gradient of a model by its mean over all processes: once, before `data_parallel` can do so."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.grad is not None:
+                all_reduce(p.grad).div_(dist.get_world_size())
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    for t in tensors:
-        if bucket and (t.dtype != bucket[0].dtype or sum(u.numel() for u in bucket) + t.numel() > BUCKET):
-            yield bucket
-            bucket = []
-        bucket.append(t)
-    if bucket:
-        yield bucket
+def data_parallel(model: nn.Module) -> nn.Module:
+    """A model that averages its gradients over all processes, while the backward pass goes on.
+
+    Args:
+        model: after a backward pass. What has a gradient takes part; DistributedDataParallel would wait for the others.
+            Buffers are left alone: of BatchNorm's averages, and of scalars, each process has its own.
+    """
+    ignored = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    ignored += [f".{name}" for name in ignored]  # as it calls those of the model itself
+    ignored += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def adding_up(model: nn.Module) -> AbstractContextManager[None]:
+    """While open, gradients of a model from `data_parallel` add up in each process alone; of others they always do."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()
@@ -141,7 +164,7 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes together; torch's own does so on GPUs alone."""
+    """BatchNorm over the batch of all processes together, on a CPU: torch's own, for GPUs, refuses it."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
@@ -165,8 +188,12 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return normalized
 
 
-def synchronize_batchnorm(model: nn.Module) -> None:
-    """Let every BatchNorm2d of a model see the batch of all processes, in place."""
+def synchronize_batchnorm(model: nn.Module) -> nn.Module:
+    """A model whose BatchNorms see the batch of all processes: the same one, with other modules in it."""
+    if any(p.is_cuda for p in model.parameters()):
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return converted
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
+    return model

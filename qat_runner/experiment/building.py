@@ -89,7 +89,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     if not config.training:
         _check_scalars(config, model, weights)
     if config.sync_batchnorm:
-        distributed.synchronize_batchnorm(model)
+        model = distributed.synchronize_batchnorm(model)
     distributed.broadcast(model)
     if shard.rank > 0:  # its own dropout
         checkpoint.seed_everything(config.seed + 2**32 * shard.rank)

@@ -26,10 +26,9 @@ from qat_runner.models import STEMS, Source, find_weights, match_weights
 from qat_runner.quant.kernels import choose_backend
 from qat_runner.runs.files import TEMPORARY, JsonFile
 from qat_runner.runs.folder import RunFolder
-from qat_runner.runs.records import ENVIRONMENT, LOCK
+from qat_runner.runs.records import LOCK
 from qat_runner.runs.trackers import TRACKERS, Tracker
 from qat_runner.tasks import TASKS, task_of
-from qat_runner.training import checkpoint
 
 T = TypeVar("T")
 
@@ -133,18 +132,8 @@ def _check_folder(folder: Path, config: Config) -> None:
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
             f"resume=force goes on with it as it is now asked for"
         )
-    if config.training and not here.finished:
-        _check_processes(folder)
     if config.resume == Resume.never and not here.finished:
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
-
-
-def _check_processes(folder: Path) -> None:
-    """An unfinished run goes on with as many processes as it began with: each has its part of the state."""
-    environment, now = recorded(ENVIRONMENT, folder), ranks.world_size()
-    begun = None if environment is None else environment.get("processes", 1)
-    if begun not in (None, now) and checkpoint.exists(RunFolder(folder).checkpoints):
-        raise ConfigError(f"run_dir={folder}: was begun by {begun} process(es), not {now}; go on with as many")
 
 
 def recorded(file: JsonFile[T], folder: Path) -> T | None:

@@ -127,6 +127,9 @@ class Trainer:
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
+        self.parallel = model
+        """what is trained: the model, or what averages its gradients over processes"""
+        self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State()
@@ -224,28 +227,38 @@ class Trainer:
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint: model, optimizer, scaler and random state as they were, and the place in the epoch.
 
+        Where there were more or fewer processes, data come in the same order. What each has of its own, its buffers and
+        random state, goes to them in turn; those that are new have random state of their own.
+
         Raises:
-            RunError: it is no checkpoint of this run, or of another number of processes.
+            RunError: it is no checkpoint of this run.
         """
         shard = distributed.shard()
         try:
             found: Checkpoint = fit(Checkpoint, saved)
             self._check_same_run(found)
-            if len(found["processes"]) != shard.world:
-                raise ValueError(f"it has the state of {len(found['processes'])} processes, not of {shard.world}")
-            own = found["processes"][shard.rank]
+            processes = found["processes"]
+            own = processes[shard.rank % len(processes)]
             model = found["model"] | own["buffers"]
             checkpoint.check_model(model, self.model)
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
-            checkpoint.set_random_state(own["random"])
-            if own["totals"].shape != self.totals.sums.shape:
-                raise ValueError(f"totals: is of shape {list(own['totals'].shape)}")
-            self.totals.sums.copy_(own["totals"])
+            if shard.rank < len(processes):
+                checkpoint.set_random_state(own["random"])
+            self.totals.sums.zero_()
+            for process in processes[shard.rank :: shard.world]:
+                if process["totals"].shape != self.totals.sums.shape:
+                    raise ValueError(f"totals: is of shape {list(process['totals'].shape)}")
+                self.totals.sums += process["totals"].to(self.totals.sums.device)
         except Exception as error:  # whatever PyTorch may raise on state that is none
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
+        if len(processes) != shard.world:
+            log.info(
+                f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
+                f"are rounded otherwise, and BatchNorm and activations' scalars see other parts of a batch"
+            )
         self.to_freeze = self.config.freezing and bool(dynamic_activations(self.model))
 
     def _check_same_run(self, saved: Checkpoint) -> None:
@@ -275,7 +288,9 @@ class Trainer:
             self._freeze_if_due(epoch + step / self.steps)
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._add_gradients(batch)
-            distributed.average_gradients(self.model.parameters())
+            if ranks.launched() and self.parallel is self.model:  # the first step says what takes part
+                distributed.average_gradients(self.model)
+                self.parallel = distributed.data_parallel(self.model)
             if self.stage.max_grad_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
@@ -284,6 +299,7 @@ class Trainer:
             self.interval.add(loss, lr, None if self.excess is None else self.excess.take())
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
             self._look_around(epoch, finite)
+        self._grant(epoch, self.agreement.settle())
         self._end_interval(epoch)
         return self.totals.merged().read()
 
@@ -301,11 +317,19 @@ class Trainer:
         log.info(f"activations' clipping scalars are static from here on (epoch {position:g})")
 
     def _look_around(self, epoch: int, finite: bool) -> None:
-        """After a step: break off, save or stop, whichever any of the processes finds it is time for."""
+        """After a step: break off, save or stop, whichever any of the processes finds it is time for.
+
+        Several processes do so a step later, all at the same one.
+        """
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         asked = self.stop.signal or 0
-        wish = distributed.all_reduce_max(DIVERGED if not finite else asked + 1 if asked else int(due))
+        wish = self.agreement.ask(DIVERGED if not finite else asked + 1 if asked else int(due))
+        self._grant(epoch, wish)
+
+    def _grant(self, epoch: int, wish: int) -> None:
+        """Do what processes asked for; those that did have not forgotten it, should they ask for more by now."""
         if wish:
+            self.agreement.settle()
             self._end_interval(epoch)  # where what has diverged is told
             self._save()
         if 1 < wish < DIVERGED:
@@ -362,12 +386,14 @@ class Trainer:
         mean = torch.zeros((), device=self.device)
         count = self.config.accumulate
         with weights_quantized_once(self.model) if count > 1 else nullcontext():
-            for part in batch.parts(count):
-                with autocast(self.device, self.config.amp):
-                    logits = self.task.compute(self.model, part.inputs)
-                    loss = self._loss(logits, part)
-                share = part.size / batch.size
-                self.scaler.scale(loss * share).backward()
+            parts = list(batch.parts(count))
+            for part in parts:
+                with nullcontext() if part is parts[-1] else distributed.adding_up(self.parallel):
+                    with autocast(self.device, self.config.amp):
+                        logits = self.task.compute(self.parallel, part.inputs)
+                        loss = self._loss(logits, part)
+                    share = part.size / batch.size
+                    self.scaler.scale(loss * share).backward()
                 mean += loss.detach() * share
                 self.totals.add(loss, logits.detach(), part.targets)
         return mean

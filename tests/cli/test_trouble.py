@@ -154,17 +154,20 @@ def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture
     assert "holds more than a run (notes.tmp), so it is left alone" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_as_many_processes(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_run_of_two_processes_goes_on_with_one(
+    run: Run, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("run_dir=one") == 143
-    environment = json.loads(Path("one/environment.json").read_text())
-    assert environment["processes"] == 1
-    Path("one/environment.json").write_text(json.dumps(environment | {"processes": 2}))
-    assert run("run_dir=one") == 2
-    assert "run_dir=one: was begun by 2 process(es), not 1; go on with as many" in capsys.readouterr().err
+    path = Path("one/checkpoints/last.pt")
+    content = checkpoint.load(path)
+    (own,) = content["processes"]
+    shares = [own | {"totals": own["totals"] * share} for share in (0.25, 0.75)]
+    checkpoint.save(path, content | {"processes": shares})
+    assert run("run_dir=one") == 0
+    assert "1 process(es) go on with a run of 2: data come in the same order" in capsys.readouterr().out
+    assert outcome("one") == whole
 
 
 def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

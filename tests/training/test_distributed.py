@@ -1,5 +1,6 @@
 """Two processes against one: the same scalars, the same weights."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard
 from qat_runner.errors import RunError
 from qat_runner.experiment import build
-from qat_runner.insertion import Policy, quantize_model, quantized_tensors
+from qat_runner.insertion import Policy, calibrate, quantize_model, quantized_tensors
+from qat_runner.insertion.insert import weights_quantized_once
 from qat_runner.quant import IntFormat, maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.tasks import TASKS
@@ -74,51 +76,92 @@ def test_static_scalars_are_the_mean_over_processes(tmp_path: Path) -> None:
     assert not torch.equal(first["own 0.input"], second["own 0.input"])
 
 
-def network(bits: int) -> nn.Module:
+class Idle(nn.Sequential):
+    """With a parameter that takes no part in anything."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+def network(bits: int, **policy: Any) -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 8), (8, 8), (8, 8)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    return quantize_model(model, bits, synchronize=True, example=torch.randn(2, 3, 8, 8))
+    model = Idle(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    example = torch.randn(2, 3, 8, 8)
+    quantize_model(model, bits, example=example, **{"synchronize": True, **policy})
+    if not all(t.quantizer.ready for t in quantized_tensors(model)):
+        calibrate(model, [example])
+    return model
 
 
-def train(bits: int, steps: int = 20) -> dict[str, Any]:
-    """SGD on whole batches, of which each process has its part; float64, so that no rounding hangs on a sum's order."""
-    model, shard = network(bits).double(), distributed.shard()
+def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy: Any) -> dict[str, Any]:
+    """SGD on whole batches, of which each process has its part; float64, so that no rounding hangs on a sum's order.
+
+    Args:
+        batch: samples a step.
+        parts: that each process computes its part in, gradients adding up.
+    """
+    model, shard = network(bits, **policy).double(), distributed.shard()
     distributed.synchronize_batchnorm(model)
     distributed.broadcast(model)
+    trained: nn.Module = model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     first: dict[str, Tensor] = {}
     for step in range(steps):
-        x = torch.randn(16, 3, 8, 8, generator=generator, dtype=torch.float64)
-        y = torch.randint(0, 5, (16,), generator=generator)
+        x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 5, (batch,), generator=generator)
         optimizer.zero_grad()
-        F.cross_entropy(model(shard.samples(x)), shard.samples(y)).backward()
-        distributed.average_gradients(model.parameters())
+        with weights_quantized_once(model) if parts > 1 else nullcontext():
+            pieces = list(zip(shard.samples(x).chunk(parts), shard.samples(y).chunk(parts), strict=True))
+            for i, (pictures, classes) in enumerate(pieces):
+                with distributed.adding_up(trained) if i < parts - 1 else nullcontext():
+                    (F.cross_entropy(trained(pictures), classes) / parts).backward()
+        if step == 0 and shard.world > 1:
+            distributed.average_gradients(model)
+            trained = distributed.data_parallel(model)
         optimizer.step()
         if step == 0:
             first = {t.name: t.quantizer.s.clone() for t in quantized_tensors(model)}
     return {"weights": model.state_dict(), "first": first}
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(bits: int, tmp_path: Path) -> None:
-    first, second = together(train, 2, tmp_path, bits)
-    alone = train(bits)
-    for name, s in alone["first"].items():
-        assert torch.allclose(first["first"][name], s, rtol=1e-6), name
-    for name, value in alone["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])  # weights are the same everywhere
-        if value.is_floating_point():
-            assert torch.allclose(first["weights"][name], value, rtol=1e-6, atol=1e-8), name
+CASES: dict[str, dict[str, Any]] = {
+    "synchronized": {},
+    "in parts": {"parts": 2, "clipping": "max"},
+    "static": {"dynamic": False, "synchronize": False},
+    "learned": {"clipping": "lsq", "synchronize": False},
+    "oriented": {"clipping": "max", "range": "oriented"},
+    "affine": {"clipping": "max", "activation_format": "int_affine"},
+}
+
+
+def train_in_all_ways(batch: int) -> dict[str, Any]:
+    return {name: train(4, batch, steps=10, **case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_train_as_one_does(world: int, tmp_path: Path) -> None:
+    first, *others = together(train_in_all_ways, world, tmp_path, 8 * world)
+    for case, alone in train_in_all_ways(8 * world).items():
+        for name, s in alone["first"].items():
+            assert torch.allclose(first[case]["first"][name], s, rtol=1e-6), (case, name)
+        for name, value in alone["weights"].items():
+            for other in others:  # weights are the same everywhere
+                assert torch.equal(first[case]["weights"][name], other[case]["weights"][name]), (case, name)
+            if value.is_floating_point():
+                assert torch.allclose(first[case]["weights"][name], value, rtol=1e-6, atol=1e-8), (case, name)
 
 
 def odds_and_ends() -> dict[str, Any]:
     shard = distributed.shard()
     assert ranks.is_main() == (shard.rank == 0)
-    assert distributed.all_reduce_max(shard.rank * 7) == 7
+    agreement = distributed.Agreement()
+    assert [agreement.ask(step * shard.rank) for step in range(4)] == [0, 0, 1, 2]
+    assert agreement.settle() == 3 and agreement.settle() == 0
     assert distributed.on_main(lambda: "said") == "said"
     try:
         distributed.on_main(_fail)
@@ -179,9 +222,8 @@ def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
 def test_alone_nothing_changes() -> None:
     module = nn.Linear(2, 2)
     module.weight.grad = torch.ones(2, 2)
-    distributed.average_gradients(module.parameters())
+    distributed.average_gradients(module)
     distributed.broadcast(module)
     assert torch.equal(module.weight.grad, torch.ones(2, 2))
-    assert (
-        distributed.shard() == Shard(0, 1) and distributed.all_gather(3) == [3] and distributed.all_reduce_max(5) == 5
-    )
+    assert distributed.shard() == Shard(0, 1) and distributed.all_gather(3) == [3]
+    assert distributed.Agreement().ask(5) == 5

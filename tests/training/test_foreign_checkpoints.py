@@ -84,7 +84,6 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
     "nothing": (lambda c: {}, "model: field required"),
     "no processes": (lambda c: with_(c, "processes"), "processes: field required"),
     "processes of none": (lambda c: with_(c, "processes", to=[]), "processes: list should have at least 1"),
-    "two processes": (lambda c: with_(c, "processes", to=c["processes"] * 2), "the state of 2 processes, not of 1"),
     "no random state": (lambda c: with_(c, "processes", to=[{}]), "processes.0.random: field required"),
     "epoch 99 of 2": (lambda c: with_(c, "state", "epoch", to=99), "state.epoch: is 99, of 2"),
     "epoch -1": (lambda c: with_(c, "state", "epoch", to=-1), "state.epoch: input should be greater"),
