@@ -7,13 +7,14 @@
 Contestants of a comparison take turns, round by round, so that a busy machine slows all of them; medians are reported,
 with the spread between quartiles. Parts:
 
-    solver   OCTAV, cold and warm, beside the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a copy
-    growth   OCTAV against elements, rows and bits
-    select   percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
-    step     a whole training step: full precision, static scales, max-scaling, OCTAV
-    grids    a whole training step with OCTAV in each range of the integers, refined, and with affine activations
-    memory   peak memory of the same steps
-    startup  seconds to the end of the first step, compiling from nothing and from a warm cache
+    solver     OCTAV, cold and warm, beside the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a copy
+    growth     OCTAV against elements, rows and bits
+    select     percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
+    step       a whole training step: full precision, static scales, max-scaling, OCTAV
+    grids      a whole training step with OCTAV in each range of the integers, refined, and with affine activations
+    processes  a whole step of two processes, a thread each
+    memory     peak memory of the same steps
+    startup    seconds to the end of the first step, compiling from nothing and from a warm cache
 """
 
 import argparse
@@ -36,10 +37,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from transformers import BertConfig, BertForQuestionAnswering
 
+from qat_runner import distributed
 from qat_runner.data import Batch
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.models import build_model
@@ -61,6 +65,8 @@ STEPS = {  # name: (model, picture size or tokens, batch size)
     "minilm 384 tokens b4": ("minilm", 384, 4),
     "bert_base 384 tokens b4": ("bert_base", 384, 4),
 }
+PAIRED = {"resnet18 32x32 2 x b64": ("resnet18", 32, 64)}
+"""Steps of two processes together: batch size of each."""
 GPU_STEPS = {
     "resnet50 224x224 b256": ("resnet50", 224, 256),
     "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256),
@@ -260,7 +266,7 @@ def bert(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, 
 
 
 def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
-    """A training step: forward, backward, SGD; of a BERT AdamW."""
+    """A training step: forward, backward, SGD; of a BERT AdamW. Of several processes as `qat-run` takes it."""
     torch.manual_seed(0)
     is_bert = which[0] in BERTS
     task = TASKS["question_answering" if is_bert else "classification"]
@@ -281,11 +287,17 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
         else torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     )
 
+    trained = model
+
     def step() -> None:
+        nonlocal trained
         with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = task.loss(task.compute(model, batch.inputs), batch.targets)
+            loss = task.loss(task.compute(trained, batch.inputs), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized() and trained is model:
+            distributed.average_gradients(model)
+            trained = distributed.data_parallel(model)
         optimizer.step()
 
     return step
@@ -310,6 +322,29 @@ def grids(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
         figures = take_turns(contest, args.rounds, device, beside="two's complement")
         rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
     return rows
+
+
+def processes(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Steps of two processes on a CPU, a thread each, by DistributedDataParallel."""
+    rows: list[dict[str, Any]] = []
+    for name in PAIRED:
+        with tempfile.TemporaryDirectory() as scratch:
+            spawn(_take_turns_together, (name, args, scratch), nprocs=2)
+            figures = json.loads(Path(scratch, "figures.json").read_text())
+        rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
+    return rows
+
+
+def _take_turns_together(rank: int, name: str, args: argparse.Namespace, scratch: str) -> None:
+    torch.set_num_threads(1)
+    set_backend(args.backend)
+    keep_freed_memory()
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/meeting", rank=rank, world_size=2)
+    contest = {mode: make_step(PAIRED[name], mode, torch.device("cpu"), amp=False) for mode in MODES}
+    figures = take_turns(contest, args.rounds, torch.device("cpu"), beside="full precision")
+    if rank == 0:
+        Path(scratch, "figures.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
 
 
 def chosen_steps(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, int, int]]:
@@ -377,7 +412,7 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return rows
 
 
-PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, memory, startup)}
+PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, processes, memory, startup)}
 
 
 def main() -> None:
