@@ -1,5 +1,6 @@
 """What is imported before a command says its first word: PyTorch takes seconds, and most words need none of it."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def carried_out(*command: str) -> tuple[int, set[str], str]:
     return code, set(packages) - started(), done.stderr
 
 
+@functools.cache
 def started() -> set[str]:
     """What Python itself imports of what is installed beside us, such as hooks of editable installations."""
     done = subprocess.run(
@@ -62,7 +64,6 @@ def started() -> set[str]:
         (("qat-run", "--cfg", "job"), WORDS),
         (("qat-export", "--help"), {"tqdm"}),
         (("qat-report", "--help"), WORDS | PAGES),
-        (("qat-report", "status", "."), WORDS | PAGES),
     ],
 )
 def test_words_that_need_no_pytorch(command: tuple[str, ...], allowed: set[str]) -> None:
@@ -76,9 +77,7 @@ def test_words_that_need_no_pytorch(command: tuple[str, ...], allowed: set[str])
         ("bits=99",),
         ("modell=resnet20",),
         ("clipping=octave",),
-        ("clipping.iterations=0",),
         ("weight_format=float",),
-        ("mode=retrain",),
         ("-m", "bits=4,99"),
         ("rules=[{match: a, bit: 3}]",),
         ("policy=/nowhere.yaml",),

@@ -40,10 +40,16 @@ def scalars_of_parts(x: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def test_scalars_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    x = torch.randn(7, 3, 50) * torch.logspace(-3, 3, 7).view(7, 1, 1)
-    x[0] = 0  # uneven in every way
-    first, second = together(scalars_of_parts, 2, tmp_path, x)
+def uneven() -> Tensor:
+    """In every way."""
+    x = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7).view(7, 1, 1)
+    x[0] = 0
+    return x
+
+
+def scalars_are_those_of_the_whole_batch(two: list[dict[str, Any]]) -> None:
+    x = uneven()
+    first, second = (found["scalars"] for found in two)
     for name, s in first.items():
         assert torch.equal(s, second[name])
         kind, *rest = name.split()
@@ -54,8 +60,8 @@ def test_scalars_are_those_of_the_whole_batch(tmp_path: Path) -> None:
         assert torch.allclose(s, expected, rtol=1e-6), name
 
 
-def with_static_activations(x: Tensor) -> dict[str, Tensor]:
-    model = network(4).train()
+def with_static_activations() -> dict[str, Tensor]:
+    model, x = network(4).train(), torch.randn(8, 3, 8, 8)
     for t in quantized_tensors(model):
         t.quantizer.synchronize = False  # each process sees its own
     for part in x.split(2):
@@ -66,8 +72,8 @@ def with_static_activations(x: Tensor) -> dict[str, Tensor]:
     return {f"own {name}": s for name, s in own.items()} | {f"now {name}": s for name, s in now.items()}
 
 
-def test_static_scalars_are_the_mean_over_processes(tmp_path: Path) -> None:
-    first, second = together(with_static_activations, 2, tmp_path, torch.randn(8, 3, 8, 8))
+def static_scalars_are_the_mean_over_processes(two: list[dict[str, Any]]) -> None:
+    first, second = (found["static"] for found in two)
     names = [name.removeprefix("now ") for name in first if name.startswith("now ") and name.endswith("input")]
     assert len(names) == 4
     for name in names:
@@ -140,13 +146,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train_in_all_ways(batch: int) -> dict[str, Any]:
-    return {name: train(4, batch, steps=10, **case) for name, case in CASES.items()}
+    return {name: train(4, batch, steps=6, **case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_several_processes_train_as_one_does(world: int, tmp_path: Path) -> None:
-    first, *others = together(train_in_all_ways, world, tmp_path, 8 * world)
-    for case, alone in train_in_all_ways(8 * world).items():
+def they_train_as_one_does(processes: list[dict[str, Any]]) -> None:
+    first, *others = (found["trained"] for found in processes)
+    for case, alone in train_in_all_ways(8 * len(processes)).items():
         for name, s in alone["first"].items():
             assert torch.allclose(first[case]["first"][name], s, rtol=1e-6), (case, name)
         for name, value in alone["weights"].items():
@@ -176,8 +181,18 @@ def _fail() -> None:
     raise RunError("no")
 
 
-def test_what_processes_tell_each_other(tmp_path: Path) -> None:
-    for found in together(odds_and_ends, 2, tmp_path):
+def in_two_processes() -> dict[str, Any]:
+    """All that is asked of two: to start them takes longer than what they do."""
+    return {
+        "scalars": scalars_of_parts(uneven()),
+        "static": with_static_activations(),
+        "trained": train_in_all_ways(16),
+        "odds": odds_and_ends(),
+    }
+
+
+def they_tell_each_other(two: list[dict[str, Any]]) -> None:
+    for found in (each["odds"] for each in two):
         assert found["said"] == "no"
         assert found["gathered"] == [0, 1]
         assert found["totals"]["samples"] == 3
@@ -193,10 +208,28 @@ def signs() -> dict[str, Any]:
     return {t.name: t.quantizer.format.signed for t in quantized_tensors(model)}
 
 
-def test_all_processes_see_the_same_samples_before_they_begin(tmp_path: Path) -> None:
-    first, *others = together(signs, 3, tmp_path)
+def in_three_processes() -> dict[str, Any]:
+    return {"trained": train_in_all_ways(24), "signs": signs()}
+
+
+def they_see_the_same_samples_before_they_begin(three: list[dict[str, Any]]) -> None:
+    first, *others = (found["signs"] for found in three)
     assert first["conv1.input"]
     assert all(other == first for other in others)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    two = together(in_two_processes, 2, tmp_path)
+    scalars_are_those_of_the_whole_batch(two)
+    static_scalars_are_the_mean_over_processes(two)
+    they_train_as_one_does(two)
+    they_tell_each_other(two)
+
+
+def test_three_processes(tmp_path: Path) -> None:
+    three = together(in_three_processes, 3, tmp_path)
+    they_train_as_one_does(three)
+    they_see_the_same_samples_before_they_begin(three)
 
 
 def test_a_batch_of_fewer_samples_than_parts() -> None:
