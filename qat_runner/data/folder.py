@@ -10,7 +10,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from qat_runner.data.batches import Shard
 from qat_runner.data.decoding import FORMATS, read_picture
@@ -67,8 +66,10 @@ def _within_reach(picture: Image.Image) -> Image.Image:
     longest = LONGEST * min(picture.size)
     if max(picture.size) <= longest:
         return picture
+    from torchvision.transforms.v2 import functional
+
     width, height = (min(side, longest) for side in picture.size)
-    middle: Image.Image = v2.functional.center_crop(picture, [height, width])
+    middle: Image.Image = functional.center_crop(picture, [height, width])
     return middle
 
 
@@ -94,6 +95,8 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False) -> None:
+        from torchvision.transforms import v2  # which takes a second to import
+
         # antialias and bilinear are the defaults of the published recipes
         crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
         resize = v2.Resize(round(image_size * RESIZE_RATIO))

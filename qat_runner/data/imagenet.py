@@ -16,7 +16,6 @@ from typing import IO
 
 import numpy as np
 import scipy.io
-from torchvision.models._meta import _IMAGENET_CATEGORIES as CATEGORIES
 from tqdm import tqdm
 
 from qat_runner.data.listing import class_folders
@@ -130,6 +129,8 @@ def check_order(wnids: Sequence[str], words: dict[str, str]) -> None:
     Raises:
         ValueError: most names differ, so the folders are others or in another order.
     """
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as CATEGORIES  # which takes a second
+
     right = np.array(
         [name.split()[0] in words.get(wnid, "") for wnid, name in zip(wnids, CATEGORIES, strict=False)], dtype=bool
     )

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 _ARRAY = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
 
@@ -29,6 +27,8 @@ def read_cifar10(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[
     Raises:
         ValueError: a file is missing or is not the official one.
     """
+    from torchvision.datasets import CIFAR10  # which takes a second to import
+
     batches = [_read_batch(folder / name, md5) for name, md5 in (CIFAR10.train_list if train else CIFAR10.test_list)]
     pictures = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     return pictures.transpose(0, 2, 3, 1), np.concatenate(
@@ -50,6 +50,8 @@ def read_fashion_mnist(folder: Path, train: bool) -> tuple[NDArray[np.uint8], ND
     Raises:
         ValueError: a file is missing, or is no IDX file of bytes.
     """
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # which takes a second to import
+
     split = "train" if train else "t10k"
     pictures = _read_idx(folder / f"{split}-images-idx3-ubyte", read_image_file)
     return pictures, _read_idx(folder / f"{split}-labels-idx1-ubyte", read_label_file)

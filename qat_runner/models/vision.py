@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, cast
 
-import torchvision
 from torch import nn
 
 from qat_runner.models.cifar_resnet import CifarResNet
@@ -16,9 +15,16 @@ SMALL_PICTURE = 64
 """Pictures of fewer pixels a side get the small stem under stem=auto."""
 
 
+def _published(name: str, **config: Any) -> Any:
+    """A network of torchvision's."""
+    from torchvision.models import get_model  # which takes a second to import
+
+    return get_model(name, **config)
+
+
 def _resnet(name: str) -> Callable[[int, bool, float], nn.Module]:
     def build(num_classes: int, small: bool, width: float) -> nn.Module:
-        model: Any = torchvision.models.get_model(name, num_classes=num_classes)
+        model: Any = _published(name, num_classes=num_classes)
         if small:
             model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -30,7 +36,7 @@ def _resnet(name: str) -> Callable[[int, bool, float], nn.Module]:
 
 def _mobilenet(name: str) -> Callable[[int, bool, float], nn.Module]:
     def build(num_classes: int, small: bool, width: float) -> nn.Module:
-        model: Any = torchvision.models.get_model(name, num_classes=num_classes, width_mult=width)
+        model: Any = _published(name, num_classes=num_classes, width_mult=width)
         if small:  # weights do not depend on strides, so published weights still fit
             strided = [m for m in model.features.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
             for conv in strided[:2]:

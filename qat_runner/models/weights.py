@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from qat_runner.config import TORCHVISION, path_of
@@ -144,7 +143,9 @@ def read_weights(source: Source, model_name: str) -> Parts:
     """
     if source.value == TORCHVISION:
         try:  # the first published version: the classic recipe, which the paper's baselines share
-            published = torchvision.models.get_model_weights(model_name)["IMAGENET1K_V1"]
+            from torchvision.models import get_model_weights  # which takes a second to import
+
+            published = get_model_weights(model_name)["IMAGENET1K_V1"]
             return {"": dict(published.get_state_dict(progress=False, check_hash=True))}
         except Exception as error:
             raise ConfigError(f"{source}: download failed ({type(error).__name__}: {error})") from error

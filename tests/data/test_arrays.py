@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torchvision.datasets import CIFAR10
 
 from qat_runner.config import DatasetConfig
-from qat_runner.data import Delivery, ImageData, load_dataset, published
+from qat_runner.data import Delivery, ImageData, load_dataset
 from qat_runner.data.arrays import labelled
 from qat_runner.data.images import MemorySource
 from qat_runner.errors import ConfigError
@@ -249,8 +250,8 @@ def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         for number, content in enumerate(contents):
             (folder / f"batch{number}").write_bytes(content)
             sums.append([f"batch{number}", md5(content).hexdigest()])
-        monkeypatch.setattr(published.CIFAR10, "train_list", sums[:-1])
-        monkeypatch.setattr(published.CIFAR10, "test_list", sums[-1:])
+        monkeypatch.setattr(CIFAR10, "train_list", sums[:-1])
+        monkeypatch.setattr(CIFAR10, "test_list", sums[-1:])
         return folder
 
     return write

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torchvision
 
 from qat_runner.data import imagenet, prepare
 
@@ -45,7 +46,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in imagenet.MD5}
     monkeypatch.setattr(imagenet, "MD5", sums)
     monkeypatch.setattr(imagenet, "PICTURES", {"train": 6, "val": 4})
-    monkeypatch.setattr(imagenet, "CATEGORIES", ["words"] * 3)
+    monkeypatch.setattr(torchvision.models._meta, "_IMAGENET_CATEGORIES", ["words"] * 3)
     return tmp_path
 
 
@@ -94,7 +95,7 @@ def test_refusals(official: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_order() -> None:
-    names = [name.split()[0] for name in imagenet.CATEGORIES]
+    names = [name.split()[0] for name in torchvision.models._meta._IMAGENET_CATEGORIES]
     wnids = [f"n{i:08d}" for i in range(1000)]
     imagenet.check_order(wnids, dict(zip(wnids, names, strict=True)))
     with pytest.raises(ValueError, match="of them where torchvision's weights expect them"):

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torchvision.datasets import CIFAR10
-
 from qat_runner.config import DatasetConfig
 from qat_runner.data.arrays import read_npz
 from qat_runner.data.dataset import Dataset
@@ -27,10 +25,18 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return in_memory(read_cifar10(batches, train=True), read_cifar10(batches, train=False), config)
 
 
+def fetch(folder: Path) -> None:
+    """Download the published files."""
+    from torchvision.datasets import CIFAR10  # which takes a second to import
+
+    for train in (True, False):
+        CIFAR10(folder, train, download=True)
+
+
 DATASET = Dataset(
     "classification",
     pictures(read),
     holds=lambda folder: (folder / NPZ).is_file() or (folder / BATCHES).is_dir(),
     content=f"{NPZ} or torchvision's {BATCHES}/",
-    fetch=lambda folder: [CIFAR10(folder, train, download=True) for train in (True, False)],
+    fetch=fetch,
 )

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torchvision.datasets import FashionMNIST
-
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.images import MemorySource
@@ -23,10 +21,18 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return in_memory(read_fashion_mnist(raw, train=True), read_fashion_mnist(raw, train=False), config)
 
 
+def fetch(folder: Path) -> None:
+    """Download the published files."""
+    from torchvision.datasets import FashionMNIST  # which takes a second to import
+
+    for train in (True, False):
+        FashionMNIST(folder, train, download=True)
+
+
 DATASET = Dataset(
     "classification",
     pictures(read),
     holds=lambda folder: (folder / RAW).is_dir(),
     content=f"torchvision's {RAW}/",
-    fetch=lambda folder: [FashionMNIST(folder, train, download=True) for train in (True, False)],
+    fetch=fetch,
 )
