@@ -326,6 +326,7 @@ def test_a_process_without_a_compiler_starts_with_eager_and_says_nothing(tmp_pat
     ],
 )
 def test_each_device_has_its_own(asked: str, cpu: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_backend("triton")  # while Triton is to interpret: it decides when kernels are made, for all tests that follow
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(compiled, "available", lambda: True)
     with using(asked, "cuda" if asked == "triton" else "cpu"):
