@@ -115,22 +115,19 @@ class Agreement:
         return int(self._asked)
 
 
-@torch.no_grad()
-def average_gradients(model: nn.Module) -> None:
-    """Replace every gradient of a model by its mean over all processes: once, before `data_parallel` can do so."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            if p.grad is not None:
-                all_reduce(p.grad).div_(dist.get_world_size())
-
-
 def data_parallel(model: nn.Module) -> nn.Module:
     """A model that averages its gradients over all processes, while the backward pass goes on.
 
     Args:
-        model: after a backward pass. What has a gradient takes part; DistributedDataParallel would wait for the others.
-            Buffers are left alone: of BatchNorm's averages, and of scalars, each process has its own.
+        model: after a backward pass, whose gradients are averaged here. What has one takes part from now on;
+            DistributedDataParallel would wait for the others. Buffers are left alone: of BatchNorm's averages, and of
+            scalars, each process has its own.
     """
+    if not dist.is_initialized():
+        return model
+    for p in model.parameters():
+        if p.grad is not None:
+            all_reduce(p.grad).div_(dist.get_world_size())
     ignored = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     ignored += [f".{name}" for name in ignored]  # as it calls those of the model itself
     ignored += [name for name, _ in model.named_buffers()]

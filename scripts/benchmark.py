@@ -295,8 +295,7 @@ def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp:
             loss = task.loss(task.compute(trained, batch.inputs), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if dist.is_initialized() and trained is model:
-            distributed.average_gradients(model)
+        if trained is model:
             trained = distributed.data_parallel(model)
         optimizer.step()
 

@@ -21,6 +21,14 @@ class _PlainUnpickler(pickle.Unpickler):
         return _ARRAY[name]
 
 
+def download(name: str, folder: Path) -> None:
+    """Both splits of a data set, by the name of torchvision's class for it."""
+    from torchvision import datasets  # which takes a second to import
+
+    for train in (True, False):
+        getattr(datasets, name)(folder, train, download=True)
+
+
 def read_cifar10(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Pictures [N, 32, 32, 3] and labels [N] from the files of cifar-10-batches-py/.
 

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 from qat_runner.plugins import Registry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BITS = range(2, 17)
@@ -57,9 +58,11 @@ class Range(StrEnum):
     ORIENTED = "oriented"
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in the dtype that it is rounded in: `tensors.compute_dtype`."""
-    return x if x.dtype.itemsize >= 4 else x.float()
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """`tensors.compute_dtype`."""
+    from qat_runner.quant.tensors import compute_dtype
+
+    return compute_dtype(x)
 
 
 def check_bits(bits: object) -> None:
@@ -160,7 +163,7 @@ class Format(ABC):
         Returns:
             Shape and dtype of x; no gradient is meant to flow.
         """
-        s = s.to(_wide(x).dtype)
+        s = s.to(_compute_dtype(x))
         q = self.decode(self.encode(x, s), s)
         return q if q.dtype == x.dtype else q.to(x.dtype)
 
@@ -291,7 +294,7 @@ class IntFormat(StepFormat):
             x: any shape and floating dtype.
             s: >= 0, broadcastable to x. Where s is 0 it is taken for 1.
         """
-        x = _wide(x)
+        x = x.to(_compute_dtype(x))
         full_scale = self.full_scale(s.to(x.dtype))
         return (x / full_scale.where(full_scale != 0, 1.0)).mul_(self.resolution)
 
@@ -368,13 +371,13 @@ class IntAffineFormat(StepFormat):
         return (codes - self.zero_point(s)) * self.step(s)
 
     def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
-        s = s.to(_wide(x).dtype)
+        s = s.to(_compute_dtype(x))
         return (self._steps(x, s, self.zero_point(s)) * self.step(s)).to(x.dtype)
 
     def _steps(self, x: Tensor, s: Tensor, zero: Tensor) -> Tensor:
         """round(x / D), as far as there are codes."""
         step = self.step(s)
-        steps = (_wide(x) / step.where(step != 0, 1.0)).round()
+        steps = (x.to(_compute_dtype(x)) / step.where(step != 0, 1.0)).round()
         return steps.maximum(-zero).minimum(self.levels_per_scalar - zero)
 
 
@@ -416,7 +419,7 @@ class MidriseFormat(StepFormat):
         return 1.0 / (3.0 * self.levels_per_scalar**2)
 
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
-        v = _wide(x) / s.where(s != 0, 1.0)
+        v = x.to(_compute_dtype(x)) / s.where(s != 0, 1.0)
         highest = self.highest
         return 2 * ((v + 1) * (highest / 2)).round().clamp(0, highest) - highest
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from qat_runner.quant.pool import Pool
+
 
 def recording() -> bool:
     """Whether operations are recorded for later tensors than these: by torch.compile, torch.jit.trace or make_fx."""
@@ -30,12 +32,16 @@ def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
     return [1 if d in dims else n for d, n in enumerate(x.shape)]
 
 
-def extremes(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The smallest and the largest element of each row, zero among them: [2, *kept], in the compute dtype."""
+def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
+    """The smallest and the largest element of each row, zero among them: [2, *kept], in the compute dtype.
+
+    Of all parts of the row together, where x is a part of a pool.
+    """
     if math.prod([x.shape[d] for d in dims]) == 0:
         return x.new_zeros((2, *kept(x, dims)), dtype=compute_dtype(x))
     low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
-    return torch.stack([low.clamp(max=0), high.clamp(min=0)]).to(compute_dtype(x))
+    ends = torch.stack([low.clamp(max=0), high.clamp(min=0)]).to(compute_dtype(x))
+    return ends if pool is None else torch.stack([-pool.largest(-ends[0]), pool.largest(ends[1])])
 
 
 def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:

@@ -28,8 +28,7 @@ def extremes(x: Tensor, format: Format, dims: tuple[int, ...], pool: Pool | None
     if not format.signed:
         high = tensors.largest(x, False, dims)
         return _from_zero(high if pool is None else pool.largest(high))
-    ends = tensors.extremes(x, dims)
-    return ends if pool is None else torch.stack([-pool.largest(-ends[0]), pool.largest(ends[1])])
+    return tensors.extremes(x, dims, pool)
 
 
 def percentiles(x: Tensor, format: Format, dims: tuple[int, ...], rank: Callable[[Tensor], Tensor]) -> Tensor:

@@ -288,8 +288,7 @@ class Trainer:
             self._freeze_if_due(epoch + step / self.steps)
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._add_gradients(batch)
-            if ranks.launched() and self.parallel is self.model:  # the first step says what takes part
-                distributed.average_gradients(self.model)
+            if self.parallel is self.model:  # the first step says what takes part
                 self.parallel = distributed.data_parallel(self.model)
             if self.stage.max_grad_norm is not None:
                 self.scaler.unscale_(self.optimizer)

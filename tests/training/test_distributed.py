@@ -126,8 +126,7 @@ def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy:
             for i, (pictures, classes) in enumerate(pieces):
                 with distributed.adding_up(trained) if i < parts - 1 else nullcontext():
                     (F.cross_entropy(trained(pictures), classes) / parts).backward()
-        if step == 0 and shard.world > 1:
-            distributed.average_gradients(model)
+        if step == 0:
             trained = distributed.data_parallel(model)
         optimizer.step()
         if step == 0:
@@ -150,15 +149,25 @@ def train_in_all_ways(batch: int) -> dict[str, Any]:
 
 
 def they_train_as_one_does(processes: list[dict[str, Any]]) -> None:
-    first, *others = (found["trained"] for found in processes)
     for case, alone in train_in_all_ways(8 * len(processes)).items():
-        for name, s in alone["first"].items():
-            assert torch.allclose(first[case]["first"][name], s, rtol=1e-6), (case, name)
-        for name, value in alone["weights"].items():
-            for other in others:  # weights are the same everywhere
-                assert torch.equal(first[case]["weights"][name], other[case]["weights"][name]), (case, name)
-            if value.is_floating_point():
-                assert torch.allclose(first[case]["weights"][name], value, rtol=1e-6, atol=1e-8), (case, name)
+        the_same_came_out([found["trained"][case] for found in processes], alone, case)
+
+
+def the_same_came_out(processes: list[dict[str, Any]], alone: dict[str, Any], case: object) -> None:
+    first, *others = processes
+    for name, s in alone["first"].items():
+        assert torch.allclose(first["first"][name], s, rtol=1e-6), (case, name)
+    for name, value in alone["weights"].items():
+        for other in others:  # weights are the same everywhere
+            assert torch.equal(first["weights"][name], other["weights"][name]), (case, name)
+        if value.is_floating_point():
+            assert torch.allclose(first["weights"][name], value, rtol=1e-6, atol=1e-8), (case, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_processes_train_as_one_does_for_longer(bits: int, tmp_path: Path) -> None:
+    the_same_came_out(together(train, 2, tmp_path, bits), train(bits), bits)
 
 
 def odds_and_ends() -> dict[str, Any]:
@@ -255,7 +264,7 @@ def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
 def test_alone_nothing_changes() -> None:
     module = nn.Linear(2, 2)
     module.weight.grad = torch.ones(2, 2)
-    distributed.average_gradients(module)
+    assert distributed.data_parallel(module) is module
     distributed.broadcast(module)
     assert torch.equal(module.weight.grad, torch.ones(2, 2))
     assert distributed.shard() == Shard(0, 1) and distributed.all_gather(3) == [3]

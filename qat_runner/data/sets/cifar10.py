@@ -7,7 +7,7 @@ from qat_runner.data.arrays import read_npz
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.images import MemorySource
 from qat_runner.data.pictures import in_memory, pictures
-from qat_runner.data.published import read_cifar10
+from qat_runner.data.published import download, read_cifar10
 
 NPZ, BATCHES = "cifar10.npz", "cifar-10-batches-py"
 
@@ -25,18 +25,10 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return in_memory(read_cifar10(batches, train=True), read_cifar10(batches, train=False), config)
 
 
-def fetch(folder: Path) -> None:
-    """Download the published files."""
-    from torchvision.datasets import CIFAR10  # which takes a second to import
-
-    for train in (True, False):
-        CIFAR10(folder, train, download=True)
-
-
 DATASET = Dataset(
     "classification",
     pictures(read),
     holds=lambda folder: (folder / NPZ).is_file() or (folder / BATCHES).is_dir(),
     content=f"{NPZ} or torchvision's {BATCHES}/",
-    fetch=fetch,
+    fetch=lambda folder: download("CIFAR10", folder),
 )

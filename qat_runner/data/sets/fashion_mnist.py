@@ -6,7 +6,7 @@ from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.images import MemorySource
 from qat_runner.data.pictures import in_memory, pictures
-from qat_runner.data.published import read_fashion_mnist
+from qat_runner.data.published import download, read_fashion_mnist
 
 RAW = Path("FashionMNIST", "raw")
 
@@ -21,18 +21,10 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return in_memory(read_fashion_mnist(raw, train=True), read_fashion_mnist(raw, train=False), config)
 
 
-def fetch(folder: Path) -> None:
-    """Download the published files."""
-    from torchvision.datasets import FashionMNIST  # which takes a second to import
-
-    for train in (True, False):
-        FashionMNIST(folder, train, download=True)
-
-
 DATASET = Dataset(
     "classification",
     pictures(read),
     holds=lambda folder: (folder / RAW).is_dir(),
     content=f"torchvision's {RAW}/",
-    fetch=fetch,
+    fetch=lambda folder: download("FashionMNIST", folder),
 )

@@ -1,4 +1,4 @@
-// The three operations of quantization on a CPU, for float and bfloat16; compiled by compiled.py on first use.
+// The operations of quantization on a CPU, for float and bfloat16; compiled by compiled.py on first use.
 //
 // Tensors come as [rows, n], dense, with one clipping scalar a row. Sums are taken over chunks and added up in order,
 // so that results do not depend on the number of threads.
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;
 constexpr int64_t RUN = 512;
+constexpr double NEAR = 1.0 / 1024;           // as in intervals.py
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
 constexpr int64_t WORTH_A_THREAD = 8 * CHUNK;  // below that many elements, starting threads costs more than it saves
 
@@ -81,13 +82,13 @@ struct Sums {
 
 // At most RUN elements, so that sums in float stay close to exact, and numbers of elements in whole numbers are quick.
 template <typename T, Kind KIND>
-inline Sums sums_of_run(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
+inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everything) {
     float excess = 0, total = 0, largest = 0;
     int32_t outside = 0, nonzero = 0;
     if (everything) {
 #pragma omp simd reduction(+ : excess, outside, total, nonzero) reduction(max : largest)
         for (int64_t i = 0; i < n; ++i) {
-            const float raw = magnitude<KIND>(load(x[i]), sides), a = raw * scale;
+            const float raw = magnitude<KIND>(load(x[i]), Sides()), a = raw * scale;
             excess += a > s ? a - s : 0.0f;
             outside += a > s;
             total += a;
@@ -97,7 +98,7 @@ inline Sums sums_of_run(const T* x, int64_t n, const Sides& sides, float scale, 
     } else {
 #pragma omp simd reduction(+ : excess, outside)
         for (int64_t i = 0; i < n; ++i) {
-            const float a = magnitude<KIND>(load(x[i]), sides) * scale;
+            const float a = magnitude<KIND>(load(x[i]), Sides()) * scale;
             excess += a > s ? a - s : 0.0f;
             outside += a > s;
         }
@@ -143,9 +144,13 @@ inline Sums sums_of_sides(const T* x, int64_t n, const Sides& sides, float scale
 template <typename T, Kind KIND>
 Sums sums_of_chunk(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
     Sums result;
-    for (int64_t i = 0; i < n; i += RUN)
-        result.add(KIND == SIDED ? sums_of_sides(x + i, std::min(RUN, n - i), sides, scale, s, everything)
-                                 : sums_of_run<T, KIND>(x + i, std::min(RUN, n - i), sides, scale, s, everything));
+    for (int64_t i = 0; i < n; i += RUN) {
+        const int64_t length = std::min(RUN, n - i);
+        if constexpr (KIND == SIDED)
+            result.add(sums_of_sides(x + i, length, sides, scale, s, everything));
+        else
+            result.add(sums_of_run<T, KIND>(x + i, length, scale, s, everything));
+    }
     return result;
 }
 
@@ -434,7 +439,7 @@ void interval_of_row(const T* x, int64_t n, const float* start_low, const float*
     double u = warm ? *start_high / unit : 0, v = warm ? -*start_low / unit : 0;
     Beyond at = beyond(x, n, scale, static_cast<float>(u), static_cast<float>(v), true, threads);
     const double top_u = at.high, top_v = -at.low;
-    if (warm && !(at.square <= std::numeric_limits<float>::max() && u >= top_u / 1024 && v >= top_v / 1024))
+    if (warm && !(at.square <= std::numeric_limits<float>::max() && u >= NEAR * top_u && v >= NEAR * top_v))
         return interval_of_row<T>(x, n, nullptr, nullptr, set, threads, low, high);  // it is far from where x is
     if (!warm) {
         u = 2 * at.excess_u / std::max(at.outside_u, 1.0), v = 2 * at.excess_v / std::max(at.outside_v, 1.0);

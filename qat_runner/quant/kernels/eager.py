@@ -80,9 +80,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
         low and high in units of x, stacked: [2, *shape of an end], in `compute_dtype`.
     """
     dims, pool = search.dims, search.pool
-    low, high = extremes(x, dims)
-    if pool is not None:
-        low, high = -pool.largest(-low), pool.largest(high)
+    low, high = extremes(x, dims, pool)
     reach = torch.maximum(-low, high)
     unit = newton.power_of_two(torch.where(reach > 0, reach, 1.0))
     a = x.to(reach.dtype) / unit
