@@ -3,6 +3,8 @@
 | operation                              | cost                                                                |
 |----------------------------------------|---------------------------------------------------------------------|
 | `octav(x, cost, guess, search)`        | one read of x an iteration; one in all where a row fits into cache  |
+| `octav_and_quantize(x, cost, ...)`     | both of a training step: as octav, one read and one write after it  |
+| `remember(s, state)`                   | nothing but a call                                                  |
 | `orient(x, s, before, ...)`            | one read                                                            |
 | `refine(x, s, format, factors)`        | one read a factor; one in all where a row fits into cache           |
 | `fake_quantize(x, s, format)`          | one read, one write                                                 |
@@ -28,6 +30,7 @@ from qat_runner.quant.backends import BACKENDS
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import compiled, traced
 from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import recording
 
@@ -36,6 +39,12 @@ class Backend(Protocol):
     """What a backend module offers; `eager` documents it."""
 
     def octav(self, x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor: ...
+
+    def octav_and_quantize(
+        self, x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def remember(self, s: Tensor, state: Remembered) -> None: ...
 
     def octav_interval(self, x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor: ...
 

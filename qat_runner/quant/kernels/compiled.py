@@ -69,6 +69,10 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     return s
 
 
+octav_and_quantize = eager.octav_and_quantize
+remember = eager.remember
+
+
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
     rows = rows_of(x, search.dims)

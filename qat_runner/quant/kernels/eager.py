@@ -1,4 +1,4 @@
-"""The reference backend: the three operations that cost time, in plain PyTorch.
+"""The reference backend: the operations that cost time, in plain PyTorch.
 
 Freshly allocated memory costs several times what the arithmetic does (8.4 M floats on two cores: 16 ms for
 `x.abs()`, 1 ms for the same in place), so each operation allocates once and then works in place.
@@ -12,8 +12,20 @@ from torch import Tensor
 from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.kernels import intervals, newton
 from qat_runner.quant.kernels.cost import Cost, Search, sided
+from qat_runner.quant.kernels.remembered import Remembered, remember
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype, extremes, largest, magnitudes, recording
+from qat_runner.quant.tensors import compute_dtype, extremes, kept, largest, magnitudes, recording
+
+__all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
+    "octav",
+    "octav_and_quantize",
+    "octav_interval",
+    "orient",
+    "refine",
+    "remember",
+]
 
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
@@ -165,6 +177,28 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
         best = torch.where(gain > most, step * format.levels_per_scalar, best)
         most = torch.maximum(gain, most)
     return best
+
+
+def octav_and_quantize(
+    x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
+) -> tuple[Tensor, Tensor]:
+    """A training step of a dynamic quantizer: solve for the scalars of x, remember them, and round x with them.
+
+    Args:
+        x: any shape and floating dtype, with elements.
+        cost: what is minimized; of a format that is not oriented.
+        format: what is rounded to.
+        search: see there; without a pool.
+        state: written to.
+        warm: begin at the scalars of `state`, if there are any.
+
+    Returns:
+        s, fresh memory, shape and dtype of `state.s` (float64 for float64), and x rounded, shape and dtype of x.
+    """
+    guess = state.s.to(compute_dtype(x)).expand(kept(x, search.dims)) if warm and state.known else None
+    s = octav(x, cost, guess, search).reshape(state.s.shape)
+    remember(s, state)
+    return s, fake_quantize(x, s, format)
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:

@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.kernels.eager import octav, octav_interval, orient, refine
+from qat_runner.quant.kernels.eager import octav, octav_and_quantize, octav_interval, orient, refine, remember
 from qat_runner.quant.tensors import compute_dtype
 
-__all__ = ["fake_quantize", "fake_quantize_backward", "octav", "octav_interval", "orient", "refine"]
+__all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
+    "octav",
+    "octav_and_quantize",
+    "octav_interval",
+    "orient",
+    "refine",
+    "remember",
+]
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:

@@ -47,6 +47,8 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
 
 
 octav_interval = eager.octav_interval
+octav_and_quantize = eager.octav_and_quantize
+remember = eager.remember
 
 
 def orient(

@@ -1,0 +1,38 @@
+"""What a quantizer remembers of the scalars of its calls, as kernels write to it: in place, and without a wait."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Remembered(NamedTuple):
+    """The state of a quantizer (`state.ScalarState`), all of it on the device of x."""
+
+    s: Tensor
+    """scalars of the latest call, magnitudes; [] or one a row with all dimensions of x, float32"""
+    running_s: Tensor
+    """their exponential average; as s"""
+    batches: Tensor
+    """how many calls they stem from; int64, []"""
+    momentum: float
+    """weight of the newest in the average"""
+    known: bool
+    """whether there are scalars; otherwise the next ones begin the average"""
+
+
+def remember(s: Tensor, state: Remembered) -> None:
+    """Take the scalars of a call over, and into the average; the reference of what kernels do.
+
+    A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it: where s is not
+    finite, what was there stays.
+
+    Args:
+        s: magnitudes, shape of `state.s`.
+        state: written to.
+    """
+    s = s.to(state.s.dtype)
+    s = torch.where(torch.isfinite(s), s, state.s)
+    state.s.copy_(s)
+    state.running_s.lerp_(s, state.momentum if state.known else 1.0)
+    state.batches.add_(1)
