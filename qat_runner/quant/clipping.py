@@ -23,15 +23,13 @@ from torch import Tensor
 from qat_runner.quant import kernels, two_ends
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Search, cost_of
-from qat_runner.quant.limits import check_iterations, check_percentile, check_points, check_refine
+from qat_runner.quant.limits import TOLERANCE, check_iterations, check_percentile, check_points, check_refine
 from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
 
 FEW = 4096
 """Elements that share a scalar, at most, where `octav` refines it."""
-TOLERANCE = 1e-6
-"""Relative change of a scalar at which reading ends, where looking is free."""
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:

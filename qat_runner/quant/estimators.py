@@ -12,6 +12,7 @@ are constants: they get no gradient. MPH, the paper's hybrid, is not an estimato
 for activations.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,29 +20,26 @@ from torch import Tensor
 
 from qat_runner.quant import kernels
 from qat_runner.quant.formats import Format, as_format
-from qat_runner.quant.tensors import compute_dtype
+from qat_runner.quant.kernels import operators
+from qat_runner.quant.tensors import compute_dtype, derivatives_wanted, recording, transformed
 
 GRADIENTS = ("ste", "pwl", "mad")
 """The names of the estimators."""
 
+Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x -> its clipping scalars, and x quantized with them."""
 
-class _FakeQuantize(torch.autograd.Function):
+
+class _Estimated(torch.autograd.Function):
     """Saves x and s only: the backward pass finds again what was clipped."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
-        if gradient != "ste":
-            ctx.save_for_backward(x, s)
-        ctx.format = format
-        ctx.gradient = gradient
-        return kernels.backend(x).fake_quantize(x, s, format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        # Gradient mode is on in a backward pass only under create_graph=True; while compiling, the compiler refuses
-        # it itself.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Gradient mode is on in a backward pass only under create_graph=True; a compiler refuses it itself, and
+        # torch.func.grad always has it on, though it matters only to another one around it.
+        again = derivatives_wanted() > 1 if transformed() else torch.is_grad_enabled() and not recording()
+        if again:
             raise RuntimeError(
                 "fake_quantize: double backward (create_graph=True) is not supported, "
                 "since the gradient estimators are no derivatives of anything"
@@ -49,7 +47,51 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
-        return kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient), None, None, None
+        with torch.no_grad():
+            out = kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient)
+        return out, None, None, None
+
+
+def _save(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: str) -> None:
+    """What the backward pass needs."""
+    if gradient != "ste":
+        ctx.save_for_backward(x, s)
+    ctx.format, ctx.gradient = format, gradient
+
+
+class _FakeQuantize(_Estimated):
+    generate_vmap_rule = True  # by those of the operators
+
+    @staticmethod
+    def forward(x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
+        return kernels.backend(x).fake_quantize(x, s, format)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _save(ctx, *inputs)
+
+
+class _SolveAndQuantize(_Estimated):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, solve: Solve, format: Format, gradient: str) -> Tensor:
+        s, out = solve(x)
+        _save(ctx, x, s, format, gradient)
+        return out
+
+
+def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: str) -> Tensor:
+    """As `fake_quantize`, where one operation solves for the scalars and quantizes.
+
+    Args:
+        x: any shape, floating dtype.
+        solve: x -> clipping scalars, and x quantized with them.
+        format: what it rounds to.
+        gradient: "ste", "pwl" or "mad".
+    """
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return solve(x)[1]
+    out: Tensor = _SolveAndQuantize.apply(x, solve, format, gradient)
+    return out
 
 
 def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str = "mad") -> Tensor:
@@ -88,5 +130,7 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
     of_one = s.shape if format.parts == 1 else s.shape[1:]
     if len(of_one) > x.ndim or any(n not in (1, m) for n, m in zip(reversed(of_one), reversed(x.shape), strict=False)):
         raise ValueError(f"fake_quantize: s of shape {list(s.shape)} does not broadcast to x of shape {list(x.shape)}")
+    if recording() and operators.serves(format) and not transformed():
+        return operators.fake_quantize(x, s, format, gradient)
     out: Tensor = _FakeQuantize.apply(x, s, format, gradient)
     return out

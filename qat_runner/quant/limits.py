@@ -1,5 +1,8 @@
 """What the options of clipping methods may be."""
 
+TOLERANCE = 1e-6
+"""Relative change of a scalar at which solving ends, where looking is free."""
+
 
 def check_iterations(iterations: int) -> None:
     """Raises:

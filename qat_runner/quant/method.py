@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qat_runner.quant import Quantizer
+    from qat_runner.quant.kernels.cost import Cost
     from qat_runner.quant.pool import Pool
 
 EVAL_MODES = ("dynamic", "running", "last")
@@ -67,6 +68,18 @@ class ClippingMethod(ABC):
         Raises:
             ValueError: NaN or infinity in x under `call.check`.
         """
+
+    def in_training(self, format: Format, warm: bool) -> tuple[Cost, int, float] | None:
+        """What a training step minimizes, if `solve` does what `kernels.octav_and_quantize` does, which is faster.
+
+        Args:
+            format: what is rounded to.
+            warm: there are scalars of the call before.
+
+        Returns:
+            The cost, how many reads there are at most, and the tolerance; None: `solve` is something else.
+        """
+        return None
 
     def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
         """What quantizes a tensor with this method.

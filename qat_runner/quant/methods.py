@@ -11,12 +11,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_runner.plugins import Registry, later
-from qat_runner.quant.formats import Format
-from qat_runner.quant.limits import check_iterations, check_percentile, check_points, check_refine
+from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.limits import TOLERANCE, check_iterations, check_percentile, check_points, check_refine
 from qat_runner.quant.method import Call, ClippingMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from qat_runner.quant.kernels.cost import Cost
 
 WARM_TOLERANCE = 1e-4
 """Relative change of a scalar at which a training step that starts from the previous one's stops reading."""
@@ -55,20 +57,34 @@ class Octav(ClippingMethod):
         from qat_runner.quant import clipping
 
         start = call.start if self.warm else None
-        soon = start is not None and call.training
+        iterations, tolerance = self._reads(start is not None and call.training)
         return clipping.octav(
             x,
             format,
             dim,
-            self.warm_iterations if soon and self.warm_iterations is not None else self.iterations,
+            iterations,
             start,
-            tolerance=WARM_TOLERANCE if soon else clipping.TOLERANCE,
+            tolerance=tolerance,
             check=call.check,
             pool=call.pool,
             missing_code=self.missing_code,
             orientation=call.orientation,
             refine=self.refine,
         )
+
+    def in_training(self, format: Format, warm: bool) -> tuple[Cost, int, float] | None:
+        """As `ClippingMethod.in_training`: for plain integers that are not oriented, without refining."""
+        if not isinstance(format, IntFormat) or format.oriented or self.refine:
+            return None
+        from qat_runner.quant.kernels.cost import cost_of
+
+        return cost_of(format, self.missing_code, None), *self._reads(warm and self.warm)
+
+    def _reads(self, warm: bool) -> tuple[int, float]:
+        """At most so many, and the tolerance, of a step that starts warm, or of another solution."""
+        if warm and self.warm_iterations is not None:
+            return self.warm_iterations, WARM_TOLERANCE
+        return self.iterations, TOLERANCE
 
 
 @dataclass(frozen=True)

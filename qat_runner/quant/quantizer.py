@@ -3,18 +3,22 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.estimators import GRADIENTS, fake_quantize
+from qat_runner.quant.estimators import GRADIENTS, fake_quantize, solve_and_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.state import ScalarState
+from qat_runner.quant.tensors import recording
 
 
 class NotCalibratedError(RuntimeError):
@@ -36,9 +40,22 @@ class _Trained:
         """The scalars of the call that is repeated, if there is one alone that it can be."""
         return self.s if self.calls == 1 else None
 
-    def then(self, s: Tensor) -> "_Trained":
-        """After one more call."""
-        return _Trained(1 if self.over else self.calls + 1, s)
+    def then(self, s: Tensor) -> None:
+        """One more call."""
+        self.calls = 1 if self.over else self.calls + 1
+        self.s, self.over = s, False
+
+
+class _Plan(NamedTuple):
+    """How a step of training is done in one operation."""
+
+    format: IntFormat
+    seen: bool
+    """whether there are scalars to start from"""
+    ndim: int
+    """of x"""
+    cost: Cost
+    search: Search
 
 
 class Quantizer(ScalarState):
@@ -108,6 +125,7 @@ class Quantizer(ScalarState):
         self._reusing = False
         self._reused: tuple[Tensor, Tensor] | None = None
         self._trained = _Trained()
+        self._plan: _Plan | None = None
 
     @property
     def mode(self) -> str:
@@ -136,10 +154,14 @@ class Quantizer(ScalarState):
             return x
         if self._reused is not None:
             return self._reused[1]
-        s = self._scalars(x)
-        if not torch.compiler.is_compiling():
-            self.last_s = s
-        out = self._quantize(x, s)
+        plan = self._in_one(x)
+        if plan is not None:
+            out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
+        else:
+            s = self._scalars(x)
+            if not torch.compiler.is_compiling():
+                self.last_s = s
+            out = self._quantize(x, s)
         if self._reusing:
             self._reused = out, out.detach().requires_grad_(out.requires_grad)
             return self._reused[1]
@@ -153,6 +175,39 @@ class Quantizer(ScalarState):
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """As `quantized`, with a gradient."""
         return fake_quantize(x, s, self.format, self.gradient)
+
+    def _in_one(self, x: Tensor) -> _Plan | None:
+        """How a call that solves, remembers and quantizes can do so in one operation; None: it is no such call."""
+        if not (self.training and self.dynamic) or recording() or _in_backward_pass():
+            return None
+        if x.numel() == 0 or not x.is_floating_point() or (self.synchronize and dist.is_initialized()):
+            return None
+        plan, format, seen = self._plan, self.format, self._known.seen
+        if plan is None or plan.format is not format or plan.seen != seen or plan.ndim != x.ndim:
+            plan = self._plan = self._planned(format, seen, x.ndim)
+        if plan is not None and self.dim is not None and x.shape[0] != len(self.s):
+            return None
+        return plan
+
+    def _planned(self, format: Format, seen: bool, ndim: int) -> _Plan | None:
+        """A plan, if the clipping method has one, for tensors of so many dimensions with one scalar, or one a row."""
+        found = self.method.in_training(format, seen)
+        if found is None or not isinstance(format, IntFormat) or self.dim or ndim < max(self.s.ndim, 1):
+            return None
+        if self.dim is not None and ndim != self.s.ndim:
+            return None
+        cost, iterations, tolerance = found
+        return _Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
+
+    def _step(self, plan: _Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Solve, remember and quantize: the scalars and x quantized."""
+        state = self._remembered(self.momentum)
+        backend = kernels.backend(x)
+        s, out = backend.octav_and_quantize(x, plan.cost, plan.format, plan.search, state, self.method.warm)
+        self._know_scalars()
+        self.last_s = s
+        self._trained.then(s)
+        return s, out
 
     def _scalars(self, x: Tensor) -> Tensor:
         """The scalars of a call, remembered where they are to be."""
@@ -173,7 +228,7 @@ class Quantizer(ScalarState):
         else:
             self.remember(s, self.momentum)
             if not torch.compiler.is_compiling():
-                self._trained = self._trained.then(s)
+                self._trained.then(s)
         return s
 
     def _solve(self, x: Tensor, call: Call) -> Tensor:

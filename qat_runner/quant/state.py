@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from qat_runner.quant import kernels
 from qat_runner.quant.formats import Format
+from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.tensors import recording
 
 LATER = ("seen", "static")
@@ -155,12 +157,15 @@ class ScalarState(nn.Module):
 
         A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
         """
-        s = self._point(s.to(self.s.dtype))
-        s = torch.where(torch.isfinite(s), s, self.s)
-        self.s.copy_(s)
-        self.running_s.lerp_(s, momentum if self.has_scalars else 1.0)
-        self.batches.add_(1)
+        s = self._point(s)
+        kernels.backend(s).remember(s, self._remembered(momentum))
         self._know_scalars()
+
+    def _remembered(self, momentum: float) -> Remembered:
+        """The state as kernels take it."""
+        own = self._buffers  # which is quicker than attributes
+        s, running_s, batches = own["s"], own["running_s"], own["batches"]
+        return Remembered(s, running_s, batches, momentum, self._known.seen)  # type: ignore[arg-type]
 
     def _now(self) -> _Known:
         """What the state says, read from the device only where someone else may have written to it.

@@ -4,16 +4,30 @@ import math
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from qat_runner.quant.pool import Pool
 
 
 def recording() -> bool:
-    """Whether operations are recorded for later tensors than these: by torch.compile, torch.jit.trace or make_fx."""
-    if torch.compiler.is_compiling():
+    """Whether operations are recorded for later tensors than these, or are given another meaning.
+
+    By torch.compile, torch.export, torch.jit.trace and make_fx, by the transforms of torch.func, or by any other mode
+    that sees what is dispatched: all of them are given operators that they know (`kernels.operators`).
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return bool(torch.jit.is_tracing()) or get_proxy_mode() is not None  # type: ignore[attr-defined, no-untyped-call]
+    return torch._C._get_tracing_state() is not None or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, such as grad or vmap, is at work, and no compiler that knows of it."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def derivatives_wanted() -> int:
+    """How many transforms of torch.func that differentiate are at work, one inside the other."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

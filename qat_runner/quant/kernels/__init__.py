@@ -133,11 +133,13 @@ def _interprets_triton() -> bool:
 
 
 def backend(x: Tensor) -> Backend:
-    """The backend that serves x.
+    """The backend that serves x; where operations are recorded, one of operators."""
+    return traced if recording() else served_by(x)
 
-    Inside a torch.compile or a trace of the user's own it is what these can take in whole.
-    """
-    return traced if recording() else _backend_of(x.device.type, _asked)
+
+def served_by(x: Tensor) -> Backend:
+    """The backend whose kernels run on x."""
+    return _backend_of(x.device.type, _asked)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t CHUNK = 4096;
 constexpr int64_t RUN = 512;
-constexpr double NEAR = 1.0 / 1024;           // as in intervals.py
+constexpr double NEAR = 1.0 / 1024;   // as in intervals.py
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
 constexpr int64_t WORTH_A_THREAD = 8 * CHUNK;  // below that many elements, starting threads costs more than it saves
 
@@ -575,6 +575,17 @@ void quantize(const void* x, const float* s, int64_t rows, int64_t n, int parts,
     });
 }
 
+// What remembered.py explains, and is what this repeats; s of the call, the others of the state.
+void remember(const float* s, int64_t rows, float momentum, float* state_s, float* running_s, int64_t* batches) {
+    for (int64_t r = 0; r < rows; ++r) {
+        if (std::fabs(s[r]) <= std::numeric_limits<float>::max()) state_s[r] = s[r];
+        const float newest = state_s[r], before = running_s[r];  // as PyTorch's lerp
+        running_s[r] = momentum < 0.5f ? std::fma(momentum, newest - before, before)
+                                       : std::fma(momentum - 1, newest - before, newest);
+    }
+    ++*batches;
+}
+
 template <typename T, bool MAD>
 void quantize_backward(const void* grad, const void* x, const float* s, int64_t rows, int64_t n, int parts,
                        bool is_signed, int threads, void* out) {
@@ -624,6 +635,25 @@ void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, in
                        int lowest, int highest, int threads, void* out) {
     const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
     (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, parts, grid, threads, out);
+}
+
+// One step of training; levels as of qat_fake_quantize, with the number of steps that s holds in front.
+void qat_octav_and_quantize(int half, const void* x, int64_t rows, int64_t n, double k, int is_signed, double reach,
+                            int iterations, double tolerance, int levels_per_scalar, int resolution, int lowest,
+                            int highest, int warm, double momentum, float* state_s, float* running_s, int64_t* batches,
+                            int threads, float* s, void* out) {
+    qat_octav(half, x, rows, n, warm ? state_s : nullptr, k, is_signed, reach, nullptr, iterations, tolerance, threads, s);
+    remember(s, rows, static_cast<float>(momentum), state_s, running_s, batches);
+    const float per_scalar = static_cast<float>(levels_per_scalar), steps = static_cast<float>(resolution);
+    const Levels grid{steps, static_cast<float>(lowest), static_cast<float>(highest)};
+    std::vector<float> units(s, s + rows);
+    if (levels_per_scalar != resolution)
+        for (float& unit : units) unit = unit / per_scalar * steps;
+    (half ? quantize<BFloat16> : quantize<float>)(x, units.data(), rows, n, 1, grid, threads, out);
+}
+
+void qat_remember(const float* s, int64_t rows, double momentum, float* state_s, float* running_s, int64_t* batches) {
+    remember(s, rows, static_cast<float>(momentum), state_s, running_s, batches);
 }
 
 void qat_octav_interval(int half, const void* x, int64_t rows, int64_t n, const float* start, double k, int iterations,

@@ -16,14 +16,16 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
-from qat_runner.quant.kernels import eager
+from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
+from qat_runner.quant.kernels.remembered import Remembered
+from qat_runner.quant.kernels.views import beside, dense, extent
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
 
@@ -31,6 +33,12 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 TUNING = [["-march=native", "-fopenmp"], ["-fopenmp"], []]
 """Tried in this order: not every compiler has OpenMP."""
+
+OPERATIONS = (
+    *("octav", "octav_and_quantize", "octav_interval", "orient", "refine", "remember"),
+    *("fake_quantize", "fake_quantize_backward"),
+)
+"""What the library has, each as qat_NAME."""
 
 
 def compiler() -> str | None:
@@ -46,16 +54,16 @@ def available() -> bool:
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`. Rows that fit into the processor's cache are read from memory once."""
-    rows = rows_of(x, search.dims)
-    library = _library_for(x)
-    if rows is None or library is None or search.pool is not None:
+    library, where = _library_for(x), dense(x)
+    s = torch.empty(kept(x, search.dims), dtype=torch.float32)
+    size = extent(where, s)
+    if size is None or library is None or search.pool is not None:
         return eager.octav(x, cost, guess, search)
     start, short = _floats(guess), _floats(cost.short)
-    s = torch.empty(kept(x, search.dims), dtype=torch.float32)
     library.qat_octav(
         _half(x),
-        rows.data_ptr(),
-        *rows.shape,
+        where.data_ptr(),
+        *size,
         None if start is None else start.data_ptr(),
         cost.noise,
         cost.signed,
@@ -69,22 +77,68 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     return s
 
 
-octav_and_quantize = eager.octav_and_quantize
-remember = eager.remember
+def octav_and_quantize(
+    x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
+) -> tuple[Tensor, Tensor]:
+    """As `eager.octav_and_quantize`, in one call."""
+    library, where = _library_for(x), dense(x)
+    size = extent(where, state.s)
+    if size is None or library is None or cost.short is not None:
+        return eager.octav_and_quantize(x, cost, format, search, state, warm)
+    s, out = torch.empty_like(state.s), torch.empty_like(where)
+    library.qat_octav_and_quantize(
+        _half(x),
+        where.data_ptr(),
+        *size,
+        cost.noise,
+        cost.signed,
+        cost.reach,
+        search.iterations,
+        search.tolerance,
+        format.levels_per_scalar,
+        format.resolution,
+        format.lowest,
+        format.highest,
+        warm and state.known,
+        state.momentum if state.known else 1.0,
+        state.s.data_ptr(),
+        state.running_s.data_ptr(),
+        state.batches.data_ptr(),
+        torch.get_num_threads(),
+        s.data_ptr(),
+        out.data_ptr(),
+    )
+    return s, out
+
+
+def remember(s: Tensor, state: Remembered) -> None:
+    """As `remembered.remember`, in one call."""
+    library = _library_for(state.s)
+    if library is None or s.dtype != torch.float32:
+        remembered.remember(s, state)
+        return
+    library.qat_remember(
+        s.contiguous().data_ptr(),
+        s.numel(),
+        state.momentum if state.known else 1.0,
+        state.s.data_ptr(),
+        state.running_s.data_ptr(),
+        state.batches.data_ptr(),
+    )
 
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
-    rows = rows_of(x, search.dims)
-    library = _library_for(x)
-    if rows is None or library is None or search.pool is not None:
+    library, where = _library_for(x), dense(x)
+    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32)
+    size = extent(where, ends, 2)
+    if size is None or library is None or search.pool is not None:
         return eager.octav_interval(x, noise, guess, search)
     start = _floats(guess)
-    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32)
     library.qat_octav_interval(
         _half(x),
-        rows.data_ptr(),
-        *rows.shape,
+        where.data_ptr(),
+        *size,
         None if start is None else start.data_ptr(),
         noise,
         search.iterations,
@@ -99,39 +153,40 @@ def orient(
     x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
 ) -> Tensor:
     """As `eager.orient`; one read."""
-    library, flat = _library_for(x), with_scalars(x, s)
-    if library is None or flat is None or pool is not None:
+    library, where = _library_for(x), dense(x)
+    size = extent(where, s)
+    if library is None or size is None or pool is not None:
         return eager.orient(x, s, before, halfway, clearly, pool)
-    rows, scalars = flat
-    signs = _floats(before)
+    scalars, signs = _floats(s), _floats(before)
     out = torch.empty_like(scalars)
     library.qat_orient(
         _half(x),
-        rows.data_ptr(),
+        where.data_ptr(),
         scalars.data_ptr(),
         None if signs is None else signs.data_ptr(),
-        *rows.shape,
+        *size,
         halfway,
         clearly,
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    return out.reshape(s.shape)
+    return out
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
     """As `eager.refine`. Rows that fit into the processor's cache are read from memory once."""
-    library, flat = _library_for(x), with_scalars(x, s)
-    if library is None or flat is None:
+    library, where = _library_for(x), dense(x)
+    size = extent(where, s)
+    if library is None or size is None:
         return eager.refine(x, s, format, factors)
-    rows, scalars = flat
+    scalars = _floats(s)
     out = torch.empty_like(scalars)
     tried = torch.tensor(factors, dtype=torch.float32)
     library.qat_refine(
         _half(x),
-        rows.data_ptr(),
+        where.data_ptr(),
         scalars.data_ptr(),
-        *rows.shape,
+        *size,
         format.levels_per_scalar,
         format.lowest,
         format.highest,
@@ -140,16 +195,17 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    return out.reshape(s.shape)
+    return out
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    library, flat = _library_for(x), with_scalars(x, s, format.parts)
-    if library is None or flat is None or not isinstance(format, IntFormat | IntAffineFormat):
+    library, where = _library_for(x), dense(x)
+    size = extent(where, s, format.parts)
+    if library is None or size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
-    rows, scalars = flat
-    out = torch.empty_like(rows)
+    scalars = _floats(s)
+    out = torch.empty_like(where)
     units, levels = (
         (format.full_scale(scalars), (format.resolution, format.lowest, format.highest))
         if isinstance(format, IntFormat)
@@ -157,45 +213,53 @@ def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     )
     library.qat_fake_quantize(
         _half(x),
-        rows.data_ptr(),
+        where.data_ptr(),
         units.data_ptr(),
-        *rows.shape,
+        *size,
         format.parts,
         *levels,
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    return like(out, x)
+    return out
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    library, flat = _library_for(x), with_scalars(x, s, format.parts)
-    if library is None or flat is None or grad.dtype != x.dtype:
+    library, where = _library_for(x), dense(x)
+    size = extent(where, s, format.parts)
+    if library is None or size is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    rows, scalars = flat
-    grad_rows = rows_beside(grad, x, rows)
-    out = torch.empty_like(rows)
+    there, scalars = beside(grad, where), _floats(s)
+    out = torch.empty_like(where)
     library.qat_fake_quantize_backward(
         _half(x),
-        grad_rows.data_ptr(),
-        rows.data_ptr(),
+        there.data_ptr(),
+        where.data_ptr(),
         scalars.data_ptr(),
-        *rows.shape,
+        *size,
         format.parts,
         format.signed,
         gradient == "mad",
         torch.get_num_threads(),
         out.data_ptr(),
     )
-    return like(out, x)
+    return out
+
+
+@overload
+def _floats(t: Tensor) -> Tensor: ...
+
+
+@overload
+def _floats(t: None) -> None: ...
 
 
 def _floats(t: Tensor | None) -> Tensor | None:
     """Dense, as C++ takes scalars."""
-    return None if t is None else t.to(torch.float32).contiguous()
+    return t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.to(torch.float32).contiguous()
 
 
 def _half(x: Tensor) -> bool:
@@ -233,7 +297,14 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 5, pointer]
     loaded.qat_fake_quantize_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 4, pointer]
     loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, real, integer, real, integer, pointer]
-    for name in ("octav_interval", "octav", "orient", "refine", "fake_quantize", "fake_quantize_backward"):
+    loaded.qat_octav_and_quantize.argtypes = [
+        *(*tensor, *rows, real, integer, real, integer, real),  # what is solved
+        *[integer] * 4,  # what is rounded to
+        *(integer, real, pointer, pointer, pointer),  # the state
+        *(integer, pointer, pointer),
+    ]
+    loaded.qat_remember.argtypes = [pointer, long, real, pointer, pointer, pointer]
+    for name in OPERATIONS:
         function = getattr(loaded, f"qat_{name}")
         function.restype = None
     return loaded

@@ -1,6 +1,7 @@
 """What OCTAV minimizes, J(s), as far as it depends on the format, and how long a solver may look for its minimum."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class Cost:
         return 1 / self.reach**2
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):
     """Where a solver looks for a minimum, and for how long."""
 
     dims: tuple[int, ...]

@@ -1,15 +1,15 @@
-"""What a torch.compile of the user's own traces instead of a backend's kernels: it fuses them itself.
+"""What is called where operations are recorded (`tensors.recording`): operators, and plain PyTorch for the rest.
 
-No operation works in place and no result is an alias: some versions of PyTorch differentiate through these, past the
-backward pass that is ours.
+No result is an alias of an argument: some versions of PyTorch differentiate through these, past the backward pass that
+is ours.
 """
 
-import torch
 from torch import Tensor
 
-from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.kernels.eager import octav, octav_and_quantize, octav_interval, orient, refine, remember
-from qat_runner.quant.tensors import compute_dtype
+from qat_runner.quant.formats import Format
+from qat_runner.quant.kernels import eager, operators
+from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.kernels.eager import octav_and_quantize, orient, refine, remember
 
 __all__ = [
     "fake_quantize",
@@ -23,24 +23,25 @@ __all__ = [
 ]
 
 
+def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
+    """As `eager.octav`."""
+    return operators.octav(x, cost, guess, search) if search.pool is None else eager.octav(x, cost, guess, search)
+
+
+def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
+    """As `eager.octav_interval`."""
+    if search.pool is not None:
+        return eager.octav_interval(x, noise, guess, search)
+    return operators.octav_interval(x, noise, guess, search)
+
+
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`."""
-    if not isinstance(format, IntFormat):
-        return format.fake_quantize(x, s)
-    s = format.full_scale(s.to(compute_dtype(x)))
-    q = x.to(s.dtype) / torch.where(s == 0, 1.0, s) * format.resolution
-    q = q.round().clamp(format.lowest, format.highest) * (1.0 / format.resolution) * s
-    return q if q.dtype == x.dtype else q.to(x.dtype)  # .to() of the same dtype would be an alias
+    return operators.fake_quantize(x, s, format) if operators.serves(format) else format.fake_quantize(x, s)
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`."""
-    if gradient == "ste":
-        return grad
-    s = s.to(compute_dtype(x))
-    x = x.to(s.dtype)
-    low, high = format.ends(s)
-    if gradient == "pwl":
-        return torch.where((x <= high) & (x >= low), grad, 0.0)
-    clipped = torch.minimum(torch.maximum(x, low), high)
-    return (torch.where(x == 0, 1.0, clipped / x) * grad).to(grad.dtype)
+    if not operators.serves(format):
+        return eager.fake_quantize_backward(grad, x, s, format, gradient)
+    return operators.fake_quantize_backward(grad, x, s, format, gradient)

@@ -51,3 +51,33 @@ def like(rows: Tensor, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         return rows.reshape(n, h, w, c).permute(0, 3, 1, 2)
     return rows.reshape(x.shape)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x where its memory has no gaps, and rows, one an index of dimension 0, lie one behind another; or such a copy."""
+    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def beside(other: Tensor, x: Tensor) -> Tensor:
+    """A tensor of x's shape with its elements where x, which is dense, has them; a copy only if they are not."""
+    if other.stride() == x.stride() or (other.is_contiguous() and x.is_contiguous()):
+        return other
+    return torch.empty_like(x, dtype=other.dtype).copy_(other)
+
+
+def extent(x: Tensor, s: Tensor, parts: int = 1) -> tuple[int, int] | None:
+    """Rows and elements of a row, where x has one scalar, or one an index of dimension 0; None for other granularities.
+
+    Args:
+        x: dense; an empty one has no rows.
+        s: scalars, or `parts` times as many, stacked.
+    """
+    n, rows = x.numel(), s.numel() // parts
+    if n == 0:
+        return None
+    if rows == 1:
+        return 1, n
+    of_one = s.shape[parts > 1 :]
+    return (rows, n // rows) if len(of_one) == x.ndim and of_one[0] == rows == x.shape[0] else None

@@ -1,0 +1,153 @@
+"""The operations as PyTorch operators, `torch.ops.qat_runner.*`, which stay whole wherever operations are recorded.
+
+torch.compile, torch.export and the transforms of torch.func know of each what shape it gives and what its gradient is,
+and call the backend's kernel where it runs. Without them a compiler would take in loops, unrolled; and what calls
+kernels of its own could not be recorded at all. Calls that nobody records go to the backend straight away, since to
+dispatch an operator costs more than to quantize a small tensor.
+
+There are operators for plain and affine integers (`serves`), whose formats they take as three words.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat_runner.quant import kernels
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
+from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.tensors import compute_dtype, kept
+
+AFFINE = "affine"
+
+
+def serves(format: Format) -> bool:
+    """Whether there are operators for a format."""
+    return type(format) in (IntFormat, IntAffineFormat)
+
+
+def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
+    """As `eager.octav`; without a pool."""
+    figures = cost.noise, cost.signed, cost.reach
+    s: Tensor = _octav(x, guess, cost.short, *figures, list(search.dims), search.iterations, search.tolerance)
+    return s
+
+
+def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
+    """As `eager.octav_interval`; without a pool."""
+    ends: Tensor = _octav_interval(x, guess, noise, list(search.dims), search.iterations, search.tolerance)
+    return ends
+
+
+def fake_quantize(x: Tensor, s: Tensor, format: Format, gradient: str = "ste") -> Tensor:
+    """As `estimators.fake_quantize`, for a format that is served."""
+    out: Tensor = _fake_quantize(x, s, *_words(format), gradient)
+    return out
+
+
+def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
+    """As `eager.fake_quantize_backward`, for a format that is served."""
+    if gradient == "ste":
+        return grad
+    out: Tensor = _fake_quantize_backward(grad, x, s, *_words(format), gradient)
+    return out
+
+
+def _words(format: Format) -> tuple[int, bool, str]:
+    return format.bits, format.signed, str(format.range) if isinstance(format, IntFormat) else AFFINE
+
+
+@functools.cache
+def _format(bits: int, signed: bool, range: str) -> Format:
+    return IntAffineFormat(bits, signed) if range == AFFINE else IntFormat(bits, signed, range)  # type: ignore[arg-type]
+
+
+def _laid_out(out: Tensor, as_: Tensor) -> Tensor:
+    """A result with the strides that its fake has: those of a new tensor like `as_`."""
+    expected = torch.empty_like(as_)
+    return out if out.stride() == expected.stride() else expected.copy_(out)
+
+
+@torch.library.custom_op("qat_runner::octav", mutates_args=())
+def _octav(
+    x: Tensor,
+    guess: Tensor | None,
+    short: Tensor | None,
+    noise: float,
+    signed: bool,
+    reach: float,
+    dims: Sequence[int],
+    iterations: int,
+    tolerance: float,
+) -> Tensor:
+    search = Search(tuple(dims), iterations, tolerance)
+    s = kernels.served_by(x).octav(x, Cost(noise, signed, reach, short), guess, search)
+    return s.reshape(kept(x, search.dims)).contiguous()
+
+
+@_octav.register_fake
+def _(x: Tensor, guess: Tensor | None, short: Tensor | None, *figures: Any) -> Tensor:
+    return x.new_empty(kept(x, tuple(figures[3])), dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("qat_runner::octav_interval", mutates_args=())
+def _octav_interval(
+    x: Tensor, guess: Tensor | None, noise: float, dims: Sequence[int], iterations: int, tolerance: float
+) -> Tensor:
+    search = Search(tuple(dims), iterations, tolerance)
+    return kernels.served_by(x).octav_interval(x, noise, guess, search).contiguous()
+
+
+@_octav_interval.register_fake
+def _(x: Tensor, guess: Tensor | None, noise: float, dims: Sequence[int], *reads: Any) -> Tensor:
+    return x.new_empty((2, *kept(x, tuple(dims))), dtype=compute_dtype(x))
+
+
+@torch.library.custom_op("qat_runner::fake_quantize", mutates_args=())
+def _fake_quantize(x: Tensor, s: Tensor, bits: int, signed: bool, range: str, gradient: str) -> Tensor:
+    return _laid_out(kernels.served_by(x).fake_quantize(x, s, _format(bits, signed, range)), x)
+
+
+@_fake_quantize.register_fake
+def _(x: Tensor, s: Tensor, *words: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qat_runner::fake_quantize_backward", mutates_args=())
+def _fake_quantize_backward(
+    grad: Tensor, x: Tensor, s: Tensor, bits: int, signed: bool, range: str, gradient: str
+) -> Tensor:
+    format = _format(bits, signed, range)
+    return _laid_out(kernels.served_by(x).fake_quantize_backward(grad, x, s, format, gradient), x)
+
+
+@_fake_quantize_backward.register_fake
+def _(grad: Tensor, x: Tensor, s: Tensor, *words: Any) -> Tensor:
+    return torch.empty_like(x, dtype=grad.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, s, *ctx.words, ctx.gradient = inputs
+    if ctx.gradient != "ste":
+        ctx.save_for_backward(x, s)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.gradient != "ste":
+        grad = _fake_quantize_backward(grad, *ctx.saved_tensors, *ctx.words, ctx.gradient)
+    return grad, None, None, None, None, None
+
+
+torch.library.register_autograd("qat_runner::fake_quantize", _backward, setup_context=_save)
+
+
+@_fake_quantize.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, s: Tensor, *words: Any) -> tuple[Tensor, int]:
+    """A batch of tensors as one of a dimension more, whose scalars are batched, too, or the same for all."""
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    if in_dims[1] is not None:
+        s = s.movedim(in_dims[1], 0)
+        s = s.reshape(len(s), *[1] * (x.ndim - s.ndim), *s.shape[1:])
+    return _fake_quantize(x, s, *words), 0
