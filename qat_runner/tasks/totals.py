@@ -42,8 +42,11 @@ class Totals:
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """loss: mean over the batch, []; logits [N, ...] and targets [N, ...] as `hits` takes them."""
         n = len(targets)
-        parts = [loss.detach().float() * n, *self.hits(logits, targets), torch.full_like(loss, n).float()]
-        self.sums += torch.stack(parts)
+        losses, *counts, samples = self.sums  # views: a stack of the parts, of several dtypes, would copy each first
+        losses += loss.detach().float() * n
+        for count, hits in zip(counts, self.hits(logits, targets), strict=True):
+            count += hits
+        samples += n
 
     def merged(self) -> Self:
         """The totals of all processes that share a pass, known to all of them."""
@@ -68,6 +71,7 @@ def top_five(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two counts, int64 [].
     """
-    n = len(targets)
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return hits[:, 0].reshape(n, -1).all(1).sum(), hits.any(1).reshape(n, -1).all(1).sum()
+    if hits.ndim == 2:  # no more than one hit a sample
+        return hits[:, 0].sum(), hits.sum()
+    return hits[:, 0].all(1).sum(), hits.any(1).all(1).sum()
