@@ -194,6 +194,10 @@ def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
             raise ValueError(f"model.{name}: is {found.dtype}, {found.layout}, not {own.dtype}, {own.layout}")
 
 
+HOW = ("foreach", "fused")
+"""Options of an optimizer that say how it computes, not what."""
+
+
 def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of an optimizer, unless it is one that loading would take, and the next step trip over.
 
@@ -202,7 +206,8 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
         optimizer: that is to go on with it.
 
     Returns:
-        The same, with the options of the optimizer that are not among those saved, as by an earlier PyTorch.
+        The same, with the options of the optimizer that are not among those saved, as by an earlier PyTorch, and with
+        those that say how it computes, which is a matter of the device it goes on with.
 
     Raises:
         ValueError: naming the key.
@@ -210,6 +215,7 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
     groups, own_groups = saved["param_groups"], optimizer.state_dict()["param_groups"]
     if len(groups) != len(own_groups):
         raise ValueError(f"optimizer.param_groups: are {len(groups)}, not {len(own_groups)}")
+    groups = [group | {key: own[key] for key in HOW} for group, own in zip(groups, own_groups, strict=True)]
     for i, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
         for key, value in own.items():
             if type(group.get(key, value)) is not type(value):

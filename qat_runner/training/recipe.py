@@ -37,8 +37,12 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW with none of
     biases and normalization, as BERT is fine-tuned, and with or without bias correction.
 
+    On a GPU it is PyTorch's fused one: a launch or two for all parameters, and under fp16 it skips a step that
+    overflowed without the GradScaler having to ask the device. On a CPU it rounds otherwise, and gains little.
+
     Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
     """
+    fused = fuses(next(model.parameters()).device)
     adamw = stage.optimizer == Optimizer.adamw
     decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
@@ -53,11 +57,17 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
         for value in sorted({*decay.values()}, reverse=True)
     ]
     if adamw:
-        optimizer = torch.optim.AdamW(groups, lr=lr)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=fused)
         if not stage.bias_correction:
             _start_far_along(optimizer)
         return optimizer
-    return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=stage.nesterov and stage.momentum > 0)
+    nesterov = stage.nesterov and stage.momentum > 0
+    return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=nesterov, fused=fused)
+
+
+def fuses(device: torch.device) -> bool | None:
+    """Whether parameters on a device are updated by a fused optimizer; None: PyTorch chooses among the others."""
+    return True if device.type == "cuda" else None
 
 
 FAR_ALONG = 100_000.0
@@ -73,4 +83,5 @@ def _start_far_along(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(FAR_ALONG), **averages}
+            step = torch.tensor(FAR_ALONG, device=p.device if group["fused"] else None)  # as AdamW has it itself
+            optimizer.state[p] = {"step": step, **averages}
