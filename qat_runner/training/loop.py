@@ -1,5 +1,6 @@
 """The training loop."""
 
+import functools
 import logging
 import math
 import signal
@@ -286,21 +287,26 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self._freeze_if_due(epoch + step / self.steps)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = self._add_gradients(batch)
-            if self.parallel is self.model:  # the first step says what takes part
-                self.parallel = distributed.data_parallel(self.model)
-            if self.stage.max_grad_norm is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            loss = self._step(batch)
             self.interval.add(loss, lr, None if self.excess is None else self.excess.take())
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
             self._look_around(epoch, finite)
         self._grant(epoch, self.agreement.settle())
         self._end_interval(epoch)
         return self.totals.merged().read()
+
+    def _step(self, batch: Batch) -> Tensor:
+        """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._add_gradients(batch)
+        if self.parallel is self.model:  # the first step says what takes part
+            self.parallel = distributed.data_parallel(self.model)
+        if self.stage.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss
 
     def _freeze_if_due(self, position: float) -> None:
         """From recipe.freeze_scalars_at on, activations have the average of their scalars.
@@ -362,7 +368,7 @@ class Trainer:
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             raise RunError(self._diverged(f"the loss became {losses[bad]}", epoch, first + bad, interval.rates[bad]))
-        if rows and not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+        if rows and not torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all():  # waits once
             raise RunError(
                 self._diverged("a weight became NaN or infinite", epoch, self.state.step - 1, interval.rates[-1])
             )
@@ -382,7 +388,7 @@ class Trainer:
 
     def _add_gradients(self, batch: Batch) -> Tensor:
         """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
-        mean = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         count = self.config.accumulate
         with weights_quantized_once(self.model) if count > 1 else nullcontext():
             parts = list(batch.parts(count))
@@ -391,11 +397,11 @@ class Trainer:
                     with autocast(self.device, self.config.amp):
                         logits = self.task.compute(self.parallel, part.inputs)
                         loss = self._loss(logits, part)
-                    share = part.size / batch.size
-                    self.scaler.scale(loss * share).backward()
-                mean += loss.detach() * share
+                    weighed = loss if len(parts) == 1 else loss * (part.size / batch.size)
+                    self.scaler.scale(weighed).backward()
+                losses.append(weighed.detach())
                 self.totals.add(loss, logits.detach(), part.targets)
-        return mean
+        return functools.reduce(torch.add, losses)
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The task's; under distillation in parts the distance from the teacher."""
