@@ -367,6 +367,10 @@ class ConfigSchema:
     """none, bf16 or fp16: autocast of convolutions and matrix products"""
     channels_last: bool = True
     """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
+    cudnn_benchmark: bool = False
+    """on a GPU: time the algorithms of each convolution when it first meets a shape, and take the fastest. Which one
+    that is may differ from sitting to sitting, and with it the last bits of all that follows: so it is another run than
+    one without it, and does not repeat to the bit"""
     limit_train_batches: int | None = number(None, 1, _BATCHES)
     """at most so many batches an epoch; null: all"""
     limit_val_batches: int | None = number(None, 1, _BATCHES)

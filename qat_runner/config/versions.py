@@ -86,6 +86,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "amp": "none",
     "channels_last": True,
+    "cudnn_benchmark": False,
     "limit_train_batches": None,
     "limit_val_batches": None,
     "noise_batches": 1,

@@ -65,6 +65,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     shard = distributed.shard()
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
+    torch.backends.cudnn.deterministic = True  # algorithms that repeat to the bit: the same ones, unless they are timed
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
     keep_freed_memory()
     delivery = Delivery(device, config.seed, config.channels_last, task_of(config).tokenizer(config), shard)
     data = load_dataset(config.dataset, config.data_dir, delivery)

@@ -246,9 +246,7 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all global random generators, and ask for repeatable algorithms."""
+    """Seed all global random generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
