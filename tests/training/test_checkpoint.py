@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from qat_runner.config.schema import Optimizer, StageConfig
 from qat_runner.errors import RunError
-from qat_runner.training import checkpoint
+from qat_runner.training import checkpoint, recipe
 from qat_runner.training.recipe import make_optimizer
 
 
@@ -83,6 +84,30 @@ def test_a_write_that_fails_leaves_the_old_content(two: Path, monkeypatch: pytes
 def test_a_crash_between_the_two_renames_loses_nothing(two: Path) -> None:
     (two / checkpoint.LAST).rename(two / checkpoint.PREVIOUS)
     assert checkpoint.newest(two)["step"] == 2
+
+
+@pytest.mark.parametrize("fused", [(None, True), (True, None)])
+@pytest.mark.parametrize("name", [*Optimizer])
+def test_a_run_goes_on_on_another_device(
+    name: str, fused: tuple[bool | None, bool | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own kind of optimizer, of the same state; as do those of before there were two kinds."""
+    layer = torch.nn.Linear(3, 2)
+
+    def stepped(kind: bool | None, saved: dict[str, Any] | None = None) -> torch.optim.Optimizer:
+        monkeypatch.setattr(recipe, "fuses", lambda device: kind)
+        optimizer = make_optimizer(layer, StageConfig(optimizer=name), 0.1)
+        if saved is not None:
+            optimizer.load_state_dict(checkpoint.checked_optimizer(saved, optimizer))
+        layer(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    then, now = fused
+    resumed = stepped(now, stepped(then).state_dict())
+    assert all(group["fused"] is now for group in resumed.param_groups)
+    if name == Optimizer.adamw:
+        assert {float(state["step"]) for state in resumed.state.values()} == {2.0}
 
 
 @pytest.mark.parametrize("name", [*Optimizer])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from qat_runner.config import StageConfig
+from qat_runner.training import recipe
 from qat_runner.training.recipe import learning_rate, make_optimizer
 
 
@@ -56,9 +57,13 @@ def _uncorrected(start: Tensor, gradients: Sequence[Tensor], lr: float, decay: f
     return p
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("saved_after", [None, 3])
-def test_adamw_without_bias_correction(saved_after: int | None) -> None:
-    """Also when it goes on from a checkpoint."""
+def test_adamw_without_bias_correction(
+    saved_after: int | None, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it goes on from a checkpoint, and as on a GPU."""
+    monkeypatch.setattr(recipe, "fuses", lambda device: fused)
     layer = torch.nn.Linear(5, 4, bias=False)
     start = layer.weight.detach().clone()
     gradients = [torch.randn(4, 5) * 10.0**-i for i in range(8)]
@@ -75,6 +80,12 @@ def test_adamw_without_bias_correction(saved_after: int | None) -> None:
     torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
     first = (_uncorrected(start, gradients[:1], 0.01, 0.0) - start.double()).abs()
     assert first.max() == pytest.approx(0.01 * 0.1 / 0.001**0.5, rel=1e-4)  # 3.2 times that of a corrected first step
+
+
+def test_it_is_fused_on_a_gpu_alone() -> None:
+    """On a CPU AdamW's last bits would be others."""
+    assert recipe.fuses(torch.device("cuda", 1)) is True
+    assert recipe.fuses(torch.device("cpu")) is None
 
 
 def test_optimizer() -> None:

@@ -1,0 +1,123 @@
+"""No step of training waits for the device: seen without one, by the operations that are called.
+
+What stays unseen are copies that wait, such as of pageable memory, and kernels that are written for the GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat_runner.config import from_hydra
+from qat_runner.config.composing import compose_config
+from qat_runner.data import Batch, load_dataset
+from qat_runner.data.dataset import Delivery
+from qat_runner.insertion import calibrate, quantize_model
+from qat_runner.quant import kernels
+from qat_runner.quant.kernels import newton
+from qat_runner.runs.record import NullRecord
+from qat_runner.tasks import TASKS
+from qat_runner.training import recipe
+from qat_runner.training.loop import Trainer
+from tests.training.watch import Watch
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+PICTURES = ("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4")
+ADAMW = ("recipe.scratch.optimizer=adamw", "recipe.scratch.bias_correction=false", "recipe.scratch.max_grad_norm=1")
+
+
+def trainer(folder: Path, device: torch.device, *overrides: str, **quantization: Any) -> Trainer:
+    """Of a network of four quantized tensors, which has taken a step on the CPU: scalars are there, and known to be."""
+    config = from_hydra(compose_config([*PICTURES, "device=cpu", *overrides]))
+    layers = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    )
+    model = quantize_model(layers, **{"bits": 4, "example": torch.randn(2, 3, 8, 8)} | quantization)
+    pictures = torch.randn(4, 3, 8, 8)
+    if quantization.get("clipping") == "lsq":
+        calibrate(model, [(pictures,)])
+    model.train()(pictures)
+    data = load_dataset(config.dataset, "data", Delivery(CPU, seed=0))
+    return Trainer(config, model.to(device), replace(data, device=device), NullRecord(folder))  # type: ignore[type-var]
+
+
+def batch(device: torch.device) -> Batch:
+    return Batch((torch.randn(4, 3, 8, 8, device=device),), torch.zeros(4, dtype=torch.int64, device=device))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "quantization"),
+    [
+        ((), {}),
+        (ADAMW, {}),
+        (("accumulate=2",), {"clipping": "max", "gradient": "pwl"}),
+        (("recipe.distill=full_precision", "recipe.teacher=teacher.pt"), {"format": "int_affine"}),
+        ((), {"range": "oriented"}),
+        (ADAMW, {"clipping": "lsq"}),
+    ],
+    ids=["octav", "adamw", "max, parts", "affine, teacher", "oriented", "lsq"],
+)
+def test_a_step_needs_no_number(tmp_path: Path, overrides: tuple[str, ...], quantization: dict[str, Any]) -> None:
+    """On the meta device there are none: whatever asks for one raises, as does what has a size that depends on them."""
+    training = trainer(tmp_path, META, *overrides, **quantization)
+    if training.config.distilling:
+        training.teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).to(META)
+    assert training._step(batch(META)).is_meta
+    assert training.totals.sums.is_meta
+
+
+@pytest.fixture
+def never_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver takes no look at its state, as on a GPU; on a CPU it may, since nothing waits there."""
+    solve: Callable[..., Tensor] = newton.solve
+    monkeypatch.setattr(newton, "solve", lambda *args, **options: solve(*args, **options | {"look": False}))
+
+
+@pytest.mark.parametrize("norm", ["null", "1"])
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.usefixtures("never_free")
+def test_a_step_of_any_precision_with_the_optimizer_of_a_gpu(
+    amp: str, norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fused in (None, True):
+        monkeypatch.setattr(recipe, "fuses", lambda device, fused=fused: fused)
+        training = trainer(tmp_path, CPU, f"amp={amp}", f"recipe.scratch.max_grad_norm={norm}")
+        with kernels.using("eager"), Watch() as watch:
+            training._step(batch(CPU))
+        scaler_asks = amp == "fp16" and not fused  # whether gradients overflowed
+        assert watch.waited == ["aten._local_scalar_dense.default"] * scaler_asks
+
+
+def test_a_step_that_overflows_is_skipped_without_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "fuses", lambda device: True)
+    training = trainer(tmp_path, CPU, "amp=fp16", *ADAMW)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    training._step(batch(CPU))
+    assert training.scaler.get_scale() == 2.0**99
+    for p, old in zip(training.model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+
+
+def test_totals_launch_little() -> None:
+    """Two operations for the loss, one for the samples; six for both figures of hits."""
+    totals = TASKS["classification"].totals(CPU)
+    loss, logits, targets = torch.tensor(1.0), torch.randn(8, 100), torch.arange(8)
+    with Watch() as watch:
+        totals.add(loss, logits, targets)
+    assert len(watch.launched) <= 9
+    assert not watch.waited
+
+
+def test_of_a_batch_in_one_part_the_loss_is_that_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Itself: nothing is scaled by a share, or added to zero."""
+    training = trainer(tmp_path, CPU)
+    losses: list[Tensor] = []
+    compute = training._loss
+    monkeypatch.setattr(training, "_loss", lambda *args: losses.append(compute(*args)) or losses[-1])
+    mean = training._add_gradients(batch(CPU))
+    assert mean.data_ptr() == losses[0].data_ptr() and not mean.requires_grad
