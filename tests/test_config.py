@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.errors import ConfigError
+from qat_runner.experiment import build
 from qat_runner.models import BERTS, MODELS
 from qat_runner.quant import Percentile
 
@@ -184,6 +186,18 @@ def test_identity_and_name(composed: Compose) -> None:
         "dataset.image_size",
         "seed",
     ]
+
+
+def test_a_run_whose_last_bits_may_vary_is_another(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and put back in the end
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    small = ("dataset=fake", "dataset.image_size=8", "model=resnet20", "device=cpu", "bits=32")
+    repeatable, timed = composed(*small), composed(*small, "cudnn_benchmark=true")
+    assert differences(identity(repeatable), identity(timed)) == ["cudnn_benchmark"]
+    for config in (timed, repeatable):
+        build(config, None)
+        assert torch.backends.cudnn.benchmark is config.cudnn_benchmark
+        assert torch.backends.cudnn.deterministic
 
 
 def test_the_folder_of_configs_is_found() -> None:

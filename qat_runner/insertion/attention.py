@@ -69,10 +69,27 @@ def _networks(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _register() -> None:
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, quantized_attention)
-    AttentionMaskInterface.register(NAME, eager_mask)  # what is added to the scores
+    AttentionMaskInterface.register(NAME, added_to_scores)
+
+
+def added_to_scores(*, device: torch.device, allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
+    """The mask of transformers' "eager" attention, or None where nothing is masked.
+
+    To see that nothing is, one would wait for the device, unless it is a CPU: elsewhere zeros are added.
+
+    Args:
+        device: of the mask.
+        allow_is_bidirectional_skip: whether it may be None.
+        kwargs: as transformers' interface has them.
+    """
+    from transformers.masking_utils import eager_mask
+
+    skip = allow_is_bidirectional_skip and device.type == "cpu"
+    mask: Tensor | None = eager_mask(device=device, allow_is_bidirectional_skip=skip, **kwargs)
+    return mask
 
 
 def quantized_attention(

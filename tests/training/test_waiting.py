@@ -17,12 +17,14 @@ from qat_runner.config.composing import compose_config
 from qat_runner.data import Batch, load_dataset
 from qat_runner.data.dataset import Delivery
 from qat_runner.insertion import calibrate, quantize_model
+from qat_runner.models import build_bert
 from qat_runner.quant import kernels
 from qat_runner.quant.kernels import newton
 from qat_runner.runs.record import NullRecord
 from qat_runner.tasks import TASKS
 from qat_runner.training import recipe
 from qat_runner.training.loop import Trainer
+from tests.tiny import tiny_bert
 from tests.training.watch import Watch
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -68,6 +70,20 @@ def test_a_step_needs_no_number(tmp_path: Path, overrides: tuple[str, ...], quan
         training.teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).to(META)
     assert training._step(batch(META)).is_meta
     assert training.totals.sums.is_meta
+
+
+def test_a_forward_pass_of_a_bert_needs_none_either(tmp_path: Path) -> None:
+    """Not even to see that no token is padding."""
+    model = build_bert(str(tiny_bert(tmp_path / "bert", layers=1)), pretrained=True)
+    inputs = (torch.full((2, 16), 7), torch.ones(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64))
+    quantize_model(model, bits=4, clipping="max", example=inputs).train()
+    task = TASKS["question_answering"]
+    task.compute(model, inputs)
+    on_meta = [t.to(META) for t in inputs]
+    logits = task.compute(model.to(META), on_meta)
+    loss = task.loss(logits, torch.zeros(2, 2, dtype=torch.int64, device=META))
+    loss.backward()
+    assert loss.is_meta
 
 
 @pytest.fixture
