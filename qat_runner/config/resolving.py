@@ -181,6 +181,7 @@ def check(config: Config) -> None:
     )
     _check_quantization(config)
     _check_freezing(config)
+    _check_compiling(config)
     _check_mode(config)
 
 
@@ -217,6 +218,18 @@ def _check_freezing(config: Config) -> None:
         raise ConfigError(
             f"recipe.freeze_scalars_at={at:g}: clipping={config.clipping.name} has no dynamic scalars to freeze"
         )
+
+
+def _check_compiling(config: Config) -> None:
+    if not config.compile:
+        return
+    for key, value, usual, why in (
+        ("accumulate", config.accumulate, 1, "which keeps quantized weights between passes"),
+        ("log_excess_mse", config.log_excess_mse, False, "which looks into quantizers"),
+        ("clipping.sync", config.clipping.sync, False, "which waits for other processes within the network"),
+    ):
+        if value != usual:
+            raise ConfigError(f"compile=true: is not for {key}={str(value).lower()}, {why}")
 
 
 def _check_mode(config: Config) -> None:

@@ -371,6 +371,9 @@ class ConfigSchema:
     """on a GPU: time the algorithms of each convolution when it first meets a shape, and take the fastest. Which one
     that is may differ from sitting to sitting, and with it the last bits of all that follows: so it is another run than
     one without it, and does not repeat to the bit"""
+    compile: bool = False
+    """training steps of a network that torch.compile has made one graph of: faster after a start of minutes, and with
+    other last bits"""
     limit_train_batches: int | None = number(None, 1, _BATCHES)
     """at most so many batches an epoch; null: all"""
     limit_val_batches: int | None = number(None, 1, _BATCHES)

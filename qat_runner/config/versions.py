@@ -87,6 +87,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "amp": "none",
     "channels_last": True,
     "cudnn_benchmark": False,
+    "compile": False,
     "limit_train_batches": None,
     "limit_val_batches": None,
     "noise_batches": 1,

@@ -23,7 +23,7 @@ from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import find_device
 from qat_runner.models import STEMS, Source, find_weights, match_weights
-from qat_runner.quant.kernels import choose_backend
+from qat_runner.quant.kernels import choose_backend, compiled
 from qat_runner.runs.files import TEMPORARY, JsonFile
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LOCK
@@ -52,6 +52,8 @@ def preflight(config: Config) -> Path:
         if missing := _tracker(name).missing():
             raise ConfigError(f"trackers={name}: {missing}")
     device = find_device(config.device)
+    if config.compile and device.type == "cpu" and not compiled.available():
+        raise ConfigError("compile=true: needs a C++ compiler, and there is none here")
     world = ranks.world_size()
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")

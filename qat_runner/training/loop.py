@@ -130,6 +130,8 @@ class Trainer:
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
         self.parallel = model
         """what is trained: the model, or what averages its gradients over processes"""
+        self.network = self._compiled(self.parallel)
+        """what is called in training: the same, compiled where that is asked for"""
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
@@ -295,12 +297,17 @@ class Trainer:
         self._end_interval(epoch)
         return self.totals.merged().read()
 
+    def _compiled(self, network: nn.Module) -> nn.Module:
+        """The network in one graph, if the config says so; what measures it goes on with the network as it is."""
+        return torch.compile(network, fullgraph=True) if self.config.compile else network  # type: ignore[return-value]
+
     def _step(self, batch: Batch) -> Tensor:
         """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._add_gradients(batch)
-        if self.parallel is self.model:  # the first step says what takes part
+        if self.parallel is self.model and ranks.launched():  # the first step says what takes part
             self.parallel = distributed.data_parallel(self.model)
+            self.network = self._compiled(self.parallel)
         if self.stage.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
@@ -395,7 +402,7 @@ class Trainer:
             for part in parts:
                 with nullcontext() if part is parts[-1] else distributed.adding_up(self.parallel):
                     with autocast(self.device, self.config.amp):
-                        logits = self.task.compute(self.parallel, part.inputs)
+                        logits = self.task.compute(self.network, part.inputs)
                         loss = self._loss(logits, part)
                     weighed = loss if len(parts) == 1 else loss * (part.size / batch.size)
                     self.scaler.scale(weighed).backward()
