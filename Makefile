@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-reliability bench docs lint format wheel clean
+.PHONY: help run test test-slow test-reliability test-gpu bench docs lint format wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,11 @@ test-slow: .venv/.installed-dev ## every row of every table for two batches, on 
 
 test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled
 	$(BIN)/python -m pytest -m reliability -s -n 0
+
+test-gpu: .venv/.installed-dev ## what only a GPU can show: kernels, graphs, processes, runs (within ten minutes)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "test-gpu: PyTorch finds no CUDA device here, so nothing was tested." >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu -n 0 tests/gpu
 
 bench: .venv/.installed-dev ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py

@@ -3,6 +3,7 @@
     python scripts/benchmark.py                         # all parts, saved in bench/
     python scripts/benchmark.py solver step --rounds 5  # some of them
     python scripts/benchmark.py solver --backend eager
+    python scripts/benchmark.py gpu                     # all there is to know of a GPU, saved in bench/gpu
 
 Contestants of a comparison take turns, round by round, so that a busy machine slows all of them; medians are reported,
 with the spread between quartiles. Parts:
@@ -15,22 +16,21 @@ with the spread between quartiles. Parts:
     processes  a whole step of two processes, a thread each
     memory     peak memory of the same steps
     startup    seconds to the end of the first step, compiling from nothing and from a warm cache
+    gpu        only when asked for, ten minutes on a CUDA device: bandwidth of each kernel; training steps, eager,
+               as CUDA graphs and by torch.compile, with launches, waits and peak memory. Not by turns: what is measured
+               one after the other has the device, and its memory, for itself
 """
 
 import argparse
 import importlib.util
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,25 +38,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from benchmark_gpu import WAYS, gpu
+from contests import GRIDS, MODES, Contest, make_step, most_allocated, take_turns
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from transformers import BertConfig, BertForQuestionAnswering
 
-from qat_runner import distributed
-from qat_runner.data import Batch
-from qat_runner.insertion import calibrate, quantize_model
-from qat_runner.models import build_model
 from qat_runner.quant import IntFormat, fake_quantize, mse_sweep, octav, percentile
 from qat_runner.quant.kernels import set_backend
 from qat_runner.runs.environment import environment
-from qat_runner.tasks import TASKS
 from qat_runner.training.memory import keep_freed_memory
 
-Contest = dict[str, Callable[[], object]]
-
-BERTS = {"minilm": (6, 384), "bert_base": (12, 768)}
-"""name -> layers and hidden size"""
 STEPS = {  # name: (model, picture size or tokens, batch size)
     "resnet18 32x32 b128": ("resnet18", 32, 128),
     "resnet20 32x32 b128": ("resnet20", 32, 128),
@@ -72,49 +64,6 @@ GPU_STEPS = {
     "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256),
     "bert_base 384 tokens b32": ("bert_base", 384, 32),
 }
-MODES = ("full precision", "static", "max", "octav")
-GRIDS: dict[str, dict[str, Any]] = {
-    "two's complement": {},
-    "two's complement, missing_code": {"missing_code": True},
-    "full": {"range": "full"},
-    "oriented": {"range": "oriented"},
-    "oriented, refine=64": {"range": "oriented", "refine": 64},
-    "oriented weights, affine activations": {"weight_range": "oriented", "activation_format": "int_affine"},
-}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def take_turns(
-    contest: Contest, rounds: int, device: torch.device, beside: str | None = None
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds.
-
-    With `beside`, a contestant, also how many times its time each takes: the median over the rounds, and its standard
-    error, for differences that are small beside what the machine does from minute to minute.
-    """
-    for _ in range(3):  # allocate, compile, let memory settle
-        for run in contest.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in contest}
-    for _ in range(rounds):
-        for name, run in contest.items():
-            synchronize(device)
-            began = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(1e3 * (time.perf_counter() - began))
-    quartiles = {name: statistics.quantiles(values, n=4) for name, values in times.items()}
-    figures = {name: {"ms": q[1], "spread": q[2] - q[0]} for name, q in quartiles.items()}
-    for name, values in times.items() if beside else ():
-        ratios = [a / b for a, b in zip(values, times[beside or name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        error = 1.25 * (high - low) / 1.35 / math.sqrt(rounds)  # of a median, of what is nearly normal
-        figures[name] |= {f"x {beside}": middle, "standard error": error}
-    return figures
 
 
 def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
@@ -154,26 +103,6 @@ def brevitas_search(weight: Tensor) -> object:
     )
     layer.weight.data.copy_(weight)
     return layer.quant_weight()
-
-
-def brevitas_model(model: nn.Module) -> nn.Module:
-    """Each layer as Brevitas quantizes it by default, in training with scales that are learned."""
-    from brevitas.nn import QuantConv2d, QuantLinear
-    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
-
-    quantizers = {"weight_quant": Int8WeightPerChannelFloat, "input_quant": Int8ActPerTensorFloat}
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Conv2d:
-                keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-                made = QuantConv2d(**{key: getattr(child, key) for key in keys}, bias=False, **quantizers)
-            elif type(child) is nn.Linear:
-                made = QuantLinear(child.in_features, child.out_features, bias=True, **quantizers)
-            else:
-                continue
-            made.weight.data.copy_(child.weight)
-            setattr(module, name, made)
-    return model
 
 
 def solver(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -241,65 +170,6 @@ def select(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
             ours, numpy = figures["ours"]["ms"], figures["NumPy"]["ms"]
             rows.append({"elements": n, "q": q, "ours, ms": ours, "NumPy, ms": numpy, "ours / NumPy": ours / numpy})
     return rows
-
-
-def vision(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
-    """A network, a batch of random pictures, and how the network is quantized."""
-    name, size, batch = which
-    model: nn.Module = build_model(name, 100, size).to(device).to(memory_format=torch.channels_last)
-    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-    return model, Batch((x,), torch.randint(0, 100, (batch,), device=device)), {}
-
-
-def bert(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
-    """A BERT with random weights, a batch of random tokens, and how the network is quantized."""
-    name, length, batch = which
-    layers, hidden = BERTS[name]
-    config = BertConfig(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=4 * hidden, num_attention_heads=12
-    )
-    model: nn.Module = BertForQuestionAnswering(config)
-    ids = torch.randint(1000, 30000, (batch, length), device=device)
-    targets = torch.randint(0, length, (batch, 2), device=device)
-    options = {"first_last_bits": None, "linear_granularity": "channel", "quantize_head": False}
-    return model.to(device), Batch((ids, torch.ones_like(ids)), targets), options
-
-
-def make_step(which: tuple[str, int, int], mode: str, device: torch.device, amp: bool) -> Callable[[], object]:
-    """A training step: forward, backward, SGD; of a BERT AdamW. Of several processes as `qat-run` takes it."""
-    torch.manual_seed(0)
-    is_bert = which[0] in BERTS
-    task = TASKS["question_answering" if is_bert else "classification"]
-    model, batch, options = (bert if is_bert else vision)(which, device)
-    if mode == "brevitas":
-        model = brevitas_model(model).to(memory_format=torch.channels_last)
-    elif mode in GRIDS:
-        quantize_model(model, 4, "octav", example=tuple(t[:2] for t in batch.inputs), **options, **GRIDS[mode])
-    elif mode != "full precision":
-        clipping = "octav" if mode == "static" else mode
-        example = tuple(t[:2] for t in batch.inputs)
-        quantize_model(model, 4, clipping, example=example, dynamic=mode != "static", **options)
-    if mode == "static":
-        calibrate(model, [batch.inputs])
-    optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=1e-5)
-        if is_bert
-        else torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    )
-
-    trained = model
-
-    def step() -> None:
-        nonlocal trained
-        with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
-            loss = task.loss(task.compute(trained, batch.inputs), batch.targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if trained is model:
-            trained = distributed.data_parallel(model)
-        optimizer.step()
-
-    return step
 
 
 def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -375,13 +245,7 @@ def peak(name: str, mode: str, device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20, torch.cuda.max_memory_reserved(device) / 2**20
     process = resident_peak() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    held = highest = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        held += event.nbytes() if event.name() == "[memory]" else 0
-        highest = max(highest, held)
-    return highest / 2**20, process
+    return most_allocated(run) / 2**20, process
 
 
 def resident_peak() -> float:
@@ -414,20 +278,33 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, processes, memory, startup)}
 
 
-def main() -> None:
+def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}, all by default; or gpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", default="auto", help="auto, eager, compiled or triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plain-malloc", action="store_true", help="let freed memory go back to the system")
     parser.add_argument("--only", default="", help="networks whose name holds this")
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of results.json and results.md")
+    parser.add_argument("--out", type=Path, help="folder of results.json and results.md; default: bench, or bench/gpu")
+    parser.add_argument("--tiny", action="store_true", help="of gpu: small networks and tensors, to see that it works")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of gpu: how steps are run; default: all")
+    parser.add_argument("--minutes", type=float, default=9, help="of gpu: when to leave out what is left")
     parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    unknown = [part for part in args.parts if part not in PARTS]
+    args = parser.parse_args(given)
+    unknown = [part for part in args.parts if part not in (*PARTS, "gpu")]
     if unknown:
-        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}, gpu")
+    if "gpu" in args.parts and len(args.parts) > 1:
+        parser.error("gpu is a part to run by itself")
+    if "gpu" in args.parts and torch.device(args.device).type != "cuda" and not args.tiny:
+        parser.error("gpu: needs a CUDA device; to see that it works without one: gpu --device cpu --tiny")
+    args.out = args.out or Path("bench", *args.parts[:1] if "gpu" in args.parts else ())
+    return args
+
+
+def main(given: list[str] | None = None) -> None:
+    args = arguments(given)
     warnings.simplefilter("ignore", UserWarning)
     device = torch.device(args.device)
     backend = set_backend(args.backend, device.type)
@@ -445,10 +322,12 @@ def main() -> None:
     text += [f"backend {backend}, {args.rounds} rounds"]
     args.out.mkdir(parents=True, exist_ok=True)
     for part in args.parts or PARTS:
-        results[part] = PARTS[part](args, device)
-        table = tabulate(results[part], headers="keys", tablefmt="github", floatfmt=".3g")
-        print(f"\n{part}\n{table}", flush=True)
-        text += [f"## {part}", table]
+        tables = gpu(args, device) if part == "gpu" else {part: PARTS[part](args, device)}
+        for title, rows in tables.items():
+            results[title] = rows
+            table = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g")
+            print(f"\n{title}\n{table}", flush=True)
+            text += [f"## {title}", table]
         (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (args.out / "results.md").write_text("\n\n".join(text) + "\n")
 

@@ -1,0 +1,254 @@
+"""The part `gpu` of the benchmark: how near kernels come to the memory's bandwidth, and what training steps cost.
+
+On a CPU, with --tiny, the same code measures next to nothing, to show that it works.
+"""
+
+import argparse
+import gc
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from contests import Contest, make_step, most_allocated, synchronize, take_turns
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qat_runner.quant import IntFormat, octav
+from qat_runner.quant.kernels import backend, using
+from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.kernels.remembered import Remembered
+
+Row = dict[str, Any]
+
+NETWORKS = {
+    "resnet50 224x224 b64": ("resnet50", 224, 64),
+    "resnet50 224x224 b256": ("resnet50", 224, 256),
+    "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256),
+    "vit_s 224x224 b256": ("vit_s", 224, 256),
+    "bert_base 384 tokens b32": ("bert_base", 384, 32),
+}
+TINY_NETWORKS = {
+    "resnet20 8x8 b2": ("resnet20", 8, 2),
+    "vit_tiny 8x8 b2": ("vit_tiny", 8, 2),
+    "bert_tiny 8 tokens b2": ("bert_tiny", 8, 2),
+}
+MODES = ("full precision", "static", "octav")
+WAYS = ("eager", "CUDA graph", "torch.compile")
+"""In this order, so that what takes longest is left out first where time is short."""
+ROW_SECONDS = 60
+"""What a row may take: torch.compile may take any time."""
+
+
+class TookTooLongError(Exception):
+    """A row's time was over."""
+
+
+def gpu(args: argparse.Namespace, device: torch.device) -> dict[str, list[Row]]:
+    """Both tables, within about `args.minutes`; what fails or is left out is a row that says so."""
+    end = time.monotonic() + 60 * args.minutes
+    return {"kernels": kernels(args, device), "training steps": steps(args, device, end)}
+
+
+def kernels(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Each operation of the device's backend, beside a copy on the device, which reads and writes."""
+    many, rows = ((64 * 2**20,), (4096, 16384)) if not args.tiny else ((3000,), (8, 64))
+    table: list[Row] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape, dim in ((many, None), (rows, 0)):
+            x = torch.randn(shape, device=device, dtype=dtype)
+            table += kernel_rows(x, dim, args.rounds, device)
+            del x
+            free(device)
+    return table
+
+
+def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -> list[Row]:
+    """The operations on a tensor, per tensor or per row."""
+    what = {
+        "tensor": f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}, per {'tensor' if dim is None else 'row'}"
+    }
+    table: list[Row] = []
+    copy = None
+    for name, (passes, run) in operations(x, dim).items():
+        row: Row = what | {"kernel": name}
+        try:
+            with at_most(ROW_SECONDS):
+                row |= take_turns({name: run}, rounds, device)[name]
+        except Exception as error:
+            table.append(row | {"error": first_line(error)})
+            continue
+        copy = copy or row["ms"]
+        if passes:
+            row["GB/s"] = passes * x.nbytes / row["ms"] / 1e6
+        table.append(row | {"x copy": row["ms"] / copy})
+    return table
+
+
+def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callable[[], object]]]:
+    """Name -> how often x, or something of its size, is read or written at the least, and what to run.
+
+    None where that depends on the values.
+    """
+    ours, format = backend(x), IntFormat(4)
+    dims = tuple(d for d in range(x.ndim) if d != dim)
+    cost, out, grad = Cost(format.rounding_noise, True), torch.empty_like(x), torch.randn_like(x)
+    with using("eager", x.device.type):
+        s = octav(x, format, dim, check=False)
+    state = Remembered(s.clone(), s.clone(), torch.zeros((), dtype=torch.int64, device=x.device), 0.1, True)
+    once, fully = Search(dims, 1, 0.0), Search(dims, 20, 1e-4)
+    factors = (0.9, 1.0, 1.1)
+    return {
+        "copy": (2, partial(out.copy_, x)),
+        "octav, cold": (None, partial(ours.octav, x, cost, None, fully)),
+        "octav, one warm iteration": (1, partial(ours.octav, x, cost, s * 1.03, once)),
+        "octav_and_quantize, one warm iteration": (
+            3,
+            partial(ours.octav_and_quantize, x, cost, format, once, state, True),
+        ),
+        "remember": (None, partial(ours.remember, s, state)),
+        "orient": (1, partial(ours.orient, x, s, None, 0.5, 0.0)),
+        "refine, 3 factors": (3, partial(ours.refine, x, s, format, factors)),
+        "fake_quantize": (2, partial(ours.fake_quantize, x, s, format)),
+        "fake_quantize_backward, pwl": (3, partial(ours.fake_quantize_backward, grad, x, s, format, "pwl")),
+        "fake_quantize_backward, mad": (3, partial(ours.fake_quantize_backward, grad, x, s, format, "mad")),
+    }
+
+
+def steps(args: argparse.Namespace, device: torch.device, end: float) -> list[Row]:
+    """Training steps one after the other, since not all fit into memory together.
+
+    Args:
+        end: of time.monotonic(), from which on rows are left out.
+    """
+    networks = TINY_NETWORKS if args.tiny else NETWORKS
+    table: list[Row] = []
+    for way in args.ways:
+        for name, which in networks.items():
+            for mode in MODES if args.only in name else ():
+                row = {"network": name, "way": way, "what": mode}
+                left = end - time.monotonic()
+                if left <= 0:
+                    table.append(row | {"error": f"left out: {args.minutes:g} minutes were over"})
+                    continue
+                try:
+                    with at_most(min(left, ROW_SECONDS)):
+                        row |= figures_of_step(which, mode, way, args, device)
+                except Exception as error:
+                    row["error"] = first_line(error)
+                free(device)
+                table.append(row | beside_full_precision(row, table))
+    return table
+
+
+def beside_full_precision(row: Row, before: list[Row]) -> Row:
+    """How many times what full precision takes, in the same way, where both are known."""
+    same = ("network", "way")
+    full = next((r for r in [*before, row] if all(r[k] == row[k] for k in same) and r["what"] == MODES[0]), {})
+    return {"x full precision": row["ms"] / full["ms"]} if "ms" in row and "ms" in full else {}
+
+
+def figures_of_step(
+    which: tuple[str, int, int], mode: str, way: str, args: argparse.Namespace, device: torch.device
+) -> Row:
+    """Time, launches, waits and peak memory of a training step."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.compiler.reset()
+    compiler = partial(torch.compile, backend="aot_eager" if args.tiny else "inductor")
+    wrap = {"wrap": compiler} if way == "torch.compile" else {}
+    step = make_step(which, mode, device, amp=cuda, **wrap)
+    if way == "CUDA graph":
+        step = captured(step, device)
+    contest: Contest = {way: step}
+    row: Row = take_turns(contest, args.rounds, device)[way]
+    launches, waits = launches_and_waits_on_gpu(step, device) if cuda else calls_and_reads(step)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else most_allocated(step)
+    return row | {"launches": launches, "waits": waits, "peak, MiB": peak / 2**20}
+
+
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """A step as one CUDA graph, after what must have happened before it can be captured."""
+    if device.type != "cuda":
+        raise RuntimeError("a CUDA graph needs a CUDA device")
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def launches_and_waits_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Kernels that the device runs in a step, and how often the host waits for the device meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        synchronize(device)
+    on_device = [e for e in profile.events() or [] if e.device_type.name == "CUDA"]
+    kernels = [e for e in on_device if not e.is_user_annotation and not e.name.startswith(("Memcpy", "Memset"))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return len(kernels), sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def calls_and_reads(step: Callable[[], object]) -> tuple[int, int]:
+    """On a CPU: calls of PyTorch's dispatcher in a step, and how many of them read a value."""
+    with Calls() as calls:
+        step()
+    return len(calls.names), calls.names.count("aten._local_scalar_dense.default")
+
+
+class Calls(TorchDispatchMode):
+    """Writes down the names of operations while it is open; what a kernel does by itself is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Break off with TookTooLongError what takes longer."""
+
+    def over(signum: int, frame: object) -> None:
+        raise TookTooLongError(f"took longer than {seconds:.0f} seconds")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong; behind a first line that only announces the next, that as well."""
+    lines = str(error).strip().splitlines() or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said}"
+
+
+def free(device: torch.device) -> None:
+    """Give the memory of what is over back, before the next one asks for its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,32 @@
+"""Devices to test on: a GPU by `make test-gpu`, and the CPU among all other tests, so that the former stay in order."""
+
+import pytest
+import torch
+
+MISSING = "no CUDA device here"
+
+
+def _cuda(number: int) -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip(MISSING)
+    if number >= torch.cuda.device_count():
+        pytest.skip("one CUDA device only")
+    return torch.device("cuda", number)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test works."""
+    return torch.device("cpu") if request.param == "cpu" else _cuda(0)
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(number, marks=pytest.mark.gpu) for number in (0, 1))])
+def each_device(request: pytest.FixtureRequest) -> torch.device:
+    """As `device`, and a second GPU while the first is the current one."""
+    return torch.device("cpu") if request.param == "cpu" else _cuda(request.param)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what has no counterpart on a CPU."""
+    return _cuda(0)
