@@ -53,7 +53,7 @@ def test_a_step_in_a_cuda_graph(cuda: torch.device) -> None:
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        first = [step().item() for _ in range(3)][0]
+        first, *_ = [step().item() for _ in range(3)]
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
