@@ -19,6 +19,7 @@ with the spread between quartiles. Parts:
     gpu        only when asked for, ten minutes on a CUDA device: bandwidth of each kernel; training steps, eager,
                as CUDA graphs and by torch.compile, with launches, waits and peak memory. Not by turns: what is measured
                one after the other has the device, and its memory, for itself
+    pictures   processor time of decoding and augmenting JPEGs, against torchvision's loader and timm's
 """
 
 import argparse
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from benchmark_gpu import WAYS, gpu
+from benchmark_pictures import pictures
 from contests import GRIDS, MODES, Contest, make_step, most_allocated, take_turns
 from tabulate import tabulate
 from torch import Tensor
@@ -275,7 +277,7 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return rows
 
 
-PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, processes, memory, startup)}
+PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, processes, memory, startup, pictures)}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:

@@ -27,6 +27,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "dataset.val_batch_size": 500,
     "dataset.workers": 4,
     "dataset.skip_corrupt": False,
+    "dataset.resizing": "pillow",
     "dataset.fake_pictures": 512,
     "dataset.max_length": 384,
     "dataset.stride": 128,

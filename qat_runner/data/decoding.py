@@ -6,11 +6,14 @@
 - Of several frames, the first is the picture.
 """
 
+import io
 import warnings
 from contextlib import suppress
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from qat_runner.data.brightness import as_bytes
 
@@ -25,6 +28,9 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP", "PPM")
 
 BITS_PER_SAMPLE = 258
 """TIFF's tag"""
+
+ORIENTATION = 274
+"""EXIF's tag"""
 
 
 def read_picture(path: str) -> Image.Image:
@@ -42,6 +48,40 @@ def read_picture(path: str) -> Image.Image:
         with suppress(Exception):  # EXIF data may be anything; the pixels are there
             ImageOps.exif_transpose(picture, in_place=True)
         return _in_colour(picture)
+
+
+def read_pixels(path: str) -> Tensor:
+    """The pixels of `read_picture`, sooner where torchvision can decode them: those of upright grey or colour JPEGs.
+
+    Both decode by libjpeg, to the same bytes where theirs are of one kind, as in the published wheels.
+
+    Returns:
+        [3, H, W], uint8, the colours of a pixel side by side in memory.
+
+    Raises:
+        OSError, ValueError, Image.DecompressionBombError: as `read_picture`.
+    """
+    with open(path, "rb") as file:
+        content = file.read()
+    pixels = _jpeg_pixels(content)
+    if pixels is None:  # another format, or damaged: Pillow knows what is wrong
+        pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
+    return pixels
+
+
+def _jpeg_pixels(content: bytes) -> Tensor | None:
+    """As `read_pixels`; None for what torchvision cannot decode, or would decode to another picture."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # which takes a second to import
+
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # its head alone; refuses bombs
+        upright = "exif" not in picture.info or picture.getexif().get(ORIENTATION, 1) == 1
+        if picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright:
+            coded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            pixels: Tensor = decode_jpeg(coded, mode=ImageReadMode.RGB)
+            return pixels
+    return None
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

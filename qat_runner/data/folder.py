@@ -2,17 +2,17 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat_runner.data.batches import Shard
-from qat_runner.data.decoding import FORMATS, read_picture
+from qat_runner.data.decoding import FORMATS, read_picture, read_pixels
 from qat_runner.data.images import Labelled, epoch_seed
 from qat_runner.data.listing import Listing, list_pictures, printable
 from qat_runner.errors import RunError
@@ -30,12 +30,23 @@ log = logging.getLogger("qat_runner")
 class _Pictures(Dataset[tuple[Tensor, int, str]]):
     """Pictures of one split, asked for as (seed, index): augmentation depends on these two alone.
 
-    An item is a picture, its label, and what was wrong with a picture that cannot be decoded, or "".
+    An item is a picture [H, W, 3], which is how it lies in memory, its label, and what was wrong with a picture that
+    cannot be decoded, or "".
+
+    Args:
+        listing: which pictures.
+        read: a path -> what `transform` takes.
+        transform: makes a tensor uint8 [3, image_size, image_size] of it, by chance of torch's generator.
+        image_size: pixels a side.
     """
 
-    def __init__(self, listing: Listing, transform: Any) -> None:
+    def __init__(
+        self, listing: Listing, read: Callable[[str], Any], transform: Callable[[Any], Tensor], image_size: int
+    ) -> None:
         self.samples = listing.samples
+        self.read = read
         self.transform = transform
+        self.image_size = image_size
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -43,14 +54,57 @@ class _Pictures(Dataset[tuple[Tensor, int, str]]):
     def __getitem__(self, item: Any) -> tuple[Tensor, int, str]:
         seed, index = item
         path, label = self.samples[index]
-        trouble = ""
         try:
-            picture = read_picture(path)
+            picture = self.read(path)
         except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
-            picture, trouble = Image.new("RGB", (8, 8)), f"picture {printable(path)} cannot be decoded ({_told(error)})"
+            trouble = f"picture {printable(path)} cannot be decoded ({_told(error)})"
+            return torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), label, trouble
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(epoch_seed(seed, index))
-            return self.transform(picture), label, trouble
+            return self.transform(picture).permute(1, 2, 0), label, ""
+
+
+class _Workers:
+    """The processes that decode one split. They live from one epoch to the next; each has its own order all the same.
+
+    Args:
+        pictures: of the split.
+        most: how many there may be; 0 decodes in this process.
+    """
+
+    def __init__(self, pictures: _Pictures, most: int) -> None:
+        self._pictures, self._most = pictures, min(most, _processors())
+        self._order: list[list[tuple[int, int]]] = []  # which the loader asks for anew at the start of each epoch
+        self._loader: Any = None
+        self._busy = False
+
+    def batches(self, order: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor, Sequence[str]]]:
+        """Batches of items, each given as the (seed, index) of its items. Any number of calls may be under way."""
+        workers = min(self._most, len(order))
+        if workers == 0 or self._busy:  # the latter: those that live on are in the midst of another call
+            yield from self._made(order, workers)
+            return
+        if self._loader is None or self._loader.num_workers != workers:
+            self._loader = self._made(self._order, workers, persistent_workers=True)
+        self._order[:] = order
+        self._busy = True
+        try:
+            yield from self._loader
+        except Exception:
+            self._loader = None  # a worker may have died
+            raise
+        finally:
+            self._busy = False
+
+    def _made(self, order: list[list[tuple[int, int]]], workers: int, **options: Any) -> Any:
+        return DataLoader(
+            self._pictures,
+            batch_sampler=order,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting the workers would draw from the global one
+            **options,
+        )
 
 
 def _told(error: Exception) -> str:
@@ -61,16 +115,13 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
 
 
-def _within_reach(picture: Image.Image) -> Image.Image:
+def _within_reach(picture: Any) -> Any:
     """The picture, or the middle of a very long one: all of it, resized by its short side, might not fit in memory."""
-    longest = LONGEST * min(picture.size)
-    if max(picture.size) <= longest:
-        return picture
     from torchvision.transforms.v2 import functional
 
-    width, height = (min(side, longest) for side in picture.size)
-    middle: Image.Image = functional.center_crop(picture, [height, width])
-    return middle
+    sides = functional.get_size(picture)
+    longest = LONGEST * min(sides)
+    return picture if max(sides) <= longest else functional.center_crop(picture, [min(side, longest) for side in sides])
 
 
 def _processors() -> int:
@@ -89,18 +140,22 @@ class FolderSource:
         image_size: pixels a side of what comes out.
         workers: processes that decode, for each split; 0 decodes in this process.
         skip_corrupt: leave out pictures that cannot be decoded.
+        resizing: "pillow" or "tensor"; see `DatasetConfig.resizing`.
 
     Raises:
         ValueError: a folder cannot be read, has other classes than the other split's, or a class has no pictures.
     """
 
-    def __init__(self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False, resizing: str = "pillow"
+    ) -> None:
         from torchvision.transforms import v2  # which takes a second to import
 
         # antialias and bilinear are the defaults of the published recipes
-        crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        read, last = (read_pixels, []) if resizing == "tensor" else (read_picture, [v2.PILToTensor()])
+        crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *last])
         resize = v2.Resize(round(image_size * RESIZE_RATIO))
-        center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+        center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         listings = {split: list_pictures(folder / split) for split in ("train", "val")}
         self.classes = listings["train"].classes
         _check_same(self.classes, listings["val"].classes)
@@ -109,9 +164,11 @@ class FolderSource:
             for split, listing in listings.items()
             if str(listing.passed_over)
         )
-        self._train, self._val = _Pictures(listings["train"], crop), _Pictures(listings["val"], center)
-        self.train_size, self.val_size = len(self._train), len(self._val)
-        self._workers = workers
+        self._train, self._val = (
+            _Workers(_Pictures(listings[split], read, transform, image_size), workers)
+            for split, transform in (("train", crop), ("val", center))
+        )
+        self.train_size, self.val_size = (len(listings[split].samples) for split in ("train", "val"))
         self.corrupt: set[str] | None = set() if skip_corrupt else None
         """what is wrong with each picture that was left out"""
 
@@ -126,15 +183,9 @@ class FolderSource:
         own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
         return self._batches(self._val, [[(0, index) for index in part] for part in own])
 
-    def _batches(self, split: _Pictures, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
-        loader: Any = DataLoader(
-            split,
-            batch_sampler=batches,
-            num_workers=min(self._workers, _processors(), len(batches)),
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else starting the workers would draw from the global one
-        )
-        for pictures, labels, troubles in loader:
+    def _batches(self, split: _Workers, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
+        for items, labels, troubles in split.batches(batches):
+            pictures = items.permute(0, 3, 1, 2)
             yield self._decoded(pictures, labels, troubles) if any(troubles) else (pictures, labels)
 
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:

@@ -7,6 +7,7 @@ Both hand over bytes, which are normalized on the device.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -84,16 +85,21 @@ class ImageData:
         batches = range(count if limit is None else min(limit, count))
         return map(self._normalize, self.source.val(batch_size, batches, self.shard))
 
+    @cached_property
+    def _bytes_normalized(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of bytes, [1, C, 1, 1] each."""
+        mean, std = (torch.tensor(values, device=self.device).mul_(255) for values in (self.mean, self.std))
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
     def _normalize(self, labelled: Labelled) -> Batch:
         pictures, labels = labelled
         pictures = pictures.to(self.device, non_blocking=True).float()
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
-        std = torch.tensor(self.std, device=self.device).mul_(255).view(1, -1, 1, 1)
-        mean = torch.tensor(self.mean, device=self.device).mul_(255).view(1, -1, 1, 1)
+        mean, std = self._bytes_normalized
         pictures = (pictures - mean).div_(std)
-        if self.channels_last:
-            pictures = pictures.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pictures = pictures.to(memory_format=layout)
         return Batch((pictures,), labels.to(self.device, non_blocking=True))
 
 

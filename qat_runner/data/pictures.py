@@ -90,7 +90,7 @@ def in_class_folders(folder: Path, config: DatasetConfig) -> FolderSource:
     Raises:
         ValueError: as `FolderSource`.
     """
-    return FolderSource(folder, config.image_size, config.workers, config.skip_corrupt)
+    return FolderSource(folder, config.image_size, config.workers, config.skip_corrupt, config.resizing.value)
 
 
 def holds_class_folders(folder: Path) -> bool:

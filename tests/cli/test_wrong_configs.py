@@ -39,6 +39,7 @@ WORDS = {
     "linear_granularity": ["auto", "channel", "tensor", "row"],
     "dataset.augment": ["none", "crop", "crop_flip", "mixup"],
     "dataset.padding": ["longest", "max_length", "none"],
+    "dataset.resizing": ["pillow", "tensor", "none"],
     "model.stem": ["auto", "small", "imagenet", "large"],
     "model.checkpoint": ["bert", "null", "nowhere/at/all", "."],
     "recipe.distill": ["none", "full_precision", "half"],

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from qat_runner.data.batches import WHOLE
 from qat_runner.data.brightness import as_bytes
-from qat_runner.data.decoding import SUFFIXES, read_picture
+from qat_runner.data.decoding import SUFFIXES, read_picture, read_pixels
 from qat_runner.data.folder import FolderSource
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -37,7 +37,9 @@ def read(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         picture = read_picture(str(path))
+        pixels = read_pixels(str(path))
     assert picture.mode == "RGB"
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0), picture)
     return np.asarray(picture)
 
 

@@ -1,0 +1,80 @@
+"""Batches of folders of pictures: against torchvision's own transforms, and by workers that live on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qat_runner.data.batches import WHOLE
+from qat_runner.data.decoding import read_picture, read_pixels
+from qat_runner.data.folder import FolderSource
+
+SIZES = [(500, 375), (375, 500), (140, 333), (64, 48), (300, 90)]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of smooth colours with noise on them, which is about what photographs are."""
+    root, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        for i, size in enumerate(SIZES):
+            smooth = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size)
+            noisy = np.asarray(smooth) + random.normal(0, 20, (*size[::-1], 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / split / "a" / f"{i}.jpg", quality=90)
+    return root
+
+
+def test_pixels_on_tensors_are_those_of_pillow_but_for_a_rounding(photographs: Path) -> None:
+    sources = [FolderSource(photographs, 96, 0, resizing=by) for by in ("pillow", "tensor")]
+    for epoch in range(3):
+        (by_pillow, labels), (on_tensors, same) = (next(s.train(5, 0, epoch, range(1), WHOLE)) for s in sources)
+        assert labels.equal(same)
+        difference = (by_pillow.int() - on_tensors.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.1
+    (by_pillow, _), (on_tensors, _) = (next(s.val(5, range(1), WHOLE)) for s in sources)
+    difference = (by_pillow.int() - on_tensors.int()).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.1
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.3, 0.6, 0.95, 0.999])
+def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path: Path, cut: float) -> None:
+    content = (photographs / "train" / "a" / "0.jpg").read_bytes()
+    (tmp_path / "0.jpg").write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(OSError, match=r".") as by_pillow:
+        read_picture(str(tmp_path / "0.jpg"))
+    with pytest.raises(OSError, match=r".") as on_tensors:
+        read_pixels(str(tmp_path / "0.jpg"))
+    assert str(on_tensors.value) == str(by_pillow.value)
+
+
+def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
+    """Epochs that are cut off, taken up in their midst, and two at a time, against those of this process alone."""
+    alone, source = FolderSource(photographs, 16, 0), FolderSource(photographs, 16, 2)
+
+    def batches(of: FolderSource, epoch: int, start: int = 0, end: int = 5) -> list[tuple[torch.Tensor, list[int]]]:
+        return [(x, y.tolist()) for x, y in of.train(1, 7, epoch, range(start, end), WHOLE)]
+
+    def check(epoch: int, start: int = 0, end: int = 5) -> None:
+        for (x, y), (seen, label) in zip(
+            batches(alone, epoch, start, end), batches(source, epoch, start, end), strict=True
+        ):
+            assert x.equal(seen) and y == label
+
+    check(0)
+    (workers,) = [source._train._loader._iterator._workers]
+    assert len(workers) <= 2
+    under_way = source.train(1, 7, 1, range(5), WHOLE)
+    first = next(under_way)
+    check(2)  # while the other is under way
+    rest = [x for x, _ in under_way]
+    assert all(a.equal(b) for a, (b, _) in zip([first[0], *rest], batches(alone, 1), strict=True))
+    cut_off = source.train(1, 7, 3, range(5), WHOLE)
+    next(cut_off)
+    del cut_off
+    check(3, start=2)
+    check(4, start=1, end=4)
+    assert source._train._loader._iterator._workers == workers
+    assert all(worker.is_alive() for worker in workers)
