@@ -59,9 +59,13 @@ class _Pictures(Dataset[tuple[Tensor, int, str]]):
         except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
             trouble = f"picture {printable(path)} cannot be decoded ({_told(error)})"
             return torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), label, trouble
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(epoch_seed(seed, index))
+        chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
+        before = chance.get_state()
+        try:
+            chance.manual_seed(epoch_seed(seed, index))
             return self.transform(picture).permute(1, 2, 0), label, ""
+        finally:
+            chance.set_state(before)
 
 
 class _Workers:
