@@ -4,11 +4,9 @@ Where there is no GPU, Triton's kernels run in its interpreter (tests/conftest.p
 """
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -351,56 +349,6 @@ class OnDevice(Tensor):
 def test_choosing_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", "cuda") == "triton"
     assert choose_backend("eager", "cuda") == "eager"
-
-
-@needs_triton
-def test_triton_kernels_compile_for_gpus() -> None:
-    """To machine code of two generations, without the device: what the interpreter would let pass."""
-    script = textwrap.dedent(
-        """
-        import json
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from qat_runner.quant.kernels import triton as ours
-
-        def build(kernel, pointers, constants):
-            types = {"n": "i32", "rows": "i32", "blocks": "i32", "programs": "i32", "iterations": "i32"}
-            signature = {
-                name: "constexpr" if name in constants else pointers.get(name) or types.get(name, "fp32")
-                for name in kernel.arg_names
-            }
-            source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            return [len(triton.compile(source, target=GPUTarget("cuda", sm, 32)).asm["cubin"]) for sm in (80, 90)]
-
-        f, state = "*fp32", {"state_ptr": "*fp64", "parts_ptr": "*fp32"}
-        sizes = []
-        for x in ("*fp32", "*bf16", "*fp16"):
-            scalars = dict.fromkeys(("s_ptr", "guess_ptr", "short_ptr", "before_ptr"), f)
-            tensors = {"x_ptr": x, "grad_ptr": x, "out_ptr": x, **scalars, **state}
-            for signed, sided, pointed in ((1, 0, 0), (0, 0, 0), (1, 1, 0), (1, 1, 1)):
-                kind = {"SIGNED": bool(signed), "SIDED": bool(sided), "POINTED": bool(pointed)}
-                sizes += build(ours._solve_row, tensors, {**kind, "COLD": bool(signed), "BLOCK": 4096})
-                sizes += build(ours._sum_part, tensors, {**kind, "BLOCK": 1024})
-            for signed in (True, False):
-                kind = {"SIGNED": signed, "MAD": signed, "ENDS": False}
-                sizes += build(ours._fake_quantize_backward, tensors, {**kind, "BLOCK": 1024})
-                sizes += build(ours._fake_quantize_backward, tensors, {**kind, "ENDS": True, "BLOCK": 1024})
-                sizes += build(ours._fake_quantize, tensors, {"AFFINE": signed, "BLOCK": 1024})
-            sizes += build(ours._overhang_part, tensors | {"parts_ptr": f}, {"BLOCK": 1024})
-        sizes += build(ours._begin, tensors, {})
-        for stays in (True, False):
-            pointers = tensors | {"parts_ptr": f, "out_ptr": f}
-            sizes += build(ours._orient_row, pointers, {"STAYS": stays, "PROGRAMS": 512})
-        for cold in (True, False):
-            sizes += build(ours._advance_row, tensors, {"COLD": cold, "PROGRAMS": 512})
-        print(json.dumps(sizes))
-        """
-    )
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 100 and min(sizes) > 1000
 
 
 @needs_compiler

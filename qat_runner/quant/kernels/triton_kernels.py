@@ -1,0 +1,524 @@
+"""What runs on the device: the kernels of `triton`, which launches them.
+
+Tensors are dense [rows, n]. A program has a tile of them: [ROWS, BLOCK], whole rows, for short rows, and
+[UNROLL, LANES], a run of one row, for long ones, whose loads are all in flight before the first is waited for. Offsets are
+int64. Sums are float32 within a tile's lanes and from there on in a fixed order; what is left of a row, a few
+scalars, is float64.
+"""
+
+import triton
+import triton.language as tl
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
+SUMS = tl.constexpr(6)
+"""Of a read: excess, outside, total, nonzero, largest, count."""
+
+
+@triton.jit
+def _power_of_two(t):
+    """t float32 -> the power of two at or below it, float32; 1 where t is not positive and finite."""
+    t = tl.where((t > 0) & (t < float("inf")), t, 1.0)
+    t = tl.minimum(tl.maximum(t, 1.1754943508222875e-38), 8.507059173023462e37)
+    return (t.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _start(guess):
+    """guess float32 -> s in units of its power of two, float64, and the unit, float32."""
+    unit = _power_of_two(guess)
+    guess = tl.where((guess > 0) & (guess < float("inf")), guess, 1.0)
+    return (guess / unit).to(tl.float64), unit
+
+
+@triton.jit
+def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr, POINTED: tl.constexpr):
+    """Magnitudes of x, and their weights (`cost.sided`)."""
+    if SIDED:
+        if POINTED:
+            x = tl.where(short < 0, -x, x)
+        return tl.where(x < 0, -x * reach, x), tl.where(x < 0, 1.0 / (reach * reach), 1.0)
+    return tl.abs(x) if SIGNED else tl.where(x < 0, 0.0, x), tl.where(x < 0, 1.0, 1.0)
+
+
+@triton.jit
+def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi):
+    """`newton.advance`; all float64, one a row. Returns the next s and the interval."""
+    above = excess + s * outside
+    cost = k * s * (nonzero - outside)
+    short = cost < excess
+    lower = ~short & (s <= hi)
+    lo, hi = tl.where(short, s, lo), tl.where(lower, s, hi)
+    sum_lo, sum_hi = tl.where(short, above, sum_lo), tl.where(lower, above, sum_hi)
+    outside_lo, outside_hi = tl.where(short, outside, outside_lo), tl.where(lower, outside, outside_hi)
+
+    between = outside_lo - outside_hi
+    mean = tl.where(between > 0, (sum_lo - sum_hi) / tl.maximum(between, 1.0), 0.0)
+    newton_lo = sum_lo / tl.maximum(k * (nonzero - outside_lo) + outside_lo, k)
+    newton_hi = sum_hi / tl.maximum(k * (nonzero - outside_hi) + outside_hi, k)
+    exact = (between <= 1) | (mean >= hi * (1 - 1e-6))
+    closed = tl.minimum(tl.minimum(newton_lo, tl.maximum(mean, newton_hi)), hi)
+    # Where either is zero the logarithms are of no use, and must not be infinite.
+    usable = (cost > 0) & (excess > 0)
+    safe_cost, safe_excess, safe_s = tl.where(usable, cost, 1.0), tl.where(usable, excess, 1.0), tl.where(s > 0, s, 1.0)
+    log_newton = s - (tl.log(safe_cost) - tl.log(safe_excess)) / (1 / safe_s + outside / safe_excess)
+    returns = tl.where(short, log_newton >= hi * (1 - 2e-7), log_newton <= lo * (1 + 2e-7))
+    fits = usable & (((lo < log_newton) & (log_newton < hi) & (not returns)) | (log_newton == s))
+    divides = tl.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # sums are not exact
+    half_way = tl.where(newton_lo < divides, (newton_lo + hi) / 2, divides)
+    proposal = tl.where((lo == 0) & (outside == 0), 0.8 * hi, half_way)
+    proposal = tl.where(fits, log_newton, proposal)
+    proposal = tl.where(exact, closed, proposal)
+    return proposal, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
+
+
+@triton.jit
+def _answer(s, unit, reach, total):
+    """s in units of x, float32; NaN where x has an element that is not finite."""
+    s = tl.div_rn((s * unit).to(tl.float32), reach)
+    return tl.where(total < float("inf"), s, float("nan"))
+
+
+@triton.jit
+def _round(x, s, resolution, lowest, highest):
+    """`Format.fake_quantize`: x float32 -> float32; s the full scale."""
+    code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
+    code = tl.where(code < lowest, lowest, code)  # NaN stays NaN
+    code = tl.where(code > highest, highest, code)
+    code = (code + ROUND) - ROUND
+    return code * (1.0 / resolution) * s
+
+
+@triton.jit
+def _full_scale(s, levels, resolution):
+    """`IntFormat.full_scale`."""
+    return tl.where(levels == resolution, s, tl.div_rn(s, levels) * resolution)
+
+
+@triton.jit
+def _take_over(s, last_ptr, running_ptr, momentum, mask):
+    """`remembered.remember`, but for the count."""
+    last, running = tl.load(last_ptr, mask=mask, other=0.0), tl.load(running_ptr, mask=mask, other=0.0)
+    s = tl.where(tl.abs(s) < float("inf"), s, last)
+    # As torch.lerp, which gives s itself at momentum 1.
+    near = running + momentum * (s - running)
+    average = tl.where(momentum < 0.5, near, s - (s - running) * (1.0 - momentum))
+    tl.store(last_ptr, s, mask=mask)
+    tl.store(running_ptr, average, mask=mask)
+
+
+@triton.jit
+def remember(s_ptr, last_ptr, running_ptr, batches_ptr, rows, momentum, BLOCK: tl.constexpr):
+    """s, last, running float32 [rows], batches int64 []; BLOCK of them a program."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < rows
+    _take_over(tl.load(s_ptr + at, mask=mask, other=0.0), last_ptr + at, running_ptr + at, momentum, mask)
+    if tl.program_id(0) == 0:
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+@triton.jit
+def solve_rows(
+    x_ptr,
+    guess_ptr,
+    short_ptr,
+    s_ptr,
+    running_ptr,
+    batches_ptr,
+    out_ptr,
+    rows,
+    n,
+    k,
+    reach,
+    tolerance,
+    iterations,
+    momentum,
+    levels,
+    resolution,
+    lowest,
+    highest,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
+    COLD: tl.constexpr,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x [rows, n], n <= BLOCK, is read once; guess (not looked at if COLD), short and s float32 [rows].
+
+    A STEP remembers s in guess, running and batches, and rounds x to out.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present, column = row < rows, tl.arange(0, BLOCK)
+    at = row[:, None] * n + column[None, :]
+    mask = present[:, None] & (column < n)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    short = tl.load(short_ptr + row, mask=present & POINTED, other=0.0)
+    raw, weight = _magnitude(x, short[:, None], reach, SIGNED, SIDED, POINTED)
+    top = tl.max(raw, 1)
+    guess = top if COLD else tl.load(guess_ptr + row, mask=present, other=1.0) * reach
+    s, unit = _start(guess)
+    a = raw * (1.0 / unit)[:, None]
+    k = s * 0 + k  # float64
+    nonzero = tl.sum(tl.where(raw > 0, weight, 0.0), 1).to(tl.float64)
+    if SIDED:
+        count = tl.sum((raw > 0).to(tl.float32), 1).to(tl.float64)
+        k = tl.where(nonzero > 0, k * (count / tl.maximum(nonzero, 1.0)), k)
+    total = tl.sum(weight * a, 1).to(tl.float64)
+    hi = tl.max(a, 1).to(tl.float64)
+    lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
+    if COLD:
+        s = total / tl.maximum(nonzero, 1.0)
+    i = 0
+    moving = present
+    while (i < iterations) & (tl.max(moving.to(tl.int32), 0) > 0):
+        here = s.to(tl.float32)
+        beyond = a > here[:, None]
+        excess = tl.sum(tl.where(beyond, weight * (a - here[:, None]), 0.0), 1).to(tl.float64)
+        outside = tl.sum(tl.where(beyond, weight, 0.0), 1).to(tl.float64)
+        before = here.to(tl.float64)
+        proposal, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
+            before, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
+        )
+        s = tl.where(moving, proposal, s)  # each row stops on its own
+        moving = moving & (tl.abs(s - before) > tolerance * s)
+        i += 1
+    found = _answer(s, unit, reach, total)
+    tl.store(s_ptr + row, found, mask=present)
+    if STEP:
+        _take_over(found, guess_ptr + row, running_ptr + row, momentum, present)
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+        full = _full_scale(found, levels, resolution)
+        tl.store(out_ptr + at, _round(x, full[:, None], resolution, lowest, highest), mask=mask)
+
+
+@triton.jit
+def _tile(first, UNROLL: tl.constexpr, LANES: tl.constexpr):
+    """Offsets of a tile in its row, int64 [UNROLL, LANES]: a thread's vectors lie LANES apart."""
+    return first + (tl.arange(0, UNROLL) * LANES)[:, None] + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def _largest(
+    x_ptr,
+    short,
+    reach,
+    n,
+    part,
+    programs,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The largest magnitude in a program's share of a row."""
+    largest = tl.zeros([LANES], dtype=tl.float32)
+    first = part.to(tl.int64) * (UNROLL * LANES)
+    while first < n:  # no range: some interpreters cannot count to what is not a constant
+        offsets = _tile(first, UNROLL, LANES)
+        x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+        raw, _ = _magnitude(x, short, reach, SIGNED, SIDED, POINTED)
+        largest = tl.maximum(largest, tl.max(raw, 0))
+        first += programs * (UNROLL * LANES)
+    return tl.max(largest)
+
+
+@triton.jit
+def _read(
+    x_ptr,
+    to_ptr,
+    short,
+    s,
+    scale,
+    reach,
+    n,
+    part,
+    programs,
+    FIRST: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A program's share of the sums over a row at s, to [SUMS, programs]; all of them, or the two that depend on s."""
+    excess = tl.zeros([LANES], dtype=tl.float32)
+    outside = tl.zeros([LANES], dtype=tl.float32)
+    total = tl.zeros([LANES], dtype=tl.float32)
+    nonzero = tl.zeros([LANES], dtype=tl.float32)
+    largest = tl.zeros([LANES], dtype=tl.float32)
+    count = tl.zeros([LANES], dtype=tl.float32)
+    first = part.to(tl.int64) * (UNROLL * LANES)
+    while first < n:
+        offsets = _tile(first, UNROLL, LANES)
+        x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+        raw, weight = _magnitude(x, short, reach, SIGNED, SIDED, POINTED)
+        a = raw * scale
+        excess += tl.sum(tl.where(a > s, weight * (a - s), 0.0), 0)
+        outside += tl.sum(tl.where(a > s, weight, 0.0), 0)
+        if FIRST:
+            total += tl.sum(weight * a, 0)
+            nonzero += tl.sum(tl.where(raw > 0, weight, 0.0), 0)
+            largest = tl.maximum(largest, tl.max(a, 0))
+            count += tl.sum((raw > 0).to(tl.float32), 0)
+        first += programs * (UNROLL * LANES)
+    tl.store(to_ptr + part, tl.sum(excess))
+    tl.store(to_ptr + programs + part, tl.sum(outside))
+    if FIRST:
+        tl.store(to_ptr + 2 * programs + part, tl.sum(total))
+        tl.store(to_ptr + 3 * programs + part, tl.sum(nonzero))
+        tl.store(to_ptr + 4 * programs + part, tl.max(largest))
+        tl.store(to_ptr + 5 * programs + part, tl.sum(count))
+
+
+@triton.jit
+def _parts(parts_ptr, sum, programs, PROGRAMS: tl.constexpr):
+    """What all programs of a row have for a sum, float64 [PROGRAMS]; from where they meet, not from a stale cache."""
+    index = tl.arange(0, PROGRAMS)
+    part = tl.load(parts_ptr + sum * programs + index, mask=index < programs, other=0.0, volatile=True)
+    return part.to(tl.float64)
+
+
+@triton.jit
+def _meet(arrived_ptr, expected, POLLS: tl.constexpr):
+    """Wait until so many arrivals are counted; false if they did not come in time. What was written before is seen."""
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") + 1
+    polls = 0
+    while (arrived < expected) & (polls < POLLS):
+        arrived = tl.atomic_add(arrived_ptr, 0, sem="acq_rel", scope="gpu")
+        polls += 1
+    tl.debug_barrier()
+    return arrived >= expected
+
+
+@triton.jit
+def solve_long(
+    x_ptr,
+    guess_ptr,
+    short_ptr,
+    s_ptr,
+    running_ptr,
+    batches_ptr,
+    out_ptr,
+    parts_ptr,
+    arrived_ptr,
+    rows,
+    n,
+    programs,
+    groups,
+    k,
+    reach,
+    tolerance,
+    iterations,
+    momentum,
+    levels,
+    resolution,
+    lowest,
+    highest,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
+    COLD: tl.constexpr,
+    STEP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    LANES: tl.constexpr,
+    POLLS: tl.constexpr,
+):
+    """As `solve_rows` for rows of any length, of which `programs` programs, at most PROGRAMS, read a share each.
+
+    They meet after each read, and each draws the same conclusion from the parts of all. There are `groups` of such
+    programs, all of them on the device at once, with every groups-th row. parts: float32 [groups, 2, SUMS, programs];
+    what is read after a meeting is not written to before the next but one. arrived: int32 [groups], zeros.
+    """
+    group, part = tl.program_id(0) // programs, tl.program_id(0) % programs
+    parts_ptr += group * (2 * SUMS * programs)
+    arrived_ptr += group
+    row = group.to(tl.int64)
+    together, turn = group >= 0, 0  # so far all came; meetings
+    while row < rows:
+        x = x_ptr + row * n
+        short = tl.load(short_ptr + row) if POINTED else 0.0
+        if COLD:
+            here_ptr = parts_ptr + (turn % 2) * (SUMS * programs)
+            share = _largest(x, short, reach, n, part, programs, SIGNED, SIDED, POINTED, UNROLL, LANES)
+            tl.store(here_ptr + part, share)
+            turn += 1
+            together = together & _meet(arrived_ptr, turn * programs, POLLS)
+            guess = tl.max(_parts(here_ptr, 0, programs, PROGRAMS)).to(tl.float32)
+        else:
+            guess = tl.load(guess_ptr + row) * reach
+        s, unit = _start(guess)
+        scale, here = 1.0 / unit, s.to(tl.float32)
+        here_ptr = parts_ptr + (turn % 2) * (SUMS * programs)
+        _read(x, here_ptr, short, here, scale, reach, n, part, programs, True, SIGNED, SIDED, POINTED, UNROLL, LANES)
+        turn += 1
+        together = together & _meet(arrived_ptr, turn * programs, POLLS)
+        excess = tl.sum(_parts(here_ptr, 0, programs, PROGRAMS))
+        outside = tl.sum(_parts(here_ptr, 1, programs, PROGRAMS))
+        total = tl.sum(_parts(here_ptr, 2, programs, PROGRAMS))
+        nonzero = tl.sum(_parts(here_ptr, 3, programs, PROGRAMS))
+        hi = tl.max(_parts(here_ptr, 4, programs, PROGRAMS))
+        ks = s * 0 + k  # float64
+        if SIDED:
+            count = tl.sum(_parts(here_ptr, 5, programs, PROGRAMS))
+            ks = tl.where(nonzero > 0, ks * (count / tl.maximum(nonzero, 1.0)), ks)
+        lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
+        if COLD:  # all that this read, at the largest, said of s: it is too large
+            s = total / tl.maximum(nonzero, 1.0)
+        i = 0
+        moving = together
+        while moving:
+            here = s.to(tl.float32)
+            if (i > 0) | COLD:
+                at_ptr = parts_ptr + (turn % 2) * (SUMS * programs)
+                _read(
+                    x,
+                    at_ptr,
+                    short,
+                    here,
+                    scale,
+                    reach,
+                    n,
+                    part,
+                    programs,
+                    False,
+                    SIGNED,
+                    SIDED,
+                    POINTED,
+                    UNROLL,
+                    LANES,
+                )
+                turn += 1
+                together = together & _meet(arrived_ptr, turn * programs, POLLS)
+                excess = tl.sum(_parts(at_ptr, 0, programs, PROGRAMS))
+                outside = tl.sum(_parts(at_ptr, 1, programs, PROGRAMS))
+            before = here.to(tl.float64)
+            s, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
+                before, ks, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
+            )
+            i += 1
+            moving = together & (tl.abs(s - before) > tolerance * s) & (i < iterations)
+        found = tl.where(together, _answer(s, unit, reach, total), float("nan"))
+        if part == 0:
+            tl.store(s_ptr + row, found)
+        if STEP:
+            if part == 0:  # all have read the guess before they first met
+                _take_over(found, guess_ptr + row, running_ptr + row, momentum, together)
+                if row == 0:
+                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+            full = _full_scale(found, levels, resolution)
+            first = part.to(tl.int64) * (UNROLL * LANES)
+            while first < n:
+                offsets = _tile(first, UNROLL, LANES)
+                mask = offsets < n
+                value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+                rounded = _round(value, full, resolution, lowest, highest)
+                tl.store(out_ptr + row * n + offsets, rounded, mask=mask)
+                first += programs * (UNROLL * LANES)
+        row += groups
+
+
+@triton.jit
+def overhang_part(x_ptr, s_ptr, parts_ptr, n, programs, halfway, BLOCK: tl.constexpr):
+    """x [rows, n], s float32 [rows] -> parts [rows, programs]: each program's share of a row's overhang."""
+    row, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    t = tl.load(s_ptr + row) * halfway
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    first = part.to(tl.int64) * BLOCK
+    while first < n:
+        offsets = first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * n + offsets, mask=offsets < n, other=0.0).to(tl.float32)
+        total += tl.where(x > t, x - t, 0.0) + tl.where(x < -t, x + t, 0.0)
+        first += programs * BLOCK
+    tl.store(parts_ptr + row * programs + part, tl.sum(total))
+
+
+@triton.jit
+def orient_row(parts_ptr, s_ptr, before_ptr, out_ptr, programs, clearly, STAYS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """parts [rows, programs], s and before float32 [rows] -> s with signs; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, PROGRAMS)
+    overhang = tl.sum(tl.load(parts_ptr + row * programs + index, mask=index < programs, other=0.0))
+    s = tl.load(s_ptr + row)
+    if STAYS:
+        sign = tl.where(tl.load(before_ptr + row) < 0, -1.0, 1.0)
+        sign = tl.where(overhang * sign > clearly * s, -sign, sign)
+    else:
+        sign = tl.where(overhang > 0, -1.0, 1.0)
+    tl.store(out_ptr + row, s * sign)
+
+
+@triton.jit
+def fake_quantize(
+    x_ptr,
+    s_ptr,
+    out_ptr,
+    rows,
+    n,
+    blocks,
+    levels,
+    resolution,
+    lowest,
+    highest,
+    AFFINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x, out [rows, n], s float32 [rows], or low and high [2, rows], with `resolution` steps between them;
+    `blocks` programs for ROWS rows."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
+    if AFFINE:
+        low = s
+        s = tl.div_rn(tl.load(s_ptr + rows + row, mask=present, other=1.0)[:, None] - low, resolution)
+        zero = tl.div_rn(-low, tl.where(s == 0, 1.0, s))
+        zero = (tl.minimum(tl.maximum(zero, 0.0), resolution) + ROUND) - ROUND
+        lowest, highest, resolution = -zero, resolution - zero, 1.0
+    else:
+        s = _full_scale(s, levels, resolution)
+    tl.store(out_ptr + at, _round(x, s, resolution, lowest, highest), mask=mask)
+
+
+@triton.jit
+def fake_quantize_backward(
+    grad_ptr,
+    x_ptr,
+    s_ptr,
+    out_ptr,
+    rows,
+    n,
+    blocks,
+    SIGNED: tl.constexpr,
+    ENDS: tl.constexpr,
+    MAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad, x, out [rows, n], s float32 [rows], or low and high [2, rows]; `blocks` programs for ROWS rows."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=1.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
+    if ENDS:
+        low, s = s, tl.load(s_ptr + rows + row, mask=present, other=1.0)[:, None]
+    else:
+        s = tl.abs(s)
+        low = -s if SIGNED else s * 0
+    if MAD:
+        clipped = tl.where(x < low, low, x)
+        clipped = tl.where(clipped > s, s, clipped)
+        out = tl.where(x == 0, 1.0, tl.div_rn(clipped, tl.where(x == 0, 1.0, x))) * grad
+    else:
+        out = tl.where((x >= low) & (x <= s), grad, 0.0)
+    tl.store(out_ptr + at, out, mask=mask)

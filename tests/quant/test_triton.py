@@ -1,0 +1,280 @@
+"""Triton's kernels: what they compile to, how often they are launched, and steps against the eager reference.
+
+Where there is no GPU they run in Triton's interpreter, one program after another; where programs meet, as threads.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qat_runner.quant import IntFormat, Range
+from qat_runner.quant.kernels import eager
+from qat_runner.quant.kernels.cost import Search, cost_of
+from qat_runner.quant.kernels.remembered import Remembered
+from qat_runner.quant.kernels.views import memory_format
+
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter
+
+from qat_runner.quant.kernels import triton as ours
+from qat_runner.quant.kernels import triton_kernels as kernels
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+interpreted = pytest.mark.skipif(GPU, reason="needs Triton's interpreter")
+
+
+def remembered(shape: tuple[int, ...], known: bool = True) -> Remembered:
+    s, running = 0.5 + torch.rand(2, *shape, device=DEVICE)
+    return Remembered(s.clone(), running.clone(), torch.tensor(3, device=DEVICE), 0.1, known)
+
+
+def copied(state: Remembered) -> Remembered:
+    return state._replace(s=state.s.clone(), running_s=state.running_s.clone(), batches=state.batches.clone())
+
+
+def same_as_eager(x: Tensor, format: IntFormat, state: Remembered, missing_code: bool = False) -> Tensor:
+    """A step against the reference; returns s."""
+    x = x.to(DEVICE)
+    dims = tuple(range(1 if state.s.numel() > 1 else 0, x.ndim))
+    cost, search, reference = cost_of(format, missing_code, None), Search(dims, 12, 1e-6), copied(state)
+    s, q = ours.octav_and_quantize(x, cost, format, search, state, True)
+    expected, _ = eager.octav_and_quantize(x, cost, format, search, reference, True)
+    finite = expected.isfinite()
+    assert torch.equal(s.isfinite(), finite) and s.shape == expected.shape and s.dtype == expected.dtype
+    torch.testing.assert_close(s[finite], expected[finite], rtol=1e-4, atol=0)
+    for ours_, theirs in zip(state[:3], reference[:3], strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=0)
+    assert q.is_contiguous(memory_format=memory_format(x)) and q.dtype == x.dtype
+    rounded = eager.fake_quantize(x, s, format)
+    if x.dtype == torch.bfloat16 and not GPU:  # the interpreter does not round
+        torch.testing.assert_close(q, rounded, rtol=torch.finfo(x.dtype).eps, atol=0, equal_nan=True)
+    else:
+        torch.testing.assert_close(q, rounded, rtol=0, atol=0, equal_nan=True)
+    return s
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are long from 1025 elements on, and their tiles short: the interpreter takes its time."""
+    monkeypatch.setattr(ours, "REGISTERS", {1024: 4})
+    monkeypatch.setattr(ours, "BLOCK", 512)
+    monkeypatch.setattr(ours, "WARPS", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "scalars"),
+    [
+        ((70, 1, 3, 3), (70, 1, 1, 1)),  # many rows to a program, and some programs
+        ((3, 8, 5, 5), (3, 1, 1, 1)),
+        ((6, 4, 5, 3), ()),
+        ((1,), ()),
+        ((2, 1500), (2, 1)),  # more than fits into `small` registers
+    ],
+)
+@pytest.mark.usefixtures("small")
+def test_a_step(shape: tuple[int, ...], scalars: tuple[int, ...], known: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    for format in (IntFormat(4), IntFormat(3, False), IntFormat(8, True, Range.FULL)):
+        same_as_eager(x, format, remembered(scalars, known))
+    if x.ndim == 4:
+        same_as_eager(x.to(memory_format=torch.channels_last), IntFormat(3), remembered(scalars, known), True)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.parametrize("n", [50, 1500])
+def test_a_step_of_special_values(n: int) -> None:
+    for bad in (torch.nan, torch.inf):
+        x, state = torch.randn(3, n), remembered((3, 1))
+        before = copied(state)
+        x[1, 7] = bad
+        s = same_as_eager(x, IntFormat(4), state)
+        assert s.isfinite().flatten().tolist() == [True, False, True] and state.s[1] == before.s[1]
+        same_as_eager(x, IntFormat(4), remembered((3, 1), known=False))
+    for x in (torch.zeros(3, n), torch.full((3, n), -2.5), torch.randn(3, n) * 1e-30, torch.rand(3, n) * 3e38):
+        same_as_eager(x, IntFormat(4), remembered((3, 1), known=False))
+
+
+def test_what_is_left_to_eager() -> None:
+    for x, scalars in (
+        (torch.randn(30, dtype=torch.float64), ()),
+        (torch.randn(5, 6, 7), (1, 6, 1)),
+    ):
+        dims = tuple(d for d in range(x.ndim) if d != 1 or not scalars)
+        state, format = remembered(scalars), IntFormat(4)
+        x = x.to(DEVICE)
+        s, q = ours.octav_and_quantize(x, cost_of(format, False, None), format, Search(dims, 9, 1e-6), state, True)
+        assert torch.equal(q, eager.fake_quantize(x, s, format)) and state.batches == 4
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (1500, 1)])
+@pytest.mark.parametrize("known", [True, False])
+def test_remember(shape: tuple[int, ...], known: bool) -> None:
+    state, s = remembered(shape, known), torch.rand(shape, device=DEVICE)
+    if shape:
+        s[1], s[2] = torch.nan, torch.inf
+    for momentum in (0.1, 0.9):
+        state = state._replace(momentum=momentum)
+        reference, version = copied(state), state.batches._version
+        ours.remember(s, state)
+        eager.remember(s, reference)
+        for found, expected in zip(state[:3], reference[:3], strict=True):
+            torch.testing.assert_close(found, expected)
+        assert state.batches._version > version
+    ours.remember(s.double(), state)
+    assert state.batches == 6
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched so far."""
+    seen: list[str] = []
+    for name, kernel in vars(kernels).items():
+        if isinstance(kernel, interpreter.InterpretedFunction) and not name.startswith("_"):
+            monkeypatch.setattr(kernels, name, Counted(name, kernel, seen))
+    return seen
+
+
+class Counted:
+    """A kernel that notes its launches."""
+
+    def __init__(self, name: str, kernel: object, seen: list[str]) -> None:
+        self.name, self.kernel, self.seen = name, kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.seen.append(self.name)
+        return self.kernel[grid]  # type: ignore[index, no-any-return]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("shape", "scalars", "kernel"),
+    [((4, 70, 60), (), "solve_long"), ((64, 3, 3), (64, 1, 1), "solve_rows")],  # an activation, a weight
+)
+@pytest.mark.usefixtures("small")
+def test_launches_of_a_training_step(
+    shape: tuple[int, ...], scalars: tuple[int, ...], kernel: str, launches: list[str]
+) -> None:
+    x, state = torch.randn(shape), remembered(scalars)
+    format, dims = IntFormat(4, True, Range.FULL), tuple(range(1 if scalars else 0, x.ndim))
+    s, _ = ours.octav_and_quantize(x, cost_of(format, False, None), format, Search(dims, 6, 1e-4), state, True)
+    assert launches == [kernel]
+    ours.fake_quantize(x, s, format)
+    ours.fake_quantize_backward(x, x, s, format, "mad")
+    assert launches[1:] == ["fake_quantize", "fake_quantize_backward"]
+
+
+@interpreted
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("known", [True, False])
+def test_programs_that_meet(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows, two programs each, all at once: as threads, each of which knows its own index."""
+    here, builder, programs = threading.local(), interpreter.interpreter_builder, 4
+
+    def index(axis: int) -> interpreter.TensorHandle:
+        return interpreter.TensorHandle(interpreter.np.array([here.index], dtype="int32"), kernels.tl.int32)
+
+    class AtOnce(interpreter.GridExecutor):  # type: ignore[misc]
+        def __init__(self, fn: Callable[..., None], arg_names: list[str], grid: tuple[int, ...], hooks: object) -> None:
+            def run(i: int, arguments: dict[str, object]) -> None:
+                here.index = i
+                fn(**arguments)
+
+            def together(**arguments: object) -> None:
+                threads = [threading.Thread(target=run, args=(i, arguments)) for i in range(programs)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+
+            assert grid == (programs,)
+            super().__init__(fn, arg_names, (1,), hooks)
+            together.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+            together.__globals__.update(tl=kernels.tl)
+            self.fn = together
+
+    monkeypatch.setattr(ours, "_resident", lambda where: programs)
+    monkeypatch.setattr(builder, "create_get_program_id", index)
+    monkeypatch.setattr(interpreter, "GridExecutor", AtOnce)
+    same_as_eager(torch.randn(2, 1500), IntFormat(4), remembered((2, 1), known))
+
+
+@interpreted
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+def test_programs_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after another: the first waits in vain."""
+    monkeypatch.setattr(ours, "_resident", lambda where: 2)
+    monkeypatch.setattr(ours, "POLLS", 3)
+    format, state = IntFormat(4), remembered(())
+    before, x = copied(state), torch.randn(1500)
+    s, q = ours.octav_and_quantize(x, cost_of(format, False, None), format, Search((0,), 6, 1e-4), state, True)
+    assert s.isnan() and q.isnan().any()
+    assert state.s == before.s and state.running_s.isfinite()
+
+
+def test_kernels_compile_for_gpus() -> None:
+    """To machine code of two generations, without the device: what the interpreter would let pass."""
+    script = textwrap.dedent(
+        """
+        import json
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from qat_runner.quant.kernels import triton as ours
+        from qat_runner.quant.kernels import triton_kernels as kernels
+
+        NUMBERS = ("n", "rows", "blocks", "programs", "groups", "iterations")
+
+        def build(kernel, x, **constants):
+            options = {name: constants.pop(name) for name in ("num_warps", "maxnreg") if name in constants}
+            if "maxnreg" in options:
+                options["launch_cooperative_grid"] = True
+            types = dict.fromkeys(NUMBERS, "i32") | {"batches_ptr": "*i64", "arrived_ptr": "*i32"}
+            types |= dict.fromkeys(("x_ptr", "grad_ptr"), x)
+            if "quantize" in kernel.__name__ or "solve" in kernel.__name__:
+                types["out_ptr"] = x
+            types |= dict.fromkeys(constants, "constexpr")
+            signature = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "fp32") for n in kernel.arg_names}
+            source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            return [
+                len(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options).asm["cubin"])
+                for sm in (80, 90)
+            ]
+
+        sizes = []
+        meeting = {"num_warps": ours.WARPS, "maxnreg": ours.MAXNREG, "PROGRAMS": ours.PROGRAMS, "POLLS": ours.POLLS}
+        for x, lanes in (("*fp32", 1024), ("*bf16", 2048), ("*fp16", 2048)):
+            for signed, sided, pointed, step in ((1, 0, 0, 1), (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 0)):
+                kind = {"SIGNED": bool(signed), "SIDED": bool(sided), "POINTED": bool(pointed), "STEP": bool(step)}
+                sizes += build(kernels.solve_rows, x, **kind, COLD=bool(pointed), ROWS=64, BLOCK=16)
+                sizes += build(kernels.solve_long, x, **kind, COLD=not step, UNROLL=4, LANES=lanes, **meeting)
+            tile = {"ROWS": 1, "BLOCK": 4096, "num_warps": 8}
+            for signed in (True, False):
+                sizes += build(kernels.fake_quantize_backward, x, SIGNED=signed, MAD=signed, ENDS=False, **tile)
+                sizes += build(kernels.fake_quantize_backward, x, SIGNED=signed, MAD=signed, ENDS=True, **tile)
+                sizes += build(kernels.fake_quantize, x, AFFINE=signed, **tile)
+            sizes += build(kernels.overhang_part, x, BLOCK=4096)
+        for stays in (True, False):
+            sizes += build(kernels.orient_row, "*fp32", STAYS=stays, PROGRAMS=512)
+        sizes += build(kernels.remember, "*fp32", BLOCK=1024)
+        print(json.dumps(sizes))
+        """
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert len(sizes) == 96 and min(sizes) > 1000
