@@ -226,6 +226,7 @@ def test_programs_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert state.s == before.s and state.running_s.isfinite()
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus() -> None:
     """To machine code of two generations, without the device: what the interpreter would let pass."""
     script = textwrap.dedent(
@@ -257,7 +258,8 @@ def test_kernels_compile_for_gpus() -> None:
         sizes = []
         meeting = {"num_warps": ours.WARPS, "maxnreg": ours.MAXNREG, "PROGRAMS": ours.PROGRAMS, "POLLS": ours.POLLS}
         for x, lanes in (("*fp32", 1024), ("*bf16", 2048), ("*fp16", 2048)):
-            for signed, sided, pointed, step in ((1, 0, 0, 1), (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 0)):
+            kinds = ((1, 0, 0, 1), (0, 0, 0, 0), (1, 1, 0, 1), (1, 1, 1, 0))
+            for signed, sided, pointed, step in kinds if x == "*fp32" else kinds[:1]:
                 kind = {"SIGNED": bool(signed), "SIDED": bool(sided), "POINTED": bool(pointed), "STEP": bool(step)}
                 sizes += build(kernels.solve_rows, x, **kind, COLD=bool(pointed), ROWS=64, BLOCK=16)
                 sizes += build(kernels.solve_long, x, **kind, COLD=not step, UNROLL=4, LANES=lanes, **meeting)
@@ -277,4 +279,4 @@ def test_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 96 and min(sizes) > 1000
+    assert len(sizes) == 72 and min(sizes) > 1000
