@@ -2,8 +2,8 @@
 
 Tensors are dense [rows, n]. A program has a tile of them: [ROWS, BLOCK], whole rows, for short rows, and
 [UNROLL, LANES], a run of one row, for long ones, whose loads are all in flight before the first is waited for.
-Offsets are int64. Sums are float32 within a tile's lanes and from there on in a fixed order; what is left of a row, a few
-scalars, is float64.
+Offsets are int64. Sums are float32 within a tile's lanes and from there on in a fixed order; what is left of a row,
+a few scalars, is float64.
 """
 
 import triton
