@@ -24,6 +24,7 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_written(tmp_path: Path) -> None:
     import benchmark
