@@ -6,6 +6,7 @@ import torch
 
 from qat_runner import policy
 from qat_runner.quant import Quantizer, formats, method, methods
+from qat_runner.quant.kernels.cost import Cost
 from qat_runner.quant.pool import Pool
 
 project = "qat_runner"
@@ -27,14 +28,14 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|importlib|pathlib|abc|os)\..*"),  # documented elsewhere
     ("py:class", "Tensor"),  # of a type variable, which names it in text
-    ("py:.*", r".*\b(Pool|Scalar|ConfigError|RunError|plugins\.T)"),
+    ("py:.*", r".*\b(Pool|Cost|Scalar|ConfigError|RunError|plugins\.T)"),
 ]
 
 
 def setup(app: Any) -> None:
     """Have docstrings mean in reStructuredText what they say, and annotations what they name."""
     for module in (formats, method, methods, policy):  # which import this for a type checker alone
-        vars(module).update(Tensor=torch.Tensor, nn=torch.nn, Quantizer=Quantizer, Pool=Pool)
+        vars(module).update(Tensor=torch.Tensor, nn=torch.nn, Quantizer=Quantizer, Pool=Pool, Cost=Cost)
     app.connect("autodoc-process-docstring", _no_type, priority=100)  # before the sections are made out
     app.connect("autodoc-process-docstring", _bars, priority=900)
 

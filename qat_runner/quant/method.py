@@ -77,7 +77,7 @@ class ClippingMethod(ABC):
             warm: there are scalars of the call before.
 
         Returns:
-            The cost, how many reads there are at most, and the tolerance; None: `solve` is something else.
+            The cost, how many reads there are at most, and the tolerance; or None, where `solve` is something else.
         """
         return None
 
