@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
-from qat_runner.quant.kernels.views import beside, dense, extent
+from qat_runner.quant.kernels.views import beside, dense, extent, floats
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
 
@@ -59,7 +58,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     size = extent(where, s)
     if size is None or library is None or search.pool is not None:
         return eager.octav(x, cost, guess, search)
-    start, short = _floats(guess), _floats(cost.short)
+    start, short = floats(guess), floats(cost.short)
     library.qat_octav(
         _half(x),
         where.data_ptr(),
@@ -100,7 +99,7 @@ def octav_and_quantize(
         format.lowest,
         format.highest,
         warm and state.known,
-        state.momentum if state.known else 1.0,
+        state.weight,
         state.s.data_ptr(),
         state.running_s.data_ptr(),
         state.batches.data_ptr(),
@@ -120,7 +119,7 @@ def remember(s: Tensor, state: Remembered) -> None:
     library.qat_remember(
         s.contiguous().data_ptr(),
         s.numel(),
-        state.momentum if state.known else 1.0,
+        state.weight,
         state.s.data_ptr(),
         state.running_s.data_ptr(),
         state.batches.data_ptr(),
@@ -134,7 +133,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
     size = extent(where, ends, 2)
     if size is None or library is None or search.pool is not None:
         return eager.octav_interval(x, noise, guess, search)
-    start = _floats(guess)
+    start = floats(guess)
     library.qat_octav_interval(
         _half(x),
         where.data_ptr(),
@@ -157,7 +156,7 @@ def orient(
     size = extent(where, s)
     if library is None or size is None or pool is not None:
         return eager.orient(x, s, before, halfway, clearly, pool)
-    scalars, signs = _floats(s), _floats(before)
+    scalars, signs = floats(s), floats(before)
     out = torch.empty_like(scalars)
     library.qat_orient(
         _half(x),
@@ -179,7 +178,7 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
     size = extent(where, s)
     if library is None or size is None:
         return eager.refine(x, s, format, factors)
-    scalars = _floats(s)
+    scalars = floats(s)
     out = torch.empty_like(scalars)
     tried = torch.tensor(factors, dtype=torch.float32)
     library.qat_refine(
@@ -204,7 +203,7 @@ def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     size = extent(where, s, format.parts)
     if library is None or size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
-    scalars = _floats(s)
+    scalars = floats(s)
     out = torch.empty_like(where)
     units, levels = (
         (format.full_scale(scalars), (format.resolution, format.lowest, format.highest))
@@ -232,7 +231,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     size = extent(where, s, format.parts)
     if library is None or size is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    there, scalars = beside(grad, where), _floats(s)
+    there, scalars = beside(grad, where), floats(s)
     out = torch.empty_like(where)
     library.qat_fake_quantize_backward(
         _half(x),
@@ -247,19 +246,6 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
         out.data_ptr(),
     )
     return out
-
-
-@overload
-def _floats(t: Tensor) -> Tensor: ...
-
-
-@overload
-def _floats(t: None) -> None: ...
-
-
-def _floats(t: Tensor | None) -> Tensor | None:
-    """Dense, as C++ takes scalars."""
-    return t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.to(torch.float32).contiguous()
 
 
 def _half(x: Tensor) -> bool:

@@ -16,17 +16,6 @@ from qat_runner.quant.kernels.remembered import Remembered, remember
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, extremes, kept, largest, magnitudes, recording
 
-__all__ = [
-    "fake_quantize",
-    "fake_quantize_backward",
-    "octav",
-    "octav_and_quantize",
-    "octav_interval",
-    "orient",
-    "refine",
-    "remember",
-]
-
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """Solve for the clipping scalars of x (Theorem 3.1).

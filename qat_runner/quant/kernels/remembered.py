@@ -20,6 +20,11 @@ class Remembered(NamedTuple):
     known: bool
     """whether there are scalars; otherwise the next ones begin the average"""
 
+    @property
+    def weight(self) -> float:
+        """Of the next scalars in the average: all of it, if they are the first."""
+        return self.momentum if self.known else 1.0
+
 
 def remember(s: Tensor, state: Remembered) -> None:
     """Take the scalars of a call over, and into the average; the reference of what kernels do.
@@ -34,5 +39,5 @@ def remember(s: Tensor, state: Remembered) -> None:
     s = s.to(state.s.dtype)
     s = torch.where(torch.isfinite(s), s, state.s)
     state.s.copy_(s)
-    state.running_s.lerp_(s, state.momentum if state.known else 1.0)
+    state.running_s.lerp_(s, state.weight)
     state.batches.add_(1)

@@ -9,7 +9,8 @@ from torch import Tensor
 from qat_runner.quant.formats import Format
 from qat_runner.quant.kernels import eager, operators
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.kernels.eager import octav_and_quantize, orient, refine, remember
+from qat_runner.quant.kernels.eager import octav_and_quantize, orient, refine
+from qat_runner.quant.kernels.remembered import remember
 
 __all__ = [
     "fake_quantize",

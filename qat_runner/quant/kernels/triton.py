@@ -24,17 +24,18 @@ All launches depend on shapes alone, so a CUDA graph can hold them. Other dtypes
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
-from qat_runner.quant.kernels import eager
+from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels import triton_kernels as device
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
-from qat_runner.quant.kernels.views import like, rows_beside, rows_of, with_scalars
+from qat_runner.quant.kernels.views import beside, dense, extent, floats
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
 
@@ -56,13 +57,11 @@ POLLS = 1 << 22
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`; each row stops on its own."""
-    rows = rows_of(x, search.dims) if _serves(x) and search.pool is None else None
-    if rows is None:
+    where, s = dense(x), x.new_empty(kept(x, search.dims), dtype=torch.float32)
+    size = extent(where, s) if _serves(x) and search.pool is None else None
+    if size is None:
         return eager.octav(x, cost, guess, search)
-    shape = kept(x, search.dims)
-    start = None if guess is None else guess.to(torch.float32).expand(shape).contiguous()
-    s = rows.new_empty(shape, dtype=torch.float32)
-    _solve(rows, start, s, cost, search)
+    _solve(where, size, None if guess is None else floats(guess.expand(s.shape)), s, cost, search)
     return s
 
 
@@ -73,24 +72,25 @@ def octav_and_quantize(
     x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
 ) -> tuple[Tensor, Tensor]:
     """As `eager.octav_and_quantize`; in the launches of a solution."""
-    rows = rows_of(x, search.dims) if _serves(x) and search.pool is None and _holds(state, x) else None
-    if rows is None or len(rows) != state.s.numel():
+    where = dense(x)
+    size = extent(where, state.s) if _serves(x) and search.pool is None and _holds(state, x) else None
+    if size is None:
         return eager.octav_and_quantize(x, cost, format, search, state, warm)
-    s, out = torch.empty_like(state.s), torch.empty_like(rows)
-    _solve(rows, state.s if warm and state.known else None, s, cost, search, (format, state, out))
+    s, out = torch.empty_like(state.s), torch.empty_like(where)
+    _solve(where, size, state.s if warm and state.known else None, s, cost, search, (format, state, out))
     _written(state)
-    return s, like(out, x)
+    return s, out
 
 
 def remember(s: Tensor, state: Remembered) -> None:
-    """As `eager.remember`; one launch."""
+    """As `remembered.remember`; one launch."""
     if not (_serves(s) and _holds(state, s)):
-        eager.remember(s, state)
+        remembered.remember(s, state)
         return
-    s, block = s.to(torch.float32).contiguous(), min(REGISTERS)
+    s, block = floats(s), min(REGISTERS)
     with _on(s):
         device.remember[(triton.cdiv(s.numel(), block),)](
-            s, state.s, state.running_s, state.batches, s.numel(), _momentum(state), BLOCK=block
+            s, state.s, state.running_s, state.batches, s.numel(), state.weight, BLOCK=block
         )
     _written(state)
 
@@ -100,10 +100,6 @@ def _holds(state: Remembered, x: Tensor) -> bool:
     scalars = state.s, state.running_s
     dense = all(t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device for t in scalars)
     return dense and state.batches.device == x.device and state.s.numel() > 0
-
-
-def _momentum(state: Remembered) -> float:
-    return state.momentum if state.known else 1.0
 
 
 def _written(state: Remembered) -> None:
@@ -116,21 +112,21 @@ def orient(
     x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
 ) -> Tensor:
     """As `eager.orient`; one read."""
-    flat = with_scalars(x, s) if _serves(x) and pool is None else None
-    if flat is None:
+    where = dense(x)
+    size = extent(where, s) if _serves(x) and pool is None else None
+    if size is None:
         return eager.orient(x, s, before, halfway, clearly, pool)
-    rows, scalars = flat
-    programs = min(triton.cdiv(rows.shape[1], BLOCK), PROGRAMS)
-    parts = rows.new_empty((len(rows), programs), dtype=torch.float32)
-    signs, out = scalars if before is None else before.to(torch.float32).contiguous(), torch.empty_like(scalars)
+    rows, n = size
+    scalars, signs = floats(s), floats(before)
+    programs = min(triton.cdiv(n, BLOCK), PROGRAMS)
+    parts, out = x.new_empty((rows, programs), dtype=torch.float32), torch.empty_like(scalars)
+    stays, signs = signs is not None, scalars if signs is None else signs
     with _on(x):
-        device.overhang_part[(len(rows) * programs,)](
-            rows, scalars, parts, rows.shape[1], programs, halfway, BLOCK=BLOCK, num_warps=WARPS
+        device.overhang_part[(rows * programs,)](
+            where, scalars, parts, n, programs, halfway, BLOCK=BLOCK, num_warps=WARPS
         )
-        device.orient_row[(len(rows),)](
-            parts, scalars, signs, out, programs, clearly * rows.shape[1], STAYS=before is not None, PROGRAMS=PROGRAMS
-        )
-    return out.reshape(s.shape)
+        device.orient_row[(rows,)](parts, scalars, signs, out, programs, clearly * n, STAYS=stays, PROGRAMS=PROGRAMS)
+    return out
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
@@ -140,62 +136,52 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
-    flat = with_scalars(x, s, format.parts) if _serves(x) else None
-    if flat is None or not isinstance(format, IntFormat | IntAffineFormat):
+    where = dense(x)
+    size = extent(where, s, format.parts) if _serves(x) else None
+    if size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
-    rows, scalars = flat
-    affine = isinstance(format, IntAffineFormat)
     resolution = format.resolution if isinstance(format, IntFormat) else format.levels_per_scalar
-    out = torch.empty_like(rows)
-    held, block = _tile(rows.shape[1], BLOCK)
-    blocks = triton.cdiv(rows.shape[1], block)
-    with _on(x):
-        device.fake_quantize[(triton.cdiv(len(rows), held) * blocks,)](
-            rows,
-            scalars,
-            out,
-            *rows.shape,
-            blocks,
-            float(format.levels_per_scalar),
-            float(resolution),
-            float(format.lowest),
-            float(format.highest),
-            AFFINE=affine,
-            ROWS=held,
-            BLOCK=block,
-            num_warps=_warps(held * block),
-        )
-    return like(out, x)
+    levels = format.levels_per_scalar, resolution, format.lowest, format.highest
+    out = torch.empty_like(where)
+    _in_tiles(
+        device.fake_quantize,
+        (where, floats(s), out),
+        size,
+        *map(float, levels),
+        AFFINE=isinstance(format, IntAffineFormat),
+    )
+    return out
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
     """As `eager.fake_quantize_backward`; two reads and one write."""
     if gradient == "ste":
         return grad
-    flat = with_scalars(x, s, format.parts) if _serves(x) else None
-    if flat is None:
+    where = dense(x)
+    size = extent(where, s, format.parts) if _serves(x) else None
+    if size is None:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    rows, scalars = flat
-    grad_rows = rows_beside(grad, x, rows)
-    out = torch.empty_like(grad_rows)
-    held, block = _tile(rows.shape[1], BLOCK)
-    blocks = triton.cdiv(rows.shape[1], block)
-    with _on(x):
-        device.fake_quantize_backward[(triton.cdiv(len(rows), held) * blocks,)](
-            grad_rows,
-            rows,
-            scalars,
-            out,
-            *rows.shape,
-            blocks,
-            SIGNED=format.signed,
-            ENDS=format.parts == 2,
-            MAD=gradient == "mad",
-            ROWS=held,
-            BLOCK=block,
-            num_warps=_warps(held * block),
+    out = torch.empty_like(where, dtype=grad.dtype)
+    _in_tiles(
+        device.fake_quantize_backward,
+        (beside(grad, where), where, floats(s), out),
+        size,
+        SIGNED=format.signed,
+        ENDS=format.parts == 2,
+        MAD=gradient == "mad",
+    )
+    return out
+
+
+def _in_tiles(kernel: Any, tensors: tuple[Tensor, ...], size: tuple[int, int], *numbers: float, **kind: bool) -> None:
+    """Launch a kernel that goes once through rows [rows, n], a tile a program."""
+    rows, n = size
+    held, block = _tile(n, BLOCK)
+    blocks, warps = triton.cdiv(n, block), _warps(held * block)
+    with _on(tensors[0]):
+        kernel[(triton.cdiv(rows, held) * blocks,)](
+            *tensors, rows, n, blocks, *numbers, **kind, ROWS=held, BLOCK=block, num_warps=warps
         )
-    return like(out, x)
 
 
 def _serves(x: Tensor) -> bool:
@@ -215,7 +201,8 @@ def _on(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _solve(
-    rows: Tensor,
+    x: Tensor,
+    size: tuple[int, int],
     guess: Tensor | None,
     s: Tensor,
     cost: Cost,
@@ -225,7 +212,8 @@ def _solve(
     """Write the scalars of rows to s.
 
     Args:
-        rows: [rows, n].
+        x: dense.
+        size: rows, and elements of each.
         guess: float32, dense, one a row; None: from cold.
         s: float32, dense, one a row.
         cost: what is minimized.
@@ -233,18 +221,18 @@ def _solve(
         step: what to round to, what to remember s in, and where to write rows, rounded; None: only solve.
     """
     format, state, out = step or (None, None, None)
-    short = None if cost.short is None else cost.short.to(torch.float32).contiguous()
+    short = floats(cost.short)
     start = state.s if state is not None else guess
     pointers = (
-        rows,
+        x,
         s if start is None else start,  # s stands for what is not looked at
         s if short is None else short,
         s,
         s if state is None else state.running_s,
         s if state is None else state.batches,
-        rows if out is None else out,
+        x if out is None else out,
     )
-    numbers = (cost.noise, cost.reach, search.tolerance, search.iterations, 0.0 if state is None else _momentum(state))
+    numbers = (cost.noise, cost.reach, search.tolerance, search.iterations, 0.0 if state is None else state.weight)
     levels: tuple[float, ...] = (1.0, 1.0, 0.0, 0.0)
     if format is not None:
         levels = tuple(map(float, (format.levels_per_scalar, format.resolution, format.lowest, format.highest)))
@@ -255,31 +243,38 @@ def _solve(
         "COLD": guess is None,
         "STEP": step is not None,
     }
-    launch = _solve_short if rows.shape[1] <= max(REGISTERS) else _solve_long
-    with _on(rows):
-        launch(rows, pointers, (*numbers, *levels), kind)
+    launch = _solve_short if size[1] <= max(REGISTERS) else _solve_long
+    with _on(x):
+        launch(size, pointers, (*numbers, *levels), kind)
 
 
-def _solve_short(rows: Tensor, pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]) -> None:
-    held, block = _tile(rows.shape[1], max(REGISTERS))
-    device.solve_rows[(triton.cdiv(len(rows), held),)](
-        *pointers, *rows.shape, *numbers, **kind, ROWS=held, BLOCK=block, num_warps=_warps(held * block)
+def _solve_short(
+    size: tuple[int, int], pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]
+) -> None:
+    rows, n = size
+    held, block = _tile(n, max(REGISTERS))
+    device.solve_rows[(triton.cdiv(rows, held),)](
+        *pointers, rows, n, *numbers, **kind, ROWS=held, BLOCK=block, num_warps=_warps(held * block)
     )
 
 
-def _solve_long(rows: Tensor, pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]) -> None:
-    block = BLOCK * 4 // rows.element_size()
-    lanes = min(block, WARPS * 32 * 16 // rows.element_size())  # 16 bytes a thread
-    resident = _resident(rows.device)
-    programs = min(triton.cdiv(rows.shape[1], block), max(resident // len(rows), 1), PROGRAMS)
-    groups = min(len(rows), resident // programs)
-    parts = rows.new_empty((groups, 2, device.SUMS.value, programs), dtype=torch.float32)
-    arrived = rows.new_zeros(groups, dtype=torch.int32)
+def _solve_long(
+    size: tuple[int, int], pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]
+) -> None:
+    (rows, n), x = size, pointers[0]
+    block = BLOCK * 4 // x.element_size()
+    lanes = min(block, WARPS * 32 * 16 // x.element_size())  # 16 bytes a thread
+    resident = _resident(x.device)
+    programs = min(triton.cdiv(n, block), max(resident // rows, 1), PROGRAMS)
+    groups = min(rows, resident // programs)
+    parts = x.new_empty((groups, 2, device.SUMS.value, programs), dtype=torch.float32)
+    arrived = x.new_zeros(groups, dtype=torch.int32)
     device.solve_long[(groups * programs,)](
         *pointers,
         parts,
         arrived,
-        *rows.shape,
+        rows,
+        n,
         programs,
         groups,
         *numbers,
