@@ -14,8 +14,8 @@ from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize, solve_and_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.kernels.remembered import Remembered
+from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.state import ScalarState
