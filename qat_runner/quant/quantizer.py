@@ -85,7 +85,7 @@ class Quantizer(ScalarState):
 
     In training no call waits for the device, and a forward pass that activation checkpointing repeats within the
     backward pass gives what it gave before, and is not remembered again. In `eval()`, solving refuses NaN and infinity
-    with a ValueError.
+    with a ValueError, unless `checks` is false.
 
     Args:
         format: what values are rounded to; a number stands for the signed integers of so many bits.
@@ -131,6 +131,8 @@ class Quantizer(ScalarState):
         self.synchronize = synchronize
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""
+        self.checks = True
+        """Whether solving in `eval()` refuses NaN and infinity, for which it waits; else NaN is what comes out."""
         self.last_s: Tensor | None = None
         """The scalars of the latest call, for whoever measures noise; not part of the state."""
         self._reusing = False
@@ -247,7 +249,8 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            return self._solve(x, Call(check=not torch.compiler.is_compiling(), start=start, orientation=pointed))
+            check = self.checks and not torch.compiler.is_compiling()
+            return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
         if s is None:
