@@ -18,6 +18,7 @@ from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
+from qat_runner.quant.repeated import LatestScalars
 from qat_runner.quant.state import ScalarState
 from qat_runner.quant.tensors import recording
 
@@ -57,6 +58,10 @@ class Plan(NamedTuple):
     """of x"""
     cost: Cost
     search: Search
+
+
+_latest = LatestScalars()
+"""of training"""
 
 
 class Given(NamedTuple):
@@ -176,7 +181,7 @@ class Quantizer(ScalarState):
         if given is not None and given.x is x:
             out = self._took(given.s, given.out)
         elif (plan := self.planned(x)) is not None:
-            out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
+            out = self._trained_on(x, plan)
         else:
             s = self._scalars(x)
             if not torch.compiler.is_compiling():
@@ -214,10 +219,21 @@ class Quantizer(ScalarState):
         found = self.method.in_training(format, seen)
         if found is None or not isinstance(format, IntFormat) or self.dim or ndim < max(self.s.ndim, 1):
             return None
-        if self.dim is not None and ndim != self.s.ndim:
+        if self.dim is not None and ndim != max(self.s.ndim, 2):  # with one dimension each element has its own scalar
             return None
         cost, iterations, tolerance = found
         return Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
+
+    def _trained_on(self, x: Tensor, plan: Plan) -> Tensor:
+        """A step of training in one operation; of a tensor that another quantizer has solved, what is left of it."""
+        how = self.method, plan.format, self.dim, plan.seen
+        s = _latest.find(self, x, how)
+        if s is not None:
+            self.remember(s, self.momentum)
+            return self._took(s, self._quantize(x, s))
+        out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
+        _latest.note(self, x, how, self.latest)
+        return out
 
     def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
         """Solve, remember and quantize: the scalars and x quantized."""
