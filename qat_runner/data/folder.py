@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat_runner.data.batches import Shard
-from qat_runner.data.decoding import FORMATS, read_picture, read_pixels
+from qat_runner.data.decoding import FORMATS, decode_picture, decode_pixels
 from qat_runner.data.images import Labelled, epoch_seed
 from qat_runner.data.listing import Listing, list_pictures, printable
 from qat_runner.errors import RunError
@@ -34,30 +34,30 @@ class _Pictures(Dataset[tuple[Tensor, int, str]]):
     cannot be decoded, or "".
 
     Args:
-        listing: which pictures.
-        read: a path -> what `transform` takes.
+        stored: the pictures as they lie on the disk.
+        decode: makes of the content of a file what `transform` takes.
         transform: makes a tensor uint8 [3, image_size, image_size] of it, by chance of torch's generator.
         image_size: pixels a side.
     """
 
     def __init__(
-        self, listing: Listing, read: Callable[[str], Any], transform: Callable[[Any], Tensor], image_size: int
+        self, stored: Listing, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor], image_size: int
     ) -> None:
-        self.samples = listing.samples
-        self.read = read
+        self.stored = stored
+        self.decode = decode
         self.transform = transform
         self.image_size = image_size
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.stored.labels)
 
     def __getitem__(self, item: Any) -> tuple[Tensor, int, str]:
         seed, index = item
-        path, label = self.samples[index]
+        label = int(self.stored.labels[index])
         try:
-            picture = self.read(path)
+            picture = self.decode(self.stored.content(index))
         except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
-            trouble = f"picture {printable(path)} cannot be decoded ({_told(error)})"
+            trouble = f"picture {printable(self.stored.name(index))} cannot be decoded ({_told(error)})"
             return torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), label, trouble
         chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
         before = chance.get_state()
@@ -156,7 +156,7 @@ class FolderSource:
         from torchvision.transforms import v2  # which takes a second to import
 
         # antialias and bilinear are the defaults of the published recipes
-        read, last = (read_pixels, []) if resizing == "tensor" else (read_picture, [v2.PILToTensor()])
+        decode, last = (decode_pixels, []) if resizing == "tensor" else (decode_picture, [v2.PILToTensor()])
         crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *last])
         resize = v2.Resize(round(image_size * RESIZE_RATIO))
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
@@ -164,15 +164,13 @@ class FolderSource:
         self.classes = listings["train"].classes
         _check_same(self.classes, listings["val"].classes)
         self.notes = tuple(
-            f"{split}/: passed over {listing.passed_over}"
-            for split, listing in listings.items()
-            if str(listing.passed_over)
+            f"{split}/: passed over {listing.passed_over}" for split, listing in listings.items() if listing.passed_over
         )
         self._train, self._val = (
-            _Workers(_Pictures(listings[split], read, transform, image_size), workers)
+            _Workers(_Pictures(listings[split], decode, transform, image_size), workers)
             for split, transform in (("train", crop), ("val", center))
         )
-        self.train_size, self.val_size = (len(listings[split].samples) for split in ("train", "val"))
+        self.train_size, self.val_size = (len(listings[split].labels) for split in ("train", "val"))
         self.corrupt: set[str] | None = set() if skip_corrupt else None
         """what is wrong with each picture that was left out"""
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from qat_runner.data.batches import WHOLE
-from qat_runner.data.decoding import read_picture, read_pixels
+from qat_runner.data.decoding import decode_picture, decode_pixels
 from qat_runner.data.folder import FolderSource
 
 SIZES = [(500, 375), (375, 500), (140, 333), (64, 48), (300, 90)]
@@ -44,9 +44,9 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
     content = (photographs / "train" / "a" / "0.jpg").read_bytes()
     (tmp_path / "0.jpg").write_bytes(content[: int(cut * len(content))])
     with pytest.raises(OSError, match=r".") as by_pillow:
-        read_picture(str(tmp_path / "0.jpg"))
+        decode_picture((tmp_path / "0.jpg").read_bytes())
     with pytest.raises(OSError, match=r".") as on_tensors:
-        read_pixels(str(tmp_path / "0.jpg"))
+        decode_pixels((tmp_path / "0.jpg").read_bytes())
     assert str(on_tensors.value) == str(by_pillow.value)
 
 
