@@ -1,4 +1,4 @@
-"""Folders of pictures, a folder a class: decoded and augmented in worker processes."""
+"""Folders of pictures, in any of the layouts: decoded and augmented in worker processes."""
 
 import logging
 import os
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from qat_runner.data.batches import Shard
 from qat_runner.data.decoding import FORMATS, decode_picture, decode_pixels
 from qat_runner.data.images import Labelled, epoch_seed
-from qat_runner.data.listing import Listing, list_pictures, printable
+from qat_runner.data.layouts import Pictures, read_pictures
+from qat_runner.data.listing import printable
 from qat_runner.errors import RunError
 
 RESIZE_RATIO = 256 / 224
@@ -41,7 +42,7 @@ class _Pictures(Dataset[tuple[Tensor, int, str]]):
     """
 
     def __init__(
-        self, stored: Listing, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor], image_size: int
+        self, stored: Pictures, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor], image_size: int
     ) -> None:
         self.stored = stored
         self.decode = decode
@@ -134,20 +135,20 @@ def _processors() -> int:
 
 
 class FolderSource:
-    """A source (see `images.Source`) of FOLDER/train and FOLDER/val.
+    """A source (see `images.Source`) of a folder's train and val, in any layout; batches are the same in all of them.
 
     Training: a random part of 8 to 100 % of the area, resized, mirrored every other time. Validation: the centre of the
     resized picture.
 
     Args:
-        folder: holds train/ and val/, each with the same class folders.
+        folder: holds the pictures as `layouts.CONTENT` says.
         image_size: pixels a side of what comes out.
         workers: processes that decode, for each split; 0 decodes in this process.
         skip_corrupt: leave out pictures that cannot be decoded.
         resizing: "pillow" or "tensor"; see `DatasetConfig.resizing`.
 
     Raises:
-        ValueError: a folder cannot be read, has other classes than the other split's, or a class has no pictures.
+        ValueError: a folder or a file cannot be read, the splits have other classes, or a class has no pictures.
     """
 
     def __init__(
@@ -160,17 +161,17 @@ class FolderSource:
         crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *last])
         resize = v2.Resize(round(image_size * RESIZE_RATIO))
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
-        listings = {split: list_pictures(folder / split) for split in ("train", "val")}
-        self.classes = listings["train"].classes
-        _check_same(self.classes, listings["val"].classes)
-        self.notes = tuple(
-            f"{split}/: passed over {listing.passed_over}" for split, listing in listings.items() if listing.passed_over
+        stored = read_pictures(folder)
+        self.classes, splits = stored.classes, stored.splits
+        passed_over = (
+            f"{split}/: passed over {splits[split].passed_over}" for split in splits if splits[split].passed_over
         )
+        self.notes = (*([stored.note] if stored.note else []), *passed_over)
         self._train, self._val = (
-            _Workers(_Pictures(listings[split], decode, transform, image_size), workers)
+            _Workers(_Pictures(splits[split], decode, transform, image_size), workers)
             for split, transform in (("train", crop), ("val", center))
         )
-        self.train_size, self.val_size = (len(listings[split].labels) for split in ("train", "val"))
+        self.train_size, self.val_size = (len(splits[split].labels) for split in ("train", "val"))
         self.corrupt: set[str] | None = set() if skip_corrupt else None
         """what is wrong with each picture that was left out"""
 
@@ -203,12 +204,3 @@ class FolderSource:
         if not good:
             raise RunError(f"none of the {len(troubles)} pictures of a batch can be decoded; {troubles[0]}")
         return pictures[good], labels[good]
-
-
-def _check_same(train: Sequence[str], val: Sequence[str]) -> None:
-    """Refuse splits of different classes, naming the first that one of them has alone."""
-    for name in sorted(set(train) ^ set(val)):
-        here, there = ("train", "val") if name in train else ("val", "train")
-        raise ValueError(
-            f"train/ and val/ must have the same class folders: {here}/ has {printable(name)}, {there}/ not"
-        )

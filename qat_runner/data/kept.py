@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 Arrays = Mapping[str, NDArray[Any]]
 
 
+SETTLED = 2_000_000_000
+"""Nanoseconds, more than any file system counts its time in."""
+
+
 class UnkeptError(Exception):
     """A file of the cache is absent, damaged, or not what it was taken for: what it should hold is to be made anew."""
 
@@ -75,6 +79,16 @@ class Ragged:
     def text(self, row: int) -> str:
         """A row of bytes as the name of a file."""
         return os.fsdecode(self[row].tobytes())
+
+
+def settled(changed: int, read: int) -> bool:
+    """Whether something changed so long before it was read that another change would show, as another time.
+
+    Args:
+        changed: when it did last, by the file system, in ns.
+        read: when reading it began, in ns.
+    """
+    return changed < read - SETTLED
 
 
 def kept_numbers(arrays: Arrays, name: str, dtype: Any, length: int, within: range | None = None) -> NDArray[Any]:

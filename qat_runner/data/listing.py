@@ -19,14 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers
+from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, settled
 from qat_runner.quant.kernels.compiled import cache_folder
 
 VERSION = 1
 """Of what is kept; another one wherever the same folder would be listed otherwise."""
-
-SETTLED = 2_000_000_000
-"""Nanoseconds. A folder that changed later than this before it was read might change again under the same time."""
 
 CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
 """What systems leave in folders under names that do not begin with a dot."""
@@ -50,6 +47,14 @@ class PassedOver:
     """folders that had been read already, by another link"""
     outside: int = 0
     """pictures beside the class folders"""
+
+    def add(self, other: "PassedOver") -> None:
+        """Count what was passed over elsewhere."""
+        self.hidden += other.hidden
+        self.by_suffix += other.by_suffix
+        self.special += other.special
+        self.repeated += other.repeated
+        self.outside += other.outside
 
     def __str__(self) -> str:
         common = sorted(self.by_suffix, key=lambda suffix: (-self.by_suffix[suffix], suffix))
@@ -142,7 +147,7 @@ def list_pictures(split: Path) -> Listing:
             return Listing.kept(str(split), arrays)
     began, reader = time.time_ns(), _Reader(split)
     listing = reader.listing()
-    if reader.changed < began - SETTLED:
+    if settled(reader.changed, began):
         with suppress(OSError):  # then it is listed anew each time
             keep_arrays(kept, listing.arrays() | reader.witnesses())
     return listing

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from qat_runner.data import listing
+from qat_runner.data import kept, listing
 from qat_runner.data.folder import FolderSource
-from qat_runner.data.kept import kept_arrays
 from qat_runner.data.listing import Listing, class_folders, list_pictures, printable
 
 NAMES = st.text("ab-_. é🙂\n0", min_size=1, max_size=4).filter(lambda name: not name.startswith("."))
@@ -161,7 +160,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: [(_made(r / f"val/{name}") / "0.jpg").touch() for name in ("A", "c")],
         "must have the same class folders: val/ has A, train/ not",
     ),
-    "no classes": (lambda r: [(r / "val" / n).rename(r / n) for n in "ab"], "val has no class folders"),
+    "no classes": (
+        lambda r: [(r / "val" / n).rename(r / n) for n in "ab"],
+        "there must lie train/ and val/ with a folder of pictures for each class, or tar shards",
+    ),
     "a class that leads upwards": (lambda r: (r / "val/c").symlink_to(r / "val"), "without pictures: c"),
     "a class that leads to everything": (lambda r: (r / "val/c").symlink_to("/"), "without pictures: c"),
     "a name of bytes": (lambda r: _raw(r / "val"), r"train/ has b, val/ not"),
@@ -224,7 +226,7 @@ def test_a_kept_listing_holds_until_something_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Whatever is done to a folder, it is seen as without a cache."""
-    monkeypatch.setattr(listing, "SETTLED", 0)
+    monkeypatch.setattr(kept, "SETTLED", 0)
     make(tmp_path)
     split, far = tmp_path / "val", _made(tmp_path / "far")
     for path in (far / "x.jpg", tmp_path / "one.jpg", split / "a" / "1.png"):
@@ -263,30 +265,30 @@ def test_what_has_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
 def test_a_damaged_listing_is_made_anew(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    monkeypatch.setattr(listing, "SETTLED", 0)
+    monkeypatch.setattr(kept, "SETTLED", 0)
     make(tmp_path)
     tick()
     first = fields(list_pictures(tmp_path / "val"))
-    (kept,) = cache.iterdir()
-    content, arrays = kept.read_bytes(), kept_arrays(kept)
+    (file,) = cache.iterdir()
+    content, arrays = file.read_bytes(), kept.kept_arrays(file)
     match damage:
         case "cut" | "empty":
-            kept.write_bytes(content[: 0 if damage == "empty" else -100])
+            file.write_bytes(content[: 0 if damage == "empty" else -100])
         case "a byte":
             at = content.index(b"0.jpg")
-            kept.write_bytes(content[:at] + b"1" + content[at + 1 :])
+            file.write_bytes(content[:at] + b"1" + content[at + 1 :])
         case "other arrays":
-            np.savez(kept, names=np.zeros(3))
+            np.savez(file, names=np.zeros(3))
         case "pickled":
-            np.savez(kept, **arrays | {"labels": np.array([print, None])})
+            np.savez(file, **arrays | {"labels": np.array([print, None])})
         case _:
-            np.savez(kept, **arrays | {damage: arrays[damage] + 7})
+            np.savez(file, **arrays | {damage: arrays[damage] + 7})
     assert fields(list_pictures(tmp_path / "val")) == first
-    assert fields(Listing.kept("val", kept_arrays(kept))) == first
+    assert fields(Listing.kept("val", kept.kept_arrays(file))) == first
 
 
 def test_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "SETTLED", 0)
+    monkeypatch.setattr(kept, "SETTLED", 0)
     monkeypatch.setattr(listing, "cache_folder", lambda: tmp_path / "train" / "a" / "0.jpg" / "cache")
     make(tmp_path)
     tick()
