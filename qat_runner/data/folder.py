@@ -1,21 +1,19 @@
 """Folders of pictures, in any of the layouts: decoded and augmented in worker processes."""
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from qat_runner.data.batches import Shard
-from qat_runner.data.decoding import FORMATS, decode_picture, decode_pixels
+from qat_runner.data.decoding import decode_picture, decode_pixels
 from qat_runner.data.images import Labelled, epoch_seed
-from qat_runner.data.layouts import Pictures, read_pictures
-from qat_runner.data.listing import printable
+from qat_runner.data.layouts import read_pictures
+from qat_runner.data.splits import Decoded, OnDevice, Split
+from qat_runner.data.workers import Order, Workers
 from qat_runner.errors import RunError
 
 RESIZE_RATIO = 256 / 224
@@ -28,98 +26,6 @@ LONGEST = 16
 log = logging.getLogger("qat_runner")
 
 
-class _Pictures(Dataset[tuple[Tensor, int, str]]):
-    """Pictures of one split, asked for as (seed, index): augmentation depends on these two alone.
-
-    An item is a picture [H, W, 3], which is how it lies in memory, its label, and what was wrong with a picture that
-    cannot be decoded, or "".
-
-    Args:
-        stored: the pictures as they lie on the disk.
-        decode: makes of the content of a file what `transform` takes.
-        transform: makes a tensor uint8 [3, image_size, image_size] of it, by chance of torch's generator.
-        image_size: pixels a side.
-    """
-
-    def __init__(
-        self, stored: Pictures, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor], image_size: int
-    ) -> None:
-        self.stored = stored
-        self.decode = decode
-        self.transform = transform
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.stored.labels)
-
-    def __getitem__(self, item: Any) -> tuple[Tensor, int, str]:
-        seed, index = item
-        label = int(self.stored.labels[index])
-        try:
-            picture = self.decode(self.stored.content(index))
-        except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
-            trouble = f"picture {printable(self.stored.name(index))} cannot be decoded ({_told(error)})"
-            return torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8), label, trouble
-        chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
-        before = chance.get_state()
-        try:
-            chance.manual_seed(epoch_seed(seed, index))
-            return self.transform(picture).permute(1, 2, 0), label, ""
-        finally:
-            chance.set_state(before)
-
-
-class _Workers:
-    """The processes that decode one split. They live from one epoch to the next; each has its own order all the same.
-
-    Args:
-        pictures: of the split.
-        most: how many there may be; 0 decodes in this process.
-    """
-
-    def __init__(self, pictures: _Pictures, most: int) -> None:
-        self._pictures, self._most = pictures, min(most, _processors())
-        self._order: list[list[tuple[int, int]]] = []  # which the loader asks for anew at the start of each epoch
-        self._loader: Any = None
-        self._busy = False
-
-    def batches(self, order: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor, Sequence[str]]]:
-        """Batches of items, each given as the (seed, index) of its items. Any number of calls may be under way."""
-        workers = min(self._most, len(order))
-        if workers == 0 or self._busy:  # the latter: those that live on are in the midst of another call
-            yield from self._made(order, workers)
-            return
-        if self._loader is None or self._loader.num_workers != workers:
-            self._loader = self._made(self._order, workers, persistent_workers=True)
-        self._order[:] = order
-        self._busy = True
-        try:
-            yield from self._loader
-        except Exception:
-            self._loader = None  # a worker may have died
-            raise
-        finally:
-            self._busy = False
-
-    def _made(self, order: list[list[tuple[int, int]]], workers: int, **options: Any) -> Any:
-        return DataLoader(
-            self._pictures,
-            batch_sampler=order,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else starting the workers would draw from the global one
-            **options,
-        )
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"
-
-
 def _within_reach(picture: Any) -> Any:
     """The picture, or the middle of a very long one: all of it, resized by its short side, might not fit in memory."""
     from torchvision.transforms.v2 import functional
@@ -127,11 +33,6 @@ def _within_reach(picture: Any) -> Any:
     sides = functional.get_size(picture)
     longest = LONGEST * min(sides)
     return picture if max(sides) <= longest else functional.center_crop(picture, [min(side, longest) for side in sides])
-
-
-def _processors() -> int:
-    """Those that this process may use: more workers would only stand in each other's way."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class FolderSource:
@@ -162,31 +63,40 @@ class FolderSource:
         resize = v2.Resize(round(image_size * RESIZE_RATIO))
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         stored = read_pictures(folder)
-        self.classes, splits = stored.classes, stored.splits
-        passed_over = (
-            f"{split}/: passed over {splits[split].passed_over}" for split in splits if splits[split].passed_over
-        )
-        self.notes = (*([stored.note] if stored.note else []), *passed_over)
-        self._train, self._val = (
-            _Workers(_Pictures(splits[split], decode, transform, image_size), workers)
+        self.classes = stored.classes
+        told = [
+            f"{split}/: passed over {which.passed_over}" for split, which in stored.splits.items() if which.passed_over
+        ]
+        self.notes = (*filter(None, [stored.note]), *told)
+        self.train_size, self.val_size = (len(stored.splits[split].labels) for split in ("train", "val"))
+
+        self._most = workers
+        self._pictures = {
+            split: Decoded(stored.splits[split], decode, transform, image_size)
             for split, transform in (("train", crop), ("val", center))
-        )
-        self.train_size, self.val_size = (len(splits[split].labels) for split in ("train", "val"))
+        }
+        self._splits: dict[str, Split] = {split: Workers(which, workers) for split, which in self._pictures.items()}
         self.corrupt: set[str] | None = set() if skip_corrupt else None
         """what is wrong with each picture that was left out"""
+
+    def decode_on(self, device: torch.device) -> None:
+        """Have JPEGs decoded, and all pictures resized, on a device; workers only read. For resizing="tensor"."""
+        self._splits = {split: OnDevice(which, self._most, device) for split, which in self._pictures.items()}
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
         order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
         whole = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches)
-        return self._batches(self._train, [[(chance, index) for index in shard.samples(part)] for part in whole])
+        return self._batches(
+            self._splits["train"], [[(chance, index) for index in shard.samples(part)] for part in whole]
+        )
 
     def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         order = range(self.val_size)
         own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
-        return self._batches(self._val, [[(0, index) for index in part] for part in own])
+        return self._batches(self._splits["val"], [[(0, index) for index in part] for part in own])
 
-    def _batches(self, split: _Workers, batches: list[list[tuple[int, int]]]) -> Iterator[Labelled]:
+    def _batches(self, split: Split, batches: Order) -> Iterator[Labelled]:
         for items, labels, troubles in split.batches(batches):
             pictures = items.permute(0, 3, 1, 2)
             yield self._decoded(pictures, labels, troubles) if any(troubles) else (pictures, labels)

@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qat_runner.config import DatasetConfig
+from qat_runner.config import DatasetConfig, Decode
 from qat_runner.data.arrays import labelled
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.folder import FolderSource
@@ -34,6 +34,8 @@ def pictures(
         source = source_in(folder, config)
         if isinstance(source, MemorySource):
             source = _fit(source, config)
+        if isinstance(source, FolderSource) and config.decode == Decode.gpu:
+            source.decode_on(delivery.device)
         num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
         if config.num_classes not in (None, num_classes):
             raise ConfigError(f"dataset.num_classes={config.num_classes}: {folder} has {num_classes} classes")
