@@ -141,8 +141,8 @@ class DatasetConfig:
     resizing: Resizing = Resizing.pillow
     """folders of pictures: by pillow, as the published recipes do, or as a tensor: faster, a byte may differ by 1"""
     decode: Decode = Decode.cpu
-    """folders of pictures: JPEGs on the cpu, by the workers, or on the gpu that trains, where all are then resized, too:
-    with resizing=tensor. Its decoder rounds otherwise, so it is another run"""
+    """folders of pictures: JPEGs by the workers, or on the gpu that trains, where all are then resized as well, with
+    resizing=tensor; its decoder rounds otherwise, so it is another run"""
     fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
     max_length: int = number(384, 8, _TOKENS)
