@@ -85,19 +85,24 @@ class FolderSource:
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
-        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance)).tolist()
-        whole = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches)
-        return self._batches(
-            self._splits["train"], [[(chance, index) for index in shard.samples(part)] for part in whole]
-        )
+        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance))
+
+        def items(batch: int) -> list[tuple[int, int]]:
+            part = shard.samples(order[batch * batch_size : (batch + 1) * batch_size])
+            return [(chance, index) for index in part.tolist()]
+
+        return self._batches("train", Order(batches, items))
 
     def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         order = range(self.val_size)
-        own = (order[batch * batch_size : (batch + 1) * batch_size] for batch in batches if shard.owns(batch))
-        return self._batches(self._splits["val"], [[(0, index) for index in part] for part in own])
 
-    def _batches(self, split: Split, batches: Order) -> Iterator[Labelled]:
-        for items, labels, troubles in split.batches(batches):
+        def items(batch: int) -> list[tuple[int, int]]:  # without self: workers in a circle of references end late
+            return [(0, index) for index in order[batch * batch_size : (batch + 1) * batch_size]]
+
+        return self._batches("val", Order([batch for batch in batches if shard.owns(batch)], items))
+
+    def _batches(self, split: str, order: Order) -> Iterator[Labelled]:
+        for items, labels, troubles in self._splits[split].batches(order):
             pictures = items.permute(0, 3, 1, 2)
             yield self._decoded(pictures, labels, troubles) if any(troubles) else (pictures, labels)
 

@@ -1,14 +1,31 @@
 """Worker processes, which live from one epoch to the next."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-Order = list[list[tuple[int, int]]]
-"""Batches, as the (seed, index) of their items: how a picture is augmented depends on these two alone."""
+
+@dataclass
+class Order:
+    """Batches, as the (seed, index) of their items: how a picture is augmented depends on these two alone.
+
+    Each is made when its turn comes: all of an epoch together would take more memory than the names of its pictures.
+    """
+
+    numbers: Sequence[int] = ()
+    """of the batches"""
+    batch: Callable[[int], list[tuple[int, int]]] = lambda number: []
+    """the items of each"""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.batch, self.numbers)
 
 
 class Workers:
@@ -22,7 +39,7 @@ class Workers:
 
     def __init__(self, items: Dataset[Any], most: int, collate: Callable[[list[Any]], Any] | None = None) -> None:
         self._items, self._most, self._collate = items, min(most, _processors()), collate
-        self._order: Order = []  # which the loader asks for anew at the start of each epoch
+        self._order = Order()  # which the loader asks for anew at the start of each epoch
         self._loader: Any = None
         self._busy = False
 
@@ -34,7 +51,7 @@ class Workers:
             return
         if self._loader is None or self._loader.num_workers != workers:
             self._loader = self._made(self._order, workers, persistent_workers=True)
-        self._order[:] = order
+        self._order.numbers, self._order.batch = order.numbers, order.batch
         self._busy = True
         try:
             yield from self._loader

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from qat_runner.cli import _OF_EXTRAS
 from qat_runner.config import DatasetConfig
 from qat_runner.data import Delivery, load_dataset, shards
 from qat_runner.data import parquet as parquet_files
@@ -124,6 +125,14 @@ def test_two_layouts_or_none_are_refused(folders: dict[str, Path], tmp_path: Pat
         find_dataset(CONFIG, str(tmp_path))
     for refused in (none, both):
         assert CONTENT in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_parquet_files_need_an_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_runner.data.layouts.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as missing:
+        find_layout(folders["parquet files"])
+    assert _OF_EXTRAS[missing.value.name] == "parquet"
+    assert find_layout(folders["tar shards"]) == "tar shards"
 
 
 def test_names_of_classes(folders: dict[str, Path], tmp_path: Path) -> None:
