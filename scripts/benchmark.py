@@ -19,7 +19,7 @@ with the spread between quartiles. Parts:
     gpu        only when asked for, ten minutes on a CUDA device: bandwidth of each kernel; training steps, eager,
                as CUDA graphs and by torch.compile, with launches, waits and peak memory. Not by turns: what is measured
                one after the other has the device, and its memory, for itself
-    pictures   processor time of decoding and augmenting JPEGs, against torchvision's loader and timm's
+    pictures   processor time of decoding and augmenting JPEGs in every layout, against torchvision's loader and timm's
 """
 
 import argparse

@@ -1,8 +1,11 @@
-"""The part `pictures` of benchmark.py: folders of JPEGs to normalized batches, ours against the reference loaders."""
+"""The part `pictures` of benchmark.py: JPEGs in every layout to normalized batches, ours against reference loaders."""
 
 import argparse
 import importlib.util
+import io
+import os
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,39 +32,84 @@ Epoch = Callable[[], Iterator[Any]]
 
 def pictures(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Processor time of this process alone, on one thread: of decoding, augmenting and normalizing for training."""
-    threads = torch.get_num_threads()
+    threads, cache = torch.get_num_threads(), os.environ.get("QAT_CACHE_DIR")
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            os.environ["QAT_CACHE_DIR"] = (
+                f"{folder}/cache"  # where shards are made of parquet files, before the clock runs
+            )
             _write(Path(folder))
             return _take_turns(_contest(Path(folder)), args.rounds)
     finally:
         torch.set_num_threads(threads)
+        os.environ.pop("QAT_CACHE_DIR")
+        os.environ.update({"QAT_CACHE_DIR": cache} if cache else {})
 
 
 def _write(folder: Path) -> None:
-    """JPEGs of smooth colours with noise on them, 100 kB each, as ImageNet's."""
+    """JPEGs of smooth colours with noise on them, 100 kB each, as ImageNet's; in every layout."""
     random = np.random.default_rng(0)
     for split, count in (("train", COUNT), ("val", 1)):
-        (folder / split / "a").mkdir(parents=True)
-        for i in range(count):
-            smooth = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE)
-            noisy = np.asarray(smooth) + random.normal(0, 20, (*SIZE[::-1], 3))
-            picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-            picture.save(folder / split / "a" / f"{i}.jpg", quality=90)
+        jpegs = [_jpeg(random) for _ in range(count)]
+        (folder / "folders" / split / "a").mkdir(parents=True)
+        for i, jpeg in enumerate(jpegs):
+            (folder / "folders" / split / "a" / f"{i}.jpg").write_bytes(jpeg)
+        (folder / "tar").mkdir(exist_ok=True)
+        with tarfile.open(folder / "tar" / f"{split}-0.tar", "w") as tar:
+            for i, jpeg in enumerate(jpegs):
+                for name, content in ((f"{i}.jpg", jpeg), (f"{i}.cls", b"0")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        if importlib.util.find_spec("pyarrow"):
+            _write_parquet(folder / "parquet" / f"{split}-0.parquet", jpegs)
+
+
+def _jpeg(random: np.random.Generator) -> bytes:
+    smooth = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE)
+    noisy = np.asarray(smooth) + random.normal(0, 20, (*SIZE[::-1], 3))
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _write_parquet(path: Path, jpegs: list[bytes]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(exist_ok=True)
+    rows = [{"image": {"bytes": jpeg, "path": f"{i}.jpg"}, "label": 0} for i, jpeg in enumerate(jpegs)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
 
 
 def _contest(folder: Path) -> dict[str, Epoch]:
-    contest = {f"ours, resizing={by}": _ours(folder, by) for by in ("pillow", "tensor")}
+    folders = folder / "folders"
+    contest = {f"ours, resizing={by}": _ours(folders, by) for by in ("pillow", "tensor")}
+    contest |= {
+        f"ours, {layout}": _ours(folder / layout, "pillow")
+        for layout in ("tar", "parquet")
+        if (folder / layout).is_dir()
+    }
     usual = [v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     normalized = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    contest["torchvision"] = _reference(folder, v2.Compose([*usual, *normalized]))
+    contest["torchvision"] = _reference(folders, v2.Compose([*usual, *normalized]))
     if importlib.util.find_spec("timm"):
-        create = importlib.import_module("timm.data").create_transform
+        timm = importlib.import_module("timm.data")
         options = {"color_jitter": 0, "interpolation": "bilinear", "mean": MEAN, "std": STD}
-        made = create(SIDE, is_training=True, **options)
-        contest["timm"] = _reference(folder, made)
+        contest["timm, transforms like these"] = _reference(
+            folders, timm.create_transform(SIDE, is_training=True, **options)
+        )
+        contest["timm, its own loader and defaults"] = _timm(folders, timm)
     return contest
+
+
+def _timm(folder: Path, timm: Any) -> Epoch:
+    """`create_loader` as it is, but in this process: among its defaults are colour jitter and a filter drawn by lot."""
+    made = timm.create_dataset("", root=folder, split="train", is_training=True)
+    here = {"num_workers": 0, "persistent_workers": False, "device": torch.device("cpu")}
+    loader = timm.create_loader(made, (3, SIDE, SIDE), BATCH, is_training=True, **here)
+    return lambda: iter(loader)
 
 
 def _ours(folder: Path, resizing: str) -> Epoch:

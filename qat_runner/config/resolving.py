@@ -21,9 +21,11 @@ from qat_runner.config.schema import (
     ClippingConfig,
     Config,
     ConfigSchema,
+    Decode,
     Distill,
     Mode,
     Optimizer,
+    Resizing,
     StageConfig,
 )
 from qat_runner.config.tasks import TaskFacts, foreign_keys
@@ -179,6 +181,13 @@ def check(config: Config) -> None:
         config.dataset.mean,
         "as long as dataset.std, 1 or 3 numbers",
     )
+    if config.dataset.decode == Decode.gpu and "dataset.decode" not in foreign_keys(config.task):
+        require(
+            config.dataset.resizing == Resizing.tensor,
+            "dataset.resizing",
+            config.dataset.resizing,
+            "tensor where dataset.decode=gpu",
+        )
     _check_quantization(config)
     _check_freezing(config)
     _check_compiling(config)

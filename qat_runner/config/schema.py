@@ -58,6 +58,13 @@ class Resizing(StrEnum):
     tensor = "tensor"
 
 
+class Decode(StrEnum):
+    """Where pictures of folders are decoded."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
 class Distill(StrEnum):
     """Whom a network learns from, beside the labels."""
 
@@ -116,7 +123,7 @@ class DatasetConfig:
     task: str = "classification"
     """what is learned of it: classification or question_answering; it follows from the name"""
     num_classes: int | None = number(None, 2, 100_000)
-    """pictures: classes; null: as many as there are class folders"""
+    """pictures: classes; null: as many as the folder has"""
     image_size: int = number(0, 1, 8192)
     """pictures: pixels a side of what the network sees"""
     mean: list[float] = field(default_factory=list, metadata=within(-1e6, 1e6))
@@ -133,6 +140,9 @@ class DatasetConfig:
     """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
     resizing: Resizing = Resizing.pillow
     """folders of pictures: by pillow, as the published recipes do, or as a tensor: faster, a byte may differ by 1"""
+    decode: Decode = Decode.cpu
+    """folders of pictures: JPEGs by the workers, or on the gpu that trains, where all are then resized as well, with
+    resizing=tensor; its decoder rounds otherwise, so it is another run"""
     fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
     max_length: int = number(384, 8, _TOKENS)

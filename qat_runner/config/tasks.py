@@ -40,7 +40,7 @@ PICTURE_KEYS = frozenset(
     (
         *("model.stem", "model.width", "channels_last", "cudnn_benchmark", "conv_granularity"),
         *("dataset.num_classes", "dataset.image_size", "dataset.mean", "dataset.std", "dataset.augment"),
-        *("dataset.fake_pictures", "dataset.skip_corrupt", "dataset.resizing"),
+        *("dataset.fake_pictures", "dataset.skip_corrupt", "dataset.resizing", "dataset.decode"),
     )
 )
 

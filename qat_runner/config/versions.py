@@ -28,6 +28,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "dataset.workers": 4,
     "dataset.skip_corrupt": False,
     "dataset.resizing": "pillow",
+    "dataset.decode": "cpu",
     "dataset.fake_pictures": 512,
     "dataset.max_length": 384,
     "dataset.stride": 128,

@@ -1,4 +1,4 @@
-"""A file as a picture of three bytes a pixel, whatever kind of picture it holds.
+"""The content of a file as a picture of three bytes a pixel, whatever kind of picture it is.
 
 - It is turned upright where its EXIF data say how the camera was held.
 - Transparency is shown on white.
@@ -33,25 +33,25 @@ ORIENTATION = 274
 """EXIF's tag"""
 
 
-def read_picture(path: str) -> Image.Image:
-    """The picture in a file, of mode RGB.
+def decode_picture(content: bytes) -> Image.Image:
+    """The picture that a file holds, of mode RGB.
 
     Raises:
-        OSError: it cannot be read, or holds no picture of these formats, or part of one.
+        OSError: it is no picture of these formats, or part of one.
         ValueError: its numbers could mean anything.
         Image.DecompressionBombError: it has more pixels than Pillow allows.
     """
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF data, and the like, which change no pixel
-        picture = Image.open(file, formats=FORMATS)
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
         picture.load()
         with suppress(Exception):  # EXIF data may be anything; the pixels are there
             ImageOps.exif_transpose(picture, in_place=True)
         return _in_colour(picture)
 
 
-def read_pixels(path: str) -> Tensor:
-    """The pixels of `read_picture`, sooner where torchvision can decode them: those of upright grey or colour JPEGs.
+def decode_pixels(content: bytes) -> Tensor:
+    """The pixels of `decode_picture`, sooner where torchvision can decode them: those of upright grey or colour JPEGs.
 
     Both decode by libjpeg, to the same bytes where theirs are of one kind, as in the published wheels.
 
@@ -59,29 +59,41 @@ def read_pixels(path: str) -> Tensor:
         [3, H, W], uint8, the colours of a pixel side by side in memory.
 
     Raises:
-        OSError, ValueError, Image.DecompressionBombError: as `read_picture`.
+        OSError, ValueError, Image.DecompressionBombError: as `decode_picture`.
     """
-    with open(path, "rb") as file:
-        content = file.read()
-    pixels = _jpeg_pixels(content)
-    if pixels is None:  # another format, or damaged: Pillow knows what is wrong
-        pixels = torch.from_numpy(np.array(read_picture(path))).permute(2, 0, 1)
+    if plain_jpeg(content):
+        with suppress(RuntimeError):  # damaged: Pillow knows what is wrong
+            return jpeg_pixels([as_tensor(content)], torch.device("cpu"))[0]
+    return torch.from_numpy(np.array(decode_picture(content))).permute(2, 0, 1)
+
+
+def plain_jpeg(content: bytes) -> bool:
+    """Whether it seems to be a JPEG that torchvision decodes to what Pillow does, by its head."""
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # refuses bombs
+        upright = "exif" not in picture.info or picture.getexif().get(ORIENTATION, 1) == 1
+        return picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright
+    return False
+
+
+def jpeg_pixels(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The pixels of JPEGs that are `plain_jpeg`, as `decode_pixels` gives them, decoded on a device.
+
+    Raises:
+        RuntimeError: one of them is damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchvision.io import ImageReadMode, decode_jpeg  # which takes a second to import
+
+        pixels: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
     return pixels
 
 
-def _jpeg_pixels(content: bytes) -> Tensor | None:
-    """As `read_pixels`; None for what torchvision cannot decode, or would decode to another picture."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # which takes a second to import
-
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # its head alone; refuses bombs
-        upright = "exif" not in picture.info or picture.getexif().get(ORIENTATION, 1) == 1
-        if picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright:
-            coded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            pixels: Tensor = decode_jpeg(coded, mode=ImageReadMode.RGB)
-            return pixels
-    return None
+def as_tensor(content: bytes) -> Tensor:
+    """Bytes as uint8 [length], which may be written to."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _in_colour(picture: Image.Image) -> Image.Image:

@@ -1,12 +1,29 @@
-"""Which pictures lie in a folder of class folders."""
+"""Which pictures lie in a folder of class folders.
 
+A listing is kept in the cache folder. It holds for as long as no folder has changed, nor what a link leads to:
+these are asked each time, about a thousand for ImageNet, and no picture is.
+"""
+
+import hashlib
 import os
+import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qat_runner.data.decoding import SUFFIXES
+from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, settled
+from qat_runner.quant.kernels.compiled import cache_folder
+
+VERSION = 1
+"""Of what is kept; another one wherever the same folder would be listed otherwise."""
 
 CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
 """What systems leave in folders under names that do not begin with a dot."""
@@ -31,6 +48,14 @@ class PassedOver:
     outside: int = 0
     """pictures beside the class folders"""
 
+    def add(self, other: "PassedOver") -> None:
+        """Count what was passed over elsewhere."""
+        self.hidden += other.hidden
+        self.by_suffix += other.by_suffix
+        self.special += other.special
+        self.repeated += other.repeated
+        self.outside += other.outside
+
     def __str__(self) -> str:
         common = sorted(self.by_suffix, key=lambda suffix: (-self.by_suffix[suffix], suffix))
         suffixes = ", ".join(printable(suffix) for suffix in common[:5])
@@ -47,18 +72,64 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one split."""
+    """The pictures of one split: by class, then by folder, then by name. About 30 bytes of memory each."""
 
+    split: str
+    """the folder of the class folders"""
     classes: list[str]
     """names of the class folders, sorted"""
-    samples: list[tuple[str, int]]
-    """path and class of each picture: by class, then by folder, then by name"""
-    passed_over: PassedOver
+    labels: NDArray[np.int32]
+    """class of each picture, [N]"""
+    folders: Ragged
+    """paths below `split`, F of them"""
+    firsts: NDArray[np.int64]
+    """pictures before those of each folder, and before the end, [F + 1]"""
+    names: Ragged
+    """of the files, N"""
+    passed_over: str
+    """what lies among them and is none; see `PassedOver`"""
+
+    def name(self, index: int) -> str:
+        """The path of a picture."""
+        folder = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        return f"{self.split}/{self.folders.text(folder)}/{self.names.text(index)}"
+
+    def content(self, index: int) -> bytes:
+        """A picture as it lies in its file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        with open(self.name(index), "rb") as file:
+            return file.read()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What `kept` makes the same listing of."""
+        classes = Ragged.of_bytes([os.fsencode(name) for name in self.classes])
+        told = Ragged.of_bytes([os.fsencode(self.passed_over)])
+        ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": told}
+        flat = {key: array for name, rows in ragged.items() for key, array in rows.arrays(name).items()}
+        return flat | {"labels": self.labels, "firsts": self.firsts}
+
+    @classmethod
+    def kept(cls, split: str, arrays: Arrays) -> "Listing":
+        """The listing of a split that was kept in these arrays.
+
+        Raises:
+            UnkeptError: they make none.
+        """
+        parts = ("classes", "folders", "names", "passed_over")
+        classes, folders, names, told = (Ragged.kept(arrays, name) for name in parts)
+        labels = kept_numbers(arrays, "labels", np.int32, len(names), range(len(classes)))
+        firsts = kept_numbers(arrays, "firsts", np.int64, len(folders) + 1, range(len(names) + 1))
+        if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(told) != 1:
+            raise UnkeptError("folders out of order")
+        return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, told.text(0))
 
 
 def class_folders(split: Path) -> list[str]:
     """Names of the class folders, sorted."""
-    return _entries(str(split), PassedOver())[0]
+    return _Reader(split).entries(str(split))[0]
 
 
 def list_pictures(split: Path) -> Listing:
@@ -69,70 +140,150 @@ def list_pictures(split: Path) -> Listing:
     Raises:
         ValueError: a folder cannot be read; there are no class folders, or one without pictures.
     """
-    passed_over = PassedOver()
-    classes, beside = _entries(str(split), passed_over)
-    passed_over.outside = len(beside)
-    if not classes:
-        raise ValueError(f"{printable(str(split))} has no class folders")
-    above = {_identity(str(folder)) for folder in (split, *split.resolve().parents)}
-    samples: list[tuple[str, int]] = []
-    empty: list[str] = []
-    for label, name in enumerate(classes):
-        before = len(samples)
-        for folder, files in sorted(_walk(os.path.join(split, name), set(above), passed_over)):
-            samples.extend((f"{folder}/{file}", label) for file in files)
-        if len(samples) == before:
-            empty.append(printable(name))
+    kept = cache_folder() / f"pictures_{_key(split)}.npz"
+    with suppress(UnkeptError):
+        arrays = kept_arrays(kept)
+        if _unchanged(split, arrays):
+            return Listing.kept(str(split), arrays)
+    began, reader = time.time_ns(), _Reader(split)
+    listing = reader.listing()
+    if settled(reader.changed, began):
+        with suppress(OSError):  # then it is listed anew each time
+            keep_arrays(kept, listing.arrays() | reader.witnesses())
+    return listing
+
+
+def _key(split: Path) -> str:
+    """What a listing depends on, but for what lies in the folder."""
+    return hashlib.sha256(repr((VERSION, str(split.resolve()), SUFFIXES, CLUTTER)).encode()).hexdigest()[:32]
+
+
+def _unchanged(split: Path, arrays: Arrays) -> bool:
+    """Whether all that was asked when a split was listed would say the same today."""
+    paths = Ragged.kept(arrays, "witnesses")
+    said = kept_numbers(arrays, "stamps", np.uint64, 4 * len(paths)).reshape(-1, 4).tolist()
+    return all(tuple(then) == _stamp(f"{split}/{paths.text(row)}") for row, then in enumerate(said))
+
+
+def _stamp(path: str) -> tuple[int, int, int, int]:
+    """What tells whether a folder is the one it was: kind, inode and times in ns; of all else, the kind alone."""
+    try:
+        found = os.stat(path)
+    except OSError:  # a link that leads nowhere
+        return 0, 0, 0, 0
+    if not stat.S_ISDIR(found.st_mode):
+        return stat.S_IFMT(found.st_mode), 0, 0, 0
+    times = (n % 2**64 for n in (found.st_ino, found.st_mtime_ns, found.st_ctime_ns))  # of 1969 as well
+    return stat.S_IFMT(found.st_mode), *times  # type: ignore[return-value]  # three
+
+
+class _Reader:
+    """Reads the folders of a split, and remembers what it met in them."""
+
+    def __init__(self, split: Path) -> None:
+        self.split = split
+        self.passed_over = PassedOver()
+        self.stamps: dict[str, tuple[int, int, int, int]] = {}
+        """of each folder, before it was read, and of what each link led to"""
+
+    @property
+    def changed(self) -> int:
+        """When the folder that changed last did so, in ns."""
+        return max(max(times) for _, _, *times in self.stamps.values())
+
+    def witnesses(self) -> dict[str, NDArray[Any]]:
+        """The stamps, and below the split the paths that they are of."""
+        prefix = len(str(self.split)) + 1
+        paths = Ragged.of_bytes([os.fsencode(path[prefix:]) for path in self.stamps])
+        return paths.arrays("witnesses") | {"stamps": np.array([*self.stamps.values()], dtype=np.uint64).reshape(-1)}
+
+    def listing(self) -> Listing:
+        """See `list_pictures`."""
+        classes, beside = self.entries(str(self.split))
+        self.passed_over.outside = len(beside)
+        if not classes:
+            raise ValueError(f"{printable(str(self.split))} has no class folders")
+        above = {_identity(str(folder)) for folder in (self.split, *self.split.resolve().parents)}
+        folders: list[str] = []
+        labels: list[int] = []
+        names: list[Ragged] = []
+        for label, name in enumerate(classes):
+            for folder, files in sorted(self._walk(os.path.join(self.split, name), set(above))):
+                folders.append(folder[len(str(self.split)) + 1 :])
+                labels.append(label)
+                names.append(Ragged.of_bytes([*map(os.fsencode, files)]))
+        counts = np.array([len(files) for files in names], dtype=np.int64)
+        by_picture = np.repeat(np.array(labels, dtype=np.int32), counts)
+        empty = np.setdiff1d(np.arange(len(classes)), by_picture)
+        _check_classes(self.split, [classes[label] for label in empty], self.passed_over)
+        return Listing(
+            str(self.split),
+            classes,
+            by_picture,
+            Ragged.of_bytes([*map(os.fsencode, folders)]),
+            np.cumsum([0, *counts], dtype=np.int64),
+            Ragged.joined(names),
+            str(self.passed_over),
+        )
+
+    def _walk(self, top: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+        """Each folder from `top` downwards, and the pictures in it. Each is read once, so links may lead in circles."""
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            if (identity := _identity(folder)) in seen:
+                self.passed_over.repeated += 1
+                continue
+            seen.add(identity)
+            folders, files = self.entries(folder)
+            waiting.extend(f"{folder}/{name}" for name in reversed(folders))
+            yield folder, files
+
+    def entries(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the pictures in a folder, both sorted."""
+        folders: list[str] = []
+        files: list[str] = []
+        self.stamps[folder] = _stamp(folder)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self._sort(entry, folders, files)
+        except OSError as error:
+            raise ValueError(f"{printable(folder)} cannot be read ({error.strerror})") from error
+        return sorted(folders), sorted(files)
+
+    def _sort(self, entry: "os.DirEntry[str]", folders: list[str], files: list[str]) -> None:
+        """Put a name where it belongs."""
+        name = entry.name
+        if name.startswith(".") or name in CLUTTER:
+            self.passed_over.hidden += 1
+            return
+        if entry.is_symlink():
+            self.stamps[entry.path] = _stamp(entry.path)
+        if _holds(entry.is_dir):
+            folders.append(name)
+        elif not name.lower().endswith(SUFFIXES):
+            self.passed_over.by_suffix[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+        elif _holds(entry.is_file):
+            files.append(name)
+        else:
+            self.passed_over.special.append(entry.path)
+
+
+def _check_classes(split: Path, empty: list[str], passed_over: PassedOver) -> None:
+    """Refuse class folders without pictures, naming the first of them."""
     if empty:
         others = f" (passed over {passed_over})" if str(passed_over) else ""
         many = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ValueError(
-            f"{printable(str(split))}: class folders without pictures: {', '.join(empty[:5])}{many}{others}; "
-            f"pictures are {', '.join(SUFFIXES)}"
+            f"{printable(str(split))}: class folders without pictures: {', '.join(map(printable, empty[:5]))}{many}"
+            f"{others}; pictures are {', '.join(SUFFIXES)}"
         )
-    return Listing(classes, samples, passed_over)
-
-
-def _walk(top: str, seen: set[tuple[int, int]], passed_over: PassedOver) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from `top` downwards, and the pictures in it. Each is read once, so links may lead in circles."""
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        if (identity := _identity(folder)) in seen:
-            passed_over.repeated += 1
-            continue
-        seen.add(identity)
-        folders, files = _entries(folder, passed_over)
-        waiting.extend(f"{folder}/{name}" for name in reversed(folders))
-        yield folder, files
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    stat = os.stat(folder)
-    return stat.st_dev, stat.st_ino
-
-
-def _entries(folder: str, passed_over: PassedOver) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the pictures in a folder, both sorted."""
-    folders: list[str] = []
-    files: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(".") or name in CLUTTER:
-                    passed_over.hidden += 1
-                elif _holds(entry.is_dir):
-                    folders.append(name)
-                elif not name.lower().endswith(SUFFIXES):
-                    passed_over.by_suffix[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-                elif _holds(entry.is_file):
-                    files.append(name)
-                else:
-                    passed_over.special.append(entry.path)
-    except OSError as error:
-        raise ValueError(f"{printable(folder)} cannot be read ({error.strerror})") from error
-    return sorted(folders), sorted(files)
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _holds(test: Callable[[], bool]) -> bool:

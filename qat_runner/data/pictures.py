@@ -6,18 +6,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qat_runner.config import DatasetConfig
+from qat_runner.config import DatasetConfig, Decode
 from qat_runner.data.arrays import labelled
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.images import ImageData, MemorySource, Source, shrink
-from qat_runner.data.listing import class_folders
+from qat_runner.data.layouts import find_layout
 from qat_runner.errors import ConfigError
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
 """pictures and labels"""
-
-FOLDERS = "train/ and val/ with a folder of pictures for each class"
 
 
 def pictures(
@@ -36,11 +34,11 @@ def pictures(
         source = source_in(folder, config)
         if isinstance(source, MemorySource):
             source = _fit(source, config)
+        if isinstance(source, FolderSource) and config.decode == Decode.gpu:
+            source.decode_on(delivery.device)
         num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
         if config.num_classes not in (None, num_classes):
-            raise ConfigError(
-                f"dataset.num_classes={config.num_classes}: {folder / 'train'} has {num_classes} class folders"
-            )
+            raise ConfigError(f"dataset.num_classes={config.num_classes}: {folder} has {num_classes} classes")
         if num_classes is None:
             raise ConfigError(f"dataset.num_classes=null: must be given for dataset={config.name}")
         normalization = tuple(config.mean), tuple(config.std)
@@ -84,8 +82,8 @@ def in_memory(train: Arrays, test: Arrays, config: DatasetConfig) -> MemorySourc
     return MemorySource(training, validation, config.augment, (*notes, *more))
 
 
-def in_class_folders(folder: Path, config: DatasetConfig) -> FolderSource:
-    """FOLDERS as a source.
+def in_folder(folder: Path, config: DatasetConfig) -> FolderSource:
+    """A folder of pictures as a source.
 
     Raises:
         ValueError: as `FolderSource`.
@@ -93,6 +91,10 @@ def in_class_folders(folder: Path, config: DatasetConfig) -> FolderSource:
     return FolderSource(folder, config.image_size, config.workers, config.skip_corrupt, config.resizing.value)
 
 
-def holds_class_folders(folder: Path) -> bool:
-    """Whether a folder has FOLDERS in it."""
-    return all((folder / split).is_dir() and class_folders(folder / split) for split in ("train", "val"))
+def holds_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures in it, in one of the layouts.
+
+    Raises:
+        ValueError: in several.
+    """
+    return find_layout(folder) is not None

@@ -11,8 +11,8 @@ import logging
 import os
 import sys
 import urllib.request
-import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from qat_runner.config import DatasetConfig
+from qat_runner.data.kept import Ragged, UnkeptError, keep_arrays, kept_arrays
 from qat_runner.description import fit
 from qat_runner.errors import told
 from qat_runner.quant.kernels.compiled import cache_folder
@@ -115,26 +116,6 @@ def _question(qa: QuestionAnswers, paragraph: int) -> Question:
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """Rows of different lengths."""
-
-    values: np.ndarray  # [total, ...]
-    starts: np.ndarray  # int64 [rows + 1]
-
-    @classmethod
-    def of(cls, rows: Sequence[Any], width: tuple[int, ...] = ()) -> "Ragged":
-        starts = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-        return cls(np.concatenate([np.asarray(row, dtype=np.int32).reshape(-1, *width) for row in rows]), starts)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.values[self.starts[row] : self.starts[row + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-
-@dataclass(frozen=True)
 class Tokens:
     """A file's texts as tokens."""
 
@@ -154,11 +135,9 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
     key = hashlib.sha256(path.read_bytes() + tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:32]
     cached = cache_folder() / f"squad_{key}.npz"
     parts = [f.name for f in fields(Tokens)]
-    try:
-        with open(cached, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return Tokens(*(Ragged(arrays[f"{part}_values"], arrays[f"{part}_starts"]) for part in parts))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent or damaged
-        pass
+    with suppress(UnkeptError):
+        arrays = kept_arrays(cached)
+        return Tokens(*(Ragged.kept(arrays, part) for part in parts))
     with tqdm(
         total=len(contexts) + len(questions),
         desc=f"tokenizing {path.name}",
@@ -168,14 +147,10 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
         context_ids, spans = _encode(contexts, tokenizer, bar)
         question_ids, _ = _encode([q.text for q in questions], tokenizer, bar)
     tokens = Tokens(Ragged.of(question_ids), Ragged.of(context_ids), Ragged.of(spans, (2,)))
-    arrays = {f"{part}_{name}": getattr(getattr(tokens, part), name) for part in parts for name in ("values", "starts")}
-    temporary = cached.with_name(f"{cached.stem}.{os.getpid()}.tmp.npz")
+    ragged: dict[str, Ragged] = {part: getattr(tokens, part) for part in parts}
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **arrays)
-        os.replace(temporary, cached)
+        keep_arrays(cached, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         log.warning(f"the tokens of {path.name} could not be kept in {cached.parent} ({error.strerror})")
     return tokens
 

@@ -11,6 +11,7 @@ from qat_runner.config import (
     BASELINE,
     TORCHVISION,
     Config,
+    Decode,
     Resume,
     baseline_of,
     differences,
@@ -54,6 +55,8 @@ def preflight(config: Config) -> Path:
     device = find_device(config.device)
     if config.compile and device.type == "cpu" and not compiled.available():
         raise ConfigError("compile=true: needs a C++ compiler, and there is none here")
+    if config.dataset.decode == Decode.gpu and device.type != "cuda":
+        raise ConfigError(f"dataset.decode=gpu: needs a CUDA device, and device={config.device} is the CPU")
     world = ranks.world_size()
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")

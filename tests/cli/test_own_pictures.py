@@ -18,6 +18,7 @@ FOLDERS = ["dataset=imagefolder", "data_dir=data", "dataset.image_size=8", "data
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder data, with two classes, one of which has a name of bytes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     for split in ("train", "val"):
         for name in (b"a", b"b\xff"):
             folder = tmp_path / "data" / split / os.fsdecode(name)
@@ -69,3 +70,16 @@ def test_what_can_be_known_before_leaves_nothing(data: Path, capsys: pytest.Capt
     told = capsys.readouterr().err
     assert told.startswith("qat-run: dataset=") and told.count("\n") == 1
     assert sorted(data.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("dataset.resizing=tensor", "dataset.decode=gpu: needs a CUDA device, and device=cpu is the CPU"),
+        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor where dataset.decode=gpu"),
+    ],
+)
+def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, told: str) -> None:
+    assert main([*SMALL, *FOLDERS, "device=cpu", "dataset.decode=gpu", asked]) == 2
+    assert capsys.readouterr().err.startswith(f"qat-run: {told}")
+    assert not (data.parent / "run").exists()

@@ -40,6 +40,7 @@ WORDS = {
     "dataset.augment": ["none", "crop", "crop_flip", "mixup"],
     "dataset.padding": ["longest", "max_length", "none"],
     "dataset.resizing": ["pillow", "tensor", "none"],
+    "dataset.decode": ["cpu", "gpu", "none"],
     "model.stem": ["auto", "small", "imagenet", "large"],
     "model.checkpoint": ["bert", "null", "nowhere/at/all", "."],
     "recipe.distill": ["none", "full_precision", "half"],

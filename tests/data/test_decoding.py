@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from qat_runner.data.batches import WHOLE
 from qat_runner.data.brightness import as_bytes
-from qat_runner.data.decoding import SUFFIXES, read_picture, read_pixels
+from qat_runner.data.decoding import SUFFIXES, decode_picture, decode_pixels
 from qat_runner.data.folder import FolderSource
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -36,8 +36,8 @@ def three(greys: Any) -> Any:
 def read(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = read_picture(str(path))
-        pixels = read_pixels(str(path))
+        picture = decode_picture(path.read_bytes())
+        pixels = decode_pixels(path.read_bytes())
     assert picture.mode == "RGB"
     np.testing.assert_array_equal(pixels.permute(1, 2, 0), picture)
     return np.asarray(picture)
@@ -287,7 +287,7 @@ def test_the_middle_of_a_long_picture_is_seen(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(BAD["PostScript"][0]())
     with pytest.raises(UnidentifiedImageError):
-        read_picture(str(tmp_path / "0.jpg"))
+        decode_picture((tmp_path / "0.jpg").read_bytes())
 
 
 BYTES = arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(0, 255))

@@ -1,5 +1,6 @@
 """Batches of folders of pictures: against torchvision's own transforms, and by workers that live on."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from qat_runner.data.batches import WHOLE
-from qat_runner.data.decoding import read_picture, read_pixels
+from qat_runner.data.batches import WHOLE, Shard
+from qat_runner.data.decoding import decode_picture, decode_pixels
 from qat_runner.data.folder import FolderSource
+from qat_runner.errors import RunError
 
 SIZES = [(500, 375), (375, 500), (140, 333), (64, 48), (300, 90)]
 
@@ -44,9 +46,9 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
     content = (photographs / "train" / "a" / "0.jpg").read_bytes()
     (tmp_path / "0.jpg").write_bytes(content[: int(cut * len(content))])
     with pytest.raises(OSError, match=r".") as by_pillow:
-        read_picture(str(tmp_path / "0.jpg"))
+        decode_picture((tmp_path / "0.jpg").read_bytes())
     with pytest.raises(OSError, match=r".") as on_tensors:
-        read_pixels(str(tmp_path / "0.jpg"))
+        decode_pixels((tmp_path / "0.jpg").read_bytes())
     assert str(on_tensors.value) == str(by_pillow.value)
 
 
@@ -64,7 +66,7 @@ def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
             assert x.equal(seen) and y == label
 
     check(0)
-    (workers,) = [source._train._loader._iterator._workers]
+    (workers,) = [source._splits["train"]._loader._iterator._workers]
     assert len(workers) <= 2
     under_way = source.train(1, 7, 1, range(5), WHOLE)
     first = next(under_way)
@@ -76,5 +78,41 @@ def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
     del cut_off
     check(3, start=2)
     check(4, start=1, end=4)
-    assert source._train._loader._iterator._workers == workers
+    assert source._splits["train"]._loader._iterator._workers == workers
     assert all(worker.is_alive() for worker in workers)
+
+
+def test_a_device_decodes_what_workers_do(photographs: Path, tmp_path: Path) -> None:
+    """The CPU as the device: its pixels, its chance and its troubles are those of dataset.decode=cpu."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for file in (photographs / split / "a").iterdir():
+            shutil.copy(file, tmp_path / split / "a")
+        Image.new("RGB", (50, 40), (9, 99, 200)).save(tmp_path / split / "a" / "6.png")
+        turned = Image.Exif()
+        turned[274] = 6
+        Image.open(photographs / split / "a" / "0.jpg").save(tmp_path / split / "a" / "7.jpg", exif=turned)
+        (tmp_path / split / "a" / "8.jpg").write_bytes((photographs / split / "a" / "0.jpg").read_bytes()[:5000])
+        (tmp_path / split / "a" / "9.jpg").write_bytes(b"no picture")
+    sources = [FolderSource(tmp_path, 24, workers, skip_corrupt=True, resizing="tensor") for workers in (0, 0, 2)]
+    for source in sources[1:]:
+        source.decode_on(torch.device("cpu"))
+    before = torch.get_rng_state()
+    for usual, *others in zip(
+        *([*s.train(4, 5, 1, range(2), Shard(1, 2)), *s.val(5, range(2), WHOLE)] for s in sources), strict=True
+    ):
+        for pictures, labels in others:
+            assert pictures.equal(usual[0]) and labels.equal(usual[1])
+    assert sources[0].corrupt == sources[1].corrupt == sources[2].corrupt and len(sources[0].corrupt) == 3
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_picture_that_is_gone_and_a_device(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs, tmp_path, dirs_exist_ok=True)
+    source = FolderSource(tmp_path, 24, 0, resizing="tensor")
+    source.decode_on(torch.device("cpu"))
+    (tmp_path / "val" / "a" / "1.jpg").unlink()
+    with pytest.raises(
+        RunError, match=r"a/1\.jpg cannot be decoded \(No such file or directory\); dataset\.skip_corrupt"
+    ):
+        next(source.val(2, range(1), WHOLE))

@@ -1,19 +1,23 @@
 """Folders of pictures, as people and their systems leave them."""
 
 import os
+import pickle
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from qat_runner.data import kept, listing
 from qat_runner.data.folder import FolderSource
-from qat_runner.data.listing import class_folders, list_pictures, printable
+from qat_runner.data.listing import Listing, class_folders, list_pictures, printable
 
 NAMES = st.text("ab-_. é🙂\n0", min_size=1, max_size=4).filter(lambda name: not name.startswith("."))
 
@@ -37,8 +41,9 @@ def test_order_and_classes_are_those_of_torchvision(files: set[tuple[str, tuple[
         else:
             ours = list_pictures(Path(place))
             assert ours.classes == theirs.classes == class_folders(Path(place))
-            assert ours.samples == theirs.samples
-            assert ours.passed_over.by_suffix.total() == sum(suffix == ".txt" for *_, suffix in files)
+            assert [(ours.name(i), label) for i, label in enumerate(ours.labels)] == theirs.samples
+            texts = sum(suffix == ".txt" for *_, suffix in files)
+            assert ours.passed_over == (f"{texts} without a picture's suffix (.txt)" if texts else "")
 
 
 def make(root: Path) -> None:
@@ -155,7 +160,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: [(_made(r / f"val/{name}") / "0.jpg").touch() for name in ("A", "c")],
         "must have the same class folders: val/ has A, train/ not",
     ),
-    "no classes": (lambda r: [(r / "val" / n).rename(r / n) for n in "ab"], "val has no class folders"),
+    "no classes": (
+        lambda r: [(r / "val" / n).rename(r / n) for n in "ab"],
+        "there must lie train/ and val/ with a folder of pictures for each class, or tar shards",
+    ),
     "a class that leads upwards": (lambda r: (r / "val/c").symlink_to(r / "val"), "without pictures: c"),
     "a class that leads to everything": (lambda r: (r / "val/c").symlink_to("/"), "without pictures: c"),
     "a name of bytes": (lambda r: _raw(r / "val"), r"train/ has b, val/ not"),
@@ -188,6 +196,112 @@ def test_a_folder_that_is_closed_to_us_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(ValueError, match=r"train/b cannot be read \(Permission denied\)"):
         list_pictures(tmp_path / "train")
+
+
+def fields(listing: Listing) -> dict[str, object]:
+    return {key: array.tolist() for key, array in listing.arrays().items()}
+
+
+CHANGED = CARELESS | {
+    "a picture is gone": (lambda r: (r / "val/a/1.png").unlink(), 2, ""),
+    "a link leads to nothing": (lambda r: (r / "to").unlink(), 2, ""),
+    "a link leads elsewhere": (lambda r: ((r / "to").unlink(), (r / "to").symlink_to("val")), 2, ""),
+    "a picture behind a link is gone": (lambda r: (r / "one.jpg").unlink(), 2, ""),
+    "a picture behind a link is there": (lambda r: (r / "two.jpg").touch(), 2, ""),
+    "a link that led in a circle leads to others": (
+        lambda r: ((r / "back").unlink(), (r / "back").symlink_to(r / "to")),
+        2,
+        "",
+    ),
+    "a folder with the name of a picture": (
+        lambda r: (r / "val/a/0.jpg").rename(_made(r / "val/a/2.jpg") / "x"),
+        2,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_kept_listing_holds_until_something_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever is done to a folder, it is seen as without a cache."""
+    monkeypatch.setattr(kept, "SETTLED", 0)
+    make(tmp_path)
+    split, far = tmp_path / "val", _made(tmp_path / "far")
+    for path in (far / "x.jpg", tmp_path / "one.jpg", split / "a" / "1.png"):
+        path.touch()
+    links = {"to": far, "back": split / "a", "val/a/far": "../../to", "val/a/circle": "../../back"}
+    links |= {"val/a/one.jpg": "../../one.jpg", "val/a/two.jpg": "../../two.jpg"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    tick()
+    first = fields(list_pictures(split))
+    assert len([*cache.iterdir()]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", None)  # no folder is read
+        assert fields(list_pictures(split)) == first
+    CHANGED[name][0](tmp_path)
+    tick()
+    seen = fields(list_pictures(split))
+    for file in cache.iterdir():
+        file.unlink()
+    assert seen == fields(list_pictures(split))
+
+
+def tick() -> None:
+    """Let the clock of the file system move on."""
+    time.sleep(0.01)
+
+
+def test_what_has_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
+    """It might change again under the same time."""
+    make(tmp_path)
+    list_pictures(tmp_path / "val")
+    assert not [*cache.iterdir()]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "a byte", "other arrays", "labels", "firsts", "pickled"])
+def test_a_damaged_listing_is_made_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(kept, "SETTLED", 0)
+    make(tmp_path)
+    tick()
+    first = fields(list_pictures(tmp_path / "val"))
+    (file,) = cache.iterdir()
+    content, arrays = file.read_bytes(), kept.kept_arrays(file)
+    match damage:
+        case "cut" | "empty":
+            file.write_bytes(content[: 0 if damage == "empty" else -100])
+        case "a byte":
+            at = content.index(b"0.jpg")
+            file.write_bytes(content[:at] + b"1" + content[at + 1 :])
+        case "other arrays":
+            np.savez(file, names=np.zeros(3))
+        case "pickled":
+            np.savez(file, **arrays | {"labels": np.array([print, None])})
+        case _:
+            np.savez(file, **arrays | {damage: arrays[damage] + 7})
+    assert fields(list_pictures(tmp_path / "val")) == first
+    assert fields(Listing.kept("val", kept.kept_arrays(file))) == first
+
+
+def test_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "SETTLED", 0)
+    monkeypatch.setattr(listing, "cache_folder", lambda: tmp_path / "train" / "a" / "0.jpg" / "cache")
+    make(tmp_path)
+    tick()
+    assert len(list_pictures(tmp_path / "val").labels) == 2
+
+
+def test_a_listing_is_flat(tmp_path: Path) -> None:
+    """A million pictures take what their names do: no object of Python's for each, which every worker would copy."""
+    for name in ("a", "b"):
+        _made(tmp_path / name)
+        for i in range(300):
+            (tmp_path / name / f"{i:030}.jpg").touch()
+    assert len(pickle.dumps(list_pictures(tmp_path))) < 600 * (34 + 8 + 4) + 2000
 
 
 def test_names_on_one_line() -> None:

@@ -26,12 +26,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(str(tiny_bert(tmp_path_factory.mktemp("bert"))))
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.fixture
 def data(tmp_path: Path, tokenizer: Any) -> SquadData:
     return read(tiny_squad(tmp_path / "squad"), CONFIG, Delivery(CPU, seed=3, tokenizer=tokenizer))

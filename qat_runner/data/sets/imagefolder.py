@@ -1,6 +1,7 @@
-"""Pictures of the user's own, in class folders."""
+"""Pictures of the user's own: class folders, tar shards or parquet files."""
 
 from qat_runner.data.dataset import Dataset
-from qat_runner.data.pictures import FOLDERS, holds_class_folders, in_class_folders, pictures
+from qat_runner.data.layouts import CONTENT
+from qat_runner.data.pictures import holds_pictures, in_folder, pictures
 
-DATASET = Dataset("classification", pictures(in_class_folders), holds=holds_class_folders, content=FOLDERS)
+DATASET = Dataset("classification", pictures(in_folder), holds=holds_pictures, content=CONTENT)

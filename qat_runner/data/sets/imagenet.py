@@ -1,4 +1,4 @@
-"""ILSVRC2012 in class folders."""
+"""ILSVRC2012: class folders, tar shards, or the parquet files of the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS, prepare_imagenet
-from qat_runner.data.pictures import FOLDERS, holds_class_folders, in_class_folders, pictures
+from qat_runner.data.layouts import CLASS_FOLDERS, CONTENT, find_layout
+from qat_runner.data.pictures import holds_pictures, in_folder, pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> FolderSource:
@@ -15,9 +16,9 @@ def read(folder: Path, config: DatasetConfig) -> FolderSource:
     Raises:
         ValueError: the classes are not ImageNet's, or as `FolderSource`.
     """
-    source = in_class_folders(folder, config)
+    source = in_folder(folder, config)
     ends = source.classes[0], source.classes[-1]
-    if ends != (FIRST_CLASS, LAST_CLASS):
+    if find_layout(folder) == CLASS_FOLDERS and ends != (FIRST_CLASS, LAST_CLASS):
         raise ValueError(
             f"the first and last class folders are {ends[0]} and {ends[1]}, not {FIRST_CLASS} and {LAST_CLASS}; "
             f"dataset=imagefolder takes any"
@@ -28,8 +29,8 @@ def read(folder: Path, config: DatasetConfig) -> FolderSource:
 DATASET = Dataset(
     "classification",
     pictures(read),
-    holds=holds_class_folders,
-    content=FOLDERS,
+    holds=holds_pictures,
+    content=CONTENT,
     fetch=prepare_imagenet,
     fetching="makes them from the official tar files",
 )

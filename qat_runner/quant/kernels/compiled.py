@@ -418,10 +418,15 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def cache_folder() -> Path:
-    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder; one of this process alone if that cannot be written."""
+def chosen_cache() -> Path:
+    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder, whether it can be written or not."""
     base = os.environ.get("QAT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qat_runner"
-    folder = Path(base).expanduser()
+    return Path(base).expanduser()
+
+
+def cache_folder() -> Path:
+    """`chosen_cache`, or a folder of this process alone if that cannot be written."""
+    folder = chosen_cache()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return folder if os.access(existing, os.W_OK) else Path(_private().name)
 

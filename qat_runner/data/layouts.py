@@ -1,0 +1,163 @@
+"""How a data set of pictures may lie on the disk: found by looking, read in one way."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qat_runner.data.listing import class_folders, list_pictures, printable
+from qat_runner.data.parquet import as_shards
+from qat_runner.data.shards import read_shards
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid")}
+"""Words for each in the names of files and folders."""
+
+NAMES = ("classes.txt", "classnames.txt")
+"""A file of the names of classes, one a line, is called so."""
+
+CONTENT = (
+    "train/ and val/ with a folder of pictures for each class, or tar shards (train-0000.tar ..., val-0000.tar ...), "
+    "or parquet files (train-00000-of-00294.parquet ..., validation-00000-of-00014.parquet ..., also in data/)"
+)
+
+
+CLASS_FOLDERS, TAR_SHARDS, PARQUET_FILES = "class folders", "tar shards", "parquet files"
+
+
+class Pictures(Protocol):
+    """The pictures of one split in their own order, which is the same in all layouts: by class, then by name."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Class of each, [N]."""
+
+    @property
+    def passed_over(self) -> str:
+        """What lies among them and is none."""
+
+    def name(self, index: int) -> str:
+        """What a message calls a picture."""
+
+    def content(self, index: int) -> bytes:
+        """What a file of it would hold.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Both splits, train and val, of a data set; each has pictures of every class."""
+
+    classes: list[str]
+    splits: Mapping[str, Pictures]
+    note: str = ""
+
+
+def read_pictures(folder: Path) -> Stored:
+    """The pictures of a folder in any of the layouts.
+
+    Raises:
+        ValueError: it has none of them, or several; or what lies there is damaged or does not belong together.
+        OSError: it cannot be read.
+    """
+    layout = find_layout(folder)
+    if layout is None:
+        raise ValueError(f"there must lie {CONTENT}")
+    return _READ[layout](folder)
+
+
+def find_layout(folder: Path) -> str | None:
+    """Which of the layouts a folder has, by the names in it; None: none.
+
+    Raises:
+        ValueError: several.
+        OSError: it cannot be read.
+        ModuleNotFoundError: it needs an extra.
+    """
+    found = [layout for layout in _READ if _has(layout, folder)]
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(found)} lie side by side, of which one has to go: there must lie {CONTENT}")
+    if found == [PARQUET_FILES] and find_spec("pyarrow") is None:
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+    return found[0] if found else None
+
+
+def _has(layout: str, folder: Path) -> bool:
+    if layout == CLASS_FOLDERS:
+        return all((folder / split).is_dir() and class_folders(folder / split) for split in SPLITS)
+    return all(_files(folder, "tar" if layout == TAR_SHARDS else "parquet").values())
+
+
+def _files(folder: Path, suffix: str) -> dict[str, list[Path]]:
+    """The tar or parquet files of each split, by name."""
+    return {split: sorted(_files_of(folder, suffix, words)) for split, words in SPLITS.items()}
+
+
+def _files_of(folder: Path, suffix: str, words: Sequence[str]) -> Iterator[Path]:
+    """A numbered file named after a split, or one with its very name; in a folder of that name, any numbered file."""
+    number, ending = r"\d+(-of-\d+)?", rf"\.{suffix}(\.gz|\.bz2|\.xz|\.zst)?"  # of which the last is refused in words
+    named = rf"((.*[-_.])?({'|'.join(words)})[-_.]?{number}|{'|'.join(words)})"
+    for place in (folder, folder / "data", *(folder / word for word in words)):
+        pattern = re.compile(f"({named}|{number}){ending}" if place.name in words else f"{named}{ending}")
+        if place.is_dir():
+            yield from (path for path in place.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+
+
+def _read_class_folders(folder: Path) -> Stored:
+    listings = {split: list_pictures(folder / split) for split in SPLITS}
+    train, val = (listing.classes for listing in listings.values())
+    for name in sorted({*train} ^ {*val}):
+        here, there = ("train", "val") if name in train else ("val", "train")
+        raise ValueError(
+            f"train/ and val/ must have the same class folders: {here}/ has {printable(name)}, {there}/ not"
+        )
+    return Stored(train, listings)
+
+
+def _read_tar_shards(folder: Path) -> Stored:
+    return _of_shards(_files(folder, "tar"), _names(folder))
+
+
+def _read_parquet_files(folder: Path) -> Stored:
+    shards = as_shards(_files(folder, "parquet"))
+    stored = _of_shards(_files(shards, "tar"), _names(folder) or _names(shards))
+    return replace(stored, note=f"read from the tar shards in {printable(str(shards))}, made of the parquet files")
+
+
+def _of_shards(files: Mapping[str, Sequence[Path]], names: list[str] | None) -> Stored:
+    """Shards of both splits, with the names of their classes; None: their numbers."""
+    splits = {split: read_shards(paths) for split, paths in files.items()}
+    count = 1 + max(int(pictures.labels.max()) for pictures in splits.values()) if names is None else len(names)
+    for split, pictures in splits.items():
+        found = np.unique(pictures.labels)
+        if found[-1] >= count:
+            raise ValueError(f"{split}: a picture is of class {found[-1]}, and {NAMES[0]} names 0 to {count - 1}")
+        for missing in np.setdiff1d(np.arange(count), found):
+            raise ValueError(f"{split}: class {missing} has no pictures, of classes 0 to {count - 1}")
+    return Stored([*map(str, range(count))] if names is None else names, splits)
+
+
+def _names(folder: Path) -> list[str] | None:
+    """The names of classes in a folder's file of them.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    for name in NAMES:
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8").splitlines()
+    return None
+
+
+_READ: dict[str, Callable[[Path], Stored]] = {
+    CLASS_FOLDERS: _read_class_folders,
+    TAR_SHARDS: _read_tar_shards,
+    PARQUET_FILES: _read_parquet_files,
+}

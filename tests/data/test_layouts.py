@@ -1,0 +1,328 @@
+"""The same pictures as class folders, as tar shards and as parquet files."""
+
+import gzip
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from qat_runner.cli import _OF_EXTRAS
+from qat_runner.config import DatasetConfig
+from qat_runner.data import Delivery, load_dataset, shards
+from qat_runner.data import parquet as parquet_files
+from qat_runner.data.batches import Shard
+from qat_runner.data.folder import FolderSource
+from qat_runner.data.layouts import CONTENT, find_layout, read_pictures
+from qat_runner.data.registry import find_dataset
+from qat_runner.errors import ConfigError
+
+CONFIG = DatasetConfig(name="imagefolder", image_size=8, mean=[0.5], std=[0.25], workers=0)
+CLASSES = ["ant", "bee", "cat"]
+COLUMNS = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
+Samples = list[tuple[str, bytes, int]]
+
+
+def samples(folder: Path, split: str) -> Samples:
+    """Name, content and label of each picture in class folders, in another order than theirs."""
+    found = [(path.name, path.read_bytes(), CLASSES.index(path.parent.name)) for path in folder.glob(f"{split}/*/*")]
+    order = np.random.default_rng(1).permutation(len(found))
+    return [sorted(found)[i] for i in order]
+
+
+def members(some: Samples, *, suffix: str = "cls") -> Iterator[tuple[str, bytes]]:
+    for name, content, label in some:
+        yield name, content
+        told = str(label) if suffix == "cls" else json.dumps({"label": label, "width": 9})
+        yield f"{name.partition('.')[0]}.{suffix}", told.encode()
+
+
+def write_tar(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_parquet(path: Path, some: Samples, names: list[str] | None = CLASSES) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"image": {"bytes": content, "path": name}, "label": label} for name, content, label in some]
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    parquet.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(told)), path, row_group_size=3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The three layouts of nine training and six validation pictures, JPEGs and PNGs."""
+    root, random = tmp_path_factory.mktemp("layouts"), np.random.default_rng(0)
+    plain, tars, hub = (root / name for name in ("plain", "tars", "hub"))
+    for split, count in (("train", 3), ("val", 2)):
+        for name in CLASSES:
+            (plain / split / name).mkdir(parents=True)
+            for i in range(count):
+                smooth = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((40, 30 + i))
+                smooth.save(plain / split / name / f"{name}_{9 + i}{'.JPEG' if i else '.png'}")
+    for split, word in (("train", "train"), ("val", "validation")):
+        some = samples(plain, split)
+        write_tar(tars / f"things-{word}-0000.tar", members(some[:4]))
+        write_tar(tars / f"things-{word}-0001.tar", members(some[4:], suffix="json"))
+        write_parquet(hub / "data" / f"{word}-00000-of-00002.parquet", some[:5])
+        write_parquet(hub / "data" / f"{word}-00001-of-00002.parquet", some[5:])
+    return {"class folders": plain, "tar shards": tars, "parquet files": hub}
+
+
+def batches(folder: Path, workers: int, shard: Shard, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    source = FolderSource(folder, 16, workers)
+    return [
+        *source.train(4, 3, 0, range(start, 2), shard),
+        *source.train(4, 3, 1, range(2), shard),
+        *source.val(4, range(2), shard),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["tar shards", "parquet files"])
+@pytest.mark.parametrize(("workers", "shard", "start"), [(0, Shard(), 1), (2, Shard(), 0), (0, Shard(1, 2), 0)])
+def test_batches_are_the_same_in_every_layout(
+    folders: dict[str, Path], layout: str, workers: int, shard: Shard, start: int
+) -> None:
+    usual = batches(folders["class folders"], 0, shard, start)
+    for (pictures, labels), (same, kinds) in zip(usual, batches(folders[layout], workers, shard, start), strict=True):
+        assert pictures.equal(same) and labels.equal(kinds)
+
+
+def test_layouts_are_found_by_looking(folders: dict[str, Path], tmp_path: Path) -> None:
+    for layout, folder in folders.items():
+        assert find_layout(folder) == layout
+    assert find_layout(tmp_path) is None
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "train/n01440764.tar", "train-0000.tar.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_layout(tmp_path) is None
+    for name in ("train/00000.tar", "validation/00000.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_layout(tmp_path) == "tar shards"
+
+
+def test_two_layouts_or_none_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not found in data_dir=") as none:
+        find_dataset(CONFIG, str(tmp_path))
+    shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(folders["parquet files"], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="tar shards and parquet files lie side by side, of which one has") as both:
+        find_dataset(CONFIG, str(tmp_path))
+    for refused in (none, both):
+        assert CONTENT in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_parquet_files_need_an_extra(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qat_runner.data.layouts.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError) as missing:
+        find_layout(folders["parquet files"])
+    assert _OF_EXTRAS[missing.value.name] == "parquet"
+    assert find_layout(folders["tar shards"]) == "tar shards"
+
+
+def test_names_of_classes(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert read_pictures(folders["class folders"]).classes == CLASSES
+    assert read_pictures(folders["tar shards"]).classes == ["0", "1", "2"]
+    assert read_pictures(folders["parquet files"]).classes == CLASSES
+    for layout in ("tar shards", "parquet files"):
+        named = tmp_path / layout
+        shutil.copytree(folders[layout], named)
+        (named / "classes.txt").write_text("Ameise\nBiene\nKatze\n")
+        assert read_pictures(named).classes == ["Ameise", "Biene", "Katze"]
+        (named / "classes.txt").write_text("Ameise\nBiene\n")
+        with pytest.raises(ValueError, match=r"train: a picture is of class 2, and classes\.txt names 0 to 1"):
+            read_pictures(named)
+        (named / "classes.txt").write_text("Ameise\nBiene\nKatze\nDachs\n")
+        with pytest.raises(ValueError, match=r"train: class 3 has no pictures, of classes 0 to 3"):
+            read_pictures(named)
+
+
+def test_an_index_is_kept_until_a_shard_changes(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folders["tar shards"].glob("*train*"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr("qat_runner.data.kept.SETTLED", -(10**12))
+    paths = sorted(tmp_path.glob("*.tar"))
+    first = shards.read_shards(paths)
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)
+        again = shards.read_shards(paths)
+    assert [again.content(i) for i in range(9)] == [first.content(i) for i in range(9)]
+    write_tar(paths[1], members([("z.png", b"new", 1)]))
+    changed = shards.read_shards(paths)
+    (new,) = (i for i in range(5) if changed.name(i) == f"{paths[1]}/z.png")
+    assert (len(changed.labels), changed.labels[new], changed.content(new)) == (5, 1, b"new")
+    copy = pickle.loads(pickle.dumps(changed))
+    assert not copy._open and changed._open and copy.content(new) == b"new"
+
+
+def test_few_shards_are_open_at_a_time(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "OPEN", 1)
+    pictures = read_pictures(folders["tar shards"]).splits["train"]
+    plain = read_pictures(folders["class folders"]).splits["train"]
+    for i in range(9):
+        assert pictures.content(i) == plain.content(i)
+        assert len(pictures._open) == 1
+
+
+def _cut(at: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:at])
+
+
+BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "compressed": (
+        lambda p: p.write_bytes(gzip.compress(p.read_bytes())),
+        r"train-0\.tar is compressed by gzip, so that nothing in it can be read without all before it",
+    ),
+    "compressed by name": (
+        lambda p: p.with_name("train-1.tar.gz").write_bytes(gzip.compress(p.read_bytes())),
+        r"train-1\.tar\.gz is compressed by gzip",
+    ),
+    "empty": (lambda p: p.write_bytes(b""), "is no tar file, or damaged"),
+    "text": (lambda p: p.write_text("<html>404 Not Found</html>" * 99), "is no tar file, or damaged"),
+    "cut in a picture": (_cut(600), r"train-0\.tar is (cut short|no tar file,) or damaged"),
+    "cut in a head": (_cut(1100), r"train-0\.tar is (cut short|no tar file,) or damaged"),
+    "cut between members": (_cut(1024), r"train-0\.tar is cut short or damaged"),
+    "damaged": (
+        lambda p: p.write_bytes(p.read_bytes()[:1024] + b"x" * 512 + p.read_bytes()[1536:]),
+        "is cut short or damaged",
+    ),
+    "no label": (
+        lambda p: write_tar(p, iter([("a.jpg", b"")])),
+        r'a\.jpg has no class: there is neither a\.cls, which holds its number, nor a\.json with a "label"',
+    ),
+    "no number": (
+        lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"cat")])),
+        r"a\.cls holds 'cat', which is not the number of a class, 0 to 99999",
+    ),
+    "negative": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"-1")])), "holds '-1'"),
+    "another json": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.json", b"[1]")])), "has no class"),
+    "two pictures": (
+        lambda p: write_tar(p, iter([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")])),
+        "two pictures are called a",
+    ),
+    "no pictures": (
+        lambda p: write_tar(p, iter([("a.txt", b""), ("._b", b"")])),
+        r"hold no pictures \(passed over 1 hidden; 1 without a picture's suffix \(\.txt\)\)",
+    ),
+    "classes from 1": (
+        lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"1")])),
+        "train: class 0 has no pictures, of classes 0 to 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARDS)
+def test_bad_shards_are_told_in_a_sentence(tmp_path: Path, name: str) -> None:
+    change, message = BAD_SHARDS[name]
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}-0.tar", members([("a.jpg", b"a", 0), ("b.jpg", b"b", 0)]))
+    change(tmp_path / "train-0.tar")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_dataset(CONFIG, str(tmp_path), Delivery(torch.device("cpu"), seed=0))
+    assert str(caught.value).isprintable()
+
+
+def test_what_is_passed_over_in_shards_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
+    write_tar(tmp_path / "things-train-0002.tar", iter([("a.heic", b""), ("a.cls", b"0"), ("b/.DS_Store", b"")]))
+    with tarfile.open(tmp_path / "things-train-0002.tar", "a") as tar:
+        info = tarfile.TarInfo("c.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(info)
+    told = (
+        "train/: passed over 1 hidden; 2 without a picture's suffix (.cls, .heic); 1 that are neither files nor folders"
+    )
+    assert any(note.startswith(told) for note in FolderSource(tmp_path, 8, 0).notes)
+
+
+def test_parquet_files_are_made_into_shards_once(
+    folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = parquet_files._rows, []
+
+    def broken(path: Path) -> Iterator[tuple[str, bytes, int]]:
+        calls.append(path.name)
+        for number, row in enumerate(original(path)):
+            if len(calls) == 2 and number == 2:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(parquet_files, "_rows", broken)
+    with pytest.raises(KeyboardInterrupt):
+        read_pictures(folders["parquet files"])
+    (made,) = cache.glob("parquet_*")
+    assert sorted(path.name for path in made.iterdir()) == ["classes.txt", "lock", "train-00000.tar"]
+    stored = read_pictures(folders["parquet files"])
+    assert len(calls) == 5  # the one that was whole is not made again
+    assert stored.note == f"read from the tar shards in {made}, made of the parquet files"
+    read_pictures(folders["parquet files"])
+    assert len(calls) == 5
+    assert find_layout(made) == "tar shards"  # of which anyone can make use
+
+
+def test_names_of_the_hub_are_those_of_imagenet(tmp_path: Path) -> None:
+    """In whose order of names, too: n01440764_1002.JPEG comes before n01440764_10026.JPEG."""
+    hub = ["n01440764_10026_n01440764.JPEG", "n01440764_1002_n01440764.JPEG"]
+    assert sorted(parquet_files._names(hub)) == ["n01440764_1002.JPEG", "n01440764_10026.JPEG"]
+    assert parquet_files._names(["a.jpg", "x/a.jpg"]) == ["00000000.jpg", "00000001.jpg"]
+    assert parquet_files._names([None, "a.b.png"]) == ["00000000.jpg", "00000001.png"]
+    assert parquet_files._names(["a.b.png", "c"]) == ["a_b.png", "c.jpg"]
+    assert parquet_files._names([]) == []
+
+
+BAD_PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (_cut(300), "is no parquet file, or damaged"),
+    "other columns": (
+        lambda p: parquet.write_table(pa.table({"image": ["a"]}), p),
+        r"must have the columns image \(struct<bytes: binary, path: string>\) and label \(a whole number\), and has "
+        r"image \(string\) and label \(missing\)",
+    ),
+    "no picture": (
+        lambda p: parquet.write_table(pa.table({"image": [{"path": "a"}], "label": [0]}, COLUMNS), p),
+        "row 0 holds no picture",
+    ),
+    "no label": (lambda p: write_parquet(p, [("a", b"", 0), ("b", b"", -1)]), "row 1 holds no label"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARQUET)
+def test_bad_parquet_files_are_told_in_a_sentence(tmp_path: Path, cache: Path, name: str) -> None:
+    change, message = BAD_PARQUET[name]
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / f"{split}-0.parquet", [("a.jpg", b"a", 0)])
+    change(tmp_path / "train-0.parquet")
+    with pytest.raises(ConfigError, match=message):
+        load_dataset(CONFIG, str(tmp_path), Delivery(torch.device("cpu"), seed=0))
+    assert not [*cache.glob("*/*.part")]
+
+
+def test_a_cache_folder_that_is_too_small_or_closed(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"GB are needed, 0\.0 are free\); QAT_CACHE_DIR names another cache folder"):
+        read_pictures(folders["parquet files"])
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        ValueError, match=r"cannot be made of its parquet files in .*file/cache/parquet_.*; QAT_CACHE_DIR"
+    ):
+        read_pictures(folders["parquet files"])
