@@ -1,16 +1,16 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.attention import quantize_attention, restore_attention
-from qat_runner.insertion.columns import columns
+from qat_runner.insertion.attention import EAGER, attention_of, quantize_attention, restore_attention
 from qat_runner.insertion.layers import (
     LAYERS,
     QuantMatmul,
@@ -22,9 +22,12 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     restore,
 )
+from qat_runner.insertion.products import Product, rest
+from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
+from qat_runner.insertion.unchanged import computed, computed_by_modules, difference, first_difference, tolerance
 from qat_runner.policy import Policy, PolicyError, TensorPolicy
-from qat_runner.quant import ClippingMethod, IntAffineFormat, IntFormat, Quantizer, Range
+from qat_runner.quant import ClippingMethod, Quantizer
 
 
 class QuantizationWarning(UserWarning):
@@ -33,6 +36,9 @@ class QuantizationWarning(UserWarning):
 
 POLICY = "quantization_policy"
 """Attribute of a quantized model: its policy, ends named."""
+
+PRODUCTS = "quantization_products"
+"""Attribute of a quantized model that was seen at work: its products of tensors."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def quantize_model(
 
     Raises:
         ValueError, TypeError: an argument out of range, a rule that is about no tensor, nothing to quantize, or
-            quantizers already there.
+            quantizers already there; on the example, the network with its quantizers switched off computes something
+            else than before: to the last bit, or, where transformers' attention was another one than "eager", by more
+            than the root of the precision of its numbers. The model is left without quantizers then.
 
     Warns:
         QuantizationWarning: what is left in full precision, or is shared: named, a sentence each.
@@ -108,10 +116,13 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
+    inputs = None if example is None else example if isinstance(example, tuple) else (example,)
+    other_attention = attention_of(model) - {EAGER}
+    before = None if inputs is None or not other_attention else computed(model, inputs)
     quantize_attention(model)
     try:
         layers |= dict(each(model, lambda m: isinstance(m, QuantMatmul)))
-        seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
+        seen = None if inputs is None else trace(model, *inputs)
         ends = _ends(layers, seen)
         chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
         quantizers = {name: _quantizers(layers[name], tensors) for name, tensors in chosen.items() if name in layers}
@@ -125,15 +136,45 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
             module.register_forward_pre_hook(_no_fast_path)
+    setattr(model, POLICY, policy.with_ends(ends))
+    if inputs is not None and seen is not None:
+        _check_unchanged(model, inputs, tensors_of(seen.output) if before is None else before, bool(other_attention))
     for name, note in notes.items():
         if not all(tensor.full_precision for tensor in chosen[name].values()):
             _warn(note)
-    setattr(model, POLICY, policy.with_ends(ends))
     if seen is not None:
         _decide(model, seen)
     else:
         model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
     return model
+
+
+def _check_unchanged(
+    model: nn.Module, inputs: tuple[Any, ...], before: Sequence[Tensor | None], other_attention: bool
+) -> None:
+    """Refuse a model, and take its quantizers out, if it computes something else on inputs than before with them off.
+
+    Args:
+        model: with quantizers.
+        inputs: of its forward.
+        before: what it computed then.
+        other_attention: whether its attention is a function of another name now, which may round otherwise.
+    """
+    allowed = tolerance(model) if other_attention else 0.0
+    with quantizers_disabled(model):
+        now = computed(model, inputs)
+        found = difference(before, now, allowed)
+        if found is not None and difference(now, computed(model, inputs), 0) is not None:  # it never repeats itself
+            allowed = tolerance(model)
+            found = difference(before, now, allowed)
+        if found is None:
+            return
+        ours = computed_by_modules(model, inputs)
+    remove_quantizers(model)
+    name, found = first_difference(computed_by_modules(model, inputs), ours, allowed)
+    where = f"{name} ({type(model.get_submodule(name)).__name__})" if name else type(model).__name__
+    hint = "; set_attn_implementation('eager') makes it the attention that is quantized" if other_attention else ""
+    raise PolicyError(f"{where} computes something else than before with its quantizers switched off ({found}){hint}")
 
 
 def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -223,8 +264,17 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
         layer.elements_seen = calls.elements  # type: ignore[assignment]
+    setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
         _warn(note)
+    for left in rest(filter(partial(_passed_over, model), seen.products), sum(p.macs for p in seen.products)):
+        known = "Conv2d and Linear layers and the attention of transformers' networks"
+        _warn(f"{left} {'is' if len(left.modules) == 1 else 'are'} not quantized: only {known} are")
+
+
+def _passed_over(model: nn.Module, product: Product) -> bool:
+    """Whether a product is of no kind of module that a policy is about; what only looks like one was named before."""
+    return not isinstance(model.get_submodule(product.module), (*LAYERS, QuantMatmul))
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -274,49 +324,6 @@ def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
     return policy_of(model).tensor(tensor.layer, kind_of(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
-def summary(model: nn.Module) -> str:
-    """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized."""
-    rows = [
-        (
-            t.layer,
-            t.tensor,
-            t.quantizer.format.bits,
-            _sign(t.quantizer),
-            t.quantizer.granularity,
-            t.quantizer.mode,
-            t.elements or "?",
-        )
-        for t in quantized_tensors(model)
-    ]
-    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"), rows)
-    left = _left(model)
-    return f"{table}\n\nin full precision: {', '.join(left)}" if rows and left else table
-
-
-def _left(model: nn.Module) -> list[str]:
-    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one."""
-    names: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if (
-            not (is_quantized(module) or isinstance(module, Quantizer))
-            and next(module.parameters(recurse=False), None) is not None
-        ):
-            names.setdefault(type(module).__name__, []).append(name)
-    left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
-    return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
-
-
-def _sign(quantizer: Quantizer) -> str:
-    if not quantizer.decided:
-        return "?"
-    format = quantizer.format
-    if isinstance(format, IntFormat) and format.signed and format.range is not Range.TWOS_COMPLEMENT:
-        return str(format.range)
-    if isinstance(format, IntAffineFormat):
-        return "affine" if format.signed else "no"
-    return "yes" if format.signed else "no"
-
-
 def remember_elements(model: nn.Module, elements: Mapping[str, int]) -> None:
     """Take over what another one of the same network has seen, instead of a first batch.
 
@@ -355,8 +362,9 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     restore_attention(model)
     for _, layer in each(model, is_quantized):
         restore(layer)
-    if hasattr(model, POLICY):
-        delattr(model, POLICY)
+    for name in (POLICY, PRODUCTS):
+        if hasattr(model, name):
+            delattr(model, name)
     for module in model.modules():
         _remove_hook(module, _decide_on_first_batch)
         _remove_hook(module, _no_fast_path)

@@ -67,13 +67,13 @@ LAYERS.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear})
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module is one of this file's layers."""
-    return type(module) in LAYERS.values() or type(module) is QuantMatmul
+    """Whether the module is one of this file's layers, or of a class that a wrapper has made of one."""
+    return isinstance(module, (*LAYERS.values(), QuantMatmul))
 
 
 def kind_of(layer: nn.Module) -> str:
     """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul."""
-    return type(layer).__name__.removeprefix("Quant")
+    return next((kind.__name__ for kind in LAYERS if isinstance(layer, kind)), "Matmul")
 
 
 def operands(layer: nn.Module) -> tuple[str, ...]:
