@@ -313,24 +313,38 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
     return found
 
 
+def network_of(model: nn.Module) -> nn.Module:
+    """The network that was quantized: the model itself, or the one that it wraps, as DistributedDataParallel does."""
+    return next((module for module in model.modules() if POLICY in vars(module)), model)
+
+
 def policy_of(model: nn.Module) -> Policy:
-    """The policy that a model was quantized with, its ends named; of another model one that says nothing."""
-    policy: Policy = getattr(model, POLICY, Policy())
+    """The policy that a model, or what it wraps, was quantized with, its ends named; else one that says nothing."""
+    policy: Policy = vars(network_of(model)).get(POLICY, Policy())
     return policy
 
 
+def products_of(model: nn.Module) -> list[Product]:
+    """The products of tensors that were seen in a model, or in what it wraps; none while it was not seen at work."""
+    products: list[Product] = vars(network_of(model)).get(PRODUCTS, [])
+    return products
+
+
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
-    """What the policy of a model says of one of its tensors; a state loaded since may have made it static."""
+    """What the policy of a network says of one of its tensors; a state loaded since may have made it static."""
     return policy_of(model).tensor(tensor.layer, kind_of(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
-def remember_elements(model: nn.Module, elements: Mapping[str, int]) -> None:
+def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Sequence[Product]) -> None:
     """Take over what another one of the same network has seen, instead of a first batch.
 
     Args:
         model: with quantizers whose signs are known.
         elements: name of a tensor -> its elements for one sample.
+        products: of tensors; none where they are not known.
     """
+    if products:
+        setattr(model, PRODUCTS, list(products))
     _remove_hook(model, _decide_on_first_batch)
     for name, count in elements.items():
         layer, _, operand = name.rpartition(".")
@@ -362,23 +376,21 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     restore_attention(model)
     for _, layer in each(model, is_quantized):
         restore(layer)
-    for name in (POLICY, PRODUCTS):
-        if hasattr(model, name):
-            delattr(model, name)
     for module in model.modules():
+        for name in {POLICY, PRODUCTS} & vars(module).keys():
+            delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
         _remove_hook(module, _no_fast_path)
     return model
 
 
-def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_precision_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict of a quantized model without its quantizers: loads strictly into the full-precision model."""
-    prefixes = tuple(f"{name}." for name, _ in each(model, lambda m: isinstance(m, Quantizer)))
-    return (
-        {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
-        if prefixes
-        else model.state_dict()
-    )
+    state: dict[str, Any] = model.state_dict()
+    prefixes = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
+    for key in [key for key in state if key.startswith(prefixes)] if prefixes else []:
+        del state[key]
+    return state
 
 
 @torch.no_grad()

@@ -34,10 +34,18 @@ def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """While open, random numbers are drawn that will be drawn again afterwards."""
+    """While open, random numbers are drawn that will be drawn again afterwards, and attention takes no fast path.
+
+    PyTorch's attention takes one where nobody watches, and rounds otherwise there.
+    """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _innermost(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from qat_runner.insertion.columns import columns
-from qat_runner.insertion.insert import PRODUCTS, quantized_tensors
+from qat_runner.insertion.insert import network_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import QuantMatmul, each, is_quantized, operands, quantizer_of
 from qat_runner.insertion.products import Product, Rest, percent, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
@@ -43,25 +43,20 @@ def quantized_share(model: nn.Module) -> float | None:
     Returns:
         None while the network was not seen at work.
     """
-    products = _products(model)
+    products = products_of(model)
     total = sum(p.macs for p in products)
     return sum(p.macs for p in products if _quantized_operands(model, p) == 2) / total if total else None
 
 
 def not_quantized(model: nn.Module) -> list[Rest]:
     """The products that have an operand in full precision, by module: repeated ones once, the largest first."""
-    products = _products(model)
+    products = products_of(model)
     return rest([p for p in products if _quantized_operands(model, p) < 2], sum(p.macs for p in products))
-
-
-def _products(model: nn.Module) -> list[Product]:
-    products: list[Product] = getattr(model, PRODUCTS, [])
-    return products
 
 
 def _quantized_operands(model: nn.Module, product: Product) -> int:
     """How many of the two operands of a product are quantized."""
-    layer = dict(model.named_modules(remove_duplicate=False)).get(product.module)
+    layer = dict(network_of(model).named_modules(remove_duplicate=False)).get(product.module)
     if layer is None or not is_quantized(layer):
         return 0
     return sum(isinstance(quantizer_of(layer, operand), Quantizer) for operand in operands(layer))
