@@ -19,6 +19,9 @@ from qat_runner.ranks import is_main, launched, local_rank
 
 T = TypeVar("T")
 
+BUCKET = 25 << 20
+"""Bytes of gradients that DistributedDataParallel sends at once, by its default."""
+
 
 @contextmanager
 def group(timeout: float) -> Iterator[None]:

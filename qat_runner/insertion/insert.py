@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from qat_runner.insertion.trace import Trace, trace
 from qat_runner.insertion.unchanged import computed, computed_by_modules, difference, first_difference, tolerance
 from qat_runner.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, Quantizer
+from qat_runner.quant.together import WeightsTogether
 
 
 class QuantizationWarning(UserWarning):
@@ -366,9 +367,16 @@ def quantizers_disabled(model: nn.Module) -> Iterator[None]:
             q.enabled = enabled
 
 
-def weights_quantized_once(model: nn.Module) -> AbstractContextManager[None]:
-    """While open, each weight is quantized at its first use only: for gradients that add up over several batches."""
-    return Quantizer.reusing([t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"])
+def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsTogether:
+    """The quantizers of a model's weights, for steps of training: see `WeightsTogether`.
+
+    Args:
+        model: quantized. A weight that is computed anew for each call, as pruning does, is quantized where it is used.
+        bucket: see there.
+    """
+    weights = [t for t in quantized_tensors(model) if t.tensor == "weight"]
+    parameters = [model.get_submodule(t.layer)._parameters.get("weight") for t in weights]
+    return WeightsTogether([(t.quantizer, p) for t, p in zip(weights, parameters, strict=True)], bucket)
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:

@@ -12,14 +12,14 @@ are constants: they get no gradient. MPH, the paper's hybrid, is not an estimato
 for activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.formats import Format, as_format
+from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels import operators
 from qat_runner.quant.tensors import compute_dtype, derivatives_wanted, recording, transformed
 
@@ -28,6 +28,19 @@ GRADIENTS = ("ste", "pwl", "mad")
 
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x -> its clipping scalars, and x quantized with them."""
+SolveAll = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+"""The same of several tensors."""
+
+
+def _refuse_double_backward() -> None:
+    # Gradient mode is on in a backward pass only under create_graph=True; a compiler refuses it itself, and
+    # torch.func.grad always has it on, though it matters only to another one around it.
+    again = derivatives_wanted() > 1 if transformed() else torch.is_grad_enabled() and not recording()
+    if again:
+        raise RuntimeError(
+            "fake_quantize: double backward (create_graph=True) is not supported, "
+            "since the gradient estimators are no derivatives of anything"
+        )
 
 
 class _Estimated(torch.autograd.Function):
@@ -36,14 +49,7 @@ class _Estimated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        # Gradient mode is on in a backward pass only under create_graph=True; a compiler refuses it itself, and
-        # torch.func.grad always has it on, though it matters only to another one around it.
-        again = derivatives_wanted() > 1 if transformed() else torch.is_grad_enabled() and not recording()
-        if again:
-            raise RuntimeError(
-                "fake_quantize: double backward (create_graph=True) is not supported, "
-                "since the gradient estimators are no derivatives of anything"
-            )
+        _refuse_double_backward()
         if ctx.gradient == "ste":
             return grad, None, None, None
         x, s = ctx.saved_tensors
@@ -92,6 +98,57 @@ def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: str) -
         return solve(x)[1]
     out: Tensor = _SolveAndQuantize.apply(x, solve, format, gradient)
     return out
+
+
+class _SolveAndQuantizeAll(torch.autograd.Function):
+    """The same of several tensors. Those that no gradient comes to give none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, solve: SolveAll, scalars: list[Tensor], format: IntFormat, gradient: str, *xs: Tensor
+    ) -> tuple[Tensor, ...]:
+        found, outs = solve(xs)
+        scalars.extend(found)
+        if gradient != "ste":
+            ctx.save_for_backward(*xs, *found)
+        ctx.format, ctx.gradient = format, gradient
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        there = [i for i, grad in enumerate(grads) if grad is not None]
+        passed = list(grads)
+        if there and ctx.gradient != "ste":
+            saved, some = ctx.saved_tensors, [grad for grad in grads if grad is not None]
+            xs, ss = [saved[i] for i in there], [saved[len(grads) + i] for i in there]
+            with torch.no_grad():
+                found = kernels.backend(xs[0]).fake_quantize_backward_all(some, xs, ss, ctx.format, ctx.gradient)
+            for i, grad in zip(there, found, strict=True):
+                passed[i] = grad
+        return None, None, None, None, *passed
+
+
+def solve_and_quantize_all(
+    xs: Sequence[Tensor], solve: SolveAll, format: IntFormat, gradient: str
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """As `solve_and_quantize` of several tensors, of which the backward pass waits for all gradients.
+
+    Args:
+        xs: any shapes, the same floating dtype and device.
+        solve: xs -> the clipping scalars of each, and each quantized with them.
+        format: what it rounds to.
+        gradient: "ste", "pwl" or "mad".
+
+    Returns:
+        The scalars, and the tensors quantized.
+    """
+    if not torch.is_grad_enabled():
+        return solve(xs)
+    ss: list[Tensor] = []
+    outs = _SolveAndQuantizeAll.apply(solve, ss, format, gradient, *xs)
+    return ss, outs
 
 
 def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str = "mad") -> Tensor:

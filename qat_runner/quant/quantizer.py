@@ -15,6 +15,7 @@ from qat_runner.quant.estimators import GRADIENTS, fake_quantize, solve_and_quan
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
+from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.state import ScalarState
@@ -46,7 +47,7 @@ class _Trained:
         self.s, self.over = s, False
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How a step of training is done in one operation."""
 
     format: IntFormat
@@ -56,6 +57,16 @@ class _Plan(NamedTuple):
     """of x"""
     cost: Cost
     search: Search
+
+
+class Given(NamedTuple):
+    """What a call will find done already: a step of training, remembered."""
+
+    x: Tensor
+    s: Tensor
+    out: Tensor
+    held: bool
+    """out is kept for the backward pass, instead of being computed again"""
 
 
 class Quantizer(ScalarState):
@@ -125,7 +136,11 @@ class Quantizer(ScalarState):
         self._reusing = False
         self._reused: tuple[Tensor, Tensor] | None = None
         self._trained = _Trained()
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
+        self.given: Given | None = None
+        """For the next call, if it is with that tensor itself."""
+        self.holds = False
+        """Whether the output of the latest call is kept for the backward pass."""
 
     @property
     def mode(self) -> str:
@@ -154,8 +169,11 @@ class Quantizer(ScalarState):
             return x
         if self._reused is not None:
             return self._reused[1]
-        plan = self._in_one(x)
-        if plan is not None:
+        given, self.given = self.given, None
+        self.holds = given is not None and given.held
+        if given is not None and given.x is x:
+            out = self._took(given.s, given.out)
+        elif (plan := self.planned(x)) is not None:
             out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
         else:
             s = self._scalars(x)
@@ -176,20 +194,20 @@ class Quantizer(ScalarState):
         """As `quantized`, with a gradient."""
         return fake_quantize(x, s, self.format, self.gradient)
 
-    def _in_one(self, x: Tensor) -> _Plan | None:
+    def planned(self, x: Tensor) -> Plan | None:
         """How a call that solves, remembers and quantizes can do so in one operation; None: it is no such call."""
-        if not (self.training and self.dynamic) or recording() or _in_backward_pass():
+        if not (self.training and self.enabled and self.dynamic) or recording() or _in_backward_pass():
             return None
         if x.numel() == 0 or not x.is_floating_point() or (self.synchronize and dist.is_initialized()):
             return None
         plan, format, seen = self._plan, self.format, self._known.seen
         if plan is None or plan.format is not format or plan.seen != seen or plan.ndim != x.ndim:
-            plan = self._plan = self._planned(format, seen, x.ndim)
+            plan = self._plan = self._new_plan(format, seen, x.ndim)
         if plan is not None and self.dim is not None and x.shape[0] != len(self.s):
             return None
         return plan
 
-    def _planned(self, format: Format, seen: bool, ndim: int) -> _Plan | None:
+    def _new_plan(self, format: Format, seen: bool, ndim: int) -> Plan | None:
         """A plan, if the clipping method has one, for tensors of so many dimensions with one scalar, or one a row."""
         found = self.method.in_training(format, seen)
         if found is None or not isinstance(format, IntFormat) or self.dim or ndim < max(self.s.ndim, 1):
@@ -197,17 +215,29 @@ class Quantizer(ScalarState):
         if self.dim is not None and ndim != self.s.ndim:
             return None
         cost, iterations, tolerance = found
-        return _Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
+        return Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
 
-    def _step(self, plan: _Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
         """Solve, remember and quantize: the scalars and x quantized."""
-        state = self._remembered(self.momentum)
-        backend = kernels.backend(x)
+        backend, state = kernels.backend(x), self.remembered()
         s, out = backend.octav_and_quantize(x, plan.cost, plan.format, plan.search, state, self.method.warm)
         self._know_scalars()
+        return s, self._took(s, out)
+
+    def _took(self, s: Tensor, out: Tensor) -> Tensor:
+        """Note the scalars of a call in training; returns its output."""
         self.last_s = s
         self._trained.then(s)
-        return s, out
+        return out
+
+    def remembered(self) -> Remembered:
+        """The state as kernels take it."""
+        return self._remembered(self.momentum)
+
+    def give(self, given: Given) -> None:
+        """Have the next call find this, whose scalars `remembered` has got."""
+        self.given = given
+        self._know_scalars()
 
     def _scalars(self, x: Tensor) -> Tensor:
         """The scalars of a call, remembered where they are to be."""

@@ -50,7 +50,7 @@ def recomputing(*operands: tuple[Tensor, Tensor, nn.Module]) -> AbstractContextM
     sources = {
         _memory(q): _source(x, by)
         for q, x, by in operands
-        if isinstance(by, Quantizer) and q is not x and not q.is_leaf  # a leaf is held for several batches anyway
+        if isinstance(by, Quantizer) and q is not x and not (q.is_leaf or by.holds)  # a leaf: for several batches
     }
     if not sources:
         return nullcontext()

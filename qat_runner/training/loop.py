@@ -19,7 +19,7 @@ from qat_runner.data.batches import unsharded
 from qat_runner.description import fit
 from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
-from qat_runner.insertion.insert import scalars, weights_quantized_once
+from qat_runner.insertion.insert import scalars, weights_together
 from qat_runner.quant import Quantizer
 from qat_runner.runs.checkpoints import Checkpoint, ProcessState
 from qat_runner.runs.folder import RunFolder
@@ -132,6 +132,7 @@ class Trainer:
         """what is trained: the model, or what averages its gradients over processes"""
         self.network = self._compiled(self.parallel)
         """what is called in training: the same, compiled where that is asked for"""
+        self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
@@ -397,7 +398,7 @@ class Trainer:
         """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
         losses: list[Tensor] = []
         count = self.config.accumulate
-        with weights_quantized_once(self.model) if count > 1 else nullcontext():
+        with nullcontext() if self.config.compile else self.weights.quantized(count):
             parts = list(batch.parts(count))
             for part in parts:
                 with nullcontext() if part is parts[-1] else distributed.adding_up(self.parallel):

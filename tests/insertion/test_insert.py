@@ -22,7 +22,7 @@ from qat_runner.insertion import (
     remove_quantizers,
     summary,
 )
-from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_quantized_once
+from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
 VISION = ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small"]
@@ -441,7 +441,7 @@ def test_weights_quantized_once() -> None:
         torch.manual_seed(0)
         model = quantize_model(Small(), 4, example=x, warm_iterations=None)
         weights = [t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"]
-        with weights_quantized_once(model) if once else nullcontext():
+        with weights_together(model).quantized(2) if once else nullcontext():
             for part in (slice(0, 3), slice(3, 8)):
                 nn.functional.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
         calls = int(sum(q.batches for q in weights))
@@ -456,7 +456,7 @@ def test_weights_quantized_once() -> None:
 def test_weights_quantized_once_lets_go_after_an_error() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = quantize_model(Small(), 4, example=x)
-    with pytest.raises(RuntimeError), weights_quantized_once(model):
+    with pytest.raises(RuntimeError), weights_together(model).quantized(2):
         model(x[:, :2])  # the first layer has quantized its weight by then
     assert all(t.quantizer._reused is None for t in quantized_tensors(model))
 

@@ -17,7 +17,7 @@ from qat_runner.data.batches import Batch, Shard
 from qat_runner.errors import RunError
 from qat_runner.experiment import build
 from qat_runner.insertion import Policy, calibrate, quantize_model, quantized_tensors
-from qat_runner.insertion.insert import weights_quantized_once
+from qat_runner.insertion.insert import weights_together
 from qat_runner.quant import IntFormat, maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.tasks import TASKS
@@ -114,6 +114,7 @@ def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy:
     distributed.synchronize_batchnorm(model)
     distributed.broadcast(model)
     trained: nn.Module = model
+    weights = weights_together(model, bucket=1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
     first: dict[str, Tensor] = {}
@@ -121,7 +122,7 @@ def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy:
         x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 5, (batch,), generator=generator)
         optimizer.zero_grad()
-        with weights_quantized_once(model) if parts > 1 else nullcontext():
+        with weights.quantized(parts):
             pieces = list(zip(shard.samples(x).chunk(parts), shard.samples(y).chunk(parts), strict=True))
             for i, (pictures, classes) in enumerate(pieces):
                 with distributed.adding_up(trained) if i < parts - 1 else nullcontext():

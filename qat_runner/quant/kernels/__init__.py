@@ -4,11 +4,13 @@
 |----------------------------------------|---------------------------------------------------------------------|
 | `octav(x, cost, guess, search)`        | one read of x an iteration; one in all where a row fits into cache  |
 | `octav_and_quantize(x, cost, ...)`     | both of a training step: as octav, one read and one write after it  |
+| `octav_and_quantize_all(xs, ...)`      | the same of several tensors, in one call                            |
 | `remember(s, state)`                   | nothing but a call                                                  |
 | `orient(x, s, before, ...)`            | one read                                                            |
 | `refine(x, s, format, factors)`        | one read a factor; one in all where a row fits into cache           |
 | `fake_quantize(x, s, format)`          | one read, one write                                                 |
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
+| `fake_quantize_backward_all(gs, ...)`  | the same of several tensors, in one call                            |
 
 A format that a backend has no kernel for is served by `Format.fake_quantize`, and what several processes solve
 together by eager.octav. `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU,
@@ -38,11 +40,23 @@ from qat_runner.quant.tensors import recording
 class Backend(Protocol):
     """What a backend module offers; `eager` documents it."""
 
+    CALLS_COST: bool
+
     def octav(self, x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor: ...
 
     def octav_and_quantize(
         self, x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
     ) -> tuple[Tensor, Tensor]: ...
+
+    def octav_and_quantize_all(
+        self,
+        xs: Sequence[Tensor],
+        cost: Cost,
+        format: IntFormat,
+        searches: Sequence[Search],
+        states: Sequence[Remembered],
+        warm: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]: ...
 
     def remember(self, s: Tensor, state: Remembered) -> None: ...
 
@@ -57,6 +71,10 @@ class Backend(Protocol):
     def fake_quantize(self, x: Tensor, s: Tensor, format: Format) -> Tensor: ...
 
     def fake_quantize_backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor: ...
+
+    def fake_quantize_backward_all(
+        self, grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
+    ) -> list[Tensor]: ...
 
 
 _asked = "auto"

@@ -557,7 +557,12 @@ template <typename Work>
 void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
     const int64_t pieces = (n + CHUNK - 1) / CHUNK;
     if (rows * n < WORTH_A_THREAD) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    if (threads == 1) {  // a region of one thread costs as much as a short row
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t begin = 0; begin < n; begin += CHUNK) work(row * n + begin, std::min(CHUNK, n - begin), row);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < rows * pieces; ++p) {
         const int64_t row = p / pieces, begin = p % pieces * CHUNK;
         work(row * n + begin, std::min(CHUNK, n - begin), row);
@@ -606,6 +611,94 @@ void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const
     solver(values, rows, n, guess, set, threads, s);
 }
 
+// One of several tensors that are quantized alike, as Python lays it out: addresses and sizes, eight bytes each.
+struct Part {
+    const void* x;
+    int64_t rows, n;
+    float *state_s, *running_s;
+    int64_t* batches;
+    float* s;
+    void* out;
+};
+
+// A part of a gradient, likewise.
+struct GradientPart {
+    const void *grad, *x;
+    int64_t rows, n;
+    const float* s;
+    void* out;
+};
+
+// Calls work(part, first row, rows, threads) so that all rows of all parts are covered: long rows one after another, by
+// all threads; the others in bunches, by one thread each.
+template <typename Work>
+void by_bunches(const Part* parts, int64_t count, int threads, const Work& work) {
+    struct Bunch {
+        const Part* part;
+        int64_t first, rows;
+    };
+    std::vector<Bunch> bunches;
+    int64_t elements = 0;
+    for (const Part* part = parts; part < parts + count; ++part) {
+        if (threads > 1 && part->rows < 2 * threads && part->rows * part->n >= WORTH_A_THREAD) {
+            work(*part, 0, part->rows, threads);
+            continue;
+        }
+        const int64_t step = std::max<int64_t>(CHUNK / part->n, 1);
+        for (int64_t first = 0; first < part->rows; first += step)
+            bunches.push_back({part, first, std::min(step, part->rows - first)});
+        elements += part->rows * part->n;
+    }
+    if (elements < WORTH_A_THREAD) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    for (size_t i = 0; i < bunches.size(); ++i) work(*bunches[i].part, bunches[i].first, bunches[i].rows, 1);
+}
+
+// Steps of several tensors: the rows of a bunch are solved and rounded while they are in the cache.
+template <typename T>
+void steps(const Part* parts, int64_t count, const Settings& set, bool is_signed, bool warm, float levels_per_scalar,
+           Levels grid, int threads) {
+    const auto solver = !is_signed      ? solve_row<T, UNSIGNED>
+                        : set.reach == 1 ? solve_row<T, SIGNED>
+                                         : solve_row<T, SIDED>;
+    const Sides sides = set.reach == 1 ? Sides() : sides_of(set.reach, 1);
+    by_bunches(parts, count, threads, [&](const Part& part, int64_t first, int64_t rows, int its_threads) {
+        for (int64_t r = first; r < first + rows; ++r) {
+            const T* x = static_cast<const T*>(part.x) + r * part.n;
+            const float s = solver(x, part.n, warm ? part.state_s[r] : 0, sides, set, its_threads);
+            const float unit = levels_per_scalar == grid.resolution ? s : s / levels_per_scalar * grid.resolution;
+            part.s[r] = s;
+            in_pieces(1, part.n, its_threads, [=, out = static_cast<T*>(part.out) + r * part.n](int64_t at, int64_t length, int64_t) {
+                quantize_piece(x + at, length, unit, grid, out + at);
+            });
+        }
+    });
+}
+
+template <typename T, bool MAD>
+void quantize_backward_of_many(const GradientPart* parts, int64_t count, bool is_signed, int threads) {
+    struct Piece {
+        const GradientPart* part;
+        int64_t row, begin;
+    };
+    std::vector<Piece> pieces;
+    int64_t elements = 0;
+    for (const GradientPart* part = parts; part < parts + count; ++part) {
+        for (int64_t row = 0; row < part->rows; ++row)
+            for (int64_t begin = 0; begin < part->n; begin += CHUNK) pieces.push_back({part, row, begin});
+        elements += part->rows * part->n;
+    }
+    if (elements < WORTH_A_THREAD) threads = 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        const GradientPart& part = *pieces[i].part;
+        const int64_t at = pieces[i].row * part.n + pieces[i].begin;
+        const float high = std::fabs(part.s[pieces[i].row]), low = is_signed ? -high : 0;
+        backward_piece<T, MAD>(static_cast<const T*>(part.grad) + at, static_cast<const T*>(part.x) + at,
+                               std::min(CHUNK, part.n - pieces[i].begin), low, high, static_cast<T*>(part.out) + at);
+    }
+}
+
 }  // namespace
 
 // x, grad, out: float, or BFloat16 where `half`; s, guess, short_, before: float [rows], or [parts, rows]; guess is null for a cold
@@ -652,6 +745,19 @@ void qat_octav_and_quantize(int half, const void* x, int64_t rows, int64_t n, do
     (half ? quantize<BFloat16> : quantize<float>)(x, units.data(), rows, n, 1, grid, threads, out);
 }
 
+// The same of several tensors.
+void qat_octav_and_quantize_all(int half, const void* parts, int64_t count, double k, int is_signed, double reach,
+                                int iterations, double tolerance, int levels_per_scalar, int resolution, int lowest,
+                                int highest, int warm, double momentum, int threads) {
+    const Settings set{k, tolerance, iterations, !warm, static_cast<float>(reach), nullptr};
+    const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
+    const Part* all = static_cast<const Part*>(parts);
+    (half ? steps<BFloat16> : steps<float>)(all, count, set, is_signed, warm, static_cast<float>(levels_per_scalar), grid,
+                                            threads);
+    for (const Part* part = all; part < all + count; ++part)
+        remember(part->s, part->rows, static_cast<float>(momentum), part->state_s, part->running_s, part->batches);
+}
+
 void qat_remember(const float* s, int64_t rows, double momentum, float* state_s, float* running_s, int64_t* batches) {
     remember(s, rows, static_cast<float>(momentum), state_s, running_s, batches);
 }
@@ -667,6 +773,12 @@ void qat_fake_quantize_backward(int half, const void* grad, const void* x, const
     const auto backward = half ? (mad ? quantize_backward<BFloat16, true> : quantize_backward<BFloat16, false>)
                                : (mad ? quantize_backward<float, true> : quantize_backward<float, false>);
     backward(grad, x, s, rows, n, parts, is_signed, threads, out);
+}
+
+void qat_fake_quantize_backward_all(int half, const void* parts, int64_t count, int is_signed, int mad, int threads) {
+    const auto backward = half ? (mad ? quantize_backward_of_many<BFloat16, true> : quantize_backward_of_many<BFloat16, false>)
+                               : (mad ? quantize_backward_of_many<float, true> : quantize_backward_of_many<float, false>);
+    backward(static_cast<const GradientPart*>(parts), count, is_signed, threads);
 }
 
 }  // extern "C"

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,14 +29,15 @@ from qat_runner.quant.kernels.views import beside, dense, extent, floats
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
 
+CALLS_COST = False  # see eager
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 TUNING = [["-march=native", "-fopenmp"], ["-fopenmp"], []]
 """Tried in this order: not every compiler has OpenMP."""
 
 OPERATIONS = (
-    *("octav", "octav_and_quantize", "octav_interval", "orient", "refine", "remember"),
-    *("fake_quantize", "fake_quantize_backward"),
+    *("octav", "octav_and_quantize", "octav_and_quantize_all", "octav_interval", "orient", "refine", "remember"),
+    *("fake_quantize", "fake_quantize_backward", "fake_quantize_backward_all"),
 )
 """What the library has, each as qat_NAME."""
 
@@ -108,6 +110,50 @@ def octav_and_quantize(
         out.data_ptr(),
     )
     return s, out
+
+
+def octav_and_quantize_all(
+    xs: Sequence[Tensor],
+    cost: Cost,
+    format: IntFormat,
+    searches: Sequence[Search],
+    states: Sequence[Remembered],
+    warm: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `eager.octav_and_quantize_all`, in one call, all rows shared out among the threads."""
+    x, search, state = xs[0], searches[0], states[0]
+    library, where = _library_for(x), [dense(x) for x in xs]
+    sizes = [extent(x, state.s) for x, state in zip(where, states, strict=True)]
+    if library is None or None in sizes or cost.short is not None or not _alike(xs):
+        found = [
+            octav_and_quantize(x, cost, format, search, state, warm)
+            for x, search, state in zip(xs, searches, states, strict=True)
+        ]
+        return [s for s, _ in found], [out for _, out in found]
+    ss, outs = [torch.empty_like(state.s) for state in states], [torch.empty_like(x) for x in where]
+    parts = array("q")
+    for x, size, state, s, out in zip(where, sizes, states, ss, outs, strict=True):
+        assert size is not None
+        state_at = state.s.data_ptr(), state.running_s.data_ptr(), state.batches.data_ptr()
+        parts.extend((x.data_ptr(), *size, *state_at, s.data_ptr(), out.data_ptr()))
+    library.qat_octav_and_quantize_all(
+        _half(x),
+        parts.buffer_info()[0],
+        len(xs),
+        cost.noise,
+        cost.signed,
+        cost.reach,
+        search.iterations,
+        search.tolerance,
+        format.levels_per_scalar,
+        format.resolution,
+        format.lowest,
+        format.highest,
+        warm and state.known,
+        state.weight,
+        torch.get_num_threads(),
+    )
+    return ss, outs
 
 
 def remember(s: Tensor, state: Remembered) -> None:
@@ -248,6 +294,37 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     return out
 
 
+def fake_quantize_backward_all(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
+) -> list[Tensor]:
+    """As `eager.fake_quantize_backward_all`, in one call."""
+    library, where = _library_for(xs[0]), [dense(x) for x in xs]
+    sizes = [extent(x, s) for x, s in zip(where, ss, strict=True)]
+    if gradient == "ste" or library is None or None in sizes or not _alike([*grads, *xs]):
+        return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]
+    there = [beside(grad, x) for grad, x in zip(grads, where, strict=True)]
+    scalars, outs = [floats(s) for s in ss], [torch.empty_like(x) for x in where]
+    parts = array("q")
+    for grad, x, size, s, out in zip(there, where, sizes, scalars, outs, strict=True):
+        assert size is not None
+        parts.extend((grad.data_ptr(), x.data_ptr(), *size, s.data_ptr(), out.data_ptr()))
+    library.qat_fake_quantize_backward_all(
+        _half(xs[0]),
+        parts.buffer_info()[0],
+        len(xs),
+        format.signed,
+        gradient == "mad",
+        torch.get_num_threads(),
+    )
+    return outs
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether the library serves all of them in the same way."""
+    dtype = tensors[0].dtype
+    return all(t.dtype == dtype and type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+
+
 def _half(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
@@ -289,6 +366,13 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         *(integer, real, pointer, pointer, pointer),  # the state
         *(integer, pointer, pointer),
     ]
+    several = (integer, pointer, long)  # as `tensor`, of a table of parts; how many
+    loaded.qat_octav_and_quantize_all.argtypes = [
+        *(*several, real, integer, real, integer, real),
+        *[integer] * 4,
+        *(integer, real, integer),
+    ]
+    loaded.qat_fake_quantize_backward_all.argtypes = [*several, *[integer] * 3]
     loaded.qat_remember.argtypes = [pointer, long, real, pointer, pointer, pointer]
     for name in OPERATIONS:
         function = getattr(loaded, f"qat_{name}")

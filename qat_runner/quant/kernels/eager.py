@@ -16,6 +16,9 @@ from qat_runner.quant.kernels.remembered import Remembered, remember
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, extremes, kept, largest, magnitudes, recording
 
+CALLS_COST = False
+"""Whether quantized weights are better kept for the backward pass than made again by one more call each."""
+
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """Solve for the clipping scalars of x (Theorem 3.1).
@@ -190,6 +193,34 @@ def octav_and_quantize(
     return s, fake_quantize(x, s, format)
 
 
+def octav_and_quantize_all(
+    xs: Sequence[Tensor],
+    cost: Cost,
+    format: IntFormat,
+    searches: Sequence[Search],
+    states: Sequence[Remembered],
+    warm: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`octav_and_quantize` of several tensors, such as all weights of a network.
+
+    Args:
+        xs: at least one; all on the same device.
+        cost: of each.
+        format: of each.
+        searches: of one each; they differ in the dimensions alone.
+        states: of one each; all alike in what no tensor holds.
+        warm: begin at the scalars of their states.
+
+    Returns:
+        The scalars, and the tensors rounded.
+    """
+    found = [
+        octav_and_quantize(x, cost, format, search, state, warm)
+        for x, search, state in zip(xs, searches, states, strict=True)
+    ]
+    return [s for s, _ in found], [out for _, out in found]
+
+
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """Round x to the levels of a format: `Format.fake_quantize`."""
     return format.fake_quantize(x, s)
@@ -219,3 +250,10 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     # MAD (Prop. 4.3): clip(x) = alpha * x with alpha held constant; alpha is 1 inside, where 0 / 0 must not appear.
     alpha = clipped.div_(x).masked_fill_(x == 0, 1.0)
     return alpha.mul_(grad).to(grad.dtype)
+
+
+def fake_quantize_backward_all(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
+) -> list[Tensor]:
+    """`fake_quantize_backward` of several tensors."""
+    return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]

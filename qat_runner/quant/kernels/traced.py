@@ -9,14 +9,24 @@ from torch import Tensor
 from qat_runner.quant.formats import Format
 from qat_runner.quant.kernels import eager, operators
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.kernels.eager import octav_and_quantize, orient, refine
+from qat_runner.quant.kernels.eager import (
+    CALLS_COST,
+    fake_quantize_backward_all,
+    octav_and_quantize,
+    octav_and_quantize_all,
+    orient,
+    refine,
+)
 from qat_runner.quant.kernels.remembered import remember
 
 __all__ = [
+    "CALLS_COST",
     "fake_quantize",
     "fake_quantize_backward",
+    "fake_quantize_backward_all",
     "octav",
     "octav_and_quantize",
+    "octav_and_quantize_all",
     "octav_interval",
     "orient",
     "refine",

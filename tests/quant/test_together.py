@@ -1,0 +1,178 @@
+"""Weights that are quantized together come out as each alone would."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat_runner.insertion import quantize_model, quantized_tensors
+from qat_runner.insertion.insert import weights_together
+from qat_runner.quant import Quantizer, kernels
+from qat_runner.quant.together import WeightsTogether
+
+WEIGHTS = ("a", "b", "c", "d", "e")
+
+
+class Network(nn.Module):
+    """Rows of every length, in one of two layouts; `e` is trained, but not always reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 70, 3, padding=1)
+        self.b = nn.Conv2d(70, 70, 3, padding=1, groups=70)
+        self.c = nn.Conv2d(70, 8, 1)
+        self.d, self.e = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, both: bool = True) -> Tensor:
+        x = self.c(self.b(self.a(x).relu()).relu()).mean((2, 3))
+        return self.d(x) + self.e(x) if both else self.d(x)
+
+
+def network(
+    dtype: torch.dtype = torch.float32, channels_last: bool = False, first_last_bits: int = 4, **policy: object
+) -> nn.Module:
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 8, 8)
+    model = quantize_model(Network(), 4, example=x, first_last_bits=first_last_bits, **policy).to(dtype)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def step(model: nn.Module, weights: WeightsTogether | None, both: bool = True, passes: int = 1) -> None:
+    """One step of training, by gradient descent."""
+    x = torch.rand(4, 3, 8, 8).to(next(model.parameters()).dtype)
+    with nullcontext() if weights is None else weights.quantized(passes):
+        for _ in range(passes):
+            model(x, both).square().sum().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p -= 1e-3 * p.grad
+
+
+def same(model: nn.Module, reference: nn.Module) -> None:
+    """To the last bit: weights, gradients, scalars."""
+    for (name, found), expected in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or q.grad is None or torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"first_last_bits": 8},
+        {"channels_last": True},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float64},
+        {"warm_iterations": None},
+        {"gradient": "ste"},
+        {"conv_granularity": "tensor", "linear_granularity": "channel"},
+        {"clipping": "max"},
+    ],
+    ids=str,
+)
+def test_together_as_alone(how: dict[str, object], backend: str) -> None:
+    with kernels.using(backend):
+        alone = network(**how)  # type: ignore[arg-type]
+        model = copy.deepcopy(alone)
+        weights = weights_together(model, bucket=2000)
+        for i in range(3):
+            torch.manual_seed(i)
+            step(alone, None)
+            torch.manual_seed(i)
+            step(model, weights)
+            same(model, alone)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many tensors each solution and each gradient had that was of several."""
+    seen: list[int] = []
+    with kernels.using("eager"):
+        backend = kernels.load_backend("eager")
+        for name in ("octav_and_quantize_all", "fake_quantize_backward_all"):
+            does = getattr(backend, name)
+
+            def counted(xs: list[Tensor], *args: object, does: object = does) -> object:
+                seen.append(len(xs))
+                return does(xs, *args)  # type: ignore[operator]
+
+            monkeypatch.setattr(backend, name, counted)
+        yield seen
+
+
+def test_calls(calls: list[int]) -> None:
+    """One to quantize and one for gradients, of all that have scalars to start from; a bucket each where there are."""
+    model = network()
+    weights = weights_together(model)
+    step(model, weights)
+    assert calls == []
+    step(model, weights)
+    assert calls == [5, 5]
+    sizes = {name: model.get_submodule(name).weight.nbytes for name in WEIGHTS}  # type: ignore[union-attr]
+    step(model, weights_together(model, bucket=sizes["a"] + sizes["b"] + 1))
+    assert calls[2:] == [2, 3, 3, 2]
+    model.get_submodule("d.weight_quantizer").enabled = False
+    step(model, weights)
+    assert calls[6:] == [4, 4]
+
+
+def test_a_layer_that_is_not_reached_gets_no_gradient(calls: list[int]) -> None:
+    model = network()
+    weights = weights_together(model)
+    step(model, weights)
+    model.zero_grad()
+    step(model, weights, both=False)
+    assert calls == [5, 4]
+    assert model.get_submodule("e").weight.grad is None
+    assert all(q.given is None for q in quantizers(model))
+
+
+def test_several_passes_share_one_quantization(calls: list[int]) -> None:
+    model = network(warm_iterations=None)
+    weights = weights_together(model)
+    step(model, weights)
+    twice, before = copy.deepcopy(model), [int(q.batches) for q in quantizers(model)]
+    model.zero_grad(), twice.zero_grad()
+    torch.manual_seed(1)
+    step(model, weights, passes=2)
+    assert calls == [5, 5]
+    assert [int(q.batches) for q in quantizers(model)] == [n + 1 for n in before]
+    torch.manual_seed(1)
+    x = torch.rand(4, 3, 8, 8)
+    for _ in range(2):
+        twice(x).square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), twice.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_layer_that_is_called_twice_quantizes_its_weight_twice() -> None:
+    """The second time as ever: it starts from the scalars of the first."""
+    layer = quantize_model(nn.Sequential(nn.Linear(6, 6)), 4, example=torch.randn(2, 6))
+    weights, q = weights_together(layer), quantizers(layer)[0]
+    for n in (2, 4):
+        with weights.quantized():
+            layer(layer(torch.randn(3, 6))).sum().backward()
+        assert q.batches == n
+
+
+def test_errors_leave_nothing_behind() -> None:
+    model = network()
+    weights = weights_together(model)
+    step(model, weights)
+    with pytest.raises(RuntimeError), weights.quantized():
+        model(torch.rand(2, 1, 8, 8))
+    assert all(q.given is None for q in quantizers(model))
+    with weights.quantized(), pytest.raises(RuntimeError, match="double backward"):
+        out = model(torch.rand(2, 3, 8, 8)).square().sum()
+        torch.autograd.grad(out, [*model.parameters()], create_graph=True)
+
+
+def quantizers(model: nn.Module) -> list[Quantizer]:
+    return [t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"]
