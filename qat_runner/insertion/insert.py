@@ -16,6 +16,7 @@ from qat_runner.insertion.layers import (
     QuantMatmul,
     convert,
     each,
+    full_precision_class,
     is_quantized,
     kind_of,
     operands,
@@ -380,9 +381,16 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:
-    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained."""
+    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained.
+
+    Raises:
+        ValueError: a layer has been given another class since, by fully_shard, say; nothing is done then.
+    """
+    layers = [layer for _, layer in each(model, is_quantized) if not isinstance(layer, QuantMatmul)]
+    for layer in layers:
+        full_precision_class(layer)
     restore_attention(model)
-    for _, layer in each(model, is_quantized):
+    for layer in layers:
         restore(layer)
     for module in model.modules():
         for name in {POLICY, PRODUCTS} & vars(module).keys():

@@ -106,9 +106,21 @@ def convert(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> Non
     layer.train(layer.training)
 
 
+def full_precision_class(layer: nn.Module) -> type[nn.Module]:
+    """The class in LAYERS that a layer had before `convert`.
+
+    Raises:
+        ValueError: something else has changed its class since, as fully_shard and parametrizations do.
+    """
+    for full, quantized in LAYERS.items():
+        if type(layer) is quantized:
+            return full
+    raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
+
+
 def restore(layer: nn.Module) -> None:
-    """Undo `convert` of a layer of a class in LAYERS, in place."""
-    layer.__class__ = next(full for full, quantized in LAYERS.items() if type(layer) is quantized)
+    """Undo `convert` of a layer of a class in LAYERS, in place; errors as of `full_precision_class`."""
+    layer.__class__ = full_precision_class(layer)
     for name in WEIGHT_AND_INPUT:
         delattr(layer, f"{name}_quantizer")
 

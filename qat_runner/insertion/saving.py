@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from qat_runner.insertion.insert import (
@@ -18,6 +19,7 @@ from qat_runner.insertion.insert import (
     remove_quantizers,
 )
 from qat_runner.insertion.products import Product
+from qat_runner.insertion.tensors import whole
 from qat_runner.policy import Policy
 
 FORMAT = "qat_runner.network.1"
@@ -26,7 +28,8 @@ FORMAT = "qat_runner.network.1"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized network to a file, which `load` makes one of again.
 
-    The file is a checkpoint of torch with plain values and tensors alone: policy, state dict, sizes of inputs.
+    It is a checkpoint of torch with plain values and tensors alone: policy, state dict, sizes of inputs, products.
+    Of a network that is sharded over processes, all of them call this, and the first writes.
 
     Args:
         model: with quantizers; of a wrapper, such as DistributedDataParallel, the network in it is saved.
@@ -40,12 +43,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = quantized_tensors(model)
     if not tensors:
         raise ValueError(f"{type(model).__name__} holds no quantizers: torch.save(model.state_dict(), ...) does")
+    state = model.state_dict()
+    put_together = {key: full for key, value in state.items() if (full := whole(value)) is not value}
+    state.update(put_together)
+    if put_together and dist.get_rank() > 0:
+        return
     content = {
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
         "elements": {t.name: t.elements for t in tensors if t.tensor != "weight" and t.elements is not None},
         "products": [astuple(p) for p in products_of(model)],
-        "state": model.state_dict(),
+        "state": state,
     }
     target = Path(path)
     beside = target.with_name(f"{target.name}.new")

@@ -7,6 +7,12 @@ from typing import Any
 from torch import Tensor
 
 
+def whole(t: Tensor) -> Tensor:
+    """A tensor that processes have a shard of each (a DTensor), put together in all of them; any other as it is."""
+    full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return full
+
+
 def tensors_of(value: Any) -> list[Tensor | None]:
     """The tensors in nested lists, tuples, mappings and dataclasses, in order; None for whatever else there is."""
     if isinstance(value, Tensor):

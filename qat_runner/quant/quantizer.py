@@ -14,12 +14,12 @@ from qat_runner.quant import kernels
 from qat_runner.quant.estimators import GRADIENTS, fake_quantize, solve_and_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.kernels.remembered import Remembered
+from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.state import ScalarState
-from qat_runner.quant.tensors import recording
+from qat_runner.quant.tensors import recording, transformed
 
 
 class NotCalibratedError(RuntimeError):
@@ -247,7 +247,9 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            return self._solve(x, Call(check=not torch.compiler.is_compiling(), start=start, orientation=pointed))
+            return self._solve(
+                x, Call(check=not (torch.compiler.is_compiling() or transformed()), start=start, orientation=pointed)
+            )
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
         if s is None:
@@ -256,10 +258,21 @@ class Quantizer(ScalarState):
         if repeated:
             self._trained.over = True
         else:
-            self.remember(s, self.momentum)
+            self._remember(s)
             if not torch.compiler.is_compiling():
                 self._trained.then(s)
         return s
+
+    def _remember(self, s: Tensor) -> None:
+        try:
+            self.remember(s, self.momentum)
+        except RuntimeError as error:
+            if not transformed():
+                raise
+            raise RuntimeError(
+                f"{self.name}: dynamic in training, it writes to its buffers, which a transform of torch.func allows "
+                f"for its own arguments alone: pass the buffers as well, or use eval() or freeze(model, ...)"
+            ) from error
 
     def _solve(self, x: Tensor, call: Call) -> Tensor:
         format = self.format
