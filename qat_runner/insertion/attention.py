@@ -9,6 +9,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,10 +80,28 @@ def restore_attention(model: nn.Module) -> None:
     for module in model.modules():
         for name in (*PRODUCTS, OWN) if OWN in vars(module) else ():
             delattr(module, name)
-    for network in _networks(model):  # each sets those inside as well, and is followed by them
-        if "attention_before" in vars(network):
+    for network in _networks(model):
+        if "attention_before" in vars(network):  # those inside are set as well, and then to their own
             network.set_attn_implementation(network.attention_before)
             del network.attention_before
+
+
+@contextmanager
+def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """While open, networks of transformers compute another attention than the quantized one.
+
+    Args:
+        model: after `quantize_attention`.
+        name: of that attention; None: the one that each network had before.
+    """
+    networks = [network for network in _networks(model) if "attention_before" in vars(network)]
+    try:
+        for network in networks:
+            network.set_attn_implementation(name or network.attention_before)
+        yield
+    finally:
+        for network in networks:
+            network.set_attn_implementation(NAME)
 
 
 def _networks(model: nn.Module) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.attention import EAGER, attention_of, quantize_attention, restore_attention
+from qat_runner.insertion.attention import EAGER, attention_as, attention_of, quantize_attention, restore_attention
 from qat_runner.insertion.layers import (
     LAYERS,
     QuantMatmul,
@@ -23,10 +23,18 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     restore,
 )
+from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
-from qat_runner.insertion.unchanged import computed, computed_by_modules, difference, first_difference, tolerance
+from qat_runner.insertion.unchanged import (
+    Tensors,
+    computed,
+    computed_by_modules,
+    difference,
+    first_difference,
+    tolerance,
+)
 from qat_runner.policy import Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, Quantizer
 from qat_runner.quant.together import WeightsTogether
@@ -94,12 +102,14 @@ def quantize_model(
 
     Raises:
         ValueError, TypeError: an argument out of range, a rule that is about no tensor, nothing to quantize, or
-            quantizers already there; on the example, the network with its quantizers switched off computes something
-            else than before: to the last bit, or, where transformers' attention was another one than "eager", by more
-            than the root of the precision of its numbers. The model is left without quantizers then.
+            quantizers already there; on the example, the network with its quantizers switched off does not compute
+            what it computed before, to the last bit. What transformers computes by an attention of another name than
+            "eager" it may compute by that one: then it is to the last bit what "eager" gives, and up to the root of
+            the precision of its numbers what it was. The model is left without quantizers after an error.
 
     Warns:
-        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each.
+        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each; that attention of
+            transformers differs from "eager" by more than rounding.
     """
     if isinstance(bits, Policy):
         if (clipping, gradient) != ("octav", "mph") or how:
@@ -114,7 +124,7 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
     layers, notes = _convertible(model)
     if not layers:
-        why = "".join(f"; {note}" for note in notes.values())
+        why = "".join(f"; {note}" for note in told_once(notes.items()))
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
@@ -141,9 +151,9 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     setattr(model, POLICY, policy.with_ends(ends))
     if inputs is not None and seen is not None:
         _check_unchanged(model, inputs, tensors_of(seen.output) if before is None else before, bool(other_attention))
-    for name, note in notes.items():
-        if not all(tensor.full_precision for tensor in chosen[name].values()):
-            _warn(note)
+    left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
+    for note in told_once((name, notes[name]) for name in left):
+        _warn(note)
     if seen is not None:
         _decide(model, seen)
     else:
@@ -151,44 +161,63 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     return model
 
 
-def _check_unchanged(
-    model: nn.Module, inputs: tuple[Any, ...], before: Sequence[Tensor | None], other_attention: bool
-) -> None:
+def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors, other_attention: bool) -> None:
     """Refuse a model, and take its quantizers out, if it computes something else on inputs than before with them off.
 
     Args:
         model: with quantizers.
         inputs: of its forward.
         before: what it computed then.
-        other_attention: whether its attention is a function of another name now, which may round otherwise.
+        other_attention: whether its attention was another than "eager", and may have rounded otherwise.
+
+    Raises:
+        PolicyError: it does; the message names the module where it begins.
+
+    Warns:
+        QuantizationWarning: it does because that other attention computes something else than "eager".
     """
-    allowed = tolerance(model) if other_attention else 0.0
     with quantizers_disabled(model):
         now = computed(model, inputs)
-        found = difference(before, now, allowed)
-        if found is not None and difference(now, computed(model, inputs), 0) is not None:  # it never repeats itself
-            allowed = tolerance(model)
-            found = difference(before, now, allowed)
-        if found is None:
+        repeats = difference(now, computed(model, inputs), 0) is None
+        allowed = 0.0 if repeats else tolerance(model)
+        if difference(before, now, tolerance(model) if other_attention else allowed) is None:
             return
         ours = computed_by_modules(model, inputs)
+        with attention_as(model, EAGER):
+            eager = computed_by_modules(model, inputs)
+        with attention_as(model):
+            theirs = computed_by_modules(model, inputs)
+    if other_attention and first_difference(eager, ours, allowed) is None:
+        where, found = first_difference(theirs, ours, tolerance(model)) or ("", "")
+        _warn(
+            f"{_described(model, where)} computes something else than before ({found}): quantized attention is what "
+            f"transformers calls 'eager', which differs here; for rows that are wholly masked, such as padding, it may"
+        )
+        return
     remove_quantizers(model)
-    name, found = first_difference(computed_by_modules(model, inputs), ours, allowed)
-    where = f"{name} ({type(model.get_submodule(name)).__name__})" if name else type(model).__name__
-    hint = "; set_attn_implementation('eager') makes it the attention that is quantized" if other_attention else ""
-    raise PolicyError(f"{where} computes something else than before with its quantizers switched off ({found}){hint}")
+    parted = first_difference(eager if other_attention else computed_by_modules(model, inputs), ours, allowed)
+    where, found = parted or ("", "in what it returns")
+    raise PolicyError(
+        f"{_described(model, where)} computes something else with quantizers that are switched off than without ({found})"
+    )
+
+
+def _described(model: nn.Module, name: str) -> str:
+    """A module for a reader."""
+    kind = type(model.get_submodule(name)).__name__
+    return f"{name} ({kind})" if name else kind
 
 
 def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot, likewise."""
+    """The layers that can be quantized, by name, and what is to be said of each that looks like one but cannot."""
     layers: dict[str, nn.Module] = {}
     notes: dict[str, str] = {}
     for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
         if type(layer) not in LAYERS:
             what = type(layer).__name__
-            notes[name] = f"{name} is a {what}, which may not compute what its base class does: left as it is"
+            notes[name] = f"is a {what}, which may not compute what its base class does: left as it is"
         elif not _weight(layer).is_floating_point():
-            notes[name] = f"{name} has a weight of dtype {_weight(layer).dtype}: left as it is"
+            notes[name] = f"has a weight of dtype {_weight(layer).dtype}: left as it is"
         else:
             layers[name] = layer
     return layers, notes

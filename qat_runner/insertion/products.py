@@ -5,7 +5,6 @@ layers, distances. What multiplies element by element is not, be it summed later
 brings is a closed box: it is listed, with no count.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from qat_runner.insertion.naming import family, together
 
 Arguments = Sequence[Any]
 """Positional arguments of an operator."""
@@ -50,7 +51,7 @@ class Rest:
     training: bool
 
     def __str__(self) -> str:
-        where = f"{_pattern(self.modules)} ({self.kind})" if self.modules[0] else "the model itself"
+        where = f"{together(self.modules)} ({self.kind})" if self.modules[0] else "the model itself"
         several = f"{len(self.modules)} modules " if len(self.modules) > 1 else ""
         share = f", {percent(self.share)} of the multiply-accumulates" if self.known else ", of unknown extent"
         return f"{self.operation} in {several}{where}{share}{', in training only' if self.training else ''}"
@@ -65,7 +66,7 @@ def rest(products: Iterable[Product], total: int) -> list[Rest]:
     """
     groups: dict[tuple[str, str, str, bool], list[Product]] = {}
     for p in products:
-        groups.setdefault((_NUMBER.sub("*", p.module), p.kind, p.operation, p.training), []).append(p)
+        groups.setdefault((family(p.module), p.kind, p.operation, p.training), []).append(p)
     found = [
         Rest(tuple(p.module for p in group), *key[1:3], macs / max(total, 1), macs > 0, key[3])
         for key, group in groups.items()
@@ -79,16 +80,6 @@ def percent(share: float) -> str:
     if 0.995 <= share < 1:
         return f"{min(100 * share, 99.99):.2f} %"
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a module's name that is a number."""
-
-
-def _pattern(modules: Sequence[str]) -> str:
-    """One name for several modules: layers.*.gate."""
-    parts = zip(*(name.split(".") for name in modules), strict=True)
-    return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 class Products(TorchDispatchMode):

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized, kind_of
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
+from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
@@ -180,17 +181,14 @@ def _only_in(
 def _notes(
     layers: Mapping[nn.Module, LayerCalls], names: Mapping[nn.Module, str], failed: Exception | None
 ) -> list[str]:
-    notes = [
-        f"{la.name} is called {la.calls} times a pass: one input quantizer serves them all"
+    said = [
+        (la.name, f"is called {la.calls} times a pass: one input quantizer serves them all")
         for la in layers.values()
         if la.calls > 1
     ]
-    notes += [f"{la.name} is called in training only" for la in layers.values() if la.training_only]
-    notes += [
-        f"{name} is not called: it keeps its quantizers, but sees no data"
-        for m, name in names.items()
-        if m not in layers
-    ]
+    said += [(la.name, "is called in training only") for la in layers.values() if la.training_only]
+    never = "is not called: it keeps its quantizers, but sees no data"
+    notes = told_once([*said, *((name, never) for m, name in names.items() if m not in layers)])
     if failed is not None:
         why = " ".join(f"{type(failed).__name__}: {failed}".split())
         notes.append(

@@ -10,27 +10,31 @@ from torch import Tensor, nn
 from qat_runner.insertion.modes import evaluating, repeatable
 from qat_runner.insertion.tensors import tensors_of
 
-Outputs = dict[tuple[str, int], list[Tensor | None]]
-"""Name of a module and number of the call -> what it returned, in order of returning."""
+Tensors = list[Tensor | None]
+
+Calls = dict[tuple[str, int], tuple[Tensors, Tensors]]
+"""Name of a module and number of the call -> what it was given and what it returned, in order of returning."""
 
 
 @torch.no_grad()
-def computed(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor | None]:
+def computed(model: nn.Module, inputs: Sequence[Any]) -> Tensors:
     """What a model returns in eval mode, its tensors in order; random generators come out as they went in."""
     with evaluating(model), repeatable():
         return tensors_of(model(*inputs))
 
 
-def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Outputs:
-    """As `computed`, of all modules, at the price of keeping all that they return."""
-    found: Outputs = {}
+def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Calls:
+    """As `computed`, of all modules, at the price of keeping all that they are given and return."""
+    found: Calls = {}
 
-    def keep(name: str, output: Any) -> None:
+    def keep(name: str, given: Any, output: Any) -> None:
         call = sum(key[0] == name for key in found)
-        found[name, call] = [None if t is None else t.clone() for t in tensors_of(output)]
+        found[name, call] = _copies(given), _copies(output)
 
     handles = [
-        module.register_forward_hook(lambda m, args, output, name=name: keep(name, output))
+        module.register_forward_hook(
+            lambda m, args, kwargs, output, name=name: keep(name, [*args, *kwargs.values()], output), with_kwargs=True
+        )
         for name, module in model.named_modules()
     ]
     try:
@@ -41,7 +45,11 @@ def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Outputs:
     return found
 
 
-def difference(before: Sequence[Tensor | None], now: Sequence[Tensor | None], tolerance: float) -> str | None:
+def _copies(value: Any) -> Tensors:
+    return [None if t is None else t.clone() for t in tensors_of(value)]
+
+
+def difference(before: Tensors, now: Tensors, tolerance: float) -> str | None:
     """By how much tensors differ, in words; None if they do not.
 
     Args:
@@ -64,12 +72,23 @@ def difference(before: Sequence[Tensor | None], now: Sequence[Tensor | None], to
     return None
 
 
-def first_difference(before: Outputs, now: Outputs, tolerance: float) -> tuple[str, str]:
-    """The first module, of those that are in both, whose outputs differ, by name; and by how much."""
-    for key, outputs in before.items():
-        if key in now and (found := difference(outputs, now[key], tolerance)) is not None:
-            return key[0], found
-    return "", "in what no module returns"
+def first_difference(before: Calls, now: Calls, tolerance: float) -> tuple[str, str] | None:
+    """The module, by name, that is the first to compute something else, and by how much its outputs differ.
+
+    Of modules that are in both. Where one was given something else already, it is the module around it.
+    """
+    nothing: tuple[Tensors, Tensors] = [], []
+    for (name, call), (_, output) in before.items():
+        found = difference(output, now.get((name, call), nothing)[1], tolerance)
+        if found is None:
+            continue
+        while name:
+            given, given_now = before.get((name, call), nothing)[0], now.get((name, call), nothing)[0]
+            if (name, call) in before and difference(given, given_now, tolerance) is None:
+                break
+            name = name.rpartition(".")[0]
+        return name, found
+    return None
 
 
 def tolerance(model: nn.Module) -> float:
