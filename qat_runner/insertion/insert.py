@@ -198,7 +198,7 @@ def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors,
     parted = first_difference(eager if other_attention else computed_by_modules(model, inputs), ours, allowed)
     where, found = parted or ("", "in what it returns")
     raise PolicyError(
-        f"{_described(model, where)} computes something else with quantizers that are switched off than without ({found})"
+        f"{_described(model, where)} computes something else with quantizers switched off than without them ({found})"
     )
 
 
