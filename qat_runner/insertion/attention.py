@@ -59,11 +59,21 @@ def quantize_attention(model: nn.Module) -> None:
     """Give every attention module of transformers' networks its two products, without quantizers, and let them be used.
 
     The networks get configs of their own, since others may share theirs.
+
+    Raises:
+        ValueError: a network does more for attention of some names than to call it, so ours would miss that.
     """
     networks = list(_networks(model))
     modules = {module: own for network in networks for module in network.modules() if (own := _own_attention(module))}
     if not modules:
         return
+    for network in networks:
+        for name, module in network.named_modules():
+            if module in modules and _goes_by_name(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) does more for attention called 'eager' than to call it: this "
+                    f"attention cannot be quantized"
+                )
     for module, own in modules.items():
         setattr(module, OWN, OwnAttention(own))
         for name, operands in PRODUCTS.items():
@@ -120,13 +130,27 @@ def _own_attention(module: nn.Module) -> Attention | None:
 
     Its class says which it is: `ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)`.
     """
+    for function in _functions(module):
+        names = function.__code__.co_names
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            own = next((name for name in names if name.endswith("eager_attention_forward")), "")
+            attention: Attention | None = function.__globals__.get(own)
+            return attention
+    return None
+
+
+def _goes_by_name(module: nn.Module) -> bool:
+    """Whether a module does more for attention of some names, such as ("eager", "sdpa"), than to call it."""
+    constants = [constant for function in _functions(module) for constant in function.__code__.co_consts]
+    return any(isinstance(constant, tuple) and EAGER in constant for constant in constants)
+
+
+def _functions(module: nn.Module) -> Iterator[Any]:
+    """The functions that a module's class consists of, without their decorators."""
     for member in (value for ancestor in type(module).__mro__ for value in vars(ancestor).values() if callable(value)):
         function = inspect.unwrap(member)
-        names = getattr(getattr(function, "__code__", None), "co_names", ())
-        if "ALL_ATTENTION_FUNCTIONS" in names:
-            own = next((name for name in names if name.endswith("eager_attention_forward")), None)
-            return function.__globals__.get(own)  # type: ignore[no-any-return]
-    return None
+        if inspect.isfunction(function):
+            yield function
 
 
 def _own_configs(networks: Sequence[Any]) -> None:
