@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import scipy.io
 from tqdm import tqdm
 
 from qat_runner.data.listing import class_folders
@@ -74,7 +73,9 @@ def _check(path: Path) -> None:
 def read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """WordNet id -> words of the 1000 classes, and the id of each validation picture in order."""
     with tarfile.open(path) as tar:
-        meta = scipy.io.loadmat(_member(tar, "data/meta.mat"), squeeze_me=True)["synsets"]
+        from scipy.io import loadmat  # for this alone
+
+        meta = loadmat(_member(tar, "data/meta.mat"), squeeze_me=True)["synsets"]
         truth = _member(tar, "data/ILSVRC2012_validation_ground_truth.txt").read().decode()
     leaves = [record for record in meta if int(record["num_children"]) == 0]
     wnid_of = {int(record["ILSVRC2012_ID"]): str(record["WNID"]) for record in leaves}

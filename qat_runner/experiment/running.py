@@ -48,7 +48,6 @@ from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
-from qat_runner.training.plots import plot_curves, plot_noise
 
 log = logging.getLogger("qat_runner")
 
@@ -178,6 +177,8 @@ def _carry_out(
         result = _summarize(config, trainer)
         if ranks.is_main():
             record_histograms(folder, config, model, data)
+            from qat_runner.training.plots import plot_curves, plot_noise  # matplotlib takes its time to import
+
             plot_curves(folder, config.task)
             plot_noise(folder)
             SUMMARY.write(folder, result)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -383,18 +383,27 @@ def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Seque
         module.elements_seen = {**getattr(module, "elements_seen", {}), operand: count}  # type: ignore[assignment]
 
 
-@contextmanager
-def quantizers_disabled(model: nn.Module) -> Iterator[None]:
+def quantizers_disabled(model: nn.Module) -> AbstractContextManager[None]:
     """While open, the model computes in full precision."""
-    quantizers = [t.quantizer for t in quantized_tensors(model)]
-    before = [q.enabled for q in quantizers]
+    return _switched([t.quantizer for t in quantized_tensors(model)], "enabled", False)
+
+
+def checking(quantizers: Collection[Quantizer], whether: bool) -> AbstractContextManager[None]:
+    """While open, quantizers refuse NaN and infinity in `eval()`, or do not; see `Quantizer.checks`."""
+    return _switched(quantizers, "checks", whether)
+
+
+@contextmanager
+def _switched(quantizers: Collection[Quantizer], switch: str, value: bool) -> Iterator[None]:
+    """While open, an attribute of all of them has a value."""
+    before = [getattr(q, switch) for q in quantizers]
     for q in quantizers:
-        q.enabled = False
+        setattr(q, switch, value)
     try:
         yield
     finally:
-        for q, enabled in zip(quantizers, before, strict=True):
-            q.enabled = enabled
+        for q, earlier in zip(quantizers, before, strict=True):
+            setattr(q, switch, earlier)
 
 
 def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsTogether:

@@ -9,7 +9,8 @@ weight with `dim=0`. They share these results as well:
 - Rows that are all zero, and empty ones, give 0, which `fake_quantize` turns into zeros.
 - Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
-  training steps, nothing waits and no s is promised: quantizing x with it leaves the NaN in the result.
+  training steps, nothing waits; quantizing x with s leaves NaN in the result: the NaN that was there, or, after an
+  infinity, NaN all over the row.
 - No gradient flows through s.
 - In an oriented format s is a magnitude: `orienting.oriented` finds its sign.
 - For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].
@@ -125,10 +126,11 @@ def percentile(
 
 
 def _percentile_of_rows(rows: Tensor, q: float) -> Tensor:
-    """Of each of [rows, n]; leaves them in disorder."""
+    """Of each of [rows, n], NaN if it is not finite; leaves them in disorder."""
     position = (rows.shape[1] - 1) * q / 100
     below, above = math.floor(position), math.ceil(position)
-    return torch.lerp(*_order_statistics(rows, below, above), position - below)
+    low, high, largest = _order_statistics(rows, below, above)
+    return torch.where(torch.isfinite(largest), torch.lerp(low, high, position - below), torch.nan)
 
 
 def _in_shape(ends: Tensor, dim: int | None) -> Tensor:
@@ -136,15 +138,18 @@ def _in_shape(ends: Tensor, dim: int | None) -> Tensor:
     return ends.reshape(2) if dim is None else ends
 
 
-def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor]:
-    """The elements of ranks below and above, counted from 0 upwards, of each of [rows, n]; leaves rows in disorder."""
+def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of [rows, n], the elements of ranks below and above, counted from 0 upwards, and the largest.
+
+    NaN is larger than any. Leaves rows in disorder.
+    """
     if rows.device.type == "cpu" and not recording():
         rows.numpy().partition(below, axis=1)  # several ranks at once would be ten times slower than one
-        return rows[:, below], rows[:, above:].amin(1)
+        return rows[:, below], rows[:, above:].amin(1), rows[:, below:].amax(1)
     # Nothing waits for the device. Percentiles that clip sit near the top, which is found faster than all are sorted.
     n = rows.shape[1]
     top = rows.topk(n - below, dim=1, sorted=True).values
-    return top[:, -1], top[:, n - 1 - above]
+    return top[:, -1], top[:, n - 1 - above], top[:, 0]
 
 
 @torch.no_grad()

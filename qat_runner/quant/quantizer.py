@@ -18,6 +18,7 @@ from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
+from qat_runner.quant.repeated import LatestScalars
 from qat_runner.quant.state import ScalarState
 from qat_runner.quant.tensors import recording, transformed
 
@@ -59,6 +60,10 @@ class Plan(NamedTuple):
     search: Search
 
 
+_latest = LatestScalars()
+"""of training"""
+
+
 class Given(NamedTuple):
     """What a call will find done already: a step of training, remembered."""
 
@@ -85,7 +90,7 @@ class Quantizer(ScalarState):
 
     In training no call waits for the device, and a forward pass that activation checkpointing repeats within the
     backward pass gives what it gave before, and is not remembered again. In `eval()`, solving refuses NaN and infinity
-    with a ValueError.
+    with a ValueError, unless `checks` is false.
 
     Args:
         format: what values are rounded to; a number stands for the signed integers of so many bits.
@@ -131,6 +136,8 @@ class Quantizer(ScalarState):
         self.synchronize = synchronize
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""
+        self.checks = True
+        """Whether solving in `eval()` refuses NaN and infinity, for which it waits; else NaN is what comes out."""
         self.last_s: Tensor | None = None
         """The scalars of the latest call, for whoever measures noise; not part of the state."""
         self._reusing = False
@@ -174,7 +181,7 @@ class Quantizer(ScalarState):
         if given is not None and given.x is x:
             out = self._took(given.s, given.out)
         elif (plan := self.planned(x)) is not None:
-            out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
+            out = self._trained_on(x, plan)
         else:
             s = self._scalars(x)
             if not torch.compiler.is_compiling():
@@ -212,10 +219,21 @@ class Quantizer(ScalarState):
         found = self.method.in_training(format, seen)
         if found is None or not isinstance(format, IntFormat) or self.dim or ndim < max(self.s.ndim, 1):
             return None
-        if self.dim is not None and ndim != self.s.ndim:
+        if self.dim is not None and ndim != max(self.s.ndim, 2):  # with one dimension each element has its own scalar
             return None
         cost, iterations, tolerance = found
         return Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
+
+    def _trained_on(self, x: Tensor, plan: Plan) -> Tensor:
+        """A step of training in one operation; of a tensor that another quantizer has solved, what is left of it."""
+        how = self.method, plan.format, self.dim, plan.seen
+        s = _latest.find(self, x, how)
+        if s is not None:
+            self.remember(s, self.momentum)
+            return self._took(s, self._quantize(x, s))
+        out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
+        _latest.note(self, x, how, self.latest)
+        return out
 
     def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
         """Solve, remember and quantize: the scalars and x quantized."""
@@ -247,9 +265,8 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            return self._solve(
-                x, Call(check=not (torch.compiler.is_compiling() or transformed()), start=start, orientation=pointed)
-            )
+            check = self.checks and not (torch.compiler.is_compiling() or transformed())
+            return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
         if s is None:

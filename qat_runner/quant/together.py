@@ -15,7 +15,7 @@ from qat_runner.quant.estimators import solve_and_quantize_all
 from qat_runner.quant.quantizer import Given, Plan, Quantizer
 
 LARGEST = 1 << 22
-"""Elements of a weight, at most: with more of them the call does not matter, but memory does, as all are held at once."""
+"""Elements of a weight, at most: of a larger one the call does not matter, but memory does, as all are held at once."""
 
 
 class _Weight(NamedTuple):

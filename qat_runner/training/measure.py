@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qat_runner.config import Amp
 from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.insert import checking
 from qat_runner.quant import Quantizer, measure
 from qat_runner.tasks import Task, Totals
 
@@ -30,13 +31,22 @@ def evaluate(
     amp: Amp,
     seen: Callable[[int, Totals], object] = lambda samples, totals: None,
 ) -> None:
-    """Add batches to the totals, the model in eval mode; `seen` is told of each batch."""
+    """Add batches to the totals, the model in eval mode; `seen` is told of each batch.
+
+    Raises:
+        ValueError: a quantizer that solves was given NaN or infinity.
+    """
     model.eval()
-    for batch in batches:
-        with autocast(totals.device, amp):
-            logits = task.compute(model, batch.inputs)
-        totals.add(task.loss(logits, batch.targets), logits, batch.targets)
-        seen(batch.size, totals)
+    quantizers = [t.quantizer for t in quantized_tensors(model)]
+    with checking(quantizers, False):
+        for batch in batches:
+            with autocast(totals.device, amp):
+                logits = task.compute(model, batch.inputs)
+                if torch.isnan(logits).any():  # the one wait of a batch
+                    with checking(quantizers, True):  # whichever quantizer met NaN or infinity says so
+                        task.compute(model, batch.inputs)
+            totals.add(task.loss(logits, batch.targets), logits, batch.targets)
+            seen(batch.size, totals)
 
 
 class WarmStartExcess:

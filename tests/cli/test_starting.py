@@ -89,6 +89,13 @@ def test_a_config_is_refused_before_pytorch_is_there(request_: tuple[str, ...]) 
     assert packages <= WORDS | PARTS
 
 
+def test_a_folder_that_is_missing_is_told_before_what_only_runs_need(tmp_path: Path) -> None:
+    code, packages, said = carried_out("qat-run", "model=resnet18", "dataset=imagenet", f"data_dir={tmp_path}")
+    assert code == 2 and said.startswith("qat-run: dataset=imagenet: not found")
+    assert "torch" in packages
+    assert not packages & {"matplotlib", "pandas", "scipy", "tensorboard", "torchvision", "transformers", "triton"}
+
+
 def test_the_page_of_a_run_needs_no_pytorch(tmp_path: Path) -> None:
     tiny = ("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=8")
     assert qat_run([*tiny, "epochs=1", f"run_dir={tmp_path / 'run'}"]) == 0

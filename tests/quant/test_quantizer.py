@@ -1,4 +1,5 @@
 import copy
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,15 +11,19 @@ from qat_runner.quant import (
     Call,
     ClippingMethod,
     Format,
+    IntFormat,
     Maximum,
     NotCalibratedError,
     Octav,
     Quantizer,
     clipping_method,
     fake_quantize,
+    kernels,
     maximum,
     octav,
 )
+from qat_runner.quant.kernels import eager
+from qat_runner.quant.repeated import WORTH
 
 
 def test_dynamic_solves_in_training_and_remembers() -> None:
@@ -192,3 +197,77 @@ def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:
     q.eval()
     torch.testing.assert_close(q(x * 50), fake_quantize(x * 50, octav(x * 50, 4), 4))  # evaluation converges
     assert Octav().warm and not Octav(warm_iterations=None).warm and not Maximum().warm
+
+
+class Counting:
+    """How often tensors are solved; by the reference."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.solved = 0
+        solve = eager.octav
+
+        def octav(*args: Any) -> Tensor:
+            self.solved += 1
+            return solve(*args)
+
+        monkeypatch.setattr(eager, "octav", octav)
+
+
+def test_a_tensor_that_several_layers_share_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each of them has what it would have alone, to the last bit."""
+    counting = Counting(monkeypatch)
+    together, alone = ([Quantizer(4, Octav()).train() for _ in range(3)] for _ in range(2))
+    with kernels.using("eager"):
+        for step in range(3):
+            x = torch.randn(WORTH // 8, 8)
+            copies = [x.clone() for _ in alone]
+            counting.solved = 0
+            outs = [q(x) for q in together]
+            assert counting.solved == 1
+            for q, other, out, copied in zip(together, alone, outs, copies, strict=True):
+                assert torch.equal(out, other(copied))
+                assert all(torch.equal(t, u) for t, u in zip(q.buffers(), other.buffers(), strict=True))
+                assert torch.equal(q.latest, other.latest) and q.batches == step + 1
+            assert counting.solved == 4
+
+
+def test_what_is_not_the_same_is_solved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(monkeypatch)
+    x = torch.randn(8, WORTH // 8)
+    method = Octav()
+    with kernels.using("eager"):
+        Quantizer(4, method)(x)
+        for other in (
+            Quantizer(8, method),
+            Quantizer(IntFormat(4, signed=False), method),
+            Quantizer(4, method, shape=(8, 1)),
+            Quantizer(4, Octav(missing_code=True)),
+        ):
+            before = counting.solved
+            other(x)
+            assert counting.solved == before + 1
+        before = counting.solved
+        x.mul_(2)
+        Quantizer(4, method)(x)
+        assert counting.solved == before + 1
+        with torch.inference_mode():
+            y = torch.randn(WORTH)
+            Quantizer(4, method)(y)
+            Quantizer(4, method)(y)
+        assert counting.solved == before + 3
+
+
+def test_shared_tensors_are_not_kept_alive() -> None:
+    q, x = Quantizer(4, Octav()), torch.randn(WORTH)
+    q(x)
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_scalar_an_element(backend: str) -> None:
+    x = torch.randn(8)
+    with kernels.using(backend):
+        q = Quantizer(4, Octav(), shape=(8,))
+        assert torch.equal(q(x), fake_quantize(x, octav(x, 4, dim=0), 4))

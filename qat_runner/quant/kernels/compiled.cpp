@@ -253,6 +253,7 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
     const float scale = static_cast<float>(1 / unit);
     double s = guess / unit;
     Sums at = sums_of_row<T, KIND>(x, n, sides, scale, static_cast<float>(s), true, threads);
+    if (!std::isfinite(at.total)) return std::numeric_limits<float>::quiet_NaN();
     Bracket bracket(set.k, at);
     if (set.cold) {
         bracket.propose(static_cast<float>(s), at);

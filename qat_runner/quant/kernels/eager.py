@@ -30,7 +30,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
         search: see there.
 
     Returns:
-        s in units of x, in `compute_dtype`.
+        s in units of x, in `compute_dtype`; NaN for a row that is not finite.
     """
     dims, pool = search.dims, search.pool
     a, weights = sided(x, cost) if cost.sided else (magnitudes(x, cost.signed), None)
@@ -64,7 +64,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
 
     look = x.device.type == "cpu" and not recording()
     t = newton.solve(step, guess, k, cold=cold, iterations=search.iterations, tolerance=search.tolerance, look=look)
-    return t / cost.reach
+    return torch.where(torch.isfinite(total), t / cost.reach, torch.nan)
 
 
 def _sum(t: Tensor, weights: Tensor | None, dims: tuple[int, ...]) -> Tensor:

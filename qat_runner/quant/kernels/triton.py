@@ -4,6 +4,8 @@
 |--------------------------------------|---------------------------------|------------------------------------|
 | a step, or a solution, of short rows | 1                               | 1                                  |
 | the same of long rows                | 2: one zeroes counters           | one an iteration, and one to round |
+| steps of many tensors                | one a size of tiles, 2 for long | as above                           |
+| their gradients                      | 1, and copies                   | 1                                  |
 | `remember`                           | 1                               |                                    |
 | `fake_quantize`, its gradient        | 1 each                          | 1                                  |
 | `orient`                             | 2                               | 1                                  |
@@ -17,6 +19,9 @@ A meeting that does not come about ends after some seconds, with NaN for s, sinc
 then stops at its loss, instead of keeping the device forever. The counters of meetings are fresh
 memory in each call: kept ones would be shared by streams, and by CUDA graphs and what runs beside them.
 
+Several tensors come as a table of addresses on the device, which is kept for as long as they lie where they do: the
+weights of a network, step by step.
+
 All launches depend on shapes alone, so a CUDA graph can hold them. Other dtypes, devices and granularities are left to
 `eager`.
 """
@@ -24,6 +29,7 @@ All launches depend on shapes alone, so a CUDA graph can hold them. Other dtypes
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +45,7 @@ from qat_runner.quant.kernels.views import beside, dense, extent, floats
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import kept
 
+CALLS_COST = True  # see eager
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = {1024: 4, 4096: 8, 16384: 16}
 """Elements that one program holds, and its number of warps."""
@@ -51,6 +58,10 @@ WARPS = 8
 RESIDENT = 2
 """Such programs on a multiprocessor. With MAXNREG registers a thread that many fit, as they must to meet."""
 MAXNREG = 128
+SIZES = (64, 1024, 4096, 16384)
+"""Elements of the short rows of several tensors: those up to each of these are in one launch."""
+ALIGNED = 16
+"""Elements by which tensors that lie one behind another are aligned."""
 POLLS = 1 << 22
 """How often a program asks whether the others have come before it gives up; about a microsecond each."""
 
@@ -80,6 +91,40 @@ def octav_and_quantize(
     _solve(where, size, state.s if warm and state.known else None, s, cost, search, (format, state, out))
     _written(state)
     return s, out
+
+
+def octav_and_quantize_all(
+    xs: Sequence[Tensor],
+    cost: Cost,
+    format: IntFormat,
+    searches: Sequence[Search],
+    states: Sequence[Remembered],
+    warm: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `eager.octav_and_quantize_all`; launches by the sizes of rows, not by the number of tensors."""
+    x, search, state = xs[0], searches[0], states[0]
+    many = _many(xs, [state.s for state in states], states) if _alike(xs, states) and cost.short is None else None
+    if many is None or search.pool is not None:
+        found = [
+            octav_and_quantize(x, cost, format, search, state, warm)
+            for x, search, state in zip(xs, searches, states, strict=True)
+        ]
+        return [s for s, _ in found], [out for _, out in found]
+    s, out = x.new_empty(many.scalars, dtype=torch.float32), x.new_empty(many.elements)
+    kind = {"SIGNED": cost.signed, "SIDED": cost.sided, "COLD": not (warm and state.known)}
+    numbers = cost.noise, cost.reach, search.tolerance, search.iterations, state.weight, *_levels(format)
+    with _on(x):
+        for (held, block), tiles in many.tiles.items():
+            device.solve_rows_of_many[(len(tiles),)](
+                many.table, tiles, s, out, *numbers, **kind, ROWS=held, BLOCK=block, num_warps=_warps(held * block)
+            )
+        if many.long is not None:
+            pointers = many.long, s, s, s, s, s, out
+            kind |= {"POINTED": False, "STEP": True, "MANY": True}
+            _solve_long((len(many.long), many.longest), pointers, numbers, kind)
+    for state in states:
+        _written(state)
+    return many.split(s, [state.s for state in states], many.first_scalars), many.split(out, xs, many.first_elements)
 
 
 def remember(s: Tensor, state: Remembered) -> None:
@@ -173,6 +218,127 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     return out
 
 
+def fake_quantize_backward_all(
+    grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
+) -> list[Tensor]:
+    """As `eager.fake_quantize_backward_all`; one launch, and the copies that bring gradients side by side."""
+    if gradient == "ste":
+        return list(grads)
+    many = _many(xs, ss) if _alike([*xs, *grads]) else None
+    if many is None:
+        return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]
+    passed = xs[0].new_empty(many.elements)
+    outs = many.split(passed, xs, many.first_elements)
+    torch._foreach_copy_(outs, list(grads))
+    s = torch.cat([s.reshape(-1) for s in ss])
+    with _on(passed):
+        device.fake_quantize_backward_of_many[(len(many.pieces),)](
+            many.table,
+            many.pieces,
+            s,
+            passed,
+            SIGNED=format.signed,
+            MAD=gradient == "mad",
+            BLOCK=BLOCK,
+            num_warps=_warps(BLOCK),
+        )
+    return outs
+
+
+def _alike(tensors: Sequence[Tensor], states: Sequence[Remembered] = ()) -> bool:
+    """Whether kernels serve all of them in the same way, where they lie."""
+    first = tensors[0]
+    return (
+        all(_serves(t) and t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and all(dense(t) is t for t in tensors)
+        and all(_holds(state, first) for state in states)
+    )
+
+
+@dataclass(frozen=True)
+class _Many:
+    """Several tensors, as kernels find them: where each lies, and where its results go."""
+
+    table: Tensor
+    """see `triton_kernels.FIELDS`"""
+    tiles: dict[tuple[int, int], Tensor]
+    """by rows and elements that a program holds: of each program, int64 [programs, 2], a tensor and its first row"""
+    long: Tensor | None
+    """a table of the rows that no program holds"""
+    longest: int
+    """elements of them"""
+    pieces: Tensor
+    """int64 [programs, 2]: a tensor, and the first of BLOCK elements"""
+    scalars: int
+    """of all tensors"""
+    elements: int
+    """likewise, with what aligns them"""
+    first_scalars: tuple[int, ...]
+    first_elements: tuple[int, ...]
+
+    @staticmethod
+    def split(whole: Tensor, like: Sequence[Tensor], first: Sequence[int]) -> list[Tensor]:
+        """Parts of a tensor in the shapes and strides of others; they are no views, which autograd would follow."""
+        memory = whole.untyped_storage()
+        return [whole.new_empty(0).set_(memory, at, t.shape, t.stride()) for t, at in zip(like, first, strict=True)]
+
+
+def _many(xs: Sequence[Tensor], ss: Sequence[Tensor], states: Sequence[Remembered] = ()) -> _Many | None:
+    """Tensors with scalars, one or one a row each; None for other granularities."""
+    sizes = [extent(x, s) for x, s in zip(xs, ss, strict=True)]
+    if None in sizes:
+        return None
+    places = [(x.data_ptr(), *_addresses(states[i] if states else None)) for i, x in enumerate(xs)]
+    return _table(tuple(places), tuple(filter(None, sizes)), xs[0].element_size(), xs[0].device)
+
+
+def _addresses(state: Remembered | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if state is None else tuple(t.data_ptr() for t in state[:3])  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    places: tuple[tuple[int, ...], ...], sizes: tuple[tuple[int, int], ...], size: int, where: torch.device
+) -> _Many:
+    """The same by addresses, of which nothing is read here; sent to the device once."""
+    entries: list[tuple[int, ...]] = []
+    long: list[tuple[int, ...]] = []
+    tiles: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    pieces: list[tuple[int, int]] = []
+    scalars = elements = 0
+    for i, (addresses, (rows, n)) in enumerate(zip(places, sizes, strict=True)):
+        entries.append((*addresses, rows, n, scalars, elements))
+        pieces.extend((i, first) for first in range(0, rows * n, BLOCK))
+        if n <= max(REGISTERS):
+            tile = _tile(next(most for most in SIZES if n <= most), max(REGISTERS))
+            tiles.setdefault(tile, []).extend((i, first) for first in range(0, rows, tile[0]))
+        else:
+            x, last, average, batches = addresses
+            for row in range(rows):
+                own = x + row * n * size, last + 4 * row, average + 4 * row, batches * (row == 0)
+                long.append((*own, 1, n, scalars + row, elements + row * n))
+        scalars += rows
+        elements += -(-rows * n // ALIGNED) * ALIGNED
+    sent = functools.partial(_sent, where=where)
+    return _Many(
+        sent(entries),
+        {tile: sent(programs) for tile, programs in sorted(tiles.items())},
+        sent(long) if long else None,
+        max((entry[5] for entry in long), default=0),
+        sent(pieces),
+        scalars,
+        elements,
+        tuple(entry[6] for entry in entries),
+        tuple(entry[7] for entry in entries),
+    )
+
+
+def _sent(rows: Sequence[tuple[int, ...]], where: torch.device) -> Tensor:
+    """A table, int64, on the device, without a wait."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else table
+
+
 def _in_tiles(kernel: Any, tensors: tuple[Tensor, ...], size: tuple[int, int], *numbers: float, **kind: bool) -> None:
     """Launch a kernel that goes once through rows [rows, n], a tile a program."""
     rows, n = size
@@ -233,9 +399,7 @@ def _solve(
         x if out is None else out,
     )
     numbers = (cost.noise, cost.reach, search.tolerance, search.iterations, 0.0 if state is None else state.weight)
-    levels: tuple[float, ...] = (1.0, 1.0, 0.0, 0.0)
-    if format is not None:
-        levels = tuple(map(float, (format.levels_per_scalar, format.resolution, format.lowest, format.highest)))
+    levels = (1.0, 1.0, 0.0, 0.0) if format is None else _levels(format)
     kind = {
         "SIGNED": cost.signed,
         "SIDED": cost.sided,
@@ -243,9 +407,16 @@ def _solve(
         "COLD": guess is None,
         "STEP": step is not None,
     }
-    launch = _solve_short if size[1] <= max(REGISTERS) else _solve_long
     with _on(x):
-        launch(size, pointers, (*numbers, *levels), kind)
+        if size[1] <= max(REGISTERS):
+            _solve_short(size, pointers, (*numbers, *levels), kind)
+        else:
+            _solve_long(size, pointers, (*numbers, *levels), kind | {"MANY": False})
+
+
+def _levels(format: IntFormat) -> tuple[float, float, float, float]:
+    """What kernels know of a format."""
+    return float(format.levels_per_scalar), float(format.resolution), float(format.lowest), float(format.highest)
 
 
 def _solve_short(
@@ -261,7 +432,7 @@ def _solve_short(
 def _solve_long(
     size: tuple[int, int], pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]
 ) -> None:
-    (rows, n), x = size, pointers[0]
+    (rows, n), x = size, pointers[-1]
     block = BLOCK * 4 // x.element_size()
     lanes = min(block, WARPS * 32 * 16 // x.element_size())  # 16 bytes a thread
     resident = _resident(x.device)

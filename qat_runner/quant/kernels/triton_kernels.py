@@ -12,6 +12,9 @@ import triton.language as tl
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
 SUMS = tl.constexpr(6)
 """Of a read: excess, outside, total, nonzero, largest, count."""
+FIELDS = tl.constexpr(8)
+"""Of a tensor in TABLE, int64 [tensors, FIELDS]: addresses of x, of s, running and batches of its state; its rows, and
+elements of each; where its s begins among those of all, and where its elements do."""
 
 
 @triton.jit
@@ -117,6 +120,56 @@ def remember(s_ptr, last_ptr, running_ptr, batches_ptr, rows, momentum, BLOCK: t
 
 
 @triton.jit
+def _solve_held(
+    x,
+    row,
+    present,
+    guess_ptr,
+    short_ptr,
+    k,
+    reach,
+    tolerance,
+    iterations,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    POINTED: tl.constexpr,
+    COLD: tl.constexpr,
+):
+    """The scalars of rows x float32 [ROWS, BLOCK], zeros in the places that a row has not; float32 [ROWS]."""
+    short = tl.load(short_ptr + row, mask=present & POINTED, other=0.0)
+    raw, weight = _magnitude(x, short[:, None], reach, SIGNED, SIDED, POINTED)
+    top = tl.max(raw, 1)
+    guess = top if COLD else tl.load(guess_ptr + row, mask=present, other=1.0) * reach
+    s, unit = _start(guess)
+    a = raw * (1.0 / unit)[:, None]
+    k = s * 0 + k  # float64
+    nonzero = tl.sum(tl.where(raw > 0, weight, 0.0), 1).to(tl.float64)
+    if SIDED:
+        count = tl.sum((raw > 0).to(tl.float32), 1).to(tl.float64)
+        k = tl.where(nonzero > 0, k * (count / tl.maximum(nonzero, 1.0)), k)
+    total = tl.sum(weight * a, 1).to(tl.float64)
+    hi = tl.max(a, 1).to(tl.float64)
+    lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
+    if COLD:
+        s = total / tl.maximum(nonzero, 1.0)
+    i = 0
+    moving = present
+    while (i < iterations) & (tl.max(moving.to(tl.int32), 0) > 0):
+        here = s.to(tl.float32)
+        beyond = a > here[:, None]
+        excess = tl.sum(tl.where(beyond, weight * (a - here[:, None]), 0.0), 1).to(tl.float64)
+        outside = tl.sum(tl.where(beyond, weight, 0.0), 1).to(tl.float64)
+        before = here.to(tl.float64)
+        proposal, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
+            before, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
+        )
+        s = tl.where(moving, proposal, s)  # each row stops on its own
+        moving = moving & (tl.abs(s - before) > tolerance * s)
+        i += 1
+    return _answer(s, unit, reach, total)
+
+
+@triton.jit
 def solve_rows(
     x_ptr,
     guess_ptr,
@@ -153,37 +206,9 @@ def solve_rows(
     at = row[:, None] * n + column[None, :]
     mask = present[:, None] & (column < n)[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    short = tl.load(short_ptr + row, mask=present & POINTED, other=0.0)
-    raw, weight = _magnitude(x, short[:, None], reach, SIGNED, SIDED, POINTED)
-    top = tl.max(raw, 1)
-    guess = top if COLD else tl.load(guess_ptr + row, mask=present, other=1.0) * reach
-    s, unit = _start(guess)
-    a = raw * (1.0 / unit)[:, None]
-    k = s * 0 + k  # float64
-    nonzero = tl.sum(tl.where(raw > 0, weight, 0.0), 1).to(tl.float64)
-    if SIDED:
-        count = tl.sum((raw > 0).to(tl.float32), 1).to(tl.float64)
-        k = tl.where(nonzero > 0, k * (count / tl.maximum(nonzero, 1.0)), k)
-    total = tl.sum(weight * a, 1).to(tl.float64)
-    hi = tl.max(a, 1).to(tl.float64)
-    lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
-    if COLD:
-        s = total / tl.maximum(nonzero, 1.0)
-    i = 0
-    moving = present
-    while (i < iterations) & (tl.max(moving.to(tl.int32), 0) > 0):
-        here = s.to(tl.float32)
-        beyond = a > here[:, None]
-        excess = tl.sum(tl.where(beyond, weight * (a - here[:, None]), 0.0), 1).to(tl.float64)
-        outside = tl.sum(tl.where(beyond, weight, 0.0), 1).to(tl.float64)
-        before = here.to(tl.float64)
-        proposal, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
-            before, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
-        )
-        s = tl.where(moving, proposal, s)  # each row stops on its own
-        moving = moving & (tl.abs(s - before) > tolerance * s)
-        i += 1
-    found = _answer(s, unit, reach, total)
+    found = _solve_held(
+        x, row, present, guess_ptr, short_ptr, k, reach, tolerance, iterations, SIGNED, SIDED, POINTED, COLD
+    )
     tl.store(s_ptr + row, found, mask=present)
     if STEP:
         _take_over(found, guess_ptr + row, running_ptr + row, momentum, present)
@@ -191,6 +216,60 @@ def solve_rows(
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
         full = _full_scale(found, levels, resolution)
         tl.store(out_ptr + at, _round(x, full[:, None], resolution, lowest, highest), mask=mask)
+
+
+@triton.jit
+def _entry(table_ptr, tensor, FIELD: tl.constexpr):
+    """A number, or an address, of what TABLE has of a tensor."""
+    return tl.load(table_ptr + tensor * FIELDS + FIELD)
+
+
+@triton.jit
+def solve_rows_of_many(
+    table_ptr,
+    tiles_ptr,
+    s_ptr,
+    out_ptr,
+    k,
+    reach,
+    tolerance,
+    iterations,
+    momentum,
+    levels,
+    resolution,
+    lowest,
+    highest,
+    SIGNED: tl.constexpr,
+    SIDED: tl.constexpr,
+    COLD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A step of `solve_rows` for the rows of several tensors, each of which TABLE describes.
+
+    tiles: int64 [programs, 2], a tensor and its first row for each program. s, out: of all tensors, one behind another.
+    """
+    tensor = tl.load(tiles_ptr + 2 * tl.program_id(0))
+    first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
+    rows, n = _entry(table_ptr, tensor, 4), _entry(table_ptr, tensor, 5)
+    x_ptr = _entry(table_ptr, tensor, 0).to(out_ptr.dtype)
+    last_ptr = _entry(table_ptr, tensor, 1).to(s_ptr.dtype)
+    running_ptr = _entry(table_ptr, tensor, 2).to(s_ptr.dtype)
+    s_ptr += _entry(table_ptr, tensor, 6)
+    out_ptr += _entry(table_ptr, tensor, 7)
+    row = first + tl.arange(0, ROWS)
+    present, column = row < rows, tl.arange(0, BLOCK)
+    at = row[:, None] * n + column[None, :]
+    mask = present[:, None] & (column < n)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    found = _solve_held(x, row, present, last_ptr, s_ptr, k, reach, tolerance, iterations, SIGNED, SIDED, False, COLD)
+    tl.store(s_ptr + row, found, mask=present)
+    _take_over(found, last_ptr + row, running_ptr + row, momentum, present)
+    if first == 0:
+        batches_ptr = _entry(table_ptr, tensor, 3).to(tl.pointer_type(tl.int64))
+        tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+    full = _full_scale(found, levels, resolution)
+    tl.store(out_ptr + at, _round(x, full[:, None], resolution, lowest, highest), mask=mask)
 
 
 @triton.jit
@@ -323,16 +402,20 @@ def solve_long(
     POINTED: tl.constexpr,
     COLD: tl.constexpr,
     STEP: tl.constexpr,
+    MANY: tl.constexpr,
     PROGRAMS: tl.constexpr,
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
     POLLS: tl.constexpr,
 ):
-    """As `solve_rows` for rows of any length, of which `programs` programs, at most PROGRAMS, read a share each.
+    """As `solve_rows` for rows of any size, of which `programs` programs, at most PROGRAMS, read a share each.
 
     They meet after each read, and each draws the same conclusion from the parts of all. There are `groups` of such
     programs, all of them on the device at once, with every groups-th row. parts: float32 [groups, 2, SUMS, programs];
     what is read after a meeting is not written to before the next but one. arrived: int32 [groups], zeros.
+
+    With MANY, x stands for TABLE, each row of which describes a row; the first of a tensor has the address of batches,
+    others zero.
     """
     group, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     parts_ptr += group * (2 * SUMS * programs)
@@ -340,21 +423,32 @@ def solve_long(
     row = group.to(tl.int64)
     together, turn = group >= 0, 0  # so far all came; meetings
     while row < rows:
-        x = x_ptr + row * n
+        if MANY:
+            x = _entry(x_ptr, row, 0).to(out_ptr.dtype)
+            last_ptr = _entry(x_ptr, row, 1).to(s_ptr.dtype)
+            average_ptr = _entry(x_ptr, row, 2).to(s_ptr.dtype)
+            count = _entry(x_ptr, row, 3)
+            count_ptr, counts = count.to(tl.pointer_type(tl.int64)), count != 0
+            size = _entry(x_ptr, row, 5)
+            answer_ptr, to_ptr = s_ptr + _entry(x_ptr, row, 6), out_ptr + _entry(x_ptr, row, 7)
+        else:
+            x, last_ptr, average_ptr, count_ptr = x_ptr + row * n, guess_ptr + row, running_ptr + row, batches_ptr
+            counts = row == 0
+            size, answer_ptr, to_ptr = n, s_ptr + row, out_ptr + row * n
         short = tl.load(short_ptr + row) if POINTED else 0.0
         if COLD:
             here_ptr = parts_ptr + (turn % 2) * (SUMS * programs)
-            share = _largest(x, short, reach, n, part, programs, SIGNED, SIDED, POINTED, UNROLL, LANES)
+            share = _largest(x, short, reach, size, part, programs, SIGNED, SIDED, POINTED, UNROLL, LANES)
             tl.store(here_ptr + part, share)
             turn += 1
             together = together & _meet(arrived_ptr, turn * programs, POLLS)
             guess = tl.max(_parts(here_ptr, 0, programs, PROGRAMS)).to(tl.float32)
         else:
-            guess = tl.load(guess_ptr + row) * reach
+            guess = tl.load(last_ptr) * reach
         s, unit = _start(guess)
         scale, here = 1.0 / unit, s.to(tl.float32)
         here_ptr = parts_ptr + (turn % 2) * (SUMS * programs)
-        _read(x, here_ptr, short, here, scale, reach, n, part, programs, True, SIGNED, SIDED, POINTED, UNROLL, LANES)
+        _read(x, here_ptr, short, here, scale, reach, size, part, programs, True, SIGNED, SIDED, POINTED, UNROLL, LANES)
         turn += 1
         together = together & _meet(arrived_ptr, turn * programs, POLLS)
         excess = tl.sum(_parts(here_ptr, 0, programs, PROGRAMS))
@@ -382,7 +476,7 @@ def solve_long(
                     here,
                     scale,
                     reach,
-                    n,
+                    size,
                     part,
                     programs,
                     False,
@@ -404,20 +498,20 @@ def solve_long(
             moving = together & (tl.abs(s - before) > tolerance * s) & (i < iterations)
         found = tl.where(together, _answer(s, unit, reach, total), float("nan"))
         if part == 0:
-            tl.store(s_ptr + row, found)
+            tl.store(answer_ptr, found)
         if STEP:
             if part == 0:  # all have read the guess before they first met
-                _take_over(found, guess_ptr + row, running_ptr + row, momentum, together)
-                if row == 0:
-                    tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+                _take_over(found, last_ptr, average_ptr, momentum, together)
+                if counts:
+                    tl.store(count_ptr, tl.load(count_ptr) + 1)
             full = _full_scale(found, levels, resolution)
             first = part.to(tl.int64) * (UNROLL * LANES)
-            while first < n:
+            while first < size:
                 offsets = _tile(first, UNROLL, LANES)
-                mask = offsets < n
+                mask = offsets < size
                 value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
                 rounded = _round(value, full, resolution, lowest, highest)
-                tl.store(out_ptr + row * n + offsets, rounded, mask=mask)
+                tl.store(to_ptr + offsets, rounded, mask=mask)
                 first += programs * (UNROLL * LANES)
         row += groups
 
@@ -488,6 +582,18 @@ def fake_quantize(
 
 
 @triton.jit
+def _passed(grad, x, low, high, MAD: tl.constexpr):
+    """What estimators let through of a gradient, float32."""
+    if MAD:
+        clipped = tl.where(x < low, low, x)
+        clipped = tl.where(clipped > high, high, clipped)
+        out = tl.where(x == 0, 1.0, tl.div_rn(clipped, tl.where(x == 0, 1.0, x))) * grad
+    else:
+        out = tl.where((x >= low) & (x <= high), grad, 0.0)
+    return out
+
+
+@triton.jit
 def fake_quantize_backward(
     grad_ptr,
     x_ptr,
@@ -515,10 +621,26 @@ def fake_quantize_backward(
     else:
         s = tl.abs(s)
         low = -s if SIGNED else s * 0
-    if MAD:
-        clipped = tl.where(x < low, low, x)
-        clipped = tl.where(clipped > s, s, clipped)
-        out = tl.where(x == 0, 1.0, tl.div_rn(clipped, tl.where(x == 0, 1.0, x))) * grad
-    else:
-        out = tl.where((x >= low) & (x <= s), grad, 0.0)
-    tl.store(out_ptr + at, out, mask=mask)
+    tl.store(out_ptr + at, _passed(grad, x, low, s, MAD), mask=mask)
+
+
+@triton.jit
+def fake_quantize_backward_of_many(
+    table_ptr, tiles_ptr, s_ptr, grad_ptr, SIGNED: tl.constexpr, MAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`fake_quantize_backward` of several tensors, each of which TABLE describes, in place.
+
+    tiles: int64 [programs, 2], a tensor and the first of BLOCK elements for each program. s, grad: of all tensors, one
+    behind another.
+    """
+    tensor = tl.load(tiles_ptr + 2 * tl.program_id(0))
+    at = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
+    n = _entry(table_ptr, tensor, 5)
+    mask = at < _entry(table_ptr, tensor, 4) * n
+    x_ptr = _entry(table_ptr, tensor, 0).to(grad_ptr.dtype)
+    grad_ptr += _entry(table_ptr, tensor, 7)
+    x = tl.load(x_ptr + at, mask=mask, other=1.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.abs(tl.load(s_ptr + _entry(table_ptr, tensor, 6) + at // n, mask=mask, other=1.0))
+    low = -s if SIGNED else s * 0
+    tl.store(grad_ptr + at, _passed(grad, x, low, s, MAD), mask=mask)
