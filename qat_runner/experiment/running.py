@@ -34,7 +34,7 @@ from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import preflight, recorded
-from qat_runner.insertion import quantized_tensors, summary
+from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import size_mb
 from qat_runner.quant import NotCalibratedError
@@ -298,6 +298,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.model)
+    share = quantized_share(trainer.model)
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
         corrupt = set().union(*distributed.all_gather(corrupt))
@@ -323,6 +324,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
         "sqnr_db": sqnr if sqnr == sqnr else None,
         "size_mb": quantized_mb,
         "fp32_size_mb": full_mb,
+        "quantized_macs": None if share is None else 100 * share,
         "quantization_mse": sum(mses) / len(mses) if mses else None,
         "run_dir": str(trainer.record.folder),
     }

@@ -173,8 +173,10 @@ class IntegerLinear(nn.Linear):
         return nn.functional.linear(self.input_grid(input), _weight(self), self.bias)
 
 
-class IntegerMatmul(QuantMatmul):
+class IntegerMatmul(nn.Module):
     """A QuantMatmul with static grids for both operands."""
+
+    operands: tuple[str, str]
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         a, b = (self.get_submodule(f"{name}_grid") for name in self.operands)
@@ -238,4 +240,4 @@ def _convert(layer: nn.Module) -> None:
             layer.add_module("integer_weight", IntegerWeight(weight, quantizer))
             del layer.weight
         del layer.weight_quantizer
-    layer.__class__ = INTEGER[type(layer)]
+    layer.__class__ = next(integer for quantized, integer in INTEGER.items() if isinstance(layer, quantized))

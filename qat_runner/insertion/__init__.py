@@ -7,11 +7,11 @@ from qat_runner.insertion.insert import (
     quantize_model,
     quantized_tensors,
     remove_quantizers,
-    summary,
 )
 from qat_runner.insertion.layers import QuantConv2d, QuantLinear
 from qat_runner.insertion.noise_report import LayerNoise, NoiseReport, noise_report
 from qat_runner.insertion.saving import load, save
+from qat_runner.insertion.summary import not_quantized, quantized_share, summary
 from qat_runner.insertion.trace import Trace, trace
 from qat_runner.policy import FREEZING, Policy, PolicyError, Rule
 
@@ -31,7 +31,9 @@ __all__ = [
     "full_precision_state_dict",
     "load",
     "noise_report",
+    "not_quantized",
     "quantize_model",
+    "quantized_share",
     "quantized_tensors",
     "remove_quantizers",
     "save",

@@ -1,70 +1,167 @@
 """Quantized attention of transformers' networks: both operands of both batched matrix products.
 
-transformers lets a network look up its attention by name, so nothing of the network is copied: a function under our
-name computes softmax(Q K^T) V with the two products that insertion has put into each attention module.
+transformers lets a network look up its attention by name. A function under our name computes the attention that the
+network itself calls "eager", whatever arguments that takes, with the two products that insertion has put into each
+attention module in place of its two matrix products. So nothing of any network is copied here.
 """
 
+import copy
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.layers import QuantMatmul
 
 NAME = "qat_runner"
 """Under which the function is known to transformers."""
 
+EAGER = "eager"
+"""What transformers calls the attention that a network writes out itself."""
+
 PRODUCTS = {"scores": ("query", "key"), "context": ("probabilities", "value")}
-"""Submodule of an attention module -> names of its operands."""
+"""Submodule of an attention module -> names of its operands, in the order in which attention computes them."""
+
+OWN = "eager_attention"
+"""Attribute of an attention module whose products are quantized: the function that it calls "eager"."""
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+"""A function of transformers' attention interface."""
 
 
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The attention modules, by name, whose products can be quantized; none where transformers is not at work."""
-    found: dict[str, nn.Module] = {}
-    for prefix, network in _networks(model):
-        for name, module in network.named_modules():
-            if hasattr(module, "is_causal") and hasattr(module, "scaling"):  # what the interface hands to a function
-                found[f"{prefix}.{name}" if prefix else name] = module
-    return found
+class OwnAttention:
+    """The function that a network calls its "eager" attention; where one is, transformers knows of ours.
+
+    Args:
+        function: of transformers' attention interface.
+    """
+
+    def __init__(self, function: Attention) -> None:
+        self.function = function
+        _register()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnAttention, (self.function,)  # so a network that is unpickled elsewhere registers it there
+
+
+def attention_of(model: nn.Module) -> set[str]:
+    """The names of the attention that networks of transformers in a model compute; none where there are no such."""
+    asking = [network for network in _networks(model) if any(map(_own_attention, network.modules()))]
+    return {str(network.config._attn_implementation) for network in asking}
 
 
 def quantize_attention(model: nn.Module) -> None:
-    """Give every attention module its two products, without quantizers as yet, and let them be used."""
-    modules = attention_modules(model)
-    for module in modules.values():
+    """Give every attention module of transformers' networks its two products, without quantizers, and let them be used.
+
+    The networks get configs of their own, since others may share theirs.
+
+    Raises:
+        ValueError: a network does more for attention of some names than to call it, so ours would miss that.
+    """
+    networks = list(_networks(model))
+    modules = {module: own for network in networks for module in network.modules() if (own := _own_attention(module))}
+    if not modules:
+        return
+    for network in networks:
+        for name, module in network.named_modules():
+            if module in modules and _goes_by_name(module):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) does more for attention called 'eager' than to call it: this "
+                    f"attention cannot be quantized"
+                )
+    for module, own in modules.items():
+        setattr(module, OWN, OwnAttention(own))
         for name, operands in PRODUCTS.items():
             module.add_module(name, QuantMatmul(operands).train(module.training))
-    if modules:
-        _register()
-    for _, network in _networks(model):
-        if network.config._attn_implementation != NAME:
-            network.attention_before = network.config._attn_implementation
-            network.set_attn_implementation(NAME)
+    _own_configs(networks)
+    for network in networks:
+        network.attention_before = network.config._attn_implementation
+    for network in networks:
+        network.set_attn_implementation(NAME)
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undo `quantize_attention`."""
-    for module in attention_modules(model).values():
-        for name in PRODUCTS:
-            if isinstance(getattr(module, name, None), QuantMatmul):
-                delattr(module, name)
-    for _, network in _networks(model):
-        if hasattr(network, "attention_before"):
+    """Undo `quantize_attention`, but for the configs, which stay the networks' own."""
+    for module in model.modules():
+        for name in (*PRODUCTS, OWN) if OWN in vars(module) else ():
+            delattr(module, name)
+    for network in _networks(model):
+        if "attention_before" in vars(network):  # those inside are set as well, and then to their own
             network.set_attn_implementation(network.attention_before)
             del network.attention_before
 
 
-def _networks(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The networks of transformers that follow its attention interface, by name, outermost first."""
+@contextmanager
+def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """While open, networks of transformers compute another attention than the quantized one.
+
+    Args:
+        model: after `quantize_attention`.
+        name: of that attention; None: the one that each network had before.
+    """
+    networks = [network for network in _networks(model) if "attention_before" in vars(network)]
+    try:
+        for network in networks:
+            network.set_attn_implementation(name or network.attention_before)
+        yield
+    finally:
+        for network in networks:
+            network.set_attn_implementation(NAME)
+
+
+def _networks(model: nn.Module) -> Iterator[Any]:
+    """The networks of transformers that follow its attention interface, outermost first."""
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
 
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
-            yield name, module
+            yield module
+
+
+def _own_attention(module: nn.Module) -> Attention | None:
+    """The "eager" attention of a module that asks transformers' interface for its attention; None for any other.
+
+    Its class says which it is: `ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)`.
+    """
+    for function in _functions(module):
+        names = function.__code__.co_names
+        if "ALL_ATTENTION_FUNCTIONS" in names:
+            own = next((name for name in names if name.endswith("eager_attention_forward")), "")
+            attention: Attention | None = function.__globals__.get(own)
+            return attention
+    return None
+
+
+def _goes_by_name(module: nn.Module) -> bool:
+    """Whether a module does more for attention of some names, such as ("eager", "sdpa"), than to call it."""
+    constants = [constant for function in _functions(module) for constant in function.__code__.co_consts]
+    return any(isinstance(constant, tuple) and EAGER in constant for constant in constants)
+
+
+def _functions(module: nn.Module) -> Iterator[Any]:
+    """The functions that a module's class consists of, without their decorators."""
+    for member in (value for ancestor in type(module).__mro__ for value in vars(ancestor).values() if callable(value)):
+        function = inspect.unwrap(member)
+        if inspect.isfunction(function):
+            yield function
+
+
+def _own_configs(networks: Sequence[Any]) -> None:
+    """Copy the configs that modules of networks hold; which of them hold the same one stays as it is."""
+    from transformers import PreTrainedConfig
+
+    copies: dict[int, Any] = {}
+    for module in {module: None for network in networks for module in network.modules()}:
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, copies))
 
 
 def _register() -> None:
@@ -92,36 +189,39 @@ def added_to_scores(*, device: torch.device, allow_is_bidirectional_skip: bool =
     return mask
 
 
-def quantized_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention by transformers' interface; without quantizers bit for bit its own "eager" one.
+def quantized_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Attention by transformers' interface: the network's own "eager" one, with the module's products in it.
+
+    Without quantizers it is that attention bit for bit, with all that it adds to softmax(Q K^T) V: position biases,
+    sinks, soft caps, what the network may think of next.
 
     Args:
         module: the attention module, with the products of PRODUCTS.
-        query: [N, H, L, D].
-        key, value: [N, H / groups, L', D].
-        attention_mask: added to the scores, broadcast to [N, H, L, L'].
-        scaling: factor of the scores; None: 1 / sqrt(D).
-        dropout: probability that a probability is dropped.
+        args, kwargs: query [N, H, L, D], key and value [N, H / groups, L', D], mask, and all else that the network
+            gives to its attention.
 
     Returns:
         [N, L, H, D], and the probabilities [N, H, L, L'].
     """
-    groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = module.scores(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    # In float32 also in half precision, as is usual; a no-op in float32.
-    probabilities = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return module.context(probabilities, value).transpose(1, 2).contiguous(), probabilities
+    if not hasattr(module, OWN):
+        what = type(module).__name__
+        raise RuntimeError(f"{what} takes its attention from transformers in a way that is unknown: it has no products")
+    with _ProductsOf(module):
+        return module.eager_attention.function(module, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+class _ProductsOf(TorchFunctionMode):
+    """While open, the matrix products that are called are those of an attention module, in their order."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.left = list(PRODUCTS)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm) and self.left:
+            # Autocast keeps probabilities in float32 up to the product, which takes them as it takes the values.
+            return self.module.get_submodule(self.left.pop(0))(args[0].to(args[1].dtype), args[1])
+        return func(*args, **(kwargs or {}))

@@ -1,30 +1,42 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.attention import quantize_attention, restore_attention
-from qat_runner.insertion.columns import columns
+from qat_runner.insertion.attention import EAGER, attention_as, attention_of, quantize_attention, restore_attention
 from qat_runner.insertion.layers import (
     LAYERS,
     QuantMatmul,
     convert,
     each,
+    full_precision_class,
     is_quantized,
     kind_of,
     operands,
     quantizer_of,
     restore,
 )
+from qat_runner.insertion.naming import told_once
+from qat_runner.insertion.products import Product, rest
+from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
+from qat_runner.insertion.unchanged import (
+    Tensors,
+    computed,
+    computed_by_modules,
+    difference,
+    first_difference,
+    tolerance,
+)
 from qat_runner.policy import Policy, PolicyError, TensorPolicy
-from qat_runner.quant import ClippingMethod, IntAffineFormat, IntFormat, Quantizer, Range
+from qat_runner.quant import ClippingMethod, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
 
@@ -34,6 +46,9 @@ class QuantizationWarning(UserWarning):
 
 POLICY = "quantization_policy"
 """Attribute of a quantized model: its policy, ends named."""
+
+PRODUCTS = "quantization_products"
+"""Attribute of a quantized model that was seen at work: its products of tensors."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +102,14 @@ def quantize_model(
 
     Raises:
         ValueError, TypeError: an argument out of range, a rule that is about no tensor, nothing to quantize, or
-            quantizers already there.
+            quantizers already there; on the example, the network with its quantizers switched off does not compute
+            what it computed before, to the last bit. What transformers computes by an attention of another name than
+            "eager" it may compute by that one: then it is to the last bit what "eager" gives, and up to the root of
+            the precision of its numbers what it was. The model is left without quantizers after an error.
 
     Warns:
-        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each.
+        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each; that attention of
+            transformers differs from "eager" by more than rounding.
     """
     if isinstance(bits, Policy):
         if (clipping, gradient) != ("octav", "mph") or how:
@@ -105,14 +124,17 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
     layers, notes = _convertible(model)
     if not layers:
-        why = "".join(f"; {note}" for note in notes.values())
+        why = "".join(f"; {note}" for note in told_once(notes.items()))
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
     if policy.full_precision:
         return model
+    inputs = None if example is None else example if isinstance(example, tuple) else (example,)
+    other_attention = attention_of(model) - {EAGER}
+    before = None if inputs is None or not other_attention else computed(model, inputs)
     quantize_attention(model)
     try:
         layers |= dict(each(model, lambda m: isinstance(m, QuantMatmul)))
-        seen = None if example is None else trace(model, *(example if isinstance(example, tuple) else (example,)))
+        seen = None if inputs is None else trace(model, *inputs)
         ends = _ends(layers, seen)
         chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
         quantizers = {name: _quantizers(layers[name], tensors) for name, tensors in chosen.items() if name in layers}
@@ -126,10 +148,12 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
             module.register_forward_pre_hook(_no_fast_path)
-    for name, note in notes.items():
-        if not all(tensor.full_precision for tensor in chosen[name].values()):
-            _warn(note)
     setattr(model, POLICY, policy.with_ends(ends))
+    if inputs is not None and seen is not None:
+        _check_unchanged(model, inputs, tensors_of(seen.output) if before is None else before, bool(other_attention))
+    left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
+    for note in told_once((name, notes[name]) for name in left):
+        _warn(note)
     if seen is not None:
         _decide(model, seen)
     else:
@@ -137,16 +161,63 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     return model
 
 
+def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors, other_attention: bool) -> None:
+    """Refuse a model, and take its quantizers out, if it computes something else on inputs than before with them off.
+
+    Args:
+        model: with quantizers.
+        inputs: of its forward.
+        before: what it computed then.
+        other_attention: whether its attention was another than "eager", and may have rounded otherwise.
+
+    Raises:
+        PolicyError: it does; the message names the module where it begins.
+
+    Warns:
+        QuantizationWarning: it does because that other attention computes something else than "eager".
+    """
+    with quantizers_disabled(model):
+        now = computed(model, inputs)
+        repeats = difference(now, computed(model, inputs), 0) is None
+        allowed = 0.0 if repeats else tolerance(model)
+        if difference(before, now, tolerance(model) if other_attention else allowed) is None:
+            return
+        ours = computed_by_modules(model, inputs)
+        with attention_as(model, EAGER):
+            eager = computed_by_modules(model, inputs)
+        with attention_as(model):
+            theirs = computed_by_modules(model, inputs)
+    if other_attention and first_difference(eager, ours, allowed) is None:
+        where, found = first_difference(theirs, ours, tolerance(model)) or ("", "")
+        _warn(
+            f"{_described(model, where)} computes something else than before ({found}): quantized attention is what "
+            f"transformers calls 'eager', which differs here; for rows that are wholly masked, such as padding, it may"
+        )
+        return
+    remove_quantizers(model)
+    parted = first_difference(eager if other_attention else computed_by_modules(model, inputs), ours, allowed)
+    where, found = parted or ("", "in what it returns")
+    raise PolicyError(
+        f"{_described(model, where)} computes something else with quantizers switched off than without them ({found})"
+    )
+
+
+def _described(model: nn.Module, name: str) -> str:
+    """A module for a reader."""
+    kind = type(model.get_submodule(name)).__name__
+    return f"{name} ({kind})" if name else kind
+
+
 def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that can be quantized, by name, and a sentence for each that looks like one but cannot, likewise."""
+    """The layers that can be quantized, by name, and what is to be said of each that looks like one but cannot."""
     layers: dict[str, nn.Module] = {}
     notes: dict[str, str] = {}
     for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
         if type(layer) not in LAYERS:
             what = type(layer).__name__
-            notes[name] = f"{name} is a {what}, which may not compute what its base class does: left as it is"
+            notes[name] = f"is a {what}, which may not compute what its base class does: left as it is"
         elif not _weight(layer).is_floating_point():
-            notes[name] = f"{name} has a weight of dtype {_weight(layer).dtype}: left as it is"
+            notes[name] = f"has a weight of dtype {_weight(layer).dtype}: left as it is"
         else:
             layers[name] = layer
     return layers, notes
@@ -224,8 +295,17 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
         layer.elements_seen = calls.elements  # type: ignore[assignment]
+    setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
         _warn(note)
+    for left in rest(filter(partial(_passed_over, model), seen.products), sum(p.macs for p in seen.products)):
+        known = "Conv2d and Linear layers and the attention of transformers' networks"
+        _warn(f"{left} {'is' if len(left.modules) == 1 else 'are'} not quantized: only {known} are")
+
+
+def _passed_over(model: nn.Module, product: Product) -> bool:
+    """Whether a product is of no kind of module that a policy is about; what only looks like one was named before."""
+    return not isinstance(model.get_submodule(product.module), (*LAYERS, QuantMatmul))
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -264,67 +344,38 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
     return found
 
 
+def network_of(model: nn.Module) -> nn.Module:
+    """The network that was quantized: the model itself, or the one that it wraps, as DistributedDataParallel does."""
+    return next((module for module in model.modules() if POLICY in vars(module)), model)
+
+
 def policy_of(model: nn.Module) -> Policy:
-    """The policy that a model was quantized with, its ends named; of another model one that says nothing."""
-    policy: Policy = getattr(model, POLICY, Policy())
+    """The policy that a model, or what it wraps, was quantized with, its ends named; else one that says nothing."""
+    policy: Policy = vars(network_of(model)).get(POLICY, Policy())
     return policy
 
 
+def products_of(model: nn.Module) -> list[Product]:
+    """The products of tensors that were seen in a model, or in what it wraps; none while it was not seen at work."""
+    products: list[Product] = vars(network_of(model)).get(PRODUCTS, [])
+    return products
+
+
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
-    """What the policy of a model says of one of its tensors; a state loaded since may have made it static."""
+    """What the policy of a network says of one of its tensors; a state loaded since may have made it static."""
     return policy_of(model).tensor(tensor.layer, kind_of(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
-def summary(model: nn.Module) -> str:
-    """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized."""
-    rows = [
-        (
-            t.layer,
-            t.tensor,
-            t.quantizer.format.bits,
-            _sign(t.quantizer),
-            t.quantizer.granularity,
-            t.quantizer.mode,
-            t.elements or "?",
-        )
-        for t in quantized_tensors(model)
-    ]
-    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"), rows)
-    left = _left(model)
-    return f"{table}\n\nin full precision: {', '.join(left)}" if rows and left else table
-
-
-def _left(model: nn.Module) -> list[str]:
-    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one."""
-    names: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if (
-            not (is_quantized(module) or isinstance(module, Quantizer))
-            and next(module.parameters(recurse=False), None) is not None
-        ):
-            names.setdefault(type(module).__name__, []).append(name)
-    left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
-    return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
-
-
-def _sign(quantizer: Quantizer) -> str:
-    if not quantizer.decided:
-        return "?"
-    format = quantizer.format
-    if isinstance(format, IntFormat) and format.signed and format.range is not Range.TWOS_COMPLEMENT:
-        return str(format.range)
-    if isinstance(format, IntAffineFormat):
-        return "affine" if format.signed else "no"
-    return "yes" if format.signed else "no"
-
-
-def remember_elements(model: nn.Module, elements: Mapping[str, int]) -> None:
+def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Sequence[Product]) -> None:
     """Take over what another one of the same network has seen, instead of a first batch.
 
     Args:
         model: with quantizers whose signs are known.
         elements: name of a tensor -> its elements for one sample.
+        products: of tensors; none where they are not known.
     """
+    if products:
+        setattr(model, PRODUCTS, list(products))
     _remove_hook(model, _decide_on_first_batch)
     for name, count in elements.items():
         layer, _, operand = name.rpartition(".")
@@ -368,26 +419,32 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:
-    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained."""
+    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained.
+
+    Raises:
+        ValueError: a layer has been given another class since, by fully_shard, say; nothing is done then.
+    """
+    layers = [layer for _, layer in each(model, is_quantized) if not isinstance(layer, QuantMatmul)]
+    for layer in layers:
+        full_precision_class(layer)
     restore_attention(model)
-    for _, layer in each(model, is_quantized):
+    for layer in layers:
         restore(layer)
-    if hasattr(model, POLICY):
-        delattr(model, POLICY)
     for module in model.modules():
+        for name in {POLICY, PRODUCTS} & vars(module).keys():
+            delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
         _remove_hook(module, _no_fast_path)
     return model
 
 
-def full_precision_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def full_precision_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict of a quantized model without its quantizers: loads strictly into the full-precision model."""
-    prefixes = tuple(f"{name}." for name, _ in each(model, lambda m: isinstance(m, Quantizer)))
-    return (
-        {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
-        if prefixes
-        else model.state_dict()
-    )
+    state: dict[str, Any] = model.state_dict()
+    prefixes = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
+    for key in [key for key in state if key.startswith(prefixes)] if prefixes else []:
+        del state[key]
+    return state
 
 
 @torch.no_grad()

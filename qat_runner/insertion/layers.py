@@ -67,13 +67,13 @@ LAYERS.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear})
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module is one of this file's layers."""
-    return type(module) in LAYERS.values() or type(module) is QuantMatmul
+    """Whether the module is one of this file's layers, or of a class that a wrapper has made of one."""
+    return isinstance(module, (*LAYERS.values(), QuantMatmul))
 
 
 def kind_of(layer: nn.Module) -> str:
     """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul."""
-    return type(layer).__name__.removeprefix("Quant")
+    return next((kind.__name__ for kind in LAYERS if isinstance(layer, kind)), "Matmul")
 
 
 def operands(layer: nn.Module) -> tuple[str, ...]:
@@ -106,9 +106,21 @@ def convert(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> Non
     layer.train(layer.training)
 
 
+def full_precision_class(layer: nn.Module) -> type[nn.Module]:
+    """The class in LAYERS that a layer had before `convert`.
+
+    Raises:
+        ValueError: something else has changed its class since, as fully_shard and parametrizations do.
+    """
+    for full, quantized in LAYERS.items():
+        if type(layer) is quantized:
+            return full
+    raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
+
+
 def restore(layer: nn.Module) -> None:
-    """Undo `convert` of a layer of a class in LAYERS, in place."""
-    layer.__class__ = next(full for full, quantized in LAYERS.items() if type(layer) is quantized)
+    """Undo `convert` of a layer of a class in LAYERS, in place; errors as of `full_precision_class`."""
+    layer.__class__ = full_precision_class(layer)
     for name in WEIGHT_AND_INPUT:
         delattr(layer, f"{name}_quantizer")
 

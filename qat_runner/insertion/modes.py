@@ -1,10 +1,12 @@
 """Modes that a network is looked at in, and comes out of as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from qat_runner.quant import Quantizer
 
 
 @contextmanager
@@ -19,14 +21,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
     """While open, the network computes what it computes in training (auxiliary heads, say), and remembers none of it.
 
-    Modules that are made of others are in train mode: it is they who decide what is computed. The innermost, such as
-    BatchNorm, dropout and quantizers, are in eval mode. Random generators come out as they went in.
+    PyTorch's own innermost modules, such as BatchNorm and dropout, and quantizers are in eval mode; all others are in
+    train mode: it is they who decide what is computed. Their buffers and random generators come out as they went in.
+    """
+    deciding = [module for module in model.modules() if not _innermost(module)]
+    with _modes_kept(model), _buffers_kept(deciding), repeatable():
+        model.eval()
+        for module in deciding:
+            module.training = True
+        yield
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """While open, random numbers are drawn that will be drawn again afterwards, and attention takes no fast path.
+
+    PyTorch's attention takes one where nobody watches, and rounds otherwise there.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with _modes_kept(model), torch.random.fork_rng(devices):
-        for module in model.modules():
-            module.training = next(module.children(), None) is not None
-        yield
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _innermost(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own without others in it, or belongs to a quantizer."""
+    own = type(module).__module__.partition(".")[0] == "torch" and next(module.children(), None) is None
+    return own or isinstance(module, Quantizer)
 
 
 @contextmanager
@@ -37,3 +62,15 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    kept = [(m._buffers, name, t, t.clone()) for m in modules for name, t in m._buffers.items() if t is not None]
+    try:
+        yield
+    finally:
+        for buffers, name, t, value in kept:
+            buffers[name] = t
+            if not (t.is_meta or torch.equal(t, value)):
+                t.copy_(value)

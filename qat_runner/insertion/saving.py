@@ -1,13 +1,25 @@
 """A quantized network in one file: its state, and the policy that it was quantized with."""
 
 import os
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from qat_runner.insertion.insert import insert, policy_of, quantized_tensors, remember_elements, remove_quantizers
+from qat_runner.insertion.insert import (
+    insert,
+    network_of,
+    policy_of,
+    products_of,
+    quantized_tensors,
+    remember_seen,
+    remove_quantizers,
+)
+from qat_runner.insertion.products import Product
+from qat_runner.insertion.tensors import whole
 from qat_runner.policy import Policy
 
 FORMAT = "qat_runner.network.1"
@@ -16,24 +28,32 @@ FORMAT = "qat_runner.network.1"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a quantized network to a file, which `load` makes one of again.
 
-    The file is a checkpoint of torch with plain values and tensors alone: policy, state dict, sizes of inputs.
+    It is a checkpoint of torch with plain values and tensors alone: policy, state dict, sizes of inputs, products.
+    Of a network that is sharded over processes, all of them call this, and the first writes.
 
     Args:
-        model: with quantizers.
+        model: with quantizers; of a wrapper, such as DistributedDataParallel, the network in it is saved.
         path: of the file; one that is there is replaced, whole or not at all.
 
     Raises:
         ValueError: there are no quantizers in it.
         OSError: the file cannot be written.
     """
+    model = network_of(model)
     tensors = quantized_tensors(model)
     if not tensors:
         raise ValueError(f"{type(model).__name__} holds no quantizers: torch.save(model.state_dict(), ...) does")
+    state = model.state_dict()
+    put_together = {key: full for key, value in state.items() if (full := whole(value)) is not value}
+    state.update(put_together)
+    if put_together and dist.get_rank() > 0:
+        return
     content = {
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
         "elements": {t.name: t.elements for t in tensors if t.tensor != "weight" and t.elements is not None},
-        "state": model.state_dict(),
+        "products": [astuple(p) for p in products_of(model)],
+        "state": state,
     }
     target = Path(path)
     beside = target.with_name(f"{target.name}.new")
@@ -59,14 +79,24 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         OSError: it cannot be read.
     """
     content = _read(Path(path))
+    products = _products(path, content.get("products", []))
     insert(model, Policy.from_list(content["policy"]))
     try:
         model.load_state_dict(content["state"])
     except RuntimeError as error:
         remove_quantizers(model)
         raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
-    remember_elements(model, content["elements"])
+    remember_seen(model, content["elements"], products)
     return model
+
+
+def _products(path: str | os.PathLike[str], said: object) -> list[Product]:
+    """What was seen of a saved network's products; older files do not tell."""
+    kinds = tuple(type(value) for value in astuple(Product("", "", "", 0)))
+    rows: list[Any] = said if isinstance(said, list) else [said]
+    if not all(isinstance(row, tuple | list) and tuple(map(type, row)) == kinds for row in rows):
+        raise ValueError(f"{path}: its products are no list of {', '.join(field.name for field in fields(Product))}")
+    return [Product(*row) for row in rows]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""What a model does with one batch: the layers it calls, how often, in which order, on inputs of which sign.
+"""What a model does with one batch: layers it calls, how often, in which order, on inputs of which sign; its products.
 
-A forward pass in eval mode is watched call by call; and if that leaves layers uncalled, one that goes as in training.
+A forward pass in eval mode is watched call by call, and then one that goes as in training, for what happens there only.
 "Cannot be negative" is a matter of structure: the tag starts at functions such as ReLU or sigmoid and passes through
 those that keep it (pooling, reshaping, sums of tagged tensors). Values decide where structure knows nothing, at the
 model's own inputs. So an average pooled from hardswish outputs is signed even if this one batch happens to be positive.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized
-from qat_runner.insertion.modes import evaluating, taking_the_ways_of_training
+from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized, kind_of
+from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
+from qat_runner.insertion.naming import told_once
+from qat_runner.insertion.products import Product, Products
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
@@ -29,11 +32,6 @@ _KEEPS = {
     "unsqueeze", "expand", "repeat", "cat", "concat", "stack", "chunk", "split", "add", "iadd", "radd", "mul", "imul",
     "rmul", "div", "truediv", "itruediv", "mean", "sum", "amax", "max", "maximum", "interpolate", "pixel_shuffle",
     "channel_shuffle", "pad",
-}
-_PRODUCTS = {
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "bilinear",
-    "matmul", "rmatmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention",
-    "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu",
 }
 # fmt: on
 _IN_PLACE = {"iadd", "imul", "isub", "itruediv"}
@@ -63,17 +61,20 @@ class Trace:
     """by name, in order of the first call"""
     notes: list[str] = field(default_factory=list)
     """what quantization would pass over or get wrong, a sentence each"""
+    products: list[Product] = field(default_factory=list)
+    """all of them, those of the layers as well"""
+    output: Any = None
+    """of the forward pass in eval mode"""
 
 
-class _Watch(TorchFunctionMode):
-    """Passes the "cannot be negative" tag on, and notes products computed outside of the known layers."""
+class _Signs(TorchFunctionMode):
+    """Passes the "cannot be negative" tag on."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.tags = WeakTensorKeyDictionary()  # tensor -> True if it cannot be negative
-        self.inside: list[str] = []  # the layers being called
-        self.owner: list[str] = []  # the modules being called, for naming
-        self.products: dict[str, None] = {}
+        for t in _flatten(inputs)[0]:
+            self.tags[t] = t.is_floating_point() and not t.is_meta and bool((t >= 0).all())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -82,11 +83,6 @@ class _Watch(TorchFunctionMode):
         raw_name = getattr(func, "__name__", "")
         name = raw_name.strip("_")
         out = func(*args, **kwargs)
-        if name in _PRODUCTS and not self.inside:
-            where = self.owner[-1] if self.owner else ""
-            known = "Conv2d and Linear layers and the attention of transformers' networks"
-            note = f"{name} called in {where or 'the model itself'} is not quantized: only {known} are"
-            self.products[note] = None
         outputs = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
         nonnegative = self._nonnegative(name, args, kwargs)
         in_place = name == "setitem" or (raw_name.endswith("_") and not raw_name.startswith("__")) or name in _IN_PLACE
@@ -142,76 +138,116 @@ def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
 
 @torch.no_grad()
 def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
-    """Run one batch through the model and report its layers.
+    """Run one batch through the model and report its layers and its products.
 
-    The model comes out as it went in: training flags and BatchNorm statistics are untouched.
+    The model comes out as it went in: training flags, BatchNorm statistics and random generators are untouched.
 
     Args:
         model: any module.
         *inputs, **named_inputs: what its forward takes, a real batch: its values decide whether the model's own input
-            is signed.
+            is signed. On the meta device it has none, and is taken for signed.
 
     Returns:
-        The layers called, and notes on what cannot be quantized.
+        The layers called, the products of tensors, and notes on what cannot be quantized.
     """
-    seen = Trace()
-    watch = _Watch()
     names = {module: name for name, module in each(model, lambda m: type(m) in LAYERS or is_quantized(m))}
-    found: dict[nn.Module, LayerCalls] = {}
+    with _Calls(model, names, _Signs([*inputs, *named_inputs.values()])) as calls:
+        with evaluating(model), repeatable(), calls.watched():
+            output = model(*inputs, **named_inputs)
+        found = calls.products.found.copy()
+        calls.training_only, failed = True, None
+        try:
+            with taking_the_ways_of_training(model), calls.watched():
+                model(*inputs, **named_inputs)
+        except Exception as error:  # it may want more than it is given, targets say
+            failed = error
+    return Trace(
+        {layer.name: layer for layer in calls.layers.values()},
+        _notes(calls.layers, names, failed),
+        [Product(*key, macs) for key, macs in found.items()]
+        + [Product(*key, macs, training=True) for key, macs in _only_in(calls.products.found, found).items()],
+        output,
+    )
 
-    training_only = False
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer = found.setdefault(module, LayerCalls(names[module], module, training_only=training_only))
-        watch.inside.append(layer.name)
-        if layer.training_only != training_only:
+def _only_in(
+    both: Counter[tuple[str, str, str]], first: Counter[tuple[str, str, str]]
+) -> dict[tuple[str, str, str], int]:
+    """What the second of two passes computed beyond the first, from what the first and both together computed."""
+    extra = {key: macs - 2 * first[key] for key, macs in both.items()}
+    return {key: macs for key, macs in extra.items() if key not in first or macs > 0}
+
+
+def _notes(
+    layers: Mapping[nn.Module, LayerCalls], names: Mapping[nn.Module, str], failed: Exception | None
+) -> list[str]:
+    said = [
+        (la.name, f"is called {la.calls} times a pass: one input quantizer serves them all")
+        for la in layers.values()
+        if la.calls > 1
+    ]
+    said += [(la.name, "is called in training only") for la in layers.values() if la.training_only]
+    never = "is not called: it keeps its quantizers, but sees no data"
+    notes = told_once([*said, *((name, never) for m, name in names.items() if m not in layers)])
+    if failed is not None:
+        why = " ".join(f"{type(failed).__name__}: {failed}".split())
+        notes.append(
+            f"what is computed in training alone was not seen, since the example does not suffice for it ({why})"
+        )
+    return notes
+
+
+class _Calls:
+    """While open, what modules of a model are called with, and what they multiply, is noted.
+
+    Args:
+        model: whose modules.
+        names: of the layers that are of interest.
+        signs: knows which tensors cannot be negative.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str], signs: _Signs) -> None:
+        self.names, self.signs = names, signs
+        self.layers: dict[nn.Module, LayerCalls] = {}
+        self.training_only = False
+        self.products = Products(lambda: self._owners[-1])
+        self._model = model
+        self._owners: list[tuple[str, str]] = [("", type(model).__name__)]
+        """of the modules that are being called, outermost first"""
+        self._handles: list[Any] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While open, a forward pass is."""
+        del self._owners[1:]  # a pass that failed leaves its own
+        with self.signs, self.products:
+            yield
+
+    def __enter__(self) -> "_Calls":
+        for name, module in self._model.named_modules():
+            owner = name, kind_of(module) if is_quantized(module) else type(module).__name__
+            self._handles += [
+                module.register_forward_pre_hook(lambda m, a, owner=owner: self._owners.append(owner)),
+                module.register_forward_hook(lambda m, a, out: self._leave()),
+            ]
+        for module in self.names:
+            self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _leave(self) -> None:
+        self._owners.pop()
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer = self.layers.setdefault(module, LayerCalls(self.names[module], module, training_only=self.training_only))
+        if layer.training_only != self.training_only:
             return  # seen in eval mode already
         layer.calls += 1
         for operand, x in activations(module, args, kwargs).items():
             # Values only ever overrule structure towards signed, should it have been fooled.
-            negative = not watch.is_tagged(x) or bool((x < 0).any())
+            negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
             layer.signed[operand] = layer.signed.get(operand, False) or negative
             layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        watch.inside.pop()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        watch.owner.pop()
-
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        described = f"{name} ({type(module).__name__})" if name else ""
-        handles.append(module.register_forward_pre_hook(lambda m, a, d=described: watch.owner.append(d)))
-        handles.append(module.register_forward_hook(leave))
-    for module in names:
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    for t in _flatten([*inputs, *named_inputs.values()])[0]:
-        watch.tags[t] = t.is_floating_point() and bool((t >= 0).all())
-    try:
-        with evaluating(model), watch:
-            model(*inputs, **named_inputs)
-        if len(found) < len(names):
-            training_only = True
-            # It may want more than it is given, targets say.
-            with taking_the_ways_of_training(model), watch, suppress(Exception):
-                model(*inputs, **named_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    seen.layers = {layer.name: layer for layer in found.values()}
-    seen.notes += [
-        f"{la.name} is called {la.calls} times a pass: one input quantizer serves them all"
-        for la in found.values()
-        if la.calls > 1
-    ]
-    seen.notes += [f"{la.name} is called in training only" for la in found.values() if la.training_only]
-    seen.notes += [
-        f"{name} is not called: it keeps its quantizers, but sees no data"
-        for m, name in names.items()
-        if m not in found
-    ]
-    seen.notes += list(watch.products)
-    return seen

@@ -57,6 +57,13 @@ class _Estimated(torch.autograd.Function):
             out = kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient)
         return out, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "fake_quantize: forward-mode derivatives (jvp) are not supported, "
+            "since the gradient estimators are those of a backward pass"
+        )
+
 
 def _save(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: str) -> None:
     """What the backward pass needs."""

@@ -20,7 +20,7 @@ from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.repeated import LatestScalars
 from qat_runner.quant.state import ScalarState
-from qat_runner.quant.tensors import recording
+from qat_runner.quant.tensors import recording, transformed
 
 
 class NotCalibratedError(RuntimeError):
@@ -265,7 +265,7 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            check = self.checks and not torch.compiler.is_compiling()
+            check = self.checks and not (torch.compiler.is_compiling() or transformed())
             return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
@@ -275,10 +275,21 @@ class Quantizer(ScalarState):
         if repeated:
             self._trained.over = True
         else:
-            self.remember(s, self.momentum)
+            self._remember(s)
             if not torch.compiler.is_compiling():
                 self._trained.then(s)
         return s
+
+    def _remember(self, s: Tensor) -> None:
+        try:
+            self.remember(s, self.momentum)
+        except RuntimeError as error:
+            if not transformed():
+                raise
+            raise RuntimeError(
+                f"{self.name}: dynamic in training, it writes to its buffers, which a transform of torch.func allows "
+                f"for its own arguments alone: pass the buffers as well, or use eval() or freeze(model, ...)"
+            ) from error
 
     def _solve(self, x: Tensor, call: Call) -> Tensor:
         format = self.format

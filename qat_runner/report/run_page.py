@@ -139,6 +139,9 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
         cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
     if not config.quantization.full_precision:
         cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
+        share = summary.get("quantized_macs")
+        if share is not None:
+            cards.append(Card("quantized", f"{share:.4g} %", "of the multiply-accumulates"))
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
     if summary["sqnr_db"] is not None:
         cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))

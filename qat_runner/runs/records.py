@@ -71,6 +71,8 @@ class Summary(TypedDict):
     samples_per_second: NotRequired[Real | None]
     size_mb: NotRequired[Size]
     fp32_size_mb: NotRequired[Size]
+    quantized_macs: NotRequired[Percent | None]
+    """of the network's multiply-accumulates, those of quantized tensors"""
     quantization_mse: NotRequired[Real | None]
     corrupt_pictures: NotRequired[Count]
     run_dir: NotRequired[str]

@@ -206,9 +206,9 @@ def test_what_is_passed_over_is_named() -> None:
     assert "conv is called 2 times" in twice
     assert "unused is not called" in unused
     conv, up, matmul = warned(Functional(), torch.randn(1, 3, 8, 8))
-    assert "conv2d called in the model itself" in conv
-    assert "conv_transpose2d called in up (ConvTranspose2d)" in up
-    assert "matmul" in matmul
+    assert "convolution in the model itself" in conv
+    assert "convolution in up (ConvTranspose2d)" in up
+    assert "mm in the model itself" in matmul
     (own,) = warned(nn.Sequential(nn.Conv2d(3, 3, 1), OwnConv(3, 3, 1)), torch.randn(1, 3, 8, 8))[:1]
     assert "1 is a OwnConv" in own
     assert warned(Small(), torch.randn(1, 3, 8, 8)) == []

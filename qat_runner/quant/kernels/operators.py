@@ -151,3 +151,18 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, s: Tensor, *words: 
         s = s.movedim(in_dims[1], 0)
         s = s.reshape(len(s), *[1] * (x.ndim - s.ndim), *s.shape[1:])
     return _fake_quantize(x, s, *words), 0
+
+
+def _one_by_one(operator: Any) -> None:
+    """Let an operator that solves for scalars take a batch of tensors: each has scalars of its own."""
+
+    @operator.register_vmap  # type: ignore[untyped-decorator]
+    def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        def of(i: int) -> list[Any]:
+            return [arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims, strict=True)]
+
+        return torch.stack([operator(*of(i)) for i in range(info.batch_size)]), 0
+
+
+_one_by_one(_octav)
+_one_by_one(_octav_interval)

@@ -1,0 +1,96 @@
+"""What of a network is quantized and what is not: a table, and shares of its multiply-accumulates."""
+
+from torch import nn
+
+from qat_runner.insertion.columns import columns
+from qat_runner.insertion.insert import network_of, products_of, quantized_tensors
+from qat_runner.insertion.layers import QuantMatmul, each, is_quantized, operands, quantizer_of
+from qat_runner.insertion.products import Product, Rest, percent, rest
+from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
+
+
+def summary(model: nn.Module) -> str:
+    """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized.
+
+    Below it, once the model was seen at work: the share of its multiply-accumulates that are of quantized tensors, and
+    where the others are.
+    """
+    rows = [
+        (
+            t.layer,
+            t.tensor,
+            t.quantizer.format.bits,
+            _sign(t.quantizer),
+            t.quantizer.granularity,
+            t.quantizer.mode,
+            t.elements or "?",
+        )
+        for t in quantized_tensors(model)
+    ]
+    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"), rows)
+    if not rows:
+        return table
+    left = _left(model)
+    parts = [table, *_shares(model), f"in full precision: {', '.join(left)}" if left else ""]
+    return "\n\n".join(filter(None, parts))
+
+
+def quantized_share(model: nn.Module) -> float | None:
+    """The share, 0 to 1, of a network's multiply-accumulates whose operands are both quantized.
+
+    Of those of one forward pass of the example in eval mode, and of what is computed in training only.
+
+    Returns:
+        None while the network was not seen at work.
+    """
+    products = products_of(model)
+    total = sum(p.macs for p in products)
+    return sum(p.macs for p in products if _quantized_operands(model, p) == 2) / total if total else None
+
+
+def not_quantized(model: nn.Module) -> list[Rest]:
+    """The products that have an operand in full precision, by module: repeated ones once, the largest first."""
+    products = products_of(model)
+    return rest([p for p in products if _quantized_operands(model, p) < 2], sum(p.macs for p in products))
+
+
+def _quantized_operands(model: nn.Module, product: Product) -> int:
+    """How many of the two operands of a product are quantized."""
+    layer = dict(network_of(model).named_modules(remove_duplicate=False)).get(product.module)
+    if layer is None or not is_quantized(layer):
+        return 0
+    return sum(isinstance(quantizer_of(layer, operand), Quantizer) for operand in operands(layer))
+
+
+def _shares(model: nn.Module) -> list[str]:
+    """The share that is quantized, and the rest; nothing while the network was not seen at work."""
+    share = quantized_share(model)
+    if share is None:
+        return []
+    lines = [f"multiply-accumulates of quantized tensors: {percent(share)}"]
+    left = not_quantized(model)
+    return ["\n".join([*lines, *(["not quantized, or one operand alone:"] if left else []), *(f"  {r}" for r in left)])]
+
+
+def _left(model: nn.Module) -> list[str]:
+    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one."""
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if (
+            not (is_quantized(module) or isinstance(module, Quantizer))
+            and next(module.parameters(recurse=False), None) is not None
+        ):
+            names.setdefault(type(module).__name__, []).append(name)
+    left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
+    return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
+
+
+def _sign(quantizer: Quantizer) -> str:
+    if not quantizer.decided:
+        return "?"
+    format = quantizer.format
+    if isinstance(format, IntFormat) and format.signed and format.range is not Range.TWOS_COMPLEMENT:
+        return str(format.range)
+    if isinstance(format, IntAffineFormat):
+        return "affine" if format.signed else "no"
+    return "yes" if format.signed else "no"

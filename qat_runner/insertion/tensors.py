@@ -1,0 +1,26 @@
+"""The tensors in what a network takes or returns."""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor that processes have a shard of each (a DTensor), put together in all of them; any other as it is."""
+    full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return full
+
+
+def tensors_of(value: Any) -> list[Tensor | None]:
+    """The tensors in nested lists, tuples, mappings and dataclasses, in order; None for whatever else there is."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in tensors_of(v)]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in tensors_of(v)]
+    if is_dataclass(value):
+        return [t for field in fields(value) for t in tensors_of(getattr(value, field.name))]
+    return [None]

@@ -1,0 +1,206 @@
+"""Quantized networks inside of what others make of networks, and their state dicts."""
+
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.parallel import DistributedDataParallel
+
+from qat_runner.insertion import (
+    calibrate,
+    freeze,
+    full_precision_state_dict,
+    load,
+    noise_report,
+    quantize_model,
+    quantized_share,
+    quantized_tensors,
+    remove_quantizers,
+    save,
+    summary,
+)
+
+X = torch.randn(4, 3, 8, 8)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+def quantized() -> nn.Module:
+    return quantize_model(network(), example=X)
+
+
+def frozen() -> nn.Module:
+    return freeze(quantized(), batches=[X]).eval()
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Twice(nn.Module):
+    """Has its layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b = nn.Sequential(self.a, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*is called 2 times")
+def test_a_layer_of_two_names(tmp_path: Path) -> None:
+    x = torch.randn(2, 16)
+    model = quantize_model(Twice(), example=x).eval()
+    Twice().load_state_dict(full_precision_state_dict(model))
+    save(model, tmp_path / "twice.pt")
+    assert torch.equal(load(tmp_path / "twice.pt", Twice()).eval()(x), model(x))
+
+
+def test_versions_stay_in_a_state_dict() -> None:
+    model = torchvision.models.mnasnet0_5(num_classes=10)
+    quantize_model(model, example=torch.randn(2, 3, 32, 32))
+    torchvision.models.mnasnet0_5(num_classes=10).load_state_dict(full_precision_state_dict(model))
+
+
+def test_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(20, 8)
+            self.head = nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.embedding(x))
+            return y
+
+    model = quantize_model(Tied(), example=torch.arange(6)[None])
+    assert model.head.weight is model.embedding.weight
+    Tied().load_state_dict(full_precision_state_dict(model))
+
+
+def test_saved_whole() -> None:
+    model, file = quantized().eval(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(X), model(X)) and summary(again) == summary(model)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    model = DistributedDataParallel(quantized())
+    model(X).sum().backward()
+    assert quantized_share(model) == 1 and len(quantized_tensors(model)) == 6
+    DistributedDataParallel(network()).load_state_dict(full_precision_state_dict(model))
+    save(model, tmp_path / "net.pt")
+    assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
+    noise_report(freeze(model, batches=[X]), [X])
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("layers", [True, False])
+def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = quantized(), quantized()
+    for layer in (model[0], model[2], model[5]) if layers else ():
+        fully_shard(layer)
+    fully_shard(model)
+    out, expected = model(X), plain(X)
+    assert torch.equal(out, expected)
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad.full_tensor(), q.grad)  # type: ignore[union-attr]
+    assert len(quantized_tensors(model)) == 6 and quantized_share(model) == 1
+    calibrate(model, [X])
+    freeze(model, batches=[X])
+    freeze(plain, batches=[X])
+    save(model, tmp_path / "net.pt")
+    assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
+    if layers:
+        with pytest.raises(ValueError, match="became a FSDPQuantConv2d"):
+            remove_quantizers(model)
+        assert len(quantized_tensors(model)) == 6
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by jvp itself
+@pytest.mark.parametrize("make", [quantized, frozen])
+def test_transforms_of_torch_func(make: object) -> None:
+    model = make().eval()  # type: ignore[operator]
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, parameters, (x,)).square().mean()
+
+    assert torch.equal(functional_call(model, parameters, (X,)), model(X))
+    loss(parameters, X).backward()
+    for name, found in grad(loss)(parameters, X).items():
+        torch.testing.assert_close(found, parameters[name].grad)
+    several = torch.randn(3, *X.shape)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(model)(several), torch.stack([model(x) for x in several]))
+    with pytest.raises(RuntimeError, match=r"forward-mode derivatives \(jvp\) are not supported"):
+        jvp(model, (X,), (X,))
+
+
+def test_what_torch_func_cannot_do_is_a_sentence() -> None:
+    model = quantized()
+    with pytest.raises(RuntimeError, match=r"^0\.input: dynamic in training, it writes to its buffers"):
+        vmap(model)(X[None])
+
+
+@pytest.mark.parametrize("make", [quantized, frozen])
+def test_exported_programs(make: object) -> None:
+    model = make().eval()  # type: ignore[operator]
+    program, file = torch.export.export(model, (X,)), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(X), model(X))
+
+
+def test_an_example_without_numbers() -> None:
+    with torch.device("meta"):
+        model, x = network(), torch.empty(4, 3, 8, 8)
+    quantize_model(model, example=x)
+    assert quantized_share(model) == 1
+    assert [t.quantizer.format.signed for t in quantized_tensors(model) if t.tensor == "input"] == [True, False, False]
+    here = model.to_empty(device="cpu")
+    here.load_state_dict(quantized().state_dict())
+    assert here(X).isfinite().all()
+
+
+def test_a_detector() -> None:
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    with pytest.warns(Warning, match="in training alone was not seen, since the example does not suffice"):
+        quantize_model(model, example=([torch.rand(3, 64, 64)],))
+    assert quantized_share(model) == 1
+
+
+def test_adapters_on_top() -> None:
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(quantized())
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["5"], r=2))
+    adapted(X).square().mean().backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert trained and all("lora" in name for name in trained)
+    assert {t.tensor for t in quantized_tensors(adapted)} == {"weight", "input"}
