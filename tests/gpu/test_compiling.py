@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion import calibrate, quantize_model
+from qat_runner.insertion import calibrate, quantize_model, quantized_tensors
 from qat_runner.quant.methods import MseSweep
 
 pytestmark = [
@@ -72,3 +72,16 @@ def test_the_same_but_for_rounding(device: torch.device, method: str) -> None:
     assert found[-1] < found[0]
     torch.testing.assert_close(dict(graph.named_parameters()), dict(plain.named_parameters()), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(dict(graph.named_buffers()), dict(plain.named_buffers()), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_kernels_of_the_device(device: torch.device, dtype: torch.dtype) -> None:
+    x, y = torch.randn(16, 3, 8, 8, device=device), torch.randint(0, 5, (16,), device=device)
+    plain = network(device, x)
+    graph = deepcopy(plain)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        expected = losses(plain, plain, x, y)
+        found = losses(graph, torch.compile(graph, fullgraph=True), x, y)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+    scalars = [quantized_tensors(model)[0].quantizer.s for model in (graph, plain)]
+    torch.testing.assert_close(*scalars, rtol=5e-3, atol=0)
