@@ -35,7 +35,7 @@ test-slow: .venv/.installed-dev ## every row of every table for two batches, on 
 test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled
 	$(BIN)/python -m pytest -m reliability -s -n 0
 
-test-gpu: .venv/.installed-dev ## what only a GPU can show: kernels against float64, steps without waits, CUDA graphs
+test-gpu: .venv/.installed-dev ## what only a GPU can show: kernels, steps without waits, graphs, compiled networks, whole runs, nccl
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "test-gpu: PyTorch finds no CUDA device here, so nothing was tested." >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu -n 0 tests/gpu

@@ -25,7 +25,14 @@ BUCKET = 25 << 20
 
 @contextmanager
 def group(timeout: float) -> Iterator[None]:
-    """While open, the processes that were launched together can talk to each other; inside of another one, nothing.
+    """As `meeting` of the processes that were launched together; of one alone, and inside of another one, nothing."""
+    with nullcontext() if not launched() or dist.is_initialized() else meeting(timeout):
+        yield
+
+
+@contextmanager
+def meeting(timeout: float) -> Iterator[None]:
+    """While open, processes can talk to each other, by nccl of what is on GPUs, of which each has its own.
 
     Args:
         timeout: seconds after which a process that waits for another gives up, with an error.
@@ -33,9 +40,6 @@ def group(timeout: float) -> Iterator[None]:
     Raises:
         RunError: they do not find each other.
     """
-    if not launched() or dist.is_initialized():
-        yield
-        return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from benchmark_gpu import WAYS, gpu
+from benchmark_gpu import NETWORKS, WAYS, gpu
 from benchmark_pictures import pictures
 from contests import GRIDS, MODES, Contest, make_step, most_allocated, take_turns
 from tabulate import tabulate
@@ -61,11 +61,6 @@ STEPS = {  # name: (model, picture size or tokens, batch size)
 }
 PAIRED = {"resnet18 32x32 2 x b64": ("resnet18", 32, 64)}
 """Steps of two processes together: batch size of each."""
-GPU_STEPS = {
-    "resnet50 224x224 b256": ("resnet50", 224, 256),
-    "mobilenet_v2 224x224 b256": ("mobilenet_v2", 224, 256),
-    "bert_base 384 tokens b32": ("bert_base", 384, 32),
-}
 
 
 def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
@@ -219,7 +214,7 @@ def _take_turns_together(rank: int, name: str, args: argparse.Namespace, scratch
 
 
 def chosen_steps(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[str, int, int]]:
-    steps = GPU_STEPS if device.type == "cuda" else STEPS
+    steps = NETWORKS if device.type == "cuda" else STEPS
     return {name: which for name, which in steps.items() if args.only in name}
 
 
@@ -241,7 +236,7 @@ def peak(name: str, mode: str, device: torch.device) -> tuple[float, float]:
     """MiB of tensors, and of the process without what Python and PyTorch take for themselves."""
     make_step(("resnet20", 32, 2), "octav", device, amp=False)()
     before = resident_peak()
-    run = make_step((STEPS | GPU_STEPS)[name], mode, device, amp=device.type == "cuda")
+    run = make_step((STEPS | NETWORKS)[name], mode, device, amp=device.type == "cuda")
     for _ in range(3):
         run()
     if device.type == "cuda":

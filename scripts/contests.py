@@ -117,13 +117,13 @@ def make_step(
     amp: bool,
     wrap: Callable[[nn.Module], Any] = lambda model: model,
 ) -> Callable[[], object]:
-    """A training step: forward, backward, SGD; of a BERT AdamW. Of several processes as `qat-run` takes it.
+    """A training step: forward, backward, SGD; of a BERT AdamW. The first is of the bare network, as in `qat-run`.
 
     Args:
         which: model, picture size or tokens, batch size.
         mode: "full precision", "static", a clipping method, a name in GRIDS, or "brevitas".
         amp: whether to compute in bfloat16.
-        wrap: what is made of the network before it is trained, such as torch.compile.
+        wrap: what is made of the network after its first step, such as torch.compile.
     """
     torch.manual_seed(0)
     is_bert = which[0] in BERTS
@@ -145,7 +145,7 @@ def make_step(
         else torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     )
 
-    trained: nn.Module = wrap(model)
+    trained: nn.Module = model
 
     def step() -> None:
         nonlocal trained
@@ -154,7 +154,7 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if trained is model:
-            trained = distributed.data_parallel(model)
+            trained = distributed.data_parallel(wrap(model))
         optimizer.step()
 
     return step

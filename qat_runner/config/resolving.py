@@ -236,6 +236,7 @@ def _check_compiling(config: Config) -> None:
         ("accumulate", config.accumulate, 1, "which keeps quantized weights between passes"),
         ("log_excess_mse", config.log_excess_mse, False, "which looks into quantizers"),
         ("clipping.sync", config.clipping.sync, False, "which waits for other processes within the network"),
+        ("sync_batchnorm", config.sync_batchnorm, False, "which waits for other processes within the network"),
     ):
         if value != usual:
             raise ConfigError(f"compile=true: is not for {key}={str(value).lower()}, {why}")

@@ -247,10 +247,12 @@ class ScalarState(nn.Module):
         """For a subclass that can do without some of its state: called after loading, with what was missing."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = dict(self._buffers)
+        kept, current = dict(self._buffers), self._known_of == self._version_of_state()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():  # scalars stay in full precision (section 4), also in a half-precision model
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = old.to(new.device)
+        if current:  # it says what it said, wherever it is now: nobody needs to wait for it
+            self._know()
         return self

@@ -85,6 +85,16 @@ def freeze_activations(model: nn.Module) -> None:
             quantizer.freeze(torch.copysign(magnitudes, signs))
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    """A model in one graph; what measures it goes on with the model as it is.
+
+    In one also where gradients are averaged over processes, though split it could send them earlier: the first step of
+    a sitting, which is not averaged like the others, is to give what it gave in a run that was not interrupted.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    return torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+
+
 class Interval:
     """The steps since their losses were last read; they wait on the device till then."""
 
@@ -128,10 +138,11 @@ class Trainer:
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
-        self.parallel = model
-        """what is trained: the model, or what averages its gradients over processes"""
-        self.network = self._compiled(self.parallel)
-        """what is called in training: the same, compiled where that is asked for"""
+        self.begun = False
+        """whether the run's first step is done"""
+        self.compiled = _compiled(model) if config.compile else model
+        self.network = self.compiled
+        """what is called in training from the second step on; what averages its gradients over processes, if several"""
         self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
@@ -258,6 +269,7 @@ class Trainer:
         except Exception as error:  # whatever PyTorch may raise on state that is none
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
+        self.begun = self.state.steps > 0
         if len(processes) != shard.world:
             log.info(
                 f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
@@ -298,17 +310,13 @@ class Trainer:
         self._end_interval(epoch)
         return self.totals.merged().read()
 
-    def _compiled(self, network: nn.Module) -> nn.Module:
-        """The network in one graph, if the config says so; what measures it goes on with the network as it is."""
-        return torch.compile(network, fullgraph=True) if self.config.compile else network  # type: ignore[return-value]
-
     def _step(self, batch: Batch) -> Tensor:
         """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._add_gradients(batch)
-        if self.parallel is self.model and ranks.launched():  # the first step says what takes part
-            self.parallel = distributed.data_parallel(self.model)
-            self.network = self._compiled(self.parallel)
+        if self.network is self.compiled and ranks.launched():  # a sitting's first step says what takes part
+            self.network = distributed.data_parallel(self.compiled)
+        self.begun = True
         if self.stage.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
@@ -395,15 +403,19 @@ class Trainer:
         )
 
     def _add_gradients(self, batch: Batch) -> Tensor:
-        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, []."""
+        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, [].
+
+        The first step of a run is not compiled: scalars that start from nothing would take a graph of their own.
+        """
+        network = self.network if self.begun else self.model
         losses: list[Tensor] = []
         count = self.config.accumulate
         with nullcontext() if self.config.compile else self.weights.quantized(count):
             parts = list(batch.parts(count))
             for part in parts:
-                with nullcontext() if part is parts[-1] else distributed.adding_up(self.parallel):
+                with nullcontext() if part is parts[-1] else distributed.adding_up(network):
                     with autocast(self.device, self.config.amp):
-                        logits = self.task.compute(self.network, part.inputs)
+                        logits = self.task.compute(network, part.inputs)
                         loss = self._loss(logits, part)
                     weighed = loss if len(parts) == 1 else loss * (part.size / batch.size)
                     self.scaler.scale(weighed).backward()

@@ -53,7 +53,7 @@ def test_a_compiled_step_and_what_is_left_out(tmp_path: Path) -> None:
 
     args = benchmark.arguments([*TINY, "--only", "vit"])
     cpu = torch.device("cpu")
-    row = benchmark_gpu.figures_of_step(("vit_tiny", 8, 2), "static", "torch.compile", args, cpu)
+    row = benchmark_gpu.figures_of_step(("vit_tiny", 8, 2), "octav", "torch.compile", args, cpu)
     assert row["ms"] > 0
     over = benchmark_gpu.steps(args, cpu, end=time.monotonic())
     assert len(over) == 9 and {row["error"] for row in over} == {"left out: 9 minutes were over"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion import quantize_model, quantized_tensors
+from qat_runner.insertion import calibrate, quantize_model, quantized_tensors
 
 
 def training(device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -43,6 +43,23 @@ def test_a_step_does_not_wait(cuda: torch.device) -> None:
     try:
         step()
         step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_network_that_came_from_the_cpu_does_not_wait(cuda: torch.device) -> None:
+    training(cuda)[1]()  # libraries and kernels are loaded
+    model, _ = training(torch.device("cpu"))
+    calibrate(model, [torch.randn(4, 3, 8, 8)])
+    for t in quantized_tensors(model):
+        t.quantizer.eval_mode = "last"
+    model.eval().to(cuda)
+    x = torch.randn(16, 3, 8, 8, device=cuda)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x)
+        model.train()(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

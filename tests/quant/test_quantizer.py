@@ -90,6 +90,24 @@ def test_state_travels() -> None:
         Quantizer(4, Octav(), shape=(3, 1)).load_state_dict(q.state_dict())
 
 
+def test_what_is_known_of_a_state_moves_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = Quantizer(4, Octav(), eval_mode="last").eval(), torch.randn(50)
+    q.assign(torch.tensor(1.5))
+    other = copy.deepcopy(q)
+    reads: list[Quantizer] = []
+    read = Quantizer._read
+    monkeypatch.setattr(Quantizer, "_read", lambda self: reads.append(self) or read(self))
+    q._apply(torch.clone)  # as to another device, where a read would wait
+    assert torch.equal(q(x), fake_quantize(x, 1.5, 4)) and not reads
+    for t in q.buffers():
+        t.zero_()
+    q._apply(torch.clone)
+    assert not q.has_scalars and reads == [q]
+    for t in other.buffers():
+        t.zero_()
+    assert not other.has_scalars
+
+
 def test_scalars_stay_in_full_precision() -> None:
     q = Quantizer(4, Octav())
     q(torch.randn(100))

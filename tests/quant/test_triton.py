@@ -14,10 +14,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat_runner.quant import IntFormat, Range
-from qat_runner.quant.kernels import eager
+from qat_runner.insertion.layers import convert
+from qat_runner.quant import IntFormat, Octav, Quantizer, Range
+from qat_runner.quant.kernels import eager, using
 from qat_runner.quant.kernels.cost import Search, cost_of
 from qat_runner.quant.kernels.remembered import Remembered
 
@@ -240,6 +241,45 @@ def test_launches_of_all_weights(launches: list[str]) -> None:
         ss, outs = ours.octav_and_quantize_all(xs, cost, format, searches, states, True)
         ours.fake_quantize_backward_all(outs, xs, ss, format, "mad")
         assert launches == ["solve_rows_of_many"] * 2 + ["solve_long", "fake_quantize_backward_of_many"]
+
+
+@pytest.fixture
+def traffic(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Kernel launched -> bytes that it reads and writes of bfloat16 tensors."""
+    seen: dict[str, int] = dict.fromkeys(("solve_rows", "solve_long", "fake_quantize", "fake_quantize_backward"), 0)
+
+    def counted(access: Callable[..., object], at_mask: int) -> Callable[..., object]:
+        def counting(pointers: interpreter.TensorHandle, *args: interpreter.TensorHandle) -> object:
+            if pointers.get_element_ty() == kernels.tl.bfloat16:
+                seen[launches[-1]] += 2 * int(args[at_mask].data.sum())
+            return access(pointers, *args)
+
+        return counting
+
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "create_masked_load", counted(builder.create_masked_load, 0))
+    monkeypatch.setattr(builder, "create_masked_store", counted(builder.create_masked_store, 1))
+    return seen
+
+
+@interpreted
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("side", "solver"), [(15, "solve_rows"), (40, "solve_long")])
+def test_bytes_that_an_element_of_an_activation_costs(side: int, solver: str, traffic: dict[str, int]) -> None:
+    """Beyond full precision, forward and backward: what docs/performance.md says of it."""
+    reads = 3  # that these batches take, of a long row
+    quantizer, layer = Quantizer(4, Octav()), nn.Conv2d(4, 2, 1, bias=False).bfloat16()
+    convert(layer, {"weight": None, "input": quantizer})
+    x = torch.randn(2, 1, 4, side, side).bfloat16()
+    with using("triton"):
+        for batch in x:  # the second starts from the scalar of the first
+            traffic |= dict.fromkeys(traffic, 0)
+            layer(batch.requires_grad_()).sum().backward()
+    assert {kernel: count / x[0].numel() for kernel, count in traffic.items() if count} == {
+        solver: 4 if solver == "solve_rows" else 2 * reads + 4,
+        "fake_quantize": 4,  # for the gradient of the weight
+        "fake_quantize_backward": 6,
+    }
 
 
 @interpreted

@@ -10,14 +10,11 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from qat_runner.runs.files import CsvFile
-from qat_runner.runs.records import LAYERS, METRICS, STEPS, SUMMARY
 from qat_runner.training import checkpoint
+from tests.outcome import result, same
 
 pytestmark = pytest.mark.reliability
 ARGS = [
@@ -26,7 +23,6 @@ ARGS = [
     "checkpoint_minutes=1e-6",  # after every step
 ]
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "qat_runner"]
-CLOCK = ("seconds", "samples_per_second")
 
 
 def start(folder: Path, processes: int) -> "subprocess.Popen[bytes]":
@@ -78,35 +74,6 @@ def _progress(folder: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def result(folder: Path) -> dict[str, Any]:
-    """All that a run came to, but for its speed."""
-    last = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
-    summary = SUMMARY.read(folder)
-    assert summary is not None
-    files: tuple[CsvFile[Any], ...] = (METRICS, STEPS, LAYERS)
-    tables = {
-        file.name: [{key: value for key, value in row.items() if key not in CLOCK} for row in file.read(folder)]
-        for file in files
-    }
-    return {
-        "model": last["model"],
-        "optimizer": last["optimizer"]["state"],
-        "random": [process["random"]["torch"] for process in last["processes"]],
-        "summary": {key: value for key, value in summary.items() if key not in (*CLOCK, "run_dir")},
-        **tables,
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.parametrize(("processes", "runs"), [(1, 20), (2, 5)])

@@ -13,7 +13,10 @@ from qat_runner import distributed
 
 
 def together(work: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
-    """Call work(*args) in so many processes; returns what each returned, tensors and plain values, by rank."""
+    """Call work(*args) in so many processes; returns what each returned, tensors and plain values, by rank.
+
+    One alone is in a group as well, which qat-run would not open for it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -25,5 +28,5 @@ def _process(rank: int, work: Callable[..., Any], world: int, port: int, folder:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
-    with distributed.group(timeout=60):
+    with distributed.meeting(timeout=60):
         torch.save(work(*args), folder / f"{rank}.pt")
