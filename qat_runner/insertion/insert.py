@@ -150,7 +150,12 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
             module.register_forward_pre_hook(_no_fast_path)
     setattr(model, POLICY, policy.with_ends(ends))
     if inputs is not None and seen is not None:
-        _check_unchanged(model, inputs, tensors_of(seen.output) if before is None else before, bool(other_attention))
+        before = tensors_of(seen.output) if before is None else before
+        try:
+            _check_unchanged(model, inputs, before, bool(other_attention))
+        except BaseException:
+            remove_quantizers(model)
+            raise
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
     for note in told_once((name, notes[name]) for name in left):
         _warn(note)
@@ -178,9 +183,11 @@ def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors,
     """
     with quantizers_disabled(model):
         now = computed(model, inputs)
+        if difference(before, now, tolerance(model) if other_attention else 0.0) is None:
+            return
         repeats = difference(now, computed(model, inputs), 0) is None
         allowed = 0.0 if repeats else tolerance(model)
-        if difference(before, now, tolerance(model) if other_attention else allowed) is None:
+        if not repeats and difference(before, now, allowed) is None:
             return
         ours = computed_by_modules(model, inputs)
         with attention_as(model, EAGER):
