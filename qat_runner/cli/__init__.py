@@ -51,6 +51,7 @@ _OF_EXTRAS = {
     **dict.fromkeys(("PIL", "hydra", "matplotlib", "numpy", "omegaconf", "pydantic", "safetensors", "scipy")),
     **dict.fromkeys(("sklearn", "tabulate", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
     **dict.fromkeys(("jinja2", "markupsafe", "plotly"), "report"),
+    "timm": "timm",
     "transformers": "text",
 }
 """Package as it is imported -> the extra that brings it; None: the extra of each command does."""

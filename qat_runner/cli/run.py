@@ -138,7 +138,13 @@ def _rank(arg: str) -> int:
 def _with_home(arg: str) -> str:
     """`key=~/x` with `~` as a shell means it: Hydra's grammar has no such character."""
     key, equals, value = arg.partition("=")
-    return key + equals + re.sub(r"(?<![^,\[])~\w*(?=[/,\]]|$)", lambda found: os.path.expanduser(found[0]), value)
+    return (
+        key
+        + equals
+        + re.sub(
+            r"(?:(?<![^,\[])|(?<=^hf/)|(?<=,hf/))~\w*(?=[/,\]]|$)", lambda found: os.path.expanduser(found[0]), value
+        )
+    )
 
 
 def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:

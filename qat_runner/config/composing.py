@@ -19,6 +19,7 @@ from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config
+from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -46,6 +47,7 @@ def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> Di
         HydraException, OmegaConfBaseException: it cannot be composed.
     """
     hydras_own.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
+    register_words(overrides, config_dir())
     try:
         composed = _compose(overrides, mode)
     except AssertionError as error:  # a key inside of what is null trips over Hydra's own checks
@@ -95,11 +97,15 @@ def choices(config: Config) -> list[str]:
     if not config.quantization.full_precision:
         wanted["clipping"] = ("static_" if static else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
-    groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    groups = [f"{group}={quoted(name)}" for group, name in wanted.items() if _is_option(group, name)]
     bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
     mode = [] if config.mode == config.auto_mode else [f"mode={config.mode}"]
     weights = [] if config.weights is None else [f"weights={quoted(config.weights)}"]
     return [*groups, f"bits={bits}", *mode, *weights]
+
+
+def _is_option(group: str, name: str) -> bool:
+    return (config_dir() / group / f"{name}.yaml").is_file() or (group == "model" and split_word(name) is not None)
 
 
 def defaults_for(config: Config) -> Config:

@@ -14,6 +14,7 @@ from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.keys import number, path, within
 from qat_runner.config.tasks import FACTS, TaskFacts
 from qat_runner.config.versions import SCHEMA_VERSION
+from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
 from qat_runner.policy import Policy, Rule
 from qat_runner.quant import METHODS, ClippingMethod, clipping_method
@@ -100,11 +101,18 @@ _LARGE = 1e30  # float32 goes to 3e38
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    """a name in qat_runner.models.MODELS or BERTS"""
+    """a name in qat_runner.models.MODELS or BERTS, or torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME; see the page
+    about models"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
     width: float = number(1.0, 0, 4, above=True)
     """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
+    stride_in: str = "3x3"
+    """ResNets with bottlenecks: the convolution that has the stride, 3x3 (the second, as torchvision's) or 1x1 (the
+    first, as published, and in weights from Caffe and Keras). Weights load into either, and are good in one alone"""
+    bn_eps: float | None = number(None, 0, 1, above=True)
+    """what every BatchNorm adds to variances, for weights that were trained with another: 1.001e-5 in Keras' ResNets,
+    1e-3 in many networks of TensorFlow; null: as the network has it, mostly 1e-5"""
     checkpoint: str | None = path(None)
     """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
 
@@ -270,6 +278,9 @@ class StageConfig:
     """above 0, at most 1"""
     warmup_epochs: float = number(0.0, 0, _EPOCHS)
     """epochs, or a part of one, of linear rise at the start"""
+    drop_path: float | None = number(None, 0, 1, below=True)
+    """stochastic depth, of networks of other libraries that have it: chance that a residual branch is left out in
+    training, rising to this from block to block; null: as the library has it"""
 
 
 @dataclass
@@ -494,7 +505,8 @@ class Config(ConfigSchema):
 
     def with_fingerprints(self) -> "Config":
         """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
-        named = {self.weights, self.recipe.teacher, self.model.checkpoint} - {None, BASELINE}
+        named = {self.weights, self.recipe.teacher, self.model.checkpoint, checkpoint_of(self.model.name)}
+        named -= {None, BASELINE}
         return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
 
     @property

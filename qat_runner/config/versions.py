@@ -17,6 +17,8 @@ SCHEMA_VERSION = 2
 FIRST_DEFAULTS: dict[str, Any] = {
     "model.stem": "auto",
     "model.width": 1.0,
+    "model.stride_in": "3x3",
+    "model.bn_eps": None,
     "model.checkpoint": None,
     "dataset.task": "classification",
     "dataset.num_classes": None,
@@ -118,6 +120,7 @@ FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "decay_every": 30,
     "decay_factor": 0.1,
     "warmup_epochs": 0.0,
+    "drop_path": None,
 }
 """The same for the keys of each stage of a recipe."""
 
