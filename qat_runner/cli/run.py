@@ -43,6 +43,7 @@ from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
     compose_config,
+    given,
     quoted,
     shipped_configs,
 )
@@ -81,6 +82,7 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     try:
         register()
         args += _rows_of_experiment(args, sweep)
+        args += given([arg for arg in args if not arg.startswith("-")])
         if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -23,6 +24,9 @@ from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
+
+_PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std", "interpolation", "resize_size"))
+"""Keys that follow from the model under dataset.preprocessing=model, unless they are given."""
 
 _OF_STAGE = ("epochs", "batch_size", "lr")
 """Keys that follow from the recipe unless they are given."""
@@ -85,7 +89,18 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         As `compose_checked`.
     """
     with shipped_configs():
-        return compose_checked(overrides)
+        return compose_checked([*overrides, *given(overrides)])
+
+
+def given(overrides: Sequence[str]) -> list[str]:
+    """The override that says which keys of preprocessing others give; none where they give none.
+
+    Raises:
+        OverrideParseException: what Hydra cannot read.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [key for key in _PREPROCESSING if key in {override.key_or_group for override in parsed}]
+    return [f"given={quoted(keys)}"] if keys else []
 
 
 def choices(config: Config) -> list[str]:

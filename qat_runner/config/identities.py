@@ -30,6 +30,7 @@ PLACES = (
         "schema_version",
         "trackers",
         "policy",
+        "given",
     ),  # whose rules are in `rules`
 )
 """Keys that say where things lie and what is kept, not what is computed."""
@@ -58,6 +59,7 @@ def settings(config: Config) -> dict[str, Any]:
     else:
         del keys["format"]
     del keys["bits"], keys["range"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
+    del keys["dataset"]["preprocessing"]  # whose outcome is in the others
     foreign = foreign_keys(config.task)
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.keys import number, path, within
-from qat_runner.config.tasks import FACTS, TaskFacts
+from qat_runner.config.tasks import FACTS, TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
@@ -59,6 +59,22 @@ class Resizing(StrEnum):
     tensor = "tensor"
 
 
+class Interpolation(StrEnum):
+    """Between pixels, where pictures are resized."""
+
+    nearest = "nearest"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class Preprocessing(StrEnum):
+    """Whose size and normalization pictures have."""
+
+    auto = "auto"
+    dataset = "dataset"
+    model = "model"
+
+
 class Distill(StrEnum):
     """Whom a network learns from, beside the labels."""
 
@@ -87,6 +103,8 @@ STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
 
 TORCHVISION = "torchvision"
 """The value of `weights` that means torchvision's published weights."""
+PRETRAINED = "pretrained"
+"""The value of `weights` that means the published weights of the model, by its own library."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
 
@@ -141,6 +159,15 @@ class DatasetConfig:
     """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
     resizing: Resizing = Resizing.pillow
     """folders of pictures: by pillow, as the published recipes do, or as a tensor: faster, a byte may differ by 1"""
+    interpolation: Interpolation = Interpolation.bilinear
+    """where pictures are resized: nearest, bilinear or bicubic"""
+    resize_size: int | None = number(None, 1, 16384)
+    """folders of pictures: pixels of the shorter side of a validation picture before its centre is cut out; null: 256/224
+    of image_size"""
+    preprocessing: Preprocessing = Preprocessing.auto
+    """pictures: whose image_size, mean, std, interpolation and resize_size hold. dataset: the keys'; model: what the
+    model's library says that its weights were validated on, but for keys that the command gives, and pictures held in
+    memory are enlarged; auto: model for weights=pretrained, else dataset"""
     fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
     max_length: int = number(384, 8, _TOKENS)
@@ -328,8 +355,9 @@ class ConfigSchema:
     ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
     weights: str | None = path(None)
     """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
-    "torchvision" for the published weights; "baseline" for the full-precision run of the same network, data, recipe and
-    seed in mode auto, which is made first where it is missing"""
+    "pretrained" for what the model's own library publishes; "torchvision" for the first that torchvision published,
+    those of the paper; "baseline" for the full-precision run of the same network, data, recipe and seed in mode auto,
+    which is made first where it is missing"""
     weights_part: str | None = None
     """of a file that holds several networks: the key it keeps one under, such as state_dict_ema, or how the names of
     its tensors begin; null: the one that fits the model, raw weights before averaged ones"""
@@ -418,6 +446,9 @@ class ConfigSchema:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """of the files and folders that this config names, as a run found them; filled in by the runner"""
 
+    given: list[str] = field(default_factory=list)
+    """keys of preprocessing that the command gives, and a model's own leave alone; filled in by the runner"""
+
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """where figures are shown beside the run's own files: tensorboard, wandb, mlflow, or what an installed package
     adds; none: nowhere"""
@@ -439,6 +470,13 @@ class ConfigSchema:
     @property
     def training(self) -> bool:
         return self.mode in STAGES
+
+    @property
+    def preprocessed(self) -> bool:
+        """Whether pictures are what the model's library says."""
+        wanted = self.dataset.preprocessing
+        follows = wanted == Preprocessing.model or (wanted == Preprocessing.auto and self.weights == PRETRAINED)
+        return follows and "dataset.mean" not in foreign_keys(self.task)
 
     @property
     def task(self) -> TaskFacts:

@@ -48,7 +48,14 @@ PICTURE_KEYS = frozenset(
             "conv_granularity",
         ),
         *("dataset.num_classes", "dataset.image_size", "dataset.mean", "dataset.std", "dataset.augment"),
-        *("dataset.fake_pictures", "dataset.skip_corrupt", "dataset.resizing"),
+        *(
+            "dataset.fake_pictures",
+            "dataset.skip_corrupt",
+            "dataset.resizing",
+            "dataset.interpolation",
+            "dataset.resize_size",
+            "dataset.preprocessing",
+        ),
     )
 )
 

@@ -9,7 +9,6 @@ import torch
 from qat_runner import ranks
 from qat_runner.config import (
     BASELINE,
-    TORCHVISION,
     Config,
     Resume,
     baseline_of,
@@ -94,7 +93,7 @@ def _tracker(name: str) -> type[Tracker]:
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:
     """Try the weights on a model without memory; where it is not known how many classes it has, all but its head."""
     find_weights(source, config.model.name)
-    if source.value == TORCHVISION:
+    if source.published:
         return
     task = task_of(config)
     with torch.device("meta"):

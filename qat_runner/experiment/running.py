@@ -165,6 +165,8 @@ def _carry_out(
         _describe(config, folder, model, notes)
         for note in data.notes:
             log.info(f"{config.dataset.name}: {note}")
+        if config.preprocessed:
+            log.info(_preprocessing(config))
         if config.training:
             log.info(_recipe(config))
         if saved is not None:
@@ -265,6 +267,17 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
         log.info(f"{config.model.name} in full precision")
     for note in notes:
         log.warning(note)
+
+
+def _preprocessing(config: Config) -> str:
+    """What pictures are made into for the model."""
+    dataset = config.dataset
+    crop = f", the centre of {dataset.resize_size}" if dataset.resize_size else ""
+    given = f" ({', '.join(config.given)}: as given)" if config.given else ""
+    return (
+        f"pictures as {config.model.name} is described: {dataset.image_size} pixels a side{crop}, "
+        f"{dataset.interpolation}, mean {dataset.mean}, std {dataset.std}{given}"
+    )
 
 
 def _recipe(config: Config) -> str:

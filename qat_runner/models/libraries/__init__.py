@@ -32,6 +32,6 @@ def preprocessing_keys(model: str) -> dict[str, Any]:
     """
     library, name = library_of(model) or (LIBRARIES["torchvision"], model)
     if library_of(model) is None and model not in library.names():
-        raise ConfigError(f"dataset.preprocessing=model: model={model} has no description")
+        raise ConfigError(f"model={model}: no library describes its pictures, or has weights=pretrained for it")
     library.check(name)
     return library.preprocessing(name).keys()

@@ -69,6 +69,10 @@ class Library(ABC):
         """
 
     @abstractmethod
+    def has_weights(self, name: str) -> bool:
+        """Whether weights are published, as far as that is known without asking for them."""
+
+    @abstractmethod
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         """What the published weights are called, and a state dict of them, on the CPU.
 

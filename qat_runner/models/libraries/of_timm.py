@@ -28,12 +28,13 @@ class Timm(Library):
                 raise
             raise cannot_drop(f"timm/{name}") from error
 
+    def has_weights(self, name: str) -> bool:
+        return bool(_described(name).has_weights)
+
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         import timm
 
         described = _described(name)
-        if not described.has_weights:
-            raise ConfigError(f"model=timm/{name}: has no published weights")
         model = timm.create_model(name, pretrained=True, **_sized(name, image_size))
         return f"{described.architecture}.{described.tag}".rstrip("."), model.state_dict()
 

@@ -35,6 +35,11 @@ class Torchvision(Library):
             _set_drop_path(model, drop_path, name)
         return model
 
+    def has_weights(self, name: str) -> bool:
+        from torchvision.models import get_model_weights
+
+        return name in self.names() and len(get_model_weights(name)) > 0
+
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         weights = _default(name)
         state = dict(weights.get_state_dict(progress=False, check_hash=True))

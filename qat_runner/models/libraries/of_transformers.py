@@ -46,6 +46,9 @@ class Transformers(Library):
         model: nn.Module = build(config, trust_remote_code=False)
         return model
 
+    def has_weights(self, name: str) -> bool:
+        return True
+
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         from transformers import AutoModelForImageClassification
 
