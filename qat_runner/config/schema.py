@@ -162,8 +162,8 @@ class DatasetConfig:
     interpolation: Interpolation = Interpolation.bilinear
     """where pictures are resized: nearest, bilinear or bicubic"""
     resize_size: int | None = number(None, 1, 16384)
-    """folders of pictures: pixels of the shorter side of a validation picture before its centre is cut out; null: 256/224
-    of image_size"""
+    """folders of pictures: pixels of the shorter side of a validation picture before its centre is cut out; null:
+    256/224 of image_size"""
     preprocessing: Preprocessing = Preprocessing.auto
     """pictures: whose image_size, mean, std, interpolation and resize_size hold. dataset: the keys'; model: what the
     model's library says that its weights were validated on, but for keys that the command gives, and pictures held in
@@ -305,6 +305,16 @@ class StageConfig:
     """above 0, at most 1"""
     warmup_epochs: float = number(0.0, 0, _EPOCHS)
     """epochs, or a part of one, of linear rise at the start"""
+    mixup: float = number(0.0, 0, 1000)
+    """pictures: alpha of the Beta distribution that says how training pictures are blended in twos; 0: never"""
+    cutmix: float = number(0.0, 0, 1000)
+    """pictures: alpha of the same for rectangles of one pasted into another; with mixup, either by chance;
+    0: never"""
+    random_erasing: float = number(0.0, 0, 1)
+    """pictures: share of training pictures of which a random rectangle becomes the mean"""
+    ema_decay: float = number(0.0, 0, 1, below=True)
+    """what remains in a step of the moving average of weights, BatchNorm and scalars, which is then what is validated,
+    kept as best.pt and as the model of last.pt; 0: no average"""
     drop_path: float | None = number(None, 0, 1, below=True)
     """stochastic depth, of networks of other libraries that have it: chance that a residual branch is left out in
     training, rising to this from block to block; null: as the library has it"""

@@ -124,6 +124,10 @@ FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "decay_every": 30,
     "decay_factor": 0.1,
     "warmup_epochs": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "random_erasing": 0.0,
+    "ema_decay": 0.0,
     "drop_path": None,
 }
 """The same for the keys of each stage of a recipe."""

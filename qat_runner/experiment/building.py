@@ -77,7 +77,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         insert(model, config.quantization, example)
     except PolicyError as error:
         raise ConfigError(f"model={config.model.name}: {error}") from error
-    except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
+    except (AssertionError, RuntimeError, ValueError) as error:  # pictures too small, a batch too small for BatchNorm
         raise ConfigError(
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error

@@ -178,7 +178,7 @@ def _carry_out(
             trainer.evaluate()
         result = _summarize(config, trainer)
         if ranks.is_main():
-            record_histograms(folder, config, model, data)
+            record_histograms(folder, config, trainer.measured, data)
             from qat_runner.training.plots import plot_curves, plot_noise  # matplotlib takes its time to import
 
             plot_curves(folder, config.task)
@@ -308,9 +308,9 @@ def _seen_at_a_time(config: Config) -> str:
 def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
-    activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
+    activations = {t.quantizer.mode for t in quantized_tensors(trainer.measured) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
-    quantized_mb, full_mb = size_mb(trainer.model)
+    quantized_mb, full_mb = size_mb(trainer.measured)
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
         corrupt = set().union(*distributed.all_gather(corrupt))

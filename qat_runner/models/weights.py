@@ -47,7 +47,7 @@ class Source:
     key: str = "weights"
     """the key that says so, for messages"""
     image_size: int = 0
-    """pixels a side that published positions are resampled for"""
+    """pixels a side that published positions are resampled for; 0: as they are"""
 
     @property
     def published(self) -> bool:
@@ -106,8 +106,40 @@ def find_weights(source: Source, model_name: str) -> None:
 def load_weights(model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
     """Load weights into a model: what `match_weights` finds."""
     state, loaded = match_weights(model, source, model_name, new_head, quantizers)
+    if not source.published and (doubt := _doubt(model, source)):
+        log.warning(f"{source}: {doubt}")
     model.load_state_dict(state)
     return loaded
+
+
+_OF_OTHERS = re.compile(
+    r"caffe|keras|tensorflow|tf[_-]?slim|msra|detectron|resnet[_-]?(?:50|101|152)[_-]?v1(?![b-z\d]|[._-]?5)",
+    re.IGNORECASE,
+)
+"""What files are called whose ResNets have the stride of a bottleneck in its first convolution."""
+
+
+def _doubt(model: nn.Module, source: Source) -> str:
+    """What a file's name and description let one fear: weights that load, and are meant for another network."""
+    told = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
+    blocks = (module for module in model.modules() if hasattr(module, "conv3"))
+    strided = any(getattr(block, "conv2", None) is not None and block.conv2.stride == (2, 2) for block in blocks)
+    if told is None or not strided:
+        return ""
+    return (
+        f"{shown(told[0])} says that the first convolution of each bottleneck may have its stride, which loads all the "
+        f"same: model.stride_in=1x1 would be right then, and from Keras model.bn_eps=1.001e-5"
+    )
+
+
+def _description(path: Path) -> str:
+    """What a safetensors file says of itself."""
+    if path.suffix.lower() != ".safetensors":
+        return ""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return str(file.metadata() or "")
 
 
 def match_weights(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data import ImageData
+from qat_runner.data.mixing import MIXING, Mixing
 from qat_runner.errors import ConfigError
 from qat_runner.models import MODELS, build_model, library_of
 from qat_runner.tasks.task import Choice
@@ -20,6 +21,7 @@ class Classification(Choice[ImageData]):
     name = "classification"
     facts = FACTS[name]
     networks = MODELS
+    mixes = True
     unit = "img"
     inputs = ("pictures",)
     outputs = ("logits",)
@@ -59,6 +61,11 @@ class Classification(Choice[ImageData]):
             bn_eps=config.model.bn_eps,
             drop_path=config.stage.drop_path if config.training else None,
         )
+
+    def mixing(self, config: Config, data: ImageData) -> Mixing | None:
+        if not any(getattr(config.stage, key) for key in MIXING):
+            return None
+        return Mixing(config.stage, data.num_classes, config.seed, data.shard)
 
     def knows_head(self, config: Config) -> bool:
         return config.dataset.num_classes is not None

@@ -65,4 +65,5 @@ def _sized(name: str, image_size: int) -> dict[str, Any]:
     from timm.models import get_pretrained_cfg
 
     described = get_pretrained_cfg(name)
-    return {"img_size": image_size} if described is not None and described.fixed_input_size else {}
+    fixed = described is not None and described.fixed_input_size
+    return {"img_size": image_size} if fixed and image_size else {}

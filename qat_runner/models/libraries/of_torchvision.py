@@ -43,7 +43,7 @@ class Torchvision(Library):
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         weights = _default(name)
         state = dict(weights.get_state_dict(progress=False, check_hash=True))
-        if name.startswith("vit_") and image_size != weights.meta["min_size"][0]:
+        if name.startswith("vit_") and image_size not in (0, weights.meta["min_size"][0]):
             from torchvision.models.vision_transformer import interpolate_embeddings
 
             patch_size = state["conv_proj.weight"].shape[-1]
