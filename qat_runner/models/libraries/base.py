@@ -76,7 +76,8 @@ class Library(ABC):
     def published(self, name: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
         """What the published weights are called, and a state dict of them, on the CPU.
 
-        Positions are resampled to `image_size`, unless it is 0, where the library can. Tensors that are not published are not in it.
+        Positions are resampled to `image_size`, unless it is 0, where the library can. What is not published is not
+        in it.
 
         Raises:
             ConfigError: there are none.
