@@ -52,6 +52,7 @@ _OF_EXTRAS = {
     **dict.fromkeys(("sklearn", "tabulate", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
     **dict.fromkeys(("jinja2", "markupsafe", "plotly"), "report"),
     "pyarrow": "parquet",
+    "timm": "timm",
     "transformers": "text",
 }
 """Package as it is imported -> the extra that brings it; None: the extra of each command does."""

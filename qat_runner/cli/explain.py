@@ -13,6 +13,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 
 from qat_runner.config.composing import quoted
 from qat_runner.config.schema import ConfigSchema
+from qat_runner.config.words import PREFIXES
 
 
 def explain(error: Exception, configs: Path) -> str:
@@ -28,6 +29,11 @@ def explain(error: Exception, configs: Path) -> str:
             return (
                 f"{group}={option}: there is none; is a plugin missing (pip install 'qat_runner[slurm]' or '[joblib]')?"
             )
+        if error.missing_cfg_file.startswith("model/"):
+            option = error.missing_cfg_file.removeprefix("model/")
+            names = sorted(path.stem for path in (configs / "model").glob("*.yaml"))
+            words = [f"{prefix}/NAME" for prefix in PREFIXES]
+            return f"model={option}: must be one of {', '.join((*names, *words))}{_similar(option, names)}"
         options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"

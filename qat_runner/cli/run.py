@@ -43,6 +43,7 @@ from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
     compose_config,
+    given,
     quoted,
     shipped_configs,
 )
@@ -81,6 +82,7 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     try:
         register()
         args += _rows_of_experiment(args, sweep)
+        args += given([arg for arg in args if not arg.startswith("-")])
         if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
@@ -138,7 +140,13 @@ def _rank(arg: str) -> int:
 def _with_home(arg: str) -> str:
     """`key=~/x` with `~` as a shell means it: Hydra's grammar has no such character."""
     key, equals, value = arg.partition("=")
-    return key + equals + re.sub(r"(?<![^,\[])~\w*(?=[/,\]]|$)", lambda found: os.path.expanduser(found[0]), value)
+    return (
+        key
+        + equals
+        + re.sub(
+            r"(?:(?<![^,\[])|(?<=^hf/)|(?<=,hf/))~\w*(?=[/,\]]|$)", lambda found: os.path.expanduser(found[0]), value
+        )
+    )
 
 
 def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:

@@ -19,6 +19,7 @@ from qat_runner.config.keys import plain
 from qat_runner.config.resolving import baseline_of, check, from_hydra, resolve, scaled_lr
 from qat_runner.config.schema import (
     BASELINE,
+    PRETRAINED,
     TORCHVISION,
     Amp,
     ClippingConfig,
@@ -41,6 +42,7 @@ from qat_runner.config.schema import (
 __all__ = [
     "BASELINE",
     "CONFIG_FILE",
+    "PRETRAINED",
     "TORCHVISION",
     "Amp",
     "ClippingConfig",

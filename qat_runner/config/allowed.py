@@ -41,6 +41,7 @@ def _names() -> dict[str, Collection[str]]:
     """The names that a key may hold where other rooms own them: those of today, since others can be added."""
     return {
         "backend": ("auto", *BACKENDS),
+        "model.stride_in": ("3x3", "1x1"),
         "gradient.name": tuple(GRADIENT_PAIRS),
         "clipping.name": METHODS,
         **dict.fromkeys(("format", "weight_format", "activation_format"), FORMATS),

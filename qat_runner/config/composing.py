@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -19,9 +20,13 @@ from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import Config
+from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
+
+_PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std", "interpolation", "resize_size"))
+"""Keys that follow from the model under dataset.preprocessing=model, unless they are given."""
 
 _OF_STAGE = ("epochs", "batch_size", "lr")
 """Keys that follow from the recipe unless they are given."""
@@ -46,6 +51,7 @@ def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> Di
         HydraException, OmegaConfBaseException: it cannot be composed.
     """
     hydras_own.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
+    register_words(overrides, config_dir())
     try:
         composed = _compose(overrides, mode)
     except AssertionError as error:  # a key inside of what is null trips over Hydra's own checks
@@ -83,7 +89,18 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         As `compose_checked`.
     """
     with shipped_configs():
-        return compose_checked(overrides)
+        return compose_checked([*overrides, *given(overrides)])
+
+
+def given(overrides: Sequence[str]) -> list[str]:
+    """The override that says which keys of preprocessing others give; none where they give none.
+
+    Raises:
+        OverrideParseException: what Hydra cannot read.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    keys = [key for key in _PREPROCESSING if key in {override.key_or_group for override in parsed}]
+    return [f"given={quoted(keys)}"] if keys else []
 
 
 def choices(config: Config) -> list[str]:
@@ -95,11 +112,15 @@ def choices(config: Config) -> list[str]:
     if not config.quantization.full_precision:
         wanted["clipping"] = ("static_" if static else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
-    groups = [f"{group}={name}" for group, name in wanted.items() if (config_dir() / group / f"{name}.yaml").is_file()]
+    groups = [f"{group}={quoted(name)}" for group, name in wanted.items() if _is_option(group, name)]
     bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
     mode = [] if config.mode == config.auto_mode else [f"mode={config.mode}"]
     weights = [] if config.weights is None else [f"weights={quoted(config.weights)}"]
     return [*groups, f"bits={bits}", *mode, *weights]
+
+
+def _is_option(group: str, name: str) -> bool:
+    return (config_dir() / group / f"{name}.yaml").is_file() or (group == "model" and split_word(name) is not None)
 
 
 def defaults_for(config: Config) -> Config:

@@ -15,6 +15,7 @@ from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import BASELINE, Config
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
+from qat_runner.config.words import checkpoint_of, label
 from qat_runner.errors import UnreadableError
 from qat_runner.quant import Range
 
@@ -29,6 +30,7 @@ PLACES = (
         "schema_version",
         "trackers",
         "policy",
+        "given",
     ),  # whose rules are in `rules`
 )
 """Keys that say where things lie and what is kept, not what is computed."""
@@ -57,9 +59,12 @@ def settings(config: Config) -> dict[str, Any]:
     else:
         del keys["format"]
     del keys["bits"], keys["range"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
+    del keys["dataset"]["preprocessing"]  # whose outcome is in the others
     foreign = foreign_keys(config.task)
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
+    if (checkpoint := checkpoint_of(config.model.name)) is not None:
+        keys["model"]["name"] = f"hf/{config.content(checkpoint)}"
     if config.weights is not None:
         baseline = config.weights == BASELINE
         keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
@@ -156,7 +161,7 @@ def run_name(config: Config) -> str:
     fingerprint = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     return "_".join(
         [
-            config.model.name,
+            label(config.model.name),
             config.dataset.name,
             config.mode,
             *_quantization_words(config),

@@ -17,20 +17,24 @@ from qat_runner.config.allowed import check_values, require
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import (
     BASELINE,
+    PRETRAINED,
     TORCHVISION,
     ClippingConfig,
     Config,
     ConfigSchema,
     Decode,
     Distill,
+    Interpolation,
     Mode,
     Optimizer,
+    Preprocessing,
     Resizing,
     StageConfig,
 )
 from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
+from qat_runner.plugins import later
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import BITS, Octav
 
@@ -65,7 +69,7 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
 def resolve(config: ConfigSchema) -> Config:
     """Fill in what follows from the rest, and check the result."""
     check_values(config)
-    config = _with_home(config)
+    config = _preprocessed(_with_home(config))
     task = config.task
     config = replace(config, mode=config.auto_mode if config.mode == Mode.auto else config.mode)
     stage = config.stage
@@ -94,6 +98,24 @@ def resolve(config: ConfigSchema) -> Config:
     )
     check(resolved)
     return resolved
+
+
+def _preprocessed(config: ConfigSchema) -> ConfigSchema:
+    """With pictures as the model's library describes them, where that is asked for; keys that are given stay."""
+    if not config.preprocessed:
+        return config
+    described = _DESCRIBED.load()(config.model.name)
+    described["interpolation"] = Interpolation(described["interpolation"])
+    if "dataset.image_size" in config.given:
+        size = config.dataset.image_size
+        described["resize_size"] = round(size * described["resize_size"] / described["image_size"])
+    taken = {key: value for key, value in described.items() if f"dataset.{key}" not in config.given}
+    taken["preprocessing"] = Preprocessing.model
+    return replace(config, dataset=replace(config.dataset, **taken))
+
+
+_DESCRIBED = later("qat_runner.models.libraries:preprocessing_keys")
+"""Of a room above, and heavy: only configs that ask for it need it."""
 
 
 def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
@@ -245,7 +267,9 @@ def _check_compiling(config: Config) -> None:
 def _check_mode(config: Config) -> None:
     from_scratch, from_checkpoint = config.mode == Mode.scratch, config.mode == Mode.finetune
     if not (from_scratch or from_checkpoint) and config.weights is None:
-        raise ConfigError(f"mode={config.mode}: needs weights=PATH, weights=torchvision or weights=baseline")
+        raise ConfigError(
+            f"mode={config.mode}: needs weights=PATH, weights=pretrained, weights=torchvision or weights=baseline"
+        )
     if (from_scratch or from_checkpoint) and config.weights is not None:
         start = "random weights" if from_scratch else "model.checkpoint"
         raise ConfigError(
@@ -262,7 +286,7 @@ def _check_mode(config: Config) -> None:
         ("weights", config.weights_part, config.weights),
         ("recipe.teacher", config.recipe.teacher_part, config.recipe.teacher),
     ):
-        if part is not None and value in (None, TORCHVISION, BASELINE):
+        if part is not None and value in (None, PRETRAINED, TORCHVISION, BASELINE):
             raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")

@@ -12,8 +12,9 @@ from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.keys import number, path, within
-from qat_runner.config.tasks import FACTS, TaskFacts
+from qat_runner.config.tasks import FACTS, TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
+from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
 from qat_runner.policy import Policy, Rule
 from qat_runner.quant import METHODS, ClippingMethod, clipping_method
@@ -65,6 +66,22 @@ class Decode(StrEnum):
     gpu = "gpu"
 
 
+class Interpolation(StrEnum):
+    """Between pixels, where pictures are resized."""
+
+    nearest = "nearest"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+
+
+class Preprocessing(StrEnum):
+    """Whose size and normalization pictures have."""
+
+    auto = "auto"
+    dataset = "dataset"
+    model = "model"
+
+
 class Distill(StrEnum):
     """Whom a network learns from, beside the labels."""
 
@@ -93,6 +110,8 @@ STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
 
 TORCHVISION = "torchvision"
 """The value of `weights` that means torchvision's published weights."""
+PRETRAINED = "pretrained"
+"""The value of `weights` that means the published weights of the model, by its own library."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
 
@@ -107,11 +126,18 @@ _LARGE = 1e30  # float32 goes to 3e38
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    """a name in qat_runner.models.MODELS or BERTS"""
+    """a name in qat_runner.models.MODELS or BERTS, or torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME; see the page
+    about models"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
     width: float = number(1.0, 0, 4, above=True)
     """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
+    stride_in: str = "3x3"
+    """ResNets with bottlenecks: the convolution that has the stride, 3x3 (the second, as torchvision's) or 1x1 (the
+    first, as published, and in weights from Caffe and Keras). Weights load into either, and are good in one alone"""
+    bn_eps: float | None = number(None, 0, 1, above=True)
+    """what every BatchNorm adds to variances, for weights that were trained with another: 1.001e-5 in Keras' ResNets,
+    1e-3 in many networks of TensorFlow; null: as the network has it, mostly 1e-5"""
     checkpoint: str | None = path(None)
     """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
 
@@ -143,6 +169,15 @@ class DatasetConfig:
     decode: Decode = Decode.cpu
     """folders of pictures: JPEGs by the workers, or on the gpu that trains, where all are then resized as well, with
     resizing=tensor; its decoder rounds otherwise, so it is another run"""
+    interpolation: Interpolation = Interpolation.bilinear
+    """where pictures are resized: nearest, bilinear or bicubic"""
+    resize_size: int | None = number(None, 1, 16384)
+    """folders of pictures: pixels of the shorter side of a validation picture before its centre is cut out; null:
+    256/224 of image_size"""
+    preprocessing: Preprocessing = Preprocessing.auto
+    """pictures: whose image_size, mean, std, interpolation and resize_size hold. dataset: the keys'; model: what the
+    model's library says that its weights were validated on, but for keys that the command gives, and pictures held in
+    memory are enlarged; auto: model for weights=pretrained, else dataset"""
     fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
     max_length: int = number(384, 8, _TOKENS)
@@ -280,6 +315,19 @@ class StageConfig:
     """above 0, at most 1"""
     warmup_epochs: float = number(0.0, 0, _EPOCHS)
     """epochs, or a part of one, of linear rise at the start"""
+    mixup: float = number(0.0, 0, 1000)
+    """pictures: alpha of the Beta distribution that says how training pictures are blended in twos; 0: never"""
+    cutmix: float = number(0.0, 0, 1000)
+    """pictures: alpha of the same for rectangles of one pasted into another; with mixup, either by chance;
+    0: never"""
+    random_erasing: float = number(0.0, 0, 1)
+    """pictures: share of training pictures of which a random rectangle becomes the mean"""
+    ema_decay: float = number(0.0, 0, 1, below=True)
+    """what remains in a step of the moving average of weights, BatchNorm and scalars, which is then what is validated,
+    kept as best.pt and as the model of last.pt; 0: no average"""
+    drop_path: float | None = number(None, 0, 1, below=True)
+    """stochastic depth, of networks of other libraries that have it: chance that a residual branch is left out in
+    training, rising to this from block to block; null: as the library has it"""
 
 
 @dataclass
@@ -327,8 +375,9 @@ class ConfigSchema:
     ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
     weights: str | None = path(None)
     """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
-    "torchvision" for the published weights; "baseline" for the full-precision run of the same network, data, recipe and
-    seed in mode auto, which is made first where it is missing"""
+    "pretrained" for what the model's own library publishes; "torchvision" for the first that torchvision published,
+    those of the paper; "baseline" for the full-precision run of the same network, data, recipe and seed in mode auto,
+    which is made first where it is missing"""
     weights_part: str | None = None
     """of a file that holds several networks: the key it keeps one under, such as state_dict_ema, or how the names of
     its tensors begin; null: the one that fits the model, raw weights before averaged ones"""
@@ -417,6 +466,9 @@ class ConfigSchema:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """of the files and folders that this config names, as a run found them; filled in by the runner"""
 
+    given: list[str] = field(default_factory=list)
+    """keys of preprocessing that the command gives, and a model's own leave alone; filled in by the runner"""
+
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """where figures are shown beside the run's own files: tensorboard, wandb, mlflow, or what an installed package
     adds; none: nowhere"""
@@ -438,6 +490,13 @@ class ConfigSchema:
     @property
     def training(self) -> bool:
         return self.mode in STAGES
+
+    @property
+    def preprocessed(self) -> bool:
+        """Whether pictures are what the model's library says."""
+        wanted = self.dataset.preprocessing
+        follows = wanted == Preprocessing.model or (wanted == Preprocessing.auto and self.weights == PRETRAINED)
+        return follows and "dataset.mean" not in foreign_keys(self.task)
 
     @property
     def task(self) -> TaskFacts:
@@ -504,7 +563,8 @@ class Config(ConfigSchema):
 
     def with_fingerprints(self) -> "Config":
         """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
-        named = {self.weights, self.recipe.teacher, self.model.checkpoint} - {None, BASELINE}
+        named = {self.weights, self.recipe.teacher, self.model.checkpoint, checkpoint_of(self.model.name)}
+        named -= {None, BASELINE}
         return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
 
     @property

@@ -38,9 +38,25 @@ class TaskFacts:
 
 PICTURE_KEYS = frozenset(
     (
-        *("model.stem", "model.width", "channels_last", "cudnn_benchmark", "conv_granularity"),
+        *(
+            "model.stem",
+            "model.width",
+            "model.stride_in",
+            "model.bn_eps",
+            "channels_last",
+            "cudnn_benchmark",
+            "conv_granularity",
+        ),
         *("dataset.num_classes", "dataset.image_size", "dataset.mean", "dataset.std", "dataset.augment"),
-        *("dataset.fake_pictures", "dataset.skip_corrupt", "dataset.resizing", "dataset.decode"),
+        *(
+            "dataset.fake_pictures",
+            "dataset.skip_corrupt",
+            "dataset.resizing",
+            "dataset.decode",
+            "dataset.interpolation",
+            "dataset.resize_size",
+            "dataset.preprocessing",
+        ),
     )
 )
 

@@ -17,6 +17,8 @@ SCHEMA_VERSION = 2
 FIRST_DEFAULTS: dict[str, Any] = {
     "model.stem": "auto",
     "model.width": 1.0,
+    "model.stride_in": "3x3",
+    "model.bn_eps": None,
     "model.checkpoint": None,
     "dataset.task": "classification",
     "dataset.num_classes": None,
@@ -29,6 +31,9 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "dataset.skip_corrupt": False,
     "dataset.resizing": "pillow",
     "dataset.decode": "cpu",
+    "dataset.interpolation": "bilinear",
+    "dataset.resize_size": None,
+    "dataset.preprocessing": "auto",
     "dataset.fake_pictures": 512,
     "dataset.max_length": 384,
     "dataset.stride": 128,
@@ -99,6 +104,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "sweep": {},
     "standins": {},
     "fingerprints": {},
+    "given": [],
     "trackers": ["tensorboard"],
     "log_excess_mse": False,
     "run_dir": None,
@@ -119,6 +125,11 @@ FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "decay_every": 30,
     "decay_factor": 0.1,
     "warmup_epochs": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "random_erasing": 0.0,
+    "ema_decay": 0.0,
+    "drop_path": None,
 }
 """The same for the keys of each stage of a recipe."""
 

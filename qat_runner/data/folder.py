@@ -47,20 +47,29 @@ class FolderSource:
         workers: processes that decode, for each split; 0 decodes in this process.
         skip_corrupt: leave out pictures that cannot be decoded.
         resizing: "pillow" or "tensor"; see `DatasetConfig.resizing`.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        resize_size: of validation pictures, pixels of the shorter side before the crop; None: by RESIZE_RATIO.
 
     Raises:
         ValueError: a folder or a file cannot be read, the splits have other classes, or a class has no pictures.
     """
 
     def __init__(
-        self, folder: Path, image_size: int, workers: int, skip_corrupt: bool = False, resizing: str = "pillow"
+        self,
+        folder: Path,
+        image_size: int,
+        workers: int,
+        skip_corrupt: bool = False,
+        resizing: str = "pillow",
+        interpolation: str = "bilinear",
+        resize_size: int | None = None,
     ) -> None:
         from torchvision.transforms import v2  # which takes a second to import
 
-        # antialias and bilinear are the defaults of the published recipes
+        between = v2.InterpolationMode(interpolation)  # antialias is the default of the published recipes
         decode, last = (decode_pixels, []) if resizing == "tensor" else (decode_picture, [v2.PILToTensor()])
-        crop = v2.Compose([v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip(), *last])
-        resize = v2.Resize(round(image_size * RESIZE_RATIO))
+        crop = v2.Compose([v2.RandomResizedCrop(image_size, interpolation=between), v2.RandomHorizontalFlip(), *last])
+        resize = v2.Resize(resize_size or round(image_size * RESIZE_RATIO), between)
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         stored = read_pictures(folder)
         self.classes = stored.classes

@@ -54,6 +54,8 @@ class ImageData:
     channels_last: bool = False
     """memory layout of the batches"""
     shard: Shard = WHOLE
+    interpolation: str = "bilinear"
+    """nearest, bilinear or bicubic: how pictures that are smaller than image_size are enlarged"""
 
     @property
     def train_size(self) -> int:
@@ -96,6 +98,9 @@ class ImageData:
         pictures = pictures.to(self.device, non_blocking=True).float()
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
+        if pictures.shape[-1] != self.image_size:
+            smooth = {} if self.interpolation == "nearest" else {"align_corners": False}
+            pictures = F.interpolate(pictures, size=self.image_size, mode=self.interpolation, **smooth).clamp_(0, 255)
         mean, std = self._bytes_normalized
         pictures = (pictures - mean).div_(std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

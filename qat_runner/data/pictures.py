@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qat_runner.config import DatasetConfig, Decode
+from qat_runner.config.schema import Preprocessing
 from qat_runner.data.arrays import labelled
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.folder import FolderSource
@@ -51,6 +52,7 @@ def pictures(
             device=delivery.device,
             seed=delivery.seed,
             channels_last=delivery.channels_last,
+            interpolation=config.interpolation.value,
             shard=delivery.shard,
         )
 
@@ -60,6 +62,8 @@ def pictures(
 def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
     """The source with pictures of the size that the config asks for."""
     has, wanted = source.training[0].shape[2], config.image_size
+    if wanted > has and config.preprocessing == Preprocessing.model:
+        wanted = has  # a batch at a time is enlarged
     if has % wanted:
         raise ConfigError(f"dataset.image_size={wanted}: must divide {has}, the pixels a side of {config.name}")
     classes = 1 + max(int(labels.max()) for _, labels in (source.training, source.validation))
@@ -88,7 +92,15 @@ def in_folder(folder: Path, config: DatasetConfig) -> FolderSource:
     Raises:
         ValueError: as `FolderSource`.
     """
-    return FolderSource(folder, config.image_size, config.workers, config.skip_corrupt, config.resizing.value)
+    return FolderSource(
+        folder,
+        config.image_size,
+        config.workers,
+        config.skip_corrupt,
+        config.resizing.value,
+        config.interpolation.value,
+        config.resize_size,
+    )
 
 
 def holds_pictures(folder: Path) -> bool:

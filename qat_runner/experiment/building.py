@@ -77,13 +77,13 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         insert(model, config.quantization, example)
     except PolicyError as error:
         raise ConfigError(f"model={config.model.name}: {error}") from error
-    except (RuntimeError, ValueError) as error:  # a picture too small for the network, a batch too small for BatchNorm
+    except (AssertionError, RuntimeError, ValueError) as error:  # pictures too small, a batch too small for BatchNorm
         raise ConfigError(
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     if weights is not None:
         as_it_is = config.mode == Mode.evaluate
-        source = Source(weights, config.weights_part)
+        source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
         loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
     if config.needs_calibration:
@@ -119,9 +119,9 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
     """The full-precision network that a distilled one learns from, in eval mode; weights as `build` takes them."""
     recipe = config.recipe
     if recipe.teacher is not None:
-        source = Source(recipe.teacher, recipe.teacher_part, "recipe.teacher")
+        source = Source(recipe.teacher, recipe.teacher_part, "recipe.teacher", config.dataset.image_size)
     elif weights is not None:
-        source = Source(weights, config.weights_part)
+        source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
     else:
         raise ConfigError("recipe.teacher=null: there are no weights to learn from")
     teacher = model_for(config, data)

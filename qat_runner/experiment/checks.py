@@ -9,7 +9,6 @@ import torch
 from qat_runner import ranks
 from qat_runner.config import (
     BASELINE,
-    TORCHVISION,
     Config,
     Decode,
     Resume,
@@ -20,6 +19,7 @@ from qat_runner.config import (
     path_of,
     run_folder,
 )
+from qat_runner.config.words import PREFIXES
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import find_device
@@ -41,12 +41,15 @@ def preflight(config: Config) -> Path:
         ConfigError: unknown model or device, absent data or weights, a run folder of another config.
     """
     for key, value, allowed in (
-        ("model", config.model.name, dict.fromkeys(name for task in TASKS.values() for name in task.networks)),
         ("model.stem", config.model.stem, STEMS),
         ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    if not any(config.model.name in task.networks for task in TASKS.values()):
+        names = dict.fromkeys(name for task in TASKS.values() for name in task.networks)
+        words = (f"{prefix}/NAME" for prefix in PREFIXES)
+        raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
     for name in config.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
@@ -93,7 +96,7 @@ def _tracker(name: str) -> type[Tracker]:
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:
     """Try the weights on a model without memory; where it is not known how many classes it has, all but its head."""
     find_weights(source, config.model.name)
-    if source.value == TORCHVISION:
+    if source.published:
         return
     task = task_of(config)
     with torch.device("meta"):

@@ -165,6 +165,8 @@ def _carry_out(
         _describe(config, folder, model, notes)
         for note in data.notes:
             log.info(f"{config.dataset.name}: {note}")
+        if config.preprocessed:
+            log.info(_preprocessing(config))
         if config.training:
             log.info(_recipe(config))
         if saved is not None:
@@ -176,7 +178,7 @@ def _carry_out(
             trainer.evaluate()
         result = _summarize(config, trainer)
         if ranks.is_main():
-            record_histograms(folder, config, model, data)
+            record_histograms(folder, config, trainer.measured, data)
             from qat_runner.training.plots import plot_curves, plot_noise  # matplotlib takes its time to import
 
             plot_curves(folder, config.task)
@@ -267,6 +269,17 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
         log.warning(note)
 
 
+def _preprocessing(config: Config) -> str:
+    """What pictures are made into for the model."""
+    dataset = config.dataset
+    crop = f", the centre of {dataset.resize_size}" if dataset.resize_size else ""
+    given = f" ({', '.join(config.given)}: as given)" if config.given else ""
+    return (
+        f"pictures as {config.model.name} is described: {dataset.image_size} pixels a side{crop}, "
+        f"{dataset.interpolation}, mean {dataset.mean}, std {dataset.std}{given}"
+    )
+
+
 def _recipe(config: Config) -> str:
     """Batch size and learning rate, and the rule that they follow; and what part of the batch is seen at a time."""
     stage = config.stage
@@ -295,10 +308,10 @@ def _seen_at_a_time(config: Config) -> str:
 def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
-    activations = {t.quantizer.mode for t in quantized_tensors(trainer.model) if t.tensor != "weight"}
+    activations = {t.quantizer.mode for t in quantized_tensors(trainer.measured) if t.tensor != "weight"}
     sqnr = trainer.mean_sqnr()
-    quantized_mb, full_mb = size_mb(trainer.model)
-    share = quantized_share(trainer.model)
+    quantized_mb, full_mb = size_mb(trainer.measured)
+    share = quantized_share(trainer.measured)
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
         corrupt = set().union(*distributed.all_gather(corrupt))

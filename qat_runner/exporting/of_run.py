@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat_runner.config import (
     BASELINE,
+    PRETRAINED,
     TORCHVISION,
     Config,
     Mode,
@@ -103,8 +104,8 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     """The weights of a run's network, as config.weights; a run that trained nothing has them elsewhere."""
     path = RunFolder(run).checkpoints / f"{checkpoint}.pt"
     if not config.training and config.weights is not None:
-        if config.weights == TORCHVISION:
-            return TORCHVISION
+        if config.weights in (PRETRAINED, TORCHVISION):
+            return config.weights
         path = path_of(config.weights)
         if config.weights == BASELINE:
             path = RunFolder(run_folder(baseline_of(config))).checkpoints / LAST

@@ -1,6 +1,7 @@
 """Models by name, and their weights."""
 
 from qat_runner.models.bert import BERTS, build_bert, load_tokenizer, read_checkpoint
+from qat_runner.models.libraries import library_of
 from qat_runner.models.vision import MODELS, STEMS, build_model
 from qat_runner.models.weights import Loaded, Source, find_weights, load_weights, match_weights
 
@@ -13,6 +14,7 @@ __all__ = [
     "build_bert",
     "build_model",
     "find_weights",
+    "library_of",
     "load_tokenizer",
     "load_weights",
     "match_weights",

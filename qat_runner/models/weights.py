@@ -4,20 +4,25 @@ The tensors of a file are matched with a model by name. Which dict of the file t
 before their names, is found by trying what fits; no tensor is used before it was looked at.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat_runner.config import TORCHVISION, path_of
+from qat_runner.config import PRETRAINED, TORCHVISION, path_of
 from qat_runner.errors import ConfigError
+from qat_runner.models.libraries import LIBRARIES, Library, library_of
 from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
 from qat_runner.models.vision import TORCHVISION_MODELS
 from qat_runner.quant.state import LATER
+
+log = logging.getLogger("qat_runner")
 
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
 _WRAPPERS = {
@@ -36,11 +41,18 @@ class Source:
     """Where a config says that weights are."""
 
     value: str
-    """a path, or "torchvision" """
+    """a path, "pretrained" or "torchvision" """
     part: str | None = None
     """the dict of the file, or the beginning of the tensors' names; None: found by what fits"""
     key: str = "weights"
     """the key that says so, for messages"""
+    image_size: int = 0
+    """pixels a side that published positions are resampled for; 0: as they are"""
+
+    @property
+    def published(self) -> bool:
+        """Whether they are a library's rather than in a file."""
+        return self.value in (PRETRAINED, TORCHVISION)
 
     @property
     def path(self) -> Path:
@@ -76,8 +88,13 @@ def find_weights(source: Source, model_name: str) -> None:
     Raises:
         ConfigError: no such file, an unknown suffix, no published weights for the model.
     """
+    if source.value == PRETRAINED:
+        library, name = _library(source, model_name)
+        if not library.has_weights(name):
+            raise ConfigError(f"{source}: there are none for {model_name}")
+        return
     if source.value == TORCHVISION:
-        if model_name not in TORCHVISION_MODELS:
+        if _torchvision_name(model_name) is None:
             raise ConfigError(f"{source}: there are none for {model_name}, only for {', '.join(TORCHVISION_MODELS)}")
         return
     try:
@@ -89,8 +106,40 @@ def find_weights(source: Source, model_name: str) -> None:
 def load_weights(model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
     """Load weights into a model: what `match_weights` finds."""
     state, loaded = match_weights(model, source, model_name, new_head, quantizers)
+    if not source.published and (doubt := _doubt(model, source)):
+        log.warning(f"{source}: {doubt}")
     model.load_state_dict(state)
     return loaded
+
+
+_OF_OTHERS = re.compile(
+    r"caffe|keras|tensorflow|tf[_-]?slim|msra|detectron|resnet[_-]?(?:50|101|152)[_-]?v1(?![b-z\d]|[._-]?5)",
+    re.IGNORECASE,
+)
+"""What files are called whose ResNets have the stride of a bottleneck in its first convolution."""
+
+
+def _doubt(model: nn.Module, source: Source) -> str:
+    """What a file's name and description let one fear: weights that load, and are meant for another network."""
+    told = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
+    blocks = (module for module in model.modules() if hasattr(module, "conv3"))
+    strided = any(getattr(block, "conv2", None) is not None and block.conv2.stride == (2, 2) for block in blocks)
+    if told is None or not strided:
+        return ""
+    return (
+        f"{shown(told[0])} says that the first convolution of each bottleneck may have its stride, which loads all the "
+        f"same: model.stride_in=1x1 would be right then, and from Keras model.bn_eps=1.001e-5"
+    )
+
+
+def _description(path: Path) -> str:
+    """What a safetensors file says of itself."""
+    if path.suffix.lower() != ".safetensors":
+        return ""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return str(file.metadata() or "")
 
 
 def match_weights(
@@ -125,7 +174,7 @@ def match_weights(
     if wrong:
         key = wrong[0]
         why = f"has shape {list(found[key].shape)}, not {list(wanted[key].shape)}" if key in found else "is missing"
-        hint = "; model.stem=imagenet keeps the published network" if source.value == TORCHVISION else ""
+        hint = _hint(source, model_name)
         raise ConfigError(f"{source}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}")
     usable = {key: found[key] for key in wanted if key in found and key not in clashing}
     converted = sorted({_name(t.dtype) for key, t in usable.items() if not _optional(key)} - {"float32"})
@@ -141,18 +190,61 @@ def read_weights(source: Source, model_name: str) -> Parts:
     Raises:
         ConfigError: the file is unreadable or holds no tensors; the published weights cannot be had.
     """
-    if source.value == TORCHVISION:
-        try:  # the first published version: the classic recipe, which the paper's baselines share
-            from torchvision.models import get_model_weights  # which takes a second to import
-
-            published = get_model_weights(model_name)["IMAGENET1K_V1"]
-            return {"": dict(published.get_state_dict(progress=False, check_hash=True))}
-        except Exception as error:
-            raise ConfigError(f"{source}: download failed ({type(error).__name__}: {error})") from error
+    if source.published:
+        return {"": _published(source, model_name)}
     try:
         return read_file(source.path)
     except TensorFileError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _published(source: Source, model_name: str) -> dict[str, Tensor]:
+    """The published weights of a model: the best of its library, or the first of torchvision's, which is of the classic
+    recipe that the paper's baselines share.
+    """
+    try:
+        if source.value == TORCHVISION:
+            from torchvision.models import get_model_weights  # which takes a second to import
+
+            first = get_model_weights(_torchvision_name(model_name))["IMAGENET1K_V1"]
+            return dict(first.get_state_dict(progress=False, check_hash=True))
+        library, name = _library(source, model_name)
+        called, state = library.published(name, source.image_size)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a download may raise
+        reason = shown(" ".join(str(error).split()))
+        raise ConfigError(f"{source}: download failed ({type(error).__name__}: {reason})") from error
+    log.info(f"{source}: {called} of {library.prefix}")
+    return state
+
+
+def _library(source: Source, model_name: str) -> tuple[Library, str]:
+    """That publishes the weights of a model, and its name there.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if (found := library_of(model_name)) is not None:
+        return found
+    if model_name not in TORCHVISION_MODELS:
+        raise ConfigError(f"{source}: there are none for {model_name}")
+    return LIBRARIES["torchvision"], model_name
+
+
+def _torchvision_name(model_name: str) -> str | None:
+    """What torchvision calls a model; None: it has no such."""
+    library, name = library_of(model_name) or (LIBRARIES["torchvision"], model_name)
+    return name if library.prefix == "torchvision" and library.has_weights(name) else None
+
+
+def _hint(source: Source, model_name: str) -> str:
+    """What may help where published weights do not fit."""
+    if not source.published:
+        return ""
+    if library_of(model_name) is None:
+        return "; model.stem=imagenet keeps the published network"
+    return "; mode=retrain gives it a new head for another number of classes"
 
 
 @dataclass(frozen=True)
@@ -331,6 +423,11 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    """Names of the parameters of the last linear layer."""
+    """Names of the parameters of the last linear layer, or of what timm calls the classifier, which may be several."""
+    if hasattr(model, "get_classifier"):
+        found: Any = model.get_classifier()  # type: ignore[operator]
+        heads = found if isinstance(found, tuple) else (found,)
+        names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
+        return [key for key in model.state_dict() if key.rpartition(".")[0] in names]
     name = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     return [f"{name}.{parameter}" for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qat_runner.config import Config, Mode, from_hydra, load_config, resolve
-from qat_runner.config.composing import compose_config
+from qat_runner.config.composing import compose_config, quoted
 from qat_runner.config.resolving import changed
 from qat_runner.config.schema import ClippingSchema
 from qat_runner.data import DATASETS, Data
@@ -15,7 +15,7 @@ from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.insert import insert, quantizers_disabled
 from qat_runner.insertion.watch import watch
-from qat_runner.models import MODELS, Source, find_weights, load_weights
+from qat_runner.models import MODELS, Source, find_weights, library_of, load_weights
 from qat_runner.quant import Quantizer
 from qat_runner.runs.folder import RunFolder
 from qat_runner.tasks import TASKS, task_of
@@ -57,12 +57,15 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
 
     if model not in MODELS:
         raise ConfigError(f"--model {model}: must be one of {', '.join(MODELS)}")
+    if (found := library_of(model)) is not None:
+        library, own = found
+        library.check(own)
     fitting = [name for name, known in DATASETS.items() if model in TASKS[known.task].networks]
     if dataset not in fitting:
         raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(fitting)}")
     source = Source(weights)
     find_weights(source, model)
-    config = from_hydra(compose_config([f"model={model}", f"dataset={dataset}", "bits=4"]))
+    config = from_hydra(compose_config([f"model={quoted(model)}", f"dataset={dataset}", "bits=4"]))
     config = replace(config, device="cpu", data_dir=config.data_dir if data_dir is None else str(data_dir))
     config = resolve(replace(config, mode=Mode.evaluate, weights=weights))
     if data_dir is not None:

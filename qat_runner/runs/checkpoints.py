@@ -1,6 +1,6 @@
 """What a checkpoint holds, described so that whatever comes from a file can be held against it."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
 from torch import Tensor
@@ -26,6 +26,8 @@ class ProcessState(TypedDict):
     random: RandomState
     totals: Tensor
     buffers: dict[str, Tensor]
+    averaged: NotRequired[dict[str, Tensor]]
+    """buffers of its average"""
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -47,6 +49,11 @@ class Checkpoint(TypedDict):
     """All that a run needs to go on."""
 
     model: dict[str, Tensor]
+    """what was validated: the moving average, where there is one"""
+    trained: NotRequired[dict[str, Tensor]]
+    """what it is the average of"""
+    averaged_steps: NotRequired[Count]
+    """that it is made of"""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     processes: Annotated[list[ProcessState], Field(min_length=1)]

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data import ImageData
-from qat_runner.models import MODELS, build_model
+from qat_runner.data.mixing import MIXING, Mixing
+from qat_runner.errors import ConfigError
+from qat_runner.models import MODELS, build_model, library_of
 from qat_runner.tasks.task import Choice
 from qat_runner.tasks.totals import Totals, top_five
 
@@ -19,16 +21,51 @@ class Classification(Choice[ImageData]):
     name = "classification"
     facts = FACTS[name]
     networks = MODELS
+    mixes = True
     unit = "img"
     inputs = ("pictures",)
     outputs = ("logits",)
+
+    def check(self, config: Config) -> None:
+        """Raises:
+        ConfigError: also where a network of another library cannot be built as it is asked for.
+        """
+        super().check(config)
+        found = library_of(config.model.name)
+        if found is not None:
+            library, name = found
+            library.check(name)
+        if found is None and not _changed(config):
+            return
+        try:
+            with torch.device("meta"):
+                self.network(config, None)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a library may raise on options that do not fit
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"model={config.model.name}: cannot be built ({reason})") from error
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:
         """With 2 classes where neither data nor config tell their number."""
         classes, size = config.dataset.num_classes or 2, config.dataset.image_size
         if data is not None:
             classes, size = data.num_classes, data.image_size
-        return build_model(config.model.name, classes, size, config.model.stem, config.model.width)
+        return build_model(
+            config.model.name,
+            classes,
+            size,
+            config.model.stem,
+            config.model.width,
+            stride_in=config.model.stride_in,
+            bn_eps=config.model.bn_eps,
+            drop_path=config.stage.drop_path if config.training else None,
+        )
+
+    def mixing(self, config: Config, data: ImageData) -> Mixing | None:
+        if not any(getattr(config.stage, key) for key in MIXING):
+            return None
+        return Mixing(config.stage, data.num_classes, config.seed, data.shard)
 
     def knows_head(self, config: Config) -> bool:
         return config.dataset.num_classes is not None
@@ -52,3 +89,9 @@ class Classification(Choice[ImageData]):
             },
             "classes": data.num_classes,
         }
+
+
+def _changed(config: Config) -> bool:
+    """Whether more is asked of a network of our own than some have."""
+    drop_path = config.stage.drop_path if config.training else None
+    return (config.model.stride_in, config.model.bn_eps, drop_path) != ("3x3", None, None)

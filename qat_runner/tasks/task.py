@@ -1,7 +1,7 @@
 """What a task is: all that the runner must know of one kind of problem, and that no other room knows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from qat_runner.config import Config
 from qat_runner.config.tasks import TaskFacts
-from qat_runner.data import Data
+from qat_runner.data import Batch, Data
+from qat_runner.data.mixing import MIXING
 from qat_runner.errors import ConfigError
 from qat_runner.tasks.totals import Totals
 
@@ -33,6 +34,8 @@ class Task(ABC, Generic[D]):
     """what a sample is, in a word"""
     inputs: ClassVar[tuple[str, ...]]
     """names, in exported files, of the arguments of a network's forward"""
+    mixes: ClassVar[bool] = False
+    """whether a stage may ask for `MIXING` and drop_path"""
     outputs: ClassVar[tuple[str, ...]]
     """names, in exported files, of what comes out; of several also those that forward's result has them by"""
 
@@ -47,6 +50,9 @@ class Task(ABC, Generic[D]):
                 f"model={config.model.name}: cannot read dataset={config.dataset.name}, which is for "
                 f"{', '.join(self.networks)}"
             )
+        for key in (*MIXING, "drop_path") if config.training and not self.mixes else ():
+            if value := getattr(config.stage, key):
+                raise ConfigError(f"recipe.{config.mode}.{key}={value:g}: is for pictures, not for {self.name}")
 
     def tokenizer(self, config: Config) -> Any:
         """What data sets of text are read with; None: there is none."""
@@ -61,6 +67,10 @@ class Task(ABC, Generic[D]):
             data: that it is for; None: they are not read, and it is built by the config alone.
             pretrained: with the weights of its checkpoint, where the task has such.
         """
+
+    def mixing(self, config: Config, data: D) -> Callable[[Batch, int, int], Batch] | None:
+        """What is done to the training batches of an epoch, given both numbers; None: nothing. Only where `mixes`."""
+        return None
 
     def knows_head(self, config: Config) -> bool:
         """Whether the config alone tells what the last layer of a network looks like."""
@@ -107,7 +117,7 @@ class Choice(Task[D]):
     """A task of choosing: logits [N, C] over C classes, or [N, C, d] for d choices; targets int64 [N] or [N, d]."""
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy; for shares of classes, float [N, C], as well."""
         return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

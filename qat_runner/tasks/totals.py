@@ -66,11 +66,13 @@ def top_five(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: [N, C] or [N, C, d].
-        targets: int64, [N] or [N, d].
+        targets: int64, [N] or [N, d]; or shares of classes, float [N, C], of which the largest counts.
 
     Returns:
         Two counts, int64 [].
     """
+    if targets.is_floating_point():
+        targets = targets.argmax(1)
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
     if hits.ndim == 2:  # no more than one hit a sample
         return hits[:, 0].sum(), hits.sum()

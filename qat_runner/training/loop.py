@@ -27,6 +27,7 @@ from qat_runner.runs.record import Record
 from qat_runner.runs.records import PREDICTIONS
 from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
+from qat_runner.training.averages import Averages
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
@@ -135,6 +136,10 @@ class Trainer:
         self.config, self.model, self.data, self.record = config, model, data, record
         self.teacher, self.task = teacher, task_of(config)
         self.metric = self.task.facts.metric
+        decay = config.stage.ema_decay if config.training else 0.0
+        self.averages = Averages(model, decay) if decay else None
+        """the moving average of the model, where the recipe asks for one"""
+        self.mixing = self.task.mixing(config, data) if config.training else None
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
@@ -158,6 +163,11 @@ class Trainer:
         self.stop = StopRequest()
         self.saved_at = time.monotonic()
 
+    @property
+    def measured(self) -> nn.Module:
+        """What is validated and kept: the moving average of the model, or itself."""
+        return self.model if self.averages is None else self.averages.model
+
     def fit(self) -> None:
         """Train the epochs that are left; measure after each, and save after each and every so many minutes.
 
@@ -174,6 +184,7 @@ class Trainer:
                 progress.begin(f"epoch {self.state.epoch + 1}/{self.epochs}, validation")
                 began = time.perf_counter()
                 distributed.broadcast(self.model, parameters=False)
+                distributed.broadcast(self.measured, parameters=False)
                 self.state.val = self._evaluate(progress)
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
@@ -206,7 +217,7 @@ class Trainer:
                 self._stop(self.stop.signal)
 
         try:
-            evaluate(self.task, self.model, batches, score, self.config.amp, seen)
+            evaluate(self.task, self.measured, batches, score, self.config.amp, seen)
             score = score.merged()
             figures = score.read()
         except ValueError as error:  # a quantizer met NaN or infinity
@@ -225,14 +236,14 @@ class Trainer:
         """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
         self.noise = self._noise()
         if self.noise:
-            self.record.layers(self.state.epoch, self.noise, scalars(self.model))
+            self.record.layers(self.state.epoch, self.noise, scalars(self.measured))
 
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
             return []
         batches = unsharded(self.data).val_batches(self.config.dataset.val_batch_size, self.config.noise_batches)
         with autocast(self.device, self.config.amp):
-            return noise_report(self.model, (batch.inputs for batch in batches))
+            return noise_report(self.measured, (batch.inputs for batch in batches))
 
     def mean_sqnr(self) -> float:
         """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""
@@ -254,9 +265,10 @@ class Trainer:
             self._check_same_run(found)
             processes = found["processes"]
             own = processes[shard.rank % len(processes)]
-            model = found["model"] | own["buffers"]
-            checkpoint.check_model(model, self.model)
-            self.model.load_state_dict(model)
+            _load(self.model, found.get("trained", found["model"]) | own["buffers"])
+            if self.averages is not None:
+                _load(self.averages.model, found["model"] | own.get("averaged", {}))
+                self.averages.steps = found.get("averaged_steps", 0)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
             if shard.rank < len(processes):
@@ -302,7 +314,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self._freeze_if_due(epoch + step / self.steps)
-            loss = self._step(batch)
+            loss = self._step(batch if self.mixing is None else self.mixing(batch, epoch, step))
             self.interval.add(loss, lr, None if self.excess is None else self.excess.take())
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
             self._look_around(epoch, finite)
@@ -322,6 +334,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.averages is not None:
+            self.averages.update(self.model)
         return loss
 
     def _freeze_if_due(self, position: float) -> None:
@@ -464,17 +478,21 @@ class Trainer:
         own: ProcessState = {
             "random": checkpoint.random_state(),
             "totals": self.totals.sums.cpu(),
-            "buffers": self._own_buffers(),
+            "buffers": _own_buffers(self.model),
         }
+        if self.averages is not None:
+            own["averaged"] = _own_buffers(self.averages.model)
         processes = distributed.all_gather(own)
         content: Checkpoint = {
-            "model": self.model.state_dict(),
+            "model": self.measured.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": processes,
             "state": vars(self.state),  # type: ignore[typeddict-item]
             "config": identity(self.config),
         }
+        if self.averages is not None:
+            content |= {"trained": self.model.state_dict(), "averaged_steps": self.averages.steps}
         self.saved_at = time.monotonic()
         if not ranks.is_main():
             return
@@ -484,7 +502,16 @@ class Trainer:
             checkpoint.save(folder / "best.pt", best_one)
         checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
 
-    def _own_buffers(self) -> dict[str, Tensor]:
-        """What of the model's state is this process's own, where there are several."""
-        buffers = {name for name, _ in self.model.named_buffers()} if ranks.launched() else set()
-        return {name: t.cpu() for name, t in self.model.state_dict().items() if name in buffers}
+
+def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raises:
+    Exception: it is no state of the model's.
+    """
+    checkpoint.check_model(state, model)
+    model.load_state_dict(state)
+
+
+def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's state is this process's own, where there are several."""
+    buffers = {name for name, _ in model.named_buffers()} if ranks.launched() else set()
+    return {name: t.cpu() for name, t in model.state_dict().items() if name in buffers}

@@ -1,0 +1,57 @@
+"""Asking transformers for something of a checkpoint: a folder, or a name on the Hugging Face hub."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+from qat_runner.errors import ConfigError
+
+
+def ask(load: Callable[..., Any], checkpoint: str, said: str, wanted: str) -> Any:
+    """Load something of a checkpoint; code that lies beside it is never run.
+
+    Args:
+        load: a `from_pretrained`.
+        checkpoint: a folder as `save_pretrained` writes it, or a name on the hub.
+        said: the key and its value that name it, for messages.
+        wanted: what it must be, for messages.
+
+    Raises:
+        ConfigError: a folder without config.json; whatever else goes wrong, in a sentence.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{said}: the folder holds no config.json")
+    try:
+        with quiet():
+            return load(str(folder) if folder.is_dir() else checkpoint, trust_remote_code=False)
+    except Exception as error:  # whatever a parser, a download or a missing file may raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{said}: must be a folder with {wanted}, or its name on the Hugging Face hub ({reason})"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' messages and progress bars."""
+    from huggingface_hub.utils import logging as of_hub
+    from transformers.utils import logging
+
+    level, level_of_hub = logging.get_verbosity(), of_hub.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    of_hub.set_verbosity(CRITICAL)  # whose retries would be told one by one
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        of_hub.set_verbosity(level_of_hub)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
