@@ -9,8 +9,8 @@ weight with `dim=0`. They share these results as well:
 - Rows that are all zero, and empty ones, give 0, which `fake_quantize` turns into zeros.
 - Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
 - NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
-  training steps, nothing waits; quantizing x with s leaves NaN in the result: the NaN that was there, or, after an
-  infinity, NaN all over the row.
+  training steps, nothing waits; quantizing x with s leaves NaN in the result: the NaN that was there, or, where an
+  infinite magnitude is, NaN all over the row.
 - No gradient flows through s.
 - In an oriented format s is a magnitude: `orienting.oriented` finds its sign.
 - For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].

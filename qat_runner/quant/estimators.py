@@ -120,6 +120,7 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
             ctx.save_for_backward(*xs, *found)
         ctx.format, ctx.gradient = format, gradient
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(out for out, x in zip(outs, xs, strict=True) if not x.requires_grad))
         return tuple(outs)
 
     @staticmethod

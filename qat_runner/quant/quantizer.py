@@ -174,23 +174,31 @@ class Quantizer(ScalarState):
         """x, any shape and floating dtype -> the same shape and dtype, on the levels of the format."""
         if not self.enabled:
             return x
-        if self._reused is not None:
-            return self._reused[1]
-        given, self.given = self.given, None
-        self.holds = given is not None and given.held
-        if given is not None and given.x is x:
-            out = self._took(given.s, given.out)
-        elif (plan := self.planned(x)) is not None:
-            out = self._trained_on(x, plan)
-        else:
-            s = self._scalars(x)
-            if not torch.compiler.is_compiling():
-                self.last_s = s
-            out = self._quantize(x, s)
-        if self._reusing:
+        if not self._reusing:
+            return self._called(x)
+        if self._reused is None:
+            # Outside of what checkpointing looks at and repeats, where gradients may be off: later calls do none of it.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                out = self._called(x)
             self._reused = out, out.detach().requires_grad_(out.requires_grad)
-            return self._reused[1]
-        return out
+        return self._reused[1]
+
+    def _called(self, x: Tensor) -> Tensor:
+        """The output of a call that is not spared."""
+        given, self.given = self.given, None
+        if given is not None and given.x is not x:
+            given = None
+        checkpointed = given is not None and not self._reusing and _checkpointed()
+        self.holds = given is not None and given.held and not checkpointed
+        if given is not None:
+            # What checkpointing repeats has to save what it saves now: it will quantize with these scalars once more.
+            return self._took(given.s, self._quantize(x, given.s) if checkpointed else given.out)
+        if (plan := self.planned(x)) is not None:
+            return self._trained_on(x, plan)
+        s = self._scalars(x)
+        if not torch.compiler.is_compiling():
+            self.last_s = s
+        return self._quantize(x, s)
 
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor) -> Tensor:
@@ -226,7 +234,8 @@ class Quantizer(ScalarState):
 
     def _trained_on(self, x: Tensor, plan: Plan) -> Tensor:
         """A step of training in one operation; of a tensor that another quantizer has solved, what is left of it."""
-        how = self.method, plan.format, self.dim, plan.seen
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another would not wait for this one
+        how = self.method, plan.format, self.dim, plan.seen, stream
         s = _latest.find(self, x, how)
         if s is not None:
             self.remember(s, self.momentum)
@@ -340,6 +349,15 @@ class Quantizer(ScalarState):
         sign = ("signed" if self.format.signed else "unsigned") if self.decided else "sign open"
         method = f"{self.mode} {self.method.name}"
         return f"bits={self.format.bits}, {sign}, per {self.granularity}, {method}, gradient={self.gradient}"
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
+
+
+def _checkpointed() -> bool:
+    """Whether something decides what is saved for the backward pass, as activation checkpointing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _in_backward_pass() -> bool:

@@ -27,13 +27,16 @@ class LatestScalars:
         self._solved: deque[_Solved] = deque(maxlen=LATEST)
 
     def note(self, by: object, x: Tensor, how: object, s: Tensor) -> None:
-        """Scalars of x, as it is now, that one found in a certain way; neither one nor x is kept alive by that."""
-        if x.numel() >= WORTH and not x.is_inference():
+        """Scalars of x, as it is now, that one found in a certain way; neither one nor x is kept alive by that.
+
+        A parameter is not noted: fused optimizers write to it without a trace.
+        """
+        if x.numel() >= WORTH and not (x.is_inference() or (x.is_leaf and x.requires_grad)):
             self._solved.appendleft(_Solved(id(by), weakref.ref(x), x._version, how, s))
 
     def find(self, by: object, x: Tensor, how: object) -> Tensor | None:
         """What another one noted last of this very tensor, not written to since, and in the same way."""
-        for solved in self._solved:
+        for solved in tuple(self._solved):  # in which other threads may note meanwhile
             if solved.x() is x and solved.by != id(by) and solved.version == x._version and solved.how == how:
                 return solved.s
         return None

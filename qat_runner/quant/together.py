@@ -60,7 +60,7 @@ class WeightsTogether:
 
     def _grouped(self) -> list[list[_Weight]]:
         """Those that are quantized together. They are found anew only if one is to be quantized otherwise."""
-        plans = [None if x is None or x.numel() > LARGEST else q.planned(x) for q, x in self._weights]
+        plans = [q.planned(x) if x is not None and _joins(x) else None for q, x in self._weights]
         if not (len(plans) == len(self._plans) and all(a is b for a, b in zip(plans, self._plans, strict=True))):
             self._plans = plans
             alike: dict[Any, list[_Weight]] = {}
@@ -81,6 +81,11 @@ class WeightsTogether:
             bucket.append(weight)
             size += weight.x.nbytes
         yield bucket
+
+
+def _joins(x: Tensor) -> bool:
+    """Whether a weight takes part. Hooks of one that no gradient comes to would be called all the same."""
+    return x.numel() <= LARGEST and not (x._backward_hooks or x._post_accumulate_grad_hooks)
 
 
 def _quantize(weights: list[_Weight]) -> None:

@@ -34,7 +34,7 @@ def evaluate(
     """Add batches to the totals, the model in eval mode; `seen` is told of each batch.
 
     Raises:
-        ValueError: a quantizer that solves was given NaN or infinity.
+        ValueError: a quantizer that solves was given NaN or an infinite magnitude, and it reached the logits.
     """
     model.eval()
     quantizers = [t.quantizer for t in quantized_tensors(model)]

@@ -289,3 +289,15 @@ def test_a_scalar_an_element(backend: str) -> None:
     with kernels.using(backend):
         q = Quantizer(4, Octav(), shape=(8,))
         assert torch.equal(q(x), fake_quantize(x, octav(x, 4, dim=0), 4))
+
+
+def test_a_parameter_that_several_layers_share_is_solved_by_each() -> None:
+    """Optimizers may write to it without a trace: PyTorch's fused ones do."""
+    weight = torch.nn.Parameter(torch.randn(WORTH))
+    first, last = Quantizer(4, Octav()), Quantizer(4, Octav())
+    optimizer = torch.optim.AdamW([weight], lr=0.3, fused=True)
+    for _ in range(2):
+        out = first(weight) + last(weight)
+        torch.testing.assert_close(first.latest, last.latest)
+        out.sum().backward()
+        optimizer.step()

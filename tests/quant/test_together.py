@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.insertion.insert import weights_together
@@ -178,3 +179,64 @@ def test_errors_leave_nothing_behind() -> None:
 
 def quantizers(model: nn.Module) -> list[Quantizer]:
     return [t.quantizer for t in quantized_tensors(model) if t.tensor == "weight"]
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are computed again in the backward pass. Batches of WIDTH: then no shape tells tensors apart."""
+
+    WIDTH = 16
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(self.WIDTH, self.WIDTH), nn.ReLU(), nn.Linear(self.WIDTH, self.WIDTH), nn.ReLU())
+            for _ in range(2)
+        )
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("clipping", ["octav", "max"])  # together, and each by itself
+def test_activation_checkpointing(clipping: str, reentrant: bool, passes: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(Checkpointed.WIDTH, Checkpointed.WIDTH, requires_grad=True)
+    plain = quantize_model(Checkpointed(None), 4, clipping, example=x.detach(), first_last_bits=4)
+    model = copy.deepcopy(plain)
+    model.reentrant = reentrant  # type: ignore[assignment]
+    for one in (plain, model):
+        weights = weights_together(one)
+        for step_ in range(3):
+            one.zero_grad()
+            torch.manual_seed(step_)
+            with weights.quantized(passes):
+                for _ in range(passes):
+                    one(x).square().sum().backward()
+    same(model, plain)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_frozen_weight_asks_for_no_gradient() -> None:
+    model = network()
+    model.get_submodule("a").weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    weights = weights_together(model)
+    step(model, weights)
+    seen: list[Tensor] = []
+    model.get_submodule("a").register_forward_hook(lambda module, args, out: seen.append(out))
+    model.get_submodule("a").bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    step(model, weights)
+    assert not seen[0].requires_grad and model.get_submodule("a").weight.grad is None
+
+
+def test_hooks_of_a_weight_see_gradients_alone(calls: list[int]) -> None:
+    model = network()
+    model.get_submodule("e").weight.register_hook(lambda grad: grad * 2)  # type: ignore[union-attr, operator]
+    weights = weights_together(model)
+    step(model, weights)
+    step(model, weights, both=False)
+    assert calls == [4, 4]

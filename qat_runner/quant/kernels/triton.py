@@ -286,8 +286,8 @@ class _Many:
 def _many(xs: Sequence[Tensor], ss: Sequence[Tensor], states: Sequence[Remembered] = ()) -> _Many | None:
     """Tensors with scalars, one or one a row each; None for other granularities."""
     sizes = [extent(x, s) for x, s in zip(xs, ss, strict=True)]
-    if None in sizes:
-        return None
+    if None in sizes or (xs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None  # a graph would copy a new table when it is replayed, and calls before would find none
     places = [(x.data_ptr(), *_addresses(states[i] if states else None)) for i, x in enumerate(xs)]
     return _table(tuple(places), tuple(filter(None, sizes)), xs[0].element_size(), xs[0].device)
 
@@ -296,7 +296,7 @@ def _addresses(state: Remembered | None) -> tuple[int, int, int]:
     return (0, 0, 0) if state is None else tuple(t.data_ptr() for t in state[:3])  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # two for each group of weights
 def _table(
     places: tuple[tuple[int, ...], ...], sizes: tuple[tuple[int, int], ...], size: int, where: torch.device
 ) -> _Many:
