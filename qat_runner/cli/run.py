@@ -82,7 +82,7 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     try:
         register()
         args += _rows_of_experiment(args, sweep)
-        args += given([arg for arg in args if not arg.startswith("-")])
+        args += given([arg for arg in args if "=" in arg and not arg.startswith("-")])
         if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
