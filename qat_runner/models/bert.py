@@ -1,17 +1,13 @@
 """BERT with an answer head, from transformers: any checkpoint, by folder or by its name on the hub."""
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from logging import CRITICAL
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from qat_runner.errors import ConfigError
+from qat_runner.models.hub import ask
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -29,30 +25,13 @@ def read_checkpoint(checkpoint: str) -> "BertConfig":
     Raises:
         ConfigError: there is no such checkpoint, or it is not a BERT.
     """
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.checkpoint={checkpoint}: the folder holds no config.json")
     from transformers import AutoConfig
 
-    config: Any = _ask(checkpoint, AutoConfig.from_pretrained)
+    config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a BERT")
     if config.model_type != "bert":
         raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}, must be a bert")
     config.num_labels = 2  # start and end
     return config  # type: ignore[no-any-return]
-
-
-def load_tokenizer(checkpoint: str) -> Any:
-    """The tokenizer of a checkpoint: a fast one, which knows where in the text its tokens are.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = _ask(checkpoint, AutoTokenizer.from_pretrained)
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.checkpoint={checkpoint}: has no fast tokenizer (tokenizer.json or vocab.txt)")
-    return tokenizer
 
 
 def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
@@ -72,38 +51,5 @@ def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
     if not pretrained:
         return BertForQuestionAnswering(config)
     load = functools.partial(BertForQuestionAnswering.from_pretrained, config=config, dtype=torch.float32)
-    model: nn.Module = _ask(checkpoint, load)
+    model: nn.Module = ask(checkpoint, load, "a BERT")
     return model.train()
-
-
-def _ask(checkpoint: str, load: Callable[..., Any]) -> Any:
-    """Load something of a checkpoint, a failure told in a sentence."""
-    folder = Path(checkpoint).expanduser()
-    try:
-        with _quiet():
-            return load(str(folder) if folder.is_dir() else checkpoint)
-    except Exception as error:  # whatever a parser, a download or a missing file may raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"model.checkpoint={checkpoint}: must be a folder with a BERT, or its name on the Hugging Face hub "
-            f"({reason})"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' messages and progress bars."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
