@@ -56,6 +56,16 @@ def test_perplexity_counts_every_token_once_whatever_the_batches() -> None:
     assert figures["samples"] == 5
 
 
+def test_parts_that_processes_have_add_up() -> None:
+    whole, *parts = (Perplexity(torch.device("cpu")) for _ in range(3))
+    for number, shape in enumerate(((4, 8), (4, 8), (1, 3))):
+        logits, targets = torch.randn(*shape, 6), torch.randint(0, 6, shape)
+        for score in (whole, parts[number % 2]):
+            score.add(TASK.loss(logits, targets), logits, targets)
+    together = parts[0].figures((parts[0].sums + parts[1].sums).tolist())
+    assert together == pytest.approx(whole.read())
+
+
 def test_a_perplexity_beyond_all_numbers_is_one_all_the_same() -> None:
     score = Perplexity(torch.device("cpu"))
     score.add(torch.tensor(1e6), torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
