@@ -173,7 +173,7 @@ def test_two_processes_come_to_what_one_does(run: Run, tmp_path: Path) -> None:
         (["dataset.max_length=100"], "dataset.max_length=100: must be 64 or less, the positions of small"),
         (
             ["data_dir=elsewhere"],
-            "there (or in elsewhere/text) must lie train.txt and val.txt, or folders train and val",
+            "there (or in elsewhere/text) must lie train.txt and val.txt, or folders",
         ),
         (["mode=ptq", "weights=nowhere.pt"], "weights=nowhere.pt: "),
     ],

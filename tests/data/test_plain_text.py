@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qat_runner.data import plain_text
-from qat_runner.data.batches import Batch, Shard
+from qat_runner.data.batches import WHOLE, Batch, Shard
 from qat_runner.data.plain_text import TextData, files_of, holds_text, tokens_of
 from tests.tiny import END, byte_tokenizer
 
@@ -20,7 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def data(train: int = 50, val: int = 23, shard: Shard = Shard(), seed: int = 0) -> TextData:
+def data(train: int = 50, val: int = 23, shard: Shard = WHOLE, seed: int = 0) -> TextData:
     """Whose tokens count up."""
     return TextData(np.arange(train, dtype=np.int32), np.arange(val, dtype=np.int32), 8, CPU, seed, shard)
 
