@@ -1,5 +1,6 @@
 """Decoders as they come from transformers, and their weights."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from transformers import AutoModelForCausalLM, BertConfig
 
 from qat_runner.errors import ConfigError
 from qat_runner.models import Source, build_decoder, load_weights, match_weights, read_decoder, tokenizer_for
-from tests.tiny import byte_tokenizer, tiny_decoder
+from tests.tiny import byte_tokenizer, tiny_decoder, tiny_text
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -49,6 +52,15 @@ def test_weights_that_are_tied_are_read_under_either_name(tmp_path: Path) -> Non
     load_weights(fresh, Source(str(tmp_path / "w.pt")), "decoder", new_head=False)
     assert fresh.lm_head.weight is fresh.transformer.wte.weight
     assert torch.equal(fresh.lm_head.weight, state["transformer.wte.weight"])
+
+
+def test_a_small_decoder_for_a_text(tmp_path: Path) -> None:
+    text = tiny_text(tmp_path) / "train.txt"
+    runpy.run_path(str(ROOT / "scripts" / "small_decoder.py"))["main"]([str(text), str(tmp_path / "small")])
+    tokenizer = tokenizer_for(str(tmp_path / "small"))
+    assert tokenizer.decode(tokenizer("Neues: 東京")["input_ids"]) == "Neues: 東京"
+    model = build_decoder(str(tmp_path / "small"), pretrained=False)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
