@@ -1,10 +1,19 @@
-"""A BERT and a SQuAD of a few kilobytes each, made on the spot."""
+"""A BERT, decoders, a SQuAD and texts of a few kilobytes each, made on the spot."""
 
 import json
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 NAMES = ("anna", "bert", "carla", "dora", "emil", "frida", "georg", "hanna")
 PLACES = ("athens", "bern", "cairo", "delhi", "essen", "florence")
@@ -28,6 +37,51 @@ def tiny_bert(folder: Path, layers: int = 2, positions: int = 64) -> Path:
         max_position_embeddings=positions,
     )
     BertForQuestionAnswering(config).bert.save_pretrained(folder)
+    return folder
+
+
+END = "<|end|>"
+"""Of a text, as a token."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and END."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, END])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+
+
+def tiny_decoder(folder: Path, kind: str = "llama", weights: bool = True, layers: int = 2) -> Path:
+    """A checkpoint of a decoder that reads bytes, its weights random or not there: a Llama, or a GPT-2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config: PreTrainedConfig = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        **ends,
+    )
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=layers, n_head=2, n_positions=64, **ends)
+    torch.manual_seed(0)
+    (AutoModelForCausalLM.from_config(config) if weights else config).save_pretrained(folder)
+    return folder
+
+
+def tiny_text(folder: Path, sentences: int = 80) -> Path:
+    """A folder with both splits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, first, count in (("train", 0, sentences), ("val", 3, sentences // 8)):
+        text = "".join(str(paragraph(i, 1)["context"]) + "\n" for i in range(first, first + count))
+        (folder / f"{split}.txt").write_text(text)
     return folder
 
 

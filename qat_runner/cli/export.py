@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from qat_runner.config import CONFIG_FILE, read_config
     from qat_runner.exporting import of_run, telling
     from qat_runner.runs.folder import RunFolder
 
@@ -64,7 +65,8 @@ def _export(args: argparse.Namespace) -> None:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
-        print(telling.text_of_rules(of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)))
+        figures = of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)
+        print(telling.text_of_rules(figures, read_config(args.run_dir / CONFIG_FILE).task.measure))
         return
     out = args.out or RunFolder(args.run_dir).export
     request = of_run.Request(

@@ -265,7 +265,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
     def job(composed: DictConfig) -> float | None:
         from qat_runner.experiment import run
-        from qat_runner.runs.records import accuracy
+        from qat_runner.runs.records import score
 
         if not HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
             return _elsewhere(from_hydra(composed), sweep)
@@ -276,7 +276,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
             config = from_hydra(composed)
             row = run_name(config), config.run_dir
             if row not in done:
-                done[row] = accuracy(run(config))
+                done[row] = score(run(config))
             return done[row]
         except QatError as error:
             if sweep and isinstance(error, BusyError):
@@ -297,11 +297,11 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 def _elsewhere(config: Config, sweep: bool) -> float:
     """A row of a request, in a process or on a machine that Hydra's launcher gave it."""
     from qat_runner.experiment import run
-    from qat_runner.runs.records import accuracy
+    from qat_runner.runs.records import score
 
     with on_terminal():
         try:
-            return accuracy(_after_others(config) if sweep else run(config))
+            return score(_after_others(config) if sweep else run(config))
         except StoppedError as error:  # no result: whoever stopped the job may start it again
             _wait_for_slurm(error)
             sys.exit(error.exit_code)

@@ -68,7 +68,7 @@ def settings(config: Config) -> dict[str, Any]:
     if config.weights is not None:
         baseline = config.weights == BASELINE
         keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
-    if config.dataset.name == "imagefolder":  # any folder of pictures goes by this name
+    if config.dataset.name in ("imagefolder", "text"):  # any folder of pictures, or of text, goes by this name
         keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
     keys["recipe"] = None
     if config.training:

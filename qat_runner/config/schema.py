@@ -126,8 +126,8 @@ _LARGE = 1e30  # float32 goes to 3e38
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    """a name in qat_runner.models.MODELS or BERTS, or torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME; see the page
-    about models"""
+    """a name in qat_runner.models.MODELS, BERTS or DECODERS, or torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME; see
+    the page about models"""
     stem: str = "auto"
     """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
     width: float = number(1.0, 0, 4, above=True)
@@ -139,7 +139,8 @@ class ModelConfig:
     """what every BatchNorm adds to variances, for weights that were trained with another: 1.001e-5 in Keras' ResNets,
     1e-3 in many networks of TensorFlow; null: as the network has it, mostly 1e-5"""
     checkpoint: str | None = path(None)
-    """pretrained BERT: a folder as transformers writes it, or a name on the Hugging Face hub"""
+    """networks of texts: a folder as transformers writes it, or a name on the Hugging Face hub; of a decoder in mode
+    scratch its configuration and tokenizer are enough"""
 
 
 @dataclass
@@ -147,7 +148,7 @@ class DatasetConfig:
     name: str = MISSING
     """a name in qat_runner.data.DATASETS"""
     task: str = "classification"
-    """what is learned of it: classification or question_answering; it follows from the name"""
+    """what is learned of it: classification, question_answering or language_modelling; it follows from the name"""
     num_classes: int | None = number(None, 2, 100_000)
     """pictures: classes; null: as many as the folder has"""
     image_size: int = number(0, 1, 8192)
@@ -181,21 +182,21 @@ class DatasetConfig:
     fake_pictures: int = number(512, 2, 100_000)
     """training pictures of dataset=fake"""
     max_length: int = number(384, 8, _TOKENS)
-    """text: tokens a window, question, part of the paragraph and special tokens together"""
+    """text: tokens a window, question, part of the paragraph and special tokens together; of plain text, a block"""
     stride: int = number(128, 1, _TOKENS)
-    """text: tokens of the paragraph from the start of a window to that of the next"""
+    """questions: tokens of the paragraph from the start of a window to that of the next"""
     padding: Padding = Padding.max_length
-    """text: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
+    """questions: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
     one_window: bool = False
-    """text: leave out questions that take more than one window, for short trials"""
+    """questions: leave out those that take more than one window, for short trials"""
     train_questions: int | None = number(None, 1, _BATCHES)
-    """text: at most so many training questions, spread evenly over the file; null: all"""
+    """questions: at most so many for training, spread evenly over the file; null: all"""
     val_questions: int | None = number(None, 1, _BATCHES)
-    """text: at most so many validation questions, spread evenly over the file; null: all"""
+    """questions: at most so many for validation, spread evenly over the file; null: all"""
     n_best: int = number(20, 1, _TOKENS)
-    """text: starts and ends of a window that may become the answer"""
+    """questions: starts and ends of a window that may become the answer"""
     max_answer_length: int = number(30, 1, _TOKENS)
-    """text: tokens of an answer"""
+    """questions: tokens of an answer"""
 
 
 @dataclass
@@ -222,9 +223,9 @@ class ClippingSchema:
     """pact: the first clipping scalar of activations"""
     calibration_batches: int | None = number(None, 0, _SAMPLES)
     """training batches that static scalars (and eval_mode running or last without training) are calibrated on; null:
-    5, of a BERT 10, as in the paper"""
+    5, on texts 10, as in the paper"""
     calibration_batch_size: int | None = number(None, 1, _SAMPLES)
-    """samples a calibration batch, and of those that qat-export makes scalars static on; null: 64, of a BERT 4, what
+    """samples a calibration batch, and of those that qat-export makes scalars static on; null: 64, on texts 4, what
     one GPU of the paper saw"""
     sync: bool = False
     """of several processes: solve activation scalars in training on the batch of all together (dynamic octav and max);
@@ -371,8 +372,8 @@ class ConfigSchema:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
     mode: Mode = Mode.auto
-    """scratch: train from random weights; finetune: a BERT from its checkpoint; retrain, long_retrain: from `weights`;
-    ptq: quantize `weights`; evaluate: as it is; auto: finetune for a BERT, else scratch"""
+    """scratch: train from random weights; finetune: from model.checkpoint; retrain, long_retrain: from `weights`; ptq:
+    quantize `weights`; evaluate: as it is; auto: finetune on texts, where the recipe has it, else scratch"""
     weights: str | None = path(None)
     """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
     "pretrained" for what the model's own library publishes; "torchvision" for the first that torchvision published,
@@ -389,13 +390,13 @@ class ConfigSchema:
     activation_bits: int | None = None
     """bits of activations; null: bits"""
     first_last_bits: int | None = None
-    """bits of the first convolution and the last linear layer, weights and inputs; null: 8; a BERT has no such ends"""
+    """bits of the first convolution and the last linear layer, weights and inputs; null: 8, but not on texts"""
     quantize_head: bool | None = None
-    """quantize the last linear layer (a classifier at first_last_bits); null: yes, but not the answer head of a BERT"""
+    """quantize the last linear layer (a classifier at first_last_bits); null: yes, but not on texts"""
     conv_granularity: str = "channel"
     """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
     linear_granularity: str = "auto"
-    """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel in a BERT"""
+    """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel on texts"""
     format: str = "int"
     """what a number looks like: int; int_affine, with a zero point, a lower and an upper end in place of one scalar; or
     what an installed package adds"""
@@ -525,8 +526,9 @@ class ConfigSchema:
 
     @property
     def auto_mode(self) -> Mode:
-        """What mode=auto stands for."""
-        return Mode(self.task.modes[0])
+        """What mode=auto stands for: the first that needs no `weights`, of those that the recipe has."""
+        starts = [Mode(mode) for mode in self.task.modes if mode in (Mode.scratch, Mode.finetune)]
+        return next((mode for mode in starts if getattr(self.recipe, mode) is not None), Mode(self.task.modes[0]))
 
 
 @dataclass

@@ -4,10 +4,55 @@ A data set's YAML file names its task (`dataset.task`). The code of a task is in
 here, too.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qat_runner.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a validation pass, and how it is read."""
+
+    name: str
+    unit: str = "%"
+    """empty: it is a plain number"""
+    lower_is_better: bool = False
+
+    @property
+    def worst(self) -> float:
+        """What every value is better than."""
+        return math.inf if self.lower_is_better else -math.inf
+
+    @property
+    def head(self) -> str:
+        """Of a column: name and unit."""
+        return f"{self.name} {self.unit}".rstrip()
+
+    @property
+    def title(self) -> str:
+        """Of a chart: what the figure is, with its unit or else its direction."""
+        if self.unit:
+            return f"Accuracy ({self.unit})"
+        return f"{self.name.capitalize()} ({'lower' if self.lower_is_better else 'higher'} is better)"
+
+    @property
+    def points(self) -> str:
+        """What differences are counted in."""
+        return "points" if self.unit else self.name
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether one value is better than another."""
+        return value < than if self.lower_is_better else value > than
+
+    def best(self, values: Iterable[float]) -> float:
+        """Of at least one."""
+        return min(values) if self.lower_is_better else max(values)
+
+    def told(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.2f} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -15,7 +60,7 @@ class TaskFacts:
     """What of a run follows from its task."""
 
     metric: str
-    """name of the figure of a validation pass that counts, in percent"""
+    """name of the figure of a validation pass that counts"""
     modes: tuple[str, ...]
     """those that it trains in; the first is what mode=auto stands for"""
     own_keys: frozenset[str]
@@ -34,6 +79,15 @@ class TaskFacts:
     """figures of a pass that have no curve, since it would flatten the others"""
     dashed: tuple[str, ...] = ()
     """figures whose curve is drawn so"""
+    unit: str = "%"
+    """of the metric; empty: it is a plain number"""
+    lower_is_better: bool = False
+    """whether less of the metric is better"""
+
+    @property
+    def measure(self) -> Measure:
+        """The metric, and how it is read."""
+        return Measure(self.metric, self.unit, self.lower_is_better)
 
 
 PICTURE_KEYS = frozenset(
@@ -99,6 +153,18 @@ FACTS: Registry[TaskFacts] = Registry(
             linear_granularity="channel",
             dashed=("em",),
         ),
+        "language_modelling": TaskFacts(
+            metric="perplexity",
+            unit="",
+            lower_is_better=True,
+            modes=("finetune", "scratch", "retrain", "long_retrain"),
+            own_keys=frozenset(("model.checkpoint", "dataset.max_length")),
+            calibration_batches=10,
+            calibration_batch_size=4,
+            quantize_head=False,
+            linear_granularity="channel",
+            not_drawn=("accuracy",),
+        ),
     },
     valid=lambda facts: isinstance(facts, TaskFacts),
     of=lambda task: task.facts,
@@ -114,3 +180,8 @@ def foreign_keys(task: TaskFacts) -> frozenset[str]:
 def metrics() -> Sequence[str]:
     """Names of the figures that count, of all tasks."""
     return tuple(dict.fromkeys(facts.metric for facts in FACTS.values()))
+
+
+def measure(name: str) -> Measure:
+    """How a figure is read, by its name; one that counts for no task is in percent."""
+    return next((facts.measure for facts in FACTS.values() if facts.metric == name), Measure(name))

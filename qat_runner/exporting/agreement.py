@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qat_runner.config.tasks import Measure
 from qat_runner.errors import RunError
 
 LEAST_AGREEMENT = 95.0
@@ -9,7 +10,7 @@ LEAST_AGREEMENT = 95.0
 value on the edge between two codes then falls to the other side; at few bits that changes some predictions, too."""
 
 LARGEST_LOSS = 0.5
-"""Points that its accuracy may lie below the network's."""
+"""Percent points that its accuracy may lie below the network's; of a plain number, percent that it may be worse by."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Figures:
     """What came out over the validation set."""
 
     accuracy: float
-    """the task's metric, percent"""
+    """the task's metric"""
     agreement: float | None = None
-    """percent of samples for which all predictions are the reference's"""
+    """percent of samples for which all predictions are the reference's; of tokens, where each has its own"""
     largest_difference: float | None = None
     """of a logit from the reference's"""
     standard_error: float | None = None
@@ -27,21 +28,29 @@ class Figures:
     the same samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
-def agrees(found: Figures, reference: Figures) -> bool:
-    """Whether what was found is the network of the reference, but for rounding."""
+def agrees(found: Figures, reference: Figures, measure: Measure) -> bool:
+    """Whether what was found is the network of the reference, but for rounding; `measure` tells what accuracy is."""
     assert found.agreement is not None
-    return found.agreement >= LEAST_AGREEMENT and found.accuracy >= reference.accuracy - LARGEST_LOSS
+    return found.agreement >= LEAST_AGREEMENT and not measure.better(_least(reference, measure), found.accuracy)
 
 
-def require(name: str, found: Figures, reference: Figures) -> None:
+def _least(reference: Figures, measure: Measure) -> float:
+    """The worst accuracy that a file may have."""
+    loss = LARGEST_LOSS if measure.unit else abs(reference.accuracy) * LARGEST_LOSS / 100
+    return reference.accuracy + (loss if measure.lower_is_better else -loss)
+
+
+def require(name: str, found: Figures, reference: Figures, measure: Measure) -> None:
     """Refuse a file that does not do what its network does.
 
     Raises:
         RunError: with the figures.
     """
-    if not agrees(found, reference):
+    if not agrees(found, reference, measure):
+        what = "accuracy" if measure.unit else measure.name
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
-            f"{LEAST_AGREEMENT:g} wanted), accuracy {found.accuracy:.2f} % beside {reference.accuracy:.2f} % (at most "
-            f"{LARGEST_LOSS:g} below); nothing was kept"
+            f"{LEAST_AGREEMENT:g} wanted), {what} {measure.told(found.accuracy)} beside "
+            f"{measure.told(reference.accuracy)} (at most {LARGEST_LOSS:g}{'' if measure.unit else ' %'} "
+            f"{'below' if measure.unit else 'worse'}); nothing was kept"
         )

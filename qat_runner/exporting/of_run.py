@@ -248,7 +248,7 @@ def _check(
     found = verify.compare(_compute(config, static), others, task, data, _val_batches(config, data))
     figures = dict(zip(["static", *others], found, strict=True))
     for name in others.keys() & files.keys():
-        require(files[name].name, figures[name], figures["static"])
+        require(files[name].name, figures[name], figures["static"], task.facts.measure)
     return figures
 
 

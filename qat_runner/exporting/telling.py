@@ -2,6 +2,7 @@
 
 from tabulate import tabulate
 
+from qat_runner.config.tasks import Measure, measure
 from qat_runner.exporting.agreement import Figures, agrees
 from qat_runner.runs.records import Export
 
@@ -30,7 +31,7 @@ def text(result: Export) -> str:
     ]
     quality = tabulate(
         rows,
-        ("network", f"{result['metric']} %", "same predictions %", "largest logit difference"),
+        ("network", measure(result["metric"]).head, "same predictions %", "largest logit difference"),
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
@@ -62,7 +63,9 @@ def text(result: Export) -> str:
 def _warning(result: Export) -> list[str]:
     """What to do where this processor's kernels compute something else than the ONNX file says."""
     figures = result["figures"]
-    if FUSED not in figures or agrees(Figures(**figures[FUSED]), Figures(**figures["static"])):
+    if FUSED not in figures or agrees(
+        Figures(**figures[FUSED]), Figures(**figures["static"]), measure(result["metric"])
+    ):
         return []
     return [
         "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
@@ -73,8 +76,8 @@ def _warning(result: Export) -> list[str]:
     ]
 
 
-def text_of_rules(figures: dict[str, Figures]) -> str:
-    """What `compare_rules` found, for the terminal."""
+def text_of_rules(figures: dict[str, Figures], measure: Measure) -> str:
+    """What `compare_rules` found of a network, for the terminal; `measure` tells what accuracy is."""
     first = next(iter(figures.values()))
     rows = [
         (
@@ -87,13 +90,18 @@ def text_of_rules(figures: dict[str, Figures]) -> str:
     ]
     return tabulate(
         rows,
-        ("scalars", "accuracy %", "difference ± standard error", "same predictions %"),
+        (
+            "scalars",
+            "accuracy %" if measure.unit else measure.head,
+            "difference ± standard error",
+            "same predictions %",
+        ),
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
 
 
 def _difference(found: Figures, reference: Figures) -> str:
-    """Of two accuracies, in points, with its standard error where that is known."""
+    """Of two accuracies, in their unit, with its standard error where that is known."""
     error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
     return f"{found.accuracy - reference.accuracy:+.2f}{error}"

@@ -38,7 +38,7 @@ def compare(
         for i, logits in enumerate(all_logits):
             scores[i].add(task.loss(logits, batch.targets), logits, batch.targets)
             found = task.predictions(logits)
-            same[i] += int((found == expected).reshape(batch.size, -1).all(1).sum())
+            same[i] += int((found == expected).reshape(len(expected), -1).all(1).sum())
             largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
             right = task.right(found, batch.targets)
             if right is None or reference_right is None:
@@ -46,7 +46,7 @@ def compare(
                 continue
             gained[i] += int((right & ~reference_right).sum())
             lost[i] += int((reference_right & ~right).sum())
-        samples += batch.size
+        samples += len(expected)
     first, *accuracies = [score.read()[task.facts.metric] for score in scores]
     return [
         Figures(first),

@@ -1,7 +1,6 @@
 """BERT with an answer head, from transformers: any checkpoint, by folder or by its name on the hub."""
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,25 +27,11 @@ def read_checkpoint(checkpoint: str) -> "BertConfig":
     """
     from transformers import AutoConfig
 
-    config: Any = _ask(checkpoint, AutoConfig.from_pretrained)
+    config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a BERT")
     if config.model_type != "bert":
         raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}, must be a bert")
     config.num_labels = 2  # start and end
     return config  # type: ignore[no-any-return]
-
-
-def load_tokenizer(checkpoint: str) -> Any:
-    """The tokenizer of a checkpoint: a fast one, which knows where in the text its tokens are.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = _ask(checkpoint, AutoTokenizer.from_pretrained)
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.checkpoint={checkpoint}: has no fast tokenizer (tokenizer.json or vocab.txt)")
-    return tokenizer
 
 
 def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
@@ -66,9 +51,5 @@ def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
     if not pretrained:
         return BertForQuestionAnswering(config)
     load = functools.partial(BertForQuestionAnswering.from_pretrained, config=config, dtype=torch.float32)
-    model: nn.Module = _ask(checkpoint, load)
+    model: nn.Module = ask(checkpoint, load, "a BERT")
     return model.train()
-
-
-def _ask(checkpoint: str, load: Callable[..., Any]) -> Any:
-    return ask(load, checkpoint, f"model.checkpoint={checkpoint}", "a BERT")

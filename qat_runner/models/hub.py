@@ -10,18 +10,33 @@ from typing import Any
 from qat_runner.errors import ConfigError
 
 
-def ask(load: Callable[..., Any], checkpoint: str, said: str, wanted: str) -> Any:
+def load_tokenizer(checkpoint: str) -> Any:
+    """The tokenizer of a checkpoint: a fast one, which knows where in the text its tokens are.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = ask(checkpoint, AutoTokenizer.from_pretrained, "a network with a tokenizer")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.checkpoint={checkpoint}: has no fast tokenizer (tokenizer.json or vocab.txt)")
+    return tokenizer
+
+
+def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None = None) -> Any:
     """Load something of a checkpoint; code that lies beside it is never run.
 
     Args:
-        load: a `from_pretrained`.
         checkpoint: a folder as `save_pretrained` writes it, or a name on the hub.
-        said: the key and its value that name it, for messages.
+        load: a `from_pretrained`.
         wanted: what it must be, for messages.
+        said: the key and its value that name it, for messages; None: model.checkpoint.
 
     Raises:
         ConfigError: a folder without config.json; whatever else goes wrong, in a sentence.
     """
+    said = said or f"model.checkpoint={checkpoint}"
     folder = Path(checkpoint).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{said}: the folder holds no config.json")

@@ -167,6 +167,7 @@ def match_weights(
     found = chosen.tensors
     fitting = _fitting_quantizers(found, wanted) if quantizers else {}
     found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | fitting
+    found = _with_tied(model, found)
     missing = [key for key in wanted if key not in found and not _optional(key)]
     clashing = [key for key in wanted if key in found and not _same_shape(found[key], wanted[key])]
     head = set(_head_keys(model)) if new_head else set()
@@ -182,6 +183,15 @@ def match_weights(
     state = {key: t for key, t in wanted.items() if not _is_quantizer_key(key)} | usable
     left = tuple(key for key in [*clashing, *missing] if not _is_bookkeeping(key))
     return state, Loaded(chosen.matched, chosen.of_model, left, part, ", ".join(converted))
+
+
+def _with_tied(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file that the model has under several names, under all of them: safetensors keep only one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    one = {name: next((other for other in names if other in found), "") for names in names.values() for name in names}
+    return {**{name: found[other] for name, other in one.items() if other}, **found}
 
 
 def read_weights(source: Source, model_name: str) -> Parts:

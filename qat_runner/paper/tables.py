@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds
 from qat_runner.report.tables import Table, mean_and_deviation
-from qat_runner.runs.records import accuracy, metric
+from qat_runner.runs.records import metric, score
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 
@@ -182,7 +182,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
                 mine = [r for r in ours if (r.model, r.row) == (model, row) and (full or r.weight_bits == bits)]
                 check_seeds(mine)
                 table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-                values = tuple(accuracy(run.summary) for run in mine if run.summary is not None)
+                values = tuple(score(run.summary) for run in mine if run.summary is not None)
                 if full:
                     baseline = statistics.fmean(values) if values else None
                 baselines = (None, None) if full else (baseline, published(name, model, FULL_PRECISION_ROWS[0], None))

@@ -1,4 +1,4 @@
-"""The page that sets runs side by side: a table, accuracy against bits and costs, and where their configs differ."""
+"""The page that sets runs side by side: a table, what counts against bits and costs, and where their configs differ."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report import page
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded, shown
 from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
-from qat_runner.report.tables import against_full_precision
-from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, accuracy, metric, validated
+from qat_runner.report.tables import against_full_precision, best_head, head, measures
+from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, metric, score, validated
 from qat_runner.runs.status import status
 
 FULL_PRECISION = "full precision"
@@ -74,7 +75,7 @@ COSTS: Costs = {
     "time": ("minutes", lambda summary: summary["seconds"] / 60),
     "size": ("MB", lambda summary: summary.get("size_mb")),
 }
-"""What accuracy is set against: unit, and the figure from summary.json."""
+"""What the figure that counts is set against: unit, and the figure from summary.json."""
 
 
 def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
@@ -140,6 +141,7 @@ def write(places: Sequence[Path], out: Path) -> Path:
         "left_out": left_out,
         "networks": list(networks),
         "costs": list(COSTS),
+        "quality": _quantity(networks).partition(" (")[0],
         "charts": charts,
         "curves": curves,
         "differing": differing,
@@ -168,6 +170,21 @@ def _colours(runs: Sequence[Entry]) -> dict[str, int]:
     return grey | {name: free[i % len(free)] for i, name in enumerate(methods)}
 
 
+def _quantity(networks: Mapping[str, Sequence[Entry]]) -> str:
+    """What is drawn, for the headings of charts; where views differ in it, each says so on its axis."""
+    titles = dict.fromkeys(_measure(runs).title for runs in networks.values())
+    return next(iter(titles)) if len(titles) == 1 else "What counts"
+
+
+def _measure(runs: Sequence[Entry]) -> Measure:
+    """Of runs on one data set."""
+    return runs[0].config.task.measure
+
+
+def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
+    return {"title": {"text": _measure(runs).head}}
+
+
 def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
     def method(run: Entry) -> str:
         return run.method
@@ -180,8 +197,8 @@ def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     summaries = [run.summary for run in runs if run.summary is not None]
     finished = {run.folder: (run.config, run.summary) for run in runs if run.summary is not None}
     drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
-    metrics = "/".join(dict.fromkeys(metric(summary) for summary in summaries)) or "accuracy"
-    heads = ("bits", f"{metrics} %", "vs fp32", "best %", "SQNR dB", "MB", "minutes", "seed")
+    found = measures(summaries) or [Measure("accuracy")]
+    heads = ("bits", head(found), "vs fp32", best_head(found), "SQNR dB", "MB", "minutes", "seed")
     words = [_words(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     varied = [key for key in words[0] if key in ("method", "run") or len({row[key] for row in words}) > 1]
     before, after = ([key for key in varied if (key in ("mode", "run")) == late] for late in (False, True))
@@ -211,7 +228,7 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
     s: Mapping[str, Any] = run.summary or {}
     return [
         (run.bits, "{:g}"),
-        (accuracy(s) if s else None, "{:.2f}"),
+        (score(s) if s else None, "{:.2f}"),
         (drop, "{:+.2f}"),
         (s.get(f"best_{metric(s)}"), "{:.2f}"),
         (s.get("sqnr_db"), "{:.1f}"),
@@ -235,7 +252,7 @@ def _names(runs: Sequence[Entry]) -> list[str]:
 
 
 def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """Accuracy against bits, a line a method: mean over its runs at these bits, and their range as a bar."""
+    """What counts against bits, a line a method: mean over its runs at these bits, and their range as a bar."""
     views = []
     for name, runs in networks.items():
         done = [run for run in runs if run.summary is not None]
@@ -247,23 +264,27 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
             for (method, some), shift in zip(methods, shifts, strict=True)
         ]
         ticks = {"tickvals": list(range(len(widths))), "ticktext": [f"{width:g}" for width in widths]}
-        views.append(View(name, traces, {"xaxis": ticks | {"range": [-0.4, len(widths) - 0.6], "zeroline": False}}))
-    heading = "Accuracy (%) against bits"
+        x_axis = ticks | {"range": [-0.4, len(widths) - 0.6], "zeroline": False}
+        views.append(View(name, traces, {"xaxis": x_axis, "yaxis": _y_axis(runs)}))
+    heading = f"{_quantity(networks)} against bits"
     return Chart("by-bits", heading, views, axes("bits"), 380, ("network",)) if _any(views) else None
 
 
 def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> PlotlyTrace:
     """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
+    unit = _measure(runs).unit
     if runs[0].full_precision:
-        level = statistics.fmean(accuracy(run.summary or {}) for run in runs)
-        trace = line([-0.4, len(widths) - 0.6], [level] * 2, method, colour, mode="lines", hovertemplate="%{y} %")
+        level = statistics.fmean(score(run.summary or {}) for run in runs)
+        trace = line(
+            [-0.4, len(widths) - 0.6], [level] * 2, method, colour, mode="lines", hovertemplate=f"%{{y}} {unit}"
+        )
         return trace | {"line": {"width": 2, "dash": "dash"}}
-    found = {width: [accuracy(run.summary or {}) for run in runs if run.bits == width] for width in widths}
+    found = {width: [score(run.summary or {}) for run in runs if run.bits == width] for width in widths}
     found = {width: values for width, values in found.items() if values}
     means = {width: statistics.fmean(values) for width, values in found.items()}
-    told = [f"{method}, {width:g} bits" for width in means]
+    labels = [f"{method}, {width:g} bits" for width in means]
     trace = line([rounded(widths.index(width) + shift) for width in means], list(means.values()), method, colour)
-    trace |= {"text": told, "hovertemplate": "%{text}: %{y} %<extra></extra>"}
+    trace |= {"text": labels, "hovertemplate": f"%{{text}}: %{{y}} {unit}<extra></extra>"}
     if any(len(values) > 1 for values in found.values()):
         trace["error_y"] = {
             "type": "data",
@@ -277,16 +298,16 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shif
 
 
 def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """Accuracy against a cost, a point a run; the views are all networks for each cost in turn."""
+    """What counts against a cost, a point a run; the views are all networks for each cost in turn."""
     views = []
     for cost, (unit, figure) in COSTS.items():
         for name, runs in networks.items():
             done = [(r, r.summary) for r in runs if r.summary is not None and figure(r.summary) is not None]
-            known = {run.folder: (figure(summary), accuracy(summary)) for run, summary in done}
+            known = {run.folder: (figure(summary), score(summary)) for run, summary in done}
             traces = [_points(method, some, known, colours[method]) for method, some in _by_method(r for r, _ in done)]
             title = f"{cost} ({unit})" if traces else f"{cost}: not on record for these runs"
-            views.append(View(name, traces, {"xaxis": {"title": {"text": title}}}))
-    heading = "Accuracy (%) against cost"
+            views.append(View(name, traces, {"xaxis": {"title": {"text": title}}, "yaxis": _y_axis(runs)}))
+    heading = f"{_quantity(networks)} against cost"
     return Chart("by-cost", heading, views, axes(), 380, ("cost", "network")) if _any(views) else None
 
 
@@ -294,11 +315,15 @@ def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, flo
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
     told = [f"{method}, {bits(run.config)} bits, seed {run.config.seed}" for run in runs]
     trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
-    return trace | {"marker": trace["marker"] | {"size": 9}, "hovertemplate": "%{text}<br>%{x}, %{y} %<extra></extra>"}
+    y_told = f"%{{y}} {_measure(runs).unit}"
+    return trace | {
+        "marker": trace["marker"] | {"size": 9},
+        "hovertemplate": f"%{{text}}<br>%{{x}}, {y_told}<extra></extra>",
+    }
 
 
 def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """Validation accuracy by epoch, a line a run: its colour tells the method, its dashes the bits."""
+    """What counts of validation by epoch, a line a run: its colour tells the method, its dashes the bits."""
     views = []
     for name, runs in networks.items():
         widths = sorted({run.bits for run in runs if not run.full_precision})
@@ -311,8 +336,8 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
         told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
         title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
-        views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {})))
-    heading = "Validation accuracy (%) by epoch"
+        views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {}, yaxis=_y_axis(runs))))
+    heading = f"{_quantity(networks)} of validation by epoch"
     return Chart("curves", heading, views, height=420, selects=("network",)) if _any(views) else None
 
 
@@ -323,7 +348,8 @@ def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
     told = f"{run.method}, {bits(run.config)} bits, seed {run.config.seed}"
-    trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: %{{y}} %<extra></extra>")
+    y_told = f"%{{y}} {_measure([run]).unit}"
+    trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: {y_told}<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from qat_runner.config import Config, differences, load_config
 from qat_runner.config.composing import choices, command
-from qat_runner.config.tasks import TaskFacts
+from qat_runner.config.tasks import TaskFacts, measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.exporting import telling
 from qat_runner.policy import FULL_PRECISION
@@ -34,8 +34,9 @@ from qat_runner.runs.records import (
     Sitting,
     StepRow,
     Summary,
-    accuracy,
+    measured,
     metric,
+    score,
     validated,
 )
 from qat_runner.runs.status import status
@@ -132,11 +133,12 @@ def bits(config: Config) -> str:
 def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     name = metric(summary)
     highest: Any = summary.get(f"best_{name}")
-    best = f"best {highest:.2f} %" if config.training and highest is not None else ""
-    cards = [Card(name, f"{accuracy(summary):.2f} %", best)]
+    figure = measured(summary)
+    best = f"best {figure.told(highest)}" if config.training and highest is not None else ""
+    cards = [Card(name, figure.told(score(summary)), best)]
     difference = _difference(folder, config, summary)
     if difference is not None:
-        cards.append(Card("against fp32", f"{difference:+.2f}", "points; same network, data and seed"))
+        cards.append(Card("against fp32", f"{difference:+.2f}", f"{figure.points}; same network, data and seed"))
     if not config.quantization.full_precision:
         cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
         share = summary.get("quantized_macs")
@@ -160,8 +162,8 @@ def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
     name = validated(rows[-1]) if rows else None
     if name is not None:
         values = [number(row.get(name)) for row in rows]
-        best = f"best {max(values):.2f} %"
-        cards.append(Card(f"{name.removeprefix('val_')} so far", f"{values[-1]:.2f} %", best))
+        figure = measure(name.removeprefix("val_"))
+        cards.append(Card(f"{figure.name} so far", figure.told(values[-1]), f"best {figure.told(figure.best(values))}"))
         cards.append(Card("time", duration(number(rows[-1].get("seconds")))))
     return cards
 
@@ -174,7 +176,7 @@ def duration(seconds: float) -> str:
 
 
 def _difference(folder: Path, config: Config, summary: Summary) -> float | None:
-    """From the full-precision run that lies in the same folder of runs, in points."""
+    """From the full-precision run that lies in the same folder of runs."""
     if config.quantization.full_precision:
         return None
     full_precision = find_runs(folder.resolve().parent, _may_be_full_precision)
@@ -188,13 +190,13 @@ def _may_be_full_precision(summary: Summary | None) -> bool:
 
 
 def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts) -> list[Chart]:
-    """Accuracy and loss by epoch, loss and learning rate by step."""
+    """The figure that counts and loss by epoch, loss and learning rate by step."""
     charts = []
     if rows:
         splits = [key for key in rows[0] if key.startswith(("val_", "train_"))]
         losses = [key for key in splits if key.endswith("_loss")]
         rates = [key for key in splits if key not in losses and _figure(key) not in task.not_drawn]
-        charts.append(_by_epoch("accuracy", "Accuracy (%)", rows, rates, task.dashed))
+        charts.append(_by_epoch("accuracy", task.measure.title, rows, rates, task.dashed))
         charts.append(_by_epoch("loss", "Loss", rows, losses))
     if steps:
         size = -(-len(steps) // POINTS)

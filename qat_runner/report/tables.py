@@ -4,15 +4,16 @@ import csv
 import html
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
 
 from qat_runner.config import BASELINE, Config, Distill, Mode, baseline_of, run_name
+from qat_runner.config.tasks import Measure
 from qat_runner.policy import FULL_PRECISION
-from qat_runner.runs.records import accuracy, metric
+from qat_runner.runs.records import measured, metric, score
 
 Result = tuple[Config, Mapping[str, Any]]
 """Of a finished run: its config, and the content of its summary.json."""
@@ -26,7 +27,7 @@ def results_table(results: Sequence[Result]) -> str:
             (
                 *_words(s),
                 s["seed"],
-                _number(accuracy(s), 2),
+                _number(score(s), 2),
                 "" if difference is None else f"{difference:+.2f}",
                 _number(s.get(f"best_{metric(s)}"), 2),
                 _number(s["sqnr_db"], 1),
@@ -34,7 +35,8 @@ def results_table(results: Sequence[Result]) -> str:
                 _number(s["seconds"], 1),
             )
         )
-    return _table(rows, ["seed", _percent(results), "vs fp32", "best %", "SQNR dB", "per s", "s"])
+    found = measures(s for _, s in results)
+    return _table(rows, ["seed", head(found), "vs fp32", best_head(found), "SQNR dB", "per s", "s"])
 
 
 def seeds_table(results: Sequence[Result]) -> str:
@@ -43,10 +45,10 @@ def seeds_table(results: Sequence[Result]) -> str:
     Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences.
     """
     rows = [
-        (*_words(runs[0]), len(runs), mean_and_deviation([accuracy(s) for s in runs]), mean_and_deviation(found, "+"))
+        (*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), mean_and_deviation(found, "+"))
         for runs, found in _over_seeds(results)
     ]
-    return _table(rows, ["seeds", _percent(results), "vs fp32"])
+    return _table(rows, ["seeds", head(measures(s for _, s in results)), "vs fp32"])
 
 
 def several_seeds(results: Sequence[Result]) -> bool:
@@ -60,16 +62,16 @@ def differences_in_words(results: Sequence[Result]) -> list[str]:
     A method without full precision or without another beside it is left out, and so is what differs in other keys, too:
     there the sentence would name a method twice.
     """
-    told: dict[str, list[tuple[str, str]]] = {}
+    told: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for runs, found in _over_seeds(results):
         if found:
             model, dataset, mode, bits, clipping, gradient = _words(runs[0])
             method = clipping if gradient in ("mph", "own") else f"{clipping} with {gradient}"
             where = f"{model}, {dataset}, {mode}, {bits} bits"
-            told.setdefault(where, []).append((method, mean_and_deviation(found, "+")))
+            told.setdefault((where, measured(runs[0]).points), []).append((method, mean_and_deviation(found, "+")))
     return [
-        f"{where}, in points against full precision: {', '.join(map(' '.join, methods))}"
-        for where, methods in told.items()
+        f"{where}, in {points} against full precision: {', '.join(map(' '.join, methods))}"
+        for (where, points), methods in told.items()
         if 1 < len(methods) == len(dict(methods))
     ]
 
@@ -90,16 +92,18 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
 def against_full_precision(results: Sequence[Result]) -> list[float | None]:
     """How far each run lies above full precision, in points; None of full precision itself, and where it is missing.
 
+    Points are of percent, or of a figure that is a plain number.
+
     It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
     network that it starts from.
     """
-    found = {_key(config): accuracy(summary) for config, summary in results if config.quantization.full_precision}
+    found = {_key(config): score(summary) for config, summary in results if config.quantization.full_precision}
     differences: list[float | None] = []
     for config, summary in results:
         baselines = (
             [] if config.quantization.full_precision else [found[key] for key in _baselines(config) if key in found]
         )
-        differences.append(accuracy(summary) - baselines[0] if baselines else None)
+        differences.append(score(summary) - baselines[0] if baselines else None)
     return differences
 
 
@@ -136,8 +140,22 @@ def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 
-def _percent(results: Sequence[Result]) -> str:
-    return "/".join(dict.fromkeys(metric(s) for _, s in results)) + " %"
+def measures(summaries: Iterable[Mapping[str, Any]]) -> list[Measure]:
+    """What counts for some runs, each once."""
+    return list(dict.fromkeys(map(measured, summaries)))
+
+
+def head(found: Sequence[Measure]) -> str:
+    """Of the column of figures that count: "top1/f1 %" for some of one unit."""
+    if len({measure.unit for measure in found}) == 1:
+        return Measure("/".join(measure.name for measure in found), found[0].unit).head
+    return ", ".join(measure.head for measure in found)
+
+
+def best_head(found: Sequence[Measure]) -> str:
+    """Of the column of each run's best epoch."""
+    units = {measure.unit for measure in found}
+    return Measure("best", units.pop() if len(units) == 1 else "").head
 
 
 def _number(value: object, digits: int) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-from qat_runner.config.tasks import metrics
+from qat_runner.config.tasks import Measure, measure, metrics
 from qat_runner.description import fit
 from qat_runner.runs.files import CsvFile, JsonFile, TextFile
 
@@ -83,9 +83,14 @@ def metric(summary: Mapping[str, Any]) -> str:
     return str(summary.get("metric") or next((name for name in metrics() if name in summary), metrics()[0]))
 
 
-def accuracy(summary: Mapping[str, Any]) -> float:
-    """The figure of a run that counts, in percent."""
+def score(summary: Mapping[str, Any]) -> float:
+    """The figure of a run that counts; `measured` tells how it is read."""
     return float(summary[metric(summary)])
+
+
+def measured(summary: Mapping[str, Any]) -> Measure:
+    """What the figure of a run that counts is."""
+    return measure(metric(summary))
 
 
 def _with_its_figure(summary: Summary) -> Summary:
@@ -94,7 +99,8 @@ def _with_its_figure(summary: Summary) -> Summary:
         raise ValueError(f"metric: must be {' or '.join(metrics())}, not {name}")
     if name not in summary:
         raise ValueError(f"{name}: field required")
-    for key, kind in ((name, Percent), (f"best_{name}", Percent | None)):
+    values: Any = Percent if measure(name).unit else Real
+    for key, kind in ((name, values), (f"best_{name}", values | None)):
         try:
             fit(kind, summary.get(key))
         except ValueError as error:
@@ -232,7 +238,7 @@ class ExportFigures(TypedDict):
     """What a network, or a file, does on the validation set: `verify.Figures`."""
 
     accuracy: Real
-    """percent"""
+    """the task's metric"""
     agreement: NotRequired[Real]
     largest_difference: NotRequired[Real | None]
     standard_error: NotRequired[Real | None]

@@ -9,7 +9,7 @@ from qat_runner.config import CONFIG_FILE, load_config
 from qat_runner.errors import UnreadableError, told
 from qat_runner.runs.asked import asked
 from qat_runner.runs.lock import alive
-from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, accuracy, metric
+from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, measured, metric, score
 
 STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
 """stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: what it left."""
@@ -54,7 +54,7 @@ def _status(folder: Path) -> Status:
     epochs = f"{rows[-1]['epoch'] if rows else 0:.0f}/{config.epochs}" if config.training else ""
     summary = SUMMARY.read(folder)
     if summary is not None:
-        return Status(folder.name, "finished", epochs, f"{metric(summary)} {accuracy(summary):.2f} %")
+        return Status(folder.name, "finished", epochs, f"{metric(summary)} {measured(summary).told(score(summary))}")
     if alive(folder):
         return Status(folder.name, "running", epochs)
     why = ERROR.read(folder)

@@ -6,6 +6,7 @@ from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.plugins import Registry
 from qat_runner.tasks.classification import Classification
+from qat_runner.tasks.language_modelling import LanguageModelling
 from qat_runner.tasks.question_answering import QuestionAnswering
 from qat_runner.tasks.task import Task, joined, separate
 from qat_runner.tasks.totals import Totals
@@ -15,7 +16,7 @@ __all__ = ["TASKS", "Task", "Totals", "joined", "register", "separate", "task_of
 TASKS: Registry[Task[Any]] = Registry(
     "task",
     "qat_runner.tasks",
-    {task.name: task for task in (Classification(), QuestionAnswering())},
+    {task.name: task for task in (Classification(), QuestionAnswering(), LanguageModelling())},
     valid=lambda task: isinstance(task, Task),
 )
 """By name."""

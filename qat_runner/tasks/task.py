@@ -90,7 +90,10 @@ class Task(ABC, Generic[D]):
 
     @abstractmethod
     def predictions(self, logits: Tensor) -> Tensor:
-        """What is predicted, [N, ...], from a finite number of values: two networks agree where it is the same."""
+        """What is predicted, from a finite number of values: two networks agree where it is the same.
+
+        Of shape [M, ...], M being what is counted: samples, or parts of them that are right or wrong by themselves.
+        """
 
     def right(self, predictions: Tensor, targets: Tensor) -> Tensor | None:
         """Whether each sample counts for the metric, bool [N]; None where the metric is no share of samples."""
@@ -121,15 +124,28 @@ class Choice(Task[D]):
         return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Divergence of the two distributions, softened by the temperature (Hinton et al. 2015)."""
-        wanted, found = (F.log_softmax(t.float() / temperature, dim=1) for t in (teacher, logits))
-        choices = logits.numel() // logits.shape[1]
-        divergence = F.kl_div(found, wanted, reduction="sum", log_target=True) / choices
-        return divergence * temperature**2  # gradients keep their size
+        return divergence(logits, teacher, temperature, dim=1)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """The classes of highest logit, int64 [N] or [N, d]."""
         return logits.argmax(1)
+
+
+def divergence(logits: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    """Kullback-Leibler divergence of a teacher's distributions from others, softened (Hinton et al. 2015).
+
+    Args:
+        logits, teacher: of the same shape.
+        temperature: what both are divided by; the result is multiplied with its square, so that gradients keep their
+            size.
+        dim: over which each distribution goes.
+
+    Returns:
+        Its mean over all distributions, in nats, float32 [].
+    """
+    wanted, found = (F.log_softmax(t.float() / temperature, dim=dim) for t in (teacher, logits))
+    choices = logits.numel() // logits.shape[dim]
+    return F.kl_div(found, wanted, reduction="sum", log_target=True) / choices * temperature**2
 
 
 def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:

@@ -55,8 +55,12 @@ class Totals:
         return everyone
 
     def read(self) -> dict[str, float]:
-        """Mean loss, the hit rates by their names (percent), samples."""
-        loss, *hits, n = self.sums.tolist()
+        """The figures, all samples that were added among them."""
+        return self.figures(self.sums.tolist())
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Mean loss, the hit rates by their names (percent), samples: from sums as of some time."""
+        loss, *hits, n = sums
         rates = {name: 100 * count / max(n, 1) for name, count in zip(self.names, hits, strict=True)}
         return {"loss": loss / max(n, 1), **rates, "samples": n}
 

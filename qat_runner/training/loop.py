@@ -57,7 +57,7 @@ class State:
     train_seconds: float = 0.0
     """of them, training of the epoch that is under way"""
     best: float = -math.inf
-    """of the task's metric, in percent"""
+    """of the task's metric"""
     val: dict[str, float] = field(default_factory=dict)
     """the latest validation: loss, the task's metric, and what else it tells"""
     samples_per_second: float = 0.0
@@ -135,7 +135,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.data, self.record = config, model, data, record
         self.teacher, self.task = teacher, task_of(config)
-        self.metric = self.task.facts.metric
+        self.metric, self.measure = self.task.facts.metric, self.task.facts.measure
         decay = config.stage.ema_decay if config.training else 0.0
         self.averages = Averages(model, decay) if decay else None
         """the moving average of the model, where the recipe asks for one"""
@@ -152,7 +152,7 @@ class Trainer:
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
-        self.state = State()
+        self.state = State(best=self.measure.worst)
         self.to_freeze = config.freezing
         """whether recipe.freeze_scalars_at is still to come"""
         self.noise: list[LayerNoise] = []
@@ -438,20 +438,26 @@ class Trainer:
         return functools.reduce(torch.add, losses)
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The task's; under distillation in parts the distance from the teacher."""
-        loss = self.task.loss(logits, batch.targets, self.stage.label_smoothing)
+        """The task's; under distillation in parts, or altogether, the distance from the teacher."""
         if self.teacher is None:
-            return loss
+            return self._loss_of_labels(logits, batch)
         recipe = self.config.recipe
         with torch.no_grad():
             wanted = self.task.compute(self.teacher, batch.inputs)
         distance = self.task.distance(logits, wanted, recipe.distill_temperature)
+        if recipe.distill_weight == 1:
+            return distance
+        loss = self._loss_of_labels(logits, batch)
         return (1 - recipe.distill_weight) * loss + recipe.distill_weight * distance
+
+    def _loss_of_labels(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.task.loss(logits, batch.targets, self.stage.label_smoothing)
 
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
         lr = self.optimizer.param_groups[0]["lr"]
         hit, metric = self.totals.names[0], self.metric
+        told = self.measure.told(val[metric])
         self.record.epoch(
             {
                 "epoch": state.epoch,
@@ -466,15 +472,15 @@ class Trainer:
         )
         log.info(
             f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {hit} {train[hit]:.2f} %; "
-            f"val loss {val['loss']:.4f}, {metric} {val[metric]:.2f} %; "
+            f"val loss {val['loss']:.4f}, {metric} {told}; "
             f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.task.unit}/s"
         )
 
     def _save(self, end_of_epoch: bool = False) -> None:
         """Write last.pt, keeping the one before as previous.pt; and best.pt, if this epoch's validation is the best."""
-        value = self.state.val[self.metric] if end_of_epoch else -math.inf
-        best = value > self.state.best
-        self.state.best = max(value, self.state.best)
+        value = self.state.val[self.metric] if end_of_epoch else self.measure.worst
+        if best := self.measure.better(value, self.state.best):
+            self.state.best = value
         own: ProcessState = {
             "random": checkpoint.random_state(),
             "totals": self.totals.sums.cpu(),

@@ -22,7 +22,7 @@ CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
 def plot_curves(folder: Path, task: TaskFacts) -> None:
-    """curves.png: loss and accuracy against epoch, from metrics.csv. Nothing where no epoch was trained.
+    """curves.png: loss and the figures that count against epoch, from metrics.csv. Nothing where no epoch was trained.
 
     Args:
         folder: of a run.
@@ -36,7 +36,7 @@ def plot_curves(folder: Path, task: TaskFacts) -> None:
     losses = [key for key in splits if key.endswith("_loss")]
     rates = [key for key in splits if key not in losses and key.partition("_")[2] not in task.not_drawn]
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, keys, label in zip(both, (losses, rates), ("loss", "accuracy (%)"), strict=True):
+    for axes, keys, label in zip(both, (losses, rates), ("loss", task.measure.title.lower()), strict=True):
         for key in keys:
             split, _, what = key.partition("_")
             colour = OTHER if split == "train" else CHOSEN

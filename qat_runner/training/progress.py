@@ -54,8 +54,9 @@ class Progress:
         shown = self._look(totals.sums)
         if shown is None or shown[-1] == 0:
             return True
-        loss, hits = float(shown[0] / shown[-1]), float(100 * shown[1] / shown[-1])
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {totals.names[0]} {hits:.2f} %")
+        figures = totals.figures(shown.tolist())
+        loss, first = figures["loss"], totals.names[0]
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {first} {figures[first]:.2f} %")
         return loss - loss == 0.0
 
     def _look(self, sums: Tensor) -> Tensor | None:

@@ -39,7 +39,7 @@ from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
 from qat_runner.models import MODELS
 from qat_runner.quant import METHODS, Call, ClippingMethod, IntFormat, clipping_method
-from qat_runner.tasks import question_answering
+from qat_runner.tasks import language_modelling, question_answering
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -166,6 +166,7 @@ def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(
             question_answering, "read_checkpoint", lambda checkpoint: SimpleNamespace(max_position_embeddings=512)
         )
+        patch.setattr(language_modelling, "read_decoder", lambda checkpoint: SimpleNamespace())
         for begin in ("_run_all", "_detach", "remember_asked"):
             patch.setattr(run, begin, lambda *args: 0)
         assert run.main(words) == 0, words

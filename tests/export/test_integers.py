@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat_runner as qat
+from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.exporting.agreement import Figures, require
 from qat_runner.exporting.folding import fold_batchnorm
@@ -396,14 +397,19 @@ def test_a_network_that_cannot_be_exported_is_told_in_a_sentence(tmp_path: Path)
 
 
 def test_a_file_that_disagrees_is_refused() -> None:
-    network = Figures(90.0)
-    require("model.onnx", Figures(89.6, 95.5, 3.0), network)
+    network, top1 = Figures(90.0), Measure("top1")
+    require("model.onnx", Figures(89.6, 95.5, 3.0), network, top1)
     with pytest.raises(
         RunError, match=r"model\.onnx disagrees with the network: 94\.00 % of the predictions are the same"
     ):
-        require("model.onnx", Figures(90.0, 94.0, 3.0), network)
+        require("model.onnx", Figures(90.0, 94.0, 3.0), network, top1)
     with pytest.raises(RunError, match=r"accuracy 89\.00 % beside 90\.00 %"):
-        require("model.onnx", Figures(89.0, 99.0, 3.0), network)
+        require("model.onnx", Figures(89.0, 99.0, 3.0), network, top1)
+    perplexity = Measure("perplexity", "", lower_is_better=True)
+    for value in (80.0, 90.4):
+        require("model.onnx", Figures(value, 99.0, 3.0), network, perplexity)
+    with pytest.raises(RunError, match=r"perplexity 90\.50 beside 90\.00 \(at most 0\.5 % worse\)"):
+        require("model.onnx", Figures(90.5, 99.0, 3.0), network, perplexity)
 
 
 def test_integer_layers_are_what_their_classes_say() -> None:

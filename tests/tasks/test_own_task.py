@@ -72,7 +72,7 @@ def test_its_files_do_what_the_network_does() -> None:
     ("wrong", "told"),
     [
         (["dataset.task=classification"], "dataset.task=classification: must be regression, which is what numbers"),
-        (["dataset.task=poetry"], "dataset.task=poetry: must be one of classification, question_answering, regression"),
+        (["dataset.task=poetry"], "dataset.task=poetry: must be one of classification, question_answering, language_"),
         (["model=bert"], "model=bert: cannot read dataset=numbers, which is for resnet18"),
         (["dataset.image_size=0"], "dataset.image_size=0: must be 1 to"),
     ],

@@ -91,4 +91,4 @@ def _config(name: str) -> Any:
 
 
 def _ask(name: str, load: Any) -> Any:
-    return ask(load, name, f"model=hf/{name}", "a network for images")
+    return ask(name, load, "a network for images", f"model=hf/{name}")

@@ -1,0 +1,163 @@
+"""Plain text as blocks of tokens, each with the token that follows it.
+
+A split is one file, or a folder of files, which are then read one after the other with the tokenizer's end of a text
+between them, if it has one. It is tokenized once and kept in a cache that is keyed by its content and the tokenizer.
+"""
+
+import hashlib
+import itertools
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from qat_runner.data.batches import WHOLE, Batch, Shard
+from qat_runner.data.images import epoch_seed
+from qat_runner.data.kept import UnkeptError, keep_arrays, kept_arrays, kept_numbers
+from qat_runner.quant.kernels.compiled import cache_folder
+
+Ids = NDArray[np.int32]
+
+SPLITS = ("train", "val")
+CONTENT = "train.txt and val.txt, or folders train and val of *.txt files; all of them UTF-8"
+PIECE = 2**20
+"""Characters, at least, that are tokenized at a time; a piece ends with a line."""
+
+log = logging.getLogger("qat_runner")
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The files of a split, in the order of their names; none where it is not there."""
+    alone = folder / f"{split}.txt"
+    return [alone] if alone.is_file() else sorted((folder / split).glob("*.txt"))
+
+
+def holds_text(folder: Path) -> bool:
+    """Whether a folder holds both splits."""
+    return all(files_of(folder, split) for split in SPLITS)
+
+
+def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
+    """The tokens of files, [T], from the cache or for the cache.
+
+    Args:
+        files: UTF-8; their content and the tokenizer are the key.
+        tokenizer: a fast one of transformers; it adds no special tokens but the end of a text between files.
+
+    Raises:
+        ValueError: a file is something else.
+    """
+    contents = [path.read_bytes() for path in files]
+    said = [tokenizer.backend_tokenizer.to_str(), repr(tokenizer.eos_token_id)]
+    parts = [*(text.encode() for text in said), *contents]
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
+    cached = cache_folder() / f"text_{key}.npz"
+    with suppress(UnkeptError):
+        kept = kept_arrays(cached)
+        return kept_numbers(kept, "ids", np.int32, len(kept.get("ids", ())), range(len(tokenizer)))
+    texts = [_decoded(path, content) for path, content in zip(files, contents, strict=True)]
+    ids = _tokenize(texts, tokenizer, files[0].parent.name if len(files) > 1 else files[0].name)
+    try:
+        keep_arrays(cached, {"ids": ids})
+    except OSError as error:
+        log.warning(f"the tokens of {files[0].name} could not be kept in {cached.parent} ({error.strerror})")
+    return ids
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}") from error
+
+
+def _tokenize(texts: Sequence[str], tokenizer: Any, name: str) -> Ids:
+    end = [] if tokenizer.eos_token_id is None else [np.array([tokenizer.eos_token_id], np.int32)]
+    found: list[Ids] = []
+    hidden = not sys.stderr.isatty()
+    with tqdm(
+        total=sum(map(len, texts)), desc=f"tokenizing {name}", unit_scale=True, disable=hidden, leave=False
+    ) as bar:
+        for number, text in enumerate(texts):
+            found += end if number else []
+            for piece in _pieces(text):
+                encoded = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
+                found.append(np.array(encoded["input_ids"], np.int32))
+                bar.update(len(piece))
+    return np.concatenate([*found, np.empty(0, np.int32)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of PIECE characters and the rest of a line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE - 1) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+@dataclass
+class TextData:
+    """Text, as `Data`: inputs are tokens, int64 [N, L]; targets the token after each, int64 [N, L].
+
+    Blocks lie one after the other, so every token of the text but the first is a target once. Training leaves out what
+    is left at the end, validation has it as a shorter block in a batch of its own: nothing is padded.
+    """
+
+    training: Ids
+    validation: Ids
+    length: int
+    """tokens a block, L"""
+    device: torch.device
+    seed: int
+    shard: Shard = WHOLE
+
+    name = "text"
+    notes = ()
+    corrupt = None
+
+    def __post_init__(self) -> None:
+        for split, ids, needed in (("train", self.training, self.length + 1), ("val", self.validation, 2)):
+            if len(ids) < needed:
+                raise ValueError(f"{split} has {len(ids)} tokens, and needs {needed}: a block and the token after it")
+
+    @property
+    def train_size(self) -> int:
+        return (len(self.training) - 1) // self.length
+
+    @property
+    def val_size(self) -> int:
+        return -(-(len(self.validation) - 1) // self.length)
+
+    def train_steps(self, batch_size: int) -> int:
+        return max(self.train_size // batch_size, 1)
+
+    def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
+        order = torch.randperm(self.train_size, generator=generator).numpy()
+        for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
+            rows = order[batch * batch_size : (batch + 1) * batch_size]
+            yield self._batch(self.training, self.length * self.shard.samples(rows), self.length)
+
+    def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        whole, rest = divmod(len(self.validation) - 1, self.length)
+        starts = self.length * np.arange(whole)
+        parts = [(starts[i : i + batch_size], self.length) for i in range(0, whole, batch_size)]
+        if rest:
+            parts.append((np.array([self.length * whole]), rest))
+        for batch, (begin, length) in enumerate(parts[:limit]):
+            if self.shard.owns(batch):
+                yield self._batch(self.validation, begin, length)
+
+    def _batch(self, ids: Ids, starts: NDArray[np.int64], length: int) -> Batch:
+        chosen = torch.from_numpy(ids[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+        tokens, following = (part.contiguous().to(self.device) for part in (chosen[:, :-1], chosen[:, 1:]))
+        return Batch((tokens,), following)

@@ -1,0 +1,100 @@
+"""Decoders, which foretell the next token of a text, from transformers: any checkpoint, by folder or name on the hub.
+
+A folder with a `config.json` and a tokenizer is enough to train one from random weights.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat_runner.errors import ConfigError
+from qat_runner.models.hub import ask, load_tokenizer
+
+DECODERS = ("decoder",)
+"""Names of the models that are made here."""
+
+
+def read_decoder(checkpoint: str) -> Any:
+    """The configuration of a checkpoint, without its weights, and without a cache of keys and values.
+
+    Args:
+        checkpoint: a folder as `save_pretrained` writes it, with or without weights; or a name on the hub.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it does not read a text from its beginning to its end.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a decoder")
+    kind = config.model_type
+    sees_what_follows = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_what_follows:
+        raise ConfigError(
+            f"model.checkpoint={checkpoint}: is a {kind}, must be a decoder, such as gpt2, llama or qwen2"
+        )
+    config.use_cache = False
+    return config
+
+
+def tokenizer_for(checkpoint: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: there is none, or it has tokens that the network does not have.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    known = read_decoder(checkpoint).vocab_size
+    if len(tokenizer) > known:
+        raise ConfigError(
+            f"model.checkpoint={checkpoint}: its tokenizer has {len(tokenizer)} tokens, its config.json {known}"
+        )
+    return tokenizer
+
+
+def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
+    """The network, from input_ids, int64 [N, L], to logits [N, L, tokens] of each position's next token.
+
+    Args:
+        checkpoint: as in `read_decoder`.
+        pretrained: with its weights; otherwise all is initialized by torch's global random state.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    network: Any = AutoModelForCausalLM
+    config = read_decoder(checkpoint)
+    if not pretrained:
+        return _with_linear_layers(network.from_config(config, dtype=torch.float32)).train()
+    _check_weights(checkpoint)
+    load = functools.partial(network.from_pretrained, config=config, dtype=torch.float32)
+    return _with_linear_layers(ask(checkpoint, load, "a decoder")).train()
+
+
+def _check_weights(checkpoint: str) -> None:
+    """Refuse a folder that has a network's configuration alone."""
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+        raise ConfigError(f"model.checkpoint={checkpoint}: holds no weights; mode=scratch trains from random ones")
+
+
+def _with_linear_layers(model: nn.Module) -> nn.Module:
+    """GPT-2's linear layers, which keep their weight transposed and are of a class of their own, as nn.Linear."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, layer in [(name, module) for name, module in model.named_modules() if type(module) is Conv1D]:
+        parent, _, own = name.rpartition(".")
+        inputs, outputs = layer.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta")
+        linear.weight = nn.Parameter(layer.weight.detach().T.contiguous())
+        linear.bias = layer.bias
+        setattr(model.get_submodule(parent), own, linear)
+    return model

@@ -1,0 +1,107 @@
+"""What the next token of a text is, at every place: how decoders are trained."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qat_runner.config import Config
+from qat_runner.config.tasks import FACTS
+from qat_runner.data.plain_text import TextData
+from qat_runner.errors import ConfigError
+from qat_runner.models import DECODERS, build_decoder, read_decoder, tokenizer_for
+from qat_runner.tasks.task import Task, divergence
+from qat_runner.tasks.totals import Totals
+
+LARGEST_LOG = 700.0
+"""Perplexity is at most the exponential of this: beyond, there is no float for it."""
+
+
+class LanguageModelling(Task[TextData]):
+    """Blocks of L tokens in, logits [N, L, V] of the token after each out; judged by perplexity, where less is better.
+
+    Targets are int64 [N, L].
+    """
+
+    name = "language_modelling"
+    facts = FACTS[name]
+    networks = DECODERS
+    unit = "block"
+    inputs = ("input_ids",)
+    outputs = ("logits",)
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        positions = getattr(read_decoder(_checkpoint(config)), "max_position_embeddings", None)
+        if positions is not None and config.dataset.max_length > positions:
+            raise ConfigError(
+                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
+                f"{config.model.checkpoint}"
+            )
+
+    def tokenizer(self, config: Config) -> Any:
+        return None if config.model.checkpoint is None else tokenizer_for(config.model.checkpoint)
+
+    def network(self, config: Config, data: TextData | None, pretrained: bool = False) -> nn.Module:
+        return build_decoder(_checkpoint(config), pretrained)
+
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross entropy, the mean over all tokens."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
+
+    def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """Divergence of the distributions of the next token, the mean over all tokens."""
+        return divergence(logits, teacher, temperature, dim=-1)
+
+    def predictions(self, logits: Tensor) -> Tensor:
+        """The likeliest token after each, int64 [N * L]."""
+        return logits.argmax(-1).flatten()
+
+    def totals(self, device: torch.device) -> Totals:
+        return TokenTotals(device)
+
+    def score(self, data: TextData) -> Totals:
+        return Perplexity(data.device)
+
+    def longest(self, config: Config) -> int:
+        return config.dataset.max_length
+
+
+class TokenTotals(Totals):
+    """`Totals` in which every token counts the same, in whatever batch: loss, and how often the likeliest was right.
+
+    `sums` is [4]: loss, hits, samples, tokens.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, ("accuracy",), lambda logits, targets: [(logits.argmax(-1) == targets).sum()])
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        losses, hits, samples, tokens = self.sums
+        losses += loss.detach().float() * targets.numel()
+        hits += self.hits(logits, targets)[0]
+        samples += len(targets)
+        tokens += targets.numel()
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        loss, hits, samples, tokens = sums
+        return {"loss": loss / max(tokens, 1), "accuracy": 100 * hits / max(tokens, 1), "samples": samples}
+
+
+class Perplexity(TokenTotals):
+    """Of a pass whose loss is the cross entropy alone: reading gives its perplexity as well."""
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        figures = super().figures(sums)
+        return figures | {"perplexity": math.exp(min(figures["loss"], LARGEST_LOG))}
+
+
+def _checkpoint(config: Config) -> str:
+    if config.model.checkpoint is None:
+        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
+    return config.model.checkpoint
