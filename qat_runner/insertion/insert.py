@@ -25,6 +25,7 @@ from qat_runner.insertion.layers import (
     convert,
     each,
     full_precision_class,
+    full_precision_name,
     give_quantizers,
     is_plain,
     is_quantized,
@@ -40,9 +41,10 @@ from qat_runner.insertion.own_products import (
     QuantAttention,
     is_multihead,
     is_product,
+    keep_off_fast_path,
     products_as_before,
     quantize_own_products,
-    restore_own_products,
+    release_own_products,
 )
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.tensors import tensors_of
@@ -101,15 +103,16 @@ def quantize_model(
     example: Tensor | tuple[Any, ...] | None = None,
     **how: Any,
 ) -> nn.Module:
-    """Quantize the weights and inputs of all Conv2d and Linear layers of a model, in place (Appendix E.2).
+    """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
 
-    In a network of transformers, both operands of both matrix products of attention are quantized as well.
+    Both operands of both matrix products of attention are quantized as well. Layers with a forward of their own, and
+    attention that is neither PyTorch's nor by transformers' interface, take an example to be found.
 
     The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
     `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
 
     Args:
-        model: any model of nn.Conv2d and nn.Linear layers.
+        model: any model with such layers, or attention.
         bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
         clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
             parameters, and which need `calibrate` for their start; or what is registered.
@@ -189,11 +192,9 @@ def insert(
     for name, found in quantizers.items():
         _equip(model, name, layers[name], found)
     for module in attention:
-        if not any(isinstance(inner, Quantizer) for inner in module.modules()):
-            restore_own_products(module)
+        release_own_products(module)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
-            module.register_forward_pre_hook(_no_fast_path)
+        keep_off_fast_path(module)
     setattr(model, POLICY, policy.with_ends(ends))
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
     for note in told_once((name, notes[name]) for name in left):
@@ -255,7 +256,7 @@ def _check_unchanged(
 
 def _described(model: nn.Module, name: str) -> str:
     """A module for a reader."""
-    kind = type(model.get_submodule(name)).__name__
+    kind = full_precision_name(model.get_submodule(name))
     return f"{name} ({kind})" if name else kind
 
 
@@ -361,9 +362,10 @@ def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[
 
 def _decide(model: nn.Module, seen: Trace) -> None:
     """Signs and sizes of the inputs, once and for all; what was noticed is said."""
+    modules = modules_by_name(model)
     for name, calls in seen.layers.items():
-        layer = model.get_submodule(name)
-        if not is_quantized(layer):
+        layer = modules.get(name)  # a product that nothing is quantized of may be gone
+        if layer is None or not is_quantized(layer):
             continue
         for operand, signed in calls.signed.items():
             quantizer = quantizer_of(layer, operand)
@@ -389,10 +391,6 @@ def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict
     with quantizers_disabled(model):
         seen = trace(model, *args, **kwargs)
     _decide(model, seen)
-
-
-def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing: having one is what counts."""
 
 
 def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
@@ -504,12 +502,11 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
         full_precision_class(module)
     restore_attention(model)
     for module in swapped:
-        restore_own_products(module) if isinstance(module, QuantAttention) else restore(module)
+        restore(module)
     for module in model.modules():
         for name in {POLICY, PRODUCTS} & vars(module).keys():
             delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
-        _remove_hook(module, _no_fast_path)
     return model
 
 

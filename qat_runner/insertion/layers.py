@@ -67,6 +67,10 @@ class Swapped(nn.Module):
     base: ClassVar[Any] = None
     """what was mixed into that class; None where the class was written for it"""
 
+    def added(self) -> Sequence[str]:
+        """Names of the submodules that it did not have before."""
+        return ()
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
         return _new, (self.full_precision, self.base), *made[2:]
@@ -96,6 +100,9 @@ class QuantLayer(nn.Module):
         """The weight as it is multiplied, and quantized."""
         weight: Tensor = self.weight
         return weight
+
+    def added(self) -> Sequence[str]:
+        return [f"{name}_quantizer" for name in self.operands]
 
     def stored_weight(self) -> nn.Parameter:
         """The parameter that the weight is, or is made of."""
@@ -358,12 +365,18 @@ def full_precision_class(layer: nn.Module) -> type[nn.Module]:
     return full
 
 
-def restore(layer: nn.Module) -> None:
-    """Undo `convert`, in place; errors as of `full_precision_class`."""
-    names = operands(layer)
-    layer.__class__ = full_precision_class(layer)
-    for name in names:
-        delattr(layer, f"{name}_quantizer")
+def full_precision_name(module: nn.Module) -> str:
+    """The name of the class that a module has, or had before it was swapped."""
+    return str(getattr(module, "full_precision", type(module)).__name__)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module of a swapped class the one it had before, in place; errors as of `full_precision_class`."""
+    assert isinstance(module, Swapped)
+    added: Sequence[str] = module.added()
+    module.__class__ = full_precision_class(module)  # type: ignore[assignment]
+    for name in added:
+        delattr(module, name)
 
 
 def each(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:

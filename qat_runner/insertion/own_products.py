@@ -8,7 +8,7 @@ PyTorch's own `nn.MultiheadAttention` has its projections in one parameter; each
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -22,10 +22,12 @@ from qat_runner.insertion.layers import (
     QuantLayer,
     QuantMatmul,
     Swapped,
+    Taking,
     each,
-    full_precision_class,
     quantized_class,
+    restore,
 )
+from qat_runner.quant import Quantizer
 
 PRODUCTS = {"scores": ("query", "key"), "context": ("probabilities", "value")}
 """Submodule of an attention module -> names of its operands, in the order in which attention computes them."""
@@ -44,7 +46,7 @@ class ProductsOf(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.left = list(PRODUCTS)
+        self.left = [name for name in PRODUCTS if name in module._modules]
         self.weights = [
             (layer, layer.weight if isinstance(layer, QuantProjection) else _named_weight(layer))
             for layer in module.children()
@@ -100,6 +102,9 @@ class QuantAttention(Swapped):
     as_before = False
     """Whether it computes as it did without that."""
 
+    def added(self) -> Sequence[str]:
+        return [name for name in (*PRODUCTS, *PROJECTIONS) if name in self._modules]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.as_before:
             return super().forward(*args, **kwargs)
@@ -154,6 +159,8 @@ def is_multihead(module: nn.Module) -> bool:
 def quantize_own_products(module: nn.Module) -> None:
     """Give an attention module its products, and PyTorch's its projections, without quantizers, in place.
 
+    `restore` undoes it.
+
     Args:
         module: whose own forward computes two matrix products or one `F.scaled_dot_product_attention`.
     """
@@ -165,12 +172,30 @@ def quantize_own_products(module: nn.Module) -> None:
     module.__class__ = quantized_class(type(module), QuantAttention)
 
 
-def restore_own_products(module: nn.Module) -> None:
-    """Undo `quantize_own_products`, in place; errors as of `full_precision_class`."""
-    module.__class__ = full_precision_class(module)
-    for name in (*PRODUCTS, *PROJECTIONS):
-        if name in module._modules:
+def release_own_products(module: nn.Module) -> None:
+    """Let an attention module compute as before what is not quantized in it, once there are quantizers."""
+    if not any(isinstance(inner, Quantizer) for name in PRODUCTS for inner in module.get_submodule(name).modules()):
+        for name in PRODUCTS:
             delattr(module, name)
+    if not any(isinstance(inner, Quantizer) for inner in module.modules()):
+        restore(module)
+
+
+class WithoutFastPath(Swapped):
+    """PyTorch's encoder, or a layer of it, whose fast path in eval() reads weights past their layers, without that.
+
+    It has none where a mode watches it.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.training else Taking(lambda func, args, kwargs: NotImplemented):
+            return super().forward(*args, **kwargs)
+
+
+def keep_off_fast_path(module: nn.Module) -> None:
+    """Swap the class of a module that has such a path, in place; `restore` undoes it."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+        module.__class__ = quantized_class(type(module), WithoutFastPath)
 
 
 @contextmanager

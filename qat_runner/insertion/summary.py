@@ -4,7 +4,15 @@ from torch import nn
 
 from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import network_of, products_of, quantized_tensors
-from qat_runner.insertion.layers import QuantMatmul, each, is_quantized, modules_by_name, operands, quantizer_of
+from qat_runner.insertion.layers import (
+    QuantMatmul,
+    each,
+    full_precision_name,
+    is_quantized,
+    modules_by_name,
+    operands,
+    quantizer_of,
+)
 from qat_runner.insertion.products import Product, Rest, percent, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
 
@@ -80,7 +88,7 @@ def _left(model: nn.Module) -> list[str]:
             not (is_quantized(module) or isinstance(module, Quantizer))
             and next(module.parameters(recurse=False), None) is not None
         ):
-            names.setdefault(type(module).__name__, []).append(name)
+            names.setdefault(full_precision_name(module), []).append(name)
     left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
     return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_runner.insertion.layers import each, is_quantized, kind_of, kinds, operands, quantizer_of
+from qat_runner.insertion.layers import each, full_precision_name, is_quantized, kind_of, kinds, operands, quantizer_of
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
@@ -110,6 +110,9 @@ class _Signs(TorchFunctionMode):
         if name in ("hardtanh", "clamp", "clip", "clamp_min"):
             low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
             return isinstance(low, int | float) and low >= 0
+        if name == "masked_fill":
+            value = kwargs.get("value", args[2] if len(args) > 2 else None)
+            return self.is_tagged(args[0]) and isinstance(value, int | float) and value >= 0
         if name not in _KEEPS:
             return False
         if name == "interpolate" and "cubic" in str([*args, *kwargs.values()]):  # overshoots
@@ -231,7 +234,7 @@ class _Calls:
 
     def __enter__(self) -> "_Calls":
         for name, module in self._model.named_modules():
-            owner = name, kind_of(module) if is_quantized(module) else type(module).__name__
+            owner = name, kind_of(module) if is_quantized(module) else full_precision_name(module)
             self._handles += [
                 module.register_forward_pre_hook(lambda m, a, owner=owner: self._owners.append(owner)),
                 module.register_forward_hook(lambda m, a, out: self._leave()),
