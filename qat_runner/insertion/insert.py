@@ -1,7 +1,7 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -170,27 +170,18 @@ def insert(
     if not (layers or attention):
         why = "".join(f"; {note}" for note in told_once(notes.items()))
         raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
-    other_attention = attention_of(model) - {EAGER}
+    other_attention = bool(attention_of(model) - {EAGER})
     try:
-        quantize_attention(model)
-        for module in attention:
-            quantize_own_products(module)
-        for layer in layers.values():
-            convert(layer)
-        layers = dict(each(model, is_quantized))
+        layers = _converted(model, layers.values(), attention)
         seen = None if inputs is None else trace(model, *inputs)
         if inputs is not None and seen is not None:
-            _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), bool(other_attention))
+            _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
         chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
-        quantizers = {name: _quantizers(layers[name], chosen[name]) for name in layers}
-        if not any(any(found.values()) for found in quantizers.values()):
-            raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+        _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
         raise
-    for name, found in quantizers.items():
-        _equip(model, name, layers[name], found)
     for module in attention:
         release_own_products(module)
     for module in model.modules():
@@ -204,6 +195,31 @@ def insert(
     else:
         model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
     return model
+
+
+def _converted(model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Convert layers and attention, without quantizers yet; returns all that may get some, by name."""
+    quantize_attention(model)
+    for module in attention:
+        quantize_own_products(module)
+    for layer in layers:
+        convert(layer)
+    return dict(each(model, is_quantized))
+
+
+def _equip_all(
+    model: nn.Module, layers: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, TensorPolicy]]
+) -> None:
+    """Give layers the quantizers that a policy says.
+
+    Raises:
+        PolicyError: it says none at all, or what cannot be.
+    """
+    quantizers = {name: _quantizers(layer, chosen[name]) for name, layer in layers.items()}
+    if not any(any(found.values()) for found in quantizers.values()):
+        raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+    for name, found in quantizers.items():
+        _equip(model, name, layers[name], found)
 
 
 def _check_unchanged(

@@ -269,7 +269,7 @@ def test_integers_of_three_dimensions_and_of_swin(tmp_path: Path) -> None:
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ("timm/test_vit", "transformers/GPT2Model", "transformers/DebertaV2Model")
+FAST = ("transformers/GPT2Model", "transformers/T5EncoderModel", "transformers/DebertaV2Model")
 
 
 @pytest.mark.filterwarnings("ignore")
