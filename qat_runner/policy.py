@@ -12,7 +12,8 @@ earlier one. So the first says what holds in general, and the others are excepti
 `match` is a glob over names of layers (`layer4.*`) and of their operands (`*.weight`, `layer1.0.conv1.input`; in
 attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
 the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
-operands. `type` is a glob over the kind of layer: Conv2d, Linear, Matmul.
+operands. `type` is a glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Matmul;
+Embedding, whose weight is quantized only where a rule names it by its type.
 """
 
 from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
@@ -26,8 +27,6 @@ from typing import TYPE_CHECKING, Any
 from qat_runner.quant import BITS, EVAL_MODES, FORMATS, METHODS, ClippingMethod, Octav, Range, clipping_method
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from qat_runner.quant import Quantizer
 
 FULL_PRECISION = 32
@@ -40,6 +39,9 @@ GRANULARITIES = ("channel", "tensor")
 
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
+
+EMBEDDING = "Embedding"
+"""The kind of layer that is quantized only where a rule names its kind."""
 
 WEIGHT_AND_INPUT = ("weight", "input")
 """The operands of a layer that has a weight."""
@@ -80,8 +82,13 @@ class TensorPolicy:
         """Whether the tensor is left alone."""
         return self.bits == FULL_PRECISION
 
-    def quantizer(self, layer: nn.Module, operand: str) -> Quantizer | None:
+    def quantizer(self, operand: str, shape: Sequence[int] = (), channels: int = 0) -> Quantizer | None:
         """The quantizer of an operand of a layer; None for full precision.
+
+        Args:
+            operand: "weight", "input", ...
+            shape: of the layer's weight, if it has one.
+            channels: its dimension of output channels.
 
         Raises:
             ValueError: the clipping method does not work with the format, or the format has no such range.
@@ -93,7 +100,7 @@ class TensorPolicy:
         return self.clipping.quantizer(
             format,
             weight=weight,
-            shape=self._scalar_shape(layer) if weight else (),
+            shape=self._scalar_shape(shape, channels) if weight else (),
             gradient=GRADIENT_PAIRS[self.gradient][0 if weight else 1],
             sign_known=weight,
             dynamic=self.dynamic,
@@ -101,10 +108,11 @@ class TensorPolicy:
             synchronize=self.synchronize and not weight,
         )
 
-    def _scalar_shape(self, layer: nn.Module) -> tuple[int, ...]:
-        """Shape of the clipping scalars of a layer's weight [K, ...]: [K, 1, ...], or [] for one scalar."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return (weight.shape[0], *[1] * (weight.ndim - 1)) if self.granularity == "channel" else ()
+    def _scalar_shape(self, shape: Sequence[int], channels: int) -> tuple[int, ...]:
+        """Shape of the clipping scalars of a weight: [K, 1, ...], [1, K, ...], or [] for one scalar."""
+        if self.granularity != "channel":
+            return ()
+        return tuple(n if dim == channels else 1 for dim, n in enumerate(shape))
 
 
 SETTINGS = tuple(f.name for f in fields(TensorPolicy))
@@ -178,7 +186,7 @@ class Rule:
 
         Args:
             layer: name in the model.
-            kind: Conv2d, Linear or Matmul.
+            kind: Conv2d, Linear, Matmul, ...
             operand: "weight", "input", ...
             ends: what of ENDS the layer is.
         """
@@ -188,6 +196,10 @@ class Rule:
             end, _, of_operand = self.match.partition(".")
             return end in ends and fnmatchcase(operand, of_operand or "*")
         return fnmatchcase(layer, self.match) or fnmatchcase(f"{layer}.{operand}", self.match)
+
+    def names_kind(self, kind: str) -> bool:
+        """Whether it is about layers of a kind by its type."""
+        return self.type != "*" and fnmatchcase(kind, self.type)
 
     def as_dict(self) -> dict[str, Any]:
         """In plain values, as a YAML file has it."""
@@ -353,7 +365,7 @@ class Policy:
                     format=format if weight_format is None else weight_format,
                     range=range if weight_range is None else weight_range,
                 ),
-                Rule("*.weight", "Conv2d", granularity=conv_granularity),
+                Rule("*.weight", "Conv*", granularity=conv_granularity),
                 Rule("*.weight", "Linear", granularity=linear_granularity),
                 *_rules_of_ends(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
@@ -368,6 +380,10 @@ class Policy:
         first = self.rules[0] if self.rules else Rule()
         return first.everything and {rule.bits for rule in self.rules} in ({FULL_PRECISION}, {FULL_PRECISION, None})
 
+    def names_kind(self, kind: str) -> bool:
+        """Whether a rule is about layers of a kind by its type."""
+        return any(rule.names_kind(kind) for rule in self.rules)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether scalars of some tensors must be found on batches before the first use."""
@@ -376,10 +392,12 @@ class Policy:
 
     def tensor(self, layer: str, kind: str, operand: str, ends: Collection[str] = ()) -> TensorPolicy:
         """What an operand of a layer gets; arguments as of `Rule.matches`."""
+        rules = [rule for rule in self.rules if rule.matches(layer, kind, operand, ends)]
+        if kind == EMBEDDING and not any(rule.names_kind(kind) for rule in rules):
+            return TensorPolicy(bits=FULL_PRECISION)
         settings: dict[str, Any] = {}
-        for rule in self.rules:
-            if rule.matches(layer, kind, operand, ends):
-                settings |= rule.settings()
+        for rule in rules:
+            settings |= rule.settings()
         return TensorPolicy(**settings)
 
     def with_ends(self, ends: Mapping[str, Collection[str]]) -> Policy:

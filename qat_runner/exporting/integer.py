@@ -8,14 +8,18 @@ The same forward pass serves two readers. As PyTorch runs or exports it, it is p
 exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.calls import Compute
 from qat_runner.insertion.layers import (
+    QuantConv1d,
     QuantConv2d,
+    QuantConv3d,
     QuantLinear,
     QuantMatmul,
     each,
@@ -23,6 +27,7 @@ from qat_runner.insertion.layers import (
     operands,
     quantizer_of,
 )
+from qat_runner.insertion.own_products import QuantAttention
 from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
 OPSET = 21
@@ -149,28 +154,47 @@ def not_zero(step: Tensor) -> Tensor:
     return torch.where(step.abs() < tiny, tiny, step)
 
 
-class IntegerConv2d(nn.Conv2d):
-    """A QuantConv2d with a weight of codes, and a static grid for its input [N, C, H, W]."""
+class IntegerConv(nn.Module):
+    """A QuantConv of one to three dimensions with a weight of codes, and a static grid for its input [N, C, ...]."""
 
     input_grid: nn.Module
+    weight: Any
+    bias: Any
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
+        x = self.input_grid(input)
         if self.bias is not None and _bias_apart(self):
-            out: Tensor = self._conv_forward(self.input_grid(input), _weight(self), None) + self.bias.reshape(-1, 1, 1)
-        else:
-            out = self._conv_forward(self.input_grid(input), _weight(self), self.bias)
-        return out
+            out: Tensor = self._conv_forward(x, _weight(self), None) + self.bias.reshape(-1, *[1] * (x.ndim - 2))
+            return out
+        return self._conv_forward(x, _weight(self), self.bias)
+
+
+class IntegerConv1d(IntegerConv, nn.Conv1d):
+    """For [N, C, L]."""
+
+
+class IntegerConv2d(IntegerConv, nn.Conv2d):
+    """For [N, C, H, W]."""
+
+
+class IntegerConv3d(IntegerConv, nn.Conv3d):
+    """For [N, C, D, H, W]."""
 
 
 class IntegerLinear(nn.Linear):
     """A QuantLinear with a weight of codes, and a static grid for its input [..., C]."""
 
+    for_others = True
     input_grid: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
+        x, weight = self.input_grid(input), _weight(self)
+        if compute is not None:
+            return compute(x, weight)
         if self.bias is not None and _bias_apart(self):
-            return nn.functional.linear(self.input_grid(input), _weight(self)) + self.bias
-        return nn.functional.linear(self.input_grid(input), _weight(self), self.bias)
+            return nn.functional.linear(x, weight) + self.bias
+        return nn.functional.linear(x, weight, self.bias)
 
 
 class IntegerMatmul(nn.Module):
@@ -178,12 +202,18 @@ class IntegerMatmul(nn.Module):
 
     operands: tuple[str, str]
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
         a, b = (self.get_submodule(f"{name}_grid") for name in self.operands)
-        return torch.matmul(a(left), b(right))
+        return compute(a(left), b(right))
 
 
-INTEGER = {QuantConv2d: IntegerConv2d, QuantLinear: IntegerLinear, QuantMatmul: IntegerMatmul}
+INTEGER: dict[type[nn.Module], type[nn.Module]] = {
+    QuantConv1d: IntegerConv1d,
+    QuantConv2d: IntegerConv2d,
+    QuantConv3d: IntegerConv3d,
+    QuantLinear: IntegerLinear,
+    QuantMatmul: IntegerMatmul,
+}
 """Quantized class -> integer class."""
 
 
@@ -209,8 +239,8 @@ def to_integers(model: nn.Module) -> nn.Module:
         The same model, in eval mode.
 
     Raises:
-        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, has one a channel of an
-            activation, or has codes that are no integers.
+        ValueError: nothing is quantized; a layer of a kind that has no integer counterpart; a quantizer is dynamic
+            still, has no scalars, has one a channel of an activation, or has codes that are no integers.
     """
     tensors = quantized_tensors(model)
     if not tensors:
@@ -220,13 +250,39 @@ def to_integers(model: nn.Module) -> nn.Module:
             raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
         if t.tensor != "weight" and t.quantizer.dim is not None:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
-        integers_of(t.quantizer)
+    check_integers(model)
+    inside = {
+        layer for _, module in each(model, lambda m: isinstance(m, QuantAttention)) for layer in module.children()
+    }
     for _, layer in each(model, is_quantized):
-        _convert(layer)
+        _convert(layer, layer in inside)
     return model.eval()
 
 
-def _convert(layer: nn.Module) -> None:
+def check_integers(model: nn.Module) -> None:
+    """Refuse a quantized network of which no integers can be made.
+
+    Raises:
+        ValueError: a layer that no class here is for, or a tensor whose codes are no integers; in a sentence that
+            begins with its name.
+    """
+    for t in quantized_tensors(model):
+        layer = model.get_submodule(t.layer)
+        if _integer_class(layer) is None:
+            kinds = ", ".join(quantized.__name__.removeprefix("Quant") for quantized in INTEGER)
+            raise ValueError(
+                f"{t.layer} is a {type(layer).__name__.removeprefix('Quant')}, which cannot be written as integers, as "
+                f"only {kinds} can: keep=[{t.layer!r}] would leave it in full precision"
+            )
+        integers_of(t.quantizer)
+
+
+def _integer_class(layer: nn.Module) -> type[nn.Module] | None:
+    return next((integer for quantized, integer in INTEGER.items() if isinstance(layer, quantized)), None)
+
+
+def _convert(layer: nn.Module, inside: bool) -> None:
+    """Make integers of a layer; inside of attention its weight may be what names it, so something stands there."""
     for operand in operands(layer):
         if operand == "weight":
             continue
@@ -239,5 +295,9 @@ def _convert(layer: nn.Module) -> None:
             weight: Any = layer.weight
             layer.add_module("integer_weight", IntegerWeight(weight, quantizer))
             del layer.weight
+            if inside:
+                layer.register_buffer("weight", torch.zeros(()).expand(weight.shape), persistent=False)
         del layer.weight_quantizer
-    layer.__class__ = next(integer for quantized, integer in INTEGER.items() if isinstance(layer, quantized))
+    found = _integer_class(layer)
+    assert found is not None
+    layer.__class__ = found

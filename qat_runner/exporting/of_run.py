@@ -41,7 +41,7 @@ from qat_runner.exporting.formats import (
     write_program,
     write_safetensors,
 )
-from qat_runner.exporting.integer import integers_of, to_integers
+from qat_runner.exporting.integer import check_integers, to_integers
 from qat_runner.exporting.telling import FUSED
 from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
 from qat_runner.policy import FREEZING
@@ -297,10 +297,9 @@ def _check_out(request: Request) -> None:
 
 
 def _check_formats(request: Request, model: nn.Module) -> None:
-    """Refuse tensors whose levels are no codes."""
+    """Refuse layers and tensors of which no integers can be made."""
     try:
-        for tensor in quantized_tensors(model):
-            integers_of(tensor.quantizer)
+        check_integers(model)
     except ValueError as error:
         raise ConfigError(f"{request.run}: {error}") from error
 

@@ -8,24 +8,21 @@ attention module in place of its two matrix products. So nothing of any network 
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.layers import QuantMatmul
+from qat_runner.insertion.own_products import PRODUCTS, ProductsOf
 
 NAME = "qat_runner"
 """Under which the function is known to transformers."""
 
 EAGER = "eager"
 """What transformers calls the attention that a network writes out itself."""
-
-PRODUCTS = {"scores": ("query", "key"), "context": ("probabilities", "value")}
-"""Submodule of an attention module -> names of its operands, in the order in which attention computes them."""
 
 OWN = "eager_attention"
 """Attribute of an attention module whose products are quantized: the function that it calls "eager"."""
@@ -53,6 +50,11 @@ def attention_of(model: nn.Module) -> set[str]:
     """The names of the attention that networks of transformers in a model compute; none where there are no such."""
     asking = [network for network in _networks(model) if any(map(_own_attention, network.modules()))]
     return {str(network.config._attn_implementation) for network in asking}
+
+
+def modules_served(model: nn.Module) -> set[nn.Module]:
+    """The attention modules that transformers' interface serves."""
+    return {m for network in _networks(model) for m in network.modules() if _own_attention(m)}
 
 
 def quantize_attention(model: nn.Module) -> None:
@@ -206,22 +208,5 @@ def quantized_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor,
     if not hasattr(module, OWN):
         what = type(module).__name__
         raise RuntimeError(f"{what} takes its attention from transformers in a way that is unknown: it has no products")
-    with _ProductsOf(module):
+    with ProductsOf(module):
         return module.eager_attention.function(module, *args, **kwargs)  # type: ignore[no-any-return]
-
-
-class _ProductsOf(TorchFunctionMode):
-    """While open, the matrix products that are called are those of an attention module, in their order."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.left = list(PRODUCTS)
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm) and self.left:
-            # Autocast keeps probabilities in float32 up to the product, which takes them as it takes the values.
-            return self.module.get_submodule(self.left.pop(0))(args[0].to(args[1].dtype), args[1])
-        return func(*args, **(kwargs or {}))

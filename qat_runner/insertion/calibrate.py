@@ -18,6 +18,7 @@ from qat_runner.insertion.insert import (
     quantized_tensors,
     quantizers_disabled,
 )
+from qat_runner.insertion.layers import QuantLayer
 from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
@@ -160,9 +161,9 @@ def _scalars_by_rule(
 
 def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
     """The scalars of a weight as it is now."""
-    weight = model.get_submodule(tensor.layer).weight
-    assert isinstance(weight, Tensor)
-    return tensor.quantizer.scalars_of(whole(weight))
+    layer = model.get_submodule(tensor.layer)
+    assert isinstance(layer, QuantLayer)
+    return tensor.quantizer.scalars_of(whole(layer.used_weight()))
 
 
 MeanScalars = tuple[int, list[Tensor | None]]

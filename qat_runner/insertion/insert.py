@@ -1,7 +1,7 @@
 """Putting quantizers into a model, listing them, and taking them out again."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,20 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.attention import EAGER, attention_as, attention_of, quantize_attention, restore_attention
+from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight
+from qat_runner.insertion.attention import (
+    EAGER,
+    attention_as,
+    attention_of,
+    modules_served,
+    quantize_attention,
+    restore_attention,
+)
 from qat_runner.insertion.layers import (
-    LAYERS,
-    QuantMatmul,
+    QuantLayer,
+    Swapped,
     convert,
     each,
     full_precision_class,
+    full_precision_name,
+    give_quantizers,
+    is_plain,
     is_quantized,
     kind_of,
+    layer_kind,
+    modules_by_name,
     operands,
     quantizer_of,
     restore,
 )
 from qat_runner.insertion.naming import told_once
+from qat_runner.insertion.own_products import (
+    QuantAttention,
+    is_multihead,
+    is_product,
+    keep_off_fast_path,
+    products_as_before,
+    quantize_own_products,
+    release_own_products,
+)
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
@@ -35,7 +57,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import Policy, PolicyError, TensorPolicy
+from qat_runner.policy import EMBEDDING, Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -49,6 +71,10 @@ POLICY = "quantization_policy"
 
 PRODUCTS = "quantization_products"
 """Attribute of a quantized model that was seen at work: its products of tensors."""
+
+
+KNOWN = "convolutions, linear layers and attention"
+"""What is quantized, for a reader."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +103,16 @@ def quantize_model(
     example: Tensor | tuple[Any, ...] | None = None,
     **how: Any,
 ) -> nn.Module:
-    """Quantize the weights and inputs of all Conv2d and Linear layers of a model, in place (Appendix E.2).
+    """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
 
-    In a network of transformers, both operands of both matrix products of attention are quantized as well.
+    Both operands of both matrix products of attention are quantized as well. Layers with a forward of their own, and
+    attention that is neither PyTorch's nor by transformers' interface, take an example to be found.
 
     The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
     `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
 
     Args:
-        model: any model of nn.Conv2d and nn.Linear layers.
+        model: any model with such layers, or attention.
         bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
         clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
             parameters, and which need `calibrate` for their start; or what is registered.
@@ -118,44 +145,48 @@ def quantize_model(
     return insert(model, Policy.of(bits, clipping, gradient, **how), example)
 
 
-def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] | None = None) -> nn.Module:
-    """`quantize_model` with a ready policy."""
+def insert(
+    model: nn.Module,
+    policy: Policy,
+    example: Tensor | tuple[Any, ...] | None = None,
+    tensors: Collection[str] | None = None,
+) -> nn.Module:
+    """`quantize_model` with a ready policy.
+
+    Args:
+        model, example: see there.
+        policy: what every tensor gets.
+        tensors: names of those that were quantized in another one of the same network, and are to be here, where there
+            is no example; None: what is known without a look.
+    """
     if each(model, is_quantized):
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
-    layers, notes = _convertible(model)
-    if not layers:
-        why = "".join(f"; {note}" for note in told_once(notes.items()))
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Linear layer to quantize{why}")
-    if policy.full_precision:
-        return model
     inputs = None if example is None else example if isinstance(example, tuple) else (example,)
-    other_attention = attention_of(model) - {EAGER}
-    before = None if inputs is None or not other_attention else computed(model, inputs)
-    quantize_attention(model)
+    if policy.full_precision and _layers_in(model):
+        return model
+    asking, before = (None, None) if inputs is None else look(model, inputs)
+    layers, notes = _convertible(model, policy, asking, tensors)
+    attention = _own_attention(model, asking, tensors)
+    if not (layers or attention):
+        why = "".join(f"; {note}" for note in told_once(notes.items()))
+        raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
+    other_attention = bool(attention_of(model) - {EAGER})
     try:
-        layers |= dict(each(model, lambda m: isinstance(m, QuantMatmul)))
+        layers = _converted(model, layers.values(), attention)
         seen = None if inputs is None else trace(model, *inputs)
+        if inputs is not None and seen is not None:
+            _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
         chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
-        quantizers = {name: _quantizers(layers[name], tensors) for name, tensors in chosen.items() if name in layers}
-        if not any(any(found.values()) for found in quantizers.values()):
-            raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+        _equip_all(model, layers, chosen)
     except BaseException:
-        restore_attention(model)
+        remove_quantizers(model)
         raise
-    for name, found in quantizers.items():
-        _convert(model, name, layers[name], found)
+    for module in attention:
+        release_own_products(module)
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):  # its fast path in eval() reads weights past their layers
-            module.register_forward_pre_hook(_no_fast_path)
+        keep_off_fast_path(module)
     setattr(model, POLICY, policy.with_ends(ends))
-    if inputs is not None and seen is not None:
-        before = tensors_of(seen.output) if before is None else before
-        try:
-            _check_unchanged(model, inputs, before, bool(other_attention))
-        except BaseException:
-            remove_quantizers(model)
-            raise
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
     for note in told_once((name, notes[name]) for name in left):
         _warn(note)
@@ -166,14 +197,42 @@ def insert(model: nn.Module, policy: Policy, example: Tensor | tuple[Any, ...] |
     return model
 
 
-def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors, other_attention: bool) -> None:
-    """Refuse a model, and take its quantizers out, if it computes something else on inputs than before with them off.
+def _converted(model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """Convert layers and attention, without quantizers yet; returns all that may get some, by name."""
+    quantize_attention(model)
+    for module in attention:
+        quantize_own_products(module)
+    for layer in layers:
+        convert(layer)
+    return dict(each(model, is_quantized))
+
+
+def _equip_all(
+    model: nn.Module, layers: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, TensorPolicy]]
+) -> None:
+    """Give layers the quantizers that a policy says.
+
+    Raises:
+        PolicyError: it says none at all, or what cannot be.
+    """
+    quantizers = {name: _quantizers(layer, chosen[name]) for name, layer in layers.items()}
+    if not any(any(found.values()) for found in quantizers.values()):
+        raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+    for name, found in quantizers.items():
+        _equip(model, name, layers[name], found)
+
+
+def _check_unchanged(
+    model: nn.Module, inputs: tuple[Any, ...], before: Tensors, now: Tensors, other_attention: bool
+) -> None:
+    """Refuse a model if, with layers and products that are to be quantized but are not yet, it computes something else.
 
     Args:
-        model: with quantizers.
+        model: with such layers and products.
         inputs: of its forward.
-        before: what it computed then.
-        other_attention: whether its attention was another than "eager", and may have rounded otherwise.
+        before: what it computed before.
+        now: what it computes.
+        other_attention: whether its attention, by transformers' interface, was another than "eager".
 
     Raises:
         PolicyError: it does; the message names the module where it begins.
@@ -181,20 +240,22 @@ def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors,
     Warns:
         QuantizationWarning: it does because that other attention computes something else than "eager".
     """
-    with quantizers_disabled(model):
-        now = computed(model, inputs)
-        if difference(before, now, tolerance(model) if other_attention else 0.0) is None:
-            return
-        repeats = difference(now, computed(model, inputs), 0) is None
-        allowed = 0.0 if repeats else tolerance(model)
-        if not repeats and difference(before, now, allowed) is None:
-            return
-        ours = computed_by_modules(model, inputs)
-        with attention_as(model, EAGER):
-            eager = computed_by_modules(model, inputs)
-        with attention_as(model):
-            theirs = computed_by_modules(model, inputs)
-    if other_attention and first_difference(eager, ours, allowed) is None:
+    rounds = other_attention or bool(each(model, lambda m: isinstance(m, QuantAttention)))
+    if not rounds and difference(before, now, 0) is None:
+        return
+    repeats = difference(now, computed(model, inputs), 0) is None
+    allowed = 0.0 if repeats else tolerance(model)
+    with products_as_before(model), attention_as(model):
+        same = difference(before, computed(model, inputs) if rounds else now, allowed) is None
+    if same and difference(before, now, tolerance(model) if rounds else allowed) is None:
+        return
+    ours = computed_by_modules(model, inputs)
+    with products_as_before(model), attention_as(model, EAGER):
+        eager = computed_by_modules(model, inputs)
+    with products_as_before(model), attention_as(model):
+        theirs = computed_by_modules(model, inputs)
+    parted = first_difference(eager, ours, tolerance(model) if same else allowed)
+    if other_attention and same and parted is None:
         where, found = first_difference(theirs, ours, tolerance(model)) or ("", "")
         _warn(
             f"{_described(model, where)} computes something else than before ({found}): quantized attention is what "
@@ -202,7 +263,7 @@ def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors,
         )
         return
     remove_quantizers(model)
-    parted = first_difference(eager if other_attention else computed_by_modules(model, inputs), ours, allowed)
+    parted = parted or first_difference(computed_by_modules(model, inputs), theirs, allowed)
     where, found = parted or ("", "in what it returns")
     raise PolicyError(
         f"{_described(model, where)} computes something else with quantizers switched off than without them ({found})"
@@ -211,23 +272,46 @@ def _check_unchanged(model: nn.Module, inputs: tuple[Any, ...], before: Tensors,
 
 def _described(model: nn.Module, name: str) -> str:
     """A module for a reader."""
-    kind = type(model.get_submodule(name)).__name__
+    kind = full_precision_name(model.get_submodule(name))
     return f"{name} ({kind})" if name else kind
 
 
-def _convertible(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _layers_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What might be quantized: layers of known kinds, and PyTorch's own attention."""
+    return each(model, lambda m: (layer_kind(m) is not None and not isinstance(m, nn.Embedding)) or is_multihead(m))
+
+
+def _convertible(
+    model: nn.Module, policy: Policy, asking: Asking | None, tensors: Collection[str] | None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers that can be quantized, by name, and what is to be said of each that looks like one but cannot."""
     layers: dict[str, nn.Module] = {}
     notes: dict[str, str] = {}
-    for name, layer in each(model, lambda m: isinstance(m, tuple(LAYERS))):
-        if type(layer) not in LAYERS:
+    for name, layer in each(model, lambda m: layer_kind(m) is not None):
+        wanted = tensors is None or any(f"{name}.{operand}" in tensors for operand in operands(layer))
+        if not wanted or (kind_of(layer) == EMBEDDING and not policy.names_kind(EMBEDDING)):
+            continue
+        weight: Any = layer.weight
+        if isinstance(weight, nn.UninitializedParameter):
+            notes[name] = "has no weight yet: left as it is"
+        elif not weight.is_floating_point():
+            notes[name] = f"has a weight of dtype {weight.dtype}: left as it is"
+        elif is_plain(type(layer)) or tensors or (asking is not None and multiplies_by_its_weight(layer, asking)):
+            layers[name] = layer
+        else:
             what = type(layer).__name__
             notes[name] = f"is a {what}, which may not compute what its base class does: left as it is"
-        elif not _weight(layer).is_floating_point():
-            notes[name] = f"has a weight of dtype {_weight(layer).dtype}: left as it is"
-        else:
-            layers[name] = layer
     return layers, notes
+
+
+def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[str] | None) -> list[nn.Module]:
+    """The attention modules whose own products can be quantized, but for those that transformers' interface serves."""
+    served = modules_served(model)
+    if tensors is not None:
+        names = {name.rpartition(".")[0].rpartition(".")[0] for name in tensors if is_product(name)}
+        return [m for name, m in each(model, lambda m: m not in served) if name in names]
+    attending = [m for m in model.modules() if is_multihead(m) or (asking is not None and attends(m, asking))]
+    return [m for m in attending if m not in served]
 
 
 def _chosen(
@@ -254,27 +338,28 @@ def _chosen(
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
     """A quantizer for each operand of a layer; None for full precision."""
     try:
-        return {operand: tensor.quantizer(layer, operand) for operand, tensor in tensors.items()}
+        return {operand: tensor.quantizer(operand, *_channels(layer)) for operand, tensor in tensors.items()}
     except ValueError as error:
         raise PolicyError(str(error)) from error
 
 
-def _convert(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:
-    """Give a layer its quantizers, on its device; one that gets none stays what it is."""
-    if not any(quantizers.values()) and not isinstance(layer, QuantMatmul):
+def _channels(layer: nn.Module) -> tuple[Sequence[int], int]:
+    """The shape of a layer's weight, and its dimension of output channels."""
+    return (layer.weight.shape, layer.channels) if isinstance(layer, QuantLayer) else ((), 0)
+
+
+def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:
+    """Give a layer its quantizers, on its device; one of a full-precision class that gets none is of it again."""
+    if not any(quantizers.values()) and isinstance(layer, Swapped):
+        restore(layer)
         return
-    beside = model.get_submodule(name.rpartition(".")[0]) if isinstance(layer, QuantMatmul) else layer
+    beside = layer if isinstance(layer, Swapped) else model.get_submodule(name.rpartition(".")[0])
     device = next(beside.parameters()).device
     for operand, quantizer in quantizers.items():
         if quantizer is not None:
             quantizer.name = f"{name}.{operand}"
             quantizer.to(device)
-    convert(layer, quantizers)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """The weight [K, ...] that a layer computes with, be it a parameter or what pruning makes of one."""
-    return layer.weight  # type: ignore[return-value]
+    give_quantizers(layer, quantizers)
 
 
 def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[str]]:
@@ -284,8 +369,8 @@ def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[
         order = [name for name, calls in seen.layers.items() if name in layers and not calls.training_only]
     ends: dict[str, set[str]] = {}
     if order:
-        first = next((name for name in order if isinstance(layers[name], nn.Conv2d)), order[0])
-        last = next((name for name in reversed(order) if isinstance(layers[name], nn.Linear)), order[-1])
+        first = next((name for name in order if kind_of(layers[name]).startswith("Conv")), order[0])
+        last = next((name for name in reversed(order) if kind_of(layers[name]) == "Linear"), order[-1])
         ends.setdefault(first, set()).add("first")
         ends.setdefault(last, set()).add("last")
     return ends
@@ -293,9 +378,10 @@ def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[
 
 def _decide(model: nn.Module, seen: Trace) -> None:
     """Signs and sizes of the inputs, once and for all; what was noticed is said."""
+    modules = modules_by_name(model)
     for name, calls in seen.layers.items():
-        layer = model.get_submodule(name)
-        if not is_quantized(layer):
+        layer = modules.get(name)  # a product that nothing is quantized of may be gone
+        if layer is None or not is_quantized(layer):
             continue
         for operand, signed in calls.signed.items():
             quantizer = quantizer_of(layer, operand)
@@ -306,13 +392,13 @@ def _decide(model: nn.Module, seen: Trace) -> None:
     for note in seen.notes:
         _warn(note)
     for left in rest(filter(partial(_passed_over, model), seen.products), sum(p.macs for p in seen.products)):
-        known = "Conv2d and Linear layers and the attention of transformers' networks"
-        _warn(f"{left} {'is' if len(left.modules) == 1 else 'are'} not quantized: only {known} are")
+        _warn(f"{left} {'is' if len(left.modules) == 1 else 'are'} not quantized: only {KNOWN} are")
 
 
 def _passed_over(model: nn.Module, product: Product) -> bool:
     """Whether a product is of no kind of module that a policy is about; what only looks like one was named before."""
-    return not isinstance(model.get_submodule(product.module), (*LAYERS, QuantMatmul))
+    module = modules_by_name(model).get(product.module)
+    return module is not None and layer_kind(module) is None and not is_quantized(module)
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -321,10 +407,6 @@ def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict
     with quantizers_disabled(model):
         seen = trace(model, *args, **kwargs)
     _decide(model, seen)
-
-
-def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing: having one is what counts."""
 
 
 def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
@@ -346,7 +428,7 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer):
                 seen = getattr(layer, "elements_seen", {}).get(operand)
-                elements = _weight(layer).numel() if operand == "weight" else seen
+                elements = layer.weight.numel() if operand == "weight" else seen  # type: ignore[operator]
                 found.append(QuantizedTensor(name, operand, elements, quantizer))
     return found
 
@@ -421,7 +503,7 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
         bucket: see there.
     """
     weights = [t for t in quantized_tensors(model) if t.tensor == "weight"]
-    parameters = [model.get_submodule(t.layer)._parameters.get("weight") for t in weights]
+    parameters = [model.get_submodule(t.layer).used_parameter() for t in weights]  # type: ignore[operator]
     return WeightsTogether([(t.quantizer, p) for t, p in zip(weights, parameters, strict=True)], bucket)
 
 
@@ -431,17 +513,16 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layer has been given another class since, by fully_shard, say; nothing is done then.
     """
-    layers = [layer for _, layer in each(model, is_quantized) if not isinstance(layer, QuantMatmul)]
-    for layer in layers:
-        full_precision_class(layer)
+    swapped = [module for _, module in each(model, lambda m: isinstance(m, Swapped))]
+    for module in swapped:
+        full_precision_class(module)
     restore_attention(model)
-    for layer in layers:
-        restore(layer)
+    for module in swapped:
+        restore(module)
     for module in model.modules():
         for name in {POLICY, PRODUCTS} & vars(module).keys():
             delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
-        _remove_hook(module, _no_fast_path)
     return model
 
 

@@ -1,46 +1,259 @@
-"""Layers that quantize what they multiply: convolutions and linear layers their weight and input, products both sides.
+"""Layers that quantize what they multiply: their weight and input, or both factors of a product.
 
 A layer is converted in place by swapping its class, so that the module object, its parameters, their names, its hooks
 and every other reference to it stay what they were; converting back is the same swap. The quantizers are submodules,
 `weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
+
+A class of its own forward, such as one that makes a weight of its weight first, keeps that forward: the one call by
+which it multiplies is caught on its way to PyTorch, and so it is the weight that is used that is quantized.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from qat_runner.policy import WEIGHT_AND_INPUT
+from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.policy import EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant.recompute import recomputing
 
-LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
-"""Full-precision class -> quantized class. Only exact classes are converted: a subclass may compute something else."""
+
+class Kind(NamedTuple):
+    """A kind of layer with a weight."""
+
+    name: str
+    """what policies call it"""
+    function: Any
+    """by which it multiplies"""
+    channels: int = 0
+    """dimension of the weight that is one of output channels"""
 
 
-class QuantConv2d(nn.Conv2d):
-    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias untouched."""
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Conv1d: Kind("Conv1d", torch.conv1d),
+    nn.Conv2d: Kind("Conv2d", torch.conv2d),
+    nn.Conv3d: Kind("Conv3d", torch.conv3d),
+    nn.ConvTranspose1d: Kind("ConvTranspose1d", torch.conv_transpose1d, 1),
+    nn.ConvTranspose2d: Kind("ConvTranspose2d", torch.conv_transpose2d, 1),
+    nn.ConvTranspose3d: Kind("ConvTranspose3d", torch.conv_transpose3d, 1),
+    nn.Linear: Kind("Linear", F.linear),
+    nn.Embedding: Kind(EMBEDDING, F.embedding),
+}
+"""Class -> its kind; what a subclass computes is looked at."""
 
+
+def kinds() -> dict[type[nn.Module], Kind]:
+    """KINDS, and the linear layer of transformers whose weight is [C, K], if transformers is in use."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return KINDS if module is None else {**KINDS, module.Conv1D: Kind("Linear", torch.addmm, 1)}
+
+
+def layer_kind(layer: nn.Module | type[nn.Module]) -> Kind | None:
+    """The kind of a layer with a weight, quantized or not, or of a class of such; None for anything else."""
+    of = layer if isinstance(layer, type) else type(layer)
+    return next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
+
+
+class Swapped(nn.Module):
+    """A module whose class was swapped for one that `quantized_class` made, by which it is pickled and copied."""
+
+    full_precision: ClassVar[type[nn.Module]]
+    """the class it had before"""
+
+    base: ClassVar[Any] = None
+    """what was mixed into that class; None where the class was written for it"""
+
+    def added(self) -> Sequence[str]:
+        """Names of the submodules that it did not have before."""
+        return ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(protocol)
+        return _new, (self.full_precision, self.base), *made[2:]
+
+
+def _new(full: type[nn.Module], base: type[nn.Module] | None) -> Any:
+    made = quantized_class(full, base)
+    return made.__new__(made)
+
+
+class QuantLayer(nn.Module):
+    """A layer that multiplies its quantized input and a quantized weight; its bias is untouched."""
+
+    operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
+    """names of what is multiplied"""
+    weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
-        with recomputing((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
-            out: Tensor = self._conv_forward(x, weight, self.bias)
-        return out
+    @property
+    def channels(self) -> int:
+        """The dimension of the weight that is one of output channels, of those of one group in a transposed one."""
+        kind = layer_kind(self)
+        return kind.channels if kind is not None and self.weight.shape[kind.channels] > 1 else 0
+
+    def used_weight(self) -> Tensor:
+        """The weight as it is multiplied, and quantized."""
+        weight: Tensor = self.weight
+        return weight
+
+    def added(self) -> Sequence[str]:
+        return [f"{name}_quantizer" for name in self.operands]
+
+    def stored_weight(self) -> nn.Parameter:
+        """The parameter that the weight is, or is made of."""
+        parameter: nn.Parameter = self.get_parameter("weight")
+        return parameter
+
+    def used_parameter(self) -> nn.Parameter | None:
+        """That weight if it is the same parameter at each call; None: it is computed anew."""
+        return self._parameters.get("weight")
+
+    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        """What is computed with an input and a weight, with both quantized."""
+        x, w = self.input_quantizer(input), self.weight_quantizer(weight)
+        if w is weight:  # a module around this one might take the call for one with this layer's weight, past the layer
+            return compute(x, w.view_as(w))
+        with recomputing((x, input, self.input_quantizer), (w, weight, self.weight_quantizer)):
+            return compute(x, w)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantLayer, Swapped, nn.Linear):
     """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; bias untouched."""
 
-    weight_quantizer: nn.Module
-    input_quantizer: nn.Module
+    full_precision = nn.Linear
+    for_others = True
+    """Whether the module around it may use its weight past it, and is to have what is computed computed here."""
+
+    def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
+        """As nn.Linear; or what someone computes with the input and the weight of this layer."""
+        return self.multiply(input, self.weight, compute or self._product)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class QuantConv(QuantLayer, Swapped):
+    """nn.Conv1d, 2d or 3d of a quantized input [N, C, ...] with a quantized weight [K, C / groups, ...]."""
+
+    bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        x, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
-        with recomputing((x, input, self.input_quantizer), (weight, self.weight, self.weight_quantizer)):
-            return nn.functional.linear(x, weight, self.bias)
+        return self.multiply(input, self.weight, self._product)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
+class QuantConv1d(QuantConv, nn.Conv1d):
+    """nn.Conv1d of a quantized input [N, C, L] with a quantized weight [K, C / groups, R]; bias untouched."""
+
+    full_precision = nn.Conv1d
+
+
+class QuantConv2d(QuantConv, nn.Conv2d):
+    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias untouched."""
+
+    full_precision = nn.Conv2d
+
+
+class QuantConv3d(QuantConv, nn.Conv3d):
+    """nn.Conv3d of a quantized input [N, C, D, H, W] with a quantized weight [K, C / groups, Q, R, S]."""
+
+    full_precision = nn.Conv3d
+
+
+class Taking(TorchFunctionMode):
+    """While open, calls of functions go to someone who may take them over.
+
+    Args:
+        take: of a function, its arguments and its named ones; NotImplemented leaves the call as it is.
+    """
+
+    def __init__(self, take: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
+        super().__init__()
+        self.take = take
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = self.take(func, args, kwargs)
+        return func(*args, **kwargs) if out is NotImplemented else out
+
+
+class _Used(Exception):  # noqa: N818  # no error: an answer
+    """Ends a forward pass that was to find a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class TakenLayer(QuantLayer, Swapped):
+    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Taking(self._quantized):
+            return super().forward(*args, **kwargs)
+
+    def used_weight(self) -> Tensor:
+        if self.full_precision in kinds():
+            return super().used_weight()
+        try:
+            with Taking(self._only_the_weight):
+                super().forward(self._anything())
+        except _Used as used:
+            return used.weight
+        raise RuntimeError(f"{type(self).__name__} multiplies nothing by a weight")
+
+    @torch.no_grad()
+    def used_parameter(self) -> nn.Parameter | None:
+        parameter = super().used_parameter()
+        return parameter if parameter is self.used_weight() else None
+
+    def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+        return taken_apart(func, args, kwargs) if is_own(self.full_precision, func) else None
+
+    def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = self._call(func, args, kwargs)
+        return NotImplemented if call is None else self.multiply(*call)
+
+    def _only_the_weight(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = self._call(func, args, kwargs)
+        if call is not None:
+            raise _Used(call.right)
+        return NotImplemented
+
+    def _anything(self) -> Tensor:
+        """An input of the smallest size."""
+        if isinstance(self, nn.modules.conv._ConvNd):
+            return self.weight.new_zeros(1, self.in_channels, *self.kernel_size)  # type: ignore[no-any-return]
+        return self.weight.new_zeros(1, self.weight.shape[1])  # type: ignore[no-any-return]
+
+
+def is_own(full: type[nn.Module], func: Any) -> bool:
+    """Whether a function is the one by which layers of a class multiply."""
+    kind = layer_kind(full)
+    return kind is not None and func is kind.function
+
+
+class QuantEmbedding(TakenLayer):
+    """nn.Embedding with a quantized weight [V, C]."""
+
+    operands = ("weight",)
+
+    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        """What is looked up in a quantized weight."""
+        return compute(input, self.weight_quantizer(weight))
+
+    def _anything(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=self.weight.device)
 
 
 class QuantMatmul(nn.Module):
@@ -56,36 +269,70 @@ class QuantMatmul(nn.Module):
         for name in operands:
             self.add_module(f"{name}_quantizer", nn.Identity())
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+    def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
+        """That product, or what else is computed with the two."""
         by = [self.get_submodule(f"{name}_quantizer") for name in self.operands]
         a, b = by[0](left), by[1](right)
         with recomputing((a, left, by[0]), (b, right, by[1])):
-            return torch.matmul(a, b)
+            return compute(a, b)
 
 
-LAYERS.update({nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear})
+WRITTEN: dict[type[nn.Module], type[Swapped]] = {
+    quantized.full_precision: quantized for quantized in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+}
+"""Full-precision class -> quantized class, where the forward is known."""
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
+"""What `quantized_class` made: one class each, so that modules of one class stay of one class."""
+
+
+def quantized_class(full: type[nn.Module], base: type[nn.Module] | None = None) -> Any:
+    """The class that a module of a class gets.
+
+    Args:
+        full: that class.
+        base: a kind of Swapped that goes before it; None: for a layer of one of KINDS, what fits it.
+    """
+    if base is None and full in WRITTEN:
+        return WRITTEN[full]
+    base = base or _written(full) or (QuantEmbedding if issubclass(full, nn.Embedding) else TakenLayer)
+    if (full, base) not in _CLASSES:
+        about = {"full_precision": full, "base": base, "__doc__": base.__doc__}
+        _CLASSES[full, base] = type(f"Quant{full.__name__}", (base, full), about)
+    return _CLASSES[full, base]
+
+
+def _written(full: type[nn.Module]) -> type[nn.Module] | None:
+    """The quantized class that computes what layers of a class compute, if their forward is not their own."""
+    for base, quantized in WRITTEN.items():
+        own = [name for name in ("forward", "_conv_forward") if getattr(full, name, 0) is not getattr(base, name, 0)]
+        if issubclass(full, base) and not own:
+            return quantized
+    return None
+
+
+def is_plain(full: type[nn.Module]) -> bool:
+    """Whether what layers of a class compute is known without a look at them."""
+    return full in kinds() or _written(full) is not None
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module is one of this file's layers, or of a class that a wrapper has made of one."""
-    return isinstance(module, (*LAYERS.values(), QuantMatmul))
+    return isinstance(module, QuantLayer | QuantMatmul)
 
 
 def kind_of(layer: nn.Module) -> str:
-    """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul."""
-    return next((kind.__name__ for kind in LAYERS if isinstance(layer, kind)), "Matmul")
+    """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
+    kind = layer_kind(layer)
+    return "Matmul" if kind is None else kind.name
 
 
 def operands(layer: nn.Module) -> tuple[str, ...]:
-    """Names of what a layer multiplies."""
-    return layer.operands if isinstance(layer, QuantMatmul) else WEIGHT_AND_INPUT
-
-
-def activations(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The operands, by name, that a call of a layer (quantized or of a class in LAYERS) is given."""
-    if isinstance(layer, QuantMatmul):
-        return dict(zip(layer.operands, args, strict=True))
-    return {"input": args[0] if args else kwargs["input"]}
+    """Names of what a layer multiplies, quantized or not."""
+    if isinstance(layer, QuantLayer | QuantMatmul):
+        return layer.operands
+    return QuantEmbedding.operands if isinstance(layer, nn.Embedding) else WEIGHT_AND_INPUT
 
 
 def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
@@ -93,38 +340,50 @@ def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
     return layer.get_submodule(f"{operand}_quantizer")
 
 
-def convert(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> None:
-    """Turn a layer of a class in LAYERS into its quantized class, or give a product its quantizers, in place.
+def convert(layer: nn.Module) -> None:
+    """Turn a layer of one of KINDS into its quantized class, in place, without quantizers yet."""
+    layer.__class__ = quantized_class(type(layer))
+    give_quantizers(layer, dict.fromkeys(operands(layer)))
 
-    Args:
-        layer: to convert.
-        quantizers: of each operand; None for full precision.
-    """
-    layer.__class__ = LAYERS.get(type(layer), type(layer))
+
+def give_quantizers(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> None:
+    """Put quantizers beside the operands of a quantized layer; None for full precision."""
     for name, quantizer in quantizers.items():
         layer.add_module(f"{name}_quantizer", quantizer if quantizer is not None else nn.Identity())
     layer.train(layer.training)
 
 
 def full_precision_class(layer: nn.Module) -> type[nn.Module]:
-    """The class in LAYERS that a layer had before `convert`.
+    """The class that a module had before its class was swapped.
 
     Raises:
         ValueError: something else has changed its class since, as fully_shard and parametrizations do.
     """
-    for full, quantized in LAYERS.items():
-        if type(layer) is quantized:
-            return full
-    raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
+    full: type[nn.Module] | None = vars(type(layer)).get("full_precision")
+    if full is None:
+        raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
+    return full
 
 
-def restore(layer: nn.Module) -> None:
-    """Undo `convert` of a layer of a class in LAYERS, in place; errors as of `full_precision_class`."""
-    layer.__class__ = full_precision_class(layer)
-    for name in WEIGHT_AND_INPUT:
-        delattr(layer, f"{name}_quantizer")
+def full_precision_name(module: nn.Module) -> str:
+    """The name of the class that a module has, or had before it was swapped."""
+    return str(getattr(module, "full_precision", type(module)).__name__)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module of a swapped class the one it had before, in place; errors as of `full_precision_class`."""
+    assert isinstance(module, Swapped)
+    added: Sequence[str] = module.added()
+    module.__class__ = full_precision_class(module)  # type: ignore[assignment]
+    for name in added:
+        delattr(module, name)
 
 
 def each(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
     """(name, module) of the wanted modules, in order of registration, each once, under its first name."""
     return [(name, module) for name, module in model.named_modules() if wanted(module)]
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules, under each of their names."""
+    return dict(model.named_modules(remove_duplicate=False))

@@ -1,6 +1,7 @@
 """A quantized network in one file: its state, and the policy that it was quantized with."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from qat_runner.insertion.tensors import whole
 from qat_runner.policy import Policy
 
 FORMAT = "qat_runner.network.1"
+
+_END = "_quantizer.grid"
+"""What a key ends in that every quantizer has in a state."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -80,7 +84,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
-    insert(model, Policy.from_list(content["policy"]))
+    insert(model, Policy.from_list(content["policy"]), tensors=tensors_in(content["state"]))
     try:
         model.load_state_dict(content["state"])
     except RuntimeError as error:
@@ -88,6 +92,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
     remember_seen(model, content["elements"], products)
     return model
+
+
+def tensors_in(state: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors that a network's state has quantizers for."""
+    return {key.removesuffix(_END) for key in state if isinstance(key, str) and key.endswith(_END)}
 
 
 def _products(path: str | os.PathLike[str], said: object) -> list[Product]:

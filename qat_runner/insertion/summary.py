@@ -4,7 +4,15 @@ from torch import nn
 
 from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import network_of, products_of, quantized_tensors
-from qat_runner.insertion.layers import QuantMatmul, each, is_quantized, operands, quantizer_of
+from qat_runner.insertion.layers import (
+    QuantMatmul,
+    each,
+    full_precision_name,
+    is_quantized,
+    modules_by_name,
+    operands,
+    quantizer_of,
+)
 from qat_runner.insertion.products import Product, Rest, percent, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
 
@@ -56,7 +64,7 @@ def not_quantized(model: nn.Module) -> list[Rest]:
 
 def _quantized_operands(model: nn.Module, product: Product) -> int:
     """How many of the two operands of a product are quantized."""
-    layer = dict(network_of(model).named_modules(remove_duplicate=False)).get(product.module)
+    layer = modules_by_name(network_of(model)).get(product.module)
     if layer is None or not is_quantized(layer):
         return 0
     return sum(isinstance(quantizer_of(layer, operand), Quantizer) for operand in operands(layer))
@@ -80,7 +88,7 @@ def _left(model: nn.Module) -> list[str]:
             not (is_quantized(module) or isinstance(module, Quantizer))
             and next(module.parameters(recurse=False), None) is not None
         ):
-            names.setdefault(type(module).__name__, []).append(name)
+            names.setdefault(full_precision_name(module), []).append(name)
     left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
     return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_runner.insertion.layers import LAYERS, activations, each, is_quantized, kind_of
+from qat_runner.insertion.layers import each, full_precision_name, is_quantized, kind_of, kinds, operands, quantizer_of
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
@@ -40,7 +41,7 @@ _ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "
 
 @dataclass
 class LayerCalls:
-    """What was seen of one Conv2d or Linear layer, or of a quantized product."""
+    """What was seen of one layer, or of a product."""
 
     name: str
     module: nn.Module
@@ -109,6 +110,9 @@ class _Signs(TorchFunctionMode):
         if name in ("hardtanh", "clamp", "clip", "clamp_min"):
             low = kwargs.get("min_val", kwargs.get("min", args[1] if len(args) > 1 else None))
             return isinstance(low, int | float) and low >= 0
+        if name == "masked_fill":
+            value = kwargs.get("value", args[2] if len(args) > 2 else None)
+            return self.is_tagged(args[0]) and isinstance(value, int | float) and value >= 0
         if name not in _KEEPS:
             return False
         if name == "interpolate" and "cubic" in str([*args, *kwargs.values()]):  # overshoots
@@ -150,7 +154,7 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     Returns:
         The layers called, the products of tensors, and notes on what cannot be quantized.
     """
-    names = {module: name for name, module in each(model, lambda m: type(m) in LAYERS or is_quantized(m))}
+    names = {module: name for name, module in each(model, lambda m: is_quantized(m) or _is_layer(m))}
     with _Calls(model, names, _Signs([*inputs, *named_inputs.values()])) as calls:
         with evaluating(model), repeatable(), calls.watched():
             output = model(*inputs, **named_inputs)
@@ -168,6 +172,11 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         + [Product(*key, macs, training=True) for key, macs in _only_in(calls.products.found, found).items()],
         output,
     )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer that could be quantized by its input."""
+    return type(module) in kinds() and not isinstance(module, nn.Embedding)
 
 
 def _only_in(
@@ -225,13 +234,20 @@ class _Calls:
 
     def __enter__(self) -> "_Calls":
         for name, module in self._model.named_modules():
-            owner = name, kind_of(module) if is_quantized(module) else type(module).__name__
+            owner = name, kind_of(module) if is_quantized(module) else full_precision_name(module)
             self._handles += [
                 module.register_forward_pre_hook(lambda m, a, owner=owner: self._owners.append(owner)),
                 module.register_forward_hook(lambda m, a, out: self._leave()),
             ]
         for module in self.names:
-            self._handles.append(module.register_forward_pre_hook(self._look, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(self._called))
+            if not is_quantized(module):
+                self._handles.append(module.register_forward_pre_hook(partial(self._look, module, "input")))
+                continue
+            for operand in operands(module):
+                if operand != "weight":
+                    look = partial(self._look, module, operand)
+                    self._handles.append(quantizer_of(module, operand).register_forward_pre_hook(look))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -241,13 +257,16 @@ class _Calls:
     def _leave(self) -> None:
         self._owners.pop()
 
-    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         layer = self.layers.setdefault(module, LayerCalls(self.names[module], module, training_only=self.training_only))
-        if layer.training_only != self.training_only:
-            return  # seen in eval mode already
-        layer.calls += 1
-        for operand, x in activations(module, args, kwargs).items():
-            # Values only ever overrule structure towards signed, should it have been fooled.
-            negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
-            layer.signed[operand] = layer.signed.get(operand, False) or negative
-            layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))
+        layer.calls += layer.training_only == self.training_only  # what was seen in eval mode is not counted again
+
+    def _look(self, module: nn.Module, operand: str, given: nn.Module, args: tuple[Tensor, ...]) -> None:
+        layer = self.layers[module]
+        if layer.training_only != self.training_only or not args:
+            return
+        x = args[0]
+        # Values only ever overrule structure towards signed, should it have been fooled.
+        negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
+        layer.signed[operand] = layer.signed.get(operand, False) or negative
+        layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))

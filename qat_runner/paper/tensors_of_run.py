@@ -14,6 +14,7 @@ from qat_runner.data import DATASETS, Data
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import QuantizedTensor, quantized_tensors
 from qat_runner.insertion.insert import insert, quantizers_disabled
+from qat_runner.insertion.layers import QuantLayer
 from qat_runner.insertion.watch import watch
 from qat_runner.models import MODELS, Source, find_weights, library_of, load_weights
 from qat_runner.quant import Quantizer
@@ -87,7 +88,9 @@ def look_at_weights(model: nn.Module, look: Look) -> None:
     """
     for tensor in quantized_tensors(model):
         if tensor.tensor == "weight":
-            look(tensor, model.get_parameter(tensor.name).detach())
+            layer = model.get_submodule(tensor.layer)
+            assert isinstance(layer, QuantLayer)
+            look(tensor, layer.used_weight().detach())
 
 
 def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: Look) -> None:

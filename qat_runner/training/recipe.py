@@ -8,6 +8,7 @@ from torch import nn
 
 from qat_runner.config import Optimizer, Schedule, StageConfig
 from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.layers import QuantLayer
 from qat_runner.quant import LearnedQuantizer
 
 
@@ -50,8 +51,9 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
             method = tensor.quantizer.method
             decay[tensor.quantizer.learned] = stage.weight_decay if method.decays else 0.0
             if tensor.tensor == "weight":
-                weight = model.get_parameter(f"{tensor.layer}.weight")
-                decay[weight] = stage.weight_decay * method.weight_decay_factor(tensor.quantizer.format)
+                layer = model.get_submodule(tensor.layer)
+                assert isinstance(layer, QuantLayer)
+                decay[layer.stored_weight()] = stage.weight_decay * method.weight_decay_factor(tensor.quantizer.format)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decay if decay[p] == value], "weight_decay": value}
         for value in sorted({*decay.values()}, reverse=True)

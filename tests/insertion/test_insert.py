@@ -198,16 +198,18 @@ class Functional(nn.Module):
 
 
 class OwnConv(nn.Conv2d):
-    pass
+    """Multiplies twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
 
 
 def test_what_is_passed_over_is_named() -> None:
     (twice, unused) = warned(Twice(), torch.randn(1, 3, 8, 8))
     assert "conv is called 2 times" in twice
     assert "unused is not called" in unused
-    conv, up, matmul = warned(Functional(), torch.randn(1, 3, 8, 8))
+    conv, matmul = warned(Functional(), torch.randn(1, 3, 8, 8))
     assert "convolution in the model itself" in conv
-    assert "convolution in up (ConvTranspose2d)" in up
     assert "mm in the model itself" in matmul
     (own,) = warned(nn.Sequential(nn.Conv2d(3, 3, 1), OwnConv(3, 3, 1)), torch.randn(1, 3, 8, 8))[:1]
     assert "1 is a OwnConv" in own
@@ -249,7 +251,7 @@ def test_layers_keep_their_identity_and_aliases() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"has no nn\.Conv2d or nn\.Linear"):
+    with pytest.raises(ValueError, match="has no layer to quantize"):
         quantize_model(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match="holds quantizers already"):
         quantize_model(quantize_model(Small()))
@@ -410,8 +412,15 @@ def test_pruned_and_parametrized_layers() -> None:
     assert (layer(torch.randn(2, 4))).shape == (2, 4)
     assert "weight" in summary(model)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="0 is a ParametrizedLinear"):
-        quantize_model(nn.Sequential(normed))
+    model = nn.Sequential(normed)
+    x = torch.randn(2, 4)
+    plain = model(x)
+    quantize_model(model, bits=2, first_last_bits=2, example=x)
+    assert {t.tensor for t in quantized_tensors(model)} == {"weight", "input"}
+    model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    copy.deepcopy(model)(x)
+    assert torch.equal(remove_quantizers(model)(x), plain)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates

@@ -1,0 +1,124 @@
+"""Calls of functions that multiply two tensors, taken apart: the two factors, and what is computed with them.
+
+A mode of PyTorch sees such a call on its way, and can have the same computed with other factors, quantized ones, say.
+What asks for it, a layer or an attention module, runs its own code, whatever that is.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""What is computed with two factors."""
+
+
+class Call(NamedTuple):
+    """A call of such a function."""
+
+    left: Tensor
+    right: Tensor
+    compute: Compute
+    """the same with other factors"""
+
+
+FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ((0, "input"), (1, "other"))),
+    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), ((0, "input"), (1, "mat2"))),
+    torch.baddbmm: ((1, "batch1"), (2, "batch2")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    **dict.fromkeys(
+        (
+            F.linear,
+            F.embedding,
+            *(torch.conv1d, torch.conv2d, torch.conv3d),
+            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        ),
+        ((0, "input"), (1, "weight")),
+    ),
+}
+"""Function -> where its factors are among its arguments, and what they are called there."""
+
+MATRICES = (
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm),
+    torch.einsum,
+)
+"""Functions by which modules multiply what they have computed."""
+
+ATTENTION = F.scaled_dot_product_attention
+
+
+def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    """A call of a function, as a mode sees it, if it is one of two tensors of FACTORS or of `torch.einsum`."""
+    if func is torch.einsum:
+        return _einsum(args)
+    if func not in FACTORS:
+        return None
+    places = FACTORS[func]
+    left, right = (args[i] if i < len(args) else kwargs.get(name) for i, name in places)
+    if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return None
+
+    def compute(a: Tensor, b: Tensor) -> Tensor:
+        own, named = list(args), dict(kwargs)
+        for (i, name), factor in zip(places, (a, b), strict=True):
+            if i < len(own):
+                own[i] = factor
+            else:
+                named[name] = factor
+        out: Tensor = func(*own, **named)
+        return out
+
+    return Call(left, right, compute)
+
+
+def _einsum(args: Sequence[Any]) -> Call | None:
+    equation, *factors = args
+    if len(factors) == 1 and isinstance(factors[0], list | tuple):
+        factors = list(factors[0])
+    if not isinstance(equation, str) or len(factors) != 2:
+        return None
+    return Call(factors[0], factors[1], lambda a, b: torch.einsum(equation, a, b))
+
+
+def attention(
+    scores: Callable[[Tensor, Tensor], Tensor],
+    context: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, by its definition there, with two products that are given.
+
+    Args:
+        scores, context: matrix products, of queries and keys, and of probabilities and values.
+        query: [..., H, L, D].
+        key, value: [..., H or fewer, L', D] and [..., H or fewer, L', D'].
+        attn_mask: broadcastable to [..., H, L, L']: true where something is looked at, or added to the scores.
+        dropout_p, is_causal, scale, enable_gqa: see there.
+
+    Returns:
+        [..., H, L, D']; zeros for a query that looks at nothing.
+    """
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    found = scores(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=found.dtype).masked_fill(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        found = found + attn_mask
+    probabilities = found.softmax(-1)
+    if attn_mask is not None:
+        probabilities = probabilities.masked_fill((found == -torch.inf).all(-1, keepdim=True), 0)
+    if dropout_p > 0:
+        probabilities = F.dropout(probabilities, dropout_p)
+    return context(probabilities, value)

@@ -1,0 +1,211 @@
+"""Attention modules of any make: the two products that a module's own forward asks PyTorch for are quantized ones.
+
+The module keeps its code. Its class is swapped for one that runs the same forward while calls on their way to PyTorch
+are watched: matrix products, one by one, are those of its submodules of PRODUCTS; `F.scaled_dot_product_attention` is
+written out with both; a product with the weight of a linear layer in it, past that layer, is that layer's.
+
+PyTorch's own `nn.MultiheadAttention` has its projections in one parameter; each is a layer here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, taken_apart
+from qat_runner.insertion.layers import (
+    QuantLayer,
+    QuantMatmul,
+    Swapped,
+    Taking,
+    each,
+    quantized_class,
+    restore,
+)
+from qat_runner.quant import Quantizer
+
+PRODUCTS = {"scores": ("query", "key"), "context": ("probabilities", "value")}
+"""Submodule of an attention module -> names of its operands, in the order in which attention computes them."""
+
+PROJECTIONS = {"query_projection": "q", "key_projection": "k", "value_projection": "v"}
+"""Submodule of `nn.MultiheadAttention` -> the letter that its parameters go by."""
+
+
+class ProductsOf(TorchFunctionMode):
+    """While open, the matrix products that are called are those of an attention module, in their order.
+
+    Args:
+        module: with the products of PRODUCTS.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.left = [name for name in PRODUCTS if name in module._modules]
+        self.weights = [
+            (layer, layer.weight if isinstance(layer, QuantProjection) else _named_weight(layer))
+            for layer in module.children()
+            if getattr(layer, "for_others", False)
+        ]
+        """of linear layers in it; a call with one of them, the very tensor, is a call of that layer"""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _written_out(*args, **{**kwargs, **self._projections()})
+        if func is ATTENTION and len(self.left) == len(PRODUCTS):
+            return attention(self._next, self._next, *args, **kwargs)
+        call = taken_apart(func, args, kwargs)
+        if call is not None and func in MATRICES and self.left:
+            # Autocast keeps probabilities in float32 up to the product, which takes them as it takes the values.
+            return self._next(call.left.to(call.right.dtype), call.right, call.compute)
+        if call is not None and func is F.linear:
+            for layer, weight in self.weights:
+                if weight is call.right:
+                    return layer(call.left, call.compute)
+        return func(*args, **kwargs)
+
+    def _next(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
+        product: Tensor = self.module.get_submodule(self.left.pop(0))(left, right, compute)
+        return product
+
+    def _projections(self) -> dict[str, Any]:
+        """Arguments by which `F.multi_head_attention_forward` uses the weights of projections one by one."""
+        own = {layer: weight for layer, weight in self.weights if isinstance(layer, QuantProjection)}
+        return {"use_separate_proj_weight": True, **{f"{p.letter}_proj_weight": weight for p, weight in own.items()}}
+
+
+def _named_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of a layer if it is one tensor, and not computed."""
+    return layer._parameters.get("weight", layer._buffers.get("weight"))
+
+
+_written_out = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+"""`F.multi_head_attention_forward` that does not offer itself to a mode, but the calls that it is made of."""
+
+
+class QuantAttention(Swapped):
+    """An attention module whose products are quantized, in its own forward."""
+
+    as_before = False
+    """Whether it computes as it did without that."""
+
+    def added(self) -> Sequence[str]:
+        return [name for name in (*PRODUCTS, *PROJECTIONS) if name in self._modules]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.as_before:
+            return super().forward(*args, **kwargs)
+        with ProductsOf(self):
+            return super().forward(*args, **kwargs)
+
+
+class QuantProjection(QuantLayer):
+    """A linear layer whose weight is a third of a parameter of the `nn.MultiheadAttention` around it, or one of it.
+
+    Args:
+        of: that module.
+        letter: of q, k and v.
+    """
+
+    for_others = True
+
+    def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:
+        super().__init__()
+        self._of, self.letter = (of,), letter  # in a tuple: what is around a module is no part of it
+        self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, C]"""
+        stored = self.stored_weight()
+        packed = stored is self._of[0].in_proj_weight
+        return stored.chunk(3)["qkv".index(self.letter)] if packed else stored
+
+    def stored_weight(self) -> nn.Parameter:
+        of: Any = self._of[0]
+        stored: nn.Parameter = (
+            getattr(of, f"{self.letter}_proj_weight") if of.in_proj_weight is None else of.in_proj_weight
+        )
+        return stored
+
+    def forward(self, input: Tensor, compute: Compute) -> Tensor:
+        """What is computed with the input and the weight of this layer."""
+        return self.multiply(input, self.weight, compute)
+
+
+def is_product(tensor: str) -> bool:
+    """Whether a name of a tensor is one of attention's own: of a product, or of a projection."""
+    return tensor.split(".")[-2] in (*PRODUCTS, *PROJECTIONS)
+
+
+def is_multihead(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's own attention, or computes what it does."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+
+
+def quantize_own_products(module: nn.Module) -> None:
+    """Give an attention module its products, and PyTorch's its projections, without quantizers, in place.
+
+    `restore` undoes it.
+
+    Args:
+        module: whose own forward computes two matrix products or one `F.scaled_dot_product_attention`.
+    """
+    for name, operands in PRODUCTS.items():
+        module.add_module(name, QuantMatmul(operands).train(module.training))
+    if is_multihead(module):
+        for name, letter in PROJECTIONS.items():
+            module.add_module(name, QuantProjection(module, letter).train(module.training))  # type: ignore[arg-type]
+    module.__class__ = quantized_class(type(module), QuantAttention)
+
+
+def release_own_products(module: nn.Module) -> None:
+    """Let an attention module compute as before what is not quantized in it, once there are quantizers."""
+    if not any(isinstance(inner, Quantizer) for name in PRODUCTS for inner in module.get_submodule(name).modules()):
+        for name in PRODUCTS:
+            delattr(module, name)
+    if not any(isinstance(inner, Quantizer) for inner in module.modules()):
+        restore(module)
+
+
+class WithoutFastPath(Swapped):
+    """PyTorch's encoder, or a layer of it, whose fast path in eval() reads weights past their layers, without that.
+
+    It has none where a mode watches it.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.training else Taking(lambda func, args, kwargs: NotImplemented):
+            return super().forward(*args, **kwargs)
+
+
+def keep_off_fast_path(module: nn.Module) -> None:
+    """Swap the class of a module that has such a path, in place; `restore` undoes it."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+        module.__class__ = quantized_class(type(module), WithoutFastPath)
+
+
+@contextmanager
+def products_as_before(model: nn.Module) -> Iterator[None]:
+    """While open, modules of `quantize_own_products` compute as they did before it."""
+    modules = [module for _, module in each(model, lambda m: isinstance(m, QuantAttention))]
+    try:
+        for module in modules:
+            module.as_before = True  # type: ignore[assignment]
+        yield
+    finally:
+        for module in modules:
+            del module.as_before

@@ -1,0 +1,288 @@
+"""Layers of all kinds: which weight is quantized, by which scalars, in whose forward."""
+
+import copy
+import io
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import qat_runner as qat
+from qat_runner.insertion import (
+    calibrate,
+    freeze,
+    full_precision_state_dict,
+    load,
+    not_quantized,
+    quantize_model,
+    quantized_share,
+    quantized_tensors,
+    remove_quantizers,
+    save,
+)
+from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
+from qat_runner.policy import Rule
+from qat_runner.quant import fake_quantize, octav
+
+
+class Standardized(nn.Conv2d):
+    """Makes a weight of its weight, as weight standardization does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.used(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def used(self) -> Tensor:
+        rows = self.weight.flatten(1)
+        return ((rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)).view_as(self.weight)
+
+
+class Padding(nn.Conv2d):
+    """Pads by itself, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 1, 0, 1))
+        return F.conv2d(input=x, weight=self.weight, bias=self.bias, stride=self.stride)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9), 0),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3), 0),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5), 1),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), (2, 4, 5, 5), 1),
+    "depthwise ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 4, 2, groups=4), (2, 4, 5, 5), 0),
+    "Conv1D": (lambda: Conv1D(6, 4), (2, 5, 4), 1),
+    "Standardized": (lambda: Standardized(4, 6, 3), (2, 4, 5, 5), 0),
+    "Padding": (lambda: Padding(4, 6, 2), (2, 4, 5, 5), 0),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 2)), (2, 4, 5, 5), 0),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_every_kind(name: str, tmp_path: Path) -> None:
+    make, shape, dim = LAYERS[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), torch.randn(shape)
+    twin, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    plain = model(x)
+    quantize_model(model, 4, linear_granularity="channel", example=x, first_last_bits=None)
+    weight = next(t for t in quantized_tensors(model) if t.tensor == "weight")
+    assert weight.quantizer.dim == dim and quantized_share(model) == 1
+    with quantizers_disabled(model):
+        assert torch.equal(model(x), plain)
+    layer: Any = twin[0]
+    used = layer.used() if isinstance(layer, Standardized) else layer.weight
+    q = fake_quantize(used.detach(), octav(used.detach(), 4, dim=dim), 4)
+    with torch.no_grad():  # the same layer with a weight and an input that were quantized by hand
+        if isinstance(layer, Standardized):
+            expected = F.conv2d(fake_quantize(x, octav(x, 4), 4), q, layer.bias)
+        else:
+            if name == "weight norm":
+                layer = nn.Conv2d(4, 6, 2)
+                layer.bias = twin[0].bias
+            layer.weight.copy_(q)
+            expected = layer(fake_quantize(x, octav(x, 4), 4))
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-5)
+    model.train()
+    with weights_together(model).quantized():
+        model(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert torch.equal(copy.deepcopy(model).eval()(x), model.eval()(x))
+    nn.Sequential(make()).load_state_dict(full_precision_state_dict(model))
+    save(model, tmp_path / "net.pt")
+    assert torch.equal(load(tmp_path / "net.pt", nn.Sequential(make())).eval()(x), model(x))
+    freeze(copy.deepcopy(model), batches=[x])(x)
+    model.load_state_dict(state)
+    assert torch.equal(remove_quantizers(model)(x), plain)
+    assert type(model[0]) is type(nn.Sequential(make())[0]) or name == "weight norm"
+
+
+class Cross(nn.Module):
+    """Multiplies as attention does, one by one; and something else."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.product = nn.Linear(8, 24), nn.Linear(8, 8), product
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)  # past the layer, as Swin does
+        return self.proj(self.product(self.product(q, k.mT).softmax(-1), v))
+
+
+class Fused(nn.Module):
+    def __init__(self, **how: Any) -> None:
+        super().__init__()
+        self.qkv, self.how = nn.Linear(8, 24), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, **self.how)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+def einsum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("bij,bjk->bik", a, b)
+
+
+def baddbmm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.baddbmm(torch.ones(1, 1, 1), a, b)
+
+
+MASK = torch.rand(5, 5) > 0.5
+MASK[2] = False  # looks at nothing
+BIAS = torch.randn(5, 5)
+ATTENTION: dict[str, Callable[[], nn.Module]] = {
+    "@": lambda: Cross(matmul),
+    "einsum": lambda: Cross(einsum),
+    "bmm": lambda: Cross(torch.bmm),
+    "baddbmm": lambda: Cross(baddbmm),
+    "fused": lambda: Fused(),
+    "fused, masked": lambda: Fused(attn_mask=MASK),
+    "fused, biased": lambda: Fused(attn_mask=BIAS, scale=0.3),
+    "fused, causal": lambda: Fused(is_causal=True),
+    "torch": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
+    "torch, decoder": lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ATTENTION[name]()) if "dec" not in name else ATTENTION[name](), torch.randn(2, 5, 8)
+    inputs = (x, torch.randn(2, 7, 8)) if "dec" in name else (x,)
+    plain, state = model.eval()(*inputs), copy.deepcopy(model.state_dict())
+    quantize_model(model, 8, example=inputs)
+    assert quantized_share(model) == 1
+    assert sum(t.tensor == "probabilities" for t in quantized_tensors(model)) == 1 + ("dec" in name)
+    signs = {t.quantizer.format.signed for t in quantized_tensors(model) if t.tensor == "probabilities"}
+    assert signs == {False}
+    with quantizers_disabled(model):
+        off = model(*inputs)
+    assert torch.equal(off, plain) if type(model[0] if "dec" not in name else 0) is Cross else True
+    torch.testing.assert_close(off, plain, rtol=1e-4, atol=1e-5)
+    quantized = model(*inputs)
+    assert not torch.equal(quantized, plain) and (quantized - plain).abs().max() < 0.3
+    model.train()(*inputs).square().mean().backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None]
+    assert not still
+    model.eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    expected = model(*inputs)
+    for again in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(again(*inputs), expected)
+        assert torch.equal(remove_quantizers(again)(*inputs), plain)
+    save(model, tmp_path / "net.pt")
+    other = nn.Sequential(ATTENTION[name]()) if "dec" not in name else ATTENTION[name]()
+    assert torch.equal(load(tmp_path / "net.pt", other).eval()(*inputs), expected)
+    ATTENTION[name]() if "dec" in name else nn.Sequential(ATTENTION[name]()).load_state_dict(
+        full_precision_state_dict(model)
+    )
+    freeze(model, batches=[inputs])(*inputs)
+    calibrate(model, [inputs])
+    assert torch.equal(remove_quantizers(model)(*inputs), plain)
+    assert model.state_dict().keys() == state.keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_padded_batches_of_torchs_own_encoder() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5) > torch.tensor([[4], [2]])
+    with torch.no_grad():
+        plain = model(x, src_key_padding_mask=padding)
+        quantize_model(model, 8, example=x)
+        with quantizers_disabled(model):
+            off = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(off[~padding], plain[~padding], rtol=1e-4, atol=1e-5)
+        assert (model(x, src_key_padding_mask=padding) - plain)[~padding].abs().max() < 0.3
+
+
+def test_a_module_that_is_no_attention_is_named() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y @ y.mT @ y @ y.mT
+
+    with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* is not quantized: only convolutions"):
+        model = quantize_model(Three(), example=torch.randn(2, 5, 8))
+    assert [rest.operation for rest in not_quantized(model)] == ["bmm"]
+
+
+def test_without_an_example_what_is_not_known_stays() -> None:
+    with pytest.warns(QuantizationWarning, match="is a Standardized, which may not compute"):
+        model = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1), Standardized(4, 4, 3), Cross(matmul)))
+    assert type(model[1]) is Standardized and type(model[2]) is Cross
+    mha = quantize_model(nn.MultiheadAttention(8, 2))
+    assert sum(t.tensor == "weight" for t in quantized_tensors(mha)) == 4
+
+
+def test_attention_that_is_kept_is_what_it_was() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), Fused()), torch.randn(2, 5, 8)
+    plain = model(x)
+    quantize_model(model, keep=["1.scores", "1.context"], example=x)
+    with quantizers_disabled(model):
+        assert torch.equal(model(x), plain)
+    quantize_model(remove_quantizers(model), keep=["1.scores", "1.context", "1.qkv"], example=x)
+    assert type(model[1]) is Fused and not hasattr(model[1], "scores")
+
+
+def test_embeddings_where_a_rule_names_them() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
+
+    x = torch.randint(0, 20, (2, 5))
+    assert {t.layer for t in quantized_tensors(quantize_model(network(), example=x))} == {"1"}
+    rule = Rule("*", "Embedding", bits=8, granularity="channel")
+    model = quantize_model(network(), rules=[rule], example=x)
+    (table,) = (t for t in quantized_tensors(model) if t.layer == "0")
+    assert (table.tensor, table.quantizer.format.bits, table.quantizer.s.shape) == ("weight", 8, (20, 1))
+    weight = model[0].weight.detach()
+    model.eval()
+    assert torch.allclose(model[0](x), fake_quantize(weight, octav(weight, 8, dim=0), 8)[x])
+    with pytest.raises(ValueError, match="0 is a Embedding, which cannot be written as integers"):
+        qat.export(freeze(model, batches=[x]), "net.safetensors", x)
+
+
+def test_integers_of_three_dimensions_and_of_swin(tmp_path: Path) -> None:
+    for model, x in (
+        (nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3)), torch.randn(2, 4, 9)),
+        (nn.Sequential(nn.Linear(8, 8), Cross(matmul)), torch.randn(2, 5, 8)),
+    ):
+        freeze(quantize_model(model, 4, example=x), batches=[x]).eval()
+        integers = qat.export(model, tmp_path / "net.pt2", x)
+        torch.testing.assert_close(integers(x), model(x))
+        torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x)[0], model(x))
+
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = ("transformers/GPT2Model", "transformers/T5EncoderModel", "transformers/DebertaV2Model")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAST)
+def test_the_zoo(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "zoo.py"))
+    row = script["visit"](name, script["zoo"]()[name])
+    assert (row.quantized, row.steps) == ("100 %", "all")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_whole_zoo() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "zoo.py"))
+    rows = [script["visit"](name, make) for name, make in script["zoo"]().items() if name not in FAST]
+    assert [(row.network, row.steps) for row in rows if row.steps != "all"] == []
