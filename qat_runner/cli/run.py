@@ -82,7 +82,8 @@ def _carry_out(args: list[str], sweep: bool) -> int:
     try:
         register()
         args += _rows_of_experiment(args, sweep)
-        args += given([arg for arg in args if "=" in arg and not arg.startswith("-")])
+        for override in given([arg for arg in args if _is_override(arg)]):
+            args = _with_override(args, override)
         if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
@@ -250,9 +251,13 @@ def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[Qa
             failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
 
 
+def _is_override(arg: str) -> bool:
+    return "=" in arg and not arg.startswith("-")
+
+
 def _with_override(args: Sequence[str], override: str) -> list[str]:
     """Among the overrides, which the parser wants side by side."""
-    at = next((i for i, arg in enumerate(args) if not arg.startswith("-")), len(args))
+    at = next((i for i, arg in enumerate(args) if _is_override(arg)), len(args))
     return [*args[:at], override, *args[at:]]
 
 

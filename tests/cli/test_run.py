@@ -339,7 +339,7 @@ def test_precision_and_layout_options(run: Run) -> None:
 
 
 WRONG = [
-    (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, mobilenet_v2"),
+    (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
     (["gradient=stee"], "gradient=stee: must be one of mad, mph, pwl, ste"),
     (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),
