@@ -11,7 +11,7 @@ from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
-from qat_runner.models import BERTS, MODELS
+from qat_runner.models import BERTS, DECODERS, MODELS
 from qat_runner.quant import Percentile
 
 Compose = Callable[..., Config]
@@ -41,11 +41,13 @@ def test_defaults(composed: Compose) -> None:
 
 
 def test_every_option_of_every_group_composes(composed: Compose) -> None:
-    assert options("model") == sorted((*MODELS, *BERTS))
+    assert options("model") == sorted((*MODELS, *BERTS, *DECODERS))
+    needed = {"squad": ["dataset=squad", "model=bert_base"], "decoder": ["dataset=text"]}
+    needed |= dict.fromkeys(("text", "text_scratch"), ["dataset=text", "model=decoder"])
     for group in ("model", "dataset", "clipping", "gradient", "recipe"):
         for option in options(group):
-            text = ["dataset=squad", "model=bert_base"] if option == "squad" else []
-            composed(*text, f"{group}={option}", "mode=ptq", "weights=w.pt")
+            others = [word for word in needed.get(option, []) if not word.startswith(f"{group}=")]
+            composed(*others, f"{group}={option}", "mode=ptq", "weights=w.pt")
     for option in options("recipe/paper"):
         config = composed("dataset=imagenet", f"model={option}")
         assert config.epochs == config.recipe.scratch.epochs

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.layers import convert
+from qat_runner.insertion.layers import convert, give_quantizers
 from qat_runner.quant import IntFormat, Octav, Quantizer, Range
 from qat_runner.quant.kernels import eager, using
 from qat_runner.quant.kernels.cost import Search, cost_of
@@ -269,7 +269,8 @@ def test_bytes_that_an_element_of_an_activation_costs(side: int, solver: str, tr
     """Beyond full precision, forward and backward: what docs/performance.md says of it."""
     reads = 3  # that these batches take, of a long row
     quantizer, layer = Quantizer(4, Octav()), nn.Conv2d(4, 2, 1, bias=False).bfloat16()
-    convert(layer, {"weight": None, "input": quantizer})
+    convert(layer)
+    give_quantizers(layer, {"weight": None, "input": quantizer})
     x = torch.randn(2, 1, 4, side, side).bfloat16()
     with using("triton"):
         for batch in x:  # the second starts from the scalar of the first
