@@ -98,6 +98,7 @@ def test_commands_say_which_extra_they_lack(tmp_path: Path, command: str, absent
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_pictures_are_trained_without_the_other_extras(tmp_path: Path) -> None:
     absent = ["transformers", "plotly", *ONNX]
     args = ["model=resnet20", "backend=eager", "epochs=1", "limit_train_batches=1", "limit_val_batches=1"]

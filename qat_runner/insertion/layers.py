@@ -116,10 +116,9 @@ class QuantLayer(nn.Module):
     def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
         """What is computed with an input and a weight, with both quantized."""
         x, w = self.input_quantizer(input), self.weight_quantizer(weight)
-        if w is weight:  # a module around this one might take the call for one with this layer's weight, past the layer
-            return compute(x, w.view_as(w))
         with recomputing((x, input, self.input_quantizer), (w, weight, self.weight_quantizer)):
-            return compute(x, w)
+            # Itself, a module around this one might take the call for one with this layer's weight, past the layer.
+            return compute(x, w.view_as(w) if w is weight else w)
 
 
 class QuantLinear(QuantLayer, Swapped, nn.Linear):

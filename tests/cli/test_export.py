@@ -181,6 +181,7 @@ class OtherKernels(verify.OnnxFile):
         return -logits if self.is_wrong else logits
 
 
+@pytest.mark.slow
 def test_fused_kernels_that_compute_something_else_are_told_of(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

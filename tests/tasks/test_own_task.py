@@ -56,6 +56,7 @@ def test_from_training_to_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rounded" in Path("report/compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_its_files_do_what_the_network_does() -> None:
     pytest.importorskip("onnxruntime")
     assert main([*SMALL, "epochs=1", "bits=8", "run_dir=run"]) == 0

@@ -236,6 +236,7 @@ def test_two_processes(tmp_path: Path) -> None:
     they_tell_each_other(two)
 
 
+@pytest.mark.slow
 def test_three_processes(tmp_path: Path) -> None:
     three = together(in_three_processes, 3, tmp_path)
     they_train_as_one_does(three)
