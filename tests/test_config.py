@@ -43,7 +43,7 @@ def test_defaults(composed: Compose) -> None:
 def test_every_option_of_every_group_composes(composed: Compose) -> None:
     assert options("model") == sorted((*MODELS, *BERTS, *DECODERS))
     needed = {"squad": ["dataset=squad", "model=bert_base"], "decoder": ["dataset=text"]}
-    needed |= dict.fromkeys(("text", "text_scratch"), ["dataset=text", "model=decoder"])
+    needed |= {key: ["dataset=text", "model=decoder"] for key in ("text", "text_scratch")}
     for group in ("model", "dataset", "clipping", "gradient", "recipe"):
         for option in options(group):
             others = [word for word in needed.get(option, []) if not word.startswith(f"{group}=")]
