@@ -54,7 +54,7 @@ TORCHVISION = {
         ),
         64,
     ),
-    "inception_v3": 96,
+    "inception_v3": 299,
     "maxvit_t": 224,
     "vit_b_16": 224,
 }
