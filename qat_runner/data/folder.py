@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat_runner.data.batches import Shard
 from qat_runner.data.decoding import decode_picture, decode_pixels
-from qat_runner.data.images import Labelled, epoch_seed
+from qat_runner.data.images import Labelled, epoch_seed, shuffled
 from qat_runner.data.layouts import read_pictures
 from qat_runner.data.splits import Decoded, OnDevice, Split
 from qat_runner.data.workers import Order, Workers
@@ -94,7 +94,7 @@ class FolderSource:
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
-        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance))
+        order = shuffled(self.train_size, chance)
 
         def items(batch: int) -> list[tuple[int, int]]:
             part = shard.samples(order[batch * batch_size : (batch + 1) * batch_size])

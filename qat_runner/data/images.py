@@ -6,6 +6,7 @@ Both hand over bytes, which are normalized on the device.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -133,7 +134,7 @@ class MemorySource:
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
-        order = torch.randperm(self.train_size, generator=torch.Generator().manual_seed(chance))
+        order = shuffled(self.train_size, chance)
         for batch in batches:
             chosen = order[batch * batch_size : (batch + 1) * batch_size]
             pictures, labels = (t[chosen] for t in self.training)
@@ -158,6 +159,23 @@ def shrink(pictures: Tensor, size: int) -> Tensor:
 def epoch_seed(seed: int, epoch: int) -> int:
     """One seed for each (seed, epoch), far apart."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def shuffled(n: int, seed: int) -> Tensor:
+    """The numbers from 0 to n - 1 in an order by a seed, int64 [n]."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """While open, torch's generator draws by a seed; afterwards it is as it was."""
+    chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
+    before = chance.get_state()
+    try:
+        chance.manual_seed(seed)
+        yield
+    finally:
+        chance.set_state(before)
 
 
 def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:

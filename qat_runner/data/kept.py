@@ -1,8 +1,9 @@
 """Arrays of rows of different lengths, and the files of the cache folder in which they are kept between two starts."""
 
+import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,21 @@ class Ragged:
     def text(self, row: int) -> str:
         """A row of bytes as the name of a file."""
         return os.fsdecode(self[row].tobytes())
+
+
+def key_of(*what: object) -> str:
+    """For the name of a file, by all that what it holds depends on: the same for what is written the same."""
+    return hashlib.sha256(repr(what).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of the last change, in ns, of files: what tells whether they are those that they were.
+
+    Raises:
+        OSError: one is not there.
+    """
+    found = [(str(path.resolve()), path.stat()) for path in paths]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
 def settled(changed: int, read: int) -> bool:

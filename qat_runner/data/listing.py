@@ -4,7 +4,6 @@ A listing is kept in the cache folder. It holds for as long as no folder has cha
 these are asked each time, about a thousand for ImageNet, and no picture is.
 """
 
-import hashlib
 import os
 import stat
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, settled
+from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, key_of, settled
 from qat_runner.quant.kernels.compiled import cache_folder
 
 VERSION = 1
@@ -140,7 +139,8 @@ def list_pictures(split: Path) -> Listing:
     Raises:
         ValueError: a folder cannot be read; there are no class folders, or one without pictures.
     """
-    kept = cache_folder() / f"pictures_{_key(split)}.npz"
+    key = key_of(VERSION, str(split.resolve()), SUFFIXES, CLUTTER)  # and what lies in it: see `_unchanged`
+    kept = cache_folder() / f"pictures_{key}.npz"
     with suppress(UnkeptError):
         arrays = kept_arrays(kept)
         if _unchanged(split, arrays):
@@ -151,11 +151,6 @@ def list_pictures(split: Path) -> Listing:
         with suppress(OSError):  # then it is listed anew each time
             keep_arrays(kept, listing.arrays() | reader.witnesses())
     return listing
-
-
-def _key(split: Path) -> str:
-    """What a listing depends on, but for what lies in the folder."""
-    return hashlib.sha256(repr((VERSION, str(split.resolve()), SUFFIXES, CLUTTER)).encode()).hexdigest()[:32]
 
 
 def _unchanged(split: Path, arrays: Arrays) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat_runner.config import StageConfig
 from qat_runner.data.batches import Batch, Shard
-from qat_runner.data.images import epoch_seed
+from qat_runner.data.images import drawing, epoch_seed
 
 MIXING = ("mixup", "cutmix", "random_erasing")
 """Keys of a stage that ask for it."""
@@ -44,16 +44,11 @@ class Mixing:
         Returns:
             Targets are float32 [N, num_classes], shares of classes, where pictures are mixed.
         """
-        chance = torch.default_generator
-        before = chance.get_state()
-        try:
-            chance.manual_seed(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1))
+        with drawing(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1)):
             (pictures,) = batch.inputs
             for i, (top, left, height, width) in self._erased(pictures):
                 pictures[i, :, top : top + height, left : left + width] = 0
             return self._mixed(pictures, batch.targets)
-        finally:
-            chance.set_state(before)
 
     def _erased(self, pictures: Tensor) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
         """Which pictures lose what: drawn for those of all processes, so that it does not depend on their number."""

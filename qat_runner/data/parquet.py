@@ -5,7 +5,6 @@ piece. A shuffled epoch would read, and unpack, all data a hundred times. So eac
 the same pictures and labels, in the cache folder, as large as the file itself.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -23,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qat_runner.data.decoding import SUFFIXES
+from qat_runner.data.kept import key_of, stamps
 from qat_runner.data.listing import printable
 from qat_runner.errors import told
 from qat_runner.quant.kernels.compiled import chosen_cache
@@ -54,10 +54,8 @@ def as_shards(files: Mapping[str, Sequence[Path]]) -> Path:
         ValueError: a file is something else, or damaged; the cache folder cannot be written, or is too small.
         ModuleNotFoundError: shards have to be made, and pyarrow is not installed.
     """
-    stats = [(str(path.resolve()), path.stat()) for paths in files.values() for path in paths]
-    stamps = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = hashlib.sha256(repr((VERSION, stamps)).encode(errors="surrogateescape")).hexdigest()[:32]
-    folder = chosen_cache() / f"parquet_{key}"
+    stamped = stamps(path for paths in files.values() for path in paths)
+    folder = chosen_cache() / f"parquet_{key_of(VERSION, stamped)}"
     wanted = {
         folder / f"{split}-{number:05d}.tar": path
         for split, paths in files.items()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qat_runner.data.batches import WHOLE, Batch, Shard
-from qat_runner.data.images import epoch_seed
+from qat_runner.data.images import epoch_seed, shuffled
 from qat_runner.data.kept import UnkeptError, keep_arrays, kept_arrays, kept_numbers
 from qat_runner.quant.kernels.compiled import cache_folder
 
@@ -141,8 +141,7 @@ class TextData:
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-        order = torch.randperm(self.train_size, generator=generator).numpy()
+        order = shuffled(self.train_size, epoch_seed(self.seed, epoch)).numpy()
         for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
             rows = order[batch * batch_size : (batch + 1) * batch_size]
             yield self._batch(self.training, self.length * self.shard.samples(rows), self.length)

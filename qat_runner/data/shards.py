@@ -5,7 +5,6 @@ Where each picture begins is found once, and kept in the cache folder. So they c
 do; by themselves they are in the order that class folders would have: by class, then by name.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -24,7 +23,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, settled
+from qat_runner.data.kept import (
+    Arrays,
+    Ragged,
+    UnkeptError,
+    keep_arrays,
+    kept_arrays,
+    kept_numbers,
+    key_of,
+    settled,
+    stamps,
+)
 from qat_runner.data.listing import CLUTTER, PassedOver, printable
 from qat_runner.errors import told
 from qat_runner.quant.kernels.compiled import cache_folder
@@ -134,15 +143,13 @@ def read_shards(paths: Sequence[Path]) -> Shards:
         ValueError: a shard is no tar file, compressed or damaged; a picture has no label; there are none.
         OSError: a shard cannot be read.
     """
-    stats = [(str(path.resolve()), path.stat()) for path in paths]
-    stamps = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = hashlib.sha256(repr((VERSION, stamps, SUFFIXES)).encode(errors="surrogateescape")).hexdigest()[:32]
-    kept = cache_folder() / f"shards_{key}.npz"
+    stamped = stamps(paths)
+    kept = cache_folder() / f"shards_{key_of(VERSION, stamped, SUFFIXES)}.npz"
     with suppress(UnkeptError):
         return Shards.kept([*map(str, paths)], kept_arrays(kept))
     began = time.time_ns()
     shards = _indexed(paths)
-    if settled(max(changed for _, _, changed in stamps), began):
+    if settled(max(changed for _, _, changed in stamped), began):
         with suppress(OSError):  # then they are indexed anew each time
             keep_arrays(kept, shards.arrays())
     return shards

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qat_runner.data.decoding import FORMATS, as_tensor, decode_pixels, jpeg_pixels, plain_jpeg
-from qat_runner.data.images import epoch_seed
+from qat_runner.data.images import drawing, epoch_seed
 from qat_runner.data.layouts import Pictures
 from qat_runner.data.listing import printable
 from qat_runner.data.workers import Order, Workers
@@ -132,13 +132,8 @@ class OnDevice:
 
 def transformed(picture: Any, transform: Transform, item: tuple[int, int]) -> Tensor:
     """A picture through a transform, by the chance of its (seed, index); torch's generator is left as it was."""
-    chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
-    before = chance.get_state()
-    try:
-        chance.manual_seed(epoch_seed(*item))
+    with drawing(epoch_seed(*item)):
         return transform(picture)
-    finally:
-        chance.set_state(before)
 
 
 def _trouble(stored: Pictures, index: int, error: Exception) -> str:

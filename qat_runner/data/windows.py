@@ -9,7 +9,7 @@ import torch
 
 from qat_runner.config import DatasetConfig, Padding
 from qat_runner.data.batches import WHOLE, Batch, Shard
-from qat_runner.data.images import epoch_seed
+from qat_runner.data.images import epoch_seed, shuffled
 from qat_runner.data.squad import Split
 
 
@@ -45,8 +45,7 @@ class SquadData:
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
-        order = torch.randperm(self.train_size, generator=generator).numpy()
+        order = shuffled(self.train_size, epoch_seed(self.seed, epoch)).numpy()
         for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
             rows = order[batch * batch_size : (batch + 1) * batch_size]
             yield self._batch(self.training, self.shard.samples(rows))
