@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data.plain_text import TextData
-from qat_runner.errors import ConfigError
 from qat_runner.models import DECODERS, build_decoder, read_decoder, tokenizer_for
 from qat_runner.tasks.task import Task, divergence
+from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals
 
 LARGEST_LOG = 700.0
@@ -35,18 +35,13 @@ class LanguageModelling(Task[TextData]):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        positions = getattr(read_decoder(_checkpoint(config)), "max_position_embeddings", None)
-        if positions is not None and config.dataset.max_length > positions:
-            raise ConfigError(
-                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
-                f"{config.model.checkpoint}"
-            )
+        check_length(config, getattr(read_decoder(checkpoint_of(config)), "max_position_embeddings", None))
 
     def tokenizer(self, config: Config) -> Any:
         return None if config.model.checkpoint is None else tokenizer_for(config.model.checkpoint)
 
     def network(self, config: Config, data: TextData | None, pretrained: bool = False) -> nn.Module:
-        return build_decoder(_checkpoint(config), pretrained)
+        return build_decoder(checkpoint_of(config), pretrained)
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy, the mean over all tokens."""
@@ -99,9 +94,3 @@ class Perplexity(TokenTotals):
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         figures = super().figures(sums)
         return figures | {"perplexity": math.exp(min(figures["loss"], LARGEST_LOG))}
-
-
-def _checkpoint(config: Config) -> str:
-    if config.model.checkpoint is None:
-        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
-    return config.model.checkpoint

@@ -13,10 +13,10 @@ from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data.squad import Split
 from qat_runner.data.windows import SquadData
-from qat_runner.errors import ConfigError
 from qat_runner.models import BERTS, build_bert, load_tokenizer, read_checkpoint
 from qat_runner.tasks.answers import decode, exact_match, f1
 from qat_runner.tasks.task import Choice
+from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals, top_five
 
 WINDOW_HITS = ("exact", "exact5")
@@ -35,18 +35,13 @@ class QuestionAnswering(Choice[SquadData]):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        positions = read_checkpoint(_checkpoint(config)).max_position_embeddings
-        if config.dataset.max_length > positions:
-            raise ConfigError(
-                f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
-                f"{config.model.checkpoint}"
-            )
+        check_length(config, read_checkpoint(checkpoint_of(config)).max_position_embeddings)
 
     def tokenizer(self, config: Config) -> Any:
         return None if config.model.checkpoint is None else load_tokenizer(config.model.checkpoint)
 
     def network(self, config: Config, data: SquadData | None, pretrained: bool = False) -> nn.Module:
-        return build_bert(_checkpoint(config), pretrained)
+        return build_bert(checkpoint_of(config), pretrained)
 
     def totals(self, device: torch.device) -> Totals:
         return Totals(device, WINDOW_HITS, top_five)
@@ -106,9 +101,3 @@ class AnswerScore(Totals):
             "f1": 100 * sum(f1(*pair) for pair in pairs) / len(pairs),
             "samples": figures["samples"],
         }
-
-
-def _checkpoint(config: Config) -> str:
-    if config.model.checkpoint is None:
-        raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
-    return config.model.checkpoint
