@@ -125,11 +125,7 @@ def octav_and_quantize_all(
     library, where = _library_for(x), [dense(x) for x in xs]
     sizes = [extent(x, state.s) for x, state in zip(where, states, strict=True)]
     if library is None or None in sizes or cost.short is not None or not _alike(xs):
-        found = [
-            octav_and_quantize(x, cost, format, search, state, warm)
-            for x, search, state in zip(xs, searches, states, strict=True)
-        ]
-        return [s for s, _ in found], [out for _, out in found]
+        return eager.one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
     ss, outs = [torch.empty_like(state.s) for state in states], [torch.empty_like(x) for x in where]
     parts = array("q")
     for x, size, state, s, out in zip(where, sizes, states, ss, outs, strict=True):

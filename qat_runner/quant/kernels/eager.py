@@ -4,7 +4,7 @@ Freshly allocated memory costs several times what the arithmetic does (8.4 M flo
 `x.abs()`, 1 ms for the same in place), so each operation allocates once and then works in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -214,10 +214,20 @@ def octav_and_quantize_all(
     Returns:
         The scalars, and the tensors rounded.
     """
-    found = [
-        octav_and_quantize(x, cost, format, search, state, warm)
-        for x, search, state in zip(xs, searches, states, strict=True)
-    ]
+    return one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
+
+
+def one_by_one(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    xs: Sequence[Tensor],
+    cost: Cost,
+    format: IntFormat,
+    searches: Sequence[Search],
+    states: Sequence[Remembered],
+    warm: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`octav_and_quantize_all` by a backend's `octav_and_quantize`, tensor by tensor."""
+    found = [step(x, cost, format, search, state, warm) for x, search, state in zip(xs, searches, states, strict=True)]
     return [s for s, _ in found], [out for _, out in found]
 
 

@@ -105,11 +105,7 @@ def octav_and_quantize_all(
     x, search, state = xs[0], searches[0], states[0]
     many = _many(xs, [state.s for state in states], states) if _alike(xs, states) and cost.short is None else None
     if many is None or search.pool is not None:
-        found = [
-            octav_and_quantize(x, cost, format, search, state, warm)
-            for x, search, state in zip(xs, searches, states, strict=True)
-        ]
-        return [s for s, _ in found], [out for _, out in found]
+        return eager.one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
     s, out = x.new_empty(many.scalars, dtype=torch.float32), x.new_empty(many.elements)
     kind = {"SIGNED": cost.signed, "SIDED": cost.sided, "COLD": not (warm and state.known)}
     numbers = cost.noise, cost.reach, search.tolerance, search.iterations, state.weight, *_levels(format)
