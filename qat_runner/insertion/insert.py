@@ -243,10 +243,12 @@ def _check_unchanged(
     rounds = other_attention or bool(each(model, lambda m: isinstance(m, QuantAttention)))
     if not rounds and difference(before, now, 0) is None:
         return
-    repeats = difference(now, computed(model, inputs), 0) is None
-    allowed = 0.0 if repeats else tolerance(model)
     with products_as_before(model), attention_as(model):
-        same = difference(before, computed(model, inputs) if rounds else now, allowed) is None
+        beside = computed(model, inputs) if rounds else now  # with all but attention as it is to be
+    same, allowed = difference(before, beside, 0) is None, 0.0
+    if not same and difference(now, computed(model, inputs), 0) is not None:  # it gives something else each time
+        allowed = tolerance(model)
+        same = difference(before, beside, allowed) is None
     if same and difference(before, now, tolerance(model) if rounds else allowed) is None:
         return
     ours = computed_by_modules(model, inputs)
@@ -391,13 +393,14 @@ def _decide(model: nn.Module, seen: Trace) -> None:
     setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
         _warn(note)
-    for left in rest(filter(partial(_passed_over, model), seen.products), sum(p.macs for p in seen.products)):
+    passed_over = filter(partial(_passed_over, modules), seen.products)
+    for left in rest(passed_over, sum(p.macs for p in seen.products)):
         _warn(f"{left} {'is' if len(left.modules) == 1 else 'are'} not quantized: only {KNOWN} are")
 
 
-def _passed_over(model: nn.Module, product: Product) -> bool:
+def _passed_over(modules: Mapping[str, nn.Module], product: Product) -> bool:
     """Whether a product is of no kind of module that a policy is about; what only looks like one was named before."""
-    module = modules_by_name(model).get(product.module)
+    module = modules.get(product.module)
     return module is not None and layer_kind(module) is None and not is_quantized(module)
 
 

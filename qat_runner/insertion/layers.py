@@ -197,6 +197,9 @@ class _Used(Exception):  # noqa: N818  # no error: an answer
 class TakenLayer(QuantLayer, Swapped):
     """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors."""
 
+    kind: ClassVar[Kind]
+    """its own; every call in its forward is held against it"""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Taking(self._quantized):
             return super().forward(*args, **kwargs)
@@ -217,7 +220,7 @@ class TakenLayer(QuantLayer, Swapped):
         return parameter if parameter is self.used_weight() else None
 
     def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-        return taken_apart(func, args, kwargs) if is_own(self.full_precision, func) else None
+        return taken_apart(func, args, kwargs) if func is self.kind.function else None
 
     def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
@@ -297,7 +300,9 @@ def quantized_class(full: type[nn.Module], base: type[nn.Module] | None = None) 
         return WRITTEN[full]
     base = base or _written(full) or (QuantEmbedding if issubclass(full, nn.Embedding) else TakenLayer)
     if (full, base) not in _CLASSES:
-        about = {"full_precision": full, "base": base, "__doc__": base.__doc__}
+        about: dict[str, Any] = {"full_precision": full, "base": base, "__doc__": base.__doc__}
+        if issubclass(base, TakenLayer):
+            about["kind"] = layer_kind(full)
         _CLASSES[full, base] = type(f"Quant{full.__name__}", (base, full), about)
     return _CLASSES[full, base]
 

@@ -1,5 +1,7 @@
 """What of a network is quantized and what is not: a table, and shares of its multiply-accumulates."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from qat_runner.insertion.columns import columns
@@ -51,20 +53,20 @@ def quantized_share(model: nn.Module) -> float | None:
     Returns:
         None while the network was not seen at work.
     """
-    products = products_of(model)
+    products, modules = products_of(model), modules_by_name(network_of(model))
     total = sum(p.macs for p in products)
-    return sum(p.macs for p in products if _quantized_operands(model, p) == 2) / total if total else None
+    return sum(p.macs for p in products if _quantized_operands(modules, p) == 2) / total if total else None
 
 
 def not_quantized(model: nn.Module) -> list[Rest]:
     """The products that have an operand in full precision, by module: repeated ones once, the largest first."""
-    products = products_of(model)
-    return rest([p for p in products if _quantized_operands(model, p) < 2], sum(p.macs for p in products))
+    products, modules = products_of(model), modules_by_name(network_of(model))
+    return rest([p for p in products if _quantized_operands(modules, p) < 2], sum(p.macs for p in products))
 
 
-def _quantized_operands(model: nn.Module, product: Product) -> int:
-    """How many of the two operands of a product are quantized."""
-    layer = modules_by_name(network_of(model)).get(product.module)
+def _quantized_operands(modules: Mapping[str, nn.Module], product: Product) -> int:
+    """How many of the two operands of a product are quantized, in a network of these modules."""
+    layer = modules.get(product.module)
     if layer is None or not is_quantized(layer):
         return 0
     return sum(isinstance(quantizer_of(layer, operand), Quantizer) for operand in operands(layer))
