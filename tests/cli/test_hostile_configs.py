@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qat_runner.cli.run import main
 from qat_runner.config import flat, from_hydra, hydras_own, read_config, run_folder
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
@@ -35,14 +33,13 @@ from qat_runner.config.keys import leaves
 from qat_runner.config.schema import ConfigSchema, RecipeConfig, StageConfig
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment import running
+from tests.cli.commands import Run, run_in
 
 SMALL = [
     *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=32"),
     *("batch_size=16", "epochs=1", "noise_batches=0"),
 ]
 TARGET = "{_target_: torch.load, f: EVIL.pt, weights_only: false}"
-
-Run = Callable[..., int]
 
 
 class Evil:
@@ -74,8 +71,7 @@ FOREIGN = {
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """qat-run in a folder with foreign configs in D, whose parts leave a file TRACE where they come to run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    run = run_in(tmp_path, monkeypatch, SMALL)
     monkeypatch.syspath_prepend(tmp_path / "D")
     monkeypatch.setenv("SECRET", "s3cret")
     for name, content in FOREIGN.items():
@@ -84,7 +80,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     torch.save(Evil(), tmp_path / "EVIL.pt")
     (tmp_path / "evil").write_text("#!/bin/sh\ntouch TRACE\n")
     (tmp_path / "evil").chmod(0o755)
-    return lambda *args: main([*args[: args[0] == "-m"], *SMALL, *args[args[0] == "-m" :]])
+    return run
 
 
 HOSTILE = [

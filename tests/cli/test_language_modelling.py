@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from qat_runner import ranks
 from qat_runner.cli import export, report
 from qat_runner.cli.run import main
+from tests.cli.commands import Run, run_in
 from tests.outcome import result, same
 from tests.tiny import byte_tokenizer, tiny_decoder, tiny_text
 from tests.training.processes import together
@@ -25,17 +25,14 @@ SMALL = [
     *("dataset.max_length=16", "batch_size=4", "limit_train_batches=2", "noise_batches=0", "lr=1e-3"),
 ]
 
-Run = Callable[..., int]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    run = run_in(tmp_path, monkeypatch, SMALL)
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
     tiny_decoder(Path("small"), layers=1)
     tiny_text(Path("data/text"), sentences=16)
-    return lambda *args: main([*args[: args[0] == "-m"], *SMALL, *args[args[0] == "-m" :]])
+    return run
 
 
 def summary(folder: str) -> dict[str, Any]:

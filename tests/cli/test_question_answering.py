@@ -3,14 +3,13 @@
 import csv
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qat_runner.cli import report
 from qat_runner.cli.run import main
+from tests.cli.commands import Run, run_in
 from tests.tiny import tiny_bert, tiny_squad
 
 SMALL = [
@@ -18,17 +17,14 @@ SMALL = [
     *("dataset.max_length=32", "dataset.stride=8", "batch_size=8", "clipping.calibration_batches=1"),
 ]
 
-Run = Callable[..., int]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    run = run_in(tmp_path, monkeypatch, SMALL)
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
     tiny_bert(Path("bert"))
     tiny_squad(Path("data/squad"))
-    return lambda *args: main([*args[: args[0] == "-m"], *SMALL, *args[args[0] == "-m" :]])
+    return run
 
 
 def only_run() -> Path:

@@ -18,20 +18,17 @@ from qat_runner.runs.lock import RunLock
 from qat_runner.runs.records import LAYERS, METRICS, STEPS
 from qat_runner.training import checkpoint
 from qat_runner.training.loop import Trainer
+from tests.cli.commands import Run, run_in
 
 SMALL = [
     *("backend=eager", "model=mobilenet_v3_small", "model.width=0.5", "dataset=fake", "dataset.image_size=8"),
     *("dataset.fake_pictures=64", "batch_size=16", "epochs=2"),
 ]
 
-Run = Callable[..., int]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
-    return lambda *args: main([*args[: args[0] == "-m"], *SMALL, *args[args[0] == "-m" :]])
+    return run_in(tmp_path, monkeypatch, SMALL)
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[Trainer], object]) -> None:
