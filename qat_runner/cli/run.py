@@ -125,7 +125,9 @@ def _group(rows: Mapping[Path, Config]) -> AbstractContextManager[None]:
 
 
 def _renamed(arg: str) -> str:
-    """An argument as it is called today."""
+    """An argument as it is called in the schema."""
+    if arg == "bits=auto":
+        return "policy=auto"
     if not arg.startswith("+scale="):
         return arg
     renamed = arg.replace("+scale=", "+stand_in=", 1)

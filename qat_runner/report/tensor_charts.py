@@ -70,11 +70,11 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
         common | {"x": chosen, "name": "this run", "colour": CHOSEN, "marker": {"size": 8}},
     ]
     ends = [len(rows) - 0.4, -0.6]
-    ticks = {"tickvals": places, "ticktext": _labels(rows), "range": ends, "zeroline": False, "tickfont": {"size": 10}}
+    ticks = {"tickvals": places, "ticktext": labels(rows), "range": ends, "zeroline": False, "tickfont": {"size": 10}}
     return View(label, traces, {"yaxis": ticks}, 80 + 17 * len(rows))
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
+def labels(rows: Sequence[Row]) -> list[str]:
     """Names that fit beside an axis: without what all layers begin with, and without a middle where still too long."""
     layers = [row["layer"].split(".") for row in rows]
     shared = 0
