@@ -66,7 +66,9 @@ def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict
         began = time.perf_counter()
         prices[kind] = price(model, batches, objective, how.widths, kind).mean()
         print(f"{kind}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    others = list(itertools.islice(data.val_batches(config.dataset.val_batch_size), -(-samples // config.dataset.val_batch_size)))
+    others = list(
+        itertools.islice(data.val_batches(config.dataset.val_batch_size), -(-samples // config.dataset.val_batch_size))
+    )
 
     @torch.no_grad()
     def measured(bits: dict[str, int]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qat_runner.insertion.insert import POLICY, network_of, products_of
+from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import each, is_quantized, kind_of, operands, quantizer_of
 from qat_runner.insertion.size import size_mb
 from qat_runner.policy import FULL_PRECISION, Policy
@@ -83,7 +83,7 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     Raises:
         ValueError: there is no tensor to choose bits for.
     """
-    policy: Policy = getattr(network_of(model), POLICY)
+    policy = policy_of(model)
     macs: dict[str, float] = {}
     for product in products_of(model):
         macs[product.module] = macs.get(product.module, 0) + product.macs / samples
@@ -94,8 +94,7 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     if not any(operand.free for operation in found for operand in operation.operands):
         raise ValueError("rules say the bits of all tensors: there is none to choose them for")
     quantized, _ = size_mb(model)
-    weights = [t for t in each(model, lambda m: isinstance(m, Quantizer)) if t[0].endswith("weight_quantizer")]
-    bits = {q.name: q.format.bits for _, q in weights if isinstance(q, Quantizer)}
+    bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
     stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.weight)
     return Network(found, quantized - stored / 8e6, sum(macs.values()))
 

@@ -187,8 +187,7 @@ def _quantization_words(config: Config) -> list[str]:
     same = config.weight_bits == config.activation_bits
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
     if config.allocating:
-        limits = config.limits or {"max_drop": config.max_drop or 0}
-        bits = "-".join(f"{key.replace('_', '-')}{most:g}" for key, most in limits.items())
+        bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
     distilled = ["distilled"] if config.distilling else []
     bits += "-mixed" if config.rules else ""
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]

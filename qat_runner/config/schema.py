@@ -553,6 +553,12 @@ class ConfigSchema:
         return {key: most for key in LIMITS if (most := getattr(self, key)) is not None}
 
     @property
+    def asked_bits(self) -> str:
+        """Where bits are chosen: what may be lost, or what they may cost, as in "budget=4"."""
+        asked = self.limits or {"max_drop": self.max_drop or 0.0}
+        return ", ".join(f"{key}={most:g}" for key, most in asked.items())
+
+    @property
     def preprocessed(self) -> bool:
         """Whether pictures are what the model's library says."""
         wanted = self.dataset.preprocessing

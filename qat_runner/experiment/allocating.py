@@ -39,7 +39,6 @@ from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE
 from qat_runner.experiment.probing import Probes, Run, first_that_holds
-from qat_runner.insertion.size import told_mean
 from qat_runner.runs.files import write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import ALLOCATION, AllocationRecord, Point, PricedTensor, Summary, measured, score
@@ -88,7 +87,7 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
     try:
         allocate_bits(known, {}, limits, config.allocation.same)  # whether they can be kept does not depend on prices
     except InfeasibleError as error:
-        raise ConfigError(f"{', '.join(f'{key}={most:g}' for key, most in config.limits.items())}: {error}") from error
+        raise ConfigError(f"{config.asked_bits}: {error}") from error
     search = _Search(config, known, _priced(config, model, data, config.allocation.price), limits)
     seconds = time.perf_counter() - began
     foretold = _priced(config, model, data, KINDS[0]).mean() if config.allocation.price == "measured" else {}
@@ -100,8 +99,7 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
     write_text(RunFolder(folder).policy, yaml.safe_dump(rules, sort_keys=False, default_flow_style=None))
     write_text(RunFolder(folder).prices, _table(record["tensors"], search.prices.widths))
     log.info(record["answer"])
-    means = (chosen.summary.get("mean_weight_bits"), chosen.summary.get("mean_activation_bits"))
-    told = {"bits": told_mean(*means), "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
+    told = {"bits": config.asked_bits, "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
     found: Any = {**chosen.summary, **told}
     summary: Summary = found | {"seconds": time.perf_counter() - began}
     return summary
@@ -162,7 +160,8 @@ class _Search:
         def enough(found: Allocation) -> bool:
             return probes.drop(self._measure(probes, found)) <= (self.config.max_drop or 0)
 
-        best = first_that_holds(self.front(FINE), enough)
+        limit = first_that_holds(self._evenly(FINE), lambda most: enough(self._best_at(most)))
+        best = None if limit is None else self._best_at(limit)
         if best is None:
             raise RunError(
                 f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
@@ -173,10 +172,18 @@ class _Search:
         return Chosen(best, self._measure(probes, best), width, beside)
 
     def front(self, points: int) -> list[Allocation]:
-        """The best bits at so many costs, at most, evenly apart: in ratio, but for mean bits."""
-        low, high = self.range
+        """The best bits at so many costs, at most."""
+        return front(self.known, self.mean, self.cost, self._evenly(points), self.same)
+
+    def _evenly(self, points: int) -> list[float]:
+        """Costs from that of the narrowest widths to that of the widest, evenly apart: in ratio, but for mean bits."""
         even = np.linspace if self.config.allocation.cost == "mean_bits" else np.geomspace
-        return front(self.known, self.mean, self.cost, even(low, high, points).tolist(), self.same)
+        found: list[float] = even(*self.range, points).tolist()
+        return found
+
+    def _best_at(self, most: float) -> Allocation:
+        limits = [Limit(measure, most) for measure in self.cost]
+        return allocate_bits(self.known, self.mean, limits, self.same)
 
     def _figure(self, found: Allocation) -> float:
         """What bits cost, of what the front goes by: of several figures the largest."""

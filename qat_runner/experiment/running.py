@@ -41,7 +41,7 @@ from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
-from qat_runner.insertion.size import mean_bits, size_mb, told_mean
+from qat_runner.insertion.size import mean_bits, size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.runs.environment import environment
 from qat_runner.runs.files import TEMPORARY, open_own, write_text
@@ -344,7 +344,9 @@ def _seen_at_a_time(config: Config) -> str:
 
 
 def _bits(config: Config) -> int | str:
-    """Of weights and activations, as one number where they are the same."""
+    """Of weights and activations, as one number where they are the same; or what they were chosen by."""
+    if config.allocating:
+        return config.asked_bits
     both = config.weight_bits, config.activation_bits
     return both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}"
 
@@ -363,7 +365,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "bits": told_mean(mean_weights, mean_activations) if config.allocated else _bits(config),
+        "bits": _bits(config),
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
         "mean_weight_bits": mean_weights,

@@ -33,8 +33,3 @@ def mean_bits(model: nn.Module, weights: bool) -> float | None:
     some = [t for t in quantized_tensors(model) if (t.tensor == "weight") == weights and t.elements]
     total = sum(t.elements or 0 for t in some)
     return sum(t.quantizer.format.bits * (t.elements or 0) for t in some) / total if total else None
-
-
-def told_mean(weights: float | None, activations: float | None) -> str:
-    """Mean bits of both, for a reader: "3.9/4.0"."""
-    return "/".join(f"{BITS_OF_FLOAT if bits is None else bits:.1f}" for bits in (weights, activations))

@@ -128,8 +128,7 @@ def heading(config: Config) -> str:
     """What a run is, in a few words."""
     how = "in full precision" if config.quantization.full_precision else f"at {bits(config)} bits"
     if config.allocating:
-        asked = config.limits or {"max_drop": config.max_drop or 0}
-        how = f"with bits chosen for {', '.join(f'{key}={most:g}' for key, most in asked.items())}"
+        how = f"with bits chosen for {config.asked_bits}"
     return f"{config.model.name} on {config.dataset.name} {how}"
 
 
@@ -166,6 +165,14 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     epochs = f"{summary['epochs']} epochs" if config.training else "validation alone"
     cards.append(Card("time", duration(summary["seconds"]), epochs))
     return cards
+
+
+def _bits_card(config: Config, summary: Summary) -> Card:
+    if not config.allocating:
+        return Card("bits", bits(config), "weights/activations" if "/" in bits(config) else "")
+    means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
+    told = "/".join("-" if mean is None else f"{mean:.1f}" for mean in means)
+    return Card("bits", told, "mean of weights/activations, both ends included")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
