@@ -172,8 +172,8 @@ class _Noise(_Pricing):
         found = _Sums()
 
         def look(quantizer: Quantizer, x: Tensor) -> None:
-            errors = [_total(error(quantizer, x, bits).square()) for bits in self.widths]
-            found.add(quantizer, torch.stack(errors), _total(x.square()))
+            errors = [_squares(error(quantizer, x, bits)) for bits in self.widths]
+            found.add(quantizer, torch.stack(errors), _squares(x))
 
         with _watched(self.quantizers, look):
             self.objective.logits(self.model, batch)
@@ -188,10 +188,13 @@ class _Gradient(_Pricing):
 
         def with_gradient(quantizer: Quantizer, x: Tensor) -> Tensor:
             def look(grad: Tensor) -> None:
-                squares = [error(quantizer, x, bits).square() for bits in self.widths]
-                noise.add(quantizer, torch.stack([_total(e) for e in squares]), _total(x.square()))
-                weighed = [_total(e * grad.square()) for e in squares]
-                prices.add(quantizer, torch.stack(weighed), torch.zeros((), device=x.device))
+                found: list[tuple[Tensor, Tensor]] = []
+                for bits in self.widths:
+                    e = error(quantizer, x, bits)
+                    found.append((_squares(e), _squares(e.mul_(grad))))
+                errors, weighed = (torch.stack(row) for row in zip(*found, strict=True))
+                noise.add(quantizer, errors, _squares(x))
+                prices.add(quantizer, weighed, torch.zeros((), device=x.device))
 
             quantizer.holds = True  # what is saved for the backward pass is x itself
             out: Tensor = _Differentiated.apply(x, asked, look)
@@ -241,8 +244,10 @@ class _Sums:
         return {q: torch.where(b > 0, self.sums[q] / b, 0.0) for q, b in self._beside.items()}
 
 
-def _total(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float64)
+def _squares(x: Tensor) -> Tensor:
+    """Their sum, float64 []; in any layout without a copy."""
+    norm: Tensor = torch.linalg.vector_norm(x.float())
+    return norm.double().square()
 
 
 class _Differentiated(torch.autograd.Function):
