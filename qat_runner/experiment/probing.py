@@ -39,12 +39,16 @@ class Probes:
         bits = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
         full = changed(config, **bits, **usual, **places, mode=Mode.evaluate, rules=[])
         self._run = run
+        self._known: dict[str, Summary] = {}
         self.reference = run(full)
         """of the full-precision network"""
 
     def network(self, rules: Sequence[Mapping[str, Any]]) -> Summary:
         """The result of the quantized network with rules for its bits, after those of the config."""
-        return self._run(changed(self._measured, rules=[*self._measured.rules, *rules]))
+        key = repr(rules)
+        if key not in self._known:
+            self._known[key] = self._run(changed(self._measured, rules=[*self._measured.rules, *rules]))
+        return self._known[key]
 
     def drop(self, summary: Summary) -> float:
         """How much worse than full precision a result is, in units of the metric."""

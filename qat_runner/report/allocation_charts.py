@@ -21,6 +21,8 @@ PRICES = {
     "noise": "sum of noise-to-signal ratios",
 }
 """Kind of price -> what their sum is."""
+SENSITIVITY = {**dict.fromkeys(("gradient", "measured"), "rise of the loss (nats)"), "noise": "noise-to-signal ratio"}
+"""Kind of price -> what one is."""
 
 
 def allocation_charts(record: AllocationRecord) -> list[Chart]:
@@ -65,17 +67,19 @@ def _bits(kind: str, tensors: Sequence[PricedTensor]) -> Chart:
         "hovertemplate": "%{text}<br>%{x} bits<extra></extra>",
     }
     layout = axes("bits", yaxis=_names(tensors), showlegend=False, bargap=0.3)
-    return Chart(f"bits-{kind}", f"Bits of {kind}", [View("", [bars])], layout, 80 + 17 * len(tensors))
+    return Chart(f"bits-{kind}", f"Bits of {kind}", [View("", [bars])], layout, _height(tensors))
 
 
 def _prices(kind: str, tensors: Sequence[PricedTensor], record: AllocationRecord) -> Chart:
-    """A point for the price of each tensor, at one width after another."""
-    widths = list(dict.fromkeys(width for t in tensors for width in t["price"]))
+    """A point for the price of each tensor, at one width after another; those that are measured as well come first."""
+    widths = sorted(
+        dict.fromkeys(width for t in tensors for width in t["price"]),
+        key=lambda width: (not any(width in t["beside"] for t in tensors), int(width)),
+    )
     views = [_at_width(tensors, width, record) for width in widths]
     selects = (f"prices-{kind}-width",) if len(views) > 1 else ()
-    layout = axes(PRICES[record["price"]].replace("sum of ", ""), yaxis=_names(tensors))
-    height = 80 + 17 * len(tensors)
-    return Chart(f"prices-{kind}", f"Prices of {kind}", views or [View("", [])], layout, height, selects)
+    layout = axes(yaxis=_names(tensors))
+    return Chart(f"prices-{kind}", f"Prices of {kind}", views or [View("", [])], layout, _height(tensors), selects)
 
 
 def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRecord) -> View:
@@ -85,12 +89,17 @@ def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRec
     common["hovertemplate"] = "%{text}<br>%{x}"
     prices = [rounded(t["price"].get(width)) for t in tensors]
     traces = [common | {"x": prices, "name": record["price"], "colour": CHOSEN, "marker": {"size": 8}}]
-    if any("foretold" in t for t in tensors):
-        foretold = [rounded(t.get("foretold", {}).get(width)) for t in tensors]
+    if any(width in t["beside"] for t in tensors):
+        others = [rounded(t["beside"].get(width)) for t in tensors]
         symbol = {"size": 7, "symbol": "square-open"}
-        traces.insert(0, common | {"x": foretold, "name": "by gradients", "colour": OTHER, "marker": symbol})
+        traces.insert(0, common | {"x": others, "name": record["beside"], "colour": OTHER, "marker": symbol})
     positive = all(x is None or x > 0 for trace in traces for x in trace["x"])
-    return View(f"{width} bits", traces, {"xaxis": {"type": "log" if positive else "linear"}})
+    axis = {"type": "log" if positive else "linear", "title": {"text": SENSITIVITY[record["price"]]}}
+    return View(f"{width} bits", traces, {"xaxis": axis})
+
+
+def _height(tensors: Sequence[PricedTensor]) -> int:
+    return 80 + 17 * len(tensors)
 
 
 def _names(tensors: Sequence[PricedTensor]) -> dict[str, Any]:

@@ -309,8 +309,8 @@ class PricedTensor(TypedDict):
     """bits -> noise-to-signal ratio; none, as below, where a rule says the bits"""
     price: dict[str, Real]
     """bits -> price"""
-    foretold: NotRequired[dict[str, Real]]
-    """bits -> price by gradients, where they are measured"""
+    beside: dict[str, Real]
+    """bits -> price of another kind, where there is one"""
 
 
 class AllocationRecord(TypedDict):
@@ -321,6 +321,9 @@ class AllocationRecord(TypedDict):
     cost: str
     """the key that the front goes by"""
     price: str
+    """the kind that bits were chosen by"""
+    beside: str
+    """another kind, to hold against it"""
     metric: str
     reference: Real
     """the metric of full precision"""

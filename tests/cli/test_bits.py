@@ -55,17 +55,13 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert record["chosen"]["costs"]["mean bits of weights"] <= 4 + 1e-9
     assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
     assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in capsys.readouterr().out
-    assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40
+    assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
     summary = SUMMARY.read(chosen)
     assert summary is not None and summary["mode"] == "allocate" and summary["answer"] == record["answer"]
 
     again = (chosen / "summary.json").stat().st_mtime_ns
     assert run("bits=auto", "budget=4", "mode=retrain", "weights=baseline", "seed=0") == 0  # finished already, both
     assert (chosen / "summary.json").stat().st_mtime_ns == again
-    rules_before = allocated(chosen)
-    assert run("mode=retrain", "weights=baseline", f"policy={chosen / 'policy.yaml'}", "run_dir=by_file") == 0
-    of_file = load_config(Path("by_file"))
-    assert of_file is not None and {rule["match"]: rule["bits"] for rule in of_file.rules} == rules_before
     assert report.main([str(chosen)]) == 0
     page = (chosen / "report.html").read_text()
     assert record["answer"] in page
@@ -74,12 +70,12 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
 def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["mode=allocate", "weights=baseline", "max_drop=90", "allocation.cost=size_mb"]
+    words = ["mode=allocate", "weights=baseline", "max_drop=90", "allocation.cost=size_mb", "allocation.widths=[2,8]"]
     assert run(*words, "run_dir=sought") == 0
     record = json.loads(Path("sought/allocation.json").read_text())
     assert record["cost"] == "size_mb" and "uniform needs 2 bits" in record["answer"]  # anything is good enough
     probes = {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")}
-    assert len(probes) >= 3
+    assert len(probes) >= 2
     for name in ("summary.json", "allocation.json"):
         Path("sought", name).unlink()
     assert run(*words, "run_dir=sought") == 0
