@@ -61,7 +61,7 @@ def allocate(
         policy: what tensors get besides; bits that one of its rules says of some tensors stay. None: `Policy.of()`.
 
     Returns:
-        The policy with a rule for each tensor: `quantize_model(model, policy, example=...)` quantizes by it.
+        The policy with a rule for each tensor, for `quantize_model(model, policy, example=...)`.
 
     Raises:
         ValueError: no limit, or one that the narrowest widths do not keep; no batch; nothing to choose bits for.

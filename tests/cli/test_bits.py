@@ -99,6 +99,7 @@ def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys:
         (["bits=auto"], "bits=auto: needs to be told what bits may cost"),
         (["mode=allocate", "budget=4"], "mode=allocate: needs weights="),
         (["budget=4"], "budget=4: is for qat-bits and for bits=auto"),
+        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto goes with no other bits"),
         (["retrain_steps=5"], "retrain_steps=5: is for qat-bits"),
         (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: seeks the least bits by itself; no budget beside it"),
         (["bits=auto", "budget=1"], "budget=1.0: must be 2 to 16"),
