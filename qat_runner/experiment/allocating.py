@@ -61,6 +61,9 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
     rules = {"rules": rules_of(known, chosen.best.bits)}
     write_text(RunFolder(folder).policy, yaml.safe_dump(rules, sort_keys=False, default_flow_style=None))
     write_text(RunFolder(folder).prices, table(record["tensors"], search.prices.widths))
+    from qat_runner.training.plots import plot_bits  # matplotlib takes its time to import
+
+    plot_bits(folder, record)
     log.info(record["answer"])
     told = {"bits": config.asked_bits, "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
     found: Any = {**chosen.summary, **told}

@@ -31,6 +31,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
     return {
         "answer": _answer(search, chosen, probes),
         "cost": search.config.allocation.cost,
+        "figures": [measure.name for measure in search.cost],
         "price": search.config.allocation.price,
         "beside": beside.kind,
         "metric": measured(chosen.summary).name,

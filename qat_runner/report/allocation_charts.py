@@ -5,16 +5,8 @@ from typing import Any
 
 from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, rounded
 from qat_runner.report.tensor_charts import labels
-from qat_runner.runs.records import AllocationRecord, Point, PricedTensor
+from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, paid
 
-TITLES = {
-    "mean_bits": ("mean bits of weights", "mean bits of activations"),
-    "size_mb": ("MB",),
-    "bitops": ("GBitOPs",),
-    "traffic_mb": ("MB read",),
-    "latency_ms": ("ms",),
-}
-"""The figures of each cost, of which a chart shows the largest."""
 PRICES = {
     "gradient": "foretold rise of the loss",
     "measured": "sum of the rises of the loss, a tensor at a time",
@@ -36,13 +28,8 @@ def allocation_charts(record: AllocationRecord) -> list[Chart]:
 
 
 def _front(record: AllocationRecord) -> Chart:
-    figures = TITLES[record["cost"]]
-
-    def cost(point: Point) -> float:
-        return max(point["costs"][name] for name in figures if name in point["costs"])
-
     def drawn(points: Sequence[Point], name: str, colour: int, **more: Any) -> PlotlyTrace:
-        return line([rounded(cost(p)) for p in points], [p["rise"] for p in points], name, colour, **more)
+        return line([rounded(paid(record, p)) for p in points], [p["rise"] for p in points], name, colour, **more)
 
     curve, alike = drawn(record["front"], "best", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
     alike |= {"mode": "lines+markers+text", "text": [f"{p.get('width')} bits" for p in record["uniform"]]}
@@ -51,7 +38,7 @@ def _front(record: AllocationRecord) -> Chart:
     chosen["marker"] = {"size": 13, "symbol": "star"}
     positive = all(p["rise"] > 0 for p in (*record["front"], *record["uniform"]))
     axis = {"type": "log", "exponentformat": "power"} if positive else {}
-    layout = axes(" or ".join(figures), PRICES[record["price"]], yaxis=axis)
+    layout = axes(" or ".join(record["figures"]), PRICES[record["price"]], yaxis=axis)
     return Chart("front", "The front, and uniform bits", [View("", [curve, alike, chosen])], layout, 380)
 
 

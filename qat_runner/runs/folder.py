@@ -17,8 +17,9 @@
 | report.html       | the run's page, where qat-report was asked for it                                             |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
 | error.txt         | why the run broke off, if it did                                                              |
-| allocation.json   | prices, front, what was measured, and the answer (mode allocate only, as the next three)       |
+| allocation.json   | prices, front, what was measured, and the answer (mode allocate only, as the next four)        |
 | policy.yaml       | the bits that were chosen, as rules                                                           |
+| bits.png          | the front, and the bits of all tensors                                                        |
 | prices.csv        | a row a tensor: its bits, and its noise and price at every width                              |
 | probes/           | run folders of the networks that were measured                                                |
 | summary.json      | the result; a folder that has it is a finished run                                            |
@@ -105,6 +106,10 @@ class RunFolder:
         return self.path / "policy.yaml"
 
     @property
+    def bits(self) -> Path:
+        return self.path / "bits.png"
+
+    @property
     def prices(self) -> Path:
         return self.path / "prices.csv"
 
@@ -125,5 +130,5 @@ class RunFolder:
             *(self.path / file.name for file in typed),
             *(self.config, self.quantizers, self.log, self.error, self.tensorboard, self.checkpoints),
             *(self.curves, self.noise, self.page, self.export),
-            *(self.trackers, self.wandb, self.mlruns, self.policy, self.prices, self.probes),
+            *(self.trackers, self.wandb, self.mlruns, self.policy, self.bits, self.prices, self.probes),
         )

@@ -320,6 +320,8 @@ class AllocationRecord(TypedDict):
     """a sentence"""
     cost: str
     """the key that the front goes by"""
+    figures: Annotated[list[str], Field(min_length=1)]
+    """the costs of a point that it stands for, of which the largest counts"""
     price: str
     """the kind that bits were chosen by"""
     beside: str
@@ -336,6 +338,18 @@ class AllocationRecord(TypedDict):
     seconds: Real
     """of pricing"""
     retrain_steps: Count
+
+
+def paid(record: AllocationRecord, point: Point) -> float:
+    """What a point costs, of what the front of a record goes by."""
+    return max(point["costs"][name] for name in record["figures"])
+
+
+def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
+    for point in (record["chosen"], *record["uniform"], *record["front"]):
+        if missing := [name for name in record["figures"] if name not in point["costs"]]:
+            raise ValueError(f"costs: {missing[0]} is missing")
+    return record
 
 
 # lock
@@ -355,7 +369,9 @@ SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterVa
 ENVIRONMENT: JsonFile[Environment] = JsonFile("environment.json", Environment)
 HISTOGRAMS: JsonFile[list[Histogram]] = JsonFile("histograms.json", list[Histogram])
 EXPORT: JsonFile[Export] = JsonFile("export.json", Annotated[Export, AfterValidator(_with_reference)])
-ALLOCATION: JsonFile[AllocationRecord] = JsonFile("allocation.json", AllocationRecord)
+ALLOCATION: JsonFile[AllocationRecord] = JsonFile(
+    "allocation.json", Annotated[AllocationRecord, AfterValidator(_with_its_costs)]
+)
 PREDICTIONS: JsonFile[dict[str, str]] = JsonFile("predictions.json", dict[str, str])
 """The answers of the latest validation, by id of the question, in SQuAD's format."""
 LOCK: JsonFile[Owner] = JsonFile("lock", Owner)

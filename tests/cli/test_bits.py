@@ -56,6 +56,7 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
     assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in capsys.readouterr().out
     assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
+    assert (chosen / "bits.png").read_bytes().startswith(b"\x89PNG")
     summary = SUMMARY.read(chosen)
     assert summary is not None and summary["mode"] == "allocate" and summary["answer"] == record["answer"]
 
