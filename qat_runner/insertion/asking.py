@@ -5,14 +5,15 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from qat_runner.insertion.calls import ATTENTION, MATRICES, taken_apart
+from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
 from qat_runner.insertion.layers import is_own
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
+from qat_runner.insertion.own_weights import MADE_OF, MOVES, mark, parts
 
 
 class Asked(NamedTuple):
@@ -26,6 +27,11 @@ class Asked(NamedTuple):
     """elements of what came out"""
     computed: bool
     """whether both factors are floating numbers that were computed, not parameters or buffers"""
+    parameter: str | None = None
+    """name of the module's own parameter that one factor is, or is made of"""
+    contracted: int | None = None
+    """the dimension of it, -1 or -2, that is added up over; None where that is another, or the other factor is no
+    floating number that was computed"""
 
 
 _CAUGHT = (*MATRICES, ATTENTION, F.multi_head_attention_forward)
@@ -86,6 +92,17 @@ def attends(module: nn.Module, asking: Asking) -> bool:
     )
 
 
+def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
+    """The parameters of its own that a module multiplies by: name -> the dimension, -1 or -2, that it adds up over.
+
+    Those of two dimensions or more that it uses in one way alone.
+    """
+    found: dict[str, set[int | None]] = {}
+    for asked in (a for calls in asking.get(module, []) for a in calls if a.parameter is not None):
+        found.setdefault(str(asked.parameter), set()).add(asked.contracted)
+    return {name: dim for name, dims in found.items() if len(dims) == 1 for dim in dims if dim is not None}
+
+
 def _is_attention(asked: Sequence[Asked]) -> bool:
     if [a.func for a in asked] == [ATTENTION]:
         return True
@@ -93,6 +110,26 @@ def _is_attention(asked: Sequence[Asked]) -> bool:
         return False
     first, second = asked
     return first.computed and second.computed and second.left == first.given
+
+
+class _Made(NamedTuple):
+    """What a tensor is made of."""
+
+    module: nn.Module
+    parameter: str
+    places: tuple[Tensor, ...]
+    """where its elements lie along the last dimension of the parameter, and along the one before"""
+
+    def along(self, dim: int) -> int | None:
+        """The one of these two that a dimension of the tensor runs along."""
+        runs = [bool((place != place.narrow(dim, 0, 1)).any()) for place in self.places if place.numel()]
+        return {(True, False): -1, (False, True): -2}.get(tuple(runs))
+
+
+def _places(parameter: Tensor) -> tuple[Tensor, ...]:
+    rows, columns = parameter.shape[-2:]
+    along = torch.arange(columns, device=parameter.device), torch.arange(rows, device=parameter.device)[:, None]
+    return tuple(place.expand(parameter.shape) for place in along)
 
 
 class _Watch(TorchFunctionMode):
@@ -127,9 +164,40 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._open:
-            if func is ATTENTION or func is F.multi_head_attention_forward:
-                self._open[-1][1].append(Asked(func, 0, torch.Size(), 0, True))
-            elif (call := taken_apart(func, args, kwargs)) is not None:
-                computed = all(t.is_floating_point() and id(t) not in self._kept for t in call[:2])
-                self._open[-1][1].append(Asked(func, call.left.numel(), call.right.shape, out.numel(), computed))
+            self._note(func, args, kwargs, out)
         return out
+
+    def _note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        asked = self._open[-1][1]
+        if func is ATTENTION or func is F.multi_head_attention_forward:
+            asked.append(Asked(func, 0, torch.Size(), 0, True))
+        elif func in MOVES:
+            self._follow(func, args, kwargs, out)
+        elif (call := taken_apart(func, args, kwargs)) is not None:
+            computed = [t.is_floating_point() and id(t) not in self._kept for t in call[:2]]
+            sizes = call.left.numel(), call.right.shape, out.numel()
+            asked.append(Asked(func, *sizes, all(computed), *self._own(call, computed)))
+
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Note what is made of parameters: what happens to them is done to the places of their elements."""
+        made = self._made_of(args[0])
+        if made is not None:
+            places = [parts(func(place, *args[1:], **kwargs)) for place in made.places]
+            for part, *moved in zip(parts(out), *places, strict=True):
+                mark(part, args[0], made._replace(places=tuple(moved)))
+
+    def _own(self, call: Call, computed: Sequence[bool]) -> tuple[str | None, int | None]:
+        """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
+        left, right = self._made_of(call.left), self._made_of(call.right)
+        made, other = (left, 1) if right is None else (right, 0)
+        if made is None or made.module is not self._open[-1][0]:
+            return None, None
+        alone = (left is None or right is None) and computed[other] and call.summed is not None
+        return made.parameter, made.along(call.summed[1 - other]) if alone else None
+
+    def _made_of(self, t: Any) -> _Made | None:
+        module = self._open[-1][0]
+        for name, parameter in module._parameters.items():
+            if t is parameter and t.ndim > 1 and t.is_floating_point() and not t.is_meta:
+                return _Made(module, name, _places(t))
+        return getattr(t, MADE_OF, None)

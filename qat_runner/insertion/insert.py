@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight
+from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight, own_weights
 from qat_runner.insertion.attention import (
     EAGER,
     attention_as,
@@ -41,11 +41,13 @@ from qat_runner.insertion.own_products import (
     QuantAttention,
     is_multihead,
     is_product,
+    has_fast_path,
     keep_off_fast_path,
     products_as_before,
     quantize_own_products,
     release_own_products,
 )
+from qat_runner.insertion.own_weights import QuantOwnWeight, quantize_own_weights, release_own_weights
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
@@ -73,8 +75,12 @@ PRODUCTS = "quantization_products"
 """Attribute of a quantized model that was seen at work: its products of tensors."""
 
 
-KNOWN = "convolutions, linear layers and attention"
+KNOWN = "convolutions, linear layers, experts and attention"
 """What is quantized, for a reader."""
+
+
+OwnWeights = dict[nn.Module, dict[str, int]]
+"""Module -> the parameters of its own that it multiplies by, as of `own_weights`."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ def insert(
     policy: Policy,
     example: Tensor | tuple[Any, ...] | None = None,
     tensors: Collection[str] | None = None,
+    contracted: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """`quantize_model` with a ready policy.
 
@@ -158,6 +165,7 @@ def insert(
         policy: what every tensor gets.
         tensors: names of those that were quantized in another one of the same network, and are to be here, where there
             is no example; None: what is known without a look.
+        contracted: `contracted_by(model)` of that one.
     """
     if each(model, is_quantized):
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
@@ -167,12 +175,13 @@ def insert(
     asking, before = (None, None) if inputs is None else look(model, inputs)
     layers, notes = _convertible(model, policy, asking, tensors)
     attention = _own_attention(model, asking, tensors)
-    if not (layers or attention):
+    weights = _own_weights(model, asking, attention) if tensors is None else _own_weights_named(model, contracted or {})
+    if not (layers or attention or weights):
         why = "".join(f"; {note}" for note in told_once(notes.items()))
         raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
     other_attention = bool(attention_of(model) - {EAGER})
     try:
-        layers = _converted(model, layers.values(), attention)
+        layers = _converted(model, layers.values(), attention, weights)
         seen = None if inputs is None else trace(model, *inputs)
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
@@ -184,6 +193,8 @@ def insert(
         raise
     for module in attention:
         release_own_products(module)
+    for module in weights:
+        release_own_weights(module)
     for module in model.modules():
         keep_off_fast_path(module)
     setattr(model, POLICY, policy.with_ends(ends))
@@ -197,11 +208,15 @@ def insert(
     return model
 
 
-def _converted(model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """Convert layers and attention, without quantizers yet; returns all that may get some, by name."""
+def _converted(
+    model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module], weights: OwnWeights
+) -> dict[str, nn.Module]:
+    """Convert layers, attention and own weights, without quantizers yet; returns all that may get some, by name."""
     quantize_attention(model)
     for module in attention:
         quantize_own_products(module)
+    for module, of in weights.items():
+        quantize_own_weights(module, of)
     for layer in layers:
         convert(layer)
     return dict(each(model, is_quantized))
@@ -316,6 +331,45 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
     return [m for m in attending if m not in served]
 
 
+def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[nn.Module]) -> OwnWeights:
+    """The modules that multiply by parameters of their own, but for layers of known kinds and attention."""
+    if asking is None:
+        return {}
+    others = {*attention, *modules_served(model), *(m for m in model.modules() if not _may_be_swapped(m))}
+    found = {module: own_weights(module, asking) for module in model.modules() if module not in others}
+    return {module: contracted for module, contracted in found.items() if contracted}
+
+
+def _may_be_swapped(module: nn.Module) -> bool:
+    """Whether a module's class can be swapped, and no other reason is there to swap it."""
+    return layer_kind(module) is None and not isinstance(module, torch.jit.ScriptModule) and not has_fast_path(module)
+
+
+def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWeights:
+    """Those that `contracted_by` of another one of the same network told.
+
+    Raises:
+        ValueError: it is no such network.
+    """
+    found: OwnWeights = {}
+    modules = dict(each(model, lambda m: True))
+    for name, dim in contracted.items():
+        of, _, parameter = name.rpartition(".")
+        if of not in modules or getattr(modules[of]._parameters.get(parameter), "ndim", 0) < 2:
+            raise ValueError(f"{type(model).__name__} has no parameter {name} that could be quantized")
+        found.setdefault(modules[of], {})[parameter] = dim
+    return found
+
+
+def contracted_by(model: nn.Module) -> dict[str, int]:
+    """Name of each parameter that the module around it multiplies by, quantized -> its dimension that is added up over.
+
+    -1 or -2.
+    """
+    found = each(model, lambda m: isinstance(m, QuantOwnWeight))
+    return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
+
+
 def _chosen(
     layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, TensorPolicy]]:
@@ -340,14 +394,10 @@ def _chosen(
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
     """A quantizer for each operand of a layer; None for full precision."""
     try:
-        return {operand: tensor.quantizer(operand, *_channels(layer)) for operand, tensor in tensors.items()}
+        shapes = layer.scalar_shapes() if isinstance(layer, QuantLayer) else {}
+        return {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
     except ValueError as error:
         raise PolicyError(str(error)) from error
-
-
-def _channels(layer: nn.Module) -> tuple[Sequence[int], int]:
-    """The shape of a layer's weight, and its dimension of output channels."""
-    return (layer.weight.shape, layer.channels) if isinstance(layer, QuantLayer) else ((), 0)
 
 
 def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:

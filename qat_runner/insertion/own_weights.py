@@ -1,0 +1,211 @@
+"""Modules that multiply by parameters of their own, as mixtures of experts do: such a product is a quantized layer.
+
+A mixture keeps the weights of all experts in one parameter, [E, K, C] or [E, C, K], and multiplies by it whole, by
+slices of it, or by a gathered selection, in whichever function. The module keeps its code: its class is swapped for one
+that runs the same forward while calls on their way to PyTorch are watched. The parameter is quantized once a pass, at
+its first use; what is made of it by moving elements is known as such, and when that is multiplied, so is the other
+factor's quantizer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, quantized_class, restore
+from qat_runner.policy import EXPERTS
+from qat_runner.quant import Quantizer
+from qat_runner.quant.recompute import recomputing
+
+_NAMES = (
+    *("__getitem__", "select", "narrow", "index_select", "gather", "take_along_dim", "chunk", "split", "tensor_split"),
+    *("unbind", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "view"),
+    *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "clone", "detach", "to"),
+    *("float", "double", "half", "bfloat16", "cpu", "cuda"),
+)
+
+MOVES = frozenset(
+    [getattr(place, name) for name in _NAMES for place in (torch, Tensor) if hasattr(place, name)]
+    + [Tensor.T.__get__, Tensor.mT.__get__]  # type: ignore[attr-defined]
+)
+"""Functions that move or convert elements of their first argument, and compute nothing."""
+
+
+MADE_OF = "_qat_made_of"
+"""Attribute of a tensor that one of MOVES has made of a parameter: of which."""
+
+
+def mark(part: Tensor, source: Tensor, made_of: object) -> None:
+    """Note what a tensor is made of, but for the source itself, which a conversion may return."""
+    if part is not source:
+        setattr(part, MADE_OF, made_of)
+
+
+def parts(out: Any) -> Sequence[Tensor]:
+    """The tensors that one of MOVES returned."""
+    return out if isinstance(out, tuple | list) else (out,)
+
+
+class QuantOwnWeight(QuantLayer):
+    """What a module multiplies by a parameter of its own: a linear layer, or many of them, one an expert.
+
+    One quantizer serves the inputs of all experts. An expert's weight has one scalar, or one for each output channel.
+
+    Args:
+        of: that module.
+        parameter: name in it, of [..., K, C] or [..., C, K].
+        contracted: its dimension C, -1 or -2, which products add up over.
+    """
+
+    def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
+        super().__init__()
+        self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
+        self.kind_name = EXPERTS if self.weight.ndim > 2 else "Linear"
+        self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        return self._of[0]._parameters[self.parameter]  # type: ignore[return-value]
+
+    def stored_weight(self) -> nn.Parameter:
+        return self.weight
+
+    def used_parameter(self) -> nn.Parameter | None:
+        weight = self.weight
+        return weight if self._rows(weight) is weight else None
+
+    def used_weight(self) -> Tensor:
+        """The weight as its quantizer is given it: of experts [rows, elements of a row], rows having a scalar each."""
+        return self._rows(self.weight)
+
+    @property
+    def channels(self) -> int:
+        return self.weight.ndim - 3 - self.contracted
+
+    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = self.weight.shape
+        if len(shape) == 2:
+            return super().scalar_shapes()
+        experts = shape[:-2].numel()
+        return {"tensor": (experts, 1), "channel": (experts * shape[self.channels], 1)}
+
+    @property
+    def _scalars(self) -> int | None:
+        """Clipping scalars of the weights of experts; None where there is one in all."""
+        quantizer = self.weight_quantizer
+        several = self.weight.ndim > 2 and isinstance(quantizer, Quantizer) and quantizer.dim is not None
+        return quantizer.s.shape[-2] if several else None  # type: ignore[union-attr]
+
+    @property
+    def _turned(self) -> bool:
+        """Whether channels are columns of an expert's matrix, which is turned for its quantizer."""
+        return self.contracted == -2 and self._scalars == self.scalar_shapes()["channel"][0]
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        if self._scalars is None:
+            return weight
+        return (weight.mT if self._turned else weight).reshape(self._scalars, -1)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight, quantized, in its own shape; itself where nothing quantizes it."""
+        weight = self.weight
+        rows = self._rows(weight)
+        quantized: Tensor = self.weight_quantizer(rows)
+        if quantized is rows:
+            return weight
+        return quantized.view(weight.mT.shape).mT.contiguous() if self._turned else quantized.view(weight.shape)
+
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        """What is computed with an input and with the quantized weight, or a part of it.
+
+        Nothing is learned from an input without elements, as an expert that gets no token has it.
+        """
+        x = self.input_quantizer(input) if input.numel() else input
+        with recomputing((x, input, self.input_quantizer)):
+            return compute(x, weight)
+
+
+class UsingOwnWeights(Swapped):
+    """A module whose products with parameters of its own are quantized, in its own forward."""
+
+    def added(self) -> Sequence[str]:
+        return [name for name, inner in self.named_children() if isinstance(inner, QuantOwnWeight)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Taking(_Pass(self)):
+            return super().forward(*args, **kwargs)
+
+
+class _Pass:
+    """One forward pass of such a module: takes over what it does with its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [(m.weight, m) for m in module.children() if isinstance(m, QuantOwnWeight)]
+        self._quantized: dict[str, Tensor] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func in MOVES:
+            layer = self._layer_of(args[0])
+            if layer is None:
+                return NotImplemented
+            out = func(self._used(args[0], layer), *args[1:], **kwargs)
+            for part in parts(out):
+                mark(part, args[0], layer)
+            return out
+        call = taken_apart(func, args, kwargs)
+        return NotImplemented if call is None else self._product(call)
+
+    def _product(self, call: Call) -> Any:
+        left, right = self._layer_of(call.left), self._layer_of(call.right)
+        if right is not None and left is None:
+            return right(call.left, self._used(call.right, right), call.compute)
+        if left is not None and right is None:
+            return left(call.right, self._used(call.left, left), lambda x, weight: call.compute(weight, x))
+        return NotImplemented
+
+    def _layer_of(self, t: Any) -> QuantOwnWeight | None:
+        """The layer whose weight a tensor is, or is made of."""
+        for parameter, layer in self._layers:
+            if t is parameter or getattr(t, MADE_OF, None) is layer:
+                return layer
+        return None
+
+    def _used(self, t: Tensor, layer: QuantOwnWeight) -> Tensor:
+        """What takes the place of a parameter; anything else as it is."""
+        if t is not layer.weight:
+            return t
+        if layer.parameter not in self._quantized:
+            self._quantized[layer.parameter] = layer.quantized_weight()
+        return self._quantized[layer.parameter]
+
+
+def layer_name(parameter: str) -> str:
+    """The name of the layer, in a module, that quantizes the products with a parameter of the module."""
+    return f"{parameter}_product"
+
+
+def quantize_own_weights(module: nn.Module, contracted: Mapping[str, int]) -> None:
+    """Make layers of a module's products with its own parameters, without quantizers, in place.
+
+    `restore` undoes it.
+
+    Args:
+        module: of any class, not swapped.
+        contracted: name of a parameter -> see `QuantOwnWeight`.
+    """
+    for name, dim in contracted.items():
+        module.add_module(layer_name(name), QuantOwnWeight(module, name, dim).train(module.training))
+    module.__class__ = quantized_class(type(module), UsingOwnWeights)
+
+
+def release_own_weights(module: nn.Module) -> None:
+    """Let a module multiply as before by what is not quantized, once there are quantizers."""
+    assert isinstance(module, UsingOwnWeights)
+    for name in module.added():
+        if not any(isinstance(inner, Quantizer) for inner in module.get_submodule(name).children()):
+            delattr(module, name)
+    if not module.added():
+        restore(module)
