@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
 from qat_runner.insertion.layers import is_own
@@ -128,8 +129,14 @@ class _Made(NamedTuple):
 
 def _places(parameter: Tensor) -> tuple[Tensor, ...]:
     rows, columns = parameter.shape[-2:]
-    along = torch.arange(columns, device=parameter.device), torch.arange(rows, device=parameter.device)[:, None]
+    where = torch.device("cpu") if parameter.is_meta else parameter.device
+    along = torch.arange(columns, device=where), torch.arange(rows, device=where)[:, None]
     return tuple(place.expand(parameter.shape) for place in along)
+
+
+def _with_numbers(value: Any) -> Any:
+    """An argument of a call on the meta device, where an index has none: the first of what it chooses from."""
+    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
 
 
 class _Watch(TorchFunctionMode):
@@ -174,30 +181,37 @@ class _Watch(TorchFunctionMode):
         elif func in MOVES:
             self._follow(func, args, kwargs, out)
         elif (call := taken_apart(func, args, kwargs)) is not None:
-            computed = [t.is_floating_point() and id(t) not in self._kept for t in call[:2]]
+            made = self._made_of(call.left), self._made_of(call.right)
+            computed = [
+                t.is_floating_point() and id(t) not in self._kept and m is None
+                for t, m in zip(call[:2], made, strict=True)
+            ]
             sizes = call.left.numel(), call.right.shape, out.numel()
-            asked.append(Asked(func, *sizes, all(computed), *self._own(call, computed)))
+            asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what is made of parameters: what happens to them is done to the places of their elements."""
         made = self._made_of(args[0])
         if made is not None:
-            places = [parts(func(place, *args[1:], **kwargs)) for place in made.places]
+            move = Tensor.reshape if func is Tensor.view else func  # places take no memory, so they lie otherwise
+            more, named = tree_map(_with_numbers, (args[1:], kwargs))
+            places = [parts(move(place, *more, **named)) for place in made.places]
             for part, *moved in zip(parts(out), *places, strict=True):
                 mark(part, args[0], made._replace(places=tuple(moved)))
 
-    def _own(self, call: Call, computed: Sequence[bool]) -> tuple[str | None, int | None]:
+    def _own(
+        self, call: Call, made: tuple[_Made | None, _Made | None], computed: Sequence[bool]
+    ) -> tuple[str | None, int | None]:
         """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
-        left, right = self._made_of(call.left), self._made_of(call.right)
-        made, other = (left, 1) if right is None else (right, 0)
-        if made is None or made.module is not self._open[-1][0]:
-            return None, None
-        alone = (left is None or right is None) and computed[other] and call.summed is not None
-        return made.parameter, made.along(call.summed[1 - other]) if alone else None
+        for of, factor, other in ((made[0], 0, 1), (made[1], 1, 0)):
+            if of is not None and of.module is self._open[-1][0]:
+                known = computed[other] and call.summed is not None
+                return of.parameter, of.along(call.summed[factor]) if known else None  # type: ignore[index]
+        return None, None
 
     def _made_of(self, t: Any) -> _Made | None:
         module = self._open[-1][0]
         for name, parameter in module._parameters.items():
-            if t is parameter and t.ndim > 1 and t.is_floating_point() and not t.is_meta:
+            if t is parameter and t.ndim > 1 and t.is_floating_point():
                 return _Made(module, name, _places(t))
         return getattr(t, MADE_OF, None)
