@@ -48,78 +48,86 @@ def parts(out: Any) -> Sequence[Tensor]:
     return out if isinstance(out, tuple | list) else (out,)
 
 
-class QuantOwnWeight(QuantLayer):
+class OwnWeight(nn.Module):
     """What a module multiplies by a parameter of its own: a linear layer, or many of them, one an expert.
-
-    One quantizer serves the inputs of all experts. An expert's weight has one scalar, or one for each output channel.
 
     Args:
         of: that module.
-        parameter: name in it, of [..., K, C] or [..., C, K].
+        parameter: name in it, of [K, C], [..., K, C], or turned, [..., C, K].
         contracted: its dimension C, -1 or -2, which products add up over.
     """
 
     def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
         super().__init__()
         self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        return getattr(self._of[0], self.parameter)
+
+    def used(self) -> Tensor:
+        """What the module multiplies by, in the shape of the parameter."""
+        raise NotImplementedError
+
+    def as_rows(self, weight: Tensor, turned: bool, rows: int) -> Tensor:
+        """A tensor of the parameter's shape as [rows, elements of a row]."""
+        return (weight.mT if turned else weight).reshape(rows, -1)
+
+    def from_rows(self, rows: Tensor, turned: bool) -> Tensor:
+        """A tensor of the parameter's shape, of its rows."""
+        shape = self.weight.shape
+        return rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous() if turned else rows.view(shape)
+
+
+class QuantOwnWeight(OwnWeight, QuantLayer):
+    """A quantized OwnWeight. One quantizer serves the inputs of all experts.
+
+    An expert's weight has one clipping scalar, or one for each output channel. Its quantizer is given rows that have
+    one each.
+    """
+
+    def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
+        super().__init__(of, parameter, contracted)
         self.kind_name = EXPERTS if self.weight.ndim > 2 else "Linear"
         self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The parameter."""
-        return self._of[0]._parameters[self.parameter]  # type: ignore[return-value]
-
     def stored_weight(self) -> nn.Parameter:
-        return self.weight
-
-    def used_parameter(self) -> nn.Parameter | None:
-        weight = self.weight
-        return weight if self._rows(weight) is weight else None
-
-    def used_weight(self) -> Tensor:
-        """The weight as its quantizer is given it: of experts [rows, elements of a row], rows having a scalar each."""
-        return self._rows(self.weight)
-
-    @property
-    def channels(self) -> int:
-        return self.weight.ndim - 3 - self.contracted
+        stored: nn.Parameter = self.weight
+        return stored
 
     def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = self.weight.shape
-        if len(shape) == 2:
-            return super().scalar_shapes()
-        experts = shape[:-2].numel()
-        return {"tensor": (experts, 1), "channel": (experts * shape[self.channels], 1)}
+        experts, channels = shape[:-2].numel(), shape[-3 - self.contracted]
+        return {"tensor": (experts, 1) if len(shape) > 2 else (), "channel": (experts * channels, 1)}
+
+    @property
+    def turned(self) -> bool:
+        """Whether channels, with a scalar each, are columns, so that the parameter is turned for its quantizer."""
+        return self.contracted == -2 and self._scalars == self.scalar_shapes()["channel"][0]
 
     @property
     def _scalars(self) -> int | None:
-        """Clipping scalars of the weights of experts; None where there is one in all."""
+        """How many clipping scalars the weight has; None: one in all, or none."""
         quantizer = self.weight_quantizer
-        several = self.weight.ndim > 2 and isinstance(quantizer, Quantizer) and quantizer.dim is not None
-        return quantizer.s.shape[-2] if several else None  # type: ignore[union-attr]
+        several = isinstance(quantizer, Quantizer) and quantizer.dim is not None
+        return quantizer.s.shape[-2] if several else None  # type: ignore[return-value, index]
 
-    @property
-    def _turned(self) -> bool:
-        """Whether channels are columns of an expert's matrix, which is turned for its quantizer."""
-        return self.contracted == -2 and self._scalars == self.scalar_shapes()["channel"][0]
+    def used_parameter(self) -> nn.Parameter | None:
+        return self.stored_weight() if self._scalars is None else None
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        if self._scalars is None:
-            return weight
-        return (weight.mT if self._turned else weight).reshape(self._scalars, -1)
+    def used_weight(self) -> Tensor:
+        """The weight as it is quantized: rows, [scalars, elements of one], where there are several scalars."""
+        weight: Tensor = self.weight
+        return weight if self._scalars is None else self.as_rows(weight, self.turned, self._scalars)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight, quantized, in its own shape; itself where nothing quantizes it."""
-        weight = self.weight
-        rows = self._rows(weight)
+    def used(self) -> Tensor:
+        rows = self.used_weight()
         quantized: Tensor = self.weight_quantizer(rows)
-        if quantized is rows:
-            return weight
-        return quantized.view(weight.mT.shape).mT.contiguous() if self._turned else quantized.view(weight.shape)
+        return self.stored_weight() if quantized is rows else self.from_rows(quantized, self.turned)
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
-        """What is computed with an input and with the quantized weight, or a part of it.
+        """What is computed with an input and what is `used`, or a part of it.
 
         Nothing is learned from an input without elements, as an expert that gets no token has it.
         """
@@ -132,7 +140,7 @@ class UsingOwnWeights(Swapped):
     """A module whose products with parameters of its own are quantized, in its own forward."""
 
     def added(self) -> Sequence[str]:
-        return [name for name, inner in self.named_children() if isinstance(inner, QuantOwnWeight)]
+        return [name for name, inner in self.named_children() if isinstance(inner, OwnWeight)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Taking(_Pass(self)):
@@ -143,15 +151,15 @@ class _Pass:
     """One forward pass of such a module: takes over what it does with its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [(m.weight, m) for m in module.children() if isinstance(m, QuantOwnWeight)]
-        self._quantized: dict[str, Tensor] = {}
+        self._layers = [(m.weight, m) for m in module.children() if isinstance(m, OwnWeight)]
+        self._used: dict[str, Tensor] = {}
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in MOVES:
             layer = self._layer_of(args[0])
             if layer is None:
                 return NotImplemented
-            out = func(self._used(args[0], layer), *args[1:], **kwargs)
+            out = func(self._in_place_of(args[0], layer), *args[1:], **kwargs)
             for part in parts(out):
                 mark(part, args[0], layer)
             return out
@@ -161,25 +169,25 @@ class _Pass:
     def _product(self, call: Call) -> Any:
         left, right = self._layer_of(call.left), self._layer_of(call.right)
         if right is not None and left is None:
-            return right(call.left, self._used(call.right, right), call.compute)
+            return right(call.left, self._in_place_of(call.right, right), call.compute)
         if left is not None and right is None:
-            return left(call.right, self._used(call.left, left), lambda x, weight: call.compute(weight, x))
+            return left(call.right, self._in_place_of(call.left, left), lambda x, weight: call.compute(weight, x))
         return NotImplemented
 
-    def _layer_of(self, t: Any) -> QuantOwnWeight | None:
+    def _layer_of(self, t: Any) -> OwnWeight | None:
         """The layer whose weight a tensor is, or is made of."""
         for parameter, layer in self._layers:
             if t is parameter or getattr(t, MADE_OF, None) is layer:
                 return layer
         return None
 
-    def _used(self, t: Tensor, layer: QuantOwnWeight) -> Tensor:
-        """What takes the place of a parameter; anything else as it is."""
+    def _in_place_of(self, t: Tensor, layer: OwnWeight) -> Tensor:
+        """What is used in place of a parameter; of anything else, it itself."""
         if t is not layer.weight:
             return t
-        if layer.parameter not in self._quantized:
-            self._quantized[layer.parameter] = layer.quantized_weight()
-        return self._quantized[layer.parameter]
+        if layer.parameter not in self._used:
+            self._used[layer.parameter] = layer.used()
+        return self._used[layer.parameter]
 
 
 def layer_name(parameter: str) -> str:
