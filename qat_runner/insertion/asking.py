@@ -1,7 +1,7 @@
 """What each module's own forward asks PyTorch to multiply: which modules can be had to multiply what is quantized."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -123,15 +123,15 @@ class _Made(NamedTuple):
 
     def along(self, dim: int) -> int | None:
         """The one of these two that a dimension of the tensor runs along."""
-        runs = [bool((place != place.narrow(dim, 0, 1)).any()) for place in self.places if place.numel()]
-        return {(True, False): -1, (False, True): -2}.get(tuple(runs))
+        last, before = (place.numel() > 0 and bool((place != place.narrow(dim, 0, 1)).any()) for place in self.places)
+        return None if last == before else -1 if last else -2
 
 
 def _places(parameter: Tensor) -> tuple[Tensor, ...]:
     rows, columns = parameter.shape[-2:]
     where = torch.device("cpu") if parameter.is_meta else parameter.device
-    along = torch.arange(columns, device=where), torch.arange(rows, device=where)[:, None]
-    return tuple(place.expand(parameter.shape) for place in along)
+    last, before = (torch.arange(n, dtype=torch.int32, device=where) for n in (columns, rows))
+    return last.expand(parameter.shape), before[:, None].expand(parameter.shape)
 
 
 def _with_numbers(value: Any) -> Any:
@@ -178,7 +178,7 @@ class _Watch(TorchFunctionMode):
         asked = self._open[-1][1]
         if func is ATTENTION or func is F.multi_head_attention_forward:
             asked.append(Asked(func, 0, torch.Size(), 0, True))
-        elif func in MOVES:
+        elif func in MOVES and args:
             self._follow(func, args, kwargs, out)
         elif (call := taken_apart(func, args, kwargs)) is not None:
             made = self._made_of(call.left), self._made_of(call.right)
@@ -192,9 +192,11 @@ class _Watch(TorchFunctionMode):
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what is made of parameters: what happens to them is done to the places of their elements."""
         made = self._made_of(args[0])
-        if made is not None:
-            move = Tensor.reshape if func is Tensor.view else func  # places take no memory, so they lie otherwise
-            more, named = tree_map(_with_numbers, (args[1:], kwargs))
+        if made is None:
+            return
+        move = Tensor.reshape if func is Tensor.view else func  # places take no memory, so they lie otherwise
+        more, named = tree_map(_with_numbers, (args[1:], kwargs))
+        with suppress(Exception):  # such as a view of another dtype, which is no move
             places = [parts(move(place, *more, **named)) for place in made.places]
             for part, *moved in zip(parts(out), *places, strict=True):
                 mark(part, args[0], made._replace(places=tuple(moved)))
@@ -205,13 +207,14 @@ class _Watch(TorchFunctionMode):
         """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
         for of, factor, other in ((made[0], 0, 1), (made[1], 1, 0)):
             if of is not None and of.module is self._open[-1][0]:
-                known = computed[other] and call.summed is not None
-                return of.parameter, of.along(call.summed[factor]) if known else None  # type: ignore[index]
+                if computed[other] and call.summed is not None:
+                    return of.parameter, of.along(call.summed[factor])
+                return of.parameter, None
         return None, None
 
     def _made_of(self, t: Any) -> _Made | None:
         module = self._open[-1][0]
         for name, parameter in module._parameters.items():
-            if t is parameter and t.ndim > 1 and t.is_floating_point():
-                return _Made(module, name, _places(t))
+            if parameter is not None and t is parameter and t.ndim > 1 and t.is_floating_point():
+                return _Made(module, name, _places(parameter))
         return getattr(t, MADE_OF, None)

@@ -97,7 +97,8 @@ def _einsum(args: Sequence[Any]) -> Call | None:
         factors = list(factors[0])
     if not isinstance(equation, str) or len(factors) != 2:
         return None
-    return Call(*factors, lambda a, b: torch.einsum(equation, a, b), _summed_letter(equation.replace(" ", "")))
+    summed = _summed_letter(equation.replace(" ", ""))
+    return Call(factors[0], factors[1], lambda a, b: torch.einsum(equation, a, b), summed)
 
 
 def _summed_letter(equation: str) -> tuple[int, int] | None:

@@ -39,9 +39,9 @@ from qat_runner.insertion.layers import (
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.own_products import (
     QuantAttention,
+    has_fast_path,
     is_multihead,
     is_product,
-    has_fast_path,
     keep_off_fast_path,
     products_as_before,
     quantize_own_products,
@@ -186,7 +186,10 @@ def insert(
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
-        chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
+        nameable = {**layers, **{name: model.get_submodule(name) for name in notes}}
+        if tensors is None:  # what no rule was about there, or is left alone by it, need not be here
+            _check_rules(nameable, policy)
+        chosen = _chosen(nameable, policy, ends)
         _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
@@ -370,23 +373,32 @@ def contracted_by(model: nn.Module) -> dict[str, int]:
     return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
 
 
-def _chosen(
-    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
-) -> dict[str, dict[str, TensorPolicy]]:
-    """What a policy says of each operand of each layer.
+def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """Name, kind and operand of all that layers multiply."""
+    return [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+
+
+def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
+    """Refuse a policy with a rule that is about no operand of the layers.
 
     Raises:
-        PolicyError: a rule is about none of them.
+        PolicyError: there is one.
     """
-    places = [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+    places = _places(layers)
     for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
         if rule.type == "*" and not rule.end and not any(rule.matches(*place) for place in places):
             raise PolicyError(
                 f"rule {rule.match!r} is about no layer or tensor that can be quantized (such as {places[0][0]} or "
                 f"{places[0][0]}.{places[0][2]})"
             )
+
+
+def _chosen(
+    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, TensorPolicy]]:
+    """What a policy says of each operand of each layer."""
     chosen: dict[str, dict[str, TensorPolicy]] = {}
-    for name, kind, operand in places:
+    for name, kind, operand in _places(layers):
         chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
     return chosen
 

@@ -156,7 +156,7 @@ class _Pass:
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in MOVES:
-            layer = self._layer_of(args[0])
+            layer = self._layer_of(args[0]) if args else None
             if layer is None:
                 return NotImplemented
             out = func(self._in_place_of(args[0], layer), *args[1:], **kwargs)
