@@ -111,8 +111,9 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
 
-    Both operands of both matrix products of attention are quantized as well. Layers with a forward of their own, and
-    attention that is neither PyTorch's nor by transformers' interface, take an example to be found.
+    Both operands of both matrix products of attention are quantized as well, and parameters that the module which has
+    them multiplies by, such as those of experts. These, layers with a forward of their own, and attention that is
+    neither PyTorch's nor by transformers' interface take an example to be found.
 
     The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
     `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
