@@ -29,7 +29,7 @@ from qat_runner.insertion.layers import (
     quantizer_of,
 )
 from qat_runner.insertion.own_products import QuantAttention
-from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight
+from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
 from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
 OPSET = 21
@@ -216,11 +216,11 @@ class IntegerOwnWeight(OwnWeight):
     turned: bool
     """whether the rows of codes are columns of the parameter"""
 
-    def used(self) -> Tensor:
+    def used(self) -> Used:
         codes: IntegerWeight | None = getattr(self, "integer_weight", None)
-        return self.weight if codes is None else self.from_rows(codes(), self.turned)
+        return Used(self.weight if codes is None else from_rows(codes(), self.turned, self.weight.shape))
 
-    def forward(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
         return compute(self.input_grid(input), weight)
 
 

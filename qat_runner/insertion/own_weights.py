@@ -8,7 +8,10 @@ factor's quantizer.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from qat_runner.insertion.calls import Call, Compute, taken_apart
 from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, quantized_class, restore
 from qat_runner.policy import EXPERTS
 from qat_runner.quant import Quantizer
-from qat_runner.quant.recompute import recomputing
+from qat_runner.quant.recompute import Quantized, Source, can_be_made, recomputing, remade, saving
 
 _NAMES = (
     *("__getitem__", "select", "narrow", "index_select", "gather", "take_along_dim", "chunk", "split", "tensor_split"),
@@ -48,6 +51,14 @@ def parts(out: Any) -> Sequence[Tensor]:
     return out if isinstance(out, tuple | list) else (out,)
 
 
+class Used(NamedTuple):
+    """What a module multiplies by in place of a parameter."""
+
+    weight: Tensor
+    source: Source | None = None
+    """what it can be made of again; None: it is kept for the backward pass"""
+
+
 class OwnWeight(nn.Module):
     """What a module multiplies by a parameter of its own: a linear layer, or many of them, one an expert.
 
@@ -66,18 +77,46 @@ class OwnWeight(nn.Module):
         """The parameter."""
         return getattr(self._of[0], self.parameter)
 
-    def used(self) -> Tensor:
+    def used(self) -> Used:
         """What the module multiplies by, in the shape of the parameter."""
         raise NotImplementedError
 
-    def as_rows(self, weight: Tensor, turned: bool, rows: int) -> Tensor:
-        """A tensor of the parameter's shape as [rows, elements of a row]."""
-        return (weight.mT if turned else weight).reshape(rows, -1)
 
-    def from_rows(self, rows: Tensor, turned: bool) -> Tensor:
-        """A tensor of the parameter's shape, of its rows."""
-        shape = self.weight.shape
-        return rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous() if turned else rows.view(shape)
+def as_rows(weight: Tensor, turned: bool, rows: int) -> Tensor:
+    """Matrices [..., K, C], or turned, [..., C, K], as [rows, elements of a row]; rows are of K, or of one matrix."""
+    return (weight.mT if turned else weight).reshape(rows, -1)
+
+
+def from_rows(rows: Tensor, turned: bool, shape: Sequence[int]) -> Tensor:
+    """Undo `as_rows` of a tensor of some shape."""
+    return rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous() if turned else rows.view(shape)
+
+
+@dataclass(frozen=True)
+class _Rows(Source):
+    """Of rows: x is the weight."""
+
+    turned: bool
+    rows: int
+
+    def made(self, first: int, last: int) -> tuple[Tensor, int]:
+        return as_rows(self.x, self.turned, self.rows), 0
+
+
+@dataclass(frozen=True)
+class _Experts(Quantized):
+    """Of a quantized weight, by whole experts: x is the weight, s is [rows, 1], or of two ends [2, rows, 1]."""
+
+    turned: bool
+
+    def made(self, first: int, last: int) -> tuple[Tensor, int]:
+        experts = self.x.reshape(-1, *self.x.shape[-2:])
+        size = experts[0].numel()
+        begin, end = first // size, -(-last // size)
+        s = self.s.unflatten(-2, (len(experts), -1))[..., begin:end, :, :].flatten(-3, -2)
+        part = experts[begin:end]
+        quantized = self.by.quantized(as_rows(part, self.turned, s.shape[-2]), s)
+        return from_rows(quantized, self.turned, part.shape), begin * size
 
 
 class QuantOwnWeight(OwnWeight, QuantLayer):
@@ -119,20 +158,34 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
     def used_weight(self) -> Tensor:
         """The weight as it is quantized: rows, [scalars, elements of one], where there are several scalars."""
         weight: Tensor = self.weight
-        return weight if self._scalars is None else self.as_rows(weight, self.turned, self._scalars)
+        return weight if self._scalars is None else as_rows(weight, self.turned, self._scalars)
 
-    def used(self) -> Tensor:
-        rows = self.used_weight()
-        quantized: Tensor = self.weight_quantizer(rows)
-        return self.stored_weight() if quantized is rows else self.from_rows(quantized, self.turned)
+    def used(self) -> Used:
+        weight, rows, turned = self.stored_weight(), self.used_weight(), self.turned
+        again: AbstractContextManager[object] = nullcontext()
+        if turned and saving():
+            again = remade(rows, _Rows(weight.detach(), weight._version, turned, len(rows)))
+        with again:
+            quantized: Tensor = self.weight_quantizer(rows)
+        if quantized is rows:
+            return Used(weight)
+        return Used(from_rows(quantized, turned, weight.shape), self._source(quantized, rows))
 
-    def forward(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def _source(self, quantized: Tensor, rows: Tensor) -> Source | None:
+        quantizer, weight = self.weight_quantizer, self.stored_weight()
+        if not (isinstance(quantizer, Quantizer) and saving() and can_be_made(quantized, rows, quantizer)):
+            return None
+        how = weight.detach(), weight._version, quantizer.latest, quantizer
+        return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
+
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
         """What is computed with an input and what is `used`, or a part of it.
 
         Nothing is learned from an input without elements, as an expert that gets no token has it.
         """
         x = self.input_quantizer(input) if input.numel() else input
-        with recomputing((x, input, self.input_quantizer)):
+        parts = None if used.source is None else (used.weight, used.source)
+        with recomputing((x, input, self.input_quantizer), parts=parts):
             return compute(x, weight)
 
 
@@ -152,26 +205,28 @@ class _Pass:
 
     def __init__(self, module: nn.Module) -> None:
         self._layers = [(m.weight, m) for m in module.children() if isinstance(m, OwnWeight)]
-        self._used: dict[str, Tensor] = {}
+        self._used: dict[str, Used] = {}
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in MOVES:
             layer = self._layer_of(args[0]) if args else None
-            if layer is None:
-                return NotImplemented
-            out = func(self._in_place_of(args[0], layer), *args[1:], **kwargs)
-            for part in parts(out):
-                mark(part, args[0], layer)
-            return out
+            return NotImplemented if layer is None else self._move(layer, func, args, kwargs)
         call = taken_apart(func, args, kwargs)
         return NotImplemented if call is None else self._product(call)
+
+    def _move(self, layer: OwnWeight, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = func(self._in_place_of(args[0], layer), *args[1:], **kwargs)
+        for part in parts(out):
+            mark(part, args[0], layer)
+        return out
 
     def _product(self, call: Call) -> Any:
         left, right = self._layer_of(call.left), self._layer_of(call.right)
         if right is not None and left is None:
-            return right(call.left, self._in_place_of(call.right, right), call.compute)
+            return right(call.left, self._in_place_of(call.right, right), call.compute, self._used_of(right))
         if left is not None and right is None:
-            return left(call.right, self._in_place_of(call.left, left), lambda x, weight: call.compute(weight, x))
+            turned = partial(_turned, call.compute)
+            return left(call.right, self._in_place_of(call.left, left), turned, self._used_of(left))
         return NotImplemented
 
     def _layer_of(self, t: Any) -> OwnWeight | None:
@@ -183,11 +238,16 @@ class _Pass:
 
     def _in_place_of(self, t: Tensor, layer: OwnWeight) -> Tensor:
         """What is used in place of a parameter; of anything else, it itself."""
-        if t is not layer.weight:
-            return t
+        return self._used_of(layer).weight if t is layer.weight else t
+
+    def _used_of(self, layer: OwnWeight) -> Used:
         if layer.parameter not in self._used:
             self._used[layer.parameter] = layer.used()
         return self._used[layer.parameter]
+
+
+def _turned(compute: Compute, right: Tensor, left: Tensor) -> Tensor:
+    return compute(left, right)
 
 
 def layer_name(parameter: str) -> str:

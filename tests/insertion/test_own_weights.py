@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from qat_runner.insertion import (
@@ -30,7 +31,7 @@ from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled
 from qat_runner.insertion.layers import kind_of
 from qat_runner.insertion.size import size_mb
 from qat_runner.policy import Rule
-from qat_runner.quant import Quantizer, fake_quantize, octav
+from qat_runner.quant import Octav, Quantizer, fake_quantize, octav
 from tests.quant.oracles import octav_by_sorting, quantize_by_hand
 
 E, C, K, TOKENS = 3, 8, 8, 10  # square, so that nothing can be told from sizes
@@ -210,6 +211,41 @@ def test_compiled_experts(implementation: str) -> None:
     given = torch.randn(16, 16), torch.randint(0, 4, (16, 2)), torch.rand(16, 2)
     twin = torch.compile(copy.deepcopy(experts), backend="eager", fullgraph=True)
     torch.testing.assert_close(twin(*given), experts(*given))
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    x = X.clone().requires_grad_()
+    found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    return list(found)
+
+
+@pytest.mark.parametrize("clipping", ["octav", "lsq"])
+@pytest.mark.parametrize("more", [{}, {"linear_granularity": "tensor"}, {"weight_format": "int_affine"}])
+@pytest.mark.parametrize("name", ["loop of linear", "loop of matmul", "gathered", "grouped", "einsum, turned"])
+def test_quantized_weights_are_not_kept(
+    name: str, more: dict[str, Any], clipping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Octav(warm_iterations=None) if clipping == "octav" else clipping  # which finds the same each time
+    model = mixture(name, clipping=method, **more)
+    calibrate(model, [X])
+    made: list[StorageWeakRef] = []
+    layer = model[0].weights_product
+
+    def noted(*tensors: Tensor) -> None:
+        others = [t for t in tensors if t.data_ptr() != model[0].weights.data_ptr()]
+        made.extend(StorageWeakRef(t.untyped_storage()) for t in others)
+
+    handle = layer.weight_quantizer.register_forward_hook(lambda q, args, out: noted(*args, out))
+    handle_of_product = layer.register_forward_hook(lambda m, args, out: noted(args[3].weight))
+    out = model(X.clone().requires_grad_())  # so that weights are kept for its gradient
+    assert made and all(one.expired() for one in made)
+    handle.remove()
+    handle_of_product.remove()
+    del out
+    remade = gradients(model)
+    monkeypatch.setattr("qat_runner.insertion.own_weights.saving", lambda: False)
+    for a, b in zip(gradients(model), remade, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_an_expert_without_tokens_does_no_harm() -> None:
