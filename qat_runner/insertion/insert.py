@@ -59,7 +59,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import EMBEDDING, Policy, PolicyError, TensorPolicy
+from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -408,9 +408,14 @@ def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[s
     """A quantizer for each operand of a layer; None for full precision."""
     try:
         shapes = layer.scalar_shapes() if isinstance(layer, QuantLayer) else {}
-        return {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
+        found = {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
     except ValueError as error:
         raise PolicyError(str(error)) from error
+    weight = found.get("weight")
+    several = weight is not None and weight.granularity != "tensor"
+    if several and kind_of(layer) == EXPERTS and tensors["weight"].granularity == "tensor":
+        weight.granularity = "expert"  # type: ignore[union-attr]
+    return found
 
 
 def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:

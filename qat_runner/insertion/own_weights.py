@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
-from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, quantized_class, restore
+from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, full_precision_name, quantized_class, restore
 from qat_runner.policy import EXPERTS
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import Quantized, Source, can_be_made, recomputing, remade, saving
@@ -205,6 +205,12 @@ class _Pass:
 
     def __init__(self, module: nn.Module) -> None:
         self._layers = [(m.weight, m) for m in module.children() if isinstance(m, OwnWeight)]
+        for parameter, layer in self._layers:
+            if layer.weight is not parameter:
+                raise RuntimeError(
+                    f"{layer.parameter} of a quantized {full_precision_name(module)} became one that is computed anew "
+                    f"each time: parametrize it before it is quantized"
+                )
         self._used: dict[str, Used] = {}
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

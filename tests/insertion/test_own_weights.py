@@ -119,6 +119,7 @@ def test_every_way_to_multiply(name: str, granularity: str, tmp_path: Path) -> N
         assert torch.equal(model(X), expected)
     q = quantizers(model)
     assert q["weight"].s.shape == ((E * K, 1) if granularity == "channel" else (E, 1))
+    assert q["weight"].granularity == ("channel" if granularity == "channel" else "expert")
     model.eval()
     with torch.no_grad():  # inputs are quantized by the calls, so not here
         q["input"].enabled = False
@@ -378,3 +379,30 @@ def test_what_einsum_adds_up_over() -> None:
     assert summed("...d,efd") == (-1, 2)
     assert summed("...dx,d...->...x") == (-2, 0)
     assert summed("nd,edf->nf") is None and summed("nd,df->ndf") is None and summed("nde,de->n") is None
+
+
+def test_several_passes_have_one_quantization() -> None:
+    model = mixture("loop of matmul")
+    model(X)
+    freeze(model, batches=[X]).train()
+    given = X, X.flip(0)
+    for x in given:
+        model(x).square().sum().backward()
+    apart = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with weights_together(model).quantized(passes=2):
+        for x in given:
+            model(x).square().sum().backward()
+    for a, p in zip(apart, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, a)
+
+
+def test_what_parametrizes_a_weight_comes_first() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = mixture("einsum")
+    nn.utils.parametrize.register_parametrization(model[0], "weights", Twice())
+    with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture became one that is computed anew"):
+        model(X)
