@@ -14,7 +14,7 @@ from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
 from qat_runner.insertion.layers import is_own
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
-from qat_runner.insertion.own_weights import MADE_OF, MOVES, mark, parts
+from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 
 
 class Asked(NamedTuple):
@@ -96,12 +96,13 @@ def attends(module: nn.Module, asking: Asking) -> bool:
 def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
     """The parameters of its own that a module multiplies by: name -> the dimension, -1 or -2, that it adds up over.
 
-    Those of two dimensions or more that it uses in one way alone.
+    Those of two dimensions or more that it uses in one way alone, and where a layer for that can be put beside them.
     """
     found: dict[str, set[int | None]] = {}
     for asked in (a for calls in asking.get(module, []) for a in calls if a.parameter is not None):
         found.setdefault(str(asked.parameter), set()).add(asked.contracted)
-    return {name: dim for name, dims in found.items() if len(dims) == 1 for dim in dims if dim is not None}
+    alone = {name: dims for name, dims in found.items() if len(dims) == 1 and not hasattr(module, layer_name(name))}
+    return {name: dim for name, dims in alone.items() for dim in dims if dim is not None}
 
 
 def _is_attention(asked: Sequence[Asked]) -> bool:

@@ -3,8 +3,7 @@
 A mixture keeps the weights of all experts in one parameter, [E, K, C] or [E, C, K], and multiplies by it whole, by
 slices of it, or by a gathered selection, in whichever function. The module keeps its code: its class is swapped for one
 that runs the same forward while calls on their way to PyTorch are watched. The parameter is quantized once a pass, at
-its first use; what is made of it by moving elements is known as such, and when that is multiplied, so is the other
-factor's quantizer.
+its first use. What is made of it by moving elements is known as such, and what that is multiplied by is quantized.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,6 @@ MOVES = frozenset(
     + [Tensor.T.__get__, Tensor.mT.__get__]  # type: ignore[attr-defined]
 )
 """Functions that move or convert elements of their first argument, and compute nothing."""
-
 
 MADE_OF = "_qat_made_of"
 """Attribute of a tensor that one of MOVES has made of a parameter: of which."""
@@ -231,8 +229,8 @@ class _Pass:
         if right is not None and left is None:
             return right(call.left, self._in_place_of(call.right, right), call.compute, self._used_of(right))
         if left is not None and right is None:
-            turned = partial(_turned, call.compute)
-            return left(call.right, self._in_place_of(call.left, left), turned, self._used_of(left))
+            compute = partial(_the_other_way_round, call.compute)
+            return left(call.right, self._in_place_of(call.left, left), compute, self._used_of(left))
         return NotImplemented
 
     def _layer_of(self, t: Any) -> OwnWeight | None:
@@ -252,7 +250,7 @@ class _Pass:
         return self._used[layer.parameter]
 
 
-def _turned(compute: Compute, right: Tensor, left: Tensor) -> Tensor:
+def _the_other_way_round(compute: Compute, right: Tensor, left: Tensor) -> Tensor:
     return compute(left, right)
 
 

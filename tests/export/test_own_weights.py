@@ -75,6 +75,7 @@ def test_files(name: str, tmp_path: Path) -> None:
         assert weight["shape"] == [24, 8] and torch.equal(rows.view(3, 8, 8).mT, used)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_transformers(tmp_path: Path) -> None:
     model = freeze(quantize_model(decoder("GptOss", "grouped_mm"), example=IDS), batches=[IDS])
     model.config.use_cache = False

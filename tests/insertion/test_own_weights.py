@@ -1,6 +1,7 @@
 """Products with parameters of the module that multiplies: mixtures of experts, and plain ones."""
 
 import copy
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,20 @@ def test_what_does_not_fit_stays_and_is_named() -> None:
         with pytest.warns(QuantizationWarning, match=r"in 1 \(Mixture\), .* is not quantized: only"):
             model = quantize_model(nn.Sequential(nn.Linear(C, C), Mixture(way)), example=X)
         assert type(model[1]) is Mixture, name
+    taken = Two()
+    taken.matrix_product = 3  # type: ignore[assignment]
+    with pytest.warns(QuantizationWarning, match="^mm in the model itself, .* is not quantized"):
+        assert len(quantized_tensors(quantize_model(taken, example=X))) == 2
+
+
+def test_saved_whole() -> None:
+    model, file = quantize_model(Two(), example=X).eval(), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(X), model(X)) and summary(again) == summary(model)
+    remove_quantizers(again)
+    assert type(again) is Two
 
 
 def test_an_example_without_numbers() -> None:
