@@ -20,6 +20,7 @@ from qat_runner.insertion.layers import (
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
+    QuantLayer,
     QuantLinear,
     QuantMatmul,
     each,
@@ -28,6 +29,7 @@ from qat_runner.insertion.layers import (
     quantizer_of,
 )
 from qat_runner.insertion.own_products import QuantAttention
+from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
 from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
 OPSET = 21
@@ -207,12 +209,28 @@ class IntegerMatmul(nn.Module):
         return compute(a(left), b(right))
 
 
+class IntegerOwnWeight(OwnWeight):
+    """A QuantOwnWeight with codes in place of the parameter, and a static grid for its input."""
+
+    input_grid: nn.Module
+    turned: bool
+    """whether the rows of codes are columns of the parameter"""
+
+    def used(self) -> Used:
+        codes: IntegerWeight | None = getattr(self, "integer_weight", None)
+        return Used(self.weight if codes is None else from_rows(codes(), self.turned, self.weight.shape))
+
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
+        return compute(self.input_grid(input), weight)
+
+
 INTEGER: dict[type[nn.Module], type[nn.Module]] = {
     QuantConv1d: IntegerConv1d,
     QuantConv2d: IntegerConv2d,
     QuantConv3d: IntegerConv3d,
     QuantLinear: IntegerLinear,
     QuantMatmul: IntegerMatmul,
+    QuantOwnWeight: IntegerOwnWeight,
 }
 """Quantized class -> integer class."""
 
@@ -289,15 +307,23 @@ def _convert(layer: nn.Module, inside: bool) -> None:
         quantizer = quantizer_of(layer, operand)
         layer.add_module(f"{operand}_grid", StaticGrid(quantizer) if isinstance(quantizer, Quantizer) else quantizer)
         delattr(layer, f"{operand}_quantizer")
-    if not isinstance(layer, QuantMatmul):
-        quantizer = quantizer_of(layer, "weight")
-        if isinstance(quantizer, Quantizer):
-            weight: Any = layer.weight
-            layer.add_module("integer_weight", IntegerWeight(weight, quantizer))
-            del layer.weight
-            if inside:
-                layer.register_buffer("weight", torch.zeros(()).expand(weight.shape), persistent=False)
+    if isinstance(layer, QuantLayer):
+        if isinstance(quantizer := layer.weight_quantizer, Quantizer):
+            _convert_weight(layer, quantizer, inside)
         del layer.weight_quantizer
     found = _integer_class(layer)
     assert found is not None
     layer.__class__ = found
+
+
+def _convert_weight(layer: QuantLayer, quantizer: Quantizer, named: bool) -> None:
+    """Put codes in place of a layer's weight; where it may be what names the layer, something stands there."""
+    owner, name = layer, "weight"
+    if isinstance(layer, QuantOwnWeight):
+        (owner,), name, named = layer._of, layer.parameter, True  # type: ignore[assignment]
+        layer.__dict__["turned"] = layer.turned
+    shape = layer.weight.shape
+    layer.add_module("integer_weight", IntegerWeight(layer.used_weight(), quantizer))
+    delattr(owner, name)
+    if named:
+        owner.register_buffer(name, torch.zeros(()).expand(shape), persistent=False)

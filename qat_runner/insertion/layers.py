@@ -86,6 +86,8 @@ class QuantLayer(nn.Module):
 
     operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
     """names of what is multiplied"""
+    kind_name: str | None = None
+    """what policies call its kind, where its class does not say"""
     weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
@@ -95,6 +97,11 @@ class QuantLayer(nn.Module):
         """The dimension of the weight that is one of output channels, of those of one group in a transposed one."""
         kind = layer_kind(self)
         return kind.channels if kind is not None and self.weight.shape[kind.channels] > 1 else 0
+
+    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one."""
+        channels = self.channels
+        return {"tensor": (), "channel": tuple(n if d == channels else 1 for d, n in enumerate(self.weight.shape))}
 
     def used_weight(self) -> Tensor:
         """The weight as it is multiplied, and quantized."""
@@ -224,7 +231,7 @@ class TakenLayer(QuantLayer, Swapped):
 
     def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
-        return NotImplemented if call is None else self.multiply(*call)
+        return NotImplemented if call is None else self.multiply(*call[:3])
 
     def _only_the_weight(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
@@ -328,6 +335,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def kind_of(layer: nn.Module) -> str:
     """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
+    if isinstance(layer, QuantLayer) and layer.kind_name is not None:
+        return layer.kind_name
     kind = layer_kind(layer)
     return "Matmul" if kind is None else kind.name
 

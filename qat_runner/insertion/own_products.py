@@ -192,9 +192,14 @@ class WithoutFastPath(Swapped):
             return super().forward(*args, **kwargs)
 
 
+def has_fast_path(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's encoder, or a layer of it."""
+    return isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+
+
 def keep_off_fast_path(module: nn.Module) -> None:
     """Swap the class of a module that has such a path, in place; `restore` undoes it."""
-    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+    if has_fast_path(module):
         module.__class__ = quantized_class(type(module), WithoutFastPath)
 
 
