@@ -77,7 +77,8 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
 
     Args:
         model: quantized by a policy, and seen at work on an example.
-        widths: bits that are chosen from, where no rule of the policy says them.
+        widths: bits that are chosen from, where no rule of the policy says them. What works in training alone, such as
+            an auxiliary head, has those of the policy.
         samples: of that example.
 
     Raises:
@@ -86,9 +87,10 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     policy = policy_of(model)
     macs: dict[str, float] = {}
     for product in products_of(model):
-        macs[product.module] = macs.get(product.module, 0) + product.macs / samples
+        if not product.training:
+            macs[product.module] = macs.get(product.module, 0) + product.macs / samples
     found = tuple(
-        Operation(name, tuple(_operands(name, layer, policy, widths)), macs.pop(name, 0.0))
+        Operation(name, tuple(_operands(name, layer, policy, widths if name in macs else ())), macs.pop(name, 0.0))
         for name, layer in each(model, is_quantized)
     )
     if not any(operand.free for operation in found for operand in operation.operands):
@@ -105,7 +107,7 @@ def _operands(name: str, layer: nn.Module, policy: Policy, widths: Sequence[int]
         elements = layer.weight.numel() if weight else getattr(layer, "elements_seen", {}).get(operand, 0)  # type: ignore[operator]
         allowed: tuple[int, ...] = (FULL_PRECISION,)
         if isinstance(quantizer, Quantizer):
-            said = said_by_rule(policy, name, kind_of(layer), operand)
+            said = not widths or said_by_rule(policy, name, kind_of(layer), operand)
             allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
         yield Operand(f"{name}.{operand}", weight, elements, allowed)
 

@@ -38,7 +38,7 @@ class Prices:
     kind: str
     widths: tuple[int, ...]
     batches: dict[str, Tensor]
-    """name of a tensor -> prices, float64 [batches, widths]"""
+    """name of a tensor that they come by -> prices, float64 [batches, widths]"""
     noise: dict[str, Tensor]
     """name of a tensor -> noise-to-signal ratio, sum(e^2) / sum(x^2), the mean over batches, float64 [widths]"""
 
@@ -83,29 +83,29 @@ def price(
         seen: called after each batch.
 
     Raises:
-        ValueError: an unknown kind; no batch, a tensor that one does not reach, NaN or infinity.
+        ValueError: an unknown kind; no batch; NaN or infinity.
     """
     if kind not in KINDS:
         raise ValueError(f"price={kind!r}: must be one of {', '.join(KINDS)}")
     tensors = {t.quantizer: t.name for t in quantized_tensors(model)}
     pricing = _PRICING[kind](model, objective, tuple(widths))
-    noise: list[_Found] = []
-    prices: list[_Found] = []
+    found: list[_OfBatch] = []
     with evaluating(model), quantizers_disabled(model):
         for batch in batches:
-            of_batch = pricing.price(batch)
-            if missed := [name for q, name in tensors.items() if q not in of_batch.prices]:
-                raise ValueError(f"{missed[0]}: a batch of samples does not come by it, so that it has no price")
-            noise.append(of_batch.noise)
-            prices.append(of_batch.prices)
+            found.append(pricing.price(batch))
             seen()
-    if not prices:
+    if not found:
         raise ValueError("no batch to price tensors on")
+    reached = {q: name for q, name in tensors.items() if any(q in each.prices for each in found)}
+    nothing = torch.zeros(len(widths), dtype=torch.float64)  # to a batch that does not come by it, it does not matter
     return Prices(
         kind,
         tuple(widths),
-        {name: torch.stack([found[q] for found in prices]).cpu() for q, name in tensors.items()},
-        {name: torch.stack([found[q] for found in noise]).mean(0).cpu() for q, name in tensors.items()},
+        {name: torch.stack([each.prices.get(q, nothing).cpu() for each in found]) for q, name in reached.items()},
+        {
+            name: torch.stack([each.noise[q].cpu() for each in found if q in each.noise]).mean(0)
+            for q, name in reached.items()
+        },
     )
 
 

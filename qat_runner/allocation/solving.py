@@ -42,7 +42,7 @@ def allocate_bits(
 
     Args:
         network: see `operations.network`.
-        prices: name of a tensor that has a choice -> bits -> price.
+        prices: name of a tensor -> bits -> price; what is not there costs nothing.
         limits: at most how much of what.
         same: whether both operands of an operation are to have the same bits, where both have a choice.
 

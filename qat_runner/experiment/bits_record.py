@@ -80,11 +80,11 @@ def _tensor(search: Search, operand: Operand, best: Allocation, beside: Prices) 
         "price": {},
         "beside": {},
     }
-    if operand.free:
+    if operand.free and operand.name in search.mean:
         prices, noise = search.prices, search.prices.noise[operand.name].tolist()
         found["noise"] = _by_width(dict(zip(prices.widths, noise, strict=True)))
         found["price"] = _by_width(search.mean[operand.name])
-        found["beside"] = _by_width(beside.mean()[operand.name])
+        found["beside"] = _by_width(beside.mean().get(operand.name, {}))
     return found
 
 

@@ -87,3 +87,24 @@ def test_a_loss_of_ones_own_takes_targets(batches: list[Tensor]) -> None:
         qat.allocate(network(), pairs, 4.0, loss=squared, kind=kind).as_list() for kind in ("gradient", "measured")
     ]
     assert all(len(rules) == len(qat.Policy.of().rules) + 4 for rules in found)
+
+
+class WithAuxiliary(nn.Module):
+    """A network with a head that works in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux, self.head = network(), nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        out: Tensor = self.head(hidden) + (self.aux(hidden) if self.training else 0)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:aux is called in training only")
+def test_what_works_in_training_alone_keeps_its_bits(batches: list[Tensor]) -> None:
+    policy = qat.allocate(WithAuxiliary(), batches, 3.0, policy=qat.Policy.of(bits=5, first_last_bits=None))
+    model = qat.quantize(WithAuxiliary(), policy, example=batches[0])
+    bits = {t.layer: t.quantizer.format.bits for t in quantized_tensors(model) if t.tensor == "weight"}
+    assert bits["aux"] == 5 and bits["head"] != 5

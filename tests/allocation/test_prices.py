@@ -178,12 +178,20 @@ def test_resampled_batches_have_their_mean() -> None:
 
 
 def test_what_cannot_be_priced_is_refused(model: nn.Module, batches: list[Batch]) -> None:
-    head_alone = of_distributions(lambda m, b: m.get_submodule("head")(b[0]))
     with pytest.raises(ValueError, match="price='hessian': must be one of gradient, noise, measured"):
         price(model, batches, CROSS_ENTROPY, WIDTHS, "hessian")
     with pytest.raises(ValueError, match="no batch"):
         price(model, [], CROSS_ENTROPY, WIDTHS)
-    with pytest.raises(ValueError, match=r"one\.weight: a batch of samples does not come by it"):
-        price(model, batches, head_alone, WIDTHS)
     with pytest.raises(ValueError, match="not finite"):
         price(model, [(batches[0][0] * float("nan"), batches[0][1])], CROSS_ENTROPY, WIDTHS)
+
+
+def test_a_tensor_costs_nothing_to_batches_that_do_not_come_by_it(model: nn.Module, batches: list[Batch]) -> None:
+    def head_alone_then_all(m: nn.Module, batch: Batch) -> Tensor:
+        out: Tensor = m.get_submodule("head")(batch[0]) if batch is batches[0] else m(batch[0])
+        return out
+
+    prices = price(model, batches, of_distributions(head_alone_then_all), WIDTHS)
+    assert not prices.batches["one.weight"][0].any() and prices.batches["one.weight"][1].all()
+    head = price(model, batches[:1], of_distributions(head_alone_then_all), WIDTHS)
+    assert set(head.batches) == {"head.weight", "head.input"}
