@@ -63,6 +63,7 @@ def started() -> set[str]:
         (("qat-run", "--help"), WORDS),
         (("qat-run", "--cfg", "job"), WORDS),
         (("qat-export", "--help"), {"tqdm"}),
+        (("qat-bits", "--help"), WORDS),
         (("qat-report", "--help"), WORDS | PAGES),
     ],
 )
