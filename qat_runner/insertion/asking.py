@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, taken_apart
-from qat_runner.insertion.layers import is_own
+from qat_runner.insertion.layers import is_own, weight_shape
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
 
@@ -65,7 +65,10 @@ def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
     weight: Any = layer.weight
     calls = asking.get(layer, [])
     return bool(calls) and all(
-        len(asked) == 1 and is_own(type(layer), asked[0].func) and asked[0].right == weight.shape for asked in calls
+        len(asked) == 1
+        and is_own(type(layer), asked[0].func)
+        and weight_shape(type(layer), asked[0].func, asked[0].right) == weight.shape
+        for asked in calls
     )
 
 

@@ -27,7 +27,7 @@ class Call(NamedTuple):
 FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ((0, "input"), (1, "other"))),
     **dict.fromkeys((torch.bmm, torch.Tensor.bmm), ((0, "input"), (1, "mat2"))),
-    torch.baddbmm: ((1, "batch1"), (2, "batch2")),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ((1, "batch1"), (2, "batch2"))),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
     **dict.fromkeys(
         (
@@ -42,8 +42,8 @@ FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
 """Function -> where its factors are among its arguments, and what they are called there."""
 
 MATRICES = (
-    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm),
-    torch.einsum,
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm),
+    *(torch.baddbmm, torch.Tensor.baddbmm, torch.einsum),
 )
 """Functions by which modules multiply what they have computed."""
 

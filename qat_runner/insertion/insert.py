@@ -177,7 +177,10 @@ def insert(
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
-        chosen = _chosen({**layers, **{name: model.get_submodule(name) for name in notes}}, policy, ends)
+        named = {**layers, **{name: model.get_submodule(name) for name in notes}}
+        if tensors is None:  # else they were held against the other one, with what it left in full precision
+            _check_rules(named, policy)
+        chosen = _chosen(named, policy, ends)
         _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
@@ -319,22 +322,31 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
 def _chosen(
     layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, TensorPolicy]]:
-    """What a policy says of each operand of each layer.
+    """What a policy says of each operand of each layer."""
+    chosen: dict[str, dict[str, TensorPolicy]] = {}
+    for name, kind, operand in _places(layers):
+        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
+    return chosen
+
+
+def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    """Name, kind and operand of all that may be quantized."""
+    return [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+
+
+def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
+    """Refuse a policy with a rule that is about none of the layers.
 
     Raises:
-        PolicyError: a rule is about none of them.
+        PolicyError: it has.
     """
-    places = [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+    places = _places(layers)
     for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
         if rule.type == "*" and not rule.end and not any(rule.matches(*place) for place in places):
             raise PolicyError(
                 f"rule {rule.match!r} is about no layer or tensor that can be quantized (such as {places[0][0]} or "
                 f"{places[0][0]}.{places[0][2]})"
             )
-    chosen: dict[str, dict[str, TensorPolicy]] = {}
-    for name, kind, operand in places:
-        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
-    return chosen
 
 
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:

@@ -55,7 +55,8 @@ def kinds() -> dict[type[nn.Module], Kind]:
 def layer_kind(layer: nn.Module | type[nn.Module]) -> Kind | None:
     """The kind of a layer with a weight, quantized or not, or of a class of such; None for anything else."""
     of = layer if isinstance(layer, type) else type(layer)
-    return next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
+    known: Kind | None = getattr(of, "kind", None) if issubclass(of, QuantLayer) else None
+    return known or next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
 
 
 class Swapped(nn.Module):
@@ -86,6 +87,8 @@ class QuantLayer(nn.Module):
 
     operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
     """names of what is multiplied"""
+    kind: ClassVar[Kind]
+    """where the class alone would not tell it"""
     weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
@@ -195,10 +198,10 @@ class _Used(Exception):  # noqa: N818  # no error: an answer
 
 
 class TakenLayer(QuantLayer, Swapped):
-    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors."""
+    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors.
 
-    kind: ClassVar[Kind]
-    """its own; every call in its forward is held against it"""
+    Every call in its forward is held against its kind.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Taking(self._quantized):
@@ -220,7 +223,10 @@ class TakenLayer(QuantLayer, Swapped):
         return parameter if parameter is self.used_weight() else None
 
     def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-        return taken_apart(func, args, kwargs) if func is self.kind.function else None
+        if not is_own(self.full_precision, func):
+            return None
+        call = taken_apart(func, args, kwargs)
+        return call if call is None or func is self.kind.function else _of_the_transpose(call)
 
     def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
@@ -240,9 +246,23 @@ class TakenLayer(QuantLayer, Swapped):
 
 
 def is_own(full: type[nn.Module], func: Any) -> bool:
-    """Whether a function is the one by which layers of a class multiply."""
+    """Whether a function is one by which layers of a class multiply."""
     kind = layer_kind(full)
-    return kind is not None and func is kind.function
+    return kind is not None and (func is kind.function or (kind.function is F.linear and func in PLAIN))
+
+
+def weight_shape(full: type[nn.Module], func: Any, factor: torch.Size) -> torch.Size:
+    """The shape of the weight of a layer of a class that gives such a factor to a function of `is_own`."""
+    kind = layer_kind(full)
+    return factor if kind is None or func is kind.function else torch.Size(reversed(factor))
+
+
+PLAIN = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+"""Products [..., C] [C, K], for which a linear layer takes the transpose of its weight."""
+
+
+def _of_the_transpose(call: Call) -> Call:
+    return Call(call.left, call.right.mT, lambda x, weight: call.compute(x, weight.mT))
 
 
 class QuantEmbedding(TakenLayer):

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, taken_apart
 from qat_runner.insertion.layers import (
+    KINDS,
     QuantLayer,
     QuantMatmul,
     Swapped,
@@ -120,6 +121,7 @@ class QuantProjection(QuantLayer):
         letter: of q, k and v.
     """
 
+    kind = KINDS[nn.Linear]
     for_others = True
 
     def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:
