@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import is_pruned, remove
 
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.calls import Compute
@@ -331,6 +332,8 @@ def _release(layer: Any) -> None:
     else:
         for operand in operands(layer):
             delattr(layer, f"{operand}_quantizer")
+    for name in [b.removesuffix("_mask") for b in layer._buffers if b.endswith("_mask")] if is_pruned(layer) else ():
+        remove(layer, name)
     if is_parametrized(layer):  # PyTorch's way out of that takes properties from a class that copies share
         made = {name: getattr(layer, name).detach() for name in layer.parametrizations}
         layer.__class__ = type_before_parametrizations(layer)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers.utils import ModelOutput
 
 import qat_runner as qat
@@ -443,6 +444,17 @@ def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(OnnxFile(tmp_path / name, fused=False)([x]), integers(x), rtol=0, atol=0.05)
     if name.endswith("safetensors"):
         assert json.loads((tmp_path / "net.json").read_text())["inputs"] == ["input"]
+
+
+@torch.no_grad()
+def test_a_pruned_layer_is_written_as_it_is_used(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), torch.randn(3, 4)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    freeze(quantize_model(model, 4, example=x).eval(), batches=[x])
+    integers = qat.export(model, tmp_path / "net.pt2", x)
+    assert torch.equal(integers(x), model(x)) and (integers[0].integer_weight.codes == 0).sum() >= 16
+    assert not any("orig" in name or "mask" in name for name in integers.state_dict())
+    assert prune.is_pruned(model)
 
 
 class Answering(nn.Module):
