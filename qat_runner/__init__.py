@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qat_runner.allocation import allocate
     from qat_runner.exporting.network import export
     from qat_runner.insertion import (
         Policy,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Policy",
     "Rule",
+    "allocate",
     "calibrate",
     "export",
     "fake_quantize",
@@ -50,6 +52,7 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
+    "allocate": "allocation.allocate",
     "export": "exporting.network.export",
     "fake_quantize": "quant.fake_quantize",
     "octav": "quant.octav",

@@ -12,8 +12,8 @@ earlier one. So the first says what holds in general, and the others are excepti
 `match` is a glob over names of layers (`layer4.*`) and of their operands (`*.weight`, `layer1.0.conv1.input`; in
 attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
 the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
-operands. `type` is a glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Matmul;
-Embedding, whose weight is quantized only where a rule names it by its type.
+operands. `type` is a glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts,
+Matmul; Embedding, whose weight is quantized only where a rule names it by its type.
 """
 
 from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
@@ -43,6 +43,9 @@ FREEZING = ("averaged", "calibrated", "running")
 EMBEDDING = "Embedding"
 """The kind of layer that is quantized only where a rule names its kind."""
 
+EXPERTS = "Experts"
+"""The kind of layer whose weight is one of many linear layers, an expert each, in one parameter."""
+
 WEIGHT_AND_INPUT = ("weight", "input")
 """The operands of a layer that has a weight."""
 
@@ -69,7 +72,7 @@ class TensorPolicy:
     gradient: str = "mph"
     """ste, pwl, mad, or mph: mad for weights, pwl for activations; learned methods have their own"""
     granularity: str = "tensor"
-    """of weights: one scalar per output channel ("channel"), or one in all; pact has one in all"""
+    """of weights: one scalar per output channel ("channel"), or one in all, of experts one each; pact has one in all"""
     dynamic: bool = True
     """solve scalars on each call, or be static, with calibrated ones"""
     eval_mode: str = "dynamic"
@@ -82,13 +85,12 @@ class TensorPolicy:
         """Whether the tensor is left alone."""
         return self.bits == FULL_PRECISION
 
-    def quantizer(self, operand: str, shape: Sequence[int] = (), channels: int = 0) -> Quantizer | None:
+    def quantizer(self, operand: str, shapes: Mapping[str, Sequence[int]]) -> Quantizer | None:
         """The quantizer of an operand of a layer; None for full precision.
 
         Args:
             operand: "weight", "input", ...
-            shape: of the layer's weight, if it has one.
-            channels: its dimension of output channels.
+            shapes: granularity -> shape of the clipping scalars of the layer's weight, if it has one.
 
         Raises:
             ValueError: the clipping method does not work with the format, or the format has no such range.
@@ -100,19 +102,13 @@ class TensorPolicy:
         return self.clipping.quantizer(
             format,
             weight=weight,
-            shape=self._scalar_shape(shape, channels) if weight else (),
+            shape=shapes[self.granularity] if weight else (),
             gradient=GRADIENT_PAIRS[self.gradient][0 if weight else 1],
             sign_known=weight,
             dynamic=self.dynamic,
             eval_mode="dynamic" if weight else self.eval_mode,
             synchronize=self.synchronize and not weight,
         )
-
-    def _scalar_shape(self, shape: Sequence[int], channels: int) -> tuple[int, ...]:
-        """Shape of the clipping scalars of a weight: [K, 1, ...], [1, K, ...], or [] for one scalar."""
-        if self.granularity != "channel":
-            return ()
-        return tuple(n if dim == channels else 1 for dim, n in enumerate(shape))
 
 
 SETTINGS = tuple(f.name for f in fields(TensorPolicy))
@@ -322,7 +318,7 @@ class Policy:
                 forward pass.
             eval_mode: what activation quantizers do in eval(): dynamic, running or last.
             conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights;
-                those of pact have one per tensor, as published.
+                an expert is a linear layer. Those of pact have one per tensor, as published.
             quantize_head: whether the last linear layer is quantized.
             keep: names of layers that are left in full precision.
             synchronize: solve activation scalars in training on the batch of all processes of torch.distributed
@@ -366,7 +362,7 @@ class Policy:
                     range=range if weight_range is None else weight_range,
                 ),
                 Rule("*.weight", "Conv*", granularity=conv_granularity),
-                Rule("*.weight", "Linear", granularity=linear_granularity),
+                *(Rule("*.weight", kind, granularity=linear_granularity) for kind in ("Linear", EXPERTS)),
                 *_rules_of_ends(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
                 *(Rule(glob.escape(name), bits=FULL_PRECISION) for name in keep),

@@ -58,6 +58,11 @@ STEPS = {  # name: (model, picture size or tokens, batch size)
     "resnet50 224x224 b8": ("resnet50", 224, 8),
     "minilm 384 tokens b4": ("minilm", 384, 4),
     "bert_base 384 tokens b4": ("bert_base", 384, 4),
+    "vit_tiny 64x64 b2": ("timm/vit_tiny_patch16_224", 64, 2),
+    "vit_tiny 224x224 b8": ("timm/vit_tiny_patch16_224", 224, 8),
+    "swin_tiny 224x224 b4": ("timm/swin_tiny_patch4_window7_224", 224, 4),
+    "convnext_atto 64x64 b2": ("timm/convnext_atto", 64, 2),
+    "convnext_atto 224x224 b8": ("timm/convnext_atto", 224, 8),
 }
 PAIRED = {"resnet18 32x32 2 x b64": ("resnet18", 32, 64)}
 """Steps of two processes together: batch size of each."""
@@ -224,7 +229,8 @@ def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
     for name in chosen_steps(args, device):
         for mode in MODES:
             command = [sys.executable, __file__, "--peak", name, mode, "--backend", args.backend]
-            done = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, check=True)
+            command += ["--device", args.device, "--threads", str(args.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             tensors, process = map(float, done.stdout.split()[-2:])
             rows.append({"network": name, "what": mode, "tensors, MiB": tensors, "process, MiB": process})
             full = next(r for r in rows if r["network"] == name and r["what"] == "full precision")
@@ -281,6 +287,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", default="auto", help="auto, eager, compiled or triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch, on a CPU")
     parser.add_argument("--plain-malloc", action="store_true", help="let freed memory go back to the system")
     parser.add_argument("--only", default="", help="networks whose name holds this")
     parser.add_argument("--out", type=Path, help="folder of results.json and results.md; default: bench, or bench/gpu")
@@ -303,6 +310,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     warnings.simplefilter("ignore", UserWarning)
+    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     backend = set_backend(args.backend, device.type)
     if not args.plain_malloc:

@@ -12,9 +12,10 @@ from torch import nn
 from torchvision.models import VisionTransformer
 from transformers import BertConfig, BertForQuestionAnswering
 
-from qat_runner import distributed
+from qat_runner import distributed, ranks
 from qat_runner.data import Batch
 from qat_runner.insertion import calibrate, quantize_model
+from qat_runner.insertion.insert import weights_together
 from qat_runner.models import build_model
 from qat_runner.tasks import TASKS
 
@@ -110,12 +111,16 @@ def bert(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, 
     return model.to(device), Batch((ids, torch.ones_like(ids)), targets), options
 
 
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
 def make_step(
     which: tuple[str, int, int],
     mode: str,
     device: torch.device,
     amp: bool,
-    wrap: Callable[[nn.Module], Any] = lambda model: model,
+    wrap: Callable[[nn.Module], Any] = _as_it_is,
 ) -> Callable[[], object]:
     """A training step: forward, backward, SGD; of a BERT AdamW. The first is of the bare network, as in `qat-run`.
 
@@ -146,10 +151,15 @@ def make_step(
     )
 
     trained: nn.Module = model
+    weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
+    compiled = wrap is not _as_it_is
 
     def step() -> None:
         nonlocal trained
-        with torch.autocast(device.type, torch.bfloat16) if amp else nullcontext():
+        with (
+            nullcontext() if compiled else weights.quantized(),
+            torch.autocast(device.type, torch.bfloat16) if amp else nullcontext(),
+        ):
             loss = task.loss(task.compute(trained, batch.inputs), batch.targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

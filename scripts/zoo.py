@@ -201,13 +201,11 @@ INPUTS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "sound": lambda: (torch.randn(2, 400),),
 }
 
-EXPERTS_TOGETHER = "the weights of all experts are one parameter of three dimensions"
 REASONS: dict[str, str] = {
     "timm/tf_efficientnet_cc_b0_4e": "the weights of its convolutions are mixed anew for each picture",
     "timm/sequencer2d_s": "it is made of LSTMs",
     "transformers/FalconModel": "a module whose linear layers multiply as attention does is left alone",
     "transformers/MambaModel": "the mixer uses the weights of its layers past them, and its scan is of its own making",
-    **{f"transformers/{name}": EXPERTS_TOGETHER for name in ("MixtralModel", "GptOssModel", "Qwen3MoeModel")},
 }
 """Network of which less than ENOUGH is quantized -> why."""
 

@@ -42,7 +42,7 @@ def _command(name: str) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _OF_EXTRAS:
             raise
-        extra = _OF_EXTRAS[package] or name
+        extra = _OF_EXTRAS[package] or {"bits": "run"}.get(name, name)
         print(f"qat-{name}: {package} is not installed; pip install 'qat_runner[{extra}]' brings it", file=sys.stderr)
         return 2
 
@@ -61,6 +61,11 @@ _OF_EXTRAS = {
 def qat_run() -> int:
     """The `qat-run` command; returns its exit code."""
     return _command("run")
+
+
+def qat_bits() -> int:
+    """The `qat-bits` command; returns its exit code."""
+    return _command("bits")
 
 
 def qat_export() -> int:

@@ -67,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     sweep = any(arg in _MULTIRUN for arg in args)
     with on_terminal(logging.INFO if sweep else logging.DEBUG):
-        return _carry_out(sorted(map(_renamed, args), key=_rank), sweep)
+        return _carry_out(args, sweep)
 
 
 def _carry_out(args: list[str], sweep: bool) -> int:
     main_process = ranks.is_main()
     detach = _DETACH in args
-    args = [_with_home(arg) for arg in args if arg != _DETACH]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     failures: list[QatError] = []
     asked: list[Path] = []
     made: list[Path] = []
     code = 0
     try:
+        args = sorted((_renamed(_with_home(arg)) for arg in args if arg != _DETACH), key=_rank)
         register()
         args += _rows_of_experiment(args, sweep)
         for override in given([arg for arg in args if _is_override(arg)]):
@@ -125,7 +125,11 @@ def _group(rows: Mapping[Path, Config]) -> AbstractContextManager[None]:
 
 
 def _renamed(arg: str) -> str:
-    """An argument as it is called today."""
+    """An argument as it is called in the schema."""
+    if arg == "bits=auto":
+        return "policy=auto"
+    if arg.startswith("bits=") and "auto" in arg.split("=")[1].split(","):
+        raise ConfigError(f"{arg}: auto goes with no other bits; what it may cost can be swept over: budget=3,4")
     if not arg.startswith("+scale="):
         return arg
     renamed = arg.replace("+scale=", "+stand_in=", 1)

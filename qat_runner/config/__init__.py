@@ -16,11 +16,25 @@ from qat_runner.config.identities import (
     settings,
 )
 from qat_runner.config.keys import plain
-from qat_runner.config.resolving import baseline_of, check, from_hydra, resolve, scaled_lr
+from qat_runner.config.resolving import (
+    allocation_of,
+    baseline_of,
+    changed,
+    check,
+    from_hydra,
+    latencies_of,
+    resolve,
+    rules_of,
+    scaled_lr,
+    without_choice,
+)
 from qat_runner.config.schema import (
+    AUTO,
     BASELINE,
+    LIMITS,
     PRETRAINED,
     TORCHVISION,
+    AllocationConfig,
     Amp,
     ClippingConfig,
     Config,
@@ -40,10 +54,13 @@ from qat_runner.config.schema import (
 )
 
 __all__ = [
+    "AUTO",
     "BASELINE",
     "CONFIG_FILE",
+    "LIMITS",
     "PRETRAINED",
     "TORCHVISION",
+    "AllocationConfig",
     "Amp",
     "ClippingConfig",
     "Config",
@@ -60,7 +77,9 @@ __all__ = [
     "Resume",
     "Schedule",
     "StageConfig",
+    "allocation_of",
     "baseline_of",
+    "changed",
     "check",
     "clipping_label",
     "config_dir",
@@ -69,14 +88,17 @@ __all__ = [
     "from_hydra",
     "gradient_label",
     "identity",
+    "latencies_of",
     "load_config",
     "path_of",
     "plain",
     "read_config",
     "register",
     "resolve",
+    "rules_of",
     "run_folder",
     "run_name",
     "scaled_lr",
     "settings",
+    "without_choice",
 ]

@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from qat_runner.config.keys import leaves
-from qat_runner.config.schema import ConfigSchema
+from qat_runner.config.schema import LIMITS, PRICES, ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
 from qat_runner.policy import GRADIENT_PAIRS, GRANULARITIES
@@ -50,6 +50,8 @@ def _names() -> dict[str, Collection[str]]:
         "conv_granularity": GRANULARITIES,
         "linear_granularity": ("auto", *GRANULARITIES),
         "dataset.task": tuple(FACTS),
+        "allocation.price": PRICES,
+        "allocation.cost": ("mean_bits", *LIMITS[1:]),
     }
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import BASELINE, Config
+from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -31,6 +31,7 @@ PLACES = (
         "trackers",
         "policy",
         "given",
+        "allocated",
     ),  # whose rules are in `rules`
 )
 """Keys that say where things lie and what is kept, not what is computed."""
@@ -82,6 +83,15 @@ def settings(config: Config) -> dict[str, Any]:
         }
         if config.recipe.teacher_part is not None:
             keys["distill"]["teacher_part"] = config.recipe.teacher_part
+    if not config.allocating:
+        for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
+            del keys[key]
+    elif config.policy == AUTO:
+        keys["policy"] = AUTO
+    elif config.retrain_steps:
+        keys["recipe"] = plain(config.recipe)["retrain"]
+    if config.allocating and config.allocation.latencies is not None:
+        keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
     if config.freezing:
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
     if not config.training:
@@ -176,6 +186,8 @@ def _quantization_words(config: Config) -> list[str]:
         return ["fp32"]
     same = config.weight_bits == config.activation_bits
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
+    if config.allocating:
+        bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
     distilled = ["distilled"] if config.distilling else []
     bits += "-mixed" if config.rules else ""
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]

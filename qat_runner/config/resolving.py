@@ -4,6 +4,7 @@ A `Config` as composed may leave out what follows from the rest (bits of weights
 and `check` refuses what cannot be meant, before any work. A run's `config.yaml` is the resolved one.
 """
 
+import json
 import math
 import os
 from dataclasses import fields, is_dataclass, replace
@@ -16,7 +17,9 @@ from yaml import YAMLError
 from qat_runner.config.allowed import check_values, require
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import (
+    AUTO,
     BASELINE,
+    LIMITS,
     PRETRAINED,
     TORCHVISION,
     ClippingConfig,
@@ -74,12 +77,12 @@ def resolve(config: ConfigSchema) -> Config:
     config = replace(config, mode=config.auto_mode if config.mode == Mode.auto else config.mode)
     stage = config.stage
     batch_size = stage.batch_size if config.batch_size is None else config.batch_size
-    rules = [] if config.policy is None else rules_of(config.policy)
+    rules = [] if config.policy in (None, AUTO) else rules_of(config.policy)
     resolved = Config(
         **_values(config)
         | {
             "clipping": _resolved_clipping(config, task),
-            "policy": None,
+            "policy": AUTO if config.policy == AUTO else None,
             "rules": [*rules, *config.rules],
             "first_last_bits": task.first_last_bits if config.first_last_bits is None else config.first_last_bits,
             "linear_granularity": task.linear_granularity
@@ -124,7 +127,9 @@ def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
         "calibration_batches": task.calibration_batches,
         "calibration_batch_size": task.calibration_batch_size,
     }
-    if config.mode == Mode.ptq and clipping.name == Octav.name:  # no training makes up for what the paper neglects
+    if (
+        config.mode in (Mode.ptq, Mode.allocate) and clipping.name == Octav.name
+    ):  # no training makes up for what the paper neglects
         usual |= {"missing_code": True, "refine": 64}
     return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
 
@@ -146,6 +151,31 @@ def _with_home(config: ConfigSchema) -> ConfigSchema:
         run_dir=run_dir,
         model=replace(config.model, checkpoint=checkpoint),
     )
+
+
+def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
+    """Measured latencies: layer -> bits of its operands -> milliseconds.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        return {
+            layer: {tuple(map(int, widths.split("x"))): _milliseconds(ms) for widths, ms in row.items()}
+            for layer, row in content.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"allocation.latencies={path}: must be a JSON file of layer -> bits, such as 4x8 -> milliseconds "
+            f"({told(error)})"
+        ) from error
+
+
+def _milliseconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{value!r} is no number of milliseconds")
+    return float(value)
 
 
 def rules_of(path: str) -> list[Any]:
@@ -173,8 +203,21 @@ def baseline_of(config: Config) -> Config:
     recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None)
     changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
-    changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False, "rules": []}
+    changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False, "rules": []} | without_choice()
     return changed(config, **changes)
+
+
+def without_choice() -> dict[str, Any]:
+    """The changes that make a config one for which no bits are chosen."""
+    return {**dict.fromkeys((*LIMITS, "max_drop")), "retrain_steps": 0, "allocated": []}
+
+
+def allocation_of(config: Config) -> Config:
+    """The run in mode allocate whose policy a resolved config with bits=auto takes, resolved."""
+    changes: dict[str, Any] = dict.fromkeys(("epochs", "batch_size", "lr", "run_dir", "policy"))
+    recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None, freeze_scalars_at=None)
+    changes |= {"recipe": recipe, "mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
+    return changed(config, **changes, allocated=[])
 
 
 def changed(config: Config, **changes: Any) -> Config:
@@ -213,6 +256,7 @@ def check(config: Config) -> None:
     _check_quantization(config)
     _check_freezing(config)
     _check_compiling(config)
+    _check_allocation(config)
     _check_mode(config)
 
 
@@ -264,6 +308,32 @@ def _check_compiling(config: Config) -> None:
             raise ConfigError(f"compile=true: is not for {key}={str(value).lower()}, {why}")
 
 
+def _check_allocation(config: Config) -> None:
+    asked = {key: value for key in (*LIMITS, "max_drop") if (value := getattr(config, key)) is not None}
+    if not config.allocating:
+        for key, value in (asked | ({"retrain_steps": config.retrain_steps} if config.retrain_steps else {})).items():
+            raise ConfigError(f"{key}={value:g}: is for qat-bits and for bits=auto")
+        return
+    how, what = config.allocation, "bits=auto" if config.policy == AUTO else "mode=allocate"
+    wanted = f"{', '.join(LIMITS)} or max_drop"
+    if not asked:
+        raise ConfigError(f"{what}: needs to be told what bits may cost: {wanted}")
+    if config.max_drop is not None and len(asked) > 1:
+        raise ConfigError(
+            f"max_drop={config.max_drop:g}: seeks the least bits by itself; no {next(iter(asked))} beside it"
+        )
+    if config.quantization.full_precision:
+        raise ConfigError(f"bits={config.bits}: {what} has nothing to choose bits for")
+    require(len({*how.widths}) > 1, "allocation.widths", how.widths, "two or more different numbers")
+    timed = config.latency_ms is not None or how.cost == "latency_ms"
+    if timed and how.latencies is None:
+        raise ConfigError("latency_ms: needs allocation.latencies=FILE, which says what was measured")
+    if how.latencies is not None:
+        latencies_of(how.latencies)
+    if config.retrain_steps and config.recipe.retrain is None:
+        raise ConfigError(f"retrain_steps={config.retrain_steps}: recipe={config.recipe.name} has no stage retrain")
+
+
 def _check_mode(config: Config) -> None:
     from_scratch, from_checkpoint = config.mode == Mode.scratch, config.mode == Mode.finetune
     if not (from_scratch or from_checkpoint) and config.weights is None:
@@ -276,7 +346,7 @@ def _check_mode(config: Config) -> None:
             f"weights={config.weights}: mode={config.mode} starts from {start}; use mode=retrain, ptq or evaluate"
         )
     if config.training and config.mode not in config.task.modes:
-        allowed = ", ".join((*config.task.modes, "ptq", "evaluate"))
+        allowed = ", ".join((*config.task.modes, "ptq", "allocate", "evaluate"))
         raise ConfigError(f"mode={config.mode}: must be one of {allowed} for dataset.task={config.dataset.task}")
     if config.mode == Mode.scratch and config.needs_calibration and not config.clipping.learned:
         raise ConfigError(

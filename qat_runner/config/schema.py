@@ -29,6 +29,7 @@ class Mode(StrEnum):
     long_retrain = "long_retrain"
     finetune = "finetune"
     ptq = "ptq"
+    allocate = "allocate"
     evaluate = "evaluate"
 
 
@@ -114,6 +115,12 @@ PRETRAINED = "pretrained"
 """The value of `weights` that means the published weights of the model, by its own library."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
+AUTO = "auto"
+"""The value of `policy` that stands for what the run that `allocation_of` names comes to."""
+LIMITS = ("budget", "size_mb", "bitops", "traffic_mb", "latency_ms")
+"""The keys that limit what bits may cost in all."""
+PRICES = ("gradient", "measured", "noise")
+"""What `allocation.price` may be."""
 
 
 _EPOCHS = 100_000
@@ -364,16 +371,39 @@ class RecipeConfig:
 
 
 @dataclass
+class AllocationConfig:
+    """How bits are chosen, tensor by tensor: mode=allocate, bits=auto."""
+
+    price: str = "gradient"
+    """what few bits cost a tensor: gradient (squared gradients of the loss times squared errors), measured (the rise
+    of the loss with this tensor alone quantized; slow), or noise (errors alone)"""
+    widths: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8], metadata=within(2, 16))
+    """bits that are chosen from"""
+    same: bool = False
+    """both operands of a layer or product are to have the same bits"""
+    batches: int = number(16, 1, _SAMPLES)
+    """training batches that tensors are priced on"""
+    batch_size: int = number(32, 1, _SAMPLES)
+    """samples of each"""
+    cost: str = "mean_bits"
+    """what the front goes by, and max_drop has least of: mean_bits, size_mb, bitops, traffic_mb or latency_ms"""
+    latencies: str | None = path(None)
+    """JSON file of measured latencies: layer -> bits of its operands, as "4x8" for weight and input -> milliseconds"""
+
+
+@dataclass
 class ConfigSchema:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     clipping: ClippingSchema = field(default_factory=ClippingSchema)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
 
     mode: Mode = Mode.auto
     """scratch: train from random weights; finetune: from model.checkpoint; retrain, long_retrain: from `weights`; ptq:
-    quantize `weights`; evaluate: as it is; auto: finetune on texts, where the recipe has it, else scratch"""
+    quantize `weights`; allocate: choose bits for them, as qat-bits does; evaluate: as it is; auto: finetune on texts,
+    where the recipe has it, else scratch"""
     weights: str | None = path(None)
     """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
     "pretrained" for what the model's own library publishes; "torchvision" for the first that torchvision published,
@@ -415,7 +445,24 @@ class ConfigSchema:
     """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
     the page about policies"""
     policy: str | None = path(None)
-    """YAML file of such rules, which come before those of `rules`"""
+    """YAML file of such rules, which come before those of `rules`; auto, which bits=auto is short for: those that
+    qat-bits finds under the same limits, which is run first"""
+    budget: float | None = number(None, 2, 16)
+    """where bits are chosen: mean bits, at most, of weights and of activations, over the elements of those whose bits
+    no rule says, nor first_last_bits"""
+    size_mb: float | None = number(None, 0, _LARGE, above=True)
+    """where bits are chosen: megabytes (10^6 bytes) of the stored network, at most"""
+    bitops: float | None = number(None, 0, _LARGE, above=True)
+    """where bits are chosen: 10^9 bit operations for one sample, at most: multiply-accumulates times the bits of both
+    factors"""
+    traffic_mb: float | None = number(None, 0, _LARGE, above=True)
+    """where bits are chosen: megabytes of operands that are read for one sample, at most"""
+    latency_ms: float | None = number(None, 0, _LARGE, above=True)
+    """where bits are chosen: milliseconds for one sample, at most, by allocation.latencies"""
+    max_drop: float | None = number(None, 0, _LARGE)
+    """where bits are chosen: the least of them that cost the metric so much, at most, against full precision"""
+    retrain_steps: int = number(0, 0, _BATCHES)
+    """where bits are chosen: training steps, of the recipe's stage retrain, before networks are measured"""
 
     epochs: int | None = number(None, 1, _EPOCHS)
     """times that the training data are gone through; null: the recipe's"""
@@ -467,6 +514,9 @@ class ConfigSchema:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """of the files and folders that this config names, as a run found them; filled in by the runner"""
 
+    allocated: list[Any] = field(default_factory=list)
+    """of bits=auto: the rules that it came to; filled in by the runner"""
+
     given: list[str] = field(default_factory=list)
     """keys of preprocessing that the command gives, and a model's own leave alone; filled in by the runner"""
 
@@ -491,6 +541,22 @@ class ConfigSchema:
     @property
     def training(self) -> bool:
         return self.mode in STAGES
+
+    @property
+    def allocating(self) -> bool:
+        """Whether bits are chosen, here or first."""
+        return self.mode == Mode.allocate or self.policy == AUTO
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What bits may cost in all, by key."""
+        return {key: most for key in LIMITS if (most := getattr(self, key)) is not None}
+
+    @property
+    def asked_bits(self) -> str:
+        """Where bits are chosen: what may be lost, or what they may cost, as in "budget=4"."""
+        asked = self.limits or {"max_drop": self.max_drop or 0.0}
+        return ", ".join(f"{key}={most:g}" for key, most in asked.items())
 
     @property
     def preprocessed(self) -> bool:
@@ -566,6 +632,7 @@ class Config(ConfigSchema):
     def with_fingerprints(self) -> "Config":
         """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
         named = {self.weights, self.recipe.teacher, self.model.checkpoint, checkpoint_of(self.model.name)}
+        named |= {self.allocation.latencies}
         named -= {None, BASELINE}
         return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
 
@@ -595,7 +662,7 @@ class Config(ConfigSchema):
                 linear_granularity=self.linear_granularity,
                 quantize_head=self.task.quantize_head if self.quantize_head is None else self.quantize_head,
                 synchronize=self.clipping.sync,
-                rules=[Rule.from_dict(rule) for rule in self.rules],
+                rules=[Rule.from_dict(rule) for rule in (*self.rules, *self.allocated)],
             )
         except ValueError as error:
             raise ConfigError(f"{'rules' if str(error).startswith('rule ') else 'policy'}: {error}") from error
@@ -605,4 +672,4 @@ class Config(ConfigSchema):
         """Whether scalars must be found on training batches before the first use."""
         policy = self.quantization
         wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == Mode.ptq)
-        return wanted and self.mode != Mode.evaluate and not policy.full_precision
+        return wanted and self.mode not in (Mode.allocate, Mode.evaluate) and not policy.full_precision

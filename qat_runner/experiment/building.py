@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qat_runner import distributed, ranks
+from qat_runner.allocation import pricing_policy
 from qat_runner.config import Config, Mode, clipping_label
 from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import unsharded
@@ -24,6 +25,8 @@ log = logging.getLogger("qat_runner")
 
 CALIBRATION_EPOCH = 10**6
 """The number of the epoch whose first batches calibrate: one that training never comes to."""
+EXAMPLE = 2
+"""Samples that a network is seen at work on when it gets its quantizers."""
 
 
 def find_device(name: str) -> torch.device:
@@ -72,9 +75,10 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     data = load_dataset(config.dataset, config.data_dir, delivery)
     model = model_for(config, data)
     # Real samples, the same in every process: it is seen what the model does with them.
-    example = next(unsharded(data).train_batches(2, epoch=0, limit=1)).inputs
+    example = next(unsharded(data).train_batches(EXAMPLE, epoch=0, limit=1)).inputs
+    policy = config.quantization
     try:
-        insert(model, config.quantization, example)
+        insert(model, pricing_policy(policy) if config.mode == Mode.allocate else policy, example)
     except PolicyError as error:
         raise ConfigError(f"model={config.model.name}: {error}") from error
     except (AssertionError, RuntimeError, ValueError) as error:  # pictures too small, a batch too small for BatchNorm
@@ -88,7 +92,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         log.info(f"weights {weights}: {loaded}")
     if config.needs_calibration:
         _calibrate(config, model, data)
-    if not config.training:
+    if config.mode in (Mode.ptq, Mode.evaluate):
         _check_scalars(config, model, weights)
     if config.sync_batchnorm:
         model = distributed.synchronize_batchnorm(model)

@@ -8,10 +8,13 @@ import torch
 
 from qat_runner import ranks
 from qat_runner.config import (
+    AUTO,
     BASELINE,
     Config,
     Decode,
+    Mode,
     Resume,
+    allocation_of,
     baseline_of,
     differences,
     identity,
@@ -71,6 +74,10 @@ def preflight(config: Config) -> Path:
         raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
     task_of(config).check(config)
+    if config.allocating and ranks.launched():
+        _check_one_process(config)
+    if config.policy == AUTO:
+        preflight(allocation_of(config))
     if config.weights == BASELINE:
         preflight(baseline_of(config))
     elif config.weights is not None:
@@ -81,6 +88,16 @@ def preflight(config: Config) -> Path:
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
+
+
+def _check_one_process(config: Config) -> None:
+    """Refuse to choose bits in several processes: whatever they find out apart, they would have to agree on."""
+    folder = run_folder(config if config.mode == Mode.allocate else allocation_of(config))
+    if not RunFolder(folder).finished:
+        raise ConfigError(
+            "torchrun: bits are chosen by one process; qat-bits with the same keys does that first, and this run finds "
+            "what it came to"
+        )
 
 
 def _tracker(name: str) -> type[Tracker]:

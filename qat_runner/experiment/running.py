@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import nn
 
 from qat_runner import distributed, ranks
 from qat_runner.config import (
+    AUTO,
     BASELINE,
     Config,
+    Mode,
     Optimizer,
+    allocation_of,
     baseline_of,
     clipping_label,
     differences,
@@ -27,6 +31,7 @@ from qat_runner.config import (
     identity,
     load_config,
     plain,
+    rules_of,
     run_name,
     scaled_lr,
 )
@@ -36,7 +41,7 @@ from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
-from qat_runner.insertion.size import size_mb
+from qat_runner.insertion.size import mean_bits, size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.runs.environment import environment
 from qat_runner.runs.files import TEMPORARY, open_own, write_text
@@ -103,13 +108,21 @@ def _run(config: Config, folder: Path) -> Summary:
     """`run`, in a folder that is this process's own."""
     weights = config.weights
     if weights == BASELINE:
-        weights = str(RunFolder(_baseline(config)).checkpoints / checkpoint.LAST)
+        weights = str(
+            RunFolder(_finished_by_anyone(baseline_of(config), "the full-precision baseline")).checkpoints
+            / checkpoint.LAST
+        )
+    if config.policy == AUTO:
+        chosen = RunFolder(_finished_by_anyone(allocation_of(config), "bits are chosen")).policy
+        config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
+    if config.mode == Mode.allocate:
+        return _choose_bits(config, folder, model, data, weights)
     return _carry_out(config, folder, model, data, teacher, notes)
 
 
@@ -131,16 +144,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _baseline(config: Config) -> Path:
-    """The folder of the finished full-precision run that goes with a config; waits for whoever is training it."""
-    baseline = baseline_of(config)
-    folder = preflight(baseline)
+def _finished_by_anyone(config: Config, what: str) -> Path:
+    """The folder of a run that another one takes something from; it is run, or whoever is at it is waited for.
+
+    Args:
+        config: of that run.
+        what: it is, for the log.
+    """
+    folder = preflight(config)
     waiting = False
     while not distributed.on_main(lambda: RunFolder(folder).finished):
         try:
             if not waiting:
-                log.info(f"first the full-precision baseline, {folder}")
-            run(baseline)
+                log.info(f"first {what}, {folder}")
+            run(config)
         except BusyError as error:
             if not waiting:
                 log.info(f"{error}: waiting for it")
@@ -149,14 +166,35 @@ def _baseline(config: Config) -> Path:
     return folder
 
 
+def _choose_bits(config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None) -> Summary:
+    """Choose bits for what has been built, on the record."""
+    from qat_runner.experiment import allocating  # SciPy's solver takes its time to import
+
+    with _recorded(config, folder):
+        _record_environment(folder, resuming=False)
+        log.info(f"run folder {folder}")
+        result = allocating.carry_out(config, folder, model, data, weights, run)
+        SUMMARY.write(folder, result)
+        return result
+
+
+@contextmanager
+def _recorded(config: Config, folder: Path) -> Iterator[None]:
+    """While open, the folder tells its config, and what is told on the terminal."""
+    if not ranks.is_main():
+        yield
+        return
+    write_text(RunFolder(folder).config, OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
+    with _log_to(RunFolder(folder).log):
+        yield
+
+
 def _carry_out(
     config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
 ) -> Summary:
     """Train or evaluate what has been built, on the record."""
     with ExitStack() as stack:
-        if ranks.is_main():
-            write_text(RunFolder(folder).config, OmegaConf.to_yaml(OmegaConf.structured(config.with_fingerprints())))
-            stack.enter_context(_log_to(RunFolder(folder).log))
+        stack.enter_context(_recorded(config, folder))
         checkpoints = RunFolder(folder).checkpoints
         resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
         trainer = Trainer(config, model, data, NullRecord(folder), teacher)
@@ -305,6 +343,14 @@ def _seen_at_a_time(config: Config) -> str:
     return f"{told}, where the recipe was published {published}{remedy}"
 
 
+def _bits(config: Config) -> int | str:
+    """Of weights and activations, as one number where they are the same; or what they were chosen by."""
+    if config.allocating:
+        return config.asked_bits
+    both = config.weight_bits, config.activation_bits
+    return both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}"
+
+
 def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
@@ -312,17 +358,18 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.measured)
     share = quantized_share(trainer.measured)
+    mean_weights, mean_activations = (mean_bits(trainer.measured, weights) for weights in (True, False))
     corrupt = trainer.data.corrupt  # met since the run last began
     if corrupt is not None:
         corrupt = set().union(*distributed.all_gather(corrupt))
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "bits": config.weight_bits
-        if config.weight_bits == config.activation_bits
-        else f"{config.weight_bits}/{config.activation_bits}",
+        "bits": _bits(config),
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
+        "mean_weight_bits": mean_weights,
+        "mean_activation_bits": mean_activations,
         "clipping": clipping_label(config, became_static=bool(activations) and "dynamic" not in activations),
         "gradient": gradient_label(config),
         "distilled": config.distilling,

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from qat_runner.description import fit
 from qat_runner.errors import ConfigError, RunError, told
-from qat_runner.exporting.integer import OPSET, IntegerLayer, IntegerTaken, IntegerWeight, StaticGrid
+from qat_runner.exporting.integer import (
+    OPSET,
+    IntegerLayer,
+    IntegerOwnWeight,
+    IntegerTaken,
+    IntegerWeight,
+    StaticGrid,
+)
 from qat_runner.insertion.layers import each, full_precision_name, kind_of
+from qat_runner.insertion.own_weights import layer_name
 from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate
 
@@ -71,7 +79,7 @@ def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
         RunError: torch.export cannot follow the network.
     """
     network, shapes = _Outputs(model, signature.outputs).eval(), signature.dynamic_shapes
-    with torch.no_grad(), _exporting(path):
+    with torch.no_grad(), _exporting(path), _experts_in_batches(network):
         program = torch.export.export(network, signature.example, dynamic_shapes=shapes, strict=False)
         torch.export.save(program, path)
 
@@ -96,7 +104,7 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'qat_runner[export]'") from error
     network = _Outputs(model, signature.outputs).eval()
-    with torch.no_grad(), _exporting(path):
+    with torch.no_grad(), _exporting(path), _experts_in_batches(network):
         program = torch.onnx.export(
             network,
             signature.example,
@@ -263,7 +271,7 @@ def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tens
 
 def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
     """What the tensors of an integer layer mean."""
-    described: dict[str, Any] = {"kind": kind_of(layer)}
+    described: dict[str, Any] = {"kind": getattr(layer, "kind_name", None) or kind_of(layer)}
     if isinstance(layer, IntegerTaken):
         described["class"] = full_precision_name(layer)
     for child, module in layer.named_children():
@@ -276,6 +284,7 @@ def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
                 **_grid(module),
                 **_zero(f"{name}.{child}", module),
                 **({"packed": PACKED} if module.format.storage_bits == 4 else {}),
+                **(_place(name, layer) if isinstance(layer, IntegerOwnWeight) else {}),
             }
         elif isinstance(module, StaticGrid):
             described[child.removesuffix("_grid")] = {
@@ -284,6 +293,15 @@ def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
                 **_zero(f"{name}.{child}", module),
             }
     return described
+
+
+def _place(name: str, layer: IntegerOwnWeight) -> dict[str, Any]:
+    """The parameter that rows of codes are of, or columns, in the order of its first dimensions."""
+    return {
+        "parameter": name.removesuffix(layer_name(layer.parameter)) + layer.parameter,
+        "parameter_shape": list(layer.weight.shape),
+        "transposed": layer.turned,
+    }
 
 
 def _zero(name: str, module: IntegerWeight | StaticGrid) -> dict[str, str]:
@@ -310,6 +328,20 @@ def _unpack(packed: Tensor, shape: Sequence[int], signed: bool = True) -> Tensor
         halves = halves.to(torch.int8)
         halves = torch.where(halves > 7, halves - 16, halves)
     return halves.reshape(tuple(shape))
+
+
+@contextmanager
+def _experts_in_batches(network: nn.Module) -> Iterator[None]:
+    """While open, mixtures of experts of transformers compute in the one way that exporters can follow."""
+    able: list[Any] = [m for m in network.modules() if getattr(m, "_can_set_experts_implementation", lambda: False)()]
+    before = [m.get_experts_implementation() for m in able]
+    try:
+        for module in able:
+            module.set_experts_implementation("batched_mm")
+        yield
+    finally:
+        for module, implementation in zip(able, before, strict=True):
+            module.set_experts_implementation(implementation)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from qat_runner.insertion.layers import (
     restore,
 )
 from qat_runner.insertion.own_products import QuantAttention, QuantProjection
+from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
 from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
 OPSET = 21
@@ -260,6 +261,20 @@ class IntegerMatmul(IntegerLayer):
         return compute(self.on_grid(left, a), self.on_grid(right, b))
 
 
+class IntegerOwnWeight(IntegerLayer, OwnWeight):
+    """A QuantOwnWeight, whose codes take the place of the parameter."""
+
+    turned: bool
+    """whether the rows of codes are columns of the parameter"""
+
+    def used(self) -> Used:
+        codes: Any = self._modules.get("integer_weight")
+        return Used(self.weight if codes is None else from_rows(codes(), self.turned, self.weight.shape))
+
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
+        return compute(self.on_grid(input), weight)
+
+
 def to_integers(model: nn.Module) -> nn.Module:
     """Replace the quantized layers of a static network by integer ones, in place.
 
@@ -306,6 +321,7 @@ WRITTEN: dict[type[nn.Module], type[IntegerLayer]] = {
     nn.Linear: IntegerLinear,
     QuantMatmul: IntegerMatmul,
     QuantProjection: IntegerProjection,
+    QuantOwnWeight: IntegerOwnWeight,
 }
 """Class -> integer class, where the forward is known."""
 
@@ -315,6 +331,8 @@ def _convert(layer: Any) -> None:
     taken = isinstance(layer, TakenLayer)
     codes = quantizers.pop("weight", None)
     weight = IntegerWeight(layer.used_weight(), codes) if isinstance(codes, Quantizer) else None
+    if isinstance(layer, QuantOwnWeight):
+        layer.__dict__["turned"] = layer.turned  # as its quantizer tells
     _release(layer)
     for operand, quantizer in quantizers.items():
         if isinstance(quantizer, Quantizer):
@@ -345,12 +363,13 @@ def _release(layer: Any) -> None:
 def _give_codes(layer: Any, codes: IntegerWeight) -> None:
     """Put codes in the place of a weight, and zeros where networks name it, to ask for its dtype, say."""
     layer.add_module("integer_weight", codes)
+    owner, name = (layer._of[0], layer.parameter) if isinstance(layer, QuantOwnWeight) else (layer, "weight")
     placeholder = torch.zeros((), dtype=layer.weight.dtype).expand(layer.weight.shape)
     if isinstance(layer, QuantProjection):
         layer.register_buffer("placeholder", placeholder, persistent=False)
     else:
-        del layer.weight
-        layer.register_buffer("weight", placeholder, persistent=False)
+        delattr(owner, name)
+        owner.register_buffer(name, placeholder, persistent=False)
 
 
 def _drop_projected_weights(module: nn.Module) -> None:

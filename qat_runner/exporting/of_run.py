@@ -24,6 +24,7 @@ from qat_runner.config import (
     clipping_label,
     load_config,
     path_of,
+    rules_of,
     run_folder,
 )
 from qat_runner.data import Data
@@ -91,6 +92,8 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
         raise ConfigError(f"{run}: holds no run")
     if config.quantization.full_precision:
         raise ConfigError(f"{run}: is a run in full precision, which has no integers")
+    if config.mode == Mode.allocate:
+        config = _with_chosen_bits(run, config)
     weights = _weights_of(run, config, checkpoint)
     if not RunFolder(run).finished:
         log.warning(f"{run} is not finished: this is its network as it was last saved")
@@ -98,6 +101,15 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
     part = None if config.training else config.weights_part
     model, data = build(replace(config, mode=mode, weights_part=part, device="cpu", backend="auto"), weights)
     return model.eval(), data, config
+
+
+def _with_chosen_bits(run: Path, config: Config) -> Config:
+    """The run, without training, of the network whose bits were chosen."""
+    here = RunFolder(run)
+    if config.retrain_steps or not here.finished:
+        what = f"retrained networks are in {here.probes}" if here.finished else "it is not finished"
+        raise ConfigError(f"{run}: has chosen bits, and no network of its own; {what}")
+    return replace(config, mode=Mode.ptq, allocated=rules_of(str(here.policy)))
 
 
 def _weights_of(run: Path, config: Config, checkpoint: str) -> str:

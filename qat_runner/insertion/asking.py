@@ -1,18 +1,20 @@
 """What each module's own forward asks PyTorch to multiply: which modules can be had to multiply what is quantized."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-from qat_runner.insertion.calls import ATTENTION, MATRICES, taken_apart
+from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
 from qat_runner.insertion.layers import is_own, weight_shape
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
+from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 
 
 class Asked(NamedTuple):
@@ -26,6 +28,11 @@ class Asked(NamedTuple):
     """elements of what came out"""
     computed: bool
     """whether both factors are floating numbers that were computed, not parameters or buffers"""
+    parameter: str | None = None
+    """name of the module's own parameter that one factor is, or is made of"""
+    contracted: int | None = None
+    """the dimension of it, -1 or -2, that is added up over; None where that is another, or the other factor is no
+    floating number that was computed"""
 
 
 _CAUGHT = (*MATRICES, ATTENTION, F.multi_head_attention_forward)
@@ -89,6 +96,18 @@ def attends(module: nn.Module, asking: Asking) -> bool:
     )
 
 
+def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
+    """The parameters of its own that a module multiplies by: name -> the dimension, -1 or -2, that it adds up over.
+
+    Those of two dimensions or more that it uses in one way alone, and where a layer for that can be put beside them.
+    """
+    found: dict[str, set[int | None]] = {}
+    for asked in (a for calls in asking.get(module, []) for a in calls if a.parameter is not None):
+        found.setdefault(str(asked.parameter), set()).add(asked.contracted)
+    alone = {name: dims for name, dims in found.items() if len(dims) == 1 and not hasattr(module, layer_name(name))}
+    return {name: dim for name, dims in alone.items() for dim in dims if dim is not None}
+
+
 def _is_attention(asked: Sequence[Asked]) -> bool:
     if [a.func for a in asked] == [ATTENTION]:
         return True
@@ -96,6 +115,32 @@ def _is_attention(asked: Sequence[Asked]) -> bool:
         return False
     first, second = asked
     return first.computed and second.computed and second.left == first.given
+
+
+class _Made(NamedTuple):
+    """What a tensor is made of."""
+
+    module: nn.Module
+    parameter: str
+    places: tuple[Tensor, ...]
+    """where its elements lie along the last dimension of the parameter, and along the one before"""
+
+    def along(self, dim: int) -> int | None:
+        """The one of these two that a dimension of the tensor runs along."""
+        last, before = (place.numel() > 0 and bool((place != place.narrow(dim, 0, 1)).any()) for place in self.places)
+        return None if last == before else -1 if last else -2
+
+
+def _places(parameter: Tensor) -> tuple[Tensor, ...]:
+    rows, columns = parameter.shape[-2:]
+    where = torch.device("cpu") if parameter.is_meta else parameter.device
+    last, before = (torch.arange(n, dtype=torch.int32, device=where) for n in (columns, rows))
+    return last.expand(parameter.shape), before[:, None].expand(parameter.shape)
+
+
+def _with_numbers(value: Any) -> Any:
+    """An argument of a call on the meta device, where an index has none: the first of what it chooses from."""
+    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
 
 
 class _Watch(TorchFunctionMode):
@@ -130,9 +175,50 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._open:
-            if func is ATTENTION or func is F.multi_head_attention_forward:
-                self._open[-1][1].append(Asked(func, 0, torch.Size(), 0, True))
-            elif (call := taken_apart(func, args, kwargs)) is not None:
-                computed = all(t.is_floating_point() and id(t) not in self._kept for t in call[:2])
-                self._open[-1][1].append(Asked(func, call.left.numel(), call.right.shape, out.numel(), computed))
+            self._note(func, args, kwargs, out)
         return out
+
+    def _note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        asked = self._open[-1][1]
+        if func is ATTENTION or func is F.multi_head_attention_forward:
+            asked.append(Asked(func, 0, torch.Size(), 0, True))
+        elif func in MOVES and args:
+            self._follow(func, args, kwargs, out)
+        elif (call := taken_apart(func, args, kwargs)) is not None:
+            made = self._made_of(call.left), self._made_of(call.right)
+            computed = [
+                t.is_floating_point() and id(t) not in self._kept and m is None
+                for t, m in zip(call[:2], made, strict=True)
+            ]
+            sizes = call.left.numel(), call.right.shape, out.numel()
+            asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
+
+    def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Note what is made of parameters: what happens to them is done to the places of their elements."""
+        made = self._made_of(args[0])
+        if made is None:
+            return
+        move = Tensor.reshape if func is Tensor.view else func  # places take no memory, so they lie otherwise
+        more, named = tree_map(_with_numbers, (args[1:], kwargs))
+        with suppress(Exception):  # such as a view of another dtype, which is no move
+            places = [parts(move(place, *more, **named)) for place in made.places]
+            for part, *moved in zip(parts(out), *places, strict=True):
+                mark(part, args[0], made._replace(places=tuple(moved)))
+
+    def _own(
+        self, call: Call, made: tuple[_Made | None, _Made | None], computed: Sequence[bool]
+    ) -> tuple[str | None, int | None]:
+        """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
+        for of, factor, other in ((made[0], 0, 1), (made[1], 1, 0)):
+            if of is not None and of.module is self._open[-1][0]:
+                if computed[other] and call.summed is not None:
+                    return of.parameter, of.along(call.summed[factor])
+                return of.parameter, None
+        return None, None
+
+    def _made_of(self, t: Any) -> _Made | None:
+        module = self._open[-1][0]
+        for name, parameter in module._parameters.items():
+            if parameter is not None and t is parameter and t.ndim > 1 and t.is_floating_point():
+                return _Made(module, name, _places(parameter))
+        return getattr(t, MADE_OF, None)

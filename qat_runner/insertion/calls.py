@@ -22,24 +22,32 @@ class Call(NamedTuple):
     right: Tensor
     compute: Compute
     """the same with other factors"""
+    summed: tuple[int, int] | None
+    """the dimension of each that is added up over; None where that is not one of each, or not known"""
 
+
+_OTHER_SUMS = (
+    F.embedding,
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
+"""Those that add up over no dimension, or over several."""
 
 FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ((0, "input"), (1, "other"))),
-    **dict.fromkeys((torch.bmm, torch.Tensor.bmm), ((0, "input"), (1, "mat2"))),
+    **dict.fromkeys((torch.bmm, torch.Tensor.bmm, torch.mm, torch.Tensor.mm), ((0, "input"), (1, "mat2"))),
+    **dict.fromkeys((torch._grouped_mm, "transformers::grouped_mm_fallback"), ((0, "self"), (1, "mat2"))),
     **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ((1, "batch1"), (2, "batch2"))),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
     **dict.fromkeys(
         (
             F.linear,
-            F.embedding,
-            *(torch.conv1d, torch.conv2d, torch.conv3d),
-            *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+            *_OTHER_SUMS,
         ),
         ((0, "input"), (1, "weight")),
     ),
 }
-"""Function -> where its factors are among its arguments, and what they are called there."""
+"""Function, or an operator's name -> where its factors are among its arguments, and what they are called there."""
 
 MATRICES = (
     *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm),
@@ -54,9 +62,9 @@ def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
     """A call of a function, as a mode sees it, if it is one of two tensors of FACTORS or of `torch.einsum`."""
     if func is torch.einsum:
         return _einsum(args)
-    if func not in FACTORS:
+    places = FACTORS.get(getattr(func, "_qualified_op_name", func))
+    if places is None:
         return None
-    places = FACTORS[func]
     left, right = (args[i] if i < len(args) else kwargs.get(name) for i, name in places)
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return None
@@ -71,7 +79,16 @@ def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
         out: Tensor = func(*own, **named)
         return out
 
-    return Call(left, right, compute)
+    return Call(left, right, compute, _summed(func, right))
+
+
+def _summed(func: Any, right: Tensor) -> tuple[int, int] | None:
+    """See `Call`."""
+    if func is F.linear:
+        return -1, -1
+    if func in _OTHER_SUMS:
+        return None
+    return -1, -1 if right.ndim == 1 else -2
 
 
 def _einsum(args: Sequence[Any]) -> Call | None:
@@ -80,7 +97,27 @@ def _einsum(args: Sequence[Any]) -> Call | None:
         factors = list(factors[0])
     if not isinstance(equation, str) or len(factors) != 2:
         return None
-    return Call(factors[0], factors[1], lambda a, b: torch.einsum(equation, a, b))
+    summed = _summed_letter(equation.replace(" ", ""))
+    return Call(factors[0], factors[1], lambda a, b: torch.einsum(equation, a, b), summed)
+
+
+def _summed_letter(equation: str) -> tuple[int, int] | None:
+    """See `Call`: where the one letter that is not in the result stands in both terms."""
+    terms, arrow, out = equation.partition("->")
+    left, right = terms.split(",")
+    if not arrow:
+        out = "".join(letter for letter in set(terms) if terms.count(letter) == 1)
+    summed = {*left, *right} - {*out, "."}
+    if len(summed) != 1 or not summed <= {*left} & {*right}:
+        return None
+    (letter,) = summed
+    return _place(letter, left), _place(letter, right)
+
+
+def _place(letter: str, term: str) -> int:
+    """The dimension that a letter stands for; counted from the end behind dots, which stand for any number of them."""
+    before, dots, after = term.partition("...")
+    return after.index(letter) - len(after) if dots and letter in after else before.index(letter)
 
 
 def attention(

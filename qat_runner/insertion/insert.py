@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight
+from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight, own_weights
 from qat_runner.insertion.attention import (
     EAGER,
     attention_as,
@@ -39,6 +39,7 @@ from qat_runner.insertion.layers import (
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.own_products import (
     QuantAttention,
+    has_fast_path,
     is_multihead,
     is_product,
     keep_off_fast_path,
@@ -46,6 +47,7 @@ from qat_runner.insertion.own_products import (
     quantize_own_products,
     release_own_products,
 )
+from qat_runner.insertion.own_weights import QuantOwnWeight, quantize_own_weights, release_own_weights
 from qat_runner.insertion.products import Product, rest
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
@@ -57,7 +59,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import EMBEDDING, Policy, PolicyError, TensorPolicy
+from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
 from qat_runner.quant import ClippingMethod, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -73,8 +75,12 @@ PRODUCTS = "quantization_products"
 """Attribute of a quantized model that was seen at work: its products of tensors."""
 
 
-KNOWN = "convolutions, linear layers and attention"
+KNOWN = "convolutions, linear layers, experts and attention"
 """What is quantized, for a reader."""
+
+
+OwnWeights = dict[nn.Module, dict[str, int]]
+"""Module -> the parameters of its own that it multiplies by, as of `own_weights`."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,9 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
 
-    Both operands of both matrix products of attention are quantized as well. Layers with a forward of their own, and
-    attention that is neither PyTorch's nor by transformers' interface, take an example to be found.
+    Both operands of both matrix products of attention are quantized as well, and parameters that the module which has
+    them multiplies by, such as those of experts. These, layers with a forward of their own, and attention that is
+    neither PyTorch's nor by transformers' interface take an example to be found.
 
     The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
     `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
@@ -150,6 +157,7 @@ def insert(
     policy: Policy,
     example: Tensor | tuple[Any, ...] | None = None,
     tensors: Collection[str] | None = None,
+    contracted: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """`quantize_model` with a ready policy.
 
@@ -158,6 +166,7 @@ def insert(
         policy: what every tensor gets.
         tensors: names of those that were quantized in another one of the same network, and are to be here, where there
             is no example; None: what is known without a look.
+        contracted: `contracted_by(model)` of that one.
     """
     if each(model, is_quantized):
         raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
@@ -167,26 +176,29 @@ def insert(
     asking, before = (None, None) if inputs is None else look(model, inputs)
     layers, notes = _convertible(model, policy, asking, tensors)
     attention = _own_attention(model, asking, tensors)
-    if not (layers or attention):
+    weights = _own_weights(model, asking, attention) if tensors is None else _own_weights_named(model, contracted or {})
+    if not (layers or attention or weights):
         why = "".join(f"; {note}" for note in told_once(notes.items()))
         raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
     other_attention = bool(attention_of(model) - {EAGER})
     try:
-        layers = _converted(model, layers.values(), attention)
+        layers = _converted(model, layers.values(), attention, weights)
         seen = None if inputs is None else trace(model, *inputs)
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
-        named = {**layers, **{name: model.get_submodule(name) for name in notes}}
-        if tensors is None:  # else they were held against the other one, with what it left in full precision
-            _check_rules(named, policy)
-        chosen = _chosen(named, policy, ends)
+        nameable = {**layers, **{name: model.get_submodule(name) for name in notes}}
+        if tensors is None:  # what no rule was about there, or is left alone by it, need not be here
+            _check_rules(nameable, policy)
+        chosen = _chosen(nameable, policy, ends)
         _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
         raise
     for module in attention:
         release_own_products(module)
+    for module in weights:
+        release_own_weights(module)
     for module in model.modules():
         keep_off_fast_path(module)
     setattr(model, POLICY, policy.with_ends(ends))
@@ -200,11 +212,15 @@ def insert(
     return model
 
 
-def _converted(model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """Convert layers and attention, without quantizers yet; returns all that may get some, by name."""
+def _converted(
+    model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module], weights: OwnWeights
+) -> dict[str, nn.Module]:
+    """Convert layers, attention and own weights, without quantizers yet; returns all that may get some, by name."""
     quantize_attention(model)
     for module in attention:
         quantize_own_products(module)
+    for module, of in weights.items():
+        quantize_own_weights(module, of)
     for layer in layers:
         convert(layer)
     return dict(each(model, is_quantized))
@@ -319,26 +335,55 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
     return [m for m in attending if m not in served]
 
 
-def _chosen(
-    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
-) -> dict[str, dict[str, TensorPolicy]]:
-    """What a policy says of each operand of each layer."""
-    chosen: dict[str, dict[str, TensorPolicy]] = {}
-    for name, kind, operand in _places(layers):
-        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
-    return chosen
+def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[nn.Module]) -> OwnWeights:
+    """The modules that multiply by parameters of their own, but for layers of known kinds and attention."""
+    if asking is None:
+        return {}
+    others = {*attention, *modules_served(model), *(m for m in model.modules() if not _may_be_swapped(m))}
+    found = {module: own_weights(module, asking) for module in model.modules() if module not in others}
+    return {module: contracted for module, contracted in found.items() if contracted}
+
+
+def _may_be_swapped(module: nn.Module) -> bool:
+    """Whether a module's class can be swapped, and no other reason is there to swap it."""
+    return layer_kind(module) is None and not isinstance(module, torch.jit.ScriptModule) and not has_fast_path(module)
+
+
+def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWeights:
+    """Those that `contracted_by` of another one of the same network told.
+
+    Raises:
+        ValueError: it is no such network.
+    """
+    found: OwnWeights = {}
+    modules = dict(each(model, lambda m: True))
+    for name, dim in contracted.items():
+        of, _, parameter = name.rpartition(".")
+        if of not in modules or getattr(modules[of]._parameters.get(parameter), "ndim", 0) < 2:
+            raise ValueError(f"{type(model).__name__} has no parameter {name} that could be quantized")
+        found.setdefault(modules[of], {})[parameter] = dim
+    return found
+
+
+def contracted_by(model: nn.Module) -> dict[str, int]:
+    """Name of each parameter that the module around it multiplies by, quantized -> its dimension that is added up over.
+
+    -1 or -2.
+    """
+    found = each(model, lambda m: isinstance(m, QuantOwnWeight))
+    return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
 
 
 def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
-    """Name, kind and operand of all that may be quantized."""
+    """Name, kind and operand of all that layers multiply."""
     return [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
 
 
 def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
-    """Refuse a policy with a rule that is about none of the layers.
+    """Refuse a policy with a rule that is about no operand of the layers.
 
     Raises:
-        PolicyError: it has.
+        PolicyError: there is one.
     """
     places = _places(layers)
     for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
@@ -349,17 +394,28 @@ def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
             )
 
 
+def _chosen(
+    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, TensorPolicy]]:
+    """What a policy says of each operand of each layer."""
+    chosen: dict[str, dict[str, TensorPolicy]] = {}
+    for name, kind, operand in _places(layers):
+        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
+    return chosen
+
+
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
     """A quantizer for each operand of a layer; None for full precision."""
     try:
-        return {operand: tensor.quantizer(operand, *_channels(layer)) for operand, tensor in tensors.items()}
+        shapes = layer.scalar_shapes() if isinstance(layer, QuantLayer) else {}
+        found = {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
     except ValueError as error:
         raise PolicyError(str(error)) from error
-
-
-def _channels(layer: nn.Module) -> tuple[Sequence[int], int]:
-    """The shape of a layer's weight, and its dimension of output channels."""
-    return (layer.weight.shape, layer.channels) if isinstance(layer, QuantLayer) else ((), 0)
+    weight = found.get("weight")
+    several = weight is not None and weight.granularity != "tensor"
+    if several and kind_of(layer) == EXPERTS and tensors["weight"].granularity == "tensor":
+        weight.granularity = "expert"  # type: ignore[union-attr]
+    return found
 
 
 def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:

@@ -55,8 +55,7 @@ def kinds() -> dict[type[nn.Module], Kind]:
 def layer_kind(layer: nn.Module | type[nn.Module]) -> Kind | None:
     """The kind of a layer with a weight, quantized or not, or of a class of such; None for anything else."""
     of = layer if isinstance(layer, type) else type(layer)
-    known: Kind | None = getattr(of, "kind", None) if issubclass(of, QuantLayer) else None
-    return known or next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
+    return next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
 
 
 class Swapped(nn.Module):
@@ -87,8 +86,8 @@ class QuantLayer(nn.Module):
 
     operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
     """names of what is multiplied"""
-    kind: ClassVar[Kind]
-    """where the class alone would not tell it"""
+    kind_name: str | None = None
+    """what policies call its kind, where its class does not say"""
     weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
@@ -98,6 +97,11 @@ class QuantLayer(nn.Module):
         """The dimension of the weight that is one of output channels, of those of one group in a transposed one."""
         kind = layer_kind(self)
         return kind.channels if kind is not None and self.weight.shape[kind.channels] > 1 else 0
+
+    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one."""
+        channels = self.channels
+        return {"tensor": (), "channel": tuple(n if d == channels else 1 for d, n in enumerate(self.weight.shape))}
 
     def used_weight(self) -> Tensor:
         """The weight as it is multiplied, and quantized."""
@@ -203,6 +207,8 @@ class TakenLayer(QuantLayer, Swapped):
     Every call in its forward is held against its kind.
     """
 
+    kind: ClassVar[Kind]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Taking(self._quantized):
             return super().forward(*args, **kwargs)
@@ -230,7 +236,7 @@ class TakenLayer(QuantLayer, Swapped):
 
     def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
-        return NotImplemented if call is None else self.multiply(*call)
+        return NotImplemented if call is None else self.multiply(*call[:3])
 
     def _only_the_weight(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
@@ -262,7 +268,7 @@ PLAIN = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 def _of_the_transpose(call: Call) -> Call:
-    return Call(call.left, call.right.mT, lambda x, weight: call.compute(x, weight.mT))
+    return Call(call.left, call.right.mT, lambda x, weight: call.compute(x, weight.mT), (-1, -1))
 
 
 class QuantEmbedding(TakenLayer):
@@ -348,6 +354,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def kind_of(layer: nn.Module) -> str:
     """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
+    if isinstance(layer, QuantLayer) and layer.kind_name is not None:
+        return layer.kind_name
     kind = layer_kind(layer)
     return "Matmul" if kind is None else kind.name
 

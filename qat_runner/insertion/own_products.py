@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, taken_apart
 from qat_runner.insertion.layers import (
-    KINDS,
     QuantLayer,
     QuantMatmul,
     Swapped,
@@ -121,7 +120,7 @@ class QuantProjection(QuantLayer):
         letter: of q, k and v.
     """
 
-    kind = KINDS[nn.Linear]
+    kind_name = "Linear"
     for_others = True
 
     def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:
@@ -194,9 +193,14 @@ class WithoutFastPath(Swapped):
             return super().forward(*args, **kwargs)
 
 
+def has_fast_path(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's encoder, or a layer of it."""
+    return isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+
+
 def keep_off_fast_path(module: nn.Module) -> None:
     """Swap the class of a module that has such a path, in place; `restore` undoes it."""
-    if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+    if has_fast_path(module):
         module.__class__ = quantized_class(type(module), WithoutFastPath)
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qat_runner.insertion.insert import (
+    contracted_by,
     insert,
     network_of,
     policy_of,
@@ -56,6 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
         "elements": {t.name: t.elements for t in tensors if t.tensor != "weight" and t.elements is not None},
+        "contracted": contracted_by(model),
         "products": [astuple(p) for p in products_of(model)],
         "state": state,
     }
@@ -84,7 +86,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
-    insert(model, Policy.from_list(content["policy"]), tensors=tensors_in(content["state"]))
+    contracted = _contracted(path, content.get("contracted", {}))
+    insert(model, Policy.from_list(content["policy"]), tensors=tensors_in(content["state"]), contracted=contracted)
     try:
         model.load_state_dict(content["state"])
     except RuntimeError as error:
@@ -106,6 +109,13 @@ def _products(path: str | os.PathLike[str], said: object) -> list[Product]:
     if not all(isinstance(row, tuple | list) and tuple(map(type, row)) == kinds for row in rows):
         raise ValueError(f"{path}: its products are no list of {', '.join(field.name for field in fields(Product))}")
     return [Product(*row) for row in rows]
+
+
+def _contracted(path: str | os.PathLike[str], said: object) -> dict[str, int]:
+    """Which parameters are multiplied by the modules that have them; in older files none are."""
+    if not isinstance(said, dict) or not all(isinstance(name, str) and dim in (-1, -2) for name, dim in said.items()):
+        raise ValueError(f"{path}: its contracted is no dict of names and -1 or -2")
+    return said
 
 
 def _read(path: Path) -> dict[str, Any]:

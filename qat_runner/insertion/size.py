@@ -22,3 +22,14 @@ def size_mb(model: nn.Module) -> tuple[float, float]:
         if tensor.tensor == "weight" and tensor.elements:
             quantized -= (BITS_OF_FLOAT - tensor.quantizer.format.bits) * tensor.elements
     return quantized / 8e6, full / 8e6
+
+
+def mean_bits(model: nn.Module, weights: bool) -> float | None:
+    """Mean bits of the quantized weights of a network, or of its other quantized tensors, over their elements.
+
+    Returns:
+        None where there are none, or their elements are not known.
+    """
+    some = [t for t in quantized_tensors(model) if (t.tensor == "weight") == weights and t.elements]
+    total = sum(t.elements or 0 for t in some)
+    return sum(t.quantizer.format.bits * (t.elements or 0) for t in some) / total if total else None

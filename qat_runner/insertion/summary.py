@@ -15,6 +15,7 @@ from qat_runner.insertion.layers import (
     operands,
     quantizer_of,
 )
+from qat_runner.insertion.own_weights import UsingOwnWeights
 from qat_runner.insertion.products import Product, Rest, percent, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
 
@@ -87,7 +88,7 @@ def _left(model: nn.Module) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if (
-            not (is_quantized(module) or isinstance(module, Quantizer))
+            not (is_quantized(module) or isinstance(module, Quantizer | UsingOwnWeights))
             and next(module.parameters(recurse=False), None) is not None
         ):
             names.setdefault(full_precision_name(module), []).append(name)

@@ -22,6 +22,7 @@ from qat_runner.insertion.layers import each, full_precision_name, is_quantized,
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
+from qat_runner.policy import EXPERTS
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
@@ -195,7 +196,7 @@ def _notes(
     said = [
         (la.name, f"is called {la.calls} times a pass: one input quantizer serves them all")
         for la in layers.values()
-        if la.calls > 1
+        if la.calls > 1 and kind_of(la.module) != EXPERTS
     ]
     said += [(la.name, "is called in training only") for la in layers.values() if la.training_only]
     never = "is not called: it keeps its quantizers, but sees no data"

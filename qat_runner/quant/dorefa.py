@@ -56,9 +56,9 @@ class DoReFaQuantizer(Quantizer):
         super().__init__(MidriseFormat(bits), DoReFa(), gradient="ste")
 
     @torch.no_grad()
-    def quantized(self, x: Tensor, s: Tensor) -> Tensor:
-        """x, any shape and floating dtype, as a scalar s quantizes it; without a gradient."""
-        return _quantized(x, s, self.format)
+    def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
+        """As `Quantizer.quantized`."""
+        return _quantized(x, s, format or self.format)
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         out: Tensor = _DoReFa.apply(x, s, self.format, self.dynamic)

@@ -201,9 +201,14 @@ class Quantizer(ScalarState):
         return self._quantize(x, s)
 
     @torch.no_grad()
-    def quantized(self, x: Tensor, s: Tensor) -> Tensor:
-        """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient."""
-        return kernels.backend(x).fake_quantize(x, s, self.format)
+    def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
+        """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient.
+
+        Args:
+            x, s: see there.
+            format: another one than the quantizer's, of its kind.
+        """
+        return kernels.backend(x).fake_quantize(x, s, format or self.format)
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """As `quantized`, with a gradient."""
@@ -300,8 +305,8 @@ class Quantizer(ScalarState):
                 f"for its own arguments alone: pass the buffers as well, or use eval() or freeze(model, ...)"
             ) from error
 
-    def _solve(self, x: Tensor, call: Call) -> Tensor:
-        format = self.format
+    def _solve(self, x: Tensor, call: Call, format: Format | None = None) -> Tensor:
+        format = format or self.format
         try:
             s = self.method.solve(x, format, self.dim, call)
         except ValueError as error:
@@ -319,13 +324,18 @@ class Quantizer(ScalarState):
             )
         return self.with_orientation(self.s if not self.dynamic or self.eval_mode == "last" else self.running_s)
 
-    def scalars_of(self, x: Tensor, check: bool = True) -> Tensor:
+    def scalars_of(self, x: Tensor, check: bool = True, format: Format | None = None) -> Tensor:
         """The scalars that the clipping method finds on x, from cold and to convergence; nothing is remembered.
 
+        Args:
+            x: any shape, floating dtype.
+            check: whether NaN and infinity are refused, for which it waits for the device.
+            format: another one than the quantizer's, of its kind.
+
         Raises:
-            ValueError: x holds NaN or infinity, under `check`, which waits for the device.
+            ValueError: x holds NaN or infinity, under `check`.
         """
-        return self._solve(x, Call(check=check))
+        return self._solve(x, Call(check=check), format)
 
     @staticmethod
     @contextmanager

@@ -75,6 +75,8 @@ class ScalarState(nn.Module):
         self._known_of = self._version_of_state()
         self.name = "quantizer"
         """What errors call it; insertion puts the tensor's name here."""
+        self.granularity = "tensor" if self.dim is None else "channel"
+        """What has a scalar; insertion says "expert" where it is that."""
 
     @property
     def format(self) -> Format:
@@ -99,11 +101,6 @@ class ScalarState(nn.Module):
     def has_scalars(self) -> bool:
         """Whether `s` and `running_s` mean anything."""
         return self._now().seen
-
-    @property
-    def granularity(self) -> str:
-        """ "tensor" or "channel"."""
-        return "tensor" if self.dim is None else "channel"
 
     @property
     def scalars(self) -> Tensor:

@@ -14,6 +14,7 @@ from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.exporting import telling
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.report import page
+from qat_runner.report.allocation_charts import allocation_charts
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
@@ -22,6 +23,7 @@ from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_chart
 from qat_runner.runs.files import CsvFile, JsonFile
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import (
+    ALLOCATION,
     ENVIRONMENT,
     EXPORT,
     HISTOGRAMS,
@@ -89,6 +91,8 @@ def write(folder: Path, out: Path) -> Path:
     curves, noise = _curves(epochs, read(STEPS) or [], config.task), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
     exported = read(EXPORT, RunFolder(folder).export)
+    allocation = read(ALLOCATION)
+    choice = [] if allocation is None else allocation_charts(allocation)
     settings, state = sections(config), status(folder)
     if state.state == "unreadable" and state.note not in unreadable:
         unreadable.append(state.note)
@@ -106,6 +110,8 @@ def write(folder: Path, out: Path) -> Path:
         "noisiest": noisiest(rows),
         "epoch": rows[-1]["epoch"] if rows else "",
         "one_tensor": one_tensor,
+        "allocation": allocation,
+        "choice": choice,
         "why_no_noise": _why_no_noise(config),
         "settings": settings,
         "any_changed": any(row.changed for _, rows in settings for row in rows),
@@ -115,12 +121,14 @@ def write(folder: Path, out: Path) -> Path:
         "exported": None if exported is None else telling.text(exported),
         **_again(config, environment),
     }
-    return page.write(out, "run", [*curves, *noise, *one_tensor], content)
+    return page.write(out, "run", [*choice, *curves, *noise, *one_tensor], content)
 
 
 def heading(config: Config) -> str:
     """What a run is, in a few words."""
     how = "in full precision" if config.quantization.full_precision else f"at {bits(config)} bits"
+    if config.allocating:
+        how = f"with bits chosen for {config.asked_bits}"
     return f"{config.model.name} on {config.dataset.name} {how}"
 
 
@@ -140,7 +148,10 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     if difference is not None:
         cards.append(Card("against fp32", f"{difference:+.2f}", f"{figure.points}; same network, data and seed"))
     if not config.quantization.full_precision:
-        cards.append(Card("bits", bits(config), "weights/activations" if "/" in bits(config) else ""))
+        told = str(summary.get("bits", bits(config))) if config.allocating else bits(config)
+        cards.append(
+            Card("bits", told, "weights/activations" + (", mean" if config.allocating else "") if "/" in told else "")
+        )
         share = summary.get("quantized_macs")
         if share is not None:
             cards.append(Card("quantized", f"{share:.4g} %", "of the multiply-accumulates"))
@@ -154,6 +165,14 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     epochs = f"{summary['epochs']} epochs" if config.training else "validation alone"
     cards.append(Card("time", duration(summary["seconds"]), epochs))
     return cards
+
+
+def _bits_card(config: Config, summary: Summary) -> Card:
+    if not config.allocating:
+        return Card("bits", bits(config), "weights/activations" if "/" in bits(config) else "")
+    means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
+    told = "/".join("-" if mean is None else f"{mean:.1f}" for mean in means)
+    return Card("bits", told, "mean of weights/activations, both ends included")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:

@@ -70,11 +70,11 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
         common | {"x": chosen, "name": "this run", "colour": CHOSEN, "marker": {"size": 8}},
     ]
     ends = [len(rows) - 0.4, -0.6]
-    ticks = {"tickvals": places, "ticktext": _labels(rows), "range": ends, "zeroline": False, "tickfont": {"size": 10}}
+    ticks = {"tickvals": places, "ticktext": labels(rows), "range": ends, "zeroline": False, "tickfont": {"size": 10}}
     return View(label, traces, {"yaxis": ticks}, 80 + 17 * len(rows))
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
+def labels(rows: Sequence[Row]) -> list[str]:
     """Names that fit beside an axis: without what all layers begin with, and without a middle where still too long."""
     layers = [row["layer"].split(".") for row in rows]
     shared = 0
@@ -117,7 +117,7 @@ def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]
 
 def _scalar(tensor: str, rows: Sequence[Row]) -> View:
     epochs, values = [row["epoch"] for row in rows], [number(row["s"]) for row in rows]
-    per = " (mean over channels)" if rows and rows[0]["granularity"] == "channel" else ""
+    per = f" (mean over {rows[0]['granularity']}s)" if rows and rows[0]["granularity"] != "tensor" else ""
     return View(tensor, [line(epochs, values, "s")], {"yaxis": {"title": {"text": f"s{per}"}}})
 
 
@@ -160,7 +160,7 @@ def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:
 
 def _told(h: Row) -> str:
     """What the x axis shows, and what lies beyond it."""
-    per = "of each channel, mean " if h["granularity"] == "channel" else "= "
+    per = "= " if h["granularity"] == "tensor" else f"of each {h['granularity']}, mean "
     grid = f"{h['bits']} bits, {'signed' if h['signed'] else 'unsigned'}"
     share = 100 * h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
     far = max(-h["lowest"], h["highest"])

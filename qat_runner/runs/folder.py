@@ -17,6 +17,11 @@
 | report.html       | the run's page, where qat-report was asked for it                                             |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
 | error.txt         | why the run broke off, if it did                                                              |
+| allocation.json   | prices, front, what was measured, and the answer (mode allocate only, as the next four)        |
+| policy.yaml       | the bits that were chosen, as rules                                                           |
+| bits.png          | the front, and the bits of all tensors                                                        |
+| prices.csv        | a row a tensor: its bits, and its noise and price at every width                              |
+| probes/           | run folders of the networks that were measured                                                |
 | summary.json      | the result; a folder that has it is a finished run                                            |
 """
 
@@ -24,7 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat_runner.config import CONFIG_FILE
-from qat_runner.runs.records import ENVIRONMENT, ERROR, HISTOGRAMS, LAYERS, METRICS, PREDICTIONS, STEPS, SUMMARY
+from qat_runner.runs.records import (
+    ALLOCATION,
+    ENVIRONMENT,
+    ERROR,
+    HISTOGRAMS,
+    LAYERS,
+    METRICS,
+    PREDICTIONS,
+    STEPS,
+    SUMMARY,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,22 @@ class RunFolder:
         return self.path / "export"
 
     @property
+    def policy(self) -> Path:
+        return self.path / "policy.yaml"
+
+    @property
+    def bits(self) -> Path:
+        return self.path / "bits.png"
+
+    @property
+    def prices(self) -> Path:
+        return self.path / "prices.csv"
+
+    @property
+    def probes(self) -> Path:
+        return self.path / "probes"
+
+    @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.path / SUMMARY.name).is_file()
@@ -94,10 +125,10 @@ class RunFolder:
     @property
     def contents(self) -> tuple[Path, ...]:
         """All that a run may leave here, whether it is there or not; the lock is not left."""
-        typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, HISTOGRAMS, PREDICTIONS, SUMMARY)
+        typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, HISTOGRAMS, PREDICTIONS, ALLOCATION, SUMMARY)
         return (
             *(self.path / file.name for file in typed),
             *(self.config, self.quantizers, self.log, self.error, self.tensorboard, self.checkpoints),
             *(self.curves, self.noise, self.page, self.export),
-            *(self.trackers, self.wandb, self.mlruns),
+            *(self.trackers, self.wandb, self.mlruns, self.policy, self.bits, self.prices, self.probes),
         )

@@ -56,6 +56,10 @@ class Summary(TypedDict):
     """of weights and activations, as "4/8" where they differ"""
     weight_bits: NotRequired[Bits]
     activation_bits: NotRequired[Bits]
+    mean_weight_bits: NotRequired[Real | None]
+    """over the elements of the weights that are quantized"""
+    mean_activation_bits: NotRequired[Real | None]
+    """the same of activations"""
     distilled: NotRequired[bool]
     processes: NotRequired[Count]
     metric: NotRequired[str]
@@ -76,6 +80,8 @@ class Summary(TypedDict):
     quantization_mse: NotRequired[Real | None]
     corrupt_pictures: NotRequired[Count]
     run_dir: NotRequired[str]
+    answer: NotRequired[str]
+    """of a run in mode allocate: what it came to, in a sentence"""
 
 
 def metric(summary: Mapping[str, Any]) -> str:
@@ -275,6 +281,77 @@ def _with_reference(export: Export) -> Export:
     return export
 
 
+# allocation.json
+
+
+class Point(TypedDict):
+    """Bits of all tensors, by what they cost and what they are foretold to."""
+
+    costs: dict[str, Real]
+    """by name of the figure, such as "mean bits of weights" or "MB" """
+    rise: Real
+    """sum of the prices"""
+    value: Real | None
+    """the metric, where it was measured"""
+    width: NotRequired[Bits]
+    """of all tensors alike"""
+
+
+class PricedTensor(TypedDict):
+    """A tensor, its bits, and what others would have cost."""
+
+    layer: str
+    tensor: str
+    elements: Count
+    """of an activation for one sample"""
+    bits: Bits
+    noise: dict[str, Real]
+    """bits -> noise-to-signal ratio; none, as below, where a rule says the bits"""
+    price: dict[str, Real]
+    """bits -> price"""
+    beside: dict[str, Real]
+    """bits -> price of another kind, where there is one"""
+
+
+class AllocationRecord(TypedDict):
+    """What a run of mode allocate came to."""
+
+    answer: str
+    """a sentence"""
+    cost: str
+    """the key that the front goes by"""
+    figures: Annotated[list[str], Field(min_length=1)]
+    """the costs of a point that it stands for, of which the largest counts"""
+    price: str
+    """the kind that bits were chosen by"""
+    beside: str
+    """another kind, to hold against it"""
+    metric: str
+    reference: Real
+    """the metric of full precision"""
+    chosen: Point
+    uniform: list[Point]
+    front: list[Point]
+    tensors: list[PricedTensor]
+    stability: Real
+    """bits by which a tensor differs, in the mean, on other batches"""
+    seconds: Real
+    """of pricing"""
+    retrain_steps: Count
+
+
+def paid(record: AllocationRecord, point: Point) -> float:
+    """What a point costs, of what the front of a record goes by."""
+    return max(point["costs"][name] for name in record["figures"])
+
+
+def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
+    for point in (record["chosen"], *record["uniform"], *record["front"]):
+        if missing := [name for name in record["figures"] if name not in point["costs"]]:
+            raise ValueError(f"costs: {missing[0]} is missing")
+    return record
+
+
 # lock
 
 
@@ -292,6 +369,9 @@ SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterVa
 ENVIRONMENT: JsonFile[Environment] = JsonFile("environment.json", Environment)
 HISTOGRAMS: JsonFile[list[Histogram]] = JsonFile("histograms.json", list[Histogram])
 EXPORT: JsonFile[Export] = JsonFile("export.json", Annotated[Export, AfterValidator(_with_reference)])
+ALLOCATION: JsonFile[AllocationRecord] = JsonFile(
+    "allocation.json", Annotated[AllocationRecord, AfterValidator(_with_its_costs)]
+)
 PREDICTIONS: JsonFile[dict[str, str]] = JsonFile("predictions.json", dict[str, str])
 """The answers of the latest validation, by id of the question, in SQuAD's format."""
 LOCK: JsonFile[Owner] = JsonFile("lock", Owner)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner.allocation import Objective, divergence, of_distributions
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data.plain_text import TextData
 from qat_runner.models import DECODERS, build_decoder, read_decoder, tokenizer_for
-from qat_runner.tasks.task import Task, divergence
+from qat_runner.tasks.task import Task
 from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals
 
@@ -50,6 +51,9 @@ class LanguageModelling(Task[TextData]):
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Divergence of the distributions of the next token, the mean over all tokens."""
         return divergence(logits, teacher, temperature, dim=-1)
+
+    def objective(self) -> Objective:
+        return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=-1)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """The likeliest token after each, int64 [N * L]."""

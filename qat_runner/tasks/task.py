@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qat_runner.allocation import Objective, divergence, of_distributions, of_loss
 from qat_runner.config import Config
 from qat_runner.config.tasks import TaskFacts
 from qat_runner.data import Batch, Data
@@ -88,6 +89,13 @@ class Task(ABC, Generic[D]):
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         """Mean distance, float32 [], of logits from a teacher's, both [N, ...], for distillation."""
 
+    def objective(self) -> Objective:
+        """What bits are chosen by: a batch's logits, and what is lost of them."""
+        return of_loss(
+            lambda model, batch: self.compute(model, batch.inputs),
+            lambda logits, batch: (self.loss(logits, batch.targets), batch.targets.numel()),
+        )
+
     @abstractmethod
     def predictions(self, logits: Tensor) -> Tensor:
         """What is predicted, from a finite number of values: two networks agree where it is the same.
@@ -126,26 +134,12 @@ class Choice(Task[D]):
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         return divergence(logits, teacher, temperature, dim=1)
 
+    def objective(self) -> Objective:
+        return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=1)
+
     def predictions(self, logits: Tensor) -> Tensor:
         """The classes of highest logit, int64 [N] or [N, d]."""
         return logits.argmax(1)
-
-
-def divergence(logits: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-    """Kullback-Leibler divergence of a teacher's distributions from others, softened (Hinton et al. 2015).
-
-    Args:
-        logits, teacher: of the same shape.
-        temperature: what both are divided by; the result is multiplied with its square, so that gradients keep their
-            size.
-        dim: over which each distribution goes.
-
-    Returns:
-        Its mean over all distributions, in nats, float32 [].
-    """
-    wanted, found = (F.log_softmax(t.float() / temperature, dim=dim) for t in (teacher, logits))
-    choices = logits.numel() // logits.shape[dim]
-    return F.kl_div(found, wanted, reduction="sum", log_target=True) / choices * temperature**2
 
 
 def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from qat_runner.config.tasks import TaskFacts
 from qat_runner.runs.files import write_whole
 from qat_runner.runs.folder import RunFolder
-from qat_runner.runs.records import LAYERS, METRICS
+from qat_runner.runs.records import LAYERS, METRICS, AllocationRecord, Point, paid
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
@@ -57,6 +57,29 @@ def plot_curves(folder: Path, task: TaskFacts) -> None:
         axes.legend()
     figure.suptitle(folder.name)
     _save(figure, RunFolder(folder).curves)
+
+
+def plot_bits(folder: Path, record: AllocationRecord) -> None:
+    """bits.png: the front beside uniform bits, and the bits of each weight and activation in order."""
+    figure, (front, bits) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for key, colour, label in (("front", CHOSEN, "best"), ("uniform", OTHER, "uniform")):
+        points: Sequence[Point] = record[key]  # type: ignore[literal-required]
+        front.plot([paid(record, p) for p in points], [p["rise"] for p in points], "o-", color=colour, label=label)
+    front.plot(
+        paid(record, record["chosen"]), record["chosen"]["rise"], "*", color="black", markersize=14, label="chosen"
+    )
+    front.set(xlabel=" or ".join(record["figures"]), ylabel=f"price ({record['price']})")
+    if all(p["rise"] > 0 for p in (*record["front"], *record["uniform"])):
+        front.set_yscale("log")
+    for weights, colour, label in ((True, CHOSEN, "weights"), (False, OTHER, "activations")):
+        widths = [t["bits"] for t in record["tensors"] if (t["tensor"] == "weight") == weights]
+        bits.step(range(len(widths)), widths, where="mid", color=colour, label=label)
+    bits.set(xlabel="tensor, in order", ylabel="bits", ylim=(0, None))
+    for axes in (front, bits):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(record["answer"], fontsize=9, wrap=True)
+    _save(figure, RunFolder(folder).bits)
 
 
 def plot_noise(folder: Path) -> None:

@@ -31,7 +31,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from torch import nn
 
 import qat_runner
-from qat_runner.cli import export, report, run
+from qat_runner.cli import bits, export, report, run
 from qat_runner.data import DATASETS, Dataset, prepare
 from qat_runner.data.images import MemorySource
 from qat_runner.data.pictures import pictures
@@ -47,6 +47,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(path for path in DOCS.rglob("*.md")
 MAINS: dict[str, Callable[[Sequence[str]], int]] = {
     "qat-run": run.main,
     "qat-report": report.main,
+    "qat-bits": bits.main,
     "qat-export": export.main,
 }
 
@@ -129,6 +130,7 @@ WRONG = [
     *("qat-report table9", "qat-report table1 runs --modle resnet50", "qat-report runs/NAME runs/OTHER"),
     *("qat-report figure4 runs more", "qat-report", "qat-export runs/NAME --rule averaged"),
     *("python -m qat_runner.data.prepare cifar11 /data", "qat-export"),
+    *("qat-bits weights=baseline", "qat-bits weights=baseline budget=4 max_drop=1"),
 ]
 
 
@@ -143,6 +145,8 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     match shlex.split(command.replace("--cfg job", ""), comments=True):
         case ["qat-run", *words]:
             _check_run(words, monkeypatch)
+        case ["qat-bits", *words]:
+            _check_run(["mode=allocate", *words], monkeypatch)
         case ["torchrun", *words] if "qat_runner" in words:
             _check_run(words[words.index("qat_runner") + 1 :], monkeypatch)
         case ["qat-report", *words]:

@@ -26,6 +26,8 @@ from qat_runner.insertion import (
     save,
     summary,
 )
+from tests.insertion.test_own_weights import WAYS, Mixture, Two
+from tests.insertion.test_own_weights import X as TOKENS
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -139,6 +141,30 @@ def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="became a FSDPQuantConv2d"):
             remove_quantizers(model)
         assert len(quantized_tensors(model)) == 6
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_own_weights_fully_sharded(granularity: str, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Mixture(WAYS["gathered"][1]), Two())
+
+    model, plain = (quantize_model(network(), linear_granularity=granularity, example=TOKENS) for _ in range(2))
+    fully_shard(model[1])  # type: ignore[index]
+    fully_shard(model)
+    for one in (model, plain):
+        one(TOKENS).square().mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad.full_tensor(), q.grad)  # type: ignore[union-attr]
+    for one in (model, plain):
+        calibrate(one, [TOKENS])
+        freeze(one, batches=[TOKENS]).eval()
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+    save(model, tmp_path / "net.pt")
+    assert torch.equal(load(tmp_path / "net.pt", network()).eval()(TOKENS), plain(TOKENS))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by jvp itself

@@ -287,7 +287,9 @@ def test_settings_that_differ_from_the_defaults() -> None:
     assert (found["run", "lr"].value, found["run", "lr"].default) == ("0.5", "0.05")
     assert found["run", "bits"].default == "4" and found["model", "name"].default == "resnet18"
     assert found["places and habits", "runs_dir"].value == "x"
-    assert [title for title, _ in sections(config_of())][1:-1] == ["model", "dataset", "clipping", "gradient", "recipe"]
+    assert [title for title, _ in sections(config_of())][1:-1] == [
+        *("model", "dataset", "clipping", "gradient", "recipe", "allocation")
+    ]
 
 
 def test_values_are_shown_as_one_writes_them() -> None:

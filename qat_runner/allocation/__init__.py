@@ -1,0 +1,34 @@
+"""Which bits for which tensor: priced by the loss, paid for by a budget, chosen exactly."""
+
+from qat_runner.allocation.costs import COSTS, Measure, latency_ms
+from qat_runner.allocation.library import allocate, pricing_policy
+from qat_runner.allocation.objectives import Objective, divergence, of_distributions, of_loss
+from qat_runner.allocation.operations import Network, Operand, Operation, network, rules_of
+from qat_runner.allocation.prices import KINDS, Prices, price
+from qat_runner.allocation.solving import Allocation, InfeasibleError, Limit, allocate_bits, front, uniform
+
+__all__ = [
+    "COSTS",
+    "KINDS",
+    "Allocation",
+    "InfeasibleError",
+    "Limit",
+    "Measure",
+    "Network",
+    "Objective",
+    "Operand",
+    "Operation",
+    "Prices",
+    "allocate",
+    "allocate_bits",
+    "divergence",
+    "front",
+    "latency_ms",
+    "network",
+    "of_distributions",
+    "of_loss",
+    "price",
+    "pricing_policy",
+    "rules_of",
+    "uniform",
+]

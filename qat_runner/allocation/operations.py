@@ -1,0 +1,126 @@
+"""What bits are chosen for: the operations of a network, the tensors that each multiplies, and the widths allowed."""
+
+import glob
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
+from qat_runner.insertion.layers import each, is_quantized, kind_of, operands, quantizer_of
+from qat_runner.insertion.size import size_mb
+from qat_runner.policy import FULL_PRECISION, Policy
+from qat_runner.quant import Quantizer
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operation multiplies."""
+
+    name: str
+    """of layer and tensor, such as conv1.weight"""
+    weight: bool
+    elements: int
+    """of an activation for one sample"""
+    widths: tuple[int, ...]
+    """bits that it may have; one, if a rule of the policy says it"""
+
+    @property
+    def free(self) -> bool:
+        """Whether there is a choice."""
+        return len(self.widths) > 1
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A layer or a product of attention, and its operands."""
+
+    layer: str
+    operands: tuple[Operand, ...]
+    macs: float
+    """multiply-accumulates for one sample"""
+
+    def choices(self, same: bool = False) -> list[tuple[int, ...]]:
+        """All widths that its operands may have together.
+
+        Args:
+            same: operands that have a choice are to have the same.
+        """
+        free = [operand.free for operand in self.operands]
+        return [
+            widths
+            for widths in itertools.product(*(operand.widths for operand in self.operands))
+            if not same or len({w for w, chosen in zip(widths, free, strict=True) if chosen}) <= 1
+        ]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of a network when bits are chosen for it."""
+
+    operations: tuple[Operation, ...]
+    rest_mb: float
+    """megabytes of all that is no weight of an operation: biases, normalization, clipping scalars, ..."""
+    rest_macs: float
+    """multiply-accumulates for one sample of all that is not quantized"""
+
+    @property
+    def free(self) -> list[Operand]:
+        """The tensors that have a choice."""
+        return [operand for operation in self.operations for operand in operation.operands if operand.free]
+
+
+def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
+    """The operations of a quantized network.
+
+    Args:
+        model: quantized by a policy, and seen at work on an example.
+        widths: bits that are chosen from, where no rule of the policy says them. What works in training alone, such as
+            an auxiliary head, has those of the policy.
+        samples: of that example.
+
+    Raises:
+        ValueError: there is no tensor to choose bits for.
+    """
+    policy = policy_of(model)
+    macs: dict[str, float] = {}
+    for product in products_of(model):
+        if not product.training:
+            macs[product.module] = macs.get(product.module, 0) + product.macs / samples
+    found = tuple(
+        Operation(name, tuple(_operands(name, layer, policy, widths if name in macs else ())), macs.pop(name, 0.0))
+        for name, layer in each(model, is_quantized)
+    )
+    if not any(operand.free for operation in found for operand in operation.operands):
+        raise ValueError("rules say the bits of all tensors: there is none to choose them for")
+    quantized, _ = size_mb(model)
+    bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
+    stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.weight)
+    return Network(found, quantized - stored / 8e6, sum(macs.values()))
+
+
+def _operands(name: str, layer: nn.Module, policy: Policy, widths: Sequence[int]) -> Iterator[Operand]:
+    for operand in operands(layer):
+        weight, quantizer = operand == "weight", quantizer_of(layer, operand)
+        elements = layer.weight.numel() if weight else getattr(layer, "elements_seen", {}).get(operand, 0)  # type: ignore[operator]
+        allowed: tuple[int, ...] = (FULL_PRECISION,)
+        if isinstance(quantizer, Quantizer):
+            said = not widths or said_by_rule(policy, name, kind_of(layer), operand)
+            allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
+        yield Operand(f"{name}.{operand}", weight, elements, allowed)
+
+
+def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Rules of a policy, in plain values, that give the tensors that have a choice so many bits, by name."""
+    return [{"match": glob.escape(operand.name), "bits": bits[operand.name]} for operand in network.free]
+
+
+def said_by_rule(policy: Policy, layer: str, kind: str, operand: str) -> bool:
+    """Whether a rule that is about some tensors, and not about all weights or all activations, says the bits."""
+    return any(
+        rule.bits is not None and rule.matches(layer, kind, operand)
+        for rule in policy.rules
+        if not rule.everything and (rule.match, rule.type) != ("*.weight", "*")
+    )

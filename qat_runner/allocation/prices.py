@@ -1,0 +1,265 @@
+"""What few bits cost a network: for each tensor and width the noise, times what the loss makes of noise there.
+
+| kind     | price of a tensor x at some width, with the error e = Q(x) - x                              |
+|----------|---------------------------------------------------------------------------------------------|
+| noise    | sum(e^2) / sum(x^2), whatever the network makes of it                                       |
+| gradient | n/2 sum(g^2 e^2), where g is the gradient of the mean loss of n predictions                 |
+| measured | how much worse the network is with this tensor alone quantized                              |
+
+The second is the rise of the loss to second order, if errors are independent of one another and the Hessian is the
+Fisher information, as in a trained network it nearly is. What loss, and what is worse, an `Objective` says.
+
+All are measured on the full-precision network in eval mode. Clipping scalars are those of the quantizer itself, solved
+anew for each width: e is the error at s*, under any clipping method, range or format.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.allocation.objectives import Objective
+from qat_runner.insertion.insert import quantized_tensors, quantizers_disabled
+from qat_runner.insertion.modes import evaluating
+from qat_runner.quant import Quantizer
+
+KINDS = ("gradient", "noise", "measured")
+"""See the module's head."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Prices of tensors at widths, batch by batch."""
+
+    kind: str
+    widths: tuple[int, ...]
+    batches: dict[str, Tensor]
+    """name of a tensor that they come by -> prices, float64 [batches, widths]"""
+    noise: dict[str, Tensor]
+    """name of a tensor -> noise-to-signal ratio, sum(e^2) / sum(x^2), the mean over batches, float64 [widths]"""
+
+    def __post_init__(self) -> None:
+        for name, rows in self.batches.items():
+            if not bool(rows.isfinite().all()):
+                raise ValueError(f"{name}: its price is not finite")
+
+    @property
+    def count(self) -> int:
+        """Of batches."""
+        return min((len(rows) for rows in self.batches.values()), default=0)
+
+    def mean(self, of: Sequence[int] | None = None) -> dict[str, dict[int, float]]:
+        """Name of a tensor -> bits -> price: the mean over batches.
+
+        Args:
+            of: numbers of the batches, with repetitions where some weigh more; None: all, once.
+        """
+        return {
+            name: dict(zip(self.widths, (rows if of is None else rows[list(of)]).mean(0).tolist(), strict=True))
+            for name, rows in self.batches.items()
+        }
+
+
+def price(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective,
+    widths: Sequence[int],
+    kind: str = "gradient",
+    seen: Callable[[], object] = lambda: None,
+) -> Prices:
+    """Price all quantized tensors of a network.
+
+    Args:
+        model: with quantizers; it is left as it was.
+        batches: of whatever the objective takes.
+        objective: what is not to suffer.
+        widths: bits, 2 to 16.
+        kind: gradient, noise or measured: see the module's head.
+        seen: called after each batch.
+
+    Raises:
+        ValueError: an unknown kind; no batch; NaN or infinity.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"price={kind!r}: must be one of {', '.join(KINDS)}")
+    tensors = {t.quantizer: t.name for t in quantized_tensors(model)}
+    pricing = _PRICING[kind](model, objective, tuple(widths))
+    found: list[_OfBatch] = []
+    with evaluating(model), quantizers_disabled(model):
+        for batch in batches:
+            found.append(pricing.price(batch))
+            seen()
+    if not found:
+        raise ValueError("no batch to price tensors on")
+    reached = {q: name for q, name in tensors.items() if any(q in each.prices for each in found)}
+    nothing = torch.zeros(len(widths), dtype=torch.float64)  # to a batch that does not come by it, it does not matter
+    return Prices(
+        kind,
+        tuple(widths),
+        {name: torch.stack([each.prices.get(q, nothing).cpu() for each in found]) for q, name in reached.items()},
+        {
+            name: torch.stack([each.noise[q].cpu() for each in found if q in each.noise]).mean(0)
+            for q, name in reached.items()
+        },
+    )
+
+
+_Found = dict[Quantizer, Tensor]
+"""float64 [widths] each."""
+
+
+@dataclass
+class _OfBatch:
+    prices: _Found
+    noise: _Found
+
+
+def error(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
+    """Q(x) - x at some width, with the scalars that the quantizer's method finds; shape and dtype of x."""
+    format = replace(quantizer.format, bits=bits)
+    return quantizer.quantized(x, quantizer.scalars_of(x, check=False, format=format), format) - x
+
+
+@contextmanager
+def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
+    """While open, quantized tensors of some names have so many bits, and all others are in full precision."""
+    named = {t.quantizer: bits[t.name] for t in quantized_tensors(model) if t.name in bits}
+
+    def quantize(quantizer: Quantizer, x: Tensor) -> Tensor | None:
+        return x + error(quantizer, x, named[quantizer])
+
+    with evaluating(model), quantizers_disabled(model), _watched(named, quantize):
+        yield
+
+
+@contextmanager
+def _watched(quantizers: Iterable[Quantizer], hook: Callable[[Quantizer, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, a tensor that one of them is given becomes what the hook makes of it; None: what it would."""
+
+    def on_call(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        assert isinstance(quantizer, Quantizer)
+        return hook(quantizer, args[0])
+
+    handles = [q.register_forward_hook(on_call) for q in quantizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Pricing(ABC):
+    """A way to price tensors: of a network in eval mode whose quantizers are switched off."""
+
+    def __init__(self, model: nn.Module, objective: Objective, widths: tuple[int, ...]) -> None:
+        self.model, self.objective, self.widths = model, objective, widths
+        self.tensors = quantized_tensors(model)
+        self.quantizers = [t.quantizer for t in self.tensors]
+
+    @abstractmethod
+    def price(self, batch: Any) -> _OfBatch:
+        """Prices and noise of all tensors that a batch comes by."""
+
+
+class _Noise(_Pricing):
+    @torch.no_grad()
+    def price(self, batch: Any) -> _OfBatch:
+        found = _Sums()
+
+        def look(quantizer: Quantizer, x: Tensor) -> None:
+            errors = [_squares(error(quantizer, x, bits)) for bits in self.widths]
+            found.add(quantizer, torch.stack(errors), _squares(x))
+
+        with _watched(self.quantizers, look):
+            self.objective.logits(self.model, batch)
+        ratios = found.ratios()
+        return _OfBatch(ratios, ratios)
+
+
+class _Gradient(_Pricing):
+    def price(self, batch: Any) -> _OfBatch:
+        noise, prices = _Sums(), _Sums()
+        asked = torch.zeros((), requires_grad=True)
+
+        def with_gradient(quantizer: Quantizer, x: Tensor) -> Tensor:
+            def look(grad: Tensor) -> None:
+                found: list[tuple[Tensor, Tensor]] = []
+                for bits in self.widths:
+                    e = error(quantizer, x, bits)
+                    found.append((_squares(e), _squares(e.mul_(grad))))
+                errors, weighed = (torch.stack(row) for row in zip(*found, strict=True))
+                noise.add(quantizer, errors, _squares(x))
+                prices.add(quantizer, weighed, torch.zeros((), device=x.device))
+
+            quantizer.holds = True  # what is saved for the backward pass is x itself
+            out: Tensor = _Differentiated.apply(x, asked, look)
+            return out
+
+        with torch.enable_grad(), _watched(self.quantizers, with_gradient):
+            loss, predictions = self.objective.loss(self.objective.logits(self.model, batch), batch)
+        torch.autograd.grad(loss, asked, allow_unused=True)
+        for quantizer in self.quantizers:
+            quantizer.holds = False
+        return _OfBatch({q: predictions / 2 * total for q, total in prices.sums.items()}, noise.ratios())
+
+
+class _Measured(_Pricing):
+    @torch.no_grad()
+    def price(self, batch: Any) -> _OfBatch:
+        noise = _Noise(self.model, self.objective, self.widths).price(batch).noise
+        plain = self.objective.logits(self.model, batch)
+        prices = {
+            t.quantizer: torch.stack([self._rise(t.name, bits, batch, plain) for bits in self.widths])
+            for t in self.tensors
+            if t.quantizer in noise
+        }
+        return _OfBatch(prices, noise)
+
+    def _rise(self, tensor: str, bits: int, batch: Any, plain: Any) -> Tensor:
+        with having_bits(self.model, {tensor: bits}):
+            return self.objective.rise(self.objective.logits(self.model, batch), plain, batch).double()
+
+
+_PRICING: dict[str, type[_Pricing]] = {"gradient": _Gradient, "noise": _Noise, "measured": _Measured}
+
+
+class _Sums:
+    """Sums for each tensor, over all calls of its quantizer."""
+
+    def __init__(self) -> None:
+        self.sums: _Found = {}
+        self._beside: _Found = {}
+
+    def add(self, quantizer: Quantizer, sums: Tensor, beside: Tensor) -> None:
+        self.sums[quantizer] = self.sums.get(quantizer, 0) + sums
+        self._beside[quantizer] = self._beside.get(quantizer, 0) + beside
+
+    def ratios(self) -> _Found:
+        """Of both sums; 0 where there is nothing."""
+        return {q: torch.where(b > 0, self.sums[q] / b, 0.0) for q, b in self._beside.items()}
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Their sum, float64 []; in any layout without a copy."""
+    norm: Tensor = torch.linalg.vector_norm(x.float())
+    return norm.double().square()
+
+
+class _Differentiated(torch.autograd.Function):
+    """x as it is; its gradient is shown to somebody."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, asked: Tensor, look: Callable[[Tensor], None]) -> Tensor:
+        ctx.look = look
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            ctx.look(grads[0])
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None

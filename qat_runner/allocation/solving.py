@@ -1,0 +1,145 @@
+"""The best widths under limits, exactly: a multiple-choice knapsack problem, by integer programming (SciPy's HiGHS)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qat_runner.allocation.costs import Measure
+from qat_runner.allocation.operations import Network
+
+
+class InfeasibleError(ValueError):
+    """No widths keep a limit."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a figure of the network may be at most."""
+
+    measure: Measure
+    most: float
+
+    def kept(self, network: Network, bits: Mapping[str, int]) -> bool:
+        """Whether so many bits for each tensor keep it."""
+        return self.measure.total(network, bits) <= self.most * (1 + _SLACK)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits for each tensor of a network."""
+
+    bits: dict[str, int]
+    """by name of the tensor; also of those that have no choice"""
+    rise: float
+    """what the loss is foretold to rise by; in the unit of the prices"""
+
+
+def allocate_bits(
+    network: Network, prices: Mapping[str, Mapping[int, float]], limits: Sequence[Limit], same: bool = False
+) -> Allocation:
+    """The widths of least price that keep all limits.
+
+    Args:
+        network: see `operations.network`.
+        prices: name of a tensor -> bits -> price; what is not there costs nothing.
+        limits: at most how much of what.
+        same: whether both operands of an operation are to have the same bits, where both have a choice.
+
+    Raises:
+        InfeasibleError: a limit is below what the narrowest widths come to.
+    """
+    choices = [operation.choices(same) for operation in network.operations]
+    values = [
+        np.array([sum(_price(prices, op.operands[i].name, w) for i, w in enumerate(widths)) for widths in some])
+        for op, some in zip(network.operations, choices, strict=True)
+    ]
+    tables = [limit.measure.table(network, choices) for limit in limits]
+    room = np.array([limit.most - limit.measure.rest for limit in limits])
+    for limit, table, left in zip(limits, tables, room, strict=True):
+        least = sum(float(row.min()) for row in table)
+        if least > left * (1 + _SLACK):
+            raise InfeasibleError(
+                f"{limit.measure.name} of {limit.most:g} cannot be kept: the narrowest widths come to "
+                f"{least + limit.measure.rest:.4g}"
+            )
+    chosen = _solve(values, tables, room)
+    bits = {
+        operand.name: width
+        for operation, some, at in zip(network.operations, choices, chosen, strict=True)
+        for operand, width in zip(operation.operands, some[at], strict=True)
+    }
+    return Allocation(bits, float(sum(row[at] for row, at in zip(values, chosen, strict=True))))
+
+
+def front(
+    network: Network,
+    prices: Mapping[str, Mapping[int, float]],
+    measures: Sequence[Measure],
+    limits: Sequence[float],
+    same: bool = False,
+) -> list[Allocation]:
+    """The best widths at each of several limits of the same measures, from the tightest on.
+
+    Each is optimal under its limit, so that together they are points of the Pareto front.
+    """
+    found: list[Allocation] = []
+    for most in sorted(limits):
+        best = allocate_bits(network, prices, [Limit(measure, most) for measure in measures], same)
+        if not found or best.bits != found[-1].bits:
+            found.append(best)
+    return found
+
+
+def uniform(network: Network, prices: Mapping[str, Mapping[int, float]], width: int) -> Allocation:
+    """The same bits for all tensors that have a choice."""
+    bits = {o.name: width if o.free else o.widths[0] for operation in network.operations for o in operation.operands}
+    return Allocation(bits, sum(_price(prices, name, w) for name, w in bits.items()))
+
+
+def _price(prices: Mapping[str, Mapping[int, float]], tensor: str, bits: int) -> float:
+    return prices[tensor][bits] if tensor in prices else 0.0
+
+
+_SLACK = 1e-9
+"""Of a limit, relatively: sums that are equal on paper may differ in last bits."""
+
+
+def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
+    """One choice a row, such that the sum of values is least and that of each table is within its room."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_diag, csr_array, vstack
+
+    kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
+    costs = [np.concatenate([row[k] for row, k in zip(table, kept, strict=True)]) for table in tables]
+    scales = np.array([max(float(np.abs(cost).max()), 1e-300) for cost in costs])
+    one_a_row = block_diag([np.ones((1, len(k))) for k in kept], format="csr")
+    within = csr_array(np.stack(costs) / scales[:, None]) if costs else csr_array((0, one_a_row.shape[1]))
+    lower = np.concatenate([np.ones(len(kept)), np.full(len(costs), -np.inf)])
+    upper = np.concatenate([np.ones(len(kept)), room * (1 + _SLACK) / scales])
+    objective = np.concatenate([row[k] for row, k in zip(values, kept, strict=True)])
+    found = milp(
+        objective / max(float(np.abs(objective).max()), 1e-300),
+        constraints=LinearConstraint(vstack([one_a_row, within]), lower, upper),
+        integrality=np.ones(len(objective)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0, "time_limit": _SECONDS},
+    )
+    if found.x is None:
+        raise InfeasibleError("no widths keep all limits together")
+    ends = np.cumsum([len(k) for k in kept])[:-1]
+    return [int(k[np.argmax(x)]) for k, x in zip(kept, np.split(found.x, ends), strict=True)]
+
+
+_SECONDS = 60.0
+"""After which HiGHS gives the best that it has; problems of hundreds of operations take it a second."""
+
+
+def _not_dominated(figures: np.ndarray) -> np.ndarray:
+    """Of the columns those than which no other one is as good in every row and better in one, int64 indices."""
+    kept: list[int] = []
+    order = np.lexsort(figures[::-1])  # whatever dominates a column comes before it
+    for i in order:
+        if not any((figures[:, k] <= figures[:, i]).all() for k in kept):
+            kept.append(int(i))
+    return np.array(sorted(kept))

@@ -1,0 +1,91 @@
+"""Carrying out a run of mode=allocate: tensors are priced, bits chosen, and the network that has them is measured."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from qat_runner.allocation import InfeasibleError, Limit, Prices, allocate_bits, network, price, rules_of
+from qat_runner.config import Config
+from qat_runner.data import Data
+from qat_runner.data.batches import unsharded
+from qat_runner.errors import ConfigError, RunError
+from qat_runner.experiment.bits_record import recorded, table
+from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE
+from qat_runner.experiment.choosing import Search, measures_of
+from qat_runner.experiment.probing import Probes, Run
+from qat_runner.runs.files import write_text
+from qat_runner.runs.folder import RunFolder
+from qat_runner.runs.records import ALLOCATION, Summary
+from qat_runner.tasks import task_of
+
+log = logging.getLogger("qat_runner")
+
+FEW = 2
+"""Batches on which tensors are measured one at a time, where that decides nothing, but is shown beside what does."""
+
+
+def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, run: Run) -> Summary:
+    """Choose bits, measure the network that has them, and write down what came of it.
+
+    Args:
+        config: resolved, of mode allocate.
+        folder: of the run.
+        model, data: as `building.build` gives them.
+        weights: those of `model`: a file, or what else a config may name.
+        run: what measures networks.
+
+    Raises:
+        ConfigError: a limit that the narrowest widths do not keep.
+        RunError: not even the widest keep max_drop.
+    """
+    began = time.perf_counter()
+    known = network(model, config.allocation.widths, EXAMPLE)
+    limits = [Limit(m, most) for key, most in config.limits.items() for m in measures_of(config, known, key)]
+    try:
+        allocate_bits(known, {}, limits, config.allocation.same)  # whether they can be kept does not depend on prices
+    except InfeasibleError as error:
+        raise ConfigError(f"{config.asked_bits}: {error}") from error
+    how = config.allocation
+    search = Search(config, known, _priced(config, model, data, how.price, how.widths, how.batches), limits)
+    seconds = time.perf_counter() - began
+    probes = Probes(config, weights, RunFolder(folder).probes, run, data)
+    chosen = search.least(probes) if config.max_drop is not None else search.within_limits(probes)
+    record = recorded(search, chosen, probes, _beside(config, model, data), seconds)
+    ALLOCATION.write(folder, record)
+    rules = {"rules": rules_of(known, chosen.best.bits)}
+    write_text(RunFolder(folder).policy, yaml.safe_dump(rules, sort_keys=False, default_flow_style=None))
+    write_text(RunFolder(folder).prices, table(record["tensors"], search.prices.widths))
+    from qat_runner.training.plots import plot_bits  # matplotlib takes its time to import
+
+    plot_bits(folder, record)
+    log.info(record["answer"])
+    told = {"bits": config.asked_bits, "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
+    found: Any = {**chosen.summary, **told}
+    summary: Summary = found | {"seconds": time.perf_counter() - began}
+    return summary
+
+
+def _priced(config: Config, model: nn.Module, data: Data, kind: str, widths: Sequence[int], count: int) -> Prices:
+    """Prices on training batches that training never uses."""
+    objective = task_of(config).objective()
+    batches = unsharded(data).train_batches(config.allocation.batch_size, CALIBRATION_EPOCH, count)
+    with tqdm(total=count, desc=f"pricing ({kind})", unit="batch", disable=None, leave=False) as bar:
+        try:
+            return price(model, batches, objective, widths, kind, bar.update)
+        except ValueError as error:
+            raise RunError(f"pricing failed: {error}") from error
+
+
+def _beside(config: Config, model: nn.Module, data: Data) -> Prices:
+    """Prices by gradients, where they are measured; else measured ones, of one width, on a few batches."""
+    how = config.allocation
+    if how.price == "measured":
+        return _priced(config, model, data, "gradient", how.widths, how.batches)
+    width = next((width for width in sorted(how.widths) if width >= 3), max(how.widths))
+    return _priced(config, model, data, "measured", (width,), min(FEW, how.batches))

@@ -1,0 +1,139 @@
+"""What a choice of bits came to, for its record and for a reader."""
+
+import csv
+import io
+import random
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from qat_runner.allocation import Allocation, Limit, Measure, Operand, Prices, allocate_bits, uniform
+from qat_runner.experiment.choosing import Chosen, Search
+from qat_runner.experiment.probing import Probes
+from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, Summary, measured, score
+
+POINTS = 25
+"""Of the front that is shown, at most."""
+RESAMPLES = 10
+"""Of the batches, which tell how far bits depend on them."""
+
+
+def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, seconds: float) -> AllocationRecord:
+    """All that a reader, or the page, may ask.
+
+    Args:
+        search: how bits were chosen.
+        chosen: what came out.
+        probes: what it was measured by.
+        beside: prices of another kind, at some widths, to hold against those that decided.
+        seconds: of pricing.
+    """
+    operands = [operand for operation in search.known.operations for operand in operation.operands]
+    return {
+        "answer": _answer(search, chosen, probes),
+        "cost": search.config.allocation.cost,
+        "figures": [measure.name for measure in search.cost],
+        "price": search.config.allocation.price,
+        "beside": beside.kind,
+        "metric": measured(chosen.summary).name,
+        "reference": score(probes.reference),
+        "chosen": _point(search, chosen.best, score(chosen.summary)),
+        "uniform": [_point_of_width(search, width, chosen) for width in search.widths],
+        "front": [_point(search, found) for found in search.front(POINTS)],
+        "tensors": [_tensor(search, operand, chosen.best, beside) for operand in operands],
+        "stability": _stability(search, chosen.best),
+        "seconds": seconds,
+        "retrain_steps": search.config.retrain_steps,
+    }
+
+
+def table(tensors: Sequence[PricedTensor], widths: Sequence[int]) -> str:
+    """A line a tensor: its bits, and its noise and price at every width; CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    figures: tuple[Literal["noise", "price"], ...] = ("noise", "price")
+    writer.writerow(["layer", "tensor", "elements", "bits", *(f"{what}_{w}" for what in figures for w in widths)])
+    for t in tensors:
+        row = [t[what].get(str(width), "") for what in figures for width in widths]
+        writer.writerow([t["layer"], t["tensor"], t["elements"], t["bits"], *row])
+    return out.getvalue()
+
+
+def _point(search: Search, found: Allocation, value: float | None = None) -> Point:
+    costs = {m.name: m.total(search.known, found.bits) for several in search.shown.values() for m in several}
+    return {"costs": costs, "rise": found.rise, "value": value}
+
+
+def _point_of_width(search: Search, width: int, chosen: Chosen) -> Point:
+    known = chosen.uniform is not None and width == chosen.width
+    value = score(chosen.uniform) if known and chosen.uniform is not None else None
+    return {**_point(search, uniform(search.known, search.mean, width), value), "width": width}
+
+
+def _tensor(search: Search, operand: Operand, best: Allocation, beside: Prices) -> PricedTensor:
+    layer, _, tensor = operand.name.rpartition(".")
+    found: PricedTensor = {
+        "layer": layer,
+        "tensor": tensor,
+        "elements": operand.elements,
+        "bits": best.bits[operand.name],
+        "noise": {},
+        "price": {},
+        "beside": {},
+    }
+    if operand.free and operand.name in search.mean:
+        prices, noise = search.prices, search.prices.noise[operand.name].tolist()
+        found["noise"] = _by_width(dict(zip(prices.widths, noise, strict=True)))
+        found["price"] = _by_width(search.mean[operand.name])
+        found["beside"] = _by_width(beside.mean().get(operand.name, {}))
+    return found
+
+
+def _by_width(figures: Mapping[int, float]) -> dict[str, float]:
+    return {str(width): figure for width, figure in figures.items()}
+
+
+def _stability(search: Search, best: Allocation) -> float:
+    """Bits by which a tensor differs, in the mean, where bits are chosen on other batches of the same kind.
+
+    Batches are drawn with replacement; the costs are those of what was chosen.
+    """
+    known, prices = search.known, search.prices
+    limits = search.limits or [Limit(m, m.total(known, best.bits)) for m in search.cost]
+    draw, apart = random.Random(0), []
+    for _ in range(RESAMPLES):
+        drawn = draw.choices(range(prices.count), k=prices.count)
+        other = allocate_bits(known, prices.mean(drawn), limits, search.same)
+        apart += [abs(other.bits[operand.name] - best.bits[operand.name]) for operand in known.free]
+    return sum(apart) / len(apart)
+
+
+def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
+    """The result in a sentence that a person can repeat."""
+    config = search.config
+    after = f" after {config.retrain_steps} steps" if config.retrain_steps else ""
+    said = (
+        f"{config.model.name} on {config.dataset.name} lives with {_costs(search, chosen.best)}: "
+        f"{_result(chosen.summary, probes, after)}"
+    )
+    if chosen.uniform is None:
+        return f"{said}; no uniform width does"
+    needs = "needs" if config.max_drop is not None else "with"
+    rival = uniform(search.known, search.mean, chosen.width or 0)
+    costs = "" if config.allocation.cost == "mean_bits" else f" ({_costs(search, rival)})"
+    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {_result(chosen.uniform, probes)}"
+
+
+def _costs(search: Search, found: Allocation) -> str:
+    return ", ".join(_cost(measure, measure.total(search.known, found.bits)) for measure in search.cost)
+
+
+def _cost(measure: Measure, value: float) -> str:
+    what = measure.name.removeprefix("mean bits of ")
+    return f"{value:.1f} bits ({what})" if what != measure.name else f"{value:.3g} {measure.name}"
+
+
+def _result(summary: Summary, probes: Probes, after: str = "") -> str:
+    """The metric, and how far it is from full precision's."""
+    metric, drop = measured(summary), probes.drop(summary)
+    way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
+    return f"{metric.told(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"

@@ -1,0 +1,119 @@
+"""Choosing bits for a network that is priced: the best within limits, or the fewest that are enough."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qat_runner.allocation import (
+    COSTS,
+    Allocation,
+    Limit,
+    Measure,
+    Network,
+    Prices,
+    allocate_bits,
+    front,
+    latency_ms,
+    rules_of,
+    uniform,
+)
+from qat_runner.config import Config, latencies_of
+from qat_runner.errors import ConfigError, RunError
+from qat_runner.experiment.probing import Probes, first_that_holds
+from qat_runner.runs.records import Summary
+
+FINE = 61
+"""Points of the front among which max_drop seeks: a tenth of a bit apart, from 2 to 8."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run came to, and the network with the same bits everywhere that it is held against."""
+
+    best: Allocation
+    summary: Summary
+    width: int | None
+    """of all tensors; None: there is none to hold it against"""
+    uniform: Summary | None
+
+
+def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
+    """What a limit is of, or a front goes by."""
+    if name != "latency_ms":
+        return COSTS["mean_bits" if name == "budget" else name](known)
+    try:
+        return latency_ms(known, latencies_of(config.allocation.latencies or ""))
+    except ValueError as error:
+        raise ConfigError(f"allocation.{error}") from error
+
+
+class Search:
+    """The choice of bits for a network, by its prices.
+
+    Args:
+        config: of the run.
+        known: the network.
+        prices: of its tensors.
+        limits: what bits may cost.
+    """
+
+    def __init__(self, config: Config, known: Network, prices: Prices, limits: Sequence[Limit]) -> None:
+        self.config, self.known, self.prices, self.limits = config, known, prices, limits
+        self.mean, self.same = prices.mean(), config.allocation.same
+        self.widths = sorted(config.allocation.widths)
+        self.cost = measures_of(config, known, config.allocation.cost)
+        shown = {*COSTS, *(["latency_ms"] if config.allocation.latencies else [])}
+        self.shown = {name: measures_of(config, known, name) for name in sorted(shown)}
+        lowest, highest = (self._figure(uniform(known, self.mean, w)) for w in (self.widths[0], self.widths[-1]))
+        self.range = lowest, highest
+
+    def within_limits(self, probes: Probes) -> Chosen:
+        """The best under the limits; beside it, the widest uniform network that keeps them."""
+        best = allocate_bits(self.known, self.mean, self.limits, self.same)
+        kept = [width for width in self.widths if self._keeps(uniform(self.known, self.mean, width))]
+        width = kept[-1] if kept else None
+        beside = None if width is None else self.measure(probes, uniform(self.known, self.mean, width))
+        return Chosen(best, self.measure(probes, best), width, beside)
+
+    def least(self, probes: Probes) -> Chosen:
+        """The cheapest that loses no more than max_drop; beside it, the narrowest uniform network that does so."""
+
+        def enough(found: Allocation) -> bool:
+            return probes.drop(self.measure(probes, found)) <= (self.config.max_drop or 0)
+
+        limit = first_that_holds(self._evenly(FINE), lambda most: enough(self._best_at(most)))
+        best = None if limit is None else self._best_at(limit)
+        if best is None:
+            raise RunError(
+                f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
+                f"allocation.widths may, or retrain_steps"
+            )
+        width = first_that_holds(self.widths, lambda w: enough(uniform(self.known, self.mean, w)))
+        beside = None if width is None else self.measure(probes, uniform(self.known, self.mean, width))
+        return Chosen(best, self.measure(probes, best), width, beside)
+
+    def front(self, points: int) -> list[Allocation]:
+        """The best bits at so many costs, at most."""
+        return front(self.known, self.mean, self.cost, self._evenly(points), self.same)
+
+    def _evenly(self, points: int) -> list[float]:
+        """Costs from that of the narrowest widths to that of the widest, evenly apart: in ratio, but for mean bits."""
+        even = np.linspace if self.config.allocation.cost == "mean_bits" else np.geomspace
+        found: list[float] = even(*self.range, points).tolist()
+        return found
+
+    def _best_at(self, most: float) -> Allocation:
+        limits = [Limit(measure, most) for measure in self.cost]
+        return allocate_bits(self.known, self.mean, limits, self.same)
+
+    def _figure(self, found: Allocation) -> float:
+        """What bits cost, of what the front goes by: of several figures the largest."""
+        return max(measure.total(self.known, found.bits) for measure in self.cost)
+
+    def _keeps(self, found: Allocation) -> bool:
+        return all(limit.kept(self.known, found.bits) for limit in self.limits)
+
+    def measure(self, probes: Probes, found: Allocation) -> Summary:
+        """The result of the network with so many bits."""
+        return probes.network(rules_of(self.known, found.bits))

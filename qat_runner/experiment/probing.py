@@ -1,0 +1,84 @@
+"""Measuring networks under candidate bits, and seeking the fewest that are enough.
+
+Each network is measured by a run of its own, which has its record, and is not run again when the search goes on.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qat_runner.config import AllocationConfig, Config, Mode, changed, without_choice
+from qat_runner.data import Data
+from qat_runner.policy import FULL_PRECISION
+from qat_runner.runs.records import Summary, measured, score
+
+log = logging.getLogger("qat_runner")
+
+Run = Callable[[Config], Summary]
+"""What carries a run out, or looks its result up."""
+T = TypeVar("T")
+
+
+class Probes:
+    """Networks with the weights of a run, measured.
+
+    Args:
+        config: of the run, of mode allocate.
+        weights: a file, or what else a config may name.
+        folder: for the probes' own run folders.
+        run: see there.
+        data: of the run.
+    """
+
+    def __init__(self, config: Config, weights: str | None, folder: Path, run: Run, data: Data) -> None:
+        usual = without_choice() | {"allocation": AllocationConfig(), "run_dir": None}
+        places = {"runs_dir": str(folder), "trackers": [], "noise_batches": 0, "overwrite": False, "weights": weights}
+        self._measured = changed(config, **_training(config, data), **usual, **places)
+        bits = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
+        full = changed(config, **bits, **usual, **places, mode=Mode.evaluate, rules=[])
+        self._run = run
+        self._known: dict[str, Summary] = {}
+        self.reference = run(full)
+        """of the full-precision network"""
+
+    def network(self, rules: Sequence[Mapping[str, Any]]) -> Summary:
+        """The result of the quantized network with rules for its bits, after those of the config."""
+        key = repr(rules)
+        if key not in self._known:
+            self._known[key] = self._run(changed(self._measured, rules=[*self._measured.rules, *rules]))
+        return self._known[key]
+
+    def drop(self, summary: Summary) -> float:
+        """How much worse than full precision a result is, in units of the metric."""
+        worse = round(score(self.reference) - score(summary), 6)  # 91.73 - 91.23 is half a point, and no more
+        return -worse if measured(summary).lower_is_better else worse
+
+
+def _training(config: Config, data: Data) -> dict[str, Any]:
+    """The keys of a run that measures the network as it is, or after so many steps of retraining."""
+    if not config.retrain_steps:
+        return {"mode": Mode.ptq}
+    assert config.recipe.retrain is not None
+    epochs = math.ceil(config.retrain_steps / data.train_steps(config.recipe.retrain.batch_size))
+    steps = math.ceil(config.retrain_steps / epochs)
+    new = dict.fromkeys(("batch_size", "lr"))
+    return {**new, "mode": Mode.retrain, "epochs": epochs, "limit_train_batches": steps}
+
+
+def first_that_holds(candidates: Sequence[T], holds: Callable[[T], bool]) -> T | None:
+    """The first of candidates, in rising order, that something holds of; None: not even of the last.
+
+    By bisection: what holds of one is taken to hold of those after it.
+    """
+    if not candidates or not holds(candidates[-1]):
+        return None
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if holds(candidates[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return candidates[high]

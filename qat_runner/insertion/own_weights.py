@@ -1,0 +1,283 @@
+"""Modules that multiply by parameters of their own, as mixtures of experts do: such a product is a quantized layer.
+
+A mixture keeps the weights of all experts in one parameter, [E, K, C] or [E, C, K], and multiplies by it whole, by
+slices of it, or by a gathered selection, in whichever function. The module keeps its code: its class is swapped for one
+that runs the same forward while calls on their way to PyTorch are watched. The parameter is quantized once a pass, at
+its first use. What is made of it by moving elements is known as such, and what that is multiplied by is quantized.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, full_precision_name, quantized_class, restore
+from qat_runner.policy import EXPERTS
+from qat_runner.quant import Quantizer
+from qat_runner.quant.recompute import Quantized, Source, can_be_made, recomputing, remade, saving
+
+_NAMES = (
+    *("__getitem__", "select", "narrow", "index_select", "gather", "take_along_dim", "chunk", "split", "tensor_split"),
+    *("unbind", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "adjoint", "view"),
+    *("reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous", "clone", "detach", "to"),
+    *("float", "double", "half", "bfloat16", "cpu", "cuda"),
+)
+
+MOVES = frozenset(
+    [getattr(place, name) for name in _NAMES for place in (torch, Tensor) if hasattr(place, name)]
+    + [Tensor.T.__get__, Tensor.mT.__get__]  # type: ignore[attr-defined]
+)
+"""Functions that move or convert elements of their first argument, and compute nothing."""
+
+MADE_OF = "_qat_made_of"
+"""Attribute of a tensor that one of MOVES has made of a parameter: of which."""
+
+
+def mark(part: Tensor, source: Tensor, made_of: object) -> None:
+    """Note what a tensor is made of, but for the source itself, which a conversion may return."""
+    if part is not source:
+        setattr(part, MADE_OF, made_of)
+
+
+def parts(out: Any) -> Sequence[Tensor]:
+    """The tensors that one of MOVES returned."""
+    return out if isinstance(out, tuple | list) else (out,)
+
+
+class Used(NamedTuple):
+    """What a module multiplies by in place of a parameter."""
+
+    weight: Tensor
+    source: Source | None = None
+    """what it can be made of again; None: it is kept for the backward pass"""
+
+
+class OwnWeight(nn.Module):
+    """What a module multiplies by a parameter of its own: a linear layer, or many of them, one an expert.
+
+    Args:
+        of: that module.
+        parameter: name in it, of [K, C], [..., K, C], or turned, [..., C, K].
+        contracted: its dimension C, -1 or -2, which products add up over.
+    """
+
+    def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
+        super().__init__()
+        self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        return getattr(self._of[0], self.parameter)
+
+    def used(self) -> Used:
+        """What the module multiplies by, in the shape of the parameter."""
+        raise NotImplementedError
+
+
+def as_rows(weight: Tensor, turned: bool, rows: int) -> Tensor:
+    """Matrices [..., K, C], or turned, [..., C, K], as [rows, elements of a row]; rows are of K, or of one matrix."""
+    return (weight.mT if turned else weight).reshape(rows, -1)
+
+
+def from_rows(rows: Tensor, turned: bool, shape: Sequence[int]) -> Tensor:
+    """Undo `as_rows` of a tensor of some shape."""
+    return rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous() if turned else rows.view(shape)
+
+
+@dataclass(frozen=True)
+class _Rows(Source):
+    """Of rows: x is the weight."""
+
+    turned: bool
+    rows: int
+
+    def made(self, first: int, last: int) -> tuple[Tensor, int]:
+        return as_rows(self.x, self.turned, self.rows), 0
+
+
+@dataclass(frozen=True)
+class _Experts(Quantized):
+    """Of a quantized weight, by whole experts: x is the weight, s is [rows, 1], or of two ends [2, rows, 1]."""
+
+    turned: bool
+
+    def made(self, first: int, last: int) -> tuple[Tensor, int]:
+        experts = self.x.reshape(-1, *self.x.shape[-2:])
+        size = experts[0].numel()
+        begin, end = first // size, -(-last // size)
+        s = self.s.unflatten(-2, (len(experts), -1))[..., begin:end, :, :].flatten(-3, -2)
+        part = experts[begin:end]
+        quantized = self.by.quantized(as_rows(part, self.turned, s.shape[-2]), s)
+        return from_rows(quantized, self.turned, part.shape), begin * size
+
+
+class QuantOwnWeight(OwnWeight, QuantLayer):
+    """A quantized OwnWeight. One quantizer serves the inputs of all experts.
+
+    An expert's weight has one clipping scalar, or one for each output channel. Its quantizer is given rows that have
+    one each.
+    """
+
+    def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
+        super().__init__(of, parameter, contracted)
+        self.kind_name = EXPERTS if self.weight.ndim > 2 else "Linear"
+        self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
+
+    def stored_weight(self) -> nn.Parameter:
+        stored: nn.Parameter = self.weight
+        return stored
+
+    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = self.weight.shape
+        experts, channels = shape[:-2].numel(), shape[-3 - self.contracted]
+        return {"tensor": (experts, 1) if len(shape) > 2 else (), "channel": (experts * channels, 1)}
+
+    @property
+    def turned(self) -> bool:
+        """Whether channels, with a scalar each, are columns, so that the parameter is turned for its quantizer."""
+        return self.contracted == -2 and self._scalars == self.scalar_shapes()["channel"][0]
+
+    @property
+    def _scalars(self) -> int | None:
+        """How many clipping scalars the weight has; None: one in all, or none."""
+        quantizer = self.weight_quantizer
+        several = isinstance(quantizer, Quantizer) and quantizer.dim is not None
+        return quantizer.s.shape[-2] if several else None  # type: ignore[return-value, index]
+
+    def used_parameter(self) -> nn.Parameter | None:
+        return self.stored_weight() if self._scalars is None else None
+
+    def used_weight(self) -> Tensor:
+        """The weight as it is quantized: rows, [scalars, elements of one], where there are several scalars."""
+        weight: Tensor = self.weight
+        return weight if self._scalars is None else as_rows(weight, self.turned, self._scalars)
+
+    def used(self) -> Used:
+        weight, rows, turned = self.stored_weight(), self.used_weight(), self.turned
+        again: AbstractContextManager[object] = nullcontext()
+        if turned and saving():
+            again = remade(rows, _Rows(weight.detach(), weight._version, turned, len(rows)))
+        with again:
+            quantized: Tensor = self.weight_quantizer(rows)
+        if quantized is rows:
+            return Used(weight)
+        return Used(from_rows(quantized, turned, weight.shape), self._source(quantized, rows))
+
+    def _source(self, quantized: Tensor, rows: Tensor) -> Source | None:
+        quantizer, weight = self.weight_quantizer, self.stored_weight()
+        if not (isinstance(quantizer, Quantizer) and saving() and can_be_made(quantized, rows, quantizer)):
+            return None
+        how = weight.detach(), weight._version, quantizer.latest, quantizer
+        return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
+
+    def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
+        """What is computed with an input and what is `used`, or a part of it.
+
+        Nothing is learned from an input without elements, as an expert that gets no token has it.
+        """
+        x = self.input_quantizer(input) if input.numel() else input
+        parts = None if used.source is None else (used.weight, used.source)
+        with recomputing((x, input, self.input_quantizer), parts=parts):
+            return compute(x, weight)
+
+
+class UsingOwnWeights(Swapped):
+    """A module whose products with parameters of its own are quantized, in its own forward."""
+
+    def added(self) -> Sequence[str]:
+        return [name for name, inner in self.named_children() if isinstance(inner, OwnWeight)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Taking(_Pass(self)):
+            return super().forward(*args, **kwargs)
+
+
+class _Pass:
+    """One forward pass of such a module: takes over what it does with its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [(m.weight, m) for m in module.children() if isinstance(m, OwnWeight)]
+        for parameter, layer in self._layers:
+            if layer.weight is not parameter:
+                raise RuntimeError(
+                    f"{layer.parameter} of a quantized {full_precision_name(module)} became one that is computed anew "
+                    f"each time: parametrize it before it is quantized"
+                )
+        self._used: dict[str, Used] = {}
+
+    def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func in MOVES:
+            layer = self._layer_of(args[0]) if args else None
+            return NotImplemented if layer is None else self._move(layer, func, args, kwargs)
+        call = taken_apart(func, args, kwargs)
+        return NotImplemented if call is None else self._product(call)
+
+    def _move(self, layer: OwnWeight, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        out = func(self._in_place_of(args[0], layer), *args[1:], **kwargs)
+        for part in parts(out):
+            mark(part, args[0], layer)
+        return out
+
+    def _product(self, call: Call) -> Any:
+        left, right = self._layer_of(call.left), self._layer_of(call.right)
+        if right is not None and left is None:
+            return right(call.left, self._in_place_of(call.right, right), call.compute, self._used_of(right))
+        if left is not None and right is None:
+            compute = partial(_the_other_way_round, call.compute)
+            return left(call.right, self._in_place_of(call.left, left), compute, self._used_of(left))
+        return NotImplemented
+
+    def _layer_of(self, t: Any) -> OwnWeight | None:
+        """The layer whose weight a tensor is, or is made of."""
+        for parameter, layer in self._layers:
+            if t is parameter or getattr(t, MADE_OF, None) is layer:
+                return layer
+        return None
+
+    def _in_place_of(self, t: Tensor, layer: OwnWeight) -> Tensor:
+        """What is used in place of a parameter; of anything else, it itself."""
+        return self._used_of(layer).weight if t is layer.weight else t
+
+    def _used_of(self, layer: OwnWeight) -> Used:
+        if layer.parameter not in self._used:
+            self._used[layer.parameter] = layer.used()
+        return self._used[layer.parameter]
+
+
+def _the_other_way_round(compute: Compute, right: Tensor, left: Tensor) -> Tensor:
+    return compute(left, right)
+
+
+def layer_name(parameter: str) -> str:
+    """The name of the layer, in a module, that quantizes the products with a parameter of the module."""
+    return f"{parameter}_product"
+
+
+def quantize_own_weights(module: nn.Module, contracted: Mapping[str, int]) -> None:
+    """Make layers of a module's products with its own parameters, without quantizers, in place.
+
+    `restore` undoes it.
+
+    Args:
+        module: of any class, not swapped.
+        contracted: name of a parameter -> see `QuantOwnWeight`.
+    """
+    for name, dim in contracted.items():
+        module.add_module(layer_name(name), QuantOwnWeight(module, name, dim).train(module.training))
+    module.__class__ = quantized_class(type(module), UsingOwnWeights)
+
+
+def release_own_weights(module: nn.Module) -> None:
+    """Let a module multiply as before by what is not quantized, once there are quantizers."""
+    assert isinstance(module, UsingOwnWeights)
+    for name in module.added():
+        if not any(isinstance(inner, Quantizer) for inner in module.get_submodule(name).children()):
+            delattr(module, name)
+    if not module.added():
+        restore(module)

@@ -1,0 +1,96 @@
+"""Charts of a choice of bits: the front, the bits of every tensor, and what they were chosen by."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, rounded
+from qat_runner.report.tensor_charts import labels
+from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, paid
+
+PRICES = {
+    "gradient": "foretold rise of the loss",
+    "measured": "sum of the rises of the loss, a tensor at a time",
+    "noise": "sum of noise-to-signal ratios",
+}
+"""Kind of price -> what their sum is."""
+SENSITIVITY = {**dict.fromkeys(("gradient", "measured"), "rise of the loss (nats)"), "noise": "noise-to-signal ratio"}
+"""Kind of price -> what one is."""
+
+
+def allocation_charts(record: AllocationRecord) -> list[Chart]:
+    """The front beside uniform bits; for weights and activations apart the bits and the prices of each tensor."""
+    charts = [_front(record)]
+    for kind in ("weights", "activations"):
+        some = [t for t in record["tensors"] if (t["tensor"] == "weight") == (kind == "weights")]
+        if some:
+            charts += [_bits(kind, some), _prices(kind, some, record)]
+    return charts
+
+
+def _front(record: AllocationRecord) -> Chart:
+    def drawn(points: Sequence[Point], name: str, colour: int, **more: Any) -> PlotlyTrace:
+        return line([rounded(paid(record, p)) for p in points], [p["rise"] for p in points], name, colour, **more)
+
+    curve, alike = drawn(record["front"], "best", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
+    alike |= {"mode": "lines+markers+text", "text": [f"{p.get('width')} bits" for p in record["uniform"]]}
+    alike["textposition"] = "top right"
+    chosen = drawn([record["chosen"]], "chosen", 2, mode="markers")
+    chosen["marker"] = {"size": 13, "symbol": "star"}
+    positive = all(p["rise"] > 0 for p in (*record["front"], *record["uniform"]))
+    axis = {"type": "log", "exponentformat": "power"} if positive else {}
+    layout = axes(" or ".join(record["figures"]), PRICES[record["price"]], yaxis=axis)
+    return Chart("front", "The front, and uniform bits", [View("", [curve, alike, chosen])], layout, 380)
+
+
+def _bits(kind: str, tensors: Sequence[PricedTensor]) -> Chart:
+    bars: PlotlyTrace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": [t["bits"] for t in tensors],
+        "y": list(range(len(tensors))),
+        "colour": CHOSEN,
+        "text": [f"{t['layer']}.{t['tensor']}, {t['elements']} elements" for t in tensors],
+        "textposition": "none",
+        "hovertemplate": "%{text}<br>%{x} bits<extra></extra>",
+    }
+    layout = axes("bits", yaxis=_names(tensors), showlegend=False, bargap=0.3)
+    return Chart(f"bits-{kind}", f"Bits of {kind}", [View("", [bars])], layout, _height(tensors))
+
+
+def _prices(kind: str, tensors: Sequence[PricedTensor], record: AllocationRecord) -> Chart:
+    """A point for the price of each tensor, at one width after another; those that are measured as well come first."""
+    widths = sorted(
+        dict.fromkeys(width for t in tensors for width in t["price"]),
+        key=lambda width: (not any(width in t["beside"] for t in tensors), int(width)),
+    )
+    views = [_at_width(tensors, width, record) for width in widths]
+    selects = (f"prices-{kind}-width",) if len(views) > 1 else ()
+    layout = axes(yaxis=_names(tensors))
+    return Chart(f"prices-{kind}", f"Prices of {kind}", views or [View("", [])], layout, _height(tensors), selects)
+
+
+def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRecord) -> View:
+    places = list(range(len(tensors)))
+    common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places}
+    common["text"] = [f"{t['layer']}.{t['tensor']}" for t in tensors]
+    common["hovertemplate"] = "%{text}<br>%{x}"
+    prices = [rounded(t["price"].get(width)) for t in tensors]
+    traces = [common | {"x": prices, "name": record["price"], "colour": CHOSEN, "marker": {"size": 8}}]
+    if any(width in t["beside"] for t in tensors):
+        others = [rounded(t["beside"].get(width)) for t in tensors]
+        symbol = {"size": 7, "symbol": "square-open"}
+        traces.insert(0, common | {"x": others, "name": record["beside"], "colour": OTHER, "marker": symbol})
+    positive = all(x is None or x > 0 for trace in traces for x in trace["x"])
+    axis = {"type": "log" if positive else "linear", "title": {"text": SENSITIVITY[record["price"]]}}
+    return View(f"{width} bits", traces, {"xaxis": axis})
+
+
+def _height(tensors: Sequence[PricedTensor]) -> int:
+    return 80 + 17 * len(tensors)
+
+
+def _names(tensors: Sequence[PricedTensor]) -> dict[str, Any]:
+    """The vertical axis of charts with a line a tensor, the first on top."""
+    ends = [len(tensors) - 0.4, -0.6]
+    ticks = {"tickvals": list(range(len(tensors))), "ticktext": labels(tensors), "range": ends}
+    return ticks | {"zeroline": False, "tickfont": {"size": 10}}

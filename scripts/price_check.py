@@ -1,0 +1,112 @@
+"""How well prices of bits foretell the loss: random policies, priced and measured.
+
+    python scripts/price_check.py model=resnet20 dataset=cifar10 data_dir=/data weights=resnet20.th
+    python scripts/price_check.py --policies 100 --samples 2000 --csv prices.csv model=... weights=...
+
+Keys are those of qat-bits. Policies are of two kinds: any bits from a random range for each tensor; and 3 to 6 bits
+whose mean is 4, for weights as for activations, to which a budget restricts the choice. For each kind of price:
+Spearman's rank correlation of the foretold and the measured rise of the loss, on validation data.
+"""
+
+import argparse
+import csv
+import itertools
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.types import RunMode
+from scipy.stats import spearmanr
+from tabulate import tabulate
+
+from qat_runner.allocation import KINDS, Network, network, price
+from qat_runner.allocation.prices import having_bits
+from qat_runner.config import Config, from_hydra, register
+from qat_runner.config.composing import compose_checked, shipped_configs
+from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, build
+from qat_runner.tasks import task_of
+
+MEAN = 4.0
+"""Bits of the policies that have a budget."""
+
+
+def any_bits(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
+    """For each tensor any of the widths in a range that is drawn first, so that policies of all means occur."""
+    low, high = sorted(draw.sample(range(len(widths)), 2))
+    return {operand.name: draw.choice(widths[low : high + 1]) for operand in known.free}
+
+
+def bits_of_budget(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
+    """Random widths, 3 to 6, whose mean over the elements, of weights and of activations, is `MEAN` or just below."""
+    widths = [width for width in widths if 3 <= width <= 6]
+    bits: dict[str, int] = {}
+    for weights in (True, False):
+        operands = [operand for operand in known.free if operand.weight == weights]
+        total = sum(operand.elements for operand in operands)
+        bits |= {operand.name: draw.choice(widths) for operand in operands}
+        while (over := sum(o.elements * bits[o.name] for o in operands) / total - MEAN) > 0 or over < -0.05:
+            operand = draw.choice(operands)
+            at = widths.index(bits[operand.name]) + (-1 if over > 0 else 1)
+            bits[operand.name] = widths[min(max(at, 0), len(widths) - 1)]
+    return bits
+
+
+def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict[str, Any]]:
+    """A row a policy: its kind, what each price foretells, and the rise of the loss."""
+    model, data = build(config, config.weights)
+    known, task, how = network(model, config.allocation.widths, EXAMPLE), task_of(config), config.allocation
+
+    objective = task.objective()
+    batches = list(data.train_batches(how.batch_size, CALIBRATION_EPOCH, how.batches))
+    prices = {}
+    for kind in KINDS:
+        began = time.perf_counter()
+        prices[kind] = price(model, batches, objective, how.widths, kind).mean()
+        print(f"{kind}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    others = list(
+        itertools.islice(data.val_batches(config.dataset.val_batch_size), -(-samples // config.dataset.val_batch_size))
+    )
+
+    @torch.no_grad()
+    def measured(bits: dict[str, int]) -> float:
+        with having_bits(model, bits):
+            return sum(float(task.loss(task.compute(model, b.inputs), b.targets)) for b in others) / len(others)
+
+    plain, draw, rows = measured({}), random.Random(seed), []
+    for kind, drawn in (("any", any_bits), (f"mean {MEAN:g}", bits_of_budget)):
+        for _ in range(policies):
+            bits = drawn(known, sorted(how.widths), draw)
+            foretold = {name: sum(table[t][b] for t, b in bits.items()) for name, table in prices.items()}
+            rows.append({"policies": kind, **foretold, "rise": measured(bits) - plain})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", type=int, default=40, help="of each kind")
+    parser.add_argument("--samples", type=int, default=1000, help="that losses are measured on")
+    parser.add_argument("--seed", type=int, default=0, help="of the policies")
+    parser.add_argument("--csv", type=Path, help="file for a row a policy")
+    asked, keys = parser.parse_known_args()
+    register()
+    with shipped_configs():
+        config = from_hydra(compose_checked(["mode=allocate", "budget=4", *keys], RunMode.RUN))
+    rows = checked(config, asked.policies, asked.samples, asked.seed)
+    if asked.csv is not None:
+        with asked.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    table = []
+    for kind in dict.fromkeys(row["policies"] for row in rows):
+        some = [row for row in rows if row["policies"] == kind]
+        found = {name: spearmanr([r[name] for r in some], [r["rise"] for r in some]).statistic for name in KINDS}
+        table.append({"policies": f"{len(some)} of {kind} bits", **found})
+    print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Bits for a network of one's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qat_runner as qat
+from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.size import size_mb
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    return [torch.randn(8, 3, 10, 10) for _ in range(2)]
+
+
+def mean_bits(model: nn.Module, weights: bool, ends: bool = False) -> float:
+    found = [t for t in quantized_tensors(model) if (t.tensor == "weight") == weights and (ends or t.layer in "24")]
+    return sum(t.quantizer.format.bits * (t.elements or 0) for t in found) / sum(t.elements or 0 for t in found)
+
+
+def test_a_budget_is_kept_and_used(batches: list[Tensor]) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    policy = qat.allocate(model, batches, 4.0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not quantized_tensors(model)
+    qat.quantize(model, policy, example=batches[0])
+    for weights in (True, False):
+        assert 3.0 < mean_bits(model, weights) <= 4.0
+    ends = {t.quantizer.format.bits for t in quantized_tensors(model) if t.layer in "06"}
+    assert ends == {8}  # as first_last_bits says
+
+
+def test_the_policy_goes_on_as_any_other(batches: list[Tensor]) -> None:
+    policy = qat.allocate(network(), iter(batches), 5.0, policy=qat.Policy.of(clipping="lsq", first_last_bits=None))
+    assert qat.Policy.from_list(policy.as_list()) == policy
+    model = qat.quantize(network(), policy, example=batches[0])
+    qat.calibrate(model, batches)
+    assert mean_bits(model, weights=True, ends=True) <= 5.0
+
+
+def test_memory_is_a_limit_of_its_own(batches: list[Tensor]) -> None:
+    wide = qat.quantize(network(), qat.allocate(network(), batches, 8.0), example=batches[0])
+    most = size_mb(wide)[0] - 0.0003
+    small = qat.quantize(network(), qat.allocate(network(), batches, size_mb=most), example=batches[0])
+    assert most - 0.0001 < size_mb(small)[0] <= most
+    inputs = [t.quantizer.format.bits for t in quantized_tensors(small) if t.tensor == "input"]
+    assert inputs == [8, 8, 8, 8]  # which are not stored
+
+
+def test_operands_may_be_asked_to_have_the_same_bits(batches: list[Tensor]) -> None:
+    policy = qat.allocate(network(), batches, bitops=0.0015, same=True, widths=(2, 4, 8))
+    model = qat.quantize(network(), policy, example=batches[0])
+    for layer in ("2", "4"):
+        assert len({t.quantizer.format.bits for t in quantized_tensors(model) if t.layer == layer}) == 1
+
+
+def test_requests_that_make_no_sense_are_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match="needs a limit: budget, size_mb, bitops, traffic_mb or latency_ms"):
+        qat.allocate(network(), batches)
+    with pytest.raises(ValueError, match="no batch"):
+        qat.allocate(network(), [], 4.0)
+    with pytest.raises(ValueError, match=r"mean bits of weights of 1 cannot be kept"):
+        qat.allocate(network(), batches, 1.0)
+    with pytest.raises(ValueError, match="rules say the bits of all tensors"):
+        qat.allocate(network(), batches, 4.0, policy=qat.Policy.of(rules=[qat.Rule("*.*", bits=4)]))
+    with pytest.raises(ValueError, match="latencies: has nothing of 0"):
+        qat.allocate(network(), batches, latency_ms=1.0)
+
+
+def test_a_loss_of_ones_own_takes_targets(batches: list[Tensor]) -> None:
+    def squared(out: Tensor, target: Tensor) -> Tensor:
+        return (out - target).square().mean()
+
+    pairs = [(x, torch.randn(8, 5)) for x in batches]
+    found = [
+        qat.allocate(network(), pairs, 4.0, loss=squared, kind=kind).as_list() for kind in ("gradient", "measured")
+    ]
+    assert all(len(rules) == len(qat.Policy.of().rules) + 4 for rules in found)
+
+
+class WithAuxiliary(nn.Module):
+    """A network with a head that works in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux, self.head = network(), nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        out: Tensor = self.head(hidden) + (self.aux(hidden) if self.training else 0)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:aux is called in training only")
+def test_what_works_in_training_alone_keeps_its_bits(batches: list[Tensor]) -> None:
+    policy = qat.allocate(WithAuxiliary(), batches, 3.0, policy=qat.Policy.of(bits=5, first_last_bits=None))
+    model = qat.quantize(WithAuxiliary(), policy, example=batches[0])
+    bits = {t.layer: t.quantizer.format.bits for t in quantized_tensors(model) if t.tensor == "weight"}
+    assert bits["aux"] == 5 and bits["head"] != 5

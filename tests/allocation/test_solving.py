@@ -1,0 +1,152 @@
+"""The best widths under limits, against all widths tried one by one."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qat_runner.allocation import (
+    COSTS,
+    InfeasibleError,
+    Limit,
+    Measure,
+    Network,
+    Operand,
+    Operation,
+    allocate_bits,
+    front,
+    latency_ms,
+    uniform,
+)
+
+WIDTHS = (2, 4, 8)
+
+
+def operation(name: str, weights: int, inputs: int, macs: float, widths: tuple[int, ...] = WIDTHS) -> Operation:
+    operands = Operand(f"{name}.weight", True, weights, widths), Operand(f"{name}.input", False, inputs, widths)
+    return Operation(name, operands, macs)
+
+
+NETWORK = Network(
+    (operation("a", 100, 50, 1e9), operation("b", 300, 20, 2e9, (8,)), operation("c", 10, 500, 3e9)), 0.5, 1e9
+)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Network, dict[str, dict[int, float]]]:
+    sizes, prices = st.integers(1, 1000), st.floats(-1, 10, allow_nan=False)
+    count = draw(st.integers(1, 3))
+    operations = [operation(str(i), draw(sizes), draw(sizes), draw(sizes)) for i in range(count)]
+    names = [o.name for op in operations for o in op.operands]
+    return Network(tuple(operations), 0.0, 0.0), {n: {w: draw(prices) for w in WIDTHS} for n in names}
+
+
+@settings(max_examples=40)
+@given(problems(), st.sampled_from(sorted(COSTS)), st.floats(0, 1), st.booleans())
+def test_no_other_choice_of_widths_is_better(
+    problem: tuple[Network, dict[str, dict[int, float]]], cost: str, share: float, same: bool
+) -> None:
+    network, prices = problem
+    measures = COSTS[cost](network)
+    ends = [[m.total(network, uniform(network, prices, w).bits) for m in measures] for w in (2, 8)]
+    limits = [Limit(m, low + share * (high - low)) for m, low, high in zip(measures, *ends, strict=True)]
+    found = allocate_bits(network, prices, limits, same)
+    assert all(limit.kept(network, found.bits) for limit in limits)
+    names = [operand.name for operand in network.free]
+    best = min(
+        sum(prices[n][w] for n, w in zip(names, widths, strict=True))
+        for widths in itertools.product(WIDTHS, repeat=len(names))
+        if all(limit.kept(network, dict(zip(names, widths, strict=True))) for limit in limits)
+        and not (same and any(a != b for a, b in zip(widths[::2], widths[1::2], strict=True)))
+    )
+    assert found.rise == pytest.approx(best, abs=1e-9)
+    assert found.rise == pytest.approx(sum(prices[n][found.bits[n]] for n in names))
+
+
+def falling(network: Network) -> dict[str, dict[int, float]]:
+    """Prices that fall with bits, as noise does."""
+    return {operand.name: {w: (i + 1) * 4.0**-w for w in WIDTHS} for i, operand in enumerate(network.free)}
+
+
+@pytest.mark.parametrize(
+    ("cost", "wanted"),
+    [
+        ("mean_bits", [(100 * 2 + 10 * 8) / 110, (50 * 4 + 500 * 2) / 550]),
+        ("size_mb", [0.5 + (100 * 2 + 300 * 8 + 10 * 8) / 8e6]),
+        ("bitops", [1 * 32 * 32 + 1 * 2 * 4 + 2 * 8 * 8 + 3 * 8 * 2]),
+        ("traffic_mb", [(100 * 2 + 50 * 4 + 300 * 8 + 20 * 8 + 10 * 8 + 500 * 2) / 8e6]),
+    ],
+)
+def test_costs_are_sums_over_operations(cost: str, wanted: list[float]) -> None:
+    bits = {"a.weight": 2, "a.input": 4, "b.weight": 8, "b.input": 8, "c.weight": 8, "c.input": 2}
+    assert [m.total(NETWORK, bits) for m in COSTS[cost](NETWORK)] == pytest.approx(wanted)
+
+
+def test_what_a_rule_says_stays() -> None:
+    found = allocate_bits(NETWORK, falling(NETWORK), [Limit(m, 3.0) for m in COSTS["mean_bits"](NETWORK)])
+    assert (found.bits["b.weight"], found.bits["b.input"]) == (8, 8)
+    assert {operand.name for operand in NETWORK.free} == {"a.weight", "a.input", "c.weight", "c.input"}
+
+
+@pytest.mark.parametrize("cost", sorted(COSTS))
+def test_the_front_goes_from_the_narrowest_widths_to_the_widest(cost: str) -> None:
+    prices, measures = falling(NETWORK), COSTS[cost](NETWORK)
+    ends = [max(m.total(NETWORK, uniform(NETWORK, prices, w).bits) for m in measures) for w in (2, 8)]
+    points = front(NETWORK, prices, measures, np.linspace(*ends, 20).tolist())
+    rises = [point.rise for point in points]
+    assert rises == sorted(rises, reverse=True) and len(points) > 2
+    for point, width in ((points[0], 2), (points[-1], 8)):
+        paid = [
+            operand.name for operand in NETWORK.free if operand.weight or cost != "size_mb"
+        ]  # inputs are not stored
+        assert {point.bits[name] for name in paid} == {width}
+
+
+def test_a_uniform_network_keeps_a_budget_of_its_bits() -> None:
+    prices = falling(NETWORK)
+    limits = [Limit(m, 4.0) for m in COSTS["mean_bits"](NETWORK)]
+    same_bits = uniform(NETWORK, prices, 4)
+    assert all(limit.kept(NETWORK, same_bits.bits) for limit in limits)
+    assert allocate_bits(NETWORK, prices, limits).rise <= same_bits.rise
+
+
+def test_a_limit_below_the_narrowest_is_refused() -> None:
+    limits = [Limit(m, 1.5) for m in COSTS["mean_bits"](NETWORK)]
+    with pytest.raises(InfeasibleError, match=r"mean bits of weights of 1\.5 cannot be kept: .* come to 2"):
+        allocate_bits(NETWORK, falling(NETWORK), limits)
+
+
+def test_limits_that_cannot_be_kept_together_are_refused() -> None:
+    def of(sign: float) -> Callable[..., float]:
+        return lambda operation, widths: sign * sum(widths)
+
+    limits = [Limit(Measure("few", of(1)), 30.0), Limit(Measure("many", of(-1)), -40.0)]
+    with pytest.raises(InfeasibleError, match="together"):
+        allocate_bits(NETWORK, falling(NETWORK), limits)
+
+
+def test_latencies_are_added_up_and_must_be_whole() -> None:
+    pairs = list(itertools.product(WIDTHS, repeat=2))
+    table = {"a": {p: p[0] + p[1] for p in pairs}, "b": {(8, 8): 3.0}, "c": dict.fromkeys(pairs, 0.5)}
+    (measure,) = latency_ms(NETWORK, table)
+    bits = {"a.weight": 2, "a.input": 4, "b.weight": 8, "b.input": 8, "c.weight": 8, "c.input": 2}
+    assert measure.total(NETWORK, bits) == 9.5
+    with pytest.raises(ValueError, match="c lacks 2x2 bits"):
+        latency_ms(NETWORK, {**table, "c": {(8, 8): 1.0}})
+    with pytest.raises(ValueError, match="has nothing of c"):
+        latency_ms(NETWORK, {"a": table["a"], "b": table["b"]})
+
+
+def test_a_hundred_operations_take_a_moment() -> None:
+    draw = np.random.default_rng(0)
+    widths = tuple(range(2, 9))
+    many = Network(
+        tuple(operation(str(i), *map(int, draw.integers(1e3, 1e6, 2)), 1e6, widths) for i in range(100)), 0, 0
+    )
+    prices = {o.name: {w: float(draw.lognormal()) * 4.0**-w for w in widths} for o in many.free}
+    limits = [Limit(m, 4.0) for m in COSTS["mean_bits"](many)]
+    found = allocate_bits(many, prices, limits)
+    assert found.rise < uniform(many, prices, 4).rise and all(limit.kept(many, found.bits) for limit in limits)

@@ -1,0 +1,133 @@
+"""qat-bits and bits=auto: from the command to the folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qat_runner import ranks
+from qat_runner.cli import bits, report
+from qat_runner.config import load_config
+from qat_runner.runs.records import ALLOCATION, SUMMARY
+from tests.cli.commands import Run, run_in
+
+SMALL = [
+    *("backend=eager", "model=resnet20", "dataset=digits", "limit_train_batches=2", "limit_val_batches=1"),
+    *(
+        "epochs=1",
+        "clipping.refine=0",
+        "trackers=[]",
+        "allocation.batches=2",
+        "allocation.batch_size=8",
+        "allocation.widths=[2,4,8]",
+    ),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return run_in(tmp_path, monkeypatch, SMALL)
+
+
+def allocated(folder: Path) -> dict[str, int]:
+    """Tensor -> its bits, of policy.yaml."""
+    return {rule["match"]: rule["bits"] for rule in yaml.safe_load((folder / "policy.yaml").read_text())["rules"]}
+
+
+def only(pattern: str) -> Path:
+    (found,) = Path("runs").glob(pattern)
+    return found
+
+
+def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bits=auto", "budget=4", "mode=retrain", "weights=baseline") == 0
+    chosen, trained = only("*_allocate_budget4_*"), only("*_retrain_budget4_*")
+    config, record = load_config(trained), ALLOCATION.read(chosen)
+    assert config is not None and record is not None
+    rules = allocated(chosen)
+    assert {rule["match"]: rule["bits"] for rule in config.allocated} == rules and len(rules) == 36
+    assert set(rules.values()) <= {2, 4, 8} and len(set(rules.values())) > 1
+    table = (trained / "quantizers.txt").read_text().splitlines()
+    first = next(line.split() for line in table if line.startswith("layer1.0.conv1 "))
+    assert int(first[2]) == rules["layer1.0.conv1.weight"]
+    assert record["chosen"]["costs"]["mean bits of weights"] <= 4 + 1e-9
+    assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
+    assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in capsys.readouterr().out
+    assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
+    assert (chosen / "bits.png").read_bytes().startswith(b"\x89PNG")
+    summary = SUMMARY.read(chosen)
+    assert summary is not None and summary["mode"] == "allocate" and summary["answer"] == record["answer"]
+
+    again = (chosen / "summary.json").stat().st_mtime_ns
+    assert run("bits=auto", "budget=4", "mode=retrain", "weights=baseline", "seed=0") == 0  # finished already, both
+    assert (chosen / "summary.json").stat().st_mtime_ns == again
+    assert report.main([str(chosen)]) == 0
+    page = (chosen / "report.html").read_text()
+    assert record["answer"] in page
+
+
+def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["mode=allocate", "weights=baseline", "max_drop=90", "allocation.cost=size_mb", "allocation.widths=[2,8]"]
+    assert run(*words, "run_dir=sought") == 0
+    record = json.loads(Path("sought/allocation.json").read_text())
+    assert record["cost"] == "size_mb" and "uniform needs 2 bits" in record["answer"]  # anything is good enough
+    probes = {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")}
+    assert len(probes) >= 2
+    for name in ("summary.json", "allocation.json"):
+        Path("sought", name).unlink()
+    assert run(*words, "run_dir=sought") == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")} == probes
+    assert json.loads(Path("sought/allocation.json").read_text())["answer"] == record["answer"]
+
+
+def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("qat_runner.cli.run.main", lambda args: asked.extend(args) or 0)
+    assert bits.main(["-m", "budget=3,4"]) == 0
+    assert asked == ["mode=allocate", "-m", "budget=3,4"]
+    bits.main(["--help"])
+    assert "budget=4.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["mode=allocate", "weights=baseline"], "mode=allocate: needs to be told what bits may cost: budget, size_mb"),
+        (["bits=auto"], "bits=auto: needs to be told what bits may cost"),
+        (["mode=allocate", "budget=4"], "mode=allocate: needs weights="),
+        (["budget=4"], "budget=4: is for qat-bits and for bits=auto"),
+        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto goes with no other bits"),
+        (["retrain_steps=5"], "retrain_steps=5: is for qat-bits"),
+        (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: seeks the least bits by itself; no budget beside it"),
+        (["bits=auto", "budget=1"], "budget=1.0: must be 2 to 16"),
+        (["bits=auto", "budget=4", "weight_bits=32", "activation_bits=32"], "has nothing to choose bits for"),
+        (["bits=auto", "budget=4", "allocation.widths=[4]"], "allocation.widths=[4]: must be two or more"),
+        (["bits=auto", "budget=4", "allocation.price=hessian"], "allocation.price=hessian: must be one of gradient"),
+        (["bits=auto", "latency_ms=4"], "latency_ms: needs allocation.latencies=FILE"),
+        (["bits=auto", "latency_ms=4", "allocation.latencies=none.json"], "allocation.latencies=none.json: must be a"),
+    ],
+)
+def test_wrong_requests_are_refused_before_any_work(
+    run: Run, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    assert run(*words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("mode=allocate", "weights=baseline", "size_mb=0.01", "run_dir=small") == 2
+    assert "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to" in capsys.readouterr().err
+
+
+def test_several_processes_do_not_choose_apart(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "launched", lambda: True)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    assert run("bits=auto", "budget=4") == 2
+    assert "qat-bits with the same keys does that first" in capsys.readouterr().err
