@@ -216,9 +216,9 @@ KEPT: dict[str, Sequence[str]] = {
 
 ENOUGH = 0.95
 
-FAR = 0.2
+FAR = 0.5
 """How far a file may be from its network: where other sums round otherwise, a value may fall to another code of four
-bits, and those after it with it."""
+bits, and those after it with it. Files of another network are further than 1 from it."""
 
 
 def _torchvision(name: str, side: int) -> Make:
