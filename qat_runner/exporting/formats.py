@@ -18,8 +18,15 @@ from torch import Tensor, nn
 
 from qat_runner.description import fit
 from qat_runner.errors import ConfigError, RunError, told
-from qat_runner.exporting.integer import INTEGER, OPSET, IntegerOwnWeight, IntegerWeight, StaticGrid
-from qat_runner.insertion.layers import each
+from qat_runner.exporting.integer import (
+    OPSET,
+    IntegerLayer,
+    IntegerOwnWeight,
+    IntegerTaken,
+    IntegerWeight,
+    StaticGrid,
+)
+from qat_runner.insertion.layers import each, full_precision_name, kind_of
 from qat_runner.insertion.own_weights import layer_name
 from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate
@@ -205,7 +212,7 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
         path: ending in .safetensors.
         about: what else the description is to hold: the network, its input.
     """
-    layers = {name: _describe(name, layer) for name, layer in each(model, lambda m: type(m) in INTEGER.values())}
+    layers = {name: _describe(name, layer) for name, layer in each(model, lambda m: isinstance(m, IntegerLayer))}
     packed = {w["codes"]: w["shape"] for d in layers.values() if (w := d.get("weight")) and "packed" in w}
     state = {
         name: _pack(t) if name in packed else t.detach().contiguous().clone() for name, t in model.state_dict().items()
@@ -264,14 +271,16 @@ def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tens
 
 def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
     """What the tensors of an integer layer mean."""
-    described: dict[str, Any] = {"kind": next(q.__name__ for q, i in INTEGER.items() if type(layer) is i)[5:]}
+    described: dict[str, Any] = {"kind": getattr(layer, "kind_name", None) or kind_of(layer)}
+    if isinstance(layer, IntegerTaken):
+        described["class"] = full_precision_name(layer)
     for child, module in layer.named_children():
         if isinstance(module, IntegerWeight):
             described["weight"] = {
                 "codes": f"{name}.{child}.codes",
                 "scale": f"{name}.{child}.scale",
                 "shape": list(module.codes.shape),
-                "axis": 0 if module.scale.ndim else None,
+                "axis": module.axis if module.scale.ndim else None,
                 **_grid(module),
                 **_zero(f"{name}.{child}", module),
                 **({"packed": PACKED} if module.format.storage_bits == 4 else {}),

@@ -13,22 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.prune import is_pruned, remove
 
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.calls import Compute
 from qat_runner.insertion.layers import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantLayer,
-    QuantLinear,
     QuantMatmul,
+    Swapped,
+    TakenLayer,
     each,
     is_quantized,
     operands,
+    quantized_class,
     quantizer_of,
+    restore,
 )
-from qat_runner.insertion.own_products import QuantAttention
+from qat_runner.insertion.own_products import QuantAttention, QuantProjection
 from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
 from qat_runner.quant import IntAffineFormat, Quantizer, StepFormat
 
@@ -56,7 +57,7 @@ class IntegerWeight(nn.Module):
 
     Args:
         weight: [K, ...], floating.
-        quantizer: static, with scalars of shape [] or [K, 1, ...].
+        quantizer: static, with scalars of shape [] or [K, 1, ...]; K may be another dimension than the first.
     """
 
     codes: Tensor
@@ -69,6 +70,8 @@ class IntegerWeight(nn.Module):
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
+        self.axis = quantizer.dim or 0
+        """dimension of the weight that step sizes are of, if there are several"""
         scale, zero = _step(quantizer.scalars, self.format), _zero_point(quantizer.scalars, self.format)
         codes = (quantizer.quantized(weight.detach().float(), quantizer.scalars) / scale).round()
         codes = codes if zero is None else codes + zero
@@ -87,10 +90,10 @@ class IntegerWeight(nn.Module):
     def forward(self) -> Tensor:
         """The weight, [K, ...], float32."""
         if torch.onnx.is_in_onnx_export():
-            axis = {"axis": 0} if self.scale.ndim else {}
+            axis = {"axis": self.axis} if self.scale.ndim else {}
             zeros = self.zeros  # no tensor: what an exporter records of one are its operations
             return _onnx("DequantizeLinear", self.codes, self.scale, zero_point=zeros, dtype=torch.float32, **axis)
-        rows = (-1, *[1] * (self.codes.ndim - 1))
+        rows = [-1 if i == self.axis else 1 for i in range(self.codes.ndim)]
         codes = self.codes.to(torch.float32)
         codes = codes if self.zero_point is None else codes - self.zero_point.to(torch.float32).reshape(rows)
         return codes * self.scale.reshape(rows)
@@ -156,20 +159,44 @@ def not_zero(step: Tensor) -> Tensor:
     return torch.where(step.abs() < tiny, tiny, step)
 
 
-class IntegerConv(nn.Module):
-    """A QuantConv of one to three dimensions with a weight of codes, and a static grid for its input [N, C, ...]."""
+class IntegerLayer(nn.Module):
+    """A layer with a weight of codes and static grids for what else it multiplies, where they are quantized."""
 
-    input_grid: nn.Module
     weight: Any
+
+    @property
+    def multiplied_weight(self) -> Tensor:
+        """The weight that is multiplied, of codes or as it is."""
+        codes = self._modules.get("integer_weight")
+        weight: Tensor = self.weight if codes is None else codes()
+        return weight
+
+    def on_grid(self, x: Tensor, operand: str = "input") -> Tensor:
+        """What is multiplied of an operand."""
+        grid = self._modules.get(f"{operand}_grid")
+        on_grid: Tensor = x if grid is None else grid(x)
+        return on_grid
+
+    @property
+    def bias_apart(self) -> bool:
+        """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which
+        is nothing at 8 bits, but coarse at 4."""
+        codes: Any = self._modules.get("integer_weight")
+        return torch.onnx.is_in_onnx_export() and codes is not None and codes.format.storage_bits == 4
+
+
+class IntegerConv(IntegerLayer):
+    """A QuantConv of one to three dimensions, [N, C, ...]."""
+
     bias: Any
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.input_grid(input)
-        if self.bias is not None and _bias_apart(self):
-            out: Tensor = self._conv_forward(x, _weight(self), None) + self.bias.reshape(-1, *[1] * (x.ndim - 2))
+        x, weight = self.on_grid(input), self.multiplied_weight
+        if self.bias is not None and self.bias_apart:
+            out: Tensor = self._conv_forward(x, weight, None) + self.bias.reshape(-1, *[1] * (x.ndim - 2))
             return out
-        return self._conv_forward(x, _weight(self), self.bias)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class IntegerConv1d(IntegerConv, nn.Conv1d):
@@ -184,67 +211,68 @@ class IntegerConv3d(IntegerConv, nn.Conv3d):
     """For [N, C, D, H, W]."""
 
 
-class IntegerLinear(nn.Linear):
-    """A QuantLinear with a weight of codes, and a static grid for its input [..., C]."""
+class IntegerLinear(IntegerLayer, nn.Linear):
+    """A QuantLinear, [..., C]."""
 
     for_others = True
-    input_grid: nn.Module
 
     def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
-        x, weight = self.input_grid(input), _weight(self)
+        x, weight = self.on_grid(input), self.multiplied_weight
         if compute is not None:
             return compute(x, weight)
-        if self.bias is not None and _bias_apart(self):
+        if self.bias is not None and self.bias_apart:
             return nn.functional.linear(x, weight) + self.bias
         return nn.functional.linear(x, weight, self.bias)
 
 
-class IntegerMatmul(nn.Module):
-    """A QuantMatmul with static grids for both operands."""
+class IntegerTaken(IntegerLayer, TakenLayer):
+    """A layer with a forward of its own, whose weight was made of its weight once and for all."""
+
+    operands = ()
+
+    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        codes = self._modules.get("integer_weight")
+        return compute(self.on_grid(input), weight if codes is None else codes())
+
+
+class IntegerProjection(IntegerLayer, QuantProjection):
+    """A projection of `nn.MultiheadAttention`, which has its weight no more where this has codes."""
+
+    operands = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, C]; of codes, one that has its place."""
+        placeholder = self._buffers.get("placeholder")
+        return super().weight if placeholder is None else placeholder
+
+    def forward(self, input: Tensor, compute: Compute) -> Tensor:
+        """What is computed with the input and the weight of this layer."""
+        return compute(self.on_grid(input), self.multiplied_weight)
+
+
+class IntegerMatmul(IntegerLayer):
+    """A QuantMatmul."""
 
     operands: tuple[str, str]
 
     def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
-        a, b = (self.get_submodule(f"{name}_grid") for name in self.operands)
-        return compute(a(left), b(right))
+        a, b = self.operands
+        return compute(self.on_grid(left, a), self.on_grid(right, b))
 
 
-class IntegerOwnWeight(OwnWeight):
-    """A QuantOwnWeight with codes in place of the parameter, and a static grid for its input."""
+class IntegerOwnWeight(IntegerLayer, OwnWeight):
+    """A QuantOwnWeight, whose codes take the place of the parameter."""
 
-    input_grid: nn.Module
     turned: bool
     """whether the rows of codes are columns of the parameter"""
 
     def used(self) -> Used:
-        codes: IntegerWeight | None = getattr(self, "integer_weight", None)
+        codes: Any = self._modules.get("integer_weight")
         return Used(self.weight if codes is None else from_rows(codes(), self.turned, self.weight.shape))
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
-        return compute(self.input_grid(input), weight)
-
-
-INTEGER: dict[type[nn.Module], type[nn.Module]] = {
-    QuantConv1d: IntegerConv1d,
-    QuantConv2d: IntegerConv2d,
-    QuantConv3d: IntegerConv3d,
-    QuantLinear: IntegerLinear,
-    QuantMatmul: IntegerMatmul,
-    QuantOwnWeight: IntegerOwnWeight,
-}
-"""Quantized class -> integer class."""
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Any = layer.weight if (codes := getattr(layer, "integer_weight", None)) is None else codes()
-    return weight  # type: ignore[no-any-return]
-
-
-def _bias_apart(layer: nn.Module) -> bool:
-    """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which is
-    nothing at 8 bits, but coarse at 4."""
-    weight = getattr(layer, "integer_weight", None)
-    return torch.onnx.is_in_onnx_export() and weight is not None and weight.format.storage_bits == 4
+        return compute(self.on_grid(input), weight)
 
 
 def to_integers(model: nn.Module) -> nn.Module:
@@ -257,8 +285,8 @@ def to_integers(model: nn.Module) -> nn.Module:
         The same model, in eval mode.
 
     Raises:
-        ValueError: nothing is quantized; a layer of a kind that has no integer counterpart; a quantizer is dynamic
-            still, has no scalars, has one a channel of an activation, or has codes that are no integers.
+        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, has one a channel of an
+            activation, or has codes that are no integers.
     """
     tensors = quantized_tensors(model)
     if not tensors:
@@ -269,11 +297,10 @@ def to_integers(model: nn.Module) -> nn.Module:
         if t.tensor != "weight" and t.quantizer.dim is not None:
             raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
     check_integers(model)
-    inside = {
-        layer for _, module in each(model, lambda m: isinstance(m, QuantAttention)) for layer in module.children()
-    }
     for _, layer in each(model, is_quantized):
-        _convert(layer, layer in inside)
+        _convert(layer)
+    for _, module in each(model, lambda m: isinstance(m, QuantAttention)):
+        _drop_projected_weights(module)
     return model.eval()
 
 
@@ -281,49 +308,73 @@ def check_integers(model: nn.Module) -> None:
     """Refuse a quantized network of which no integers can be made.
 
     Raises:
-        ValueError: a layer that no class here is for, or a tensor whose codes are no integers; in a sentence that
-            begins with its name.
+        ValueError: the codes of a tensor are no integers; in a sentence that begins with its name.
     """
     for t in quantized_tensors(model):
-        layer = model.get_submodule(t.layer)
-        if _integer_class(layer) is None:
-            kinds = ", ".join(quantized.__name__.removeprefix("Quant") for quantized in INTEGER)
-            raise ValueError(
-                f"{t.layer} is a {type(layer).__name__.removeprefix('Quant')}, which cannot be written as integers, as "
-                f"only {kinds} can: keep=[{t.layer!r}] would leave it in full precision"
-            )
         integers_of(t.quantizer)
 
 
-def _integer_class(layer: nn.Module) -> type[nn.Module] | None:
-    return next((integer for quantized, integer in INTEGER.items() if isinstance(layer, quantized)), None)
+WRITTEN: dict[type[nn.Module], type[IntegerLayer]] = {
+    nn.Conv1d: IntegerConv1d,
+    nn.Conv2d: IntegerConv2d,
+    nn.Conv3d: IntegerConv3d,
+    nn.Linear: IntegerLinear,
+    QuantMatmul: IntegerMatmul,
+    QuantProjection: IntegerProjection,
+    QuantOwnWeight: IntegerOwnWeight,
+}
+"""Class -> integer class, where the forward is known."""
 
 
-def _convert(layer: nn.Module, inside: bool) -> None:
-    """Make integers of a layer; inside of attention its weight may be what names it, so something stands there."""
-    for operand in operands(layer):
-        if operand == "weight":
-            continue
-        quantizer = quantizer_of(layer, operand)
-        layer.add_module(f"{operand}_grid", StaticGrid(quantizer) if isinstance(quantizer, Quantizer) else quantizer)
-        delattr(layer, f"{operand}_quantizer")
-    if isinstance(layer, QuantLayer):
-        if isinstance(quantizer := layer.weight_quantizer, Quantizer):
-            _convert_weight(layer, quantizer, inside)
-        del layer.weight_quantizer
-    found = _integer_class(layer)
-    assert found is not None
-    layer.__class__ = found
-
-
-def _convert_weight(layer: QuantLayer, quantizer: Quantizer, named: bool) -> None:
-    """Put codes in place of a layer's weight; where it may be what names the layer, something stands there."""
-    owner, name = layer, "weight"
+def _convert(layer: Any) -> None:
+    quantizers = {operand: quantizer_of(layer, operand) for operand in operands(layer)}
+    taken = isinstance(layer, TakenLayer)
+    codes = quantizers.pop("weight", None)
+    weight = IntegerWeight(layer.used_weight(), codes) if isinstance(codes, Quantizer) else None
     if isinstance(layer, QuantOwnWeight):
-        (owner,), name, named = layer._of, layer.parameter, True  # type: ignore[assignment]
-        layer.__dict__["turned"] = layer.turned
-    shape = layer.weight.shape
-    layer.add_module("integer_weight", IntegerWeight(layer.used_weight(), quantizer))
-    delattr(owner, name)
-    if named:
-        owner.register_buffer(name, torch.zeros(()).expand(shape), persistent=False)
+        layer.__dict__["turned"] = layer.turned  # as its quantizer tells
+    _release(layer)
+    for operand, quantizer in quantizers.items():
+        if isinstance(quantizer, Quantizer):
+            layer.add_module(f"{operand}_grid", StaticGrid(quantizer))
+    if weight is not None:
+        _give_codes(layer, weight)
+    known = next((integer for base, integer in WRITTEN.items() if isinstance(layer, base)), None)
+    layer.__class__ = quantized_class(type(layer), IntegerTaken) if taken else known
+
+
+def _release(layer: Any) -> None:
+    """Take the quantizers out of a layer, and what makes its weight of parameters."""
+    if isinstance(layer, Swapped):
+        restore(layer)
+    else:
+        for operand in operands(layer):
+            delattr(layer, f"{operand}_quantizer")
+    for name in [b.removesuffix("_mask") for b in layer._buffers if b.endswith("_mask")] if is_pruned(layer) else ():
+        remove(layer, name)
+    if is_parametrized(layer):  # PyTorch's way out of that takes properties from a class that copies share
+        made = {name: getattr(layer, name).detach() for name in layer.parametrizations}
+        layer.__class__ = type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, value in made.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _give_codes(layer: Any, codes: IntegerWeight) -> None:
+    """Put codes in the place of a weight, and zeros where networks name it, to ask for its dtype, say."""
+    layer.add_module("integer_weight", codes)
+    owner, name = (layer._of[0], layer.parameter) if isinstance(layer, QuantOwnWeight) else (layer, "weight")
+    placeholder = torch.zeros((), dtype=layer.weight.dtype).expand(layer.weight.shape)
+    if isinstance(layer, QuantProjection):
+        layer.register_buffer("placeholder", placeholder, persistent=False)
+    else:
+        delattr(owner, name)
+        owner.register_buffer(name, placeholder, persistent=False)
+
+
+def _drop_projected_weights(module: nn.Module) -> None:
+    """Take the weights out of PyTorch's attention if all three of its projections have codes."""
+    projections = [layer for layer in module.children() if isinstance(layer, IntegerProjection)]
+    if projections and all("integer_weight" in layer._modules for layer in projections):
+        for name in ("in_proj_weight", *(f"{layer.letter}_proj_weight" for layer in projections)):
+            module.register_parameter(name, None)

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import Signature, write_onnx, write_program, write_safetensors
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
+from qat_runner.tasks import fields_of
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 
@@ -23,7 +25,8 @@ def export(
     example: Tensor | Sequence[Tensor],
     *,
     inputs: Sequence[str] | None = None,
-    outputs: Sequence[str] = ("output",),
+    outputs: Sequence[str] | None = None,
+    longest: int | None = None,
     fold: bool = True,
 ) -> nn.Module:
     """Write a quantized network as integers; the model itself is left as it is.
@@ -34,17 +37,21 @@ def export(
         path: ends in .onnx (QuantizeLinear and DequantizeLinear of true integer types), .pt2 (a program of
             torch.export, which PyTorch alone runs) or .safetensors (codes and step sizes, and a .json beside it that
             says what they mean).
-        example: an input of forward, or several, of 2 samples or more: the number of samples is free in the file, all
-            other sizes are fixed.
+        example: the arguments of forward, in order, each of 2 samples or more: the number of samples is free in the
+            file, all other sizes are fixed.
         inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
-        outputs: name of what forward returns, or of the fields of its result.
+        outputs: name of what forward returns, or of the fields of its result that the file is to have; None: output, or
+            output_0, output_1, ..., or all fields that are tensors.
+        longest: the second dimension of all inputs, such as the tokens of a text, may be anything up to this; None: it
+            is fixed.
         fold: put BatchNorm into the step sizes of the convolution before it.
 
     Returns:
         The network of integers that was written, in eval mode. It computes what the file says.
 
     Raises:
-        ValueError: another ending; nothing is quantized; scalars of an activation are not static, or codes no integers.
+        ValueError: another ending; nothing is quantized; scalars of an activation are not static, or codes no integers;
+            the network returns no tensors, or none of those names.
         ConfigError: packages that the format takes are not installed.
         RunError: PyTorch's exporter cannot follow the network.
     """
@@ -59,11 +66,25 @@ def export(
     integers = to_integers(freeze(copy.deepcopy(model)))
     if fold:
         fold_batchnorm(integers, *given)
-    signature = Signature(given, names, outputs)
+    signature = Signature(given, names, _names(integers(*given), outputs), longest)
     if target.suffix == ".onnx":
         write_onnx(integers, signature, target)
     elif target.suffix == ".pt2":
         write_program(integers, signature, target)
     else:
-        write_safetensors(integers, target, {"inputs": list(names), "outputs": list(outputs)})
+        write_safetensors(integers, target, {"inputs": signature.inputs, "outputs": signature.outputs})
     return integers
+
+
+def _names(result: Any, wanted: Sequence[str] | None) -> Sequence[str]:
+    """Names of the outputs: those that are wanted, or else of all tensors that a network returned."""
+    values, by_name = fields_of(result), True
+    if values is None:
+        several = [result] if isinstance(result, Tensor) else list(result)
+        by_name, values = False, {f"output_{i}" if len(several) > 1 else "output": t for i, t in enumerate(several)}
+    tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
+    fits = set(wanted or ()) <= set(tensors) if by_name else len(tensors) == len(values) == len(wanted or tensors)
+    if not (tensors and fits):
+        asked = "" if wanted is None else f", which outputs={list(wanted)} does not fit"
+        raise ValueError(f"the network returns a {type(result).__name__} with tensors {', '.join(tensors)}{asked}")
+    return tensors if wanted is None else wanted

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
-from qat_runner.insertion.layers import is_own
+from qat_runner.insertion.layers import is_own, weight_shape
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
@@ -72,7 +72,10 @@ def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
     weight: Any = layer.weight
     calls = asking.get(layer, [])
     return bool(calls) and all(
-        len(asked) == 1 and is_own(type(layer), asked[0].func) and asked[0].right == weight.shape for asked in calls
+        len(asked) == 1
+        and is_own(type(layer), asked[0].func)
+        and weight_shape(type(layer), asked[0].func, asked[0].right) == weight.shape
+        for asked in calls
     )
 
 

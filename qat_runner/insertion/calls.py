@@ -37,7 +37,7 @@ FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ((0, "input"), (1, "other"))),
     **dict.fromkeys((torch.bmm, torch.Tensor.bmm, torch.mm, torch.Tensor.mm), ((0, "input"), (1, "mat2"))),
     **dict.fromkeys((torch._grouped_mm, "transformers::grouped_mm_fallback"), ((0, "self"), (1, "mat2"))),
-    torch.baddbmm: ((1, "batch1"), (2, "batch2")),
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), ((1, "batch1"), (2, "batch2"))),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
     **dict.fromkeys(
         (
@@ -50,8 +50,8 @@ FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
 """Function, or an operator's name -> where its factors are among its arguments, and what they are called there."""
 
 MATRICES = (
-    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm, torch.baddbmm),
-    torch.einsum,
+    *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm),
+    *(torch.baddbmm, torch.Tensor.baddbmm, torch.einsum),
 )
 """Functions by which modules multiply what they have computed."""
 

@@ -202,10 +202,12 @@ class _Used(Exception):  # noqa: N818  # no error: an answer
 
 
 class TakenLayer(QuantLayer, Swapped):
-    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors."""
+    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors.
+
+    Every call in its forward is held against its kind.
+    """
 
     kind: ClassVar[Kind]
-    """its own; every call in its forward is held against it"""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Taking(self._quantized):
@@ -227,7 +229,10 @@ class TakenLayer(QuantLayer, Swapped):
         return parameter if parameter is self.used_weight() else None
 
     def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-        return taken_apart(func, args, kwargs) if func is self.kind.function else None
+        if not is_own(self.full_precision, func):
+            return None
+        call = taken_apart(func, args, kwargs)
+        return call if call is None or func is self.kind.function else _of_the_transpose(call)
 
     def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         call = self._call(func, args, kwargs)
@@ -247,9 +252,23 @@ class TakenLayer(QuantLayer, Swapped):
 
 
 def is_own(full: type[nn.Module], func: Any) -> bool:
-    """Whether a function is the one by which layers of a class multiply."""
+    """Whether a function is one by which layers of a class multiply."""
     kind = layer_kind(full)
-    return kind is not None and func is kind.function
+    return kind is not None and (func is kind.function or (kind.function is F.linear and func in PLAIN))
+
+
+def weight_shape(full: type[nn.Module], func: Any, factor: torch.Size) -> torch.Size:
+    """The shape of the weight of a layer of a class that gives such a factor to a function of `is_own`."""
+    kind = layer_kind(full)
+    return factor if kind is None or func is kind.function else torch.Size(reversed(factor))
+
+
+PLAIN = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+"""Products [..., C] [C, K], for which a linear layer takes the transpose of its weight."""
+
+
+def _of_the_transpose(call: Call) -> Call:
+    return Call(call.left, call.right.mT, lambda x, weight: call.compute(x, weight.mT), (-1, -1))
 
 
 class QuantEmbedding(TakenLayer):

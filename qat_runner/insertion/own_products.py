@@ -120,6 +120,7 @@ class QuantProjection(QuantLayer):
         letter: of q, k and v.
     """
 
+    kind_name = "Linear"
     for_others = True
 
     def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:

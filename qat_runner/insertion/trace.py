@@ -30,10 +30,10 @@ _KEEPS = {
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
     "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "unflatten", "reshape", "view", "permute", "transpose",
-    "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "cpu", "cuda", "getitem", "squeeze",
-    "unsqueeze", "expand", "repeat", "cat", "concat", "stack", "chunk", "split", "add", "iadd", "radd", "mul", "imul",
-    "rmul", "div", "truediv", "itruediv", "mean", "sum", "amax", "max", "maximum", "interpolate", "pixel_shuffle",
-    "channel_shuffle", "pad",
+    "contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "double", "type", "cpu", "cuda", "getitem",
+    "squeeze", "unsqueeze", "expand", "repeat", "cat", "concat", "stack", "chunk", "split", "add", "iadd", "radd",
+    "mul", "imul", "rmul", "div", "truediv", "itruediv", "mean", "sum", "amax", "max", "maximum", "interpolate",
+    "pixel_shuffle", "channel_shuffle", "pad",
 }
 # fmt: on
 _IN_PLACE = {"iadd", "imul", "isub", "itruediv"}
@@ -156,7 +156,9 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         The layers called, the products of tensors, and notes on what cannot be quantized.
     """
     names = {module: name for name, module in each(model, lambda m: is_quantized(m) or _is_layer(m))}
-    with _Calls(model, names, _Signs([*inputs, *named_inputs.values()])) as calls:
+    given = [*inputs, *named_inputs.values()]
+    samples = next((t.shape[0] for t in _flatten(given)[0] if t.ndim), 1)
+    with _Calls(model, names, _Signs(given), samples) as calls:
         with evaluating(model), repeatable(), calls.watched():
             output = model(*inputs, **named_inputs)
         found = calls.products.found.copy()
@@ -214,10 +216,11 @@ class _Calls:
         model: whose modules.
         names: of the layers that are of interest.
         signs: knows which tensors cannot be negative.
+        samples: in the batch.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str], signs: _Signs) -> None:
-        self.names, self.signs = names, signs
+    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str], signs: _Signs, samples: int) -> None:
+        self.names, self.signs, self.samples = names, signs, samples
         self.layers: dict[nn.Module, LayerCalls] = {}
         self.training_only = False
         self.products = Products(lambda: self._owners[-1])
@@ -270,4 +273,9 @@ class _Calls:
         # Values only ever overrule structure towards signed, should it have been fooled.
         negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
         layer.signed[operand] = layer.signed.get(operand, False) or negative
-        layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // max(x.shape[0], 1))
+        layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // self._samples_in(x))
+
+    def _samples_in(self, x: Tensor) -> int:
+        """How many samples a tensor is of: heads, windows or steps of all of them may be in its first dimension."""
+        every = x.shape[0] > 1 and self.samples > 0 and x.numel() % self.samples == 0
+        return self.samples if every else max(x.shape[0], 1)

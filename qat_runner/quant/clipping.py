@@ -17,6 +17,7 @@ weight with `dim=0`. They share these results as well:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -152,6 +153,23 @@ def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Ten
     return top[:, -1], top[:, n - 1 - above], top[:, 0]
 
 
+AT_ONCE = 10
+"""Candidates of a sweep that a compiled graph tries together: a graph of each alone takes a minute to compile."""
+
+
+def _errors(y: Tensor, format: Format, candidates: Sequence[float], dims: tuple[int, ...]) -> Tensor:
+    """The squared error of y at each of some scalars, [candidates, *shape of s]; the better sign's if there are two."""
+    signs = (1, -1) if format.oriented else (1,)
+    together = torch.compiler.is_compiling()
+    spanned, errors = tuple(d + together for d in dims), []
+    for first in range(0, len(candidates), AT_ONCE if together else 1):
+        some = candidates[first : first + AT_ONCE]
+        s = y.new_tensor(some).reshape(-1, *[1] * y.ndim) if together else y.new_full((), some[0])
+        tried = [format.fake_quantize(y, sign * s).sub_(y).square_() for sign in signs]
+        errors.append(torch.stack([e.sum(spanned, keepdim=True) if dims else e for e in tried]).amin(0))
+    return torch.cat(errors) if together else torch.stack(errors)
+
+
 @torch.no_grad()
 def mse_sweep(
     x: Tensor,
@@ -191,12 +209,7 @@ def mse_sweep(
     if not format.signed:
         y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
     candidates = [k / points for k in range(1, points + 1)]
-    errors = []
-    for candidate in candidates:
-        signs = (1, -1) if format.oriented else (1,)
-        tried = [format.fake_quantize(y, y.new_full((), sign * candidate)).sub_(y).square_() for sign in signs]
-        errors.append(torch.stack([e.sum(dims, keepdim=True) if dims else e for e in tried]).amin(0))
-    cost = torch.stack(errors)  # [points, *shape of s]
+    cost = _errors(y, format, candidates, dims)
     if dim is not None and together and cost.numel():
         weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units that rows share
         cost = (cost * weight).flatten(1).sum(1).reshape(-1, *[1] * unit.ndim)

@@ -8,10 +8,10 @@ from qat_runner.plugins import Registry
 from qat_runner.tasks.classification import Classification
 from qat_runner.tasks.language_modelling import LanguageModelling
 from qat_runner.tasks.question_answering import QuestionAnswering
-from qat_runner.tasks.task import Task, joined, separate
+from qat_runner.tasks.task import Task, fields_of, joined, separate
 from qat_runner.tasks.totals import Totals
 
-__all__ = ["TASKS", "Task", "Totals", "joined", "register", "separate", "task_of"]
+__all__ = ["TASKS", "Task", "Totals", "fields_of", "joined", "register", "separate", "task_of"]
 
 TASKS: Registry[Task[Any]] = Registry(
     "task",

@@ -1,7 +1,7 @@
 """What a task is: all that the runner must know of one kind of problem, and that no other room knows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -143,8 +143,20 @@ class Choice(Task[D]):
 
 
 def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """What a network returned, as the tensors that exported files have: one, or the fields of a result by name."""
-    return (out,) if isinstance(out, Tensor) else tuple(getattr(out, name) for name in names)
+    """What a network returned, as the tensors that exported files have: one, several, or fields of a result by name."""
+    if isinstance(out, Tensor):
+        return (out,)
+    named = fields_of(out)
+    return tuple(out if named is None else (named[name] for name in names))
+
+
+def fields_of(out: Any) -> Mapping[str, Any] | None:
+    """The fields of a result by name; None of a tensor, a tuple or a list, which have none."""
+    if isinstance(out, Mapping):
+        return out
+    if hasattr(out, "_asdict"):
+        return dict(out._asdict())
+    return None if isinstance(out, Tensor | tuple | list) else vars(out)
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from transformers.utils import ModelOutput
 
 import qat_runner as qat
 from qat_runner.config.tasks import Measure
@@ -442,6 +444,53 @@ def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(OnnxFile(tmp_path / name, fused=False)([x]), integers(x), rtol=0, atol=0.05)
     if name.endswith("safetensors"):
         assert json.loads((tmp_path / "net.json").read_text())["inputs"] == ["input"]
+
+
+@torch.no_grad()
+def test_a_pruned_layer_is_written_as_it_is_used(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), torch.randn(3, 4)
+    prune.random_unstructured(model[0], "weight", 0.5)
+    freeze(quantize_model(model, 4, example=x).eval(), batches=[x])
+    integers = qat.export(model, tmp_path / "net.pt2", x)
+    assert torch.equal(integers(x), model(x)) and (integers[0].integer_weight.codes == 0).sum() >= 16
+    assert not any("orig" in name or "mask" in name for name in integers.state_dict())
+    assert prune.is_pruned(model)
+
+
+class Answering(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.layer, self.answer = nn.Linear(4, 3), answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [
+        (lambda y: y, ["output"]),
+        (lambda y: (y, y + 1), ["output_0", "output_1"]),
+        (lambda y: {"logits": y, "cache": None}, ["logits"]),
+        (lambda y: ModelOutput(logits=y, hidden=y + 1), ["logits", "hidden"]),
+    ],
+)
+def test_names_of_what_a_network_returns(answer: Any, names: list[str], tmp_path: Path) -> None:
+    x = torch.randn(2, 7, 4)
+    model = quantize_model(Answering(answer), 8, example=x).eval()
+    freeze(model, batches=[x])
+    qat.export(model, tmp_path / "net.safetensors", x)
+    assert json.loads((tmp_path / "net.json").read_text())["outputs"] == names
+    qat.export(model, tmp_path / "net.pt2", x, longest=9)
+    longer = torch.randn(3, 9, 4)
+    found, expected = read_program(tmp_path / "net.pt2")(longer), model(longer)
+    expected = [expected] if isinstance(expected, Tensor) else expected
+    wanted = [expected[n] for n in names] if isinstance(expected, dict) else list(expected)
+    assert len(found) == len(names) and all(map(torch.allclose, found, wanted))
+    with pytest.raises(ValueError, match=r"the network returns a \w+ with tensors .*, which outputs=\['a', 'b', 'c'\]"):
+        qat.export(model, tmp_path / "net.pt2", x, outputs=["a", "b", "c"])
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import qat_runner as qat
+from qat_runner.exporting.formats import read_program
+from qat_runner.exporting.verify import OnnxFile
 from qat_runner.insertion import (
     calibrate,
     freeze,
@@ -27,6 +29,8 @@ from qat_runner.insertion import (
     save,
 )
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
+from qat_runner.insertion.layers import kind_of
+from qat_runner.insertion.own_products import PROJECTIONS
 from qat_runner.policy import Rule
 from qat_runner.quant import fake_quantize, octav
 
@@ -50,6 +54,13 @@ class Padding(nn.Conv2d):
         return F.conv2d(input=x, weight=self.weight, bias=self.bias, stride=self.stride)
 
 
+class Transposed(nn.Linear):
+    """Multiplies by the transpose of its weight, as Falcon's layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9), 0),
     "Conv3d": (lambda: nn.Conv3d(4, 6, 2), (2, 4, 3, 3, 3), 0),
@@ -58,6 +69,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "depthwise ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 4, 2, groups=4), (2, 4, 5, 5), 0),
     "Conv1D": (lambda: Conv1D(6, 4), (2, 5, 4), 1),
     "Standardized": (lambda: Standardized(4, 6, 3), (2, 4, 5, 5), 0),
+    "Transposed": (lambda: Transposed(4, 6), (2, 5, 4), 0),
     "Padding": (lambda: Padding(4, 6, 2), (2, 4, 5, 5), 0),
     "weight norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 2)), (2, 4, 5, 5), 0),
 }
@@ -96,7 +108,12 @@ def test_layers_of_every_kind(name: str, tmp_path: Path) -> None:
     nn.Sequential(make()).load_state_dict(full_precision_state_dict(model))
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", nn.Sequential(make())).eval()(x), model(x))
-    freeze(copy.deepcopy(model), batches=[x])(x)
+    frozen = freeze(copy.deepcopy(model), batches=[x])
+    assert torch.equal(qat.export(frozen, tmp_path / "net.pt2", x)(x), frozen(x))
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], frozen(x))
+    if dim == 1:
+        qat.export(frozen, tmp_path / "net.onnx", x)
+        torch.testing.assert_close(OnnxFile(tmp_path / "net.onnx", fused=False)([x]), frozen(x))
     model.load_state_dict(state)
     assert torch.equal(remove_quantizers(model)(x), plain)
     assert type(model[0]) is type(nn.Sequential(make())[0]) or name == "weight norm"
@@ -136,6 +153,10 @@ def baddbmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.baddbmm(torch.ones(1, 1, 1), a, b)
 
 
+def baddbmm_of(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ones(1, 1, 1).baddbmm(batch1=a, batch2=b)
+
+
 MASK = torch.rand(5, 5) > 0.5
 MASK[2] = False  # looks at nothing
 BIAS = torch.randn(5, 5)
@@ -144,6 +165,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "einsum": lambda: Cross(einsum),
     "bmm": lambda: Cross(torch.bmm),
     "baddbmm": lambda: Cross(baddbmm),
+    "baddbmm, as a method": lambda: Cross(baddbmm_of),
     "fused": lambda: Fused(),
     "fused, masked": lambda: Fused(attn_mask=MASK),
     "fused, biased": lambda: Fused(attn_mask=BIAS, scale=0.3),
@@ -164,6 +186,8 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     assert sum(t.tensor == "probabilities" for t in quantized_tensors(model)) == 1 + ("dec" in name)
     signs = {t.quantizer.format.signed for t in quantized_tensors(model) if t.tensor == "probabilities"}
     assert signs == {False}
+    elements = {t.elements for t in quantized_tensors(model) if t.tensor in ("query", "query_projection.input")}
+    assert elements == {5 * 8}  # of one sample: all heads, all steps
     with quantizers_disabled(model):
         off = model(*inputs)
     assert torch.equal(off, plain) if type(model[0] if "dec" not in name else 0) is Cross else True
@@ -187,7 +211,12 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     ATTENTION[name]() if "dec" in name else nn.Sequential(ATTENTION[name]()).load_state_dict(
         full_precision_state_dict(model)
     )
-    freeze(model, batches=[inputs])(*inputs)
+    frozen = freeze(model, batches=[inputs])(*inputs)
+    integers = qat.export(model, tmp_path / "net.pt2", inputs)
+    torch.testing.assert_close(integers(*inputs), frozen)
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(*inputs)[0], frozen)
+    whole = full_precision_state_dict(model).keys() & integers.state_dict().keys()
+    assert not [name for name in whole if "weight" in name and "norm" not in name]  # all of them are codes
     calibrate(model, [inputs])
     assert torch.equal(remove_quantizers(model)(*inputs), plain)
     assert model.state_dict().keys() == state.keys()
@@ -228,6 +257,7 @@ def test_without_an_example_what_is_not_known_stays() -> None:
     assert type(model[1]) is Standardized and type(model[2]) is Cross
     mha = quantize_model(nn.MultiheadAttention(8, 2))
     assert sum(t.tensor == "weight" for t in quantized_tensors(mha)) == 4
+    assert {kind_of(mha.get_submodule(name)) for name in PROJECTIONS} == {"Linear"}
 
 
 def test_attention_that_is_kept_is_what_it_was() -> None:
@@ -240,7 +270,7 @@ def test_attention_that_is_kept_is_what_it_was() -> None:
     assert type(model[1]) is Fused and not hasattr(model[1], "scores")
 
 
-def test_embeddings_where_a_rule_names_them() -> None:
+def test_embeddings_where_a_rule_names_them(tmp_path: Path) -> None:
     def network() -> nn.Module:
         return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4))
 
@@ -253,23 +283,15 @@ def test_embeddings_where_a_rule_names_them() -> None:
     weight = model[0].weight.detach()
     model.eval()
     assert torch.allclose(model[0](x), fake_quantize(weight, octav(weight, 8, dim=0), 8)[x])
-    with pytest.raises(ValueError, match="0 is a Embedding, which cannot be written as integers"):
-        qat.export(freeze(model, batches=[x]), "net.safetensors", x)
-
-
-def test_integers_of_three_dimensions_and_of_swin(tmp_path: Path) -> None:
-    for model, x in (
-        (nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3)), torch.randn(2, 4, 9)),
-        (nn.Sequential(nn.Linear(8, 8), Cross(matmul)), torch.randn(2, 5, 8)),
-    ):
-        freeze(quantize_model(model, 4, example=x), batches=[x]).eval()
-        integers = qat.export(model, tmp_path / "net.pt2", x)
-        torch.testing.assert_close(integers(x), model(x))
-        torch.testing.assert_close(torch.export.load(tmp_path / "net.pt2").module()(x)[0], model(x))
+    integers = qat.export(freeze(model, batches=[x]), tmp_path / "net.pt2", x)
+    assert torch.equal(integers(x), model(x)) and integers[0].integer_weight.codes.shape == (20, 8)
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], model(x))
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ("transformers/GPT2Model", "transformers/T5EncoderModel", "transformers/DebertaV2Model")
+TABLE = ROOT / "docs" / "results" / "networks.csv"
+NETWORKS = [line.partition(",")[0] for line in TABLE.read_text(encoding="utf-8").splitlines()[1:]]
+FAST = [f"transformers/{name}" for name in ("GPT2Model", "T5EncoderModel", "DebertaV2Model", "Wav2Vec2Model")]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -277,12 +299,24 @@ FAST = ("transformers/GPT2Model", "transformers/T5EncoderModel", "transformers/D
 def test_the_zoo(name: str) -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "zoo.py"))
     row = script["visit"](name, script["zoo"]()[name])
-    assert (row.quantized, row.steps) == ("100 %", "all")
+    assert (row.quantized, row.steps, row.exported) == (1, "all", "same")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_whole_zoo() -> None:
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in FAST])
+def test_the_whole_zoo(name: str) -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "zoo.py"))
-    rows = [script["visit"](name, make) for name, make in script["zoo"]().items() if name not in FAST]
-    assert [(row.network, row.steps) for row in rows if row.steps != "all"] == []
+    row = script["visit"](name, script["zoo"]()[name])
+    assert row.steps == "all"
+
+
+def test_the_table_of_the_zoo(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "zoo.py"))
+    rows = script["read"](TABLE)
+    assert list(rows) == list(script["zoo"]()), "run: python scripts/zoo.py, as docs/results/networks.md says"
+    assert {row.steps for row in rows.values()} == {"all"}
+    script["write"](tmp_path / "again.csv", list(rows.values()))
+    assert script["read"](tmp_path / "again.csv") == rows
+    shown = TABLE.with_suffix(".md").read_text(encoding="utf-8")
+    assert script["page"](list(rows.values())).splitlines()[-len(rows) :] == shown.splitlines()[-len(rows) :]

@@ -274,6 +274,12 @@ def test_mse_sweep_takes_the_best_candidate(signed: bool) -> None:
     assert mse_sweep(x, IntFormat(4, signed), points=50).item() == pytest.approx(top.item() * best, rel=1e-6)
 
 
+def test_a_sweep_in_a_compiled_graph_finds_the_same() -> None:
+    x = torch.randn(3, 40)
+    sweep = torch.compile(lambda x: mse_sweep(x, 4, 0, 20, together=False, check=False), backend="eager")
+    assert torch.equal(sweep(x), mse_sweep(x, 4, 0, 20, together=False))
+
+
 def test_mse_sweep_with_rows_together_and_apart() -> None:
     x = torch.randn(4, 300) * torch.tensor([[1.0], [10.0], [0.1], [3.0]])
     top = x.abs().amax(1, keepdim=True)
