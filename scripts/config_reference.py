@@ -41,6 +41,7 @@ SECTIONS: list[tuple[str, str, type, str]] = [
     ("dataset", "dataset.", schema.DatasetConfig, "The data, and how they are read."),
     ("clipping", "clipping.", schema.ClippingSchema, "How clipping scalars are found."),
     ("gradient", "gradient.", schema.GradientConfig, "How gradients pass through quantization."),
+    ("allocation", "allocation.", schema.AllocationConfig, "How bits are chosen, tensor by tensor: [bits](bits.md)."),
     ("recipe", "recipe.", schema.RecipeConfig, "How the network is trained, apart from its stages."),
     (
         "A stage of the recipe",

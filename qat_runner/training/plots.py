@@ -74,7 +74,8 @@ def plot_bits(folder: Path, record: AllocationRecord) -> None:
     for weights, colour, label in ((True, CHOSEN, "weights"), (False, OTHER, "activations")):
         widths = [t["bits"] for t in record["tensors"] if (t["tensor"] == "weight") == weights]
         bits.step(range(len(widths)), widths, where="mid", color=colour, label=label)
-    bits.set(xlabel="tensor, in order", ylabel="bits", ylim=(0, None))
+    bits.set(xlabel="layer, in order", ylabel="bits", ylim=(0, None))
+    bits.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (front, bits):
         axes.grid(alpha=0.3)
         axes.legend()
