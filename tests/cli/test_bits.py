@@ -10,6 +10,7 @@ import yaml
 from qat_runner import ranks
 from qat_runner.cli import bits, report
 from qat_runner.config import load_config
+from qat_runner.experiment.probing import first_that_holds
 from qat_runner.runs.records import ALLOCATION, SUMMARY
 from tests.cli.commands import Run, run_in
 
@@ -68,6 +69,7 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert record["answer"] in page
 
 
+@pytest.mark.slow
 def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +84,14 @@ def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
     assert run(*words, "run_dir=sought") == 0
     assert {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")} == probes
     assert json.loads(Path("sought/allocation.json").read_text())["answer"] == record["answer"]
+
+
+@pytest.mark.parametrize("enough", [0, 1, 5, 9, 10])
+def test_bisection_finds_the_first_that_is_enough(enough: int) -> None:
+    asked: list[int] = []
+    found = first_that_holds(range(10), lambda n: asked.append(n) or n >= enough)  # type: ignore[func-returns-value]
+    assert found == (enough if enough < 10 else None) and len(asked) <= 5
+    assert first_that_holds([], bool) is None
 
 
 def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,8 +30,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *args: main(["-m", *args, *SHORT])
 
 
-LONG = {"learned", "table2", "table3"}
-"""Those with the most rows."""
+LONG = {"distillation", "learned", "table2", "table3", "table4"}
+"""Those that take longest."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EXPERIMENTS])
@@ -119,12 +119,24 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("report").exists()
 
 
-def test_figures(run: Run) -> None:
+OF_RUN = ("--run", "one")
+OF_WEIGHTS = ("--model", "resnet20", "--weights", "one/checkpoints/last.pt", "--dataset", "digits")
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        [("figure1", *OF_RUN), ("figure3",), ("iterations", *OF_RUN)],
+        pytest.param(
+            [("figure1",), ("figure2", *OF_WEIGHTS), ("ranges",), ("figure5", *OF_RUN), ("iterations",)],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["of a run", "others"],
+)
+def test_figures(figures: list[tuple[str, ...]], run: Run) -> None:
     assert main(["model=resnet20", *SHORT, "epochs=1", "run_dir=one"]) == 0
-    of_run = ["--run", "one"]
-    weights = ["--model", "resnet20", "--weights", "one/checkpoints/last.pt", "--dataset", "digits"]
-    figures = (["figure1"], ["figure1", *of_run], ["figure2", *weights], ["figure3"], ["ranges"])
-    for args in (*figures, ["figure5", *of_run], ["iterations"], ["iterations", *of_run]):
+    for args in figures:
         assert report.main(args) == 0
         assert all(Path(f"report/{args[0]}{suffix}").stat().st_size > 10_000 for suffix in (".png", ".svg"))
 
