@@ -40,6 +40,9 @@ GRANULARITIES = ("channel", "tensor")
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
 
+PRICES = ("gradient", "noise", "measured")
+"""How few bits are priced, see `allocation.prices`."""
+
 EMBEDDING = "Embedding"
 """The kind of layer that is quantized only where a rule names its kind."""
 

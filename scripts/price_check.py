@@ -22,11 +22,12 @@ from hydra.types import RunMode
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from qat_runner.allocation import KINDS, Network, network, price
+from qat_runner.allocation import Network, network, price
 from qat_runner.allocation.prices import having_bits
 from qat_runner.config import Config, from_hydra, register
 from qat_runner.config.composing import compose_checked, shipped_configs
 from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, build
+from qat_runner.policy import PRICES
 from qat_runner.tasks import task_of
 
 MEAN = 4.0
@@ -62,7 +63,7 @@ def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict
     objective = task.objective()
     batches = list(data.train_batches(how.batch_size, CALIBRATION_EPOCH, how.batches))
     prices = {}
-    for kind in KINDS:
+    for kind in PRICES:
         began = time.perf_counter()
         prices[kind] = price(model, batches, objective, how.widths, kind).mean()
         print(f"{kind}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
@@ -103,7 +104,7 @@ def main() -> None:
     table = []
     for kind in dict.fromkeys(row["policies"] for row in rows):
         some = [row for row in rows if row["policies"] == kind]
-        found = {name: spearmanr([r[name] for r in some], [r["rise"] for r in some]).statistic for name in KINDS}
+        found = {name: spearmanr([r[name] for r in some], [r["rise"] for r in some]).statistic for name in PRICES}
         table.append({"policies": f"{len(some)} of {kind} bits", **found})
     print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"))
 

@@ -4,12 +4,11 @@ from qat_runner.allocation.costs import COSTS, Measure, latency_ms
 from qat_runner.allocation.library import allocate, pricing_policy
 from qat_runner.allocation.objectives import Objective, divergence, of_distributions, of_loss
 from qat_runner.allocation.operations import Network, Operand, Operation, network, rules_of
-from qat_runner.allocation.prices import KINDS, Prices, price
+from qat_runner.allocation.prices import Prices, price
 from qat_runner.allocation.solving import Allocation, InfeasibleError, Limit, allocate_bits, front, uniform
 
 __all__ = [
     "COSTS",
-    "KINDS",
     "Allocation",
     "InfeasibleError",
     "Limit",

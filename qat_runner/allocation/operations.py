@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
-from qat_runner.insertion.layers import each, is_quantized, kind_of, operands, quantizer_of
+from qat_runner.insertion.layers import each, elements_of, is_quantized, kind_of, operands, quantizer_of
 from qat_runner.insertion.size import size_mb
 from qat_runner.policy import FULL_PRECISION, Policy
 from qat_runner.quant import Quantizer
@@ -103,13 +103,12 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
 
 def _operands(name: str, layer: nn.Module, policy: Policy, widths: Sequence[int]) -> Iterator[Operand]:
     for operand in operands(layer):
-        weight, quantizer = operand == "weight", quantizer_of(layer, operand)
-        elements = layer.weight.numel() if weight else getattr(layer, "elements_seen", {}).get(operand, 0)  # type: ignore[operator]
+        quantizer = quantizer_of(layer, operand)
         allowed: tuple[int, ...] = (FULL_PRECISION,)
         if isinstance(quantizer, Quantizer):
             said = not widths or said_by_rule(policy, name, kind_of(layer), operand)
             allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
-        yield Operand(f"{name}.{operand}", weight, elements, allowed)
+        yield Operand(f"{name}.{operand}", operand == "weight", elements_of(layer, operand) or 0, allowed)
 
 
 def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from qat_runner.allocation.objectives import Objective
 from qat_runner.insertion.insert import quantized_tensors, quantizers_disabled
 from qat_runner.insertion.modes import evaluating
+from qat_runner.policy import PRICES
 from qat_runner.quant import Quantizer
-
-KINDS = ("gradient", "noise", "measured")
-"""See the module's head."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def price(
     Raises:
         ValueError: an unknown kind; no batch; NaN or infinity.
     """
-    if kind not in KINDS:
-        raise ValueError(f"price={kind!r}: must be one of {', '.join(KINDS)}")
+    if kind not in PRICES:
+        raise ValueError(f"price={kind!r}: must be one of {', '.join(PRICES)}")
     tensors = {t.quantizer: t.name for t in quantized_tensors(model)}
     pricing = _PRICING[kind](model, objective, tuple(widths))
     found: list[_OfBatch] = []
@@ -119,10 +117,10 @@ class _OfBatch:
     noise: _Found
 
 
-def error(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
-    """Q(x) - x at some width, with the scalars that the quantizer's method finds; shape and dtype of x."""
+def quantized(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
+    """Q(x) at some width, with the scalars that the quantizer's method finds; shape and dtype of x."""
     format = replace(quantizer.format, bits=bits)
-    return quantizer.quantized(x, quantizer.scalars_of(x, check=False, format=format), format) - x
+    return quantizer.quantized(x, quantizer.scalars_of(x, check=False, format=format), format)
 
 
 @contextmanager
@@ -131,7 +129,7 @@ def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
     named = {t.quantizer: bits[t.name] for t in quantized_tensors(model) if t.name in bits}
 
     def quantize(quantizer: Quantizer, x: Tensor) -> Tensor | None:
-        return x + error(quantizer, x, named[quantizer])
+        return quantized(quantizer, x, named[quantizer])
 
     with evaluating(model), quantizers_disabled(model), _watched(named, quantize):
         yield
@@ -169,32 +167,37 @@ class _Pricing(ABC):
 class _Noise(_Pricing):
     @torch.no_grad()
     def price(self, batch: Any) -> _OfBatch:
-        found = _Sums()
+        noise: _Found = {}
+        power: _Found = {}
 
         def look(quantizer: Quantizer, x: Tensor) -> None:
-            errors = [_squares(error(quantizer, x, bits)) for bits in self.widths]
-            found.add(quantizer, torch.stack(errors), _squares(x))
+            errors = [_squares(quantized(quantizer, x, bits) - x) for bits in self.widths]
+            _add(noise, quantizer, torch.stack(errors))
+            _add(power, quantizer, _squares(x))
 
         with _watched(self.quantizers, look):
             self.objective.logits(self.model, batch)
-        ratios = found.ratios()
+        ratios = _ratios(noise, power)
         return _OfBatch(ratios, ratios)
 
 
 class _Gradient(_Pricing):
     def price(self, batch: Any) -> _OfBatch:
-        noise, prices = _Sums(), _Sums()
+        noise: _Found = {}
+        power: _Found = {}
+        prices: _Found = {}
         asked = torch.zeros((), requires_grad=True)
 
         def with_gradient(quantizer: Quantizer, x: Tensor) -> Tensor:
             def look(grad: Tensor) -> None:
                 found: list[tuple[Tensor, Tensor]] = []
                 for bits in self.widths:
-                    e = error(quantizer, x, bits)
+                    e = quantized(quantizer, x, bits) - x
                     found.append((_squares(e), _squares(e.mul_(grad))))
                 errors, weighed = (torch.stack(row) for row in zip(*found, strict=True))
-                noise.add(quantizer, errors, _squares(x))
-                prices.add(quantizer, weighed, torch.zeros((), device=x.device))
+                _add(noise, quantizer, errors)
+                _add(power, quantizer, _squares(x))
+                _add(prices, quantizer, weighed)
 
             quantizer.holds = True  # what is saved for the backward pass is x itself
             out: Tensor = _Differentiated.apply(x, asked, look)
@@ -205,7 +208,7 @@ class _Gradient(_Pricing):
         torch.autograd.grad(loss, asked, allow_unused=True)
         for quantizer in self.quantizers:
             quantizer.holds = False
-        return _OfBatch({q: predictions / 2 * total for q, total in prices.sums.items()}, noise.ratios())
+        return _OfBatch({q: predictions / 2 * total for q, total in prices.items()}, _ratios(noise, power))
 
 
 class _Measured(_Pricing):
@@ -228,20 +231,14 @@ class _Measured(_Pricing):
 _PRICING: dict[str, type[_Pricing]] = {"gradient": _Gradient, "noise": _Noise, "measured": _Measured}
 
 
-class _Sums:
-    """Sums for each tensor, over all calls of its quantizer."""
+def _add(sums: _Found, quantizer: Quantizer, value: Tensor) -> None:
+    """Over all calls of a quantizer."""
+    sums[quantizer] = sums[quantizer] + value if quantizer in sums else value
 
-    def __init__(self) -> None:
-        self.sums: _Found = {}
-        self._beside: _Found = {}
 
-    def add(self, quantizer: Quantizer, sums: Tensor, beside: Tensor) -> None:
-        self.sums[quantizer] = self.sums.get(quantizer, 0) + sums
-        self._beside[quantizer] = self._beside.get(quantizer, 0) + beside
-
-    def ratios(self) -> _Found:
-        """Of both sums; 0 where there is nothing."""
-        return {q: torch.where(b > 0, self.sums[q] / b, 0.0) for q, b in self._beside.items()}
+def _ratios(noise: _Found, power: _Found) -> _Found:
+    """Of both; 0 where there is nothing."""
+    return {q: torch.where(power[q] > 0, noise[q] / power[q], 0.0) for q in noise}
 
 
 def _squares(x: Tensor) -> Tensor:

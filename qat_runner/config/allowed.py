@@ -8,10 +8,10 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from qat_runner.config.keys import leaves
-from qat_runner.config.schema import LIMITS, PRICES, ConfigSchema
+from qat_runner.config.schema import LIMITS, ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
-from qat_runner.policy import GRADIENT_PAIRS, GRANULARITIES
+from qat_runner.policy import GRADIENT_PAIRS, GRANULARITIES, PRICES
 from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.backends import BACKENDS
 

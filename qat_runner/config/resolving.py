@@ -127,9 +127,8 @@ def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
         "calibration_batches": task.calibration_batches,
         "calibration_batch_size": task.calibration_batch_size,
     }
-    if (
-        config.mode in (Mode.ptq, Mode.allocate) and clipping.name == Octav.name
-    ):  # no training makes up for what the paper neglects
+    untrained = config.mode in (Mode.ptq, Mode.allocate)  # where no training makes up for what the paper neglects
+    if untrained and clipping.name == Octav.name:
         usual |= {"missing_code": True, "refine": 64}
     return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
 
@@ -201,10 +200,15 @@ def rules_of(path: str) -> list[Any]:
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None)
-    changes: dict[str, Any] = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
+    changes = in_full_precision() | without_choice()
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
-    changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False, "rules": []} | without_choice()
+    changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False}
     return changed(config, **changes)
+
+
+def in_full_precision() -> dict[str, Any]:
+    """The changes that make a config one of a full-precision run."""
+    return {**dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION), "rules": []}
 
 
 def without_choice() -> dict[str, Any]:
@@ -309,7 +313,7 @@ def _check_compiling(config: Config) -> None:
 
 
 def _check_allocation(config: Config) -> None:
-    asked = {key: value for key in (*LIMITS, "max_drop") if (value := getattr(config, key)) is not None}
+    asked = config.limits | ({} if config.max_drop is None else {"max_drop": config.max_drop})
     if not config.allocating:
         for key, value in (asked | ({"retrain_steps": config.retrain_steps} if config.retrain_steps else {})).items():
             raise ConfigError(f"{key}={value:g}: is for qat-bits and for bits=auto")

@@ -119,8 +119,6 @@ AUTO = "auto"
 """The value of `policy` that stands for what the run that `allocation_of` names comes to."""
 LIMITS = ("budget", "size_mb", "bitops", "traffic_mb", "latency_ms")
 """The keys that limit what bits may cost in all."""
-PRICES = ("gradient", "measured", "noise")
-"""What `allocation.price` may be."""
 
 
 _EPOCHS = 100_000
@@ -615,6 +613,14 @@ class Config(ConfigSchema):
     @property
     def retraining(self) -> bool:
         return self.mode in (Mode.retrain, Mode.long_retrain)
+
+    @property
+    def told_bits(self) -> int | str:
+        """Bits of weights and activations: one number if they are the same, else "4/8"; or what they are chosen for."""
+        if self.allocating:
+            return self.asked_bits
+        both = self.weight_bits, self.activation_bits
+        return both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}"
 
     @property
     def distilling(self) -> bool:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from qat_runner.allocation import Allocation, Limit, Measure, Operand, Prices, allocate_bits, uniform
+from qat_runner.allocation import Allocation, Limit, Measure, Operand, Prices, allocate_bits
 from qat_runner.experiment.choosing import Chosen, Search
 from qat_runner.experiment.probing import Probes
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, Summary, measured, score
@@ -27,6 +27,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         beside: prices of another kind, at some widths, to hold against those that decided.
         seconds: of pricing.
     """
+    others = beside.mean()
     operands = [operand for operation in search.known.operations for operand in operation.operands]
     return {
         "answer": _answer(search, chosen, probes),
@@ -39,7 +40,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         "chosen": _point(search, chosen.best, score(chosen.summary)),
         "uniform": [_point_of_width(search, width, chosen) for width in search.widths],
         "front": [_point(search, found) for found in search.front(POINTS)],
-        "tensors": [_tensor(search, operand, chosen.best, beside) for operand in operands],
+        "tensors": [_tensor(search, operand, chosen.best, others) for operand in operands],
         "stability": _stability(search, chosen.best),
         "seconds": seconds,
         "retrain_steps": search.config.retrain_steps,
@@ -66,10 +67,12 @@ def _point(search: Search, found: Allocation, value: float | None = None) -> Poi
 def _point_of_width(search: Search, width: int, chosen: Chosen) -> Point:
     known = chosen.uniform is not None and width == chosen.width
     value = score(chosen.uniform) if known and chosen.uniform is not None else None
-    return {**_point(search, uniform(search.known, search.mean, width), value), "width": width}
+    return {**_point(search, search.uniform(width), value), "width": width}
 
 
-def _tensor(search: Search, operand: Operand, best: Allocation, beside: Prices) -> PricedTensor:
+def _tensor(
+    search: Search, operand: Operand, best: Allocation, others: Mapping[str, Mapping[int, float]]
+) -> PricedTensor:
     layer, _, tensor = operand.name.rpartition(".")
     found: PricedTensor = {
         "layer": layer,
@@ -84,7 +87,7 @@ def _tensor(search: Search, operand: Operand, best: Allocation, beside: Prices) 
         prices, noise = search.prices, search.prices.noise[operand.name].tolist()
         found["noise"] = _by_width(dict(zip(prices.widths, noise, strict=True)))
         found["price"] = _by_width(search.mean[operand.name])
-        found["beside"] = _by_width(beside.mean().get(operand.name, {}))
+        found["beside"] = _by_width(others.get(operand.name, {}))
     return found
 
 
@@ -118,7 +121,7 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     if chosen.uniform is None:
         return f"{said}; no uniform width does"
     needs = "needs" if config.max_drop is not None else "with"
-    rival = uniform(search.known, search.mean, chosen.width or 0)
+    rival = search.uniform(chosen.width or 0)
     costs = "" if config.allocation.cost == "mean_bits" else f" ({_costs(search, rival)})"
     return f"{said}; uniform {needs} {chosen.width} bits{costs}: {_result(chosen.uniform, probes)}"
 

@@ -65,15 +65,15 @@ class Search:
         self.cost = measures_of(config, known, config.allocation.cost)
         shown = {*COSTS, *(["latency_ms"] if config.allocation.latencies else [])}
         self.shown = {name: measures_of(config, known, name) for name in sorted(shown)}
-        lowest, highest = (self._figure(uniform(known, self.mean, w)) for w in (self.widths[0], self.widths[-1]))
+        lowest, highest = (self._figure(self.uniform(w)) for w in (self.widths[0], self.widths[-1]))
         self.range = lowest, highest
 
     def within_limits(self, probes: Probes) -> Chosen:
         """The best under the limits; beside it, the widest uniform network that keeps them."""
         best = allocate_bits(self.known, self.mean, self.limits, self.same)
-        kept = [width for width in self.widths if self._keeps(uniform(self.known, self.mean, width))]
+        kept = [width for width in self.widths if self._keeps(self.uniform(width))]
         width = kept[-1] if kept else None
-        beside = None if width is None else self.measure(probes, uniform(self.known, self.mean, width))
+        beside = None if width is None else self.measure(probes, self.uniform(width))
         return Chosen(best, self.measure(probes, best), width, beside)
 
     def least(self, probes: Probes) -> Chosen:
@@ -83,15 +83,19 @@ class Search:
             return probes.drop(self.measure(probes, found)) <= (self.config.max_drop or 0)
 
         limit = first_that_holds(self._evenly(FINE), lambda most: enough(self._best_at(most)))
-        best = None if limit is None else self._best_at(limit)
-        if best is None:
+        if limit is None:
             raise RunError(
                 f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
                 f"allocation.widths may, or retrain_steps"
             )
-        width = first_that_holds(self.widths, lambda w: enough(uniform(self.known, self.mean, w)))
-        beside = None if width is None else self.measure(probes, uniform(self.known, self.mean, width))
+        best = self._best_at(limit)
+        width = first_that_holds(self.widths, lambda w: enough(self.uniform(w)))
+        beside = None if width is None else self.measure(probes, self.uniform(width))
         return Chosen(best, self.measure(probes, best), width, beside)
+
+    def uniform(self, width: int) -> Allocation:
+        """The same bits for all tensors that have a choice."""
+        return uniform(self.known, self.mean, width)
 
     def front(self, points: int) -> list[Allocation]:
         """The best bits at so many costs, at most."""

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qat_runner.config import AllocationConfig, Config, Mode, changed, without_choice
+from qat_runner.config import AllocationConfig, Config, Mode, changed, in_full_precision, without_choice
 from qat_runner.data import Data
-from qat_runner.policy import FULL_PRECISION
 from qat_runner.runs.records import Summary, measured, score
 
 log = logging.getLogger("qat_runner")
@@ -36,8 +35,7 @@ class Probes:
         usual = without_choice() | {"allocation": AllocationConfig(), "run_dir": None}
         places = {"runs_dir": str(folder), "trackers": [], "noise_batches": 0, "overwrite": False, "weights": weights}
         self._measured = changed(config, **_training(config, data), **usual, **places)
-        bits = dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION)
-        full = changed(config, **bits, **usual, **places, mode=Mode.evaluate, rules=[])
+        full = changed(config, **in_full_precision(), **usual, **places, mode=Mode.evaluate)
         self._run = run
         self._known: dict[str, Summary] = {}
         self.reference = run(full)

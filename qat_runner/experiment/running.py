@@ -37,6 +37,7 @@ from qat_runner.config import (
 )
 from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
+from qat_runner.experiment import allocating
 from qat_runner.experiment.building import build, load_teacher
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
@@ -168,8 +169,6 @@ def _finished_by_anyone(config: Config, what: str) -> Path:
 
 def _choose_bits(config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None) -> Summary:
     """Choose bits for what has been built, on the record."""
-    from qat_runner.experiment import allocating  # SciPy's solver takes its time to import
-
     with _recorded(config, folder):
         _record_environment(folder, resuming=False)
         log.info(f"run folder {folder}")
@@ -343,14 +342,6 @@ def _seen_at_a_time(config: Config) -> str:
     return f"{told}, where the recipe was published {published}{remedy}"
 
 
-def _bits(config: Config) -> int | str:
-    """Of weights and activations, as one number where they are the same; or what they were chosen by."""
-    if config.allocating:
-        return config.asked_bits
-    both = config.weight_bits, config.activation_bits
-    return both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}"
-
-
 def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
@@ -365,7 +356,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "bits": _bits(config),
+        "bits": config.told_bits,
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
         "mean_weight_bits": mean_weights,

@@ -24,6 +24,7 @@ from qat_runner.insertion.layers import (
     Swapped,
     convert,
     each,
+    elements_of,
     full_precision_class,
     full_precision_name,
     give_quantizers,
@@ -498,9 +499,7 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
         for operand in operands(layer):
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer):
-                seen = getattr(layer, "elements_seen", {}).get(operand)
-                elements = layer.weight.numel() if operand == "weight" else seen  # type: ignore[operator]
-                found.append(QuantizedTensor(name, operand, elements, quantizer))
+                found.append(QuantizedTensor(name, operand, elements_of(layer, operand), quantizer))
     return found
 
 

@@ -372,6 +372,15 @@ def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
     return layer.get_submodule(f"{operand}_quantizer")
 
 
+def elements_of(layer: nn.Module, operand: str) -> int | None:
+    """Elements of an operand of a quantized layer: of the weight, of others for one sample; None: not seen yet."""
+    if operand == "weight":
+        weight: Any = layer.weight
+        return int(weight.numel())
+    seen: dict[str, int] = getattr(layer, "elements_seen", {})
+    return seen.get(operand)
+
+
 def convert(layer: nn.Module) -> None:
     """Turn a layer of one of KINDS into its quantized class, in place, without quantizers yet."""
     layer.__class__ = quantized_class(type(layer))

@@ -12,7 +12,6 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report import page
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded, shown
-from qat_runner.report.run_page import bits
 from qat_runner.report.runs import configs_in
 from qat_runner.report.tables import against_full_precision, best_head, head, measures
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, metric, score, validated
@@ -313,7 +312,7 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> PlotlyTrace:
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
-    told = [f"{method}, {bits(run.config)} bits, seed {run.config.seed}" for run in runs]
+    told = [f"{method}, {run.config.told_bits} bits, seed {run.config.seed}" for run in runs]
     trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
     y_told = f"%{{y}} {_measure(runs).unit}"
     return trace | {
@@ -347,7 +346,7 @@ def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
     if key is None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
-    told = f"{run.method}, {bits(run.config)} bits, seed {run.config.seed}"
+    told = f"{run.method}, {run.config.told_bits} bits, seed {run.config.seed}"
     y_told = f"%{{y}} {_measure([run]).unit}"
     trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: {y_told}<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}

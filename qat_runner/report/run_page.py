@@ -126,16 +126,10 @@ def write(folder: Path, out: Path) -> Path:
 
 def heading(config: Config) -> str:
     """What a run is, in a few words."""
-    how = "in full precision" if config.quantization.full_precision else f"at {bits(config)} bits"
+    how = "in full precision" if config.quantization.full_precision else f"at {config.told_bits} bits"
     if config.allocating:
         how = f"with bits chosen for {config.asked_bits}"
     return f"{config.model.name} on {config.dataset.name} {how}"
-
-
-def bits(config: Config) -> str:
-    """Bits of weights and activations, as one number where they are the same."""
-    same = config.weight_bits == config.activation_bits
-    return f"{config.weight_bits}" if same else f"{config.weight_bits}/{config.activation_bits}"
 
 
 def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
@@ -148,10 +142,7 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     if difference is not None:
         cards.append(Card("against fp32", f"{difference:+.2f}", f"{figure.points}; same network, data and seed"))
     if not config.quantization.full_precision:
-        told = str(summary.get("bits", bits(config))) if config.allocating else bits(config)
-        cards.append(
-            Card("bits", told, "weights/activations" + (", mean" if config.allocating else "") if "/" in told else "")
-        )
+        cards.append(_bits_card(config, summary))
         share = summary.get("quantized_macs")
         if share is not None:
             cards.append(Card("quantized", f"{share:.4g} %", "of the multiply-accumulates"))
@@ -169,7 +160,8 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
 
 def _bits_card(config: Config, summary: Summary) -> Card:
     if not config.allocating:
-        return Card("bits", bits(config), "weights/activations" if "/" in bits(config) else "")
+        told = str(config.told_bits)
+        return Card("bits", told, "weights/activations" if "/" in told else "")
     means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
     told = "/".join("-" if mean is None else f"{mean:.1f}" for mean in means)
     return Card("bits", told, "mean of weights/activations, both ends included")

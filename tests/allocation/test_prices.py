@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.allocation import KINDS, Prices, of_distributions, of_loss, price
+from qat_runner.allocation import Prices, of_distributions, of_loss, price
 from qat_runner.allocation.prices import having_bits
 from qat_runner.insertion import quantize_model, quantized_tensors
+from qat_runner.policy import PRICES
 from qat_runner.quant import IntFormat, fake_quantize, octav
 
 WIDTHS = (2, 4, 8)
@@ -134,7 +135,7 @@ def test_distributions_may_lie_along_any_dimension(shape: tuple[int, ...], dim: 
     assert of_distributions(lambda model, batch: sure, dim).loss(sure, None)[0] == 0 and out > 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PRICES)
 def test_the_network_is_left_as_it_was(model: nn.Module, batches: list[Batch], kind: str) -> None:
     model.train().get_submodule("two").requires_grad_(False)
     before, plain = copy.deepcopy(model.state_dict()), model(batches[0][0])
@@ -145,7 +146,7 @@ def test_the_network_is_left_as_it_was(model: nn.Module, batches: list[Batch], k
     assert torch.equal(model(batches[0][0]), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PRICES)
 def test_more_bits_cost_less(model: nn.Module, batches: list[Batch], kind: str) -> None:
     for row in price(model, batches, CROSS_ENTROPY, (2, 3, 4, 6, 8), kind).mean().values():
         assert abs(row[8]) < max(abs(row[2]), 1e-6)
