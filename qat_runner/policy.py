@@ -36,6 +36,9 @@ GRADIENT_PAIRS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "
 """Gradient name -> (estimator of weights, estimator of activations); mph is the paper's hybrid."""
 
 GRANULARITIES = ("channel", "tensor")
+"""Of weights."""
+
+ACTIVATION_GRANULARITIES = ("tensor", "token")
 
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
@@ -51,6 +54,9 @@ EXPERTS = "Experts"
 
 WEIGHT_AND_INPUT = ("weight", "input")
 """The operands of a layer that has a weight."""
+
+TOKENS = {"Linear": ("input",), EXPERTS: ("input",), "Matmul": ("query", "key", "probabilities")}
+"""Kind of layer -> its operands whose tokens may have a scalar each: products add up within a token of these."""
 
 ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
@@ -75,7 +81,8 @@ class TensorPolicy:
     gradient: str = "mph"
     """ste, pwl, mad, or mph: mad for weights, pwl for activations; learned methods have their own"""
     granularity: str = "tensor"
-    """of weights: one scalar per output channel ("channel"), or one in all, of experts one each; pact has one in all"""
+    """of weights: one scalar per output channel ("channel"), or one in all, of experts one each; pact has one in all;
+    of activations: one scalar per token ("token"), solved as it comes, or one in all"""
     dynamic: bool = True
     """solve scalars on each call, or be static, with calibrated ones"""
     eval_mode: str = "dynamic"
@@ -102,6 +109,11 @@ class TensorPolicy:
             return None
         weight = operand == "weight"
         format = FORMATS[self.format](self.bits).with_range(Range(self.range))
+        if self.granularity == "token":
+            if not self.dynamic or self.eval_mode != "dynamic":
+                raise ValueError("granularity=token: its scalars are dynamic, and in eval() as well")
+            gradient = GRADIENT_PAIRS[self.gradient][1]
+            return self.clipping.token_quantizer(format, gradient=gradient, sign_known=False)
         return self.clipping.quantizer(
             format,
             weight=weight,
@@ -150,7 +162,7 @@ class Rule:
             "format": FORMATS,
             "range": tuple(Range),
             "gradient": GRADIENT_PAIRS,
-            "granularity": GRANULARITIES,
+            "granularity": (*GRANULARITIES, "token"),
             "eval_mode": EVAL_MODES,
         }
         for name, allowed in names.items():
@@ -297,6 +309,7 @@ class Policy:
         eval_mode: str = "dynamic",
         conv_granularity: str = "channel",
         linear_granularity: str = "tensor",
+        activation_granularity: str = "tensor",
         quantize_head: bool = True,
         keep: Sequence[str] = (),
         synchronize: bool = False,
@@ -322,6 +335,8 @@ class Policy:
             eval_mode: what activation quantizers do in eval(): dynamic, running or last.
             conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights;
                 an expert is a linear layer. Those of pact have one per tensor, as published.
+            activation_granularity: "tensor", or "token": one scalar for each token of what TOKENS names, solved as it
+                comes; other activations, those of convolutions and values of attention, have one per tensor still.
             quantize_head: whether the last linear layer is quantized.
             keep: names of layers that are left in full precision.
             synchronize: solve activation scalars in training on the batch of all processes of torch.distributed
@@ -345,6 +360,13 @@ class Policy:
                 _check_bits(name, value)
         for name, granularity in (("conv_granularity", conv_granularity), ("linear_granularity", linear_granularity)):
             _check_name(name, granularity, GRANULARITIES)
+        _check_name("activation_granularity", activation_granularity, ACTIVATION_GRANULARITIES)
+        per_token = activation_granularity == "token"
+        if per_token and (method.learned or not dynamic or eval_mode != "dynamic"):
+            raise ValueError(
+                "activation_granularity=token: its scalars are dynamic, and in eval() as well, so clipping can neither "
+                "be static nor learned, and eval_mode must be dynamic"
+            )
         general = Rule(
             bits=width["activation_bits"],
             format=format if activation_format is None else activation_format,
@@ -366,6 +388,7 @@ class Policy:
                 ),
                 Rule("*.weight", "Conv*", granularity=conv_granularity),
                 *(Rule("*.weight", kind, granularity=linear_granularity) for kind in ("Linear", EXPERTS)),
+                *(_rules_of_tokens() if per_token else ()),
                 *_rules_of_ends(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
                 *(Rule(glob.escape(name), bits=FULL_PRECISION) for name in keep),
@@ -397,6 +420,9 @@ class Policy:
         settings: dict[str, Any] = {}
         for rule in rules:
             settings |= rule.settings()
+        if settings.get("granularity") == "token" and operand not in TOKENS.get(kind, ()):
+            of = "; ".join(f"{' and '.join(operands)} of {kind}" for kind, operands in TOKENS.items())
+            raise PolicyError(f"{layer}.{operand}: granularity=token is for {of}, whose products add up within a token")
         return TensorPolicy(**settings)
 
     def with_ends(self, ends: Mapping[str, Collection[str]]) -> Policy:
@@ -429,6 +455,11 @@ class Policy:
         if not isinstance(content, Sequence) or isinstance(content, str | bytes):
             raise ValueError(f"a policy must be a list of rules, not {type(content).__name__}")
         return cls(tuple(map(Rule.from_dict, content)))
+
+
+def _rules_of_tokens() -> list[Rule]:
+    """A scalar a token, wherever there can be."""
+    return [Rule(f"*.{name}", kind, granularity="token") for kind, operands in TOKENS.items() for name in operands]
 
 
 def _rules_of_ends(widths: Sequence[int], bits: int | None) -> list[Rule]:

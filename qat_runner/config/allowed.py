@@ -11,7 +11,7 @@ from qat_runner.config.keys import leaves
 from qat_runner.config.schema import LIMITS, ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
-from qat_runner.policy import GRADIENT_PAIRS, GRANULARITIES, PRICES
+from qat_runner.policy import ACTIVATION_GRANULARITIES, GRADIENT_PAIRS, GRANULARITIES, PRICES
 from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.backends import BACKENDS
 
@@ -49,6 +49,7 @@ def _names() -> dict[str, Collection[str]]:
         "clipping.eval_mode": EVAL_MODES,
         "conv_granularity": GRANULARITIES,
         "linear_granularity": ("auto", *GRANULARITIES),
+        "activation_granularity": ACTIVATION_GRANULARITIES,
         "dataset.task": tuple(FACTS),
         "allocation.price": PRICES,
         "allocation.cost": ("mean_bits", *LIMITS[1:]),

@@ -109,6 +109,7 @@ def settings(config: Config) -> dict[str, Any]:
             "quantize_head",
             "conv_granularity",
             "linear_granularity",
+            "activation_granularity",
             "format",
             "weight_format",
             "activation_format",

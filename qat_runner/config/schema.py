@@ -425,6 +425,9 @@ class ConfigSchema:
     """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
     linear_granularity: str = "auto"
     """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel on texts"""
+    activation_granularity: str = "tensor"
+    """clipping scalars of an activation: tensor, or token (one for each token that a linear layer, an expert or the
+    scores of attention are given, solved as it comes; other activations have one per tensor still)"""
     format: str = "int"
     """what a number looks like: int; int_affine, with a zero point, a lower and an upper end in place of one scalar; or
     what an installed package adds"""
@@ -666,6 +669,7 @@ class Config(ConfigSchema):
                 eval_mode=self.clipping.eval_mode,
                 conv_granularity=self.conv_granularity,
                 linear_granularity=self.linear_granularity,
+                activation_granularity=self.activation_granularity,
                 quantize_head=self.task.quantize_head if self.quantize_head is None else self.quantize_head,
                 synchronize=self.clipping.sync,
                 rules=[Rule.from_dict(rule) for rule in (*self.rules, *self.allocated)],

@@ -91,6 +91,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "quantize_head": None,
     "conv_granularity": "channel",
     "linear_granularity": "auto",
+    "activation_granularity": "tensor",
     "format": "int",
     "weight_format": "int",
     "activation_format": "int",

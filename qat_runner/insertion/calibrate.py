@@ -36,7 +36,7 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
     Args:
         model: with static quantizers, or dynamic ones that are to be used with eval_mode running or last.
         batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward.
-        layers: see the module's head; None: all.
+        layers: see the module's head; None: all. Those with a scalar a token are left as they are.
 
     Returns:
         How many batches were used.
@@ -47,7 +47,7 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
     Warns:
         QuantizationWarning: inputs that no batch reached, by name: they have no scalars, and refuse to go without.
     """
-    tensors = _chosen(model, layers)
+    tensors = [t for t in _chosen(model, layers) if not t.quantizer.per_token]
     weights = [t for t in tensors if t.tensor == "weight"]
     activations = [t for t in tensors if t.tensor != "weight"]
     used, scalars = _full_precision_scalars(model, activations, batches)
@@ -95,12 +95,15 @@ def freeze(
 
     Raises:
         ValueError: an unknown rule, or a glob that matches nothing; no batches where the rule needs them, or no
-            training where it needs that; an activation that no batch reaches. Nothing is frozen then.
+            training where it needs that; an activation that no batch reaches, or one with a scalar a token, of which
+            none is constant. Nothing is frozen then.
     """
     if rule not in FREEZING:
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
     dynamic = [t for t in _chosen(model, layers) if t.quantizer.dynamic]
     activations = [t for t in dynamic if t.tensor != "weight"]
+    if per_token := [t.name for t in activations if t.quantizer.per_token]:
+        raise ValueError(f"{per_token[0]} has a clipping scalar a token, solved as it comes: none of them is constant")
     scalars = _scalars_by_rule(model, rule, activations, batches)
     for tensor, s in zip(activations, scalars, strict=True):
         tensor.quantizer.freeze(s)

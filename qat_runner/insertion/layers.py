@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
 from qat_runner.policy import EMBEDDING, WEIGHT_AND_INPUT
+from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
 
 
@@ -300,9 +301,11 @@ class QuantMatmul(nn.Module):
     def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
         """That product, or what else is computed with the two."""
         by = [self.get_submodule(f"{name}_quantizer") for name in self.operands]
+        turned = is_per_token(by[1])  # whose tokens, the rows that it takes, are columns of the right operand
+        right = right.mT if turned else right
         a, b = by[0](left), by[1](right)
         with recomputing((a, left, by[0]), (b, right, by[1])):
-            return compute(a, b)
+            return compute(a, b.mT if turned else b)
 
 
 WRITTEN: dict[type[nn.Module], type[Swapped]] = {
@@ -370,6 +373,11 @@ def operands(layer: nn.Module) -> tuple[str, ...]:
 def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
     """The quantizer of an operand of a quantized layer, or an identity."""
     return layer.get_submodule(f"{operand}_quantizer")
+
+
+def is_per_token(quantizer: nn.Module) -> bool:
+    """Whether each token has a scalar of its own; of an identity, no."""
+    return isinstance(quantizer, Quantizer) and quantizer.per_token
 
 
 def elements_of(layer: nn.Module, operand: str) -> int | None:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
-from qat_runner.insertion.layers import QuantLayer, Swapped, Taking, full_precision_name, quantized_class, restore
+from qat_runner.insertion.layers import (
+    QuantLayer,
+    Swapped,
+    Taking,
+    full_precision_name,
+    is_per_token,
+    quantized_class,
+    restore,
+)
 from qat_runner.policy import EXPERTS
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import Quantized, Source, can_be_made, recomputing, remade, saving
@@ -69,6 +77,9 @@ class OwnWeight(nn.Module):
     def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
         super().__init__()
         self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
+
+    per_token = False
+    """Whether each token of the input has a scalar of its own."""
 
     @property
     def weight(self) -> Any:
@@ -137,6 +148,10 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         shape = self.weight.shape
         experts, channels = shape[:-2].numel(), shape[-3 - self.contracted]
         return {"tensor": (experts, 1) if len(shape) > 2 else (), "channel": (experts * channels, 1)}
+
+    @property
+    def per_token(self) -> bool:  # type: ignore[override]
+        return is_per_token(self.input_quantizer)
 
     @property
     def turned(self) -> bool:
@@ -229,8 +244,10 @@ class _Pass:
         if right is not None and left is None:
             return right(call.left, self._in_place_of(call.right, right), call.compute, self._used_of(right))
         if left is not None and right is None:
-            compute = partial(_the_other_way_round, call.compute)
-            return left(call.right, self._in_place_of(call.left, left), compute, self._used_of(left))
+            turned = left.per_token and call.summed is not None and call.summed[1] == -2
+            compute = partial(_the_other_way_round, call.compute, turned)
+            input = call.right.mT if turned else call.right
+            return left(input, self._in_place_of(call.left, left), compute, self._used_of(left))
         return NotImplemented
 
     def _layer_of(self, t: Any) -> OwnWeight | None:
@@ -250,8 +267,8 @@ class _Pass:
         return self._used[layer.parameter]
 
 
-def _the_other_way_round(compute: Compute, right: Tensor, left: Tensor) -> Tensor:
-    return compute(left, right)
+def _the_other_way_round(compute: Compute, turned: bool, right: Tensor, left: Tensor) -> Tensor:
+    return compute(left, right.mT if turned else right)
 
 
 def layer_name(parameter: str) -> str:

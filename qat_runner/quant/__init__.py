@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qat_runner.quant.noise import Noise, clipped_fraction, expected_mse, measure, mse, noise_of, sqnr_db
     from qat_runner.quant.orienting import oriented
     from qat_runner.quant.quantizer import NotCalibratedError, Quantizer
+    from qat_runner.quant.tokens import TokenQuantizer
 
 __all__ = [
     "BITS",
@@ -62,6 +63,7 @@ __all__ = [
     "Quantizer",
     "Range",
     "StepFormat",
+    "TokenQuantizer",
     "as_format",
     "clipped_fraction",
     "clipping_method",
@@ -81,7 +83,7 @@ __all__ = [
 
 _MODULES = (
     *("formats", "method", "methods"),  # which do without PyTorch
-    *("clipping", "dorefa", "estimators", "learned", "noise", "orienting", "quantizer"),
+    *("clipping", "dorefa", "estimators", "learned", "noise", "orienting", "quantizer", "tokens"),
 )
 """Where all that lies."""
 

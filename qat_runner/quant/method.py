@@ -93,6 +93,22 @@ class ClippingMethod(ABC):
 
         return Quantizer(format, self, **how)
 
+    def token_quantizer(self, format: Format, **how: Any) -> Quantizer:
+        """What quantizes an activation with this method, with a scalar for each token.
+
+        Args:
+            format: what values are rounded to.
+            **how: as of `TokenQuantizer`.
+
+        Raises:
+            ValueError: it is learned: no token is there for long enough.
+        """
+        from qat_runner.quant import TokenQuantizer
+
+        if self.learned:
+            raise ValueError(f"clipping {self.name!r} learns its scalars, and tokens have none that last")
+        return TokenQuantizer(format, self, **how)
+
     @property
     def options(self) -> dict[str, Any]:
         """Its options, by name."""

@@ -7,7 +7,7 @@ an installed package (see `plugins`).
 from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
 
 import difflib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_runner.plugins import Registry, later
@@ -18,6 +18,7 @@ from qat_runner.quant.method import Call, ClippingMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qat_runner.quant import Quantizer
     from qat_runner.quant.kernels.cost import Cost
 
 WARM_TOLERANCE = 1e-4
@@ -139,6 +140,10 @@ class MseSweep(ClippingMethod):
         from qat_runner.quant import clipping
 
         return clipping.mse_sweep(x, format, dim, self.points, together=self.together, check=call.check)
+
+    def token_quantizer(self, format: Format, **how: Any) -> Quantizer:
+        """As `ClippingMethod.token_quantizer`; tokens never share a candidate."""
+        return super(MseSweep, replace(self, together=False)).token_quantizer(format, **how)
 
 
 METHODS: Registry[type[ClippingMethod]] = Registry(

@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     search: Search
 
 
-_latest = LatestScalars()
+LATEST = LatestScalars()
 """of training"""
 
 
@@ -109,6 +109,9 @@ class Quantizer(ScalarState):
         NotCalibratedError: on a call that needs scalars when there are none yet. It begins with `name`, as all errors
             of a call do.
     """
+
+    per_token = False
+    """Whether each token has a scalar of its own, which is solved as it comes and never static."""
 
     def __init__(
         self,
@@ -200,6 +203,10 @@ class Quantizer(ScalarState):
             self.last_s = s
         return self._quantize(x, s)
 
+    def rows(self, x: Tensor) -> Tensor:
+        """x in the shape that `dim` and the scalars are of."""
+        return x
+
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
         """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient.
@@ -241,12 +248,12 @@ class Quantizer(ScalarState):
         """A step of training in one operation; of a tensor that another quantizer has solved, what is left of it."""
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another would not wait for this one
         how = self.method, plan.format, self.dim, plan.seen, stream
-        s = _latest.find(self, x, how)
+        s = LATEST.find(self, x, how)
         if s is not None:
             self.remember(s, self.momentum)
             return self._took(s, self._quantize(x, s))
         out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
-        _latest.note(self, x, how, self.latest)
+        LATEST.note(self, x, how, self.latest)
         return out
 
     def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:

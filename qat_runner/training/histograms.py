@@ -52,7 +52,7 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
     tallies: dict[Quantizer, _Tally] = {}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
-        s = quantizer.latest.float()
+        s, x = quantizer.latest.float(), quantizer.rows(x)
         s = s if quantizer.format.parts == 1 else quantizer.format.reach(s)
         x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored where the scale is negative, as the levels are
         if quantizer not in tallies:

@@ -65,8 +65,9 @@ class State:
 
 
 def dynamic_activations(model: nn.Module) -> list[Quantizer]:
-    """The quantizers of activations that are dynamic."""
-    return [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic]
+    """The quantizers of activations that are dynamic and could be static."""
+    activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
+    return [q for q in activations if q.dynamic and not q.per_token]
 
 
 def freeze_activations(model: nn.Module) -> None:
