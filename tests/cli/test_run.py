@@ -378,6 +378,7 @@ WRONG = [
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
+    (["activation_granularity=token", "clipping=static_octav"], "activation_granularity=token: its scalars are dynamic"),
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
     (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: digits has 10 classes"),

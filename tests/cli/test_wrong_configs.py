@@ -37,6 +37,7 @@ WORDS = {
     "clipping.dynamic": ["true", "false"],
     "conv_granularity": ["channel", "tensor", "row"],
     "linear_granularity": ["auto", "channel", "tensor", "row"],
+    "activation_granularity": ["tensor", "token", "row"],
     "dataset.augment": ["none", "crop", "crop_flip", "mixup"],
     "dataset.padding": ["longest", "max_length", "none"],
     "dataset.resizing": ["pillow", "tensor", "none"],
