@@ -38,7 +38,7 @@ class CifarResNet(nn.Module):
     """ResNet of 6n + 2 layers: pictures [N, 3, H, W], H and W about 32, -> logits [N, num_classes].
 
     Args:
-        depth: 20, 32, 44, 56, or any other 6n + 2.
+        depth: 8, 20, 32, 44, 56, or any other 6n + 2.
         num_classes: number of logits.
     """
 

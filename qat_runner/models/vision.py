@@ -81,7 +81,7 @@ MODELS: Registry[Builder] = _Models(
     {
         **{name: _resnet(name) for name in TORCHVISION_MODELS if name.startswith("resnet")},
         **{name: _mobilenet(name) for name in TORCHVISION_MODELS if name.startswith("mobilenet")},
-        **{f"resnet{depth}": _cifar_resnet(depth) for depth in (20, 32, 44, 56)},
+        **{f"resnet{depth}": _cifar_resnet(depth) for depth in (8, 20, 32, 44, 56)},
     },
     valid=callable,
 )

@@ -98,20 +98,35 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 class Interval:
-    """The steps since their losses were last read; they wait on the device till then."""
+    """The steps since their losses were last read; they wait on the device till then.
 
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
+    Losses wait in one tensor. A tensor each, which lasts, would be cut out of the memory that a large one has just
+    freed, so that the next large one finds no room there: memory would grow by the largest tensor at each step.
+
+    Args:
+        steps: as many as there may be.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._losses: Tensor | None = None
         self.rates: list[float] = []
         self.excess: list[Tensor] = []
         self._began = time.perf_counter()
 
     def add(self, loss: Tensor, lr: float, excess: Tensor | None) -> None:
         """A step: its mean loss [], its learning rate, and what a warm start cost it, [2]."""
-        self.losses.append(loss)
+        if self._losses is None:
+            self._losses = loss.new_empty(self._steps)
+        self._losses[len(self.rates)] = loss
         self.rates.append(lr)
         if excess is not None:
             self.excess.append(excess)
+
+    @property
+    def losses(self) -> Tensor:
+        """Of the steps, in order: [steps]."""
+        return torch.empty(0) if self._losses is None else self._losses[: len(self.rates)]
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began
@@ -160,7 +175,7 @@ class Trainer:
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
         self.totals = self.task.totals(self.device)
         """of the epoch that is under way, of this process"""
-        self.interval = Interval()
+        self.interval = Interval(self.steps)
         self.stop = StopRequest()
         self.saved_at = time.monotonic()
 
@@ -308,7 +323,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         """What is left of an epoch; returns the figures of all of it."""
         self.model.train()
-        self.interval = Interval()
+        self.interval = Interval(self.steps)
         batches = self.data.train_batches(self.batch_size, epoch, self.steps, self.state.step)
         for step, batch in enumerate(batches, self.state.step):
             lr = learning_rate(self.stage, self.lr, self.epochs, epoch, step, self.steps)
@@ -387,7 +402,7 @@ class Trainer:
         self.state.train_seconds += seconds
         self.state.step += len(interval.rates)
         self.state.steps += len(interval.rates)
-        losses = self._mean_over_processes(interval.losses).tolist() if interval.losses else []
+        losses = self._mean_over_processes(interval.losses).tolist() if interval.rates else []
         rows = [
             {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
             for i, (loss, lr) in enumerate(zip(losses, interval.rates, strict=True))
@@ -395,7 +410,7 @@ class Trainer:
         for row, figures in zip(rows, interval.excess, strict=False):
             row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
         self.record.steps(rows)
-        self.interval = Interval()
+        self.interval = Interval(self.steps)
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if bad is not None:
             raise RunError(self._diverged(f"the loss became {losses[bad]}", epoch, first + bad, interval.rates[bad]))
@@ -404,8 +419,8 @@ class Trainer:
                 self._diverged("a weight became NaN or infinite", epoch, self.state.step - 1, interval.rates[-1])
             )
 
-    def _mean_over_processes(self, losses: list[Tensor]) -> Tensor:
-        return distributed.all_reduce(torch.stack(losses)) / distributed.shard().world
+    def _mean_over_processes(self, losses: Tensor) -> Tensor:
+        return distributed.all_reduce(losses.clone()) / distributed.shard().world
 
     def _diverged(self, what: str, epoch: int, step: int, lr: float) -> str:
         noisy = min(self.noise, key=lambda row: row.sqnr_db, default=None)

@@ -36,7 +36,7 @@ LONG = {"distillation", "learned", "table2", "table3", "table4"}
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EXPERIMENTS])
 def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    network = "mobilenet_v3_small" if name == "distillation" else "resnet20"
+    network = "mobilenet_v3_small" if name == "distillation" else "resnet8"
     args = [f"+experiment={name}", "+stand_in=digits", f"model={network}", "epochs=1"]
     assert run(*args) == 0
     table = capsys.readouterr().out.split("top1 %")[-1].split("\n\n")[0]
@@ -62,7 +62,7 @@ def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.Capt
 
 @pytest.mark.parametrize("name", sorted(LONG))
 def test_every_row_is_accepted(name: str, run: Run) -> None:
-    args = ["-m", f"+experiment={name}", "+stand_in=digits", "model=resnet20", "epochs=1", *SHORT]
+    args = ["-m", f"+experiment={name}", "+stand_in=digits", "model=resnet8", "epochs=1", *SHORT]
     assert len(cli_run._check_all([*args, *cli_run._rows_of_experiment(args, True)])) == ROWS[name]
 
 
@@ -73,8 +73,8 @@ def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.Capt
     assert report.main(["table1", "runs"]) == 0
     out = capsys.readouterr().out
     assert report.main(["table1", "runs", "--model", "resnet50"]) == 0
-    assert "resnet20" not in capsys.readouterr().out
-    assert " ± " in out and "Missing: resnet20, Max-scaled, 4 bits; " in out
+    assert "resnet8" not in capsys.readouterr().out
+    assert " ± " in out and "Missing: resnet8, Max-scaled, 4 bits; " in out
     assert report.main(["figure4", "runs"]) == 0
     assert Path("report/figure4.svg").stat().st_size > 10_000
     assert run(*args, "seed=2", "epochs=2") == 0
@@ -102,14 +102,14 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("runs").mkdir()
     assert report.main(["table1"]) == 2
     assert "runs: holds no runs" in capsys.readouterr().err
-    assert report.main(["figure2", "--model", "resnet20", "--dataset", "digits"]) == 2
+    assert report.main(["figure2", "--model", "resnet8", "--dataset", "digits"]) == 2
     assert "figure2: needs --run RUN_DIR, or --model NAME --weights FILE --dataset NAME" in capsys.readouterr().err
     for option, value, sentence in (
         ("--model", "resnet21", "--model resnet21: must be one of resnet18, "),
         ("--dataset", "squad", "--dataset squad: must be one of "),
         ("--weights", "nowhere.pth", "weights=nowhere.pth: no such file"),
     ):
-        named = {"--model": "resnet20", "--dataset": "digits", "--weights": "w.pth", option: value}
+        named = {"--model": "resnet8", "--dataset": "digits", "--weights": "w.pth", option: value}
         assert report.main(["figure2", *(word for pair in named.items() for word in pair)]) == 2
         assert sentence in capsys.readouterr().err
     assert report.main(["figure1", "--run", "runs"]) == 2
@@ -120,7 +120,7 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 OF_RUN = ("--run", "one")
-OF_WEIGHTS = ("--model", "resnet20", "--weights", "one/checkpoints/last.pt", "--dataset", "digits")
+OF_WEIGHTS = ("--model", "resnet8", "--weights", "one/checkpoints/last.pt", "--dataset", "digits")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ OF_WEIGHTS = ("--model", "resnet20", "--weights", "one/checkpoints/last.pt", "--
     ids=["of a run", "others"],
 )
 def test_figures(figures: list[tuple[str, ...]], run: Run) -> None:
-    assert main(["model=resnet20", *SHORT, "epochs=1", "run_dir=one"]) == 0
+    assert main(["model=resnet8", *SHORT, "epochs=1", "run_dir=one"]) == 0
     for args in figures:
         assert report.main(args) == 0
         assert all(Path(f"report/{args[0]}{suffix}").stat().st_size > 10_000 for suffix in (".png", ".svg"))

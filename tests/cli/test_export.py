@@ -22,7 +22,7 @@ from tests.tiny import tiny_bert, tiny_squad
 
 FAKE = [
     *("backend=eager", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=32"),
-    *("model=resnet20", "epochs=1"),
+    *("model=resnet8", "epochs=1"),
 ]
 Export = Callable[..., int]
 
@@ -72,7 +72,7 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert result["bytes"]["onnx"] == (out / "model.onnx").stat().st_size
     assert result["milliseconds"].keys() == {"full_precision", "onnx"}
     text = capsys.readouterr().out
-    assert "resnet20, 4/4 bits" in text and "same predictions %" in text and "ms a sample" in text
+    assert "resnet8, 4/4 bits" in text and "same predictions %" in text and "ms a sample" in text
 
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
     (logits,) = session.run(None, {"pictures": np.zeros((5, 3, 8, 8), np.float32)})

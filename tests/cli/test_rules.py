@@ -9,7 +9,7 @@ from qat_runner.cli.run import main
 from qat_runner.config import load_config, read_config, run_name
 from qat_runner.config.composing import command, quoted
 
-SMALL = ("model=resnet20", "dataset=digits", "device=cpu", "epochs=1", "limit_train_batches=1", "limit_val_batches=1")
+SMALL = ("model=resnet8", "dataset=digits", "device=cpu", "epochs=1", "limit_train_batches=1", "limit_val_batches=1")
 FILE = """
 rules:
   - {match: layer3.*, bits: 3}
@@ -28,7 +28,7 @@ def test_a_file_and_a_rule_on_top_of_it(place: Path) -> None:
     asked = (*SMALL, "policy=mixed.yaml", "rules=[{match: last, bits: 32}, {match: layer3.0.conv1.input, bits: 5}]")
     assert main(asked) == 0
     (folder,) = (place / "runs").iterdir()
-    assert folder.name.startswith("resnet20_digits_scratch_4bit-mixed_octav_mph_seed0_")
+    assert folder.name.startswith("resnet8_digits_scratch_4bit-mixed_octav_mph_seed0_")
     table = (folder / "quantizers.txt").read_text().splitlines()
     bits = {tuple(line.split()[:2]): line.split()[2] for line in table if len(line.split()) == 7}
     assert bits["layer3.0.conv1", "weight"] == "3" and bits["layer3.0.conv1", "input"] == "5"

@@ -104,5 +104,5 @@ def test_a_format_a_tracker_and_options(tmp_path: Path) -> None:
 def test_what_is_broken_is_told_in_a_sentence(
     entry_points: str, words: tuple[str, ...], told: str, tmp_path: Path
 ) -> None:
-    done = ask(installed(tmp_path / "site", entry_points), tmp_path, "model=resnet20", "dataset=digits", *words)
+    done = ask(installed(tmp_path / "site", entry_points), tmp_path, "model=resnet8", "dataset=digits", *words)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

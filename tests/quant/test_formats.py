@@ -141,7 +141,7 @@ def test_a_codebook_from_the_command_to_the_page(
     codebook: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["model=resnet20", "dataset=digits", "format=codebook", "epochs=1", "limit_train_batches=2"]
+    command = ["model=resnet8", "dataset=digits", "format=codebook", "epochs=1", "limit_train_batches=2"]
     assert run.main([*command, "limit_val_batches=1", "run_dir=run", "device=cpu"]) == 0
     tensors = json.loads((tmp_path / "run" / "histograms.json").read_text())
     levels = next(t["levels"] for t in tensors if t["layer"] == "layer1.0.conv1" and t["tensor"] == "weight")

@@ -18,8 +18,8 @@ from qat_runner.runs.trackers import TRACKERS, Tracked, Tracker
 
 EPOCH = {"epoch": 1, "train_loss": 2.5, "val_top1": 40.0, "lr": 0.1, "val_nll": float("nan")}
 NOISE = [LayerNoise("conv", "weight", 4, True, "channel", 0.5, 1e-3, 20.0, 0.01, 18.0)]
-CONFIG = {"bits": 4, "model": {"name": "resnet20"}, "rules": []}
-SMALL = ("model=resnet20", "dataset=digits", "device=cpu", "epochs=1", "limit_train_batches=1", "limit_val_batches=1")
+CONFIG = {"bits": 4, "model": {"name": "resnet8"}, "rules": []}
+SMALL = ("model=resnet8", "dataset=digits", "device=cpu", "epochs=1", "limit_train_batches=1", "limit_val_batches=1")
 
 
 def two_sittings(folder: Path, tracker: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -46,7 +46,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     client = MlflowClient((tmp_path / "run" / "mlruns").as_uri())
     run = client.get_run(after["mlflow"])
     assert (run.info.status, run.info.run_name) == ("FINISHED", "a_run")
-    assert run.data.params == {"bits": "4", "model.name": "resnet20", "rules": "[]"}
+    assert run.data.params == {"bits": "4", "model.name": "resnet8", "rules": "[]"}
     history = client.get_metric_history(run.info.run_id, "val/top1")
     assert [(metric.step, metric.value) for metric in history] == [(1, 40.0), (2, 50.0)]
     assert run.data.metrics["layers_sqnr_db/conv.weight"] == 20.0 and run.data.metrics["result/top1"] == 50.0
@@ -65,7 +65,7 @@ def test_weights_and_biases_offline(
     assert before == after and not [record for record in caplog.records if record.name != "wandb"]
     sittings = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{after['wandb']}"))
     written = b"".join(file.read_bytes() for sitting in sittings for file in sitting.glob("*.wandb"))
-    for told in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet20", b"a_run"):
+    for told in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet8", b"a_run"):
         assert told in written
     assert b"a_host_of_mine" not in written and wandb.run is None
 

@@ -16,7 +16,7 @@ from qat_runner.training.averages import Averages
 from qat_runner.training.loop import Trainer
 
 RUN = (
-    *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
+    *("backend=eager", "model=resnet8", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
     *("batch_size=16", "epochs=1", "noise_batches=0", "recipe.scratch.ema_decay=0.9", "recipe.scratch.mixup=0.8"),
     *("recipe.scratch.cutmix=1", "recipe.scratch.random_erasing=0.25", "recipe.scratch.label_smoothing=0.1"),
 )
@@ -69,5 +69,5 @@ def test_a_run_goes_on_to_the_same_averages(tmp_path: Path, monkeypatch: pytest.
         (broken / "metrics.csv").read_text().splitlines()[-1].split(",")[:4]
     )
     path = str(whole / "checkpoints" / "last.pt")
-    state, loaded = match_weights(build_model("resnet20", 10, 8), Source(path), "resnet20", new_head=False)
+    state, loaded = match_weights(build_model("resnet8", 10, 8), Source(path), "resnet8", new_head=False)
     assert torch.equal(state["conv1.weight"], one["model"]["conv1.weight"]) and "(not trained)" in str(loaded)

@@ -3,6 +3,7 @@
 What stays unseen are copies that wait, such as of pageable memory, and kernels that are written for the GPU.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from qat_runner.quant.kernels import newton
 from qat_runner.runs.record import NullRecord
 from qat_runner.tasks import TASKS
 from qat_runner.training import recipe
-from qat_runner.training.loop import Trainer
+from qat_runner.training.loop import Interval, Trainer
 from tests.tiny import tiny_bert
 from tests.training.watch import Watch
 
@@ -137,3 +138,14 @@ def test_of_a_batch_in_one_part_the_loss_is_that_of_the_task(tmp_path: Path, mon
     monkeypatch.setattr(training, "_loss", lambda *args: losses.append(compute(*args)) or losses[-1])
     mean = training._add_gradients(batch(CPU))
     assert mean.data_ptr() == losses[0].data_ptr() and not mean.requires_grad
+
+
+def test_no_tensor_of_a_step_lasts_into_the_next() -> None:
+    """Small ones that do would cut up the memory of large ones, so that a run grew with its steps."""
+    interval = Interval(3)
+    losses = [torch.tensor(float(i)) for i in range(3)]
+    kept = [weakref.ref(loss) for loss in losses]
+    while losses:
+        interval.add(losses.pop(0), 0.1, None)
+    assert [loss() for loss in kept] == [None] * 3
+    assert interval.losses.tolist() == [0, 1, 2]
