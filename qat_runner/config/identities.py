@@ -83,6 +83,8 @@ def settings(config: Config) -> dict[str, Any]:
         }
         if config.recipe.teacher_part is not None:
             keys["distill"]["teacher_part"] = config.recipe.teacher_part
+        if config.recipe.teacher_model is not None:
+            keys["distill"]["teacher_model"] = config.recipe.teacher_model
     if not config.allocating:
         for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
             del keys[key]
@@ -94,6 +96,10 @@ def settings(config: Config) -> dict[str, Any]:
         keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
     if config.freezing:
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
+    if config.reestimating:
+        keys["batchnorm_batches"] = config.recipe.batchnorm_batches
+    if not (config.quantized_training or config.retrain_steps):
+        del keys["oscillations"]
     if not config.training:
         for key in ("epochs", "lr", "accumulate", "batch_size"):
             del keys[key]

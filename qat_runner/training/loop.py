@@ -28,7 +28,11 @@ from qat_runner.runs.records import PREDICTIONS
 from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.averages import Averages
+from qat_runner.training.batch_norm import reestimate
+from qat_runner.training.dampening import Dampening
+from qat_runner.training.latent import latent_weights
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
+from qat_runner.training.oscillations import Oscillations
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.stop import StopRequest
@@ -37,6 +41,9 @@ log = logging.getLogger("qat_runner")
 
 OF_EVERY_VERSION = ("model.name", "dataset.name", "weight_bits", "activation_bits", "mode", "seed")
 """Keys that tell the runs of checkpoints from one another whose config is that of an earlier version."""
+
+REESTIMATION_EPOCH = 10**6 + 1
+"""The number of the epoch whose first batches BatchNorm is estimated anew on: one that training never comes to."""
 
 DIVERGED = 1000
 """What a process tells the others when its loss is no number; above all numbers of signals."""
@@ -62,6 +69,8 @@ class State:
     """the latest validation: loss, the task's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
+    before_reestimation: float | None = None
+    """the task's metric after the last epoch, before BatchNorm was estimated anew, once it was"""
 
 
 def dynamic_activations(model: nn.Module) -> list[Quantizer]:
@@ -151,6 +160,7 @@ class Trainer:
         self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
+        self.oscillations, self.dampening = _oscillations(config, model), _dampening(config, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
         self.to_freeze = config.freezing
@@ -185,15 +195,34 @@ class Trainer:
                 began = time.perf_counter()
                 distributed.broadcast(self.model, parameters=False)
                 distributed.broadcast(self.measured, parameters=False)
-                self.state.val = self._evaluate(progress)
+                self._validate(progress)
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
                 self.state.epoch, self.state.step, self.state.train_seconds = self.state.epoch + 1, 0, 0.0
                 self.totals = self.task.totals(self.device)
                 self.measure_noise()
+                self._record_oscillations()
                 self._record_epoch(train)
                 self._save(end_of_epoch=True)
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
+
+    def _validate(self, progress: Progress) -> None:
+        """Validate after an epoch; after the last one again, with BatchNorm's statistics taken anew, if so asked."""
+        state = self.state
+        if self.config.reestimating and state.epoch + 1 == self.epochs and state.before_reestimation is None:
+            before = self._evaluate(progress)[self.metric]
+            used = self._reestimate()
+            state.before_reestimation = before
+            told = f"{self.metric} {self.measure.told(before)}"
+            log.info(f"BatchNorm estimated anew on {used} training batches; {told} before")
+        state.val = self._evaluate(progress)
+
+    def _reestimate(self) -> int:
+        """The same batches in every process, whole, in the parts and with the augmentation of training."""
+        count, parts = self.config.recipe.batchnorm_batches, self.config.accumulate
+        whole = unsharded(self.data).train_batches(self.batch_size, REESTIMATION_EPOCH, count)
+        with autocast(self.device, self.config.amp):
+            return reestimate(self.measured, (b for batch in whole for b in batch.parts(parts)), self.task.compute)
 
     def evaluate(self) -> None:
         """Measure the model as it is: its figures on the validation split, and noise."""
@@ -238,6 +267,23 @@ class Trainer:
         if self.noise:
             self.record.layers(self.state.epoch, self.noise, scalars(self.measured))
 
+    def oscillating(self) -> dict[str, float]:
+        """Of all elements that are watched, those that oscillate and are frozen, in percent; empty where none is."""
+        if self.oscillations is None:
+            return {}
+        oscillating, frozen = self.oscillations.of_all(self.config.oscillations.threshold)
+        return {"oscillating_weights": 100 * oscillating, "frozen_weights": 100 * frozen}
+
+    def _record_oscillations(self) -> None:
+        if self.oscillations is None:
+            return
+        shares = self.oscillations.shares(self.config.oscillations.threshold)
+        rows = [
+            {"layer": w.layer, "elements": w.x.numel(), "oscillating": 100 * one, "frozen": 100 * other}
+            for w, (one, other) in zip(self.oscillations.weights, shares, strict=True)
+        ]
+        self.record.oscillations(self.state.epoch, rows)
+
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
             return []
@@ -271,6 +317,8 @@ class Trainer:
                 self.averages.steps = found.get("averaged_steps", 0)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
+            if self.oscillations is not None:
+                self.oscillations.load(found.get("oscillations", {}))
             if shard.rank < len(processes):
                 checkpoint.set_random_state(own["random"])
             self.totals.sums.zero_()
@@ -282,6 +330,8 @@ class Trainer:
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
         self.begun = self.state.steps > 0
+        if self.state.epoch < self.epochs and self.state.step < self.steps:  # a longer run than it was, under force
+            self.state.before_reestimation = None
         if len(processes) != shard.world:
             log.info(
                 f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
@@ -322,6 +372,12 @@ class Trainer:
         self._end_interval(epoch)
         return self.totals.merged().read()
 
+    @property
+    def position(self) -> float:
+        """Of the present step, in all of training: 0 to below 1."""
+        steps = self.state.step + len(self.interval.rates)
+        return (self.state.epoch + steps / self.steps) / self.epochs
+
     def _step(self, batch: Batch) -> Tensor:
         """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -329,14 +385,25 @@ class Trainer:
         if self.network is self.compiled and ranks.launched():  # a sitting's first step says what takes part
             self.network = distributed.data_parallel(self.compiled)
         self.begun = True
+        self._regularize()
         if self.stage.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.oscillations is not None:
+            self.oscillations.hold()
         if self.averages is not None:
             self.averages.update(self.model)
         return loss
+
+    def _regularize(self) -> None:
+        """See to gradients, in their own scale where someone wants to, before the weights move by them."""
+        if self.stage.max_grad_norm is not None or self.oscillations is not None or self.dampening is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.dampening is not None:
+            self.dampening.add_gradients(self.position)
+        if self.oscillations is not None:
+            self.oscillations.observe(self.position)
 
     def _freeze_if_due(self, position: float) -> None:
         """From recipe.freeze_scalars_at on, activations have the average of their scalars.
@@ -467,6 +534,7 @@ class Trainer:
                 "lr": lr,
                 "samples_per_second": state.samples_per_second,
                 "sqnr_db": self.mean_sqnr(),
+                **self.oscillating(),
                 "seconds": state.seconds,
             }
         )
@@ -499,6 +567,8 @@ class Trainer:
         }
         if self.averages is not None:
             content |= {"trained": self.model.state_dict(), "averaged_steps": self.averages.steps}
+        if self.oscillations is not None:
+            content["oscillations"] = self.oscillations.state
         self.saved_at = time.monotonic()
         if not ranks.is_main():
             return
@@ -507,6 +577,20 @@ class Trainer:
             best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
             checkpoint.save(folder / "best.pt", best_one)
         checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
+
+
+def _oscillations(config: Config, model: nn.Module) -> Oscillations | None:
+    how = config.oscillations
+    if not (config.quantized_training and how.watching):
+        return None
+    weights = latent_weights(model, how.max_bits)
+    freezes = None if how.freeze_to is None else (how.freeze_from, how.freeze_to)
+    return Oscillations(weights, how.momentum, freezes)
+
+
+def _dampening(config: Config, model: nn.Module) -> Dampening | None:
+    final = config.oscillations.dampening
+    return Dampening(latent_weights(model), final) if config.quantized_training and final else None
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
