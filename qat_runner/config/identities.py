@@ -194,9 +194,9 @@ def _quantization_words(config: Config) -> list[str]:
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
     if config.allocating:
         bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
-    distilled = ["distilled"] if config.distilling else []
+    beside = [*(["distilled"] if config.distilling else []), *config.remedies]
     bits += "-mixed" if config.rules else ""
-    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
+    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *beside]
 
 
 def clipping_label(config: Config, became_static: bool = False) -> str:

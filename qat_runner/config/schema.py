@@ -674,6 +674,13 @@ class Config(ConfigSchema):
         return self.quantized_training and self.recipe.batchnorm_batches > 0
 
     @property
+    def remedies(self) -> list[str]:
+        """What is done beside quantizing and training, a word each."""
+        how = self.oscillations
+        words = {"frozen": how.freeze_to is not None, "dampened": bool(how.dampening), "batchnorm": self.reestimating}
+        return [word for word, done in words.items() if done and self.quantized_training]
+
+    @property
     def of_teacher(self) -> "Config":
         """The same with the network of the teacher, which is not trained."""
         name = self.recipe.teacher_model

@@ -384,6 +384,8 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     }
     if corrupt is not None:
         result["corrupt_pictures"] = len(corrupt)
+    if remedies := [*(["mixed"] if config.rules else []), *config.remedies]:
+        result["remedies"] = remedies
     if config.reestimating:
         result["batchnorm_batches"] = config.recipe.batchnorm_batches
         result["before_reestimation"] = state.before_reestimation

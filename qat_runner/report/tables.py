@@ -110,7 +110,7 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 def _baselines(config: Config) -> list[str]:
     """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
-    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, recipe=recipe)
+    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, rules=[], recipe=recipe)
     if config.weights is None:
         return [_key(same)]
     start = [_key(replace(same, mode=Mode.evaluate))]
@@ -136,7 +136,8 @@ def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]]
 
 def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What a run is, in the columns that all tables begin with."""
-    clipping = summary["clipping"] + (", distilled" if summary.get("distilled") else "")
+    clipping = "+".join([summary["clipping"], *summary.get("remedies", [])])
+    clipping += ", distilled" if summary.get("distilled") else ""
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 

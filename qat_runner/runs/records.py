@@ -61,6 +61,8 @@ class Summary(TypedDict):
     mean_activation_bits: NotRequired[Real | None]
     """the same of activations"""
     distilled: NotRequired[bool]
+    remedies: NotRequired[list[str]]
+    """what else was done: `Config.remedies`, and mixed where rules made exceptions"""
     processes: NotRequired[Count]
     metric: NotRequired[str]
     """name of the figure that counts"""
