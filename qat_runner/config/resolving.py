@@ -200,7 +200,7 @@ def rules_of(path: str) -> list[Any]:
 
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
-    recipe = replace(config.recipe, **_WITHOUT_TEACHER)
+    recipe = replace(config.recipe, **_WITHOUT_TEACHER, batchnorm_batches=0)
     changes = in_full_precision() | without_choice()
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
     changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False}
@@ -312,7 +312,12 @@ def _check_freezing(config: Config) -> None:
 def _check_oscillations(config: Config) -> None:
     how = config.oscillations
     if how.freeze_to is not None:
-        require(how.freeze_from >= how.freeze_to, "oscillations.freeze_from", how.freeze_from, "freeze_to at least")
+        require(
+            how.freeze_from >= how.freeze_to,
+            "oscillations.freeze_from",
+            how.freeze_from,
+            f"at least freeze_to={how.freeze_to:g}",
+        )
 
 
 def _check_compiling(config: Config) -> None:
@@ -378,8 +383,13 @@ def _check_mode(config: Config) -> None:
     ):
         if part is not None and value in (None, PRETRAINED, TORCHVISION, BASELINE):
             raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
-    if (other := config.recipe.teacher_model) is not None and config.recipe.teacher is None:
-        raise ConfigError(f"recipe.teacher_model={other}: needs recipe.teacher=PATH or pretrained, its weights")
+    if (other := config.recipe.teacher_model) is not None:
+        if config.recipe.teacher is None:
+            raise ConfigError(f"recipe.teacher_model={other}: needs recipe.teacher=PATH or pretrained, its weights")
+        if "model.stem" in foreign_keys(config.task):
+            raise ConfigError(
+                f"recipe.teacher_model={other}: is for pictures, not for dataset.task={config.dataset.task}"
+            )
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
     if config.mode == Mode.ptq and config.quantization.full_precision:

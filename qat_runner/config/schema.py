@@ -365,8 +365,8 @@ class RecipeConfig:
     """epoch, or a part of one, from which on the scalars of activations are static, at their running average, so that
     training gets used to what static inference will see; null: never"""
     batchnorm_batches: int = number(0, 0, _SAMPLES)
-    """training batches on which the quantized network takes mean and variance of every BatchNorm anew after the last
-    epoch, before it is validated; 0: they stay the moving averages of training"""
+    """training batches on which the network as it is used takes mean and variance of every BatchNorm anew after the
+    last epoch, before it is validated; 0: they stay the moving averages of training"""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """Those that there are, by name."""
@@ -671,14 +671,15 @@ class Config(ConfigSchema):
     @property
     def reestimating(self) -> bool:
         """Whether BatchNorm's statistics are taken anew after training."""
-        return self.quantized_training and self.recipe.batchnorm_batches > 0
+        return self.training and self.recipe.batchnorm_batches > 0
 
     @property
     def remedies(self) -> list[str]:
         """What is done beside quantizing and training, a word each."""
-        how = self.oscillations
-        words = {"frozen": how.freeze_to is not None, "dampened": bool(how.dampening), "batchnorm": self.reestimating}
-        return [word for word, done in words.items() if done and self.quantized_training]
+        how, quantized = self.oscillations, self.quantized_training
+        frozen, dampened = quantized and how.freeze_to is not None, quantized and how.dampening > 0
+        words = {"frozen": frozen, "dampened": dampened, "batchnorm": self.reestimating}
+        return [word for word, done in words.items() if done]
 
     @property
     def of_teacher(self) -> "Config":

@@ -107,15 +107,13 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
 
 def _check_training(config: Config, model: nn.Module) -> None:
     """Refuse what training is to do where the network has nothing that it could be done to."""
-    how = config.oscillations
-    if not config.quantized_training:
-        return
-    if how.watching and not latent_weights(model, how.max_bits):
+    how, quantized = config.oscillations, config.quantized_training
+    if quantized and how.watching and not latent_weights(model, how.max_bits):
         raise ConfigError(
             f"oscillations.max_bits={how.max_bits}: {config.model.name} has no weight of so few bits whose codes could "
             f"be watched"
         )
-    if how.dampening and not latent_weights(model):
+    if quantized and how.dampening and not latent_weights(model):
         raise ConfigError(f"oscillations.dampening={how.dampening:g}: {config.model.name} has no weights to dampen")
     if config.reestimating and not norms(model):
         raise ConfigError(

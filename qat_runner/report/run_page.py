@@ -154,11 +154,11 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     if summary["sqnr_db"] is not None:
         cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
     if "oscillating_weights" in summary:
-        note = f"of those watched; {summary['frozen_weights']:.2g} % are frozen"
+        note = f"of those watched; {summary.get('frozen_weights', 0.0):.2g} % are frozen"
         cards.append(Card("oscillating weights", f"{summary['oscillating_weights']:.2g} %", note))
     before = summary.get("before_reestimation")
     if before is not None:
-        note = f"taken anew on {summary['batchnorm_batches']} batches"
+        note = f"taken anew on {summary.get('batchnorm_batches', 0)} batches"
         cards.append(Card(f"{name} before BatchNorm", figure.told(before), note))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]

@@ -111,10 +111,11 @@ def _baselines(config: Config) -> list[str]:
     """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
     same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, rules=[], recipe=recipe)
+    trained = [_key(same), _key(replace(same, recipe=replace(recipe, batchnorm_batches=0)))]
     if config.weights is None:
-        return [_key(same)]
+        return trained
     start = [_key(replace(same, mode=Mode.evaluate))]
-    return [_key(same), *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
+    return [*trained, *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
 
 
 def _key(config: Config) -> str:
