@@ -387,7 +387,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     if remedies := [*(["mixed"] if config.rules else []), *config.remedies]:
         result["remedies"] = remedies
     if config.reestimating:
-        result["batchnorm_batches"] = config.recipe.batchnorm_batches
+        result["batchnorm_batches"] = trainer.reestimation_batches
         result["before_reestimation"] = state.before_reestimation
     result.update(trainer.oscillating())  # type: ignore[typeddict-item]
     figures: Any = {key: value for key, value in state.val.items() if key != "samples"}

@@ -24,7 +24,7 @@ def norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn.Module, Any], object]) -> int:
+def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn.Module, Any], object]) -> None:
     """Make the statistics of every BatchNorm the plain mean of those of batches.
 
     Each is normalized by statistics of its own then, as in training, while all else is as in evaluation: without
@@ -34,16 +34,10 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn
         model: is in eval mode afterwards.
         batches: at least one.
         compute: calls a model with the inputs of a batch.
-
-    Returns:
-        How many batches there were.
     """
-    count = 0
     with _gathering(model), checking([t.quantizer for t in quantized_tensors(model)], False):
         for batch in batches:
             compute(model, batch.inputs)
-            count += 1
-    return count
 
 
 @contextmanager

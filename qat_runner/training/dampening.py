@@ -12,8 +12,10 @@ rises from 0 by half a cosine: at first weights go where they want to.
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-from qat_runner.training.latent import LatentWeight
+from qat_runner.config import Config
+from qat_runner.training.latent import LatentWeight, latent_weights
 from qat_runner.training.oscillations import half_cosine
 
 
@@ -41,3 +43,9 @@ class Dampening:
                 low, high = weight.ends
                 distance = weight.x.clamp(low, high) - weight.quantized()
                 weight.x.grad.add_(distance.to(weight.x.grad.dtype), alpha=2 * strength)
+
+
+def dampening_of(config: Config, model: nn.Module) -> Dampening | None:
+    """What a resolved config asks for, of the weights of its model."""
+    final = config.oscillations.dampening
+    return Dampening(latent_weights(model), final) if config.quantized_training and final else None

@@ -29,10 +29,9 @@ from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.averages import Averages
 from qat_runner.training.batch_norm import reestimate
-from qat_runner.training.dampening import Dampening
-from qat_runner.training.latent import latent_weights
+from qat_runner.training.dampening import dampening_of
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
-from qat_runner.training.oscillations import Oscillations
+from qat_runner.training.oscillations import oscillations_of
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.stop import StopRequest
@@ -160,7 +159,7 @@ class Trainer:
         self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
-        self.oscillations, self.dampening = _oscillations(config, model), _dampening(config, model)
+        self.oscillations, self.dampening = oscillations_of(config, model), dampening_of(config, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
         self.to_freeze = config.freezing
@@ -201,7 +200,8 @@ class Trainer:
                 self.state.epoch, self.state.step, self.state.train_seconds = self.state.epoch + 1, 0, 0.0
                 self.totals = self.task.totals(self.device)
                 self.measure_noise()
-                self._record_oscillations()
+                if self.oscillations is not None:
+                    self.record.oscillations(self.state.epoch, self.oscillations.rows())
                 self._record_epoch(train)
                 self._save(end_of_epoch=True)
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
@@ -211,18 +211,23 @@ class Trainer:
         state = self.state
         if self.config.reestimating and state.epoch + 1 == self.epochs and state.before_reestimation is None:
             before = self._evaluate(progress)[self.metric]
-            used = self._reestimate()
+            self._reestimate()
             state.before_reestimation = before
             told = f"{self.metric} {self.measure.told(before)}"
-            log.info(f"BatchNorm estimated anew on {used} training batches; {told} before")
+            log.info(f"BatchNorm estimated anew on {self.reestimation_batches} training batches; {told} before")
         state.val = self._evaluate(progress)
 
-    def _reestimate(self) -> int:
-        """The same batches in every process, whole, in the parts and with the augmentation of training."""
-        count, parts = self.config.recipe.batchnorm_batches, self.config.accumulate
+    @property
+    def reestimation_batches(self) -> int:
+        """Training batches that BatchNorm is estimated anew on: as many as asked for, or all that there are."""
+        return min(self.config.recipe.batchnorm_batches, self.data.train_steps(self.batch_size))
+
+    def _reestimate(self) -> None:
+        """On the same batches in every process, whole, in the parts and with the augmentation of training."""
+        count, parts = self.reestimation_batches, self.config.accumulate
         whole = unsharded(self.data).train_batches(self.batch_size, REESTIMATION_EPOCH, count)
         with autocast(self.device, self.config.amp):
-            return reestimate(self.measured, (b for batch in whole for b in batch.parts(parts)), self.task.compute)
+            reestimate(self.measured, (part for batch in whole for part in batch.parts(parts)), self.task.compute)
 
     def evaluate(self) -> None:
         """Measure the model as it is: its figures on the validation split, and noise."""
@@ -269,20 +274,7 @@ class Trainer:
 
     def oscillating(self) -> dict[str, float]:
         """Of all elements that are watched, those that oscillate and are frozen, in percent; empty where none is."""
-        if self.oscillations is None:
-            return {}
-        oscillating, frozen = self.oscillations.of_all(self.config.oscillations.threshold)
-        return {"oscillating_weights": 100 * oscillating, "frozen_weights": 100 * frozen}
-
-    def _record_oscillations(self) -> None:
-        if self.oscillations is None:
-            return
-        shares = self.oscillations.shares(self.config.oscillations.threshold)
-        rows = [
-            {"layer": w.layer, "elements": w.x.numel(), "oscillating": 100 * one, "frozen": 100 * other}
-            for w, (one, other) in zip(self.oscillations.weights, shares, strict=True)
-        ]
-        self.record.oscillations(self.state.epoch, rows)
+        return {} if self.oscillations is None else self.oscillations.of_all()
 
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
@@ -317,8 +309,9 @@ class Trainer:
                 self.averages.steps = found.get("averaged_steps", 0)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
-            if self.oscillations is not None:
-                self.oscillations.load(found.get("oscillations", {}))
+            watched = found.get("oscillations", {})
+            if self.oscillations is not None and (watched or self.config.resume != Resume.force):
+                self.oscillations.load(watched)
             if shard.rank < len(processes):
                 checkpoint.set_random_state(own["random"])
             self.totals.sums.zero_()
@@ -577,20 +570,6 @@ class Trainer:
             best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
             checkpoint.save(folder / "best.pt", best_one)
         checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
-
-
-def _oscillations(config: Config, model: nn.Module) -> Oscillations | None:
-    how = config.oscillations
-    if not (config.quantized_training and how.watching):
-        return None
-    weights = latent_weights(model, how.max_bits)
-    freezes = None if how.freeze_to is None else (how.freeze_from, how.freeze_to)
-    return Oscillations(weights, how.momentum, freezes)
-
-
-def _dampening(config: Config, model: nn.Module) -> Dampening | None:
-    final = config.oscillations.dampening
-    return Dampening(latent_weights(model), final) if config.quantized_training and final else None
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -21,11 +21,13 @@ them. Rounding by the next ones gives the same place as long as these differ by 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qat_runner.training.latent import LatentWeight
+from qat_runner.config import Config
+from qat_runner.training.latent import LatentWeight, latent_weights
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
@@ -39,13 +41,18 @@ class Oscillations:
     Args:
         weights: of one device, at least one.
         momentum: m.
+        threshold: of f, above which an element oscillates.
         freezes: the thresholds at the start and at the end of training above which elements are frozen; None: none is.
     """
 
     def __init__(
-        self, weights: Sequence[LatentWeight], momentum: float, freezes: tuple[float, float] | None = None
+        self,
+        weights: Sequence[LatentWeight],
+        momentum: float,
+        threshold: float,
+        freezes: tuple[float, float] | None = None,
     ) -> None:
-        self.weights, self.momentum, self.freezes = weights, momentum, freezes
+        self.weights, self.momentum, self.threshold, self.freezes = weights, momentum, threshold, freezes
         self.sizes = [weight.x.numel() for weight in weights]
         empty = torch.zeros(sum(self.sizes), device=weights[0].x.device)
         self.state = {"seen": empty.new_zeros(()), "place": empty, "direction": empty.to(torch.int8)}
@@ -96,24 +103,23 @@ class Oscillations:
         parts = self.state[name].split(self.sizes)
         return [part.view(weight.x.shape) for part, weight in zip(parts, self.weights, strict=True)]
 
-    def shares(self, threshold: float) -> list[tuple[float, float]]:
-        """Weight by weight the share of elements that oscillate, f above a threshold, and that are frozen, 0 to 1.
-
-        Waits for the device, once.
-        """
-        oscillating = [part > threshold for part in self._apart("frequency")]
+    def rows(self) -> list[dict[str, Any]]:
+        """Weight by weight the percentage of elements that oscillate, and are frozen. Waits for the device once."""
+        oscillating = [part > self.threshold for part in self._apart("frequency")]
         frozen = self._apart("frozen") if self.freezes else [torch.zeros_like(part) for part in oscillating]
-        figures = [torch.stack([t.float().mean() for t in parts]) for parts in (oscillating, frozen)]
-        one, other = torch.stack(figures).tolist()
-        return list(zip(one, other, strict=True))
-
-    def of_all(self, threshold: float) -> tuple[float, float]:
-        """`shares` of all elements of all weights together."""
-        shares = [
-            [share * size for share in pair] for pair, size in zip(self.shares(threshold), self.sizes, strict=True)
+        shares = [torch.stack([100 * t.double().mean() for t in parts]) for parts in (oscillating, frozen)]
+        return [
+            {"layer": weight.layer, "elements": weight.x.numel(), "oscillating": one, "frozen": other}
+            for weight, (one, other) in zip(self.weights, torch.stack(shares, 1).tolist(), strict=True)
         ]
-        oscillating, frozen = (sum(parts) / sum(self.sizes) for parts in zip(*shares, strict=True))
-        return oscillating, frozen
+
+    def of_all(self) -> dict[str, float]:
+        """The same of the elements of all weights together, as "oscillating_weights" and "frozen_weights"."""
+        rows, count = self.rows(), sum(self.sizes)
+        return {
+            f"{key}_weights": sum(row[key] * row["elements"] for row in rows) / count
+            for key in ("oscillating", "frozen")
+        }
 
     def load(self, saved: dict[str, Tensor]) -> None:
         """Go on from a state.
@@ -127,3 +133,12 @@ class Oscillations:
             if (saved[name].dtype, saved[name].shape) != (own.dtype, own.shape):
                 raise ValueError(f"oscillations.{name}: must be of shape {list(own.shape)}, {own.dtype}")
         self.state = {name: saved[name].to(own.device) for name, own in self.state.items()}
+
+
+def oscillations_of(config: Config, model: nn.Module) -> Oscillations | None:
+    """What a resolved config asks for, of the weights of its model."""
+    how = config.oscillations
+    if not (config.quantized_training and how.watching):
+        return None
+    freezes = None if how.freeze_to is None else (how.freeze_from, how.freeze_to)
+    return Oscillations(latent_weights(model, how.max_bits), how.momentum, how.threshold, freezes)
