@@ -13,7 +13,8 @@ earlier one. So the first says what holds in general, and the others are excepti
 attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
 the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
 operands. `type` is a glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts,
-Matmul; Embedding, whose weight is quantized only where a rule names it by its type.
+Matmul; Embedding, whose weight is quantized only where a rule names it by its type. A convolution with a filter of its
+own for each channel is of two kinds, as DepthwiseConv2d and Conv2d.
 """
 
 from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
@@ -51,6 +52,9 @@ EMBEDDING = "Embedding"
 
 EXPERTS = "Experts"
 """The kind of layer whose weight is one of many linear layers, an expert each, in one parameter."""
+
+DEPTHWISE = "Depthwise"
+"""What stands before the kind of a convolution with as many groups as input channels, where that is to be told."""
 
 WEIGHT_AND_INPUT = ("weight", "input")
 """The operands of a layer that has a weight."""
@@ -197,11 +201,11 @@ class Rule:
 
         Args:
             layer: name in the model.
-            kind: Conv2d, Linear, Matmul, ...
+            kind: Conv2d, DepthwiseConv2d, which is a Conv2d as well, Linear, Matmul, ...
             operand: "weight", "input", ...
             ends: what of ENDS the layer is.
         """
-        if not fnmatchcase(kind, self.type):
+        if not any(fnmatchcase(name, self.type) for name in (kind, kind.removeprefix(DEPTHWISE))):
             return False
         if self.end:
             end, _, of_operand = self.match.partition(".")

@@ -42,6 +42,12 @@ SECTIONS: list[tuple[str, str, type, str]] = [
     ("clipping", "clipping.", schema.ClippingSchema, "How clipping scalars are found."),
     ("gradient", "gradient.", schema.GradientConfig, "How gradients pass through quantization."),
     ("allocation", "allocation.", schema.AllocationConfig, "How bits are chosen, tensor by tensor: [bits](bits.md)."),
+    (
+        "oscillations",
+        "oscillations.",
+        schema.OscillationsConfig,
+        "Weights that flip between two codes: [recipes](recipes.md#mobilenets-at-few-bits).",
+    ),
     ("recipe", "recipe.", schema.RecipeConfig, "How the network is trained, apart from its stages."),
     (
         "A stage of the recipe",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
-from qat_runner.insertion.layers import each, elements_of, is_quantized, kind_of, operands, quantizer_of
+from qat_runner.insertion.layers import each, elements_of, is_quantized, narrow_kind, operands, quantizer_of
 from qat_runner.insertion.size import size_mb
 from qat_runner.policy import FULL_PRECISION, Policy
 from qat_runner.quant import Quantizer
@@ -106,7 +106,7 @@ def _operands(name: str, layer: nn.Module, policy: Policy, widths: Sequence[int]
         quantizer = quantizer_of(layer, operand)
         allowed: tuple[int, ...] = (FULL_PRECISION,)
         if isinstance(quantizer, Quantizer):
-            said = not widths or said_by_rule(policy, name, kind_of(layer), operand)
+            said = not widths or said_by_rule(policy, name, narrow_kind(layer), operand)
             allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
         yield Operand(f"{name}.{operand}", operand == "weight", elements_of(layer, operand) or 0, allowed)
 

@@ -83,6 +83,8 @@ def settings(config: Config) -> dict[str, Any]:
         }
         if config.recipe.teacher_part is not None:
             keys["distill"]["teacher_part"] = config.recipe.teacher_part
+        if config.recipe.teacher_model is not None:
+            keys["distill"]["teacher_model"] = config.recipe.teacher_model
     if not config.allocating:
         for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
             del keys[key]
@@ -94,6 +96,10 @@ def settings(config: Config) -> dict[str, Any]:
         keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
     if config.freezing:
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
+    if config.reestimating:
+        keys["batchnorm_batches"] = config.recipe.batchnorm_batches
+    if not (config.quantized_training or config.retrain_steps):
+        del keys["oscillations"]
     if not config.training:
         for key in ("epochs", "lr", "accumulate", "batch_size"):
             del keys[key]
@@ -189,9 +195,9 @@ def _quantization_words(config: Config) -> list[str]:
     bits = f"{config.weight_bits}bit" if same else f"w{config.weight_bits}a{config.activation_bits}"
     if config.allocating:
         bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
-    distilled = ["distilled"] if config.distilling else []
+    beside = [*(["distilled"] if config.distilling else []), *config.remedies]
     bits += "-mixed" if config.rules else ""
-    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *distilled]
+    return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *beside]
 
 
 def clipping_label(config: Config, became_static: bool = False) -> str:

@@ -30,6 +30,7 @@ from qat_runner.config.schema import (
     Interpolation,
     Mode,
     Optimizer,
+    OscillationsConfig,
     Preprocessing,
     Resizing,
     StageConfig,
@@ -199,11 +200,18 @@ def rules_of(path: str) -> list[Any]:
 
 def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
-    recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None)
+    recipe = replace(config.recipe, **_WITHOUT_TEACHER, batchnorm_batches=0)
     changes = in_full_precision() | without_choice()
     changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
     changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False}
     return changed(config, **changes)
+
+
+_WITHOUT_TEACHER: dict[str, Any] = {
+    "distill": Distill.none,
+    **dict.fromkeys(("teacher", "teacher_model", "teacher_part")),
+}
+"""Changes of a recipe."""
 
 
 def in_full_precision() -> dict[str, Any]:
@@ -219,8 +227,9 @@ def without_choice() -> dict[str, Any]:
 def allocation_of(config: Config) -> Config:
     """The run in mode allocate whose policy a resolved config with bits=auto takes, resolved."""
     changes: dict[str, Any] = dict.fromkeys(("epochs", "batch_size", "lr", "run_dir", "policy"))
-    recipe = replace(config.recipe, distill=Distill.none, teacher=None, teacher_part=None, freeze_scalars_at=None)
+    recipe = replace(config.recipe, **_WITHOUT_TEACHER, freeze_scalars_at=None, batchnorm_batches=0)
     changes |= {"recipe": recipe, "mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
+    changes["oscillations"] = OscillationsConfig()
     return changed(config, **changes, allocated=[])
 
 
@@ -259,6 +268,7 @@ def check(config: Config) -> None:
         )
     _check_quantization(config)
     _check_freezing(config)
+    _check_oscillations(config)
     _check_compiling(config)
     _check_allocation(config)
     _check_mode(config)
@@ -296,6 +306,17 @@ def _check_freezing(config: Config) -> None:
     if config.clipping.learned or not config.clipping.dynamic:
         raise ConfigError(
             f"recipe.freeze_scalars_at={at:g}: clipping={config.clipping.name} has no dynamic scalars to freeze"
+        )
+
+
+def _check_oscillations(config: Config) -> None:
+    how = config.oscillations
+    if how.freeze_to is not None:
+        require(
+            how.freeze_from >= how.freeze_to,
+            "oscillations.freeze_from",
+            how.freeze_from,
+            f"at least freeze_to={how.freeze_to:g}",
         )
 
 
@@ -362,6 +383,13 @@ def _check_mode(config: Config) -> None:
     ):
         if part is not None and value in (None, PRETRAINED, TORCHVISION, BASELINE):
             raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
+    if (other := config.recipe.teacher_model) is not None:
+        if config.recipe.teacher is None:
+            raise ConfigError(f"recipe.teacher_model={other}: needs recipe.teacher=PATH or pretrained, its weights")
+        if "model.stem" in foreign_keys(config.task):
+            raise ConfigError(
+                f"recipe.teacher_model={other}: is for pictures, not for dataset.task={config.dataset.task}"
+            )
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")
     if config.mode == Mode.ptq and config.quantization.full_precision:

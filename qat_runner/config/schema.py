@@ -352,7 +352,9 @@ class RecipeConfig:
     distill: Distill = Distill.none
     """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
     teacher: str | None = path(None)
-    """weights file of that network, as `weights`; null: `weights` themselves"""
+    """weights file of that network, as `weights`, or "pretrained"; null: `weights` themselves"""
+    teacher_model: str | None = None
+    """another network that `teacher` holds, by a name as of `model`; null: the one that is trained"""
     teacher_part: str | None = None
     """part of that file, as `weights_part`"""
     distill_temperature: float = number(4.0, 0, 1e6, above=True)
@@ -362,6 +364,9 @@ class RecipeConfig:
     freeze_scalars_at: float | None = number(None, 0, _EPOCHS, above=True)
     """epoch, or a part of one, from which on the scalars of activations are static, at their running average, so that
     training gets used to what static inference will see; null: never"""
+    batchnorm_batches: int = number(0, 0, _SAMPLES)
+    """training batches on which the network as it is used takes mean and variance of every BatchNorm anew after the
+    last epoch, before it is validated; 0: they stay the moving averages of training"""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """Those that there are, by name."""
@@ -390,6 +395,32 @@ class AllocationConfig:
 
 
 @dataclass
+class OscillationsConfig:
+    """Weights that flip between two codes in training, and what is done about it (Nagel et al. 2022)."""
+
+    measure: bool = False
+    """record after each epoch, weight by weight, which share oscillates; takes 9 bytes for each element"""
+    momentum: float = number(0.01, 0, 1, above=True)
+    """what a step weighs in the moving averages of flips, and of codes"""
+    threshold: float = number(0.005, 0, 1, below=True)
+    """flips a step from which on an element counts as oscillating"""
+    max_bits: int = number(4, 2, 16)
+    """weights of more bits are neither watched nor frozen: a code of theirs makes little difference"""
+    freeze_to: float | None = number(None, 0, 1, below=True)
+    """flips a step, at the end of training, above which an element is frozen at its mean code; null: none is"""
+    freeze_from: float = number(0.1, 0, 1)
+    """the same at the start; in between it falls by half a cosine"""
+    dampening: float = number(0.0, 0, _LARGE)
+    """weight, at the end of training, of the squared distance of weights from their codes in the loss; it rises from 0
+    by half a cosine"""
+
+    @property
+    def watching(self) -> bool:
+        """Whether codes are followed from step to step."""
+        return self.measure or self.freeze_to is not None
+
+
+@dataclass
 class ConfigSchema:
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -397,6 +428,7 @@ class ConfigSchema:
     gradient: GradientConfig = field(default_factory=GradientConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    oscillations: OscillationsConfig = field(default_factory=OscillationsConfig)
 
     mode: Mode = Mode.auto
     """scratch: train from random weights; finetune: from model.checkpoint; retrain, long_retrain: from `weights`; ptq:
@@ -632,7 +664,32 @@ class Config(ConfigSchema):
     @property
     def freezing(self) -> bool:
         """Whether activations' scalars are static in the last part of training."""
-        return self.training and self.recipe.freeze_scalars_at is not None and not self.quantization.full_precision
+        return self.quantized_training and self.recipe.freeze_scalars_at is not None
+
+    @property
+    def quantized_training(self) -> bool:
+        """Whether a network is trained with quantizers."""
+        return self.training and not self.quantization.full_precision
+
+    @property
+    def reestimating(self) -> bool:
+        """Whether BatchNorm's statistics are taken anew after training."""
+        return self.training and self.recipe.batchnorm_batches > 0
+
+    @property
+    def remedies(self) -> list[str]:
+        """What is done beside quantizing and training, a word each."""
+        how, quantized = self.oscillations, self.quantized_training
+        frozen, dampened = quantized and how.freeze_to is not None, quantized and how.dampening > 0
+        words = {"frozen": frozen, "dampened": dampened, "batchnorm": self.reestimating}
+        return [word for word, done in words.items() if done]
+
+    @property
+    def of_teacher(self) -> "Config":
+        """The same with the network of the teacher, which is not trained."""
+        name = self.recipe.teacher_model
+        model = self.model if name is None else ModelConfig(name=name, stem=self.model.stem)
+        return replace(self, model=model, mode=Mode.evaluate)
 
     def content(self, path: str) -> str:
         """A fingerprint of what is at a path, as the run found it, or as it is now."""

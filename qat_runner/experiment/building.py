@@ -18,6 +18,8 @@ from qat_runner.policy import PolicyError
 from qat_runner.quant.kernels import set_backend
 from qat_runner.tasks import task_of
 from qat_runner.training import checkpoint
+from qat_runner.training.batch_norm import norms
+from qat_runner.training.latent import latent_weights
 from qat_runner.training.memory import keep_freed_memory
 
 log = logging.getLogger("qat_runner")
@@ -90,6 +92,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
         loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
+    _check_training(config, model)
     if config.needs_calibration:
         _calibrate(config, model, data)
     if config.mode in (Mode.ptq, Mode.evaluate):
@@ -100,6 +103,22 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     if shard.rank > 0:  # its own dropout
         checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
     return model, data
+
+
+def _check_training(config: Config, model: nn.Module) -> None:
+    """Refuse what training is to do where the network has nothing that it could be done to."""
+    how, quantized = config.oscillations, config.quantized_training
+    if quantized and how.watching and not latent_weights(model, how.max_bits):
+        raise ConfigError(
+            f"oscillations.max_bits={how.max_bits}: {config.model.name} has no weight of so few bits whose codes could "
+            f"be watched"
+        )
+    if quantized and how.dampening and not latent_weights(model):
+        raise ConfigError(f"oscillations.dampening={how.dampening:g}: {config.model.name} has no weights to dampen")
+    if config.reestimating and not norms(model):
+        raise ConfigError(
+            f"recipe.batchnorm_batches={config.recipe.batchnorm_batches}: {config.model.name} has no BatchNorm"
+        )
 
 
 def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> None:
@@ -128,8 +147,9 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
         source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
     else:
         raise ConfigError("recipe.teacher=null: there are no weights to learn from")
-    teacher = model_for(config, data)
-    loaded = load_weights(teacher, source, config.model.name, new_head=False)
+    own = config.of_teacher
+    teacher = model_for(own, data)
+    loaded = load_weights(teacher, source, own.model.name, new_head=False)
     log.info(f"teacher {source.value}: {loaded}")
     return teacher.eval().requires_grad_(False)
 

@@ -83,11 +83,22 @@ def preflight(config: Config) -> Path:
     elif config.weights is not None:
         _check_weights(config, Source(config.weights, config.weights_part), new_head=config.retraining)
     if config.distilling and config.recipe.teacher is not None:
-        teacher = Source(config.recipe.teacher, config.recipe.teacher_part, "recipe.teacher")
-        _check_weights(config, teacher, new_head=False)
+        _check_teacher(config)
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
+
+
+def _check_teacher(config: Config) -> None:
+    """Refuse a network to learn from that is not there, or that weights do not fit."""
+    name, task = config.recipe.teacher_model, task_of(config)
+    if name is not None:
+        if name not in task.networks:
+            raise ConfigError(f"recipe.teacher_model={name}: must be one of {', '.join(task.networks)}")
+        task.check(config.of_teacher)
+    assert config.recipe.teacher is not None
+    source = Source(config.recipe.teacher, config.recipe.teacher_part, "recipe.teacher")
+    _check_weights(config.of_teacher, source, new_head=False)
 
 
 def _check_one_process(config: Config) -> None:

@@ -206,6 +206,9 @@ def _carry_out(
             log.info(_preprocessing(config))
         if config.training:
             log.info(_recipe(config))
+        if trainer.oscillations is not None:
+            count = sum(t.tensor == "weight" for t in quantized_tensors(model))
+            log.info(f"codes of {len(trainer.oscillations.weights)} of {count} quantized weights are watched")
         if saved is not None:
             step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
             log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
@@ -381,6 +384,12 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     }
     if corrupt is not None:
         result["corrupt_pictures"] = len(corrupt)
+    if remedies := [*(["mixed"] if config.rules else []), *config.remedies]:
+        result["remedies"] = remedies
+    if config.reestimating:
+        result["batchnorm_batches"] = trainer.reestimation_batches
+        result["before_reestimation"] = state.before_reestimation
+    result.update(trainer.oscillating())  # type: ignore[typeddict-item]
     figures: Any = {key: value for key, value in state.val.items() if key != "samples"}
     figures[f"best_{trainer.metric}"] = state.best
     result.update(figures)

@@ -33,6 +33,7 @@ from qat_runner.insertion.layers import (
     kind_of,
     layer_kind,
     modules_by_name,
+    narrow_kind,
     operands,
     quantizer_of,
     restore,
@@ -377,7 +378,7 @@ def contracted_by(model: nn.Module) -> dict[str, int]:
 
 def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
     """Name, kind and operand of all that layers multiply."""
-    return [(name, kind_of(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+    return [(name, narrow_kind(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
 
 
 def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
@@ -522,7 +523,7 @@ def products_of(model: nn.Module) -> list[Product]:
 
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
     """What the policy of a network says of one of its tensors; a state loaded since may have made it static."""
-    return policy_of(model).tensor(tensor.layer, kind_of(model.get_submodule(tensor.layer)), tensor.tensor)
+    return policy_of(model).tensor(tensor.layer, narrow_kind(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
 def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Sequence[Product]) -> None:

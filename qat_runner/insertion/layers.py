@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
-from qat_runner.policy import EMBEDDING, WEIGHT_AND_INPUT
+from qat_runner.policy import DEPTHWISE, EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
 
@@ -356,11 +356,17 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def kind_of(layer: nn.Module) -> str:
-    """What policies call the kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
+    """The kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
     if isinstance(layer, QuantLayer) and layer.kind_name is not None:
         return layer.kind_name
     kind = layer_kind(layer)
     return "Matmul" if kind is None else kind.name
+
+
+def narrow_kind(layer: nn.Module) -> str:
+    """The same, as policies are asked by: DepthwiseConv2d where each channel has a filter of its own."""
+    depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1
+    return f"{DEPTHWISE if depthwise else ''}{kind_of(layer)}"
 
 
 def operands(layer: nn.Module) -> tuple[str, ...]:

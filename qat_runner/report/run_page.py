@@ -15,6 +15,7 @@ from qat_runner.exporting import telling
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.report import page
 from qat_runner.report.allocation_charts import allocation_charts
+from qat_runner.report.oscillation_charts import oscillation_charts
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
@@ -29,6 +30,7 @@ from qat_runner.runs.records import (
     HISTOGRAMS,
     LAYERS,
     METRICS,
+    OSCILLATIONS,
     STEPS,
     SUMMARY,
     Environment,
@@ -90,6 +92,7 @@ def write(folder: Path, out: Path) -> Path:
     rows = read(LAYERS) or []
     curves, noise = _curves(epochs, read(STEPS) or [], config.task), noise_charts(rows)
     one_tensor = tensor_charts(rows, read(HISTOGRAMS) or [])
+    oscillations = oscillation_charts(read(OSCILLATIONS) or [])
     exported = read(EXPORT, RunFolder(folder).export)
     allocation = read(ALLOCATION)
     choice = [] if allocation is None else allocation_charts(allocation)
@@ -110,6 +113,7 @@ def write(folder: Path, out: Path) -> Path:
         "noisiest": noisiest(rows),
         "epoch": rows[-1]["epoch"] if rows else "",
         "one_tensor": one_tensor,
+        "oscillations": oscillations,
         "allocation": allocation,
         "choice": choice,
         "why_no_noise": _why_no_noise(config),
@@ -121,7 +125,7 @@ def write(folder: Path, out: Path) -> Path:
         "exported": None if exported is None else telling.text(exported),
         **_again(config, environment),
     }
-    return page.write(out, "run", [*choice, *curves, *noise, *one_tensor], content)
+    return page.write(out, "run", [*choice, *curves, *oscillations, *noise, *one_tensor], content)
 
 
 def heading(config: Config) -> str:
@@ -149,6 +153,13 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
     if summary["sqnr_db"] is not None:
         cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
+    if "oscillating_weights" in summary:
+        note = f"of those watched; {summary.get('frozen_weights', 0.0):.2g} % are frozen"
+        cards.append(Card("oscillating weights", f"{summary['oscillating_weights']:.2g} %", note))
+    before = summary.get("before_reestimation")
+    if before is not None:
+        note = f"taken anew on {summary.get('batchnorm_batches', 0)} batches"
+        cards.append(Card(f"{name} before BatchNorm", figure.told(before), note))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]
         note = f"{full:.3g} MB in fp32, {full / small:.1f} times as much" if small < full else "in fp32"

@@ -110,11 +110,12 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 def _baselines(config: Config) -> list[str]:
     """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
-    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, recipe=recipe)
+    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, rules=[], recipe=recipe)
+    trained = [_key(same), _key(replace(same, recipe=replace(recipe, batchnorm_batches=0)))]
     if config.weights is None:
-        return [_key(same)]
+        return trained
     start = [_key(replace(same, mode=Mode.evaluate))]
-    return [_key(same), *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
+    return [*trained, *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
 
 
 def _key(config: Config) -> str:
@@ -136,7 +137,8 @@ def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]]
 
 def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What a run is, in the columns that all tables begin with."""
-    clipping = summary["clipping"] + (", distilled" if summary.get("distilled") else "")
+    clipping = "+".join([summary["clipping"], *summary.get("remedies", [])])
+    clipping += ", distilled" if summary.get("distilled") else ""
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 

@@ -42,6 +42,7 @@ class Progress(TypedDict):
     best: float
     val: dict[str, float]
     samples_per_second: float
+    before_reestimation: NotRequired[Real | None]
 
 
 @with_config(ConfigDict(arbitrary_types_allowed=True))
@@ -54,6 +55,8 @@ class Checkpoint(TypedDict):
     """what it is the average of"""
     averaged_steps: NotRequired[Count]
     """that it is made of"""
+    oscillations: NotRequired[dict[str, Tensor]]
+    """where codes of weights are watched: `Oscillations.state`"""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     processes: Annotated[list[ProcessState], Field(min_length=1)]

@@ -9,6 +9,7 @@
 | metrics.csv       | a row an epoch                                                                                |
 | steps.csv         | a row a training step                                                                         |
 | layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
+| oscillations.csv  | how often codes of each weight flip, a block an epoch, where `oscillations` asks for it       |
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
 | wandb/, mlruns/   | the same, where `trackers` asks for it; trackers.json: what they call the run                 |
 | checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
@@ -36,6 +37,7 @@ from qat_runner.runs.records import (
     HISTOGRAMS,
     LAYERS,
     METRICS,
+    OSCILLATIONS,
     PREDICTIONS,
     STEPS,
     SUMMARY,
@@ -125,7 +127,7 @@ class RunFolder:
     @property
     def contents(self) -> tuple[Path, ...]:
         """All that a run may leave here, whether it is there or not; the lock is not left."""
-        typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, HISTOGRAMS, PREDICTIONS, ALLOCATION, SUMMARY)
+        typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, OSCILLATIONS, HISTOGRAMS, PREDICTIONS, ALLOCATION, SUMMARY)
         return (
             *(self.path / file.name for file in typed),
             *(self.config, self.quantizers, self.log, self.error, self.tensorboard, self.checkpoints),

@@ -14,7 +14,7 @@ from torch import Tensor
 from qat_runner.errors import told
 from qat_runner.insertion import LayerNoise
 from qat_runner.runs.folder import RunFolder
-from qat_runner.runs.records import LAYERS, METRICS, STEPS
+from qat_runner.runs.records import LAYERS, METRICS, OSCILLATIONS, STEPS
 from qat_runner.runs.trackers import TRACKERS, Tracked, Tracker
 
 log = logging.getLogger("qat_runner")
@@ -42,7 +42,7 @@ class Record:
             epoch = run.epoch
             return bool(row["epoch"] <= epoch) or (row["epoch"] == epoch + 1 and bool(0 < row.get("step", 0) <= step))
 
-        for file in (METRICS, STEPS, LAYERS):
+        for file in (METRICS, STEPS, LAYERS, OSCILLATIONS):
             if bad := file.keep(folder, done):
                 log.warning(f"{folder / file.name}: {bad} damaged lines are left out")
         self._trackers: dict[str, Tracker] = {}
@@ -68,6 +68,10 @@ class Record:
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Add the steps of an epoch to steps.csv."""
         STEPS.append(self.folder, rows)
+
+    def oscillations(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add to oscillations.csv what its weights did, a row each."""
+        OSCILLATIONS.append(self.folder, ({"epoch": epoch, **row} for row in rows))
 
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None:
         """Add the noise of all tensors to layers.csv; trackers get the scalars [any shape], by tensor name, as well."""
@@ -113,5 +117,7 @@ class NullRecord(Record):
     def epoch(self, row: Mapping[str, float]) -> None: ...
 
     def steps(self, rows: Iterable[Mapping[str, float]]) -> None: ...
+
+    def oscillations(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> None: ...
 
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None: ...

@@ -61,6 +61,8 @@ class Summary(TypedDict):
     mean_activation_bits: NotRequired[Real | None]
     """the same of activations"""
     distilled: NotRequired[bool]
+    remedies: NotRequired[list[str]]
+    """what else was done: `Config.remedies`, and mixed where rules made exceptions"""
     processes: NotRequired[Count]
     metric: NotRequired[str]
     """name of the figure that counts"""
@@ -75,6 +77,14 @@ class Summary(TypedDict):
     samples_per_second: NotRequired[Real | None]
     size_mb: NotRequired[Size]
     fp32_size_mb: NotRequired[Size]
+    oscillating_weights: NotRequired[Percent]
+    """of the elements of weights whose codes were watched, those that oscillated in the end"""
+    frozen_weights: NotRequired[Percent]
+    """of the same, those that were frozen"""
+    batchnorm_batches: NotRequired[Count]
+    """on which BatchNorm was estimated anew after training"""
+    before_reestimation: NotRequired[Real | None]
+    """what the figure that counts was before"""
     quantized_macs: NotRequired[Percent | None]
     """of the network's multiply-accumulates, those of quantized tensors"""
     quantization_mse: NotRequired[Real | None]
@@ -186,6 +196,18 @@ class LayerRow(TypedDict):
     sqnr_db: Cell
     clipped_fraction: Cell
     max_sqnr_db: Cell
+
+
+class OscillationRow(TypedDict):
+    """How the codes of a weight behaved in the steps up to the end of an epoch."""
+
+    epoch: Count
+    layer: str
+    elements: Count
+    oscillating: Percent
+    """of the elements, those that flip more often than oscillations.threshold"""
+    frozen: Percent
+    """of the elements"""
 
 
 EpochRow = dict[str, float | None]
@@ -378,6 +400,7 @@ LOCK: JsonFile[Owner] = JsonFile("lock", Owner)
 METRICS: CsvFile[EpochRow] = CsvFile("metrics.csv", Annotated[dict[str, Cell], AfterValidator(_of_an_epoch)])
 STEPS: CsvFile[StepRow] = CsvFile("steps.csv", StepRow)
 LAYERS: CsvFile[LayerRow] = CsvFile("layers.csv", LayerRow)
+OSCILLATIONS: CsvFile[OscillationRow] = CsvFile("oscillations.csv", OscillationRow)
 ERROR = TextFile("error.txt")
 ASKED = TextFile("asked.txt")
 """In a folder of runs: names of all run folders that sweeps asked for, a line each."""

@@ -28,7 +28,10 @@ from qat_runner.runs.records import PREDICTIONS
 from qat_runner.tasks import Totals, task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.averages import Averages
+from qat_runner.training.batch_norm import reestimate
+from qat_runner.training.dampening import dampening_of
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
+from qat_runner.training.oscillations import oscillations_of
 from qat_runner.training.progress import Progress
 from qat_runner.training.recipe import learning_rate, make_optimizer
 from qat_runner.training.stop import StopRequest
@@ -37,6 +40,9 @@ log = logging.getLogger("qat_runner")
 
 OF_EVERY_VERSION = ("model.name", "dataset.name", "weight_bits", "activation_bits", "mode", "seed")
 """Keys that tell the runs of checkpoints from one another whose config is that of an earlier version."""
+
+REESTIMATION_EPOCH = 10**6 + 1
+"""The number of the epoch whose first batches BatchNorm is estimated anew on: one that training never comes to."""
 
 DIVERGED = 1000
 """What a process tells the others when its loss is no number; above all numbers of signals."""
@@ -62,6 +68,8 @@ class State:
     """the latest validation: loss, the task's metric, and what else it tells"""
     samples_per_second: float = 0.0
     """of the latest training epoch"""
+    before_reestimation: float | None = None
+    """the task's metric after the last epoch, before BatchNorm was estimated anew, once it was"""
 
 
 def dynamic_activations(model: nn.Module) -> list[Quantizer]:
@@ -167,6 +175,7 @@ class Trainer:
         self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
+        self.oscillations, self.dampening = oscillations_of(config, model), dampening_of(config, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
         self.to_freeze = config.freezing
@@ -201,15 +210,40 @@ class Trainer:
                 began = time.perf_counter()
                 distributed.broadcast(self.model, parameters=False)
                 distributed.broadcast(self.measured, parameters=False)
-                self.state.val = self._evaluate(progress)
+                self._validate(progress)
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
                 self.state.epoch, self.state.step, self.state.train_seconds = self.state.epoch + 1, 0, 0.0
                 self.totals = self.task.totals(self.device)
                 self.measure_noise()
+                if self.oscillations is not None:
+                    self.record.oscillations(self.state.epoch, self.oscillations.rows())
                 self._record_epoch(train)
                 self._save(end_of_epoch=True)
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
+
+    def _validate(self, progress: Progress) -> None:
+        """Validate after an epoch; after the last one again, with BatchNorm's statistics taken anew, if so asked."""
+        state = self.state
+        if self.config.reestimating and state.epoch + 1 == self.epochs and state.before_reestimation is None:
+            before = self._evaluate(progress)[self.metric]
+            self._reestimate()
+            state.before_reestimation = before
+            told = f"{self.metric} {self.measure.told(before)}"
+            log.info(f"BatchNorm estimated anew on {self.reestimation_batches} training batches; {told} before")
+        state.val = self._evaluate(progress)
+
+    @property
+    def reestimation_batches(self) -> int:
+        """Training batches that BatchNorm is estimated anew on: as many as asked for, or all that there are."""
+        return min(self.config.recipe.batchnorm_batches, self.data.train_steps(self.batch_size))
+
+    def _reestimate(self) -> None:
+        """On the same batches in every process, whole, in the parts and with the augmentation of training."""
+        count, parts = self.reestimation_batches, self.config.accumulate
+        whole = unsharded(self.data).train_batches(self.batch_size, REESTIMATION_EPOCH, count)
+        with autocast(self.device, self.config.amp):
+            reestimate(self.measured, (part for batch in whole for part in batch.parts(parts)), self.task.compute)
 
     def evaluate(self) -> None:
         """Measure the model as it is: its figures on the validation split, and noise."""
@@ -254,6 +288,10 @@ class Trainer:
         if self.noise:
             self.record.layers(self.state.epoch, self.noise, scalars(self.measured))
 
+    def oscillating(self) -> dict[str, float]:
+        """Of all elements that are watched, those that oscillate and are frozen, in percent; empty where none is."""
+        return {} if self.oscillations is None else self.oscillations.of_all()
+
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
             return []
@@ -287,6 +325,9 @@ class Trainer:
                 self.averages.steps = found.get("averaged_steps", 0)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
+            watched = found.get("oscillations", {})
+            if self.oscillations is not None and (watched or self.config.resume != Resume.force):
+                self.oscillations.load(watched)
             if shard.rank < len(processes):
                 checkpoint.set_random_state(own["random"])
             self.totals.sums.zero_()
@@ -298,6 +339,8 @@ class Trainer:
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
         self.begun = self.state.steps > 0
+        if self.state.epoch < self.epochs and self.state.step < self.steps:  # a longer run than it was, under force
+            self.state.before_reestimation = None
         if len(processes) != shard.world:
             log.info(
                 f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
@@ -338,6 +381,12 @@ class Trainer:
         self._end_interval(epoch)
         return self.totals.merged().read()
 
+    @property
+    def position(self) -> float:
+        """Of the present step, in all of training: 0 to below 1."""
+        steps = self.state.step + len(self.interval.rates)
+        return (self.state.epoch + steps / self.steps) / self.epochs
+
     def _step(self, batch: Batch) -> Tensor:
         """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -345,14 +394,25 @@ class Trainer:
         if self.network is self.compiled and ranks.launched():  # a sitting's first step says what takes part
             self.network = distributed.data_parallel(self.compiled)
         self.begun = True
+        self._regularize()
         if self.stage.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.oscillations is not None:
+            self.oscillations.hold()
         if self.averages is not None:
             self.averages.update(self.model)
         return loss
+
+    def _regularize(self) -> None:
+        """See to gradients, in their own scale where someone wants to, before the weights move by them."""
+        if self.stage.max_grad_norm is not None or self.oscillations is not None or self.dampening is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.dampening is not None:
+            self.dampening.add_gradients(self.position)
+        if self.oscillations is not None:
+            self.oscillations.observe(self.position)
 
     def _freeze_if_due(self, position: float) -> None:
         """From recipe.freeze_scalars_at on, activations have the average of their scalars.
@@ -483,6 +543,7 @@ class Trainer:
                 "lr": lr,
                 "samples_per_second": state.samples_per_second,
                 "sqnr_db": self.mean_sqnr(),
+                **self.oscillating(),
                 "seconds": state.seconds,
             }
         )
@@ -515,6 +576,8 @@ class Trainer:
         }
         if self.averages is not None:
             content |= {"trained": self.model.state_dict(), "averaged_steps": self.averages.steps}
+        if self.oscillations is not None:
+            content["oscillations"] = self.oscillations.state
         self.saved_at = time.monotonic()
         if not ranks.is_main():
             return

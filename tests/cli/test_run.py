@@ -338,6 +338,7 @@ def test_precision_and_layout_options(run: Run) -> None:
     assert not (only_run() / "layers.csv").exists()
 
 
+TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
@@ -381,6 +382,11 @@ WRONG = [
     (["activation_granularity=token", "clipping=static_octav"], "activation_granularity=token: its scalars"),
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
+    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least freeze_to=0.2"),
+    (["oscillations.measure=true", "bits=6"], "oscillations.max_bits=4: resnet20 has no weight of so few bits"),
+    (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs recipe.teacher=PATH or pretrained"),
+    ([*TAUGHT, "recipe.teacher_model=resnet57"], "recipe.teacher_model=resnet57: must be one of"),
+    ([*TAUGHT, "recipe.teacher_model=resnet56"], "recipe.teacher=ok.pt: little matches"),
     (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: digits has 10 classes"),
     (["dataset=digits", "dataset.image_size=64"], "dataset.image_size=64: must divide 8"),
     (["dataset=cifar10", "data_dir=broken"], "broken cannot be read"),

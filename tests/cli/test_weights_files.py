@@ -14,7 +14,11 @@ from torch import Tensor
 
 from qat_runner.cli import export, report
 from qat_runner.cli.run import main
-from qat_runner.config import load_config, run_name
+from qat_runner.config import from_hydra, identity, load_config, run_name
+from qat_runner.config.composing import compose_config
+from qat_runner.data import load_dataset
+from qat_runner.data.dataset import Delivery
+from qat_runner.experiment.building import load_teacher
 from qat_runner.models import build_model
 from qat_runner.training import checkpoint
 
@@ -132,6 +136,19 @@ def test_a_part_of_a_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert run(*args) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_kind(run: Run) -> None:
+    torch.save(build_model("resnet32", 10, 8).state_dict(), "large.pt")
+    taught = ["recipe.distill=full_precision", "recipe.teacher=large.pt", "recipe.teacher_model=resnet32"]
+    config = from_hydra(
+        compose_config([*taught, "model=resnet20", "dataset=fake", "dataset.image_size=8", "device=cpu"])
+    )
+    data = load_dataset(config.dataset, "data", Delivery(torch.device("cpu"), seed=0))
+    teacher = load_teacher(config, data, None)
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in teacher.modules()) == 31
+    assert identity(config)["distill.teacher_model"] == "resnet32"
+    assert not any(module.training for module in teacher.modules())
 
 
 def test_files_in_the_home_folder_and_folders_of_shards(

@@ -36,6 +36,23 @@ def bits(model: nn.Module) -> dict[str, int]:
     return {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
 
 
+def test_depthwise_layers_are_of_two_kinds() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1)
+    )
+    rules = (
+        Rule("*", "Conv2d", bits=6),
+        Rule("*.weight", "DepthwiseConv2d", bits=5),
+        Rule("*.input", "Depthwise*", bits=3),
+    )
+    model = quantize_model(layers, 4, rules=rules, example=X)
+    widths = {"0": (6, 6), "1": (5, 3), "2": (6, 6), "3": (6, 6)}
+    assert bits(model) == {
+        f"{n}.{t}": b for n, both in widths.items() for t, b in zip(("weight", "input"), both, strict=True)
+    }
+    assert [wanted(model, tensor).bits for tensor in quantized_tensors(model)][2:4] == [5, 3]
+
+
 def test_later_rules_override_earlier_ones() -> None:
     rules = (
         Rule("block2.*", bits=3),

@@ -288,7 +288,7 @@ def test_settings_that_differ_from_the_defaults() -> None:
     assert found["run", "bits"].default == "4" and found["model", "name"].default == "resnet18"
     assert found["places and habits", "runs_dir"].value == "x"
     assert [title for title, _ in sections(config_of())][1:-1] == [
-        *("model", "dataset", "clipping", "gradient", "recipe", "allocation")
+        *("model", "dataset", "clipping", "gradient", "recipe", "allocation", "oscillations")
     ]
 
 
@@ -367,6 +367,29 @@ def test_many_tensors_show_the_noisiest_first(tmp_path: Path) -> None:
     assert len(whole["traces"][0]["x"]) == 40
     labels = whole["layout"]["yaxis"]["ticktext"]
     assert labels[39] == "39.with.a.long.name.39" and max(map(len, labels)) <= 27
+
+
+def test_oscillating_weights_are_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    found = json.loads((folder / "summary.json").read_text())
+    found |= {"oscillating_weights": 1.25, "frozen_weights": 3.0, "before_reestimation": 41.0, "batchnorm_batches": 50}
+    (folder / "summary.json").write_text(json.dumps(found))
+    sizes = {"conv1": 10, "fc": 30}
+    write_rows(
+        folder / "oscillations.csv",
+        [
+            {"epoch": e, "layer": layer, "elements": size, "oscillating": e * size / 10, "frozen": e}
+            for e in (1, 2)
+            for layer, size in sizes.items()
+        ],
+    )
+    page = run_page.write(folder, tmp_path / "page.html")
+    whole, layers = (
+        charts_of(page)[name]["views"][0]["traces"] for name in ("oscillations-all", "oscillations-layers")
+    )
+    assert [trace["y"] for trace in whole] == [[2.5, 5.0], [1.0, 2.0]] and layers[0]["x"] == [2.0, 6.0]
+    assert "oscillating weights 1.2 % of those watched; 3 % are frozen" in text_of(page)
+    assert "top1 before BatchNorm 41.00 % taken anew on 50 batches" in text_of(page)
 
 
 HOSTILE = "a</script><script>alert(1)</script>&\"'{{ 7 * 7 }}"

@@ -80,6 +80,7 @@ def test_full_precision_is_that_of_the_same_run() -> None:
         ["backend=eager", "clipping.eval_mode=running", "recipe.freeze_scalars_at=2"],
         ["recipe.distill=full_precision", "recipe.teacher=w.pt"],
         ["clipping=lsq"],
+        ["oscillations.freeze_to=0.01", "recipe.batchnorm_batches=50", "rules=[{match: '*', bits: 8}]"],
     ],
 )
 def test_keys_of_quantization_do_not_count(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

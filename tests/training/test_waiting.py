@@ -61,8 +61,9 @@ def batch(device: torch.device) -> Batch:
         (("recipe.distill=full_precision", "recipe.teacher=teacher.pt"), {"format": "int_affine"}),
         ((), {"range": "oriented"}),
         (ADAMW, {"clipping": "lsq"}),
+        (("oscillations.freeze_to=0.01", "oscillations.dampening=0.1"), {"first_last_bits": None}),
     ],
-    ids=["octav", "adamw", "max, parts", "affine, teacher", "oriented", "lsq"],
+    ids=["octav", "adamw", "max, parts", "affine, teacher", "oriented", "lsq", "frozen, dampened"],
 )
 def test_a_step_needs_no_number(tmp_path: Path, overrides: tuple[str, ...], quantization: dict[str, Any]) -> None:
     """On the meta device there are none: whatever asks for one raises, as does what has a size that depends on them."""
