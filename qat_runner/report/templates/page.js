@@ -1,5 +1,3 @@
-"use strict";
-
 // Told apart by colour-blind eyes: Okabe and Ito's colours, darker on white and lighter on black.
 const THEMES = {
   light: {ink: "#1b2230", soft: "#5d6778", grid: "#e4e8ee", back: "#ffffff",
@@ -8,12 +6,22 @@ const THEMES = {
     colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#b7a4ee", "#98a3b5"]},
 };
 
-const charts = JSON.parse(document.getElementById("charts").textContent);
+const byId = id => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hovers = matchMedia("(hover: hover)").matches;  // a mouse, not a finger
 let printing = false;
 
-const byId = id => document.getElementById(id);
+// What `packed` of page.py has packed.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+const plotly = document.createElement("script");
+plotly.textContent = await unpacked("plotly");
+document.head.append(plotly);
+const charts = JSON.parse(await unpacked("charts"));
+
 const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
 
 // Puts colours in the place of their indices.
