@@ -319,6 +319,20 @@ def test_headline_figures(tmp_path: Path) -> None:
     assert "a CPU, 2 cores" in text and "abc123 on main, with uncommitted changes" in text
 
 
+def test_effective_bits_and_what_is_quantized_are_shown_where_they_are_on_record(tmp_path: Path) -> None:
+    make_run(tmp_path, "bits=32")
+    folder = make_run(tmp_path)
+    assert "activation bits" not in text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    summary = json.loads((folder / "summary.json").read_text())
+    means = {"mean_weight_bits": 4.016, "mean_activation_bits": 4.125, "quantized_macs": 99.25}
+    (folder / "summary.json").write_text(json.dumps(summary | means))
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "bits 4 4.02/4.12 in the mean of weights/activations, both ends included" in text
+    assert "quantized 99.25 % of the multiply-accumulates" in text
+    text = text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    assert "weight bits activation bits quantized %" in text and " 4.02 4.12 99.25 " in text
+
+
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> None:
     folder = make_run(tmp_path, top1=None)
     (folder / "histograms.json").unlink()
@@ -585,8 +599,8 @@ TRACES = """
 @pytest.mark.parametrize(
     ("kind", "width", "scheme"),
     [
-        *(("run", width, scheme) for width in (390, 1280) for scheme in ("light", "dark")),
-        *(("compare", 390, "dark"), ("compare", 1280, "light"), ("unfinished", 390, "light")),
+        *(("run", width, scheme) for width in (360, 1280) for scheme in ("light", "dark")),
+        *(("compare", 360, "dark"), ("compare", 1280, "light"), ("unfinished", 360, "light")),
     ],
 )
 def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: int, scheme: str) -> None:

@@ -64,14 +64,25 @@ function chosen(chart) {
   return chart.views[selects.reduce((index, select) => index * select.options.length + select.selectedIndex, 0)];
 }
 
+// A name in lines that fit a phone.
+function folded(name = "") {
+  const lines = [""];
+  for (const part of name.split(/(?<=, )/))
+    if (lines.at(-1) && lines.at(-1).length + part.length > 40) lines.push(part);
+    else lines[lines.length - 1] += part;
+  return lines;
+}
+
 function draw(chart) {
-  const view = chosen(chart);
-  const place = byId(chart.id), legend = view.traces.filter(trace => trace.showlegend !== false).length;
-  const room = place.clientWidth < 480 ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
+  const view = chosen(chart), place = byId(chart.id), narrow = place.clientWidth < 480;
+  const named = view.traces.filter(trace => trace.showlegend !== false);
+  const legend = named.reduce((lines, trace) => lines + folded(trace.name).length, 0);
+  const room = narrow ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
   const height = (view.height || chart.height) + room;
   const layout = {...layoutOf(chart, view), height};
   place.style.height = `${height}px`;
   const traces = view.traces.map(trace => painted(trace, theme().colours));
+  if (narrow) for (const trace of traces) trace.name = folded(trace.name).join("<br>");
   const options = {responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
   return Plotly.react(place, traces, layout, options);
