@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from qat_runner.config import Config, Distill, identity
+from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
 from qat_runner.report.runs import Run, check_seeds
 from qat_runner.report.tables import against_full_precision
@@ -147,7 +148,7 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
     gaps = against_full_precision([(run.config, summary) for run, summary in done])
     groups: dict[str, list[Result]] = {}
     for (run, _), gap in zip(done, gaps, strict=True):
-        if run.row is not None and not run.config.rules:
+        if run.row in paper()["labels"] and not run.config.rules:
             groups.setdefault(str(sorted(_alike(run.config).items())), []).append(Result(run, gap))
     ordered = sorted(groups.values(), key=lambda some: (some[0].run.model, some[0].run.dataset, some[0].run.mode))
     return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]

@@ -49,7 +49,7 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
     """
     setups = setups_of(runs)
     found, cells = {claim: claim.findings(setups) for claim in claims()}, cells_of(setups)
-    tables = [_setups(setups), _overview(found), _statements(found)]
+    tables = [_overview(found), _setups(setups), _statements(found)]
     tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
     page = Document("The paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
     return page, _lines(found, cells)
@@ -127,8 +127,8 @@ def words_of_row(row: str, bits: int | None, seeds: Sequence[int]) -> str:
 
 
 def _overview(found: Findings) -> Table:
-    cells = [[claim.id, claim.says, claim.source, claim.verdict(findings)] for claim, findings in found.items()]
-    return Table("Claims in words", ["claim", "the paper says", "where", "verdict"], cells, [])
+    cells = [[claim.id, claim.verdict(findings), claim.says, claim.source] for claim, findings in found.items()]
+    return Table("Claims in words", ["claim", "verdict", "the paper says", "where"], cells, [])
 
 
 def _statements(found: Findings) -> Table:

@@ -539,7 +539,7 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, table1"),
+        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, ledger, table1"),
         (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
         (["empty"], "empty: holds no run of qat-run"),
         (["broken"], "broken/config.yaml: cannot be read"),
