@@ -11,7 +11,7 @@ import pytest
 from qat_runner import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-BROUGHT_BY_TORCH = {"jinja2", "markupsafe", "typing_extensions"}
+BROUGHT_BY_TORCH = {"jinja2", "typing_extensions"}
 ONNX = {"onnx", "onnxruntime", "onnxscript"}
 ABSENT = sorted({*cli._OF_EXTRAS, *ONNX} - BROUGHT_BY_TORCH)
 IMPORTED_AS = {"hydra-core": "hydra", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
@@ -81,7 +81,7 @@ remove_quantizers(model)
             ["tensorboard"],
             "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' brings it",
         ),
-        ("qat_report .", ["plotly"], "qat-report: plotly is not installed; pip install 'qat_runner[report]' brings it"),
+        ("qat_report .", ["jinja2"], "qat-report: jinja2 is not installed; pip install 'qat_runner[report]' brings it"),
         (
             "qat_run dataset=squad model=bert model.checkpoint=bert data_dir=.",
             ["transformers"],
@@ -100,7 +100,7 @@ def test_commands_say_which_extra_they_lack(tmp_path: Path, command: str, absent
 
 @pytest.mark.slow
 def test_pictures_are_trained_without_the_other_extras(tmp_path: Path) -> None:
-    absent = ["transformers", "plotly", *ONNX]
+    absent = ["transformers", *ONNX]
     args = ["model=resnet20", "backend=eager", "epochs=1", "limit_train_batches=1", "limit_val_batches=1"]
     done = without(absent, "from qat_runner.cli import qat_run; sys.exit(qat_run())", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,8 @@ def test_qat_run_from_the_installed_wheel(tmp_path: Path) -> None:
     templates = {path.name for path in (ROOT / "qat_runner" / "report" / "templates").iterdir()}
     names = ZipFile(wheel).namelist()
     assert templates | {"LICENSE"} <= {Path(name).name for name in names}
-    assert "qat_runner/py.typed" in names
+    bundle = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qat_runner" / "report" / "plotly").iterdir()}
+    assert {"qat_runner/py.typed", *bundle} <= {*names}
     site = tmp_path / "site"
     call(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
     where = "import qat_runner.cli.run as r; print(r.__file__); print(r.config_dir())"

@@ -50,7 +50,7 @@ def _command(name: str) -> int:
 _OF_EXTRAS = {
     **dict.fromkeys(("PIL", "hydra", "matplotlib", "numpy", "omegaconf", "pydantic", "safetensors", "scipy")),
     **dict.fromkeys(("sklearn", "tabulate", "tensorboard", "torchvision", "tqdm", "typing_extensions", "yaml")),
-    **dict.fromkeys(("jinja2", "markupsafe", "plotly"), "report"),
+    "jinja2": "report",
     "pyarrow": "parquet",
     "timm": "timm",
     "transformers": "text",

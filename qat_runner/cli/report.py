@@ -3,6 +3,7 @@
     qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
     qat-report compare runs                    a page that sets runs, or folders of runs, side by side
     qat-report status runs                     which runs are finished, running, stale, failed or missing
+    qat-report ledger runs results.csv         every claim and every cell of the paper, and whether it holds here
     qat-report table1 runs                     ours beside the published numbers
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
     qat-report table6 --run runs/NAME          seconds to find the scalars of a run's tensors; alone: BERT-Base's
@@ -38,7 +39,7 @@ def verbs() -> tuple[str, ...]:
     """What can be asked for, beside the page of a run."""
     from qat_runner.paper.tables import TABLES
 
-    return ("compare", *TABLES, "table6", *FIGURES, "status")
+    return ("compare", "ledger", *TABLES, "table6", *FIGURES, "status")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs())}")
-    parser.add_argument("places", nargs="*", type=Path, help="folder of run folders (runs); compare: runs as well")
+    parser.add_argument(
+        "places",
+        nargs="*",
+        type=Path,
+        help="folder of run folders (runs); compare: runs as well; ledger: tables of results (CSV) as well",
+    )
     parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
     parser.add_argument("--model", help="tables, figure 4: of one network alone; figure2: the network of --weights")
     parser.add_argument(
@@ -89,7 +95,7 @@ def _settle(args: argparse.Namespace) -> None:
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
-    if (len(args.places) > 1 and args.what != "compare") or (args.run_page and args.places):
+    if (len(args.places) > 1 and args.what not in ("compare", "ledger")) or (args.run_page and args.places):
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
@@ -111,6 +117,8 @@ def _report(args: argparse.Namespace) -> list[Path]:
 
         print(status.text(status.statuses(_folder(args.runs_dir))))
         return []
+    if args.what == "ledger":
+        return _ledger(args.places or [args.runs_dir], args.out)
     if args.what == "table6":
         return _table6(args.run, args.out)
     if args.what in FIGURES:
@@ -157,6 +165,20 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
     table = (table6.synthetic() if run is None else table6.of_run(run)).table()
     print(table.text("markdown"))
     return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})
+
+
+def _ledger(places: Sequence[Path], out: Path) -> list[Path]:
+    from qat_runner.paper.ledger import ledger
+    from qat_runner.report.runs import find_runs, read_results
+
+    found = [read_results(place) if place.is_file() else find_runs(_folder(place)) for place in places]
+    for place, runs in zip(places, found, strict=True):
+        if not runs:
+            raise ConfigError(f"{place}: holds no run of qat-run")
+    document, lines = ledger([run for runs in found for run in runs])
+    print(document.lead[-1])
+    texts = {layout: document.text(layout) for layout in ("markdown", "html")}
+    return _write(out, "ledger", texts | {"csv": lines.text("csv")})
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:

@@ -77,6 +77,14 @@ COSTS: Costs = {
 """What the figure that counts is set against: unit, and the figure from summary.json."""
 
 
+EFFECTIVE = {
+    "weight bits": ("mean_weight_bits", "{:.2f}"),
+    "activation bits": ("mean_activation_bits", "{:.2f}"),
+    "quantized %": ("quantized_macs", "{:.4g}"),
+}
+"""Columns about what is quantized: key in summary.json, and how it is written."""
+
+
 def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
     """The runs at the places, or in them where these are folders of runs, each once; and why others are left out.
 
@@ -197,7 +205,7 @@ def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     finished = {run.folder: (run.config, run.summary) for run in runs if run.summary is not None}
     drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
     found = measures(summaries) or [Measure("accuracy")]
-    heads = ("bits", head(found), "vs fp32", best_head(found), "SQNR dB", "MB", "minutes", "seed")
+    heads = ("bits", head(found), "vs fp32", best_head(found), "SQNR dB", *EFFECTIVE, "MB", "minutes", "seed")
     words = [_words(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     varied = [key for key in words[0] if key in ("method", "run") or len({row[key] for row in words}) > 1]
     before, after = ([key for key in varied if (key in ("mode", "run")) == late] for late in (False, True))
@@ -212,7 +220,9 @@ def _table(runs: Sequence[Entry]) -> dict[str, Any]:
         for texts, row in zip(words, numbers, strict=True)
     ]
     shared = [word for key, word in words[0].items() if key not in varied]
-    return {"heads": (before, [heads[i] for i in known], after), "rows": rows, "shared": shared}
+    shown_heads = [heads[i] for i in known]
+    effective = any(text in EFFECTIVE for text in shown_heads)
+    return {"heads": (before, shown_heads, after), "rows": rows, "shared": shared, "effective": effective}
 
 
 def _words(run: Entry, name: str) -> dict[str, str]:
@@ -231,6 +241,7 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
         (drop, "{:+.2f}"),
         (s.get(f"best_{metric(s)}"), "{:.2f}"),
         (s.get("sqnr_db"), "{:.1f}"),
+        *((None if run.full_precision else s.get(key), layout) for key, layout in EFFECTIVE.values()),
         (s.get("size_mb"), "{:.3g}"),
         (s["seconds"] / 60 if s else None, "{:.1f}"),
         (run.config.seed, "{:d}"),

@@ -170,12 +170,15 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
 
 
 def _bits_card(config: Config, summary: Summary) -> Card:
-    if not config.allocating:
-        told = str(config.told_bits)
-        return Card("bits", told, "weights/activations" if "/" in told else "")
+    """As they were asked for, and what they come to."""
     means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
-    told = "/".join("-" if mean is None else f"{mean:.1f}" for mean in means)
-    return Card("bits", told, "mean of weights/activations, both ends included")
+    effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
+    if config.allocating:
+        return Card("bits", effective, "mean of weights/activations, both ends included")
+    told = str(config.told_bits)
+    if means != (None, None):
+        return Card("bits", told, f"{effective} in the mean of weights/activations, both ends included")
+    return Card("bits", told, "weights/activations" if "/" in told else "")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:

@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,14 +189,48 @@ class Table:
             out = io.StringIO()
             csv.writer(out).writerows([self.headers, *self.cells])
             return out.getvalue()
-        tablefmt = {"markdown": "github", "latex": "latex_booktabs", "html": "html"}[layout]
-        body = tabulate(self.cells, self.headers, tablefmt=tablefmt, disable_numparse=True)
         if layout == "latex":
-            return "".join(f"% {line}\n" for line in (self.title, *self.notes)) + body + "\n"
+            lines = "".join(f"% {line}\n" for line in (self.title, *self.notes))
+            return f"{lines}{self._body('latex_booktabs')}\n"
         if layout == "html":
-            notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-            return _PAGE.format(title=html.escape(self.title), body=body, notes=notes)
-        return "\n\n".join([f"## {self.title}", body, *self.notes]) + "\n"
+            return _page(self.title, self.section(1))
+        return "\n\n".join(filter(None, [f"## {self.title}", self._body("github"), *self.notes])) + "\n"
+
+    def section(self, level: int) -> str:
+        """The table as a part of a page in HTML, under a heading of that level."""
+        body = f'<div class="wide" tabindex="0">{self._body("html")}</div>\n' if self.cells else ""
+        notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
+        return _coded(f"<h{level}>{html.escape(self.title)}</h{level}>\n{body}{notes}")
+
+    def _body(self, tablefmt: str) -> str:
+        return tabulate(self.cells, self.headers, tablefmt=tablefmt, disable_numparse=True) if self.cells else ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Several tables on one page. What stands between backticks, in cells and sentences, is code."""
+
+    title: str
+    lead: Sequence[str]
+    """sentences before the first table"""
+    tables: Sequence[Table]
+
+    def text(self, layout: str) -> str:
+        """The page as markdown or html."""
+        if layout == "html":
+            lead = Table(self.title, [], [], self.lead).section(1)
+            return _page(self.title, lead, *(table.section(2) for table in self.tables))
+        return (
+            "\n\n".join([f"# {self.title}", *self.lead, *(table.text(layout).strip() for table in self.tables)]) + "\n"
+        )
+
+
+def _page(title: str, *sections: str) -> str:
+    return _PAGE.format(title=html.escape(title), body="".join(sections))
+
+
+def _coded(markup: str) -> str:
+    return re.sub("`([^`]+)`", r"<code>\1</code>", markup)
 
 
 _PAGE = """<!doctype html>
@@ -204,9 +239,9 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left }}
-</style></head><body><h1>{title}</h1>
-{body}
-{notes}
-</body></html>
+table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }}
+.wide {{ overflow-x: auto }} h1, h2, p {{ overflow-wrap: anywhere }} p {{ max-width: 75ch }} code {{ font-size: .9em }}
+td code {{ display: inline-block; min-width: min(24em, 70vw) }}
+</style></head><body>
+{body}</body></html>
 """

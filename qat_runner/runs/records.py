@@ -126,6 +126,15 @@ def _with_its_figure(summary: Summary) -> Summary:
     return summary
 
 
+def _filled(row: object) -> object:
+    """A line of a table of results, without its empty cells."""
+    return {"sqnr_db": None, **{key: cell for key, cell in row.items() if cell}} if isinstance(row, dict) else row
+
+
+ResultRow = Annotated[Summary, BeforeValidator(_filled), AfterValidator(_with_its_figure)]
+"""Of a CSV file that has the content of a summary.json in each line."""
+
+
 # environment.json
 
 

@@ -23,7 +23,7 @@ WORDS = {
 }
 PARTS = {"annotated_types", "hydra_plugins", "pydantic_core", "qat_runner"}
 """Of those packages."""
-PAGES = {"_plotly_utils", "jinja2", "markupsafe", "plotly", "tabulate", "wcwidth"}
+PAGES = {"jinja2", "markupsafe", "tabulate", "wcwidth"}
 
 SCRIPT = """
 import json, sys

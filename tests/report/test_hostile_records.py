@@ -79,7 +79,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configs are as they were: composing and reading them anew for each page would take seconds."""
     monkeypatch.setattr(identities, "read_config", _once_read)
     monkeypatch.setattr(runs_in_report, "read_config", _once_read)
-    monkeypatch.setattr(page, "get_plotlyjs", str)  # 5 MB
+    monkeypatch.setattr(page, "plotly", str)
     for name in ("command", "sections", "choices"):
         monkeypatch.setattr(run_page, name, _once(getattr(run_page, name)))
 

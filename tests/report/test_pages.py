@@ -1,11 +1,15 @@
 """The pages of qat-report: what they say, and that a browser shows them."""
 
+import base64
 import csv
 import functools
+import gzip
 import html
 import json
+import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from plotly.offline import get_plotlyjs
 from torch import nn
 
 from qat_runner.cli.report import main as report
@@ -25,7 +28,7 @@ from qat_runner.config.composing import command, compose_config
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.insertion.size import size_mb
 from qat_runner.report import compare_page, run_page
-from qat_runner.report.page import shown
+from qat_runner.report.page import LARGEST, TRACE_TYPES, shown
 from qat_runner.report.settings import sections
 from qat_runner.report.tensor_charts import _levels
 from qat_runner.runs.folder import RunFolder
@@ -123,9 +126,13 @@ def text_of(path: Path) -> str:
 
 
 def charts_of(path: Path) -> dict[str, dict[str, Any]]:
-    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', path.read_text(), re.DOTALL)
+    """By id, of a page that is no larger than pages may be, and draws what the bundle can."""
+    assert path.stat().st_size <= LARGEST
+    found = re.search(r'<script type="application/gzip" id="charts">(.*?)</script>', path.read_text())
     assert found is not None
-    return {chart["id"]: chart for chart in json.loads(found[1])}
+    charts = json.loads(gzip.decompress(base64.b64decode(found[1])))
+    assert {trace["type"] for c in charts for view in c["views"] for trace in view["traces"]} <= {*TRACE_TYPES}
+    return {chart["id"]: chart for chart in charts}
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +319,20 @@ def test_headline_figures(tmp_path: Path) -> None:
     assert "a CPU, 2 cores" in text and "abc123 on main, with uncommitted changes" in text
 
 
+def test_effective_bits_and_what_is_quantized_are_shown_where_they_are_on_record(tmp_path: Path) -> None:
+    make_run(tmp_path, "bits=32")
+    folder = make_run(tmp_path)
+    assert "activation bits" not in text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    summary = json.loads((folder / "summary.json").read_text())
+    means = {"mean_weight_bits": 4.016, "mean_activation_bits": 4.125, "quantized_macs": 99.25}
+    (folder / "summary.json").write_text(json.dumps(summary | means))
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "bits 4 4.02/4.12 in the mean of weights/activations, both ends included" in text
+    assert "quantized 99.25 % of the multiply-accumulates" in text
+    text = text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    assert "weight bits activation bits quantized %" in text and " 4.02 4.12 99.25 " in text
+
+
 def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> None:
     folder = make_run(tmp_path, top1=None)
     (folder / "histograms.json").unlink()
@@ -403,11 +424,37 @@ def test_a_hostile_name_does_no_harm(tmp_path: Path) -> None:
     one = run_page.write(folder, tmp_path / "page.html")
     both = compare_page.write([tmp_path], tmp_path / "compare.html")
     assert HOSTILE in charts_of(one)["noise-weights"]["views"][0]["traces"][0]["text"][0]
-    own = len(re.findall("</script", get_plotlyjs())) + 3  # Plotly, the charts, the page's own
     for page in (one, both):
         assert "<script>alert" not in page.read_text()
-        assert page.read_text().count("</script") == own
+        assert page.read_text().count("</script") == 3  # Plotly, the charts, the page's own
         assert "{{ 7 * 7 }}" in text_of(page)
+
+
+@pytest.mark.slow
+def test_pages_of_much_are_small(tmp_path: Path) -> None:
+    """As large as ResNet-101 in 150 epochs, and a sweep of 60 such runs."""
+    folder = make_run(tmp_path, epochs=150)
+    layers = [f"layer{i // 30 + 1}.{i}.conv{i % 3}" for i in range(104)]
+    rows = layer_rows(150, layers)
+    for i, row in enumerate(rows):
+        row["s"] = 1 + math.sin(i) / 3
+    write_rows(folder / "layers.csv", rows)
+    counts = [int(1e5 * abs(math.sin(i * i))) for i in range(BINS)]
+    (folder / "histograms.json").write_text(
+        json.dumps(
+            [
+                histogram(layer, 6) | {"tensor": kind, "counts": counts[i:] + counts[:i]}
+                for i, layer in enumerate(layers)
+                for kind in ("weight", "input")
+            ]
+        )
+    )
+    for seed in range(1, 60):
+        shutil.copytree(folder, tmp_path / f"seed{seed}", ignore=shutil.ignore_patterns("*.csv", "histograms.json"))
+        shutil.copy(folder / "metrics.csv", tmp_path / f"seed{seed}")
+    one = run_page.write(folder, tmp_path / "page.html")
+    many = compare_page.write([tmp_path], tmp_path / "compare.html")
+    assert "histogram" in charts_of(one) and "curves" in charts_of(many)
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -515,7 +562,7 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, table1"),
+        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, ledger, table1"),
         (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
         (["empty"], "empty: holds no run of qat-run"),
         (["broken"], "broken/config.yaml: cannot be read"),
@@ -575,8 +622,8 @@ TRACES = """
 @pytest.mark.parametrize(
     ("kind", "width", "scheme"),
     [
-        *(("run", width, scheme) for width in (390, 1280) for scheme in ("light", "dark")),
-        *(("compare", 390, "dark"), ("compare", 1280, "light"), ("unfinished", 390, "light")),
+        *(("run", width, scheme) for width in (360, 1280) for scheme in ("light", "dark")),
+        *(("compare", 360, "dark"), ("compare", 1280, "light"), ("unfinished", 360, "light")),
     ],
 )
 def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: int, scheme: str) -> None:

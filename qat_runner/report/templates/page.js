@@ -1,5 +1,3 @@
-"use strict";
-
 // Told apart by colour-blind eyes: Okabe and Ito's colours, darker on white and lighter on black.
 const THEMES = {
   light: {ink: "#1b2230", soft: "#5d6778", grid: "#e4e8ee", back: "#ffffff",
@@ -8,12 +6,22 @@ const THEMES = {
     colours: ["#4ea8e6", "#f0894a", "#35c49a", "#e29cc6", "#e6b84a", "#9ad4f7", "#b7a4ee", "#98a3b5"]},
 };
 
-const charts = JSON.parse(document.getElementById("charts").textContent);
+const byId = id => document.getElementById(id);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const hovers = matchMedia("(hover: hover)").matches;  // a mouse, not a finger
 let printing = false;
 
-const byId = id => document.getElementById(id);
+// What `packed` of page.py has packed.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent), letter => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+const plotly = document.createElement("script");
+plotly.textContent = await unpacked("plotly");
+document.head.append(plotly);
+const charts = JSON.parse(await unpacked("charts"));
+
 const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
 
 // Puts colours in the place of their indices.
@@ -56,14 +64,25 @@ function chosen(chart) {
   return chart.views[selects.reduce((index, select) => index * select.options.length + select.selectedIndex, 0)];
 }
 
+// A name in lines that fit a phone.
+function folded(name = "") {
+  const lines = [""];
+  for (const part of name.split(/(?<=, )/))
+    if (lines.at(-1) && lines.at(-1).length + part.length > 40) lines.push(part);
+    else lines[lines.length - 1] += part;
+  return lines;
+}
+
 function draw(chart) {
-  const view = chosen(chart);
-  const place = byId(chart.id), legend = view.traces.filter(trace => trace.showlegend !== false).length;
-  const room = place.clientWidth < 480 ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
+  const view = chosen(chart), place = byId(chart.id), narrow = place.clientWidth < 480;
+  const named = view.traces.filter(trace => trace.showlegend !== false);
+  const legend = named.reduce((lines, trace) => lines + folded(trace.name).length, 0);
+  const room = narrow ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
   const height = (view.height || chart.height) + room;
   const layout = {...layoutOf(chart, view), height};
   place.style.height = `${height}px`;
   const traces = view.traces.map(trace => painted(trace, theme().colours));
+  if (narrow) for (const trace of traces) trace.name = folded(trace.name).join("<br>");
   const options = {responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
   return Plotly.react(place, traces, layout, options);

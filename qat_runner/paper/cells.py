@@ -1,0 +1,134 @@
+"""The cells of the paper's tables, each beside the runs that may stand for it; and what running itself would take."""
+
+import functools
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat_runner.config.composing import compose_config
+from qat_runner.paper.claims import content
+from qat_runner.paper.evidence import FULL_PRECISION, Differences, Result, Setup, Verdict, fits
+from qat_runner.paper.tables import FULL_PRECISION_ROWS, TABLES, paper, published
+
+NEAR = 1.0
+"""Points by which a cell's difference from full precision may be another than the published one, where it holds."""
+
+BASELINE = "baseline"
+"""In place of a verdict on full precision, which others are held against."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table of the paper, and a setup that says something about it."""
+
+    table: str
+    model: str
+    row: str
+    bits: int | None
+    """None in full precision"""
+    setup: Setup | None = None
+    """None where nothing was run that may stand for it"""
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.model, self.row, *([] if self.bits is None else [f"{self.bits} bits"])])
+
+    @property
+    def published(self) -> float:
+        """In percent."""
+        value = published(self.table, self.model, self.row, self.bits)
+        assert value is not None
+        return value
+
+    @property
+    def published_gap(self) -> float | None:
+        """To the published full precision, in points; None of that itself."""
+        return None if self.bits is None else self.published - float(paper()["full_precision"][self.model])
+
+    @property
+    def results(self) -> dict[int, Result]:
+        """By seed."""
+        return {} if self.setup is None else self.setup.cell(self.row, self.bits)
+
+    @property
+    def gap(self) -> Differences:
+        """Ours, to full precision."""
+        if self.setup is None or self.bits is None:
+            return Differences(())
+        return self.setup.differences(self.row, FULL_PRECISION, self.bits)
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """Where our difference has to lie; None in full precision."""
+        gap = self.published_gap
+        return None if gap is None else (gap - NEAR, gap + NEAR)
+
+    @property
+    def verdict(self) -> str:
+        if self.ends is None:
+            return BASELINE
+        return str(self.gap.verdict(*self.ends) if self.results else Verdict.NOT_RUN)
+
+    @property
+    def _mode(self) -> str:
+        return str(paper()[self.table]["mode"])
+
+    @property
+    def _data(self) -> str:
+        """The paper's own."""
+        return "squad" if self._mode == "finetune" else "imagenet"
+
+    @property
+    def command(self) -> str:
+        """The one that runs the cell of the paper itself."""
+        bits = [] if self.bits is None else [f"bits={self.bits}"]
+        start = ["weights=torchvision"] if self._mode in ("retrain", "long_retrain") else []
+        mode = [f"mode={self._mode}"] if start and self.row != "pretrained" else []
+        words = [f"model={self.model}", f"dataset={self._data}", "data_dir=/data", *bits, *mode, *start]
+        return shlex.join(["qat-run", f"+row={self.row}", *words])
+
+    @property
+    def gpu_hours(self) -> float:
+        """An estimate of what that takes, by gpu_hours.yaml; evaluation alone counts as nothing."""
+        if self.row == "pretrained":
+            return 0.0
+        facts = estimates()
+        samples = facts["samples"][self._data] * _recipe(self.model, self._data)[self._mode]["epochs"]
+        quantized = 1 if self.bits is None else facts["quantized"]
+        return float(samples * quantized / facts["samples_per_second"][self.model] / 3600)
+
+
+def cells_of(setups: Sequence[Setup]) -> dict[str, list[Cell]]:
+    """All published cells by table, each for every setup that may stand for it, or once without one."""
+    own = [name for name in TABLES if "published" in paper()[name] and "source" not in paper()[name]]
+    return {name: [with_it for cell in _cells(name) for with_it in _for_setups(cell, setups)] for name in own}
+
+
+def _cells(name: str) -> Iterator[Cell]:
+    layout = paper()[name]
+    for model in layout["published"]:
+        for row in layout["rows"]:
+            for bits in [None] if row in FULL_PRECISION_ROWS else layout["bits"]:
+                yield Cell(name, model, row, bits)
+
+
+def _for_setups(cell: Cell, setups: Sequence[Setup]) -> list[Cell]:
+    mode = "evaluate" if cell.row == "pretrained" else paper()[cell.table]["mode"]
+    pattern = content()["stand_ins"][cell.model]
+    some = [setup for setup in setups if setup.config.mode == mode and fits(setup.model, [pattern])]
+    return [replace(cell, setup=setup) for setup in some if setup.cell(cell.row, cell.bits)] or [cell]
+
+
+@functools.cache
+def _recipe(model: str, data: str) -> Any:
+    return compose_config([f"model={model}", f"dataset={data}"]).recipe
+
+
+@functools.cache
+def estimates() -> Any:
+    """The content of gpu_hours.yaml."""
+    return OmegaConf.load(Path(__file__).with_name("gpu_hours.yaml"))

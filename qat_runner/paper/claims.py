@@ -1,0 +1,170 @@
+"""The paper's claims in words, claims.yaml, and what runs say about each of them."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Differences, Setup, Verdict, fits
+from qat_runner.paper.tables import TABLES, paper, published
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A difference, and where it has to lie."""
+
+    of: str
+    """a row of the tables"""
+    minus: str
+    """another one, FULL_PRECISION or CHANCE"""
+    bits: int
+    above: float
+    below: float
+    minus_mode: str | None
+    """where the other row was run, if elsewhere"""
+
+    def __str__(self) -> str:
+        elsewhere = f" ({self.minus_mode})" if self.minus_mode else ""
+        ends = [f"{word} {end:g}" for word, end in (("above", self.above), ("below", self.below)) if math.isfinite(end)]
+        return f"{_label(self.of)} minus {_label(self.minus)}{elsewhere}, {self.bits} bits: {' and '.join(ends)}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs of a setup say about a statement."""
+
+    statement: Statement
+    setup: Setup
+    differences: Differences
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.differences.verdict(self.statement.above, self.statement.below)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An entry of claims.yaml."""
+
+    id: str
+    says: str
+    source: str
+    see: str | None
+    models: tuple[str, ...]
+    mode: str
+    statements: tuple[Statement, ...]
+    """none where runs cannot tell"""
+
+    def findings(self, setups: Sequence[Setup]) -> list[Finding]:
+        """Of all statements in all setups that it is about, but for those that nothing was run of."""
+        mine = [setup for setup in setups if setup.config.mode == self.mode and fits(setup.model, self.models)]
+        return [
+            Finding(statement, setup, setup.differences(statement.of, statement.minus, statement.bits, other))
+            for setup in mine
+            for statement in self.statements
+            if setup.cell(statement.of, statement.bits)
+            for other in _others(statement, setup, setups)
+        ]
+
+    def verdict(self, findings: Sequence[Finding]) -> str:
+        """In all setups: a verdict, or in how many of those that can tell it holds."""
+        if not self.statements:
+            return f"see `{self.see}`" if self.see else "nothing here shows it"
+        setups = dict.fromkeys(finding.setup.name for finding in findings)
+        verdicts = [
+            together([f.verdict for f in findings if f.setup.name == name], len(self.statements)) for name in setups
+        ]
+        told = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
+        if {*told} == {Verdict.HOLDS, Verdict.FAILS}:
+            return f"holds in {told.count(Verdict.HOLDS)} of {len(told)} setups"
+        return str(Verdict.NOT_RUN if not told else told[0] if len({*told}) == 1 else Verdict.OPEN)
+
+    def published(self, statement: Statement) -> dict[str, float]:
+        """The paper's own difference, by network."""
+        models = [model for model in paper()["full_precision"] if fits(model, self.models)]
+        found = {model: _published_difference(statement, model, self.mode) for model in models}
+        return {model: value for model, value in found.items() if value is not None}
+
+
+def together(verdicts: Sequence[Verdict], wanted: int) -> Verdict:
+    """Of a claim in one setup: it fails with one of its statements, and holds with all of them.
+
+    Args:
+        verdicts: on the statements that something was run of, of one at least.
+        wanted: how many statements there are.
+    """
+    if Verdict.FAILS in verdicts:
+        return Verdict.FAILS
+    if len(verdicts) >= wanted and {*verdicts} == {Verdict.HOLDS}:
+        return Verdict.HOLDS
+    return verdicts[0] if len({*verdicts}) == 1 and Verdict.HOLDS not in verdicts else Verdict.OPEN
+
+
+def _others(statement: Statement, setup: Setup, setups: Sequence[Setup]) -> list[Setup | None]:
+    """Where what is subtracted was run; None: in the setup itself."""
+    if statement.minus_mode is None:
+        return [None]
+    return [other for other in setups if other.config.mode == statement.minus_mode and other.scene == setup.scene]
+
+
+def _published_difference(statement: Statement, model: str, mode: str) -> float | None:
+    value = published_in(mode, model, statement.of, statement.bits)
+    if statement.minus == CHANCE:  # of ImageNet's thousand classes
+        return None if value is None else value - 0.1
+    full = statement.minus == FULL_PRECISION
+    other = published_in(statement.minus_mode or mode, model, statement.minus, None if full else statement.bits)
+    return None if value is None or other is None else value - other
+
+
+def published_in(mode: str, model: str, row: str, bits: int | None) -> float | None:
+    """The number published for a row and a mode, in whichever table, in percent; None where there is none."""
+    own = [name for name in TABLES if paper()[name]["mode"] == mode and "source" not in paper()[name]]
+    known = [name for name in own if bits is None or bits in paper()[name]["bits"]]
+    found = [published(name, model, row, bits) for name in known]
+    return next((value for value in found if value is not None), None)
+
+
+@functools.cache
+def content() -> dict[str, Any]:
+    """The content of claims.yaml."""
+    read = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
+    assert isinstance(read, dict)
+    return {str(key): value for key, value in read.items()}
+
+
+@functools.cache
+def claims() -> tuple[Claim, ...]:
+    """All of them."""
+    return tuple(
+        Claim(
+            entry["id"],
+            entry["says"],
+            entry["source"],
+            entry.get("see"),
+            tuple(entry.get("models", ())),
+            entry.get("mode", ""),
+            tuple(statement for asked in entry.get("statements", ()) for statement in _statements(**asked)),
+        )
+        for entry in content()["claims"]
+    )
+
+
+def _statements(
+    of: str | list[str],
+    minus: str,
+    bits: int | list[int],
+    above: float = -math.inf,
+    below: float = math.inf,
+    minus_mode: str | None = None,
+) -> Iterator[Statement]:
+    for row in [of] if isinstance(of, str) else of:
+        for width in [bits] if isinstance(bits, int) else bits:
+            yield Statement(row, minus, width, above, below, minus_mode)
+
+
+def _label(row: str) -> str:
+    return str(paper()["labels"].get(row, row))

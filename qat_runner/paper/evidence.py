@@ -1,0 +1,167 @@
+"""What runs say about a difference: which may be compared, over which seeds, and whether it lies where it should.
+
+A difference is that of two runs of one seed that differ in their row of a table alone. Over seeds it has a mean and a
+95 % confidence interval, that of a paired t-test. A statement names two ends that the difference has to lie between. It
+holds where the whole interval does, does not hold where none of it does, and else cannot be told.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
+
+from qat_runner.config import Config, Distill, identity
+from qat_runner.paper.tables import paper
+from qat_runner.policy import FULL_PRECISION as FULL_BITS
+from qat_runner.report.runs import Run, check_seeds
+from qat_runner.report.tables import against_full_precision
+from qat_runner.runs.records import score
+
+CONFIDENCE = 0.95
+
+FULL_PRECISION, CHANCE = "full_precision", "chance"
+"""What may be subtracted, beside rows: full precision, as reports have it, and what guessing gives."""
+
+
+class Verdict(StrEnum):
+    """On a statement."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    OPEN = "cannot be told"
+    ONE_SEED = "cannot be told: one seed"
+    ALONE = "cannot be told: nothing to compare with"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Differences:
+    """In points, one a seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The confidence interval of the mean; None of one seed."""
+        from scipy.special import stdtrit
+
+        count = len(self.values)
+        if count < 2:
+            return None
+        error = statistics.stdev(self.values) / count**0.5
+        reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+        return self.mean - reach, self.mean + reach
+
+    def verdict(self, above: float, below: float) -> Verdict:
+        """Whether the difference lies between two ends, of which one may be infinite."""
+        if not self.values:
+            return Verdict.ALONE
+        if self.interval is None:
+            return Verdict.ONE_SEED
+        low, high = self.interval
+        if above < low and high < below:
+            return Verdict.HOLDS
+        return Verdict.FAILS if high < above or below < low else Verdict.OPEN
+
+    def __str__(self) -> str:
+        if not self.values:
+            return ""
+        told = f"{self.mean:+.2f}"
+        return told if self.interval is None else f"{told} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    run: Run
+    gap: float | None
+    """to full precision, in points; None where that is missing"""
+
+    @property
+    def value(self) -> float:
+        """What counts, in percent."""
+        assert self.run.summary is not None
+        return score(self.run.summary)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Runs that differ in their row of a table, bits and seed alone: what may be compared."""
+
+    name: str
+    config: Config
+    """of one of them"""
+    results: Sequence[Result]
+
+    @property
+    def model(self) -> str:
+        return self.config.model.name
+
+    @property
+    def scene(self) -> dict[str, Any]:
+        """What setups of several modes share: the network and the data."""
+        return {key: value for key, value in identity(self.config).items() if key.startswith(("model.", "dataset."))}
+
+    def cell(self, row: str, bits: int | None) -> dict[int, Result]:
+        """The results of a row of the tables, by seed; bits=None in full precision.
+
+        Raises:
+            ConfigError: they differ in more than their seed.
+        """
+        found = [some for some in self.results if (some.run.row, some.run.weight_bits) == (row, bits or FULL_BITS)]
+        check_seeds([some.run for some in found])
+        return {some.run.seed: some for some in found}
+
+    def differences(self, row: str, minus: str, bits: int | None, other: "Setup | None" = None) -> Differences:
+        """Of a row to another one, to FULL_PRECISION or to CHANCE, over the seeds that both have.
+
+        Args:
+            row: whose.
+            minus: what is subtracted.
+            bits: of both; None in full precision.
+            other: where the second one was run, if not here.
+        """
+        mine = self.cell(row, bits)
+        if minus == FULL_PRECISION:
+            return Differences(tuple(some.gap for some in mine.values() if some.gap is not None))
+        if minus == CHANCE:
+            classes = self.config.dataset.num_classes
+            return Differences(() if classes is None else tuple(some.value - 100 / classes for some in mine.values()))
+        theirs = (other or self).cell(minus, bits)
+        return Differences(tuple(mine[seed].value - theirs[seed].value for seed in mine if seed in theirs))
+
+
+def setups_of(runs: Sequence[Run]) -> list[Setup]:
+    """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these.
+
+    A run whose rules give some layers other bits or methods is no row of a table.
+    """
+    done = [(run, run.summary) for run in runs if run.summary is not None]
+    gaps = against_full_precision([(run.config, summary) for run, summary in done])
+    groups: dict[str, list[Result]] = {}
+    for (run, _), gap in zip(done, gaps, strict=True):
+        if run.row in paper()["labels"] and not run.config.rules:
+            groups.setdefault(str(sorted(_alike(run.config).items())), []).append(Result(run, gap))
+    ordered = sorted(groups.values(), key=lambda some: (some[0].run.model, some[0].run.dataset, some[0].run.mode))
+    return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]
+
+
+def _alike(config: Config) -> dict[str, Any]:
+    """What all runs of a setup share."""
+    recipe = replace(config.recipe, distill=Distill.none, teacher=None)
+    return identity(
+        replace(config, weight_bits=FULL_BITS, activation_bits=FULL_BITS, recipe=recipe, seed=0, weights=None)
+    )
+
+
+def fits(model: str, patterns: Sequence[str]) -> bool:
+    """Whether a network is one of those that patterns are for."""
+    return any(fnmatchcase(model, pattern) for pattern in patterns)

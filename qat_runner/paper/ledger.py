@@ -1,0 +1,280 @@
+"""The ledger: every claim of the paper and every cell of its tables, what was run of it here, and whether it holds."""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qat_runner.config import BASELINE, Config
+from qat_runner.config.composing import command
+from qat_runner.paper.cells import NEAR, Cell, cells_of, estimates
+from qat_runner.paper.claims import Claim, Finding, claims
+from qat_runner.paper.evidence import CONFIDENCE, FULL_PRECISION, Differences, Result, Setup, Verdict, setups_of
+from qat_runner.paper.tables import paper
+from qat_runner.report.runs import Run
+from qat_runner.report.tables import Document, Table, mean_and_deviation
+
+RULE = (
+    "What the paper says, in our words, beside what was run here. Runs of smaller networks on smaller data stand for "
+    "the paper's: they tell whether what it found is found there, too, and say nothing about its own cells, whose "
+    "commands are given.",
+    "Differences are in points, of two runs of one seed that differ in nothing but what is compared. Full precision "
+    "is the run without quantization that is otherwise the same, or where there is none, the network that was "
+    f"retrained. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their mean over seeds, by Student's "
+    "t (a paired t-test).",
+    "A statement about a difference holds where the whole interval lies where the statement has it, does not hold "
+    "where none of it does, and else cannot be told: seeds scatter too much. Of one seed nothing can be told. By "
+    "chance alone one statement in twenty is judged wrongly. A claim holds in a setup where all of its statements do, "
+    "and does not hold where one does not. A cell of a table holds where the difference from full precision is within "
+    f"{NEAR:g} point of the published one.",
+)
+
+WORDS_OF_A_ROW = ("clipping=", "clipping.q=", "gradient=", "bits=", "seed=", "recipe.distill=", "recipe.teacher=")
+"""Of a command: what a row of a table, its bits and its seeds say."""
+
+Findings = dict[Claim, list[Finding]]
+Cells = dict[str, list[Cell]]
+
+
+def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
+    """The page, and all of its lines as one table.
+
+    Args:
+        runs: of any networks, data and modes; what is no row of a table of the paper is passed over.
+
+    Raises:
+        ConfigError: runs that would share a cell differ in more than their seed.
+    """
+    setups = setups_of(runs)
+    found, cells = {claim: claim.findings(setups) for claim in claims()}, cells_of(setups)
+    tables = [_overview(found), _setups(setups), _statements(found)]
+    tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
+    page = Document("The paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
+    return page, _lines(found, cells)
+
+
+def _counts(found: Findings, cells: Cells) -> str:
+    verdicts = (
+        Counter(claim.verdict(findings).partition(" `")[0] for claim, findings in found.items()),
+        Counter(cell.verdict for some in cells.values() for cell in some),
+    )
+    told = [", ".join(f"{verdict} {count}" for verdict, count in some.most_common()) for some in verdicts]
+    return f"{len(found)} claims: {told[0]}. {verdicts[1].total()} lines about cells: {told[1]}."
+
+
+# What was run here
+
+
+def _setups(setups: Sequence[Setup]) -> Table:
+    heads = ["setup", "network", "width", "data", "inputs", "mode", "epochs", "batch", "lr", "seeds", "runs", "command"]
+    notes = [
+        "Runs of a setup differ in their row of a table, in bits and in seeds alone. Its command takes these as the "
+        "words that the ledger in CSV has for each line: `qat-run -m ... +row=octav bits=4 seed=0,1,2`."
+    ]
+    return Table("What was run here", heads, list(map(_setup, setups)), notes if setups else ["Nothing."])
+
+
+def _setup(setup: Setup) -> list[str]:
+    config = setup.config
+    step = [str(config.batch_size), f"{config.lr:g}"] if config.training else ["", ""]
+    seeds = ", ".join(map(str, sorted({some.run.seed for some in setup.results})))
+    where = [setup.name, setup.model, f"{config.model.width:g}", config.dataset.name, _inputs(config)]
+    asked = setup_command(setup)
+    told = f"`{asked}`" if asked else "none gives these runs now"
+    return [*where, str(config.mode), _length(config), *step, seeds, str(len(setup.results)), told]
+
+
+def _inputs(config: Config) -> str:
+    data = config.dataset
+    if config.task.metric == "top1":
+        return f"{data.image_size}x{data.image_size} pixels"
+    return f"{data.max_length} tokens" + (f", {data.train_questions} questions" if data.train_questions else "")
+
+
+def _length(config: Config) -> str:
+    if not config.training:
+        return "none"
+    return f"{config.epochs}" + (f" of {config.limit_train_batches} batches" if config.limit_train_batches else "")
+
+
+def setup_command(setup: Setup) -> str | None:
+    """What the commands of a setup's runs share, all but rows, bits and seeds; None if none gives them any more."""
+    told = command(_without_places(setup.config))
+    if told is None:
+        return None
+    return shlex.join(word for word in shlex.split(told) if not word.startswith(WORDS_OF_A_ROW))
+
+
+def _without_places(config: Config) -> Config:
+    """As if data lay in /data, and weights where the command is given."""
+    weights = config.weights
+    if weights is None or weights == BASELINE or weights not in config.fingerprints:
+        return replace(config, data_dir="/data")
+    name = Path(weights).name
+    prints = config.fingerprints | {name: config.fingerprints[weights]}
+    return replace(config, data_dir="/data", weights=name, fingerprints=prints)
+
+
+def words_of_row(row: str, bits: int | None, seeds: Sequence[int]) -> str:
+    """What a row of the tables adds to the command of a setup."""
+    of_bits = [] if bits is None else [f"bits={bits}"]
+    return " ".join([f"+row={row}", *of_bits, f"seed={','.join(map(str, sorted(seeds)))}"])
+
+
+# Claims
+
+
+def _overview(found: Findings) -> Table:
+    cells = [[claim.id, claim.verdict(findings), claim.says, claim.source] for claim, findings in found.items()]
+    return Table("Claims in words", ["claim", "verdict", "the paper says", "where"], cells, [])
+
+
+def _statements(found: Findings) -> Table:
+    heads = ["claim", "statement", "published", "setup", "here", "seeds", "verdict"]
+    cells = []
+    for claim, findings in found.items():
+        for statement in claim.statements:
+            first = [claim.id, str(statement), _range(claim.published(statement).values())]
+            mine = [
+                [f.setup.name, *_difference(f.differences), str(f.verdict)]
+                for f in findings
+                if f.statement == statement
+            ]
+            cells += [[*first, *told] for told in mine or [["", "", "0", str(Verdict.NOT_RUN)]]]
+    notes = ["Published: the same difference in the paper's tables, from the least to the most of its networks."]
+    return Table("Claims, statement by statement", heads, cells, notes)
+
+
+def _difference(gap: Differences) -> list[str]:
+    return [str(gap), str(len(gap.values))]
+
+
+def _range(values: Collection[float]) -> str:
+    ends = dict.fromkeys(f"{end:+.2f}" for end in (min(values), max(values))) if values else {}
+    return " to ".join(ends)
+
+
+# Cells
+
+
+def _table(name: str, cells: Sequence[Cell]) -> Table:
+    metric = paper()[name].get("metric", "top1")
+    heads = [
+        "network",
+        "bits",
+        "method",
+        f"published {metric} %",
+        "against full precision",
+        "setup",
+        f"{metric} % here",
+    ]
+    heads += ["against full precision, here", "seeds", "verdict", "GPU hours of its own", "its own command"]
+    facts = estimates()
+    speeds = ", ".join(f"{model} {speed}" for model, speed in facts["samples_per_second"].items())
+    notes = [
+        f"GPU hours are an estimate, for {facts['gpu']}, which is assumed to train so many samples a second: {speeds}; "
+        f"with the paper's epochs, and {facts['quantized']:g} times the time where quantized. None of it was measured."
+    ]
+    return Table(f"{name}: {paper()[name]['title']}", heads, list(map(_cell, cells)), notes)
+
+
+def _cell(cell: Cell) -> list[str]:
+    gap = cell.published_gap
+    said = [f"{cell.published:.2f}", "" if gap is None else f"{gap:+.2f}"]
+    here = [
+        "" if cell.setup is None else cell.setup.name,
+        mean_and_deviation([some.value for some in cell.results.values()]),
+    ]
+    differences = [str(cell.gap), str(len(cell.results)), cell.verdict]
+    of_row = [cell.model, str(cell.bits or 32), str(paper()["labels"][cell.row])]
+    return [*of_row, *said, *here, *differences, _hours(cell), f"`{cell.command}`"]
+
+
+def _hours(cell: Cell) -> str:
+    return f"{cell.gpu_hours:.0f}" if cell.gpu_hours >= 10 else f"{cell.gpu_hours:.1f}"
+
+
+def _table6() -> Table:
+    cells = [
+        [
+            kind,
+            paper()["labels"][f"static_{method}"],
+            str(known["tensors"]),
+            *map(str, known[method]),
+            "see `qat-report table6`",
+        ]
+        for kind, known in paper()["table6"].items()
+        for method in ("octav", "mse_sweep")
+    ]
+    heads = ["tensors", "method", "how many", "published seconds each", "in all", "verdict"]
+    notes = ["Seconds are those of a machine: the command measures both methods on one, and tells how they compare."]
+    return Table("table6: Seconds to calibrate BERT-Base", heads, cells, notes)
+
+
+# All lines as one table
+
+
+def _lines(found: Findings, cells: Cells) -> Table:
+    rows = [row for claim, findings in found.items() for row in _lines_of_claim(claim, findings)]
+    rows += [_line_of_cell(cell) for some in cells.values() for cell in some]
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    return Table("ledger", heads, [[row.get(key, "") for key in heads] for row in rows], [])
+
+
+def _lines_of_claim(claim: Claim, findings: Sequence[Finding]) -> list[dict[str, str]]:
+    first = {"source": claim.source, "entry": claim.id, "says": claim.says}
+    if not findings:
+        return [first | {"verdict": claim.verdict([])}]
+    return [
+        {
+            **first,
+            **_line_of_setup(f.setup, f.statement.of, f.statement.bits, f.setup.cell(f.statement.of, f.statement.bits)),
+            "minus": " ".join(filter(None, [f.statement.minus, f.statement.minus_mode])),
+            "above": f"{f.statement.above:g}" if math.isfinite(f.statement.above) else "",
+            "below": f"{f.statement.below:g}" if math.isfinite(f.statement.below) else "",
+            "published_difference": _range(claim.published(f.statement).values()),
+            **_numbers(f.differences),
+            "verdict": str(f.verdict),
+        }
+        for f in findings
+    ]
+
+
+def _line_of_cell(cell: Cell) -> dict[str, str]:
+    gap, ends = cell.published_gap, cell.ends
+    return {
+        "source": cell.table,
+        "entry": cell.name,
+        "published": f"{cell.published:.2f}",
+        **({} if cell.setup is None else _line_of_setup(cell.setup, cell.row, cell.bits, cell.results)),
+        **({} if ends is None else {"minus": FULL_PRECISION, "above": f"{ends[0]:.2f}", "below": f"{ends[1]:.2f}"}),
+        "published_difference": "" if gap is None else f"{gap:+.2f}",
+        **_numbers(cell.gap),
+        "verdict": cell.verdict,
+        "own_gpu_hours": _hours(cell),
+        "own_command": cell.command,
+    }
+
+
+def _line_of_setup(setup: Setup, row: str, bits: int | None, results: Mapping[int, Result]) -> dict[str, str]:
+    return {
+        "setup": setup.name,
+        "network": setup.model,
+        "data": setup.config.dataset.name,
+        "inputs": _inputs(setup.config),
+        "epochs": _length(setup.config),
+        "words": words_of_row(row, bits, [*results]),
+        "values": " ".join(f"{results[seed].value:.2f}" for seed in sorted(results)),
+    }
+
+
+def _numbers(gap: Differences) -> dict[str, str]:
+    low, high = ("", "") if gap.interval is None else (f"{end:+.2f}" for end in gap.interval)
+    return {
+        "seeds": str(len(gap.values)),
+        "difference": f"{gap.mean:+.2f}" if gap.values else "",
+        "low": low,
+        "high": high,
+    }

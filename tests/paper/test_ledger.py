@@ -1,0 +1,269 @@
+"""The ledger: the paper agrees with itself, verdicts are those of a paired t-test, and no cell is left out."""
+
+import csv
+import shlex
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from scipy.stats import ttest_rel
+
+from qat_runner.cli.report import main as report
+from qat_runner.cli.report import verbs
+from qat_runner.config import Config, from_hydra
+from qat_runner.config.composing import compose_config
+from qat_runner.paper.cells import BASELINE, cells_of, estimates
+from qat_runner.paper.claims import claims, content, together
+from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Differences, Verdict, setups_of
+from qat_runner.paper.ledger import ledger, setup_command, words_of_row
+from qat_runner.paper.tables import paper
+from qat_runner.report.runs import Run, read_results
+from tests.paper.test_tables import CELLS
+from tests.report.test_pages import config_of, make_run
+
+# claims.yaml
+
+
+def test_the_paper_s_own_numbers_are_as_it_claims() -> None:
+    for claim in claims():
+        for statement in claim.statements:
+            found = claim.published(statement)
+            assert found, (claim.id, statement)
+            for model, difference in found.items():
+                assert statement.above < difference < statement.below, (claim.id, model, str(statement))
+
+
+def test_claims_are_about_what_there_is() -> None:
+    assert len({claim.id for claim in claims()}) == len(claims()) > 30
+    models = [*paper()["full_precision"], "resnet20", "bert"]
+    for claim in claims():
+        assert (
+            bool(claim.statements) == bool(claim.models) == bool(claim.mode) != bool(claim.see) or not claim.statements
+        )
+        if claim.see and claim.see.startswith("qat-report"):
+            assert claim.see.split()[1] in verbs()
+        for statement in claim.statements:
+            assert {statement.of, statement.minus} <= {*paper()["labels"], FULL_PRECISION, CHANCE}
+    assert {*content()["stand_ins"]} == {*paper()["full_precision"]} == {*estimates().samples_per_second} <= {*models}
+
+
+# Verdicts
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=6))
+def test_the_interval_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]]) -> None:
+    found = Differences(tuple(round(a - b, 3) for a, b in pairs))
+    if len({*found.values}) == 1:  # of which scipy makes nan
+        assert found.interval == pytest.approx((found.mean, found.mean))
+        return
+    expected = ttest_rel(found.values, [0.0] * len(pairs)).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "above", "below", "verdict"),
+    [
+        ((), 0, 9, Verdict.ALONE),
+        ((5.0,), 0, 9, Verdict.ONE_SEED),
+        ((5.0, 5.1, 5.2), 0, 9, Verdict.HOLDS),
+        ((5.0, 5.1, 5.2), 6, 9, Verdict.FAILS),
+        ((5.0, 5.1, 5.2), 0, 4, Verdict.FAILS),
+        ((5.0, 5.1, 5.2), 5, 9, Verdict.OPEN),
+        ((-1.0, 5.1, 9.2), 0, 20, Verdict.OPEN),
+        ((5.0, 5.0), 0, float("inf"), Verdict.HOLDS),
+    ],
+)
+def test_verdicts(values: tuple[float, ...], above: float, below: float, verdict: Verdict) -> None:
+    assert Differences(values).verdict(above, below) is verdict
+
+
+def test_verdicts_together() -> None:
+    holds, fails, one = Verdict.HOLDS, Verdict.FAILS, Verdict.ONE_SEED
+    assert together([holds, fails, one], 3) is fails
+    assert together([holds, holds], 2) is holds
+    assert together([holds], 2) is Verdict.OPEN  # the other statement was not run
+    assert together([one, one], 3) is one
+    assert together([holds, one], 2) is Verdict.OPEN
+
+
+# Runs
+
+
+def run(row: str, bits: int | None, seed: int, top1: float, mode: str = "scratch", **other: object) -> Run:
+    """Of ResNet-20 on CIFAR-10, as far as the ledger looks at it."""
+    overrides = [
+        "dataset=cifar10",
+        "dataset.image_size=16",
+        f"mode={mode}",
+        *(["weights=baseline"] * (mode == "retrain")),
+    ]
+    base = config_of(*overrides, f"bits={bits or 32}")
+    config = replace(base, seed=seed, **other)  # type: ignore[arg-type]
+    return Run(Path(f"{row}{seed}"), config, "resnet20", "cifar10", mode, bits or 32, row, seed, {}, {"top1": top1})  # type: ignore[typeddict-item]
+
+
+def runs() -> list[Run]:
+    tops = {
+        ("full_precision", None): (70.0, 71.0, 72.0),
+        ("max", 4): (66.0, 67.1, 68.0),
+        ("octav", 4): (69.4, 70.5, 71.6),
+    }
+    return [run(*cell, seed, top1) for cell, values in tops.items() for seed, top1 in enumerate(values)]
+
+
+def test_claims_are_judged_by_runs_of_one_setup() -> None:
+    other = [run("octav", 4, seed, 10.0, lr=0.5) for seed in range(3)]  # of another recipe, without full precision
+    setups = setups_of([*runs(), *other])
+    assert [len(setup.results) for setup in setups] == [9, 3]
+    by_id = {claim.id: claim for claim in claims()}
+    found = by_id["octav-4-bits"].findings(setups)
+    assert [finding.differences.values for finding in found] == [pytest.approx((-0.6, -0.5, -0.4)), ()]
+    assert [finding.verdict for finding in found] == [Verdict.HOLDS, Verdict.ALONE]
+    assert by_id["octav-4-bits"].verdict(found) == "holds"
+    found = by_id["max-4-bits"].findings(setups[:1])
+    assert (
+        found[1].differences.values == pytest.approx((3.4, 3.4, 3.6)) and by_id["max-4-bits"].verdict(found) == "holds"
+    )
+    assert by_id["ste-unstable"].verdict(by_id["ste-unstable"].findings(setups)) == "not run"
+    assert by_id["any-start"].verdict([]) == "see `qat-report iterations`"
+
+
+def test_setups_that_disagree_are_counted() -> None:
+    worse = [
+        run(*cell, seed, top1, lr=0.5)
+        for cell, top1 in ((("full_precision", None), 70.0), (("octav", 4), 60.0))
+        for seed in range(2)
+    ]
+    (claim,) = [claim for claim in claims() if claim.id == "octav-4-bits"]
+    assert claim.verdict(claim.findings(setups_of([*runs(), *worse]))) == "holds in 1 of 2 setups"
+
+
+def test_runs_with_rules_are_no_rows() -> None:
+    ruled = replace(runs()[-1], config=replace(runs()[-1].config, rules=[{"match": "*", "bits": 8}]))
+    assert sum(len(setup.results) for setup in setups_of([*runs()[:-1], ruled])) == 8
+
+
+# Cells
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_cell_is_there_with_what_it_would_take(name: str) -> None:
+    found = cells_of([])[name]
+    assert {(cell.model, cell.row, cell.bits): cell.published for cell in found} == CELLS[name]
+    for cell in found:
+        assert cell.verdict == (BASELINE if cell.bits is None else Verdict.NOT_RUN)
+        assert (cell.gpu_hours == 0) == (cell.row == "pretrained")
+
+
+def test_hours_are_the_papers_epochs() -> None:
+    hours = {(cell.table, cell.model, cell.row): cell.gpu_hours for some in cells_of([]).values() for cell in some}
+    full = 150 * 1281167 / 1200 / 3600
+    assert hours["table1", "resnet50", "full_precision"] == pytest.approx(full)
+    assert hours["table1", "resnet50", "octav"] == pytest.approx(1.3 * full)
+    assert hours["table3", "resnet50", "octav"] == pytest.approx(0.13 * full)
+    assert hours["table4", "resnet101", "octav"] / hours["table2", "resnet101", "octav"] == pytest.approx(150 / 80)
+
+
+def test_a_cell_holds_within_a_point_of_the_published_one() -> None:
+    (cell,) = [c for c in cells_of(setups_of(runs()))["table1"] if c.row == "octav"]
+    assert cell.published_gap == pytest.approx(-0.92) and cell.ends == pytest.approx((-1.92, 0.08))
+    assert (str(cell.gap), cell.verdict) == ("-0.50 [-0.75, -0.25]", "holds")
+    (cell,) = [c for c in cells_of(setups_of(runs()))["table1"] if c.row == "max"]
+    assert cell.verdict == "holds"  # -3.97 beside -3.40
+    (cell,) = [c for c in cells_of(setups_of(runs()[3:]))["table1"] if c.row == "max"]
+    assert cell.verdict == "cannot be told: nothing to compare with"
+
+
+@pytest.mark.slow
+def test_the_commands_of_cells_give_them() -> None:
+    for cell in (cell for some in cells_of([]).values() for cell in some):
+        config = from_hydra(compose_config(shlex.split(cell.command)[1:]))
+        assert config.model.name == cell.model and config.weight_bits == config.activation_bits == (cell.bits or 32)
+        assert config.mode == ("evaluate" if cell.row == "pretrained" else paper()[cell.table]["mode"])
+
+
+def test_the_command_of_a_setup_and_the_words_of_a_row_give_a_run() -> None:
+    (setup,) = setups_of(runs())
+    base = setup_command(setup)
+    assert base is not None and "bits" not in base
+    words = words_of_row("octav", 4, [2])
+    assert words == "+row=octav bits=4 seed=2"
+    config = from_hydra(compose_config([*shlex.split(base)[1:], *words.split()]))
+    assert (config.weight_bits, config.clipping.name, config.seed, config.dataset.image_size) == (4, "octav", 2, 16)
+
+
+# The command
+
+
+def _table_of_results(folder: Path, tops: dict[tuple[str, int], float]) -> Path:
+    """A CSV file of runs of two clipping methods, with the config of one seed each."""
+    (folder / "configs").mkdir(parents=True)
+    rows = []
+    for (clipping, seed), top1 in tops.items():
+        config: Config = config_of(f"clipping={clipping}", "bits=4") if clipping != "none" else config_of("bits=32")
+        (folder / "configs" / f"{clipping}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        told = {"model": "resnet20", "dataset": "fake", "mode": "scratch", "clipping": clipping, "seed": seed}
+        bits = 32 if clipping == "none" else 4
+        told |= {"gradient": "none" if clipping == "none" else "mph", "weight_bits": bits, "activation_bits": bits}
+        rows.append(told | {"epochs": 2, "seconds": 1.5, "sqnr_db": "", "top1": top1, "distilled": "", "loss": ""})
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "results.csv"
+
+
+def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tops = {("none", 0): 60.0, ("none", 1): 61.0, ("octav", 0): 59.5, ("octav", 1): 60.5}
+    table = _table_of_results(tmp_path, tops)
+    make_run(tmp_path / "runs", "clipping=max", "lr=0.5")  # of another recipe
+    assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"{len(claims())} claims: ")
+    assert told[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
+    page = (tmp_path / "out" / "ledger.md").read_text()
+    assert "paired t-test" in page and "GPU hours are an estimate" in page
+    with open(tmp_path / "out" / "ledger.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    (line,) = [line for line in lines if line["entry"] == "octav-4-bits"]
+    assert (line["verdict"], line["difference"], line["words"]) == ("holds", "-0.50", "+row=octav bits=4 seed=0,1")
+    (line,) = [line for line in lines if (line["source"], line["entry"]) == ("table2", "resnet18, max, 4 bits")]
+    assert line["verdict"] == "cannot be told: nothing to compare with" and line["values"] == "60.00"
+    assert Counter(line["source"] for line in lines)["table5"] == len(CELLS["table5"])
+    html = (tmp_path / "out" / "ledger.html").read_text()
+    assert html.count("<h2>") == page.count("\n## ") and "<code>qat-report iterations</code>" in html
+
+
+def test_a_line_without_a_config_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = _table_of_results(tmp_path, {("octav", 0): 59.5, ("max", 0): 59.5})
+    (tmp_path / "configs" / "max.yaml").unlink()
+    assert [found.row for found in read_results(table)] == ["octav"]
+    assert "results.csv: line 3: 0 configs of" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model,seed\nresnet20,0\n", "results.csv: cannot be read (line 2, "),
+        ("a,a\n1,2\n", "results.csv: cannot be read (line 2, its cells are not those of the columns)"),
+        ("", "results.csv: holds no run of qat-run"),
+        (None, "results.csv: no such folder of runs"),
+    ],
+)
+def test_bad_tables_are_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "results.csv").write_text(text)
+    assert report(["ledger", str(tmp_path / "results.csv")]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_the_ledger_of_nothing_says_so() -> None:
+    page, _ = ledger([])
+    assert "Nothing." in page.text("markdown") and "not run" in page.lead[-1]
