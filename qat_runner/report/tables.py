@@ -239,7 +239,8 @@ _PAGE = """<!doctype html>
 <style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .3em .8em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }}
 .wide {{ overflow-x: auto }} h1, h2, p {{ overflow-wrap: anywhere }} p {{ max-width: 75ch }} code {{ font-size: .9em }}
 td code {{ display: inline-block; min-width: min(24em, 70vw) }}
 </style></head><body>
