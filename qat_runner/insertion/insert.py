@@ -61,7 +61,7 @@ from qat_runner.insertion.unchanged import (
     tolerance,
 )
 from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
-from qat_runner.quant import ClippingMethod, Quantizer
+from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
 
@@ -105,7 +105,7 @@ def quantize_model(
     model: nn.Module,
     bits: int | Policy = 4,
     clipping: str | ClippingMethod = "octav",
-    gradient: str = "mph",
+    gradient: str | Estimator = "mph",
     *,
     example: Tensor | tuple[Any, ...] | None = None,
     **how: Any,
@@ -124,7 +124,8 @@ def quantize_model(
         bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
         clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
             parameters, and which need `calibrate` for their start; or what is registered.
-        gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
+        gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or what is registered; or an
+            estimator with options of its own. lsq and pact have their own.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
             rest is found on the first forward pass of the model.
