@@ -16,9 +16,9 @@ from qat_runner.cli import run as cli_run
 from qat_runner.cli.run import config_dir, main
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 
-EXPERIMENTS = sorted({path.stem for path in (config_dir() / "experiment").glob("*.yaml")} - {"table5", "decoder"})
+EXPERIMENTS = sorted({path.stem for path in (config_dir() / "experiment").glob("*.yaml")} - {"table5", "decoder", "estimators"})
 SHORT = ["limit_train_batches=2", "limit_val_batches=1", "backend=eager", "batch_size=16", "dataset.val_batch_size=20"]
-ROWS = {"table1": 6, "table2": 7, "table3": 8, "table4": 3, "learned": 10, "distillation": 2}
+ROWS = {"table1": 6, "table2": 7, "table3": 8, "table4": 3, "learned": 10, "distillation": 2, "estimators": 12}
 
 Run = Callable[..., int]
 
@@ -60,7 +60,7 @@ def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.Capt
     assert "<table>" in Path(f"report/{name}.html").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(LONG))
+@pytest.mark.parametrize("name", [*sorted(LONG), "estimators"])
 def test_every_row_is_accepted(name: str, run: Run) -> None:
     args = ["-m", f"+experiment={name}", "+stand_in=digits", "model=resnet20", "epochs=1", *SHORT]
     assert len(cli_run._check_all([*args, *cli_run._rows_of_experiment(args, True)])) == ROWS[name]
@@ -92,7 +92,7 @@ def test_an_experiment_needs_m_and_a_stand_in_an_experiment(run: Run, capsys: py
     told = capsys.readouterr()
     assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
     assert run("+experiment=table7") == 2
-    assert "experiment=table7: must be one of decoder, distillation, learned, table1" in capsys.readouterr().err
+    assert "experiment=table7: must be one of decoder, distillation, estimators, learned, table1" in capsys.readouterr().err
     assert not list(Path().iterdir())
 
 
