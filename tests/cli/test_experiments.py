@@ -16,7 +16,9 @@ from qat_runner.cli import run as cli_run
 from qat_runner.cli.run import config_dir, main
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 
-EXPERIMENTS = sorted({path.stem for path in (config_dir() / "experiment").glob("*.yaml")} - {"table5", "decoder", "estimators"})
+EXPERIMENTS = sorted(
+    {path.stem for path in (config_dir() / "experiment").glob("*.yaml")} - {"table5", "decoder", "estimators"}
+)
 SHORT = ["limit_train_batches=2", "limit_val_batches=1", "backend=eager", "batch_size=16", "dataset.val_batch_size=20"]
 ROWS = {"table1": 6, "table2": 7, "table3": 8, "table4": 3, "learned": 10, "distillation": 2, "estimators": 12}
 
@@ -92,7 +94,10 @@ def test_an_experiment_needs_m_and_a_stand_in_an_experiment(run: Run, capsys: py
     told = capsys.readouterr()
     assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
     assert run("+experiment=table7") == 2
-    assert "experiment=table7: must be one of decoder, distillation, estimators, learned, table1" in capsys.readouterr().err
+    assert (
+        "experiment=table7: must be one of decoder, distillation, estimators, learned, table1"
+        in capsys.readouterr().err
+    )
     assert not list(Path().iterdir())
 
 
