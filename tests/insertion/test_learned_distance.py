@@ -1,4 +1,4 @@
-"""scripts/learned_distance.py: learned scalars beside MSE-optimal ones, and networks with the one in place of the other."""
+"""scripts/learned_distance.py: learned scalars beside MSE-optimal ones, and networks that get these instead."""
 
 import copy
 import runpy

@@ -92,7 +92,7 @@ def test_methods_may_be_mixed() -> None:
         ({"match": "a", "width": 4}, "rule 'a': unknown setting 'width', only match, type, bits"),
         ({"bits": 4}, "needs match"),
         ({"match": ""}, "match='': must be a glob"),
-        ({"match": "a", "gradient": "best"}, "gradient='best': must be one of ste, pwl, mad, ewgs, trust, mph"),
+        ({"match": "a", "gradient": "best"}, "gradient='best': must be one of ste, pwl, mad, ewgs, trust"),
         ({"match": "a", "gradient": 3}, "rule 'a': gradient=3: must be a name, or a mapping of name and options"),
         ({"match": "a", "gradient": {"name": "mph", "q": 3}}, "gradient 'mph' is a pair of others, and has no option"),
         ({"match": "a", "gradient": {"name": "ewgs", "q": 3}}, "gradient 'ewgs' has no option 'q', only delta"),
