@@ -51,6 +51,9 @@ GRADIENT_PAIRS = {"mph": ("mad", "pwl")}
 
 GRANULARITIES = ("channel", "tensor")
 
+ROTATIONS = ("none", "hadamard")
+"""What both factors of a linear layer go through before they are quantized, see `insertion.rotation`."""
+
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
 
@@ -118,6 +121,8 @@ class TensorPolicy:
     """of activations in eval(): dynamic, running or last; weights are always solved"""
     synchronize: bool = False
     """solve activation scalars in training on the batch of all processes together"""
+    rotation: str = "none"
+    """of linear layers, whose weight and input have the same: none or hadamard"""
 
     @property
     def full_precision(self) -> bool:
@@ -176,6 +181,7 @@ class Rule:
     dynamic: bool | None = None
     eval_mode: str | None = None
     synchronize: bool | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("match", "type"):
@@ -189,6 +195,7 @@ class Rule:
             "gradient": gradient_names(),
             "granularity": GRANULARITIES,
             "eval_mode": EVAL_MODES,
+            "rotation": ROTATIONS,
         }
         for name, allowed in names.items():
             if (value := getattr(self, name)) is not None and not isinstance(value, Estimator):
