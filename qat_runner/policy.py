@@ -20,26 +20,43 @@ own for each channel is of two kinds, as DepthwiseConv2d and Conv2d.
 from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
 
 import glob
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qat_runner.quant import BITS, EVAL_MODES, FORMATS, METHODS, ClippingMethod, Octav, Range, clipping_method
+from qat_runner.quant import (
+    BITS,
+    EVAL_MODES,
+    FORMATS,
+    GRADIENTS,
+    METHODS,
+    ClippingMethod,
+    Estimator,
+    Octav,
+    Range,
+    clipping_method,
+    gradient_estimator,
+)
 
 if TYPE_CHECKING:
     from qat_runner.quant import Quantizer
 
+T = TypeVar("T")
+
 FULL_PRECISION = 32
 """The bit-width that means "leave this tensor alone"."""
 
-GRADIENT_PAIRS = {"ste": ("ste", "ste"), "pwl": ("pwl", "pwl"), "mad": ("mad", "mad"), "mph": ("mad", "pwl")}
-"""Gradient name -> (estimator of weights, estimator of activations); mph is the paper's hybrid."""
+GRADIENT_PAIRS = {"mph": ("mad", "pwl")}
+"""Name -> (estimator of weights, estimator of activations); mph is the paper's hybrid."""
 
 GRANULARITIES = ("channel", "tensor")
 """Of weights."""
 
 ACTIVATION_GRANULARITIES = ("tensor", "token")
+
+ROTATIONS = ("none", "hadamard")
+"""What both factors of a linear layer go through before they are quantized, see `insertion.rotation`."""
 
 FREEZING = ("averaged", "calibrated", "running")
 """Rules by which scalars are frozen, see `freeze`."""
@@ -66,6 +83,27 @@ ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
 
 
+def gradient_names() -> list[str]:
+    """What a gradient may be called: estimators, and pairs of them."""
+    return [*GRADIENTS, *GRADIENT_PAIRS]
+
+
+def estimator_of(name: str, **options: Any) -> str | Estimator:
+    """What is meant by a gradient's name and options: the name itself where there are none.
+
+    Raises:
+        ValueError: no such gradient, or an option out of range.
+        TypeError: an option that it does not have, or what an installed package names is no estimator.
+    """
+    _check_name("gradient", name, gradient_names())
+    if name in GRADIENT_PAIRS:
+        for option in options:
+            raise TypeError(f"gradient {name!r} is a pair of others, and has no option {option!r}")
+        return name
+    estimator = gradient_estimator(name, **options)
+    return estimator if options else name
+
+
 class PolicyError(ValueError):
     """A policy does not go with a network."""
 
@@ -82,8 +120,9 @@ class TensorPolicy:
     """of plain integers: which codes they have, twos_complement, full or oriented"""
     clipping: ClippingMethod = field(default_factory=Octav)
     """how scalars are found"""
-    gradient: str = "mph"
-    """ste, pwl, mad, or mph: mad for weights, pwl for activations; learned methods have their own"""
+    gradient: str | Estimator = "mph"
+    """a name in GRADIENTS, or mph: mad for weights, pwl for activations; or an estimator with options of its own.
+    Learned methods have their own"""
     granularity: str = "tensor"
     """of weights: one scalar per output channel ("channel"), or one in all, of experts one each; pact has one in all;
     of activations: one scalar per token ("token"), solved as it comes, or one in all"""
@@ -93,6 +132,8 @@ class TensorPolicy:
     """of activations in eval(): dynamic, running or last; weights are always solved"""
     synchronize: bool = False
     """solve activation scalars in training on the batch of all processes together"""
+    rotation: str = "none"
+    """of linear layers, whose weight and input have the same: none or hadamard"""
 
     @property
     def full_precision(self) -> bool:
@@ -112,17 +153,18 @@ class TensorPolicy:
         if self.full_precision:
             return None
         weight = operand == "weight"
+        pair = None if isinstance(self.gradient, Estimator) else GRADIENT_PAIRS.get(self.gradient)
+        gradient = self.gradient if pair is None else pair[0 if weight else 1]
         format = FORMATS[self.format](self.bits).with_range(Range(self.range))
         if self.granularity == "token":
             if not self.dynamic or self.eval_mode != "dynamic":
                 raise ValueError("granularity=token: its scalars are dynamic, and in eval() as well")
-            gradient = GRADIENT_PAIRS[self.gradient][1]
             return self.clipping.token_quantizer(format, gradient=gradient, sign_known=False)
         return self.clipping.quantizer(
             format,
             weight=weight,
             shape=shapes[self.granularity] if weight else (),
-            gradient=GRADIENT_PAIRS[self.gradient][0 if weight else 1],
+            gradient=gradient,
             sign_known=weight,
             dynamic=self.dynamic,
             eval_mode="dynamic" if weight else self.eval_mode,
@@ -150,11 +192,12 @@ class Rule:
     format: str | None = None
     range: str | None = None
     clipping: ClippingMethod | None = None
-    gradient: str | None = None
+    gradient: str | Estimator | None = None
     granularity: str | None = None
     dynamic: bool | None = None
     eval_mode: str | None = None
     synchronize: bool | None = None
+    rotation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("match", "type"):
@@ -165,12 +208,13 @@ class Rule:
         names: dict[str, Collection[str]] = {
             "format": FORMATS,
             "range": tuple(Range),
-            "gradient": GRADIENT_PAIRS,
+            "gradient": gradient_names(),
             "granularity": (*GRANULARITIES, "token"),
             "eval_mode": EVAL_MODES,
+            "rotation": ROTATIONS,
         }
         for name, allowed in names.items():
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None and not isinstance(value, Estimator):
                 _check_name(self._place + name, value, allowed)
         for name in ("dynamic", "synchronize"):
             if not isinstance(getattr(self, name), bool | None):
@@ -226,6 +270,8 @@ class Rule:
             found["range"] = str(self.range)  # and no enum
         if self.clipping is not None:
             found["clipping"] = {"name": self.clipping.name, **self.clipping.options}
+        if isinstance(self.gradient, Estimator):
+            found["gradient"] = {"name": self.gradient.name, **self.gradient.options}
         return found
 
     @classmethod
@@ -245,7 +291,9 @@ class Rule:
         if "match" not in said:
             raise ValueError(f"rule {said!r}: needs match, a glob over names of layers or operands")
         if said.get("clipping") is not None:
-            said["clipping"] = _clipping(name, said["clipping"])
+            said["clipping"] = _made(clipping_method, name, "clipping", said["clipping"])
+        if said.get("gradient") is not None:
+            said["gradient"] = _made(estimator_of, name, "gradient", said["gradient"])
         return cls(**said)
 
 
@@ -260,14 +308,14 @@ def _check_name(place: str, value: object, allowed: Collection[str]) -> None:
         raise ValueError(f"{place}={value!r}: must be one of {', '.join(allowed)}")
 
 
-def _clipping(rule: object, said: object) -> ClippingMethod:
-    """A clipping method by its name, or by a mapping of name and options."""
+def _made(make: Callable[..., T], rule: object, setting: str, said: object) -> T:
+    """What a rule gives by a name, or by a mapping of name and options: a clipping method, a gradient estimator."""
     options = {"name": said} if isinstance(said, str) else said
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
-        raise ValueError(f"rule {rule!r}: clipping={said!r}: must be a name, or a mapping of name and options")
+        raise ValueError(f"rule {rule!r}: {setting}={said!r}: must be a name, or a mapping of name and options")
     options = {str(key): value for key, value in options.items()}
     try:
-        return clipping_method(options.pop("name"), **options)
+        return make(options.pop("name"), **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"rule {rule!r}: {error}") from error
 
@@ -298,7 +346,7 @@ class Policy:
         cls,
         bits: int = 4,
         clipping: str | ClippingMethod = "octav",
-        gradient: str = "mph",
+        gradient: str | Estimator = "mph",
         *,
         format: str = "int",
         weight_format: str | None = None,
@@ -325,7 +373,8 @@ class Policy:
         Args:
             bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
             clipping: a method, or the name of one: octav, max, percentile, mse_sweep, lsq, pact, or what is registered.
-            gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
+            gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or what is registered; or
+                an estimator with options of its own. lsq and pact have their own.
             format: int, int_affine, or what is registered; for weights and activations unless given apart.
             weight_format, activation_format: override `format`.
             range: twos_complement, full or oriented: which codes plain integers have; for weights and activations

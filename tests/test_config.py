@@ -8,7 +8,16 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
-from qat_runner.config import Config, differences, from_hydra, identity, register, run_name
+from qat_runner.config import (
+    Config,
+    clipping_label,
+    differences,
+    from_hydra,
+    gradient_label,
+    identity,
+    register,
+    run_name,
+)
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
 from qat_runner.models import BERTS, DECODERS, MODELS
@@ -38,6 +47,16 @@ def test_defaults(composed: Compose) -> None:
     )
     assert (config.weight_bits, config.activation_bits, config.first_last_bits) == (4, 4, 8)
     assert config.data_dir == "data"
+
+
+def test_options_of_estimators_and_of_learned_starts_have_names_of_their_own(composed: Compose) -> None:
+    names = {run_name(composed("gradient=ewgs", f"gradient.options.delta={delta}")) for delta in (0.001, 0.02)}
+    assert len(names) == 2 and all("_octav_ewgs_" in name for name in names)
+    assert gradient_label(composed("gradient=ewgs")) == "ewgs"
+    assert gradient_label(composed("gradient=ewgs", "gradient.options.delta=0.02")) == "ewgs(delta=0.02)"
+    assert clipping_label(composed("clipping=lsq", "clipping.start=octav", "weights=w.pt", "mode=ptq")) == (
+        "lsq-from-octav"
+    )
 
 
 def test_every_option_of_every_group_composes(composed: Compose) -> None:
@@ -108,6 +127,10 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["limit_val_batches=0"], "limit_val_batches=0"),
         (["clipping=percentile", "clipping.q=120"], r"q=120\.0: a percentile must lie in"),
         (["clipping=max", "clipping.q=99"], "clipping=max: clipping 'max' has no option 'q'"),
+        (["clipping=octav", "clipping.start=octav"], "clipping=octav: clipping 'octav' has no option 'start'"),
+        (["clipping=lsq", "clipping.start=max"], "clipping=lsq: start='max': must be one of lsq, octav"),
+        (["gradient=ewgs", "gradient.options.delta=-1"], "gradient=ewgs: delta=-1: must be 0 or more, and finite"),
+        (["gradient=mph", "+gradient.options.q=1"], "gradient=mph: gradient 'mph' is a pair of others, and has no"),
         (["clipping.iterations=0"], "iterations=0"),
         (["clipping=static_octav"], "no trained weights to calibrate on"),
         (

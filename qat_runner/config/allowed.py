@@ -11,7 +11,7 @@ from qat_runner.config.keys import leaves
 from qat_runner.config.schema import LIMITS, ConfigSchema
 from qat_runner.config.tasks import FACTS, foreign_keys
 from qat_runner.errors import ConfigError
-from qat_runner.policy import ACTIVATION_GRANULARITIES, GRADIENT_PAIRS, GRANULARITIES, PRICES
+from qat_runner.policy import ACTIVATION_GRANULARITIES, GRANULARITIES, PRICES, gradient_names
 from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.backends import BACKENDS
 
@@ -42,7 +42,7 @@ def _names() -> dict[str, Collection[str]]:
     return {
         "backend": ("auto", *BACKENDS),
         "model.stride_in": ("3x3", "1x1"),
-        "gradient.name": tuple(GRADIENT_PAIRS),
+        "gradient.name": gradient_names(),
         "clipping.name": METHODS,
         **dict.fromkeys(("format", "weight_format", "activation_format"), FORMATS),
         **dict.fromkeys(("range", "weight_range", "activation_range"), tuple(Range)),

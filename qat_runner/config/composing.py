@@ -149,7 +149,7 @@ def command(config: Config) -> str | None:
 
 def _free(key: str) -> str:
     """What Hydra wants before a key that the schema does not name."""
-    return "++" if key.startswith("clipping.options.") else ""
+    return "++" if key.startswith(("clipping.options.", "gradient.options.")) else ""
 
 
 def _follows(key: str, config: Config) -> bool:

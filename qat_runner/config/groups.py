@@ -5,8 +5,8 @@ An installed package adds to the groups by a folder of YAML files of its own, la
     [project.entry-points."qat_runner.configs"]
     my_package = "my_package.configs"
 
-so that my_package/configs/dataset/mine.yaml is `dataset=mine`. A clipping method or a model that needs no more than its
-name has an option without a file.
+so that my_package/configs/dataset/mine.yaml is `dataset=mine`. A clipping method, a gradient estimator or a model that
+needs no more than its name has an option without a file.
 """
 
 import re
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.errors import ConfigError
 from qat_runner.plugins import installed
-from qat_runner.quant import METHODS
+from qat_runner.quant import GRADIENTS, METHODS
 
 GROUP, MODELS = "qat_runner.configs", "qat_runner.models"
 """Of entry points."""
@@ -40,7 +40,7 @@ def register() -> None:
         ConfigError: configs of an installed package cannot be read, or would take the place of ours.
     """
     ConfigStore.instance().store(name="schema", node=ConfigSchema)
-    for group, names in (("clipping", METHODS), ("model", installed(MODELS))):
+    for group, names in (("clipping", METHODS), ("gradient", GRADIENTS), ("model", installed(MODELS))):
         for name in names:
             if not (config_dir() / group / f"{name}.yaml").is_file():
                 ConfigStore.instance().store(group=group, name=name, node={"name": name})

@@ -210,6 +210,7 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
     if config.quantization.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
+    suffix += "-from-octav" if config.clipping.start == "octav" else ""
     static = not config.clipping.dynamic and not config.clipping.learned
     became = config.clipping.dynamic and (config.freezing or became_static)
     parts = ["static"] if static else []
@@ -229,8 +230,10 @@ def _of_both(weights: str, activations: str, usual: str) -> list[str]:
 
 
 def gradient_label(config: Config) -> str:
-    """The gradient estimator in one word; that of lsq and pact is their own."""
-    return "none" if config.quantization.full_precision else "own" if config.clipping.learned else config.gradient.name
+    """The gradient estimator in one word, with options that are not the usual; that of lsq and pact is their own."""
+    if config.quantization.full_precision:
+        return "none"
+    return "own" if config.clipping.learned else str(config.gradient.estimator)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

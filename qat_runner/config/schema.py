@@ -16,8 +16,8 @@ from qat_runner.config.tasks import FACTS, TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
-from qat_runner.policy import Policy, Rule
-from qat_runner.quant import METHODS, ClippingMethod, clipping_method
+from qat_runner.policy import Policy, Rule, estimator_of
+from qat_runner.quant import METHODS, ClippingMethod, Estimator, clipping_method
 
 
 class Mode(StrEnum):
@@ -226,6 +226,8 @@ class ClippingSchema:
     """octav: candidates whose measured error decides, where few share a scalar; null: 64 in mode ptq, else 0"""
     alpha: float | None = number(None, 0, _LARGE, above=True)
     """pact: the first clipping scalar of activations"""
+    start: str | None = None
+    """lsq: where step sizes begin, lsq (2 mean |x| / sqrt(Q_P), as published) or octav; null: lsq"""
     calibration_batches: int | None = number(None, 0, _SAMPLES)
     """training batches that static scalars (and eval_mode running or last without training) are calibrated on; null:
     5, on texts 10, as in the paper"""
@@ -260,7 +262,7 @@ class ClippingSchema:
         Raises:
             ConfigError: an option that it does not have, or out of range.
         """
-        named = ("iterations", "missing_code", "refine", "q", "points", "together", "alpha")
+        named = ("iterations", "missing_code", "refine", "q", "points", "together", "alpha", "start")
         options = {name: value for name in named if (value := getattr(self, name)) is not None}
         if self.warm_iterations is not None or hasattr(self.kind, "warm_iterations"):
             options["warm_iterations"] = self.warm_iterations  # of which null is a value
@@ -286,7 +288,21 @@ class ClippingConfig(ClippingSchema):
 @dataclass
 class GradientConfig:
     name: str = MISSING
-    """ste, pwl, mad or mph"""
+    """ste, pwl, mad, ewgs, trust or mph, or what an installed package adds"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """of an estimator that has some: gradient.options.NAME=VALUE"""
+
+    @property
+    def estimator(self) -> str | Estimator:
+        """Its name; with options the estimator that they make.
+
+        Raises:
+            ConfigError: an option that it does not have, or out of range.
+        """
+        try:
+            return estimator_of(self.name, **self.options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"gradient={self.name}: {error}") from error
 
 
 @dataclass
@@ -709,12 +725,12 @@ class Config(ConfigSchema):
         Raises:
             ConfigError: it makes no policy.
         """
-        method = self.clipping.method
+        method, estimator = self.clipping.method, self.gradient.estimator
         try:
             return Policy.of(
                 self.bits,
                 method,
-                self.gradient.name,
+                estimator,
                 weight_format=self.weight_format,
                 activation_format=self.activation_format,
                 weight_range=self.weight_range,

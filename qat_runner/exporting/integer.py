@@ -19,6 +19,7 @@ from torch.nn.utils.prune import is_pruned, remove
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.calls import Compute
 from qat_runner.insertion.layers import (
+    QuantLinear,
     QuantMatmul,
     Swapped,
     TakenLayer,
@@ -308,10 +309,14 @@ def check_integers(model: nn.Module) -> None:
     """Refuse a quantized network of which no integers can be made.
 
     Raises:
-        ValueError: the codes of a tensor are no integers; in a sentence that begins with its name.
+        ValueError: the codes of a tensor are no integers, or those of a rotated one; in a sentence that begins with its
+            name.
     """
     for t in quantized_tensors(model):
         integers_of(t.quantizer)
+    for name, layer in each(model, lambda m: isinstance(m, QuantLinear)):
+        if layer.rotation is not None:
+            raise ValueError(f"{name} is rotated, which integers in a file are not")
 
 
 WRITTEN: dict[type[nn.Module], type[IntegerLayer]] = {

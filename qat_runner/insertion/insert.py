@@ -21,6 +21,7 @@ from qat_runner.insertion.attention import (
 )
 from qat_runner.insertion.layers import (
     QuantLayer,
+    QuantLinear,
     Swapped,
     convert,
     each,
@@ -51,6 +52,7 @@ from qat_runner.insertion.own_products import (
 )
 from qat_runner.insertion.own_weights import QuantOwnWeight, quantize_own_weights, release_own_weights
 from qat_runner.insertion.products import Product, rest
+from qat_runner.insertion.rotation import Hadamard, block_of
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.trace import Trace, trace
 from qat_runner.insertion.unchanged import (
@@ -62,7 +64,7 @@ from qat_runner.insertion.unchanged import (
     tolerance,
 )
 from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
-from qat_runner.quant import ClippingMethod, Quantizer
+from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
 
@@ -106,7 +108,7 @@ def quantize_model(
     model: nn.Module,
     bits: int | Policy = 4,
     clipping: str | ClippingMethod = "octav",
-    gradient: str = "mph",
+    gradient: str | Estimator = "mph",
     *,
     example: Tensor | tuple[Any, ...] | None = None,
     **how: Any,
@@ -125,7 +127,8 @@ def quantize_model(
         bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
         clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
             parameters, and which need `calibrate` for their start; or what is registered.
-        gradient: ste, pwl, mad, or mph (mad for weights, pwl for activations); lsq and pact have their own.
+        gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or what is registered; or an
+            estimator with options of its own. lsq and pact have their own.
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
             rest is found on the first forward pass of the model.
@@ -239,8 +242,9 @@ def _equip_all(
     quantizers = {name: _quantizers(layer, chosen[name]) for name, layer in layers.items()}
     if not any(any(found.values()) for found in quantizers.values()):
         raise PolicyError(f"the policy leaves all of {type(model).__name__} in full precision")
+    rotations = {name: _rotation(name, layer, chosen[name]) for name, layer in layers.items()}
     for name, found in quantizers.items():
-        _equip(model, name, layers[name], found)
+        _equip(model, name, layers[name], found, rotations[name])
 
 
 def _check_unchanged(
@@ -420,7 +424,31 @@ def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[s
     return found
 
 
-def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[str, Quantizer | None]) -> None:
+def _rotation(name: str, layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> Hadamard | None:
+    """What both factors of a layer are rotated by; None: nothing.
+
+    Raises:
+        PolicyError: one alone is, or what is no nn.Linear, or the inputs cannot be halved.
+    """
+    found = {tensor.rotation for tensor in tensors.values()}
+    if found == {"none"} or all(tensor.full_precision for tensor in tensors.values()):
+        return None
+    if not isinstance(layer, QuantLinear):
+        raise PolicyError(f"{name}: rotation=hadamard is for nn.Linear, and this is a {full_precision_name(layer)}")
+    if len(found) > 1:
+        raise PolicyError(f"{name}: rotation=hadamard is for weight and input alike, and not for one of them")
+    if (block := block_of(layer.in_features)) == 1:
+        raise PolicyError(f"{name}: rotation=hadamard needs an even number of inputs, and it has {layer.in_features}")
+    return Hadamard(block)
+
+
+def _equip(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    quantizers: Mapping[str, Quantizer | None],
+    rotation: Hadamard | None,
+) -> None:
     """Give a layer its quantizers, on its device; one of a full-precision class that gets none is of it again."""
     if not any(quantizers.values()) and isinstance(layer, Swapped):
         restore(layer)
@@ -432,6 +460,11 @@ def _equip(model: nn.Module, name: str, layer: nn.Module, quantizers: Mapping[st
             quantizer.name = f"{name}.{operand}"
             quantizer.to(device)
     give_quantizers(layer, quantizers)
+    if rotation is not None:
+        assert isinstance(layer, QuantLinear)
+        layer.rotate_by(rotation)
+        if (of_input := quantizers["input"]) is not None:
+            of_input.decide_sign(True)
 
 
 def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[str]]:

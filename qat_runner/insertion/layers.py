@@ -136,6 +136,31 @@ class QuantLinear(QuantLayer, Swapped, nn.Linear):
     for_others = True
     """Whether the module around it may use its weight past it, and is to have what is computed computed here."""
 
+    @property
+    def rotation(self) -> nn.Module | None:
+        """What both factors go through before they are quantized, if they do; it leaves their product what it is."""
+        return self._modules.get("rotation")
+
+    def rotate_by(self, rotation: nn.Module) -> None:
+        """Have both factors go through an orthogonal map of their last dimension before they are quantized."""
+        self._modules["rotation"] = rotation
+
+    def added(self) -> Sequence[str]:
+        return [*super().added(), *(["rotation"] if self.rotation is not None else [])]
+
+    def used_weight(self) -> Tensor:
+        return self._rotated(super().used_weight())
+
+    def used_parameter(self) -> nn.Parameter | None:
+        return super().used_parameter() if self.rotation is None else None
+
+    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        return super().multiply(self._rotated(input), self._rotated(weight), compute)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        rotated: Tensor = x if self.rotation is None else self.rotation(x)
+        return rotated
+
     def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
         """As nn.Linear; or what someone computes with the input and the weight of this layer."""
         return self.multiply(input, self.weight, compute or self._product)

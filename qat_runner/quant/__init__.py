@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat_runner.quant.clipping import maximum, mse_sweep, newton_step, octav, percentile
     from qat_runner.quant.dorefa import DoReFaQuantizer
-    from qat_runner.quant.estimators import GRADIENTS, fake_quantize
+    from qat_runner.quant.estimators import fake_quantize
     from qat_runner.quant.formats import (
         BITS,
         FORMATS,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         StepFormat,
         as_format,
     )
+    from qat_runner.quant.gradients import GRADIENTS, Estimator, gradient_estimator
     from qat_runner.quant.learned import LSQ, PACT, LearnedMethod, LearnedQuantizer
     from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
     from qat_runner.quant.methods import METHODS, Maximum, MseSweep, Octav, Percentile, clipping_method
@@ -48,6 +49,7 @@ __all__ = [
     "Call",
     "ClippingMethod",
     "DoReFaQuantizer",
+    "Estimator",
     "Format",
     "IntAffineFormat",
     "IntFormat",
@@ -69,6 +71,7 @@ __all__ = [
     "clipping_method",
     "expected_mse",
     "fake_quantize",
+    "gradient_estimator",
     "maximum",
     "measure",
     "mse",
@@ -82,7 +85,7 @@ __all__ = [
 ]
 
 _MODULES = (
-    *("formats", "method", "methods"),  # which do without PyTorch
+    *("formats", "gradients", "method", "methods"),  # which do without PyTorch
     *("clipping", "dorefa", "estimators", "learned", "noise", "orienting", "quantizer", "tokens"),
 )
 """Where all that lies."""

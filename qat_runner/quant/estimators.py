@@ -1,15 +1,6 @@
-"""Fake quantization x -> Q(x; s) and how it is differentiated (section 4 of the paper).
+"""Fake quantization x -> Q(x; s), differentiated by a gradient estimator (section 4 of the paper; `gradients`).
 
-| name | inside the clipping interval | outside   |
-|------|------------------------------|-----------|
-| ste  | 1                            | 1         |
-| pwl  | 1                            | 0         |
-| mad  | 1                            | clip(x)/x |
-
-The interval is [-s, s] for a signed format; for an unsigned one it is [0, s], so what an unsigned one clips at zero
-counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. With two ends it is [low, high]. Clipping scalars
-are constants: they get no gradient. MPH, the paper's hybrid, is not an estimator of its own: mad for weights and pwl
-for activations.
+Clipping scalars are constants: they get no gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +11,9 @@ from torch import Tensor
 
 from qat_runner.quant import kernels
 from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.gradients import Estimator, gradient_estimator
 from qat_runner.quant.kernels import operators
 from qat_runner.quant.tensors import compute_dtype, derivatives_wanted, recording, transformed
-
-GRADIENTS = ("ste", "pwl", "mad")
-"""The names of the estimators."""
 
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x -> its clipping scalars, and x quantized with them."""
@@ -50,33 +39,32 @@ class _Estimated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         _refuse_double_backward()
-        if ctx.gradient == "ste":
+        if ctx.gradient.straight:
             return grad, None, None, None
         x, s = ctx.saved_tensors
         with torch.no_grad():
-            out = kernels.backend(x).fake_quantize_backward(grad, x, s, ctx.format, ctx.gradient)
-        return out, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise RuntimeError(
-            "fake_quantize: forward-mode derivatives (jvp) are not supported, "
-            "since the gradient estimators are those of a backward pass"
-        )
+            return ctx.gradient.backward(grad, x, s, ctx.format), None, None, None
 
 
-def _save(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: str) -> None:
+def _refused_jvp(ctx: Any, *tangents: Any) -> Any:
+    raise RuntimeError(
+        "fake_quantize: forward-mode derivatives (jvp) are not supported, "
+        "since the gradient estimators are those of a backward pass"
+    )
+
+
+def _save(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: Estimator) -> None:
     """What the backward pass needs."""
-    if gradient != "ste":
+    if not gradient.straight:
         ctx.save_for_backward(x, s)
     ctx.format, ctx.gradient = format, gradient
 
 
-class _FakeQuantize(_Estimated):
-    generate_vmap_rule = True  # by those of the operators
+class _Recorded(_Estimated):
+    """For a compiler, which takes in nothing that has a jvp."""
 
     @staticmethod
-    def forward(x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
+    def forward(x: Tensor, s: Tensor, format: Format, gradient: Estimator) -> Tensor:
         return kernels.backend(x).fake_quantize(x, s, format)
 
     @staticmethod
@@ -84,22 +72,29 @@ class _FakeQuantize(_Estimated):
         _save(ctx, *inputs)
 
 
+class _FakeQuantize(_Recorded):
+    generate_vmap_rule = True  # by those of the operators
+    jvp = staticmethod(_refused_jvp)
+
+
 class _SolveAndQuantize(_Estimated):
+    jvp = staticmethod(_refused_jvp)
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, solve: Solve, format: Format, gradient: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, solve: Solve, format: Format, gradient: Estimator) -> Tensor:
         s, out = solve(x)
         _save(ctx, x, s, format, gradient)
         return out
 
 
-def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: str) -> Tensor:
+def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: Estimator) -> Tensor:
     """As `fake_quantize`, where one operation solves for the scalars and quantizes.
 
     Args:
         x: any shape, floating dtype.
         solve: x -> clipping scalars, and x quantized with them.
         format: what it rounds to.
-        gradient: "ste", "pwl" or "mad".
+        gradient: the estimator.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return solve(x)[1]
@@ -112,11 +107,11 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, solve: SolveAll, scalars: list[Tensor], format: IntFormat, gradient: str, *xs: Tensor
+        ctx: Any, solve: SolveAll, scalars: list[Tensor], format: IntFormat, gradient: Estimator, *xs: Tensor
     ) -> tuple[Tensor, ...]:
         found, outs = solve(xs)
         scalars.extend(found)
-        if gradient != "ste":
+        if not gradient.straight:
             ctx.save_for_backward(*xs, *found)
         ctx.format, ctx.gradient = format, gradient
         ctx.set_materialize_grads(False)
@@ -128,18 +123,18 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
         _refuse_double_backward()
         there = [i for i, grad in enumerate(grads) if grad is not None]
         passed = list(grads)
-        if there and ctx.gradient != "ste":
+        if there and not ctx.gradient.straight:
             saved, some = ctx.saved_tensors, [grad for grad in grads if grad is not None]
             xs, ss = [saved[i] for i in there], [saved[len(grads) + i] for i in there]
             with torch.no_grad():
-                found = kernels.backend(xs[0]).fake_quantize_backward_all(some, xs, ss, ctx.format, ctx.gradient)
+                found = ctx.gradient.backward_all(some, xs, ss, ctx.format)
             for i, grad in zip(there, found, strict=True):
                 passed[i] = grad
         return None, None, None, None, *passed
 
 
 def solve_and_quantize_all(
-    xs: Sequence[Tensor], solve: SolveAll, format: IntFormat, gradient: str
+    xs: Sequence[Tensor], solve: SolveAll, format: IntFormat, gradient: Estimator
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """As `solve_and_quantize` of several tensors, of which the backward pass waits for all gradients.
 
@@ -147,7 +142,7 @@ def solve_and_quantize_all(
         xs: any shapes, the same floating dtype and device.
         solve: xs -> the clipping scalars of each, and each quantized with them.
         format: what it rounds to.
-        gradient: "ste", "pwl" or "mad".
+        gradient: the estimator.
 
     Returns:
         The scalars, and the tensors quantized.
@@ -159,7 +154,7 @@ def solve_and_quantize_all(
     return ss, outs
 
 
-def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str = "mad") -> Tensor:
+def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str | Estimator = "mad") -> Tensor:
     """Quantize x with clipping scalar s, and give back real numbers: levels of the format times s.
 
     Source: the quantizer of section 2 (two's complement, or unsigned), with the gradient estimators of section 4.
@@ -172,7 +167,7 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
             Gets no gradient.
         format: what to round to; a number B, 2 to 16, stands for the signed integers of so many bits, codes
             -2^(B-1)..2^(B-1)-1.
-        gradient: "ste", "pwl" or "mad".
+        gradient: ste, pwl, mad, ewgs, trust or what is registered; or an estimator with options of its own.
 
     Returns:
         Shape, dtype and device of x. Zero where s is zero; NaN where x or s is NaN.
@@ -182,8 +177,7 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
         ValueError: unknown `gradient`, bits out of range, s needs a gradient or does not broadcast to x.
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
+    estimator = gradient_estimator(gradient)
     if not x.is_floating_point():
         raise TypeError(f"fake_quantize: x must be floating, not {x.dtype}")
     s = torch.as_tensor(s, dtype=compute_dtype(x), device=x.device)
@@ -195,7 +189,8 @@ def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: 
     of_one = s.shape if format.parts == 1 else s.shape[1:]
     if len(of_one) > x.ndim or any(n not in (1, m) for n, m in zip(reversed(of_one), reversed(x.shape), strict=False)):
         raise ValueError(f"fake_quantize: s of shape {list(s.shape)} does not broadcast to x of shape {list(x.shape)}")
-    if recording() and operators.serves(format) and not transformed():
-        return operators.fake_quantize(x, s, format, gradient)
-    out: Tensor = _FakeQuantize.apply(x, s, format, gradient)
+    recorded = recording() and not transformed()
+    if recorded and estimator.in_kernels and operators.serves(format):
+        return operators.fake_quantize(x, s, format, estimator.name)
+    out: Tensor = (_Recorded if recorded else _FakeQuantize).apply(x, s, format, estimator)
     return out

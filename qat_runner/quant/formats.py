@@ -141,6 +141,11 @@ class Format(ABC):
         """All values that there are, in units of s, rising."""
 
     @property
+    def spacing(self) -> float:
+        """From the last level but one to the last, in the units of `levels`."""
+        return self.levels[-1] - self.levels[-2]
+
+    @property
     @abstractmethod
     def rounding_noise(self) -> float:
         """k, such that rounding alone costs k s^2 on average: the model of J(s) (section 2 of the paper)."""
@@ -199,6 +204,10 @@ class StepFormat(Format):
     @abstractmethod
     def highest(self) -> int:
         """The largest code."""
+
+    @property
+    def spacing(self) -> float:
+        return 1 / self.levels_per_scalar
 
     @property
     def code_bits(self) -> int:
@@ -404,6 +413,10 @@ class MidriseFormat(StepFormat):
     @property
     def highest(self) -> int:
         return self.levels_per_scalar
+
+    @property
+    def spacing(self) -> float:
+        return 2 / self.levels_per_scalar
 
     @property
     def code_bits(self) -> int:

@@ -3,7 +3,7 @@
 | name | what is learned | its start               | its gradient                                  | its weight decay |
 |------|-----------------|-------------------------|-----------------------------------------------|------------------|
 | lsq  | step size D     | 2 mean abs(x)/sqrt(Q_P) | code - x / D inside, the end code outside,    | none             |
-|      |                 |                         | all times 1 / sqrt(N Q_P)                     |                  |
+|      |                 | or OCTAV's, by `start`  | all times 1 / sqrt(N Q_P)                     |                  |
 | pact | clipping scalar | 10                      | 1 from it on (-1 to its negative), 0 else     | that of weights  |
 
 LSQ: Esser et al., "Learned Step Size Quantization", ICLR 2020: for weights and activations. N is the number of weights
@@ -45,6 +45,8 @@ from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.quantizer import Quantizer
 from qat_runner.quant.tensors import compute_dtype
+
+LSQ_STARTS = ("lsq", "octav")
 
 
 class LearnedMethod(ClippingMethod):
@@ -118,13 +120,21 @@ class LSQ(LearnedMethod):
 
     name: ClassVar[str] = "lsq"
 
+    start: str = "lsq"
+    """where step sizes begin: lsq, as published; octav, where the squared error is least. With two ends always octav,
+    as LSQ+ has it"""
+
+    def __post_init__(self) -> None:
+        if self.start not in LSQ_STARTS:
+            raise ValueError(f"start={self.start!r}: must be one of {', '.join(LSQ_STARTS)}")
+
     def format_of(self, format: Format) -> Format:
         """As it is: plain or affine integers."""
         return format if isinstance(format, IntAffineFormat) else super().format_of(format)
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """The clipping scalar that belongs to the first step size, 2 mean |x| / sqrt(Q_P); two ends are OCTAV's."""
-        if isinstance(format, IntAffineFormat):
+        """The clipping scalar that belongs to the first step size, 2 mean |x| / sqrt(Q_P), or OCTAV's."""
+        if isinstance(format, IntAffineFormat) or self.start == "octav":
             return octav(x, format, dim, check=call.check)
         integers = _integers(format)
         factor = 2 * integers.levels_per_scalar / math.sqrt(integers.highest)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qat_runner.quant import kernels
-from qat_runner.quant.estimators import GRADIENTS, fake_quantize, solve_and_quantize
+from qat_runner.quant.estimators import fake_quantize, solve_and_quantize
 from qat_runner.quant.formats import Format, IntFormat, as_format
+from qat_runner.quant.gradients import Estimator, gradient_estimator
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
@@ -96,7 +97,7 @@ class Quantizer(ScalarState):
         format: what values are rounded to; a number stands for the signed integers of so many bits.
         method: how scalars are found.
         shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
-        gradient: "ste", "pwl" or "mad".
+        gradient: a name in GRADIENTS, or an estimator.
         sign_known: false leaves the sign of the format open (the format's until `decide_sign`).
         dynamic: solve on each call if true, static otherwise.
         eval_mode: see above; without effect on a static quantizer.
@@ -119,15 +120,13 @@ class Quantizer(ScalarState):
         method: ClippingMethod,
         *,
         shape: Sequence[int] = (),
-        gradient: str = "mad",
+        gradient: str | Estimator = "mad",
         sign_known: bool = True,
         dynamic: bool = True,
         eval_mode: str = "dynamic",
         momentum: float = 0.1,
         synchronize: bool = False,
     ) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient={gradient!r}: must be one of {', '.join(GRADIENTS)}")
         if eval_mode not in EVAL_MODES:
             raise ValueError(f"eval_mode={eval_mode!r}: must be one of {', '.join(EVAL_MODES)}")
         if not 0 < momentum <= 1:
@@ -135,7 +134,8 @@ class Quantizer(ScalarState):
         if synchronize and not method.pools:
             raise ValueError(f"clipping {method.name!r} cannot be synchronized over processes")
         super().__init__(as_format(format), shape, sign_known, static=not dynamic)
-        self.method, self.gradient, self.eval_mode, self.momentum = method, gradient, eval_mode, momentum
+        self.method, self.gradient = method, gradient_estimator(gradient)
+        self.eval_mode, self.momentum = eval_mode, momentum
         self.synchronize = synchronize
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""

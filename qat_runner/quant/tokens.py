@@ -9,6 +9,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import fake_quantize
 from qat_runner.quant.formats import Format
+from qat_runner.quant.gradients import Estimator
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import LATEST, Quantizer
 from qat_runner.quant.tensors import recording, transformed
@@ -23,14 +24,19 @@ class TokenQuantizer(Quantizer):
     Args:
         format: what values are rounded to.
         method: how scalars are found; not a learned one.
-        gradient: "ste", "pwl" or "mad".
+        gradient: an estimator, or its name.
         sign_known: false leaves the sign of the format open (the format's until `decide_sign`).
     """
 
     per_token = True
 
     def __init__(
-        self, format: Format | int, method: ClippingMethod, *, gradient: str = "mad", sign_known: bool = True
+        self,
+        format: Format | int,
+        method: ClippingMethod,
+        *,
+        gradient: str | Estimator = "mad",
+        sign_known: bool = True,
     ) -> None:
         super().__init__(format, method, gradient=gradient, sign_known=sign_known)
         self.granularity = "token"

@@ -149,5 +149,5 @@ def _row(config: Config) -> str | None:
         return None
     label = clipping_label(config).replace("-", "_").replace(".", "_").replace("percentile", "percentile_")
     if label == "octav":
-        label += {"mph": "", "ste": "_ste", "pwl": "_pwl", "mad": "_mad"}[config.gradient.name]
+        label += "" if config.gradient.name == "mph" else f"_{config.gradient.name}"
     return f"{label}_distilled" if config.distilling else label

@@ -342,7 +342,7 @@ TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
-    (["gradient=stee"], "gradient=stee: must be one of mad, mph, pwl, ste"),
+    (["gradient=stee"], "gradient=stee: must be one of ewgs"),
     (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),

@@ -89,8 +89,8 @@ def test_bits_granularity_and_gradients_of_the_paper() -> None:
     assert q["layer2.0.downsample.0.weight"].format.bits == 4  # projection shortcuts: at the low precision
     assert q["layer1.0.conv1.weight"].s.shape == (64, 1, 1, 1)
     assert q["fc.weight"].s.shape == q["fc.input"].s.shape == q["layer1.0.conv1.input"].s.shape == ()
-    assert {q[n].gradient for n in q if n.endswith("weight")} == {"mad"}
-    assert {q[n].gradient for n in q if n.endswith("input")} == {"pwl"}
+    assert {q[n].gradient.name for n in q if n.endswith("weight")} == {"mad"}
+    assert {q[n].gradient.name for n in q if n.endswith("input")} == {"pwl"}
     assert all(q[n].format.signed for n in q if n.endswith("weight"))
     assert [n for n in q if n.endswith("input") and q[n].format.signed] == ["conv1.input"]
 

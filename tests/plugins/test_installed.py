@@ -18,6 +18,9 @@ ENTRY_POINTS = """
 halved_maximum = my_package.halved_maximum:HalvedMaximum
 learned_maximum = my_package.learned_maximum:LearnedMaximum
 
+[qat_runner.gradients]
+leaky = my_package.leaky:Leaky
+
 [qat_runner.formats]
 codebook = my_package.codebook:Codebook
 
@@ -70,11 +73,13 @@ def test_one_of_each_in_a_sweep(tmp_path: Path) -> None:
     assert json.loads((numbers / "summary.json").read_text())["metric"] == "rounded"
 
 
-def test_a_format_a_tracker_and_options(tmp_path: Path) -> None:
+def test_a_format_an_estimator_a_tracker_and_options(tmp_path: Path) -> None:
     environment = installed(tmp_path / "site", ENTRY_POINTS)
     words = ("model=small_network", "dataset=stripes", "format=codebook", "clipping=halved_maximum", "epochs=1")
-    done = ask(environment, tmp_path, *words, "clipping.options.share=0.9", "run_dir=run", "trackers=[lines]")
+    options = ("clipping.options.share=0.9", "gradient=leaky", "+gradient.options.leak=0.2")
+    done = ask(environment, tmp_path, *words, *options, "run_dir=run", "trackers=[lines]")
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gradient"] == "leaky(leak=0.2)"
     assert (tmp_path / "run" / "lines.txt").read_text().startswith("1 ")
     tensors = json.loads((tmp_path / "run" / "histograms.json").read_text())
     assert next(t["levels"] for t in tensors if (t["layer"], t["tensor"]) == ("2", "weight")) == list(

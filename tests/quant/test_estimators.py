@@ -1,3 +1,6 @@
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from qat_runner.quant import GRADIENTS, IntFormat, fake_quantize, octav
+from qat_runner import quantize_model
+from qat_runner.quant import (
+    GRADIENTS,
+    Estimator,
+    Format,
+    IntAffineFormat,
+    IntFormat,
+    MidriseFormat,
+    Range,
+    fake_quantize,
+    gradient_estimator,
+    octav,
+)
 from tests.quant.oracles import quantize_by_hand
 
 
@@ -22,7 +37,7 @@ def by_autograd(x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
     return alpha * x
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["ste", "pwl", "mad"])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("shape", [(), (2, 1, 1)])
 def test_gradients_against_autograd_of_the_written_out_estimators(
@@ -38,6 +53,86 @@ def test_gradients_against_autograd_of_the_written_out_estimators(
     assert ours.grad is not None
     assert theirs.grad is not None
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def ewgs_by_hand(g: float, x: float, levels: list[float], ends: tuple[float, float], delta: float) -> float:
+    """Equation 7 of EWGS, on values and levels that are normalized first; what is clipped gets nothing."""
+    low, high = ends
+    if not low <= x <= high:
+        return 0.0
+    normalized = (x - low) / (high - low)
+    rounded = min(((level - low) / (high - low) for level in levels), key=lambda level: abs(normalized - level))
+    return g * (1 + delta * math.copysign(1, g) * (normalized - rounded))
+
+
+def trust_by_hand(g: float, x: float, levels: list[float], ends: tuple[float, float], factor: float) -> float:
+    """QuEST's mask: the gradient, where the nearest level is near enough."""
+    return g if min(abs(x - level) for level in levels) <= factor * (levels[-1] - levels[-2]) / 2 else 0.0
+
+
+INTERVALS: dict[Format, tuple[float, ...]] = {
+    IntFormat(3): (0.8,),
+    IntFormat(3, False): (0.8,),
+    IntFormat(2, True, Range.FULL): (0.8,),
+    IntFormat(3, True, Range.ORIENTED): (-0.8,),
+    IntAffineFormat(3): (-0.4, 0.8),
+    MidriseFormat(2): (0.8,),
+}
+
+
+@pytest.mark.parametrize("format", INTERVALS, ids=lambda f: f"{f.name}{f.oriented}")
+@pytest.mark.parametrize(
+    ("estimator", "by_hand", "option"),
+    [
+        (gradient_estimator("ewgs", delta=0.3), ewgs_by_hand, 0.3),
+        (gradient_estimator("trust"), trust_by_hand, 1.0),
+        (gradient_estimator("trust", factor=0.6), trust_by_hand, 0.6),
+    ],
+    ids=str,
+)
+def test_other_estimators_against_their_definitions(
+    format: Format, estimator: Estimator, by_hand: Callable[..., float], option: float
+) -> None:
+    s = torch.tensor(INTERVALS[format], dtype=torch.float64).squeeze()
+    low, high = (float(end) for end in format.ends(s))
+    levels = fake_quantize(torch.linspace(-2, 2, 1001, dtype=torch.float64), s, format).unique().tolist()
+    x = (torch.randn(200, dtype=torch.float64) * 0.6).requires_grad_()
+    upstream = torch.randn_like(x)
+    fake_quantize(x, s, format, estimator).backward(upstream)
+    wanted = [by_hand(g, v, levels, (low, high), option) for g, v in zip(upstream.tolist(), x.tolist(), strict=True)]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_they_meet_where_they_must() -> None:
+    """EWGS without delta is pwl; trust, on the grid that ends at s, is what lies within half a step of the interval."""
+    x, s, upstream = torch.randn(4, 50), torch.tensor([[0.3], [0.8], [0.0], [2.0]]), torch.randn(4, 50)
+    x[2] = 0
+
+    def gradient(estimator: str | Estimator, s: Tensor, format: Format) -> Tensor | None:
+        leaf = x.clone().requires_grad_()
+        fake_quantize(leaf, s, format, estimator).backward(upstream)
+        return leaf.grad
+
+    format = IntFormat(3, True, Range.FULL)
+    ewgs = gradient(gradient_estimator("ewgs", delta=0.0), s, format)
+    torch.testing.assert_close(ewgs, gradient("pwl", s, format))
+    torch.testing.assert_close(gradient("trust", s, format), gradient("pwl", s * (1 + 0.5 / 3), format))
+
+
+def test_in_a_network_as_outside_of_it() -> None:
+    """Weights that are quantized together, and activations, by an estimator with options."""
+    estimator = gradient_estimator("ewgs", delta=0.5)
+    model = quantize_model(torch.nn.Linear(6, 4, bias=False), 3, gradient=estimator, first_last_bits=None)
+    x = torch.randn(5, 6, requires_grad=True)
+    model(x).square().sum().backward()
+    again, weight = x.detach().clone().requires_grad_(), model.weight.detach().clone().requires_grad_()
+    scalars = model.input_quantizer.last_s, model.weight_quantizer.last_s
+    q, w = (fake_quantize(t, s, 3, estimator) for t, s in zip((again, weight), scalars, strict=True))
+    (q @ w.T).square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+    torch.testing.assert_close(model.weight.grad, weight.grad)
+    assert "gradient=ewgs(delta=0.5)" in repr(model)
 
 
 @given(
@@ -148,6 +243,11 @@ def test_refusals() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="gradient='mph'"):
         fake_quantize(x, 1.0, 4, gradient="mph")
+    for name, option, value in (("ewgs", "delta", -1.0), ("trust", "factor", 0.0)):
+        with pytest.raises(ValueError, match=f"{option}={value}: must be"):
+            gradient_estimator(name, **{option: value})
+    with pytest.raises(TypeError, match="gradient 'pwl' has no option 'delta', only none"):
+        gradient_estimator("pwl", delta=1.0)
     with pytest.raises(ValueError, match="bits=17"):
         fake_quantize(x, 1.0, 17)
     with pytest.raises(TypeError, match="must be floating"):

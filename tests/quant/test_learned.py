@@ -16,11 +16,14 @@ from qat_runner.quant import (
     PACT,
     Call,
     DoReFaQuantizer,
+    Format,
+    IntAffineFormat,
     IntFormat,
     LearnedMethod,
     LearnedQuantizer,
     Octav,
     Quantizer,
+    octav,
 )
 from qat_runner.training.recipe import make_optimizer
 from tests.quant.oracles import straight_through
@@ -229,6 +232,18 @@ def test_starts() -> None:
     assert LSQ().solve(torch.zeros(5), IntFormat(4), None, Call()).item() == 0
     with pytest.raises(RuntimeError, match="no clipping scalars yet"):
         learned(LSQ())(torch.randn(3))
+
+
+@pytest.mark.parametrize("format", [IntFormat(3), IntFormat(3, False), IntAffineFormat(3)], ids=lambda f: f.name)
+def test_a_start_where_the_error_is_least(format: Format) -> None:
+    x = torch.randn(4, 200).exp() - 0.5
+    q = LSQ(start="octav").quantizer(format, weight=True, shape=(4, 1))
+    assert isinstance(q, LearnedQuantizer)
+    q.assign(q.scalars_of(x))
+    q(x)
+    torch.testing.assert_close(q.latest, octav(x, format, 0))
+    with pytest.raises(ValueError, match="start='mean': must be one of lsq, octav"):
+        LSQ(start="mean")
 
 
 def test_a_step_below_zero_does_no_harm() -> None:

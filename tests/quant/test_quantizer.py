@@ -178,7 +178,7 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         ("octav", {"q": 99.0}, TypeError, "no option 'q', only iterations, warm_iterations"),
         ("max", {"q": 99.0}, TypeError, "no option 'q', only none"),
         ("pact", {"alpha": -1.0}, ValueError, "alpha=-1"),
-        ("lsq", {"alpha": 2.0}, TypeError, "clipping 'lsq' has no option 'alpha', only none"),
+        ("lsq", {"alpha": 2.0}, TypeError, "clipping 'lsq' has no option 'alpha', only start"),
     ],
 )
 def test_options_are_checked_when_a_method_is_made(

@@ -1,0 +1,44 @@
+"""The trust estimator of QuEST: Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations",
+2025, arXiv 2502.05003.
+
+The gradient at Q(x) stands for that at x, and is trusted where the two are close: it passes where |x - Q(x)| <= T, and
+is 0 elsewhere. T is half a step, so that all pass that are only rounded, and of those that are clipped what lies within
+half a step of the end. QuEST finds steps that are MSE-optimal on a Gaussian, of tensors that a Hadamard transform has
+made nearly Gaussian; here they are those of the clipping method.
+
+Of a codebook, whose levels are not evenly spaced, the step is that between its last two levels, as in QuEST's own code
+for codebooks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from qat_runner.quant.gradients.estimator import Estimator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qat_runner.quant.formats import Format
+
+
+@dataclass(frozen=True)
+class Trust(Estimator):
+    """The trust estimator: see the module's head."""
+
+    name: ClassVar[str] = "trust"
+
+    factor: float = 1.0
+    """T, in units of half a step; above 0"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor={self.factor}: must be above 0, and finite")
+
+    def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
+        """As `Estimator.backward`."""
+        x = x.to(s.dtype)
+        step = (format.reach(s) if format.parts == 1 else s[1] - s[0]) * format.spacing
+        return grad.where((x - format.fake_quantize(x, s)).abs() <= step * (self.factor / 2), 0.0)

@@ -1,0 +1,188 @@
+"""How far learned clipping scalars lie from the MSE-optimal ones, and what accuracy becomes there: two Markdown tables.
+
+    python scripts/learned_distance.py runs/NAME
+    python scripts/learned_distance.py runs/NAME --batches 4 --csv distance.csv
+
+For each tensor of a run of lsq or pact, on the same training batches in the trained, quantized network: the learned
+scalar s; s*, whose squared error is least by OCTAV (which knows of the missing code, and measures candidates; --paper:
+OCTAV as published); s / s*, the geometric mean over the scalars of the tensor, of the distance between the ends where
+there are two; the MSE at both. Then the validation figures of the network as it is, and with the scalars of weights, of
+activations or of both moved to s*, each before and after the statistics of BatchNorm are taken anew.
+"""
+
+import argparse
+import copy
+import csv
+import logging
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat_runner.config import Amp, Config
+from qat_runner.data import Data
+from qat_runner.errors import ConfigError, QatError
+from qat_runner.experiment import CALIBRATION_EPOCH
+from qat_runner.exporting.of_run import network_of
+from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.watch import watch
+from qat_runner.quant import Call, Format, IntFormat, LearnedQuantizer, Octav, Quantizer, measure, oriented
+from qat_runner.tasks import task_of
+from qat_runner.training.measure import evaluate
+
+MOVED: Mapping[str, tuple[bool, ...]] = {"none": (), "weights": (True,), "activations": (False,), "both": (True, False)}
+"""What is moved -> whether that is weights, other tensors, or both."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A row of the first table."""
+
+    tensor: str
+    bits: int
+    scalars: int
+    s: float
+    """in units of the tensor, the mean over its scalars"""
+    best_s: float
+    ratio: float
+    mse: float
+    """in squared units of the tensor"""
+    best_mse: float
+    excess_percent: float
+
+
+def learned(model: nn.Module) -> dict[str, tuple[bool, LearnedQuantizer]]:
+    """Name of a tensor whose scalars are parameters -> whether it is a weight, and its quantizer."""
+    tensors = {t.name: (t.tensor == "weight", t.quantizer) for t in quantized_tensors(model)}
+    return {name: (weight, q) for name, (weight, q) in tensors.items() if isinstance(q, LearnedQuantizer)}
+
+
+def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[list[Distance], dict[str, Tensor]]:
+    """Rows of the table; and the best scalars of each tensor, in the shape of its own. Both are means over batches."""
+    names = {q: name for name, (_, q) in learned(model).items()}
+    found: dict[LearnedQuantizer, list[tuple[Tensor, Tensor]]] = {}
+
+    def look(q: Quantizer, x: Tensor) -> None:
+        if isinstance(q, LearnedQuantizer):
+            best = octav.solve(x, q.format, q.dim, Call())
+            if isinstance(q.format, IntFormat) and q.format.oriented:
+                best = oriented(x, best, q.format)
+            noises = [measure(x, s, q.format).mse for s in (q.latest, best)]
+            found.setdefault(q, []).append((best.reshape(q.s.shape), torch.stack(noises)))
+
+    watch(model, inputs, look)
+    means = {q: [torch.stack(part).mean(0) for part in zip(*pairs, strict=True)] for q, pairs in found.items()}
+    rows = [distance(names[q], q, best, *noises.tolist()) for q, (best, noises) in means.items()]
+    return rows, {names[q]: best for q, (best, _) in means.items()}
+
+
+def distance(name: str, q: LearnedQuantizer, best: Tensor, mse: float, best_mse: float) -> Distance:
+    """A row of the table."""
+    ours, theirs = (width(q.format, s) for s in (q.latest, best))
+    ratio = (ours / theirs).log().mean().exp().item()
+    figures = ours.mean().item(), theirs.mean().item(), ratio, mse, best_mse
+    return Distance(name, q.format.bits, ours.numel(), *figures, 100 * (mse / best_mse - 1) if best_mse else 0.0)
+
+
+def width(format: Format, s: Tensor) -> Tensor:
+    """How far scalars reach, or their ends lie apart; never 0."""
+    reach = format.reach(s) if format.parts == 1 else s[1] - s[0]
+    return reach.double().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def moved(model: nn.Module, best: Mapping[str, Tensor], weights: Container[bool]) -> nn.Module:
+    """A copy of a network with the best scalars in place of the learned ones, of weights, of other tensors or both."""
+    model = copy.deepcopy(model)
+    for name, (weight, quantizer) in learned(model).items():
+        if weight in weights and name in best:
+            quantizer.assign(best[name])
+    return model
+
+
+@torch.no_grad()
+def reestimated(model: nn.Module, inputs: Iterable[Any]) -> nn.Module:
+    """The network, in place, with the statistics of BatchNorm averaged anew over batches, all else in eval mode."""
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in inputs:
+        model(*(batch if isinstance(batch, tuple) else (batch,)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
+
+
+def validated(model: nn.Module, config: Config, data: Data) -> dict[str, float]:
+    """The figures of a validation pass."""
+    task = task_of(config)
+    totals = task.totals(data.device)
+    batches = data.val_batches(config.dataset.val_batch_size, config.limit_val_batches)
+    evaluate(task, model, batches, totals, Amp.none)
+    return {name: value for name, value in totals.read().items() if name != "samples"}
+
+
+def report(args: argparse.Namespace) -> tuple[list[Distance], list[dict[str, Any]]]:
+    """The rows of both tables.
+
+    Raises:
+        ConfigError: there is no such run, or nothing in it is learned.
+    """
+    model, data, config = network_of(args.run, args.checkpoint)
+    if not learned(model):
+        raise ConfigError(f"{args.run}: has no learned scalars; runs of clipping=lsq and pact have")
+
+    def inputs(count: int, size: int) -> Iterator[Any]:
+        return (batch.inputs for batch in data.train_batches(size, CALIBRATION_EPOCH, count))
+
+    octav = Octav() if args.paper else Octav(missing_code=True, refine=64)
+    rows, best = compared(model, inputs(args.batches, config.clipping.calibration_batch_size), octav)
+    norms = any(isinstance(m, _BatchNorm) for m in model.modules())
+    figures: list[dict[str, Any]] = []
+    for what, weights in MOVED.items():
+        network = moved(model, best, weights)
+        figures.append({"moved": what, "BatchNorm": "as trained", **validated(network, config, data)})
+        if norms:
+            network = reestimated(network, inputs(args.norm_batches, config.batch_size))
+            figures.append({"moved": what, "BatchNorm": "anew", **validated(network, config, data)})
+    return rows, figures
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run of clipping=lsq or pact")
+    parser.add_argument("--batches", type=int, default=1, help="that s* is found on, the mean over them (1)")
+    parser.add_argument("--norm-batches", type=int, default=50, help="that BatchNorm sees anew (50)")
+    parser.add_argument("--paper", action="store_true", help="OCTAV as published")
+    parser.add_argument("--checkpoint", choices=("last", "previous", "best"), default="last", help="which one (last)")
+    parser.add_argument("--csv", type=Path, help="file for the first table")
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    try:
+        rows, figures = report(args)
+    except QatError as error:
+        print(f"learned_distance: {error}", file=sys.stderr)
+        return error.exit_code
+    table = [asdict(row) for row in rows]
+    if args.csv is not None:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".4g"), end="\n\n")
+    print(tabulate(figures, headers="keys", tablefmt="github", floatfmt=".4g"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
