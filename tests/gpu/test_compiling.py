@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "percentile": {"clipping": "percentile"},
     "mse_sweep": {"clipping": MseSweep(points=5)},
     "mph": {"gradient": "mph"},
+    "ewgs": {"gradient": "ewgs"},
+    "trust": {"gradient": "trust"},
     "oriented": {"range": "oriented"},
     "affine": {"activation_format": "int_affine"},
 }
