@@ -218,6 +218,7 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
         *_of_both(config.weight_format.replace("_", "-"), config.activation_format.replace("_", "-"), "int"),
         *_of_both(config.weight_range, config.activation_range, Range.TWOS_COMPLEMENT),
     )
+    of_both += ("per-token",) if config.activation_granularity == "token" else ()
     return "-".join([*parts, config.clipping.name + suffix, *of_both, *(["to-static"] if became else [])])
 
 

@@ -140,15 +140,12 @@ class Setup:
 
 
 def setups_of(runs: Sequence[Run]) -> list[Setup]:
-    """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these.
-
-    A run whose rules give some layers other bits or methods is no row of a table.
-    """
+    """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these."""
     done = [(run, run.summary) for run in runs if run.summary is not None]
     gaps = against_full_precision([(run.config, summary) for run, summary in done])
     groups: dict[str, list[Result]] = {}
     for (run, _), gap in zip(done, gaps, strict=True):
-        if run.row in paper()["labels"] and not run.config.rules:
+        if run.row in paper()["labels"]:
             groups.setdefault(str(sorted(_alike(run.config).items())), []).append(Result(run, gap))
     ordered = sorted(groups.values(), key=lambda some: (some[0].run.model, some[0].run.dataset, some[0].run.mode))
     return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]

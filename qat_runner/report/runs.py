@@ -134,14 +134,17 @@ def _run(folder: Path, config: Config, summary: Summary | None) -> Run:
         config.dataset.name,
         config.mode,
         config.weight_bits,
-        _row(config),
+        row_of(config),
         config.seed,
         {key: value for key, value in identity(config).items() if key not in ("seed", "weights")},
         summary,
     )
 
 
-def _row(config: Config) -> str | None:
+def row_of(config: Config) -> str | None:
+    """The row of the paper's tables that a run is; None: it has what no row has, such as bits of single layers."""
+    if config.rules or config.allocated or config.remedies:
+        return None
     if config.quantization.full_precision:
         trained = dict.fromkeys((Mode.scratch, Mode.finetune), "full_precision")
         return {Mode.evaluate: "pretrained", **trained}.get(config.mode)

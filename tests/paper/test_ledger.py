@@ -142,11 +142,6 @@ def test_setups_that_disagree_are_counted() -> None:
     assert claim.verdict(claim.findings(setups_of([*runs(), *worse]))) == "holds in 1 of 2 setups"
 
 
-def test_runs_with_rules_are_no_rows() -> None:
-    ruled = replace(runs()[-1], config=replace(runs()[-1].config, rules=[{"match": "*", "bits": 8}]))
-    assert sum(len(setup.results) for setup in setups_of([*runs()[:-1], ruled])) == 8
-
-
 # Cells
 
 

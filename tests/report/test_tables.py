@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qat_runner.config import clipping_label, from_hydra, gradient_label
 from qat_runner.config.composing import compose_config
+from qat_runner.report.runs import row_of
 from qat_runner.report.tables import (
     Result,
     against_full_precision,
@@ -142,3 +143,22 @@ def test_differences_in_words() -> None:
     assert differences_in_words([*full, *octav]) == []  # nothing beside it
     longer = [result(bits, "epochs=9") for bits in ("bits=32", "bits=2")]
     assert differences_in_words([*full, *octav, *longer]) == []  # which octav?
+
+
+@pytest.mark.parametrize(
+    ("words", "row"),
+    [
+        ([], "octav"),
+        (["gradient=pwl"], "octav_pwl"),
+        (["clipping=static_percentile"], "static_percentile_99_99"),
+        (["weight_bits=3"], None),
+        (["rules=[{match: layer1.*, bits: 8}]"], None),
+        (["oscillations.freeze_to=0.01"], None),
+        (["recipe.batchnorm_batches=50"], None),
+        (["bits=32"], "full_precision"),
+        (["bits=32", "recipe.batchnorm_batches=50"], None),
+    ],
+)
+def test_rows_of_the_paper_s_tables_have_nothing_else(words: list[str], row: str | None) -> None:
+    mode = ["mode=retrain", "weights=w.pt"] if "clipping=static_percentile" in words else []
+    assert row_of(from_hydra(compose_config(["model=resnet20", *mode, *words]))) == row
