@@ -88,7 +88,7 @@ INTERVALS: dict[Format, tuple[float, ...]] = {
         (gradient_estimator("trust"), trust_by_hand, 1.0),
         (gradient_estimator("trust", factor=0.6), trust_by_hand, 0.6),
     ],
-    ids=str,
+    ids=["ewgs", "trust", "little trust"],
 )
 def test_other_estimators_against_their_definitions(
     format: Format, estimator: Estimator, by_hand: Callable[..., float], option: float
