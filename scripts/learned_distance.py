@@ -15,7 +15,7 @@ import copy
 import csv
 import logging
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat_runner.config import Amp, Config
 from qat_runner.data import Data
@@ -34,6 +33,7 @@ from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import watch
 from qat_runner.quant import Call, Format, IntFormat, LearnedQuantizer, Octav, Quantizer, measure, oriented
 from qat_runner.tasks import task_of
+from qat_runner.training.batch_norm import norms, reestimate
 from qat_runner.training.measure import evaluate
 
 MOVED: Mapping[str, tuple[bool, ...]] = {"none": (), "weights": (True,), "activations": (False,), "both": (True, False)}
@@ -77,9 +77,10 @@ def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[lis
             found.setdefault(q, []).append((best.reshape(q.s.shape), torch.stack(noises)))
 
     watch(model, inputs, look)
-    means = {q: [torch.stack(part).mean(0) for part in zip(*pairs, strict=True)] for q, pairs in found.items()}
-    rows = [distance(names[q], q, best, *noises.tolist()) for q, (best, noises) in means.items()]
-    return rows, {names[q]: best for q, (best, _) in means.items()}
+    means = {q: [torch.stack(part) for part in zip(*pairs, strict=True)] for q, pairs in found.items()}
+    best = {q: torch.copysign(s.abs().mean(0), s.sign().sum(0)) for q, (s, _) in means.items()}
+    rows = [distance(names[q], q, best[q], *noises.mean(0).tolist()) for q, (_, noises) in means.items()]
+    return rows, {names[q]: s for q, s in best.items()}
 
 
 def distance(name: str, q: LearnedQuantizer, best: Tensor, mse: float, best_mse: float) -> Distance:
@@ -105,27 +106,10 @@ def moved(model: nn.Module, best: Mapping[str, Tensor], weights: Container[bool]
     return model
 
 
-@torch.no_grad()
-def reestimated(model: nn.Module, inputs: Iterable[Any]) -> nn.Module:
-    """The network, in place, with the statistics of BatchNorm averaged anew over batches, all else in eval mode."""
-    model.eval()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in inputs:
-        model(*(batch if isinstance(batch, tuple) else (batch,)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
-
-
 def validated(model: nn.Module, config: Config, data: Data) -> dict[str, float]:
     """The figures of a validation pass."""
     task = task_of(config)
-    totals = task.totals(data.device)
+    totals = task.score(data)
     batches = data.val_batches(config.dataset.val_batch_size, config.limit_val_batches)
     evaluate(task, model, batches, totals, Amp.none)
     return {name: value for name, value in totals.read().items() if name != "samples"}
@@ -141,18 +125,16 @@ def report(args: argparse.Namespace) -> tuple[list[Distance], list[dict[str, Any
     if not learned(model):
         raise ConfigError(f"{args.run}: has no learned scalars; runs of clipping=lsq and pact have")
 
-    def inputs(count: int, size: int) -> Iterator[Any]:
-        return (batch.inputs for batch in data.train_batches(size, CALIBRATION_EPOCH, count))
-
     octav = Octav() if args.paper else Octav(missing_code=True, refine=64)
-    rows, best = compared(model, inputs(args.batches, config.clipping.calibration_batch_size), octav)
-    norms = any(isinstance(m, _BatchNorm) for m in model.modules())
+    some = data.train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, args.batches)
+    rows, best = compared(model, (batch.inputs for batch in some), octav)
     figures: list[dict[str, Any]] = []
     for what, weights in MOVED.items():
         network = moved(model, best, weights)
         figures.append({"moved": what, "BatchNorm": "as trained", **validated(network, config, data)})
-        if norms:
-            network = reestimated(network, inputs(args.norm_batches, config.batch_size))
+        if norms(network):
+            anew = data.train_batches(config.batch_size, CALIBRATION_EPOCH, args.norm_batches)
+            reestimate(network, anew, task_of(config).compute)
             figures.append({"moved": what, "BatchNorm": "anew", **validated(network, config, data)})
     return rows, figures
 

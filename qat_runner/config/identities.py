@@ -94,9 +94,9 @@ def settings(config: Config) -> dict[str, Any]:
         keys["recipe"] = plain(config.recipe)["retrain"]
     if config.allocating and config.allocation.latencies is not None:
         keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
-    if config.freezing:
+    if config.freezing or (config.retrain_steps and config.recipe.freeze_scalars_at is not None):
         keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
-    if config.reestimating:
+    if config.reestimating or (config.retrain_steps and config.recipe.batchnorm_batches):
         keys["batchnorm_batches"] = config.recipe.batchnorm_batches
     if not (config.quantized_training or config.retrain_steps):
         del keys["oscillations"]

@@ -206,9 +206,11 @@ def _carry_out(
             log.info(_preprocessing(config))
         if config.training:
             log.info(_recipe(config))
+        count = sum(t.tensor == "weight" for t in quantized_tensors(model))
         if trainer.oscillations is not None:
-            count = sum(t.tensor == "weight" for t in quantized_tensors(model))
             log.info(f"codes of {len(trainer.oscillations.weights)} of {count} quantized weights are watched")
+        if trainer.dampening is not None:
+            log.info(f"{len(trainer.dampening.weights)} of {count} quantized weights are dampened")
         if saved is not None:
             step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
             log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.nn.utils.prune import is_pruned, remove
 
 from qat_runner.insertion import quantized_tensors
+from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.calls import Compute
 from qat_runner.insertion.layers import (
     QuantLinear,
@@ -292,6 +293,7 @@ def to_integers(model: nn.Module) -> nn.Module:
     tensors = quantized_tensors(model)
     if not tensors:
         raise ValueError("nothing is quantized, so there are no integers to be had")
+    check_constant({t.name: t.quantizer for t in tensors})
     for t in tensors:
         if t.quantizer.dynamic or not t.quantizer.ready:
             raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")

@@ -13,6 +13,7 @@ from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import Signature, write_onnx, write_program, write_safetensors
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
+from qat_runner.insertion.calibrate import check_constant
 from qat_runner.tasks import fields_of
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -58,9 +59,10 @@ def export(
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
-    dynamic = [t.name for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic]
+    dynamic = {t.name: t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic}
+    check_constant(dynamic)
     if dynamic:
-        raise ValueError(f"{dynamic[0]} has dynamic clipping scalars: freeze(model, ...) makes them constants")
+        raise ValueError(f"{next(iter(dynamic))} has dynamic clipping scalars: freeze(model, ...) makes them constants")
     given = (example,) if isinstance(example, Tensor) else tuple(example)
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
     integers = to_integers(freeze(copy.deepcopy(model)))

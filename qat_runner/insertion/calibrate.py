@@ -6,7 +6,7 @@ it, since inference wants constants. Both can be had for a part of the network: 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -102,8 +102,7 @@ def freeze(
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
     dynamic = [t for t in _chosen(model, layers) if t.quantizer.dynamic]
     activations = [t for t in dynamic if t.tensor != "weight"]
-    if per_token := [t.name for t in activations if t.quantizer.per_token]:
-        raise ValueError(f"{per_token[0]} has a clipping scalar a token, solved as it comes: none of them is constant")
+    check_constant({t.name: t.quantizer for t in activations})
     scalars = _scalars_by_rule(model, rule, activations, batches)
     for tensor, s in zip(activations, scalars, strict=True):
         tensor.quantizer.freeze(s)
@@ -111,6 +110,17 @@ def freeze(
         if tensor.tensor == "weight":
             tensor.quantizer.freeze(_weight_scalars(model, tensor))
     return model
+
+
+def check_constant(quantizers: Mapping[str, Quantizer]) -> None:
+    """Refuse quantizers whose scalars can be no constants.
+
+    Raises:
+        ValueError: naming one with a scalar a token.
+    """
+    for name, quantizer in quantizers.items():
+        if quantizer.per_token:
+            raise ValueError(f"{name} has a clipping scalar a token, solved as it comes: none of them is constant")
 
 
 def freeze_activations(model: nn.Module) -> list[Quantizer]:

@@ -434,7 +434,8 @@ def _rotation(name: str, layer: nn.Module, tensors: Mapping[str, TensorPolicy]) 
     if found == {"none"} or all(tensor.full_precision for tensor in tensors.values()):
         return None
     if not isinstance(layer, QuantLinear):
-        raise PolicyError(f"{name}: rotation=hadamard is for nn.Linear, and this is a {full_precision_name(layer)}")
+        what = "part of a module" if isinstance(layer, QuantLayer) and layer.kind_name else full_precision_name(layer)
+        raise PolicyError(f"{name}: rotation=hadamard is for layers that are an nn.Linear each, and this is {what}")
     if len(found) > 1:
         raise PolicyError(f"{name}: rotation=hadamard is for weight and input alike, and not for one of them")
     if (block := block_of(layer.in_features)) == 1:

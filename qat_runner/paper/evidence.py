@@ -143,20 +143,37 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
     """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these."""
     done = [(run, run.summary) for run in runs if run.summary is not None]
     gaps = against_full_precision([(run.config, summary) for run, summary in done])
-    groups: dict[str, list[Result]] = {}
+    groups: dict[tuple[str, str], list[Result]] = {}
     for (run, _), gap in zip(done, gaps, strict=True):
         if run.row in paper()["labels"]:
-            groups.setdefault(str(sorted(_alike(run.config).items())), []).append(Result(run, gap))
+            groups.setdefault(_alike(run.config), []).append(Result(run, gap))
+    for network, quantized in [key for key in groups if key[1] == IN_FULL_PRECISION]:
+        others = [some for key, some in groups.items() if key[0] == network and key[1] != quantized]
+        for some in others:
+            some += groups[network, quantized]
+        if others:
+            del groups[network, quantized]
     ordered = sorted(groups.values(), key=lambda some: (some[0].run.model, some[0].run.dataset, some[0].run.mode))
     return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]
 
 
-def _alike(config: Config) -> dict[str, Any]:
-    """What all runs of a setup share."""
+IN_FULL_PRECISION = str([])
+"""What `_alike` says of the quantization of a network without any."""
+
+
+def _alike(config: Config) -> tuple[str, str]:
+    """What all runs of a setup share: all but quantization, and what of that no row says."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
-    return identity(
-        replace(config, weight_bits=FULL_BITS, activation_bits=FULL_BITS, recipe=recipe, seed=0, weights=None)
-    )
+    config = replace(config, recipe=recipe, seed=0, weights=None)
+    plain = identity(replace(config, weight_bits=FULL_BITS, activation_bits=FULL_BITS))
+    beside = {key: value for key, value in identity(config).items() if plain.get(key) != value and not _of_row(key)}
+    return str(sorted(plain.items())), str(sorted(beside.items()))
+
+
+def _of_row(key: str) -> bool:
+    """Whether a row says what a key is, or it is none of any result."""
+    own = key.startswith(("clipping.", "gradient.")) and key not in ("clipping.eval_mode", "clipping.sync")
+    return own or key in ("weight_bits", "activation_bits", "noise_batches")
 
 
 def fits(model: str, patterns: Sequence[str]) -> bool:

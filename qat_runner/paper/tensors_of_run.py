@@ -101,7 +101,7 @@ def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: L
         data: its first training batches are used, of an epoch that no training sees.
         batch_size: samples a batch.
         batches: how many.
-        look: is given the place and the tensor.
+        look: is given the place and the tensor, in the shape that its scalars are of.
     """
     from qat_runner.experiment import CALIBRATION_EPOCH
 
@@ -114,7 +114,7 @@ def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: L
             if tensor.name in seen_weights:
                 return
             seen_weights.add(tensor.name)
-        look(tensor, x)
+        look(tensor, quantizer.rows(x))
 
     with quantizers_disabled(model):
         watch(model, (batch.inputs for batch in data.train_batches(batch_size, CALIBRATION_EPOCH, batches)), show)

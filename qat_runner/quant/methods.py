@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_runner.plugins import Registry, later
 from qat_runner.quant.formats import Format, IntFormat
-from qat_runner.quant.limits import TOLERANCE, check_iterations, check_percentile, check_points, check_refine
+from qat_runner.quant.limits import (
+    TOLERANCE,
+    check_iterations,
+    check_numbers,
+    check_percentile,
+    check_points,
+    check_refine,
+)
 from qat_runner.quant.method import Call, ClippingMethod
 
 if TYPE_CHECKING:
@@ -179,4 +186,5 @@ def clipping_method(name: str, **options: Any) -> ClippingMethod:
     for option in options:
         if option not in known:
             raise TypeError(f"clipping {name!r} has no option {option!r}, only {', '.join(known) or 'none'}")
+    check_numbers(kind, options)
     return kind(**options)

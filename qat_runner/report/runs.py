@@ -143,7 +143,7 @@ def _run(folder: Path, config: Config, summary: Summary | None) -> Run:
 
 def row_of(config: Config) -> str | None:
     """The row of the paper's tables that a run is; None: it has what no row has, such as bits of single layers."""
-    if config.rules or config.allocated or config.remedies:
+    if config.rules or config.allocated or config.remedies or not _usual(config):
         return None
     if config.quantization.full_precision:
         trained = dict.fromkeys((Mode.scratch, Mode.finetune), "full_precision")
@@ -151,6 +151,15 @@ def row_of(config: Config) -> str | None:
     if config.weight_bits != config.activation_bits:
         return None
     label = clipping_label(config).replace("-", "_").replace(".", "_").replace("percentile", "percentile_")
-    if label == "octav":
-        label += "" if config.gradient.name == "mph" else f"_{config.gradient.name}"
+    if config.gradient.name != "mph" and not config.clipping.learned:
+        label += f"_{config.gradient.name}"
     return f"{label}_distilled" if config.distilling else label
+
+
+def _usual(config: Config) -> bool:
+    """Whether the methods of a run have the options that they have by themselves, but for the one a label tells."""
+    if config.quantization.full_precision:
+        return True
+    method = config.clipping.method
+    told = {name: value for name, value in method.options.items() if name in ("q", "start")}
+    return method == type(method)(**told) and gradient_label(config) in ("own", config.gradient.name)

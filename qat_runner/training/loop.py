@@ -119,7 +119,7 @@ class Interval:
         self._steps = steps
         self._losses: Tensor | None = None
         self.rates: list[float] = []
-        self.excess: list[Tensor] = []
+        self._excess: Tensor | None = None
         self._began = time.perf_counter()
 
     def add(self, loss: Tensor, lr: float, excess: Tensor | None) -> None:
@@ -127,14 +127,21 @@ class Interval:
         if self._losses is None:
             self._losses = loss.new_empty(self._steps)
         self._losses[len(self.rates)] = loss
-        self.rates.append(lr)
         if excess is not None:
-            self.excess.append(excess)
+            if self._excess is None:
+                self._excess = excess.new_empty(self._steps, *excess.shape)
+            self._excess[len(self.rates)] = excess
+        self.rates.append(lr)
 
     @property
     def losses(self) -> Tensor:
         """Of the steps, in order: [steps]."""
         return torch.empty(0) if self._losses is None else self._losses[: len(self.rates)]
+
+    @property
+    def excess(self) -> Tensor:
+        """What warm starts cost the steps, [steps, 2]; empty where that is not measured."""
+        return torch.empty(0) if self._excess is None else self._excess[: len(self.rates)]
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began
@@ -178,7 +185,7 @@ class Trainer:
         self.oscillations, self.dampening = oscillations_of(config, model), dampening_of(config, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
-        self.to_freeze = config.freezing
+        self.to_freeze = config.freezing and bool(dynamic_activations(model))
         """whether recipe.freeze_scalars_at is still to come"""
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
@@ -339,7 +346,8 @@ class Trainer:
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
         self.begun = self.state.steps > 0
-        if self.state.epoch < self.epochs and self.state.step < self.steps:  # a longer run than it was, under force
+        at_the_end = (self.state.epoch, self.state.step) in ((self.epochs - 1, self.steps), (self.epochs, 0))
+        if not at_the_end:  # of a longer run than it was, under force
             self.state.before_reestimation = None
         if len(processes) != shard.world:
             log.info(
@@ -425,7 +433,8 @@ class Trainer:
             return
         freeze_activations(self.model)
         self.to_freeze = False
-        log.info(f"activations' clipping scalars are static from here on (epoch {position:g})")
+        left = ", but for those of tokens" if any(t.quantizer.per_token for t in quantized_tensors(self.model)) else ""
+        log.info(f"activations' clipping scalars are static from here on (epoch {position:g}){left}")
 
     def _look_around(self, epoch: int, finite: bool) -> None:
         """After a step: break off, save or stop, whichever any of the processes finds it is time for.
@@ -467,8 +476,8 @@ class Trainer:
             {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
             for i, (loss, lr) in enumerate(zip(losses, interval.rates, strict=True))
         ]
-        for row, figures in zip(rows, interval.excess, strict=False):
-            row["excess_mse_mean"], row["excess_mse_max"] = figures.tolist()
+        for row, figures in zip(rows, interval.excess.tolist(), strict=False):
+            row["excess_mse_mean"], row["excess_mse_max"] = figures
         self.record.steps(rows)
         self.interval = Interval(self.steps)
         bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)

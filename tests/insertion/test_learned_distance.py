@@ -67,16 +67,6 @@ def test_what_is_moved(script: dict[str, Any], model: Any, batches: list[tuple[T
     assert all(torch.equal(q.learned, learned[name]) for name, (_, q) in script["learned"](model).items())
 
 
-def test_batchnorm_anew(script: dict[str, Any], model: Any, batches: list[tuple[Tensor]]) -> None:
-    before = copy.deepcopy(model)
-    network = script["reestimated"](model, batches)
-    outs = [before[0](x) for (x,) in batches]
-    torch.testing.assert_close(network[1].running_mean, torch.stack([out.mean((0, 2, 3)) for out in outs]).mean(0))
-    torch.testing.assert_close(network[1].running_var, torch.stack([out.var((0, 2, 3)) for out in outs]).mean(0))
-    assert network[1].momentum == before[1].momentum and not network[1].training
-    assert torch.equal(network[0].input_quantizer.learned, before[0].input_quantizer.learned)
-
-
 def test_no_run(
     script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
         (
             nn.Conv2d(3, 4, 1),
             Rule("*", rotation="hadamard"),
-            "is for nn.Linear, and this is a Conv2d",
+            "and this is Conv2d",
         ),
     ],
 )

@@ -132,6 +132,12 @@ def test_claims_are_judged_by_runs_of_one_setup() -> None:
     assert by_id["any-start"].verdict([]) == "see `qat-report iterations`"
 
 
+def test_what_no_row_says_makes_another_setup() -> None:
+    other = [run("octav", 4, seed, 60.0, first_last_bits=4) for seed in range(3)]
+    setups = setups_of([*runs(), *other])
+    assert sorted(len(setup.results) for setup in setups) == [6, 9]  # full precision belongs to both
+
+
 def test_setups_that_disagree_are_counted() -> None:
     worse = [
         run(*cell, seed, top1, lr=0.5)

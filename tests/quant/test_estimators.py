@@ -243,7 +243,7 @@ def test_refusals() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(ValueError, match="gradient='mph'"):
         fake_quantize(x, 1.0, 4, gradient="mph")
-    for name, option, value in (("ewgs", "delta", -1.0), ("trust", "factor", 0.0)):
+    for name, option, value in (("ewgs", "delta", -1.0), ("trust", "factor", 0.0), ("trust", "factor", True)):
         with pytest.raises(ValueError, match=f"{option}={value}: must be"):
             gradient_estimator(name, **{option: value})
     with pytest.raises(TypeError, match="gradient 'pwl' has no option 'delta', only none"):

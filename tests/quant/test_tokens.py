@@ -1,6 +1,7 @@
 """Activations with a scalar for each token."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qat_runner.exporting.network import export
 from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model, quantized_tensors
 from qat_runner.insertion.own_weights import QuantOwnWeight
 from qat_runner.policy import Policy, PolicyError, Rule
@@ -85,7 +87,7 @@ def test_a_linear_layer_with_outlying_tokens_has_less_noise() -> None:
     assert found["token"] < found["tensor"] / 10
 
 
-def test_nothing_of_it_is_constant() -> None:
+def test_nothing_of_it_is_constant(tmp_path: Path) -> None:
     x = torch.randn(2, 8, 16)
     model = quantize_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), 4, **OF_LINEAR, example=(x,))
     other = quantize_model(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), 4, first_last_bits=None, example=(x,))
@@ -97,6 +99,8 @@ def test_nothing_of_it_is_constant() -> None:
     with pytest.raises(ValueError, match=r"0\.input has a clipping scalar a token"):
         freeze(model, "averaged", [x])
     assert quantized_tensors(model)[0].quantizer.dynamic  # nothing was frozen
+    with pytest.raises(ValueError, match=r"0\.input has a clipping scalar a token"):
+        export(model, tmp_path / "x.onnx", x)
     freeze(model, layers="*.weight")
     model.load_state_dict(state)
     model.load_state_dict(freeze(other, "running").state_dict())

@@ -147,6 +147,10 @@ def test_no_tensor_of_a_step_lasts_into_the_next() -> None:
     losses = [torch.tensor(float(i)) for i in range(3)]
     kept = [weakref.ref(loss) for loss in losses]
     while losses:
-        interval.add(losses.pop(0), 0.1, None)
-    assert [loss() for loss in kept] == [None] * 3
+        excess = torch.stack([losses[0], losses[0] + 1])
+        kept.append(weakref.ref(excess))
+        interval.add(losses.pop(0), 0.1, excess)
+        del excess
+    assert [tensor() for tensor in kept] == [None] * 6
     assert interval.losses.tolist() == [0, 1, 2]
+    assert interval.excess.tolist() == [[0, 1], [1, 2], [2, 3]]

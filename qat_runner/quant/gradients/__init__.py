@@ -20,6 +20,7 @@ from qat_runner.quant.gradients.estimator import Estimator
 from qat_runner.quant.gradients.ewgs import EWGS
 from qat_runner.quant.gradients.of_paper import MAD, PWL, STE
 from qat_runner.quant.gradients.trust import Trust
+from qat_runner.quant.limits import check_numbers
 
 __all__ = ["GRADIENTS", "Estimator", "gradient_estimator"]
 
@@ -52,4 +53,6 @@ def gradient_estimator(named: str | Estimator, **options: Any) -> Estimator:
         known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
         if option not in known:
             raise TypeError(f"gradient {named!r} has no option {option!r}, only {', '.join(known) or 'none'}")
+    if options:  # a compiler cannot look at the fields of a class
+        check_numbers(kind, options)
     return kind(**options)
