@@ -1,6 +1,5 @@
 """scripts/learned_distance.py: learned scalars beside MSE-optimal ones, and networks that get these instead."""
 
-import copy
 import runpy
 import sys
 from pathlib import Path
