@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return lambda *args: main(["-m", *args, *SHORT])
 
 
-LONG = {"distillation", "learned", "mobilenet", "table2", "table3", "table4"}
+LONG = {"distillation", "learned", "mobilenet", "table1", "table2", "table3"}
 """Those that take longest."""
 
 

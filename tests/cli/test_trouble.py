@@ -31,6 +31,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_in(tmp_path, monkeypatch, SMALL)
 
 
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Of a network of few layers, and nothing random in it."""
+    return run_in(tmp_path, monkeypatch, [*SMALL, "model=resnet8"])
+
+
 def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[Trainer], object]) -> None:
     """Do something before a step (both counted from 1) is taken."""
     before = Trainer._add_gradients
@@ -117,23 +123,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert outcome("cut") == whole
 
 
-def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("run_dir=one", "epochs=1") == 0
+def test_a_changed_config_is_named_and_refused_unless_forced(
+    small_run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert small_run("run_dir=one", "epochs=1") == 0
     capsys.readouterr()
-    assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
+    assert small_run("run_dir=one", "epochs=2", "gradient=ste") == 2
     err = capsys.readouterr().err
     assert "holds a run with another epochs, gradient.name; overwrite=true replaces it, resume=force goes on" in err
-    assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
+    assert small_run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
     assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
     assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
-    assert run("run_dir=one", "model=resnet20", "resume=force") == 1
+    assert small_run("run_dir=one", "model=resnet20", "resume=force") == 1
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])
-def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
-    assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
+def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, small_run: Run) -> None:
+    assert small_run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
     assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # before the first step there are none
 
 
@@ -167,23 +175,25 @@ def test_a_run_of_two_processes_goes_on_with_one(
     assert outcome("one") == whole
 
 
-def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_never(small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        assert run("run_dir=one") == 143
-    assert run("run_dir=one", "resume=never") == 2
+        assert small_run("run_dir=one") == 143
+    assert small_run("run_dir=one", "resume=never") == 2
     assert "holds an unfinished run, and resume=never forbids to go on with it" in capsys.readouterr().err
-    assert run("run_dir=one") == 0
-    assert run("run_dir=one", "resume=never") == 0  # finished: shown
+    assert small_run("run_dir=one") == 0
+    assert small_run("run_dir=one", "resume=never") == 0  # finished: shown
 
 
-def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_diverges(
+    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def spoil(trainer: Trainer) -> None:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(float("nan"))
 
     at_step(monkeypatch, 2, 2, spoil)
-    assert run("run_dir=one", "checkpoint_minutes=1e-6") == 1
+    assert small_run("run_dir=one", "checkpoint_minutes=1e-6") == 1
     err = capsys.readouterr().err
     assert "the loss became nan at step 2 of epoch 2; a smaller lr" in err
     assert "the noisiest tensor was " in err and " dB (one/layers.csv" in err
@@ -194,14 +204,14 @@ def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(trainer: Trainer) -> None:
         if trainer.config.seed == 1:
             raise ZeroDivisionError("oops")
 
     at_step(monkeypatch, 1, 1, fail)
-    assert run("-m", "seed=0,1,2", "epochs=1") == 1
+    assert small_run("-m", "seed=0,1,2", "epochs=1") == 1
     err = capsys.readouterr().err
     assert "internal error (ZeroDivisionError: oops), see runs/" in err
     assert "Traceback" not in err
@@ -214,14 +224,14 @@ def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
     monkeypatch.undo()
     monkeypatch.chdir(failed.parents[1].resolve())
     monkeypatch.setattr(sys, "argv", ["qat-run"])
-    assert run("-m", "seed=0,1,2", "epochs=1") == 0
+    assert small_run("-m", "seed=0,1,2", "epochs=1") == 0
     assert not (failed / "error.txt").exists()
 
 
-def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status(small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM) if trainer.config.seed else None)
-        assert run("-m", "seed=0,1,2") == 143
+        assert small_run("-m", "seed=0,1,2") == 143
     capsys.readouterr()
     assert report.main(["status", "runs"]) == 0
     out = capsys.readouterr().out
@@ -230,7 +240,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     with RunLock(stale):
         assert report.main(["status", "runs"]) == 0
         assert "1 finished, 1 running, 1 missing" in capsys.readouterr().out
-        assert run("seed=1") == 1
+        assert small_run("seed=1") == 1
         assert f"process {os.getpid()} on " in capsys.readouterr().err
     (stale / "summary.json").write_text("{")
     assert report.main(["status", "runs"]) == 0
