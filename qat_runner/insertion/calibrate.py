@@ -23,6 +23,7 @@ from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
 from qat_runner.quant import Quantizer
+from qat_runner.quant.tokens import NOT_CONSTANT
 
 
 @torch.no_grad()
@@ -120,7 +121,7 @@ def check_constant(quantizers: Mapping[str, Quantizer]) -> None:
     """
     for name, quantizer in quantizers.items():
         if quantizer.per_token:
-            raise ValueError(f"{name} has a clipping scalar a token, solved as it comes: none of them is constant")
+            raise ValueError(f"{name} {NOT_CONSTANT}")
 
 
 def freeze_activations(model: nn.Module) -> list[Quantizer]:

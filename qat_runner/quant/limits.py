@@ -40,16 +40,25 @@ def check_points(points: int) -> None:
         raise ValueError(f"points={points}: a sweep needs at least 1")
 
 
-def check_numbers(kind: type, options: Mapping[str, Any]) -> None:
-    """Refuse what is no number where the default of an option is one, before it is compared with any.
+def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
+    """Refuse options that a method or an estimator does not have, or that are no numbers where their default is one.
+
+    Args:
+        what: what a message calls it, such as "clipping 'octav'".
+        kind: a dataclass, of whose fields they are.
+        options: by name; where there are none, the fields are not looked at, which a compiler could not.
 
     Raises:
+        TypeError: naming an option that there is not.
         ValueError: naming option and value.
     """
-    for field in fields(kind) if is_dataclass(kind) else ():
-        value = options.get(field.name, field.default)
-        number = isinstance(field.default, int | float) and not isinstance(field.default, bool)
-        if value is None and "None" in str(field.type):
-            continue
+    if not options:
+        return
+    known = {field.name: field for field in fields(kind)} if is_dataclass(kind) else {}
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{what} has no option {name!r}, only {', '.join(known) or 'none'}")
+        usual, optional = known[name].default, "None" in str(known[name].type)
+        number = isinstance(usual, int | float) and not isinstance(usual, bool) and not (value is None and optional)
         if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{field.name}={value!r}: must be a number")
+            raise ValueError(f"{name}={value!r}: must be a number")

@@ -7,7 +7,7 @@ an installed package (see `plugins`).
 from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
 
 import difflib
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qat_runner.plugins import Registry, later
@@ -15,7 +15,7 @@ from qat_runner.quant.formats import Format, IntFormat
 from qat_runner.quant.limits import (
     TOLERANCE,
     check_iterations,
-    check_numbers,
+    check_options,
     check_percentile,
     check_points,
     check_refine,
@@ -182,9 +182,5 @@ def clipping_method(name: str, **options: Any) -> ClippingMethod:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{hint}")
     kind = METHODS[name]
-    known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
-    for option in options:
-        if option not in known:
-            raise TypeError(f"clipping {name!r} has no option {option!r}, only {', '.join(known) or 'none'}")
-    check_numbers(kind, options)
+    check_options(f"clipping {name!r}", kind, options)
     return kind(**options)

@@ -14,6 +14,9 @@ from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import LATEST, Quantizer
 from qat_runner.quant.tensors import recording, transformed
 
+NOT_CONSTANT = "has a clipping scalar a token, solved as it comes: none of them is constant"
+"""What errors say of it."""
+
 
 class TokenQuantizer(Quantizer):
     """Fake-quantizes each token of a tensor [..., C] with a scalar that is solved on its C values alone.
@@ -93,4 +96,4 @@ class TokenQuantizer(Quantizer):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"{self.name} has a clipping scalar a token, solved as it comes: none of them is constant")
+        raise ValueError(f"{self.name} {NOT_CONSTANT}")

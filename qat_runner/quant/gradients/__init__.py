@@ -12,7 +12,6 @@ To add one: a frozen dataclass that derives from `Estimator`, registered with `G
 installed package (see `plugins`).
 """
 
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from qat_runner.plugins import Registry
@@ -20,7 +19,7 @@ from qat_runner.quant.gradients.estimator import Estimator
 from qat_runner.quant.gradients.ewgs import EWGS
 from qat_runner.quant.gradients.of_paper import MAD, PWL, STE
 from qat_runner.quant.gradients.trust import Trust
-from qat_runner.quant.limits import check_numbers
+from qat_runner.quant.limits import check_options
 
 __all__ = ["GRADIENTS", "Estimator", "gradient_estimator"]
 
@@ -49,10 +48,5 @@ def gradient_estimator(named: str | Estimator, **options: Any) -> Estimator:
     if named not in GRADIENTS:
         raise ValueError(f"gradient={named!r}: must be one of {', '.join(GRADIENTS)}")
     kind = GRADIENTS[named]
-    for option in options:
-        known: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
-        if option not in known:
-            raise TypeError(f"gradient {named!r} has no option {option!r}, only {', '.join(known) or 'none'}")
-    if options:  # a compiler cannot look at the fields of a class
-        check_numbers(kind, options)
+    check_options(f"gradient {named!r}", kind, options)
     return kind(**options)
