@@ -365,7 +365,7 @@ class Policy:
         quantize_head: bool = True,
         keep: Sequence[str] = (),
         synchronize: bool = False,
-        rules: Sequence[Rule] = (),
+        rules: Sequence[Rule | Mapping[str, Any]] = (),
         **clipping_options: Any,
     ) -> Policy:
         """The usual policy: one width for all, another one at both ends.
@@ -394,7 +394,7 @@ class Policy:
             keep: names of layers that are left in full precision.
             synchronize: solve activation scalars in training on the batch of all processes of torch.distributed
                 together (dynamic octav and max); weights have the same scalars everywhere.
-            rules: exceptions, after all of these.
+            rules: exceptions, after all of these; a mapping stands for `Rule.from_dict` of it.
             **clipping_options: options of the clipping method, where it is given by name: q=99.9, warm_iterations=None.
 
         Raises:
@@ -445,7 +445,7 @@ class Policy:
                 *_rules_of_ends(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
                 *(Rule(glob.escape(name), bits=FULL_PRECISION) for name in keep),
-                *rules,
+                *(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in rules),
             )
         )
 

@@ -3,6 +3,7 @@
     qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
     qat-report compare runs                    a page that sets runs, or folders of runs, side by side
     qat-report status runs                     which runs are finished, running, stale, failed or missing
+    qat-report results runs                    their summaries in one CSV file, with their configs, to be kept
     qat-report ledger runs results.csv         every claim and every cell of the paper, and whether it holds here
     qat-report table1 runs                     ours beside the published numbers
     qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
@@ -39,7 +40,7 @@ def verbs() -> tuple[str, ...]:
     """What can be asked for, beside the page of a run."""
     from qat_runner.paper.tables import TABLES
 
-    return ("compare", "ledger", *TABLES, "table6", *FIGURES, "status")
+    return ("compare", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def _settle(args: argparse.Namespace) -> None:
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
-    if (len(args.places) > 1 and args.what not in ("compare", "ledger")) or (args.run_page and args.places):
+    if (len(args.places) > 1 and args.what not in ("compare", "results", "ledger")) or (args.run_page and args.places):
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
@@ -117,6 +118,8 @@ def _report(args: argparse.Namespace) -> list[Path]:
 
         print(status.text(status.statuses(_folder(args.runs_dir))))
         return []
+    if args.what == "results":
+        return _results(args.places or [args.runs_dir], args.out)
     if args.what == "ledger":
         return _ledger(args.places or [args.runs_dir], args.out)
     if args.what == "table6":
@@ -167,9 +170,20 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
     return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})
 
 
+def _results(places: Sequence[Path], out: Path) -> list[Path]:
+    from qat_runner.report.results import write_results
+    from qat_runner.report.runs import find_runs
+
+    runs = [run for place in places for run in find_runs(_folder(place)) if run.summary is not None]
+    if not runs:
+        raise ConfigError(f"{places[0]}: holds no finished run of qat-run")
+    return write_results(runs, out)[:1]
+
+
 def _ledger(places: Sequence[Path], out: Path) -> list[Path]:
     from qat_runner.paper.ledger import ledger
-    from qat_runner.report.runs import find_runs, read_results
+    from qat_runner.report.results import read_results
+    from qat_runner.report.runs import find_runs
 
     found = [read_results(place) if place.is_file() else find_runs(_folder(place)) for place in places]
     for place, runs in zip(places, found, strict=True):

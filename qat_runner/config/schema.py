@@ -701,6 +701,11 @@ class Config(ConfigSchema):
         return [word for word, done in words.items() if done]
 
     @property
+    def told_remedies(self) -> list[str]:
+        """`remedies`, and mixed where rules make exceptions."""
+        return [*(["mixed"] if self.rules else []), *self.remedies]
+
+    @property
     def of_teacher(self) -> "Config":
         """The same with the network of the teacher, which is not trained."""
         name = self.recipe.teacher_model

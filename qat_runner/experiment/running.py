@@ -386,7 +386,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     }
     if corrupt is not None:
         result["corrupt_pictures"] = len(corrupt)
-    if remedies := [*(["mixed"] if config.rules else []), *config.remedies]:
+    if remedies := config.told_remedies:
         result["remedies"] = remedies
     if config.reestimating:
         result["batchnorm_batches"] = trainer.reestimation_batches

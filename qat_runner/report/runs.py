@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qat_runner.config import Config, Mode, clipping_label, differences, gradient_label, identity, read_config
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.runs.files import CsvFile
-from qat_runner.runs.records import SUMMARY, ResultRow, Summary
+from qat_runner.runs.records import SUMMARY, Summary
 
 log = logging.getLogger("qat_runner")
 
@@ -64,49 +63,10 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
         except UnreadableError as error:
             unreadable.append(error)
             continue
-        found.append(_run(path, config, summary))
+        found.append(run_of(path, config, summary))
     for why in unreadable:
         log.warning(f"{why}: left out")
     return found
-
-
-def read_results(file: Path) -> list[Run]:
-    """The runs of a CSV file of results, such as those in docs/results; those without a config are told of.
-
-    Args:
-        file: with the content of a summary.json in each line; the configs of the lines lie in a folder `configs` beside
-            it, under any names. A config serves all seeds.
-
-    Raises:
-        UnreadableError: naming line and column of what is no such content.
-    """
-    configs: dict[tuple[object, ...], list[Config]] = {}
-    for path in sorted((file.parent / "configs").glob("*.yaml")):
-        config = read_config(path)
-        configs.setdefault(_words_of(config), []).append(config)
-    rows: list[Summary] = CsvFile[Summary](file.name, ResultRow).read(file.parent)
-    found = []
-    for number, row in enumerate(rows, 2):
-        some = configs.get(tuple(row.get(key, False) for key in _WORDS), [])
-        if len(some) == 1:
-            found.append(_run(file, replace(some[0], seed=row["seed"]), row))
-        else:
-            log.warning(
-                f"{file}: line {number}: {len(some)} configs of {file.parent / 'configs'} are like it: left out"
-            )
-    return found
-
-
-_WORDS = (
-    *("model", "dataset", "mode", "clipping", "gradient"),
-    *("weight_bits", "activation_bits", "distilled"),
-)
-"""Keys of a summary that tell configs apart."""
-
-
-def _words_of(config: Config) -> tuple[object, ...]:
-    words = config.model.name, config.dataset.name, str(config.mode), clipping_label(config), gradient_label(config)
-    return *words, config.weight_bits, config.activation_bits, config.distilling
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
@@ -126,7 +86,8 @@ def check_seeds(runs: Sequence[Run]) -> None:
             )
 
 
-def _run(folder: Path, config: Config, summary: Summary | None) -> Run:
+def run_of(folder: Path, config: Config, summary: Summary | None) -> Run:
+    """The run of a config that lies in a folder, with what came of it."""
     return Run(
         folder,
         config,

@@ -62,7 +62,7 @@ class Summary(TypedDict):
     """the same of activations"""
     distilled: NotRequired[bool]
     remedies: NotRequired[list[str]]
-    """what else was done: `Config.remedies`, and mixed where rules made exceptions"""
+    """what else was done: `Config.told_remedies`"""
     processes: NotRequired[Count]
     metric: NotRequired[str]
     """name of the figure that counts"""
@@ -127,8 +127,11 @@ def _with_its_figure(summary: Summary) -> Summary:
 
 
 def _filled(row: object) -> object:
-    """A line of a table of results, without its empty cells."""
-    return {"sqnr_db": None, **{key: cell for key, cell in row.items() if cell}} if isinstance(row, dict) else row
+    """A line of a table of results, without its empty cells; lists have "+" between their words."""
+    if not isinstance(row, dict):
+        return row
+    cells = {key: cell for key, cell in row.items() if cell}
+    return {"sqnr_db": None, **cells} | ({"remedies": cells["remedies"].split("+")} if "remedies" in cells else {})
 
 
 ResultRow = Annotated[Summary, BeforeValidator(_filled), AfterValidator(_with_its_figure)]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat_runner import distributed
 from qat_runner.data import Batch
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.insert import checking
@@ -28,16 +29,21 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn
     """Make the statistics of every BatchNorm the plain mean of those of batches.
 
     Each is normalized by statistics of its own then, as in training, while all else is as in evaluation: without
-    dropout, and quantizers remember nothing. `torch.optim.swa_utils.update_bn` would train these as well.
+    dropout, and quantizers remember nothing. `torch.optim.swa_utils.update_bn` would train these as well. Several
+    processes come to the same statistics, the mean of those of all.
 
     Args:
         model: is in eval mode afterwards.
-        batches: at least one.
+        batches: at least one; of several processes, each has as many, of its own samples.
         compute: calls a model with the inputs of a batch.
     """
     with _gathering(model), checking([t.quantizer for t in quantized_tensors(model)], False):
         for batch in batches:
             compute(model, batch.inputs)
+    for norm in norms(model):
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None
+            distributed.all_reduce(statistic).div_(distributed.shard().world)
 
 
 @contextmanager

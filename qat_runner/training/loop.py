@@ -246,11 +246,11 @@ class Trainer:
         return min(self.config.recipe.batchnorm_batches, self.data.train_steps(self.batch_size))
 
     def _reestimate(self) -> None:
-        """On the same batches in every process, whole, in the parts and with the augmentation of training."""
+        """On the samples, in the parts and with the augmentation that each process would train on."""
         count, parts = self.reestimation_batches, self.config.accumulate
-        whole = unsharded(self.data).train_batches(self.batch_size, REESTIMATION_EPOCH, count)
+        batches = self.data.train_batches(self.batch_size, REESTIMATION_EPOCH, count)
         with autocast(self.device, self.config.amp):
-            reestimate(self.measured, (part for batch in whole for part in batch.parts(parts)), self.task.compute)
+            reestimate(self.measured, (part for batch in batches for part in batch.parts(parts)), self.task.compute)
 
     def evaluate(self) -> None:
         """Measure the model as it is: its figures on the validation split, and noise."""
@@ -332,9 +332,7 @@ class Trainer:
                 self.averages.steps = found.get("averaged_steps", 0)
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
-            watched = found.get("oscillations", {})
-            if self.oscillations is not None and (watched or self.config.resume != Resume.force):
-                self.oscillations.load(watched)
+            self._resume_oscillations(found.get("oscillations", {}))
             if shard.rank < len(processes):
                 checkpoint.set_random_state(own["random"])
             self.totals.sums.zero_()
@@ -355,6 +353,16 @@ class Trainer:
                 f"are rounded otherwise, and BatchNorm and activations' scalars see other parts of a batch"
             )
         self.to_freeze = self.config.freezing and bool(dynamic_activations(self.model))
+
+    def _resume_oscillations(self, watched: dict[str, Tensor]) -> None:
+        if self.oscillations is None:
+            return
+        try:
+            self.oscillations.load(watched)
+        except ValueError as error:  # of another kind, or none
+            if self.config.resume != Resume.force:
+                raise
+            log.info(f"{error}: watched anew from here")
 
     def _check_same_run(self, saved: Checkpoint) -> None:
         state = saved["state"]

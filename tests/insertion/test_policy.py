@@ -160,6 +160,9 @@ def test_plain_values_say_it_all() -> None:
     assert {"match": "*", "bits": 32} in [{k: rule[k] for k in ("match", "bits")} for rule in policy.as_list()[:1]]
     assert Policy.of(32).full_precision and not policy.full_precision
     assert not Policy.of(32, rules=[Rule("fc", bits=4)]).full_precision and not Policy().full_precision
+    assert Policy.of(rules=[{"match": "fc", "bits": 8}]) == Policy.of(rules=[Rule("fc", bits=8)])
+    with pytest.raises(ValueError, match="rule 'fc': unknown setting 'bit'"):
+        Policy.of(rules=[{"match": "fc", "bit": 8}])
     assert not Policy((Rule("fc", bits=32),)).full_precision
 
 

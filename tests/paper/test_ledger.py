@@ -21,7 +21,8 @@ from qat_runner.paper.claims import claims, content, together
 from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Differences, Verdict, setups_of
 from qat_runner.paper.ledger import ledger, setup_command, words_of_row
 from qat_runner.paper.tables import paper
-from qat_runner.report.runs import Run, read_results
+from qat_runner.report.results import read_results
+from qat_runner.report.runs import Run
 from tests.paper.test_tables import CELLS
 from tests.report.test_pages import config_of, make_run
 

@@ -21,6 +21,7 @@ from qat_runner.insertion.insert import weights_together
 from qat_runner.quant import IntFormat, maximum, octav
 from qat_runner.quant.pool import Processes
 from qat_runner.tasks import TASKS
+from qat_runner.training.batch_norm import reestimate
 from qat_runner.training.loop import freeze_activations
 from tests.training.processes import together
 
@@ -80,6 +81,23 @@ def static_scalars_are_the_mean_over_processes(two: list[dict[str, Any]]) -> Non
         assert torch.equal(first[f"now {name}"], second[f"now {name}"])
         assert torch.allclose(first[f"now {name}"], (first[f"own {name}"] + second[f"own {name}"]) / 2)
     assert not torch.equal(first["own 0.input"], second["own 0.input"])
+
+
+def with_statistics_anew() -> dict[str, Tensor]:
+    """Of a batch of four samples a process."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    part = distributed.shard().samples(torch.randn(8, 3, 8, 8))
+    reestimate(model, [Batch((part,), torch.zeros(len(part)))], lambda m, inputs: m(*inputs))
+    return {"mean": model[1].running_mean, "var": model[1].running_var, "of": model[0](part)}
+
+
+def statistics_are_the_mean_over_processes(two: list[dict[str, Any]]) -> None:
+    first, second = (found["statistics"] for found in two)
+    assert not torch.equal(first["of"], second["of"])
+    for name, dims in {"mean": torch.mean, "var": torch.var}.items():
+        expected = (dims(first["of"], (0, 2, 3)) + dims(second["of"], (0, 2, 3))) / 2
+        assert torch.equal(first[name], second[name]) and torch.allclose(first[name], expected, atol=1e-6)
 
 
 class Idle(nn.Sequential):
@@ -196,6 +214,7 @@ def in_two_processes() -> dict[str, Any]:
     return {
         "scalars": scalars_of_parts(uneven()),
         "static": with_static_activations(),
+        "statistics": with_statistics_anew(),
         "trained": train_in_all_ways(16),
         "odds": odds_and_ends(),
     }
@@ -232,6 +251,7 @@ def test_two_processes(tmp_path: Path) -> None:
     two = together(in_two_processes, 2, tmp_path)
     scalars_are_those_of_the_whole_batch(two)
     static_scalars_are_the_mean_over_processes(two)
+    statistics_are_the_mean_over_processes(two)
     they_train_as_one_does(two)
     they_tell_each_other(two)
 

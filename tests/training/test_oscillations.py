@@ -237,3 +237,13 @@ def test_what_is_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(t, found[1]["model"][name]) for name, t in found[0]["model"].items())
     assert "oscillations" not in found[0] and not (tmp_path / "plain" / "oscillations.csv").exists()
     assert len(OSCILLATIONS.read(tmp_path / "watched")) == 18
+
+
+def test_freezing_begins_in_a_run_that_was_only_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qat-run"])
+    base = [argument for argument in RUN if not argument.startswith(("osc", "model", "epochs"))]
+    base += ["model=resnet8", f"run_dir={tmp_path}"]
+    assert main([*base, "epochs=1", "oscillations.measure=true"]) == 0
+    assert main([*base, "epochs=2", "oscillations.freeze_to=0.1", "resume=force"]) == 0
+    assert "watched anew" in (tmp_path / "log.txt").read_text()
+    assert "frozen" in checkpoint.load(tmp_path / "checkpoints" / "last.pt")["oscillations"]

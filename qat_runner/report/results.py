@@ -1,0 +1,104 @@
+"""Tables of results: the summaries of runs in one CSV file, with their configs, to be kept with a paper."""
+
+import csv
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qat_runner.config import Config, clipping_label, gradient_label, read_config, run_name
+from qat_runner.config.identities import CONFIG_FILE
+from qat_runner.report.runs import Run, run_of
+from qat_runner.runs.files import CsvFile, write_text
+from qat_runner.runs.records import ResultRow, Summary
+
+log = logging.getLogger("qat_runner")
+
+CONFIGS = "configs"
+"""Folder of the configs, beside the table."""
+
+
+def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write results.csv, a line for each finished run, and a config for all seeds of each setting.
+
+    Args:
+        runs: of run folders; those that are not finished have no line.
+        folder: is made; what lies in it under other names stays.
+
+    Returns:
+        The files, the table first.
+    """
+    finished = [(run, run.summary) for run in runs if run.summary is not None]
+    names: dict[str, Run] = {}
+    lines = []
+    for run, summary in sorted(finished, key=lambda pair: pair[0].seed):
+        names.setdefault(_any_seed(run.config), run)
+        told = {key: value for key, value in summary.items() if key != "run_dir"}
+        config = run_name(names[_any_seed(run.config)].config)
+        lines.append(told | {"remedies": "+".join(summary.get("remedies", [])), "config": config})
+    (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
+    table = folder / "results.csv"
+    write_text(table, _csv(sorted(lines, key=lambda line: (line["config"], line["seed"]))))
+    paths = [folder / CONFIGS / f"{run_name(run.config)}.yaml" for run in names.values()]
+    for path, run in zip(paths, names.values(), strict=True):
+        write_text(path, (run.folder / CONFIG_FILE).read_text())
+    return [table, *sorted(paths)]
+
+
+def _any_seed(config: Config) -> str:
+    return run_name(replace(config, seed=0))
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    columns = dict.fromkeys(key for line in lines for key in line)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, [key for key in columns if any(line.get(key) not in ("", None) for line in lines)])
+    writer.writeheader()
+    writer.writerows({key: line.get(key) for key in writer.fieldnames} for line in lines)
+    return out.getvalue()
+
+
+def read_results(file: Path) -> list[Run]:
+    """The runs of a CSV file of results, as `write_results` makes it; those without a config are told of.
+
+    Args:
+        file: with the content of a summary.json in each line; the configs lie in a folder `configs` beside it. A line
+            names its config in the column `config`; where there is none, it is the one whose words are those of the
+            line. A config serves all seeds.
+
+    Raises:
+        UnreadableError: naming line and column of what is no such content.
+    """
+    configs = {path.stem: read_config(path) for path in sorted((file.parent / CONFIGS).glob("*.yaml"))}
+    rows: list[Summary] = CsvFile[Summary](file.name, ResultRow).read(file.parent)
+    found = []
+    for number, row in enumerate(rows, 2):
+        some = list(_configs_of(row, configs))
+        if len(some) == 1:
+            found.append(run_of(file, replace(some[0], seed=row["seed"]), row))
+        else:
+            log.warning(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} are like it: left out")
+    return found
+
+
+def _configs_of(row: Summary, configs: dict[str, Config]) -> Iterator[Config]:
+    named = row.get("config")
+    words = [row.get(key, default) for key, default in _WORDS.items()]
+    for name, config in configs.items():
+        if named == name or (named is None and words == _words_of(config)):
+            yield config
+
+
+_WORDS: dict[str, object] = {
+    **dict.fromkeys(("model", "dataset", "mode", "clipping", "gradient", "weight_bits", "activation_bits")),
+    "distilled": False,
+    "remedies": [],
+}
+"""Keys of a summary that tell configs apart, and what is meant where one is not there."""
+
+
+def _words_of(config: Config) -> list[object]:
+    words = config.model.name, config.dataset.name, str(config.mode), clipping_label(config), gradient_label(config)
+    return [*words, config.weight_bits, config.activation_bits, config.distilling, config.told_remedies]

@@ -1,0 +1,45 @@
+"""Tables of results: what is written is read again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qat_runner.cli.report import main as report
+from qat_runner.report.results import read_results, write_results
+from qat_runner.report.runs import Run, find_runs
+from tests.report.test_pages import make_run
+
+
+def _known(run: Run) -> Run:
+    """Without where it lies."""
+    assert run.summary is not None
+    told = {key: value for key, value in run.summary.items() if key not in ("run_dir", "config", "remedies")}
+    return replace(run, folder=Path(), summary=told, config=replace(run.config, seed=0))  # type: ignore[arg-type]
+
+
+def test_runs_come_out_again(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_run(tmp_path / "runs", f"seed={seed}", top1=60.0 + seed)
+    make_run(tmp_path / "runs", "seed=1", "oscillations.freeze_to=0.1")
+    make_run(tmp_path / "runs", "seed=3", top1=None)
+    runs = find_runs(tmp_path / "runs")
+    table, *configs = write_results(runs, tmp_path / "kept")
+    assert len(configs) == 2 and all("_seed1_" in path.name for path in configs)
+    finished = [run for run in runs if run.summary is not None]
+    again = read_results(table)
+    assert sorted(map(_known, again), key=repr) == sorted(map(_known, finished), key=repr)
+    first = table.read_bytes()
+    write_results(runs, tmp_path / "kept")
+    assert table.read_bytes() == first
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "one", "seed=1")
+    make_run(tmp_path / "other", "seed=2")
+    out = tmp_path / "kept"
+    assert report(["results", str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out / 'results.csv'}\n" and len(read_results(out / "results.csv")) == 2
+    (tmp_path / "none").mkdir()
+    assert report(["results", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"qat-report: {tmp_path / 'none'}: holds no finished run of qat-run\n"
