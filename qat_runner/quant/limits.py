@@ -40,6 +40,11 @@ def check_points(points: int) -> None:
         raise ValueError(f"points={points}: a sweep needs at least 1")
 
 
+def options_of(chosen: object) -> dict[str, Any]:
+    """The options of a method or an estimator, by name."""
+    return {field.name: getattr(chosen, field.name) for field in fields(chosen)} if is_dataclass(chosen) else {}
+
+
 def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
     """Refuse options that a method or an estimator does not have, or that are no numbers where their default is one.
 

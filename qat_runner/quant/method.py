@@ -3,10 +3,10 @@
 from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
 
 from abc import ABC, abstractmethod
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qat_runner.quant.formats import Format
+from qat_runner.quant.limits import options_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,4 +112,4 @@ class ClippingMethod(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """Its options, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        return options_of(self)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qat_runner.quant.limits import options_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -52,7 +54,7 @@ class Estimator(ABC):
     @property
     def options(self) -> dict[str, Any]:
         """Its options, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        return options_of(self)
 
     def __str__(self) -> str:
         """Its name, with the options that are not the usual: "ewgs", "ewgs(delta=0.02)"."""
