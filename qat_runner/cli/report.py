@@ -3,6 +3,7 @@
     qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
     qat-report compare runs                    a page that sets runs, or folders of runs, side by side
     qat-report status runs                     which runs are finished, running, stale, failed or missing
+    qat-report methods runs                    means over seeds, and the differences of methods, seed by seed
     qat-report results runs                    their summaries in one CSV file, with their configs, to be kept
     qat-report ledger runs results.csv         every claim and every cell of the paper, and whether it holds here
     qat-report table1 runs                     ours beside the published numbers
@@ -33,6 +34,9 @@ from qat_runner.errors import ConfigError, QatError
 from qat_runner.runs.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
+SEVERAL = ("compare", "methods", "results", "ledger")
+"""What takes several folders."""
+
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations", "ranges")
 
 
@@ -40,7 +44,7 @@ def verbs() -> tuple[str, ...]:
     """What can be asked for, beside the page of a run."""
     from qat_runner.paper.tables import TABLES
 
-    return ("compare", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
+    return ("compare", "methods", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "places",
         nargs="*",
         type=Path,
-        help="folder of run folders (runs); compare: runs as well; ledger: tables of results (CSV) as well",
+        help="folder of run folders (runs); compare, methods: runs as well; ledger: tables of results (CSV) as well",
     )
     parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
     parser.add_argument("--model", help="tables, figure 4: of one network alone; figure2: the network of --weights")
@@ -64,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--weights", metavar="FILE", help="figure2: of a network's weights, as qat-run takes them")
     parser.add_argument("--data-dir", type=Path, help="figure2: of its activations as well, on the data that lie there")
+    parser.add_argument("--against", metavar="METHOD", help="methods: what others are compared with (octav)")
     parser.add_argument("--out", type=Path, help="folder to write to (report; for a run, its own)")
     args = parser.parse_args(argv)
     try:
@@ -96,7 +101,7 @@ def _settle(args: argparse.Namespace) -> None:
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
-    if (len(args.places) > 1 and args.what not in ("compare", "results", "ledger")) or (args.run_page and args.places):
+    if (len(args.places) > 1 and args.what not in SEVERAL) or (args.run_page and args.places):
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
@@ -118,6 +123,8 @@ def _report(args: argparse.Namespace) -> list[Path]:
 
         print(status.text(status.statuses(_folder(args.runs_dir))))
         return []
+    if args.what == "methods":
+        return _methods(args.places or [args.runs_dir], args.against, args.out)
     if args.what == "results":
         return _results(args.places or [args.runs_dir], args.out)
     if args.what == "ledger":
@@ -168,6 +175,23 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
     table = (table6.synthetic() if run is None else table6.of_run(run)).table()
     print(table.text("markdown"))
     return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})
+
+
+def _methods(places: Sequence[Path], against: str | None, out: Path) -> list[Path]:
+    from qat_runner.paper import figures
+    from qat_runner.report import methods
+    from qat_runner.report.entries import entries
+
+    runs, left_out = entries(places)
+    for why in left_out:
+        logging.getLogger("qat_runner").warning(f"{why}: left out")
+    found = methods.standings(runs, against)
+    if not found:
+        raise ConfigError(f"{places[0]}: holds no finished run")
+    table = methods.table(found)
+    print(table.text("markdown"))
+    texts = {layout: table.text(layout) for layout in LAYOUTS}
+    return [*_write(out, "methods", texts), *figures.save(figures.methods(found), out / "methods")]
 
 
 def _results(places: Sequence[Path], out: Path) -> list[Path]:

@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from qat_runner.config.composing import compose_config
 from qat_runner.paper.claims import content
-from qat_runner.paper.evidence import FULL_PRECISION, Differences, Result, Setup, Verdict, fits
+from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, fits
 from qat_runner.paper.tables import FULL_PRECISION_ROWS, TABLES, paper, published
+from qat_runner.report.differences import Differences, Verdict
 
 NEAR = 1.0
 """Points by which a cell's difference from full precision may be another than the published one, where it holds."""

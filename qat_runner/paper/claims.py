@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Differences, Setup, Verdict, fits
+from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Setup, fits
 from qat_runner.paper.tables import TABLES, paper, published
+from qat_runner.report.differences import Differences, Verdict
 
 
 @dataclass(frozen=True)

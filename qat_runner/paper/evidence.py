@@ -1,80 +1,25 @@
 """What runs say about a difference: which may be compared, over which seeds, and whether it lies where it should.
 
-A difference is that of two runs of one seed that differ in their row of a table alone. Over seeds it has a mean and a
-95 % confidence interval, that of a paired t-test. A statement names two ends that the difference has to lie between. It
-holds where the whole interval does, does not hold where none of it does, and else cannot be told.
+A difference is that of two runs of one seed that differ in their row of a table alone. A statement names two ends that
+it has to lie between. It holds where the whole confidence interval over seeds does, does not hold where none of it
+does, and else cannot be told.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any
 
 from qat_runner.config import Config, Distill, identity
 from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
+from qat_runner.report.differences import Differences
 from qat_runner.report.runs import Run, check_seeds
 from qat_runner.report.tables import against_full_precision
 from qat_runner.runs.records import score
 
-CONFIDENCE = 0.95
-
 FULL_PRECISION, CHANCE = "full_precision", "chance"
 """What may be subtracted, beside rows: full precision, as reports have it, and what guessing gives."""
-
-
-class Verdict(StrEnum):
-    """On a statement."""
-
-    HOLDS = "holds"
-    FAILS = "does not hold"
-    OPEN = "cannot be told"
-    ONE_SEED = "cannot be told: one seed"
-    ALONE = "cannot be told: nothing to compare with"
-    NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Differences:
-    """In points, one a seed."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @cached_property
-    def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean; None of one seed."""
-        from scipy.special import stdtrit
-
-        count = len(self.values)
-        if count < 2:
-            return None
-        error = statistics.stdev(self.values) / count**0.5
-        reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-        return self.mean - reach, self.mean + reach
-
-    def verdict(self, above: float, below: float) -> Verdict:
-        """Whether the difference lies between two ends, of which one may be infinite."""
-        if not self.values:
-            return Verdict.ALONE
-        if self.interval is None:
-            return Verdict.ONE_SEED
-        low, high = self.interval
-        if above < low and high < below:
-            return Verdict.HOLDS
-        return Verdict.FAILS if high < above or below < low else Verdict.OPEN
-
-    def __str__(self) -> str:
-        if not self.values:
-            return ""
-        told = f"{self.mean:+.2f}"
-        return told if self.interval is None else f"{told} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The paper's figures 1, 3 and 4, the iteration from several starts, and writing figures as PNG and SVG."""
 
 import logging
+import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,21 @@ from qat_runner.paper.tables import make_table, paper
 from qat_runner.paper.tensors_of_run import look_at, network_of_run
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import IntFormat, expected_mse, fake_quantize, mse, newton_step, octav
+from qat_runner.report.methods import Standing
 from qat_runner.report.runs import Run
 from qat_runner.runs.records import METRICS
 from qat_runner.training.plots import CHOSEN, OTHER
 
 log = logging.getLogger("qat_runner")
+
+SIDE_BY_SIDE = 0.5
+"""How far apart the first and the last method stand, in parts of the step from one number of bits to the next."""
+
+LEGEND_COLUMNS, LEGEND_LETTERS = 2, 60
+"""Of the figure of methods; letters a line."""
+
+AXIS_REACH = 25.0
+"""Points below the best method that an axis shows."""
 
 POINTS = 120
 """Clipping scalars that a curve of figure 1 is drawn through."""
@@ -175,6 +187,66 @@ def grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     return figure, [list(row) for row in axes]
+
+
+def methods(found: Sequence[Standing]) -> Figure:
+    """What counts against bits, a line a method: mean over seeds, with their standard deviation as a bar.
+
+    Where a method lies far below the others, the axis ends before it, and an arrow and its mean stand for it.
+
+    Args:
+        found: of at least one network.
+    """
+    networks = list(dict.fromkeys(each.network for each in found))
+    names = sorted({each.method for each in found if not each.full_precision})
+    lines = -(-(len(names) + 1) // LEGEND_COLUMNS) * (1 + max(map(len, names), default=0) // LEGEND_LETTERS)
+    size = max(8.0, 4.5 * len(networks)), 4.5 + 0.16 * lines
+    figure, axes = plt.subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
+    for ax, network in zip(axes[0], networks, strict=True):
+        some = [each for each in found if each.network == network]
+        widths = sorted({each.bits for each in some if not each.full_precision})
+        for number, name in enumerate(names):
+            aside = SIDE_BY_SIDE * ((number + 0.5) / len(names) - 0.5)
+            _draw_method(ax, [each for each in some if each.method == name], widths, aside, f"C{number % 10}")
+        for each in (each for each in some if each.full_precision):
+            ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle="--", label=each.method)
+        _end_before_outliers(ax, some, widths)
+        ax.set(title=network, xlabel="bits", ylabel=some[0].measure.title)
+        ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
+        ax.grid(alpha=0.3)
+    labelled = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    wrapped = [textwrap.fill(label, LEGEND_LETTERS) for label in labelled]
+    figure.legend(labelled.values(), wrapped, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7)
+    return figure
+
+
+def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[float], aside: float, colour: str) -> None:
+    """A line, moved aside, so that bars do not cover each other."""
+    if not some:
+        return
+    x = [widths.index(each.bits) + aside for each in some]
+    values = [list(each.values.values()) for each in some]
+    bars = [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+    order = sorted(range(len(x)), key=x.__getitem__)
+    xs, means, reach = zip(*((x[i], statistics.fmean(values[i]), bars[i]) for i in order), strict=True)
+    name = some[0].method
+    ax.errorbar(xs, means, reach, color=colour, marker="o", markersize=4, linewidth=0.8, capsize=3, label=name)
+
+
+def _end_before_outliers(ax: Axes, some: Sequence[Standing], widths: Sequence[float]) -> None:
+    if some[0].measure.lower_is_better or not widths:
+        return
+    means = {(each.bits, each.method): statistics.fmean(each.values.values()) for each in some}
+    end = max(means.values()) - AXIS_REACH
+    seen = [mean for mean in means.values() if mean >= end]
+    if len(seen) == len(means):
+        return
+    low = min(seen) - 0.1 * AXIS_REACH
+    ax.set_ylim(low, max(seen) + 0.05 * AXIS_REACH)
+    for number, width in enumerate(widths):
+        out = [f"{method} {mean:.1f}" for (bits, method), mean in means.items() if bits == width and mean < end]
+        if out:
+            ax.annotate("\n".join([*out, "↓"]), (number, low), ha="center", va="bottom", fontsize=7)
 
 
 def save(figure: Figure, stem: Path) -> Iterator[Path]:

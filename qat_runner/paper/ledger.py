@@ -11,8 +11,9 @@ from qat_runner.config import BASELINE, Config
 from qat_runner.config.composing import command
 from qat_runner.paper.cells import NEAR, Cell, cells_of, estimates
 from qat_runner.paper.claims import Claim, Finding, claims
-from qat_runner.paper.evidence import CONFIDENCE, FULL_PRECISION, Differences, Result, Setup, Verdict, setups_of
+from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, setups_of
 from qat_runner.paper.tables import paper
+from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
 from qat_runner.report.runs import Run
 from qat_runner.report.tables import Document, Table, mean_and_deviation
 

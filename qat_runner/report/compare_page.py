@@ -1,72 +1,32 @@
-"""The page that sets runs side by side: a table, what counts against bits and costs, and where their configs differ."""
+"""The page that sets runs side by side: tables, what counts against bits and costs, and where their configs differ."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import settings
 from qat_runner.config.tasks import Measure
-from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.report import page
-from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded, shown
-from qat_runner.report.runs import configs_in
+from qat_runner.report import methods, page
+from qat_runner.report.entries import (
+    Entry,
+    by_method,
+    by_network,
+    entries,
+    keys_that_differ,
+    measure_of,
+    value_in_words,
+)
+from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
 from qat_runner.report.tables import against_full_precision, best_head, head, measures
-from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary, metric, score, validated
+from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
-
-FULL_PRECISION = "full precision"
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """Of lines, by bits."""
 
 BESIDE = 0.05
 """How far apart the points of two methods stand, in parts of the step from one number of bits to the next."""
-
-OF_A_LINE = ("seed", "weights", "weight_bits", "activation_bits")
-"""Keys that runs of one line may differ in: bits are its axis, and seeds are averaged, each with weights of its own."""
-
-DIGITS_OF_HASH = 8
-"""Of the fingerprint of a file, how many are shown."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A run that takes part."""
-
-    folder: Path
-    config: Config
-    summary: Summary | None
-    """None while it is not finished"""
-    epochs: list[EpochRow]
-    variant: str = ""
-    """how it differs from other runs of its method, in more than bits and seed"""
-
-    @property
-    def full_precision(self) -> bool:
-        return self.config.quantization.full_precision
-
-    @property
-    def method(self) -> str:
-        """Clipping, gradient and variant, in a few words. Runs that share it differ in bits and seed at most."""
-        return ", ".join(filter(None, (FULL_PRECISION if self.full_precision else self._clipping(), self.variant)))
-
-    def _clipping(self) -> str:
-        usual = self.config.clipping.learned or self.config.gradient.name == "mph"
-        gradient = "" if usual else f", {gradient_label(self.config)}"
-        return f"{clipping_label(self.config)}{gradient}{', distilled' if self.config.distilling else ''}"
-
-    @property
-    def network(self) -> tuple[str, str]:
-        return self.config.model.name, self.config.dataset.name
-
-    @property
-    def bits(self) -> float:
-        """Mean of those of weights and activations."""
-        return (self.config.weight_bits + self.config.activation_bits) / 2
-
 
 Costs = dict[str, tuple[str, Callable[[Summary], float | None]]]
 
@@ -85,47 +45,6 @@ EFFECTIVE = {
 """Columns about what is quantized: key in summary.json, and how it is written."""
 
 
-def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
-    """The runs at the places, or in them where these are folders of runs, each once; and why others are left out.
-
-    Raises:
-        ConfigError: a place that holds no run, or fewer than two runs in all.
-    """
-    found: dict[Path, Entry] = {}
-    left_out: list[str] = []
-    for place in places:
-        config = load_config(place)
-        configs, unreadable = configs_in(place) if config is None else ({place: config}, [])
-        left_out += map(str, unreadable)
-        if not configs and not unreadable:
-            raise ConfigError(f"{place}: holds no run of qat-run")
-        for folder, config in configs.items():
-            try:
-                entry = Entry(folder, config, SUMMARY.read(folder), METRICS.read(folder))
-            except UnreadableError as error:
-                left_out.append(str(error))
-            else:
-                found[folder.resolve()] = entry
-    if len(found) < 2:
-        raise ConfigError("; ".join([f"compare: needs two runs or more, and found {len(found)}", *left_out]))
-    return _told_apart(list(found.values())), left_out
-
-
-def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs with their variants, so that what is averaged as seeds of one method is no more than that."""
-    alike: dict[tuple[str, ...], list[Entry]] = {}
-    for run in runs:
-        alike.setdefault((*run.network, run.config.mode, run.method), []).append(run)
-    variants: dict[Path, str] = {}
-    for some in alike.values():
-        theirs = [settings(run.config) for run in some]
-        keys = [key for key in _keys_that_differ(theirs) if key not in OF_A_LINE]
-        for run, setting in zip(some, theirs, strict=True):
-            told = [f"{key.rpartition('.')[2]}={_value(setting[key])}" for key in keys if key in setting]
-            variants[run.folder] = ", ".join(told)
-    return [replace(run, variant=variants[run.folder]) for run in runs]
-
-
 def write(places: Sequence[Path], out: Path) -> Path:
     """Write the page; returns its path.
 
@@ -137,7 +56,8 @@ def write(places: Sequence[Path], out: Path) -> Path:
         ConfigError: as `entries`.
     """
     runs, left_out = entries(places)
-    networks = _networks(runs)
+    networks = by_network(runs)
+    found = methods.standings(runs)
     colours = _colours(runs)
     charts = [chart for chart in (_by_bits(networks, colours), _by_cost(networks, colours)) if chart is not None]
     curves = _curves(networks, colours)
@@ -145,6 +65,7 @@ def write(places: Sequence[Path], out: Path) -> Path:
     content = {
         "title": f"{len(runs)} runs",
         "table": _table(runs),
+        "seeds": methods.table(found) if any(len(each.values) > 1 for each in found) else None,
         "left_out": left_out,
         "networks": list(networks),
         "costs": list(COSTS),
@@ -157,18 +78,6 @@ def write(places: Sequence[Path], out: Path) -> Path:
     return page.write(out, "compare", [*charts, *([curves] if curves else [])], content)
 
 
-def _networks(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """What can be drawn in one chart, the largest first: runs of a network on a data set in a mode, and their start."""
-    found: dict[str, list[Entry]] = {}
-    for run in runs:
-        found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
-    for some in found.values():
-        if not any(run.full_precision for run in some):
-            some += [r for r in runs if r.config.mode == Mode.evaluate and r.network == some[0].network]
-    several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
-    return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
-
-
 def _colours(runs: Sequence[Entry]) -> dict[str, int]:
     """Each method has its colour, the same in all charts; full precision has the grey one."""
     methods = sorted({run.method for run in runs if not run.full_precision})
@@ -179,24 +88,12 @@ def _colours(runs: Sequence[Entry]) -> dict[str, int]:
 
 def _quantity(networks: Mapping[str, Sequence[Entry]]) -> str:
     """What is drawn, for the headings of charts; where views differ in it, each says so on its axis."""
-    titles = dict.fromkeys(_measure(runs).title for runs in networks.values())
+    titles = dict.fromkeys(measure_of(runs).title for runs in networks.values())
     return next(iter(titles)) if len(titles) == 1 else "What counts"
 
 
-def _measure(runs: Sequence[Entry]) -> Measure:
-    """Of runs on one data set."""
-    return runs[0].config.task.measure
-
-
 def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
-    return {"title": {"text": _measure(runs).head}}
-
-
-def _by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
-    def method(run: Entry) -> str:
-        return run.method
-
-    return [(name, list(some)) for name, some in groupby(sorted(runs, key=method), method)]
+    return {"title": {"text": measure_of(runs).head}}
 
 
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
@@ -265,9 +162,9 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
     """What counts against bits, a line a method: mean over its runs at these bits, and their range as a bar."""
     views = []
     for name, runs in networks.items():
-        done = [run for run in runs if run.summary is not None]
-        widths = sorted({run.bits for run in done if not run.full_precision} or {run.bits for run in done})
-        methods = _by_method(done)
+        done = [(run, run.bits) for run in runs if run.summary is not None and run.bits is not None]
+        widths = sorted({bits for run, bits in done if not run.full_precision} or {bits for _, bits in done})
+        methods = by_method(run for run, _ in done)
         shifts = [BESIDE * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
         traces = [
             _mean_line(method, some, widths, shift, colours[method])
@@ -282,7 +179,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> PlotlyTrace:
     """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
-    unit = _measure(runs).unit
+    unit = measure_of(runs).unit
     if runs[0].full_precision:
         level = statistics.fmean(score(run.summary or {}) for run in runs)
         trace = line(
@@ -314,7 +211,7 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
         for name, runs in networks.items():
             done = [(r, r.summary) for r in runs if r.summary is not None and figure(r.summary) is not None]
             known = {run.folder: (figure(summary), score(summary)) for run, summary in done}
-            traces = [_points(method, some, known, colours[method]) for method, some in _by_method(r for r, _ in done)]
+            traces = [_points(method, some, known, colours[method]) for method, some in by_method(r for r, _ in done)]
             title = f"{cost} ({unit})" if traces else f"{cost}: not on record for these runs"
             views.append(View(name, traces, {"xaxis": {"title": {"text": title}}, "yaxis": _y_axis(runs)}))
     heading = f"{_quantity(networks)} against cost"
@@ -323,9 +220,9 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> PlotlyTrace:
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
-    told = [f"{method}, {run.config.told_bits} bits, seed {run.config.seed}" for run in runs]
+    told = [f"{method}, {run.told_bits}, seed {run.config.seed}" for run in runs]
     trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
-    y_told = f"%{{y}} {_measure(runs).unit}"
+    y_told = f"%{{y}} {measure_of(runs).unit}"
     return trace | {
         "marker": trace["marker"] | {"size": 9},
         "hovertemplate": f"%{{text}}<br>%{{x}}, {y_told}<extra></extra>",
@@ -336,11 +233,11 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
     """What counts of validation by epoch, a line a run: its colour tells the method, its dashes the bits."""
     views = []
     for name, runs in networks.items():
-        widths = sorted({run.bits for run in runs if not run.full_precision})
+        widths = sorted({run.bits for run in runs if not run.full_precision and run.bits is not None})
         dashes = {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
         traces: list[PlotlyTrace] = []
-        for method, some in _by_method(runs):
-            found = [_curve(run, colours[method], dashes.get(run.bits, "solid")) for run in some]
+        for method, some in by_method(runs):
+            found = [_curve(run, colours[method], dashes.get(run.bits or 0, "solid")) for run in some]
             group: list[PlotlyTrace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
         told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
@@ -357,8 +254,8 @@ def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
     if key is None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
-    told = f"{run.method}, {run.config.told_bits} bits, seed {run.config.seed}"
-    y_told = f"%{{y}} {_measure([run]).unit}"
+    told = f"{run.method}, {run.told_bits}, seed {run.config.seed}"
+    y_told = f"%{{y}} {measure_of([run]).unit}"
     trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: {y_told}<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}
 
@@ -370,17 +267,6 @@ def _any(views: Sequence[View]) -> bool:
 def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Keys in which configs differ, of those that decide a result; and by run its values."""
     theirs = [settings(run.config) for run in runs]
-    keys = _keys_that_differ(theirs)
-    told = [[_value(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
+    keys = keys_that_differ(theirs)
+    told = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
     return keys, list(zip(_names(runs), told, strict=True))
-
-
-def _keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for setting in some for key in setting)
-    return [key for key in keys if any(setting.get(key) != some[0].get(key) for setting in some)]
-
-
-def _value(value: Any) -> str:
-    text = shown(value)
-    hashed = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:DIGITS_OF_HASH]}…" if hashed else text

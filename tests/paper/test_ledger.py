@@ -18,9 +18,10 @@ from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.paper.cells import BASELINE, cells_of, estimates
 from qat_runner.paper.claims import claims, content, together
-from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, Differences, Verdict, setups_of
+from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, setups_of
 from qat_runner.paper.ledger import ledger, setup_command, words_of_row
 from qat_runner.paper.tables import paper
+from qat_runner.report.differences import Differences, Verdict
 from qat_runner.report.results import read_results
 from qat_runner.report.runs import Run
 from tests.paper.test_tables import CELLS

@@ -562,13 +562,13 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, ledger, table1"),
+        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, methods, results, ledger, table1"),
         (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
         (["empty"], "empty: holds no run of qat-run"),
         (["broken"], "broken/config.yaml: cannot be read"),
-        (["compare", "runs"], "compare: needs two runs or more, and found 1"),
+        (["compare", "runs"], "needs two runs or more, and found 1"),
         (["compare", "runs", "empty"], "empty: holds no run of qat-run"),
-        (["compare"], "compare: needs two runs or more, and found 1"),
+        (["compare"], "needs two runs or more, and found 1"),
         (["status", "runs", "runs"], "runs: is one folder too many; qat-report compare takes several"),
         (["runs/one", "runs"], "runs: is one folder too many"),
         (["runs/one", "--out", "file"], "file cannot be written"),

@@ -1,0 +1,112 @@
+"""Methods beside each other: what each reaches over its seeds, and how far it lies from another one, seed by seed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qat_runner.config.tasks import Measure
+from qat_runner.errors import ConfigError
+from qat_runner.report.differences import CONFIDENCE, Differences
+from qat_runner.report.entries import Entry, by_method, by_network, measure_of
+from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation
+from qat_runner.runs.records import score
+
+USUAL = "octav"
+"""The method that others are compared with, where none is named and it is there."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method at some bits, for a network on a data set in a mode."""
+
+    network: str
+    bits: float
+    method: str
+    full_precision: bool
+    measure: Measure
+    values: Mapping[int, float]
+    """what counts, by seed"""
+    gap: Differences
+    """to full precision"""
+    reference: str
+    """the method that it is compared with; its own name, if it is that one; empty of full precision"""
+    difference: Differences
+    """to that one at the same bits, over the seeds that both have"""
+
+    @property
+    def told(self) -> str:
+        """What the difference says, in words."""
+        if self.reference in ("", self.method):
+            return ""
+        return self.difference.told(self.measure.lower_is_better)
+
+
+def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standing]:
+    """The methods of finished runs, by network and bits, the best first.
+
+    Args:
+        runs: as `entries` finds them.
+        against: the method that others are compared with; None: octav, or the first by name.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    done = [run for run in runs if run.summary is not None and run.bits is not None]
+    if against is not None and against not in {run.method for run in done}:
+        there = "; ".join(sorted({run.method for run in done if not run.full_precision})) or "none"
+        raise ConfigError(f"--against {against}: there is no such method, only {there}")
+    gaps = against_full_precision([(run.config, run.summary or {}) for run in done])
+    gap = {run.folder: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
+    return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, against)]
+
+
+def _of_network(
+    name: str, runs: Sequence[Entry], gaps: Mapping[Path, float], against: str | None
+) -> Iterator[Standing]:
+    measure = measure_of(runs)
+    methods = [method for method, some in by_method(runs) if not some[0].full_precision]
+    reference = against or next((m for m in methods if m.split(", ")[0] == USUAL), methods[0] if methods else "")
+    for bits in sorted({run.bits for run in runs if run.bits is not None}):
+        here = by_method(run for run in runs if run.bits == bits)
+        values = {method: {r.config.seed: score(r.summary or {}) for r in some} for method, some in here}
+        base = values.get(reference, {})
+        ranked = sorted(here, key=lambda pair: _mean(values[pair[0]]), reverse=not measure.lower_is_better)
+        for method, some in ranked:
+            mine, full = values[method], some[0].full_precision
+            differences = () if full else tuple(mine[seed] - base[seed] for seed in mine if seed in base)
+            yield Standing(
+                *(name, bits, method, full, measure, mine),
+                gap=Differences(tuple(gaps[run.folder] for run in some if run.folder in gaps)),
+                reference="" if full else reference,
+                difference=Differences(differences),
+            )
+
+
+def _mean(values: Mapping[int, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def table(found: Sequence[Standing]) -> Table:
+    """A row a method: seeds, mean and deviation, and the differences, with the confidence interval of their mean."""
+    references = list(dict.fromkeys(each.reference for each in found if each.reference))
+    base = f"vs {references[0]}" if len(references) == 1 else "vs the reference"
+    heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found)))]
+    cells = [
+        [
+            *(each.network, f"{each.bits:g}", each.method, str(len(each.values))),
+            mean_and_deviation(list(each.values.values())),
+            mean_and_deviation(each.gap.values, "+"),
+            "" if each.method == each.reference else str(each.difference),
+            "the reference" if each.method == each.reference else each.told,
+        ]
+        for each in found
+    ]
+    return Table("Methods over seeds", [*heads, "vs fp32", base, ""], cells, NOTES)
+
+
+NOTES = (
+    "Means and standard deviations over seeds. Differences are of runs of one seed, in points; in brackets is the "
+    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test.",
+    "Each row is tested by itself: of twenty methods that are all alike, one is told from another by chance.",
+)
+"""Sentences under the table."""

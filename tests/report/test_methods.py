@@ -1,0 +1,80 @@
+"""Methods over seeds: what is compared with what, by a test of SciPy's."""
+
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_rel
+
+from qat_runner.cli.report import main as report
+from qat_runner.report import compare_page
+from qat_runner.report.entries import entries
+from qat_runner.report.methods import Standing, standings
+from tests.report.test_pages import make_run, text_of
+
+OCTAV, MAX = (60.0, 61.0, 62.5), (58.0, 58.5, 60.9)
+
+
+def _runs(folder: Path) -> Path:
+    for seed, (one, other) in enumerate(zip(OCTAV, MAX, strict=True)):
+        make_run(folder, f"seed={seed}", top1=one)
+        make_run(folder, f"seed={seed}", "clipping=max", top1=other)
+        make_run(folder, f"seed={seed}", "bits=32", top1=70.0 + seed)
+    make_run(folder, "clipping=max", "bits=8", top1=20.0)
+    make_run(folder, "clipping=max", "bits=8", "seed=1", top1=None)
+    return folder
+
+
+def _by_method(found: list[Standing]) -> dict[tuple[str, float], Standing]:
+    return {(each.method, each.bits): each for each in found}
+
+
+def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    found = _by_method(standings(entries([_runs(tmp_path)])[0]))
+    assert list(found) == [("octav", 4), ("max", 4), ("max", 8), ("full precision", 32)]
+    worse = found["max", 4]
+    theirs = ttest_rel(MAX, OCTAV).confidence_interval(0.95)
+    assert worse.difference.interval == pytest.approx((theirs.low, theirs.high))
+    assert worse.told == "worse" and worse.reference == "octav"
+    assert worse.gap.values == (58.0 - 70, 58.5 - 71, 60.9 - 72)
+    assert found["octav", 4].told == found["full precision", 32].told == ""
+    assert found["max", 8].told == "nothing to compare with"
+
+
+def test_another_reference(tmp_path: Path) -> None:
+    runs = entries([_runs(tmp_path)])[0]
+    found = _by_method(standings(runs, "max"))
+    assert found["octav", 4].told == "better" and found["max", 8].reference == "max"
+
+
+def test_scatter_is_called_so(tmp_path: Path) -> None:
+    for seed, top1 in enumerate((61.0, 60.0)):
+        make_run(tmp_path, f"seed={seed}", top1=60.5)
+        make_run(tmp_path, f"seed={seed}", "clipping=max", top1=top1)
+        make_run(tmp_path, f"seed={seed}", "clipping=mse_sweep", top1=60.5)
+    found = _by_method(standings(entries([tmp_path])[0]))
+    assert found["max", 4].told == "within the seeds' scatter" and found["mse_sweep", 4].told == "the same"
+
+
+def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
+    """A run whose bits are chosen has a number of bits in its config that nothing uses."""
+    for budget in (3, 5):
+        make_run(tmp_path, "policy=auto", f"budget={budget}", "bits=8")
+    make_run(tmp_path, "bits=3")
+    found = standings(entries([tmp_path])[0])
+    assert [(each.method, each.bits) for each in found] == [
+        *(("octav", 3), ("octav, chosen bits", 3), ("octav, chosen bits", 5))
+    ]
+
+
+def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = _runs(tmp_path / "runs")
+    assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "| -2.03 [-3.15, -0.91] | worse " in told and "| the reference " in told
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"methods.{suffix}" for suffix in ("md", "csv", "tex", "html", "png", "svg")}
+    assert report(["methods", str(runs), "--against", "lsq"]) == 2
+    message = "qat-report: --against lsq: there is no such method, only max; octav\n"
+    assert capsys.readouterr().err == message
+    text = text_of(compare_page.write([runs], tmp_path / "compare.html"))
+    assert "Over seeds network bits method seeds" in text and "-2.03 [-3.15, -0.91] worse" in text
