@@ -7,7 +7,8 @@ For each tensor of a run of lsq or pact, on the same training batches in the tra
 scalar s; s*, whose squared error is least by OCTAV (which knows of the missing code, and measures candidates; --paper:
 OCTAV as published); s / s*, the geometric mean over the scalars of the tensor, of the distance between the ends where
 there are two; the MSE at both. Then the validation figures of the network as it is, and with the scalars of weights, of
-activations or of both moved to s*, each before and after the statistics of BatchNorm are taken anew.
+activations or of both moved to s*, each before and after the statistics of BatchNorm are taken anew. Weights of pact
+have no learned scalars (DoReFa's are a maximum), so that activations alone are moved there.
 """
 
 import argparse
@@ -129,7 +130,10 @@ def report(args: argparse.Namespace) -> tuple[list[Distance], list[dict[str, Any
     some = data.train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, args.batches)
     rows, best = compared(model, (batch.inputs for batch in some), octav)
     figures: list[dict[str, Any]] = []
+    kinds = {weight for weight, _ in learned(model).values()}
     for what, weights in MOVED.items():
+        if not kinds.issuperset(weights):
+            continue
         network = moved(model, best, weights)
         figures.append({"moved": what, "BatchNorm": "as trained", **validated(network, config, data)})
         if norms(network):

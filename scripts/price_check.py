@@ -11,6 +11,7 @@ Spearman's rank correlation of the foretold and the measured rise of the loss, o
 import argparse
 import csv
 import itertools
+import math
 import random
 import sys
 import time
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from qat_runner.allocation import Network, network, price
+from qat_runner.allocation import Network, Operand, network, price
 from qat_runner.allocation.prices import having_bits
 from qat_runner.config import Config, from_hydra, register
 from qat_runner.config.composing import compose_checked, shipped_configs
@@ -33,6 +34,12 @@ from qat_runner.tasks import task_of
 MEAN = 4.0
 """Bits of the policies that have a budget."""
 
+CLOSE = 0.05
+"""Bits below that mean that are close enough."""
+
+STEPS = 10_000
+"""Changes of one width after which it is left at that."""
+
 
 def any_bits(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
     """For each tensor any of the widths in a range that is drawn first, so that policies of all means occur."""
@@ -41,18 +48,40 @@ def any_bits(known: Network, widths: list[int], draw: random.Random) -> dict[str
 
 
 def bits_of_budget(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
-    """Random widths, 3 to 6, whose mean over the elements, of weights and of activations, is `MEAN` or just below."""
-    widths = [width for width in widths if 3 <= width <= 6]
+    """Random widths, 3 to 6, whose mean over the elements, of weights and of activations, is `MEAN` or just below.
+
+    Where few tensors do not come to that, it is as near as `STEPS` changes of one width get it.
+    """
+    widths = widths_of_budget(widths)
     bits: dict[str, int] = {}
     for weights in (True, False):
         operands = [operand for operand in known.free if operand.weight == weights]
-        total = sum(operand.elements for operand in operands)
-        bits |= {operand.name: draw.choice(widths) for operand in operands}
-        while (over := sum(o.elements * bits[o.name] for o in operands) / total - MEAN) > 0 or over < -0.05:
-            operand = draw.choice(operands)
-            at = widths.index(bits[operand.name]) + (-1 if over > 0 else 1)
-            bits[operand.name] = widths[min(max(at, 0), len(widths) - 1)]
+        if operands:
+            bits |= near_the_mean(operands, widths, draw)
     return bits
+
+
+def widths_of_budget(widths: list[int]) -> list[int]:
+    """Those that policies which have a budget are drawn from; empty where none can come to `MEAN`."""
+    some = [width for width in widths if 3 <= width <= 6]
+    return some if some and min(some) < MEAN < max(some) else []
+
+
+def near_the_mean(operands: list[Operand], widths: list[int], draw: random.Random) -> dict[str, int]:
+    """Random widths of tensors of one kind, changed one by one until their mean is `MEAN` or just below."""
+    total = sum(operand.elements for operand in operands)
+    bits = {operand.name: draw.choice(widths) for operand in operands}
+    best, least = bits, math.inf
+    for _ in range(STEPS):
+        over = sum(o.elements * bits[o.name] for o in operands) / total - MEAN
+        if over <= 0 and -over < least:
+            best, least = dict(bits), -over
+        if least <= CLOSE:
+            break
+        operand = draw.choice(operands)
+        at = widths.index(bits[operand.name]) + (-1 if over > 0 else 1)
+        bits[operand.name] = widths[min(max(at, 0), len(widths) - 1)]
+    return best
 
 
 def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict[str, Any]]:
@@ -95,6 +124,8 @@ def main() -> None:
     register()
     with shipped_configs():
         config = from_hydra(compose_checked(["mode=allocate", "budget=4", *keys], RunMode.RUN))
+    if not widths_of_budget(sorted(config.allocation.widths)):
+        parser.error(f"allocation.widths: must have one below {MEAN:g} and one above it, of 3 to 6")
     rows = checked(config, asked.policies, asked.samples, asked.seed)
     if asked.csv is not None:
         with asked.csv.open("w", newline="", encoding="utf-8") as file:

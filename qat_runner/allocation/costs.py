@@ -64,7 +64,7 @@ def size_mb(network: Network) -> list[Measure]:
 
 
 def _stored(operation: Operation, widths: Widths) -> float:
-    return sum(o.elements * bits for o, bits in zip(operation.operands, widths, strict=True) if o.weight) / 8e6
+    return sum(o.elements * bits for o, bits in zip(operation.operands, widths, strict=True) if o.stored) / 8e6
 
 
 def bitops(network: Network) -> list[Measure]:
@@ -86,8 +86,13 @@ def _read(operation: Operation, widths: Widths) -> float:
     return sum(o.elements * bits for o, bits in zip(operation.operands, widths, strict=True)) / 8e6
 
 
-def latency_ms(network: Network, latencies: Latencies) -> list[Measure]:
+def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> list[Measure]:
     """Milliseconds of all operations, as measured.
+
+    Args:
+        network: see `operations.network`.
+        latencies: of every operation, at all widths that it may have.
+        same: whether both operands of an operation are to have the same bits, where both have a choice.
 
     Raises:
         ValueError: an operation or widths that the table lacks.
@@ -95,7 +100,7 @@ def latency_ms(network: Network, latencies: Latencies) -> list[Measure]:
     for op in network.operations:
         if op.layer not in latencies:
             raise ValueError(f"latencies: has nothing of {op.layer}")
-        for widths in op.choices():
+        for widths in op.choices(same):
             if widths not in latencies[op.layer]:
                 raise ValueError(f"latencies: {op.layer} lacks {'x'.join(map(str, widths))} bits")
     return [Measure("ms", lambda operation, widths: latencies[operation.layer][widths])]

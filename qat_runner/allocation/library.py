@@ -64,19 +64,22 @@ def allocate(
         The policy with a rule for each tensor, for `quantize_model(model, policy, example=...)`.
 
     Raises:
-        ValueError: no limit, or one that the narrowest widths do not keep; no batch; nothing to choose bits for.
+        ValueError: no limit, or one that the narrowest widths do not keep; no batch; nothing to choose bits for; a
+            weight that several layers share, or a tensor that no batch or no gradient came by, without a rule.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):
         raise ValueError("allocate: needs a limit: budget, size_mb, bitops, traffic_mb or latency_ms")
     first, rest = _first_of(batches)
     inputs = _arguments(first if loss is None else first[0])
+    if len({*widths}) < 2:
+        raise ValueError(f"widths={list(widths)}: must be two or more, from which bits are chosen")
     policy = policy or Policy.of()
     quantized = insert(copy.deepcopy(model), pricing_policy(policy), inputs)
-    known = network(quantized, widths, len(inputs[0]))
+    known = network(quantized, sorted({*widths}), len(inputs[0]))
     kept = [Limit(measure, most) for name, most in limits.items() if most is not None for measure in COSTS[name](known)]
     if latency_ms is not None:
-        kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {})]
+        kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {}, same)]
 
     objective = of_distributions(lambda network, batch: network(*_arguments(batch)))
     if loss is not None:
@@ -84,7 +87,7 @@ def allocate(
             lambda network, batch: network(*_arguments(batch[0])),
             lambda out, batch: (loss(out, batch[1]), batch[1].numel()),
         )
-    prices = price(quantized, rest, objective, widths, kind)
+    prices = price(quantized, rest, objective, sorted({*widths}), kind)
     best = allocate_bits(known, prices.mean(), kept, same)
     return Policy((*policy.rules, *map(Rule.from_dict, rules_of(known, best.bits))))
 

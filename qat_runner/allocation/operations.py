@@ -10,7 +10,7 @@ from torch import nn
 
 from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import each, elements_of, is_quantized, narrow_kind, operands, quantizer_of
-from qat_runner.insertion.size import size_mb
+from qat_runner.insertion.size import shared_weights, size_mb
 from qat_runner.policy import FULL_PRECISION, Policy
 from qat_runner.quant import Quantizer
 
@@ -26,11 +26,18 @@ class Operand:
     """of an activation for one sample"""
     widths: tuple[int, ...]
     """bits that it may have; one, if a rule of the policy says it"""
+    shared: bool = False
+    """whether it is a weight that is stored for other layers as well"""
 
     @property
     def free(self) -> bool:
         """Whether there is a choice."""
         return len(self.widths) > 1
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is stored for this operation alone."""
+        return self.weight and not self.shared
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Network:
 
     operations: tuple[Operation, ...]
     rest_mb: float
-    """megabytes of all that is no weight of an operation: biases, normalization, clipping scalars, ..."""
+    """megabytes of all that is no weight of one operation: biases, normalization, clipping scalars, what is shared"""
     rest_macs: float
     """multiply-accumulates for one sample of all that is not quantized"""
 
@@ -82,33 +89,40 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
         samples: of that example.
 
     Raises:
-        ValueError: there is no tensor to choose bits for.
+        ValueError: there is no tensor to choose bits for; or one is stored for several layers.
     """
-    policy = policy_of(model)
+    policy, shared = policy_of(model), shared_weights(model)
     macs: dict[str, float] = {}
     for product in products_of(model):
         if not product.training:
             macs[product.module] = macs.get(product.module, 0) + product.macs / samples
     found = tuple(
-        Operation(name, tuple(_operands(name, layer, policy, widths if name in macs else ())), macs.pop(name, 0.0))
+        Operation(
+            name, tuple(_operands(name, layer, policy, widths if name in macs else (), shared)), macs.pop(name, 0.0)
+        )
         for name, layer in each(model, is_quantized)
     )
+    if tied := [operand.name for op in found for operand in op.operands if operand.free and operand.shared]:
+        raise ValueError(f"{', '.join(tied)}: stored for other layers as well: rules must say the bits")
     if not any(operand.free for operation in found for operand in operation.operands):
         raise ValueError("rules say the bits of all tensors: there is none to choose them for")
     quantized, _ = size_mb(model)
     bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
-    stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.weight)
+    stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.stored)
     return Network(found, quantized - stored / 8e6, sum(macs.values()))
 
 
-def _operands(name: str, layer: nn.Module, policy: Policy, widths: Sequence[int]) -> Iterator[Operand]:
+def _operands(
+    name: str, layer: nn.Module, policy: Policy, widths: Sequence[int], shared: set[str]
+) -> Iterator[Operand]:
     for operand in operands(layer):
         quantizer = quantizer_of(layer, operand)
         allowed: tuple[int, ...] = (FULL_PRECISION,)
         if isinstance(quantizer, Quantizer):
             said = not widths or said_by_rule(policy, name, narrow_kind(layer), operand)
             allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
-        yield Operand(f"{name}.{operand}", operand == "weight", elements_of(layer, operand) or 0, allowed)
+        tensor = f"{name}.{operand}"
+        yield Operand(tensor, operand == "weight", elements_of(layer, operand) or 0, allowed, tensor in shared)
 
 
 def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -117,9 +131,9 @@ def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def said_by_rule(policy: Policy, layer: str, kind: str, operand: str) -> bool:
-    """Whether a rule that is about some tensors, and not about all weights or all activations, says the bits."""
+    """Whether a rule says the bits of a tensor, beside those that a policy begins with: of all, and of all weights."""
     return any(
         rule.bits is not None and rule.matches(layer, kind, operand)
-        for rule in policy.rules
-        if not rule.everything and (rule.match, rule.type) != ("*.weight", "*")
+        for number, rule in enumerate(policy.rules)
+        if not (number == 0 and rule.everything) and not (number == 1 and (rule.match, rule.type) == ("*.weight", "*"))
     )

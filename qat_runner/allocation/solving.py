@@ -42,13 +42,19 @@ def allocate_bits(
 
     Args:
         network: see `operations.network`.
-        prices: name of a tensor -> bits -> price; what is not there costs nothing.
+        prices: name of a tensor -> bits -> price, of all that have a choice.
         limits: at most how much of what.
         same: whether both operands of an operation are to have the same bits, where both have a choice.
 
     Raises:
         InfeasibleError: a limit is below what the narrowest widths come to.
+        ValueError: a tensor that has a choice has no price.
     """
+    if unpriced := [operand.name for operand in network.free if operand.name not in prices]:
+        raise ValueError(
+            f"{', '.join(unpriced)}: without a price, since no batch came by there, or no gradient, which "
+            f"price=measured does without; or rules say the bits"
+        )
     choices = [operation.choices(same) for operation in network.operations]
     values = [
         np.array([sum(_price(prices, op.operands[i].name, w) for i, w in enumerate(widths)) for widths in some])
@@ -106,7 +112,27 @@ _SLACK = 1e-9
 
 
 def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
-    """One choice a row, such that the sum of values is least and that of each table is within its room."""
+    """One choice a row, such that the sum of values is least and that of each table is within its room.
+
+    The solver's tolerances are those of the largest value, beside which differences of a sensitive network are small.
+    So values count from the least of their row on, and what alone exceeds the sum that was found is left out of the
+    next round, which has a smaller scale.
+    """
+    excess = [row - row.min() for row in values]
+    kept = [np.arange(len(row)) for row in values]
+    best, chosen = np.inf, [0] * len(values)
+    while True:
+        some = [[row[k] for row, k in zip(rows, kept, strict=True)] for rows in (excess, *tables)]
+        found = [int(k[at]) for k, at in zip(kept, _solve_once(some[0], some[1:], room), strict=True)]
+        total = float(sum(row[at] for row, at in zip(excess, found, strict=True)))
+        if not total < best * (1 - _SLACK):
+            return chosen
+        best, chosen = total, found
+        kept = [np.flatnonzero(row <= best) for row in excess]
+
+
+def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
+    """The same, as exactly as HiGHS is beside the largest value."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array, vstack
 
@@ -126,10 +152,14 @@ def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]],
         options={"mip_rel_gap": 0, "time_limit": _SECONDS},
     )
     if found.x is None:
-        raise InfeasibleError("no widths keep all limits together")
+        why = "no widths keep all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
+        raise InfeasibleError(why)
     ends = np.cumsum([len(k) for k in kept])[:-1]
     return [int(k[np.argmax(x)]) for k, x in zip(kept, np.split(found.x, ends), strict=True)]
 
+
+_INFEASIBLE = 2
+"""Of SciPy's codes."""
 
 _SECONDS = 60.0
 """After which HiGHS gives the best that it has; problems of hundreds of operations take it a second."""

@@ -41,14 +41,15 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
         run: what measures networks.
 
     Raises:
-        ConfigError: a limit that the narrowest widths do not keep.
+        ConfigError: a limit that the narrowest widths do not keep; a tensor that bits cannot be chosen for.
         RunError: not even the widest keep max_drop.
     """
     began = time.perf_counter()
     known = network(model, config.allocation.widths, EXAMPLE)
     limits = [Limit(m, most) for key, most in config.limits.items() for m in measures_of(config, known, key)]
     try:
-        allocate_bits(known, {}, limits, config.allocation.same)  # whether they can be kept does not depend on prices
+        free_of_charge = {operand.name: dict.fromkeys(operand.widths, 0.0) for operand in known.free}
+        allocate_bits(known, free_of_charge, limits, config.allocation.same)  # whether limits can be kept
     except InfeasibleError as error:
         raise ConfigError(f"{config.asked_bits}: {error}") from error
     how = config.allocation

@@ -1,5 +1,6 @@
 """Choosing bits for a network that is priced: the best within limits, or the fewest that are enough."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
     if name != "latency_ms":
         return COSTS["mean_bits" if name == "budget" else name](known)
     try:
-        return latency_ms(known, latencies_of(config.allocation.latencies or ""))
+        return latency_ms(known, latencies_of(config.allocation.latencies or ""), config.allocation.same)
     except ValueError as error:
         raise ConfigError(f"allocation.{error}") from error
 
@@ -65,8 +66,7 @@ class Search:
         self.cost = measures_of(config, known, config.allocation.cost)
         shown = {*COSTS, *(["latency_ms"] if config.allocation.latencies else [])}
         self.shown = {name: measures_of(config, known, name) for name in sorted(shown)}
-        lowest, highest = (self._figure(self.uniform(w)) for w in (self.widths[0], self.widths[-1]))
-        self.range = lowest, highest
+        self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
 
     def within_limits(self, probes: Probes) -> Chosen:
         """The best under the limits; beside it, the widest uniform network that keeps them."""
@@ -102,7 +102,7 @@ class Search:
         return front(self.known, self.mean, self.cost, self._evenly(points), self.same)
 
     def _evenly(self, points: int) -> list[float]:
-        """Costs from that of the narrowest widths to that of the widest, evenly apart: in ratio, but for mean bits."""
+        """Costs from the least to that of the widest bits, evenly apart: in ratio, but for mean bits."""
         even = np.linspace if self.config.allocation.cost == "mean_bits" else np.geomspace
         found: list[float] = even(*self.range, points).tolist()
         return found
@@ -110,6 +110,12 @@ class Search:
     def _best_at(self, most: float) -> Allocation:
         limits = [Limit(measure, most) for measure in self.cost]
         return allocate_bits(self.known, self.mean, limits, self.same)
+
+    def _lowest(self) -> float:
+        """What the cheapest bits cost: of latencies these need not be the narrowest."""
+        choices = [operation.choices(self.same) for operation in self.known.operations]
+        tables = {measure: measure.table(self.known, choices) for measure in self.cost}
+        return max(measure.rest + sum(float(row.min()) for row in table) for measure, table in tables.items())
 
     def _figure(self, found: Allocation) -> float:
         """What bits cost, of what the front goes by: of several figures the largest."""

@@ -19,6 +19,7 @@ from qat_runner.paper.tables import make_table, paper
 from qat_runner.paper.tensors_of_run import look_at, network_of_run
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import IntFormat, expected_mse, fake_quantize, mse, newton_step, octav
+from qat_runner.report.entries import Width
 from qat_runner.report.methods import Standing
 from qat_runner.report.runs import Run
 from qat_runner.runs.records import METRICS
@@ -212,7 +213,7 @@ def methods(found: Sequence[Standing]) -> Figure:
             ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle="--", label=each.method)
         _end_before_outliers(ax, some, widths)
         ax.set(title=network, xlabel="bits", ylabel=some[0].measure.title)
-        ax.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
+        ax.set_xticks(range(len(widths)), [width.told for width in widths])
         ax.grid(alpha=0.3)
     labelled = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     wrapped = [textwrap.fill(label, LEGEND_LETTERS) for label in labelled]
@@ -220,7 +221,7 @@ def methods(found: Sequence[Standing]) -> Figure:
     return figure
 
 
-def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[float], aside: float, colour: str) -> None:
+def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[Width], aside: float, colour: str) -> None:
     """A line, moved aside, so that bars do not cover each other."""
     if not some:
         return
@@ -233,7 +234,7 @@ def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[float], as
     ax.errorbar(xs, means, reach, color=colour, marker="o", markersize=4, linewidth=0.8, capsize=3, label=name)
 
 
-def _end_before_outliers(ax: Axes, some: Sequence[Standing], widths: Sequence[float]) -> None:
+def _end_before_outliers(ax: Axes, some: Sequence[Standing], widths: Sequence[Width]) -> None:
     if some[0].measure.lower_is_better or not widths:
         return
     means = {(each.bits, each.method): statistics.fmean(each.values.values()) for each in some}

@@ -63,26 +63,34 @@ def _prices(kind: str, tensors: Sequence[PricedTensor], record: AllocationRecord
         dict.fromkeys(width for t in tensors for width in t["price"]),
         key=lambda width: (not any(width in t["beside"] for t in tensors), int(width)),
     )
-    views = [_at_width(tensors, width, record) for width in widths]
+    views = [view for width in widths for view in _at_width(tensors, width, record)]
     selects = (f"prices-{kind}-width",) if len(views) > 1 else ()
     layout = axes(yaxis=_names(tensors))
     return Chart(f"prices-{kind}", f"Prices of {kind}", views or [View("", [])], layout, _height(tensors), selects)
 
 
-def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRecord) -> View:
+def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRecord) -> list[View]:
+    """One view; two, if what was measured as well is no figure of the same kind."""
     places = list(range(len(tensors)))
     common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places}
     common["text"] = [f"{t['layer']}.{t['tensor']}" for t in tensors]
     common["hovertemplate"] = "%{text}<br>%{x}"
     prices = [rounded(t["price"].get(width)) for t in tensors]
-    traces = [common | {"x": prices, "name": record["price"], "colour": CHOSEN, "marker": {"size": 8}}]
-    if any(width in t["beside"] for t in tensors):
-        others = [rounded(t["beside"].get(width)) for t in tensors]
-        symbol = {"size": 7, "symbol": "square-open"}
-        traces.insert(0, common | {"x": others, "name": record["beside"], "colour": OTHER, "marker": symbol})
+    price = common | {"x": prices, "name": record["price"], "colour": CHOSEN, "marker": {"size": 8}}
+    if not any(width in t["beside"] for t in tensors):
+        return [View(f"{width} bits", [price], _axis([price], record["price"]))]
+    others = [rounded(t["beside"].get(width)) for t in tensors]
+    symbol = {"size": 7, "symbol": "square-open"}
+    other = common | {"x": others, "name": record["beside"], "colour": OTHER, "marker": symbol}
+    if SENSITIVITY[record["price"]] == SENSITIVITY[record["beside"]]:
+        return [View(f"{width} bits", [other, price], _axis([other, price], record["price"]))]
+    kinds = (price, record["price"]), (other, record["beside"])
+    return [View(f"{width} bits, {kind}", [trace], _axis([trace], kind)) for trace, kind in kinds]
+
+
+def _axis(traces: Sequence[PlotlyTrace], kind: str) -> dict[str, Any]:
     positive = all(x is None or x > 0 for trace in traces for x in trace["x"])
-    axis = {"type": "log" if positive else "linear", "title": {"text": SENSITIVITY[record["price"]]}}
-    return View(f"{width} bits", traces, {"xaxis": axis})
+    return {"xaxis": {"type": "log" if positive else "linear", "title": {"text": SENSITIVITY[kind]}}}
 
 
 def _height(tensors: Sequence[PricedTensor]) -> int:

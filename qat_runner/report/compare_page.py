@@ -10,6 +10,7 @@ from qat_runner.config.tasks import Measure
 from qat_runner.report import methods, page
 from qat_runner.report.entries import (
     Entry,
+    Width,
     by_method,
     by_network,
     entries,
@@ -133,7 +134,7 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
     """Of a row of the table, and how each is written."""
     s: Mapping[str, Any] = run.summary or {}
     return [
-        (run.bits, "{:g}"),
+        (None if run.bits is None else run.bits.mean, "{:g}" if run.bits is None else run.bits.told),
         (score(s) if s else None, "{:.2f}"),
         (drop, "{:+.2f}"),
         (s.get(f"best_{metric(s)}"), "{:.2f}"),
@@ -170,14 +171,14 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
             _mean_line(method, some, widths, shift, colours[method])
             for (method, some), shift in zip(methods, shifts, strict=True)
         ]
-        ticks = {"tickvals": list(range(len(widths))), "ticktext": [f"{width:g}" for width in widths]}
+        ticks = {"tickvals": list(range(len(widths))), "ticktext": [width.told for width in widths]}
         x_axis = ticks | {"range": [-0.4, len(widths) - 0.6], "zeroline": False}
         views.append(View(name, traces, {"xaxis": x_axis, "yaxis": _y_axis(runs)}))
     heading = f"{_quantity(networks)} against bits"
     return Chart("by-bits", heading, views, axes("bits"), 380, ("network",)) if _any(views) else None
 
 
-def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shift: float, colour: int) -> PlotlyTrace:
+def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[Width], shift: float, colour: int) -> PlotlyTrace:
     """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
     unit = measure_of(runs).unit
     if runs[0].full_precision:
@@ -189,7 +190,7 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[float], shif
     found = {width: [score(run.summary or {}) for run in runs if run.bits == width] for width in widths}
     found = {width: values for width, values in found.items() if values}
     means = {width: statistics.fmean(values) for width, values in found.items()}
-    labels = [f"{method}, {width:g} bits" for width in means]
+    labels = [f"{method}, {width.told} bits" for width in means]
     trace = line([rounded(widths.index(width) + shift) for width in means], list(means.values()), method, colour)
     trace |= {"text": labels, "hovertemplate": f"%{{text}}: %{{y}} {unit}<extra></extra>"}
     if any(len(values) > 1 for values in found.values()):
@@ -237,10 +238,13 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
         dashes = {width: DASHES[i % len(DASHES)] for i, width in enumerate(widths)}
         traces: list[PlotlyTrace] = []
         for method, some in by_method(runs):
-            found = [_curve(run, colours[method], dashes.get(run.bits or 0, "solid")) for run in some]
+            found = [
+                _curve(run, colours[method], "solid" if run.bits is None else dashes.get(run.bits, "solid"))
+                for run in some
+            ]
             group: list[PlotlyTrace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
-        told = ", ".join(f"{width:g} {dash}" for width, dash in dashes.items())
+        told = ", ".join(f"{width.told} {dash}" for width, dash in dashes.items())
         title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
         views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {}, yaxis=_y_axis(runs))))

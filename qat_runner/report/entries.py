@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
@@ -20,6 +20,14 @@ OF_A_LINE = ("seed", "weights", "weight_bits", "activation_bits", "budget", "noi
 
 DIGITS_OF_HASH = 8
 """Of the fingerprint of a file, how many are shown."""
+
+
+class Width(NamedTuple):
+    """Bits that methods are compared at."""
+
+    mean: float
+    told: str
+    """where those of weights and activations differ both, as in 4/8"""
 
 
 @dataclass(frozen=True)
@@ -55,21 +63,21 @@ class Entry:
         return self.config.model.name, self.config.dataset.name
 
     @property
-    def bits(self) -> float | None:
-        """Mean of those of weights and activations; where they are chosen, what they may be, or what they came to.
+    def bits(self) -> Width | None:
+        """Of weights and activations; where they are chosen, what they may be, or what they came to in the mean.
 
         None: they are to be chosen, and are not yet.
         """
         if not self.config.allocating:
-            return (self.config.weight_bits + self.config.activation_bits) / 2
-        if "budget" in self.config.limits:
-            return self.config.limits["budget"]
-        weights, activations = map(self._recorded, ("mean_weight_bits", "mean_activation_bits"))
-        return None if weights is None or activations is None else round((weights + activations) / 2, 1)
+            return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.told_bits))
+        mean = self.config.limits.get("budget") or self._mean_bits()
+        return None if mean is None else Width(mean, f"{mean:g}")
 
-    def _recorded(self, key: str) -> float | None:
-        summary: Mapping[str, Any] = self.summary or {}
-        return summary.get(key)
+    def _mean_bits(self) -> float | None:
+        recorded: Mapping[str, Any] = self.summary or {}
+        means = [recorded.get(key) for key in ("mean_weight_bits", "mean_activation_bits")]
+        known = [mean for mean in means if mean is not None]
+        return round(sum(known) / len(known), 1) if known else None
 
     @property
     def told_bits(self) -> str:
@@ -111,7 +119,9 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     variants: dict[Path, str] = {}
     for some in alike.values():
         theirs = [settings(run.config) for run in some]
-        keys = [key for key in keys_that_differ(theirs) if key not in OF_A_LINE]
+        once = len({(run.config.seed, run.bits) for run in some}) == len(some)
+        alike_in = [key for key in OF_A_LINE if once or key != "weights"]
+        keys = [key for key in keys_that_differ(theirs) if key not in alike_in]
         for run, setting in zip(some, theirs, strict=True):
             told = [f"{key.rpartition('.')[2]}={value_in_words(setting[key])}" for key in keys if key in setting]
             variants[run.folder] = ", ".join(dict.fromkeys(told))
@@ -125,7 +135,8 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
     for some in found.values():
         if not any(run.full_precision for run in some):
-            some += [r for r in runs if r.config.mode == Mode.evaluate and r.network == some[0].network]
+            evaluated = [run for run in runs if run.config.mode == Mode.evaluate and run.full_precision]
+            some += [run for run in evaluated if run.network == some[0].network]
     several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
     return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
-from qat_runner.report.entries import Entry, by_method, by_network, measure_of
+from qat_runner.report.entries import Entry, Width, by_method, by_network, measure_of
 from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation
 from qat_runner.runs.records import score
 
@@ -20,7 +20,7 @@ class Standing:
     """A method at some bits, for a network on a data set in a mode."""
 
     network: str
-    bits: float
+    bits: Width
     method: str
     full_precision: bool
     measure: Measure
@@ -93,7 +93,7 @@ def table(found: Sequence[Standing]) -> Table:
     heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found)))]
     cells = [
         [
-            *(each.network, f"{each.bits:g}", each.method, str(len(each.values))),
+            *(each.network, each.bits.told, each.method, str(len(each.values))),
             mean_and_deviation(list(each.values.values())),
             mean_and_deviation(each.gap.values, "+"),
             "" if each.method == each.reference else str(each.difference),

@@ -108,3 +108,76 @@ def test_what_works_in_training_alone_keeps_its_bits(batches: list[Tensor]) -> N
     model = qat.quantize(WithAuxiliary(), policy, example=batches[0])
     bits = {t.layer: t.quantizer.format.bits for t in quantized_tensors(model) if t.tensor == "weight"}
     assert bits["aux"] == 5 and bits["head"] != 5
+
+
+def bits_of(policy: qat.Policy) -> dict[str, int]:
+    return {rule.match: rule.bits for rule in policy.rules if rule.bits is not None}
+
+
+@pytest.mark.parametrize("match", ["*.weight", "*.weigh?"])
+def test_what_a_rule_says_of_all_weights_stays(batches: list[Tensor], match: str) -> None:
+    found = bits_of(qat.allocate(network(), batches, 4.0, policy=qat.Policy.of(rules=[qat.Rule(match, bits=8)])))
+    assert not any(name.endswith(".weight") for name in found if "*" not in name) and "2.input" in found
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = network(), nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.body(x)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def test_a_tensor_that_no_gradient_reaches_is_named(batches: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"body.2.weight, body.2.input, .*: without a price"):
+        qat.allocate(Frozen(), batches, 4.0)
+    assert "body.2.weight" in bits_of(qat.allocate(Frozen(), batches, 4.0, kind="measured"))
+
+
+class Tied(nn.Module):
+    def __init__(self, embedding: bool) -> None:
+        super().__init__()
+        self.one, self.other = nn.Embedding(12, 8) if embedding else nn.Linear(8, 12, bias=False), nn.Linear(8, 12)
+        self.middle = nn.Linear(8, 8)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one(x) if isinstance(self.one, nn.Embedding) else self.one(x)[..., :8]
+        out: Tensor = self.other(self.middle(hidden))
+        return out
+
+
+def test_what_layers_share_is_stored_once() -> None:
+    tokens, x = torch.arange(6).view(2, 3), torch.randn(2, 3, 8)
+    shared, middle, biases = 12 * 8, 8 * 8, 32 * (8 + 12)
+    model = qat.quantize(Tied(embedding=True), 4, example=tokens)
+    scalars = 32 * sum(t.quantizer.s.numel() for t in quantized_tensors(model))
+    of_middle = {t.layer: t.quantizer.format.bits for t in quantized_tensors(model)}["middle"]
+    assert size_mb(model)[0] * 8e6 == pytest.approx(32 * shared + of_middle * middle + biases + scalars)
+    rules = [qat.Rule("one.weight", bits=3), qat.Rule("other.weight", bits=5)]
+    model = qat.quantize(Tied(embedding=False), 4, example=x, rules=rules)
+    scalars = 32 * sum(t.quantizer.s.numel() for t in quantized_tensors(model))
+    assert size_mb(model)[0] * 8e6 == pytest.approx(5 * shared + 4 * middle + biases + scalars)
+
+
+def test_bits_of_what_layers_share_are_no_choice() -> None:
+    inputs = [torch.randn(2, 3, 8)]
+    policy = qat.Policy.of(first_last_bits=None)
+    with pytest.raises(ValueError, match=r"one.weight, other.weight: stored for other layers as well"):
+        qat.allocate(Tied(embedding=False), inputs, 4.0, policy=policy)
+    rules = [qat.Rule("one.weight", bits=8), qat.Rule("other.weight", bits=8)]
+    policy = qat.Policy.of(first_last_bits=None, rules=rules)
+    found = qat.quantize(Tied(embedding=False), qat.allocate(Tied(embedding=False), inputs, 4.0, policy=policy))
+    assert {t.name: t.quantizer.format.bits for t in quantized_tensors(found)}["one.weight"] == 8
+    small = qat.allocate(Tied(embedding=False), inputs, size_mb=0.0006, policy=policy)
+    assert size_mb(qat.quantize(Tied(embedding=False), small, example=inputs[0]))[0] <= 0.0006
+
+
+def test_fewer_than_two_widths_are_no_choice(batches: list[Tensor]) -> None:
+    for widths in ([4], [4, 4]):
+        with pytest.raises(ValueError, match="must be two or more"):
+            qat.allocate(network(), batches, 4.0, widths=widths)

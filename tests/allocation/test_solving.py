@@ -140,6 +140,50 @@ def test_latencies_are_added_up_and_must_be_whole() -> None:
         latency_ms(NETWORK, {"a": table["a"], "b": table["b"]})
 
 
+def exact(operands: list[Operand], prices: dict[str, dict[int, float]], mean: float) -> float:
+    """The least total price of tensors of one kind within mean bits, by dynamic programming over bits spent."""
+    room = int(mean * sum(o.elements for o in operands) + 1e-6)
+    best = np.full(room + 1, np.inf)
+    best[0] = 0
+    for operand in operands:
+        after = np.full(room + 1, np.inf)
+        for width, cost in prices[operand.name].items():
+            spent = operand.elements * width
+            after[spent:] = np.minimum(after[spent:], best[: max(room + 1 - spent, 0)] + cost)
+        best = after
+    return float(best.min())
+
+
+@pytest.mark.parametrize("sensitive", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("mean", [4, 6])
+def test_one_sensitive_tensor_hides_no_other(sensitive: float, mean: int) -> None:
+    """The solver's tolerances are those of the largest price."""
+    draw, widths = np.random.default_rng(0), tuple(range(2, 17))
+    sizes = draw.integers(10, 200, (8, 2))
+    network = Network(tuple(operation(str(i), int(a), int(b), 1, widths) for i, (a, b) in enumerate(sizes)), 0, 0)
+    scale = {o.name: sensitive if i == 0 else float(draw.lognormal(0, 2)) for i, o in enumerate(network.free)}
+    prices = {name: {w: each * 4.0**-w for w in widths} for name, each in scale.items()}
+    found = allocate_bits(network, prices, [Limit(m, mean) for m in COSTS["mean_bits"](network)])
+    best = [exact([o for o in network.free if o.weight == kind], prices, mean) for kind in (True, False)]
+    assert found.rise == pytest.approx(sum(best), rel=1e-9)
+
+
+def test_what_has_no_price_is_named() -> None:
+    prices = falling(NETWORK)
+    del prices["c.input"]
+    with pytest.raises(ValueError, match=r"c\.input: without a price, since no batch came by there, or no gradient"):
+        allocate_bits(NETWORK, prices, [])
+
+
+def test_of_the_same_bits_no_other_latencies_are_asked_for() -> None:
+    table = {name: {(w, w): float(w) for w in WIDTHS} for name in "abc"}
+    (measure,) = latency_ms(NETWORK, table, same=True)
+    found = allocate_bits(NETWORK, falling(NETWORK), [Limit(measure, 16.0)], same=True)
+    assert measure.total(NETWORK, found.bits) <= 16.0
+    with pytest.raises(ValueError, match="a lacks 2x4 bits"):
+        latency_ms(NETWORK, table)
+
+
 def test_a_hundred_operations_take_a_moment() -> None:
     draw = np.random.default_rng(0)
     widths = tuple(range(2, 9))
