@@ -76,9 +76,7 @@ class Claim:
         if not self.statements:
             return f"see `{self.see}`" if self.see else "nothing here shows it"
         setups = dict.fromkeys(finding.setup.name for finding in findings)
-        verdicts = [
-            together([f.verdict for f in findings if f.setup.name == name], len(self.statements)) for name in setups
-        ]
+        verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
         told = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
         if {*told} == {Verdict.HOLDS, Verdict.FAILS}:
             return f"holds in {told.count(Verdict.HOLDS)} of {len(told)} setups"
@@ -91,16 +89,18 @@ class Claim:
         return {model: value for model, value in found.items() if value is not None}
 
 
-def together(verdicts: Sequence[Verdict], wanted: int) -> Verdict:
+def together(findings: Sequence[Finding], wanted: int) -> Verdict:
     """Of a claim in one setup: it fails with one of its statements, and holds with all of them.
 
     Args:
-        verdicts: on the statements that something was run of, of one at least.
+        findings: on the statements that something was run of, of one at least; several of one that subtracts what was
+            run in several setups.
         wanted: how many statements there are.
     """
+    verdicts = [finding.verdict for finding in findings]
     if Verdict.FAILS in verdicts:
         return Verdict.FAILS
-    if len(verdicts) >= wanted and {*verdicts} == {Verdict.HOLDS}:
+    if len({finding.statement for finding in findings}) >= wanted and {*verdicts} == {Verdict.HOLDS}:
         return Verdict.HOLDS
     return verdicts[0] if len({*verdicts}) == 1 and Verdict.HOLDS not in verdicts else Verdict.OPEN
 

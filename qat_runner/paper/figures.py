@@ -5,6 +5,7 @@ import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -157,19 +158,25 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
     ax = axes[0][0]
     missing = []
     for row in layout["rows"]:
-        curves = [_accuracy(run) for run in ours if run.row == row]
-        columns = list(zip(*(curve for curve in curves if curve), strict=False))
+        curves = [curve for run in ours if run.row == row and (curve := _accuracy(run))]
+        columns = [[value for value in some if value is not None] for some in zip_longest(*curves)]
         if not columns:
             missing.append(labels[row])
             continue
         epochs = range(1, len(columns) + 1)
-        (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row])
+        (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row] + _ended_early(curves))
         ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color())
     if not ax.lines:
         raise ConfigError(f"figure4: no run of table1 on {dataset} has finished an epoch")
     ax.set(xlabel="epoch", ylabel="validation top1 (%)", title=f"Table 1's runs of {models[0]} on {dataset}")
     ax.legend(title=f"missing: {', '.join(missing)}" if missing else None)
     return figure
+
+
+def _ended_early(curves: Sequence[Sequence[float]]) -> str:
+    """Of how many of several seeds the last epochs are."""
+    whole = sum(len(curve) == max(map(len, curves)) for curve in curves)
+    return "" if whole == len(curves) else f", {whole} of {len(curves)} seeds to the end"
 
 
 def _accuracy(run: Run) -> list[float]:

@@ -27,9 +27,9 @@ RULE = (
     "t (a paired t-test).",
     "A statement about a difference holds where the whole interval lies where the statement has it, does not hold "
     "where none of it does, and else cannot be told: seeds scatter too much. Of one seed nothing can be told. By "
-    "chance alone one statement in twenty is judged wrongly. A claim holds in a setup where all of its statements do, "
-    "and does not hold where one does not. A cell of a table holds where the difference from full precision is within "
-    f"{NEAR:g} point of the published one.",
+    "chance alone at most one statement in twenty is judged wrongly. A claim holds in a setup where all of its "
+    "statements do, and does not hold where one does not. A cell of a table holds where the difference from full "
+    f"precision is within {NEAR:g} point of the published one.",
 )
 
 WORDS_OF_A_ROW = ("clipping=", "clipping.q=", "gradient=", "bits=", "seed=", "recipe.distill=", "recipe.teacher=")

@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,8 @@ class Row:
     label: str
     values: tuple[float, ...]
     """the table's metric, of each finished seed, in percent"""
-    baseline: float | None
-    """their mean in full precision; None of that row itself, and where it is missing"""
+    gaps: tuple[float, ...]
+    """of each that full precision has as well: how far it lies above that, in points"""
     published: float | None
     """in percent"""
     published_baseline: float | None
@@ -64,8 +64,8 @@ class Row:
 
     @property
     def gap(self) -> float | None:
-        """Ours minus our full precision, in points."""
-        return _minus(statistics.fmean(self.values) if self.values else None, self.baseline)
+        """Ours minus our full precision, in points: the mean over the seeds of both."""
+        return statistics.fmean(self.gaps) if self.gaps else None
 
     @property
     def published_gap(self) -> float | None:
@@ -127,7 +127,8 @@ class TableOfRuns:
 
     def notes(self) -> list[str]:
         what = f"{self.metric} of the last epoch on the validation split"
-        notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds."]
+        paired = "Against full precision stands the mean of the differences, seed by seed."
+        notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds. {paired}"]
         if "published" in self.layout:
             source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))
             notes.append(f"Published figures: {source}, on {data}.")
@@ -175,20 +176,28 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     for model in models if only is None else [only]:
-        baseline: float | None = None
+        baseline: dict[int, float] = {}
         for row in layout["rows"]:
             full = row in FULL_PRECISION_ROWS
             for bits in [None] if full else layout["bits"]:
                 mine = [r for r in ours if (r.model, r.row) == (model, row) and (full or r.weight_bits == bits)]
                 check_seeds(mine)
                 table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-                values = tuple(score(run.summary) for run in mine if run.summary is not None)
+                values = {run.seed: score(run.summary) for run in mine if run.summary is not None}
                 if full:
-                    baseline = statistics.fmean(values) if values else None
-                baselines = (None, None) if full else (baseline, published(name, model, FULL_PRECISION_ROWS[0], None))
+                    baseline = values
+                base = None if full else published(name, model, FULL_PRECISION_ROWS[0], None)
+                gaps = () if full else _gaps(values, baseline, row_of_baseline=layout["rows"][0])
                 value = published(name, model, row, bits)
-                table.rows.append(Row(model, bits, labels[row], values, baselines[0], value, baselines[1]))
+                table.rows.append(Row(model, bits, labels[row], tuple(values.values()), gaps, value, base))
     return table
+
+
+def _gaps(values: Mapping[int, float], baseline: Mapping[int, float], row_of_baseline: str) -> tuple[float, ...]:
+    """Seed by seed; one pretrained network is that of all seeds."""
+    if row_of_baseline == "pretrained" and len(baseline) == 1:
+        baseline = dict.fromkeys(values, *baseline.values())
+    return tuple(values[seed] - baseline[seed] for seed in values if seed in baseline)
 
 
 def _belongs(run: Run, layout: dict[str, Any]) -> bool:

@@ -11,6 +11,9 @@ from functools import cached_property
 
 CONFIDENCE = 0.95
 
+ROUNDING = 1e-9
+"""Points by which differences that are the same may differ."""
+
 
 class Verdict(StrEnum):
     """On a statement."""
@@ -19,6 +22,7 @@ class Verdict(StrEnum):
     FAILS = "does not hold"
     OPEN = "cannot be told"
     ONE_SEED = "cannot be told: one seed"
+    ALIKE = "cannot be told: all seeds alike"
     ALONE = "cannot be told: nothing to compare with"
     NOT_RUN = "not run"
 
@@ -35,13 +39,16 @@ class Differences:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean; None of one seed."""
+        """The confidence interval of the mean; None of one seed, or of several that are all alike.
+
+        Where all are alike, seeds made no difference to what was computed, and were no chance either.
+        """
         from scipy.special import stdtrit
 
         count = len(self.values)
-        if count < 2:
+        if count < 2 or (deviation := statistics.stdev(self.values)) < ROUNDING:
             return None
-        error = statistics.stdev(self.values) / count**0.5
+        error = deviation / count**0.5
         reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
         return self.mean - reach, self.mean + reach
 
@@ -50,7 +57,7 @@ class Differences:
         if not self.values:
             return Verdict.ALONE
         if self.interval is None:
-            return Verdict.ONE_SEED
+            return Verdict.ONE_SEED if len(self.values) == 1 else Verdict.ALIKE
         low, high = self.interval
         if above < low and high < below:
             return Verdict.HOLDS
@@ -59,10 +66,11 @@ class Differences:
     def told(self, lower_is_better: bool) -> str:
         """What it says of two methods: whether the one is better or worse than the other, or why that is not known."""
         if self.interval is None:
-            return "one seed" if self.values else "nothing to compare with"
+            alike = "one seed" if len(self.values) == 1 else "the same for all seeds"
+            return alike if self.values else "nothing to compare with"
         low, high = self.interval
         if low <= 0 <= high:
-            return "within the seeds' scatter" if any(self.values) else "the same"
+            return "within the seeds' scatter"
         return "better" if (high < 0) == lower_is_better else "worse"
 
     def __str__(self) -> str:

@@ -167,7 +167,8 @@ def test_the_published_columns_in_every_layout(name: str, layout: str, tmp_path:
     dataset, model = ("squad", "bert_base") if name == "table5" else ("imagenet", "resnet50")
     full = "pretrained" if name in ("table3", "table4") else "full_precision"
     mode = paper()[name]["mode"]
-    runs = [_run(tmp_path, model, full, None, 70.0, dataset=dataset, mode=mode)]
+    seeds = (0,) if full == "pretrained" else (0, 1, 2)  # seed by seed: of the third there is nothing to compare
+    runs = [_run(tmp_path, model, full, None, 70.0 + 3 * (s == 2), dataset=dataset, mode=mode, seed=s) for s in seeds]
     runs += [_run(tmp_path, model, "octav", 4, 68.5 + s, dataset=dataset, mode=mode, seed=s) for s in (0, 1)]
     heads, *rows = _read(make_table(name, runs, dataset).text(layout), layout)
     assert heads[-3:] == ["published %", "published against full precision", "difference of the two"]

@@ -24,26 +24,26 @@ def _runs(folder: Path) -> Path:
     return folder
 
 
-def _by_method(found: list[Standing]) -> dict[tuple[str, float], Standing]:
-    return {(each.method, each.bits): each for each in found}
+def _by_method(found: list[Standing]) -> dict[tuple[str, str], Standing]:
+    return {(each.method, each.bits.told): each for each in found}
 
 
 def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     found = _by_method(standings(entries([_runs(tmp_path)])[0]))
-    assert list(found) == [("octav", 4), ("max", 4), ("max", 8), ("full precision", 32)]
-    worse = found["max", 4]
+    assert list(found) == [("octav", "4"), ("max", "4"), ("max", "8"), ("full precision", "32")]
+    worse = found["max", "4"]
     theirs = ttest_rel(MAX, OCTAV).confidence_interval(0.95)
     assert worse.difference.interval == pytest.approx((theirs.low, theirs.high))
     assert worse.told == "worse" and worse.reference == "octav"
     assert worse.gap.values == (58.0 - 70, 58.5 - 71, 60.9 - 72)
-    assert found["octav", 4].told == found["full precision", 32].told == ""
-    assert found["max", 8].told == "nothing to compare with"
+    assert found["octav", "4"].told == found["full precision", "32"].told == ""
+    assert found["max", "8"].told == "nothing to compare with"
 
 
 def test_another_reference(tmp_path: Path) -> None:
     runs = entries([_runs(tmp_path)])[0]
     found = _by_method(standings(runs, "max"))
-    assert found["octav", 4].told == "better" and found["max", 8].reference == "max"
+    assert found["octav", "4"].told == "better" and found["max", "8"].reference == "max"
 
 
 def test_scatter_is_called_so(tmp_path: Path) -> None:
@@ -52,7 +52,8 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
         make_run(tmp_path, f"seed={seed}", "clipping=max", top1=top1)
         make_run(tmp_path, f"seed={seed}", "clipping=mse_sweep", top1=60.5)
     found = _by_method(standings(entries([tmp_path])[0]))
-    assert found["max", 4].told == "within the seeds' scatter" and found["mse_sweep", 4].told == "the same"
+    assert found["max", "4"].told == "within the seeds' scatter"
+    assert found["mse_sweep", "4"].told == "the same for all seeds"
 
 
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
         make_run(tmp_path, "policy=auto", f"budget={budget}", "bits=8")
     make_run(tmp_path, "bits=3")
     found = standings(entries([tmp_path])[0])
-    assert [(each.method, each.bits) for each in found] == [
+    assert [(each.method, each.bits.mean) for each in found] == [
         *(("octav", 3), ("octav, chosen bits", 3), ("octav, chosen bits", 5))
     ]
 
@@ -78,3 +79,29 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == message
     text = text_of(compare_page.write([runs], tmp_path / "compare.html"))
     assert "Over seeds network bits method seeds" in text and "-2.03 [-3.15, -0.91] worse" in text
+
+
+def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
+    """Weights of 2 and activations of 8 bits are not the other way round, and not 5 bits either."""
+    for bits, top1 in ((("weight_bits=2", "activation_bits=8"), 60.0), (("weight_bits=8", "activation_bits=2"), 80.0)):
+        make_run(tmp_path, *bits, top1=top1)
+    make_run(tmp_path, "bits=5", top1=95.0)
+    found = standings(entries([tmp_path])[0])
+    assert {each.bits.told: list(each.values.values()) for each in found} == {"2/8": [60], "8/2": [80], "5": [95]}
+
+
+def test_other_weights_of_the_same_seed_are_another_method(tmp_path: Path) -> None:
+    for name, top1 in (("x", 90.0), ("y", 10.0)):
+        (tmp_path / f"{name}.pt").write_text(name)
+        make_run(tmp_path, "mode=retrain", f"weights={tmp_path / name}.pt", top1=top1)
+    assert sorted(value for each in standings(entries([tmp_path])[0]) for value in each.values.values()) == [10, 90]
+
+
+def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    weights = f"weights={tmp_path / 'x.pt'}"
+    make_run(tmp_path, "mode=retrain", weights, top1=90.0)
+    make_run(tmp_path, "mode=retrain", weights, "clipping=max", top1=89.0)
+    make_run(tmp_path, "mode=evaluate", weights, top1=10.0)
+    found = standings(entries([tmp_path])[0])
+    assert {each.method: list(each.values.values()) for each in found} == {"octav": [90], "max": [89]}
