@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from qat_runner.data.batches import WHOLE, Shard
-from qat_runner.errors import QatError, RunError
+from qat_runner.errors import ConfigError, QatError, RunError
 from qat_runner.ranks import is_main, launched, local_rank
 
 T = TypeVar("T")
@@ -122,6 +123,35 @@ class Agreement:
         return int(self._asked)
 
 
+class DataParallel(DistributedDataParallel):
+    """DistributedDataParallel of the parameters that have a gradient when it is made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        without = idle(model)
+        names = [*without, *(f".{name}" for name in without)]  # as it calls those of the model itself
+        names += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        super().__init__(model, gradient_as_bucket_view=True)
+        self.idle = without
+        """names, and parameters, that take no part"""
+
+    def check(self) -> None:
+        """After a backward pass.
+
+        Raises:
+            RunError: a parameter that takes no part has a gradient, which was not averaged.
+        """
+        if late := [name for name, p in self.idle.items() if p.grad is not None]:
+            raise RunError(
+                f"{late[0]}: had no gradient in the first step, and has one now, which several processes cannot average"
+            )
+
+
+def idle(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained and have no gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
 def data_parallel(model: nn.Module) -> nn.Module:
     """A model that averages its gradients over all processes, while the backward pass goes on.
 
@@ -129,17 +159,19 @@ def data_parallel(model: nn.Module) -> nn.Module:
         model: after a backward pass, whose gradients are averaged here. What has one takes part from now on;
             DistributedDataParallel would wait for the others. Buffers are left alone: of BatchNorm's averages, and of
             scalars, each process has its own.
+
+    Raises:
+        RunError: in other processes other parameters have gradients.
     """
     if not dist.is_initialized():
         return model
+    mine = [*idle(model)]
+    if any(theirs != mine for theirs in all_gather(mine)):
+        raise RunError("processes have gradients of other parameters each, as where a network skips layers at random")
     for p in model.parameters():
         if p.grad is not None:
             all_reduce(p.grad).div_(dist.get_world_size())
-    ignored = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    ignored += [f".{name}" for name in ignored]  # as it calls those of the model itself
-    ignored += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DataParallel(model)
 
 
 def adding_up(model: nn.Module) -> AbstractContextManager[None]:
@@ -193,11 +225,35 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """A model whose BatchNorms see the batch of all processes: the same one, with other modules in it."""
+    """A model whose BatchNorms see the batch of all processes: the same one, with other modules in it.
+
+    Raises:
+        ConfigError: it has one of a kind for which there is no such thing.
+    """
     if any(p.is_cuda for p in model.parameters()):
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return converted
+        return _synchronized_by_torch(model)
+    _refuse_others(model, (nn.BatchNorm2d,))
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
     return model
+
+
+def _synchronized_by_torch(model: nn.Module) -> nn.Module:
+    """By torch, which makes any BatchNorm a plain one, or by timm, which keeps its activation function."""
+    plain: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
+    if any(type(module).__module__.startswith("timm.") for module in model.modules()):
+        from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+
+        plain, convert = (*plain, BatchNormAct2d), convert_sync_batchnorm
+    _refuse_others(model, plain)
+    return convert(model)
+
+
+def _refuse_others(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in kinds:
+            raise ConfigError(
+                f"sync_batchnorm=true: {name} is a {type(module).__name__}, which cannot be synchronized on this device"
+            )

@@ -460,6 +460,13 @@ class Policy:
         return any(rule.names_kind(kind) for rule in self.rules)
 
     @property
+    def has_static(self) -> bool:
+        """Whether scalars of some tensors are calibrated and stay, as those that are learned do not."""
+        return any(
+            rule.dynamic is False and not (rule.clipping is not None and rule.clipping.learned) for rule in self.rules
+        )
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether scalars of some tensors must be found on batches before the first use."""
         methods = [rule.clipping for rule in self.rules if rule.clipping is not None]

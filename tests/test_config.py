@@ -152,6 +152,16 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["dataset.std=[0]"], "dataset.std"),
         (["gradient.name=x"], "gradient.name=x: must be one of"),
         (["+foo=1"], "unknown key 'foo'"),
+        (
+            ["clipping=lsq", "rules=[{match: '*.weight', clipping: octav, dynamic: false}]"],
+            "rules.dynamic=false: mode=",
+        ),
+        (["clipping=lsq", "clipping.sync=true"], "clipping.sync=true: is for scalars that are solved in training"),
+        (["clipping=lsq", "clipping.eval_mode=running"], "clipping.eval_mode=running: is for scalars that are solved"),
+        (["clipping=pact", "range=full"], "range=full: clipping=pact has ranges of its own"),
+        (["clipping=pact", "weight_range=oriented"], "weight_range=oriented: clipping=pact has ranges of its own"),
+        (["allocated=[{match: '*', bits: 2}]"], "allocated: is filled in by the runner"),
+        (["+fingerprints.x=1"], "fingerprints: is filled in by the runner"),
         (["+model.foo=1"], "unknown key 'model.foo'"),
     ],
 )
@@ -211,6 +221,41 @@ def test_identity_and_name(composed: Compose) -> None:
         "dataset.image_size",
         "seed",
     ]
+
+
+def test_beside_learned_scalars_others_are_solved(composed: Compose) -> None:
+    """clipping=lsq says dynamic=false, which is nothing for what a rule gives another method."""
+    config = composed("clipping=lsq", "rules=[{match: '*.weight', clipping: octav}]")
+    weight, activation = (config.quantization.tensor("conv1", "Conv2d", name) for name in ("weight", "input"))
+    assert weight.dynamic and weight.clipping.name == "octav" and activation.clipping.learned
+    rules = "rules=[{match: '*.weight', clipping: octav}]"
+    names = {run_name(composed("clipping=lsq", rules, f"gradient={name}")) for name in ("mph", "ste")}
+    assert len(names) == 2 and len({run_name(composed("clipping=lsq", f"gradient={g}")) for g in ("mph", "ste")}) == 1
+    composed("rules=[{match: '*.input', clipping: lsq}]")  # from scratch: nothing is static
+
+
+def test_what_probes_are_trained_by_tells_runs_apart(composed: Compose) -> None:
+    """Bits that are chosen after retraining depend on how; and so does what is trained with them, in any mode."""
+    ways = ("recipe.retrain.lr=0.5", "accumulate=4", "recipe.distill=full_precision")
+    chosen = ["weights=w.pt", "budget=4", "retrain_steps=5"]
+    for command in ([*chosen, "mode=allocate"], [*chosen, "policy=auto", "mode=ptq"]):
+        assert len({run_name(composed(*command, *way)) for way in ([], *([one] for one in ways))}) == 4
+        plain = [word for word in command if word != "retrain_steps=5"]
+        assert run_name(composed(*plain)) == run_name(composed(*plain, "recipe.retrain.lr=0.5"))
+
+
+def test_kernels_of_quantization_are_nothing_to_full_precision(composed: Compose) -> None:
+    ways = ("backend=eager", "log_excess_mse=true", "backend=auto")
+    assert len({run_name(composed("bits=32", way)) for way in ways}) == 1
+
+
+def test_words_for_weights_are_no_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed("model=resnet18", "dataset=fake", "mode=evaluate", "weights=torchvision")
+    name = run_name(config)
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "notes.txt").write_text("a clone of something")
+    monkeypatch.chdir(tmp_path)
+    assert run_name(config) == name and config.with_fingerprints().fingerprints == {}
 
 
 def test_a_run_whose_last_bits_may_vary_is_another(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config
+from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -74,7 +74,8 @@ def settings(config: Config) -> dict[str, Any]:
     keys["recipe"] = None
     if config.training:
         keys["recipe"] = plain(config.stage)
-    if config.distilling:
+    probing = config.allocating and config.retrain_steps > 0  # what probes are trained by decides about bits
+    if config.distilling or (probing and config.recipe.distill != Distill.none):
         teacher = config.recipe.teacher
         keys["distill"] = {
             "teacher": None if teacher is None else config.content(teacher),
@@ -90,7 +91,9 @@ def settings(config: Config) -> dict[str, Any]:
             del keys[key]
     elif config.policy == AUTO:
         keys["policy"] = AUTO
-    elif config.retrain_steps:
+        if probing and config.mode != Mode.retrain:
+            keys["retrain"] = plain(config.recipe)["retrain"]
+    elif probing:
         keys["recipe"] = plain(config.recipe)["retrain"]
     if config.allocating and config.allocation.latencies is not None:
         keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
@@ -101,7 +104,7 @@ def settings(config: Config) -> dict[str, Any]:
     if not (config.quantized_training or config.retrain_steps):
         del keys["oscillations"]
     if not config.training:
-        for key in ("epochs", "lr", "accumulate", "batch_size"):
+        for key in ("epochs", "lr", "batch_size", *(() if probing else ("accumulate",))):
             del keys[key]
     if not config.needs_calibration:
         del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
@@ -123,9 +126,11 @@ def settings(config: Config) -> dict[str, Any]:
             "activation_range",
             "rules",
             "noise_batches",
+            "backend",
+            "log_excess_mse",
         ):
             keys.pop(key, None)
-    elif config.clipping.learned:
+    elif config.all_learned:
         del keys["gradient"]
     return {key: value for key, value in flat(keys).items() if key not in foreign}
 
@@ -212,7 +217,7 @@ def clipping_label(config: Config, became_static: bool = False) -> str:
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     suffix += "-from-octav" if config.clipping.start == "octav" else ""
     static = not config.clipping.dynamic and not config.clipping.learned
-    became = config.clipping.dynamic and (config.freezing or became_static)
+    became = config.clipping.dynamic and not config.clipping.learned and (config.freezing or became_static)
     parts = ["static"] if static else []
     of_both = (
         *_of_both(config.weight_format.replace("_", "-"), config.activation_format.replace("_", "-"), "int"),
@@ -234,7 +239,7 @@ def gradient_label(config: Config) -> str:
     """The gradient estimator in one word, with options that are not the usual; that of lsq and pact is their own."""
     if config.quantization.full_precision:
         return "none"
-    return "own" if config.clipping.learned else str(config.gradient.estimator)
+    return "own" if config.all_learned else str(config.gradient.estimator)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

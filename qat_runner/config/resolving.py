@@ -40,7 +40,7 @@ from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
 from qat_runner.plugins import later
 from qat_runner.policy import FULL_PRECISION
-from qat_runner.quant import BITS, Octav
+from qat_runner.quant import BITS, Octav, Range
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -56,6 +56,9 @@ def from_hydra(composed: DictConfig) -> Config:
     assert isinstance(config, ConfigSchema)
     for key in _unknown_keys(config):
         raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
+    for key in ("allocated", "fingerprints"):
+        if getattr(config, key):
+            raise ConfigError(f"{key}: is filled in by the runner")
     require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
     return resolve(config)
 
@@ -282,6 +285,7 @@ def _check_quantization(config: Config) -> None:
         said = "bits" if bits == config.bits and key != "first_last_bits" else key
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
+    _check_scalars(config)
     if config.needs_calibration:  # to know that takes the whole policy, which checks itself
         wanted = (
             f"clipping={config.clipping.name}"
@@ -296,6 +300,22 @@ def _check_quantization(config: Config) -> None:
             config.clipping.calibration_batches,
             f"1 or more, since {wanted} needs data to calibrate its scalars",
         )
+
+
+def _check_scalars(config: Config) -> None:
+    """Refuse what would have no effect: keys about solving where nothing is solved, and ranges where they are given."""
+    clipping = config.clipping
+    if config.quantization.full_precision:
+        return
+    if clipping.sync and (config.all_learned or not (clipping.dynamic or clipping.learned or config.rules)):
+        what = "learned" if clipping.learned else "static"
+        raise ConfigError(f"clipping.sync=true: is for scalars that are solved in training, and these are {what}")
+    if clipping.eval_mode != "dynamic" and config.all_learned:
+        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
+    for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():
+        if (value := getattr(config, key)) != Range.TWOS_COMPLEMENT:
+            said = "range" if config.range == value else key
+            raise ConfigError(f"{said}={value}: clipping=pact has ranges of its own")
 
 
 def _check_freezing(config: Config) -> None:
@@ -373,9 +393,10 @@ def _check_mode(config: Config) -> None:
     if config.training and config.mode not in config.task.modes:
         allowed = ", ".join((*config.task.modes, "ptq", "allocate", "evaluate"))
         raise ConfigError(f"mode={config.mode}: must be one of {allowed} for dataset.task={config.dataset.task}")
-    if config.mode == Mode.scratch and config.needs_calibration and not config.clipping.learned:
+    if config.mode == Mode.scratch and config.quantization.has_static:
+        said = "rules" if config.clipping.dynamic or config.clipping.learned else "clipping"
         raise ConfigError(
-            "clipping.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
+            f"{said}.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
         )
     for key, part, value in (
         ("weights", config.weights_part, config.weights),

@@ -115,6 +115,8 @@ PRETRAINED = "pretrained"
 """The value of `weights` that means the published weights of the model, by its own library."""
 BASELINE = "baseline"
 """The value of `weights` that stands for the run that `baseline_of` names."""
+WORDS_OF_WEIGHTS = (TORCHVISION, PRETRAINED, BASELINE)
+"""Values of `weights` that are no paths, whatever lies there."""
 AUTO = "auto"
 """The value of `policy` that stands for what the run that `allocation_of` names comes to."""
 LIMITS = ("budget", "size_mb", "bitops", "traffic_mb", "latency_ms")
@@ -701,6 +703,12 @@ class Config(ConfigSchema):
         return [word for word, done in words.items() if done]
 
     @property
+    def all_learned(self) -> bool:
+        """Whether all scalars are learned, by methods that have gradients of their own; no rule gives another."""
+        others = (rule.clipping for rule in self.quantization.rules if rule.clipping is not None)
+        return self.clipping.learned and all(method.learned for method in others)
+
+    @property
     def told_remedies(self) -> list[str]:
         """`remedies`, and mixed where rules make exceptions."""
         return [*(["mixed"] if self.rules else []), *self.remedies]
@@ -713,15 +721,15 @@ class Config(ConfigSchema):
         return replace(self, model=model, mode=Mode.evaluate)
 
     def content(self, path: str) -> str:
-        """A fingerprint of what is at a path, as the run found it, or as it is now."""
-        return self.fingerprints.get(path) or fingerprint(path)
+        """A fingerprint of what is at a path, as the run found it, or as it is now; of no path, the word itself."""
+        return path if path in WORDS_OF_WEIGHTS else self.fingerprints.get(path) or fingerprint(path)
 
     def with_fingerprints(self) -> "Config":
         """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
         named = {self.weights, self.recipe.teacher, self.model.checkpoint, checkpoint_of(self.model.name)}
         named |= {self.allocation.latencies}
-        named -= {None, BASELINE}
-        return replace(self, fingerprints={path: self.content(path) for path in sorted(filter(None, named))})
+        paths = sorted(path for path in named if path is not None and path not in WORDS_OF_WEIGHTS)
+        return replace(self, fingerprints={path: self.content(path) for path in paths})
 
     @property
     def quantization(self) -> Policy:
@@ -743,7 +751,8 @@ class Config(ConfigSchema):
                 weight_bits=self.weight_bits,
                 activation_bits=self.activation_bits,
                 first_last_bits=self.first_last_bits,
-                dynamic=self.clipping.dynamic,
+                # what a rule gives another method is dynamic beside learned scalars, too, unless it says otherwise
+                dynamic=self.clipping.dynamic or self.clipping.learned,
                 eval_mode=self.clipping.eval_mode,
                 conv_granularity=self.conv_granularity,
                 linear_granularity=self.linear_granularity,

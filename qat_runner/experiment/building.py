@@ -20,6 +20,7 @@ from qat_runner.tasks import task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.batch_norm import norms
 from qat_runner.training.latent import latent_weights
+from qat_runner.training.loop import dynamic_activations
 from qat_runner.training.memory import keep_freed_memory
 
 log = logging.getLogger("qat_runner")
@@ -108,6 +109,9 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
 def _check_training(config: Config, model: nn.Module) -> None:
     """Refuse what training is to do where the network has nothing that it could be done to."""
     how, quantized = config.oscillations, config.quantized_training
+    if config.freezing and not dynamic_activations(model):
+        at = f"recipe.freeze_scalars_at={config.recipe.freeze_scalars_at:g}"
+        raise ConfigError(f"{at}: {config.model.name} has no activations whose scalars are dynamic and could be static")
     if quantized and how.watching and not latent_weights(model, how.max_bits):
         raise ConfigError(
             f"oscillations.max_bits={how.max_bits}: {config.model.name} has no weight of so few bits whose codes could "

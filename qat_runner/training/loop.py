@@ -20,7 +20,7 @@ from qat_runner.description import fit
 from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_together
-from qat_runner.quant import Quantizer
+from qat_runner.quant import IntFormat, Quantizer
 from qat_runner.runs.checkpoints import Checkpoint, ProcessState
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.record import Record
@@ -81,7 +81,7 @@ def dynamic_activations(model: nn.Module) -> list[Quantizer]:
 def freeze_activations(model: nn.Module) -> None:
     """Make activations' scalars static: the running average of training, mean over the processes that have one.
 
-    Where scalars have signs, the sign of most processes.
+    Where formats are oriented, the sign of most processes.
 
     Weights' quantizers stay dynamic, since training goes on; so do those that have seen no training.
     """
@@ -91,15 +91,17 @@ def freeze_activations(model: nn.Module) -> None:
         figures = [t.reshape(-1) * seen for t in (quantizer.running_s, signs)]
         sums = distributed.all_reduce(torch.cat([*figures, seen]))
         if sums[-1] > 0:
-            magnitudes, signs = (sums[:-1] / sums[-1]).reshape(2, *quantizer.s.shape)
-            quantizer.freeze(torch.copysign(magnitudes, signs))
+            s, signs = (sums[:-1] / sums[-1]).reshape(2, *quantizer.s.shape)
+            oriented = isinstance(quantizer.format, IntFormat) and quantizer.format.oriented
+            quantizer.freeze(torch.copysign(s, signs) if oriented else s)
 
 
 def _compiled(model: nn.Module) -> nn.Module:
     """A model in one graph; what measures it goes on with the model as it is.
 
     In one also where gradients are averaged over processes, though split it could send them earlier: the first step of
-    a sitting, which is not averaged like the others, is to give what it gave in a run that was not interrupted.
+    a sitting, which is not averaged like the others, is to give what it gave in a run that was not interrupted, but for
+    the order in which three processes or more are added up.
     """
     torch._dynamo.config.optimize_ddp = False
     return torch.compile(model, fullgraph=True)  # type: ignore[return-value]
@@ -409,6 +411,8 @@ class Trainer:
         loss = self._add_gradients(batch)
         if self.network is self.compiled and ranks.launched():  # a sitting's first step says what takes part
             self.network = distributed.data_parallel(self.compiled)
+        elif isinstance(self.network, distributed.DataParallel):
+            self.network.check()
         self.begun = True
         self._regularize()
         if self.stage.max_grad_norm is not None:

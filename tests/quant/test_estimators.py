@@ -104,6 +104,15 @@ def test_other_estimators_against_their_definitions(
     torch.testing.assert_close(x.grad, torch.tensor(wanted, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_all_that_is_only_rounded_is_trusted(bits: int) -> None:
+    """Also where a step is little more than the rounding of float32 at the outermost codes."""
+    s, format = torch.tensor(3.0), IntFormat(bits, True, Range.FULL)
+    x = (torch.rand(100_000) * 6 - 3).requires_grad_()
+    fake_quantize(x, s, format, gradient_estimator("trust")).sum().backward()
+    assert x.grad is not None and x.grad.all()
+
+
 def test_they_meet_where_they_must() -> None:
     """EWGS without delta is pwl; trust, on the grid that ends at s, is what lies within half a step of the interval."""
     x, s, upstream = torch.randn(4, 50), torch.tensor([[0.3], [0.8], [0.0], [2.0]]), torch.randn(4, 50)

@@ -1,12 +1,15 @@
 """Two processes against one: the same scalars, the same weights."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hydra import compose, initialize_config_dir
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,9 +17,10 @@ from qat_runner import distributed, ranks
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import from_hydra, register
 from qat_runner.data.batches import Batch, Shard
-from qat_runner.errors import RunError
+from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment import build
 from qat_runner.insertion import Policy, calibrate, quantize_model, quantized_tensors
+from qat_runner.insertion.calibrate import freeze_activations as calibrate_freeze
 from qat_runner.insertion.insert import weights_together
 from qat_runner.quant import IntFormat, maximum, octav
 from qat_runner.quant.pool import Processes
@@ -196,17 +200,36 @@ def odds_and_ends() -> dict[str, Any]:
     assert [agreement.ask(step * shard.rank) for step in range(4)] == [0, 0, 1, 2]
     assert agreement.settle() == 3 and agreement.settle() == 0
     assert distributed.on_main(lambda: "said") == "said"
-    try:
-        distributed.on_main(_fail)
-    except RunError as error:
-        said = str(error)
+    said = _refused(lambda: distributed.on_main(_fail))
+    parts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    parts[0](torch.ones(1, 2)).sum().backward()
+    trained = distributed.data_parallel(parts)
+    assert isinstance(trained, distributed.DataParallel)
+    trained.check()
+    parts[1](torch.ones(1, 2)).sum().backward()
+    late = _refused(trained.check)
+    parts[0].zero_grad(), parts[1].zero_grad()
+    parts[shard.rank](torch.ones(1, 2)).sum().backward()
+    others = _refused(lambda: distributed.data_parallel(parts))
     totals = TASKS["classification"].totals(torch.device("cpu"))
     totals.add(torch.tensor(float(shard.rank)), torch.eye(5)[: 1 + shard.rank], torch.tensor([0, 4])[: 1 + shard.rank])
-    return {"said": said, "gathered": distributed.all_gather(shard.rank), "totals": totals.merged().read()}
+    return {
+        "said": said,
+        "late": late,
+        "others": others,
+        "gathered": distributed.all_gather(shard.rank),
+        "totals": totals.merged().read(),
+    }
 
 
 def _fail() -> None:
     raise RunError("no")
+
+
+def _refused(work: Callable[[], object]) -> str:
+    with pytest.raises(RunError) as found:
+        work()
+    return str(found.value)
 
 
 def in_two_processes() -> dict[str, Any]:
@@ -223,6 +246,8 @@ def in_two_processes() -> dict[str, Any]:
 def they_tell_each_other(two: list[dict[str, Any]]) -> None:
     for found in (each["odds"] for each in two):
         assert found["said"] == "no"
+        assert found["late"].startswith("1.weight: had no gradient in the first step")
+        assert found["others"].startswith("processes have gradients of other parameters each")
         assert found["gathered"] == [0, 1]
         assert found["totals"]["samples"] == 3
         assert found["totals"]["loss"] == pytest.approx(2 / 3)
@@ -281,6 +306,40 @@ def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
         ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"
     ):
         Policy.of(4, clipping, synchronize=True)
+
+
+def test_batchnorms_that_cannot_be_synchronized_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ConfigError, match="sync_batchnorm=true: 1 is a BatchNorm1d, which cannot be synchronized"):
+        distributed.synchronize_batchnorm(model)
+
+
+def test_synchronized_batchnorms_keep_their_activation_functions() -> None:
+    """What a GPU has them made into, which is to compute the same."""
+    model = timm.create_model("test_efficientnet.r160_in1k").eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = model(x)
+    assert any(isinstance(module, BatchNormAct2d) for module in model.modules())
+    with pytest.raises(ConfigError, match="is a BatchNormAct2d, which cannot be synchronized on this device"):
+        distributed.synchronize_batchnorm(model)
+    converted = distributed._synchronized_by_torch(model)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) > 5
+    torch.testing.assert_close(converted(x), before)
+
+
+@pytest.mark.parametrize("how", [{}, {"activation_format": "int_affine"}, {"range": "oriented"}])
+def test_alone_frozen_scalars_are_the_running_ones(how: dict[str, str]) -> None:
+    models = []
+    for freeze in (freeze_activations, calibrate_freeze):
+        torch.manual_seed(0)
+        model = network(4, synchronize=False, **how).train()
+        for _ in range(3):
+            model(torch.randn(4, 3, 8, 8))
+        freeze(model)
+        models.append(model)
+    pairs = list(zip(*(quantized_tensors(model) for model in models), strict=True))
+    assert all(torch.equal(one.quantizer.s, other.quantizer.s) for one, other in pairs)
+    assert all(one.quantizer.dynamic == (one.tensor == "weight") for one, _ in pairs)
 
 
 def test_alone_nothing_changes() -> None:

@@ -41,4 +41,5 @@ class Trust(Estimator):
         """As `Estimator.backward`."""
         x = x.to(s.dtype)
         step = (format.reach(s) if format.parts == 1 else s[1] - s[0]) * format.spacing
-        return grad.where((x - format.fake_quantize(x, s)).abs() <= step * (self.factor / 2), 0.0)
+        rounding = 1 + 2.0 ** (format.bits - 22)  # of float32, beside a step of the outermost codes
+        return grad.where((x - format.fake_quantize(x, s)).abs() <= step * (self.factor / 2 * rounding), 0.0)
