@@ -135,8 +135,8 @@ def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
     import onnx_ir as ir
 
     for name, kind in stored.items():
-        value, wanted = graph.initializers[name], ir.DataType[str(kind).upper()]
-        if value.dtype != wanted:
+        value, wanted = graph.initializers.get(name), ir.DataType[str(kind).upper()]
+        if value is not None and value.dtype != wanted:  # none: what its layer gives is not used
             value.const_value = ir.tensor(value.const_value.numpy().astype(wanted.numpy()), name=name)
             value.dtype = wanted
     for node in list(graph):

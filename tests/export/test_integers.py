@@ -357,6 +357,27 @@ def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
     assert not any(types.get(name) == "FLOAT" and name.endswith(".weight") and "norm" not in name for name in types)
 
 
+class Unused(nn.Module):
+    """With a layer that is called, and whose output goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.aside = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        out: Tensor = self.used(x)
+        return out
+
+
+def test_an_output_that_is_not_used_is_in_no_onnx_file(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    x = torch.randn(6, 8)
+    integers = qat.export(freeze(quantize_model(Unused(), 4, example=x), "averaged", [x]), tmp_path / "m.onnx", x)
+    found = OnnxFile(tmp_path / "m.onnx", fused=False)([x])
+    assert runtime and torch.allclose(found, integers(x), atol=1e-5)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_text("no tensors")
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
