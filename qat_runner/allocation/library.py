@@ -87,7 +87,7 @@ def allocate(
             lambda network, batch: network(*_arguments(batch[0])),
             lambda out, batch: (loss(out, batch[1]), batch[1].numel()),
         )
-    prices = price(quantized, rest, objective, sorted({*widths}), kind)
+    prices = price(quantized, rest, objective, known.widths, kind)
     best = allocate_bits(known, prices.mean(), kept, same)
     return Policy((*policy.rules, *map(Rule.from_dict, rules_of(known, best.bits))))
 

@@ -78,6 +78,12 @@ class Network:
         """The tensors that have a choice."""
         return [operand for operation in self.operations for operand in operation.operands if operand.free]
 
+    @property
+    def widths(self) -> list[int]:
+        """All bits that tensors may have, or have by a rule: what they are priced at."""
+        found = {width for operation in self.operations for operand in operation.operands for width in operand.widths}
+        return sorted(found - {FULL_PRECISION})
+
 
 def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     """The operations of a quantized network.

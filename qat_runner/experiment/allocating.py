@@ -53,7 +53,7 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
     except InfeasibleError as error:
         raise ConfigError(f"{config.asked_bits}: {error}") from error
     how = config.allocation
-    search = Search(config, known, _priced(config, model, data, how.price, how.widths, how.batches), limits)
+    search = Search(config, known, _priced(config, model, data, how.price, known.widths, how.batches), limits)
     seconds = time.perf_counter() - began
     probes = Probes(config, weights, RunFolder(folder).probes, run, data)
     chosen = search.least(probes) if config.max_drop is not None else search.within_limits(probes)

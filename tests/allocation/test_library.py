@@ -177,6 +177,11 @@ def test_bits_of_what_layers_share_are_no_choice() -> None:
     assert size_mb(qat.quantize(Tied(embedding=False), small, example=inputs[0]))[0] <= 0.0006
 
 
+def test_widths_need_not_have_that_of_the_ends(batches: list[Tensor]) -> None:
+    found = bits_of(qat.allocate(network(), batches, 4.0, widths=(3, 4, 5)))
+    assert {bits for name, bits in found.items() if name[0] in "24"} <= {3, 4, 5}
+
+
 def test_fewer_than_two_widths_are_no_choice(batches: list[Tensor]) -> None:
     for widths in ([4], [4, 4]):
         with pytest.raises(ValueError, match="must be two or more"):
