@@ -63,6 +63,8 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
+    if args.compare and (args.out or args.no_fold or set(args.formats) != {*FORMATS}):
+        raise ConfigError("--compare: writes nothing, so --out, --no-fold and --formats have no place beside it")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
         figures = of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)

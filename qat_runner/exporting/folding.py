@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from qat_runner.exporting.integer import IntegerConv2d, not_zero
+from qat_runner.exporting.integer import IntegerConv, not_zero
+
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 FINE = 8
 """Bits from which on a step more or less does not matter."""
@@ -25,7 +27,7 @@ FINE = 8
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
-    """Fold every BatchNorm2d that follows an IntegerConv2d directly, and alone, into it, in place.
+    """Fold every BatchNorm that follows a convolution of integers directly, and alone, into it, in place.
 
     Args:
         model: of integers, in eval mode.
@@ -37,7 +39,7 @@ def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
     left = []
     for conv_name, norm_name in _pairs(model, example):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        assert isinstance(conv, IntegerConv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert isinstance(conv, IntegerConv) and isinstance(norm, BATCHNORMS)
         if _fold(conv, norm):
             parent, _, child = norm_name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity())
@@ -46,15 +48,15 @@ def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
     return left
 
 
-def _fold(conv: IntegerConv2d, norm: nn.BatchNorm2d) -> bool:
+def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> bool:
     """Whether it could be done."""
     assert norm.running_var is not None and norm.running_mean is not None
     factor = (norm.running_var + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight
-    rows = factor.reshape(-1, *[1] * 3)
     weight = getattr(conv, "integer_weight", None)
+    rows = factor.reshape(-1, *[1] * ((conv.weight if weight is None else weight.codes).ndim - 1))
     if weight is None:
-        conv.weight.mul_(rows)
+        conv.weight = nn.Parameter(conv.weight * rows, requires_grad=False)  # another layer may have it, too
     elif weight.format.oriented:
         weight.scale = not_zero(weight.scale * factor)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
@@ -95,21 +97,21 @@ class _Uses(TorchFunctionMode):
 
 
 def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
-    """(convolution, BatchNorm2d) where the one's only output goes to the other and nowhere else, by name."""
+    """(convolution, BatchNorm) where the one's only output goes to the other and nowhere else, by name."""
     made: dict[int, str] = {}
     pairs: list[tuple[str, str, int]] = []
     calls: Counter[str] = Counter()
     handles = []
 
     for name, module in model.named_modules():
-        if isinstance(module, IntegerConv2d):
+        if isinstance(module, IntegerConv):
 
             def after(module: nn.Module, args: Any, out: Tensor, name: str = name) -> None:
                 made[id(out)] = name
                 calls[name] += 1
 
             handles.append(module.register_forward_hook(after))
-        elif type(module) is nn.BatchNorm2d and module.running_var is not None:
+        elif type(module) in BATCHNORMS and module.running_var is not None:
 
             def before(module: nn.Module, args: Any, name: str = name) -> None:
                 calls[name] += 1
@@ -119,7 +121,7 @@ def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
             handles.append(module.register_forward_pre_hook(before))
     try:
         with torch.no_grad(), _Uses() as uses:
-            model(*example)
+            uses.count.update(id(leaf) for leaf in tree_leaves(model(*example)))  # what is returned is used
     finally:
         for handle in handles:
             handle.remove()

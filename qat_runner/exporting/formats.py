@@ -168,7 +168,8 @@ def _replace_clip(graph: Any, node: Any) -> None:
     when it tries to fuse those two."""
     clip = node.inputs[0].producer()
     if clip is not None and clip.op_type == "Clip":
-        node.replace_input_with(0, _limit(graph, node, clip.inputs[0], *clip.inputs[1:]))
+        x, low, high = (*clip.inputs, None, None)[:3]
+        node.replace_input_with(0, _limit(graph, node, x, low, high))
 
 
 def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
@@ -184,10 +185,12 @@ def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
 
 
 def _limit(graph: Any, node: Any, x: Any, low: Any, high: Any) -> Any:
-    """min(max(x, low), high), inserted before a node."""
+    """min(max(x, low), high), inserted before a node; without an end that is None."""
     import onnx_ir as ir
 
     for operator, end in (("Max", low), ("Min", high)):
+        if end is None:
+            continue
         limit = ir.node(operator, [x, end])
         limit.outputs[0].type, limit.outputs[0].shape = x.type, x.shape
         graph.insert_before(node, limit)

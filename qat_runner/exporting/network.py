@@ -34,7 +34,7 @@ def export(
 
     Args:
         model: with quantizers; scalars of its activations are static (see `freeze`). Weights get those of the weights
-            as they are now.
+            as they are now. What is not quantized is written in float32, whatever it was.
         path: ends in .onnx (QuantizeLinear and DequantizeLinear of true integer types), .pt2 (a program of
             torch.export, which PyTorch alone runs) or .safetensors (codes and step sizes, and a .json beside it that
             says what they mean).
@@ -51,8 +51,8 @@ def export(
         The network of integers that was written, in eval mode. It computes what the file says.
 
     Raises:
-        ValueError: another ending; nothing is quantized; scalars of an activation are not static, or codes no integers;
-            the network returns no tensors, or none of those names.
+        ValueError: another ending; other names than arguments; nothing is quantized; scalars of an activation are not
+            static, or codes no integers; the network returns no tensors, or none of those names.
         ConfigError: packages that the format takes are not installed.
         RunError: PyTorch's exporter cannot follow the network.
     """
@@ -64,8 +64,11 @@ def export(
     if dynamic:
         raise ValueError(f"{next(iter(dynamic))} has dynamic clipping scalars: freeze(model, ...) makes them constants")
     given = (example,) if isinstance(example, Tensor) else tuple(example)
+    given = tuple(t.float() if t.is_floating_point() else t for t in given)
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
-    integers = to_integers(freeze(copy.deepcopy(model)))
+    if len(names) != len(given):
+        raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
+    integers = to_integers(freeze(copy.deepcopy(model).float()))
     if fold:
         fold_batchnorm(integers, *given)
     signature = Signature(given, names, _names(integers(*given), outputs), longest)

@@ -128,6 +128,11 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     return str(path)
 
 
+def _two_samples(t: Tensor) -> Tensor:
+    """Of one sample twice, since the number of samples would be a constant of the file else."""
+    return t if len(t) > 1 else t.repeat(2, *[1] * (t.ndim - 1))
+
+
 def rule_for(model: nn.Module, rule: str | None) -> str:
     """The rule that will decide.
 
@@ -192,7 +197,7 @@ def export(request: Request) -> Export:
     _check_formats(request, model)
     rule = rule_for(model, request.rule)
     static = made_static(model, data, config, rule, request.batches)
-    example = next(unsharded(data).val_batches(2, 1)).inputs
+    example = tuple(_two_samples(t) for t in next(unsharded(data).val_batches(2, 1)).inputs)
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
     with _in_place_of(request.out) as folder:

@@ -39,6 +39,7 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     restore,
 )
+from qat_runner.insertion.modes import evaluating
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.own_products import (
     QuantAttention,
@@ -318,7 +319,8 @@ def _convertible(
         wanted = tensors is None or any(f"{name}.{operand}" in tensors for operand in operands(layer))
         if not wanted or (kind_of(layer) == EMBEDDING and not policy.names_kind(EMBEDDING)):
             continue
-        weight: Any = layer.weight
+        with evaluating(layer):  # in training a weight with spectral normalization changes as it is looked at
+            weight: Any = layer.weight
         if isinstance(weight, nn.UninitializedParameter):
             notes[name] = "has no weight yet: left as it is"
         elif not weight.is_floating_point():
@@ -564,13 +566,14 @@ def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Seque
     """Take over what another one of the same network has seen, instead of a first batch.
 
     Args:
-        model: with quantizers whose signs are known.
+        model: with quantizers; where some of their signs are open, its first batch tells them.
         elements: name of a tensor -> its elements for one sample.
         products: of tensors; none where they are not known.
     """
     if products:
         setattr(model, PRODUCTS, list(products))
-    _remove_hook(model, _decide_on_first_batch)
+    if all(t.quantizer.decided for t in quantized_tensors(model)):
+        _remove_hook(model, _decide_on_first_batch)
     for name, count in elements.items():
         layer, _, operand = name.rpartition(".")
         module = model.get_submodule(layer)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
@@ -95,9 +96,13 @@ class QuantLayer(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The dimension of the weight that is one of output channels, of those of one group in a transposed one."""
-        kind = layer_kind(self)
-        return kind.channels if kind is not None and self.weight.shape[kind.channels] > 1 else 0
+        """The dimension of the weight that is one of output channels, of those of one group in a transposed one.
+
+        Of a transposed depthwise convolution it is that of the inputs, each of which has an output.
+        """
+        kind, groups = layer_kind(self), getattr(self, "groups", 1)
+        depthwise = groups > 1 and groups == getattr(self, "in_channels", None)
+        return 0 if kind is None or (depthwise and self.weight.shape[kind.channels] == 1) else kind.channels
 
     def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
         """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one."""
@@ -113,9 +118,17 @@ class QuantLayer(nn.Module):
         return [f"{name}_quantizer" for name in self.operands]
 
     def stored_weight(self) -> nn.Parameter:
-        """The parameter that the weight is, or is made of."""
-        parameter: nn.Parameter = self.get_parameter("weight")
-        return parameter
+        """The parameter that the weight is, or is made of: where it is of several, the one of its size."""
+        if (own := self._parameters.get("weight")) is not None:
+            return own
+        made_of = [*self._parameters.values()]  # weight_orig of pruning, weight_v of weight normalization
+        if is_parametrized(self, "weight"):
+            made_of = [*self.parametrizations.weight.parameters()]  # type: ignore[union-attr]
+        return max((p for p in made_of if p is not None), key=torch.numel)
+
+    def stored_part(self) -> int:
+        """Which part of that parameter the weight is, where several layers share it in parts."""
+        return 0
 
     def used_parameter(self) -> nn.Parameter | None:
         """That weight if it is the same parameter at each call; None: it is computed anew."""

@@ -142,6 +142,9 @@ class QuantProjection(QuantLayer):
         )
         return stored
 
+    def stored_part(self) -> int:
+        return "qkv".index(self.letter)
+
     def forward(self, input: Tensor, compute: Compute) -> Tensor:
         """What is computed with the input and the weight of this layer."""
         return self.multiply(input, self.weight, compute)
@@ -149,7 +152,7 @@ class QuantProjection(QuantLayer):
 
 def is_product(tensor: str) -> bool:
     """Whether a name of a tensor is one of attention's own: of a product, or of a projection."""
-    return tensor.split(".")[-2] in (*PRODUCTS, *PROJECTIONS)
+    return tensor.rpartition(".")[0].rpartition(".")[2] in (*PRODUCTS, *PROJECTIONS)
 
 
 def is_multihead(module: nn.Module) -> bool:

@@ -99,7 +99,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 def tensors_in(state: Mapping[str, Any]) -> set[str]:
     """The names of the tensors that a network's state has quantizers for."""
-    return {key.removesuffix(_END) for key in state if isinstance(key, str) and key.endswith(_END)}
+    names = {key.removesuffix(_END) for key in state if isinstance(key, str) and key.endswith(_END)}
+    return {name if "." in name else f".{name}" for name in names}  # without a dot: the network is one layer
 
 
 def _products(path: str | os.PathLike[str], said: object) -> list[Product]:

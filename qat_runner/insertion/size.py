@@ -43,7 +43,7 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
     for tensor in quantized_tensors(model):
         layer = model.get_submodule(tensor.layer)
         if tensor.tensor == "weight" and isinstance(layer, QuantLayer):
-            place = id(layer.stored_weight()), layer.weight.storage_offset()
+            place = id(layer.stored_weight()), layer.stored_part()
             found.setdefault(place, []).append(tensor)
     return found
 

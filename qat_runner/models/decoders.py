@@ -39,6 +39,8 @@ def read_decoder(checkpoint: str) -> Any:
         raise ConfigError(
             f"model.checkpoint={checkpoint}: is a {kind}, must be a decoder, such as gpt2, llama or qwen2"
         )
+    if config.get_text_config() is not config:
+        raise ConfigError(f"model.checkpoint={checkpoint}: is a {kind}, which takes more than text; must be a decoder")
     config.use_cache = False
     return config
 

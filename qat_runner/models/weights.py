@@ -433,11 +433,18 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    """Names of the parameters of the last linear layer, or of what timm calls the classifier, which may be several."""
+    """Names of the parameters of the last linear layer (of none, convolution), or of what timm calls the classifier,
+    which may be several; of torchvision's networks those of auxiliary classifiers as well."""
     if hasattr(model, "get_classifier"):
         found: Any = model.get_classifier()  # type: ignore[operator]
         heads = found if isinstance(found, tuple) else (found,)
         names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
         return [key for key in model.state_dict() if key.rpartition(".")[0] in names]
-    name = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    return [f"{name}.{parameter}" for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)]
+    linear = _names_of(model, nn.Linear)
+    last = {name.partition(".")[0]: name for name in linear if name.startswith(("aux", "AuxLogits."))}
+    classifiers = dict.fromkeys([*(linear or _names_of(model, nn.Conv2d))[-1:], *last.values()])
+    return [f"{name}.{p}" for name in classifiers for p, _ in model.get_submodule(name).named_parameters(recurse=False)]
+
+
+def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]

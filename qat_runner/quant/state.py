@@ -11,6 +11,9 @@ from qat_runner.quant.formats import Format
 from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.tensors import recording
 
+SIGN_OPEN = 0.5
+"""In place of a sign in a saved `grid`, of what has seen nothing that would tell it."""
+
 LATER = ("seen", "static")
 """Of the state, what states of old do not tell."""
 
@@ -220,7 +223,7 @@ class ScalarState(nn.Module):
     ) -> None:
         if not any(prefix + name in state_dict for name in self._buffers):
             return
-        bits = self._format.bits
+        bits, signed = self._format.bits, self.format.signed
         saved_bits = round(float(state_dict.get(f"{prefix}grid", self.grid)[0]))
         if saved_bits != bits:
             error_msgs.append(f"{prefix}grid: scalars found for {saved_bits} bits do not suit {bits} bits")
@@ -236,9 +239,19 @@ class ScalarState(nn.Module):
                 missing_keys.remove(prefix + name)
         if f"{prefix}seen" not in state_dict:
             self.seen.copy_(self.batches.clamp(max=1))
-        self.decided = True
+        if not self.grid.is_meta and float(self.grid[1]) == SIGN_OPEN:
+            self.grid[1] = float(signed)
+        else:
+            self.decided = True
         self._read()
         self._loaded(prefix, missing_keys)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.decided:
+            grid = self.grid.detach().clone()
+            grid[1] = SIGN_OPEN
+            destination[f"{prefix}grid"] = grid
 
     def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
         """For a subclass that can do without some of its state: called after loading, with what was missing."""

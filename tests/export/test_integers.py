@@ -357,6 +357,68 @@ def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
     assert not any(types.get(name) == "FLOAT" and name.endswith(".weight") and "norm" not in name for name in types)
 
 
+class Returning(nn.Module):
+    """What goes into BatchNorm is also an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        nn.init.uniform_(self.norm.running_mean)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return self.head(self.norm(y)), y
+
+
+def test_batchnorm_is_not_folded_into_what_is_returned(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    model = freeze(quantize_model(Returning().eval(), 8, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "m.safetensors", x)
+    for ours, theirs in zip(integers(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_batchnorm_is_folded_whatever_the_dimensions(tmp_path: Path) -> None:
+    x = torch.randn(3, 4, 16)
+    norm = nn.BatchNorm1d(8)
+    nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.weight)
+    layers = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 8, 3), norm, nn.Conv1d(8, 2, 3))
+    model = freeze(quantize_model(layers.eval(), 8, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "m.safetensors", x)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in integers.modules())
+    torch.testing.assert_close(integers(x), model(x), rtol=0, atol=0.05)
+
+
+class Clamped(nn.Sequential):
+    clamp: dict[str, float]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self[2](self[1](self[0](x).clamp(**self.clamp)))
+        return out
+
+
+@pytest.mark.parametrize("clamp", [{"max": 1.0}, {"min": -0.5}, {"min": -0.5, "max": 1.0}])
+def test_a_clamp_before_four_bits_may_have_one_end(clamp: dict[str, float], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 3, 9, 9)
+    layers = Clamped(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    layers.clamp = clamp
+    model = freeze(quantize_model(layers, 4, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "m.onnx", x)
+    torch.testing.assert_close(OnnxFile(tmp_path / "m.onnx", fused=False)([x]), integers(x), rtol=0, atol=1e-5)
+
+
+def test_a_network_of_another_dtype_is_written_in_float32(tmp_path: Path) -> None:
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).bfloat16()
+    model = freeze(quantize_model(layers, 8, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "m.safetensors", x)
+    torch.testing.assert_close(integers(x.float()), model(x).float(), rtol=0.05, atol=0.05)
+    assert model[0].weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="must be 1 names, one for each tensor of example"):
+        qat.export(model, tmp_path / "m.safetensors", x, inputs=["a", "b"])
+
+
 class Unused(nn.Module):
     """With a layer that is called, and whose output goes nowhere."""
 

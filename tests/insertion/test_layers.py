@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 import qat_runner as qat
@@ -31,6 +32,7 @@ from qat_runner.insertion import (
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
 from qat_runner.insertion.layers import kind_of
 from qat_runner.insertion.own_products import PROJECTIONS
+from qat_runner.insertion.size import size_mb
 from qat_runner.policy import Rule
 from qat_runner.quant import fake_quantize, octav
 
@@ -320,3 +322,62 @@ def test_the_table_of_the_zoo(tmp_path: Path) -> None:
     assert script["read"](tmp_path / "again.csv") == rows
     shown = TABLE.with_suffix(".md").read_text(encoding="utf-8")
     assert script["page"](list(rows.values())).splitlines()[-len(rows) :] == shown.splitlines()[-len(rows) :]
+
+
+@pytest.mark.parametrize(
+    ("groups", "outputs", "shape"), [(1, 1, (1, 1, 1, 1)), (8, 8, (8, 1, 1, 1)), (2, 2, (1, 1, 1, 1))]
+)
+def test_scalars_of_transposed_convolutions_are_of_outputs(groups: int, outputs: int, shape: tuple[int, ...]) -> None:
+    """Of inputs only where each has an output of its own: products of other scalars could not be added as integers."""
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, outputs, 2, groups=groups))
+    model = quantize_model(layers, 4, example=torch.randn(2, 3, 6, 6), first_last_bits=None)
+    scalars = {t.name: tuple(t.quantizer.s.shape) for t in quantized_tensors(model)}
+    assert scalars["1.weight"] == shape
+
+
+def made_of_others() -> list[Callable[[nn.Module], object]]:
+    """Ways to compute a weight from other parameters."""
+    new = torch.nn.utils.parametrizations
+    return [lambda m: prune.l1_unstructured(m, "weight", 0.5), new.weight_norm, new.spectral_norm]
+
+
+@pytest.mark.filterwarnings("ignore:.* in 2.parametrizations.weight.0")  # of spectral normalization itself
+@pytest.mark.parametrize("make", made_of_others(), ids=["pruning", "weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_are_computed_are_looked_at_without_a_change(
+    make: Callable[[nn.Module], object], training: bool
+) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    make(layers[2])
+    x = torch.randn(2, 3, 12, 12)
+    model = quantize_model(layers.train(training), 4, example=x)
+    assert 0 < size_mb(model)[0] < size_mb(model)[1] and model(x).shape == (2, 4, 6, 6)
+    layer = model[2]
+    assert layer.stored_weight().shape == layer.weight.shape
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_signs_that_are_open_stay_so_in_a_state(by_file: bool, tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    model = quantize_model(fresh(), 4)
+    if by_file:
+        qat.save(model, tmp_path / "m.pt")
+        other = qat.load(tmp_path / "m.pt", fresh())
+    else:
+        other = quantize_model(fresh(), 4)
+        other.load_state_dict(model.state_dict())
+    x = torch.randn(6, 4)
+    assert torch.equal(model(x), other(x))
+    signed = {t.name: t.quantizer.format.signed for t in quantized_tensors(other)}
+    assert signed["0.input"] and not signed["2.input"] and not signed["4.input"]
+    assert torch.equal(other.state_dict()["2.input_quantizer.grid"], torch.tensor([4.0, 0.0]))
+
+
+def test_a_network_of_one_layer_is_saved_and_loaded(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    model = quantize_model(nn.Linear(4, 4), 4, example=x)
+    qat.save(model, tmp_path / "m.pt")
+    assert torch.equal(qat.load(tmp_path / "m.pt", nn.Linear(4, 4))(x), model(x))

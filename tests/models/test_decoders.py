@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, Gemma3Config
 
 from qat_runner.errors import ConfigError
 from qat_runner.models import Source, build_decoder, load_weights, match_weights, read_decoder, tokenizer_for
@@ -66,6 +66,9 @@ def test_a_small_decoder_for_a_text(tmp_path: Path) -> None:
 def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
     BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is a bert, must be a decoder, such as gpt2"):
+        read_decoder(str(tmp_path))
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a gemma3, which takes more than text; must be a decoder"):
         read_decoder(str(tmp_path))
     tiny_decoder(tmp_path / "small", weights=False)
     tokenizer = byte_tokenizer()

@@ -23,6 +23,7 @@ from qat_runner.errors import ConfigError
 from qat_runner.experiment import preflight
 from qat_runner.models import Source, build_model, load_weights
 from qat_runner.models.libraries import LIBRARIES, preprocessing_keys
+from qat_runner.models.weights import _head_keys
 
 FAKE = ("dataset=fake", "dataset.image_size=32", "dataset.fake_pictures=32")
 
@@ -229,3 +230,20 @@ def test_files_of_other_resnets_are_doubted(
     save_file(model.state_dict(), tmp_path / name, metadata)
     load_weights(model, Source(str(tmp_path / name)), "resnet50", new_head=False)
     assert ("model.stride_in=1x1 would be right" in caplog.text) == doubted
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("googlenet", {"fc", "aux1.fc2", "aux2.fc2"}),
+        ("inception_v3", {"fc", "AuxLogits.fc"}),
+        ("squeezenet1_1", {"classifier.1"}),
+        ("resnet18", {"fc"}),
+    ],
+)
+def test_classifiers_are_known_also_where_they_are_several_or_convolutions(name: str, heads: set[str]) -> None:
+    with torch.device("meta"):
+        model = LIBRARIES["torchvision"].build(name, 10, 64, None)
+    assert {key.rpartition(".")[0] for key in _head_keys(model)} == heads
+    assert getattr(model, "transform_input", None) is (True if len(heads) > 1 else None)  # as published weights want it

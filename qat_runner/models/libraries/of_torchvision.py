@@ -28,6 +28,8 @@ class Torchvision(Library):
             options["image_size"] = image_size
         elif name.startswith("maxvit_"):
             options["input_size"] = (image_size, image_size)
+        elif name in ("inception_v3", "googlenet"):
+            options["transform_input"] = True  # as with published weights, which see other numbers than ImageNet's
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the initialization of GoogLeNet and Inception
             model: nn.Module = get_model(name, num_classes=num_classes, **options)

@@ -65,8 +65,8 @@ class Transformers(Library):
         size, crop = (_side(described.get(key)) for key in ("size", "crop_size"))
         if described.get("do_center_crop"):
             shown, resize = crop or size, size or crop
-        else:  # ConvNeXt's size is that of the crop
-            shown, resize = size, resized(size, described.get("crop_pct") or 1)
+        else:  # ConvNeXt's size is that of the crop; from 384 on it shows the whole picture
+            shown, resize = size, resized(size, (described.get("crop_pct") or 1) if size < WHOLE else 1)
         mean, std = (tuple(described.get(key) or ()) for key in ("image_mean", "image_std"))
         if not described.get("do_normalize", True):
             mean, std = (0.0,), (1.0,)
@@ -75,6 +75,10 @@ class Transformers(Library):
         return Preprocessing(
             shown, max(resize, shown), mean, std, interpolation(_RESAMPLING.get(described.get("resample", 2), ""))
         )
+
+
+WHOLE = 384
+"""Pixels a side from which on ConvNeXt's image processor crops nothing."""
 
 
 def _side(size: Any) -> int:
