@@ -462,7 +462,7 @@ class Policy:
     @property
     def has_static(self) -> bool:
         """Whether scalars of some tensors are calibrated and stay, as those that are learned do not."""
-        return any(
+        return not self.full_precision and any(
             rule.dynamic is False and not (rule.clipping is not None and rule.clipping.learned) for rule in self.rules
         )
 

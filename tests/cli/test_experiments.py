@@ -128,7 +128,7 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["figure1", "--run", "runs"]) == 2
     assert "runs: holds no run with a checkpoint" in capsys.readouterr().err
     assert report.main(["table9"]) == 2
-    assert "table9: is neither the folder of a run nor one of compare, ledger, table1" in capsys.readouterr().err
+    assert "table9: is neither the folder of a run nor one of compare, methods, results" in capsys.readouterr().err
     assert not Path("report").exists()
 
 

@@ -116,11 +116,13 @@ def test_scalars_frozen_in_training_are_kept(
 
 
 def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export("dynamic", "--compare", "--batches", "2") == 0
+    assert command.main(["dynamic", "--compare", "--batches", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["dynamic", "averaged", "calibrated", "running"]
-    assert export("frozen", "--compare") == 0
+    assert command.main(["frozen", "--compare"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "static"
+    assert export("dynamic", "--compare") == 2
+    assert "--compare: writes nothing, so --out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     exact = exporting.compare_rules(Path("dynamic"), ["running"])
     assert exact["dynamic"].accuracy == json.loads(Path("dynamic/summary.json").read_text())["top1"]
