@@ -37,6 +37,9 @@ LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 SEVERAL = ("compare", "methods", "results", "ledger")
 """What takes several folders."""
 
+WITHOUT_RUNS = ("table6", "figure1", "figure2", "figure3", "figure5", "iterations", "ranges")
+"""What takes none; some are about one run, which a flag names."""
+
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations", "ranges")
 
 
@@ -45,6 +48,21 @@ def verbs() -> tuple[str, ...]:
     from qat_runner.paper.tables import TABLES
 
     return ("compare", "methods", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
+
+
+def used_by() -> dict[str, tuple[str, ...]]:
+    """Flags, and what they are for."""
+    from qat_runner.paper.tables import TABLES
+
+    of_runs = (*SEVERAL, *TABLES, "figure2", "figure4")
+    return {
+        "dataset": of_runs,
+        "model": of_runs,
+        "run": ("table6", "figure1", "figure2", "figure5", "iterations"),
+        "weights": ("figure2",),
+        "data_dir": ("figure2",),
+        "against": ("methods",),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of run folders (runs); compare, methods: runs as well; ledger: tables of results (CSV) as well",
     )
     parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
-    parser.add_argument("--model", help="tables, figure 4: of one network alone; figure2: the network of --weights")
+    parser.add_argument("--model", help="runs of one network alone; figure2: the network of --weights")
     parser.add_argument(
         "--run",
         type=Path,
@@ -101,8 +119,11 @@ def _settle(args: argparse.Namespace) -> None:
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
-    if (len(args.places) > 1 and args.what not in SEVERAL) or (args.run_page and args.places):
+    if len(args.places) > (0 if args.run_page or args.what in WITHOUT_RUNS else 1) and args.what not in SEVERAL:
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
+    for key, those in used_by().items():
+        if getattr(args, key) is not None and args.what not in those:
+            raise ConfigError(f"--{key.replace('_', '-')}: is for {', '.join(those)}")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
 
@@ -117,18 +138,19 @@ def _report(args: argparse.Namespace) -> list[Path]:
     if args.what == "compare":
         from qat_runner.report import compare_page
 
-        return [compare_page.write(args.places or [args.runs_dir], args.out / "compare.html")]
+        places = args.places or [args.runs_dir]
+        return [compare_page.write(places, args.out / "compare.html", args.dataset, args.model)]
     if args.what == "status":
         from qat_runner.runs import status
 
         print(status.text(status.statuses(_folder(args.runs_dir))))
         return []
     if args.what == "methods":
-        return _methods(args.places or [args.runs_dir], args.against, args.out)
+        return _methods(args)
     if args.what == "results":
-        return _results(args.places or [args.runs_dir], args.out)
+        return _results(args)
     if args.what == "ledger":
-        return _ledger(args.places or [args.runs_dir], args.out)
+        return _ledger(args)
     if args.what == "table6":
         return _table6(args.run, args.out)
     if args.what in FIGURES:
@@ -177,46 +199,49 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
     return _write(out, "table6", {layout: table.text(layout) for layout in LAYOUTS})
 
 
-def _methods(places: Sequence[Path], against: str | None, out: Path) -> list[Path]:
+def _methods(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper import figures
     from qat_runner.report import methods
     from qat_runner.report.entries import entries
 
-    runs, left_out = entries(places)
+    places = args.places or [args.runs_dir]
+    runs, left_out = entries(places, args.dataset, args.model)
     for why in left_out:
         logging.getLogger("qat_runner").warning(f"{why}: left out")
-    found = methods.standings(runs, against)
+    found = methods.standings(runs, args.against)
     if not found:
         raise ConfigError(f"{places[0]}: holds no finished run")
     table = methods.table(found)
     print(table.text("markdown"))
-    texts = {layout: table.text(layout) for layout in LAYOUTS}
-    return [*_write(out, "methods", texts), *figures.save(figures.methods(found), out / "methods")]
+    texts = {layout: table.text(layout) for layout in LAYOUTS} | {"csv": methods.numbers(found).text("csv")}
+    return [*_write(args.out, "methods", texts), *figures.save(figures.methods(found), args.out / "methods")]
 
 
-def _results(places: Sequence[Path], out: Path) -> list[Path]:
+def _results(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.results import write_results
-    from qat_runner.report.runs import find_runs
+    from qat_runner.report.runs import find_runs, selected
 
+    places = args.places or [args.runs_dir]
     runs = [run for place in places for run in find_runs(_folder(place)) if run.summary is not None]
     if not runs:
         raise ConfigError(f"{places[0]}: holds no finished run of qat-run")
-    return write_results(runs, out)[:1]
+    return write_results(selected(runs, args.dataset, args.model), args.out)[:1]
 
 
-def _ledger(places: Sequence[Path], out: Path) -> list[Path]:
+def _ledger(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper.ledger import ledger
     from qat_runner.report.results import read_results
-    from qat_runner.report.runs import find_runs
+    from qat_runner.report.runs import find_runs, selected
 
+    places = args.places or [args.runs_dir]
     found = [read_results(place) if place.is_file() else find_runs(_folder(place)) for place in places]
     for place, runs in zip(places, found, strict=True):
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")
-    document, lines = ledger([run for runs in found for run in runs])
+    document, lines = ledger(selected([run for runs in found for run in runs], args.dataset, args.model))
     print(document.lead[-1])
     texts = {layout: document.text(layout) for layout in ("markdown", "html")}
-    return _write(out, "ledger", texts | {"csv": lines.text("csv")})
+    return _write(args.out, "ledger", texts | {"csv": lines.text("csv")})
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:

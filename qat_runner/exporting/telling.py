@@ -24,7 +24,7 @@ def text(result: Export) -> str:
             label,
             f"{found['accuracy']:.2f}",
             f"{found['agreement']:.2f}" if "agreement" in found else "",
-            f"{found['largest_difference']:.3g}" if "largest_difference" in found else "",
+            "" if (largest := found.get("largest_difference")) is None else f"{largest:.3g}",
         )
         for key, label in names.items()
         if (found := result["figures"].get(key))

@@ -3,6 +3,7 @@
 import logging
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -27,6 +28,9 @@ from qat_runner.runs.records import METRICS
 from qat_runner.training.plots import CHOSEN, OTHER
 
 log = logging.getLogger("qat_runner")
+
+MARKERS = "osD^v"
+"""Of methods, ten colours each."""
 
 SIDE_BY_SIDE = 0.5
 """How far apart the first and the last method stand, in parts of the step from one number of bits to the next."""
@@ -205,7 +209,9 @@ def methods(found: Sequence[Standing]) -> Figure:
     Args:
         found: of at least one network.
     """
-    networks = list(dict.fromkeys(each.network for each in found))
+    standing = Counter(each.network for each in found)
+    networks = [name for name, methods in standing.items() if methods > 1] or list(standing)
+    found = [each for each in found if each.network in networks]
     names = sorted({each.method for each in found if not each.full_precision})
     lines = -(-(len(names) + 1) // LEGEND_COLUMNS) * (1 + max(map(len, names), default=0) // LEGEND_LETTERS)
     size = max(8.0, 4.5 * len(networks)), 4.5 + 0.16 * lines
@@ -215,7 +221,8 @@ def methods(found: Sequence[Standing]) -> Figure:
         widths = sorted({each.bits for each in some if not each.full_precision})
         for number, name in enumerate(names):
             aside = SIDE_BY_SIDE * ((number + 0.5) / len(names) - 0.5)
-            _draw_method(ax, [each for each in some if each.method == name], widths, aside, f"C{number % 10}")
+            style = f"C{number % 10}", MARKERS[number // 10 % len(MARKERS)]
+            _draw_method(ax, [each for each in some if each.method == name], widths, aside, *style)
         for each in (each for each in some if each.full_precision):
             ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle="--", label=each.method)
         _end_before_outliers(ax, some, widths)
@@ -228,7 +235,9 @@ def methods(found: Sequence[Standing]) -> Figure:
     return figure
 
 
-def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[Width], aside: float, colour: str) -> None:
+def _draw_method(
+    ax: Axes, some: Sequence[Standing], widths: Sequence[Width], aside: float, colour: str, marker: str
+) -> None:
     """A line, moved aside, so that bars do not cover each other."""
     if not some:
         return
@@ -238,7 +247,7 @@ def _draw_method(ax: Axes, some: Sequence[Standing], widths: Sequence[Width], as
     order = sorted(range(len(x)), key=x.__getitem__)
     xs, means, reach = zip(*((x[i], statistics.fmean(values[i]), bars[i]) for i in order), strict=True)
     name = some[0].method
-    ax.errorbar(xs, means, reach, color=colour, marker="o", markersize=4, linewidth=0.8, capsize=3, label=name)
+    ax.errorbar(xs, means, reach, color=colour, marker=marker, markersize=4, linewidth=0.8, capsize=3, label=name)
 
 
 def _end_before_outliers(ax: Axes, some: Sequence[Standing], widths: Sequence[Width]) -> None:

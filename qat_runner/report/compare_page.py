@@ -27,7 +27,10 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """Of lines, by bits."""
 
 BESIDE = 0.05
-"""How far apart the points of two methods stand, in parts of the step from one number of bits to the next."""
+"""How far apart the points of two methods stand, in parts of the step from one number of bits to the next, at most."""
+
+SIDE_BY_SIDE = 0.7
+"""How far apart those of all methods may."""
 
 Costs = dict[str, tuple[str, Callable[[Summary], float | None]]]
 
@@ -46,18 +49,18 @@ EFFECTIVE = {
 """Columns about what is quantized: key in summary.json, and how it is written."""
 
 
-def write(places: Sequence[Path], out: Path) -> Path:
+def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: str | None = None) -> Path:
     """Write the page; returns its path.
 
     Args:
-        places: run folders, or folders of them.
+        places, dataset, model: as of `entries`.
         out: the file to write.
 
     Raises:
         ConfigError: as `entries`.
     """
-    runs, left_out = entries(places)
-    networks = by_network(runs)
+    runs, left_out = entries(places, dataset, model)
+    networks = _drawn(by_network(runs))
     found = methods.standings(runs)
     colours = _colours(runs)
     charts = [chart for chart in (_by_bits(networks, colours), _by_cost(networks, colours)) if chart is not None]
@@ -77,6 +80,11 @@ def write(places: Sequence[Path], out: Path) -> Path:
         "values": values,
     }
     return page.write(out, "compare", [*charts, *([curves] if curves else [])], content)
+
+
+def _drawn(networks: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """Those that have more than one run to draw; all, if none has."""
+    return {name: runs for name, runs in networks.items() if len(runs) > 1} or networks
 
 
 def _colours(runs: Sequence[Entry]) -> dict[str, int]:
@@ -166,7 +174,8 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
         done = [(run, run.bits) for run in runs if run.summary is not None and run.bits is not None]
         widths = sorted({bits for run, bits in done if not run.full_precision} or {bits for _, bits in done})
         methods = by_method(run for run, _ in done)
-        shifts = [BESIDE * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
+        beside = min(BESIDE, SIDE_BY_SIDE / max(len(methods), 1))
+        shifts = [beside * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
         traces = [
             _mean_line(method, some, widths, shift, colours[method])
             for (method, some), shift in zip(methods, shifts, strict=True)

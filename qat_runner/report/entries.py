@@ -6,17 +6,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import Config, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
-from qat_runner.report.runs import configs_in
+from qat_runner.report.runs import configs_in, selected
+from qat_runner.report.tables import full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
 
 FULL_PRECISION = "full precision"
 
 OF_A_LINE = ("seed", "weights", "weight_bits", "activation_bits", "budget", "noise_batches")
 """Keys that runs of one method may differ in: it is looked at by bits, and over seeds, each with weights of its own."""
+
+OF_A_CELL = ("seed", "weight_bits", "activation_bits", "budget")
+"""The same where some of these runs share bits and seed, so that what else they differ in is no matter of seeds."""
 
 DIGITS_OF_HASH = 8
 """Of the fingerprint of a file, how many are shown."""
@@ -85,11 +89,17 @@ class Entry:
         return str(self.config.told_bits) if self.config.allocating else f"{self.config.told_bits} bits"
 
 
-def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
+def entries(
+    places: Sequence[Path], dataset: str | None = None, model: str | None = None
+) -> tuple[list[Entry], list[str]]:
     """The runs at the places, or in them where these are folders of runs, each once; and why others are left out.
 
+    Args:
+        places: run folders, or folders of them.
+        dataset, model: as of `selected`.
+
     Raises:
-        ConfigError: a place that holds no run, or fewer than two runs in all.
+        ConfigError: a place that holds no run, none of the data set or the network, or fewer than two runs in all.
     """
     found: dict[Path, Entry] = {}
     left_out: list[str] = []
@@ -108,7 +118,7 @@ def entries(places: Sequence[Path]) -> tuple[list[Entry], list[str]]:
                 found[folder.resolve()] = entry
     if len(found) < 2:
         raise ConfigError("; ".join([f"needs two runs or more, and found {len(found)}", *left_out]))
-    return _told_apart(list(found.values())), left_out
+    return _told_apart(selected(list(found.values()), dataset, model)), left_out
 
 
 def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
@@ -119,26 +129,40 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     variants: dict[Path, str] = {}
     for some in alike.values():
         theirs = [settings(run.config) for run in some]
-        once = len({(run.config.seed, run.bits) for run in some}) == len(some)
-        alike_in = [key for key in OF_A_LINE if once or key != "weights"]
-        keys = [key for key in keys_that_differ(theirs) if key not in alike_in]
-        for run, setting in zip(some, theirs, strict=True):
-            told = [f"{key.rpartition('.')[2]}={value_in_words(setting[key])}" for key in keys if key in setting]
-            variants[run.folder] = ", ".join(dict.fromkeys(told))
+        keys = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
+        told = [[f"{key.rpartition('.')[2]}={value_in_words(s[key])}" for key in keys if key in s] for s in theirs]
+        again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
+        for run, words in zip(some, told, strict=True):
+            place = run.folder.resolve()
+            words += [f"in {place.parent.name}/{place.name}"] if again else []
+            variants[run.folder] = ", ".join(dict.fromkeys(words))
     return [replace(run, variant=variants[run.folder]) for run in runs]
 
 
+def _once(runs: Sequence[Entry]) -> bool:
+    """Whether no two runs of a method share bits and seed, so that nothing but their method tells them apart."""
+    return len({(run.method, run.config.seed, run.bits) for run in runs}) == len(runs)
+
+
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """What can be drawn in one chart, the largest first: runs of a network on a data set in a mode, and their start."""
+    """What is compared with one another, the largest first: runs of a network on a data set in a mode.
+
+    Where none of them is in full precision, those of another mode that they are compared with come with them; a mode
+    that has no other runs than such is none by itself.
+    """
+    baselines = full_precision_of([run.config for run in runs])
+    baseline = {run.folder: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
     found: dict[str, list[Entry]] = {}
     for run in runs:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
+    lent: set[Path] = set()
     for some in found.values():
         if not any(run.full_precision for run in some):
-            evaluated = [run for run in runs if run.config.mode == Mode.evaluate and run.full_precision]
-            some += [run for run in evaluated if run.network == some[0].network]
-    several = {name: some for name, some in found.items() if len({run.folder for run in some}) > 1}
-    return dict(sorted((several or found).items(), key=lambda item: -len(item[1])))
+            theirs = {baseline[run.folder].folder: baseline[run.folder] for run in some if run.folder in baseline}
+            some += theirs.values()
+            lent |= theirs.keys()
+    own = {name: some for name, some in found.items() if not {run.folder for run in some} <= lent}
+    return dict(sorted(own.items(), key=lambda item: -len(item[1])))
 
 
 def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:

@@ -1,5 +1,6 @@
 """Methods beside each other: what each reaches over its seeds, and how far it lies from another one, seed by seed."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def _of_network(
                 *(name, bits, method, full, measure, mine),
                 gap=Differences(tuple(gaps[run.folder] for run in some if run.folder in gaps)),
                 reference="" if full else reference,
-                difference=Differences(differences),
+                difference=Differences(() if method == reference else differences),
             )
 
 
@@ -102,6 +103,31 @@ def table(found: Sequence[Standing]) -> Table:
         for each in found
     ]
     return Table("Methods over seeds", [*heads, "vs fp32", base, ""], cells, NOTES)
+
+
+def numbers(found: Sequence[Standing]) -> Table:
+    """The same as numbers, to be computed with: of each seed as well, in the order of the seeds."""
+    heads = ["network", "bits", "method", "metric", "seeds", "values", "mean", "deviation", "vs_fp32"]
+    cells = [
+        [
+            *(each.network, each.bits.told, each.method, each.measure.name),
+            " ".join(map(str, each.values)),
+            " ".join(map(str, each.values.values())),
+            *_numbers(tuple(each.values.values())),
+            *_numbers(each.gap.values)[:1],
+            *(each.reference, *_numbers(each.difference.values)[:1]),
+            *(("", "") if each.difference.interval is None else map(str, each.difference.interval)),
+            each.told,
+        ]
+        for each in found
+    ]
+    return Table("Methods over seeds", [*heads, "reference", "difference", "low", "high", "told"], cells, ())
+
+
+def _numbers(values: Sequence[float]) -> tuple[str, str]:
+    """Mean and standard deviation, where there are as many values as these take."""
+    mean = str(statistics.fmean(values)) if values else ""
+    return mean, str(statistics.stdev(values)) if len(values) > 1 else ""
 
 
 NOTES = (

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from qat_runner.config import Config, Mode, clipping_label, differences, gradient_label, identity, read_config
 from qat_runner.errors import ConfigError, UnreadableError
@@ -67,6 +67,28 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
     for why in unreadable:
         log.warning(f"{why}: left out")
     return found
+
+
+class _Configured(Protocol):
+    @property
+    def config(self) -> Config: ...
+
+
+R = TypeVar("R", bound=_Configured)
+
+
+def selected(runs: Sequence[R], dataset: str | None, model: str | None) -> list[R]:
+    """The runs on a data set, of a network; None: on any, of any.
+
+    Raises:
+        ConfigError: there is none, and which there are.
+    """
+    for key, wanted in (("dataset", dataset), ("model", model)):
+        names = [getattr(run.config, key).name for run in runs]
+        if wanted is not None and wanted not in names:
+            raise ConfigError(f"--{key} {wanted}: there are runs of {', '.join(sorted({*names})) or 'none'}")
+        runs = [run for run, name in zip(runs, names, strict=True) if wanted in (None, name)]
+    return list(runs)
 
 
 def check_seeds(runs: Sequence[Run]) -> None:

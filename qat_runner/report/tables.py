@@ -98,14 +98,22 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
     It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
     network that it starts from.
     """
-    found = {_key(config): score(summary) for config, summary in results if config.quantization.full_precision}
-    differences: list[float | None] = []
-    for config, summary in results:
-        baselines = (
-            [] if config.quantization.full_precision else [found[key] for key in _baselines(config) if key in found]
-        )
-        differences.append(score(summary) - baselines[0] if baselines else None)
-    return differences
+    baselines = full_precision_of([config for config, _ in results])
+    return [
+        None if baseline is None else score(summary) - score(results[baseline][1])
+        for (_, summary), baseline in zip(results, baselines, strict=True)
+    ]
+
+
+def full_precision_of(configs: Sequence[Config]) -> list[int | None]:
+    """Which of some runs is the full-precision one that each is compared with, as `against_full_precision` says."""
+    found = {_key(config): index for index, config in enumerate(configs) if config.quantization.full_precision}
+    return [
+        None
+        if config.quantization.full_precision
+        else next((found[key] for key in _baselines(config) if key in found), None)
+        for config in configs
+    ]
 
 
 def _baselines(config: Config) -> list[str]:

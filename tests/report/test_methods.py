@@ -1,11 +1,14 @@
 """Methods over seeds: what is compared with what, by a test of SciPy's."""
 
+import csv
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 from scipy.stats import ttest_rel
 
 from qat_runner.cli.report import main as report
+from qat_runner.paper import figures
 from qat_runner.report import compare_page
 from qat_runner.report.entries import entries
 from qat_runner.report.methods import Standing, standings
@@ -104,4 +107,89 @@ def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Pat
     make_run(tmp_path, "mode=retrain", weights, "clipping=max", top1=89.0)
     make_run(tmp_path, "mode=evaluate", weights, top1=10.0)
     found = standings(entries([tmp_path])[0])
-    assert {each.method: list(each.values.values()) for each in found} == {"octav": [90], "max": [89]}
+    told = [(each.network.rpartition(", ")[2], each.method, list(each.values.values())) for each in found]
+    assert told == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
+
+
+def test_the_same_run_in_two_folders_is_no_seed(tmp_path: Path) -> None:
+    for place, top1 in (("a", 62.0), ("b", 50.0)):
+        make_run(tmp_path / place, top1=top1)
+        make_run(tmp_path / place, "seed=1", top1=61.0)
+    found = standings(entries([tmp_path / "a", tmp_path / "b"])[0])
+    assert sorted(value for each in found for value in each.values.values()) == [50, 61, 61, 62]
+    assert len({each.method for each in found}) == len(found) == 4
+
+
+def test_keys_that_usually_go_with_bits_tell_runs_of_the_same_bits_apart(tmp_path: Path) -> None:
+    for batches, top1 in ((1, 60.0), (2, 40.0)):
+        make_run(tmp_path, f"noise_batches={batches}", top1=top1)
+    found = standings(entries([tmp_path])[0])
+    assert {each.method: list(each.values.values()) for each in found} == {
+        "octav, noise_batches=1": [60],
+        "octav, noise_batches=2": [40],
+    }
+
+
+def test_a_network_of_one_run_has_a_row_as_well(tmp_path: Path) -> None:
+    make_run(tmp_path, top1=60.0)
+    make_run(tmp_path, "clipping=max", top1=50.0)
+    make_run(tmp_path, "model=resnet8", top1=70.0)
+    found = standings(entries([tmp_path])[0])
+    assert [each.values[0] for each in found] == [60, 50, 70]
+    assert len({each.network for each in found}) == 2
+    figure = figures.methods(found)
+    assert [ax.get_title() for ax in figure.axes] == [found[0].network]  # nothing to see of a single run
+    figures.plt.close(figure)
+
+
+def test_the_baseline_that_runs_start_from_stands_beside_them(tmp_path: Path) -> None:
+    start = make_run(tmp_path, "bits=32", top1=70.0)
+    make_run(tmp_path, "mode=retrain", "weights=baseline", top1=69.0)
+    make_run(tmp_path, "mode=retrain", "weights=baseline", "clipping=max", top1=68.0)
+    found = standings(entries([tmp_path])[0])
+    assert [(each.method, each.gap.values) for each in found] == [
+        *(("octav", (-1.0,)), ("max", (-2.0,)), ("full precision", ()))
+    ]
+    assert len({each.network for each in found}) == 1 and start.exists()
+
+
+def test_numbers_to_compute_with(tmp_path: Path) -> None:
+    report(["methods", str(_runs(tmp_path / "runs")), "--out", str(tmp_path / "out")])
+    rows = {
+        row["method"]: row
+        for row in csv.DictReader((tmp_path / "out/methods.csv").read_text().splitlines())
+        if row["bits"] != "8"
+    }
+    row, theirs = rows["max"], ttest_rel(MAX, OCTAV).confidence_interval(0.95)
+    assert tuple(map(float, row["values"].split())) == MAX and row["seeds"] == "0 1 2"
+    assert (float(row["low"]), float(row["high"])) == pytest.approx((theirs.low, theirs.high))
+    assert float(row["deviation"]) == pytest.approx(stdev(MAX)) and row["told"] == "worse"
+    assert rows["octav"]["difference"] == rows["full precision"]["reference"] == ""
+
+
+def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = _runs(tmp_path / "runs")
+    make_run(runs, "model=resnet8", top1=10.0)
+    make_run(runs, "model=resnet8", "clipping=max", top1=10.0)
+    for verb in ("methods", "compare", "results", "ledger"):
+        out = ("--out", str(tmp_path / verb))
+        assert report([verb, str(runs), "--model", "resnet8", *out]) == 0
+        assert report([verb, str(runs), "--model", "vgg", *out]) == 2
+        assert "--model vgg: there are runs of resnet20, resnet8" in capsys.readouterr().err
+        assert report([verb, str(runs), "--dataset", "mnist", *out]) == 2
+        assert "--dataset mnist: there are runs of fake" in capsys.readouterr().err
+    assert len((tmp_path / "results/results.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compare", "--against", "max"], "--against: is for methods"),
+        (["figure3", "--run", "there"], "--run: is for table6, figure1, figure2, figure5, iterations"),
+        (["status", "--dataset", "digits"], "--dataset: is for compare, methods, "),
+        (["figure3", "runs"], "runs: is one folder too many"),
+    ],
+)
+def test_what_has_no_effect_is_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(args) == 2
+    assert message in capsys.readouterr().err
