@@ -4,9 +4,9 @@ import difflib
 import re
 import shlex
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -38,8 +38,11 @@ def explain(error: Exception, configs: Path) -> str:
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
         return f"{group}={option}: must be one of {', '.join(options)}{_similar(option, options)}"
-    if isinstance(error, OverrideParseException) and (sentence := _how_to_quote(error.override)):
-        return sentence
+    if isinstance(error, OverrideParseException):
+        if "=" not in error.override and not error.override.startswith("~"):
+            return f"{error.override}: is no KEY=VALUE; qat-run --help shows what can be asked for"
+        if sentence := _how_to_quote(error.override):
+            return sentence
     text = " ".join(str(error).split())
     cause = error.__cause__ or error.__context__
     detail = " ".join(str(cause).split()) if cause else ""
@@ -58,6 +61,8 @@ def explain(error: Exception, configs: Path) -> str:
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*?)\]", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
         return f"{key[1] if key else 'a value'}={match[1]}: must be one of {match[2]}"
+    if match := re.search(r"Error merging override (([\w.]+)=(\S+)).*str is not a ListConfig", f"{text} {detail}"):
+        return f"{match[1]}: must be a list: {match[2]}=[{match[3]}]"
     if match := re.search(r"Error merging override (\S+)", text):
         return f"{match[1]}: {re.sub(r' full_key:.*', '', detail)}"
     return re.sub(r"\s*(full_key:|See https?:).*", "", text)
@@ -84,10 +89,9 @@ def _similar(word: str, known: list[str]) -> str:
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:
     """All dotted keys of a dataclass."""
-    hints = get_type_hints(schema)
     keys = []
-    for f in fields(schema):
-        keys.append(prefix + f.name)
-        if is_dataclass(hints[f.name]):
-            keys += _keys(hints[f.name], f"{prefix}{f.name}.")
+    for name, hint in get_type_hints(schema).items():
+        keys.append(prefix + name)
+        for part in filter(is_dataclass, (hint, *get_args(hint))):  # or of what may be null
+            keys += _keys(part, f"{prefix}{name}.")
     return keys

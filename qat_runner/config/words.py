@@ -40,7 +40,8 @@ def checkpoint_of(model: str) -> str | None:
 
 
 def register_words(overrides: Sequence[str], configs: Path) -> None:
-    """Give each word among the values of `model` a config of its own, in this process.
+    """Give each word among the values of `model` a config of its own, and each network without a recipe of the paper
+    that of DeiT in its place, in this process.
 
     Args:
         overrides: of one row, or of a whole sweep.
@@ -49,22 +50,22 @@ def register_words(overrides: Sequence[str], configs: Path) -> None:
     Raises:
         OverrideParseException: what Hydra cannot read.
     """
-    for word in _words(overrides):
-        *folders, name = word.split("/")
-        place = "/".join(filter(None, folders))
-        ConfigStore.instance().store(group=f"model/{place}", name=name, node={"name": word}, package="model")
-        published = name if (configs / "recipe" / "paper" / f"{name}.yaml").is_file() else None
-        recipe = f"/recipe/paper/{published}" if published and word.startswith("torchvision/") else "/recipe/deit"
-        node = {"defaults": [f"{recipe}@_here_"]}
-        ConfigStore.instance().store(group=f"recipe/paper/{place}", name=name, node=node)
+    store = ConfigStore.instance().store
+    for model in _models(overrides):
+        *folders, name = model.split("/")
+        place = "/".join(("", *filter(None, folders)))
+        if split_word(model) is not None:
+            store(group=f"model{place}", name=name, node={"name": model}, package="model")
+        published = (configs / "recipe" / "paper" / f"{name}.yaml").is_file()
+        if place or not published:
+            recipe = f"paper/{name}" if published and model.startswith("torchvision/") else "deit"
+            store(group=f"recipe/paper{place}", name=name, node={"defaults": [f"/recipe/{recipe}@_here_"]})
 
 
-def _words(overrides: Sequence[str]) -> Iterator[str]:
+def _models(overrides: Sequence[str]) -> Iterator[str]:
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.key_or_group != "model":
             continue
         value = override.value()
         for one in value.list if override.is_choice_sweep() else [value]:  # type: ignore[union-attr]
-            text = str(getattr(one, "text", one))
-            if split_word(text) is not None:
-                yield text
+            yield str(getattr(one, "text", one))
