@@ -105,9 +105,14 @@ class QuantLayer(nn.Module):
         return 0 if kind is None or (depthwise and self.weight.shape[kind.channels] == 1) else kind.channels
 
     def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one."""
-        channels = self.channels
-        return {"tensor": (), "channel": tuple(n if d == channels else 1 for d, n in enumerate(self.weight.shape))}
+        """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one.
+
+        Of a single channel that dimension 0 does not count, [1, 1, ...] would not tell that it is one.
+        """
+        channels, sizes = self.channels, self.weight.shape
+        single = channels > 0 and sizes[channels] == 1
+        channel = () if single else tuple(n if d == channels else 1 for d, n in enumerate(sizes))
+        return {"tensor": (), "channel": channel}
 
     def used_weight(self) -> Tensor:
         """The weight as it is multiplied, and quantized."""

@@ -288,10 +288,11 @@ def octav(
             heavy-tailed tensor is still off by more than 10^-4.
         init: s_1, in units of x: a number, or a tensor of the result's shape; from the scalars of a similar tensor,
             one or two iterations are enough. By default sum |x| / #{x != 0}, as in the paper. Where it is not positive
-            and finite, 1 takes its place. The converged result does not depend on it.
+            and finite, 1 takes its place. The converged result does not depend on it, if it is no further from the
+            elements of x than float32 reaches, a factor of 10^18.
         tolerance: on a CPU, where looking is free, reading ends when no scalar moves by more than this, relatively.
         check: refuse NaN and infinity (waits for the device).
-        pool: what x is a part of, each part with elements, all with the same `init`; None: it is all there is. The
+        pool: what x is a part of, one may be empty, all with the same `init`; None: it is all there is. The
             result is the scalar of all parts together.
         missing_code: count the last code of two's complement where it lies, and not at s.
         orientation: in an oriented format, numbers with the signs of s, shape of the result, as far as they are known;
@@ -312,7 +313,7 @@ def octav(
     check_refine(refine)
     x, dims = _prepare(x, dim, check)
     orientation = None if orientation is None else orientation.reshape(kept(x, dims))
-    if not dims or x.numel() == 0:  # each element is a row of its own, or there is none
+    if not dims or (x.numel() == 0 and pool is None):  # each element is a row of its own, or there is none
         return maximum(x, format, dim, check=False, pool=pool)
     search = Search(dims, iterations, tolerance, pool)
     guess = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
@@ -342,4 +343,4 @@ def _refined(x: Tensor, s: Tensor, format: IntFormat, candidates: int, both_sign
 
 def _spread(octaves: float, count: int) -> list[float]:
     """So many factors up to some octaves around 1."""
-    return torch.logspace(-octaves, octaves, count, 2, dtype=torch.float64).tolist()
+    return torch.logspace(-octaves, octaves, count, 2, dtype=torch.float64, device="cpu").tolist()

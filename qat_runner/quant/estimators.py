@@ -21,7 +21,12 @@ SolveAll = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
 """The same of several tensors."""
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
+    """To be called in a backward pass.
+
+    Raises:
+        RuntimeError: it is to be differentiated itself.
+    """
     # Gradient mode is on in a backward pass only under create_graph=True; a compiler refuses it itself, and
     # torch.func.grad always has it on, though it matters only to another one around it.
     again = derivatives_wanted() > 1 if transformed() else torch.is_grad_enabled() and not recording()
@@ -38,7 +43,7 @@ class _Estimated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        _refuse_double_backward()
+        refuse_double_backward()
         if ctx.gradient.straight:
             return grad, None, None, None
         x, s = ctx.saved_tensors
@@ -120,7 +125,7 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         there = [i for i, grad in enumerate(grads) if grad is not None]
         passed = list(grads)
         if there and not ctx.gradient.straight:

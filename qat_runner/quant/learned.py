@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
+from qat_runner.quant.estimators import refuse_double_backward
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
@@ -335,6 +336,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        refuse_double_backward()
         x, learned, s = ctx.saved_tensors
         of_x, of_learned = ctx.method.gradients(grad, x, s, ctx.format)
         if ctx.format.parts == 1:

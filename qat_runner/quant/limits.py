@@ -1,6 +1,6 @@
 """What the options of clipping methods and gradient estimators may be."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -45,8 +45,17 @@ def options_of(chosen: object) -> dict[str, Any]:
     return {field.name: getattr(chosen, field.name) for field in fields(chosen)} if is_dataclass(chosen) else {}
 
 
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+}
+"""By the word that a field is declared with: whether a value is of that kind, and what it must be."""
+
+
 def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
-    """Refuse options that a method or an estimator does not have, or that are no numbers where their default is one.
+    """Refuse options that a method or an estimator does not have, or that are not of the kind that is declared:
+    numbers, whole numbers, true or false.
 
     Args:
         what: what a message calls it, such as "clipping 'octav'".
@@ -63,7 +72,9 @@ def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"{what} has no option {name!r}, only {', '.join(known) or 'none'}")
-        usual, optional = known[name].default, "None" in str(known[name].type)
-        number = isinstance(usual, int | float) and not isinstance(usual, bool) and not (value is None and optional)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{name}={value!r}: must be a number")
+        declared = {word.strip() for word in str(getattr(known[name].type, "__name__", known[name].type)).split("|")}
+        if value is None and "None" in declared:
+            continue
+        kinds = [_KINDS[word] for word in _KINDS if word in declared]
+        if kinds and not any(fits(value) for fits, _ in kinds):
+            raise ValueError(f"{name}={value!r}: must be {' or '.join(must_be for _, must_be in kinds)}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.formats import IntFormat
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype
+from qat_runner.quant.tensors import compute_dtype, extremes
 
 CLEARLY = 0.1
 """A scale that points one way already turns only for a gain of more than this share of the noise of rounding."""
@@ -25,17 +25,15 @@ def side_of_largest(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) 
     """The sign of s that serves the largest magnitude of each row: -1 where it is positive, 1 elsewhere.
 
     Args:
-        x: any shape and floating dtype, with elements.
+        x: any shape and floating dtype.
         dims: what one scalar spans, kept with size 1.
         pool: what x is a part of.
 
     Returns:
         1 or -1, shape of s, compute dtype.
     """
-    above, below = x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True)
-    if pool is not None:
-        above, below = pool.largest(above), pool.largest(below)
-    return torch.where(above > below, -1.0, 1.0).to(compute_dtype(x))
+    low, high = extremes(x, dims, pool)
+    return torch.where(high > -low, -1.0, 1.0).to(compute_dtype(x))
 
 
 def oriented(x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = None, pool: Pool | None = None) -> Tensor:
@@ -52,7 +50,7 @@ def oriented(x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = No
     Returns:
         Shape and dtype of s; zeros have a sign as well. No gradient flows through it.
     """
-    if x.numel() == 0:
+    if x.numel() == 0 and pool is None:
         return s if before is None else torch.copysign(s, before)
     step = 1 / format.levels_per_scalar
     return kernels.backend(x).orient(x.detach(), s, before, 1 - step / 2, CLEARLY * step / 24, pool)

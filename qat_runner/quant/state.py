@@ -14,6 +14,8 @@ from qat_runner.quant.tensors import recording
 SIGN_OPEN = 0.5
 """In place of a sign in a saved `grid`, of what has seen nothing that would tell it."""
 
+HALF = (torch.float16, torch.bfloat16)
+
 LATER = ("seen", "static")
 """Of the state, what states of old do not tell."""
 
@@ -65,14 +67,15 @@ class ScalarState(nn.Module):
         self._format = format
         self.dim = next((d for d, n in enumerate(shape) if n != 1), 0 if shape else None)
         whole = (format.parts, *shape) if format.parts > 1 else tuple(shape)
-        self.register_buffer("s", torch.zeros(whole))
-        self.register_buffer("running_s", torch.zeros(whole))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("s", torch.zeros(whole, dtype=dtype))
+        self.register_buffer("running_s", torch.zeros(whole, dtype=dtype))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        oriented = torch.ones(tuple(shape)) if format.with_sign(True).oriented else None
+        oriented = torch.ones(tuple(shape), dtype=dtype) if format.with_sign(True).oriented else None
         self.register_buffer("orientation", oriented)
         self.register_buffer("grid", torch.tensor([format.bits, format.signed], dtype=torch.float32))
-        self.register_buffer("seen", torch.zeros(()))
-        self.register_buffer("static", torch.tensor(float(static)))
+        self.register_buffer("seen", torch.zeros((), dtype=dtype))
+        self.register_buffer("static", torch.tensor(float(static), dtype=dtype))
         self.decided = sign_known
         self._known = _Known(format.signed, static, False)
         self._known_of = self._version_of_state()
@@ -234,6 +237,9 @@ class ScalarState(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        for name, t in self._buffers.items():  # assigned, they have the dtype that they were saved in
+            if t is not None and t.dtype in HALF:
+                self._buffers[name] = t.float()
         for name in LATER:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
@@ -261,7 +267,7 @@ class ScalarState(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():  # scalars stay in full precision (section 4), also in a half-precision model
             new = self._buffers[name]
-            if old is not None and new is not None and new.dtype in (torch.float16, torch.bfloat16):
+            if old is not None and new is not None and new.dtype in HALF:
                 self._buffers[name] = old.to(new.device)
         if current:  # it says what it said, wherever it is now: nobody needs to wait for it
             self._know()

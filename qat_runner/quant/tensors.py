@@ -52,8 +52,9 @@ def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tens
     Of all parts of the row together, where x is a part of a pool.
     """
     if math.prod([x.shape[d] for d in dims]) == 0:
-        return x.new_zeros((2, *kept(x, dims)), dtype=compute_dtype(x))
-    low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
+        low = high = x.new_zeros(kept(x, dims))
+    else:
+        low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
     ends = torch.stack([low.clamp(max=0), high.clamp(min=0)]).to(compute_dtype(x))
     return ends if pool is None else torch.stack([-pool.largest(-ends[0]), pool.largest(ends[1])])
 

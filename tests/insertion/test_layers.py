@@ -325,7 +325,7 @@ def test_the_table_of_the_zoo(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "outputs", "shape"), [(1, 1, (1, 1, 1, 1)), (8, 8, (8, 1, 1, 1)), (2, 2, (1, 1, 1, 1))]
+    ("groups", "outputs", "shape"), [(1, 1, ()), (8, 8, (8, 1, 1, 1)), (2, 2, ()), (1, 3, (1, 3, 1, 1))]
 )
 def test_scalars_of_transposed_convolutions_are_of_outputs(groups: int, outputs: int, shape: tuple[int, ...]) -> None:
     """Of inputs only where each has an output of its own: products of other scalars could not be added as integers."""
@@ -381,3 +381,14 @@ def test_a_network_of_one_layer_is_saved_and_loaded(tmp_path: Path) -> None:
     model = quantize_model(nn.Linear(4, 4), 4, example=x)
     qat.save(model, tmp_path / "m.pt")
     assert torch.equal(qat.load(tmp_path / "m.pt", nn.Linear(4, 4))(x), model(x))
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose2d(8, 1, 3), nn.ConvTranspose2d(8, 4, 3, groups=4)])
+def test_one_output_channel_a_group_of_a_transposed_convolution(layer: nn.Module) -> None:
+    """Its scalars have a shape of ones, of which the first dimension, 8 long, is not the one that has channels."""
+    x = torch.randn(2, 8, 6, 6)
+    model = quantize_model(nn.Sequential(copy.deepcopy(layer)), 4, first_last_bits=None, example=x)
+    weight = next(t for t in quantized_tensors(model) if t.name.endswith("weight"))
+    for _ in range(2):
+        model(x)
+    assert weight.quantizer.s.shape == () and weight.quantizer.s == octav(layer.weight, 4)

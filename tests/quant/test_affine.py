@@ -35,6 +35,7 @@ from qat_runner.quant import (
     measure,
     mse_sweep,
     octav,
+    oriented,
     percentile,
 )
 from qat_runner.quant.kernels import using
@@ -373,3 +374,34 @@ def test_exported_with_zero_points(bits: int, weights: str, tmp_path: Path) -> N
     write_onnx(integers, signature, tmp_path / "m.onnx")
     found = OnnxFile(tmp_path / "m.onnx", fused=False)([x])
     torch.testing.assert_close(found, folded, rtol=0, atol=0.3 if bits < 8 else 0.02)
+
+
+class Counting(Halves):
+    """Of which each part must ask equally often."""
+
+    asked = 0
+
+    def total(self, *figures: Tensor) -> list[Tensor]:
+        self.asked += len(figures)
+        return [f.double() + 1 for f in figures]
+
+    def largest(self, figure: Tensor) -> Tensor:
+        self.asked += 1
+        return figure.clamp(min=1)
+
+
+@pytest.mark.parametrize(
+    "format", [IntFormat(4), IntFormat(4, False), IntFormat(4, range=Range.ORIENTED), IntAffineFormat(4)]
+)
+def test_an_empty_part_asks_as_often_as_the_others(format: IntFormat | IntAffineFormat) -> None:
+    """Processes wait for each other: one that leaves early is waited for."""
+    asked = []
+    for x in (torch.randn(0, 3), torch.randn(5, 3)):
+        pool = Counting()
+        s = octav(x, format, iterations=1, pool=pool)
+        assert s.isfinite().all()
+        maximum(x, format, pool=pool)
+        if isinstance(format, IntFormat) and format.oriented:
+            oriented(x, s, format, pool=pool)
+        asked.append(pool.asked)
+    assert asked[0] == asked[1] > 2

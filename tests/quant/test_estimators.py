@@ -12,6 +12,8 @@ from torch import Tensor
 from qat_runner import quantize_model
 from qat_runner.quant import (
     GRADIENTS,
+    LSQ,
+    DoReFaQuantizer,
     Estimator,
     Format,
     IntAffineFormat,
@@ -220,6 +222,10 @@ def test_double_backward_is_refused() -> None:
     for gradient in GRADIENTS:
         with pytest.raises(RuntimeError, match="double backward"):
             torch.autograd.grad(fake_quantize(x, 1.0, 4, gradient=gradient).square().sum(), x, create_graph=True)
+    for quantizer in (DoReFaQuantizer(4), LSQ().quantizer(IntFormat(4), weight=True)):
+        quantizer.assign(torch.tensor(0.7))
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(quantizer(x).square().sum(), x, create_graph=True)
 
 
 def test_autocast() -> None:

@@ -54,6 +54,12 @@ def test_transforms_of_functions() -> None:
     x, s = torch.randn(5, 4, 6), torch.rand(5) + 0.5
     one = torch.stack([fake_quantize(row, v, 4) for row, v in zip(x, s, strict=True)])
     assert torch.equal(torch.func.vmap(lambda row, v: fake_quantize(row, v, 4))(x, s), one)
+    affine = IntAffineFormat(4)
+    for shape in ((), (4, 1), (2,)):  # of an end; the last looks like an interval itself
+        ends = torch.stack([-torch.rand(5, *shape), torch.rand(5, *shape)], 1)
+        rows = x[..., :2] if shape == (2,) else x
+        one = torch.stack([fake_quantize(row, v, affine) for row, v in zip(rows, ends, strict=True)])
+        assert torch.equal(torch.func.vmap(lambda row, v: fake_quantize(row, v, affine))(rows, ends), one)
     per_row = torch.rand(4, 1) + 0.5
     many = torch.func.vmap(lambda row: fake_quantize(row, per_row, 4))(x)
     assert torch.equal(many, torch.stack([fake_quantize(row, per_row, 4) for row in x]))

@@ -11,6 +11,7 @@ from qat_runner.quant import (
     Call,
     ClippingMethod,
     Format,
+    IntAffineFormat,
     IntFormat,
     Maximum,
     NotCalibratedError,
@@ -119,6 +120,61 @@ def test_scalars_stay_in_full_precision() -> None:
     assert q.double().s.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_state_of_another_dtype_is_not_taken_for_float32(dtype: torch.dtype) -> None:
+    """Kernels write to memory of float32; a state that is none gets the same scalars another way."""
+    x, plain, others = torch.randn(40), Quantizer(4, Octav()), []
+    torch.set_default_dtype(dtype)
+    try:
+        others.append(Quantizer(4, Octav()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    others.append(torch.nn.Sequential(Quantizer(4, Octav())).double().to(dtype)[0])
+    loaded = Quantizer(4, Octav())
+    loaded.load_state_dict({k: v.to(dtype) for k, v in loaded.state_dict().items()}, assign=True)
+    for q in (plain, *others, loaded):
+        for batch in (x, 2 * x):
+            q(batch)
+    for q in (*others, loaded):
+        assert q.s.dtype in (torch.float32, torch.float64)
+        torch.testing.assert_close(q.s.float(), plain.s)
+        torch.testing.assert_close(q.running_s.float(), plain.running_s)
+        assert int(q.batches) == 2
+
+
+def test_scalars_that_do_not_suit_the_state_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        Quantizer(4, Octav(), shape=(8, 1))(torch.randn(16, 40))
+
+
+def test_scalars_of_any_layout_are_remembered() -> None:
+    for found in (torch.rand(1).expand(1000, 1), torch.tensor(0.7)):
+        q = Quantizer(4, Octav(), shape=(1000, 1))
+        q.remember(found, 0.1)
+        assert torch.equal(q.s, found.expand(1000, 1)) and torch.equal(q.running_s, q.s)
+
+
+def test_what_a_step_overwrites_is_noticed() -> None:
+    """The scalars of an evaluation are those that the next step of training writes over."""
+    q, x = Quantizer(4, Octav(), eval_mode="last", gradient="mad"), torch.randn(20, requires_grad=True)
+    q(x)
+    out = q.eval()(x)
+    q.train()(10 * x.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_tensors_stay_where_they_are_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, format = torch.randn(6, 40), IntFormat(4)
+    expected = octav(x, format, 0), octav(x, IntAffineFormat(4), 0), octav(x, format, 0, refine=8)
+    torch.set_default_device("meta")
+    try:
+        found = octav(x, format, 0), octav(x, IntAffineFormat(4), 0), octav(x, format, 0, refine=8)
+    finally:
+        torch.set_default_device("cpu")
+    assert all(map(torch.equal, found, expected))
+
+
 def test_not_finite_is_refused_outside_training_only() -> None:
     q = Quantizer(4, Octav())
     bad = torch.tensor([1.0, float("nan")])
@@ -174,6 +230,10 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         ("percentile", {"q": 120.0}, ValueError, "q=120"),
         ("mse_sweep", {"points": 0}, ValueError, "points=0"),
         ("octav", {"iterations": 0}, ValueError, "iterations=0"),
+        ("octav", {"iterations": 2.5}, ValueError, "iterations=2.5: must be a whole number"),
+        ("octav", {"refine": True}, ValueError, "refine=True: must be a whole number"),
+        ("octav", {"missing_code": "no"}, ValueError, "missing_code='no': must be true or false"),
+        ("percentile", {"q": "high"}, ValueError, "q='high': must be a number"),
         ("octav", {"warm_iterations": 0}, ValueError, "warm_iterations=0"),
         ("octav", {"q": 99.0}, TypeError, "no option 'q', only iterations, warm_iterations"),
         ("max", {"q": 99.0}, TypeError, "no option 'q', only none"),

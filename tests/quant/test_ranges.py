@@ -24,7 +24,7 @@ from qat_runner.quant import (
     oriented,
 )
 from qat_runner.quant.kernels import using
-from tests.quant.test_kernels import DEVICES, DTYPES, names, on
+from tests.quant.test_kernels import DEVICES, DTYPES, names, needs_compiler, on
 
 ORIENTED = IntFormat(4, range=Range.ORIENTED)
 
@@ -167,6 +167,31 @@ def test_backends_agree_on_missing_codes(name: str, dtype: torch.dtype) -> None:
                 warm = octav(on(name, x), format, 0, 8, on(name, 1.3 * expected.float()), missing_code=True).cpu()
             for found in (cold, warm):
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("range", [Range.TWOS_COMPLEMENT, Range.ORIENTED])
+def test_the_largest_element_does_not_lie_above_itself(bits: int, range: Range) -> None:
+    """Products of a magnitude with a weight round; at many bits the scalar is often near the largest magnitude."""
+    format = IntFormat(bits, range=range)
+    for n in (64, 280):
+        x = rows(n, 600).float()
+        with using("eager"):
+            expected = octav(x.double(), format, 0, 40, missing_code=True)
+        with using("compiled"):
+            torch.testing.assert_close(octav(x, format, 0, 40, missing_code=True).double(), expected, rtol=1e-5, atol=0)
+
+
+@names
+def test_scalars_of_zeros_are_zero_in_every_range(name: str) -> None:
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x = torch.zeros(3, 40, dtype=dtype)
+        x[1, :7] = torch.linspace(-1, 2, 7)
+        for format in (IntFormat(4), ORIENTED, IntFormat(4, range=Range.FULL), IntFormat(4, False)):
+            with using(name, DEVICES[name]):
+                s = octav(on(name, x), format, 0, missing_code=True).cpu().flatten()
+            assert s[0] == s[2] == 0 and s[1] > 0
 
 
 def test_without_it_two_complements_scalars_are_the_papers() -> None:

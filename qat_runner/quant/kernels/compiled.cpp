@@ -107,36 +107,37 @@ inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everyt
     return {excess, static_cast<double>(outside), total, count, largest, count};
 }
 
-// The same of a row with sides. Each element lies on one of them, where its weighed magnitude is the larger of two lines.
+// The same of a row with sides. Each element lies on one of them, where its magnitude is the larger of two lines. It is
+// compared before it is weighed: products round, and the largest must not lie above itself.
 template <typename T>
 inline Sums sums_of_sides(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
-    const float up = sides.above * scale * sides.weight_above, down = -sides.below * scale * sides.weight_below;
-    const float s_up = s * sides.weight_above, s_down = s * sides.weight_below;
+    const float up = sides.above * scale, down = -sides.below * scale;
+    const float w_up = sides.weight_above, w_down = sides.weight_below;
     float excess = 0, total = 0, lowest = 0, highest = 0;
     int32_t outside_above = 0, outside_below = 0, positive = 0, negative = 0;
     if (everything) {
 #pragma omp simd reduction(+ : excess, outside_above, outside_below, total, positive, negative) \
     reduction(min : lowest) reduction(max : highest)
         for (int64_t i = 0; i < n; ++i) {
-            const float v = load(x[i]), a = v * up, b = v * down, over = std::max(a - s_up, b - s_down);
-            excess += over > 0 ? over : 0.0f;
-            outside_above += a > s_up, outside_below += b > s_down;
-            total += std::max(a, b);
+            const float v = load(x[i]), a = v * up, b = v * down;
+            excess += (a > s ? (a - s) * w_up : 0.0f) + (b > s ? (b - s) * w_down : 0.0f);
+            outside_above += a > s, outside_below += b > s;
+            total += std::max(a * w_up, b * w_down);
             positive += v > 0, negative += v < 0;
             lowest = v < lowest ? v : lowest, highest = v > highest ? v : highest;
         }
     } else {
 #pragma omp simd reduction(+ : excess, outside_above, outside_below)
         for (int64_t i = 0; i < n; ++i) {
-            const float v = load(x[i]), a = v * up, b = v * down, over = std::max(a - s_up, b - s_down);
-            excess += over > 0 ? over : 0.0f;
-            outside_above += a > s_up, outside_below += b > s_down;
+            const float v = load(x[i]), a = v * up, b = v * down;
+            excess += (a > s ? (a - s) * w_up : 0.0f) + (b > s ? (b - s) * w_down : 0.0f);
+            outside_above += a > s, outside_below += b > s;
         }
     }
     const auto weigh = [&](int32_t of_above, int32_t of_below) {
         return static_cast<double>(sides.weight_above) * of_above + static_cast<double>(sides.weight_below) * of_below;
     };
-    const float largest = std::max(highest * (sides.above * scale), -lowest * (sides.below * scale));
+    const float largest = std::max(highest * up, lowest * down);
     return {excess,  weigh(outside_above, outside_below),         total, weigh(positive, negative),
             largest, static_cast<double>(positive + negative)};
 }
@@ -254,11 +255,8 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
     double s = guess / unit;
     Sums at = sums_of_row<T, KIND>(x, n, sides, scale, static_cast<float>(s), true, threads);
     if (!std::isfinite(at.total)) return std::numeric_limits<float>::quiet_NaN();
-    Bracket bracket(set.k, at);
-    if (set.cold) {
-        bracket.propose(static_cast<float>(s), at);
-        s = at.total / std::max(at.nonzero, 1.0);
-    }
+    Bracket bracket(set.k, at);  // which knows already what there is to know at the largest
+    if (set.cold) s = at.total / std::max(at.nonzero, 1.0);
     for (int i = 0; i < set.iterations; ++i) {
         const float here = static_cast<float>(s);
         if (i > 0 || set.cold) at = sums_of_row<T, KIND>(x, n, sides, scale, here, false, threads);

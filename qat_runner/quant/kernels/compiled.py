@@ -56,7 +56,7 @@ def available() -> bool:
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`. Rows that fit into the processor's cache are read from memory once."""
     library, where = _library_for(x), dense(x)
-    s = torch.empty(kept(x, search.dims), dtype=torch.float32)
+    s = torch.empty(kept(x, search.dims), dtype=torch.float32, device=x.device)
     size = extent(where, s)
     if size is None or library is None or search.pool is not None:
         return eager.octav(x, cost, guess, search)
@@ -84,7 +84,7 @@ def octav_and_quantize(
     """As `eager.octav_and_quantize`, in one call."""
     library, where = _library_for(x), dense(x)
     size = extent(where, state.s)
-    if size is None or library is None or cost.short is not None:
+    if size is None or library is None or cost.short is not None or not state.holds(x.device):
         return eager.octav_and_quantize(x, cost, format, search, state, warm)
     s, out = torch.empty_like(state.s), torch.empty_like(where)
     library.qat_octav_and_quantize(
@@ -109,6 +109,7 @@ def octav_and_quantize(
         s.data_ptr(),
         out.data_ptr(),
     )
+    state.written()
     return s, out
 
 
@@ -124,7 +125,8 @@ def octav_and_quantize_all(
     x, search, state = xs[0], searches[0], states[0]
     library, where = _library_for(x), [dense(x) for x in xs]
     sizes = [extent(x, state.s) for x, state in zip(where, states, strict=True)]
-    if library is None or None in sizes or cost.short is not None or not _alike(xs):
+    held = all(state.holds(x.device) for x, state in zip(xs, states, strict=True))
+    if library is None or None in sizes or cost.short is not None or not (held and _alike(xs)):
         return eager.one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
     ss, outs = [torch.empty_like(state.s) for state in states], [torch.empty_like(x) for x in where]
     parts = array("q")
@@ -149,29 +151,33 @@ def octav_and_quantize_all(
         state.weight,
         torch.get_num_threads(),
     )
+    for state in states:
+        state.written()
     return ss, outs
 
 
 def remember(s: Tensor, state: Remembered) -> None:
     """As `remembered.remember`, in one call."""
     library = _library_for(state.s)
-    if library is None or s.dtype != torch.float32:
+    if library is None or s.dtype != torch.float32 or not state.holds(s.device):
         remembered.remember(s, state)
         return
+    s = s.expand(state.s.shape).contiguous()
     library.qat_remember(
-        s.contiguous().data_ptr(),
+        s.data_ptr(),
         s.numel(),
         state.weight,
         state.s.data_ptr(),
         state.running_s.data_ptr(),
         state.batches.data_ptr(),
     )
+    state.written()
 
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
     library, where = _library_for(x), dense(x)
-    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32)
+    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32, device=x.device)
     size = extent(where, ends, 2)
     if size is None or library is None or search.pool is not None:
         return eager.octav_interval(x, noise, guess, search)
@@ -222,7 +228,7 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
         return eager.refine(x, s, format, factors)
     scalars = floats(s)
     out = torch.empty_like(scalars)
-    tried = torch.tensor(factors, dtype=torch.float32)
+    tried = torch.tensor(factors, dtype=torch.float32, device=x.device)
     library.qat_refine(
         _half(x),
         where.data_ptr(),

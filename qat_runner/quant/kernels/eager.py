@@ -24,7 +24,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     """Solve for the clipping scalars of x (Theorem 3.1).
 
     Args:
-        x: any shape and floating dtype, with elements.
+        x: any shape and floating dtype; with elements, unless others of its pool have some.
         cost: what is minimized.
         guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
         search: see there.
@@ -35,7 +35,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     dims, pool = search.dims, search.pool
     a, weights = sided(x, cost) if cost.sided else (magnitudes(x, cost.signed), None)
     cold = guess is None
-    top_of_x = a.amax(dims, keepdim=True) if cost.sided else largest(x, cost.signed, dims)
+    top_of_x = largest(a, False, dims) if cost.sided else largest(x, cost.signed, dims)
     top_of_x = top_of_x if pool is None else pool.largest(top_of_x)
     guess = top_of_x if guess is None else guess * cost.reach
     nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
@@ -44,10 +44,10 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
         weighed = (weights * (a > 0)).sum(dims, keepdim=True)
         if pool is not None:
             nonzero, weighed = pool.total(nonzero, weighed)
-        k, nonzero = cost.noise * nonzero / weighed.clamp(min=1), weighed
+        k, nonzero = cost.noise * torch.where(weighed > 0, nonzero / weighed.clamp(min=1), 1.0), weighed
     unit = newton.begin(guess, k)[newton.UNIT]
     a.div_(unit)
-    total, top = _sum(a, weights, dims), a.amax(dims, keepdim=True)
+    total, top = _sum(a, weights, dims), largest(a, False, dims)
     if pool is not None:
         figures = (total, nonzero) if weights is None else (total,)
         total, nonzero = (*pool.total(*figures), nonzero)[:2]

@@ -149,7 +149,10 @@ def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, s: Tensor, *words: 
     x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
     if in_dims[1] is not None:
         s = s.movedim(in_dims[1], 0)
-        s = s.reshape(len(s), *[1] * (x.ndim - s.ndim), *s.shape[1:])
+        parts = _format(*words[:3]).parts
+        ends, shape = s.shape[1:parts], s.shape[parts:]  # of an interval [2]
+        s = s.reshape(len(s), *ends, *[1] * (x.ndim - 1 - len(shape)), *shape)
+        s = s.movedim(1, 0) if ends else s  # the two ends always come first
     return _fake_quantize(x, s, *words), 0
 
 

@@ -25,6 +25,16 @@ class Remembered(NamedTuple):
         """Of the next scalars in the average: all of it, if they are the first."""
         return self.momentum if self.known else 1.0
 
+    def holds(self, device: torch.device) -> bool:
+        """Whether kernels of a device can write to it: another dtype, such as of a network in float64, they cannot."""
+        scalars = self.s.dtype is self.running_s.dtype is torch.float32 and self.batches.dtype is torch.int64
+        dense = self.s.is_contiguous() and self.running_s.is_contiguous() and self.s.numel() > 0
+        return scalars and dense and self.s.device == self.running_s.device == self.batches.device == device
+
+    def written(self) -> None:
+        """Tell autograd, and whoever asks for versions, that a kernel wrote to it."""
+        torch.autograd.graph.increment_version([t for t in self[:3] if not t.is_inference()])
+
 
 def remember(s: Tensor, state: Remembered) -> None:
     """Take the scalars of a call over, and into the average; the reference of what kernels do.

@@ -84,12 +84,12 @@ def octav_and_quantize(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.octav_and_quantize`; in the launches of a solution."""
     where = dense(x)
-    size = extent(where, state.s) if _serves(x) and search.pool is None and _holds(state, x) else None
+    size = extent(where, state.s) if _serves(x) and search.pool is None and state.holds(x.device) else None
     if size is None:
         return eager.octav_and_quantize(x, cost, format, search, state, warm)
     s, out = torch.empty_like(state.s), torch.empty_like(where)
     _solve(where, size, state.s if warm and state.known else None, s, cost, search, (format, state, out))
-    _written(state)
+    state.written()
     return s, out
 
 
@@ -119,34 +119,21 @@ def octav_and_quantize_all(
             kind |= {"POINTED": False, "STEP": True, "MANY": True}
             _solve_long((len(many.long), many.longest), pointers, numbers, kind)
     for state in states:
-        _written(state)
+        state.written()
     return many.split(s, [state.s for state in states], many.first_scalars), many.split(out, xs, many.first_elements)
 
 
 def remember(s: Tensor, state: Remembered) -> None:
     """As `remembered.remember`; one launch."""
-    if not (_serves(s) and _holds(state, s)):
+    if not (_serves(s) and state.holds(s.device)):
         remembered.remember(s, state)
         return
-    s, block = floats(s), min(REGISTERS)
+    s, block = floats(s.expand(state.s.shape)), min(REGISTERS)
     with _on(s):
         device.remember[(triton.cdiv(s.numel(), block),)](
             s, state.s, state.running_s, state.batches, s.numel(), state.weight, BLOCK=block
         )
-    _written(state)
-
-
-def _holds(state: Remembered, x: Tensor) -> bool:
-    """Whether kernels can write to a state."""
-    scalars = state.s, state.running_s
-    dense = all(t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device for t in scalars)
-    return dense and state.batches.device == x.device and state.s.numel() > 0
-
-
-def _written(state: Remembered) -> None:
-    """Tell autograd, and whoever asks for versions, what kernels wrote to."""
-    written = [t for t in (state.s, state.running_s, state.batches) if not t.is_inference()]
-    torch.autograd.graph.increment_version(written)
+    state.written()
 
 
 def orient(
@@ -247,7 +234,7 @@ def _alike(tensors: Sequence[Tensor], states: Sequence[Remembered] = ()) -> bool
     return (
         all(_serves(t) and t.dtype == first.dtype and t.device == first.device for t in tensors)
         and all(dense(t) is t for t in tensors)
-        and all(_holds(state, first) for state in states)
+        and all(state.holds(first.device) for state in states)
     )
 
 
@@ -331,7 +318,7 @@ def _table(
 
 def _sent(rows: Sequence[tuple[int, ...]], where: torch.device) -> Tensor:
     """A table, int64, on the device, without a wait."""
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else table
 
 
