@@ -72,7 +72,8 @@ def plain_jpeg(content: bytes) -> bool:
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # refuses bombs
-        upright = "exif" not in picture.info or picture.getexif().get(ORIENTATION, 1) == 1
+        says = {"exif", "xmp"} & picture.info.keys()  # either may turn it
+        upright = not says or picture.getexif().get(ORIENTATION, 1) == 1
         return picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright
     return False
 

@@ -111,12 +111,22 @@ class FolderSource:
         return self._batches("val", Order([batch for batch in batches if shard.owns(batch)], items))
 
     def _batches(self, split: str, order: Order) -> Iterator[Labelled]:
+        decoded, trouble = False, ""
         for items, labels, troubles in self._splits[split].batches(order):
             pictures = items.permute(0, 3, 1, 2)
-            yield self._decoded(pictures, labels, troubles) if any(troubles) else (pictures, labels)
+            if any(troubles):
+                pictures, labels = self._decoded(pictures, labels, troubles)
+                trouble = max(troubles)
+            if len(labels):
+                decoded = True
+                yield pictures, labels
+            elif split == "train":  # each process has a part of each step
+                raise RunError(f"none of the {len(troubles)} pictures of a batch can be decoded; {trouble}")
+        if trouble and not decoded:
+            raise RunError(f"no picture of {split} can be decoded; {trouble}")
 
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
-        """What could be decoded of a batch."""
+        """What could be decoded of a batch, perhaps nothing."""
         told = sorted(set(filter(None, troubles)))
         if self.corrupt is None:
             raise RunError(f"{told[0]}; dataset.skip_corrupt=true leaves such pictures out")
@@ -125,6 +135,4 @@ class FolderSource:
                 log.warning(f"{trouble}: left out")
         self.corrupt.update(told)
         good = [i for i, trouble in enumerate(troubles) if not trouble]
-        if not good:
-            raise RunError(f"none of the {len(troubles)} pictures of a batch can be decoded; {troubles[0]}")
         return pictures[good], labels[good]

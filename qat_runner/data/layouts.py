@@ -30,7 +30,10 @@ CLASS_FOLDERS, TAR_SHARDS, PARQUET_FILES = "class folders", "tar shards", "parqu
 
 
 class Pictures(Protocol):
-    """The pictures of one split in their own order, which is the same in all layouts: by class, then by name."""
+    """The pictures of one split in their own order: by class, then by name.
+
+    It is the same in all layouts, but for class folders with folders in them, which are read one after another.
+    """
 
     @property
     def labels(self) -> NDArray[np.int32]:

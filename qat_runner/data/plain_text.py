@@ -35,9 +35,11 @@ log = logging.getLogger("qat_runner")
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in the order of their names; none where it is not there."""
+    """The files of a split, in the order of their names, but for hidden ones; none where it is not there."""
     alone = folder / f"{split}.txt"
-    return [alone] if alone.is_file() else sorted((folder / split).glob("*.txt"))
+    if alone.is_file():
+        return [alone]
+    return sorted(path for path in (folder / split).glob("*.txt") if path.is_file() and not path.name.startswith("."))
 
 
 def holds_text(folder: Path) -> bool:

@@ -1,6 +1,8 @@
 """Worker processes, which live from one epoch to the next."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +71,25 @@ class Workers:
             collate_fn=self._collate,
             pin_memory=self._collate is None and torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting the workers would draw from the global one
+            worker_init_fn=_ends_by_its_parent_alone,
             **options,
         )
+
+
+def _ends_by_its_parent_alone(worker: int) -> None:
+    """Have a worker pass over the SIGTERM that its whole group gets: whoever reads from it still has to save.
+
+    `timeout`, shells and job schedulers send that. PyTorch's own workers die of any that is not their parent's, and
+    reading from them fails.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_parents_word, daemon=True).start()
+
+
+def _wait_for_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _processors() -> int:

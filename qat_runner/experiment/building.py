@@ -76,6 +76,9 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     keep_freed_memory()
     delivery = Delivery(device, config.seed, config.channels_last, task_of(config).tokenizer(config), shard)
     data = load_dataset(config.dataset, config.data_dir, delivery)
+    if config.training and data.train_size < shard.world:
+        few = f"{data.train_size} training samples are too few for {shard.world} processes"
+        raise ConfigError(f"dataset={config.dataset.name}: {few}")
     model = model_for(config, data)
     # Real samples, the same in every process: it is seen what the model does with them.
     example = next(unsharded(data).train_batches(EXAMPLE, epoch=0, limit=1)).inputs

@@ -22,6 +22,7 @@ from qat_runner.config import (
     path_of,
     run_folder,
 )
+from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.words import PREFIXES
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
@@ -58,6 +59,12 @@ def preflight(config: Config) -> Path:
             raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
         if missing := _tracker(name).missing():
             raise ConfigError(f"trackers={name}: {missing}")
+    size, resized = config.dataset.image_size, config.dataset.resize_size
+    if resized is not None and resized < size and "dataset.resize_size" not in foreign_keys(config.task):
+        raise ConfigError(f"dataset.resize_size={resized}: must be dataset.image_size={size} or more")
+    if config.dataset.skip_corrupt and config.accumulate > 1 and (config.clipping.sync or config.sync_batchnorm):
+        what = "clipping.sync" if config.clipping.sync else "sync_batchnorm"
+        raise ConfigError(f"dataset.skip_corrupt=true: is not for accumulate={config.accumulate} with {what}=true")
     device = find_device(config.device)
     if config.compile and device.type == "cpu" and not compiled.available():
         raise ConfigError("compile=true: needs a C++ compiler, and there is none here")

@@ -129,7 +129,10 @@ def _run(config: Config, folder: Path) -> Summary:
 
 def _clear(config: Config, folder: Path) -> None:
     """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
-    for path in RunFolder(folder).contents if config.overwrite else (folder / SUMMARY.name, folder / ERROR.name):
+    own = RunFolder(folder)
+    # Killed in the midst of this, it must be neither finished nor foreign: its result goes first, its config last.
+    rest = [path for path in own.contents if path not in (folder / SUMMARY.name, own.config)]
+    for path in (folder / SUMMARY.name, *([*rest, own.config] if config.overwrite else [own.error])):
         _remove(path)
         _remove(path.with_name(f"{path.name}{TEMPORARY}"))
 
@@ -233,6 +236,8 @@ def _carry_out(
 @contextmanager
 def _failures_told(config: Config, folder: Path) -> Iterator[None]:
     """While open, whatever goes wrong becomes a sentence, which error.txt keeps with the traceback."""
+    if ranks.is_main():
+        RunFolder(folder).error.unlink(missing_ok=True)  # an earlier sitting's
     try:
         yield
     except (ConfigError, StoppedError, BusyError):
@@ -357,7 +362,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     quantized_mb, full_mb = size_mb(trainer.measured)
     share = quantized_share(trainer.measured)
     mean_weights, mean_activations = (mean_bits(trainer.measured, weights) for weights in (True, False))
-    corrupt = trainer.data.corrupt  # met since the run last began
+    corrupt = trainer.data.corrupt
     if corrupt is not None:
         corrupt = set().union(*distributed.all_gather(corrupt))
     result: Summary = {

@@ -28,6 +28,8 @@ class ProcessState(TypedDict):
     buffers: dict[str, Tensor]
     averaged: NotRequired[dict[str, Tensor]]
     """buffers of its average"""
+    corrupt: NotRequired[list[str]]
+    """what it could not read and left out"""
 
 
 @with_config(ConfigDict(extra="forbid"))

@@ -108,6 +108,8 @@ class CsvFile(Generic[T]):
             if not known:
                 writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint, which follows, must not be ahead of them after a crash
 
     def keep(self, folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
         """Drop the rows that are not wanted, those that do not fit, and a line that was cut.

@@ -54,8 +54,9 @@ def _words(text: str) -> list[str]:
 def decode(logits: Tensor, split: Split, n_best: int, max_answer_length: int) -> dict[str, str]:
     """The answer of each question: the best span in any of its windows.
 
-    Start and end are among the `n_best` of their window, inside of the paragraph; a start counts only in the window
-    that shows it with the most context. So the reference implementation of BERT does.
+    Start and end are among the `n_best` of those of their window that lie in the paragraph; a start counts only in the
+    window that shows it with the most context, as in the reference implementation of BERT. (That takes the `n_best` of
+    all places, and then drops those outside: it has fewer spans to choose from.)
 
     Args:
         logits: [n, L, 2], of the first n windows, for start and end.

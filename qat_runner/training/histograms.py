@@ -19,6 +19,9 @@ from qat_runner.training.measure import autocast
 
 BINS = 100
 
+COUNTED = 2**24
+"""Elements that are counted at a time: PyTorch does so in float32."""
+
 REACH = 4.0
 """Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""
 
@@ -87,9 +90,10 @@ class _Tally:
         self.beyond = 0
 
     def add(self, x: Tensor) -> None:
-        found = torch.histc(x, BINS, self.low, self.high).double().cpu()
-        self.counts += found
-        self.beyond += x.numel() - int(found.sum())
+        for part in x.reshape(-1).split(COUNTED):
+            found = torch.histc(part, BINS, self.low, self.high).double().cpu()
+            self.counts += found
+            self.beyond += part.numel() - int(found.sum())
 
     def histogram(self, layer: str, tensor: str, quantizer: Quantizer) -> Histogram:
         format = quantizer.format

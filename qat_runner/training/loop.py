@@ -342,6 +342,8 @@ class Trainer:
                 if process["totals"].shape != self.totals.sums.shape:
                     raise ValueError(f"totals: is of shape {list(process['totals'].shape)}")
                 self.totals.sums += process["totals"].to(self.totals.sums.device)
+                if self.data.corrupt is not None:
+                    self.data.corrupt.update(process.get("corrupt", []))
         except Exception as error:  # whatever PyTorch may raise on state that is none
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
@@ -435,13 +437,14 @@ class Trainer:
             self.oscillations.observe(self.position)
 
     def _freeze_if_due(self, position: float) -> None:
-        """From recipe.freeze_scalars_at on, activations have the average of their scalars.
+        """From recipe.freeze_scalars_at on, or from the last step if that is later, activations have the average of
+        their scalars.
 
         Args:
             position: in epochs.
         """
         due = self.config.recipe.freeze_scalars_at
-        if not self.to_freeze or due is None or position < due:
+        if not self.to_freeze or due is None or position < min(due, self.epochs - 1.5 / self.steps):
             return
         freeze_activations(self.model)
         self.to_freeze = False
@@ -586,6 +589,8 @@ class Trainer:
         }
         if self.averages is not None:
             own["averaged"] = _own_buffers(self.averages.model)
+        if self.data.corrupt is not None:
+            own["corrupt"] = sorted(self.data.corrupt)
         processes = distributed.all_gather(own)
         content: Checkpoint = {
             "model": self.measured.state_dict(),

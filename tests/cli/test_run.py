@@ -169,6 +169,13 @@ def test_interrupted_and_resumed_is_the_same_as_in_one_go(run: Run, monkeypatch:
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_scalars_are_frozen_at_the_last_step_at_the_latest(run: Run) -> None:
+    assert run("epochs=1", "limit_train_batches=2", "recipe.freeze_scalars_at=0.75") == 0
+    (folder,) = Path("runs").iterdir()
+    assert "static from here on (epoch 0.5)" in (folder / "log.txt").read_text()
+    assert json.loads((folder / "summary.json").read_text())["clipping"] == "octav-to-static"
+
+
 def test_scalars_frozen_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     freezing = ("epochs=2", "recipe.freeze_scalars_at=0.5")
     assert run(*freezing, "run_dir=whole") == 0
@@ -346,6 +353,16 @@ WRONG = [
     (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),
+    (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
+    (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
+    (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
+    (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
+    (["clipping.options.multiple=2"], "clipping 'octav' has no option 'multiple', only iterations"),
+    (["model=resnet20", "dataset=imagenet"], "dataset=imagenet: not found in data_dir"),  # with a recipe of DeiT's
+    (
+        ["dataset=imagefolder", "dataset.image_size=32", "dataset.resize_size=16"],
+        "must be dataset.image_size=32 or more",
+    ),
     (["mode=train"], "mode=train: must be one of auto, scratch, retrain, long_retrain, finetune, ptq"),
     (["amp=half"], "amp=half: must be one of none, bf16, fp16"),
     (["recipe.scratch.schedule=exp"], "recipe.scratch.schedule=exp: must be one of step, cosine, linear"),
@@ -360,7 +377,7 @@ WRONG = [
     (["bitz=4"], "unknown key 'bitz'; did you mean bits?"),
     (["clipping.qq=1"], "unknown key 'clipping.qq'; did you mean clipping.q?"),
     (["+foo=1"], "unknown key 'foo'"),
-    (["bits"], "missing EQUAL"),
+    (["bits"], "bits: is no KEY=VALUE"),
     (["mode=retrain"], "needs weights"),
     (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
     (["mode=ptq", "weights=other.pt"], "little matches"),

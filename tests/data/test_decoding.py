@@ -177,6 +177,14 @@ def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, suffix: s
     np.testing.assert_allclose(read(tmp_path / f"0.{suffix}").astype(int), UPRIGHT[orientation](stored), atol=4)
 
 
+def test_what_only_xmp_says_turns_a_jpeg_too(tmp_path: Path) -> None:
+    stored = np.zeros((24, 16, 3), dtype=np.uint8)
+    stored[:8] = 250
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(stored).save(tmp_path / "0.jpg", quality=100, subsampling=0, xmp=xmp)
+    np.testing.assert_allclose(read(tmp_path / "0.jpg").astype(int), UPRIGHT[6](stored), atol=4)
+
+
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0", b"Exif\0\0XX*\0\1\2\3\4", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nothing"]
 )

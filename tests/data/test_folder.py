@@ -1,6 +1,8 @@
 """Batches of folders of pictures: against torchvision's own transforms, and by workers that live on."""
 
+import multiprocessing
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,21 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
     with pytest.raises(OSError, match=r".") as on_tensors:
         decode_pixels((tmp_path / "0.jpg").read_bytes())
     assert str(on_tensors.value) == str(by_pillow.value)
+
+
+def test_workers_pass_over_what_their_group_is_told(photographs: Path) -> None:
+    """They end by their parent's word, or with it, and by nobody else's."""
+    source = FolderSource(photographs, 16, 2)
+    expected = [y.tolist() for _, y in source.train(1, 7, 0, range(5), WHOLE)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [y.tolist() for _, y in source.train(1, 7, 0, range(5), WHOLE)] == expected
+    assert multiprocessing.active_children() == workers
+    workers[0].terminate()
+    workers[0].join(10)
+    assert workers[0].exitcode == 0
 
 
 def test_workers_live_on_and_change_nothing(photographs: Path) -> None:

@@ -102,3 +102,12 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         data(train=8)
     with pytest.raises(ValueError, match="val has 1 tokens"):
         data(val=1)
+
+
+def test_hidden_files_and_folders_are_no_texts(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    (folder / "folder.txt").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", ".c.txt", "._a.txt"):
+        (folder / name).write_text("x")
+    (folder / ".#a.txt").symlink_to("nowhere")
+    assert [path.name for path in files_of(tmp_path, "train")] == ["a.txt", "b.txt"]

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from qat_runner.errors import BusyError
+from qat_runner.config import from_hydra
+from qat_runner.config.composing import compose_config
+from qat_runner.errors import BusyError, RunError
+from qat_runner.experiment import running
 from qat_runner.experiment.running import _remove
 from qat_runner.exporting import of_run
 from qat_runner.quant.kernels import compiled
 from qat_runner.runs import files, lock
 from qat_runner.runs.asked import remember_asked
 from qat_runner.runs.files import open_own, write_text
+from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import Record
 from qat_runner.runs.records import METRICS, STEPS
@@ -296,3 +300,30 @@ def test_utf8_whatever_the_locale(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([*REPORT, "status", str(tmp_path)], capture_output=True, env=environment)
     assert (done.returncode, done.stderr) == (0, b"") and "rün" in done.stdout.decode()
+
+
+def test_a_run_that_is_cleared_away_is_at_no_time_finished_or_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = RunFolder(tmp_path)
+    for path in own.contents:
+        path.touch()
+    left = []
+
+    def remove(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        left.append({path for path in own.contents if path.exists()})
+
+    monkeypatch.setattr(running, "_remove", remove)
+    running._clear(from_hydra(compose_config(["model=resnet8", "dataset=digits", "overwrite=true"])), tmp_path)
+    assert not left[-1]
+    for paths in left:
+        assert own.path / "summary.json" not in paths and (own.config in paths or not paths)
+
+
+def test_a_new_sitting_has_no_error_of_the_last(tmp_path: Path) -> None:
+    config = from_hydra(compose_config(["model=resnet8", "dataset=digits"]))
+    for reason in ("first", "second"):
+        with pytest.raises(RunError), running._failures_told(config, tmp_path):
+            raise ValueError(reason)
+        assert f"internal error (ValueError: {reason})" in (tmp_path / "error.txt").read_text()
