@@ -21,4 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if "--help" in args or "-h" in args:
         print(__doc__)
-    return run.main(["mode=allocate", *args])
+    for arg in args:
+        if arg.lstrip("+").startswith("mode=") and arg != "mode=allocate":
+            print(f"qat-bits: {arg}: it is mode=allocate here; qat-run has the others", file=sys.stderr)
+            return 2
+    return run.main(["mode=allocate", *args], "qat-bits")

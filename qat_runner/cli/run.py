@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -62,15 +63,15 @@ PATIENCE = 2.0
 log = logging.getLogger("qat_runner")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+def main(argv: Sequence[str] | None = None, command: str = "qat-run") -> int:
+    """Run the command, which errors call by its name; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     sweep = any(arg in _MULTIRUN for arg in args)
     with on_terminal(logging.INFO if sweep else logging.DEBUG):
-        return _carry_out(args, sweep)
+        return _carry_out(args, sweep, partial(_fail, command))
 
 
-def _carry_out(args: list[str], sweep: bool) -> int:
+def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) -> int:
     main_process = ranks.is_main()
     detach = _DETACH in args
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
@@ -97,19 +98,19 @@ def _carry_out(args: list[str], sweep: bool) -> int:
         if main_process:
             _print_results(rows)
     except (HydraException, OmegaConfBaseException) as error:
-        code = _fail(explain(error, config_dir()), ConfigError.exit_code)
+        code = fail(explain(error, config_dir()), ConfigError.exit_code)
     except QatError as error:
-        code = _fail(str(error), error.exit_code)
+        code = fail(str(error), error.exit_code)
     except SystemExit as stop:  # after --help and its like
         code = int(stop.code or 0)
     except OSError as error:  # of a folder of runs, which is about to be written to
-        code = _fail(f"writing failed ({error})", 1)
+        code = fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
-        code = _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        code = fail("interrupted; the same command goes on from the last checkpoint", 130)
     for failure in failures:
         _wait_for_slurm(failure)
     for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
-        code = max(code, _fail(sentence, failed))
+        code = max(code, fail(sentence, failed))
     if code == ConfigError.exit_code:
         forget_asked(asked, made)
     return code
@@ -178,8 +179,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
     return rows
 
 
-def _fail(sentence: str, code: int) -> int:
-    who = "qat-run" if ranks.is_main() else f"qat-run, process {os.environ['RANK']}"
+def _fail(command: str, sentence: str, code: int) -> int:
+    who = command if ranks.is_main() else f"{command}, process {os.environ['RANK']}"
     line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], sentence)  # as a value may hold
     print(f"{who}: {line}", file=sys.stderr)
     return code

@@ -96,11 +96,18 @@ def test_bisection_finds_the_first_that_is_enough(enough: int) -> None:
 
 def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("qat_runner.cli.run.main", lambda args: asked.extend(args) or 0)
+    monkeypatch.setattr("qat_runner.cli.run.main", lambda args, command: asked.extend([command, *args]) or 0)
     assert bits.main(["-m", "budget=3,4"]) == 0
-    assert asked == ["mode=allocate", "-m", "budget=3,4"]
+    assert asked == ["qat-bits", "mode=allocate", "-m", "budget=3,4"]
     bits.main(["--help"])
     assert "budget=4.0" in capsys.readouterr().out
+
+
+def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bits.main(["mode=ptq", "budget=4"]) == 2
+    assert capsys.readouterr().err == "qat-bits: mode=ptq: it is mode=allocate here; qat-run has the others\n"
+    assert bits.main(["budgett=4"]) == 2
+    assert capsys.readouterr().err == "qat-bits: unknown key 'budgett'; did you mean budget?\n"
 
 
 @pytest.mark.parametrize(
