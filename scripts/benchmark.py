@@ -270,8 +270,10 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
                 f"run_dir={scratch}/{label.replace(' ', '_')}",
             ]
             command += ["epochs=1", "limit_train_batches=1", "limit_val_batches=1", "noise_batches=0"]
+            command += [f"device={device}"]
             began = time.perf_counter()
             cache = {"QAT_CACHE_DIR": f"{scratch}/cache", "TRITON_CACHE_DIR": f"{scratch}/cache"}
+            cache |= {"OMP_NUM_THREADS": str(args.threads)} if args.threads else {}
             subprocess.run(command, env=os.environ | cache, capture_output=True, check=True)
             rows.append({"what": label, "seconds": time.perf_counter() - began})
             rows[-1]["over eager"] = rows[-1]["seconds"] - rows[0]["seconds"]

@@ -73,14 +73,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file", type=Path, help="where to write what the runs left")
     parser.add_argument("--against", type=Path, help="such a file, of the code before")
-    parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of runs")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="names of runs")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = dict(carried_out(Path(folder), asked.only))
     asked.file.write_text(json.dumps(found, indent=1) + "\n")
     if asked.against is None:
         return 0
-    return compared(json.loads(asked.against.read_text()), found)
+    before = json.loads(asked.against.read_text())
+    absent = [name for name in asked.only if name not in before]
+    print("".join(f"{name:20} not in {asked.against}\n" for name in absent), end="")
+    return compared(before, found) or int(bool(absent))
 
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> int:

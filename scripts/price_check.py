@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.types import RunMode
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
 from qat_runner.allocation import Network, Operand, network, price
 from qat_runner.allocation.prices import having_bits
-from qat_runner.config import Config, from_hydra, register
-from qat_runner.config.composing import compose_checked, shipped_configs
+from qat_runner.cli.explain import explain
+from qat_runner.config import BASELINE, Config, config_dir, from_hydra, register
+from qat_runner.config.composing import compose_config
+from qat_runner.errors import QatError
 from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, build
+from qat_runner.experiment.checks import preflight
 from qat_runner.policy import PRICES
 from qat_runner.tasks import task_of
 
@@ -122,8 +126,15 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="file for a row a policy")
     asked, keys = parser.parse_known_args()
     register()
-    with shipped_configs():
-        config = from_hydra(compose_checked(["mode=allocate", "budget=4", *keys], RunMode.RUN))
+    try:
+        config = from_hydra(compose_config(["mode=allocate", "budget=4", *keys]))
+        if config.weights == BASELINE:
+            parser.error("weights=baseline: needs a file of weights, such as that of the run's last checkpoint")
+        preflight(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        parser.error(explain(error, config_dir()))
+    except QatError as error:
+        parser.error(str(error))
     if not widths_of_budget(sorted(config.allocation.widths)):
         parser.error(f"allocation.widths: must have one below {MEAN:g} and one above it, of 3 to 6")
     rows = checked(config, asked.policies, asked.samples, asked.seed)

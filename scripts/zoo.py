@@ -522,6 +522,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     networks = zoo()
+    if not fnmatch.filter(networks, asked.only):
+        parser.error(f"--only {asked.only}: there is no such network")
     found = read(asked.csv) if asked.csv is not None and asked.csv.exists() else {}
     for name in fnmatch.filter(networks, asked.only):
         found[name] = visit(name, networks[name])

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run on two threads at most, and never see the user's environment."""
+"""Shared fixtures. Side by side, tests run on a thread each; they see nothing of the user's data, jobs and trackers."""
 
 import logging
 import os
@@ -22,7 +22,9 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.delenv("QAT_DATA_DIR", raising=False)
+    for name in os.environ:
+        if name.startswith(("QAT_DATA_DIR", "SLURM_", "WANDB_", "MLFLOW_")):
+            monkeypatch.delenv(name)
     os.environ.setdefault("MPLBACKEND", "Agg")
 
 

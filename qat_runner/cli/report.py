@@ -121,9 +121,14 @@ def _settle(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
     if len(args.places) > (0 if args.run_page or args.what in WITHOUT_RUNS else 1) and args.what not in SEVERAL:
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
+    if args.what == "status" and args.out is not None:
+        raise ConfigError("--out: status writes nothing")
     for key, those in used_by().items():
+        said = f"--{key.replace('_', '-')}"
         if getattr(args, key) is not None and args.what not in those:
-            raise ConfigError(f"--{key.replace('_', '-')}: is for {', '.join(those)}")
+            raise ConfigError(f"{said}: is for {', '.join(those)}")
+        if args.what == "figure2" and args.run is not None and key != "run" and getattr(args, key) is not None:
+            raise ConfigError(f"{said}: figure2 has it from --run")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
 

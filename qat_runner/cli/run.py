@@ -44,6 +44,7 @@ from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
     compose_config,
+    freed,
     given,
     quoted,
     shipped_configs,
@@ -131,10 +132,8 @@ def _renamed(arg: str) -> str:
         return "policy=auto"
     if arg.startswith("bits=") and "auto" in arg.split("=")[1].split(","):
         raise ConfigError(f"{arg}: auto goes with no other bits; what it may cost can be swept over: budget=3,4")
-    if arg.startswith(("clipping.options.", "gradient.options.")):
-        return f"++{arg}"  # a mapping that any may be put into; what is in it, its method checks
     if not arg.startswith("+scale="):
-        return arg
+        return freed(arg)
     renamed = arg.replace("+scale=", "+stand_in=", 1)
     log.info(f"{arg} is called {renamed} now")
     return renamed

@@ -89,7 +89,12 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         As `compose_checked`.
     """
     with shipped_configs():
-        return compose_checked([*overrides, *given(overrides)])
+        return compose_checked([*map(freed, overrides), *given(overrides)])
+
+
+def freed(override: str) -> str:
+    """An override as Hydra wants it of keys that the schema does not name: options, which their method checks."""
+    return f"{_free(override)}{override}"
 
 
 def given(overrides: Sequence[str]) -> list[str]:
@@ -149,7 +154,7 @@ def command(config: Config) -> str | None:
 
 def _free(key: str) -> str:
     """What Hydra wants before a key that the schema does not name."""
-    return "++" if key.startswith(("clipping.options.", "gradient.options.")) else ""
+    return "++" if key.startswith(("clipping.options", "gradient.options")) else ""
 
 
 def _follows(key: str, config: Config) -> bool:

@@ -133,7 +133,7 @@ def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
     }
     untrained = config.mode in (Mode.ptq, Mode.allocate)  # where no training makes up for what the paper neglects
     if untrained and clipping.name == Octav.name:
-        usual |= {"missing_code": True, "refine": 64}
+        usual |= {"missing_code": True, "refine": 0 if clipping.sync else 64}
     return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
 
 
@@ -310,6 +310,10 @@ def _check_scalars(config: Config) -> None:
     if clipping.sync and (config.all_learned or not (clipping.dynamic or clipping.learned or config.rules)):
         what = "learned" if clipping.learned else "static"
         raise ConfigError(f"clipping.sync=true: is for scalars that are solved in training, and these are {what}")
+    if clipping.sync and clipping.refine:
+        raise ConfigError(
+            f"clipping.sync=true: is not for clipping.refine={clipping.refine}, which measures by process"
+        )
     if clipping.eval_mode != "dynamic" and config.all_learned:
         raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
     for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():

@@ -6,6 +6,7 @@ which says no more than the name, before anything is composed.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -57,9 +58,15 @@ def register_words(overrides: Sequence[str], configs: Path) -> None:
         if split_word(model) is not None:
             store(group=f"model{place}", name=name, node={"name": model}, package="model")
         published = (configs / "recipe" / "paper" / f"{name}.yaml").is_file()
-        if place or not published:
+        if place or not (published or _is_stored("recipe/paper", name)):  # an installed package may have one
             recipe = f"paper/{name}" if published and model.startswith("torchvision/") else "deit"
             store(group=f"recipe/paper{place}", name=name, node={"defaults": [f"/recipe/{recipe}@_here_"]})
+
+
+def _is_stored(group: str, name: str) -> bool:
+    with suppress(OSError):  # no such group
+        return f"{name}.yaml" in ConfigStore.instance().list(group)
+    return False
 
 
 def _models(overrides: Sequence[str]) -> Iterator[str]:

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,23 +72,24 @@ class Workers:
             collate_fn=self._collate,
             pin_memory=self._collate is None and torch.cuda.is_available(),
             generator=torch.Generator(),  # else starting the workers would draw from the global one
-            worker_init_fn=_ends_by_its_parent_alone,
+            worker_init_fn=partial(_obey, os.getpid()),
             **options,
         )
 
 
-def _ends_by_its_parent_alone(worker: int) -> None:
-    """Have a worker pass over the SIGTERM that its whole group gets: whoever reads from it still has to save.
+def _obey(reader: int, worker: int) -> None:
+    """Have a worker pass over the SIGTERM that its whole group gets: the process that reads from it still has to save.
 
     `timeout`, shells and job schedulers send that. PyTorch's own workers die of any that is not their parent's, and
-    reading from them fails.
+    reading from them fails. Where it cannot be known whose it is, as on macOS, so do these.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_parents_word, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_word_of, args=(reader,), daemon=True).start()
 
 
-def _wait_for_parents_word() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _wait_for_word_of(reader: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (reader, os.getppid()):
         pass
     os._exit(0)
 

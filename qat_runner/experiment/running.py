@@ -49,7 +49,7 @@ from qat_runner.runs.files import TEMPORARY, open_own, write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import NullRecord, Record
-from qat_runner.runs.records import ENVIRONMENT, ERROR, SUMMARY, Summary
+from qat_runner.runs.records import ENVIRONMENT, SUMMARY, Summary
 from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
@@ -130,9 +130,10 @@ def _run(config: Config, folder: Path) -> Summary:
 def _clear(config: Config, folder: Path) -> None:
     """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
     own = RunFolder(folder)
-    # Killed in the midst of this, it must be neither finished nor foreign: its result goes first, its config last.
-    rest = [path for path in own.contents if path not in (folder / SUMMARY.name, own.config)]
-    for path in (folder / SUMMARY.name, *([*rest, own.config] if config.overwrite else [own.error])):
+    # Killed in the midst of this, it must not be finished, nor go on without its records, nor be foreign.
+    first, last = (folder / SUMMARY.name, own.checkpoints), own.config
+    rest = [path for path in own.contents if path not in (*first, last)]
+    for path in (*first, *rest, last) if config.overwrite else (folder / SUMMARY.name, own.error):
         _remove(path)
         _remove(path.with_name(f"{path.name}{TEMPORARY}"))
 
@@ -236,17 +237,23 @@ def _carry_out(
 @contextmanager
 def _failures_told(config: Config, folder: Path) -> Iterator[None]:
     """While open, whatever goes wrong becomes a sentence, which error.txt keeps with the traceback."""
-    if ranks.is_main():
-        RunFolder(folder).error.unlink(missing_ok=True)  # an earlier sitting's
+    file = RunFolder(folder).error
+    earlier = file.read_bytes() if ranks.is_main() and file.is_file() else None
+    if earlier is not None:
+        file.unlink()
     try:
         yield
-    except (ConfigError, StoppedError, BusyError):
+    except ConfigError:  # nothing was done
+        if earlier is not None:
+            file.write_bytes(earlier)
+        raise
+    except (StoppedError, BusyError):
         raise
     except Exception as error:
         told = _in_a_sentence(error, config, folder)
         # "x": of several processes the first keeps its reason; the others' is that they lost it
-        with suppress(OSError), open_own(folder / ERROR.name, "x") as file:
-            file.write(f"{told}\n\n{traceback.format_exc()}")
+        with suppress(OSError), open_own(file, "x") as out:
+            out.write(f"{told}\n\n{traceback.format_exc()}")
         if told is error:
             raise
         raise told from error

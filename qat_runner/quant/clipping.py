@@ -306,11 +306,13 @@ def octav(
         give |c|, unless an end is missing on that side.
 
     Raises:
-        ValueError: iterations below 1, `refine` below 0, NaN or infinity in x under `check`.
+        ValueError: iterations below 1, `refine` below 0 or of a pool, NaN or infinity in x under `check`.
     """
     format = as_format(format)
     check_iterations(iterations)
     check_refine(refine)
+    if refine and pool is not None:
+        raise ValueError(f"refine={refine}: measures errors of one part alone, not of a pool")
     x, dims = _prepare(x, dim, check)
     orientation = None if orientation is None else orientation.reshape(kept(x, dims))
     if not dims or (x.numel() == 0 and pool is None):  # each element is a row of its own, or there is none

@@ -1,5 +1,6 @@
 """What the options of clipping methods and gradient estimators may be."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -45,6 +46,11 @@ def options_of(chosen: object) -> dict[str, Any]:
     return {field.name: getattr(chosen, field.name) for field in fields(chosen)} if is_dataclass(chosen) else {}
 
 
+def _declared(kind: object) -> str:
+    """The type of a field as it was written, or would be."""
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
@@ -72,9 +78,10 @@ def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"{what} has no option {name!r}, only {', '.join(known) or 'none'}")
-        declared = {word.strip() for word in str(getattr(known[name].type, "__name__", known[name].type)).split("|")}
-        if value is None and "None" in declared:
+        declared = re.sub(r"(?:typing\.)?Optional\[(.*)\]", r"\1 | None", _declared(known[name].type))
+        words = {word.strip() for word in declared.split("|")}
+        kinds = [_KINDS[word] for word in _KINDS if word in words]
+        if (value is None and "None" in words) or not words <= {*_KINDS, "None"}:
             continue
-        kinds = [_KINDS[word] for word in _KINDS if word in declared]
-        if kinds and not any(fits(value) for fits, _ in kinds):
+        if not any(fits(value) for fits, _ in kinds):
             raise ValueError(f"{name}={value!r}: must be {' or '.join(must_be for _, must_be in kinds)}")

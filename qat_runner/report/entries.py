@@ -1,5 +1,6 @@
 """Runs that are set side by side: which are seeds of one method, and which methods can be compared."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -132,11 +133,19 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
         keys = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
         told = [[f"{key.rpartition('.')[2]}={value_in_words(s[key])}" for key in keys if key in s] for s in theirs]
         again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
-        for run, words in zip(some, told, strict=True):
-            place = run.folder.resolve()
-            words += [f"in {place.parent.name}/{place.name}"] if again else []
-            variants[run.folder] = ", ".join(dict.fromkeys(words))
+        places = _places([run.folder for run in some]) if again else [""] * len(some)
+        for run, words, place in zip(some, told, places, strict=True):
+            variants[run.folder] = ", ".join(dict.fromkeys(filter(None, [*words, place])))
     return [replace(run, variant=variants[run.folder]) for run in runs]
+
+
+def _places(folders: Sequence[Path]) -> list[str]:
+    """Where run folders lie, in as few words as tell these places apart; where all lie in one, the folders' names."""
+    parents = [folder.resolve().parent for folder in folders]
+    if len({*parents}) == 1:
+        return [folder.name for folder in folders]
+    shared = len(Path(os.path.commonpath(parents)).parts)
+    return [f"in {Path(*parent.parts[shared:])}" for parent in parents]
 
 
 def _once(runs: Sequence[Entry]) -> bool:

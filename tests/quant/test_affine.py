@@ -405,3 +405,8 @@ def test_an_empty_part_asks_as_often_as_the_others(format: IntFormat | IntAffine
             oriented(x, s, format, pool=pool)
         asked.append(pool.asked)
     assert asked[0] == asked[1] > 2
+
+
+def test_what_is_measured_on_a_part_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="refine=8: measures errors of one part alone"):
+        octav(torch.randn(9), 4, refine=8, pool=Halves())

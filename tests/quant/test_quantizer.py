@@ -1,7 +1,7 @@
 import copy
 import weakref
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from qat_runner.quant import (
     octav,
 )
 from qat_runner.quant.kernels import eager
+from qat_runner.quant.limits import check_options
 from qat_runner.quant.repeated import WORTH
 
 
@@ -361,3 +362,30 @@ def test_a_parameter_that_several_layers_share_is_solved_by_each() -> None:
         torch.testing.assert_close(first.latest, last.latest)
         out.sum().backward()
         optimizer.step()
+
+
+@dataclass
+class _Declared:
+    whole: int = 1
+    perhaps: Optional[float] = 1.0  # noqa: UP045
+    either: int | float = 1
+    mixed: str | int = "auto"
+    many: int | list[int] = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("whole", [3], [3.0, True, None, "3"]),
+        ("perhaps", [None, 2, 2.5], ["high", True]),
+        ("either", [2, 2.5], ["high", False, None]),
+        ("mixed", ["fast", 2], []),
+        ("many", [[1, 2], 2], []),
+    ],
+)
+def test_options_are_of_the_kind_that_is_declared(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        check_options("it", _Declared, {name: value})
+    for value in bad:
+        with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
+            check_options("it", _Declared, {name: value})

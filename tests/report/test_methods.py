@@ -111,13 +111,16 @@ def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Pat
     assert told == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
 
 
-def test_the_same_run_in_two_folders_is_no_seed(tmp_path: Path) -> None:
-    for place, top1 in (("a", 62.0), ("b", 50.0)):
+@pytest.mark.parametrize(("one", "other"), [("a", "b"), ("a/runs", "b/runs")])
+def test_the_same_runs_in_two_folders_are_no_seeds(tmp_path: Path, one: str, other: str) -> None:
+    for place, top1 in ((one, 62.0), (other, 50.0)):
         make_run(tmp_path / place, top1=top1)
-        make_run(tmp_path / place, "seed=1", top1=61.0)
-    found = standings(entries([tmp_path / "a", tmp_path / "b"])[0])
-    assert sorted(value for each in found for value in each.values.values()) == [50, 61, 61, 62]
-    assert len({each.method for each in found}) == len(found) == 4
+        make_run(tmp_path / place, "seed=1", top1=top1 - 1)
+    found = standings(entries([tmp_path / one, tmp_path / other])[0])
+    assert {each.method: list(each.values.values()) for each in found} == {
+        f"octav, in {one}": [62, 61],
+        f"octav, in {other}": [50, 49],
+    }
 
 
 def test_keys_that_usually_go_with_bits_tell_runs_of_the_same_bits_apart(tmp_path: Path) -> None:
@@ -188,6 +191,8 @@ def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.Ca
         (["figure3", "--run", "there"], "--run: is for table6, figure1, figure2, figure5, iterations"),
         (["status", "--dataset", "digits"], "--dataset: is for compare, methods, "),
         (["figure3", "runs"], "runs: is one folder too many"),
+        (["status", "--out", "there"], "--out: status writes nothing"),
+        (["figure2", "--run", "there", "--model", "resnet8"], "--model: figure2 has it from --run"),
     ],
 )
 def test_what_has_no_effect_is_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
