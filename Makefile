@@ -39,6 +39,7 @@ test-gpu: .venv/.installed-dev ## what only a GPU can show: kernels, steps witho
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "test-gpu: PyTorch finds no CUDA device here, so nothing was tested." >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu -n 0 tests/gpu
+	$(BIN)/python -m pytest -n 0 tests/quant/test_kernels.py tests/quant/test_triton.py
 
 bench: .venv/.installed-dev ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py

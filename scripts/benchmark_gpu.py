@@ -162,7 +162,8 @@ def figures_of_step(
     torch.compiler.reset()
     compiler = partial(torch.compile, backend="aot_eager" if args.tiny else "inductor")
     wrap = {"wrap": compiler} if way == "torch.compile" else {}
-    step = make_step(which, mode, device, amp=cuda, **wrap)
+    # Under capture weights are solved one by one, by kernels that the steps before it must have loaded.
+    step = make_step(which, mode, device, amp=cuda, together=way != "CUDA graph", **wrap)
     if way == "CUDA graph":
         step = captured(step, device)
     contest: Contest = {way: step}
@@ -183,7 +184,7 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
             step()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):  # also where capture fails
         step()
     return graph.replay
 

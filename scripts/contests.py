@@ -121,6 +121,7 @@ def make_step(
     device: torch.device,
     amp: bool,
     wrap: Callable[[nn.Module], Any] = _as_it_is,
+    together: bool = True,
 ) -> Callable[[], object]:
     """A training step: forward, backward, SGD; of a BERT AdamW. The first is of the bare network, as in `qat-run`.
 
@@ -129,6 +130,7 @@ def make_step(
         mode: "full precision", "static", a clipping method, a name in GRIDS, or "brevitas".
         amp: whether to compute in bfloat16.
         wrap: what is made of the network after its first step, such as torch.compile.
+        together: whether weights are solved together where the network is not compiled, as in `qat-run`.
     """
     torch.manual_seed(0)
     is_bert = which[0] in BERTS
@@ -152,12 +154,12 @@ def make_step(
 
     trained: nn.Module = model
     weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
-    compiled = wrap is not _as_it_is
+    together = together and wrap is _as_it_is
 
     def step() -> None:
         nonlocal trained
         with (
-            nullcontext() if compiled else weights.quantized(),
+            weights.quantized() if together else nullcontext(),
             torch.autocast(device.type, torch.bfloat16) if amp else nullcontext(),
         ):
             loss = task.loss(task.compute(trained, batch.inputs), batch.targets)

@@ -531,7 +531,8 @@ class ConfigSchema:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     amp: Amp = Amp.none
-    """none, bf16 or fp16: autocast of convolutions and matrix products"""
+    """none, bf16 or fp16: autocast of convolutions and matrix products. With none, PyTorch has GPUs convolve in TF32,
+    which rounds what is multiplied to eleven significant bits"""
     channels_last: bool = True
     """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
     cudnn_benchmark: bool = False

@@ -89,6 +89,13 @@ class Data(Protocol):
         """The first `limit` batches of the validation split in its own order, the last as small as it comes."""
 
 
+def sent(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor, of any shape and dtype, on its way to a device without a wait, as from pageable memory there may be."""
+    if device.type == "cuda" and not (t.is_cuda or t.is_pinned()):
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def unsharded(data: Data) -> Data:
     """The same data as one process alone would see it, for what every process must do on the same samples."""
     return replace(data, shard=WHOLE)  # type: ignore[type-var]  # all data sets are dataclasses with a shard

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat_runner.data.batches import WHOLE, Batch, Shard
+from qat_runner.data.batches import WHOLE, Batch, Shard, sent
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
@@ -96,7 +96,7 @@ class ImageData:
 
     def _normalize(self, labelled: Labelled) -> Batch:
         pictures, labels = labelled
-        pictures = pictures.to(self.device, non_blocking=True).float()
+        pictures = sent(pictures, self.device).float()
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
         if pictures.shape[-1] != self.image_size:
@@ -106,7 +106,7 @@ class ImageData:
         pictures = (pictures - mean).div_(std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pictures = pictures.to(memory_format=layout)
-        return Batch((pictures,), labels.to(self.device, non_blocking=True))
+        return Batch((pictures,), sent(labels, self.device))
 
 
 @dataclass

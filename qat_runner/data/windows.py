@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qat_runner.config import DatasetConfig, Padding
-from qat_runner.data.batches import WHOLE, Batch, Shard
+from qat_runner.data.batches import WHOLE, Batch, Shard, sent
 from qat_runner.data.images import epoch_seed, shuffled
 from qat_runner.data.squad import Split
 
@@ -70,5 +70,5 @@ class SquadData:
         place = np.arange(width)
         mask = (place <= ends[:, None]).astype(np.int64)
         types = mask * (place >= windows.prefix[rows, None])
-        inputs = tuple(torch.from_numpy(t).to(self.device, non_blocking=True) for t in (ids, mask, types))
-        return Batch(inputs, torch.from_numpy(windows.answer[rows]).to(self.device, non_blocking=True))
+        inputs = tuple(sent(torch.from_numpy(t), self.device) for t in (ids, mask, types))
+        return Batch(inputs, sent(torch.from_numpy(windows.answer[rows]), self.device))

@@ -69,6 +69,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     """
     device = find_device(config.device)
     shard = distributed.shard()
+    if device.index is not None:  # what is about the current one, such as the state of its generator, is about this
+        torch.cuda.set_device(device)
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
     torch.backends.cudnn.deterministic = True  # algorithms that repeat to the bit: the same ones, unless they are timed

@@ -71,6 +71,10 @@ def preflight(config: Config) -> Path:
     if config.dataset.decode == Decode.gpu and device.type != "cuda":
         raise ConfigError(f"dataset.decode=gpu: needs a CUDA device, and device={config.device} is the CPU")
     world = ranks.world_size()
+    if world > 1 and config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={config.device}: would be that of all {world} processes; device=cuda gives each its own"
+        )
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
     if config.accumulate > config.batch_size // world:

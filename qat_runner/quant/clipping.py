@@ -213,7 +213,8 @@ def mse_sweep(
     if dim is not None and together and cost.numel():
         weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units that rows share
         cost = (cost * weight).flatten(1).sum(1).reshape(-1, *[1] * unit.ndim)
-    best = torch.tensor(candidates, dtype=unit.dtype, device=x.device)[cost.argmin(0)] if cost.numel() else unit
+    # No table of candidates, which would have to be sent to the device.
+    best = ((cost.argmin(0) + 1).double() / points).to(unit.dtype) if cost.numel() else unit
     s = best * unit
     return s.reshape(()) if dim is None else s
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat_runner.quant import IntFormat, Range, fake_quantize, octav
+from qat_runner.quant import IntFormat, Range, fake_quantize, kernels, octav
 from qat_runner.quant.kernels import (
     backend,
     choose_backend,
@@ -349,6 +349,17 @@ class OnDevice(Tensor):
 def test_choosing_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("auto", "cuda") == "triton"
     assert choose_backend("eager", "cuda") == "eager"
+    if GPU:
+        return
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # and Triton finds no driver for it
+    kernels._no_triton.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"Triton cannot start here \(.*\): taking eager"):
+            assert choose_backend("auto", "cuda") == "eager"
+        with pytest.raises(ValueError, match="backend=triton: Triton cannot start here"):
+            choose_backend("triton", "cuda")
+    finally:
+        kernels._no_triton.cache_clear()
 
 
 @needs_compiler

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qat_runner.quant.backends import BACKENDS
@@ -122,8 +123,8 @@ def choose_backend(name: str, device: str = "cpu") -> str:
     if device == "cuda":
         if name == "compiled":
             raise ValueError("backend=compiled: is for the CPU; on a CUDA device it must be auto, triton or eager")
-        if name == "triton" and not _has_triton():
-            raise ValueError("backend=triton: Triton is not installed here")
+        if name == "triton" and (reason := _no_triton()):
+            raise ValueError(f"backend=triton: {reason}")
         return name
     if name == "triton" and not _interprets_triton():
         raise ValueError("backend=triton: needs a CUDA device; on the CPU it must be auto, compiled or eager")
@@ -135,8 +136,10 @@ def choose_backend(name: str, device: str = "cpu") -> str:
 
 def _fastest(device: str) -> str:
     """What auto means on a type of device."""
-    if device == "cuda" and _has_triton():
-        return "triton"
+    if device == "cuda":
+        if reason := _no_triton():
+            warnings.warn(f"{reason}: taking eager, which is slower", RuntimeWarning, stacklevel=4)
+        return "eager" if reason else "triton"
     if device == "cpu" and compiled.available():
         return "compiled"
     return "eager"
@@ -144,6 +147,24 @@ def _fastest(device: str) -> str:
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _no_triton() -> str:
+    """Why Triton cannot launch kernels on a GPU here; "" if it can.
+
+    It builds what launches them at first use, by a C compiler that PyTorch's own wheels do not bring.
+    """
+    if not _has_triton():
+        return "Triton is not installed here"
+    if torch.cuda.is_available():
+        import triton
+
+        try:
+            triton.runtime.driver.active.utils  # noqa: B018
+        except Exception as error:  # of the compiler, or of what it lacks
+            return f"Triton cannot start here ({' '.join(str(error).split())[:200]})"
+    return ""
 
 
 def _interprets_triton() -> bool:

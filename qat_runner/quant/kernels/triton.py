@@ -22,8 +22,10 @@ memory in each call: kept ones would be shared by streams, and by CUDA graphs an
 Several tensors come as a table of addresses on the device, which is kept for as long as they lie where they do: the
 weights of a network, step by step.
 
-All launches depend on shapes alone, so a CUDA graph can hold them. Other dtypes, devices and granularities are left to
-`eager`.
+All launches depend on shapes alone, so a CUDA graph can hold them. In it several tensors are solved one by one, by
+kernels that must have been called so before, since none can be loaded while a graph is captured.
+
+Other dtypes, devices and granularities are left to `eager`.
 """
 
 import functools
@@ -49,6 +51,8 @@ CALLS_COST = True  # see eager
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = {1024: 4, 4096: 8, 16384: 16}
 """Elements that one program holds, and its number of warps."""
+HELD = 512
+"""Elements of several short rows that a program holds: with twice as many, what it knows of each row spills."""
 BLOCK = 4096
 """Elements of a long row, in float32, that a program loads at a time: 16 KB."""
 PROGRAMS = 512
@@ -454,7 +458,7 @@ def _resident(where: torch.device) -> int:
 def _tile(n: int, most: int) -> tuple[int, int]:
     """Rows that a program has, and elements of each, for rows of n: many short ones, or a part of a long one."""
     block = min(max(triton.next_power_of_2(n), 16), most)
-    return max(min(REGISTERS) // block, 1), block
+    return max(HELD // block, 1), block
 
 
 def _warps(elements: int) -> int:
