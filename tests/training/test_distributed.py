@@ -125,12 +125,15 @@ def network(bits: int, **policy: Any) -> nn.Module:
     return model
 
 
-def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy: Any) -> dict[str, Any]:
+def train(
+    bits: int, batch: int = 16, steps: int = 20, parts: int = 1, freeze_at: int | None = None, **policy: Any
+) -> dict[str, Any]:
     """SGD on whole batches, of which each process has its part; float64, so that no rounding hangs on a sum's order.
 
     Args:
         batch: samples a step.
         parts: that each process computes its part in, gradients adding up.
+        freeze_at: step before which activations' scalars become static.
     """
     model, shard = network(bits, **policy).double(), distributed.shard()
     distributed.synchronize_batchnorm(model)
@@ -144,6 +147,8 @@ def train(bits: int, batch: int = 16, steps: int = 20, parts: int = 1, **policy:
         x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 5, (batch,), generator=generator)
         optimizer.zero_grad()
+        if step == freeze_at:
+            freeze_activations(model)
         with weights.quantized(parts):
             pieces = list(zip(shard.samples(x).chunk(parts), shard.samples(y).chunk(parts), strict=True))
             for i, (pictures, classes) in enumerate(pieces):
@@ -162,6 +167,8 @@ CASES: dict[str, dict[str, Any]] = {
     "in parts": {"parts": 2, "clipping": "max"},
     "static": {"dynamic": False, "synchronize": False},
     "learned": {"clipping": "lsq", "synchronize": False},
+    "frozen": {"freeze_at": 3},
+    "frozen, affine": {"freeze_at": 3, "clipping": "max", "activation_format": "int_affine"},
     "oriented": {"clipping": "max", "range": "oriented"},
     "affine": {"clipping": "max", "activation_format": "int_affine"},
 }
