@@ -48,6 +48,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What the project itself found of a claim that runs of a table's rows cannot tell of."""
+
+    verdict: str
+    says: str
+
+
+@dataclass(frozen=True)
 class Claim:
     """An entry of claims.yaml."""
 
@@ -55,6 +63,7 @@ class Claim:
     says: str
     source: str
     see: str | None
+    found: Found | None
     models: tuple[str, ...]
     mode: str
     statements: tuple[Statement, ...]
@@ -74,7 +83,7 @@ class Claim:
     def verdict(self, findings: Sequence[Finding]) -> str:
         """In all setups: a verdict, or in how many of those that can tell it holds."""
         if not self.statements:
-            return f"see `{self.see}`" if self.see else "nothing here shows it"
+            return self.found.verdict if self.found else "nothing here shows it"
         setups = dict.fromkeys(finding.setup.name for finding in findings)
         verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
         told = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
@@ -146,6 +155,7 @@ def claims() -> tuple[Claim, ...]:
             entry["says"],
             entry["source"],
             entry.get("see"),
+            Found(**entry["found"]) if "found" in entry else None,
             tuple(entry.get("models", ())),
             entry.get("mode", ""),
             tuple(statement for asked in entry.get("statements", ()) for statement in _statements(**asked)),

@@ -128,8 +128,19 @@ def words_of_row(row: str, bits: int | None, seeds: Sequence[int]) -> str:
 
 
 def _overview(found: Findings) -> Table:
-    cells = [[claim.id, claim.verdict(findings), claim.says, claim.source] for claim, findings in found.items()]
-    return Table("Claims in words", ["claim", "verdict", "the paper says", "where"], cells, [])
+    cells = [
+        [claim.id, claim.verdict(findings), claim.says, claim.source, _here(claim)] for claim, findings in found.items()
+    ]
+    notes = [
+        "What runs of the tables' rows cannot tell has been looked at by the project itself: the last column says what "
+        "came out, and the command that shows the same of other networks. Of the others, the statements below tell."
+    ]
+    return Table("Claims in words", ["claim", "verdict", "the paper says", "where", "what came out"], cells, notes)
+
+
+def _here(claim: Claim) -> str:
+    shown = f"(`{claim.see}`)" if claim.see else ""
+    return f"{claim.found.says} {shown}".strip() if claim.found else ""
 
 
 def _statements(found: Findings) -> Table:
