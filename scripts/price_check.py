@@ -5,7 +5,8 @@
 
 Keys are those of qat-bits. Policies are of two kinds: any bits from a random range for each tensor; and 3 to 6 bits
 whose mean is 4, for weights as for activations, to which a budget restricts the choice. For each kind of price:
-Spearman's rank correlation of the foretold and the measured rise of the loss, on validation data.
+Spearman's rank correlation of the foretold and the measured rise of the loss, on validation data. With --against,
+what each kind chooses at that mean, beside random policies that come to it.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from qat_runner.allocation import Network, Operand, network, price
+from qat_runner.allocation import Limit, Network, Operand, allocate_bits, network, price
+from qat_runner.allocation.costs import mean_bits
 from qat_runner.allocation.prices import having_bits
 from qat_runner.cli.explain import explain
 from qat_runner.config import BASELINE, Config, config_dir, from_hydra, register
@@ -88,8 +92,20 @@ def near_the_mean(operands: list[Operand], widths: list[int], draw: random.Rando
     return best
 
 
-def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict[str, Any]]:
-    """A row a policy: its kind, what each price foretells, and the rise of the loss."""
+@dataclass
+class Subject:
+    """A network, its prices, and what its loss is measured on."""
+
+    known: Network
+    widths: list[int]
+    prices: Mapping[str, Mapping[str, Mapping[int, float]]]
+    """by kind"""
+    measured: Callable[[dict[str, int]], float]
+    """the rise of the loss with so many bits for each tensor"""
+
+
+def priced(config: Config, samples: int) -> Subject:
+    """The network of a config, priced in every way."""
     model, data = build(config, config.weights)
     known, task, how = network(model, config.allocation.widths, EXAMPLE), task_of(config), config.allocation
 
@@ -105,22 +121,47 @@ def checked(config: Config, policies: int, samples: int, seed: int) -> list[dict
     )
 
     @torch.no_grad()
-    def measured(bits: dict[str, int]) -> float:
+    def loss(bits: dict[str, int]) -> float:
         with having_bits(model, bits):
             return sum(float(task.loss(task.compute(model, b.inputs), b.targets)) for b in others) / len(others)
 
-    plain, draw, rows = measured({}), random.Random(seed), []
+    plain = loss({})
+    return Subject(known, sorted(how.widths), prices, lambda bits: loss(bits) - plain)
+
+
+def checked(subject: Subject, policies: int, draw: random.Random) -> list[dict[str, Any]]:
+    """A row a policy: its kind, what each price foretells, and the rise of the loss."""
+    rows = []
     for kind, drawn in (("any", any_bits), (f"mean {MEAN:g}", bits_of_budget)):
         for _ in range(policies):
-            bits = drawn(known, sorted(how.widths), draw)
-            foretold = {name: sum(table[t][b] for t, b in bits.items()) for name, table in prices.items()}
-            rows.append({"policies": kind, **foretold, "rise": measured(bits) - plain})
+            bits = drawn(subject.known, subject.widths, draw)
+            foretold = {
+                name: sum(table[tensor][width] for tensor, width in bits.items())
+                for name, table in subject.prices.items()
+            }
+            rows.append({"policies": kind, **foretold, "rise": subject.measured(bits)})
+    return rows
+
+
+def compared(subject: Subject, policies: int, draw: random.Random) -> list[dict[str, Any]]:
+    """A row a kind of price: the rise of the loss with what it chooses at a mean of `MEAN` bits, and which share of so
+    many random policies of that mean it is below."""
+    rivals = [subject.measured(bits_of_budget(subject.known, subject.widths, draw)) for _ in range(policies)]
+    limits = [Limit(measure, MEAN) for measure in mean_bits(subject.known)]
+    rows = []
+    for kind, prices in subject.prices.items():
+        rise = subject.measured(dict(allocate_bits(subject.known, prices, limits).bits))
+        better = 100 * sum(rise < rival for rival in rivals) / policies
+        rows.append({"chosen by": kind, "rise": rise, "better than %": better, "best of random": min(rivals)})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", type=int, default=40, help="of each kind")
+    parser.add_argument(
+        "--against", type=int, default=0, help="random policies that each price's choice is held against"
+    )
     parser.add_argument("--samples", type=int, default=1000, help="that losses are measured on")
     parser.add_argument("--seed", type=int, default=0, help="of the policies")
     parser.add_argument("--csv", type=Path, help="file for a row a policy")
@@ -137,7 +178,8 @@ def main() -> None:
         parser.error(str(error))
     if not widths_of_budget(sorted(config.allocation.widths)):
         parser.error(f"allocation.widths: must have one below {MEAN:g} and one above it, of 3 to 6")
-    rows = checked(config, asked.policies, asked.samples, asked.seed)
+    subject, draw = priced(config, asked.samples), random.Random(asked.seed)
+    rows = checked(subject, asked.policies, draw)
     if asked.csv is not None:
         with asked.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
@@ -149,6 +191,10 @@ def main() -> None:
         found = {name: spearmanr([r[name] for r in some], [r["rise"] for r in some]).statistic for name in PRICES}
         table.append({"policies": f"{len(some)} of {kind} bits", **found})
     print(tabulate(table, headers="keys", tablefmt="github", floatfmt=".2f"))
+    if asked.against:
+        print(
+            f"\n{tabulate(compared(subject, asked.against, draw), headers='keys', tablefmt='github', floatfmt='.3f')}"
+        )
 
 
 if __name__ == "__main__":
