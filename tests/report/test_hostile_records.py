@@ -128,7 +128,7 @@ def ask(verb: list[str], runs: Path, out: Path, capsys: pytest.CaptureFixture[st
     """Of a verb: exit code, what it printed, and what went to stderr."""
     capsys.readouterr()
     words = [str(runs / "bad") if word == "RUN" else str(runs) if word == "RUNS" else word for word in verb]
-    code = report([*words, "--out", str(out)])
+    code = report([*words, *(() if verb[0] == "status" else ("--out", str(out)))])
     told = capsys.readouterr()
     return code, told.out, told.err
 
