@@ -26,7 +26,7 @@ from qat_runner.config.composing import HYDRA_VERSION_BASE
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.errors import ConfigError, UnreadableError
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "docs/results/configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "docs/results").rglob("configs/*.yaml"))
 """Of the runs whose results the docs show, as these runs wrote them: of version 1 and later."""
 
 
