@@ -391,4 +391,5 @@ def test_one_output_channel_a_group_of_a_transposed_convolution(layer: nn.Module
     weight = next(t for t in quantized_tensors(model) if t.name.endswith("weight"))
     for _ in range(2):
         model(x)
-    assert weight.quantizer.s.shape == () and weight.quantizer.s == octav(layer.weight, 4)
+    assert weight.quantizer.s.shape == ()
+    torch.testing.assert_close(weight.quantizer.s, octav(layer.weight.detach(), 4), rtol=1e-4, atol=0)

@@ -171,17 +171,19 @@ def test_numbers_to_compute_with(tmp_path: Path) -> None:
 
 
 def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = _runs(tmp_path / "runs")
-    make_run(runs, "model=resnet8", top1=10.0)
-    make_run(runs, "model=resnet8", "clipping=max", top1=10.0)
-    for verb in ("methods", "compare", "results", "ledger"):
-        out = ("--out", str(tmp_path / verb))
-        assert report([verb, str(runs), "--model", "resnet8", *out]) == 0
-        assert report([verb, str(runs), "--model", "vgg", *out]) == 2
-        assert "--model vgg: there are runs of resnet20, resnet8" in capsys.readouterr().err
-        assert report([verb, str(runs), "--dataset", "mnist", *out]) == 2
-        assert "--dataset mnist: there are runs of fake" in capsys.readouterr().err
+    runs = tmp_path / "runs"
+    for model in ("resnet20", "resnet8"):
+        for clipping in ("octav", "max"):
+            make_run(runs, f"model={model}", f"clipping={clipping}", top1=10.0)
+    for verb in ("compare", "results"):
+        assert report([verb, str(runs), "--model", "resnet8", "--out", str(tmp_path / verb)]) == 0
     assert len((tmp_path / "results/results.csv").read_text().splitlines()) == 3
+    assert "2 runs" in text_of(tmp_path / "compare/compare.html")
+    capsys.readouterr()
+    assert report(["methods", str(runs), "--model", "vgg"]) == 2
+    assert "--model vgg: there are runs of resnet20, resnet8" in capsys.readouterr().err
+    assert report(["ledger", str(runs), "--dataset", "mnist"]) == 2
+    assert "--dataset mnist: there are runs of fake" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
