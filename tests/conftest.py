@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and wi
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
 
 
