@@ -94,7 +94,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 def freed(override: str) -> str:
     """An override as Hydra wants it of keys that the schema does not name: options, which their method checks."""
-    return f"{_free(override)}{override}"
+    return f"++{override}" if override.startswith(("clipping.options", "gradient.options")) else override
 
 
 def given(overrides: Sequence[str]) -> list[str]:
@@ -145,16 +145,11 @@ def command(config: Config) -> str | None:
     changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
-        said = [f"{_free(key)}{key}={quoted(values[key])}" for key in keys if key != "weights"]
+        said = [freed(f"{key}={quoted(values[key])}") for key in keys if key != "weights"]
         overrides = [*choices(config), *said, *place]
         if _gives(overrides, config):
             return shlex.join(["qat-run", *overrides])
     return None
-
-
-def _free(key: str) -> str:
-    """What Hydra wants before a key that the schema does not name."""
-    return "++" if key.startswith(("clipping.options", "gradient.options")) else ""
 
 
 def _follows(key: str, config: Config) -> bool:

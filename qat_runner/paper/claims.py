@@ -64,10 +64,11 @@ class Claim:
     source: str
     see: str | None
     found: Found | None
+    """where runs cannot tell"""
     models: tuple[str, ...]
     mode: str
     statements: tuple[Statement, ...]
-    """none where runs cannot tell"""
+    """none where something was found otherwise"""
 
     def findings(self, setups: Sequence[Setup]) -> list[Finding]:
         """Of all statements in all setups that it is about, but for those that nothing was run of."""
@@ -82,8 +83,8 @@ class Claim:
 
     def verdict(self, findings: Sequence[Finding]) -> str:
         """In all setups: a verdict, or in how many of those that can tell it holds."""
-        if not self.statements:
-            return self.found.verdict if self.found else "nothing here shows it"
+        if self.found:
+            return self.found.verdict
         setups = dict.fromkeys(finding.setup.name for finding in findings)
         verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
         told = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts

@@ -45,6 +45,7 @@ from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.quantizer import Quantizer
+from qat_runner.quant.state import HALF
 from qat_runner.quant.tensors import compute_dtype
 
 LSQ_STARTS = ("lsq", "octav")
@@ -311,7 +312,7 @@ class LearnedQuantizer(Quantizer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         learned = self.learned.data
         super()._apply(fn, recurse)
-        if self.learned.dtype in (torch.float16, torch.bfloat16):  # as with the scalars of every Quantizer
+        if self.learned.dtype in HALF:  # as with the scalars of every Quantizer
             self.learned.data = learned.to(self.learned.device)
         return self
 
