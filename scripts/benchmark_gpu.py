@@ -118,6 +118,7 @@ def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callab
         "refine, 3 factors": (3, partial(ours.refine, x, s, format, factors)),
         "fake_quantize": (2, partial(ours.fake_quantize, x, s, format)),
         "fake_quantize_backward, pwl": (3, partial(ours.fake_quantize_backward, grad, x, s, format, "pwl")),
+        "learned_backward": (3, partial(ours.learned_backward, grad, x, s, format, True)),
         "fake_quantize_backward, mad": (3, partial(ours.fake_quantize_backward, grad, x, s, format, "mad")),
     }
 

@@ -46,7 +46,6 @@ from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.quantizer import Quantizer
 from qat_runner.quant.state import HALF
-from qat_runner.quant.tensors import compute_dtype
 
 LSQ_STARTS = ("lsq", "octav")
 
@@ -86,7 +85,7 @@ class LearnedMethod(ClippingMethod):
 
     @abstractmethod
     def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-        """Gradients with respect to x, and elementwise with respect to the parameter.
+        """Gradients with respect to x, and with respect to the parameter: its own, or of each element.
 
         Args:
             grad: gradient of the loss with respect to the output, shape and dtype of x.
@@ -96,8 +95,8 @@ class LearnedMethod(ClippingMethod):
             format: what x was rounded to.
 
         Returns:
-            The first in the dtype of `grad`, the second in `compute_dtype`; a parameter's gradient is its sum. Of a
-            format with two ends the second has a first dimension of 2, as the parameter has.
+            The first in the dtype of `grad`, the second in `compute_dtype`, in the shape of the parameter or of x, of
+            which it is the sum. Of a format with two ends it has a first dimension of 2, as the parameter has.
         """
 
     def format_of(self, format: Format) -> Format:
@@ -172,14 +171,9 @@ class LSQ(LearnedMethod):
 
         Affine: equations 4 and 5 of LSQ+, the second with respect to the step size and to the lower end.
         """
-        if isinstance(format, IntAffineFormat):
-            return _affine_gradients(grad, x, s, format)
-        integers = _integers(format)
-        v = integers.in_steps(x, s)
-        inside = (v > integers.lowest) & (v < integers.highest)
-        code = v.round().clamp(integers.lowest, integers.highest)
-        of_step = grad.to(v.dtype) * (code - torch.where(inside, v, 0.0))
-        return grad * inside, torch.where(s < 0, -of_step, of_step) if format.oriented else of_step
+        grid = format if isinstance(format, IntAffineFormat) else _integers(format)
+        of_x, of_step = kernels.backend(x).learned_backward(grad, x, s, grid, rounding=True)
+        return of_x, torch.where(s < 0, -of_step, of_step) if format.oriented else of_step
 
 
 @dataclass(frozen=True)
@@ -206,11 +200,7 @@ class PACT(LearnedMethod):
 
     def gradients(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> tuple[Tensor, Tensor]:
         """Equation 3 of PACT. Signed, for inputs that no ReLU precedes: the same on both sides."""
-        dtype = compute_dtype(x)
-        x, s = x.to(dtype), s.to(dtype)
-        above, below = x >= s, x <= (-s if format.signed else torch.zeros_like(s))
-        inside = grad.masked_fill(above | below, 0)
-        return inside, grad.to(dtype) * (above.to(dtype) - (below & format.signed).to(dtype))
+        return kernels.backend(x).learned_backward(grad, x, s, _integers(format), rounding=False)
 
     def format_of(self, format: Format) -> Format:
         """The one of full range of the same integers, as published.
@@ -228,21 +218,6 @@ class PACT(LearnedMethod):
         if weight:
             return DoReFa().quantizer(self.format_of(format), weight=True)
         return super().quantizer(format, weight=False, **how)
-
-
-def _affine_gradients(grad: Tensor, x: Tensor, s: Tensor, format: IntAffineFormat) -> tuple[Tensor, Tensor]:
-    x, s = x.to(compute_dtype(x)), s.to(compute_dtype(x))
-    step, zero = format.step(s), format.zero_point(s)
-    v = x / torch.where(step == 0, 1.0, step)
-    code, low, high = v.round(), -zero, format.highest - zero
-    below, above = v <= low, v >= high
-    inside = ~(below | above)
-    # Below, what comes out is the lower end; above, that and as many steps as there are; in between, a whole number of
-    # steps, on which the lower end has no bearing.
-    of_step = torch.where(inside, code - v, torch.where(above, float(format.highest), 0.0))
-    wide = grad.to(v.dtype)
-    of_low = wide * ~inside if format.signed else torch.zeros_like(wide)
-    return grad * inside, torch.stack([wide * of_step, of_low])
 
 
 def _integers(format: Format) -> IntFormat:

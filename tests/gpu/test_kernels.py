@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat_runner.quant import IntFormat
-from qat_runner.quant.kernels import Backend, backend, set_backend
+from qat_runner.quant import IntAffineFormat, IntFormat
+from qat_runner.quant.kernels import Backend, backend, eager, set_backend
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
 from tests.quant.oracles import octav_by_sorting, quantize_by_hand
@@ -122,3 +122,15 @@ def test_fake_quantize_and_its_gradients(x: Tensor) -> None:
         found = ours(x).fake_quantize_backward(grad, x, s, FORMAT, gradient).cpu().double()
         expected = grad.cpu().double() * factor
         torch.testing.assert_close(found, expected, rtol=torch.finfo(x.dtype).eps, atol=torch.finfo(x.dtype).tiny)
+
+
+@every_kind
+def test_learned_backward(x: Tensor) -> None:
+    s, grad = solution(x).float().to(x.device), torch.randn_like(x)
+    for format, rounding in ((FORMAT, True), (IntAffineFormat(4), True), (IntFormat(4, range="full"), False)):
+        scalars = torch.stack([-s, s]) if format.parts == 2 else s
+        found, sums = ours(x).learned_backward(grad, x, scalars, format, rounding)
+        wide = (t.cpu().double() for t in (grad, x, scalars))
+        expected, total = eager.learned_backward(*wide, format, rounding)
+        assert torch.equal(found.cpu().double(), expected)
+        torch.testing.assert_close(sums.cpu().double(), total, rtol=1e-3, atol=1e-2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat_runner.quant import IntFormat, Range, fake_quantize, kernels, octav
+from qat_runner.quant import IntAffineFormat, IntFormat, Range, fake_quantize, kernels, octav
 from qat_runner.quant.kernels import (
     backend,
     choose_backend,
@@ -154,6 +154,53 @@ def grad(name: str, x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor
         fake_quantize(x, s, IntFormat(4, signed), gradient).backward(on(name, upstream))
     assert x.grad is not None
     return x.grad.cpu()
+
+
+GRIDS = [
+    *((IntFormat(bits, signed), True) for bits in (2, 4, 8) for signed in (True, False)),
+    (IntFormat(3, True, Range.ORIENTED), True),
+    *((IntAffineFormat(4, signed), True) for signed in (True, False)),
+    *((IntFormat(4, signed, Range.FULL), rounding) for signed in (True, False) for rounding in (True, False)),
+]
+
+
+@names
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_learned_grids(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.randn(6, 4, 5, 3).to(dtype).to(memory_format=layout)
+    x[0, 0] = 0
+    upstream = torch.randn(6, 4, 5, 3).to(dtype)
+    for format, rounding in GRIDS:
+        for shape in ((), (6, 1, 1, 1)):
+            s = torch.rand(shape) + 0.5
+            s = -s if format.oriented else s
+            s = torch.stack([-s * 0.7 * format.signed, s]) if format.parts == 2 else s
+            wide = upstream.double(), x.double(), s.double()
+            of_x, of_s = eager.learned_backward(*wide, format, rounding)
+            with using(name, DEVICES[name]):
+                args = (on(name, t) for t in (upstream, x, s))
+                found, sums = backend(on(name, x)).learned_backward(*args, format, rounding)
+            assert found.dtype == dtype and sums.dtype == torch.float32 and sums.shape == s.shape
+            assert torch.equal(found.cpu().double(), of_x)
+            torch.testing.assert_close(sums.cpu().double(), of_s, rtol=1e-5, atol=1e-4)
+
+
+@names
+def test_gradients_of_learned_grids_of_long_rows_and_none(name: str) -> None:
+    x, upstream, s = torch.randn(2, 70_001), torch.randn(2, 70_001), torch.tensor(1.2)
+    with using(name, DEVICES[name]):
+        ask = backend(on(name, x)).learned_backward
+        for of_one in (s, torch.tensor([[1.2], [0.3]])):
+            found, sums = ask(on(name, upstream), on(name, x), on(name, of_one), IntFormat(4), True)
+            expected, total = eager.learned_backward(upstream.double(), x.double(), of_one.double(), IntFormat(4), True)
+            assert torch.equal(found.cpu().double(), expected)
+            torch.testing.assert_close(sums.cpu().double(), total, rtol=1e-4, atol=1e-2)
+        found, sums = ask(on(name, x[:0]), on(name, x[:0]), on(name, s), IntFormat(4), True)
+        assert found.shape == (0, 70_001) and sums.item() == 0
+        zeros = torch.zeros(5)
+        found, sums = ask(on(name, zeros + 1), on(name, zeros), on(name, s * 0), IntFormat(4), True)
+        assert sums.item() == 0 and found.tolist() == [1] * 5  # a step of nothing is taken for one
 
 
 @names

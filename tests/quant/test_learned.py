@@ -200,7 +200,8 @@ def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(
         q(mine).backward(upstream.to(kind))
         assert mine.grad is not None and q.learned.grad is not None
         grads.append((mine.grad.float(), q.learned.grad))
-    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+    assert torch.equal(grads[0][0], grads[1][0])
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)  # summed by another backend
 
 
 @pytest.mark.parametrize("method", [LSQ(), PACT()], ids=lambda method: method.name)

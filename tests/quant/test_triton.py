@@ -353,7 +353,7 @@ def test_kernels_compile_for_gpus() -> None:
             types = dict.fromkeys(NUMBERS, "i32") | {"n": n, "arrived_ptr": "*i32"}
             types |= dict.fromkeys(("batches_ptr", "table_ptr", "tiles_ptr"), "*i64")
             types |= dict.fromkeys(("x_ptr", "grad_ptr"), x)
-            if "quantize" in kernel.__name__ or "solve" in kernel.__name__:
+            if "quantize" in kernel.__name__ or "solve" in kernel.__name__ or "learned" in kernel.__name__:
                 types["out_ptr"] = out or x
             types |= dict.fromkeys(constants, "constexpr")
             signature = {n: types.get(n, "*fp32" if n.endswith("_ptr") else "fp32") for n in kernel.arg_names}
@@ -381,6 +381,8 @@ def test_kernels_compile_for_gpus() -> None:
                 sizes += build(kernels.fake_quantize_backward, x, SIGNED=signed, MAD=signed, ENDS=False, **tile)
                 sizes += build(kernels.fake_quantize_backward, x, SIGNED=signed, MAD=signed, ENDS=True, **tile)
                 sizes += build(kernels.fake_quantize, x, AFFINE=signed, **tile)
+                sizes += build(kernels.learned_backward, x, SIGNED=signed, AFFINE=False, ROUNDING=signed, **tile)
+                sizes += build(kernels.learned_backward, x, SIGNED=signed, AFFINE=True, ROUNDING=True, **tile)
                 many = {"SIGNED": signed, "MAD": signed, "BLOCK": 4096, "num_warps": 8}
                 sizes += build(kernels.fake_quantize_backward_of_many, x, **many)
             sizes += build(kernels.overhang_part, x, BLOCK=4096)
@@ -399,4 +401,4 @@ def test_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 118 and min(sizes) > 1000
+    assert len(sizes) == 142 and min(sizes) > 1000

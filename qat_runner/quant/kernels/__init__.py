@@ -11,6 +11,7 @@
 | `fake_quantize(x, s, format)`          | one read, one write                                                 |
 | `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
 | `fake_quantize_backward_all(gs, ...)`  | the same of several tensors, in one call                            |
+| `learned_backward(g, x, s, ...)`       | likewise, with the sums that learned scalars need                   |
 
 A format that a backend has no kernel for is served by `Format.fake_quantize`, and what several processes solve
 together by eager.octav. `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU,
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.backends import BACKENDS
-from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import compiled, traced
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
@@ -76,6 +77,10 @@ class Backend(Protocol):
     def fake_quantize_backward_all(
         self, grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
     ) -> list[Tensor]: ...
+
+    def learned_backward(
+        self, grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 _asked = "auto"

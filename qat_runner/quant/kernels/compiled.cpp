@@ -610,6 +610,71 @@ void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const
     solver(values, rows, n, guess, set, threads, s);
 }
 
+// What a learned grid's gradient sums over a row: of the step size, or the scalar; of the lower end, where there is one.
+struct Learned {
+    double of_scale = 0, of_low = 0;
+
+    void add(const Learned& other) { of_scale += other.of_scale, of_low += other.of_low; }
+};
+
+// A row's grid: codes as quantize_piece finds them, that of the lower of two ends, or 0; where clipping begins, and
+// whether what is learned has a part in the lower one.
+struct LearnedGrid {
+    float divisor;
+    Levels codes;
+    float base, low, high;
+    float counts_below;  // 1 or 0
+};
+
+// At most RUN elements. With the rounding error, codes less x in steps count inside, and codes outside; without it the
+// two ends alone.
+template <typename T, bool ROUNDING>
+inline Learned learned_of_run(const T* grad, const T* x, int64_t n, const LearnedGrid grid, T* out) {
+    const auto [divisor, codes, base, low, high, counts_below] = grid;
+    float of_scale = 0, of_low = 0;
+#pragma omp simd reduction(+ : of_scale, of_low)
+    for (int64_t i = 0; i < n; ++i) {
+        const float v = load(x[i]), g = load(grad[i]);
+        if (ROUNDING) {
+            const float steps = v / divisor * codes.resolution;
+            const bool inside = (steps > codes.lowest) & (steps < codes.highest);
+            const float code = clamp(steps, codes.lowest, codes.highest) + ROUND - ROUND, passed = inside ? g : 0.0f;
+            of_scale += g * (code - (inside ? steps : base));
+            of_low += counts_below * (g - passed);
+            store(passed, out[i]);
+        } else {
+            const bool above = v >= high, below = v <= low;
+            of_scale += (above ? g : 0.0f) - counts_below * (below ? g : 0.0f);
+            store(above | below ? 0.0f : g, out[i]);
+        }
+    }
+    return {of_scale, of_low};
+}
+
+template <typename T, bool ROUNDING>
+void learned_backward(const void* grad, const void* x, const float* s, int64_t rows, int64_t n, int parts, Levels levels,
+                      bool is_signed, int threads, void* out, float* sums) {
+    const T *g = static_cast<const T*>(grad), *from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    by_rows(rows, n, threads, [=](int64_t r, int its_threads) {
+        LearnedGrid grid{s[r] == 0 ? 1 : s[r], levels, 0, is_signed ? -s[r] : 0, s[r], is_signed ? 1.0f : 0.0f};
+        if (parts == 2) {
+            const float step = affine_step(s[r], s[rows + r], levels.resolution, grid.codes);
+            grid.divisor = step == 0 ? 1 : step, grid.base = grid.codes.lowest;
+        }
+        const Learned sum = over_chunks<Learned>(n, its_threads, [&](int64_t first, int64_t length) {
+            Learned chunk;
+            for (int64_t i = first; i < first + length; i += RUN) {
+                const int64_t at = r * n + i, some = std::min(RUN, first + length - i);
+                chunk.add(learned_of_run<T, ROUNDING>(g + at, from + at, some, grid, to + at));
+            }
+            return chunk;
+        });
+        sums[r] = static_cast<float>(sum.of_scale);
+        if (parts == 2) sums[rows + r] = static_cast<float>(sum.of_low);
+    });
+}
+
 // One of several tensors that are quantized alike, as Python lays it out: addresses and sizes, eight bytes each.
 struct Part {
     const void* x;
@@ -772,6 +837,16 @@ void qat_fake_quantize_backward(int half, const void* grad, const void* x, const
     const auto backward = half ? (mad ? quantize_backward<BFloat16, true> : quantize_backward<BFloat16, false>)
                                : (mad ? quantize_backward<float, true> : quantize_backward<float, false>);
     backward(grad, x, s, rows, n, parts, is_signed, threads, out);
+}
+
+// s: full scales, or ends, with the rounding error; clipping scalars without it. sums as s.
+void qat_learned_backward(int half, const void* grad, const void* x, const float* s, int64_t rows, int64_t n, int parts,
+                          int resolution, int lowest, int highest, int is_signed, int rounding, int threads, void* out,
+                          float* sums) {
+    const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
+    const auto backward = half ? (rounding ? learned_backward<BFloat16, true> : learned_backward<BFloat16, false>)
+                               : (rounding ? learned_backward<float, true> : learned_backward<float, false>);
+    backward(grad, x, s, rows, n, parts, grid, is_signed, threads, out, sums);
 }
 
 void qat_fake_quantize_backward_all(int half, const void* parts, int64_t count, int is_signed, int mad, int threads) {

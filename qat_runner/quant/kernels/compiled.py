@@ -37,7 +37,7 @@ TUNING = [["-march=native", "-fopenmp"], ["-fopenmp"], []]
 
 OPERATIONS = (
     *("octav", "octav_and_quantize", "octav_and_quantize_all", "octav_interval", "orient", "refine", "remember"),
-    *("fake_quantize", "fake_quantize_backward", "fake_quantize_backward_all"),
+    *("fake_quantize", "fake_quantize_backward", "fake_quantize_backward_all", "learned_backward"),
 )
 """What the library has, each as qat_NAME."""
 
@@ -253,11 +253,7 @@ def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
         return eager.fake_quantize(x, s, format)
     scalars = floats(s)
     out = torch.empty_like(where)
-    units, levels = (
-        (format.full_scale(scalars), (format.resolution, format.lowest, format.highest))
-        if isinstance(format, IntFormat)
-        else (scalars, (format.levels_per_scalar, 0, 0))
-    )
+    units, levels = _grid(format, scalars)
     library.qat_fake_quantize(
         _half(x),
         where.data_ptr(),
@@ -321,6 +317,41 @@ def fake_quantize_backward_all(
     return outs
 
 
+def learned_backward(
+    grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
+) -> tuple[Tensor, Tensor]:
+    """As `eager.learned_backward`; two reads and one write."""
+    library, where = _library_for(x), dense(x)
+    size = extent(where, s, format.parts)
+    if library is None or size is None or grad.dtype != x.dtype:
+        return eager.learned_backward(grad, x, s, format, rounding)
+    there, scalars = beside(grad, where), floats(s)
+    out, sums = torch.empty_like(where), torch.empty_like(scalars)
+    units, levels = _grid(format, scalars)
+    library.qat_learned_backward(
+        _half(x),
+        there.data_ptr(),
+        where.data_ptr(),
+        units.data_ptr() if rounding else scalars.data_ptr(),
+        *size,
+        format.parts,
+        *levels,
+        format.signed,
+        rounding,
+        torch.get_num_threads(),
+        out.data_ptr(),
+        sums.data_ptr(),
+    )
+    return out, sums
+
+
+def _grid(format: IntFormat | IntAffineFormat, s: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Scalars as the library rounds with them, its resolution, and the lowest and the highest code."""
+    if isinstance(format, IntFormat):
+        return format.full_scale(s), (format.resolution, format.lowest, format.highest)
+    return s, (format.levels_per_scalar, 0, 0)
+
+
 def _alike(tensors: Sequence[Tensor]) -> bool:
     """Whether the library serves all of them in the same way."""
     dtype = tensors[0].dtype
@@ -361,6 +392,7 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.qat_orient.argtypes = [*tensor, pointer, pointer, *rows, real, real, integer, pointer]
     loaded.qat_fake_quantize.argtypes = [*tensor, pointer, *rows, *[integer] * 5, pointer]
     loaded.qat_fake_quantize_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 4, pointer]
+    loaded.qat_learned_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 7, pointer, pointer]
     loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, real, integer, real, integer, pointer]
     loaded.qat_octav_and_quantize.argtypes = [
         *(*tensor, *rows, real, integer, real, integer, real),  # what is solved

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qat_runner.quant.formats import Format, IntFormat
+from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import intervals, newton
 from qat_runner.quant.kernels.cost import Cost, Search, sided
 from qat_runner.quant.kernels.remembered import Remembered, remember
@@ -267,3 +267,53 @@ def fake_quantize_backward_all(
 ) -> list[Tensor]:
     """`fake_quantize_backward` of several tensors."""
     return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]
+
+
+def learned_backward(
+    grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of fake_quantize where the grid is learned: with respect to x, and, summed, to what is learned.
+
+    Args:
+        grad: gradient of the loss with respect to the output, shape and dtype of x.
+        x: the input of fake_quantize.
+        s: its clipping scalar, broadcastable to x, or two ends; in an oriented format of either sign.
+        format: what x was rounded to.
+        rounding: whether the rounding error counts inside, code - x / D, and what is learned is the step size D, which
+            has the sign of s (equation 3 of LSQ), or D and the lower end of two ends (equations 4 and 5 of LSQ+).
+            Otherwise rounding is passed straight through, and the scalar of plain integers is learned (equation 3 of
+            PACT); signed, -s counts as s does.
+
+    Returns:
+        The first of shape and dtype of `grad`, 0 where x is clipped; the second of shape of s, in the compute dtype.
+    """
+    s = s.to(compute_dtype(x))
+    x, wide = x.to(s.dtype), grad.to(s.dtype)
+    if isinstance(format, IntAffineFormat):
+        clipped, shares = _shares_of_ends(x, s, format)
+    elif rounding:
+        clipped, shares = _shares_of_step(x, s, format)
+    else:
+        above, below = x >= s, x <= (-s if format.signed else torch.zeros_like(s))
+        clipped, shares = above | below, [above.to(s.dtype) - (below & format.signed).to(s.dtype)]
+    sums = [(wide * share).sum_to_size(s.shape[format.parts > 1 :]) for share in shares]
+    return grad.masked_fill(clipped, 0), sums[0] if format.parts == 1 else torch.stack(sums)
+
+
+def _shares_of_step(x: Tensor, s: Tensor, format: IntFormat) -> tuple[Tensor, list[Tensor]]:
+    """What is clipped, and the derivative of the output with respect to the step size."""
+    v = format.in_steps(x, s)
+    inside = (v > format.lowest) & (v < format.highest)
+    return ~inside, [v.round().clamp(format.lowest, format.highest) - torch.where(inside, v, 0.0)]
+
+
+def _shares_of_ends(x: Tensor, s: Tensor, format: IntAffineFormat) -> tuple[Tensor, list[Tensor]]:
+    """The same with respect to the step size and the lower end."""
+    step, zero = format.step(s), format.zero_point(s)
+    v = x / torch.where(step == 0, 1.0, step)
+    below, above = v <= -zero, v >= format.highest - zero
+    clipped = below | above
+    # Below, what comes out is the lower end; above, that and as many steps as there are; in between, a whole number of
+    # steps, on which the lower end has no bearing.
+    of_step = torch.where(clipped, torch.where(above, float(format.highest), 0.0), v.round() - v)
+    return clipped, [of_step, (clipped & format.signed).to(v.dtype)]

@@ -12,6 +12,7 @@ from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.eager import (
     CALLS_COST,
     fake_quantize_backward_all,
+    learned_backward,
     octav_and_quantize,
     octav_and_quantize_all,
     orient,
@@ -24,6 +25,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_backward_all",
+    "learned_backward",
     "octav",
     "octav_and_quantize",
     "octav_and_quantize_all",

@@ -8,6 +8,7 @@
 | their gradients                      | 1, and copies                   | 1                                  |
 | `remember`                           | 1                               |                                    |
 | `fake_quantize`, its gradient        | 1 each                          | 1                                  |
+| `learned_backward`                   | 2: one sums what programs have  | 1                                  |
 | `orient`                             | 2                               | 1                                  |
 
 A row that fits into registers is read once, and solved to convergence by one program, which holds many rows where they
@@ -172,14 +173,12 @@ def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     size = extent(where, s, format.parts) if _serves(x) else None
     if size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
-    resolution = format.resolution if isinstance(format, IntFormat) else format.levels_per_scalar
-    levels = format.levels_per_scalar, resolution, format.lowest, format.highest
     out = torch.empty_like(where)
     _in_tiles(
         device.fake_quantize,
         (where, floats(s), out),
         size,
-        *map(float, levels),
+        *_levels(format),
         AFFINE=isinstance(format, IntAffineFormat),
     )
     return out
@@ -230,6 +229,30 @@ def fake_quantize_backward_all(
             num_warps=_warps(BLOCK),
         )
     return outs
+
+
+def learned_backward(
+    grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
+) -> tuple[Tensor, Tensor]:
+    """As `eager.learned_backward`; two reads and one write, and sums of what each program has summed."""
+    where = dense(x)
+    size = extent(where, s, format.parts) if _serves(x) else None
+    if size is None:
+        return eager.learned_backward(grad, x, s, format, rounding)
+    rows, n = size
+    blocks = triton.cdiv(n, _tile(n, BLOCK)[1])
+    out = torch.empty_like(where, dtype=grad.dtype)
+    sums = x.new_empty((format.parts, blocks, rows), dtype=torch.float32)
+    _in_tiles(
+        device.learned_backward,
+        (beside(grad, where), where, floats(s), out, sums),
+        size,
+        *_levels(format),
+        SIGNED=format.signed,
+        AFFINE=format.parts == 2,
+        ROUNDING=rounding,
+    )
+    return out, sums.sum(1).reshape(s.shape)
 
 
 def _alike(tensors: Sequence[Tensor], states: Sequence[Remembered] = ()) -> bool:
@@ -401,9 +424,10 @@ def _solve(
             _solve_long(size, pointers, (*numbers, *levels), kind | {"MANY": False})
 
 
-def _levels(format: IntFormat) -> tuple[float, float, float, float]:
+def _levels(format: IntFormat | IntAffineFormat) -> tuple[float, float, float, float]:
     """What kernels know of a format."""
-    return float(format.levels_per_scalar), float(format.resolution), float(format.lowest), float(format.highest)
+    resolution = format.resolution if isinstance(format, IntFormat) else format.levels_per_scalar
+    return float(format.levels_per_scalar), float(resolution), float(format.lowest), float(format.highest)
 
 
 def _solve_short(

@@ -82,13 +82,32 @@ def _answer(s, unit, reach, total):
 
 
 @triton.jit
+def _steps(x, s, resolution):
+    """`IntFormat.in_steps`: x float32 -> float32; s the full scale."""
+    return tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
+
+
+@triton.jit
+def _code(steps, lowest, highest):
+    """The nearest code, as far as there are codes."""
+    code = tl.where(steps < lowest, lowest, steps)  # NaN stays NaN
+    code = tl.where(code > highest, highest, code)
+    return (code + ROUND) - ROUND
+
+
+@triton.jit
 def _round(x, s, resolution, lowest, highest):
     """`Format.fake_quantize`: x float32 -> float32; s the full scale."""
-    code = tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
-    code = tl.where(code < lowest, lowest, code)  # NaN stays NaN
-    code = tl.where(code > highest, highest, code)
-    code = (code + ROUND) - ROUND
-    return code * (1.0 / resolution) * s
+    return _code(_steps(x, s, resolution), lowest, highest) * (1.0 / resolution) * s
+
+
+@triton.jit
+def _between(low, high, steps):
+    """The step of two ends, and the lowest and the highest code less the zero point."""
+    step = tl.div_rn(high - low, steps)
+    zero = tl.div_rn(-low, tl.where(step == 0, 1.0, step))
+    zero = (tl.minimum(tl.maximum(zero, 0.0), steps) + ROUND) - ROUND
+    return step, -zero, steps - zero
 
 
 @triton.jit
@@ -571,11 +590,9 @@ def fake_quantize(
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
     if AFFINE:
-        low = s
-        s = tl.div_rn(tl.load(s_ptr + rows + row, mask=present, other=1.0)[:, None] - low, resolution)
-        zero = tl.div_rn(-low, tl.where(s == 0, 1.0, s))
-        zero = (tl.minimum(tl.maximum(zero, 0.0), resolution) + ROUND) - ROUND
-        lowest, highest, resolution = -zero, resolution - zero, 1.0
+        high = tl.load(s_ptr + rows + row, mask=present, other=1.0)[:, None]
+        s, lowest, highest = _between(s, high, resolution)
+        resolution = 1.0
     else:
         s = _full_scale(s, levels, resolution)
     tl.store(out_ptr + at, _round(x, s, resolution, lowest, highest), mask=mask)
@@ -644,3 +661,57 @@ def fake_quantize_backward_of_many(
     s = tl.abs(tl.load(s_ptr + _entry(table_ptr, tensor, 6) + at // n, mask=mask, other=1.0))
     low = -s if SIGNED else s * 0
     tl.store(grad_ptr + at, _passed(grad, x, low, s, MAD), mask=mask)
+
+
+@triton.jit
+def learned_backward(
+    grad_ptr,
+    x_ptr,
+    s_ptr,
+    out_ptr,
+    parts_ptr,
+    rows,
+    n,
+    blocks,
+    levels,
+    resolution,
+    lowest,
+    highest,
+    SIGNED: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`fake_quantize_backward` of a learned grid; what each program sums goes to parts, float32 [blocks, rows] of the
+    step size or the scalar, and, affine, as much again of the lower end."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
+    if ROUNDING:
+        base = 0.0
+        if AFFINE:
+            high = tl.load(s_ptr + rows + row, mask=present, other=1.0)[:, None]
+            s, lowest, highest = _between(s, high, resolution)
+            base, resolution = lowest, 1.0
+        else:
+            s = _full_scale(s, levels, resolution)
+        steps = _steps(x, s, resolution)
+        inside = (steps > lowest) & (steps < highest)
+        of_scale = grad * (_code(steps, lowest, highest) - tl.where(inside, steps, base))
+    else:
+        above, below = x >= s, x <= (-s if SIGNED else s * 0)
+        inside = ~(above | below)
+        of_scale = tl.where(above, grad, 0.0)
+        if SIGNED:
+            of_scale -= tl.where(below, grad, 0.0)
+    tl.store(out_ptr + at, tl.where(inside, grad, 0.0), mask=mask)
+    to = parts_ptr + tl.program_id(0) % blocks * rows + row
+    tl.store(to, tl.sum(of_scale, axis=1), mask=present)
+    if AFFINE:
+        of_low = tl.where(inside, 0.0, grad) if SIGNED else grad * 0
+        tl.store(to + blocks * rows, tl.sum(of_low, axis=1), mask=present)
