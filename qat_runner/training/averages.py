@@ -37,6 +37,21 @@ class Averages:
             if not a.is_floating_point():  # counts
                 a.copy_(b)
 
+    @torch.no_grad()
+    def go_on(self, saved: dict[str, Tensor], steps: int) -> None:
+        """Take an average up where it was, to the last bit.
+
+        Quantizers that are loaded take the average of their scalars for finished, and divide it by the share of the
+        steps that had some. Here it goes on, so that it must stay as it is until someone asks for it.
+
+        Args:
+            saved: the model's state, which has been loaded.
+            steps: that it is made of.
+        """
+        for name, t in self.model.state_dict().items():
+            t.copy_(saved[name])
+        self.steps = steps
+
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [t.detach() for t in (*model.parameters(), *model.buffers())]

@@ -194,10 +194,6 @@ def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
             raise ValueError(f"model.{name}: is {found.dtype}, {found.layout}, not {own.dtype}, {own.layout}")
 
 
-HOW = ("foreach", "fused")
-"""Options of an optimizer that say how it computes, not what."""
-
-
 def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state of an optimizer, unless it is one that loading would take, and the next step trip over.
 
@@ -206,8 +202,8 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
         optimizer: that is to go on with it.
 
     Returns:
-        The same, with the options of the optimizer that are not among those saved, as by an earlier PyTorch, and with
-        those that say how it computes, which is a matter of the device it goes on with.
+        The same, with the options of the optimizer: how it computes is a matter of the device it goes on with, and what
+        it computes of what the run is asked for.
 
     Raises:
         ValueError: naming the key.
@@ -215,11 +211,7 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
     groups, own_groups = saved["param_groups"], optimizer.state_dict()["param_groups"]
     if len(groups) != len(own_groups):
         raise ValueError(f"optimizer.param_groups: are {len(groups)}, not {len(own_groups)}")
-    groups = [group | {key: own[key] for key in HOW} for group, own in zip(groups, own_groups, strict=True)]
     for i, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
-        for key, value in own.items():
-            if type(group.get(key, value)) is not type(value):
-                raise ValueError(f"optimizer.param_groups.{i}.{key}: is a {type(group[key]).__name__}")
         if group["params"] != own["params"] or any(type(number) is not int for number in group["params"]):
             raise ValueError(f"optimizer.param_groups.{i}.params: are not the numbers of the parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -232,7 +224,7 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
             shape = parameters[number].shape if template[key].ndim else template[key].shape
             if not isinstance(value, Tensor) or value.shape != shape or value.dtype != template[key].dtype:
                 raise ValueError(f"{where}.{key}: must be a tensor of shape {list(shape)}, {template[key].dtype}")
-    return {**saved, "param_groups": [own | group for group, own in zip(groups, own_groups, strict=True)]}
+    return {**saved, "param_groups": own_groups}
 
 
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -218,7 +218,8 @@ class Trainer:
                 progress.begin(f"epoch {self.state.epoch + 1}/{self.epochs}, validation")
                 began = time.perf_counter()
                 distributed.broadcast(self.model, parameters=False)
-                distributed.broadcast(self.measured, parameters=False)
+                if self.averages is not None:
+                    distributed.broadcast(self.averages.model, parameters=False)
                 self._validate(progress)
                 self.state.seconds += time.perf_counter() - began
                 self.state.samples_per_second = train["samples"] / max(self.state.train_seconds, 1e-9)
@@ -322,7 +323,7 @@ class Trainer:
         Raises:
             RunError: it is no checkpoint of this run.
         """
-        shard = distributed.shard()
+        shard, dynamic = distributed.shard(), dynamic_activations(self.model)
         try:
             found: Checkpoint = fit(Checkpoint, saved)
             self._check_same_run(found)
@@ -330,8 +331,9 @@ class Trainer:
             own = processes[shard.rank % len(processes)]
             _load(self.model, found.get("trained", found["model"]) | own["buffers"])
             if self.averages is not None:
-                _load(self.averages.model, found["model"] | own.get("averaged", {}))
-                self.averages.steps = found.get("averaged_steps", 0)
+                averaged = found["model"] | own.get("averaged", {})
+                _load(self.averages.model, averaged)
+                self.averages.go_on(averaged, found.get("averaged_steps", 0))
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
             self._resume_oscillations(found.get("oscillations", {}))
@@ -356,7 +358,7 @@ class Trainer:
                 f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
                 f"are rounded otherwise, and BatchNorm and activations' scalars see other parts of a batch"
             )
-        self.to_freeze = self.config.freezing and bool(dynamic_activations(self.model))
+        self.to_freeze = self.to_freeze and dynamic_activations(self.model) == dynamic  # not again what has been frozen
 
     def _resume_oscillations(self, watched: dict[str, Tensor]) -> None:
         if self.oscillations is None:
@@ -481,12 +483,13 @@ class Trainer:
         Raises:
             RunError: a loss or a weight is NaN or infinite.
         """
-        interval, first, seconds = self.interval, self.state.step, self.interval.seconds()
+        interval, first = self.interval, self.state.step
+        losses = self._mean_over_processes(interval.losses).tolist() if interval.rates else []
+        seconds = interval.seconds()  # with what the device had still to do, which the losses have waited for
         self.state.seconds += seconds
         self.state.train_seconds += seconds
         self.state.step += len(interval.rates)
         self.state.steps += len(interval.rates)
-        losses = self._mean_over_processes(interval.losses).tolist() if interval.rates else []
         rows = [
             {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
             for i, (loss, lr) in enumerate(zip(losses, interval.rates, strict=True))
@@ -511,9 +514,11 @@ class Trainer:
         where = f"{self.record.folder / 'layers.csv'} shows which layers are noisiest"
         if noisy is not None:
             where = f"the noisiest tensor was {noisy.layer}.{noisy.tensor} at {noisy.sqnr_db:.1f} dB ({where})"
+        there = checkpoint.exists(RunFolder(self.record.folder).checkpoints)
+        kept = "the last checkpoint is from before" if there else "no checkpoint had been saved yet"
         return (
             f"{what} at step {step + 1} of epoch {epoch + 1}; a smaller lr (now {lr:g}) or more bits may help, and "
-            f"{where}; the last checkpoint is from before"
+            f"{where}; {kept}"
         )
 
     def _add_gradients(self, batch: Batch) -> Tensor:

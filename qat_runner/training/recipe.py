@@ -64,12 +64,26 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
             _start_far_along(optimizer)
         return optimizer
     nesterov = stage.nesterov and stage.momentum > 0
-    return torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=nesterov, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=stage.momentum, nesterov=nesterov, fused=fused)
+    if fused and stage.momentum > 0:
+        _start_from_zero(sgd)
+    return sgd
 
 
 def fuses(device: torch.device) -> bool | None:
     """Whether parameters on a device are updated by a fused optimizer; None: PyTorch chooses among the others."""
     return True if device.type == "cuda" else None
+
+
+def _start_from_zero(optimizer: torch.optim.SGD) -> None:
+    """Have averages of gradients, where PyTorch's fused SGD would make them of its first gradients.
+
+    It would in memory that it does not fill when that step overflowed under fp16 and is skipped, and would go on from
+    whatever lies there. Other SGDs are not called then.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
 
 FAR_ALONG = 100_000.0

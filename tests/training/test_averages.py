@@ -1,3 +1,4 @@
+import copy
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from qat_runner.cli.run import main
 from qat_runner.data.batches import Batch
 from qat_runner.models import Source, build_model, match_weights
+from qat_runner.quant import Octav, Quantizer
 from qat_runner.training import checkpoint
 from qat_runner.training.averages import Averages
 from qat_runner.training.loop import Trainer
@@ -43,6 +45,27 @@ def test_a_short_run_does_not_end_where_it_began() -> None:
         nn.init.constant_(model.weight, value)
         averages.update(model)
     assert 6 < float(averages.model.get_parameter("weight")) < 10
+
+
+def test_scalars_that_come_late_go_on_to_the_same_averages() -> None:
+    """A quantizer that the first steps did not reach has an average of fewer; it is no finished one yet."""
+    model = nn.Sequential(Quantizer(4, Octav()), Quantizer(4, Octav()))
+    whole, broken = Averages(model, 0.9), Averages(model, 0.9)
+    for step in range(8):
+        if step == 5:
+            saved = copy.deepcopy(broken.model.state_dict())
+            broken = Averages(model, 0.9)
+            broken.model.load_state_dict(saved)
+            broken.go_on(saved, 5)
+        for quantizer in model if step >= 3 else model[:1]:
+            quantizer(torch.randn(50))
+        whole.update(model)
+        broken.update(model)
+    for averages in (whole, broken):
+        averages.model[1](torch.randn(50))
+    for (name, a), b in zip(whole.model.state_dict().items(), broken.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert whole.model[1].seen == 1
 
 
 def test_a_run_goes_on_to_the_same_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

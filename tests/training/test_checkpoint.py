@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from qat_runner.config import from_hydra
+from qat_runner.config.composing import compose_config
 from qat_runner.config.schema import Optimizer, StageConfig
+from qat_runner.data import load_dataset
+from qat_runner.data.dataset import Delivery
 from qat_runner.errors import RunError
+from qat_runner.insertion import quantize_model
+from qat_runner.insertion.insert import QuantizationWarning
+from qat_runner.runs.record import NullRecord
 from qat_runner.training import checkpoint, recipe
+from qat_runner.training.loop import Trainer, dynamic_activations
 from qat_runner.training.recipe import make_optimizer
 
 
@@ -125,3 +133,57 @@ def test_the_state_of_every_optimizer_is_taken(name: str) -> None:
     assert saved["state"]
     taken = checkpoint.checked_optimizer(saved, trained())
     assert taken["param_groups"] == saved["param_groups"] and taken["state"] is saved["state"]
+
+
+def test_an_optimizer_goes_on_as_it_is_asked_for() -> None:
+    """With another weight decay and momentum, which resume=force allows."""
+    model = torch.nn.Linear(3, 2)
+
+    def made(**stage: float) -> torch.optim.Optimizer:
+        return make_optimizer(model, StageConfig(**stage), 0.1)  # type: ignore[arg-type]
+
+    optimizer = made(weight_decay=1e-4, momentum=0.9)
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    other = made(weight_decay=0.5, momentum=0.25)
+    other.load_state_dict(checkpoint.checked_optimizer(optimizer.state_dict(), other))
+    (group,) = other.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.25)
+    for p in model.parameters():
+        assert torch.equal(other.state[p]["momentum_buffer"], optimizer.state[p]["momentum_buffer"])
+
+
+class Branching(torch.nn.Module):
+    """Of two layers, of which an input reaches one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.taken = torch.nn.Linear(192, 10), torch.nn.Linear(192, 10), "one"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule(self.taken)(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_scalars_are_frozen_once(tmp_path: Path) -> None:
+    """A quantizer that training had not reached by then stays dynamic, with or without a break."""
+    overrides = ["model=resnet8", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4"]
+    config = from_hydra(compose_config([*overrides, "device=cpu", "epochs=2", "recipe.freeze_scalars_at=1"]))
+    data = load_dataset(config.dataset, "data", Delivery(torch.device("cpu"), seed=0))
+    pictures = torch.randn(4, 3, 8, 8)
+
+    def trainer() -> Trainer:
+        model = quantize_model(Branching(), 4)
+        with pytest.warns(QuantizationWarning, match="other is not called"):
+            model(pictures)
+        return Trainer(config, model.train(), data, NullRecord(tmp_path))  # type: ignore[arg-type]
+
+    (tmp_path / "checkpoints").mkdir()
+    whole = trainer()
+    whole.model(pictures)
+    whole._freeze_if_due(1.0)
+    assert not whole.to_freeze and len(dynamic_activations(whole.model)) == 1
+    whole._save()
+    again = trainer()
+    assert again.to_freeze
+    again.resume(checkpoint.load(tmp_path / "checkpoints" / "last.pt"))
+    assert not again.to_freeze and len(dynamic_activations(again.model)) == 1

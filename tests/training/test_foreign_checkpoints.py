@@ -110,9 +110,11 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
         lambda c: with_(c, "optimizer", "state", 0, to={"exp_avg": torch.ones(16, 3, 3, 3)}),
         "optimizer.state.0: must have momentum_buffer",
     ),
-    "rate of text": (
-        lambda c: with_(c, "optimizer", "param_groups", to=[g | {"lr": "x"} for g in c["optimizer"]["param_groups"]]),
-        "optimizer.param_groups.0.lr: is a str",
+    "parameters of text": (
+        lambda c: with_(
+            c, "optimizer", "param_groups", to=[g | {"params": "x"} for g in c["optimizer"]["param_groups"]]
+        ),
+        "optimizer.param_groups.0.params: are not the numbers",
     ),
     "a place beyond the random numbers": (
         lambda c: with_(c, "processes", to=[with_(c["processes"][0], "random", "numpy", to=beyond(c))]),
@@ -127,20 +129,34 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_what_does_not_fit_is_told(
-    name: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def spoiled(stopped: Path, folder: Path, name: str) -> tuple[Path, str]:
+    """A run whose checkpoints are both foreign, and what is to be said of them."""
     spoil, told = FOREIGN[name]
-    folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
+    shutil.copytree(stopped / "seed0", folder)
     for file in (checkpoint.LAST, checkpoint.PREVIOUS):
         path = folder / "checkpoints" / file
-        content = checkpoint.load(path)
-        checkpoint.save(path, spoil(content))
+        checkpoint.save(path, spoil(checkpoint.load(path)))
+    return folder, told
+
+
+def is_told(told: str, said: str) -> bool:
+    return told in said and "last.pt" in said and "previous.pt" in said and "overwrite=true starts the run anew" in said
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_does_not_fit_is_told(name: str, stopped: Path, tmp_path: Path) -> None:
+    folder, told = spoiled(stopped, tmp_path / "run", name)
+    with pytest.raises(RunError) as error:
+        checkpoint.newest(folder / "checkpoints", TRAINERS[0].resume)
+    assert is_told(told, str(error.value)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a list", "momentum of text"])
+def test_a_run_tells_it(name: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, told = spoiled(stopped, tmp_path / "run", name)
     assert qat_run(folder) == 1
     err = capsys.readouterr().err
-    assert told in err and "last.pt" in err and "previous.pt" in err and "overwrite=true starts the run anew" in err
-    assert err.count("\n") == 1 and "internal error" not in err
+    assert is_told(told, err) and err.count("\n") == 1 and "internal error" not in err
 
 
 def test_the_checkpoint_of_another_run_gives_way_to_the_one_before(stopped: Path, tmp_path: Path) -> None:

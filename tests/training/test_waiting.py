@@ -3,6 +3,7 @@
 What stays unseen are copies that wait, such as of pageable memory, and kernels that are written for the GPU.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,15 +111,27 @@ def test_a_step_of_any_precision_with_the_optimizer_of_a_gpu(
         assert watch.waited == ["aten._local_scalar_dense.default"] * scaler_asks
 
 
-def test_a_step_that_overflows_is_skipped_without_asking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", [(), ADAMW], ids=["sgd", "adamw"])
+def test_a_step_that_overflows_is_skipped_without_asking(
+    optimizer: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, too, after which all is as if it had not been."""
     monkeypatch.setattr(recipe, "fuses", lambda device: True)
-    training = trainer(tmp_path, CPU, "amp=fp16", *ADAMW)
+    training, given = trainer(tmp_path, CPU, "amp=fp16", *optimizer), batch(CPU)
+    before = copy.deepcopy(training.model.state_dict())
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
-    before = [p.detach().clone() for p in training.model.parameters()]
-    training._step(batch(CPU))
+    training._step(given)
     assert training.scaler.get_scale() == 2.0**99
-    for p, old in zip(training.model.parameters(), before, strict=True):
-        assert torch.equal(p, old)
+    assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    training.model.load_state_dict(before)  # scalars and statistics, which have seen the batch
+    training._step(given)
+    fresh = trainer(tmp_path, CPU, "amp=fp16", *optimizer)
+    fresh.model.load_state_dict(before)
+    fresh.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    fresh._step(given)
+    for p, expected in zip(training.model.parameters(), fresh.model.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_totals_launch_little() -> None:
