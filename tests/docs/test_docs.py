@@ -191,13 +191,12 @@ def _check_report(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _few_rows(overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
-    """Of the rows of a sweep, enough that every value occurs."""
-    seen: set[str] = set()
-    few = []
-    for row in BasicSweeper.split_arguments(overrides, max_batch_size)[0]:
-        if not seen.issuperset(row):
-            few.append(row)
-            seen.update(row)
+    """Of the rows of a sweep, enough that every value occurs: time and again the one with most that is new."""
+    rows = BasicSweeper.split_arguments(overrides, max_batch_size)[0]
+    few, missing = [], {value for row in rows for value in row}
+    while missing or not few:
+        few.append(max(rows, key=lambda row: len(missing.intersection(row))))
+        missing.difference_update(few[-1])
     return [few]
 
 
