@@ -13,6 +13,7 @@ with the spread between quartiles. Parts:
     select     percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
     step       a whole training step: full precision, static scales, max-scaling, OCTAV
     grids      a whole training step with OCTAV in each range of the integers, refined, and with affine activations
+    learned    a whole training step with learned scales, LSQ's and PACT's, beside OCTAV
     processes  a whole step of two processes, a thread each
     memory     peak memory of the same steps
     startup    seconds to the end of the first step, compiling from nothing and from a warm cache
@@ -41,7 +42,7 @@ import torch
 import torch.distributed as dist
 from benchmark_gpu import NETWORKS, WAYS, gpu
 from benchmark_pictures import pictures
-from contests import GRIDS, MODES, Contest, make_step, most_allocated, take_turns
+from contests import GRIDS, LEARNED, MODES, Contest, make_step, most_allocated, take_turns
 from tabulate import tabulate
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -195,6 +196,15 @@ def grids(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]
     return rows
 
 
+def learned(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows = []
+    for name, which in chosen_steps(args, device).items():
+        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in LEARNED}
+        figures = take_turns(contest, args.rounds, device, beside="full precision")
+        rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
+    return rows
+
+
 def processes(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Steps of two processes on a CPU, a thread each, by DistributedDataParallel."""
     rows: list[dict[str, Any]] = []
@@ -280,7 +290,9 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     return rows
 
 
-PARTS = {each.__name__: each for each in (solver, growth, select, step, grids, processes, memory, startup, pictures)}
+PARTS = {
+    each.__name__: each for each in (solver, growth, select, step, grids, learned, processes, memory, startup, pictures)
+}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ BERTS = {"minilm": (6, 384), "bert_base": (12, 768), "bert_tiny": (1, 24)}
 VITS = {"vit_s": (16, 12, 384, 6), "vit_tiny": (4, 1, 24, 2)}
 """name -> pixels a side of a patch, layers, hidden size, heads"""
 MODES = ("full precision", "static", "max", "octav")
+LEARNED = ("full precision", "octav", "lsq", "pact")
 GRIDS: dict[str, dict[str, Any]] = {
     "two's complement": {},
     "two's complement, missing_code": {"missing_code": True},
@@ -144,7 +145,7 @@ def make_step(
         clipping = "octav" if mode == "static" else mode
         example = tuple(t[:2] for t in batch.inputs)
         quantize_model(model, 4, clipping, example=example, dynamic=mode != "static", **options)
-    if mode == "static":
+    if mode in ("static", "lsq", "pact"):
         calibrate(model, [batch.inputs])
     optimizer: torch.optim.Optimizer = (
         torch.optim.AdamW(model.parameters(), lr=1e-5, capturable=device.type == "cuda")  # into a CUDA graph
