@@ -298,7 +298,7 @@ class Rule:
 
 
 def _check_bits(place: str, bits: object) -> None:
-    if isinstance(bits, bool) or bits not in (*BITS, FULL_PRECISION):
+    if type(bits) is not int or bits not in (*BITS, FULL_PRECISION):
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         raise ValueError(f"{place}={bits!r}: must be {allowed}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
@@ -70,7 +71,7 @@ def settings(config: Config) -> dict[str, Any]:
         baseline = config.weights == BASELINE
         keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
     if config.dataset.name in ("imagefolder", "text"):  # any folder of pictures, or of text, goes by this name
-        keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
+        keys["data_dir"] = str(path_of(config.data_dir).resolve())
     keys["recipe"] = None
     if config.training:
         keys["recipe"] = plain(config.stage)
@@ -168,8 +169,8 @@ def run_folder(config: Config) -> Path:
     A folder that holds this very run under the name that an earlier version gave it serves as well.
     """
     if config.run_dir is not None:
-        return Path(config.run_dir).expanduser()
-    runs, name = Path(config.runs_dir).expanduser(), run_name(config)
+        return path_of(config.run_dir)
+    runs, name = path_of(config.runs_dir), run_name(config)
     if not (runs / name).exists():
         for folder in sorted(runs.glob(f"{name.rpartition('_')[0]}_*/")):
             with suppress(UnreadableError):

@@ -8,13 +8,13 @@ import json
 import math
 import os
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from qat_runner.config.allowed import check_values, require
+from qat_runner.config.fingerprints import path_of
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import (
     AUTO,
@@ -163,7 +163,7 @@ def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
         ConfigError: there is no such file, or it holds something else.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(path_of(path).read_text(encoding="utf-8"))
         return {
             layer: {tuple(map(int, widths.split("x"))): _milliseconds(ms) for widths, ms in row.items()}
             for layer, row in content.items()
@@ -187,7 +187,7 @@ def rules_of(path: str) -> list[Any]:
     Raises:
         ConfigError: there is no such file, or it does not hold rules.
     """
-    file = Path(path).expanduser()
+    file = path_of(path)
     if not file.is_file():
         raise ConfigError(f"policy={path}: there is no such file")
     try:

@@ -1,6 +1,7 @@
 """config -> data and model, weights loaded, quantizers in place and calibrated."""
 
 import logging
+import re
 
 import torch
 from torch import nn
@@ -40,14 +41,13 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
-    if name == "auto":
+    if name in ("auto", "cpu"):
         return torch.device("cpu")
-    known = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    kind, _, index = name.partition(":")
-    if kind not in known or (index and not index.isdigit()):
+    found = re.fullmatch("cuda(?::([0-9]+))?", name)
+    if found is None:
         raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= known[kind]:
-        raise ConfigError(f"device={name}: this machine has {known[kind]} of the kind")
+    if int(found[1] or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device={name}: this machine has {count} of the kind")
     return torch.device(name)
 
 

@@ -55,6 +55,8 @@ from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
 
+PATIENCE = 2.0
+"""Seconds between two looks at a run that another process is at work on."""
 log = logging.getLogger("qat_runner")
 
 
@@ -78,6 +80,19 @@ def run(config: Config) -> Summary:
         with _locked(folder), _failures_told(config, folder):
             result = distributed.on_main(lambda: _finished(config, folder))  # by whoever held the lock till now
             return _run(config, folder) if result is None else result
+
+
+def run_after_others(config: Config) -> Summary:
+    """`run`, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
+    waiting = False
+    while True:
+        try:
+            return run(config)
+        except BusyError as error:
+            if not waiting:
+                log.info(f"{error}: waiting for it")
+            waiting = True
+            time.sleep(PATIENCE)
 
 
 @contextmanager
@@ -157,17 +172,9 @@ def _finished_by_anyone(config: Config, what: str) -> Path:
         what: it is, for the log.
     """
     folder = preflight(config)
-    waiting = False
-    while not distributed.on_main(lambda: RunFolder(folder).finished):
-        try:
-            if not waiting:
-                log.info(f"first {what}, {folder}")
-            run(config)
-        except BusyError as error:
-            if not waiting:
-                log.info(f"{error}: waiting for it")
-            waiting = True
-            time.sleep(5)
+    if not distributed.on_main(lambda: RunFolder(folder).finished):
+        log.info(f"first {what}, {folder}")
+        run_after_others(config)
     return folder
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qat_runner import experiment
 from qat_runner.cli.report import main as report
 from qat_runner.cli.run import main
 from qat_runner.models import build_model
@@ -230,6 +231,14 @@ def test_a_row_that_occurs_twice_is_run_once(run: Run, capsys: pytest.CaptureFix
         assert capsys.readouterr().out.count("epoch 1/1") == 1
 
 
+def test_a_row_in_two_folders_of_runs_is_run_in_both(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    result = {"metric": "top1", "top1": 0.0}
+    monkeypatch.setattr(experiment, "run", lambda config: asked.append(config.runs_dir) or result)
+    assert run("-m", "runs_dir=a,b") == 0
+    assert asked == ["a", "b"]
+
+
 def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -395,6 +404,12 @@ WRONG = [
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
     (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: is for sweeps; qat-run -m starts one, if only of one row"),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: is for sweeps"),
+    (["--resolve"], "--resolve: is for --cfg, which shows a config"),
+    (["--package", "model"], "--package: is for --cfg, which shows a config"),
+    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out"),
+    (["--run", "--cfg", "job"], "only one of them can be carried out"),
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
@@ -415,6 +430,8 @@ WRONG = [
     (["epochs=0"], "epochs=0: must be 1 to 100000"),
     (["device=cuda:99"], "device=cuda:99: this machine has"),
     (["device=tpu"], "device=tpu: must be auto, cpu, cuda or cuda:N"),
+    (["device=cpu:0"], "device=cpu:0: must be auto, cpu, cuda or cuda:N"),
+    (["device='cuda:'"], "device=cuda:: must be auto, cpu, cuda or cuda:N"),
     (["model.stem=large"], "model.stem=large: must be one of auto"),
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
