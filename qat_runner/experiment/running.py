@@ -38,7 +38,7 @@ from qat_runner.config import (
 from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment import allocating
-from qat_runner.experiment.building import build, load_teacher
+from qat_runner.experiment.building import build, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
@@ -125,11 +125,11 @@ def _run(config: Config, folder: Path) -> Summary:
     weights = config.weights
     if weights == BASELINE:
         weights = str(
-            RunFolder(_finished_by_anyone(baseline_of(config), "the full-precision baseline")).checkpoints
+            RunFolder(_finished_first(baseline_of(config), config, "the full-precision baseline")).checkpoints
             / checkpoint.LAST
         )
     if config.policy == AUTO:
-        chosen = RunFolder(_finished_by_anyone(allocation_of(config), "bits are chosen")).policy
+        chosen = RunFolder(_finished_first(allocation_of(config), config, "bits are chosen")).policy
         config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
@@ -164,17 +164,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finished_by_anyone(config: Config, what: str) -> Path:
+def _finished_first(needed: Config, config: Config, what: str) -> Path:
     """The folder of a run that another one takes something from; it is run, or whoever is at it is waited for.
 
     Args:
-        config: of that run.
+        needed: the config of that run.
+        config: of the one that needs it, which is not to be found impossible only then.
         what: it is, for the log.
     """
-    folder = preflight(config)
+    folder = preflight(needed)
     if not distributed.on_main(lambda: RunFolder(folder).finished):
+        try_policy(config)
         log.info(f"first {what}, {folder}")
-        run_after_others(config)
+        run_after_others(needed)
     return folder
 
 
