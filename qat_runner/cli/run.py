@@ -167,6 +167,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
         raise ConfigError(f"{chosen[0].lstrip('+')}: puts an experiment on other data; +experiment=NAME must name it")
     found = compose_config(chosen)
     given = {arg.lstrip("+~").partition("=")[0] for arg in args}
+    if "policy=auto" in args or "mode=allocate" in args:
+        given |= {"bits", "weight_bits", "activation_bits"}  # which are chosen
     rows = []
     for key, values in found.sweep.items():
         if key.lstrip("+") not in given:

@@ -13,7 +13,7 @@ from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode
+from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode, OscillationsConfig
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -104,6 +104,9 @@ def settings(config: Config) -> dict[str, Any]:
         keys["batchnorm_batches"] = config.recipe.batchnorm_batches
     if not (config.quantized_training or config.retrain_steps):
         del keys["oscillations"]
+    else:
+        for key in _without_effect(config.oscillations):
+            del keys["oscillations"][key]
     if not config.training:
         for key in ("epochs", "lr", "batch_size", *(() if probing else ("accumulate",))):
             del keys[key]
@@ -134,6 +137,13 @@ def settings(config: Config) -> dict[str, Any]:
     elif config.all_learned:
         del keys["gradient"]
     return {key: value for key, value in flat(keys).items() if key not in foreign}
+
+
+def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
+    """Keys about oscillations that mean nothing beside the others."""
+    if how.freeze_to is not None:
+        return ()
+    return ("freeze_from",) if how.watching else ("freeze_from", "momentum", "threshold", "max_bits")
 
 
 def load_config(folder: Path) -> Config | None:
