@@ -13,10 +13,17 @@ config names a thing that is installed, and cannot say where code lies.
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
+from qat_runner.errors import ConfigError
+
 T = TypeVar("T")
+
+
+class PluginError(ConfigError, TypeError):
+    """What an installed package names is no such thing, or cannot be imported."""
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
@@ -40,7 +47,8 @@ def _on_path(path: tuple[str, ...], group: str) -> EntryPoints:
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
-    """A mapping from names to things of one kind. Setting an item registers it for this process.
+    """A mapping from names to things of one kind. Setting an item registers it for this process; `own` are the names of
+    this package's.
 
     Args:
         kind: what messages call one of them, such as "clipping method".
@@ -59,7 +67,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         of: Callable[[Any], T] = lambda named: named,
     ) -> None:
         self.kind, self.group = kind, group
-        self._own, self._things = frozenset(own), dict[str, T | EntryPoint](own)
+        self.own, self._things = frozenset(own), dict[str, T | EntryPoint](own)
         self._valid, self._of = valid, of
 
     def register(self, name: str, thing: T) -> T:
@@ -73,7 +81,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
             ValueError: the name is taken.
             TypeError: it is no such thing.
         """
-        if name in self._own:
+        if name in self.own:
             raise ValueError(f"{self.kind} {name!r}: this name is taken")
         self[name] = thing
         return thing
@@ -94,7 +102,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         """Raises:
         KeyError: no such name.
-        TypeError: what an installed package names so is no such thing, or cannot be imported.
+        PluginError: what an installed package names so is no such thing, or cannot be imported.
         """
         thing = self._things[name] if name in self._things else installed(self.group)[name]
         if not isinstance(thing, EntryPoint):
@@ -103,9 +111,20 @@ class Registry(MutableMapping[str, T], Generic[T]):
             found = self._of(thing.load())
         except Exception as error:  # whatever somebody's module may raise
             reason = " ".join(str(error).split())
-            raise TypeError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({reason})") from error
-        self[name] = found
+            raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({reason})") from error
+        try:
+            self[name] = found
+        except TypeError as error:
+            raise PluginError(str(error)) from error
         return found
+
+    def sound(self) -> Iterator[tuple[str, T]]:
+        """Names and things, this package's first, all imported as they come, but for those that `PluginError` is said
+        of: no walk through all of them breaks off at one that no one asked for.
+        """
+        for name in self:
+            with suppress(PluginError):
+                yield name, self[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._things or name in installed(self.group)

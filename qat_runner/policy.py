@@ -30,7 +30,6 @@ from qat_runner.quant import (
     EVAL_MODES,
     FORMATS,
     GRADIENTS,
-    METHODS,
     ClippingMethod,
     Estimator,
     Octav,
@@ -78,6 +77,9 @@ WEIGHT_AND_INPUT = ("weight", "input")
 
 TOKENS = {"Linear": ("input",), EXPERTS: ("input",), "Matmul": ("query", "key", "probabilities")}
 """Kind of layer -> its operands whose tokens may have a scalar each: products add up within a token of these."""
+
+POOLING = "octav and max"
+"""The clipping methods of ours that solve for what lies on several processes."""
 
 ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
@@ -298,7 +300,7 @@ class Rule:
 
 
 def _check_bits(place: str, bits: object) -> None:
-    if isinstance(bits, bool) or bits not in (*BITS, FULL_PRECISION):
+    if type(bits) is not int or bits not in (*BITS, FULL_PRECISION):
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         raise ValueError(f"{place}={bits!r}: must be {allowed}")
 
@@ -338,8 +340,7 @@ class Policy:
                 general |= rule.settings()
         usual = TensorPolicy(**general)
         if usual.synchronize and not (usual.clipping.pools or usual.clipping.learned):
-            able = " and ".join(name for name, method in METHODS.items() if method.pools)
-            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes: {able} can")
+            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes: {POOLING} can")
 
     @classmethod
     def of(

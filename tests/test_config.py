@@ -72,30 +72,6 @@ def test_every_option_of_every_group_composes(composed: Compose) -> None:
         assert config.epochs == config.recipe.scratch.epochs
 
 
-@pytest.mark.parametrize(
-    ("model", "scratch", "retrain"),
-    [
-        ("resnet18", (512, 150, 0.1, 1e-4, 30), (256, 30, 1e-4, 10)),
-        ("resnet50", (512, 150, 0.1, 1e-4, 30), (256, 15, 1e-4, 5)),
-        ("resnet101", (512, 80, 0.1, 1e-4, 30), (256, 15, 1e-4, 5)),
-        ("mobilenet_v2", (1024, 300, 0.2, 4e-5, 100), (512, 30, 1e-2, 10)),
-        ("mobilenet_v3_small", (1024, 300, 0.2, 1e-5, 100), (512, 30, 1e-2, 10)),
-        ("mobilenet_v3_large", (1024, 300, 0.2, 1e-5, 100), (512, 30, 1e-2, 10)),
-    ],
-)
-def test_the_paper_s_recipes(
-    composed: Compose, model: str, scratch: tuple[float, ...], retrain: tuple[float, ...]
-) -> None:
-    """Appendix E.1."""
-    recipe = composed("dataset=imagenet", f"model={model}").recipe
-    s, r = recipe.scratch, recipe.retrain
-    assert (s.batch_size, s.epochs, s.lr, s.weight_decay, s.decay_every) == scratch
-    assert (r.batch_size, r.epochs, r.lr, r.decay_every) == retrain
-    assert r.weight_decay == s.weight_decay
-    assert {s.schedule, r.schedule} == {"step"}
-    assert {s.momentum, r.momentum} == {0.9}
-
-
 def test_what_follows_from_the_rest(composed: Compose) -> None:
     config = composed("bits=6", "weight_bits=3", "epochs=2", "lr=0.5")
     assert (config.weight_bits, config.activation_bits, config.epochs, config.lr) == (3, 6, 2, 0.5)
@@ -158,6 +134,13 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         ),
         (["clipping=lsq", "clipping.sync=true"], "clipping.sync=true: is for scalars that are solved in training"),
         (["clipping=lsq", "clipping.eval_mode=running"], "clipping.eval_mode=running: is for scalars that are solved"),
+        (["clipping=lsq", "clipping.dynamic=true"], "clipping.dynamic=true: clipping=lsq learns its scalars"),
+        (
+            ["clipping=static_octav", "clipping.eval_mode=running", "mode=ptq", "weights=w.pt"],
+            "clipping.eval_mode=running: is for scalars that are solved, not static",
+        ),
+        (["clipping.sync=true", "mode=ptq", "weights=w.pt"], "clipping.sync=true: is for training, and mode=ptq does"),
+        (["clipping.sync=true", "mode=evaluate", "weights=w.pt"], "clipping.sync=true: is for training, and mode=eval"),
         (["clipping=pact", "range=full"], "range=full: clipping=pact has ranges of its own"),
         (["clipping=pact", "weight_range=oriented"], "weight_range=oriented: clipping=pact has ranges of its own"),
         (["allocated=[{match: '*', bits: 2}]"], "allocated: is filled in by the runner"),
@@ -247,6 +230,13 @@ def test_what_probes_are_trained_by_tells_runs_apart(composed: Compose) -> None:
 def test_kernels_of_quantization_are_nothing_to_full_precision(composed: Compose) -> None:
     ways = ("backend=eager", "log_excess_mse=true", "backend=auto")
     assert len({run_name(composed("bits=32", way)) for way in ways}) == 1
+
+
+def test_oscillations_that_no_one_watches_tell_no_runs_apart(composed: Compose) -> None:
+    ways = [[], *([f"oscillations.{key}=0.2"] for key in ("momentum", "threshold", "freeze_from"))]
+    ways += [["oscillations.max_bits=8"]]
+    for watched, names in (([], 1), (["oscillations.measure=true"], 4), (["oscillations.freeze_to=0.01"], 5)):
+        assert len({run_name(composed(*watched, *way)) for way in ways}) == names
 
 
 def test_words_for_weights_are_no_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

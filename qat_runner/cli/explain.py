@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 
-from qat_runner.config.composing import quoted
+from qat_runner.config.composing import NOT_TYPED, quoted
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.config.words import PREFIXES
 
@@ -53,7 +53,9 @@ def explain(error: Exception, configs: Path) -> str:
             or "not in '" in f"{text} {detail}"
             or "No match in the defaults list" in text
         ):
-            known = _keys(ConfigSchema)
+            if (configs / key).is_dir():
+                return f"unknown key '{key}'; did you mean +{key}=NAME?"
+            known = [name for name in _keys(ConfigSchema) if name.partition(".")[0] not in NOT_TYPED]
             return f"unknown key '{key}'{_similar(key, known) or '; qat-run --help lists all keys'}"
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")

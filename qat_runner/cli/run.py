@@ -31,6 +31,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -59,8 +60,6 @@ _HERE = "basic"
 """The option of hydra/launcher that runs the rows in this process, one after the other."""
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
-PATIENCE = 2.0
-"""Seconds between two looks at a run that another process is at work on."""
 log = logging.getLogger("qat_runner")
 
 
@@ -168,6 +167,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
         raise ConfigError(f"{chosen[0].lstrip('+')}: puts an experiment on other data; +experiment=NAME must name it")
     found = compose_config(chosen)
     given = {arg.lstrip("+~").partition("=")[0] for arg in args}
+    if "policy=auto" in args or "mode=allocate" in args:
+        given |= {"bits", "weight_bits", "activation_bits"}  # which are chosen
     rows = []
     for key, values in found.sweep.items():
         if key.lstrip("+") not in given:
@@ -199,6 +200,11 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
             _refuse(f"--{flag.replace('_', '-')}: a run is composed of the shipped configs and of keys")
     if parsed.multirun and (parsed.cfg or parsed.info):
         _refuse("--cfg and --info show one config, not a sweep's")
+    if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
+        _refuse("--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out")
+    for flag in ("resolve", "package"):
+        if getattr(parsed, flag) and not (parsed.cfg or (parsed.help and flag == "resolve")):
+            _refuse(f"--{flag}: is for --cfg, which shows a config")
     if parsed.shell_completion:
         return {}
     shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info
@@ -206,11 +212,19 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
         everything = compose_checked(parsed.overrides, RunMode.MULTIRUN if parsed.multirun else RunMode.RUN)
         if shows:
             return {}
-        if not parsed.multirun:
-            return _check_rows([everything])
         overrides = OverridesParser.create().parse_overrides(parsed.overrides)
+        if not parsed.multirun:
+            _check_no_launcher(overrides)
+            return _check_rows([everything])
         (rows,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
         return _check_rows(map(compose_checked, rows))
+
+
+def _check_no_launcher(overrides: Sequence[Override]) -> None:
+    """Refuse a launcher for a single run, which Hydra would carry out here: on a cluster, where people log in."""
+    for override in overrides:
+        if re.match(r"hydra[/.]launcher\b", override.key_or_group):
+            raise ConfigError(f"{override.input_line}: is for sweeps; qat-run -m starts one, if only of one row")
 
 
 def _check_rows(rows: Iterable[DictConfig]) -> dict[Path, Config]:
@@ -268,8 +282,8 @@ def _with_override(args: Sequence[str], override: str) -> list[str]:
 
 
 def _launch(args: Sequence[str], failures: list[QatError]) -> None:
-    done: dict[tuple[str, str | None], float] = {}  # full precision is one run, whatever a sweep's rows say of clipping
-
+    # full precision is one run, whatever a sweep's rows say of clipping
+    done: dict[tuple[str, str, str | None], float] = {}
     sweep = any(arg in _MULTIRUN for arg in args)
     busy: list[Config] = []  # rows that other processes are at work on
 
@@ -285,7 +299,7 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
             return None
         try:
             config = from_hydra(composed)
-            row = run_name(config), config.run_dir
+            row = run_name(config), config.runs_dir, config.run_dir
             if row not in done:
                 done[row] = score(run(config))
             return done[row]
@@ -298,39 +312,28 @@ def _launch(args: Sequence[str], failures: list[QatError]) -> None:
 
     sys.argv = [sys.argv[0], *args]
     job()
-    for config in busy if not failures else ():
+    if not busy or failures:
+        return
+    from qat_runner.experiment import run_after_others
+
+    for config in busy:
         try:
-            _after_others(config)
+            run_after_others(config)
         except QatError as error:
             failures.append(error)
 
 
 def _elsewhere(config: Config, sweep: bool) -> float:
     """A row of a request, in a process or on a machine that Hydra's launcher gave it."""
-    from qat_runner.experiment import run
+    from qat_runner.experiment import run, run_after_others
     from qat_runner.runs.records import score
 
     with on_terminal():
         try:
-            return score(_after_others(config) if sweep else run(config))
+            return score(run_after_others(config) if sweep else run(config))
         except StoppedError as error:  # no result: whoever stopped the job may start it again
             _wait_for_slurm(error)
             sys.exit(error.exit_code)
-
-
-def _after_others(config: Config) -> Summary:
-    """The result of a run, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
-    from qat_runner.experiment import run
-
-    waiting = False
-    while True:
-        try:
-            return run(config)
-        except BusyError as error:
-            if not waiting:
-                log.info(f"{error}: waiting for it")
-            waiting = True
-            time.sleep(PATIENCE)
 
 
 def _wait_for_slurm(error: QatError) -> None:

@@ -19,7 +19,7 @@ from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.resolving import from_hydra, scaled_lr
-from qat_runner.config.schema import Config
+from qat_runner.config.schema import AUTO, Config, Mode
 from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
@@ -30,6 +30,13 @@ _PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std",
 
 _OF_STAGE = ("epochs", "batch_size", "lr")
 """Keys that follow from the recipe unless they are given."""
+
+
+NOT_TYPED = {
+    **dict.fromkeys(("sweep", "standins"), "is for files of experiments and stand-ins to say"),
+    **dict.fromkeys(("given", "allocated", "fingerprints"), "is filled in by the runner"),
+}
+"""Keys that are not for a command to give, and why."""
 
 
 @contextmanager
@@ -101,15 +108,21 @@ def given(overrides: Sequence[str]) -> list[str]:
     """The override that says which keys of preprocessing others give; none where they give none.
 
     Raises:
+        ConfigError: a key that is not for a command to give.
         OverrideParseException: what Hydra cannot read.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for name in (override.key_or_group.partition(".")[0] for override in parsed):
+        if name in NOT_TYPED:
+            raise ConfigError(f"{name}: {NOT_TYPED[name]}")
     keys = [key for key in _PREPROCESSING if key in {override.key_or_group for override in parsed}]
     return [f"given={quoted(keys)}"] if keys else []
 
 
 def choices(config: Config) -> list[str]:
-    """What a resolved config was chosen by: the groups that are shipped under its names, bits, mode and weights."""
+    """What a resolved config was chosen by: the groups that are shipped under its names, bits, or what they are chosen
+    by, mode and weights.
+    """
     static = not config.clipping.dynamic and not config.clipping.learned
     wanted = {"model": config.model.name, "dataset": config.dataset.name}
     if config.recipe.name != config.dataset.name:
@@ -118,10 +131,14 @@ def choices(config: Config) -> list[str]:
         wanted["clipping"] = ("static_" if static else "") + config.clipping.name
         wanted["gradient"] = config.gradient.name
     groups = [f"{group}={quoted(name)}" for group, name in wanted.items() if _is_option(group, name)]
-    bits = config.weight_bits if config.weight_bits == config.activation_bits else config.bits
+    bits = [f"bits={config.weight_bits if config.weight_bits == config.activation_bits else config.bits}"]
+    if config.allocating:
+        asked = config.limits | {"max_drop": config.max_drop, "allocation.latencies": config.allocation.latencies}
+        bits = ["policy=auto"] if config.policy == AUTO else []
+        bits += [f"{key}={quoted(value)}" for key, value in asked.items() if value is not None]
     mode = [] if config.mode == config.auto_mode else [f"mode={config.mode}"]
     weights = [] if config.weights is None else [f"weights={quoted(config.weights)}"]
-    return [*groups, f"bits={bits}", *mode, *weights]
+    return [*groups, *bits, *mode, *weights]
 
 
 def _is_option(group: str, name: str) -> bool:
@@ -148,6 +165,8 @@ def command(config: Config) -> str | None:
         said = [freed(f"{key}={quoted(values[key])}") for key in keys if key != "weights"]
         overrides = [*choices(config), *said, *place]
         if _gives(overrides, config):
+            if config.mode == Mode.allocate:
+                return shlex.join(["qat-bits", *(word for word in overrides if word != "mode=allocate")])
             return shlex.join(["qat-run", *overrides])
     return None
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode
+from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode, OscillationsConfig
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -70,7 +71,7 @@ def settings(config: Config) -> dict[str, Any]:
         baseline = config.weights == BASELINE
         keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
     if config.dataset.name in ("imagefolder", "text"):  # any folder of pictures, or of text, goes by this name
-        keys["data_dir"] = str(Path(config.data_dir).expanduser().resolve())
+        keys["data_dir"] = str(path_of(config.data_dir).resolve())
     keys["recipe"] = None
     if config.training:
         keys["recipe"] = plain(config.stage)
@@ -103,6 +104,9 @@ def settings(config: Config) -> dict[str, Any]:
         keys["batchnorm_batches"] = config.recipe.batchnorm_batches
     if not (config.quantized_training or config.retrain_steps):
         del keys["oscillations"]
+    else:
+        for key in _without_effect(config.oscillations):
+            del keys["oscillations"][key]
     if not config.training:
         for key in ("epochs", "lr", "batch_size", *(() if probing else ("accumulate",))):
             del keys[key]
@@ -133,6 +137,13 @@ def settings(config: Config) -> dict[str, Any]:
     elif config.all_learned:
         del keys["gradient"]
     return {key: value for key, value in flat(keys).items() if key not in foreign}
+
+
+def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
+    """Keys about oscillations that mean nothing beside the others."""
+    if how.freeze_to is not None:
+        return ()
+    return ("freeze_from",) if how.watching else ("freeze_from", "momentum", "threshold", "max_bits")
 
 
 def load_config(folder: Path) -> Config | None:
@@ -168,8 +179,8 @@ def run_folder(config: Config) -> Path:
     A folder that holds this very run under the name that an earlier version gave it serves as well.
     """
     if config.run_dir is not None:
-        return Path(config.run_dir).expanduser()
-    runs, name = Path(config.runs_dir).expanduser(), run_name(config)
+        return path_of(config.run_dir)
+    runs, name = path_of(config.runs_dir), run_name(config)
     if not (runs / name).exists():
         for folder in sorted(runs.glob(f"{name.rpartition('_')[0]}_*/")):
             with suppress(UnreadableError):

@@ -8,13 +8,13 @@ import json
 import math
 import os
 from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from qat_runner.config.allowed import check_values, require
+from qat_runner.config.fingerprints import path_of
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.schema import (
     AUTO,
@@ -40,7 +40,7 @@ from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
 from qat_runner.plugins import later
 from qat_runner.policy import FULL_PRECISION
-from qat_runner.quant import BITS, Octav, Range
+from qat_runner.quant import BITS, METHODS, Octav, Range
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -60,7 +60,26 @@ def from_hydra(composed: DictConfig) -> Config:
         if getattr(config, key):
             raise ConfigError(f"{key}: is filled in by the runner")
     require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
+    _check_asked(config)
     return resolve(config)
+
+
+def _check_asked(config: ConfigSchema) -> None:
+    """Refuse keys without effect that only whoever asks can mean: in a config that follows from another one, or that an
+    earlier version took, they may be.
+    """
+    if config.clipping.sync and config.mode in (Mode.ptq, Mode.evaluate):
+        raise ConfigError(f"clipping.sync=true: is for training, and mode={config.mode} does none")
+    for key, usual in _CHOSEN.items() if config.allocating else ():
+        if (bits := getattr(config, key)) not in (usual, FULL_PRECISION):
+            what = "bits=auto" if config.policy == AUTO else "mode=allocate"
+            raise ConfigError(
+                f"{key}={bits}: {what} chooses them; rules=[{{match: GLOB, bits: {bits}}}] exempts tensors"
+            )
+
+
+_CHOSEN = {"bits": ConfigSchema.bits, "weight_bits": None, "activation_bits": None}
+"""Keys that say of how many bits all tensors are, and what they are where they are left out."""
 
 
 def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
@@ -163,7 +182,7 @@ def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
         ConfigError: there is no such file, or it holds something else.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(path_of(path).read_text(encoding="utf-8"))
         return {
             layer: {tuple(map(int, widths.split("x"))): _milliseconds(ms) for widths, ms in row.items()}
             for layer, row in content.items()
@@ -187,7 +206,7 @@ def rules_of(path: str) -> list[Any]:
     Raises:
         ConfigError: there is no such file, or it does not hold rules.
     """
-    file = Path(path).expanduser()
+    file = path_of(path)
     if not file.is_file():
         raise ConfigError(f"policy={path}: there is no such file")
     try:
@@ -307,15 +326,18 @@ def _check_scalars(config: Config) -> None:
     clipping = config.clipping
     if config.quantization.full_precision:
         return
-    if clipping.sync and (config.all_learned or not (clipping.dynamic or clipping.learned or config.rules)):
-        what = "learned" if clipping.learned else "static"
+    unsolved = config.all_learned or not (clipping.dynamic or clipping.learned or config.rules)
+    what = "learned" if clipping.learned else "static"
+    if clipping.sync and unsolved:
         raise ConfigError(f"clipping.sync=true: is for scalars that are solved in training, and these are {what}")
     if clipping.sync and clipping.refine:
         raise ConfigError(
             f"clipping.sync=true: is not for clipping.refine={clipping.refine}, which measures by process"
         )
-    if clipping.eval_mode != "dynamic" and config.all_learned:
-        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
+    if clipping.eval_mode != "dynamic" and unsolved:
+        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not {what}")
+    if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
+        raise ConfigError(f"clipping.dynamic=true: clipping={clipping.name} learns its scalars")
     for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():
         if (value := getattr(config, key)) != Range.TWOS_COMPLEMENT:
             said = "range" if config.range == value else key
@@ -363,6 +385,8 @@ def _check_allocation(config: Config) -> None:
         for key, value in (asked | ({"retrain_steps": config.retrain_steps} if config.retrain_steps else {})).items():
             raise ConfigError(f"{key}={value:g}: is for qat-bits and for bits=auto")
         return
+    if config.mode == Mode.allocate and config.policy == AUTO:
+        raise ConfigError("bits=auto: mode=allocate, which is what qat-bits does, chooses bits by itself")
     how, what = config.allocation, "bits=auto" if config.policy == AUTO else "mode=allocate"
     wanted = f"{', '.join(LIMITS)} or max_drop"
     if not asked:

@@ -252,10 +252,7 @@ class ClippingSchema:
         Raises:
             ConfigError: an installed package names what is none.
         """
-        try:
-            return METHODS[self.name]
-        except TypeError as error:
-            raise ConfigError(f"clipping.name={self.name}: {error}") from error
+        return METHODS[self.name]
 
     @property
     def method(self) -> ClippingMethod:

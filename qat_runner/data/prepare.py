@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m qat_runner.data.prepare", description="Fetch or unpack a data set."
     )
-    fetched = {name: dataset.fetch for name, dataset in DATASETS.items() if dataset.fetch is not None}
+    fetched = {name: dataset.fetch for name, dataset in DATASETS.sound() if dataset.fetch is not None}
     parser.add_argument("dataset", choices=fetched)
     parser.add_argument("data_dir", type=Path, help="where it is to lie; give the same folder to qat-run as data_dir")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qat_runner.config import DatasetConfig
+from qat_runner.config import DatasetConfig, path_of
 from qat_runner.data.batches import Data
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.listing import printable
@@ -24,7 +24,7 @@ def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
     dataset = DATASETS[config.name]
     if config.task != dataset.task:
         raise ConfigError(f"dataset.task={config.task}: must be {dataset.task}, which is what {config.name} is for")
-    root = Path(data_dir).expanduser()
+    root = path_of(data_dir)
     try:
         for folder in (root, root / config.name):
             if dataset.holds is None or (folder.is_dir() and dataset.holds(folder)):

@@ -1,18 +1,20 @@
 """config -> data and model, weights loaded, quantizers in place and calibrated."""
 
 import logging
+import re
+import warnings
 
 import torch
 from torch import nn
 
 from qat_runner import distributed, ranks
 from qat_runner.allocation import pricing_policy
-from qat_runner.config import Config, Mode, clipping_label
+from qat_runner.config import AUTO, Config, Mode, clipping_label
 from qat_runner.data import Data, Delivery, load_dataset
 from qat_runner.data.batches import unsharded
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import calibrate, quantized_tensors
-from qat_runner.insertion.insert import insert, wanted
+from qat_runner.insertion.insert import QuantizationWarning, insert, wanted
 from qat_runner.models import Source, load_weights
 from qat_runner.policy import PolicyError
 from qat_runner.quant.kernels import set_backend
@@ -40,14 +42,13 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
-    if name == "auto":
+    if name in ("auto", "cpu"):
         return torch.device("cpu")
-    known = {"cpu": 1, "cuda": torch.cuda.device_count()}
-    kind, _, index = name.partition(":")
-    if kind not in known or (index and not index.isdigit()):
+    found = re.fullmatch("cuda(?::([0-9]+))?", name)
+    if found is None:
         raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= known[kind]:
-        raise ConfigError(f"device={name}: this machine has {known[kind]} of the kind")
+    if int(found[1] or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device={name}: this machine has {count} of the kind")
     return torch.device(name)
 
 
@@ -55,6 +56,18 @@ def model_for(config: Config, data: Data) -> nn.Module:
     """The network without quantizers, on the device of the data and in its layout."""
     model = task_of(config).network(config, data, pretrained=config.mode == Mode.finetune).to(data.device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def try_policy(config: Config) -> None:
+    """Refuse a policy that does not go with the network, before other runs are made for this one.
+
+    Raises:
+        ConfigError: it does not, or data turn out not to fit.
+    """
+    with warnings.catch_warnings(action="ignore", category=QuantizationWarning):  # for the run itself to tell
+        model, _ = _with_quantizers(config)
+    if config.policy != AUTO:  # which bits there are to train is not known yet
+        _check_training(config, model)
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
@@ -67,6 +80,28 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
     Raises:
         ConfigError: data or weights turn out not to fit.
     """
+    model, data = _with_quantizers(config)
+    if weights is not None:
+        as_it_is = config.mode == Mode.evaluate
+        source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
+        loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
+        log.info(f"weights {weights}: {loaded}")
+    _check_training(config, model)
+    if config.needs_calibration:
+        _calibrate(config, model, data)
+    if config.mode in (Mode.ptq, Mode.evaluate):
+        _check_scalars(config, model, weights)
+    if config.sync_batchnorm:
+        model = distributed.synchronize_batchnorm(model)
+    distributed.broadcast(model)
+    rank = distributed.shard().rank
+    if rank > 0:  # its own dropout
+        checkpoint.seed_everything(config.seed + 2**32 * rank)
+    return model, data
+
+
+def _with_quantizers(config: Config) -> tuple[nn.Module, Data]:
+    """The data and the model of a run, quantizers in place."""
     device = find_device(config.device)
     shard = distributed.shard()
     if device.index is not None:  # what is about the current one, such as the state of its generator, is about this
@@ -93,21 +128,6 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         raise ConfigError(
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
-    if weights is not None:
-        as_it_is = config.mode == Mode.evaluate
-        source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
-        loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
-        log.info(f"weights {weights}: {loaded}")
-    _check_training(config, model)
-    if config.needs_calibration:
-        _calibrate(config, model, data)
-    if config.mode in (Mode.ptq, Mode.evaluate):
-        _check_scalars(config, model, weights)
-    if config.sync_batchnorm:
-        model = distributed.synchronize_batchnorm(model)
-    distributed.broadcast(model)
-    if shard.rank > 0:  # its own dropout
-        checkpoint.seed_everything(config.seed + 2**32 * shard.rank)
     return model, data
 
 

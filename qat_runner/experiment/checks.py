@@ -28,11 +28,13 @@ from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import find_device
 from qat_runner.models import STEMS, Source, find_weights, match_weights
+from qat_runner.plugins import Registry
+from qat_runner.policy import GRANULARITIES, WEIGHT_AND_INPUT
 from qat_runner.quant.kernels import choose_backend, compiled
 from qat_runner.runs.files import TEMPORARY, JsonFile
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LOCK
-from qat_runner.runs.trackers import TRACKERS, Tracker
+from qat_runner.runs.trackers import TRACKERS
 from qat_runner.tasks import TASKS, task_of
 
 T = TypeVar("T")
@@ -50,14 +52,14 @@ def preflight(config: Config) -> Path:
     ):
         if value not in allowed:
             raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    if not any(config.model.name in task.networks for task in TASKS.values()):
-        names = dict.fromkeys(name for task in TASKS.values() for name in task.networks)
+    if not any(config.model.name in task.networks for _, task in TASKS.sound()):
+        names = dict.fromkeys(name for _, task in TASKS.sound() for name in task.networks)
         words = (f"{prefix}/NAME" for prefix in PREFIXES)
         raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
     for name in config.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
-        if missing := _tracker(name).missing():
+        if missing := TRACKERS[name].missing():
             raise ConfigError(f"trackers={name}: {missing}")
     size, resized = config.dataset.image_size, config.dataset.resize_size
     if resized is not None and resized < size and "dataset.resize_size" not in foreign_keys(config.task):
@@ -84,7 +86,11 @@ def preflight(config: Config) -> Path:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     find_dataset(config.dataset, config.data_dir)
-    task_of(config).check(config)
+    task = task_of(config)
+    task.check(config)
+    if isinstance(task.networks, Registry) and config.model.name in [*task.networks]:  # and no word for another's
+        task.networks[config.model.name]  # imported, if somebody else's
+    _check_tensors(config)
     if config.allocating and ranks.launched():
         _check_one_process(config)
     if config.policy == AUTO:
@@ -98,6 +104,21 @@ def preflight(config: Config) -> Path:
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
+
+
+def _check_tensors(config: Config) -> None:
+    """Refuse a format, a range and a clipping method that do not go together.
+
+    Where rules make exceptions of them, it takes the network to tell whether any tensor has these.
+    """
+    if any({"format", "range", "clipping"} & rule.keys() for rule in config.rules):
+        return
+    for operand in WEIGHT_AND_INPUT:
+        tensor = config.quantization.tensor("", "Linear", operand)
+        try:
+            tensor.quantizer(operand, dict.fromkeys(GRANULARITIES, ()))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _check_teacher(config: Config) -> None:
@@ -120,16 +141,6 @@ def _check_one_process(config: Config) -> None:
             "torchrun: bits are chosen by one process; qat-bits with the same keys does that first, and this run finds "
             "what it came to"
         )
-
-
-def _tracker(name: str) -> type[Tracker]:
-    """Raises:
-    ConfigError: an installed package names what is none.
-    """
-    try:
-        return TRACKERS[name]
-    except TypeError as error:
-        raise ConfigError(f"trackers={name}: {error}") from error
 
 
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:

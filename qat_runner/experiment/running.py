@@ -38,7 +38,7 @@ from qat_runner.config import (
 from qat_runner.data import Data
 from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
 from qat_runner.experiment import allocating
-from qat_runner.experiment.building import build, load_teacher
+from qat_runner.experiment.building import build, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
@@ -55,6 +55,8 @@ from qat_runner.training import checkpoint
 from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
 
+PATIENCE = 2.0
+"""Seconds between two looks at a run that another process is at work on."""
 log = logging.getLogger("qat_runner")
 
 
@@ -78,6 +80,19 @@ def run(config: Config) -> Summary:
         with _locked(folder), _failures_told(config, folder):
             result = distributed.on_main(lambda: _finished(config, folder))  # by whoever held the lock till now
             return _run(config, folder) if result is None else result
+
+
+def run_after_others(config: Config) -> Summary:
+    """`run`, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
+    waiting = False
+    while True:
+        try:
+            return run(config)
+        except BusyError as error:
+            if not waiting:
+                log.info(f"{error}: waiting for it")
+            waiting = True
+            time.sleep(PATIENCE)
 
 
 @contextmanager
@@ -110,11 +125,11 @@ def _run(config: Config, folder: Path) -> Summary:
     weights = config.weights
     if weights == BASELINE:
         weights = str(
-            RunFolder(_finished_by_anyone(baseline_of(config), "the full-precision baseline")).checkpoints
+            RunFolder(_finished_first(baseline_of(config), config, "the full-precision baseline")).checkpoints
             / checkpoint.LAST
         )
     if config.policy == AUTO:
-        chosen = RunFolder(_finished_by_anyone(allocation_of(config), "bits are chosen")).policy
+        chosen = RunFolder(_finished_first(allocation_of(config), config, "bits are chosen")).policy
         config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
@@ -149,25 +164,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finished_by_anyone(config: Config, what: str) -> Path:
+def _finished_first(needed: Config, config: Config, what: str) -> Path:
     """The folder of a run that another one takes something from; it is run, or whoever is at it is waited for.
 
     Args:
-        config: of that run.
+        needed: the config of that run.
+        config: of the one that needs it, which is not to be found impossible only then.
         what: it is, for the log.
     """
-    folder = preflight(config)
-    waiting = False
-    while not distributed.on_main(lambda: RunFolder(folder).finished):
-        try:
-            if not waiting:
-                log.info(f"first {what}, {folder}")
-            run(config)
-        except BusyError as error:
-            if not waiting:
-                log.info(f"{error}: waiting for it")
-            waiting = True
-            time.sleep(5)
+    folder = preflight(needed)
+    if not distributed.on_main(lambda: RunFolder(folder).finished):
+        try_policy(config)
+        log.info(f"first {what}, {folder}")
+        run_after_others(needed)
     return folder
 
 

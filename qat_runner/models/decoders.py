@@ -4,12 +4,12 @@ A folder with a `config.json` and a tokenizer is enough to train one from random
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from qat_runner.config import path_of
 from qat_runner.errors import ConfigError
 from qat_runner.models.hub import ask, load_tokenizer
 
@@ -83,7 +83,7 @@ def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
 
 def _check_weights(checkpoint: str) -> None:
     """Refuse a folder that has a network's configuration alone."""
-    folder = Path(checkpoint).expanduser()
+    folder = path_of(checkpoint)
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
         raise ConfigError(f"model.checkpoint={checkpoint}: holds no weights; mode=scratch trains from random ones")
 

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
-from pathlib import Path
 from typing import Any
 
+from qat_runner.config import path_of
 from qat_runner.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None
         ConfigError: a folder without config.json; whatever else goes wrong, in a sentence.
     """
     said = said or f"model.checkpoint={checkpoint}"
-    folder = Path(checkpoint).expanduser()
+    folder = path_of(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{said}: the folder holds no config.json")
     try:

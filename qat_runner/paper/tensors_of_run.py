@@ -61,7 +61,7 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
     if (found := library_of(model)) is not None:
         library, own = found
         library.check(own)
-    fitting = [name for name, known in DATASETS.items() if model in TASKS[known.task].networks]
+    fitting = [name for name, known in DATASETS.sound() if model in TASKS[known.task].networks]
     if dataset not in fitting:
         raise ConfigError(f"--dataset {dataset}: must be one of {', '.join(fitting)}")
     source = Source(weights)

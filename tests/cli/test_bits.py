@@ -1,15 +1,19 @@
 """qat-bits and bits=auto: from the command to the folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from qat_runner import ranks
 from qat_runner.cli import bits, report
-from qat_runner.config import load_config
+from qat_runner.cli import run as cli_run
+from qat_runner.config import allocation_of, from_hydra, load_config, run_name
+from qat_runner.config.composing import command, compose_config
 from qat_runner.experiment.probing import first_that_holds
 from qat_runner.runs.records import ALLOCATION, SUMMARY
 from tests.cli.commands import Run, run_in
@@ -124,6 +128,10 @@ def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str])
         (["bits=auto", "budget=4", "weight_bits=32", "activation_bits=32"], "has nothing to choose bits for"),
         (["bits=auto", "budget=4", "allocation.widths=[4]"], "allocation.widths=[4]: must be two or more"),
         (["bits=auto", "budget=4", "allocation.price=hessian"], "allocation.price=hessian: must be one of gradient"),
+        (["bits=auto", "budget=4", "bits=6"], "bits=6: bits=auto chooses them; rules=[{match: GLOB, bits: 6}] exempts"),
+        (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: bits=auto chooses them"),
+        (["mode=allocate", "budget=4", "activation_bits=8"], "activation_bits=8: mode=allocate chooses them"),
+        (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: mode=allocate, which is what"),
         (["bits=auto", "latency_ms=4"], "latency_ms: needs allocation.latencies=FILE"),
         (["bits=auto", "latency_ms=4", "allocation.latencies=none.json"], "allocation.latencies=none.json: must be a"),
     ],
@@ -134,6 +142,42 @@ def test_wrong_requests_are_refused_before_any_work(
     assert run(*words) == 2
     assert sentence in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_bits_of_old_records_are_still_read(tmp_path: Path) -> None:
+    """They were without effect, and told runs apart."""
+    config = from_hydra(compose_config(["policy=auto", "budget=4"]))
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(replace(config, weight_bits=6))))
+    old = load_config(tmp_path)
+    assert old is not None and run_name(old) != run_name(config) and command(old) is None
+    assert allocation_of(old).weight_bits == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["policy=auto", "budget=3.5", "mode=ptq", "weights=w.pt"], "qat-run {} policy=auto budget=3.5 mode=ptq {}"),
+        (["mode=allocate", "max_drop=0.5", "weights=w.pt"], "qat-bits {} max_drop=0.5 {}"),
+        (["mode=allocate", "size_mb=1", "weights=w.pt", "weight_bits=32"], "qat-bits {} size_mb=1.0 {} weight_bits=32"),
+        (
+            ["mode=allocate", "latency_ms=2", "allocation.latencies=ms.json", "weights=w.pt", "retrain_steps=9"],
+            "qat-bits {} latency_ms=2.0 allocation.latencies=ms.json {} retrain_steps=9",
+        ),
+    ],
+)
+def test_the_command_of_a_run_whose_bits_are_chosen(
+    overrides: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ms.json").write_text("{}")
+    config = from_hydra(compose_config(["model=resnet20", "dataset=digits", *overrides]))
+    groups = "model=resnet20 dataset=digits clipping=octav gradient=mph"
+    assert command(config) == told.format(groups, "weights=w.pt")
+
+
+def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
+    rows = cli_run._rows_of_experiment(["+experiment=table2", "policy=auto", "budget=4"], multirun=True)
+    assert not any(row.startswith("bits=") for row in rows) and any(row.startswith("model=") for row in rows)
 
 
 def test_a_limit_that_cannot_be_kept_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qat_runner.config import flat, from_hydra, hydras_own, read_config, run_folder
+from qat_runner.config import flat, from_hydra, hydras_own, identity, read_config, run_folder
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     _hydra_node,
@@ -33,6 +34,7 @@ from qat_runner.config.keys import leaves
 from qat_runner.config.schema import ConfigSchema, RecipeConfig, StageConfig
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment import running
+from qat_runner.models import hub
 from tests.cli.commands import Run, run_in
 
 SMALL = [
@@ -405,6 +407,22 @@ def test_the_home_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = from_hydra(compose_config(["run_dir='~'", "runs_dir='~/r'", "model.checkpoint='~/bert'"]))
     assert (config.runs_dir, config.model.checkpoint) == (f"{home}/r", f"{home}/bert")
     assert run_folder(config) == home
+
+
+@pytest.mark.parametrize("key", ["policy", "allocation.latencies", "weights", "data_dir"])
+def test_a_home_folder_that_there_is_not(key: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python has an error of its own for it."""
+    beside = {"allocation.latencies": ["policy=auto", "latency_ms=1"], "weights": ["mode=ptq"]}
+    beside |= {"data_dir": ["dataset=cifar10"]}
+    assert f"{key}=~no-such-user/x" in refused(run, [f"{key}='~no-such-user/x'", *beside.get(key, [])], capsys)
+
+
+def test_runs_in_a_home_folder_that_there_is_not() -> None:
+    config = from_hydra(compose_config(["dataset=imagefolder", "dataset.num_classes=2", "data_dir='~no-such-user'"]))
+    assert str(identity(config)["data_dir"]).endswith("/~no-such-user")
+    assert run_folder(replace(config, runs_dir="~no-such-user")).parent == Path("~no-such-user")
+    assert run_folder(replace(config, run_dir="~no-such-user")) == Path("~no-such-user")
+    assert hub.ask("~no-such-user", lambda place, **_: place, "a network") == "~no-such-user"
 
 
 def test_rows_that_are_refused_late_leave_nothing(

@@ -15,8 +15,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qat_runner import experiment
 from qat_runner.cli.report import main as report
 from qat_runner.cli.run import main
+from qat_runner.experiment import running
 from qat_runner.models import build_model
 from qat_runner.training.loop import Trainer
 
@@ -230,6 +232,14 @@ def test_a_row_that_occurs_twice_is_run_once(run: Run, capsys: pytest.CaptureFix
         assert capsys.readouterr().out.count("epoch 1/1") == 1
 
 
+def test_a_row_in_two_folders_of_runs_is_run_in_both(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    result = {"metric": "top1", "top1": 0.0}
+    monkeypatch.setattr(experiment, "run", lambda config: asked.append(config.runs_dir) or result)
+    assert run("-m", "runs_dir=a,b") == 0
+    assert asked == ["a", "b"]
+
+
 def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,6 +361,8 @@ WRONG = [
     (["clipping=octave"], "did you mean octav"),
     (["gradient=stee"], "gradient=stee: must be one of ewgs"),
     (["dataset=cifar"], "dataset=cifar: must be one of cifar10"),
+    (["format=int_affine", "range=full"], "qat-run: range=full: is for plain integers, not for int_affine4"),
+    (["format=int_affine", "clipping=pact"], "qat-run: clipping 'pact' is for plain integers, not for int_affine4"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),
     (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
@@ -379,6 +391,12 @@ WRONG = [
     (["bitz=4"], "unknown key 'bitz'; did you mean bits?"),
     (["clipping.qq=1"], "unknown key 'clipping.qq'; did you mean clipping.q?"),
     (["+foo=1"], "unknown key 'foo'"),
+    (["stand_in=digits"], "unknown key 'stand_in'; did you mean +stand_in=NAME?"),
+    (["experiment=table2"], "unknown key 'experiment'; did you mean +experiment=NAME?"),
+    (["row=octav"], "unknown key 'row'; did you mean +row=NAME?"),
+    (["standin=digits"], "unknown key 'standin'; qat-run --help lists all keys"),
+    (["-m", "+sweep.bits=2"], "sweep: is for files of experiments and stand-ins to say"),
+    (["given=[dataset.mean]"], "given: is filled in by the runner"),
     (["bits"], "bits: is no KEY=VALUE"),
     (["mode=retrain"], "needs weights"),
     (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
@@ -395,6 +413,12 @@ WRONG = [
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
     (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: is for sweeps; qat-run -m starts one, if only of one row"),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: is for sweeps"),
+    (["--resolve"], "--resolve: is for --cfg, which shows a config"),
+    (["--package", "model"], "--package: is for --cfg, which shows a config"),
+    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out"),
+    (["--run", "--cfg", "job"], "only one of them can be carried out"),
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
@@ -415,6 +439,8 @@ WRONG = [
     (["epochs=0"], "epochs=0: must be 1 to 100000"),
     (["device=cuda:99"], "device=cuda:99: this machine has"),
     (["device=tpu"], "device=tpu: must be auto, cpu, cuda or cuda:N"),
+    (["device=cpu:0"], "device=cpu:0: must be auto, cpu, cuda or cuda:N"),
+    (["device='cuda:'"], "device=cuda:: must be auto, cpu, cuda or cuda:N"),
     (["model.stem=large"], "model.stem=large: must be one of auto"),
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
@@ -447,6 +473,23 @@ def test_wrong_commands(
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' is about no layer or tensor"),
+        (["policy=auto", "budget=4", "rules=[{match: layer9.*, bits: 3}]"], "is about no layer or tensor"),
+        (["oscillations.measure=true", "bits=6"], "resnet8 has no weight of so few bits"),
+    ],
+)
+def test_what_the_network_forbids_is_refused_before_its_baseline_is_trained(
+    words: list[str], message: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(running, "run_after_others", lambda config: pytest.fail(f"{config.mode} was run"))
+    assert run("mode=retrain", "weights=baseline", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_a_run_folder_of_another_config_is_not_touched(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

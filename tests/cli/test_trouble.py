@@ -14,6 +14,7 @@ import torch
 from qat_runner.cli import report
 from qat_runner.cli.run import main
 from qat_runner.errors import BusyError
+from qat_runner.experiment import running
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.records import LAYERS, METRICS, STEPS
 from qat_runner.training import checkpoint
@@ -289,7 +290,8 @@ def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
         return real(config)
 
     monkeypatch.setattr(experiment, "run", busy_at_first)
-    monkeypatch.setattr("qat_runner.cli.run.PATIENCE", 0.01)
+    monkeypatch.setattr(running, "run", busy_at_first)
+    monkeypatch.setattr(running, "PATIENCE", 0.01)
     assert run("-m", "seed=0,1", "epochs=1") == 0
     assert order == [0, 1, 0, 0]
     assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1

@@ -4,11 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 
+from qat_runner.cli.run import main
+from qat_runner.config import from_hydra, run_name
+from qat_runner.config.composing import compose_config
+from qat_runner.config.tasks import measure, metrics
+from qat_runner.experiment import preflight
 from tests.plugins.my_package.codebook import Codebook
 
 HERE = Path(__file__).parent
@@ -90,14 +97,52 @@ def test_a_format_an_estimator_a_tracker_and_options(tmp_path: Path) -> None:
     assert "clipping=halved_maximum: share=2: must be above 0 and at most 1" in done.stderr
 
 
+BROKEN = {
+    "clipping": ("clipping=broken", "clipping method 'broken': my_package.nowhere:X cannot be imported"),
+    "gradients": ("gradient=broken", "gradient estimator 'broken': my_package.nowhere:X cannot be imported"),
+    "formats": ("format=broken", "number format 'broken': my_package.nowhere:X cannot be imported"),
+    "models": ("model=broken", "model 'broken': my_package.nowhere:X cannot be imported"),
+    "datasets": ("dataset.name=broken", "data set 'broken': my_package.nowhere:X cannot be imported"),
+    "tasks": ("dataset.task=broken", "task 'broken': my_package.nowhere:X cannot be imported"),
+    "trackers": ("trackers=[broken]", "tracker 'broken': my_package.nowhere:X cannot be imported"),
+}
+"""Group of entry points -> what asks for one of them, and what is told of one that cannot be imported."""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An entry point of each group that leads nowhere, in this process."""
+    points = "".join(f"[qat_runner.{group}]\nbroken = my_package.nowhere:X\n" for group in BROKEN)
+    installed(tmp_path / "site", points)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    for group in ("clipping", "gradient", "model"):
+        ConfigStore.instance().repo[group].pop("broken.yaml", None)
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(("words", "told"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_told_in_a_sentence(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model=resnet8", "dataset=digits", words]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("broken")
+def test_what_is_broken_is_nothing_to_who_does_not_ask_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    config = from_hydra(compose_config(["model=resnet8", "dataset=fake", "dataset.image_size=8", "trackers=[]"]))
+    assert preflight(config).name == run_name(config)
+    assert measure("perplexity").lower_is_better and measure("other").unit == "%" and "f1" in metrics()
+    assert main(["model=resnet9", "dataset=digits"]) == 2
+    assert "model=resnet9: must be one of " in capsys.readouterr().err
+    assert main(["clipping=percentile", "clipping.sync=true"]) == 2
+    assert "clipping 'percentile' cannot be synchronized over processes: octav and max can" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("entry_points", "words", "told"),
     [
-        (
-            "[qat_runner.clipping]\nbroken = my_package.nowhere:Method\n",
-            ("clipping=broken",),
-            "clipping.name=broken: clipping method 'broken': my_package.nowhere:Method cannot be imported",
-        ),
         (
             "[qat_runner.clipping]\nbroken = my_package.stripes:DATASET\n",
             ("clipping=broken",),
@@ -106,7 +151,7 @@ def test_a_format_an_estimator_a_tracker_and_options(tmp_path: Path) -> None:
         ("[qat_runner.configs]\nbroken = my_package.nowhere\n", (), "configs of broken (my_package.nowhere) cannot be"),
     ],
 )
-def test_what_is_broken_is_told_in_a_sentence(
+def test_what_is_none_is_told_in_a_sentence(
     entry_points: str, words: tuple[str, ...], told: str, tmp_path: Path
 ) -> None:
     done = ask(installed(tmp_path / "site", entry_points), tmp_path, "model=resnet8", "dataset=digits", *words)

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qat_runner.plugins import Registry
+from qat_runner.plugins import PluginError, Registry
 from tests.plugins.test_installed import installed
 
 
@@ -32,8 +32,9 @@ def test_what_is_installed_is_imported_when_it_is_wanted(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = numbers()
     assert list(registry) == ["one", "none", "two", "word"] and "none" in registry
+    assert [*registry.sound()] == [("one", 1), ("two", 2)]
     assert registry["two"] == 2
-    with pytest.raises(TypeError, match="number 'none': qat_nowhere:NUMBER cannot be imported"):
+    with pytest.raises(PluginError, match="number 'none': qat_nowhere:NUMBER cannot be imported"):
         registry["none"]
-    with pytest.raises(TypeError, match="'word' is no number"):
+    with pytest.raises(PluginError, match="'word' is no number"):
         registry["word"]

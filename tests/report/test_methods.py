@@ -62,7 +62,7 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
     """A run whose bits are chosen has a number of bits in its config that nothing uses."""
     for budget in (3, 5):
-        make_run(tmp_path, "policy=auto", f"budget={budget}", "bits=8")
+        make_run(tmp_path, "policy=auto", f"budget={budget}")
     make_run(tmp_path, "bits=3")
     found = standings(entries([tmp_path])[0])
     assert [(each.method, each.bits.mean) for each in found] == [
