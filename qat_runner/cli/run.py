@@ -29,7 +29,6 @@ from typing import NoReturn
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -40,7 +39,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_runner import ranks
 from qat_runner.cli.explain import explain
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register, run_name
+from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
@@ -253,13 +252,18 @@ def _detach(args: Sequence[str], runs_dir: Path) -> int:
 
 
 def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[QatError]) -> None:
-    """Let Hydra's launcher run the rows, here or elsewhere; their errors are collected."""
+    """Run the rows, here or where Hydra's launcher says; their errors are collected. Without rows, Hydra shows what was
+    asked for."""
     launcher = next((arg.partition("=")[2] for arg in args if arg.startswith("hydra/launcher=")), _HERE)
+    sweep = any(arg in _MULTIRUN for arg in args)
+    if rows and launcher == _HERE:  # composed and checked as they are
+        _run_here([*rows.values()], sweep, failures)
+        return
     with TemporaryDirectory() as scratch:
         # Hydra notes a sweep down, for which no one asked; but jobs of submitit leave their logs there.
         place = scratch if launcher in (_HERE, "joblib") or not rows else next(iter(rows.values())).runs_dir
         try:
-            _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}") if rows else args, failures)
+            _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}") if rows else args, sweep)
         except QatError as error:
             failures.append(error)
         except (HydraException, OmegaConfBaseException):
@@ -269,6 +273,29 @@ def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[Qa
                 raise
             reason = str(error).strip() or type(error).__name__
             failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
+
+
+def _run_here(configs: Sequence[Config], sweep: bool, failures: list[QatError]) -> None:
+    """One after the other; those of a sweep that other processes are at work on come last."""
+    from qat_runner.experiment import run, run_after_others
+
+    busy: list[Config] = []
+    for config in configs:
+        try:
+            run(config)
+        except QatError as error:
+            if sweep and isinstance(error, BusyError):
+                busy.append(config)
+                continue
+            failures.append(error)
+            # A stop ends the whole request; so does any failure of one of several processes: the others may not know.
+            if isinstance(error, StoppedError) or ranks.launched():
+                return
+    for config in busy if not failures else ():
+        try:
+            run_after_others(config)
+        except QatError as error:
+            failures.append(error)
 
 
 def _is_override(arg: str) -> bool:
@@ -281,46 +308,15 @@ def _with_override(args: Sequence[str], override: str) -> list[str]:
     return [*args[:at], override, *args[at:]]
 
 
-def _launch(args: Sequence[str], failures: list[QatError]) -> None:
-    # full precision is one run, whatever a sweep's rows say of clipping
-    done: dict[tuple[str, str, str | None], float] = {}
-    sweep = any(arg in _MULTIRUN for arg in args)
-    busy: list[Config] = []  # rows that other processes are at work on
+def _launch(args: Sequence[str], sweep: bool) -> None:
+    """Give the rows to Hydra's launcher, or let Hydra show what was asked for."""
 
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
-    def job(composed: DictConfig) -> float | None:
-        from qat_runner.experiment import run
-        from qat_runner.runs.records import score
-
-        if not HydraConfig.get().launcher["_target_"].endswith("BasicLauncher"):
-            return _elsewhere(from_hydra(composed), sweep)
-        # A stop ends the whole request; and so does any failure of one of several processes: the others may not know.
-        if any(isinstance(failure, StoppedError) or ranks.launched() for failure in failures):
-            return None
-        try:
-            config = from_hydra(composed)
-            row = run_name(config), config.runs_dir, config.run_dir
-            if row not in done:
-                done[row] = score(run(config))
-            return done[row]
-        except QatError as error:
-            if sweep and isinstance(error, BusyError):
-                busy.append(config)
-            else:
-                failures.append(error)
-            return None
+    def job(composed: DictConfig) -> float:
+        return _elsewhere(from_hydra(composed), sweep)
 
     sys.argv = [sys.argv[0], *args]
     job()
-    if not busy or failures:
-        return
-    from qat_runner.experiment import run_after_others
-
-    for config in busy:
-        try:
-            run_after_others(config)
-        except QatError as error:
-            failures.append(error)
 
 
 def _elsewhere(config: Config, sweep: bool) -> float:
