@@ -23,8 +23,8 @@ RULE = (
     "commands are given.",
     "Differences are in points, of two runs of one seed that differ in nothing but what is compared. Full precision "
     "is the run without quantization that is otherwise the same, or where there is none, the network that was "
-    f"retrained. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their mean over seeds, by Student's "
-    "t (a paired t-test).",
+    f"retrained: one of the two for all seeds. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their "
+    "mean over seeds, by Student's t (a paired t-test).",
     "A statement about a difference holds where the whole interval lies where the statement has it, does not hold "
     "where none of it does, and else cannot be told: seeds scatter too much. Of one seed nothing can be told. By "
     "chance alone at most one statement in twenty is judged wrongly. A claim holds in a setup where all of its "

@@ -15,7 +15,7 @@ from qat_runner.cli import report
 from qat_runner.config import Mode
 from qat_runner.errors import ConfigError
 from qat_runner.paper import table6
-from qat_runner.paper.figures import figure4
+from qat_runner.paper.figures import figure4, three_of
 from qat_runner.paper.tables import make_table, paper, published
 from qat_runner.report.runs import Run
 from tests.report.test_pages import config_of
@@ -280,6 +280,19 @@ def test_table6(timing: table6.Timing, layout: str) -> None:
     assert [row[3:8] for row in rows][1] == ["0.4", "0.5", "0.6", "0.7", "0.8"]
     if layout != "csv":
         assert "74 weight and 1220 activation tensors, on a Xeon with NumPy" in text
+
+
+def test_table6_of_a_network_whose_activations_are_not_quantized(timing: table6.Timing) -> None:
+    timing.tensors["activation"] = 0
+    timing.seconds = {key: seconds for key, seconds in timing.seconds.items() if key[0] == "weight"}
+    assert [row[0] for row in timing.table().cells] == ["weights"] * 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [("", ""), ("a", "a"), ("ab", "ab"), ("abc", "b"), ("abcde", "bcd"), ("abcdefg", "bdf")]
+)
+def test_the_layers_of_figure_1(layers: str, chosen: str) -> None:
+    assert three_of(layers) == {*chosen}
 
 
 def test_the_published_seconds_in_all_are_those_of_a_tensor_times_their_number() -> None:
