@@ -132,31 +132,56 @@ def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]],
 
 
 def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
-    """The same, as exactly as HiGHS is beside the largest value."""
+    """The same, as exactly as HiGHS is beside the largest value.
+
+    HiGHS lets a sum exceed its room by _TOLERANCE of the table's largest cost. Where that is what a choice lives by,
+    the room is made so much smaller that the choice falls out, while whatever truly keeps it stays in.
+    """
+    kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
+    offered = [row[k] for row, k in zip(values, kept, strict=True)]
+    costs = [[row[k] for row, k in zip(table, kept, strict=True)] for table in tables]
+    scales = np.array([max(max(float(np.abs(row).max()) for row in cost), 1e-300) for cost in costs])
+    scaled = [[row / scale for row in cost] for cost, scale in zip(costs, scales, strict=True)]
+    most, less = room * (1 + _SLACK) / scales, np.zeros(len(costs))
+    for _ in range(_TRIES):
+        found = _by_highs(offered, scaled, most - less)
+        sums = [float(sum(row[at] for row, at in zip(cost, found, strict=True))) for cost in scaled]
+        excess = np.array(sums) - most
+        if not (excess > 0).any():
+            return [int(k[at]) for k, at in zip(kept, found, strict=True)]
+        less = np.where(excess > 0, np.maximum(less + excess, _TOLERANCE - excess / 2), less)
+    raise InfeasibleError("unsolved: no widths that keep all limits were found within the solver's tolerance")
+
+
+def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], most: np.ndarray) -> list[int]:
+    """One choice a row of least value, such that the sum of each table, whose costs are 1 at most, is so much."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array, vstack
 
-    kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
-    costs = [np.concatenate([row[k] for row, k in zip(table, kept, strict=True)]) for table in tables]
-    scales = np.array([max(float(np.abs(cost).max()), 1e-300) for cost in costs])
-    one_a_row = block_diag([np.ones((1, len(k))) for k in kept], format="csr")
-    within = csr_array(np.stack(costs) / scales[:, None]) if costs else csr_array((0, one_a_row.shape[1]))
-    lower = np.concatenate([np.ones(len(kept)), np.full(len(costs), -np.inf)])
-    upper = np.concatenate([np.ones(len(kept)), room * (1 + _SLACK) / scales])
-    objective = np.concatenate([row[k] for row, k in zip(values, kept, strict=True)])
+    one_a_row = block_diag([np.ones((1, len(row))) for row in values], format="csr")
+    count = one_a_row.shape[1]
+    within = csr_array(np.stack([np.concatenate(table) for table in tables])) if tables else csr_array((0, count))
+    lower = np.concatenate([np.ones(len(values)), np.full(len(tables), -np.inf)])
+    objective = np.concatenate(values)
     found = milp(
         objective / max(float(np.abs(objective).max()), 1e-300),
-        constraints=LinearConstraint(vstack([one_a_row, within]), lower, upper),
-        integrality=np.ones(len(objective)),
+        constraints=LinearConstraint(vstack([one_a_row, within]), lower, np.concatenate([np.ones(len(values)), most])),
+        integrality=np.ones(count),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0, "time_limit": _SECONDS},
     )
     if found.x is None:
         why = "no widths keep all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
         raise InfeasibleError(why)
-    ends = np.cumsum([len(k) for k in kept])[:-1]
-    return [int(k[np.argmax(x)]) for k, x in zip(kept, np.split(found.x, ends), strict=True)]
+    ends = np.cumsum([len(row) for row in values])[:-1]
+    return [int(np.argmax(x)) for x in np.split(found.x, ends)]
 
+
+_TOLERANCE = 1e-6
+"""Of HiGHS's constraints, which SciPy lets nobody set."""
+
+_TRIES = 20
+"""To keep limits exactly; one or two are enough."""
 
 _INFEASIBLE = 2
 """Of SciPy's codes."""

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from qat_runner.allocation import InfeasibleError, Limit, Prices, allocate_bits, network, price, rules_of
+from qat_runner.allocation import Limit, Network, Prices, allocate_bits, network, price, rules_of
 from qat_runner.config import Config
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
@@ -30,7 +31,39 @@ FEW = 2
 """Batches on which tensors are measured one at a time, where that decides nothing, but is shown beside what does."""
 
 
-def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, run: Run) -> Summary:
+@dataclass(frozen=True)
+class Problem:
+    """What bits are to be chosen for."""
+
+    known: Network
+    limits: Sequence[Limit]
+    """which can be kept"""
+
+
+def problem_of(config: Config, model: nn.Module) -> Problem:
+    """Make out what is asked for, and refuse what cannot be had, before anything is written or cleared away.
+
+    Args:
+        config: resolved, of mode allocate.
+        model: as `building.build` gives it.
+
+    Raises:
+        ConfigError: limits that no widths keep; no tensor that bits can be chosen for, or one that they cannot.
+    """
+    try:
+        known = network(model, config.allocation.widths, EXAMPLE)
+        measures = {key: measures_of(config, known, key) for key in (config.allocation.cost, *config.limits)}
+        limits = [Limit(measure, most) for key, most in config.limits.items() for measure in measures[key]]
+        free_of_charge = {operand.name: dict.fromkeys(operand.widths, 0.0) for operand in known.free}
+        allocate_bits(known, free_of_charge, limits, config.allocation.same)
+    except ValueError as error:
+        raise ConfigError(f"{config.asked_bits}: {error}") from error
+    return Problem(known, limits)
+
+
+def carry_out(
+    config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, run: Run, problem: Problem
+) -> Summary:
     """Choose bits, measure the network that has them, and write down what came of it.
 
     Args:
@@ -39,21 +72,18 @@ def carry_out(config: Config, folder: Path, model: nn.Module, data: Data, weight
         model, data: as `building.build` gives them.
         weights: those of `model`: a file, or what else a config may name.
         run: what measures networks.
+        problem: as `problem_of` makes it out.
 
     Raises:
-        ConfigError: a limit that the narrowest widths do not keep; a tensor that bits cannot be chosen for.
-        RunError: not even the widest keep max_drop.
+        RunError: a tensor cannot be priced; not even the widest keep max_drop.
     """
     began = time.perf_counter()
-    known = network(model, config.allocation.widths, EXAMPLE)
-    limits = [Limit(m, most) for key, most in config.limits.items() for m in measures_of(config, known, key)]
+    how, known = config.allocation, problem.known
+    prices = _priced(config, model, data, how.price, known.widths, how.batches)
     try:
-        free_of_charge = {operand.name: dict.fromkeys(operand.widths, 0.0) for operand in known.free}
-        allocate_bits(known, free_of_charge, limits, config.allocation.same)  # whether limits can be kept
-    except InfeasibleError as error:
-        raise ConfigError(f"{config.asked_bits}: {error}") from error
-    how = config.allocation
-    search = Search(config, known, _priced(config, model, data, how.price, known.widths, how.batches), limits)
+        search = Search(config, known, prices, problem.limits)
+    except ValueError as error:
+        raise RunError(f"{config.asked_bits}: {error}") from error
     seconds = time.perf_counter() - began
     probes = Probes(config, weights, RunFolder(folder).probes, run, data)
     chosen = search.least(probes) if config.max_drop is not None else search.within_limits(probes)

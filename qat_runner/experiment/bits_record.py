@@ -43,7 +43,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         "tensors": [_tensor(search, operand, chosen.best, others) for operand in operands],
         "stability": _stability(search, chosen.best),
         "seconds": seconds,
-        "retrain_steps": search.config.retrain_steps,
+        "retrain_steps": probes.steps,
     }
 
 
@@ -113,7 +113,7 @@ def _stability(search: Search, best: Allocation) -> float:
 def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     """The result in a sentence that a person can repeat."""
     config = search.config
-    after = f" after {config.retrain_steps} steps" if config.retrain_steps else ""
+    after = f" after {probes.steps} steps" if probes.steps else ""
     said = (
         f"{config.model.name} on {config.dataset.name} lives with {_costs(search, chosen.best)}: "
         f"{_result(chosen.summary, probes, after)}"

@@ -34,7 +34,10 @@ class Probes:
     def __init__(self, config: Config, weights: str | None, folder: Path, run: Run, data: Data) -> None:
         usual = without_choice() | {"allocation": AllocationConfig(), "run_dir": None}
         places = {"runs_dir": str(folder), "trackers": [], "noise_batches": 0, "overwrite": False, "weights": weights}
-        self._measured = changed(config, **_training(config, data), **usual, **places)
+        training = _training(config, data)
+        self.steps: int = training.get("epochs", 0) * training.get("limit_train_batches", 0)
+        """of retraining that they get: as many as were asked for, or a few more, for epochs of one length"""
+        self._measured = changed(config, **training, **usual, **places)
         full = changed(config, **in_full_precision(), **usual, **places, mode=Mode.evaluate)
         self._run = run
         self._known: dict[str, Summary] = {}
@@ -55,7 +58,8 @@ class Probes:
 
 
 def _training(config: Config, data: Data) -> dict[str, Any]:
-    """The keys of a run that measures the network as it is, or after so many steps of retraining."""
+    """The keys of a run that measures the network as it is, or after so many steps of retraining, or the next number
+    that makes epochs of one length."""
     if not config.retrain_steps:
         return {"mode": Mode.ptq}
     assert config.recipe.retrain is not None

@@ -135,10 +135,11 @@ def _run(config: Config, folder: Path) -> Summary:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
+    problem = allocating.problem_of(config, model) if config.mode == Mode.allocate else None
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
-    if config.mode == Mode.allocate:
-        return _choose_bits(config, folder, model, data, weights)
+    if problem is not None:
+        return _choose_bits(config, folder, model, data, weights, problem)
     return _carry_out(config, folder, model, data, teacher, notes)
 
 
@@ -180,12 +181,14 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
     return folder
 
 
-def _choose_bits(config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None) -> Summary:
+def _choose_bits(
+    config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, problem: allocating.Problem
+) -> Summary:
     """Choose bits for what has been built, on the record."""
     with _recorded(config, folder):
         _record_environment(folder, resuming=False)
         log.info(f"run folder {folder}")
-        result = allocating.carry_out(config, folder, model, data, weights, run)
+        result = allocating.carry_out(config, folder, model, data, weights, run, problem)
         SUMMARY.write(folder, result)
         return result
 

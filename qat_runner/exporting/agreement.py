@@ -1,5 +1,6 @@
 """Whether a file does what its network does: the figures of both, and how far they may lie apart."""
 
+import math
 from dataclasses import dataclass
 
 from qat_runner.config.tasks import Measure
@@ -22,15 +23,20 @@ class Figures:
     agreement: float | None = None
     """percent of samples for which all predictions are the reference's; of tokens, where each has its own"""
     largest_difference: float | None = None
-    """of a logit from the reference's"""
+    """of a logit from the reference's; infinity where one of them is no number"""
     standard_error: float | None = None
     """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
     the same samples, so it stems from those alone that one of them has right and the other wrong."""
 
 
 def agrees(found: Figures, reference: Figures, measure: Measure) -> bool:
-    """Whether what was found is the network of the reference, but for rounding; `measure` tells what accuracy is."""
+    """Whether what was found is the network of the reference, but for rounding; `measure` tells what accuracy is.
+
+    What is not finite agrees with nothing.
+    """
     assert found.agreement is not None
+    if not math.isfinite(found.accuracy) or not math.isfinite(found.largest_difference or 0.0):
+        return False
     return found.agreement >= LEAST_AGREEMENT and not measure.better(_least(reference, measure), found.accuracy)
 
 

@@ -45,6 +45,7 @@ from qat_runner.exporting.formats import (
 from qat_runner.exporting.integer import check_integers, to_integers
 from qat_runner.exporting.telling import FUSED
 from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
+from qat_runner.insertion.size import mean_bits
 from qat_runner.policy import FREEZING
 from qat_runner.runs.environment import environment
 from qat_runner.runs.files import TEMPORARY, exchange, full_disk_told
@@ -207,8 +208,8 @@ def export(request: Request) -> Export:
             "run": str(request.run),
             "model": config.model.name,
             "dataset": config.dataset.name,
-            "weight_bits": config.weight_bits,
-            "activation_bits": config.activation_bits,
+            "mean_weight_bits": mean_bits(static, True),
+            "mean_activation_bits": mean_bits(static, False),
             "clipping": clipping_label(config),
             "scalars": rule,
             "batches": None if rule in (STATIC, "running") else request.batches,
@@ -219,6 +220,8 @@ def export(request: Request) -> Export:
             "figures": {name: verify.recorded(found) for name, found in figures.items()},
             "bytes": _bytes(static, files),
         }
+        if not config.allocating:
+            result["weight_bits"], result["activation_bits"] = config.weight_bits, config.activation_bits
         if "onnx" in files:
             result["milliseconds"] = _milliseconds(static, files["onnx"], config, example)
         EXPORT.write(folder, result)

@@ -50,14 +50,22 @@ def text(result: Export) -> str:
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
-    bits = f"{result['weight_bits']}/{result['activation_bits']}"
     batches = f" over {result['batches']} batches" if result["batches"] else ""
     kept = f", but for {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
     head = (
-        f"{result['model']}, {bits} bits (weights/activations), {result['clipping']}; "
+        f"{result['model']}, {_bits(result)}, {result['clipping']}; "
         f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
     )
     return "\n\n".join([head, quality, *_warning(result), costs])
+
+
+def _bits(result: Export) -> str:
+    """As they were asked for; where they were chosen for each tensor, their means."""
+    if "weight_bits" in result and "activation_bits" in result:
+        return f"{result['weight_bits']}/{result['activation_bits']} bits (weights/activations)"
+    means = result.get("mean_weight_bits"), result.get("mean_activation_bits")
+    told = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
+    return f"{told} bits (mean of weights/activations, both ends included)"
 
 
 def _warning(result: Export) -> list[str]:

@@ -39,7 +39,7 @@ def compare(
             scores[i].add(task.loss(logits, batch.targets), logits, batch.targets)
             found = task.predictions(logits)
             same[i] += int((found == expected).reshape(len(expected), -1).all(1).sum())
-            largest[i] = max(largest[i], (logits - all_logits[0]).abs().max().item())
+            largest[i] = max(largest[i], largest_difference(logits, all_logits[0]))
             right = task.right(found, batch.targets)
             if right is None or reference_right is None:
                 paired = False
@@ -60,6 +60,12 @@ def compare(
             for i, accuracy in enumerate(accuracies, 1)
         ),
     ]
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """Of any two elements, of tensors of one shape; infinity where only one is infinite, or one is NaN."""
+    apart = torch.where(a == b, 0.0, (a - b).abs())  # infinities may be alike
+    return apart.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 def paired_standard_error(gained: int, lost: int, samples: int) -> float:

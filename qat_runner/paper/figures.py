@@ -77,8 +77,7 @@ def samples_of_run(folder: Path) -> list[Sample]:
         ConfigError: the folder holds no finished run.
     """
     model, data, _ = network_of_run(folder)
-    layers = list(dict.fromkeys(t.layer for t in quantized_tensors(model)))
-    chosen = {layers[1], layers[len(layers) // 2], layers[-2]}
+    chosen = three_of(list(dict.fromkeys(t.layer for t in quantized_tensors(model))))
     samples = []
 
     def keep(tensor: QuantizedTensor, x: Tensor) -> None:
@@ -87,6 +86,12 @@ def samples_of_run(folder: Path) -> list[Sample]:
 
     look_at(model, data, 32, 1, keep)
     return samples
+
+
+def three_of(layers: Sequence[str]) -> set[str]:
+    """The second, the one in the middle and the last but one; of one or two, all."""
+    count = len(layers)
+    return {layers[i] for i in (min(1, count - 1), count // 2, max(count - 2, 0)) if count}
 
 
 def figure1(samples: Sequence[Sample]) -> Figure:

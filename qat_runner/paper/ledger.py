@@ -15,7 +15,7 @@ from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, setups_of
 from qat_runner.paper.tables import paper
 from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
 from qat_runner.report.runs import Run
-from qat_runner.report.tables import Document, Table, mean_and_deviation
+from qat_runner.report.tables import Document, Table, mean_and_deviation, of_some
 
 RULE = (
     "What the paper says, in our words, beside what was run here. Runs of smaller networks on smaller data stand for "
@@ -23,8 +23,8 @@ RULE = (
     "commands are given.",
     "Differences are in points, of two runs of one seed that differ in nothing but what is compared. Full precision "
     "is the run without quantization that is otherwise the same, or where there is none, the network that was "
-    f"retrained. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their mean over seeds, by Student's "
-    "t (a paired t-test).",
+    f"retrained: one of the two for all seeds. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their "
+    "mean over seeds, by Student's t (a paired t-test).",
     "A statement about a difference holds where the whole interval lies where the statement has it, does not hold "
     "where none of it does, and else cannot be told: seeds scatter too much. Of one seed nothing can be told. By "
     "chance alone at most one statement in twenty is judged wrongly. A claim holds in a setup where all of its "
@@ -58,7 +58,7 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
 
 def _counts(found: Findings, cells: Cells) -> str:
     verdicts = (
-        Counter(claim.verdict(findings).partition(" `")[0] for claim, findings in found.items()),
+        Counter(claim.verdict(findings) for claim, findings in found.items()),
         Counter(cell.verdict for some in cells.values() for cell in some),
     )
     told = [", ".join(f"{verdict} {count}" for verdict, count in some.most_common()) for some in verdicts]
@@ -199,7 +199,8 @@ def _cell(cell: Cell) -> list[str]:
         "" if cell.setup is None else cell.setup.name,
         mean_and_deviation([some.value for some in cell.results.values()]),
     ]
-    differences = [str(cell.gap), str(len(cell.results)), cell.verdict]
+    gap_here = of_some(str(cell.gap), len(cell.gap.values), len(cell.results))
+    differences = [gap_here, str(len(cell.results)), cell.verdict]
     of_row = [cell.model, str(cell.bits or 32), str(paper()["labels"][cell.row])]
     return [*of_row, *said, *here, *differences, _hours(cell), f"`{cell.command}`"]
 
@@ -260,7 +261,7 @@ def _line_of_cell(cell: Cell) -> dict[str, str]:
         "source": cell.table,
         "entry": cell.name,
         "published": f"{cell.published:.2f}",
-        **({} if cell.setup is None else _line_of_setup(cell.setup, cell.row, cell.bits, cell.results)),
+        **({"seeds": "0"} if cell.setup is None else _line_of_setup(cell.setup, cell.row, cell.bits, cell.results)),
         **({} if ends is None else {"minus": FULL_PRECISION, "above": f"{ends[0]:.2f}", "below": f"{ends[1]:.2f}"}),
         "published_difference": "" if gap is None else f"{gap:+.2f}",
         **_numbers(cell.gap),
@@ -279,14 +280,15 @@ def _line_of_setup(setup: Setup, row: str, bits: int | None, results: Mapping[in
         "epochs": _length(setup.config),
         "words": words_of_row(row, bits, [*results]),
         "values": " ".join(f"{results[seed].value:.2f}" for seed in sorted(results)),
+        "seeds": str(len(results)),
     }
 
 
 def _numbers(gap: Differences) -> dict[str, str]:
     low, high = ("", "") if gap.interval is None else (f"{end:+.2f}" for end in gap.interval)
     return {
-        "seeds": str(len(gap.values)),
         "difference": f"{gap.mean:+.2f}" if gap.values else "",
+        "difference_seeds": str(len(gap.values)),
         "low": low,
         "high": high,
     }

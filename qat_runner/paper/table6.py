@@ -59,7 +59,7 @@ class Timing:
         bits = [f"{b} bits" for b in BITS]
         each = ("seconds a tensor", f"seconds a tensor, {PUBLISHED}")
         headers = ["tensors", "number", "method", *bits, *each, "in all", f"in all, {PUBLISHED}"]
-        weights, activations = (self._rows(kind) for kind in self.tensors)
+        rows = [row for kind, number in self.tensors.items() if number for row in self._rows(kind)]
         published = {kind: paper()["table6"][kind]["tensors"] for kind in self.tensors}
         notes = [
             f"{self.network}. On {torch.get_num_threads()} CPU threads, OCTAV compiled, the sweep in plain PyTorch. "
@@ -68,7 +68,7 @@ class Timing:
             f"{published['activation']} activation tensors, on a Xeon with NumPy: another machine and another program, "
             "so the seconds cannot be compared with ours, and the ratios only roughly.",
         ]
-        return Table("table6: Seconds to calibrate a network's tensors", headers, [*weights, *activations], notes)
+        return Table("table6: Seconds to calibrate a network's tensors", headers, rows, notes)
 
     def _rows(self, kind: str) -> list[list[str]]:
         """A row a method, and one of their ratio."""

@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Run, check_seeds
-from qat_runner.report.tables import Table, mean_and_deviation
+from qat_runner.report.runs import Run, check_seeds, keys_unlike, recipe_of
+from qat_runner.report.tables import Table, against_full_precision, mean_and_deviation, of_some
 from qat_runner.runs.records import metric, score
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
@@ -56,7 +56,7 @@ class Row:
     values: tuple[float, ...]
     """the table's metric, of each finished seed, in percent"""
     gaps: tuple[float, ...]
-    """of each that full precision has as well: how far it lies above that, in points"""
+    """of each that has full precision in the table, otherwise the same run: how far it lies above that, in points"""
     published: float | None
     """in percent"""
     published_baseline: float | None
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def gap(self) -> float | None:
-        """Ours minus our full precision, in points: the mean over the seeds of both."""
+        """Ours minus our full precision, in points: the mean over the seeds that have both."""
         return statistics.fmean(self.gaps) if self.gaps else None
 
     @property
@@ -95,6 +95,8 @@ class TableOfRuns:
     rows: list[Row] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     """folders of runs that belong here and have no result yet"""
+    unlike: list[str] = field(default_factory=list)
+    """sentences about rows that differ from others in more than their method"""
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class TableOfRuns:
             "method": [row.label for row in self.rows],
             f"{self.metric} % (ours)": [mean_and_deviation(row.values) or "missing" for row in self.rows],
             "seeds": [str(len(row.values)) for row in self.rows],
-            "against full precision": [_points(row.gap) for row in self.rows],
+            "against full precision": [of_some(_points(row.gap), len(row.gaps), len(row.values)) for row in self.rows],
         }
         if "published" in self.layout:
             columns["published %"] = ["" if row.published is None else f"{row.published:.2f}" for row in self.rows]
@@ -127,7 +129,10 @@ class TableOfRuns:
 
     def notes(self) -> list[str]:
         what = f"{self.metric} of the last epoch on the validation split"
-        paired = "Against full precision stands the mean of the differences, seed by seed."
+        paired = (
+            "Against full precision stands the mean of the differences, seed by seed, from the run that is otherwise "
+            "the same or that is the start; in parentheses their number, where some of the seeds have none."
+        )
         notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds. {paired}"]
         if "published" in self.layout:
             source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))
@@ -144,7 +149,7 @@ class TableOfRuns:
             notes.append(f"No results of {', '.join(absent)}.")
         if self.unfinished:
             notes.append(f"Unfinished: {', '.join(self.unfinished)}.")
-        return notes
+        return [*notes, *self.unlike]
 
     def text(self, layout: str) -> str:
         """The table as markdown, csv, latex or html."""
@@ -175,29 +180,42 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
+    done = [(run, run.summary) for run in ours if run.summary is not None]
+    gaps = against_full_precision([(run.config, summary) for run, summary in done])
+    gap_of = {run.folder: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
     for model in models if only is None else [only]:
-        baseline: dict[int, float] = {}
-        for row in layout["rows"]:
-            full = row in FULL_PRECISION_ROWS
-            for bits in [None] if full else layout["bits"]:
-                mine = [r for r in ours if (r.model, r.row) == (model, row) and (full or r.weight_bits == bits)]
-                check_seeds(mine)
-                table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-                values = {run.seed: score(run.summary) for run in mine if run.summary is not None}
-                if full:
-                    baseline = values
-                base = None if full else published(name, model, FULL_PRECISION_ROWS[0], None)
-                gaps = () if full else _gaps(values, baseline, row_of_baseline=layout["rows"][0])
-                value = published(name, model, row, bits)
-                table.rows.append(Row(model, bits, labels[row], tuple(values.values()), gaps, value, base))
+        cells: dict[str, Run] = {}
+        for row, bits in _cells(layout):
+            mine = [r for r in ours if (r.model, r.row, bits or r.weight_bits) == (model, row, r.weight_bits)]
+            check_seeds(mine)
+            table.unfinished += [str(run.folder) for run in mine if run.summary is None]
+            values = tuple(score(run.summary) for run in mine if run.summary is not None)
+            theirs = tuple(gap_of[run.folder] for run in mine if run.folder in gap_of)
+            base = None if bits is None else published(name, model, FULL_PRECISION_ROWS[0], None)
+            table.rows.append(Row(model, bits, labels[row], values, theirs, published(name, model, row, bits), base))
+            if mine:
+                cells[labels[row] if bits is None else f"{labels[row]}, {bits} bits"] = mine[0]
+        table.unlike += _unlike(model, cells)
     return table
 
 
-def _gaps(values: Mapping[int, float], baseline: Mapping[int, float], row_of_baseline: str) -> tuple[float, ...]:
-    """Seed by seed; one pretrained network is that of all seeds."""
-    if row_of_baseline == "pretrained" and len(baseline) == 1:
-        baseline = dict.fromkeys(values, *baseline.values())
-    return tuple(values[seed] - baseline[seed] for seed in values if seed in baseline)
+def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
+    """Rows of a table, each with its bits; None in full precision."""
+    for row in layout["rows"]:
+        for bits in [None] if row in FULL_PRECISION_ROWS else layout["bits"]:
+            yield row, bits
+
+
+def _unlike(model: str, cells: Mapping[str, Run]) -> list[str]:
+    """A sentence about the cells of a network that differ from the first quantized one in more than method and bits."""
+    quantized = [label for label, run in cells.items() if run.row not in FULL_PRECISION_ROWS]
+    if not quantized:
+        return []
+    settings = {label: recipe_of(run.config) for label, run in cells.items()}
+    keys = {label: keys_unlike([settings[quantized[0]], mine]) for label, mine in settings.items()}
+    keys = {label: [key for key in some if key != "mode"] for label, some in keys.items()}
+    told = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
+    return [f"Other settings than {model}, {quantized[0]}, have {'; '.join(told)}."] if told else []
 
 
 def _belongs(run: Run, layout: dict[str, Any]) -> bool:

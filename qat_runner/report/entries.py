@@ -7,11 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import Config, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
-from qat_runner.report.runs import configs_in, selected
+from qat_runner.report.runs import configs_in, keys_unlike, recipe_of, selected
 from qat_runner.report.tables import full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
 
@@ -45,7 +45,8 @@ class Entry:
     """None while it is not finished"""
     epochs: list[EpochRow]
     variant: str = ""
-    """how it differs from other runs of its method, in more than bits and seed"""
+    """how it differs from other runs of its method in more than bits and seed, and from those of others in more than
+    the method"""
 
     @property
     def full_precision(self) -> bool:
@@ -123,20 +124,35 @@ def entries(
 
 
 def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs with their variants, so that what is averaged as seeds of one method is no more than that."""
-    alike: dict[tuple[str, ...], list[Entry]] = {}
+    """The runs with their variants, so that what is averaged as seeds of one method is no more than that, and where
+    methods are compared that have more between them, their names tell it."""
+    compared: dict[tuple[str, ...], list[Entry]] = {}
     for run in runs:
-        alike.setdefault((*run.network, run.config.mode, run.method), []).append(run)
+        compared.setdefault((*run.network, run.config.mode), []).append(run)
     variants: dict[Path, str] = {}
-    for some in alike.values():
-        theirs = [settings(run.config) for run in some]
-        keys = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
-        told = [[f"{key.rpartition('.')[2]}={value_in_words(s[key])}" for key in keys if key in s] for s in theirs]
-        again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
-        places = _places([run.folder for run in some]) if again else [""] * len(some)
-        for run, words, place in zip(some, told, places, strict=True):
-            variants[run.folder] = ", ".join(dict.fromkeys(filter(None, [*words, place])))
+    for together in compared.values():
+        unlike = _between_methods(together)
+        for _, some in by_method(together):
+            theirs = [settings(run.config) for run in some]
+            own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
+            keys = dict.fromkeys([*own, *unlike])
+            told = [
+                [f"{key.rpartition('.')[2]}={value_in_words(s[key])}" for key in keys if s.get(key, []) != []]
+                for s in theirs
+            ]
+            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
+            places = _places([run.folder for run in some]) if again else [""] * len(some)
+            for run, words, place in zip(some, told, places, strict=True):
+                variants[run.folder] = ", ".join(dict.fromkeys(filter(None, [*words, place])))
     return [replace(run, variant=variants[run.folder]) for run in runs]
+
+
+def _between_methods(runs: Sequence[Entry]) -> list[str]:
+    """In what runs of a network, on a data set and in a mode, differ that methods are not to differ in."""
+    keys = keys_unlike([recipe_of(run.config) for run in runs])
+    started = {(run.config.seed, settings(run.config).get("weights")) for run in runs}
+    own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
+    return [*keys, *(["weights"] if own else [])]
 
 
 def _places(folders: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
 from qat_runner.report.entries import Entry, Width, by_method, by_network, measure_of
-from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation
+from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation, of_some
 from qat_runner.runs.records import score
 
 USUAL = "octav"
@@ -27,12 +27,22 @@ class Standing:
     measure: Measure
     values: Mapping[int, float]
     """what counts, by seed"""
-    gap: Differences
-    """to full precision"""
+    gaps: Mapping[int, float]
+    """to full precision, by seed, of those that have it"""
     reference: str
     """the method that it is compared with; its own name, if it is that one; empty of full precision"""
-    difference: Differences
-    """to that one at the same bits, over the seeds that both have"""
+    differences: Mapping[int, float]
+    """to that one at the same bits, by seed, of those that both have"""
+
+    @property
+    def gap(self) -> Differences:
+        """To full precision, over these seeds."""
+        return Differences(tuple(self.gaps.values()))
+
+    @property
+    def difference(self) -> Differences:
+        """To the reference, over these seeds."""
+        return Differences(tuple(self.differences.values()))
 
     @property
     def told(self) -> str:
@@ -74,12 +84,12 @@ def _of_network(
         ranked = sorted(here, key=lambda pair: _mean(values[pair[0]]), reverse=not measure.lower_is_better)
         for method, some in ranked:
             mine, full = values[method], some[0].full_precision
-            differences = () if full else tuple(mine[seed] - base[seed] for seed in mine if seed in base)
+            alone = full or method == reference
             yield Standing(
                 *(name, bits, method, full, measure, mine),
-                gap=Differences(tuple(gaps[run.folder] for run in some if run.folder in gaps)),
+                gaps={run.config.seed: gaps[run.folder] for run in some if run.folder in gaps},
                 reference="" if full else reference,
-                difference=Differences(() if method == reference else differences),
+                differences={} if alone else {seed: mine[seed] - base[seed] for seed in mine if seed in base},
             )
 
 
@@ -96,8 +106,8 @@ def table(found: Sequence[Standing]) -> Table:
         [
             *(each.network, each.bits.told, each.method, str(len(each.values))),
             mean_and_deviation(list(each.values.values())),
-            mean_and_deviation(each.gap.values, "+"),
-            "" if each.method == each.reference else str(each.difference),
+            of_some(mean_and_deviation(each.gap.values, "+"), len(each.gaps), len(each.values)),
+            of_some(str(each.difference), len(each.differences), len(each.values)),
             "the reference" if each.method == each.reference else each.told,
         ]
         for each in found
@@ -108,20 +118,21 @@ def table(found: Sequence[Standing]) -> Table:
 def numbers(found: Sequence[Standing]) -> Table:
     """The same as numbers, to be computed with: of each seed as well, in the order of the seeds."""
     heads = ["network", "bits", "method", "metric", "seeds", "values", "mean", "deviation", "vs_fp32"]
+    heads += ["vs_fp32_seeds", "reference", "difference", "difference_seeds", "low", "high", "told"]
     cells = [
         [
             *(each.network, each.bits.told, each.method, each.measure.name),
             " ".join(map(str, each.values)),
             " ".join(map(str, each.values.values())),
             *_numbers(tuple(each.values.values())),
-            *_numbers(each.gap.values)[:1],
-            *(each.reference, *_numbers(each.difference.values)[:1]),
+            *(*_numbers(each.gap.values)[:1], " ".join(map(str, each.gaps))),
+            *(each.reference, *_numbers(each.difference.values)[:1], " ".join(map(str, each.differences))),
             *(("", "") if each.difference.interval is None else map(str, each.difference.interval)),
             each.told,
         ]
         for each in found
     ]
-    return Table("Methods over seeds", [*heads, "reference", "difference", "low", "high", "told"], cells, ())
+    return Table("Methods over seeds", heads, cells, ())
 
 
 def _numbers(values: Sequence[float]) -> tuple[str, str]:
@@ -132,7 +143,8 @@ def _numbers(values: Sequence[float]) -> tuple[str, str]:
 
 NOTES = (
     "Means and standard deviations over seeds. Differences are of runs of one seed, in points; in brackets is the "
-    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test.",
+    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test. In parentheses is their "
+    "number, where some of the seeds have nothing to compare with.",
     "Each row is tested by itself: of twenty methods that are all alike, one is told from another by chance.",
 )
 """Sentences under the table."""

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from qat_runner.config import Config, Mode, clipping_label, differences, gradient_label, identity, read_config
+from qat_runner.config import (
+    Config,
+    Mode,
+    clipping_label,
+    differences,
+    gradient_label,
+    identity,
+    read_config,
+    settings,
+)
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.runs.records import SUMMARY, Summary
 
@@ -106,6 +115,34 @@ def check_seeds(runs: Sequence[Run]) -> None:
                 f"{first.folder.name} and {run.folder.name} would share a cell of the table, but {why}; "
                 f"move one of them elsewhere"
             )
+
+
+OF_A_METHOD = ("clipping.", "gradient.", "oscillations.")
+"""How keys begin that names of methods tell of, but for those of `clipping` that are none of the method."""
+
+BESIDE_A_METHOD = (
+    *("seed", "weights", "weight_bits", "activation_bits", "budget", "noise_batches", "backend", "log_excess_mse"),
+    *("format", "weight_format", "activation_format", "weight_range", "activation_range", "activation_granularity"),
+)
+"""Keys that may differ where methods are compared: they stand beside the name, are told by it, or change no result."""
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """The settings that runs share where their methods are compared: of the network, the data, the training, and what
+    is quantized. Those that only some methods have, such as a teacher, are there where they are used."""
+    return {
+        key: value
+        for key, value in settings(config).items()
+        if value != []
+        and key not in BESIDE_A_METHOD
+        and (not key.startswith(OF_A_METHOD) or key in ("clipping.eval_mode", "clipping.sync"))
+    }
+
+
+def keys_unlike(some: Sequence[dict[str, Any]]) -> list[str]:
+    """Of settings, those of which any two that have them have other values."""
+    keys = dict.fromkeys(key for setting in some for key in setting)
+    return [key for key in keys if len({str(setting[key]) for setting in some if key in setting}) > 1]
 
 
 def run_of(folder: Path, config: Config, summary: Summary | None) -> Run:

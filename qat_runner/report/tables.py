@@ -7,13 +7,22 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from tabulate import tabulate
 
-from qat_runner.config import BASELINE, Config, Distill, Mode, baseline_of, run_name
+from qat_runner.config import (
+    BASELINE,
+    Config,
+    Distill,
+    Mode,
+    baseline_of,
+    in_full_precision,
+    run_name,
+    without_choice,
+)
 from qat_runner.config.tasks import Measure
-from qat_runner.policy import FULL_PRECISION
 from qat_runner.runs.records import measured, metric, score
 
 Result = tuple[Config, Mapping[str, Any]]
@@ -43,12 +52,13 @@ def results_table(results: Sequence[Result]) -> str:
 def seeds_table(results: Sequence[Result]) -> str:
     """A row for all runs that differ in their seed alone: means, and standard deviations where there are several.
 
-    Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences.
+    Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences, and
+    their number where some of the seeds have none.
     """
-    rows = [
-        (*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), mean_and_deviation(found, "+"))
-        for runs, found in _over_seeds(results)
-    ]
+    rows = []
+    for runs, found in _over_seeds(results):
+        gap = of_some(mean_and_deviation(found, "+"), len(found), len(runs))
+        rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), gap))
     return _table(rows, ["seeds", head(measures(s for _, s in results)), "vs fp32"])
 
 
@@ -90,13 +100,19 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.2f}{spread}"
 
 
+def of_some(told: str, count: int, seeds: int) -> str:
+    """A mean over some of the seeds that it stands beside, with their number in parentheses where these are not all."""
+    return f"{told} ({count})" if told and count != seeds else told
+
+
 def against_full_precision(results: Sequence[Result]) -> list[float | None]:
     """How far each run lies above full precision, in points; None of full precision itself, and where it is missing.
 
     Points are of percent, or of a figure that is a plain number.
 
     It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
-    network that it starts from.
+    network that it starts from. Runs that differ in their seed alone are compared with one kind of the two: the closest
+    that all of them have, else the one that most have; those that lack it have None.
     """
     baselines = full_precision_of([config for config, _ in results])
     return [
@@ -108,23 +124,45 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 def full_precision_of(configs: Sequence[Config]) -> list[int | None]:
     """Which of some runs is the full-precision one that each is compared with, as `against_full_precision` says."""
     found = {_key(config): index for index, config in enumerate(configs) if config.quantization.full_precision}
-    return [
-        None
-        if config.quantization.full_precision
-        else next((found[key] for key in _baselines(config) if key in found), None)
-        for config in configs
-    ]
+    chosen: list[int | None] = [None] * len(configs)
+    for group in _of_several_seeds(configs):
+        kinds = zip_longest(*(_baselines(configs[index]) for index in group), fillvalue=())
+        theirs = [[next((found[key] for key in keys if key in found), None) for keys in kind] for kind in kinds]
+        best = max(theirs, key=lambda kind: len(kind) - kind.count(None))  # of several, the first
+        for index, baseline in zip(group, best, strict=True):
+            chosen[index] = baseline
+    return chosen
 
 
-def _baselines(config: Config) -> list[str]:
-    """Keys of the full-precision runs that a quantized one may be compared with, the closest first."""
+def _of_several_seeds(configs: Sequence[Config]) -> list[list[int]]:
+    """Which quantized runs differ in their seed alone; each may have weights of its own, if no seed is there twice."""
+    alike: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        if not config.quantization.full_precision:
+            alike.setdefault(run_name(replace(config, seed=0, weights=None)), []).append(index)
+    groups: list[list[int]] = []
+    for some in alike.values():
+        same: dict[str, list[int]] = {}
+        if len({configs[index].seed for index in some}) < len(some):
+            for index in some:
+                same.setdefault(run_name(replace(configs[index], seed=0)), []).append(index)
+        groups += same.values() or [some]
+    return groups
+
+
+def _baselines(config: Config) -> list[tuple[str, ...]]:
+    """Keys of the full-precision runs that a quantized one may be compared with, by kind, the closest first."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
-    same = replace(config, weight_bits=FULL_PRECISION, activation_bits=FULL_PRECISION, rules=[], recipe=recipe)
-    trained = [_key(same), _key(replace(same, recipe=replace(recipe, batchnorm_batches=0)))]
+    changes = in_full_precision() | without_choice() | {"policy": None}
+    same = replace(config, **changes, recipe=recipe)
+    trained: list[tuple[str, ...]] = [
+        (_key(same),),
+        (_key(replace(same, recipe=replace(recipe, batchnorm_batches=0))),),
+    ]
     if config.weights is None:
         return trained
-    start = [_key(replace(same, mode=Mode.evaluate))]
-    return [*trained, *start, *([_key(baseline_of(config))] if config.weights == BASELINE else [])]
+    start = _key(replace(same, mode=Mode.evaluate))
+    return [*trained, (start, _key(baseline_of(config))) if config.weights == BASELINE else (start,)]
 
 
 def _key(config: Config) -> str:

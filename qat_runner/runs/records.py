@@ -290,8 +290,12 @@ class Export(TypedDict):
     run: str
     model: str
     dataset: str
-    weight_bits: Bits
-    activation_bits: Bits
+    weight_bits: NotRequired[Bits]
+    """as asked for; none where bits were chosen"""
+    activation_bits: NotRequired[Bits]
+    mean_weight_bits: NotRequired[Real | None]
+    """as in summary.json"""
+    mean_activation_bits: NotRequired[Real | None]
     clipping: str
     scalars: str
     batches: Count | None
@@ -318,6 +322,11 @@ def _with_reference(export: Export) -> Export:
 # allocation.json
 
 
+Width = Annotated[str, Field(pattern="^[0-9]{1,2}$")]
+"""Bits, where they are a key."""
+PriceKind = Annotated[str, Field(pattern="^(gradient|measured|noise)$")]
+
+
 class Point(TypedDict):
     """Bits of all tensors, by what they cost and what they are foretold to."""
 
@@ -339,11 +348,11 @@ class PricedTensor(TypedDict):
     elements: Count
     """of an activation for one sample"""
     bits: Bits
-    noise: dict[str, Real]
+    noise: dict[Width, Real]
     """bits -> noise-to-signal ratio; none, as below, where a rule says the bits"""
-    price: dict[str, Real]
+    price: dict[Width, Real]
     """bits -> price"""
-    beside: dict[str, Real]
+    beside: dict[Width, Real]
     """bits -> price of another kind, where there is one"""
 
 
@@ -356,9 +365,9 @@ class AllocationRecord(TypedDict):
     """the key that the front goes by"""
     figures: Annotated[list[str], Field(min_length=1)]
     """the costs of a point that it stands for, of which the largest counts"""
-    price: str
+    price: PriceKind
     """the kind that bits were chosen by"""
-    beside: str
+    beside: PriceKind
     """another kind, to hold against it"""
     metric: str
     reference: Real
@@ -383,6 +392,8 @@ def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
     for point in (record["chosen"], *record["uniform"], *record["front"]):
         if missing := [name for name in record["figures"] if name not in point["costs"]]:
             raise ValueError(f"costs: {missing[0]} is missing")
+    if record["chosen"]["value"] is None:
+        raise ValueError("chosen.value: must be a number")
     return record
 
 
@@ -396,7 +407,7 @@ class Owner(TypedDict):
     host: str
 
 
-# Checkpoints
+# Which file holds which
 
 
 SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterValidator(_with_its_figure)])

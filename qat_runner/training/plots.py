@@ -42,15 +42,7 @@ def plot_curves(folder: Path, task: TaskFacts) -> None:
             colour = OTHER if split == "train" else CHOSEN
             style = "--" if what in task.dashed else "-"
             values = [math.nan if (value := row.get(key)) is None else value for row in rows]
-            axes.plot(
-                epochs,
-                [math.nan if v is None else v for v in values],
-                style,
-                color=colour,
-                marker="o",
-                markersize=3,
-                label=f"{split} {what}",
-            )
+            axes.plot(epochs, values, style, color=colour, marker="o", markersize=3, label=f"{split} {what}")
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -4,14 +4,18 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from qat_runner.allocation import Network, Prices
+from qat_runner.config import Config
 from qat_runner.experiment.choosing import Search
+from qat_runner.experiment.probing import Probes
 from tests.allocation.test_solving import WIDTHS, operation
+from tests.report.test_pages import config_of
 
 MS = {(2, 2): 1.2, (4, 4): 0.4, (8, 8): 0.8}
 """No kernel for 2 bits, whose codes are unpacked first; 1 ms for all other pairs."""
@@ -31,6 +35,22 @@ class Asked:
     max_drop: float = 1.0
     retrain_steps: int = 0
     limits: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(("wanted", "epochs", "each"), [(0, 0, 0), (1000, 3, 334), (390, 1, 390), (391, 2, 196)])
+def test_the_steps_that_are_told_are_those_that_are_trained(
+    wanted: int, epochs: int, each: int, tmp_path: Path
+) -> None:
+    (tmp_path / "w.pt").touch()
+    config = config_of("mode=allocate", f"weights={tmp_path / 'w.pt'}", "budget=4", f"retrain_steps={wanted}")
+    data: Any = SimpleNamespace(train_steps=lambda batch_size: 390)
+    asked: list[Config] = []
+    found: Any = {"top1": 50.0}
+    probes = Probes(config, config.weights, tmp_path / "probes", lambda config: asked.append(config) or found, data)
+    probes.network([])
+    assert probes.steps == epochs * each
+    if wanted:
+        assert (asked[-1].epochs, asked[-1].limit_train_batches) == (epochs, each)
 
 
 class Foretold:

@@ -1,6 +1,7 @@
 """qat-bits and bits=auto: from the command to the folder."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,19 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
     assert not any(row.startswith("bits=") for row in rows) and any(row.startswith("model=") for row in rows)
 
 
-def test_a_limit_that_cannot_be_kept_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("mode=allocate", "weights=baseline", "size_mb=0.01", "run_dir=small") == 2
-    assert "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to" in capsys.readouterr().err
+def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["mode=allocate", "weights=baseline", "run_dir=small"]
+    for words, sentence in (
+        (["size_mb=0.01"], "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to"),
+        (["budget=4", "rules=[{match: '*', bits: 4}]"], "budget=4: rules say the bits of all tensors"),
+    ):
+        assert run(*asked, *words) == 2
+        assert sentence in capsys.readouterr().err
+        assert not Path("small").exists()
+    shutil.copytree(only("*_fp32_*"), "small")  # a run that is finished
+    before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
+    assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
+    assert {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()} == before
 
 
 def test_several_processes_do_not_choose_apart(

@@ -71,6 +71,8 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert result["bytes"]["safetensors"] < 0.25 * result["bytes"]["full_precision"]
     assert result["bytes"]["onnx"] == (out / "model.onnx").stat().st_size
     assert result["milliseconds"].keys() == {"full_precision", "onnx"}
+    means = [result[key] for key in ("mean_weight_bits", "mean_activation_bits")]
+    assert means == [summary[key] for key in ("mean_weight_bits", "mean_activation_bits")] and means[0] > 4
     text = capsys.readouterr().out
     assert "resnet8, 4/4 bits" in text and "same predictions %" in text and "ms a sample" in text
 

@@ -36,7 +36,7 @@ from qat_runner.exporting.formats import (
     write_safetensors,
 )
 from qat_runner.exporting.integer import IntegerConv2d, IntegerLinear, StaticGrid, to_integers
-from qat_runner.exporting.verify import OnnxFile, paired_standard_error
+from qat_runner.exporting.verify import OnnxFile, largest_difference, paired_standard_error
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
 
@@ -102,6 +102,7 @@ def test_integers_compute_what_the_quantizers_did(bits: int) -> None:
         {"range": "oriented"},
         {"range": "oriented", "clipping": "lsq"},
         {"weight_range": "oriented", "conv_granularity": "tensor"},
+        {"format": "int_affine"},
     ],
 )
 def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
@@ -250,16 +251,22 @@ def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp
 
 
 @pytest.mark.parametrize(
-    ("bits", "range"),
-    [*((bits, "twos_complement") for bits in (3, 4, 8, 9)), (4, "full"), (3, "oriented"), (8, "oriented")],
+    ("bits", "options"),
+    [
+        *((bits, {}) for bits in (3, 4, 8, 9)),
+        *((bits, {"range": range}) for bits, range in ((4, "full"), (3, "oriented"), (8, "oriented"))),
+        (4, {"format": "int_affine"}),
+    ],
 )
-def test_the_three_files(bits: int, range: str, tmp_path: Path) -> None:
-    model, x = frozen(bits, range=range)
+def test_the_three_files(bits: int, options: dict[str, str], tmp_path: Path) -> None:
+    model, x = frozen(bits, **options)
     integers = to_integers(model)
     fold_batchnorm(integers, x)
     expected = integers(x)
-    if range == "oriented":
+    if options == {"range": "oriented"}:
         assert (integers.b.integer_weight.scale < 0).any()
+    if options == {"format": "int_affine"}:
+        assert integers.b.integer_weight.zero_point.unique().numel() > 1
     signature = Signature((x,), ["pictures"], ["logits"])
 
     write_program(integers, signature, tmp_path / "m.pt2")
@@ -488,6 +495,9 @@ def test_a_file_that_disagrees_is_refused() -> None:
         RunError, match=r"model\.onnx disagrees with the network: 94\.00 % of the predictions are the same"
     ):
         require("model.onnx", Figures(90.0, 94.0, 3.0), network, top1)
+    for broken in (Figures(math.nan, 100.0), Figures(90.0, 100.0, math.inf)):
+        with pytest.raises(RunError, match=r"model\.onnx disagrees with the network"):
+            require("model.onnx", broken, network, top1)
     with pytest.raises(RunError, match=r"accuracy 89\.00 % beside 90\.00 %"):
         require("model.onnx", Figures(89.0, 99.0, 3.0), network, top1)
     perplexity = Measure("perplexity", "", lower_is_better=True)
@@ -495,6 +505,20 @@ def test_a_file_that_disagrees_is_refused() -> None:
         require("model.onnx", Figures(value, 99.0, 3.0), network, perplexity)
     with pytest.raises(RunError, match=r"perplexity 90\.50 beside 90\.00 \(at most 0\.5 % worse\)"):
         require("model.onnx", Figures(90.5, 99.0, 3.0), network, perplexity)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "wanted"),
+    [
+        ([1.0, 2.0], [1.0, 2.5], 0.5),
+        ([1.0, -math.inf], [1.25, -math.inf], 0.25),
+        ([1.0, -math.inf], [1.0, 0.0], math.inf),
+        ([1.0, math.nan], [1.0, 0.0], math.inf),
+        ([1.0, math.nan], [1.0, math.nan], math.inf),
+    ],
+)
+def test_the_largest_difference_of_logits(a: list[float], b: list[float], wanted: float) -> None:
+    assert largest_difference(torch.tensor(a), torch.tensor(b)) == wanted
 
 
 def test_integer_layers_are_what_their_classes_say() -> None:

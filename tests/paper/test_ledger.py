@@ -188,6 +188,11 @@ def test_a_cell_holds_within_a_point_of_the_published_one() -> None:
     assert (str(cell.gap), cell.verdict) == ("-0.50 [-0.75, -0.25]", "holds")
     (cell,) = [c for c in cells_of(setups_of(runs()))["table1"] if c.row == "max"]
     assert cell.verdict == "holds"  # -3.97 beside -3.40
+    _, lines = ledger([*runs(), run("max", 4, 3, 68.0)])
+    (line,) = [
+        dict(zip(lines.headers, line, strict=True)) for line in lines.cells if line[1] == "resnet50, max, 4 bits"
+    ][:1]
+    assert (line["seeds"], line["difference_seeds"], line["difference"]) == ("4", "3", "-3.97")
     (cell,) = [c for c in cells_of(setups_of(runs()[3:]))["table1"] if c.row == "max"]
     assert cell.verdict == "cannot be told: nothing to compare with"
 

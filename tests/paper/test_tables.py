@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from qat_runner.cli import report
-from qat_runner.config import Config
+from qat_runner.config import Mode
 from qat_runner.errors import ConfigError
 from qat_runner.paper import table6
-from qat_runner.paper.figures import figure4
+from qat_runner.paper.figures import figure4, three_of
 from qat_runner.paper.tables import make_table, paper, published
 from qat_runner.report.runs import Run
+from tests.report.test_pages import config_of
 
 VISION = ("resnet50", "resnet18", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 
@@ -87,10 +89,16 @@ FULL["bert_base"] = 88.24
 
 def _run(folder: Path, model: str, row: str, bits: int | None, value: float, **other: Any) -> Run:
     mode = {"full_precision": "scratch", "pretrained": "evaluate"}.get(row, other.pop("mode", "scratch"))
+    other.pop("mode", None)
     seed, dataset = other.pop("seed", 0), other.pop("dataset", "imagenet")
     metric = "f1" if dataset == "squad" else "top1"
     name = f"{model}-{row}-{bits}-{seed}"
-    return Run(folder / name, Config(), model, dataset, mode, bits or 32, row, seed, {"row": row}, {metric: value})
+    weights = None if mode in ("scratch", "finetune") else other.pop("weights", "w.pt")
+    config = config_of(f"bits={bits or 32}", f"seed={seed}")
+    stage = "scratch" if mode == "finetune" else mode  # which pictures do not have
+    changes = {"mode": Mode(stage), "weights": weights, "fingerprints": {weights: weights} if weights else {}, **other}
+    config = replace(config, model=replace(config.model, name=model), **changes)
+    return Run(folder / name, config, model, dataset, mode, bits or 32, row, seed, {"row": row}, {metric: value})
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -192,6 +200,33 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         make_table("table2", runs, "imagenet", "resnet5")
 
 
+def test_rows_of_other_settings_are_told_and_full_precision_is_that_of_the_same(tmp_path: Path) -> None:
+    runs = [
+        _run(tmp_path, "resnet50", row, bits, value, seed=seed, epochs=30)
+        for seed in (0, 1)
+        for row, bits, value in (("full_precision", None, 97.0 + seed), ("octav", 4, 95.0))
+    ]
+    runs += [_run(tmp_path, "resnet50", "max", 4, 70.0, epochs=2, first_last_bits=4)]
+    table = make_table("table1", runs[2:], "imagenet", "resnet50")
+    columns = table.columns
+    assert columns["against full precision"] == ["", "", "", "", "", "-3.00"]
+    assert table.notes()[-1] == (
+        "Other settings than resnet50, Max-scaled, 4 bits, have Full precision (epochs); "
+        "OCTAV (MPH), 4 bits (first_last_bits, epochs)."
+    )
+
+
+def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> None:
+    """Not any other's; of one file it is the same for all seeds."""
+    runs = [_run(tmp_path, "resnet50", "pretrained", None, 93.0, weights="x.pt")]
+    for seed, weights in enumerate(("x.pt", "x.pt", "y.pt")):
+        runs += [_run(tmp_path, "resnet50", "octav", 4, 91.0 + seed, mode="retrain", seed=seed, weights=weights)]
+    table = make_table("table3", runs, "imagenet", "resnet50")
+    assert [row.gaps for row in table.rows if row.values] == [(), (-2.0, -1.0)]
+    assert "-1.50 (2)" in table.columns["against full precision"]
+    assert not table.unlike
+
+
 def test_tables_that_are_not_the_papers() -> None:
     """LSQ's and PACT's numbers are those of their own papers, and no difference is made of them."""
     learned = make_table("learned", [], "imagenet")
@@ -245,6 +280,19 @@ def test_table6(timing: table6.Timing, layout: str) -> None:
     assert [row[3:8] for row in rows][1] == ["0.4", "0.5", "0.6", "0.7", "0.8"]
     if layout != "csv":
         assert "74 weight and 1220 activation tensors, on a Xeon with NumPy" in text
+
+
+def test_table6_of_a_network_whose_activations_are_not_quantized(timing: table6.Timing) -> None:
+    timing.tensors["activation"] = 0
+    timing.seconds = {key: seconds for key, seconds in timing.seconds.items() if key[0] == "weight"}
+    assert [row[0] for row in timing.table().cells] == ["weights"] * 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [("", ""), ("a", "a"), ("ab", "ab"), ("abc", "b"), ("abcde", "bcd"), ("abcdefg", "bdf")]
+)
+def test_the_layers_of_figure_1(layers: str, chosen: str) -> None:
+    assert three_of(layers) == {*chosen}
 
 
 def test_the_published_seconds_in_all_are_those_of_a_tensor_times_their_number() -> None:

@@ -19,6 +19,7 @@ from qat_runner.cli.export import main as export
 from qat_runner.cli.report import main as report
 from qat_runner.config import Config, identities, read_config
 from qat_runner.errors import UnreadableError
+from qat_runner.exporting import telling
 from qat_runner.insertion import LayerNoise
 from qat_runner.report import page, run_page
 from qat_runner.report import runs as runs_in_report
@@ -64,6 +65,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad = make_run(runs, name="bad")
     (bad / "export").mkdir()
     (bad / "export" / "export.json").write_text(json.dumps(EXPORTED))
+    (bad / "allocation.json").write_text(json.dumps(ALLOCATED))
+    (bad / "oscillations.csv").write_text(f"{OSCILLATION}1,fc,640,2.5,0\n2,fc,640,1.5,0.5\n")
     (runs / "asked.txt").write_text("bad\nfull\nother\n")
     return runs
 
@@ -209,6 +212,33 @@ HISTOGRAM: dict[str, Any] = {
     "counts": [1, 2],
     "levels": [0.0],
 }
+OSCILLATION = "epoch,layer,elements,oscillating,frozen\n"
+POINT: dict[str, Any] = {"costs": {"MB": 1.5}, "rise": 0.25, "value": 60.0}
+TENSOR: dict[str, Any] = {
+    "layer": "fc",
+    "tensor": "weight",
+    "elements": 640,
+    "bits": 4,
+    "noise": {"4": 0.1},
+    "price": {"4": 0.2, "8": 0.01},
+    "beside": {"4": 0.3},
+}
+ALLOCATED: dict[str, Any] = {
+    "answer": "it lives with 4 bits",
+    "cost": "size_mb",
+    "figures": ["MB"],
+    "price": "gradient",
+    "beside": "measured",
+    "metric": "top1",
+    "reference": 61.0,
+    "chosen": POINT,
+    "uniform": [POINT | {"width": 4}],
+    "front": [POINT],
+    "tensors": [TENSOR],
+    "stability": 0.5,
+    "seconds": 2.0,
+    "retrain_steps": 0,
+}
 LAYER = "epoch,layer,tensor,bits,signed,granularity,s,mse,sqnr_db,clipped_fraction,max_sqnr_db\n"
 
 UNFIT: list[tuple[str, str | bytes, str]] = [
@@ -261,6 +291,8 @@ UNFIT: list[tuple[str, str | bytes, str]] = [
     ("histograms.json", f"[{changed(HISTOGRAM, 'counts', to=[-1])}]", "0.counts.0: input"),
     ("histograms.json", f"[{changed(HISTOGRAM, 'low', to=None)}]", "0.low: input"),
     ("histograms.json", f"[{changed(HISTOGRAM, 'levels', to='0')}]", "0.levels: input"),
+    ("allocation.json", changed(ALLOCATED, "chosen", "value", to=None), "chosen.value: must be a number"),
+    ("oscillations.csv", OSCILLATION + "1,fc,640,101,0\n", "line 2, oscillating: input"),
     ("export.json", "[]", "valid dictionary"),
     ("export.json", "{}", "run: field required"),
     ("export.json", changed(EXPORTED, "figures", to=[]), "figures: input"),
@@ -364,7 +396,7 @@ def test_what_is_no_file(name: str, runs: Path, tmp_path: Path, capsys: pytest.C
 
 MUTABLE = (
     *("summary.json", "environment.json", "histograms.json", "export.json", "metrics.csv", "steps.csv", "layers.csv"),
-    *("lock", "error.txt", "asked.txt"),
+    *("lock", "error.txt", "asked.txt", "allocation.json", "oscillations.csv"),
 )
 VALUES = st.one_of(
     st.none(),
@@ -502,6 +534,40 @@ def test_records_that_are_written_fit(tmp_path: Path) -> None:
     records.SUMMARY.write(tmp_path, SUMMARY | {"sqnr_db": float("nan"), "run_dir": "b\udcff"})  # type: ignore[arg-type, operator]
     found = records.SUMMARY.read(tmp_path)
     assert found is not None and found["sqnr_db"] is None and found["run_dir"] == "b\\udcff"
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "told"),
+    [
+        (("price",), "hessian", "price: string should match"),
+        (("beside",), "x", "beside: string should match"),
+        (("tensors", 0, "price"), {"four": 1.0}, "tensors.0.price.four"),
+        (("tensors", 0, "beside"), {"": 1.0}, "tensors.0.beside."),
+        (("figures",), [], "figures: list should have at least 1 item"),
+        (("figures",), ["GB"], "costs: GB is missing"),
+        (("uniform", 0, "value"), None, None),
+    ],
+)
+def test_what_a_choice_of_bits_may_hold(tmp_path: Path, keys: tuple[Any, ...], value: object, told: str | None) -> None:
+    (tmp_path / "allocation.json").write_text(changed(ALLOCATED, *keys, to=value))
+    if told is None:
+        assert records.ALLOCATION.read(tmp_path) is not None
+        return
+    with pytest.raises(UnreadableError, match=re.escape(told)):
+        records.ALLOCATION.read(tmp_path)
+
+
+def test_the_bits_of_an_export(tmp_path: Path) -> None:
+    """Those that were asked for; where they were chosen, what they came to."""
+    means = {"mean_weight_bits": 3.5, "mean_activation_bits": 4.25}
+    chosen = {key: value for key, value in EXPORTED.items() if key not in ("weight_bits", "activation_bits")}
+    for content, told in (
+        (EXPORTED | means, "resnet20, 4/4 bits (weights/activations), octav"),
+        (chosen | means, "resnet20, 3.50/4.25 bits (mean of weights/activations, both ends included), octav"),
+    ):
+        (tmp_path / "export.json").write_text(json.dumps(content))
+        result = records.EXPORT.read(tmp_path)
+        assert result is not None and telling.text(result).startswith(told)
 
 
 def test_no_record_is_no_error(tmp_path: Path) -> None:

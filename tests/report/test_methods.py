@@ -1,6 +1,7 @@
 """Methods over seeds: what is compared with what, by a test of SciPy's."""
 
 import csv
+import hashlib
 from pathlib import Path
 from statistics import stdev
 
@@ -11,7 +12,7 @@ from qat_runner.cli.report import main as report
 from qat_runner.paper import figures
 from qat_runner.report import compare_page
 from qat_runner.report.entries import entries
-from qat_runner.report.methods import Standing, standings
+from qat_runner.report.methods import Standing, numbers, standings, table
 from tests.report.test_pages import make_run, text_of
 
 OCTAV, MAX = (60.0, 61.0, 62.5), (58.0, 58.5, 60.9)
@@ -41,6 +42,18 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert worse.gap.values == (58.0 - 70, 58.5 - 71, 60.9 - 72)
     assert found["octav", "4"].told == found["full precision", "32"].told == ""
     assert found["max", "8"].told == "nothing to compare with"
+
+
+def test_how_many_seeds_a_difference_is_of(tmp_path: Path) -> None:
+    """It is said where that is not the number beside it."""
+    runs = _runs(tmp_path)
+    make_run(runs, "seed=3", "clipping=max", top1=60.0)
+    found = standings(entries([runs])[0])
+    heads, (octav, scaled, *_) = table(found).headers, table(found).cells
+    assert (octav[3], octav[5], scaled[3]) == ("3", "-9.83 ± 0.29", "4")
+    assert scaled[5].endswith(" (3)") and scaled[6] == "-2.03 [-3.15, -0.91] (3)" and heads[6] == "vs octav"
+    told = [dict(zip(numbers(found).headers, cells, strict=True)) for cells in numbers(found).cells]
+    assert [told[1][key] for key in ("seeds", "difference_seeds", "vs_fp32_seeds")] == ["0 1 2 3", "0 1 2", "0 1 2"]
 
 
 def test_another_reference(tmp_path: Path) -> None:
@@ -98,6 +111,35 @@ def test_other_weights_of_the_same_seed_are_another_method(tmp_path: Path) -> No
         (tmp_path / f"{name}.pt").write_text(name)
         make_run(tmp_path, "mode=retrain", f"weights={tmp_path / name}.pt", top1=top1)
     assert sorted(value for each in standings(entries([tmp_path])[0]) for value in each.values.values()) == [10, 90]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "methods"),
+    [
+        ("epochs=30", "epochs=2", ("octav, epochs=30", "max, epochs=2")),
+        ("first_last_bits=4", "", ("octav, first_last_bits=4", "max, first_last_bits=8")),
+        ("model.width=0.5", "noise_batches=2", ("octav, width=0.5", "max, width=1")),
+        ("oscillations.freeze_to=0.01", "recipe.batchnorm_batches=5", ("octav, frozen", "max, batchnorm")),
+        ("weight_range=oriented", "gradient=ste", ("octav-weights-oriented", "max, ste")),
+    ],
+)
+def test_what_methods_differ_in_beside_the_method_is_told(
+    tmp_path: Path, one: str, other: str, methods: tuple[str, str]
+) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"seed={seed}", one, top1=90.0)
+        make_run(tmp_path, f"seed={seed}", "clipping=max", *filter(None, [other]), top1=80.0)
+    assert tuple(each.method for each in standings(entries([tmp_path])[0])) == methods
+
+
+def test_methods_that_start_elsewhere_with_a_seed_tell_it(tmp_path: Path) -> None:
+    prints = {}
+    for name, method in (("x", "octav"), ("y", "max")):
+        (tmp_path / f"{name}.pt").write_text(name)
+        prints[method] = hashlib.sha256(name.encode()).hexdigest()
+        make_run(tmp_path, "mode=retrain", f"weights={tmp_path / name}.pt", f"clipping={method}", top1=50.0)
+    found = {each.method for each in standings(entries([tmp_path])[0])}
+    assert found == {f"{method}, weights={told[:8]}…" for method, told in prints.items()}
 
 
 def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Path) -> None:

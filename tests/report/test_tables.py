@@ -116,16 +116,53 @@ def test_a_baseline_of_each_seed_is_a_start_of_its_own() -> None:
     assert differences(*trained, *runs)[2:] == [pytest.approx(-10), pytest.approx(-14)]
 
 
+@pytest.mark.parametrize("words", [["policy=auto", "budget=4"], ["policy=auto", "size_mb=9", "retrain_steps=5"]])
+@pytest.mark.parametrize("weights", ["baseline", "w.pt"])
+def test_chosen_bits_have_the_full_precision_of_others(
+    words: list[str], weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").touch()
+    retrain = "mode=retrain", f"weights={weights}"
+    full = [result("bits=32", top1=90.0), result("bits=32", "mode=evaluate", f"weights={weights}", top1=92.0)]
+    retrained = result("bits=32", *retrain, top1=93.0)
+    for runs, told in (([*full, retrained], -2), (full, -1)):
+        assert differences(*runs, result("bits=4", *retrain, top1=91.0))[-1] == pytest.approx(told)
+        assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(told)
+    allocated = result(*words[1:], "mode=allocate", f"weights={weights}", top1=91.5)
+    assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has trained nothing
+
+
+def test_seeds_are_compared_with_one_kind_of_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closest that all have, else the one that most have."""
+    monkeypatch.chdir(tmp_path)
+    retrain = "mode=retrain", "weights=w.pt"
+    Path("w.pt").touch()
+    start = result("bits=32", "mode=evaluate", "weights=w.pt", top1=90.0)
+    retrained = [result("bits=32", *retrain, f"seed={seed}", top1=93.0 + seed) for seed in range(3)]
+    runs = [result("bits=4", *retrain, f"seed={seed}", top1=91.0) for seed in range(3)]
+    assert differences(start, *retrained, *runs)[-3:] == [-2, -3, -4]
+    assert differences(start, *retrained[:1], *runs)[-3:] == [1, 1, 1]
+    assert differences(*retrained[:2], *runs)[-3:] == [-2, -3, None]
+    alone = result("bits=4", "clipping=max", *retrain, top1=91.0)
+    assert differences(start, *retrained[:1], *runs, alone)[-4:] == [1, 1, 1, -2]
+    Path("other.pt").write_text("other")
+    elsewhere = result("bits=4", "mode=retrain", "weights=other.pt", top1=91.0)  # of a seed that is there already
+    assert differences(start, *retrained, *runs, elsewhere)[-4:] == [-2, -3, -4, None]
+
+
 def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:
     full = [result("bits=32", f"seed={seed}", top1=top1) for seed, top1 in enumerate((90.0, 92.0))]
     two = [result("bits=2", f"seed={seed}", top1=top1) for seed, top1 in enumerate((80.0, 88.0))]
     longer = [result("bits=2", "epochs=9", top1=89.0)]
-    table = seeds_table([*full, *two, *longer]).splitlines()[2:]
+    three = [result("bits=3", f"seed={seed}", top1=89.0) for seed in range(3)]  # of which full precision has two
+    table = seeds_table([*full, *two, *longer, *three]).splitlines()[2:]
     figures = [line.split("mph")[-1].split("none")[-1].split() for line in table]
     assert figures == [
         ["2", "91.00", "±", "1.41"],
         ["2", "84.00", "±", "5.66", "-7.00", "±", "4.24"],  # -10 and -4: paired by seed
         ["1", "89.00"],
+        ["3", "89.00", "±", "0.00", "-2.00", "±", "1.41", "(2)"],
     ]
     assert several_seeds([*full, *longer]) and not several_seeds([full[0], two[0], *longer])
     assert len(results_table([*full, *two, *longer]).splitlines()) == 2 + 5
