@@ -20,6 +20,7 @@ from qat_runner.insertion.attention import (
     restore_attention,
 )
 from qat_runner.insertion.layers import (
+    ELEMENTS,
     QuantLayer,
     QuantLinear,
     Swapped,
@@ -457,11 +458,12 @@ def _equip(
         restore(layer)
         return
     beside = layer if isinstance(layer, Swapped) else model.get_submodule(name.rpartition(".")[0])
-    device = next(beside.parameters()).device
+    near = next((t for m in (beside, model) for t in (*m.parameters(), *m.buffers())), None)
     for operand, quantizer in quantizers.items():
         if quantizer is not None:
             quantizer.name = f"{name}.{operand}"
-            quantizer.to(device)
+            if near is not None:
+                quantizer.to(near.device)
     give_quantizers(layer, quantizers)
     if rotation is not None:
         assert isinstance(layer, QuantLinear)
@@ -495,7 +497,7 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
-        layer.elements_seen = calls.elements  # type: ignore[assignment]
+        setattr(layer, ELEMENTS, calls.elements)
     setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
         _warn(note)
@@ -511,10 +513,14 @@ def _passed_over(modules: Mapping[str, nn.Module], product: Product) -> bool:
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, of the model, that works once."""
+    """A forward pre-hook, of the model, that works until a batch has come through."""
     _remove_hook(model, _decide_on_first_batch)
-    with quantizers_disabled(model):
-        seen = trace(model, *args, **kwargs)
+    try:
+        with quantizers_disabled(model):
+            seen = trace(model, *args, **kwargs)
+    except BaseException:
+        model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
+        raise
     _decide(model, seen)
 
 
@@ -577,7 +583,7 @@ def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Seque
     for name, count in elements.items():
         layer, _, operand = name.rpartition(".")
         module = model.get_submodule(layer)
-        module.elements_seen = {**getattr(module, "elements_seen", {}), operand: count}  # type: ignore[assignment]
+        setattr(module, ELEMENTS, {**getattr(module, ELEMENTS, {}), operand: count})
 
 
 def quantizers_disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -628,7 +634,7 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     for module in swapped:
         restore(module)
     for module in model.modules():
-        for name in {POLICY, PRODUCTS} & vars(module).keys():
+        for name in {POLICY, PRODUCTS, ELEMENTS} & vars(module).keys():
             delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
     return model

@@ -77,6 +77,8 @@ def test_torchvision_models_keep_class_names_and_state(name: str) -> None:
     assert not torch.equal(model(x), full(x))
     assert torch.equal(remove_quantizers(model)(x), full(x))
     assert list(model.state_dict()) == list(full.state_dict())
+    for layer, before in zip(model.modules(), full.modules(), strict=True):
+        assert vars(layer).keys() == vars(before).keys()
 
 
 def test_bits_granularity_and_gradients_of_the_paper() -> None:
@@ -365,6 +367,16 @@ def test_copies_of_an_undecided_model_decide_for_themselves() -> None:
     assert not model._forward_pre_hooks
     quantize_model(model, example=x)
     assert "?" not in summary(model)
+
+
+def test_a_first_batch_that_fails_is_none() -> None:
+    model, x = quantize_model(Small()), torch.rand(2, 3, 8, 8)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    assert "?" in summary(model)
+    model(x)
+    assert "?" not in summary(model) and not find(model)["a.input"].format.signed
+    assert not model._forward_pre_hooks
 
 
 def test_the_sign_travels_with_the_state() -> None:

@@ -143,6 +143,23 @@ class Fused(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **self.how)
 
 
+class Products(nn.Module):
+    """Attention without a parameter."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.products = nn.Linear(8, 24), Products()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.products(*self.qkv(x).chunk(3, -1))
+        return out
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
@@ -172,6 +189,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "fused, masked": lambda: Fused(attn_mask=MASK),
     "fused, biased": lambda: Fused(attn_mask=BIAS, scale=0.3),
     "fused, causal": lambda: Fused(is_causal=True),
+    "without a parameter": lambda: Around(),
     "torch": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
     "torch, decoder": lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True),
 }
@@ -197,8 +215,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     quantized = model(*inputs)
     assert not torch.equal(quantized, plain) and (quantized - plain).abs().max() < 0.3
     model.train()(*inputs).square().mean().backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not still
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
     file = io.BytesIO()
     torch.save(model, file)
@@ -210,9 +227,8 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     save(model, tmp_path / "net.pt")
     other = nn.Sequential(ATTENTION[name]()) if "dec" not in name else ATTENTION[name]()
     assert torch.equal(load(tmp_path / "net.pt", other).eval()(*inputs), expected)
-    ATTENTION[name]() if "dec" in name else nn.Sequential(ATTENTION[name]()).load_state_dict(
-        full_precision_state_dict(model)
-    )
+    remove_quantizers(other).load_state_dict(full_precision_state_dict(model))
+    assert torch.equal(other(*inputs), plain)
     frozen = freeze(model, batches=[inputs])(*inputs)
     integers = qat.export(model, tmp_path / "net.pt2", inputs)
     torch.testing.assert_close(integers(*inputs), frozen)
@@ -222,6 +238,68 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     calibrate(model, [inputs])
     assert torch.equal(remove_quantizers(model)(*inputs), plain)
     assert model.state_dict().keys() == state.keys()
+
+
+def orthogonal(module: nn.Module, name: str) -> nn.Module:
+    return nn.utils.parametrizations.orthogonal(module, name, "cayley")  # which multiplies, by @
+
+
+def pruned(module: nn.Module, name: str) -> object:
+    return prune.l1_unstructured(module, name, 0.3)
+
+
+@pytest.mark.filterwarnings("ignore:mm in .*_Orthogonal")
+@pytest.mark.parametrize("change", [pruned, nn.utils.parametrizations.weight_norm, orthogonal])
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_attention_of_torch_whose_weights_are_computed(
+    name: str, change: Callable[[Any, str], object], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), torch.randn(2, 5, 8)
+    place, _, tensor = f"0.self_attn.{name}".rpartition(".")
+    change(model.get_submodule(place), tensor)
+    plain = model.eval()(x)
+    quantize_model(model, 4, first_last_bits=None, example=x)
+    tensors = [t for t in quantized_tensors(model) if ".self_attn." in t.name]
+    assert len(tensors) == 12  # weight and input of four layers, four of the products
+    stored = [model.get_submodule(t.layer).stored_weight() for t in tensors if t.tensor == "weight"]  # type: ignore[operator]
+    assert {id(p) for p in stored} < {id(p) for p in model.parameters()}
+    small, full = size_mb(model)
+    assert full - small == pytest.approx((28 * (4 * 64 + 2 * 128) - 32 * 16) / 8e6)  # 16 scalars
+    with quantizers_disabled(model):
+        torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
+    calls = [0] * len(tensors)
+    for i, t in enumerate(tensors):
+        t.quantizer.register_forward_hook(lambda q, args, out, i=i: calls.__setitem__(i, calls[i] + 1))
+    model.train()(x).square().sum().backward()
+    assert calls == [1] * len(tensors)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if change is not pruned:  # of which PyTorch makes no copies
+        frozen = freeze(model, batches=[x]).eval()(x)
+        torch.testing.assert_close(qat.export(model, tmp_path / "net.pt2", x)(x), frozen)
+
+
+@pytest.mark.filterwarnings("ignore:mm in .*_Orthogonal")
+def test_what_a_weight_is_computed_by_is_no_product_of_the_layer() -> None:
+    torch.manual_seed(0)
+    layer, x = orthogonal(Transposed(8, 8), "weight"), torch.randn(3, 8)
+    model = quantize_model(nn.Sequential(layer), 4, first_last_bits=None, example=x).eval()
+    w = layer.weight.detach()
+    by_hand = fake_quantize(x, octav(x, 4), 4) @ fake_quantize(w, octav(w, 4), 4).T + layer.bias
+    torch.testing.assert_close(model(x), by_hand, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.used_weight(), w)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.zeros(5, 5).masked_fill(~MASK, -torch.inf)], ids=["bool", "float"])
+def test_gradients_of_a_query_that_looks_at_nothing(mask: Tensor) -> None:
+    torch.manual_seed(0)
+    model, x = Fused(attn_mask=mask), torch.randn(2, 5, 8)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    quantize_model(model, 8, example=x).zero_grad()
+    with quantizers_disabled(model):
+        model(x).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")

@@ -385,15 +385,18 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_what_einsum_adds_up_over() -> None:
-    def summed(equation: str) -> tuple[int, int] | None:
-        call = taken_apart(torch.einsum, (equation, X, X), {})
+    def summed(equation: str, *dims: int) -> tuple[int, int] | None:
+        call = taken_apart(torch.einsum, (equation, *(torch.ones([1] * n) for n in dims)), {})
         assert call is not None
         return call.summed
 
-    assert summed("ecd, edf -> ecf") == (2, 1)
-    assert summed("...d,efd") == (-1, 2)
-    assert summed("...dx,d...->...x") == (-2, 0)
-    assert summed("nd,edf->nf") is None and summed("nd,df->ndf") is None and summed("nde,de->n") is None
+    assert summed("ecd, edf -> ecf", 3, 3) == (-1, -2)
+    assert summed("bid,bjd->bij", 3, 3) == (-1, -1)
+    assert summed("...d,efd", 4, 3) == (-1, -1)
+    assert summed("...dx,d...->...x", 3, 2) == (-2, -2)
+    assert (
+        summed("nd,edf->nf", 2, 3) is None and summed("nd,df->ndf", 2, 2) is None and summed("nde,de->n", 3, 2) is None
+    )
 
 
 def test_several_passes_have_one_quantization() -> None:
