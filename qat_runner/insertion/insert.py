@@ -65,7 +65,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
+from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -194,10 +194,10 @@ def insert(
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
-        nameable = {**layers, **{name: model.get_submodule(name) for name in notes}}
+        places = _places({**layers, **{name: model.get_submodule(name) for name in notes}}, ends)
         if tensors is None:  # what no rule was about there, or is left alone by it, need not be here
-            _check_rules(nameable, policy)
-        chosen = _chosen(nameable, policy, ends)
+            _check_rules(places, policy)
+        chosen = _chosen(places, policy)
         _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
@@ -383,33 +383,43 @@ def contracted_by(model: nn.Module) -> dict[str, int]:
     return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
 
 
-def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
-    """Name, kind and operand of all that layers multiply."""
-    return [(name, narrow_kind(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+Place = tuple[str, str, str, Collection[str]]
+"""Name and kind of a layer, an operand of it, and which ends of the network the layer is, as of `Rule.matches`."""
 
 
-def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
+def _places(layers: Mapping[str, nn.Module], ends: Mapping[str, Collection[str]]) -> list[Place]:
+    """All that layers multiply."""
+    return [
+        (name, narrow_kind(layer), operand, ends.get(name, ()))
+        for name, layer in layers.items()
+        for operand in operands(layer)
+    ]
+
+
+def _check_rules(places: Sequence[Place], policy: Policy) -> None:
     """Refuse a policy with a rule that is about no operand of the layers.
 
     Raises:
         PolicyError: there is one.
     """
-    places = _places(layers)
-    for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
-        if rule.type == "*" and not rule.end and not any(rule.matches(*place) for place in places):
-            raise PolicyError(
-                f"rule {rule.match!r} is about no layer or tensor that can be quantized (such as {places[0][0]} or "
-                f"{places[0][0]}.{places[0][2]})"
-            )
+    for rule in policy.rules:
+        if rule.usual or any(rule.matches(*place) for place in places):
+            continue
+        name, kind, operand, _ = places[0]
+        what, such = (f" of type {rule.type!r}", f"{name}, a {kind},") if rule.type != "*" else ("", name)
+        end = rule.match.partition(".")[0]
+        named = rule.end and any(place[0].partition(".")[0] == end for place in places)
+        raise PolicyError(
+            f"rule {rule.match!r}{what} is about no layer or tensor that can be quantized (such as {such} or "
+            f"{name}.{operand}){f'; a module that is called {end} is written {exactly(end)}' if named else ''}"
+        )
 
 
-def _chosen(
-    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
-) -> dict[str, dict[str, TensorPolicy]]:
+def _chosen(places: Sequence[Place], policy: Policy) -> dict[str, dict[str, TensorPolicy]]:
     """What a policy says of each operand of each layer."""
     chosen: dict[str, dict[str, TensorPolicy]] = {}
-    for name, kind, operand in _places(layers):
-        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
+    for place in places:
+        chosen.setdefault(place[0], {})[place[2]] = policy.tensor(*place)
     return chosen
 
 
