@@ -4,6 +4,7 @@ import copy
 import io
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from qat_runner.insertion import (
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
 from qat_runner.insertion.layers import kind_of
 from qat_runner.insertion.own_products import PROJECTIONS
-from qat_runner.insertion.size import size_mb
+from qat_runner.insertion.size import shared_weights, size_mb
 from qat_runner.policy import Rule
 from qat_runner.quant import fake_quantize, octav
 
@@ -331,6 +332,27 @@ def test_a_module_that_is_no_attention_is_named() -> None:
     assert [rest.operation for rest in not_quantized(model)] == ["bmm"]
 
 
+BESIDES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tensordot": lambda x, w: torch.tensordot(x, 2 * w, ([1], [1])),
+    "inner": lambda x, w: torch.inner(x, 2 * w),
+    "mv": lambda x, w: torch.mv(w, x[0]),
+    "addmm": lambda x, w: torch.zeros(2, 6).addmm(x, w.T),
+    "cdist": torch.cdist,
+}
+"""What a layer may compute beside its product, of [2, 4] and [6, 4]."""
+
+
+@pytest.mark.parametrize("name", BESIDES)
+def test_layers_that_multiply_once_more_are_left_alone(name: str) -> None:
+    class More(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias) + BESIDES[name](x, self.weight)
+
+    with pytest.warns(QuantizationWarning, match=r"^0 is a More, which may not compute what its base class does"):
+        model = quantize_model(nn.Sequential(More(4, 6), nn.Linear(6, 3)), example=torch.randn(2, 4))
+    assert {t.layer for t in quantized_tensors(model)} == {"1"} and (quantized_share(model) or 1) < 0.5
+
+
 def test_without_an_example_what_is_not_known_stays() -> None:
     with pytest.warns(QuantizationWarning, match="is a Standardized, which may not compute"):
         model = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1), Standardized(4, 4, 3), Cross(matmul)))
@@ -366,6 +388,38 @@ def test_embeddings_where_a_rule_names_them(tmp_path: Path) -> None:
     integers = qat.export(freeze(model, batches=[x]), tmp_path / "net.pt2", x)
     assert torch.equal(integers(x), model(x)) and integers[0].integer_weight.codes.shape == (20, 8)
     torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], model(x))
+
+
+class Head(nn.Module):
+    """Multiplies by a parameter of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape[::-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("head", [partial(nn.Linear, bias=False), Head])
+@pytest.mark.parametrize(
+    ("rules", "quantized", "bits"),
+    [
+        ([], {"1", "2"}, 32),  # the table is looked up as it is
+        ([Rule("*", "Embedding", bits=3)], {"0", "1", "2"}, 4),
+        ([Rule("*", "Embedding", bits=3), Rule("2*", bits=32)], {"0", "1"}, 32),
+    ],
+)
+def test_a_weight_is_stored_as_it_is_used(
+    head: Callable[[int, int], nn.Module], rules: list[Rule], quantized: set[str], bits: int
+) -> None:
+    model = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 16, bias=False), head(16, 11))
+    model[2].weight = model[0].weight
+    quantize_model(model, 4, first_last_bits=None, rules=rules, example=torch.zeros(2, 3).long())
+    tensors = quantized_tensors(model)
+    assert {t.layer.partition(".")[0] for t in tensors if t.tensor == "weight"} == quantized
+    assert size_mb(model)[0] * 8e6 == pytest.approx(bits * 11 * 16 + 4 * 16 * 16 + 32 * len(tensors))
+    assert {name.partition(".")[0] for name in shared_weights(model)} == quantized - {"1"}
 
 
 ROOT = Path(__file__).resolve().parents[2]
