@@ -12,9 +12,10 @@ earlier one. So the first says what holds in general, and the others are excepti
 `match` is a glob over names of layers (`layer4.*`) and of their operands (`*.weight`, `layer1.0.conv1.input`; in
 attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
 the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
-operands. `type` is a glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts,
-Matmul; Embedding, whose weight is quantized only where a rule names it by its type. A convolution with a filter of its
-own for each channel is of two kinds, as DepthwiseConv2d and Conv2d.
+operands, whatever modules are called; one that is called first itself is written `[f]irst`. `type` is a glob over the
+kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts, Matmul; Embedding, whose weight is
+quantized only where a rule names it by its type. A convolution with a filter of its own for each channel is of two
+kinds, as DepthwiseConv2d and Conv2d.
 """
 
 from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
@@ -23,6 +24,7 @@ import glob
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qat_runner.quant import (
@@ -83,6 +85,12 @@ POOLING = "octav and max"
 
 ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
+
+
+def exactly(name: str) -> str:
+    """The glob over names that is about one alone, be it that of a module which is called as one of ENDS is."""
+    escaped = glob.escape(name)
+    return f"[{escaped[0]}]{escaped[1:]}" if name.partition(".")[0] in ENDS else escaped
 
 
 def gradient_names() -> list[str]:
@@ -237,6 +245,11 @@ class Rule:
     def end(self) -> bool:
         """Whether it is about the first or the last layer."""
         return self.match.partition(".")[0] in ENDS
+
+    @property
+    def usual(self) -> bool:
+        """Whether it is about what a rule of `Policy.of` is about, in any network: that may be nothing in some."""
+        return (self.match, self.type) in _usual_places()
 
     def settings(self) -> dict[str, Any]:
         """What it says."""
@@ -445,7 +458,7 @@ class Policy:
                 *(_rules_of_tokens() if per_token else ()),
                 *_rules_of_ends(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
-                *(Rule(glob.escape(name), bits=FULL_PRECISION) for name in keep),
+                *(Rule(exactly(name), bits=FULL_PRECISION) for name in keep),
                 *(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in rules),
             )
         )
@@ -499,7 +512,7 @@ class Policy:
                 rules.append(rule)
                 continue
             for layer in (name for name, which in ends.items() if end in which):
-                rules.append(replace(rule, match=f"{glob.escape(layer)}.{operand or '*'}"))
+                rules.append(replace(rule, match=f"{exactly(layer)}.{operand or '*'}"))
         return Policy(tuple(rules))
 
     def as_list(self) -> list[dict[str, Any]]:
@@ -521,6 +534,17 @@ class Policy:
 def _rules_of_tokens() -> list[Rule]:
     """A scalar a token, wherever there can be."""
     return [Rule(f"*.{name}", kind, granularity="token") for kind, operands in TOKENS.items() for name in operands]
+
+
+@cache
+def _usual_places() -> frozenset[tuple[str, str]]:
+    """`match` and `type` of all rules that short words stand for."""
+    widths = (4, 4), (FULL_PRECISION, 4), (4, FULL_PRECISION)
+    policies = [
+        Policy.of(weight_bits=w, activation_bits=a, activation_granularity="token", quantize_head=False)
+        for w, a in widths
+    ]
+    return frozenset((rule.match, rule.type) for policy in policies for rule in policy.rules)
 
 
 def _rules_of_ends(widths: Sequence[int], bits: int | None) -> list[Rule]:

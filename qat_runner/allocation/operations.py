@@ -1,6 +1,5 @@
 """What bits are chosen for: the operations of a network, the tensors that each multiplies, and the widths allowed."""
 
-import glob
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import nn
 from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import each, elements_of, is_quantized, narrow_kind, operands, quantizer_of
 from qat_runner.insertion.size import shared_weights, size_mb
-from qat_runner.policy import FULL_PRECISION, Policy
+from qat_runner.policy import FULL_PRECISION, Policy, exactly
 from qat_runner.quant import Quantizer
 
 
@@ -133,7 +132,7 @@ def _operands(
 
 def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:
     """Rules of a policy, in plain values, that give the tensors that have a choice so many bits, by name."""
-    return [{"match": glob.escape(operand.name), "bits": bits[operand.name]} for operand in network.free]
+    return [{"match": exactly(operand.name), "bits": bits[operand.name]} for operand in network.free]
 
 
 def said_by_rule(policy: Policy, layer: str, kind: str, operand: str) -> bool:

@@ -258,7 +258,7 @@ class IntegerMatmul(IntegerLayer):
 
     operands: tuple[str, str]
 
-    def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
+    def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul, summed: object = None) -> Tensor:
         a, b = self.operands
         return compute(self.on_grid(left, a), self.on_grid(right, b))
 
@@ -357,14 +357,22 @@ def _release(layer: Any) -> None:
     else:
         for operand in operands(layer):
             delattr(layer, f"{operand}_quantizer")
-    for name in [b.removesuffix("_mask") for b in layer._buffers if b.endswith("_mask")] if is_pruned(layer) else ():
-        remove(layer, name)
-    if is_parametrized(layer):  # PyTorch's way out of that takes properties from a class that copies share
-        made = {name: getattr(layer, name).detach() for name in layer.parametrizations}
-        layer.__class__ = type_before_parametrizations(layer)
-        del layer.parametrizations
+    _settle(layer)
+
+
+def _settle(module: Any) -> None:
+    """Make tensors of a module that are pruned or parametrized plain parameters."""
+    for name in [b.removesuffix("_mask") for b in module._buffers if b.endswith("_mask")] if is_pruned(module) else ():
+        remove(module, name)
+    if is_parametrized(module):  # PyTorch's way out of that takes properties from a class that copies share
+        made = {name: getattr(module, name).detach() for name in module.parametrizations}
+        if isinstance(module, Swapped):
+            module.__class__ = quantized_class(module.full_precision.__bases__[0], module.base)
+        else:
+            module.__class__ = type_before_parametrizations(module)
+        del module.parametrizations
         for name, value in made.items():
-            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _give_codes(layer: Any, codes: IntegerWeight) -> None:
@@ -383,5 +391,6 @@ def _drop_projected_weights(module: nn.Module) -> None:
     """Take the weights out of PyTorch's attention if all three of its projections have codes."""
     projections = [layer for layer in module.children() if isinstance(layer, IntegerProjection)]
     if projections and all("integer_weight" in layer._modules for layer in projections):
+        _settle(module)
         for name in ("in_proj_weight", *(f"{layer.letter}_proj_weight" for layer in projections)):
             module.register_parameter(name, None)

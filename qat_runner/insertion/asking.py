@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from qat_runner.insertion.layers import is_own, weight_shape
 from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
+from qat_runner.insertion.products import Products
+from qat_runner.insertion.tensors import tensors_of
 
 
 class Asked(NamedTuple):
@@ -38,8 +41,18 @@ class Asked(NamedTuple):
 _CAUGHT = (*MATRICES, ATTENTION, F.multi_head_attention_forward)
 """Functions whose calls are taken over in the forward of an attention module."""
 
-Asking = dict[nn.Module, list[list[Asked]]]
-"""Module -> what it asked for itself, in each of its calls."""
+_OTHER = Asked(None, 0, torch.Size(), 0, False)
+"""Stands for products of a module that none of the calls that are known has asked for."""
+
+
+@dataclass
+class Asking:
+    """What the modules of a network asked PyTorch to multiply."""
+
+    calls: dict[nn.Module, list[list[Asked]]] = field(default_factory=dict)
+    """module -> what it asked for itself, in each of its calls"""
+    otherwise: set[tuple[nn.Module, str]] = field(default_factory=set)
+    """parameters, by module and name, that the module does more with than to multiply by them"""
 
 
 @torch.no_grad()
@@ -54,23 +67,24 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
         What was asked for, and what the model returned in eval mode.
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
-    with _Watch(kept) as watch, watch.hooked(model):
+    with _Watch(kept) as watch, watch.products, watch.hooked(model):
         with evaluating(model), repeatable():
             output = model(*inputs)
-        asked = {module: list(calls) for module, calls in watch.asked.items()}
+        watch.given_away(output)
+        asking = Asking({module: [*calls] for module, calls in watch.asking.calls.items()}, {*watch.asking.otherwise})
         try:
             with taking_the_ways_of_training(model):
-                model(*inputs)
-            asked = watch.asked
+                watch.given_away(model(*inputs))
+            asking = watch.asking
         except Exception:  # trace() tells of it
             pass
-    return asked, output
+    return asking, output
 
 
 def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
-    """Whether all that a layer asks for, in each call, is one product with a weight of the shape of its own."""
+    """Whether all that a layer computes, in each call, is one product with a weight of the shape of its own."""
     weight: Any = layer.weight
-    calls = asking.get(layer, [])
+    calls = asking.calls.get(layer, [])
     return bool(calls) and all(
         len(asked) == 1
         and is_own(type(layer), asked[0].func)
@@ -85,12 +99,12 @@ def attends(module: nn.Module, asking: Asking) -> bool:
     The second of two takes as many elements as the first gives: probabilities, of scores. What modules in it ask for
     must be known as well, since it would be mistaken for its own.
     """
-    calls = asking.get(module, [])
+    calls = asking.calls.get(module, [])
     inside = [inner for inner in module.modules() if inner is not module]
     return (
         bool(calls)
         and all(_is_attention([a for a in asked if a.func in _CAUGHT]) for asked in calls)
-        and not any(a.func in _CAUGHT for m in inside for asked in asking.get(m, []) for a in asked)
+        and not any(a.func in _CAUGHT for m in inside for asked in asking.calls.get(m, []) for a in asked)
         and not any(hasattr(module, name) for name in PRODUCTS)
         and not isinstance(module, torch.jit.ScriptModule)
     )
@@ -102,9 +116,13 @@ def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
     Those of two dimensions or more that it uses in one way alone, and where a layer for that can be put beside them.
     """
     found: dict[str, set[int | None]] = {}
-    for asked in (a for calls in asking.get(module, []) for a in calls if a.parameter is not None):
+    for asked in (a for calls in asking.calls.get(module, []) for a in calls if a.parameter is not None):
         found.setdefault(str(asked.parameter), set()).add(asked.contracted)
-    alone = {name: dims for name, dims in found.items() if len(dims) == 1 and not hasattr(module, layer_name(name))}
+    alone = {
+        name: dims
+        for name, dims in found.items()
+        if len(dims) == 1 and (module, name) not in asking.otherwise and not hasattr(module, layer_name(name))
+    }
     return {name: dim for name, dims in alone.items() for dim in dims if dim is not None}
 
 
@@ -143,21 +161,38 @@ def _with_numbers(value: Any) -> Any:
     return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
 
 
+def _is_of_its_kind(func: Any) -> bool:
+    """Whether a function makes a tensor that has of another one its shape, dtype or device alone."""
+    name: str = getattr(func, "__name__", "")
+    return name == "type_as" or name.startswith("new_") or name.endswith("_like")
+
+
+@dataclass
+class _Frame:
+    """One call of a module."""
+
+    module: nn.Module
+    asked: list[Asked] = field(default_factory=list)
+    others: int = 0
+    """products beside those"""
+
+
 class _Watch(TorchFunctionMode):
-    """While open, what is asked for is noted, by the module that is at work."""
+    """While open, and `products` with it, what is asked for is noted, by the module that is at work."""
 
     def __init__(self, kept: set[int]) -> None:
         super().__init__()
-        self.asked: Asking = {}
+        self.asking = Asking()
+        self.products = Products(self._counted)
         self._kept = kept
-        self._open: list[tuple[nn.Module, list[Asked]]] = []
+        self._open: list[_Frame] = []
 
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
         """While open, modules tell when they are called."""
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(lambda m, args: self._open.append((m, []))))
+            handles.append(module.register_forward_pre_hook(lambda m, args: self._open.append(_Frame(m))))
             handles.append(module.register_forward_hook(lambda m, args, out: self._close()))
         try:
             yield
@@ -165,33 +200,65 @@ class _Watch(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
+    def given_away(self, output: Any) -> None:
+        """Note the parameters that what the network returns is made of."""
+        for made in (getattr(t, MADE_OF, None) for t in tensors_of(output)):
+            if made is not None:
+                self.asking.otherwise.add((made.module, made.parameter))
+
     def _close(self) -> None:
-        module, asked = self._open.pop()
-        self.asked.setdefault(module, []).append(asked)
+        frame = self._open.pop()
+        self.asking.calls.setdefault(frame.module, []).append([*frame.asked, *([_OTHER] if frame.others else [])])
+
+    def _counted(self) -> tuple[str, str]:
+        """There was a product."""
+        if self._open:
+            self._open[-1].others += 1
+        return "", ""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not self._open:
+            return func(*args, **kwargs)
+        frame = self._open[-1]
+        others = frame.others
         out = func(*args, **kwargs)
-        if self._open:
-            self._note(func, args, kwargs, out)
+        if self._note(frame, func, args, kwargs, out):
+            frame.others = others  # what it came to is known
         return out
 
-    def _note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        asked = self._open[-1][1]
-        if func is ATTENTION or func is F.multi_head_attention_forward:
-            asked.append(Asked(func, 0, torch.Size(), 0, True))
-        elif func in MOVES and args:
+    def _note(self, frame: _Frame, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
+        """Note a call; whether it is one of those that are taken over."""
+        if func in MOVES and args:
             self._follow(func, args, kwargs, out)
-        elif (call := taken_apart(func, args, kwargs)) is not None:
+            self._note_uses(frame, args[:1], moved=True)
+            return False
+        call = taken_apart(func, args, kwargs)
+        attention = func is ATTENTION or func is F.multi_head_attention_forward
+        if not _is_of_its_kind(func) and any(isinstance(t, Tensor) for t in parts(out)):
+            self._note_uses(frame, (args, kwargs), multiplied=call is not None)
+        if attention:
+            frame.asked.append(Asked(func, 0, torch.Size(), 0, True))
+        elif call is not None:
             made = self._made_of(call.left), self._made_of(call.right)
             computed = [
                 t.is_floating_point() and id(t) not in self._kept and m is None
                 for t, m in zip(call[:2], made, strict=True)
             ]
             sizes = call.left.numel(), call.right.shape, out.numel()
-            asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
+            frame.asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
+        return attention or call is not None
+
+    def _note_uses(self, frame: _Frame, given: Any, moved: bool = False, multiplied: bool = False) -> None:
+        """Note the parameters that a call uses, but those that a module moves, and multiplies by, itself."""
+        for t in (t for t in tensors_of(given) if t is not None):
+            made = getattr(t, MADE_OF, None)
+            if made is not None and not moved and not (multiplied and made.module is frame.module):
+                self.asking.otherwise.add((made.module, made.parameter))
+            for around in {f.module for f in self._open} - {frame.module}:
+                self.asking.otherwise.update((around, name) for name, p in around._parameters.items() if p is t)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what is made of parameters: what happens to them is done to the places of their elements."""
@@ -210,14 +277,14 @@ class _Watch(TorchFunctionMode):
     ) -> tuple[str | None, int | None]:
         """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
         for of, factor, other in ((made[0], 0, 1), (made[1], 1, 0)):
-            if of is not None and of.module is self._open[-1][0]:
+            if of is not None and of.module is self._open[-1].module:
                 if computed[other] and call.summed is not None:
                     return of.parameter, of.along(call.summed[factor])
                 return of.parameter, None
         return None, None
 
     def _made_of(self, t: Any) -> _Made | None:
-        module = self._open[-1][0]
+        module = self._open[-1].module
         for name, parameter in module._parameters.items():
             if parameter is not None and t is parameter and t.ndim > 1 and t.is_floating_point():
                 return _Made(module, name, _places(parameter))

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     compute: Compute
     """the same with other factors"""
     summed: tuple[int, int] | None
-    """the dimension of each that is added up over; None where that is not one of each, or not known"""
+    """the dimension of each that is added up over, from the end; None where that is not one of each, or not known"""
 
 
 _OTHER_SUMS = (
@@ -97,12 +97,12 @@ def _einsum(args: Sequence[Any]) -> Call | None:
         factors = list(factors[0])
     if not isinstance(equation, str) or len(factors) != 2:
         return None
-    summed = _summed_letter(equation.replace(" ", ""))
+    summed = _summed_letter(equation.replace(" ", ""), [factor.ndim for factor in factors])
     return Call(factors[0], factors[1], lambda a, b: torch.einsum(equation, a, b), summed)
 
 
-def _summed_letter(equation: str) -> tuple[int, int] | None:
-    """See `Call`: where the one letter that is not in the result stands in both terms."""
+def _summed_letter(equation: str, dims: Sequence[int]) -> tuple[int, int] | None:
+    """See `Call`: where the one letter that is not in the result stands in both terms, of factors of so many `dims`."""
     terms, arrow, out = equation.partition("->")
     left, right = terms.split(",")
     if not arrow:
@@ -111,13 +111,13 @@ def _summed_letter(equation: str) -> tuple[int, int] | None:
     if len(summed) != 1 or not summed <= {*left} & {*right}:
         return None
     (letter,) = summed
-    return _place(letter, left), _place(letter, right)
+    return _place(letter, left, dims[0]), _place(letter, right, dims[1])
 
 
-def _place(letter: str, term: str) -> int:
-    """The dimension that a letter stands for; counted from the end behind dots, which stand for any number of them."""
-    before, dots, after = term.partition("...")
-    return after.index(letter) - len(after) if dots and letter in after else before.index(letter)
+def _place(letter: str, term: str, dims: int) -> int:
+    """The dimension of so many that a letter stands for, from the end; dots stand for any number of them."""
+    before, _, after = term.partition("...")
+    return after.index(letter) - len(after) if letter in after else before.index(letter) - dims
 
 
 def attention(
@@ -151,11 +151,13 @@ def attention(
         attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=found.dtype).masked_fill(~attn_mask, -torch.inf)
-    if attn_mask is not None:
+    if attn_mask is None:
+        probabilities = found.softmax(-1)
+    else:
         found = found + attn_mask
-    probabilities = found.softmax(-1)
-    if attn_mask is not None:
-        probabilities = probabilities.masked_fill((found == -torch.inf).all(-1, keepdim=True), 0)
+        nothing = (found == -torch.inf).all(-1, keepdim=True)
+        # Before and after: zeros in place of NaN would do for the output, but not for its gradient.
+        probabilities = found.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     if dropout_p > 0:
         probabilities = F.dropout(probabilities, dropout_p)
     return context(probabilities, value)

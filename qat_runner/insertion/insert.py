@@ -20,6 +20,7 @@ from qat_runner.insertion.attention import (
     restore_attention,
 )
 from qat_runner.insertion.layers import (
+    ELEMENTS,
     QuantLayer,
     QuantLinear,
     Swapped,
@@ -64,7 +65,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy
+from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -193,10 +194,10 @@ def insert(
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
-        nameable = {**layers, **{name: model.get_submodule(name) for name in notes}}
+        places = _places({**layers, **{name: model.get_submodule(name) for name in notes}}, ends)
         if tensors is None:  # what no rule was about there, or is left alone by it, need not be here
-            _check_rules(nameable, policy)
-        chosen = _chosen(nameable, policy, ends)
+            _check_rules(places, policy)
+        chosen = _chosen(places, policy)
         _equip_all(model, layers, chosen)
     except BaseException:
         remove_quantizers(model)
@@ -382,33 +383,43 @@ def contracted_by(model: nn.Module) -> dict[str, int]:
     return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
 
 
-def _places(layers: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
-    """Name, kind and operand of all that layers multiply."""
-    return [(name, narrow_kind(layer), operand) for name, layer in layers.items() for operand in operands(layer)]
+Place = tuple[str, str, str, Collection[str]]
+"""Name and kind of a layer, an operand of it, and which ends of the network the layer is, as of `Rule.matches`."""
 
 
-def _check_rules(layers: Mapping[str, nn.Module], policy: Policy) -> None:
+def _places(layers: Mapping[str, nn.Module], ends: Mapping[str, Collection[str]]) -> list[Place]:
+    """All that layers multiply."""
+    return [
+        (name, narrow_kind(layer), operand, ends.get(name, ()))
+        for name, layer in layers.items()
+        for operand in operands(layer)
+    ]
+
+
+def _check_rules(places: Sequence[Place], policy: Policy) -> None:
     """Refuse a policy with a rule that is about no operand of the layers.
 
     Raises:
         PolicyError: there is one.
     """
-    places = _places(layers)
-    for rule in policy.rules:  # those about kinds and ends come from short words, and may find nothing
-        if rule.type == "*" and not rule.end and not any(rule.matches(*place) for place in places):
-            raise PolicyError(
-                f"rule {rule.match!r} is about no layer or tensor that can be quantized (such as {places[0][0]} or "
-                f"{places[0][0]}.{places[0][2]})"
-            )
+    for rule in policy.rules:
+        if rule.usual or any(rule.matches(*place) for place in places):
+            continue
+        name, kind, operand, _ = places[0]
+        what, such = (f" of type {rule.type!r}", f"{name}, a {kind},") if rule.type != "*" else ("", name)
+        end = rule.match.partition(".")[0]
+        named = rule.end and any(place[0].partition(".")[0] == end for place in places)
+        raise PolicyError(
+            f"rule {rule.match!r}{what} is about no layer or tensor that can be quantized (such as {such} or "
+            f"{name}.{operand}){f'; a module that is called {end} is written {exactly(end)}' if named else ''}"
+        )
 
 
-def _chosen(
-    layers: Mapping[str, nn.Module], policy: Policy, ends: Mapping[str, Collection[str]]
-) -> dict[str, dict[str, TensorPolicy]]:
+def _chosen(places: Sequence[Place], policy: Policy) -> dict[str, dict[str, TensorPolicy]]:
     """What a policy says of each operand of each layer."""
     chosen: dict[str, dict[str, TensorPolicy]] = {}
-    for name, kind, operand in _places(layers):
-        chosen.setdefault(name, {})[operand] = policy.tensor(name, kind, operand, ends.get(name, ()))
+    for place in places:
+        chosen.setdefault(place[0], {})[place[2]] = policy.tensor(*place)
     return chosen
 
 
@@ -457,11 +468,12 @@ def _equip(
         restore(layer)
         return
     beside = layer if isinstance(layer, Swapped) else model.get_submodule(name.rpartition(".")[0])
-    device = next(beside.parameters()).device
+    near = next((t for m in (beside, model) for t in (*m.parameters(), *m.buffers())), None)
     for operand, quantizer in quantizers.items():
         if quantizer is not None:
             quantizer.name = f"{name}.{operand}"
-            quantizer.to(device)
+            if near is not None:
+                quantizer.to(near.device)
     give_quantizers(layer, quantizers)
     if rotation is not None:
         assert isinstance(layer, QuantLinear)
@@ -495,7 +507,7 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
-        layer.elements_seen = calls.elements  # type: ignore[assignment]
+        setattr(layer, ELEMENTS, calls.elements)
     setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
         _warn(note)
@@ -511,10 +523,14 @@ def _passed_over(modules: Mapping[str, nn.Module], product: Product) -> bool:
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, of the model, that works once."""
+    """A forward pre-hook, of the model, that works until a batch has come through."""
     _remove_hook(model, _decide_on_first_batch)
-    with quantizers_disabled(model):
-        seen = trace(model, *args, **kwargs)
+    try:
+        with quantizers_disabled(model):
+            seen = trace(model, *args, **kwargs)
+    except BaseException:
+        model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
+        raise
     _decide(model, seen)
 
 
@@ -577,7 +593,7 @@ def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Seque
     for name, count in elements.items():
         layer, _, operand = name.rpartition(".")
         module = model.get_submodule(layer)
-        module.elements_seen = {**getattr(module, "elements_seen", {}), operand: count}  # type: ignore[assignment]
+        setattr(module, ELEMENTS, {**getattr(module, ELEMENTS, {}), operand: count})
 
 
 def quantizers_disabled(model: nn.Module) -> AbstractContextManager[None]:
@@ -628,7 +644,7 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     for module in swapped:
         restore(module)
     for module in model.modules():
-        for name in {POLICY, PRODUCTS} & vars(module).keys():
+        for name in {POLICY, PRODUCTS, ELEMENTS} & vars(module).keys():
             delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
     return model

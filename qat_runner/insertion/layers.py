@@ -9,19 +9,23 @@ which it multiplies is caught on its way to PyTorch, and so it is the weight tha
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import cached, is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
 from qat_runner.policy import DEPTHWISE, EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
+
+ELEMENTS = "elements_seen"
+"""Attribute of a quantized layer that was seen at work: operand -> its elements for one sample."""
 
 
 class Kind(NamedTuple):
@@ -83,6 +87,37 @@ def _new(full: type[nn.Module], base: type[nn.Module] | None) -> Any:
     return made.__new__(made)
 
 
+def stored(module: Any, name: str) -> nn.Parameter:
+    """The parameter that a tensor of a module is, or is made of: where it is of several, the one of its size."""
+    own: dict[str, nn.Parameter] = {key: p for key, p in module._parameters.items() if p is not None}
+    if name in own:
+        return own[name]
+    made_of: list[nn.Parameter]
+    if is_parametrized(module, name):
+        made_of = [*module.parametrizations[name].parameters()]
+    else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is made of
+        made_of = [p for key, p in own.items() if key.startswith(f"{name}_")] or [*own.values()]
+    return max(made_of, key=torch.numel)
+
+
+def parametrized_once(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """While open, what is parametrized in modules is one tensor each, computed before, and no new one for each use.
+
+    So a mode that is opened inside takes none of its products for one of the modules' own.
+    """
+    parametrized = [module for module in modules if is_parametrized(module)]
+    return _computed_before(parametrized) if parametrized else nullcontext()
+
+
+@contextmanager
+def _computed_before(parametrized: Iterable[Any]) -> Iterator[None]:
+    with cached():
+        for module in parametrized:
+            for name in module.parametrizations:
+                getattr(module, name)
+        yield
+
+
 class QuantLayer(nn.Module):
     """A layer that multiplies its quantized input and a quantized weight; its bias is untouched."""
 
@@ -123,13 +158,8 @@ class QuantLayer(nn.Module):
         return [f"{name}_quantizer" for name in self.operands]
 
     def stored_weight(self) -> nn.Parameter:
-        """The parameter that the weight is, or is made of: where it is of several, the one of its size."""
-        if (own := self._parameters.get("weight")) is not None:
-            return own
-        made_of = [*self._parameters.values()]  # weight_orig of pruning, weight_v of weight normalization
-        if is_parametrized(self, "weight"):
-            made_of = [*self.parametrizations.weight.parameters()]  # type: ignore[union-attr]
-        return max((p for p in made_of if p is not None), key=torch.numel)
+        """The parameter that the weight is, or is made of."""
+        return stored(self, "weight")
 
     def stored_part(self) -> int:
         """Which part of that parameter the weight is, where several layers share it in parts."""
@@ -254,14 +284,14 @@ class TakenLayer(QuantLayer, Swapped):
     kind: ClassVar[Kind]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with Taking(self._quantized):
+        with parametrized_once([self]), Taking(self._quantized):
             return super().forward(*args, **kwargs)
 
     def used_weight(self) -> Tensor:
         if self.full_precision in kinds():
             return super().used_weight()
         try:
-            with Taking(self._only_the_weight):
+            with parametrized_once([self]), Taking(self._only_the_weight):
                 super().forward(self._anything())
         except _Used as used:
             return used.weight
@@ -341,14 +371,20 @@ class QuantMatmul(nn.Module):
         for name in operands:
             self.add_module(f"{name}_quantizer", nn.Identity())
 
-    def forward(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
-        """That product, or what else is computed with the two."""
+    def forward(
+        self,
+        left: Tensor,
+        right: Tensor,
+        compute: Compute = torch.matmul,
+        summed: tuple[int, int] | None = (-1, -2),
+    ) -> Tensor:
+        """That product, or what else is computed with the two; `summed` is as of `Call`."""
         by = [self.get_submodule(f"{name}_quantizer") for name in self.operands]
-        turned = is_per_token(by[1])  # whose tokens, the rows that it takes, are columns of the right operand
-        right = right.mT if turned else right
+        dims = [token_dim(quantizer, dim) for quantizer, dim in zip(by, summed or (None, None), strict=True)]
+        left, right = (moved(x, dim, -1) for x, dim in zip((left, right), dims, strict=True))
         a, b = by[0](left), by[1](right)
         with recomputing((a, left, by[0]), (b, right, by[1])):
-            return compute(a, b.mT if turned else b)
+            return compute(moved(a, -1, dims[0]), moved(b, -1, dims[1]))
 
 
 WRITTEN: dict[type[nn.Module], type[Swapped]] = {
@@ -429,12 +465,34 @@ def is_per_token(quantizer: nn.Module) -> bool:
     return isinstance(quantizer, Quantizer) and quantizer.per_token
 
 
+def token_dim(quantizer: nn.Module, summed: int | None) -> int:
+    """The dimension that tokens of an operand run along, which is the one that its products add up over.
+
+    Args:
+        quantizer: of the operand. If it has no scalar for each token, it is all the same: -1.
+        summed: that dimension; None: several, or not known.
+
+    Raises:
+        ValueError: it has, and that is not known.
+    """
+    if not is_per_token(quantizer):
+        return -1
+    if summed is None:
+        raise ValueError(f"{quantizer.name}: granularity=token needs products that add up over one dimension of it")
+    return summed
+
+
+def moved(x: Tensor, source: int, destination: int) -> Tensor:
+    """A tensor with a dimension at another place; the very same where that is its own."""
+    return x if source == destination else x.movedim(source, destination)
+
+
 def elements_of(layer: nn.Module, operand: str) -> int | None:
     """Elements of an operand of a quantized layer: of the weight, of others for one sample; None: not seen yet."""
     if operand == "weight":
         weight: Any = layer.weight
         return int(weight.numel())
-    seen: dict[str, int] = getattr(layer, "elements_seen", {})
+    seen: dict[str, int] = getattr(layer, ELEMENTS, {})
     return seen.get(operand)
 
 

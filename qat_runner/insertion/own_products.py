@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -24,8 +23,10 @@ from qat_runner.insertion.layers import (
     Swapped,
     Taking,
     each,
+    parametrized_once,
     quantized_class,
     restore,
+    stored,
 )
 from qat_runner.quant import Quantizer
 
@@ -47,12 +48,12 @@ class ProductsOf(TorchFunctionMode):
         super().__init__()
         self.module = module
         self.left = [name for name in PRODUCTS if name in module._modules]
-        self.weights = [
-            (layer, layer.weight if isinstance(layer, QuantProjection) else _named_weight(layer))
-            for layer in module.children()
-            if getattr(layer, "for_others", False)
-        ]
-        """of linear layers in it; a call with one of them, the very tensor, is a call of that layer"""
+        self.layers: list[Any] = [layer for layer in module.children() if getattr(layer, "for_others", False)]
+        """linear layers in it; a call with the weight of one, the very tensor, is a call of that layer"""
+        self.projections: dict[nn.Module, Tensor] = {
+            layer: layer.weight for layer in self.layers if isinstance(layer, QuantProjection)
+        }
+        """those that have no such tensor, with one"""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -66,26 +67,23 @@ class ProductsOf(TorchFunctionMode):
         call = taken_apart(func, args, kwargs)
         if call is not None and func in MATRICES and self.left:
             # Autocast keeps probabilities in float32 up to the product, which takes them as it takes the values.
-            return self._next(call.left.to(call.right.dtype), call.right, call.compute)
+            return self._next(call.left.to(call.right.dtype), *call[1:])
         if call is not None and func is F.linear:
-            for layer, weight in self.weights:
-                if weight is call.right:
+            for layer in self.layers:
+                own = self.projections.get(layer)
+                if call.right is (layer.weight if own is None else own):
                     return layer(call.left, call.compute)
         return func(*args, **kwargs)
 
-    def _next(self, left: Tensor, right: Tensor, compute: Compute = torch.matmul) -> Tensor:
-        product: Tensor = self.module.get_submodule(self.left.pop(0))(left, right, compute)
+    def _next(self, *call: Any) -> Tensor:
+        """The next product, of what `Call` has; of two tensors alone their matrix product."""
+        product: Tensor = self.module.get_submodule(self.left.pop(0))(*call)
         return product
 
     def _projections(self) -> dict[str, Any]:
         """Arguments by which `F.multi_head_attention_forward` uses the weights of projections one by one."""
-        own = {layer: weight for layer, weight in self.weights if isinstance(layer, QuantProjection)}
-        return {"use_separate_proj_weight": True, **{f"{p.letter}_proj_weight": weight for p, weight in own.items()}}
-
-
-def _named_weight(layer: nn.Module) -> Tensor | None:
-    """The weight of a layer if it is one tensor, and not computed."""
-    return layer._parameters.get("weight", layer._buffers.get("weight"))
+        own = {f"{layer.letter}_proj_weight": weight for layer, weight in self.projections.items()}
+        return {"use_separate_proj_weight": True, **own}
 
 
 _written_out = FunctionType(
@@ -108,7 +106,7 @@ class QuantAttention(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.as_before:
             return super().forward(*args, **kwargs)
-        with ProductsOf(self):
+        with parametrized_once([self, *self.children()]), ProductsOf(self):
             return super().forward(*args, **kwargs)
 
 
@@ -131,16 +129,19 @@ class QuantProjection(QuantLayer):
     @property
     def weight(self) -> Tensor:
         """[K, C]"""
-        stored = self.stored_weight()
-        packed = stored is self._of[0].in_proj_weight
-        return stored.chunk(3)["qkv".index(self.letter)] if packed else stored
+        whole: Tensor = getattr(self._of[0], self._name)
+        return whole.chunk(3)["qkv".index(self.letter)] if self._packed else whole
+
+    @property
+    def _packed(self) -> bool:
+        return bool(self._of[0]._qkv_same_embed_dim)
+
+    @property
+    def _name(self) -> str:
+        return "in_proj_weight" if self._packed else f"{self.letter}_proj_weight"
 
     def stored_weight(self) -> nn.Parameter:
-        of: Any = self._of[0]
-        stored: nn.Parameter = (
-            getattr(of, f"{self.letter}_proj_weight") if of.in_proj_weight is None else of.in_proj_weight
-        )
-        return stored
+        return stored(self._of[0], self._name)
 
     def stored_part(self) -> int:
         return "qkv".index(self.letter)

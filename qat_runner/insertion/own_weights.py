@@ -21,9 +21,10 @@ from qat_runner.insertion.layers import (
     Swapped,
     Taking,
     full_precision_name,
-    is_per_token,
+    moved,
     quantized_class,
     restore,
+    token_dim,
 )
 from qat_runner.policy import EXPERTS
 from qat_runner.quant import Quantizer
@@ -78,13 +79,14 @@ class OwnWeight(nn.Module):
         super().__init__()
         self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
 
-    per_token = False
-    """Whether each token of the input has a scalar of its own."""
-
     @property
     def weight(self) -> Any:
         """The parameter."""
         return getattr(self._of[0], self.parameter)
+
+    def token_dim(self, summed: int | None) -> int:
+        """The dimension of an input that is to be its last, given the one that a product adds up over."""
+        return -1
 
     def used(self) -> Used:
         """What the module multiplies by, in the shape of the parameter."""
@@ -149,9 +151,8 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         experts, channels = shape[:-2].numel(), shape[-3 - self.contracted]
         return {"tensor": (experts, 1) if len(shape) > 2 else (), "channel": (experts * channels, 1)}
 
-    @property
-    def per_token(self) -> bool:  # type: ignore[override]
-        return is_per_token(self.input_quantizer)
+    def token_dim(self, summed: int | None) -> int:
+        return token_dim(self.input_quantizer, summed)
 
     @property
     def turned(self) -> bool:
@@ -241,14 +242,13 @@ class _Pass:
 
     def _product(self, call: Call) -> Any:
         left, right = self._layer_of(call.left), self._layer_of(call.right)
-        if right is not None and left is None:
-            return right(call.left, self._in_place_of(call.right, right), call.compute, self._used_of(right))
-        if left is not None and right is None:
-            turned = left.per_token and call.summed is not None and call.summed[1] == -2
-            compute = partial(_the_other_way_round, call.compute, turned)
-            input = call.right.mT if turned else call.right
-            return left(input, self._in_place_of(call.left, left), compute, self._used_of(left))
-        return NotImplemented
+        if (left is None) == (right is None):
+            return NotImplemented
+        layer, weight, input = (left, call.left, call.right) if right is None else (right, call.right, call.left)
+        assert layer is not None
+        dim = layer.token_dim(None if call.summed is None else call.summed[1 if right is None else 0])
+        compute = partial(_computed, call.compute, dim, right is None)
+        return layer(moved(input, dim, -1), self._in_place_of(weight, layer), compute, self._used_of(layer))
 
     def _layer_of(self, t: Any) -> OwnWeight | None:
         """The layer whose weight a tensor is, or is made of."""
@@ -267,8 +267,10 @@ class _Pass:
         return self._used[layer.parameter]
 
 
-def _the_other_way_round(compute: Compute, turned: bool, right: Tensor, left: Tensor) -> Tensor:
-    return compute(left, right.mT if turned else right)
+def _computed(compute: Compute, dim: int, weight_first: bool, input: Tensor, weight: Tensor) -> Tensor:
+    """What is computed with an input whose dimension `dim` is its last one, and a weight."""
+    input = moved(input, -1, dim)
+    return compute(weight, input) if weight_first else compute(input, weight)
 
 
 def layer_name(parameter: str) -> str:

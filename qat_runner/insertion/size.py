@@ -3,9 +3,10 @@
 from collections.abc import Hashable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qat_runner.insertion.insert import QuantizedTensor, quantized_tensors
-from qat_runner.insertion.layers import QuantLayer, is_quantized
+from qat_runner.insertion.layers import QuantLayer
 from qat_runner.quant import Quantizer
 
 BITS_OF_FLOAT = 32
@@ -15,26 +16,26 @@ def size_mb(model: nn.Module) -> tuple[float, float]:
     """Megabytes (10^6 bytes) of a network as it is quantized, and in full precision.
 
     Quantized weights count at their bits; clipping scalars, biases, BatchNorm and all that is not quantized at 32. What
-    several layers share is stored once, for the one that has most bits, and in full precision where an embedding that
-    is not quantized looks it up.
+    several modules share is stored once, for the one that has most bits, and in full precision where it is not
+    quantized for one of them.
     """
     owned = {id(t) for m in model.modules() if isinstance(m, Quantizer) for t in (*m.parameters(), *m.buffers())}
     state = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in owned and t.is_floating_point()}
     full = BITS_OF_FLOAT * sum(t.numel() for t in state.values())
     quantized = full + BITS_OF_FLOAT * sum(t.quantizer.s.numel() for t in quantized_tensors(model))
-    looked_up = _looked_up(model)
+    in_full = _in_full_precision(model)
     for (stored, _), tensors in _by_place(model).items():
-        if stored not in looked_up:
+        if stored not in in_full:
             bits = max(tensor.quantizer.format.bits for tensor in tensors)
             quantized -= (BITS_OF_FLOAT - bits) * (tensors[0].elements or 0)
     return quantized / 8e6, full / 8e6
 
 
 def shared_weights(model: nn.Module) -> set[str]:
-    """Names of the quantized weights that are stored for other layers as well."""
-    looked_up = _looked_up(model)
+    """Names of the quantized weights that are stored for other modules as well."""
+    in_full = _in_full_precision(model)
     places = _by_place(model).items()
-    return {t.name for (stored, _), some in places if len(some) > 1 or stored in looked_up for t in some}
+    return {t.name for (stored, _), some in places if len(some) > 1 or stored in in_full for t in some}
 
 
 def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTensor]]:
@@ -48,10 +49,22 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
     return found
 
 
-def _looked_up(model: nn.Module) -> set[Hashable]:
-    """What embeddings have that are not quantized."""
-    plain = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and not is_quantized(m))
-    return {id(module.weight) for module in plain}
+def _in_full_precision(model: nn.Module) -> set[Hashable]:
+    """The parameters that a module has which does not quantize them: an embedding, a head that is left as it is."""
+    quantized = {
+        (stored, id(module))
+        for (stored, _), tensors in _by_place(model).items()
+        for tensor in tensors
+        for module in _owners(model.get_submodule(tensor.layer))
+    }
+    owned = {(id(p), id(module)) for module in model.modules() for p in module._parameters.values() if p is not None}
+    return {parameter for parameter, _ in owned - quantized}
+
+
+def _owners(layer: nn.Module) -> list[nn.Module]:
+    """The modules that have what the weight of a layer is made of: itself, or the one whose parameter that is."""
+    of: nn.Module = getattr(layer, "_of", (layer,))[0]
+    return [of, *(of.parametrizations.modules() if is_parametrized(of) else ())]  # type: ignore[union-attr]
 
 
 def mean_bits(model: nn.Module, weights: bool) -> float | None:

@@ -1,6 +1,7 @@
 """What a model does with one batch: layers it calls, how often, in which order, on inputs of which sign; its products.
 
-A forward pass in eval mode is watched call by call, and then one that goes as in training, for what happens there only.
+A forward pass in eval mode is watched call by call, and then one that goes as in training, for what happens there only
+and for signs, which are those of both.
 "Cannot be negative" is a matter of structure: the tag starts at functions such as ReLU or sigmoid and passes through
 those that keep it (pooling, reshaping, sums of tagged tensors). Values decide where structure knows nothing, at the
 model's own inputs. So an average pooled from hardswish outputs is signed even if this one batch happens to be positive.
@@ -24,7 +25,7 @@ from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
 from qat_runner.policy import EXPERTS
 
-_STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
+_STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp", "bernoulli"}
 # fmt: off
 _KEEPS = {
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -266,14 +267,14 @@ class _Calls:
         layer.calls += layer.training_only == self.training_only  # what was seen in eval mode is not counted again
 
     def _look(self, module: nn.Module, operand: str, given: nn.Module, args: tuple[Tensor, ...]) -> None:
-        layer = self.layers[module]
-        if layer.training_only != self.training_only or not args:
+        if not args:
             return
-        x = args[0]
+        layer, x = self.layers[module], args[0]
         # Values only ever overrule structure towards signed, should it have been fooled.
         negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
         layer.signed[operand] = layer.signed.get(operand, False) or negative
-        layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // self._samples_in(x))
+        if layer.training_only == self.training_only:
+            layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // self._samples_in(x))
 
     def _samples_in(self, x: Tensor) -> int:
         """How many samples a tensor is of: heads, windows or steps of all of them may be in its first dimension."""

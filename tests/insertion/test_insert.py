@@ -77,6 +77,8 @@ def test_torchvision_models_keep_class_names_and_state(name: str) -> None:
     assert not torch.equal(model(x), full(x))
     assert torch.equal(remove_quantizers(model)(x), full(x))
     assert list(model.state_dict()) == list(full.state_dict())
+    for layer, before in zip(model.modules(), full.modules(), strict=True):
+        assert vars(layer).keys() == vars(before).keys()
 
 
 def test_bits_granularity_and_gradients_of_the_paper() -> None:
@@ -353,6 +355,32 @@ def test_signs_follow_structure(function: Any, signed: bool) -> None:
     assert sign_of(function) is signed
 
 
+class Otherwise(nn.Module):
+    """Gives its second layer something else in training."""
+
+    def __init__(self, trained: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.trained = nn.Linear(6, 6), nn.Linear(6, 4), trained
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return self.b(self.trained(y) if self.training else y)
+
+
+@pytest.mark.parametrize(
+    ("trained", "signed"),
+    [
+        (lambda y: y - 1, True),
+        (lambda y: torch.cat([y, y])[:2], False),
+        (lambda y: y * torch.empty(2, 1).bernoulli_(0.5).div_(0.5), False),  # as stochastic depth does
+    ],
+)
+def test_signs_are_those_of_training_as_well(trained: Any, signed: bool) -> None:
+    model = quantize_model(Otherwise(trained), example=torch.randn(2, 6))
+    assert find(model)["b.input"].format.signed is signed
+    assert {t.name: t.elements for t in quantized_tensors(model)}["b.input"] == 6
+
+
 def test_copies_of_an_undecided_model_decide_for_themselves() -> None:
     x = torch.rand(2, 3, 8, 8)
     model = quantize_model(Small())
@@ -365,6 +393,16 @@ def test_copies_of_an_undecided_model_decide_for_themselves() -> None:
     assert not model._forward_pre_hooks
     quantize_model(model, example=x)
     assert "?" not in summary(model)
+
+
+def test_a_first_batch_that_fails_is_none() -> None:
+    model, x = quantize_model(Small()), torch.rand(2, 3, 8, 8)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    assert "?" in summary(model)
+    model(x)
+    assert "?" not in summary(model) and not find(model)["a.input"].format.signed
+    assert not model._forward_pre_hooks
 
 
 def test_the_sign_travels_with_the_state() -> None:

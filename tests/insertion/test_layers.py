@@ -4,6 +4,7 @@ import copy
 import io
 import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from qat_runner.insertion import (
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
 from qat_runner.insertion.layers import kind_of
 from qat_runner.insertion.own_products import PROJECTIONS
-from qat_runner.insertion.size import size_mb
+from qat_runner.insertion.size import shared_weights, size_mb
 from qat_runner.policy import Rule
 from qat_runner.quant import fake_quantize, octav
 
@@ -143,6 +144,23 @@ class Fused(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **self.how)
 
 
+class Products(nn.Module):
+    """Attention without a parameter."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.products = nn.Linear(8, 24), Products()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.products(*self.qkv(x).chunk(3, -1))
+        return out
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
@@ -172,6 +190,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "fused, masked": lambda: Fused(attn_mask=MASK),
     "fused, biased": lambda: Fused(attn_mask=BIAS, scale=0.3),
     "fused, causal": lambda: Fused(is_causal=True),
+    "without a parameter": lambda: Around(),
     "torch": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
     "torch, decoder": lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True),
 }
@@ -197,8 +216,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     quantized = model(*inputs)
     assert not torch.equal(quantized, plain) and (quantized - plain).abs().max() < 0.3
     model.train()(*inputs).square().mean().backward()
-    still = [n for n, p in model.named_parameters() if p.grad is None]
-    assert not still
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.eval()
     file = io.BytesIO()
     torch.save(model, file)
@@ -210,9 +228,8 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     save(model, tmp_path / "net.pt")
     other = nn.Sequential(ATTENTION[name]()) if "dec" not in name else ATTENTION[name]()
     assert torch.equal(load(tmp_path / "net.pt", other).eval()(*inputs), expected)
-    ATTENTION[name]() if "dec" in name else nn.Sequential(ATTENTION[name]()).load_state_dict(
-        full_precision_state_dict(model)
-    )
+    remove_quantizers(other).load_state_dict(full_precision_state_dict(model))
+    assert torch.equal(other(*inputs), plain)
     frozen = freeze(model, batches=[inputs])(*inputs)
     integers = qat.export(model, tmp_path / "net.pt2", inputs)
     torch.testing.assert_close(integers(*inputs), frozen)
@@ -222,6 +239,68 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     calibrate(model, [inputs])
     assert torch.equal(remove_quantizers(model)(*inputs), plain)
     assert model.state_dict().keys() == state.keys()
+
+
+def orthogonal(module: nn.Module, name: str) -> nn.Module:
+    return nn.utils.parametrizations.orthogonal(module, name, "cayley")  # which multiplies, by @
+
+
+def pruned(module: nn.Module, name: str) -> object:
+    return prune.l1_unstructured(module, name, 0.3)
+
+
+@pytest.mark.filterwarnings("ignore:mm in .*_Orthogonal")
+@pytest.mark.parametrize("change", [pruned, nn.utils.parametrizations.weight_norm, orthogonal])
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_attention_of_torch_whose_weights_are_computed(
+    name: str, change: Callable[[Any, str], object], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), torch.randn(2, 5, 8)
+    place, _, tensor = f"0.self_attn.{name}".rpartition(".")
+    change(model.get_submodule(place), tensor)
+    plain = model.eval()(x)
+    quantize_model(model, 4, first_last_bits=None, example=x)
+    tensors = [t for t in quantized_tensors(model) if ".self_attn." in t.name]
+    assert len(tensors) == 12  # weight and input of four layers, four of the products
+    stored = [model.get_submodule(t.layer).stored_weight() for t in tensors if t.tensor == "weight"]  # type: ignore[operator]
+    assert {id(p) for p in stored} < {id(p) for p in model.parameters()}
+    small, full = size_mb(model)
+    assert full - small == pytest.approx((28 * (4 * 64 + 2 * 128) - 32 * 16) / 8e6)  # 16 scalars
+    with quantizers_disabled(model):
+        torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-5)
+    calls = [0] * len(tensors)
+    for i, t in enumerate(tensors):
+        t.quantizer.register_forward_hook(lambda q, args, out, i=i: calls.__setitem__(i, calls[i] + 1))
+    model.train()(x).square().sum().backward()
+    assert calls == [1] * len(tensors)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if change is not pruned:  # of which PyTorch makes no copies
+        frozen = freeze(model, batches=[x]).eval()(x)
+        torch.testing.assert_close(qat.export(model, tmp_path / "net.pt2", x)(x), frozen)
+
+
+@pytest.mark.filterwarnings("ignore:mm in .*_Orthogonal")
+def test_what_a_weight_is_computed_by_is_no_product_of_the_layer() -> None:
+    torch.manual_seed(0)
+    layer, x = orthogonal(Transposed(8, 8), "weight"), torch.randn(3, 8)
+    model = quantize_model(nn.Sequential(layer), 4, first_last_bits=None, example=x).eval()
+    w = layer.weight.detach()
+    by_hand = fake_quantize(x, octav(x, 4), 4) @ fake_quantize(w, octav(w, 4), 4).T + layer.bias
+    torch.testing.assert_close(model(x), by_hand, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.used_weight(), w)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.zeros(5, 5).masked_fill(~MASK, -torch.inf)], ids=["bool", "float"])
+def test_gradients_of_a_query_that_looks_at_nothing(mask: Tensor) -> None:
+    torch.manual_seed(0)
+    model, x = Fused(attn_mask=mask), torch.randn(2, 5, 8)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    quantize_model(model, 8, example=x).zero_grad()
+    with quantizers_disabled(model):
+        model(x).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
@@ -251,6 +330,27 @@ def test_a_module_that_is_no_attention_is_named() -> None:
     with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* is not quantized: only convolutions"):
         model = quantize_model(Three(), example=torch.randn(2, 5, 8))
     assert [rest.operation for rest in not_quantized(model)] == ["bmm"]
+
+
+BESIDES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tensordot": lambda x, w: torch.tensordot(x, 2 * w, ([1], [1])),
+    "inner": lambda x, w: torch.inner(x, 2 * w),
+    "mv": lambda x, w: torch.mv(w, x[0]),
+    "addmm": lambda x, w: torch.zeros(2, 6).addmm(x, w.T),
+    "cdist": torch.cdist,
+}
+"""What a layer may compute beside its product, of [2, 4] and [6, 4]."""
+
+
+@pytest.mark.parametrize("name", BESIDES)
+def test_layers_that_multiply_once_more_are_left_alone(name: str) -> None:
+    class More(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias) + BESIDES[name](x, self.weight)
+
+    with pytest.warns(QuantizationWarning, match=r"^0 is a More, which may not compute what its base class does"):
+        model = quantize_model(nn.Sequential(More(4, 6), nn.Linear(6, 3)), example=torch.randn(2, 4))
+    assert {t.layer for t in quantized_tensors(model)} == {"1"} and (quantized_share(model) or 1) < 0.5
 
 
 def test_without_an_example_what_is_not_known_stays() -> None:
@@ -288,6 +388,38 @@ def test_embeddings_where_a_rule_names_them(tmp_path: Path) -> None:
     integers = qat.export(freeze(model, batches=[x]), tmp_path / "net.pt2", x)
     assert torch.equal(integers(x), model(x)) and integers[0].integer_weight.codes.shape == (20, 8)
     torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], model(x))
+
+
+class Head(nn.Module):
+    """Multiplies by a parameter of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape[::-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("head", [partial(nn.Linear, bias=False), Head])
+@pytest.mark.parametrize(
+    ("rules", "quantized", "bits"),
+    [
+        ([], {"1", "2"}, 32),  # the table is looked up as it is
+        ([Rule("*", "Embedding", bits=3)], {"0", "1", "2"}, 4),
+        ([Rule("*", "Embedding", bits=3), Rule("2*", bits=32)], {"0", "1"}, 32),
+    ],
+)
+def test_a_weight_is_stored_as_it_is_used(
+    head: Callable[[int, int], nn.Module], rules: list[Rule], quantized: set[str], bits: int
+) -> None:
+    model = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 16, bias=False), head(16, 11))
+    model[2].weight = model[0].weight
+    quantize_model(model, 4, first_last_bits=None, rules=rules, example=torch.zeros(2, 3).long())
+    tensors = quantized_tensors(model)
+    assert {t.layer.partition(".")[0] for t in tensors if t.tensor == "weight"} == quantized
+    assert size_mb(model)[0] * 8e6 == pytest.approx(bits * 11 * 16 + 4 * 16 * 16 + 32 * len(tensors))
+    assert {name.partition(".")[0] for name in shared_weights(model)} == quantized - {"1"}
 
 
 ROOT = Path(__file__).resolve().parents[2]

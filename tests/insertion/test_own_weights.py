@@ -351,6 +351,57 @@ def test_what_does_not_fit_stays_and_is_named() -> None:
         assert len(quantized_tensors(quantize_model(taken, example=X))) == 2
 
 
+class Table(nn.Module):
+    """Looks up rows of a parameter, [9, C], and multiplies by it."""
+
+    def __init__(self, used: Callable[[nn.Module, Tensor], Tensor], product: Way = F.linear) -> None:
+        super().__init__()
+        self.table, self.layer, self.used, self.product = (
+            nn.Parameter(torch.randn(9, C)),
+            nn.Linear(C, C),
+            used,
+            product,
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.product(self.layer(self.used(self, ids)), self.table)
+
+
+LOOK_UPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "in a layer": lambda module, ids: module.table[ids],
+    "before it is added to": lambda module, ids: module.table[ids] + 1,
+    "by embedding": lambda module, ids: F.embedding(ids, module.table),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_UPS)
+def test_a_parameter_that_is_looked_up_as_well(name: str) -> None:
+    ids, seen = torch.arange(9), []
+    with pytest.warns(QuantizationWarning, match=r"^(mm|addmm) in the model itself, .* is not quantized"):
+        model = quantize_model(Table(LOOK_UPS[name]), 2, example=ids)
+    assert {t.layer for t in quantized_tensors(model)} == {"layer"}
+    model.layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model.eval()(ids)
+    assert torch.equal(seen[0], LOOK_UPS[name](model, ids))
+
+
+def test_a_parameter_of_a_module_inside() -> None:
+    """It is taken for the module's own as well, if that is at work around it."""
+    model = Table(lambda module, ids: module.layer.weight[ids])
+    model.table = model.layer.weight
+    with pytest.warns(QuantizationWarning, match=r"^(mm|addmm) in the model itself, .* is not quantized"):
+        quantize_model(model, example=torch.arange(C))
+    assert {t.name for t in quantized_tensors(model)} == {"layer.weight", "layer.input"}
+
+
+def test_a_parameter_that_is_asked_for_its_shape() -> None:
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w[:]) + x.new_zeros(w[:].shape[0]) + w[:].new_ones(9) + torch.zeros_like(w[:, 0])
+
+    model = quantize_model(Table(lambda module, x: x, product), example=X)
+    assert {t.layer for t in quantized_tensors(model)} == {"layer", "table_product"}
+
+
 def test_saved_whole() -> None:
     model, file = quantize_model(Two(), example=X).eval(), io.BytesIO()
     torch.save(model, file)
@@ -385,15 +436,18 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_what_einsum_adds_up_over() -> None:
-    def summed(equation: str) -> tuple[int, int] | None:
-        call = taken_apart(torch.einsum, (equation, X, X), {})
+    def summed(equation: str, *dims: int) -> tuple[int, int] | None:
+        call = taken_apart(torch.einsum, (equation, *(torch.ones([1] * n) for n in dims)), {})
         assert call is not None
         return call.summed
 
-    assert summed("ecd, edf -> ecf") == (2, 1)
-    assert summed("...d,efd") == (-1, 2)
-    assert summed("...dx,d...->...x") == (-2, 0)
-    assert summed("nd,edf->nf") is None and summed("nd,df->ndf") is None and summed("nde,de->n") is None
+    assert summed("ecd, edf -> ecf", 3, 3) == (-1, -2)
+    assert summed("bid,bjd->bij", 3, 3) == (-1, -1)
+    assert summed("...d,efd", 4, 3) == (-1, -1)
+    assert summed("...dx,d...->...x", 3, 2) == (-2, -2)
+    assert (
+        summed("nd,edf->nf", 2, 3) is None and summed("nd,df->ndf", 2, 2) is None and summed("nde,de->n", 3, 2) is None
+    )
 
 
 def test_several_passes_have_one_quantization() -> None:

@@ -1,5 +1,6 @@
 """Rules: which tensors they are about, what overrides what, files, and networks that are saved with them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from qat_runner.insertion import Policy, PolicyError, Rule, load, quantize_model, quantized_tensors, save, summary
 from qat_runner.insertion.insert import policy_of, wanted
+from qat_runner.policy import exactly
 from qat_runner.quant import LearnedQuantizer, Octav, Percentile
 
 
@@ -88,6 +90,52 @@ def test_ends_have_names_and_follow_the_order_of_calls() -> None:
     assert [rule.match for rule in policy_of(model).rules[-2:]] == ["stem.input", "head.*"]
 
 
+class Ends(nn.Module):
+    """Modules that are called as ends are, and are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.last, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc(self.last(self.first(self.stem(x))).mean((2, 3)))
+        return out
+
+
+def test_modules_that_are_called_as_ends_are(tmp_path: Path) -> None:
+    widths = {"stem": 8, "first.0": 4, "last": 4, "fc": 8}
+
+    def by_layer(**how: Any) -> dict[str, int]:
+        model = quantize_model(Ends(), 4, example=X, **how)
+        save(model, tmp_path / "net.pt")
+        assert summary(load(tmp_path / "net.pt", Ends())) == summary(model)
+        assert all(wanted(model, t).bits == t.quantizer.format.bits for t in quantized_tensors(model))
+        return {t.layer: t.quantizer.format.bits for t in quantized_tensors(model)}
+
+    assert by_layer() == widths
+    for name in ("first.0", "last"):
+        assert by_layer(keep=[name]) == {layer: n for layer, n in widths.items() if layer != name}
+        assert by_layer(rules=[Rule(exactly(name), bits=3)]) == widths | {name: 3}
+    assert by_layer(rules=[Rule("last", bits=3)]) == widths | {"fc": 3}
+    with pytest.raises(PolicyError, match=r"'first.0' .*; a module that is called first is written \[f\]irst$"):
+        quantize_model(Ends(), rules=[Rule("first.0", bits=3)], example=X)
+
+
+def test_short_words_may_be_about_nothing() -> None:
+    """Rules that `Policy.of` makes are about kinds and ends that not every network has, also when they were read."""
+    policy = Policy.of(4, activation_granularity="token", quantize_head=False, activation_bits=8)
+    for network, x in ((nn.Sequential(nn.Conv2d(3, 4, 3)), X), (Products(), torch.randn(2, 5, 8))):
+        assert quantized_tensors(quantize_model(network, Policy.from_list(policy.as_list()), example=x))
+
+
+class Products(nn.Module):
+    """Attention alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+
 def test_methods_may_be_mixed() -> None:
     rules = [Rule("block1.*", clipping=Octav(warm_iterations=None), dynamic=False)]
     policy = Policy.of(4, "lsq", rules=rules)
@@ -133,8 +181,17 @@ def test_rules_that_are_none(rule: Any, message: str) -> None:
 
 def test_a_policy_that_does_not_go_with_the_network() -> None:
     model = Net()
-    for rule in (Rule("block3.*", bits=2), Rule("head.bias", bits=2)):
-        with pytest.raises(PolicyError, match="is about no layer or tensor that can be quantized"):
+    rules = {
+        Rule("block3.*", bits=2): "'block3.*'",
+        Rule("head.bias", bits=2): "'head.bias'",
+        Rule("first.wieght", bits=2): "'first.wieght'",
+        Rule("*", "conv2d", bits=2): "'*' of type 'conv2d'",
+        Rule("stem", "Linear", bits=2): "'stem' of type 'Linear'",
+        Rule("*", "Experts", bits=2): "'*' of type 'Experts'",
+    }
+    for rule, told in rules.items():
+        message = rf"rule {re.escape(told)} is about no layer or tensor that can be quantized \(such as stem"
+        with pytest.raises(PolicyError, match=message):
             quantize_model(model, 4, rules=[rule], example=X)
     with pytest.raises(PolicyError, match="leaves all of Net in full precision"):
         quantize_model(model, Policy((Rule("*", bits=4), Rule("*", bits=32))), example=X)

@@ -1,6 +1,7 @@
 """Activations with a scalar for each token."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,25 +111,63 @@ def test_nothing_of_it_is_constant(tmp_path: Path) -> None:
     assert q.ready
 
 
-class Turned(nn.Module):
-    """Multiplies by a parameter from the left: tokens are columns."""
+COLUMNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weight first": lambda x, w: w @ x.mT,
+    "einsum": lambda x, w: torch.einsum("bct,kc->bkt", x.mT, w),
+    "einsum, weight first": lambda x, w: torch.einsum("kc,bct->bkt", w, x.mT),
+    "einsum with dots": lambda x, w: torch.einsum("c...t,kc->kt...", x.transpose(0, 2), w),
+}
+"""Name -> what is computed with tokens [N, L, C], whose elements do not lie along the last dimension, and [K, C]."""
 
-    def __init__(self) -> None:
+
+class Turned(nn.Module):
+    """Multiplies by a parameter."""
+
+    def __init__(self, way: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.mix = nn.Parameter(torch.randn(6, 8))
+        self.mix, self.way = nn.Parameter(torch.randn(6, 8)), way
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(self.mix, x.mT).mT
+        return self.way(x, self.mix)
 
 
-def test_tokens_that_are_columns() -> None:
+@pytest.mark.parametrize("name", COLUMNS)
+def test_tokens_that_are_columns(name: str) -> None:
     x = torch.randn(2, 5, 8)
-    model = quantize_model(Turned(), 4, **OF_LINEAR, example=(x,)).eval()
-    layer = model.get_submodule("mix_product")
+    model = quantize_model(Turned(COLUMNS[name]), 4, **OF_LINEAR, example=(x,)).eval()
+    layer: Any = model.get_submodule("mix_product")
     assert isinstance(layer, QuantOwnWeight)
-    model(x)
-    assert layer.input_quantizer.latest.shape == (10, 1)  # type: ignore[operator, union-attr]
-    torch.testing.assert_close(layer.input_quantizer.latest, octav(x.view(10, 8), 4, 0))  # type: ignore[operator, union-attr]
+    out = model(x)
+    by_hand = [fake_quantize(t, octav(t, 4, dim), 4) for t, dim in ((x.view(10, 8), 0), (model.mix.detach(), None))]
+    torch.testing.assert_close(out, COLUMNS[name](by_hand[0].view_as(x), by_hand[1]), rtol=1e-4, atol=1e-5)
+    assert layer.input_quantizer.latest.shape == (10, 1)
+
+
+class ByEinsum(nn.Module):
+    """Attention of [N, L, C]."""
+
+    def __init__(self, scores: str) -> None:
+        super().__init__()
+        self.qkv, self.scores_of = nn.Linear(8, 24), scores
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.einsum("bij,bjd->bid", torch.einsum(self.scores_of, q, k).softmax(-1), v)
+
+
+def test_attention_by_einsum_has_tokens_where_they_lie() -> None:
+    x = torch.randn(2, 5, 8)
+    how = OF_LINEAR | {"rules": [Rule("*.value", bits=32)]}
+    model = quantize_model(ByEinsum("bid,bjd->bij"), 8, **how, example=(x,)).eval()
+    outlying = x.clone()
+    outlying[0, 4] *= 100
+    seen: list[Tensor] = []
+    model.get_submodule("scores.key_quantizer").register_forward_hook(lambda q, args, out: seen.append(out))
+    model(x), model(outlying)
+    assert torch.equal(seen[0][:, :4], seen[1][:, :4]) and not torch.equal(seen[0], seen[1])
+    other = quantize_model(ByEinsum("bid,bjc->bij"), 8, **how, example=(x,))
+    with pytest.raises(ValueError, match=r"^scores\.query: granularity=token needs products that add up over one dim"):
+        other(x)
 
 
 def test_attention_by_token() -> None:
