@@ -9,8 +9,7 @@ which it multiplies is caught on its way to PyTorch, and so it is the weight tha
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -100,22 +99,21 @@ def stored(module: Any, name: str) -> nn.Parameter:
     return max(made_of, key=torch.numel)
 
 
-def parametrized_once(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
-    """While open, what is parametrized in modules is one tensor each, computed before, and no new one for each use.
+def parametrized_once(modules: Iterable[nn.Module], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a call gives in which all that is parametrized in modules is one tensor each, computed before, and not a new
+    one for each use.
 
-    So a mode that is opened inside takes none of its products for one of the modules' own.
+    So a mode that the call opens takes none of its products for one of the modules' own. (No context manager: compilers
+    of some versions of Python cannot return from two of them.)
     """
-    parametrized = [module for module in modules if is_parametrized(module)]
-    return _computed_before(parametrized) if parametrized else nullcontext()
-
-
-@contextmanager
-def _computed_before(parametrized: Iterable[Any]) -> Iterator[None]:
+    parametrized: list[Any] = [module for module in modules if is_parametrized(module)]
+    if not parametrized:
+        return call(*args, **kwargs)
     with cached():
         for module in parametrized:
             for name in module.parametrizations:
                 getattr(module, name)
-        yield
+        return call(*args, **kwargs)
 
 
 class QuantLayer(nn.Module):
@@ -284,18 +282,21 @@ class TakenLayer(QuantLayer, Swapped):
     kind: ClassVar[Kind]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with parametrized_once([self]), Taking(self._quantized):
-            return super().forward(*args, **kwargs)
+        return parametrized_once([self], self._taken, self._quantized, *args, **kwargs)
 
     def used_weight(self) -> Tensor:
         if self.full_precision in kinds():
             return super().used_weight()
         try:
-            with parametrized_once([self]), Taking(self._only_the_weight):
-                super().forward(self._anything())
+            parametrized_once([self], self._taken, self._only_the_weight, self._anything())
         except _Used as used:
             return used.weight
         raise RuntimeError(f"{type(self).__name__} multiplies nothing by a weight")
+
+    def _taken(self, take: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Its own forward, all calls of which are taken."""
+        with Taking(take):
+            return super().forward(*args, **kwargs)
 
     @torch.no_grad()
     def used_parameter(self) -> nn.Parameter | None:

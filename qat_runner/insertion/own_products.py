@@ -106,7 +106,11 @@ class QuantAttention(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.as_before:
             return super().forward(*args, **kwargs)
-        with parametrized_once([self, *self.children()]), ProductsOf(self):
+        return parametrized_once([self, *self.children()], self._taken, *args, **kwargs)
+
+    def _taken(self, *args: Any, **kwargs: Any) -> Any:
+        """Its own forward, whose products are taken."""
+        with ProductsOf(self):
             return super().forward(*args, **kwargs)
 
 
