@@ -87,6 +87,10 @@ ENDS = ("first", "last")
 """What `match` calls the first convolution and the last linear layer."""
 
 
+Place = tuple[str, str, str, Collection[str]]
+"""Name and kind of a layer, an operand of it, and what of ENDS the layer is, as of `Rule.matches`."""
+
+
 def exactly(name: str) -> str:
     """The glob over names that is about one alone, be it that of a module which is called as one of ENDS is."""
     escaped = glob.escape(name)
@@ -499,19 +503,19 @@ class Policy:
             raise PolicyError(f"{layer}.{operand}: granularity=token is for {of}, whose products add up within a token")
         return TensorPolicy(**settings)
 
-    def with_ends(self, ends: Mapping[str, Collection[str]]) -> Policy:
-        """The same for one network: rules about ends are about these layers by name.
+    def with_ends(self, places: Sequence[Place]) -> Policy:
+        """The same for one network: rules about ends are about its layers by name, if they are about any.
 
         Args:
-            ends: name of a layer -> what of ENDS it is.
+            places: all that its layers multiply.
         """
         rules: list[Rule] = []
         for rule in self.rules:
-            end, _, operand = rule.match.partition(".")
             if not rule.end:
                 rules.append(rule)
                 continue
-            for layer in (name for name, which in ends.items() if end in which):
+            operand = rule.match.partition(".")[2]
+            for layer in dict.fromkeys(place[0] for place in places if rule.matches(*place)):
                 rules.append(replace(rule, match=f"{exactly(layer)}.{operand or '*'}"))
         return Policy(tuple(rules))
 

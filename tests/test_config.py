@@ -135,10 +135,6 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["clipping=lsq", "clipping.sync=true"], "clipping.sync=true: is for scalars that are solved in training"),
         (["clipping=lsq", "clipping.eval_mode=running"], "clipping.eval_mode=running: is for scalars that are solved"),
         (["clipping=lsq", "clipping.dynamic=true"], "clipping.dynamic=true: clipping=lsq learns its scalars"),
-        (
-            ["clipping=static_octav", "clipping.eval_mode=running", "mode=ptq", "weights=w.pt"],
-            "clipping.eval_mode=running: is for scalars that are solved, not static",
-        ),
         (["clipping.sync=true", "mode=ptq", "weights=w.pt"], "clipping.sync=true: is for training, and mode=ptq does"),
         (["clipping.sync=true", "mode=evaluate", "weights=w.pt"], "clipping.sync=true: is for training, and mode=eval"),
         (["clipping=pact", "range=full"], "range=full: clipping=pact has ranges of its own"),
@@ -237,6 +233,24 @@ def test_oscillations_that_no_one_watches_tell_no_runs_apart(composed: Compose) 
     ways += [["oscillations.max_bits=8"]]
     for watched, names in (([], 1), (["oscillations.measure=true"], 4), (["oscillations.freeze_to=0.01"], 5)):
         assert len({run_name(composed(*watched, *way)) for way in ways}) == names
+
+
+def test_static_scalars_are_the_same_in_each_mode_of_evaluation(composed: Compose) -> None:
+    static = ["clipping=static_octav", "mode=retrain", "weights=baseline"]
+    ways = [[], ["clipping.eval_mode=running"], ["clipping.eval_mode=last"]]
+    assert len({run_name(composed(*static, *way)) for way in ways}) == 1
+    assert len({run_name(composed(*way)) for way in ways}) == 3
+    rules = "rules=[{match: conv1.weight, clipping: octav, dynamic: true}]"
+    assert len({run_name(composed(*static, rules, *way)) for way in ways}) == 3
+
+
+def test_full_precision_has_no_bits_to_choose(composed: Compose) -> None:
+    """Such as a row of an experiment, beside those that have."""
+    plain = composed("bits=32")
+    beside = composed("policy=auto", "budget=4", "weight_bits=32", "activation_bits=32", "clipping.sync=true")
+    assert run_name(beside) == run_name(plain) and beside.policy is None and not beside.limits
+    with pytest.raises(ConfigError, match="weight_bits=32, activation_bits=32: mode=allocate has nothing to choose"):
+        composed("mode=allocate", "weights=baseline", "budget=4", "bits=32")
 
 
 def test_words_for_weights_are_no_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

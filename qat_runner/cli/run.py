@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -197,8 +198,6 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
     for flag in ("config_dir", "config_name", "config_path", "experimental_rerun"):
         if getattr(parsed, flag) is not None:
             _refuse(f"--{flag.replace('_', '-')}: a run is composed of the shipped configs and of keys")
-    if parsed.multirun and (parsed.cfg or parsed.info):
-        _refuse("--cfg and --info show one config, not a sweep's")
     if sum(map(bool, (parsed.run, parsed.multirun, parsed.cfg, parsed.info, parsed.shell_completion))) > 1:
         _refuse("--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out")
     for flag in ("resolve", "package"):
@@ -254,48 +253,46 @@ def _detach(args: Sequence[str], runs_dir: Path) -> int:
 def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[QatError]) -> None:
     """Run the rows, here or where Hydra's launcher says; their errors are collected. Without rows, Hydra shows what was
     asked for."""
-    launcher = next((arg.partition("=")[2] for arg in args if arg.startswith("hydra/launcher=")), _HERE)
+    launcher = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith("hydra/launcher=")), _HERE)
     sweep = any(arg in _MULTIRUN for arg in args)
-    if rows and launcher == _HERE:  # composed and checked as they are
+    if not rows:
+        _launch(args, sweep)
+    elif launcher == _HERE:  # composed and checked as they are
         _run_here([*rows.values()], sweep, failures)
-        return
-    with TemporaryDirectory() as scratch:
-        # Hydra notes a sweep down, for which no one asked; but jobs of submitit leave their logs there.
-        place = scratch if launcher in (_HERE, "joblib") or not rows else next(iter(rows.values())).runs_dir
-        try:
-            _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}") if rows else args, sweep)
-        except QatError as error:
-            failures.append(error)
-        except (HydraException, OmegaConfBaseException):
-            raise
-        except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
-            if launcher == _HERE:
+    else:
+        with TemporaryDirectory() as scratch:
+            # Hydra notes a sweep down, for which no one asked; but jobs of submitit leave their logs there.
+            place = scratch if launcher == "joblib" else next(iter(rows.values())).runs_dir
+            try:
+                _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}"), sweep)
+            except QatError as error:
+                failures.append(error)
+            except (HydraException, OmegaConfBaseException):
                 raise
-            reason = str(error).strip() or type(error).__name__
-            failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
+            except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
+                reason = str(error).strip() or type(error).__name__
+                failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
 
 
 def _run_here(configs: Sequence[Config], sweep: bool, failures: list[QatError]) -> None:
-    """One after the other; those of a sweep that other processes are at work on come last."""
+    """One after the other; those of a sweep that other processes are at work on come last, unless something failed."""
     from qat_runner.experiment import run, run_after_others
 
-    busy: list[Config] = []
-    for config in configs:
+    waiting = deque((run, config) for config in configs)
+    while waiting:
+        carry_out, config = waiting.popleft()
+        if carry_out is run_after_others and failures:
+            return
         try:
-            run(config)
+            carry_out(config)
         except QatError as error:
             if sweep and isinstance(error, BusyError):
-                busy.append(config)
+                waiting.append((run_after_others, config))
                 continue
             failures.append(error)
             # A stop ends the whole request; so does any failure of one of several processes: the others may not know.
             if isinstance(error, StoppedError) or ranks.launched():
                 return
-    for config in busy if not failures else ():
-        try:
-            run_after_others(config)
-        except QatError as error:
-            failures.append(error)
 
 
 def _is_override(arg: str) -> bool:

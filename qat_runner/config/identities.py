@@ -13,7 +13,7 @@ from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import AUTO, BASELINE, LIMITS, Config, Distill, Mode, OscillationsConfig
+from qat_runner.config.schema import AUTO, BASELINE, LIMITS, ClippingConfig, Config, Distill, Mode, OscillationsConfig
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -136,6 +136,8 @@ def settings(config: Config) -> dict[str, Any]:
             keys.pop(key, None)
     elif config.all_learned:
         del keys["gradient"]
+    elif config.all_static:  # of which each mode of evaluation makes the same
+        keys["clipping"]["eval_mode"] = ClippingConfig.eval_mode
     return {key: value for key, value in flat(keys).items() if key not in foreign}
 
 

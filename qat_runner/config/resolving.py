@@ -60,16 +60,22 @@ def from_hydra(composed: DictConfig) -> Config:
         if getattr(config, key):
             raise ConfigError(f"{key}: is filled in by the runner")
     require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
-    _check_asked(config)
-    return resolve(config)
+    resolved = resolve(config)
+    _check_asked(config, resolved)
+    return resolved
 
 
-def _check_asked(config: ConfigSchema) -> None:
+def _check_asked(config: ConfigSchema, resolved: Config) -> None:
     """Refuse keys without effect that only whoever asks can mean: in a config that follows from another one, or that an
-    earlier version took, they may be.
+    earlier version took, they may be, as may those about quantization in full precision.
     """
-    if config.clipping.sync and config.mode in (Mode.ptq, Mode.evaluate):
-        raise ConfigError(f"clipping.sync=true: is for training, and mode={config.mode} does none")
+    if resolved.quantization.full_precision:
+        return
+    clipping = resolved.clipping
+    if clipping.sync and resolved.mode in (Mode.ptq, Mode.evaluate):
+        raise ConfigError(f"clipping.sync=true: is for training, and mode={resolved.mode} does none")
+    if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
+        raise ConfigError(f"clipping.dynamic=true: clipping={clipping.name} learns its scalars")
     for key, usual in _CHOSEN.items() if config.allocating else ():
         if (bits := getattr(config, key)) not in (usual, FULL_PRECISION):
             what = "bits=auto" if config.policy == AUTO else "mode=allocate"
@@ -122,6 +128,8 @@ def resolve(config: ConfigSchema) -> Config:
             "lr": scaled_lr(stage, batch_size) if config.lr is None else config.lr,
         }
     )
+    if resolved.policy == AUTO and resolved.quantization.full_precision:  # a row beside others
+        resolved = replace(resolved, policy=None, **without_choice())
     check(resolved)
     return resolved
 
@@ -326,18 +334,15 @@ def _check_scalars(config: Config) -> None:
     clipping = config.clipping
     if config.quantization.full_precision:
         return
-    unsolved = config.all_learned or not (clipping.dynamic or clipping.learned or config.rules)
-    what = "learned" if clipping.learned else "static"
-    if clipping.sync and unsolved:
+    if clipping.sync and (config.all_learned or config.all_static):
+        what = "learned" if clipping.learned else "static"
         raise ConfigError(f"clipping.sync=true: is for scalars that are solved in training, and these are {what}")
     if clipping.sync and clipping.refine:
         raise ConfigError(
             f"clipping.sync=true: is not for clipping.refine={clipping.refine}, which measures by process"
         )
-    if clipping.eval_mode != "dynamic" and unsolved:
-        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not {what}")
-    if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
-        raise ConfigError(f"clipping.dynamic=true: clipping={clipping.name} learns its scalars")
+    if clipping.eval_mode != "dynamic" and config.all_learned:
+        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
     for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():
         if (value := getattr(config, key)) != Range.TWOS_COMPLEMENT:
             said = "range" if config.range == value else key
@@ -396,7 +401,8 @@ def _check_allocation(config: Config) -> None:
             f"max_drop={config.max_drop:g}: seeks the least bits by itself; no {next(iter(asked))} beside it"
         )
     if config.quantization.full_precision:
-        raise ConfigError(f"bits={config.bits}: {what} has nothing to choose bits for")
+        said = f"weight_bits={config.weight_bits}, activation_bits={config.activation_bits}"
+        raise ConfigError(f"{said}: {what} has nothing to choose bits for")
     require(len({*how.widths}) > 1, "allocation.widths", how.widths, "two or more different numbers")
     timed = config.latency_ms is not None or how.cost == "latency_ms"
     if timed and how.latencies is None:

@@ -707,6 +707,11 @@ class Config(ConfigSchema):
         return self.clipping.learned and all(method.learned for method in others)
 
     @property
+    def all_static(self) -> bool:
+        """Whether all scalars are found before training, or without it; no rule says otherwise."""
+        return not (self.clipping.dynamic or self.clipping.learned or self.rules)
+
+    @property
     def told_remedies(self) -> list[str]:
         """`remedies`, and mixed where rules make exceptions."""
         return [*(["mixed"] if self.rules else []), *self.remedies]

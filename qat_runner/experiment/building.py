@@ -58,8 +58,9 @@ def model_for(config: Config, data: Data) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
-def try_policy(config: Config) -> None:
-    """Refuse a policy that does not go with the network, before other runs are made for this one.
+def try_policy(config: Config) -> nn.Module:
+    """Refuse a policy that does not go with the network, before other runs are made for this one; returns the network,
+    with its quantizers, but not with its weights.
 
     Raises:
         ConfigError: it does not, or data turn out not to fit.
@@ -68,6 +69,7 @@ def try_policy(config: Config) -> None:
         model, _ = _with_quantizers(config)
     if config.policy != AUTO:  # which bits there are to train is not known yet
         _check_training(config, model)
+    return model
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:

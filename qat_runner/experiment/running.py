@@ -175,7 +175,9 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
     """
     folder = preflight(needed)
     if not distributed.on_main(lambda: RunFolder(folder).finished):
-        try_policy(config)
+        model = try_policy(config)
+        if config.mode == Mode.allocate:
+            allocating.problem_of(config, model)
         log.info(f"first {what}, {folder}")
         run_after_others(needed)
     return folder

@@ -1,7 +1,9 @@
 """Whether a file does what its network does: the figures of both, and how far they may lie apart."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import RunError
@@ -27,6 +29,13 @@ class Figures:
     standard_error: float | None = None
     """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
     the same samples, so it stems from those alone that one of them has right and the other wrong."""
+
+
+def figures_of(record: Mapping[str, Any]) -> Figures:
+    """Figures as export.json has them, where null is written for what is not finite."""
+    return Figures(
+        **{key: math.nan if value is None and key != "standard_error" else value for key, value in record.items()}
+    )
 
 
 def agrees(found: Figures, reference: Figures, measure: Measure) -> bool:

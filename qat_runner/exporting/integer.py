@@ -25,6 +25,7 @@ from qat_runner.insertion.layers import (
     Swapped,
     TakenLayer,
     each,
+    full_precision_class,
     is_quantized,
     operands,
     quantized_class,
@@ -367,7 +368,7 @@ def _settle(module: Any) -> None:
     if is_parametrized(module):  # PyTorch's way out of that takes properties from a class that copies share
         made = {name: getattr(module, name).detach() for name in module.parametrizations}
         if isinstance(module, Swapped):
-            module.__class__ = quantized_class(module.full_precision.__bases__[0], module.base)
+            module.__class__ = quantized_class(full_precision_class(module).__bases__[0], module.base)
         else:
             module.__class__ = type_before_parametrizations(module)
         del module.parametrizations

@@ -3,7 +3,7 @@
 from tabulate import tabulate
 
 from qat_runner.config.tasks import Measure, measure
-from qat_runner.exporting.agreement import Figures, agrees
+from qat_runner.exporting.agreement import Figures, agrees, figures_of
 from qat_runner.runs.records import Export
 
 FUSED = "onnx_fused"
@@ -22,12 +22,13 @@ def text(result: Export) -> str:
     rows = [
         (
             label,
-            f"{found['accuracy']:.2f}",
-            f"{found['agreement']:.2f}" if "agreement" in found else "",
-            "" if (largest := found.get("largest_difference")) is None else f"{largest:.3g}",
+            f"{found.accuracy:.2f}",
+            "" if found.agreement is None else f"{found.agreement:.2f}",
+            "" if found.largest_difference is None else f"{found.largest_difference:.3g}",
         )
         for key, label in names.items()
-        if (found := result["figures"].get(key))
+        if key in result["figures"]
+        for found in [figures_of(result["figures"][key])]
     ]
     quality = tabulate(
         rows,
@@ -72,7 +73,7 @@ def _warning(result: Export) -> list[str]:
     """What to do where this processor's kernels compute something else than the ONNX file says."""
     figures = result["figures"]
     if FUSED not in figures or agrees(
-        Figures(**figures[FUSED]), Figures(**figures["static"]), measure(result["metric"])
+        figures_of(figures[FUSED]), figures_of(figures["static"]), measure(result["metric"])
     ):
         return []
     return [

@@ -238,7 +238,7 @@ class _Watch(TorchFunctionMode):
         call = taken_apart(func, args, kwargs)
         attention = func is ATTENTION or func is F.multi_head_attention_forward
         if not _is_of_its_kind(func) and any(isinstance(t, Tensor) for t in parts(out)):
-            self._note_uses(frame, (args, kwargs), multiplied=call is not None)
+            self._note_uses(frame, (args, kwargs), factors=() if call is None else call[:2])
         if attention:
             frame.asked.append(Asked(func, 0, torch.Size(), 0, True))
         elif call is not None:
@@ -251,11 +251,12 @@ class _Watch(TorchFunctionMode):
             frame.asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
         return attention or call is not None
 
-    def _note_uses(self, frame: _Frame, given: Any, moved: bool = False, multiplied: bool = False) -> None:
+    def _note_uses(self, frame: _Frame, given: Any, moved: bool = False, factors: Sequence[Tensor] = ()) -> None:
         """Note the parameters that a call uses, but those that a module moves, and multiplies by, itself."""
         for t in (t for t in tensors_of(given) if t is not None):
             made = getattr(t, MADE_OF, None)
-            if made is not None and not moved and not (multiplied and made.module is frame.module):
+            multiplied = made is not None and made.module is frame.module and any(t is factor for factor in factors)
+            if made is not None and not moved and not multiplied:
                 self.asking.otherwise.add((made.module, made.parameter))
             for around in {f.module for f in self._open} - {frame.module}:
                 self.asking.otherwise.update((around, name) for name, p in around._parameters.items() if p is t)

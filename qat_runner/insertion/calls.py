@@ -154,10 +154,10 @@ def attention(
     if attn_mask is None:
         probabilities = found.softmax(-1)
     else:
-        found = found + attn_mask
-        nothing = (found == -torch.inf).all(-1, keepdim=True)
-        # Before and after: zeros in place of NaN would do for the output, but not for its gradient.
-        probabilities = found.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        # A query that looks at nothing looks at all until the end: NaN that is replaced would be NaN in the gradient.
+        nothing = (attn_mask == -torch.inf).all(-1, keepdim=True)
+        found = found + attn_mask.masked_fill(nothing, 0)
+        probabilities = found.softmax(-1).masked_fill(nothing, 0)
     if dropout_p > 0:
         probabilities = F.dropout(probabilities, dropout_p)
     return context(probabilities, value)

@@ -65,7 +65,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
-from qat_runner.policy import EMBEDDING, EXPERTS, Policy, PolicyError, TensorPolicy, exactly
+from qat_runner.policy import EMBEDDING, EXPERTS, Place, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.together import WeightsTogether
 
@@ -208,7 +208,7 @@ def insert(
         release_own_weights(module)
     for module in model.modules():
         keep_off_fast_path(module)
-    setattr(model, POLICY, policy.with_ends(ends))
+    setattr(model, POLICY, policy.with_ends(places))
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
     for note in told_once((name, notes[name]) for name in left):
         _warn(note)
@@ -381,10 +381,6 @@ def contracted_by(model: nn.Module) -> dict[str, int]:
     """
     found = each(model, lambda m: isinstance(m, QuantOwnWeight))
     return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
-
-
-Place = tuple[str, str, str, Collection[str]]
-"""Name and kind of a layer, an operand of it, and which ends of the network the layer is, as of `Rule.matches`."""
 
 
 def _places(layers: Mapping[str, nn.Module], ends: Mapping[str, Collection[str]]) -> list[Place]:

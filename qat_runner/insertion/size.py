@@ -50,7 +50,8 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
 
 
 def _in_full_precision(model: nn.Module) -> set[Hashable]:
-    """The parameters that a module has which does not quantize them: an embedding, a head that is left as it is."""
+    """The parameters that a module has which does not quantize them, whatever it does with them: an embedding, a head
+    that is left as it is."""
     quantized = {
         (stored, id(module))
         for (stored, _), tensors in _by_place(model).items()

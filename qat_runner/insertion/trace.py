@@ -25,7 +25,7 @@ from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
 from qat_runner.policy import EXPERTS
 
-_STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp", "bernoulli"}
+_STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
 _KEEPS = {
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
@@ -270,8 +270,11 @@ class _Calls:
         if not args:
             return
         layer, x = self.layers[module], args[0]
-        # Values only ever overrule structure towards signed, should it have been fooled.
-        negative = not self.signs.is_tagged(x) or (not x.is_meta and bool((x < 0).any()))
+        # Values only ever overrule structure towards signed, should it have been fooled. In training they alone do:
+        # what is never negative may be multiplied there by chance, in ways that are not known.
+        negative = not x.is_meta and bool((x < 0).any())
+        if layer.training_only == self.training_only:
+            negative = negative or not self.signs.is_tagged(x)
         layer.signed[operand] = layer.signed.get(operand, False) or negative
         if layer.training_only == self.training_only:
             layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // self._samples_in(x))

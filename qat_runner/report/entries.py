@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import BASELINE, Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
@@ -133,7 +133,7 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     for together in compared.values():
         unlike = _between_methods(together)
         for _, some in by_method(together):
-            theirs = [settings(run.config) for run in some]
+            theirs = _with_starts(some)
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
             told = [
@@ -150,9 +150,25 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
 def _between_methods(runs: Sequence[Entry]) -> list[str]:
     """In what runs of a network, on a data set and in a mode, differ that methods are not to differ in."""
     keys = keys_unlike([recipe_of(run.config) for run in runs])
-    started = {(run.config.seed, settings(run.config).get("weights")) for run in runs}
+    started = {(run.config.seed, _start(run.config)) for run in runs}
     own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
     return [*keys, *(["weights"] if own else [])]
+
+
+def _start(config: Config) -> Any:
+    """The weights that a run starts from: their content, or in a word, whatever the seed, those of its baseline."""
+    return BASELINE if config.weights == BASELINE else settings(config).get("weights")
+
+
+def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The settings of a method's runs; where each seed has weights of its own, these are all alike in that."""
+    starts = [_start(run.config) for run in some]
+    if _once(some) and len({*starts}) > 1:
+        starts = ["of each seed"] * len(some)
+    return [
+        settings(run.config) | ({} if start is None else {"weights": start})
+        for run, start in zip(some, starts, strict=True)
+    ]
 
 
 def _places(folders: Sequence[Path]) -> list[str]:

@@ -1,7 +1,7 @@
 """Methods beside each other: what each reaches over its seeds, and how far it lies from another one, seed by seed."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +57,29 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
 
     Args:
         runs: as `entries` finds them.
-        against: the method that others are compared with; None: octav, or the first by name.
+        against: the method that others are compared with, see `_called`; None: octav, or the first by name.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: there is no such method, or more than one.
     """
     done = [run for run in runs if run.summary is not None and run.bits is not None]
-    if against is not None and against not in {run.method for run in done}:
-        there = "; ".join(sorted({run.method for run in done if not run.full_precision})) or "none"
-        raise ConfigError(f"--against {against}: there is no such method, only {there}")
+    if against is not None:
+        against = _called(against, {run.method for run in done if not run.full_precision})
     gaps = against_full_precision([(run.config, run.summary or {}) for run in done])
     gap = {run.folder: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
     return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, against)]
+
+
+def _called(word: str, methods: Collection[str]) -> str:
+    """The method that goes by a name, whole, or without what tells it from others if no other one has that.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    found = [method for method in methods if word in (method, method.partition(", ")[0])]
+    if word not in found and len(found) != 1:
+        raise ConfigError(f"--against {word}: must be one of these: {'; '.join(sorted(methods)) or 'there are none'}")
+    return word if word in found else found[0]
 
 
 def _of_network(

@@ -277,8 +277,8 @@ class Histogram(TypedDict):
 class ExportFigures(TypedDict):
     """What a network, or a file, does on the validation set: `verify.Figures`."""
 
-    accuracy: Real
-    """the task's metric"""
+    accuracy: Real | None
+    """the task's metric; null where it is not finite"""
     agreement: NotRequired[Real]
     largest_difference: NotRequired[Real | None]
     standard_error: NotRequired[Real | None]

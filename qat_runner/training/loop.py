@@ -187,7 +187,9 @@ class Trainer:
         self.oscillations, self.dampening = oscillations_of(config, model), dampening_of(config, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
-        self.to_freeze = config.freezing and bool(dynamic_activations(model))
+        self._dynamic = dynamic_activations(model)
+        """at the start, when nothing has been frozen yet"""
+        self.to_freeze = config.freezing and self._none_frozen
         """whether recipe.freeze_scalars_at is still to come"""
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
@@ -196,6 +198,11 @@ class Trainer:
         self.interval = Interval(self.steps)
         self.stop = StopRequest()
         self.saved_at = time.monotonic()
+
+    @property
+    def _none_frozen(self) -> bool:
+        """Whether there are scalars to be frozen in training, and none has been: some that it did not reach stay."""
+        return bool(self._dynamic) and dynamic_activations(self.model) == self._dynamic
 
     @property
     def measured(self) -> nn.Module:
@@ -323,7 +330,7 @@ class Trainer:
         Raises:
             RunError: it is no checkpoint of this run.
         """
-        shard, dynamic = distributed.shard(), dynamic_activations(self.model)
+        shard = distributed.shard()
         try:
             found: Checkpoint = fit(Checkpoint, saved)
             self._check_same_run(found)
@@ -358,7 +365,7 @@ class Trainer:
                 f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
                 f"are rounded otherwise, and BatchNorm and activations' scalars see other parts of a batch"
             )
-        self.to_freeze = self.to_freeze and dynamic_activations(self.model) == dynamic  # not again what has been frozen
+        self.to_freeze = self.config.freezing and self._none_frozen
 
     def _resume_oscillations(self, watched: dict[str, Tensor]) -> None:
         if self.oscillations is None:

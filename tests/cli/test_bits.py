@@ -1,7 +1,6 @@
 """qat-bits and bits=auto: from the command to the folder."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +178,13 @@ def test_the_command_of_a_run_whose_bits_are_chosen(
 def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
     rows = cli_run._rows_of_experiment(["+experiment=table2", "policy=auto", "budget=4"], multirun=True)
     assert not any(row.startswith("bits=") for row in rows) and any(row.startswith("model=") for row in rows)
+    asked = ["-m", "+experiment=table2", "+stand_in=digits", "policy=auto", "budget=4", "model=resnet20"]
+    configs = cli_run._check_all([*asked, *cli_run._rows_of_experiment(asked, multirun=True)]).values()
+    assert sorted((config.clipping.name, config.policy) for config in configs if config.policy) == [
+        ("max", "auto"),
+        ("octav", "auto"),
+    ]
+    assert [config.limits for config in configs if config.quantization.full_precision] == [{}]
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,8 +195,8 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, caps
     ):
         assert run(*asked, *words) == 2
         assert sentence in capsys.readouterr().err
-        assert not Path("small").exists()
-    shutil.copytree(only("*_fp32_*"), "small")  # a run that is finished
+        assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
+    assert run("bits=32", "run_dir=small") == 0
     before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
     assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
     assert {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()} == before

@@ -445,7 +445,7 @@ WRONG = [
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
     (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
-    (["-m", "bits=4,8", "--cfg", "job"], "show one config, not a sweep's"),
+    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be carried out"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
     (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),

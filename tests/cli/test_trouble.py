@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from qat_runner.cli import report
+from qat_runner.cli import run as cli_run
 from qat_runner.cli.run import main
-from qat_runner.errors import BusyError
+from qat_runner.errors import BusyError, QatError, StoppedError
 from qat_runner.experiment import running
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.records import LAYERS, METRICS, STEPS
@@ -273,6 +274,27 @@ def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.Captu
 
 
 @pytest.mark.reliability
+def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qat_runner import experiment
+
+    order: list[tuple[str, str]] = []
+
+    def busy(config: Any) -> None:
+        order.append(("run", config))
+        raise BusyError("process 1 on elsewhere is at work in it")
+
+    def stopped(config: Any) -> None:
+        order.append(("after others", config))
+        raise StoppedError("stopped by SIGTERM", signal.SIGTERM)
+
+    monkeypatch.setattr(experiment, "run", busy)
+    monkeypatch.setattr(experiment, "run_after_others", stopped)
+    failures: list[QatError] = []
+    cli_run._run_here(["a", "b"], True, failures)  # type: ignore[list-item]
+    assert order == [("run", "a"), ("run", "b"), ("after others", "a")]
+    assert [type(failure) for failure in failures] == [StoppedError]
+
+
 def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

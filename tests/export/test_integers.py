@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 import qat_runner as qat
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, RunError
-from qat_runner.exporting.agreement import Figures, require
+from qat_runner.exporting.agreement import Figures, agrees, figures_of, require
 from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import (
     DESCRIPTION,
@@ -495,6 +495,10 @@ def test_a_file_that_disagrees_is_refused() -> None:
         RunError, match=r"model\.onnx disagrees with the network: 94\.00 % of the predictions are the same"
     ):
         require("model.onnx", Figures(90.0, 94.0, 3.0), network, top1)
+    assert agrees(figures_of({"accuracy": 90.0, "agreement": 100.0, "largest_difference": 1.0}), network, top1)
+    for null in ("accuracy", "largest_difference"):  # as what is not finite is written
+        record = {"accuracy": 90.0, "agreement": 100.0, "largest_difference": 1.0, null: None}
+        assert not agrees(figures_of(record), network, top1)
     for broken in (Figures(math.nan, 100.0), Figures(90.0, 100.0, math.inf)):
         with pytest.raises(RunError, match=r"model\.onnx disagrees with the network"):
             require("model.onnx", broken, network, top1)

@@ -373,6 +373,9 @@ class Otherwise(nn.Module):
         (lambda y: y - 1, True),
         (lambda y: torch.cat([y, y])[:2], False),
         (lambda y: y * torch.empty(2, 1).bernoulli_(0.5).div_(0.5), False),  # as stochastic depth does
+        (lambda y: y.div(0.5) * (0.5 + torch.rand(2, 1)).floor_(), False),  # likewise, in transformers
+        (lambda y: (torch.rand_like(y) > 0.5) * y, False),
+        (lambda y: torchvision.ops.DropBlock2d(0.5, 1)(y.view(2, 1, 2, 3)).view(2, 6), False),
     ],
 )
 def test_signs_are_those_of_training_as_well(trained: Any, signed: bool) -> None:

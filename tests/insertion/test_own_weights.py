@@ -394,6 +394,13 @@ def test_a_parameter_of_a_module_inside() -> None:
     assert {t.name for t in quantized_tensors(model)} == {"layer.weight", "layer.input"}
 
 
+def test_a_parameter_that_is_added_to_the_product_by_it() -> None:
+    model = Table(lambda module, x: x, lambda x, w: F.linear(x, w, w[:, 0]))
+    with pytest.warns(QuantizationWarning, match=r"^(mm|addmm) in the model itself, .* is not quantized"):
+        quantize_model(model, example=X)
+    assert {t.layer for t in quantized_tensors(model)} == {"layer"}
+
+
 def test_a_parameter_that_is_asked_for_its_shape() -> None:
     def product(x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w[:]) + x.new_zeros(w[:].shape[0]) + w[:].new_ones(9) + torch.zeros_like(w[:, 0])

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from qat_runner.insertion import Policy, PolicyError, Rule, load, quantize_model, quantized_tensors, save, summary
+from qat_runner.insertion import (
+    Policy,
+    PolicyError,
+    Rule,
+    load,
+    quantize_model,
+    quantized_tensors,
+    remove_quantizers,
+    save,
+    summary,
+)
 from qat_runner.insertion.insert import policy_of, wanted
 from qat_runner.policy import exactly
 from qat_runner.quant import LearnedQuantizer, Octav, Percentile
@@ -126,7 +136,10 @@ def test_short_words_may_be_about_nothing() -> None:
     """Rules that `Policy.of` makes are about kinds and ends that not every network has, also when they were read."""
     policy = Policy.of(4, activation_granularity="token", quantize_head=False, activation_bits=8)
     for network, x in ((nn.Sequential(nn.Conv2d(3, 4, 3)), X), (Products(), torch.randn(2, 5, 8))):
-        assert quantized_tensors(quantize_model(network, Policy.from_list(policy.as_list()), example=x))
+        once = quantize_model(network, Policy.from_list(policy.as_list()), example=x)
+        assert quantized_tensors(once)
+        its_own = policy_of(once)
+        assert quantized_tensors(quantize_model(remove_quantizers(once), its_own, example=x))
 
 
 class Products(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from qat_runner.cli.report import main as report
+from qat_runner.errors import ConfigError
 from qat_runner.paper import figures
 from qat_runner.report import compare_page
 from qat_runner.report.entries import entries
@@ -91,7 +92,7 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"methods.{suffix}" for suffix in ("md", "csv", "tex", "html", "png", "svg")}
     assert report(["methods", str(runs), "--against", "lsq"]) == 2
-    message = "qat-report: --against lsq: there is no such method, only max; octav\n"
+    message = "qat-report: --against lsq: must be one of these: max; octav\n"
     assert capsys.readouterr().err == message
     text = text_of(compare_page.write([runs], tmp_path / "compare.html"))
     assert "Over seeds network bits method seeds" in text and "-2.03 [-3.15, -0.91] worse" in text
@@ -140,6 +141,24 @@ def test_methods_that_start_elsewhere_with_a_seed_tell_it(tmp_path: Path) -> Non
         make_run(tmp_path, "mode=retrain", f"weights={tmp_path / name}.pt", f"clipping={method}", top1=50.0)
     found = {each.method for each in standings(entries([tmp_path])[0])}
     assert found == {f"{method}, weights={told[:8]}…" for method, told in prints.items()}
+
+
+def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    told = hashlib.sha256(b"x").hexdigest()[:8]
+    for seed in (0, 1, 2):
+        (tmp_path / f"{seed}.pt").write_text(str(seed))
+        starts = {"octav": "baseline", "max": tmp_path / "x.pt", "lsq": tmp_path / f"{seed}.pt"}
+        for method, start in starts.items():
+            how = ("mode=retrain", f"weights={start}", f"clipping={method}", f"seed={seed}")
+            make_run(tmp_path, *how, top1=50.0 + len(method))
+    found = {each.method: each for each in standings(entries([tmp_path])[0], "octav")}
+    assert {method: len(each.values) for method, each in found.items()} == dict.fromkeys(
+        ["octav, weights=baseline", f"max, weights={told}…", "lsq, weights=of each seed"], 3
+    )
+    assert list(found[f"max, weights={told}…"].differences.values()) == [-2.0] * 3
+    with pytest.raises(ConfigError, match="--against pact: must be one of these: lsq, weights=of each seed; max, "):
+        standings(entries([tmp_path])[0], "pact")
 
 
 def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Path) -> None:

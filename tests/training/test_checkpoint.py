@@ -183,7 +183,18 @@ def test_scalars_are_frozen_once(tmp_path: Path) -> None:
     whole._freeze_if_due(1.0)
     assert not whole.to_freeze and len(dynamic_activations(whole.model)) == 1
     whole._save()
-    again = trainer()
+    again, path = trainer(), tmp_path / "checkpoints" / "last.pt"
     assert again.to_freeze
-    again.resume(checkpoint.load(tmp_path / "checkpoints" / "last.pt"))
+    again.resume(checkpoint.load(path))
     assert not again.to_freeze and len(dynamic_activations(again.model)) == 1
+
+    before = trainer()
+    before.model(pictures)
+    before._save()  # over a last.pt that is frozen, but fits otherwise no run
+    frozen = path.with_name("previous.pt").rename(path.with_name("frozen.pt"))
+    path.rename(path.with_name("previous.pt"))
+    content = checkpoint.load(frozen)
+    checkpoint.save(path, content | {"optimizer": content["optimizer"] | {"param_groups": []}})
+    again = trainer()
+    checkpoint.newest(tmp_path / "checkpoints", again.resume)
+    assert again.to_freeze and len(dynamic_activations(again.model)) == 2
