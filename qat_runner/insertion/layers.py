@@ -22,6 +22,7 @@ from qat_runner.insertion.calls import Call, Compute, taken_apart
 from qat_runner.policy import DEPTHWISE, EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
+from qat_runner.quant.tensors import written
 
 ELEMENTS = "elements_seen"
 """Attribute of a quantized layer that was seen at work: operand -> its elements for one sample."""
@@ -301,7 +302,9 @@ class TakenLayer(QuantLayer, Swapped):
     @torch.no_grad()
     def used_parameter(self) -> nn.Parameter | None:
         parameter = super().used_parameter()
-        return parameter if parameter is self.used_weight() else None
+        before = None if parameter is None else written(parameter)
+        same = parameter is self.used_weight()
+        return parameter if parameter is not None and same and before == written(parameter) else None
 
     def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         if not is_own(self.full_precision, func):

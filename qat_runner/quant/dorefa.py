@@ -56,6 +56,10 @@ class DoReFaQuantizer(Quantizer):
     def __init__(self, bits: int) -> None:
         super().__init__(MidriseFormat(bits), DoReFa(), gradient="ste")
 
+    def clipped(self, x: Tensor) -> Tensor:
+        """tanh(x): of a weight that m stems from nothing is clipped."""
+        return x.to(compute_dtype(x)).tanh()
+
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
         """As `Quantizer.quantized`."""

@@ -122,7 +122,7 @@ def measure(x: Tensor, s: Tensor | float, format: Format | int) -> Noise:
     return noise_of(x, fake_quantize(x, s, format), s, format)
 
 
-def noise_of(x: Tensor, q: Tensor, s: Tensor | float, format: Format | int) -> Noise:
+def noise_of(x: Tensor, q: Tensor, s: Tensor | float, format: Format | int, clipped: Tensor | None = None) -> Noise:
     """The noise of a quantized tensor, over the whole of it.
 
     Args:
@@ -130,5 +130,6 @@ def noise_of(x: Tensor, q: Tensor, s: Tensor | float, format: Format | int) -> N
         q: its quantized version, same shape.
         s: clipping scalar(s) in units of x, broadcastable to x.
         format: whose sign says what is clipped, |x| or max(x, 0).
+        clipped: what is held against s, shape of x; None: x.
     """
-    return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x, s, format))
+    return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x if clipped is None else clipped, s, format))

@@ -21,7 +21,7 @@ from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.repeated import LatestScalars
 from qat_runner.quant.state import ScalarState
-from qat_runner.quant.tensors import recording, transformed
+from qat_runner.quant.tensors import recording, transformed, written
 
 
 class NotCalibratedError(RuntimeError):
@@ -69,6 +69,8 @@ class Given(NamedTuple):
     """What a call will find done already: a step of training, remembered."""
 
     x: Tensor
+    written: tuple[int, int]
+    """of x, at the time"""
     s: Tensor
     out: Tensor
     held: bool
@@ -189,8 +191,8 @@ class Quantizer(ScalarState):
     def _called(self, x: Tensor) -> Tensor:
         """The output of a call that is not spared."""
         given, self.given = self.given, None
-        if given is not None and given.x is not x:
-            given = None
+        if given is not None and (given.x is not x or given.written != written(x)):
+            given = None  # of another tensor, or of what its module has replaced since, such as a norm that is kept
         checkpointed = given is not None and not self._reusing and _checkpointed()
         self.holds = given is not None and given.held and not checkpointed
         if given is not None:
@@ -199,12 +201,16 @@ class Quantizer(ScalarState):
         if (plan := self.planned(x)) is not None:
             return self._trained_on(x, plan)
         s = self._scalars(x)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):  # whose tensors are none outside
             self.last_s = s
         return self._quantize(x, s)
 
     def rows(self, x: Tensor) -> Tensor:
         """x in the shape that `dim` and the scalars are of."""
+        return x
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """What of x is held against the scalars: x itself."""
         return x
 
     @torch.no_grad()
@@ -297,7 +303,7 @@ class Quantizer(ScalarState):
             self._trained.over = True
         else:
             self._remember(s)
-            if not torch.compiler.is_compiling():
+            if not (torch.compiler.is_compiling() or transformed()):
                 self._trained.then(s)
         return s
 

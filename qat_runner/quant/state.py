@@ -224,8 +224,8 @@ class ScalarState(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        if not any(prefix + name in state_dict for name in self._buffers):
-            return
+        if not any(prefix + name in state_dict for name in (*self._buffers, *self._parameters)):
+            return  # of a full-precision model
         bits, signed = self._format.bits, self.format.signed
         saved_bits = round(float(state_dict.get(f"{prefix}grid", self.grid)[0]))
         if saved_bits != bits:

@@ -30,6 +30,11 @@ def derivatives_wanted() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
+def written(x: Tensor) -> tuple[int, int]:
+    """Changes with every write to x of which PyTorch knows, and when its memory is exchanged, as by `x.data = ...`."""
+    return -1 if x.is_inference() else x._version, x.data_ptr()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that x is reduced and rounded in: float64 for float64, else float32 (fp16, bf16, float32)."""
     return torch.promote_types(x.dtype, torch.float32)

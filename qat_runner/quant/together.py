@@ -13,6 +13,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import solve_and_quantize_all
 from qat_runner.quant.quantizer import Given, Plan, Quantizer
+from qat_runner.quant.tensors import written
 
 LARGEST = 1 << 22
 """Elements of a weight, at most: of a larger one the call does not matter, but memory does, as all are held at once."""
@@ -30,7 +31,8 @@ class WeightsTogether:
     Those that solve anew on each call, and have scalars to start from, do so together; the others as ever.
 
     Args:
-        weights: each quantizer, and the parameter that it is given; None: it is given something else at each call.
+        weights: each quantizer, and the parameter that it is given; None: it is given something else at each call, that
+            the batch may decide.
         bucket: bytes of weights whose gradients wait for one another; None: all do. For gradients that are sent to
             other processes while the backward pass goes on.
     """
@@ -45,11 +47,11 @@ class WeightsTogether:
         """While open, the first call of each quantizer finds its weight quantized: for a forward and backward pass.
 
         Args:
-            passes: how many of these there are, one after another. With several, all calls find the same, and the sum
-                of the gradients passes through the quantization on leaving, once.
+            passes: how many of these there are, one after another. With several, all calls that are given a parameter
+                find the same, and the sum of the gradients passes through the quantization on leaving, once.
         """
         quantizers = [q for q, _ in self._weights]
-        with Quantizer.reusing(quantizers) if passes > 1 else nullcontext():
+        with Quantizer.reusing([q for q, x in self._weights if x is not None]) if passes > 1 else nullcontext():
             try:
                 for group in self._grouped():
                     _quantize(group)
@@ -99,4 +101,4 @@ def _quantize(weights: list[_Weight]) -> None:
 
     ss, outs = solve_and_quantize_all([weight.x for weight in weights], solve, plan.format, first.gradient)
     for weight, s, out in zip(weights, ss, outs, strict=True):
-        weight.quantizer.give(Given(weight.x, s, out, held=backend.CALLS_COST))
+        weight.quantizer.give(Given(weight.x, written(weight.x), s, out, held=backend.CALLS_COST))

@@ -63,7 +63,7 @@ class TokenQuantizer(Quantizer):
         self.holds = False
         rows = self.rows(x)
         s = self._scalars_of_tokens(x, rows)
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):
             self.last_s = s
         return fake_quantize(rows, s, self.format, self.gradient).view(x.shape)
 

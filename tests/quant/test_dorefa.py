@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat_runner.insertion import freeze, quantize_model, quantized_tensors
+from qat_runner.insertion import freeze, noise_report, quantize_model, quantized_tensors
 from qat_runner.quant import DoReFaQuantizer
 from tests.quant.oracles import straight_through
 
@@ -113,6 +113,16 @@ def test_frozen_it_computes_the_same() -> None:
     )
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(x), before)
+
+
+def test_nothing_of_a_weight_is_clipped() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    quantize_model(model, 3, "pact", example=x, activation_bits=32)
+    model.train()(x)
+    clipped = {row.layer: row.clipped_fraction for row in noise_report(model.eval(), [x]) if row.tensor == "weight"}
+    assert clipped == {"0": 0, "2": 0}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates

@@ -348,3 +348,14 @@ def test_noise_is_measured_on_the_grid_of_the_quantizer() -> None:
     levels = torch.arange(-7, 8, 2) / 7 * m
     nearest = levels[(w.tanh()[..., None] - levels).abs().argmin(-1)]
     assert rows["2.weight"].mse == pytest.approx((w - nearest).square().mean().item(), rel=1e-4)
+
+
+def test_parameters_alone_are_a_state() -> None:
+    """As averages of parameters are kept, without buffers."""
+    x = torch.randn(100)
+    there, here = ready(LSQ(), x), ready(LSQ(), 3 * x)
+    found = here.load_state_dict(dict(there.named_parameters()), strict=False)
+    assert torch.equal(here.learned, there.learned) and torch.equal(here(x), there(x))
+    assert "s" in found.missing_keys and not found.unexpected_keys
+    with pytest.raises(RuntimeError, match="Missing key"):
+        here.load_state_dict(dict(there.named_parameters()))

@@ -389,3 +389,12 @@ def test_options_are_of_the_kind_that_is_declared(name: str, good: list[Any], ba
     for value in bad:
         with pytest.raises(ValueError, match=f"{name}={value!r}: must be"):
             check_options("it", _Declared, {name: value})
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f: torch.func.grad(lambda x: f(x).sum()), torch.vmap], ids=["grad", "vmap"]
+)
+def test_a_transform_leaves_nothing_behind(transform: Any) -> None:
+    q, x = Quantizer(4, Octav()).eval(), torch.randn(3, 5)
+    transform(q)(x)
+    assert torch.equal(copy.deepcopy(q)(x), q(x))

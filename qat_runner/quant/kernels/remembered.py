@@ -40,7 +40,7 @@ def remember(s: Tensor, state: Remembered) -> None:
     """Take the scalars of a call over, and into the average; the reference of what kernels do.
 
     A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it: where s is not
-    finite, what was there stays.
+    finite, what was there stays. (Before the first batch there is nothing: a first one that is not finite counts as 0.)
 
     Args:
         s: magnitudes, shape of `state.s`.
