@@ -103,6 +103,30 @@ def _files(folder: Path, suffix: str) -> dict[str, list[Path]]:
     return {split: sorted(_files_of(folder, suffix, words)) for split, words in SPLITS.items()}
 
 
+def _complete(files: Mapping[str, Sequence[Path]]) -> Mapping[str, Sequence[Path]]:
+    """The files of each split, if they are one whole set, as far as their names tell.
+
+    Raises:
+        ValueError: a part of one, as of a download that was broken off; or more than one.
+    """
+    for split, paths in files.items():
+        by_name: dict[str, Path] = {}
+        for path in paths:
+            if (other := by_name.setdefault(path.name, path)) is not path:
+                here, there = printable(str(other)), printable(str(path))
+                raise ValueError(f"{split}: {here} and {there} have one name, so that one of them has to go")
+        counts = sorted({int(found[1]) for name in by_name if (found := re.search(r"-of-(\d+)\.", name))})
+        if len(counts) > 1:
+            told = " and ".join(map(str, counts))
+            raise ValueError(f"{split}: sets of {told} files lie side by side, so that one of them has to go")
+        if counts and len(by_name) < counts[0]:
+            raise ValueError(
+                f"{split}: {len(by_name)} of {counts[0]} files are there, such as {printable(paths[0].name)}; a part "
+                f"that is to do must not have -of-{counts[0]} in its names"
+            )
+    return files
+
+
 def _files_of(folder: Path, suffix: str, words: Sequence[str]) -> Iterator[Path]:
     """A numbered file named after a split, or one with its very name; in a folder of that name, any numbered file."""
     number, ending = r"\d+(-of-\d+)?", rf"\.{suffix}(\.gz|\.bz2|\.xz|\.zst)?"  # of which the last is refused in words
@@ -125,11 +149,11 @@ def _read_class_folders(folder: Path) -> Stored:
 
 
 def _read_tar_shards(folder: Path) -> Stored:
-    return _of_shards(_files(folder, "tar"), _names(folder))
+    return _of_shards(_complete(_files(folder, "tar")), _names(folder))
 
 
 def _read_parquet_files(folder: Path) -> Stored:
-    shards = as_shards(_files(folder, "parquet"))
+    shards = as_shards(_complete(_files(folder, "parquet")))
     stored = _of_shards(_files(shards, "tar"), _names(folder) or _names(shards))
     return replace(stored, note=f"read from the tar shards in {printable(str(shards))}, made of the parquet files")
 

@@ -97,10 +97,13 @@ def _make(folder: Path, wanted: Mapping[Path, Path]) -> None:
     for shard, path in tqdm(wanted.items(), "making shards", leave=False, disable=not sys.stderr.isatty()):
         part = shard.with_name(f"{shard.name}.{platform.node()}.{os.getpid()}.part")
         try:
-            with tarfile.open(part, "w") as tar:
-                for name, content, label in _rows(path):
-                    _add(tar, name, content)
-                    _add(tar, f"{os.path.splitext(name)[0]}.cls", str(label).encode())
+            with open(part, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w") as tar:
+                    for name, content, label in _rows(path):
+                        _add(tar, name, content)
+                        _add(tar, f"{os.path.splitext(name)[0]}.cls", str(label).encode())
+                file.flush()
+                os.fsync(file.fileno())  # its name is to say that it is whole
             os.replace(part, shard)
         finally:
             part.unlink(missing_ok=True)

@@ -232,6 +232,10 @@ def _members(path: Path, passed_over: PassedOver) -> Iterator[tuple[tarfile.TarI
             raise ValueError(f"{printable(str(path))} is no tar file, or damaged ({told(error)})") from error
 
 
+PADDING = 1 << 20
+"""Zeros, at most, that programs fill the last record of a tar file with: of 10 KB, if nobody says otherwise."""
+
+
 def _check_head(path: Path, head: bytes) -> None:
     for magic, program in COMPRESSED.items():
         if head.startswith(magic):
@@ -242,9 +246,15 @@ def _check_head(path: Path, head: bytes) -> None:
 
 
 def _check_end(path: Path, file: int, end: int) -> None:
-    """Refuse a shard whose last bytes are missing, which tarfile takes for one that ends there."""
+    """Refuse a shard whose last bytes are missing, which tarfile takes for one that ends there; or that goes on after
+    its end: with another shard, or with a hole that a download has left."""
     if os.pread(file, BLOCK, end) != bytes(BLOCK):
         raise ValueError(f"{printable(str(path))} is cut short or damaged: no end of a tar file follows byte {end}")
+    rest = os.pread(file, PADDING + 1, end)
+    if len(rest) > PADDING or any(rest):
+        raise ValueError(
+            f"{printable(str(path))} is damaged, or several in one: more follows the end of a tar file at byte {end}"
+        )
 
 
 def _label(path: Path, name: str, content: bytes) -> int:

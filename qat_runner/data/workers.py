@@ -52,7 +52,7 @@ class Workers:
         if workers == 0 or self._busy:  # the latter: those that live on are in the midst of another call
             yield from self._made(order, workers)
             return
-        if self._loader is None or self._loader.num_workers != workers:
+        if self._loader is None or self._loader.num_workers < workers:
             self._loader = self._made(self._order, workers, persistent_workers=True)
         self._order.numbers, self._order.batch = order.numbers, order.batch
         self._busy = True
@@ -78,11 +78,14 @@ class Workers:
 
 
 def _obey(reader: int, worker: int) -> None:
-    """Have a worker pass over the SIGTERM that its whole group gets: the process that reads from it still has to save.
+    """Have a worker pass over the signals that its whole group gets: the process that reads from it still has to save.
 
-    `timeout`, shells and job schedulers send that. PyTorch's own workers die of any that is not their parent's, and
-    reading from them fails. Where it cannot be known whose it is, as on macOS, so do these.
+    Terminals, `timeout`, shells and job schedulers send those. PyTorch's own workers die of any SIGTERM that is not
+    their parent's, and reading from them fails. Where it cannot be known whose it is, as on macOS, so do these.
     """
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_word_of, args=(reader,), daemon=True).start()

@@ -121,14 +121,16 @@ class CsvFile(Generic[T]):
         if not path.is_file() or path.is_symlink():
             return 0  # opening it for more rows tells of a link
         text = path.read_bytes().decode(errors="replace").replace("\0", "")
-        rows, bad = [], 0
-        with suppress(csv.Error):
-            for line, row in _lines(text[: text.rfind("\n") + 1]):
-                try:
-                    if wanted(_row(self.kind, line, row)):
+        head, *lines = text[: text.rfind("\n") + 1].split("\n")
+        columns, rows, bad = next(csv.reader([head]), []), [], 0
+        for number, line in enumerate(lines, 2):  # each by itself: a stray quote would swallow those that follow it
+            try:
+                for cells in filter(None, csv.reader([line])):
+                    row = _named(columns, cells)
+                    if wanted(_row(self.kind, number, row)):
                         rows.append(row)
-                except ValueError:
-                    bad += 1
+            except (ValueError, csv.Error):
+                bad += 1
         if rows:
             temporary = CsvFile[T](f"{self.name}{TEMPORARY}", self.kind)
             (folder / temporary.name).unlink(missing_ok=True)
@@ -170,10 +172,14 @@ def _lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Number and cells of each line of a CSV file but the first, which has the names of the columns."""
     reader = csv.reader(io.StringIO(text, newline=""))
     columns = next(reader, [])
-    whole = len({*columns}) == len(columns)
-    for row in reader:
-        if row:
-            yield reader.line_num, dict(zip(columns, row, strict=True)) if whole and len(row) == len(columns) else {}
+    for cells in filter(None, reader):
+        yield reader.line_num, _named(columns, cells)
+
+
+def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """The cells of a line by column; nothing where they are not those of the columns."""
+    fits = len(cells) == len(columns) == len({*columns})
+    return dict(zip(columns, cells, strict=True)) if fits else {}
 
 
 def _row(kind: Any, line: int, row: Mapping[str, str]) -> Any:
@@ -227,6 +233,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         with open(temporary, "xb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # else the name might be there after a crash of the machine, and the content not
         os.replace(temporary, path)
     except OSError:
         with suppress(OSError):

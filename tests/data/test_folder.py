@@ -55,13 +55,14 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
 
 
 def test_workers_pass_over_what_their_group_is_told(photographs: Path) -> None:
-    """They end by their parent's word, or with it, and by nobody else's."""
+    """They end by their parent's word, or with it, and by nobody else's: at a terminal, on a cluster, by `timeout`."""
     source = FolderSource(photographs, 16, 2)
     expected = [y.tolist() for _, y in source.train(1, 7, 0, range(5), WHOLE)]
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
-        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        for name in ("TERM", "INT", "USR1", "USR2"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     assert [y.tolist() for _, y in source.train(1, 7, 0, range(5), WHOLE)] == expected
     assert multiprocessing.active_children() == workers
     workers[0].terminate()

@@ -181,6 +181,29 @@ def test_few_shards_are_open_at_a_time(folders: dict[str, Path], monkeypatch: py
         assert len(pictures._open) == 1
 
 
+@pytest.mark.parametrize("suffix", ["tar", "parquet"])
+def test_sets_that_are_not_whole_are_refused(suffix: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    kind = "tar shards" if suffix == "tar" else "parquet files"
+    data = Path(shutil.copytree(folders[kind], tmp_path / "all"))
+    (data / "train").mkdir()
+    some = [path for path in sorted(data.rglob(f"*.{suffix}")) if "train" in path.name]
+    for number, path in enumerate(some):
+        path.rename(path.with_name(f"train-0000{number}-of-0000{len(some)}.{suffix}"))
+    some = [path.with_name(f"train-0000{number}-of-0000{len(some)}.{suffix}") for number, path in enumerate(some)]
+    read_pictures(data)
+    other = some[0].with_name(some[0].name.replace(f"-of-0000{len(some)}", "-of-00009"))
+    shutil.copy(some[0], other)
+    with pytest.raises(ValueError, match=rf"train: sets of {len(some)} and 9 files lie side by side"):
+        read_pictures(data)
+    other.rename(data / "train" / some[0].name)
+    with pytest.raises(ValueError, match=r"train: .* and .* have one name, so that one of them has to go"):
+        read_pictures(data)
+    (data / "train" / some[0].name).unlink()
+    some[0].unlink()
+    with pytest.raises(ValueError, match=rf"train: {len(some) - 1} of {len(some)} files are there, such as train-0000"):
+        read_pictures(data)
+
+
 def _cut(at: int) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(path.read_bytes()[:at])
 
@@ -199,6 +222,15 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut in a picture": (_cut(600), r"train-0\.tar is (cut short|no tar file,) or damaged"),
     "cut in a head": (_cut(1100), r"train-0\.tar is (cut short|no tar file,) or damaged"),
     "cut between members": (_cut(1024), r"train-0\.tar is cut short or damaged"),
+    "a hole": (
+        lambda p: p.write_bytes(p.read_bytes()[:2048] + bytes(1024) + p.read_bytes()[3072:]),
+        "is damaged, or several in one: more follows the end of a tar file at byte 2048",
+    ),
+    "zeros to the end": (
+        lambda p: p.write_bytes(p.read_bytes()[:2048] + bytes(2 << 20)),
+        "is damaged, or several in one: more follows the end of a tar file at byte 2048",
+    ),
+    "two in one": (lambda p: p.write_bytes(2 * p.read_bytes()), "is damaged, or several in one"),
     "damaged": (
         lambda p: p.write_bytes(p.read_bytes()[:1024] + b"x" * 512 + p.read_bytes()[1536:]),
         "is cut short or damaged",

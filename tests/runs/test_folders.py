@@ -134,6 +134,16 @@ def test_lines_that_do_not_fit_are_dropped_and_told(run: Path, caplog: pytest.Lo
     assert "steps.csv: 2 damaged lines are left out" in caplog.text
 
 
+@pytest.mark.parametrize("rows", [9, 9000])  # of which csv takes so many for one cell, and no more
+def test_a_damaged_line_takes_no_others_with_it(run: Path, rows: int) -> None:
+    STEPS.append(run, [STEP | {"step": step} for step in range(1, rows + 1)])
+    lines = (run / "steps.csv").read_text().split("\n")
+    lines[3] = lines[3].replace(",", ',"', 1)
+    (run / "steps.csv").write_text("\n".join(lines))
+    assert STEPS.keep(run, lambda row: True) == 1
+    assert [row["step"] for row in STEPS.read(run)] == [step for step in range(1, rows + 1) if step != 3]
+
+
 # A full disk
 
 
