@@ -218,19 +218,20 @@ def _quantization_words(config: Config) -> list[str]:
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *beside]
 
 
-def clipping_label(config: Config, became_static: bool = False) -> str:
+def clipping_label(config: Config, became_static: bool | None = None) -> str:
     """The clipping method in a word: octav, octav-to-static, static-percentile99.9, ...; "none" for full precision.
 
     Args:
         config: resolved.
-        became_static: the network is known to have static activations, whatever the config says of its training.
+        became_static: whether the network has static activations by now; None: as the config says of its training.
     """
     if config.quantization.full_precision:
         return "none"
     suffix = "" if config.clipping.q is None else f"{config.clipping.q:g}"
     suffix += "-from-octav" if config.clipping.start == "octav" else ""
     static = not config.clipping.dynamic and not config.clipping.learned
-    became = config.clipping.dynamic and not config.clipping.learned and (config.freezing or became_static)
+    became_static = config.freezing if became_static is None else became_static
+    became = config.clipping.dynamic and not config.clipping.learned and became_static
     parts = ["static"] if static else []
     of_both = (
         *_of_both(config.weight_format.replace("_", "-"), config.activation_format.replace("_", "-"), "int"),

@@ -115,7 +115,12 @@ def _finished(config: Config, folder: Path) -> Summary | None:
     saved = load_config(folder)
     if config.overwrite or saved is None or not RunFolder(folder).finished:
         return None
-    if differences(identity(saved), identity(config)):  # resume=force
+    if changed := differences(identity(saved), identity(config)):  # resume=force
+        if config.training and config.epochs <= saved.epochs:
+            raise ConfigError(
+                f"run_dir={folder}: has been trained to its end, so that another {', '.join(changed)} would change "
+                f"nothing; epochs={saved.epochs + 1} goes on, overwrite=true starts anew"
+            )
         return None
     return recorded(SUMMARY, folder)
 
@@ -379,6 +384,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     state = trainer.state
     mses = [row.mse for row in trainer.noise]
     activations = {t.quantizer.mode for t in quantized_tensors(trainer.measured) if t.tensor != "weight"}
+    became_static = "static" in activations and (config.freezing or "dynamic" not in activations)
     sqnr = trainer.mean_sqnr()
     quantized_mb, full_mb = size_mb(trainer.measured)
     share = quantized_share(trainer.measured)
@@ -394,7 +400,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
         "activation_bits": config.activation_bits,
         "mean_weight_bits": mean_weights,
         "mean_activation_bits": mean_activations,
-        "clipping": clipping_label(config, became_static=bool(activations) and "dynamic" not in activations),
+        "clipping": clipping_label(config, became_static=became_static),
         "gradient": gradient_label(config),
         "distilled": config.distilling,
         "mode": config.mode,

@@ -9,7 +9,7 @@ counted from the other end.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +41,17 @@ def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
         assert isinstance(conv, IntegerConv) and isinstance(norm, BATCHNORMS)
         if _fold(conv, norm):
-            parent, _, child = norm_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
+            _take_out(norm, model)
         else:
             left.append(norm_name)
     return left
+
+
+def _take_out(norm: nn.Module, model: nn.Module) -> None:
+    """Put nothing in its place, under each name that it has."""
+    for parent in list(model.modules()):
+        for child in [name for name, module in parent._modules.items() if module is norm]:
+            parent._modules[child] = nn.Identity()
 
 
 def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> bool:
@@ -76,6 +82,15 @@ def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNor
     shift = shift * factor
     conv.bias = nn.Parameter(shift if norm.bias is None else shift + norm.bias, requires_grad=False)
     return True
+
+
+def _returned(out: Any) -> Iterator[int]:
+    """Numbers of the tensors in a result, whatever object holds them."""
+    for leaf in tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            yield id(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):  # such as a dataclass
+            yield from _returned(list(vars(leaf).values()))
 
 
 class _Uses(TorchFunctionMode):
@@ -121,7 +136,7 @@ def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
             handles.append(module.register_forward_pre_hook(before))
     try:
         with torch.no_grad(), _Uses() as uses:
-            uses.count.update(id(leaf) for leaf in tree_leaves(model(*example)))  # what is returned is used
+            uses.count.update(_returned(model(*example)))  # which is used
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ from qat_runner.exporting.integer import (
     IntegerWeight,
     StaticGrid,
 )
-from qat_runner.insertion.layers import each, full_precision_name, kind_of
+from qat_runner.insertion.layers import full_precision_name, kind_of
 from qat_runner.insertion.own_weights import layer_name
 from qat_runner.quant import IntFormat
 from qat_runner.tasks import separate
@@ -104,6 +104,9 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     except ImportError as error:
         raise ConfigError(f"ONNX needs {error.name}: pip install 'qat_runner[export]'") from error
     network = _Outputs(model, signature.outputs).eval()
+    for layer in network.modules():
+        if isinstance(layer, IntegerLayer):
+            layer.measure_bias()
     with torch.no_grad(), _exporting(path), _experts_in_batches(network):
         program = torch.onnx.export(
             network,
@@ -118,11 +121,13 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     assert program is not None
     for node in program.model.graph:
         node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
-    stored = {
-        f"{name}.codes": m.format.exported_type for name, m in network.named_modules() if isinstance(m, IntegerWeight)
-    }
+    modules = network.named_modules(remove_duplicate=False)  # any of the names may be the one that was recorded
+    stored = {f"{name}.codes": m.format.exported_type for name, m in modules if isinstance(m, IntegerWeight)}
     _give_types(program.model.graph, stored)
-    ir.save(program.model, path)
+    try:
+        ir.save(program.model, path)
+    except Exception as error:  # of protobuf, which must not be imported for its name
+        raise RunError(f"{path.name}: cannot be written (2 GiB are the most that an ONNX file holds)") from error
 
 
 def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
@@ -215,7 +220,11 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
         path: ending in .safetensors.
         about: what else the description is to hold: the network, its input.
     """
-    layers = {name: _describe(name, layer) for name, layer in each(model, lambda m: isinstance(m, IntegerLayer))}
+    layers = {
+        name: _describe(f"{name}." if name else "", layer)
+        for name, layer in model.named_modules(remove_duplicate=False)  # as the state has it
+        if isinstance(layer, IntegerLayer)
+    }
     packed = {w["codes"]: w["shape"] for d in layers.values() if (w := d.get("weight")) and "packed" in w}
     state = {
         name: _pack(t) if name in packed else t.detach().contiguous().clone() for name, t in model.state_dict().items()
@@ -272,28 +281,28 @@ def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tens
     return _unpack(packed, shape, signed)
 
 
-def _describe(name: str, layer: nn.Module) -> dict[str, Any]:
-    """What the tensors of an integer layer mean."""
+def _describe(prefix: str, layer: nn.Module) -> dict[str, Any]:
+    """What the tensors of an integer layer mean, whose names begin so."""
     described: dict[str, Any] = {"kind": getattr(layer, "kind_name", None) or kind_of(layer)}
     if isinstance(layer, IntegerTaken):
         described["class"] = full_precision_name(layer)
     for child, module in layer.named_children():
         if isinstance(module, IntegerWeight):
             described["weight"] = {
-                "codes": f"{name}.{child}.codes",
-                "scale": f"{name}.{child}.scale",
+                "codes": f"{prefix}{child}.codes",
+                "scale": f"{prefix}{child}.scale",
                 "shape": list(module.codes.shape),
                 "axis": module.axis if module.scale.ndim else None,
                 **_grid(module),
-                **_zero(f"{name}.{child}", module),
+                **_zero(f"{prefix}{child}", module),
                 **({"packed": PACKED} if module.format.storage_bits == 4 else {}),
-                **(_place(name, layer) if isinstance(layer, IntegerOwnWeight) else {}),
+                **(_place(prefix.removesuffix("."), layer) if isinstance(layer, IntegerOwnWeight) else {}),
             }
         elif isinstance(module, StaticGrid):
             described[child.removesuffix("_grid")] = {
-                "scale": f"{name}.{child}.scale",
+                "scale": f"{prefix}{child}.scale",
                 **_grid(module),
-                **_zero(f"{name}.{child}", module),
+                **_zero(f"{prefix}{child}", module),
             }
     return described
 

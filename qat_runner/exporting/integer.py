@@ -162,10 +162,16 @@ def not_zero(step: Tensor) -> Tensor:
     return torch.where(step.abs() < tiny, tiny, step)
 
 
+LARGEST_BIAS = 2.0**30
+"""In units of the product of both step sizes: sums of products have room beside it in 32 bits."""
+
+
 class IntegerLayer(nn.Module):
     """A layer with a weight of codes and static grids for what else it multiplies, where they are quantized."""
 
     weight: Any
+    large_bias = False
+    """whether the bias is more than 32 bits hold, in units of the product of both step sizes"""
 
     @property
     def multiplied_weight(self) -> Tensor:
@@ -183,9 +189,20 @@ class IntegerLayer(nn.Module):
     @property
     def bias_apart(self) -> bool:
         """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which
-        is nothing at 8 bits, but coarse at 4."""
+        is nothing at 8 bits, but coarse at 4, and cuts it off at 32 bits, beside a row of next to nothing."""
         codes: Any = self._modules.get("integer_weight")
-        return torch.onnx.is_in_onnx_export() and codes is not None and codes.format.storage_bits == 4
+        apart = codes is not None and (codes.format.storage_bits == 4 or self.large_bias)
+        return apart and torch.onnx.is_in_onnx_export()
+
+    @torch.no_grad()
+    def measure_bias(self) -> None:
+        """Find out whether it is large; folding may change that."""
+        codes, grid = self._modules.get("integer_weight"), self._modules.get("input_grid")
+        bias = getattr(self, "bias", None)
+        if isinstance(codes, IntegerWeight) and isinstance(grid, StaticGrid) and isinstance(bias, Tensor):
+            steps = codes.scale.abs() if codes.scale.numel() in (1, len(bias)) else codes.scale.abs().min()
+            unit = grid.scale.abs().double() * steps.double()
+            self.large_bias = bool((bias.abs().double() >= unit * LARGEST_BIAS).any())
 
 
 class IntegerConv(IntegerLayer):

@@ -456,6 +456,8 @@ class Trainer:
         if not self.to_freeze or due is None or position < min(due, self.epochs - 1.5 / self.steps):
             return
         freeze_activations(self.model)
+        if self._none_frozen:  # nothing has been seen yet
+            return
         self.to_freeze = False
         left = ", but for those of tokens" if any(t.quantizer.per_token for t in quantized_tensors(self.model)) else ""
         log.info(f"activations' clipping scalars are static from here on (epoch {position:g}){left}")
@@ -567,7 +569,8 @@ class Trainer:
 
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
-        lr = self.optimizer.param_groups[0]["lr"]
+        # of its last step, which may have been another sitting's
+        lr = learning_rate(self.stage, self.lr, self.epochs, state.epoch - 1, self.steps - 1, self.steps)
         hit, metric = self.totals.names[0], self.metric
         told = self.measure.told(val[metric])
         self.record.epoch(

@@ -176,6 +176,9 @@ def test_scalars_are_frozen_at_the_last_step_at_the_latest(run: Run) -> None:
     (folder,) = Path("runs").iterdir()
     assert "static from here on (epoch 0.5)" in (folder / "log.txt").read_text()
     assert json.loads((folder / "summary.json").read_text())["clipping"] == "octav-to-static"
+    assert run("epochs=1", "limit_train_batches=1", "recipe.freeze_scalars_at=0.75", "run_dir=short") == 0
+    assert "static from here on" not in Path("short/log.txt").read_text()  # before the only step there are none
+    assert json.loads(Path("short/summary.json").read_text())["clipping"] == "octav"
 
 
 def test_scalars_frozen_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,10 @@ def test_a_changed_config_is_named_and_refused_unless_forced(
     assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
     assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
-    assert small_run("run_dir=one", "model=resnet20", "resume=force") == 1
+    assert small_run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
+    told = "has been trained to its end, so that another batchnorm_batches would change nothing; epochs=3 goes on"
+    assert told in capsys.readouterr().err and Path("one/summary.json").exists()
+    assert small_run("run_dir=one", "epochs=3", "model=resnet20", "resume=force") == 1
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
 
 

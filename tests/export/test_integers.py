@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +384,74 @@ def test_batchnorm_is_not_folded_into_what_is_returned(tmp_path: Path) -> None:
     integers = qat.export(model, tmp_path / "m.safetensors", x)
     for ours, theirs in zip(integers(x), model(x), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    features: Tensor
+
+
+class InADataclass(Returning):
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return Result(*super().forward(x))
+
+
+def test_batchnorm_is_not_folded_into_what_a_dataclass_returns(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    model = freeze(quantize_model(InADataclass().eval(), 8, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "m.safetensors", x)
+    for ours, theirs in zip(vars(integers(x)).values(), vars(model(x)).values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class TwoNames(nn.Module):
+    """Its layers have a name each, and another one in the order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        nn.init.uniform_(self.norm.running_mean), nn.init.uniform_(self.norm.weight)
+        self.stem = nn.Sequential(self.conv, self.norm, nn.ReLU())
+        self.head = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.stem(x))
+        return out
+
+
+def test_layers_of_two_names_are_folded_and_packed_once(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 9, 9)
+    model = freeze(quantize_model(TwoNames().eval(), 4, first_last_bits=None, example=x), "averaged", [x])
+    kept = qat.export(model, tmp_path / "kept.safetensors", x, fold=False)
+    folded = qat.export(model, tmp_path / "m.safetensors", x)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), kept(x), rtol=0, atol=0.1 * float(kept(x).detach().abs().max()))
+    state = read_safetensors(tmp_path / "m.safetensors")
+    assert torch.equal(state["stem.0.integer_weight.codes"], state["conv.integer_weight.codes"])
+    assert not any("codes" in key for key in json.loads((tmp_path / "m.json").read_text())["full_precision"])
+
+
+def test_a_network_of_one_layer(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    model = freeze(quantize_model(nn.Linear(8, 5).eval(), 4, first_last_bits=4, example=x), "averaged", [x])
+    integers = qat.export(model, tmp_path / "l.safetensors", x)
+    state = read_safetensors(tmp_path / "l.safetensors")
+    assert all(torch.equal(state[key], t) for key, t in integers.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_the_bias_of_a_dead_channel_is_kept_by_fused_kernels(size: float, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 3, 9, 9)
+    layers = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with torch.no_grad():
+        layers[2].weight[1].mul_(size)
+        layers[2].bias[1] = 1.0
+    model = freeze(quantize_model(layers, 8, example=x), "averaged", [x])
+    expected = qat.export(model, tmp_path / "m.onnx", x)(x)
+    fused = OnnxFile(tmp_path / "m.onnx", fused=True)((x,))
+    torch.testing.assert_close(fused, expected, rtol=0, atol=0.01)
 
 
 def test_batchnorm_is_folded_whatever_the_dimensions(tmp_path: Path) -> None:

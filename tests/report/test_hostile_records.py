@@ -483,7 +483,7 @@ def _mutations(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 
 def test_mutated_records(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _mutations(sound, tmp_path, capsys, 40)
+    _mutations(sound, tmp_path, capsys, 25)
 
 
 @pytest.mark.reliability
@@ -513,7 +513,7 @@ def _mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _mutated_configs(sound, tmp_path, capsys, 20)
+    _mutated_configs(sound, tmp_path, capsys, 12)
 
 
 @pytest.mark.reliability

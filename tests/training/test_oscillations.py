@@ -179,6 +179,7 @@ def test_quantizers_remember_nothing_of_it() -> None:
 RUN = (
     *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
     *("batch_size=16", "epochs=2", "noise_batches=0", "lr=0.3", "recipe.batchnorm_batches=2"),
+    "recipe.scratch.schedule=cosine",
     *("oscillations.momentum=0.3", "oscillations.freeze_to=0.1", "oscillations.dampening=0.01"),
 )
 
