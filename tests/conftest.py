@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and wi
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
 
 
@@ -26,6 +27,21 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(("QAT_DATA_DIR", "SLURM_", "WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
     os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+@pytest.fixture(autouse=True)
+def _few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their plots in tests that are marked so: it takes a third of the time of a small one."""
+    if "plots" in request.keywords:
+        return
+    from qat_runner.training import plots  # which takes PyTorch's and matplotlib's time, once
+
+    def drawn(folder: Path, file: str, rows: str) -> None:
+        if (folder / rows).is_file():
+            (folder / file).write_bytes(b"\x89PNG")
+
+    monkeypatch.setattr(plots, "plot_curves", lambda folder, task: drawn(folder, "curves.png", "metrics.csv"))
+    monkeypatch.setattr(plots, "plot_noise", lambda folder: drawn(folder, "noise.png", "layers.csv"))
 
 
 @pytest.fixture(autouse=True)

@@ -272,7 +272,7 @@ class _Calls:
         layer, x = self.layers[module], args[0]
         # Values only ever overrule structure towards signed, should it have been fooled. In training they alone do:
         # what is never negative may be multiplied there by chance, in ways that are not known.
-        negative = not x.is_meta and bool((x < 0).any())
+        negative = not (x.is_meta or x.is_complex()) and bool((x < 0).any())
         if layer.training_only == self.training_only:
             negative = negative or not self.signs.is_tagged(x)
         layer.signed[operand] = layer.signed.get(operand, False) or negative

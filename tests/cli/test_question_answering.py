@@ -32,6 +32,7 @@ def only_run() -> Path:
     return folder
 
 
+@pytest.mark.plots
 def test_the_record_of_fine_tuning(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bits=4", "epochs=2", "lr=1e-3") == 0
     folder = only_run()

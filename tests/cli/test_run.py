@@ -55,6 +55,7 @@ def only_run(root: Path = Path("runs")) -> Path:
     return folder
 
 
+@pytest.mark.plots
 def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("epochs=2", "seed=7") == 0
     folder = only_run()

@@ -299,7 +299,7 @@ def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pyte
 
 
 def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It does all others first; a single run is told at once."""
     from qat_runner import experiment
@@ -317,8 +317,8 @@ def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
     monkeypatch.setattr(experiment, "run", busy_at_first)
     monkeypatch.setattr(running, "run", busy_at_first)
     monkeypatch.setattr(running, "PATIENCE", 0.01)
-    assert run("-m", "seed=0,1", "epochs=1") == 0
+    assert small_run("-m", "seed=0,1", "epochs=1") == 0
     assert order == [0, 1, 0, 0]
     assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1
     left["0"] = 1
-    assert run("seed=0", "epochs=1") == 1
+    assert small_run("seed=0", "epochs=1") == 1
