@@ -45,7 +45,7 @@ def _few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(autouse=True)
-def _logger_left_alone() -> Iterator[None]:
+def _logger_left_alone(_few_plots: None) -> Iterator[None]:
     """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
     log = logging.getLogger("qat_runner")
     before = list(log.handlers), log.propagate, log.level

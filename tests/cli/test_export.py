@@ -241,6 +241,7 @@ def test_onnx_without_its_packages(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     tiny_bert(tmp_path / "bert", layers=1)
