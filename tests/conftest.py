@@ -30,7 +30,18 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _logger_left_alone() -> Iterator[None]:
+    """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
+    log = logging.getLogger("qat_runner")
+    before = list(log.handlers), log.propagate, log.level
+    yield
+    assert (log.handlers, log.propagate, log.level) == before
+
+
+@pytest.fixture(autouse=True)
+def _few_plots(
+    request: pytest.FixtureRequest, _logger_left_alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:  # after the logger, which a test may have patched as well
     """Runs draw their plots in tests that are marked so: it takes a third of the time of a small one."""
     if "plots" in request.keywords:
         return
@@ -42,12 +53,3 @@ def _few_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(plots, "plot_curves", lambda folder, task: drawn(folder, "curves.png", "metrics.csv"))
     monkeypatch.setattr(plots, "plot_noise", lambda folder: drawn(folder, "noise.png", "layers.csv"))
-
-
-@pytest.fixture(autouse=True)
-def _logger_left_alone(_few_plots: None) -> Iterator[None]:
-    """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
-    log = logging.getLogger("qat_runner")
-    before = list(log.handlers), log.propagate, log.level
-    yield
-    assert (log.handlers, log.propagate, log.level) == before
