@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,19 +189,21 @@ def step(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]
 
 
 def grids(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    rows = []
-    for name, which in chosen_steps(args, device).items():
-        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in GRIDS}
-        figures = take_turns(contest, args.rounds, device, beside="two's complement")
-        rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
-    return rows
+    return _steps_beside("two's complement", [*GRIDS], args, device)
 
 
 def learned(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    return _steps_beside("full precision", LEARNED, args, device)
+
+
+def _steps_beside(
+    first: str, modes: Sequence[str], args: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    """Steps of networks in several modes, each also as a multiple of the first one's time."""
     rows = []
     for name, which in chosen_steps(args, device).items():
-        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in LEARNED}
-        figures = take_turns(contest, args.rounds, device, beside="full precision")
+        contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in modes}
+        figures = take_turns(contest, args.rounds, device, beside=first)
         rows += [{"network": name, "what": mode, **f} for mode, f in figures.items()]
     return rows
 
