@@ -114,60 +114,58 @@ PICTURE_KEYS = frozenset(
     )
 )
 
-_OWN: dict[str, TaskFacts] = {
-    "classification": TaskFacts(
-        metric="top1",
-        modes=("scratch", "retrain", "long_retrain"),
-        own_keys=PICTURE_KEYS,
-        calibration_batches=5,
-        calibration_batch_size=64,
-        first_last_bits=8,
-        not_drawn=("top5",),
-    ),
-    "question_answering": TaskFacts(
-        metric="f1",
-        modes=("finetune", "scratch", "retrain", "long_retrain"),
-        own_keys=frozenset(
-            (
-                *(
-                    "model.checkpoint",
-                    "dataset.max_length",
-                    "dataset.stride",
-                    "dataset.padding",
-                    "dataset.one_window",
-                ),
-                *(
-                    "dataset.train_questions",
-                    "dataset.val_questions",
-                    "dataset.n_best",
-                    "dataset.max_answer_length",
-                ),
-            )
-        ),
-        calibration_batches=10,
-        calibration_batch_size=4,
-        quantize_head=False,
-        linear_granularity="channel",
-        dashed=("em",),
-    ),
-    "language_modelling": TaskFacts(
-        metric="perplexity",
-        unit="",
-        lower_is_better=True,
-        modes=("finetune", "scratch", "retrain", "long_retrain"),
-        own_keys=frozenset(("model.checkpoint", "dataset.max_length")),
-        calibration_batches=10,
-        calibration_batch_size=4,
-        quantize_head=False,
-        linear_granularity="channel",
-        not_drawn=("accuracy",),
-    ),
-}
-
 FACTS: Registry[TaskFacts] = Registry(
     "task",
     "qat_runner.tasks",
-    _OWN,
+    {
+        "classification": TaskFacts(
+            metric="top1",
+            modes=("scratch", "retrain", "long_retrain"),
+            own_keys=PICTURE_KEYS,
+            calibration_batches=5,
+            calibration_batch_size=64,
+            first_last_bits=8,
+            not_drawn=("top5",),
+        ),
+        "question_answering": TaskFacts(
+            metric="f1",
+            modes=("finetune", "scratch", "retrain", "long_retrain"),
+            own_keys=frozenset(
+                (
+                    *(
+                        "model.checkpoint",
+                        "dataset.max_length",
+                        "dataset.stride",
+                        "dataset.padding",
+                        "dataset.one_window",
+                    ),
+                    *(
+                        "dataset.train_questions",
+                        "dataset.val_questions",
+                        "dataset.n_best",
+                        "dataset.max_answer_length",
+                    ),
+                )
+            ),
+            calibration_batches=10,
+            calibration_batch_size=4,
+            quantize_head=False,
+            linear_granularity="channel",
+            dashed=("em",),
+        ),
+        "language_modelling": TaskFacts(
+            metric="perplexity",
+            unit="",
+            lower_is_better=True,
+            modes=("finetune", "scratch", "retrain", "long_retrain"),
+            own_keys=frozenset(("model.checkpoint", "dataset.max_length")),
+            calibration_batches=10,
+            calibration_batch_size=4,
+            quantize_head=False,
+            linear_granularity="channel",
+            not_drawn=("accuracy",),
+        ),
+    },
     valid=lambda facts: isinstance(facts, TaskFacts),
     of=lambda task: task.facts,
 )
@@ -176,7 +174,7 @@ FACTS: Registry[TaskFacts] = Registry(
 
 def foreign_keys(task: TaskFacts) -> frozenset[str]:
     """Dotted keys that mean nothing to a task: those that others of ours have for themselves, whatever is installed."""
-    return frozenset().union(*(facts.own_keys for facts in _OWN.values())) - task.own_keys
+    return frozenset().union(*(FACTS[name].own_keys for name in FACTS.own)) - task.own_keys
 
 
 def metrics() -> Sequence[str]:

@@ -248,9 +248,9 @@ def _check_head(path: Path, head: bytes) -> None:
 def _check_end(path: Path, file: int, end: int) -> None:
     """Refuse a shard whose last bytes are missing, which tarfile takes for one that ends there; or that goes on after
     its end: with another shard, or with a hole that a download has left."""
-    if os.pread(file, BLOCK, end) != bytes(BLOCK):
-        raise ValueError(f"{printable(str(path))} is cut short or damaged: no end of a tar file follows byte {end}")
     rest = os.pread(file, PADDING + 1, end)
+    if rest[:BLOCK] != bytes(BLOCK):
+        raise ValueError(f"{printable(str(path))} is cut short or damaged: no end of a tar file follows byte {end}")
     if len(rest) > PADDING or any(rest):
         raise ValueError(
             f"{printable(str(path))} is damaged, or several in one: more follows the end of a tar file at byte {end}"

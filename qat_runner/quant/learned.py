@@ -315,9 +315,9 @@ class _Learned(torch.autograd.Function):
         refuse_double_backward()
         x, learned, s = ctx.saved_tensors
         of_x, of_learned = ctx.method.gradients(grad, x, s, ctx.format)
-        if of_learned.shape != learned.shape and ctx.format.parts == 1:
-            of_learned = of_learned.sum_to_size(learned.shape)
-        elif of_learned.shape != learned.shape:
-            of_learned = torch.stack([part.sum_to_size(learned.shape[1:]) for part in of_learned])
+        if of_learned.shape != learned.shape:
+            ends = of_learned if ctx.format.parts > 1 else of_learned[None]
+            shape = learned.shape[ctx.format.parts > 1 :]
+            of_learned = torch.stack([end.sum_to_size(shape) for end in ends]).view_as(learned)
         of_learned = of_learned * ctx.scale
         return of_x, of_learned.to(learned.dtype), None, None, None, None

@@ -21,7 +21,7 @@ from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
 from qat_runner.quant.repeated import LatestScalars
 from qat_runner.quant.state import ScalarState
-from qat_runner.quant.tensors import recording, transformed, written
+from qat_runner.quant.tensors import fleeting, recording, transformed, written
 
 
 class NotCalibratedError(RuntimeError):
@@ -201,7 +201,7 @@ class Quantizer(ScalarState):
         if (plan := self.planned(x)) is not None:
             return self._trained_on(x, plan)
         s = self._scalars(x)
-        if not (torch.compiler.is_compiling() or transformed()):  # whose tensors are none outside
+        if not fleeting():
             self.last_s = s
         return self._quantize(x, s)
 
@@ -292,7 +292,7 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            check = self.checks and not (torch.compiler.is_compiling() or transformed())
+            check = self.checks and not fleeting()
             return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._trained.only_s if repeated else None  # of the pass that is repeated
@@ -303,7 +303,7 @@ class Quantizer(ScalarState):
             self._trained.over = True
         else:
             self._remember(s)
-            if not (torch.compiler.is_compiling() or transformed()):
+            if not fleeting():
                 self._trained.then(s)
         return s
 

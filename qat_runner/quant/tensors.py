@@ -24,6 +24,11 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def fleeting() -> bool:
+    """Whether tensors are those of a compiler or of a transform, which mean nothing to whoever keeps them."""
+    return torch.compiler.is_compiling() or transformed()
+
+
 def derivatives_wanted() -> int:
     """How many transforms of torch.func that differentiate are at work, one inside the other."""
     stack = torch._C._functorch.get_interpreter_stack() or []

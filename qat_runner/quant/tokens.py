@@ -12,7 +12,7 @@ from qat_runner.quant.formats import Format
 from qat_runner.quant.gradients import Estimator
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import LATEST, Quantizer
-from qat_runner.quant.tensors import recording, transformed
+from qat_runner.quant.tensors import fleeting, recording
 
 NOT_CONSTANT = "has a clipping scalar a token, solved as it comes: none of them is constant"
 """What errors say of it."""
@@ -63,13 +63,13 @@ class TokenQuantizer(Quantizer):
         self.holds = False
         rows = self.rows(x)
         s = self._scalars_of_tokens(x, rows)
-        if not (torch.compiler.is_compiling() or transformed()):
+        if not fleeting():
             self.last_s = s
         return fake_quantize(rows, s, self.format, self.gradient).view(x.shape)
 
     def _scalars_of_tokens(self, x: Tensor, rows: Tensor) -> Tensor:
         """Scalars [tokens, 1], or of two ends [2, tokens, 1]; of a tensor that another one has solved, its."""
-        if recording() or transformed():
+        if recording():  # transforms are among what does
             return self._solve(rows, Call(check=False))
         if not self.training:
             return self._solve(rows, Call(check=self.checks))

@@ -566,6 +566,16 @@ def orient_row(parts_ptr, s_ptr, before_ptr, out_ptr, programs, clearly, STAYS: 
 
 
 @triton.jit
+def _in_tile(rows, n, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program among `blocks` for ROWS rows: its rows, [ROWS], and which of them there are; the offsets of its
+    elements, [ROWS, BLOCK], and which of those there are."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    return row, present, row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+
+
+@triton.jit
 def fake_quantize(
     x_ptr,
     s_ptr,
@@ -583,10 +593,7 @@ def fake_quantize(
 ):
     """x, out [rows, n], s float32 [rows], or low and high [2, rows], with `resolution` steps between them;
     `blocks` programs for ROWS rows."""
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = row < rows
-    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
     if AFFINE:
@@ -626,10 +633,7 @@ def fake_quantize_backward(
     BLOCK: tl.constexpr,
 ):
     """grad, x, out [rows, n], s float32 [rows], or low and high [2, rows]; `blocks` programs for ROWS rows."""
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = row < rows
-    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=1.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
@@ -685,10 +689,7 @@ def learned_backward(
 ):
     """`fake_quantize_backward` of a learned grid; what each program sums goes to parts, float32 [blocks, rows] of the
     step size or the scalar, and, affine, as much again of the lower end."""
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = row < rows
-    at, mask = row[:, None] * n + column[None, :], present[:, None] & (column < n)[None, :]
+    row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
