@@ -223,9 +223,9 @@ class ClippingSchema:
     together: bool | None = None
     """mse_sweep: rows of a weight share one candidate, as in the paper"""
     missing_code: bool | None = None
-    """octav: know that two's complement has no code at +s, which the paper neglects; null: in mode ptq alone"""
+    """octav: know that two's complement has no code at +s, which the paper neglects; null: in modes ptq and allocate"""
     refine: int | None = number(None, 0, _SAMPLES)
-    """octav: candidates whose measured error decides, where few share a scalar; null: 64 in mode ptq, else 0"""
+    """octav: candidates whose measured error decides, where few share a scalar; null: 64 in ptq and allocate, else 0"""
     alpha: float | None = number(None, 0, _LARGE, above=True)
     """pact: the first clipping scalar of activations"""
     start: str | None = None
