@@ -5,7 +5,9 @@ On a CPU, with --tiny, the same code measures next to nothing, to show that it w
 
 import argparse
 import gc
+import math
 import signal
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +42,8 @@ TINY_NETWORKS = {
 MODES = ("full precision", "static", "octav")
 WAYS = ("eager", "CUDA graph", "torch.compile")
 """In this order, so that what takes longest is left out first where time is short."""
+BUSY_MS = 10
+"""How long a kernel is called again and again to be timed once: calls cost the host tens of microseconds each."""
 ROW_SECONDS = 60
 """What a row may take: torch.compile may take any time."""
 
@@ -56,15 +60,23 @@ def gpu(args: argparse.Namespace, device: torch.device) -> dict[str, list[Row]]:
 
 def kernels(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Each operation of the device's backend, beside a copy on the device, which reads and writes."""
-    many, rows = ((64 * 2**20,), (4096, 16384)) if not args.tiny else ((3000,), (8, 64))
     table: list[Row] = []
     for dtype in (torch.bfloat16, torch.float32):
-        for shape, dim in ((many, None), (rows, 0)):
+        for shape, dim in shapes(device, args.tiny):
             x = torch.randn(shape, device=device, dtype=dtype)
             table += kernel_rows(x, dim, args.rounds, device)
             del x
             free(device)
     return table
+
+
+def shapes(device: torch.device, tiny: bool) -> list[tuple[tuple[int, ...], int | None]]:
+    """One row, rows that a program holds, and rows that it does not; a copy of either outlasts its call."""
+    if tiny:
+        return [((3000,), None), ((8, 64), 0)]
+    roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 40e9
+    n = 2**28 if roomy else 2**26
+    return [((n,), None), ((n // 4096, 4096), 0), ((n // 32768, 32768), 0)]
 
 
 def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -> list[Row]:
@@ -78,7 +90,7 @@ def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -
         row: Row = what | {"kernel": name}
         try:
             with at_most(ROW_SECONDS):
-                row |= take_turns({name: run}, rounds, device)[name]
+                row |= timed(run, rounds, device)
         except Exception as error:
             table.append(row | {"error": first_line(error)})
             continue
@@ -90,6 +102,25 @@ def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -
             row["of a copy's bandwidth"] = passes / 2 / row["x copy"]
         table.append(row)
     return table
+
+
+def timed(run: Callable[[], object], rounds: int, device: torch.device) -> Row:
+    """Milliseconds of a call; on a GPU of one among many, by the device's clock, and of one by itself."""
+    alone: Row = take_turns({"": run}, rounds, device)[""]
+    if device.type != "cuda":
+        return alone
+    times: list[float] = []
+    calls = math.ceil(BUSY_MS / alone["ms"])
+    for _ in range(rounds):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(calls):
+            run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / calls)
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"ms": middle, "spread": high - low, "ms alone": alone["ms"]}
 
 
 def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callable[[], object]]]:
@@ -105,12 +136,13 @@ def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callab
     state = Remembered(s.clone(), s.clone(), torch.zeros((), dtype=torch.int64, device=x.device), 0.1, True)
     once, fully = Search(dims, 1, 0.0), Search(dims, 20, 1e-4)
     factors = (0.9, 1.0, 1.1)
+    held = dim is not None and x[0].numel() <= max(getattr(ours, "REGISTERS", [0]))  # is read once for both
     return {
         "copy": (2, partial(out.copy_, x)),
         "octav, cold": (None, partial(ours.octav, x, cost, None, fully)),
         "octav, one warm iteration": (1, partial(ours.octav, x, cost, s * 1.03, once)),
         "octav_and_quantize, one warm iteration": (
-            3,
+            2 if held else 3,
             partial(ours.octav_and_quantize, x, cost, format, once, state, True),
         ),
         "remember": (None, partial(ours.remember, s, state)),

@@ -6,9 +6,10 @@
 - Of several frames, the first is the picture.
 """
 
+import functools
 import io
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -84,12 +85,26 @@ def jpeg_pixels(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
     Raises:
         RuntimeError: one of them is damaged.
     """
-    with warnings.catch_warnings():
+    # The decoder takes memory of the current stream and writes it on a stream of its own, which waits for nothing: it
+    # must not get what kernels of training, which are still to run, have been the last to need.
+    aside = _aside(device) if device.type == "cuda" else None
+    with warnings.catch_warnings(), nullcontext() if aside is None else torch.cuda.stream(aside):
         warnings.simplefilter("ignore")
         from torchvision.io import ImageReadMode, decode_jpeg  # which takes a second to import
 
         pixels: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
+    if aside is not None:
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(aside)
+        for picture in pixels:
+            picture.record_stream(training)
     return pixels
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """A stream whose memory nothing but decoded pictures uses."""
+    return torch.cuda.Stream(device)
 
 
 def as_tensor(content: bytes) -> Tensor:

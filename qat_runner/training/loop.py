@@ -101,10 +101,11 @@ def _compiled(model: nn.Module) -> nn.Module:
 
     In one also where gradients are averaged over processes, though split it could send them earlier: the first step of
     a sitting, which is not averaged like the others, is to give what it gave in a run that was not interrupted, but for
-    the order in which three processes or more are added up.
+    the order in which three processes or more are added up. Nor are kernels chosen by timing, which may end otherwise
+    where the run goes on.
     """
     torch._dynamo.config.optimize_ddp = False
-    return torch.compile(model, fullgraph=True)  # type: ignore[return-value]
+    return torch.compile(model, fullgraph=True, options={"deterministic": True})  # type: ignore[return-value]
 
 
 class Interval:

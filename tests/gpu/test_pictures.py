@@ -1,13 +1,20 @@
 """JPEGs decoded, and pictures resized, on the device that trains."""
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
+from qat_runner.data import decoding
 from qat_runner.data.batches import WHOLE
+from qat_runner.data.decoding import as_tensor, jpeg_pixels
 from qat_runner.data.folder import FolderSource
 
 
@@ -31,3 +38,54 @@ def test_pictures_are_those_of_the_cpu(device: torch.device, tmp_path: Path, mon
         assert same.device.type == device.type and labels.equal(kinds.cpu())
         assert difference.max() == 0 if device.type == "cpu" else difference.mean() < 2
     assert usual.corrupt == on_device.corrupt and len(usual.corrupt) == 2
+
+
+@pytest.mark.gpu
+def test_what_a_step_still_writes_is_not_given_to_the_decoder(cuda: torch.device) -> None:
+    jpegs = [jpeg() for _ in range(8)]
+    jpeg_pixels(jpegs, cuda)
+    torch.cuda.synchronize(cuda)
+    expected = [pixels.cpu() for pixels in jpeg_pixels(jpegs, cuda)]
+    for _ in range(5):
+        freed = [torch.zeros_like(pixels, device=cuda) for pixels in expected]
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second of a step that is still to run
+        for each in freed:
+            each.fill_(7)
+        del freed, each
+        decoded = jpeg_pixels(jpegs, cuda)
+        for pixels, same in zip(decoded, expected, strict=True):
+            assert torch.equal(pixels.cpu(), same)
+
+
+def test_what_decodes_is_waited_for_by_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: in which order streams are asked for what."""
+    asked: list[str] = []
+    picture, training = MagicMock(), MagicMock()
+    picture.record_stream.side_effect = lambda stream: asked.append("its memory is kept for training")
+    training.wait_stream.side_effect = lambda stream: asked.append(f"training waits for {stream}")
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        asked.append(f"on {stream}")
+        yield
+        asked.append("back")
+
+    def decode(*_: object, **__: object) -> list[MagicMock]:
+        asked.append("decoded")
+        return [picture]
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    monkeypatch.setattr(decoding, "_aside", lambda device: "its stream")
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", decode)
+    assert jpeg_pixels([jpeg()], torch.device("cuda", 0)) == [picture]
+    waiting = ["training waits for its stream", "its memory is kept for training"]
+    assert asked == ["on its stream", "decoded", "back", *waiting]
+
+
+def jpeg() -> torch.Tensor:
+    """A JPEG, 300x200, smooth."""
+    content = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((300, 200)).save(content, "JPEG")
+    return as_tensor(content.getvalue())

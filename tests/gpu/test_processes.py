@@ -49,7 +49,7 @@ def trained(kind: str, folder: Path, compiled: bool) -> dict[str, Tensor]:
     model, data = build(config, None)
     trainer = Trainer(config, model.train().double(), data, NullRecord(folder))
     batches = [Batch((b.inputs[0].double(),), b.targets) for b in data.train_batches(32, 0, 4, 0)]
-    losses = trainer._mean_over_processes([trainer._step(batch) for batch in batches])
+    losses = trainer._mean_over_processes(torch.stack([trainer._step(batch) for batch in batches]))
     return {"losses": losses.cpu(), **{name: p.detach().cpu() for name, p in model.named_parameters()}}
 
 

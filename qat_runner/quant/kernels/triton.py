@@ -63,7 +63,7 @@ WARPS = 8
 RESIDENT = 2
 """Such programs on a multiprocessor. With MAXNREG registers a thread that many fit, as they must to meet."""
 MAXNREG = 128
-SIZES = (64, 1024, 4096, 16384)
+SIZES = (64, 1024, 4096, 8192, 16384)
 """Elements of the short rows of several tensors: those up to each of these are in one launch."""
 ALIGNED = 16
 """Elements by which tensors that lie one behind another are aligned."""
