@@ -17,7 +17,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, told
 
 T = TypeVar("T")
 
@@ -110,8 +110,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         try:
             found = self._of(thing.load())
         except Exception as error:  # whatever somebody's module may raise
-            reason = " ".join(str(error).split())
-            raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({reason})") from error
+            raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({told(error)})") from error
         try:
             self[name] = found
         except TypeError as error:

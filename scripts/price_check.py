@@ -31,7 +31,7 @@ from qat_runner.allocation import Limit, Network, Operand, allocate_bits, networ
 from qat_runner.allocation.costs import mean_bits
 from qat_runner.allocation.prices import having_bits
 from qat_runner.cli.explain import explain
-from qat_runner.config import BASELINE, Config, config_dir, from_hydra, register
+from qat_runner.config import BASELINE, Config, config_dir, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.errors import QatError
 from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, build
@@ -166,7 +166,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the policies")
     parser.add_argument("--csv", type=Path, help="file for a row a policy")
     asked, keys = parser.parse_known_args()
-    register()
     try:
         config = from_hydra(compose_config(["mode=allocate", "budget=4", *keys]))
         if config.weights == BASELINE:

@@ -21,7 +21,7 @@ class Objective:
     """logits, those of full precision, a batch -> how much worse the former are, []"""
 
 
-def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1, seed: int = 0) -> Objective:
+def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -> Objective:
     """Of a network that should go on giving the same probabilities. Labels are not needed.
 
     The loss is the cross entropy of labels drawn from those probabilities themselves: the mean of its squared gradients
@@ -31,13 +31,12 @@ def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1, s
     Args:
         logits: a network, a batch -> logits, C of them along `dim`.
         dim: of the classes.
-        seed: of the labels.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
     def loss(found: Tensor, batch: Any) -> tuple[Tensor, int]:
         device = found.device
-        generator = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+        generator = generators.setdefault(device, torch.Generator(device).manual_seed(0))
         shares = found.detach().float().softmax(dim).movedim(dim, -1)
         labels = torch.multinomial(shares.flatten(0, -2), 1, generator=generator)[:, 0]
         return F.cross_entropy(found.float().movedim(dim, -1).flatten(0, -2), labels), len(labels)

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from qat_runner.config.schema import ConfigSchema
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, told
 from qat_runner.plugins import installed
 from qat_runner.quant import GRADIENTS, METHODS
 
@@ -51,8 +51,7 @@ def register() -> None:
         except ConfigError:
             raise
         except Exception as error:  # whatever somebody's package may raise
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({reason})") from error
+            raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({told(error)})") from error
 
 
 def _store(folder: Path) -> None:

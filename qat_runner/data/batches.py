@@ -1,11 +1,16 @@
 """What all data sets have in common: their batches."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from qat_runner.data.chance import epoch_seed, shuffled
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Data(Protocol):
 
     name: str
     device: torch.device
+    seed: int
+    shard: Shard
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -87,6 +94,13 @@ class Data(Protocol):
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The first `limit` batches of the validation split in its own order, the last as small as it comes."""
+
+
+def train_rows(data: Data, batch_size: int, epoch: int, limit: int | None, start: int) -> Iterator[NDArray[np.int64]]:
+    """Of each training batch that `Data.train_batches` is asked for, the numbers of this process's samples."""
+    order = shuffled(data.train_size, epoch_seed(data.seed, epoch)).numpy()
+    for batch in itertools.islice(range(data.train_steps(batch_size)), start, limit):
+        yield data.shard.samples(order[batch * batch_size : (batch + 1) * batch_size])
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qat_runner.data.batches import Shard
+from qat_runner.data.chance import epoch_seed, shuffled
 from qat_runner.data.decoding import decode_picture, decode_pixels
-from qat_runner.data.images import Labelled, epoch_seed, shuffled
+from qat_runner.data.images import Labelled
 from qat_runner.data.layouts import read_pictures
 from qat_runner.data.splits import Decoded, OnDevice, Split
 from qat_runner.data.workers import Order, Workers

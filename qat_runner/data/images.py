@@ -6,17 +6,16 @@ Both hand over bytes, which are normalized on the device.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qat_runner.data.batches import WHOLE, Batch, Shard, sent
+from qat_runner.data.chance import epoch_seed, shuffled
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
@@ -154,28 +153,6 @@ def shrink(pictures: Tensor, size: int) -> Tensor:
         return pictures
     parts = [F.avg_pool2d(part.float(), factor).round_().to(torch.uint8) for part in pictures.split(4096)]
     return torch.cat(parts)
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """One seed for each (seed, epoch), far apart."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def shuffled(n: int, seed: int) -> Tensor:
-    """The numbers from 0 to n - 1 in an order by a seed, int64 [n]."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def drawing(seed: int) -> Iterator[None]:
-    """While open, torch's generator draws by a seed; afterwards it is as it was."""
-    chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
-    before = chance.get_state()
-    try:
-        chance.manual_seed(seed)
-        yield
-    finally:
-        chance.set_state(before)
 
 
 def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:

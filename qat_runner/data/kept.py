@@ -1,6 +1,7 @@
 """Arrays of rows of different lengths, and the files of the cache folder in which they are kept between two starts."""
 
 import hashlib
+import logging
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
 
+log = logging.getLogger("qat_runner")
 
 SETTLED = 2_000_000_000
 """Nanoseconds, more than any file system counts its time in."""
@@ -148,3 +150,17 @@ def keep_arrays(path: Path, arrays: Arrays) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def keep_tokens(path: Path, name: str, arrays: Arrays) -> None:
+    """`keep_arrays` of a text's tokens; where they cannot be kept, that is said, and they are made anew next time.
+
+    Args:
+        path: of the file.
+        name: of what holds the text, to be told.
+        arrays: the tokens.
+    """
+    try:
+        keep_arrays(path, arrays)
+    except OSError as error:
+        log.warning(f"the tokens of {name} could not be kept in {path.parent} ({error.strerror})")

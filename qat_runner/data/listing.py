@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qat_runner.cache import cache_folder
 from qat_runner.data.decoding import SUFFIXES
 from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, key_of, settled
-from qat_runner.quant.kernels.compiled import cache_folder
 
 VERSION = 1
 """Of what is kept; another one wherever the same folder would be listed otherwise."""

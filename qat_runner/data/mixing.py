@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat_runner.config import StageConfig
 from qat_runner.data.batches import Batch, Shard
-from qat_runner.data.images import drawing, epoch_seed
+from qat_runner.data.chance import drawing, epoch_seed
 
 MIXING = ("mixup", "cutmix", "random_erasing")
 """Keys of a stage that ask for it."""

@@ -21,11 +21,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qat_runner.cache import chosen_cache
 from qat_runner.data.decoding import SUFFIXES
 from qat_runner.data.kept import key_of, stamps
 from qat_runner.data.listing import printable
 from qat_runner.errors import told
-from qat_runner.quant.kernels.compiled import chosen_cache
 
 VERSION = 1
 """Of the shards; another one wherever they would be other ones."""

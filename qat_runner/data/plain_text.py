@@ -5,7 +5,6 @@ between them, if it has one. It is tokenized once and kept in a cache that is ke
 """
 
 import hashlib
-import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from qat_runner.data.batches import WHOLE, Batch, Shard
-from qat_runner.data.images import epoch_seed, shuffled
-from qat_runner.data.kept import UnkeptError, keep_arrays, kept_arrays, kept_numbers
-from qat_runner.quant.kernels.compiled import cache_folder
+from qat_runner.cache import cache_folder
+from qat_runner.data.batches import WHOLE, Batch, Shard, sent, train_rows
+from qat_runner.data.kept import UnkeptError, keep_tokens, kept_arrays, kept_numbers
 
 Ids = NDArray[np.int32]
 
@@ -67,10 +65,7 @@ def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
         return kept_numbers(kept, "ids", np.int32, len(kept.get("ids", ())), range(len(tokenizer)))
     texts = [_decoded(path, content) for path, content in zip(files, contents, strict=True)]
     ids = _tokenize(texts, tokenizer, files[0].parent.name if len(files) > 1 else files[0].name)
-    try:
-        keep_arrays(cached, {"ids": ids})
-    except OSError as error:
-        log.warning(f"the tokens of {files[0].name} could not be kept in {cached.parent} ({error.strerror})")
+    keep_tokens(cached, files[0].name, {"ids": ids})
     return ids
 
 
@@ -143,10 +138,8 @@ class TextData:
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
-        order = shuffled(self.train_size, epoch_seed(self.seed, epoch)).numpy()
-        for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
-            rows = order[batch * batch_size : (batch + 1) * batch_size]
-            yield self._batch(self.training, self.length * self.shard.samples(rows), self.length)
+        for rows in train_rows(self, batch_size, epoch, limit, start):
+            yield self._batch(self.training, self.length * rows, self.length)
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         whole, rest = divmod(len(self.validation) - 1, self.length)
@@ -160,5 +153,5 @@ class TextData:
 
     def _batch(self, ids: Ids, starts: NDArray[np.int64], length: int) -> Batch:
         chosen = torch.from_numpy(ids[starts[:, None] + np.arange(length + 1)].astype(np.int64))
-        tokens, following = (part.contiguous().to(self.device) for part in (chosen[:, :-1], chosen[:, 1:]))
+        tokens, following = (sent(part.contiguous(), self.device) for part in (chosen[:, :-1], chosen[:, 1:]))
         return Batch((tokens,), following)

@@ -7,7 +7,7 @@ from qat_runner.data.batches import Data
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.listing import printable
 from qat_runner.data.sets import DATASETS
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, told
 
 PREPARE = "python -m qat_runner.data.prepare"
 
@@ -55,5 +55,5 @@ def load_dataset(config: DatasetConfig, data_dir: str, delivery: Delivery) -> Da
     except (ConfigError, ModuleNotFoundError):
         raise
     except Exception as error:  # whatever a parser may raise on files that are something else
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"dataset={config.name}: {printable(str(folder))} cannot be read ({told})") from error
+        reason = told(error) or type(error).__name__
+        raise ConfigError(f"dataset={config.name}: {printable(str(folder))} cannot be read ({reason})") from error

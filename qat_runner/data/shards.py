@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from qat_runner.cache import cache_folder
 from qat_runner.data.decoding import SUFFIXES
 from qat_runner.data.kept import (
     Arrays,
@@ -36,7 +37,6 @@ from qat_runner.data.kept import (
 )
 from qat_runner.data.listing import CLUTTER, PassedOver, printable
 from qat_runner.errors import told
-from qat_runner.quant.kernels.compiled import cache_folder
 
 VERSION = 1
 """Of what is kept; another one wherever the same shards would be indexed otherwise."""

@@ -8,8 +8,8 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qat_runner.data.chance import drawing, epoch_seed
 from qat_runner.data.decoding import FORMATS, as_tensor, decode_pixels, jpeg_pixels, plain_jpeg
-from qat_runner.data.images import drawing, epoch_seed
 from qat_runner.data.layouts import Pictures
 from qat_runner.data.listing import printable
 from qat_runner.data.workers import Order, Workers
@@ -47,9 +47,6 @@ class Decoded(Dataset[tuple[Tensor, int, str]]):
         self.transform = transform
         self.image_size = image_size
 
-    def __len__(self) -> int:
-        return len(self.stored.labels)
-
     def __getitem__(self, item: Any) -> tuple[Tensor, int, str]:
         _, index = item
         label = int(self.stored.labels[index])
@@ -70,9 +67,6 @@ class Files(Dataset[File]):
 
     def __init__(self, stored: Pictures) -> None:
         self.stored = stored
-
-    def __len__(self) -> int:
-        return len(self.stored.labels)
 
     def __getitem__(self, item: Any) -> File:
         _, index = item

@@ -22,11 +22,11 @@ from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
+from qat_runner.cache import cache_folder
 from qat_runner.config import DatasetConfig
-from qat_runner.data.kept import Ragged, UnkeptError, keep_arrays, kept_arrays
+from qat_runner.data.kept import Ragged, UnkeptError, keep_tokens, kept_arrays
 from qat_runner.description import fit
 from qat_runner.errors import told
-from qat_runner.quant.kernels.compiled import cache_folder
 
 FILES = ("train-v1.1.json", "dev-v1.1.json")
 QUESTIONS = (87_599, 10_570)
@@ -148,10 +148,7 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
         question_ids, _ = _encode([q.text for q in questions], tokenizer, bar)
     tokens = Tokens(Ragged.of(question_ids), Ragged.of(context_ids), Ragged.of(spans, (2,)))
     ragged: dict[str, Ragged] = {part: getattr(tokens, part) for part in parts}
-    try:
-        keep_arrays(cached, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
-    except OSError as error:
-        log.warning(f"the tokens of {path.name} could not be kept in {cached.parent} ({error.strerror})")
+    keep_tokens(cached, path.name, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
     return tokens
 
 

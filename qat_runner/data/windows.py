@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from qat_runner.config import DatasetConfig, Padding
-from qat_runner.data.batches import WHOLE, Batch, Shard, sent
-from qat_runner.data.images import epoch_seed, shuffled
+from qat_runner.data.batches import WHOLE, Batch, Shard, sent, train_rows
 from qat_runner.data.squad import Split
 
 
@@ -45,10 +44,8 @@ class SquadData:
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
-        order = shuffled(self.train_size, epoch_seed(self.seed, epoch)).numpy()
-        for batch in itertools.islice(range(self.train_steps(batch_size)), start, limit):
-            rows = order[batch * batch_size : (batch + 1) * batch_size]
-            yield self._batch(self.training, self.shard.samples(rows))
+        for rows in train_rows(self, batch_size, epoch, limit, start):
+            yield self._batch(self.training, rows)
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         for batch, start in enumerate(itertools.islice(range(0, self.val_size, batch_size), limit)):

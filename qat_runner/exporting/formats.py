@@ -367,7 +367,8 @@ def _exporting(path: Path) -> Iterator[None]:
             yield
     except Exception as error:  # whatever an exporter may raise on a network that it cannot follow
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:200]
-        raise RunError(f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {reason})") from error
+        raise RunError(
+            f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {told(cause)})"
+        ) from error
     finally:
         logging.disable(before)

@@ -121,10 +121,10 @@ class OnnxFile:
         return {name: t.contiguous().numpy() for name, t in zip(self._names, inputs, strict=True)}
 
 
-def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor], rounds: int = 50) -> dict[str, float]:
+def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor]) -> dict[str, float]:
     """Median milliseconds of a call, the files taking turns, so that a noisy moment meets them all."""
     times: dict[str, list[float]] = {name: [] for name in files}
-    for turn in range(rounds + 5):
+    for turn in range(55):
         for name, file in files.items():
             seconds = file.seconds(inputs)
             if turn >= 5:  # the first calls are slower

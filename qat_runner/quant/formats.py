@@ -172,14 +172,6 @@ class Format(ABC):
         q = self.decode(self.encode(x, s), s)
         return q if q.dtype == x.dtype else q.to(x.dtype)
 
-    def scalar_shape(self, shape: Sequence[int], dim: int | None) -> tuple[int, ...]:
-        """The shape of the clipping scalars of a tensor: [] for one, or one for each index of `dim`, the others 1.
-
-        Where a row has two parts, a first dimension of 2 stands before it.
-        """
-        one = () if dim is None else tuple(n if d == dim % len(shape) else 1 for d, n in enumerate(shape))
-        return one if self.parts == 1 else (self.parts, *one)
-
     @property
     def exported_type(self) -> str | None:
         """The integer type that holds its codes in a file: int4, uint4, int8, ...; None: it cannot be exported."""

@@ -9,7 +9,7 @@ from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data import ImageData
 from qat_runner.data.mixing import MIXING, Mixing
-from qat_runner.errors import ConfigError
+from qat_runner.errors import ConfigError, told
 from qat_runner.models import MODELS, build_model, library_of
 from qat_runner.tasks.task import Choice
 from qat_runner.tasks.totals import Totals, top_five
@@ -43,7 +43,7 @@ class Classification(Choice[ImageData]):
         except ConfigError:
             raise
         except Exception as error:  # whatever a library may raise on options that do not fit
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = told(error) or type(error).__name__
             raise ConfigError(f"model={config.model.name}: cannot be built ({reason})") from error
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:

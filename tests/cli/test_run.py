@@ -5,8 +5,6 @@ import json
 import logging
 import math
 import shlex
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qat_runner import experiment
 from qat_runner.cli.report import main as report
-from qat_runner.cli.run import main
 from qat_runner.experiment import running
 from qat_runner.models import build_model
 from qat_runner.training.loop import Trainer
+from tests.cli.commands import Run, run_in
 
 SMALL = [
     "backend=eager",
@@ -31,18 +29,10 @@ SMALL = [
     "batch_size=32",
 ]
 
-Run = Callable[..., int]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
-
-    def call(*args: str) -> int:
-        return main([*SMALL, *args])
-
-    return call
+    return run_in(tmp_path, monkeypatch, SMALL)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

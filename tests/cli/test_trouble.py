@@ -4,18 +4,22 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 from qat_runner.cli import report
 from qat_runner.cli import run as cli_run
 from qat_runner.cli.run import main
 from qat_runner.errors import BusyError, QatError, StoppedError
 from qat_runner.experiment import running
+from qat_runner.models import MODELS
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.records import LAYERS, METRICS, STEPS
 from qat_runner.training import checkpoint
@@ -23,20 +27,34 @@ from qat_runner.training.loop import Trainer
 from tests.cli.commands import Run, run_in
 
 SMALL = [
-    *("backend=eager", "model=mobilenet_v3_small", "model.width=0.5", "dataset=fake", "dataset.image_size=8"),
+    *("backend=eager", "model.name=forgetful", "dataset=fake", "dataset.image_size=8"),
     *("dataset.fake_pictures=64", "batch_size=16", "epochs=2"),
 ]
+
+
+def forgetful(num_classes: int, small: bool, width: float) -> nn.Module:
+    """A network of few layers, with averages of its own and something random in it."""
+    layers = {
+        "first": nn.Conv2d(3, 8, 3, padding=1),
+        "averages": nn.BatchNorm2d(8),
+        "second": nn.Conv2d(8, 8, 3, stride=2),
+        "relu": nn.ReLU(),
+        "flat": nn.Flatten(),
+        "dropout": nn.Dropout(0.2),
+        "last": nn.Linear(72, num_classes),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _known() -> Iterator[None]:
+    with patch.dict(MODELS, forgetful=forgetful):
+        yield
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run_in(tmp_path, monkeypatch, SMALL)
-
-
-@pytest.fixture
-def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Of a network of few layers, and nothing random in it."""
-    return run_in(tmp_path, monkeypatch, [*SMALL, "model=resnet8"])
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[Trainer], object]) -> None:
@@ -54,7 +72,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callabl
 def outcome(folder: Path | str) -> dict[str, Any]:
     last = checkpoint.load(Path(folder, "checkpoints", checkpoint.LAST))
     rows = [(row["epoch"], row["step"], row["loss"]) for row in STEPS.read(Path(folder))]
-    return {"rows": rows, "weight": last["model"]["classifier.3.weight"].tolist()}
+    return {"rows": rows, "weight": last["model"]["last.weight"].tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -125,28 +143,26 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert outcome("cut") == whole
 
 
-def test_a_changed_config_is_named_and_refused_unless_forced(
-    small_run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert small_run("run_dir=one", "epochs=1") == 0
+def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run_dir=one", "epochs=1") == 0
     capsys.readouterr()
-    assert small_run("run_dir=one", "epochs=2", "gradient=ste") == 2
+    assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
     err = capsys.readouterr().err
     assert "holds a run with another epochs, gradient.name; overwrite=true replaces it, resume=force goes on" in err
-    assert small_run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
+    assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
     assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
     assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
-    assert small_run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
+    assert run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
     told = "has been trained to its end, so that another batchnorm_batches would change nothing; epochs=3 goes on"
     assert told in capsys.readouterr().err and Path("one/summary.json").exists()
-    assert small_run("run_dir=one", "epochs=3", "model=resnet20", "resume=force") == 1
+    assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 1
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])
-def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, small_run: Run) -> None:
-    assert small_run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
+def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
+    assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
     assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # before the first step there are none
 
 
@@ -180,25 +196,23 @@ def test_a_run_of_two_processes_goes_on_with_one(
     assert outcome("one") == whole
 
 
-def test_resume_never(small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-        assert small_run("run_dir=one") == 143
-    assert small_run("run_dir=one", "resume=never") == 2
+        assert run("run_dir=one") == 143
+    assert run("run_dir=one", "resume=never") == 2
     assert "holds an unfinished run, and resume=never forbids to go on with it" in capsys.readouterr().err
-    assert small_run("run_dir=one") == 0
-    assert small_run("run_dir=one", "resume=never") == 0  # finished: shown
+    assert run("run_dir=one") == 0
+    assert run("run_dir=one", "resume=never") == 0  # finished: shown
 
 
-def test_a_network_that_diverges(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def spoil(trainer: Trainer) -> None:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(float("nan"))
 
     at_step(monkeypatch, 2, 2, spoil)
-    assert small_run("run_dir=one", "checkpoint_minutes=1e-6") == 1
+    assert run("run_dir=one", "checkpoint_minutes=1e-6") == 1
     err = capsys.readouterr().err
     assert "the loss became nan at step 2 of epoch 2; a smaller lr" in err
     assert "the noisiest tensor was " in err and " dB (one/layers.csv" in err
@@ -209,14 +223,14 @@ def test_a_network_that_diverges(
 
 
 def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(trainer: Trainer) -> None:
         if trainer.config.seed == 1:
             raise ZeroDivisionError("oops")
 
     at_step(monkeypatch, 1, 1, fail)
-    assert small_run("-m", "seed=0,1,2", "epochs=1") == 1
+    assert run("-m", "seed=0,1,2", "epochs=1") == 1
     err = capsys.readouterr().err
     assert "internal error (ZeroDivisionError: oops), see runs/" in err
     assert "Traceback" not in err
@@ -229,14 +243,14 @@ def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
     monkeypatch.undo()
     monkeypatch.chdir(failed.parents[1].resolve())
     monkeypatch.setattr(sys, "argv", ["qat-run"])
-    assert small_run("-m", "seed=0,1,2", "epochs=1") == 0
+    assert run("-m", "seed=0,1,2", "epochs=1") == 0
     assert not (failed / "error.txt").exists()
 
 
-def test_status(small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM) if trainer.config.seed else None)
-        assert small_run("-m", "seed=0,1,2") == 143
+        assert run("-m", "seed=0,1,2") == 143
     capsys.readouterr()
     assert report.main(["status", "runs"]) == 0
     out = capsys.readouterr().out
@@ -245,7 +259,7 @@ def test_status(small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with RunLock(stale):
         assert report.main(["status", "runs"]) == 0
         assert "1 finished, 1 running, 1 missing" in capsys.readouterr().out
-        assert small_run("seed=1") == 1
+        assert run("seed=1") == 1
         assert f"process {os.getpid()} on " in capsys.readouterr().err
     (stale / "summary.json").write_text("{")
     assert report.main(["status", "runs"]) == 0
@@ -299,7 +313,7 @@ def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pyte
 
 
 def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It does all others first; a single run is told at once."""
     from qat_runner import experiment
@@ -317,8 +331,8 @@ def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
     monkeypatch.setattr(experiment, "run", busy_at_first)
     monkeypatch.setattr(running, "run", busy_at_first)
     monkeypatch.setattr(running, "PATIENCE", 0.01)
-    assert small_run("-m", "seed=0,1", "epochs=1") == 0
+    assert run("-m", "seed=0,1", "epochs=1") == 0
     assert order == [0, 1, 0, 0]
     assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1
     left["0"] = 1
-    assert small_run("seed=0", "epochs=1") == 1
+    assert run("seed=0", "epochs=1") == 1

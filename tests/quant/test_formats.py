@@ -72,7 +72,6 @@ def test_zeros_and_what_is_not_finite(format: Format) -> None:
     assert fake_quantize(x, 1.0, format).isnan().tolist() == [False, False, False, True]
     assert fake_quantize(torch.zeros(0, 3), 1.0, format).shape == (0, 3)
     assert fake_quantize(x[:3].bfloat16(), 1.0, format).dtype == torch.bfloat16
-    assert format.scalar_shape((6, 3, 2), None) == () and format.scalar_shape((6, 3, 2), 0) == (6, 1, 1)
 
 
 @given(st.integers(2, 16), st.booleans(), st.sampled_from(Range))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qat_runner.cache import cache_folder
 from qat_runner.quant import IntAffineFormat, IntFormat, Range, fake_quantize, kernels, octav
 from qat_runner.quant.kernels import (
     backend,
@@ -428,7 +429,7 @@ def test_a_trace_holds_operations_not_results(tracer: str) -> None:
 @needs_compiler
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    folder = compiled.cache_folder()
+    folder = cache_folder()
     assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
 
 

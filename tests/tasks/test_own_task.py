@@ -19,6 +19,7 @@ from tests.plugins.my_package.regression import NUMBERS, Regression
 SMALL = [
     *("dataset.name=numbers", "dataset.task=regression", "model=resnet8", "backend=eager", "lr=0.01"),
     *("dataset.val_batch_size=90", "limit_train_batches=4", "batch_size=64"),
+    *("noise_batches=0", "limit_val_batches=1"),
 ]
 
 

@@ -27,7 +27,7 @@ from qat_runner.training.loop import Trainer
 from tests.report.test_hostile_records import VALUES, places
 
 RUN = (
-    *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
+    *("backend=eager", "model=resnet8", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
     *("batch_size=16", "epochs=2", "noise_batches=0", "checkpoint_minutes=1e-6"),
 )
 
@@ -125,7 +125,7 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
         "totals: is of shape []",
     ),
     "another seed": (lambda c: with_(c, "config", "seed", to=7), "it is of a run with another seed"),
-    "another seed, of before": (lambda c: with_(c, "config", to={"seed": 7, "model": {"name": "resnet20"}}), "seed"),
+    "another seed, of before": (lambda c: with_(c, "config", to={"seed": 7, "model": {"name": "resnet8"}}), "seed"),
 }
 
 
@@ -175,7 +175,7 @@ def test_checkpoints_of_before_go_on(stopped: Path, tmp_path: Path) -> None:
     """They held their config nested, with other keys."""
     folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
     path = folder / "checkpoints" / "last.pt"
-    config = {"seed": 0, "model": {"name": "resnet20"}, "weight_bits": 4, "clipping": {"eval_mode": "frozen"}}
+    config = {"seed": 0, "model": {"name": "resnet8"}, "weight_bits": 4, "clipping": {"eval_mode": "frozen"}}
     checkpoint.save(path, with_(checkpoint.load(path), "config", to=config))
     assert qat_run(folder) == 0
     assert "going on after epoch 1 of 2, step" in (folder / "log.txt").read_text()

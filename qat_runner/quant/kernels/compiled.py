@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qat_runner.cache import cache_folder
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels.cost import Cost, Search
@@ -450,21 +451,3 @@ def _processor() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def chosen_cache() -> Path:
-    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder, whether it can be written or not."""
-    base = os.environ.get("QAT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qat_runner"
-    return Path(base).expanduser()
-
-
-def cache_folder() -> Path:
-    """`chosen_cache`, or a folder of this process alone if that cannot be written."""
-    folder = chosen_cache()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return folder if os.access(existing, os.W_OK) else Path(_private().name)
-
-
-@functools.cache
-def _private() -> "tempfile.TemporaryDirectory[str]":
-    return tempfile.TemporaryDirectory(prefix="qat_runner-")

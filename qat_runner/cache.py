@@ -1,0 +1,24 @@
+"""The user's cache folder: compiled kernels, tokens of texts, lists of pictures."""
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+
+def chosen_cache() -> Path:
+    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder, whether it can be written or not."""
+    base = os.environ.get("QAT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qat_runner"
+    return Path(base).expanduser()
+
+
+def cache_folder() -> Path:
+    """`chosen_cache`, or a folder of this process alone if that cannot be written."""
+    folder = chosen_cache()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return folder if os.access(existing, os.W_OK) else Path(_private().name)
+
+
+@functools.cache
+def _private() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="qat_runner-")
