@@ -208,6 +208,7 @@ def _methods(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper import figures
     from qat_runner.report import methods
     from qat_runner.report.entries import entries
+    from qat_runner.report.runs import not_finished
 
     places = args.places or [args.runs_dir]
     runs, left_out = entries(places, args.dataset, args.model)
@@ -216,34 +217,29 @@ def _methods(args: argparse.Namespace) -> list[Path]:
     found = methods.standings(runs, args.against)
     if not found:
         raise ConfigError(f"{places[0]}: holds no finished run")
-    table = methods.table(found)
+    table = methods.table(found, not_finished(run.folder for run in runs if run.summary is None))
     print(table.text("markdown"))
     texts = {layout: table.text(layout) for layout in LAYOUTS} | {"csv": methods.numbers(found).text("csv")}
     return [*_write(args.out, "methods", texts), *figures.save(figures.methods(found), args.out / "methods")]
 
 
 def _results(args: argparse.Namespace) -> list[Path]:
-    from qat_runner.report.results import write_results
-    from qat_runner.report.runs import find_runs, selected
+    from qat_runner.report.results import runs_at, write_results
+    from qat_runner.report.runs import selected
 
     places = args.places or [args.runs_dir]
-    runs = [run for place in places for run in find_runs(_folder(place)) if run.summary is not None]
-    if not runs:
+    runs = runs_at([_folder(place) for place in places])
+    if all(run.summary is None for run in runs):
         raise ConfigError(f"{places[0]}: holds no finished run of qat-run")
     return write_results(selected(runs, args.dataset, args.model), args.out)[:1]
 
 
 def _ledger(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper.ledger import ledger
-    from qat_runner.report.results import read_results
-    from qat_runner.report.runs import find_runs, selected
+    from qat_runner.report.results import runs_at
+    from qat_runner.report.runs import selected
 
-    places = args.places or [args.runs_dir]
-    found = [read_results(place) if place.is_file() else find_runs(_folder(place)) for place in places]
-    for place, runs in zip(places, found, strict=True):
-        if not runs:
-            raise ConfigError(f"{place}: holds no run of qat-run")
-    document, lines = ledger(selected([run for runs in found for run in runs], args.dataset, args.model))
+    document, lines = ledger(selected(runs_at(args.places or [args.runs_dir]), args.dataset, args.model))
     print(document.lead[-1])
     texts = {layout: document.text(layout) for layout in ("markdown", "html")}
     return _write(args.out, "ledger", texts | {"csv": lines.text("csv")})

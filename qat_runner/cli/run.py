@@ -343,11 +343,11 @@ def _print_results(rows: Mapping[Path, Config]) -> None:
         with suppress(UnreadableError):  # of which the row itself has told
             if (summary := SUMMARY.read(folder)) is not None:
                 finished[folder] = summary
-    results = [(rows[folder], summary) for folder, summary in finished.items()]
-    if not results:
+    if not finished:
         return
     from qat_runner.report import tables
 
+    results = [tables.Result(rows[folder], summary, folder.parent) for folder, summary in finished.items()]
     log.info("\n" + tables.results_table(results))
     if tables.several_seeds(results):
         log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results))

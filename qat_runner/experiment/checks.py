@@ -31,7 +31,7 @@ from qat_runner.models import STEMS, Source, find_weights, match_weights
 from qat_runner.plugins import Registry
 from qat_runner.policy import GRANULARITIES, WEIGHT_AND_INPUT
 from qat_runner.quant.kernels import choose_backend, compiled
-from qat_runner.runs.files import TEMPORARY, JsonFile
+from qat_runner.runs.files import JsonFile, becomes
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LOCK
 from qat_runner.runs.trackers import TRACKERS
@@ -168,7 +168,7 @@ def _check_folder(folder: Path, config: Config) -> None:
         return
     here = RunFolder(folder)
     ours = {path.name for path in here.contents}
-    foreign = sorted(name for name in content if name.removesuffix(TEMPORARY) not in ours)
+    foreign = sorted(name for name in content if becomes(name) not in ours)
     saved, unreadable = None, ""
     try:
         saved = load_config(folder)

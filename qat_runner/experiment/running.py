@@ -45,7 +45,7 @@ from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import mean_bits, size_mb
 from qat_runner.quant import NotCalibratedError
 from qat_runner.runs.environment import environment
-from qat_runner.runs.files import TEMPORARY, open_own, write_text
+from qat_runner.runs.files import TEMPORARY, becomes, open_own, write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import NullRecord, Record
@@ -157,6 +157,10 @@ def _clear(config: Config, folder: Path) -> None:
     for path in (*first, *rest, last) if config.overwrite else (folder / SUMMARY.name, own.error):
         _remove(path)
         _remove(path.with_name(f"{path.name}{TEMPORARY}"))
+    ours = {path.name for path in own.contents}
+    for left in folder.glob(f"*{TEMPORARY}"):  # of processes that were killed; an export's folder is its own affair
+        if becomes(left.name) in ours and not left.is_dir():
+            left.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

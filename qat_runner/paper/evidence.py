@@ -13,8 +13,10 @@ from typing import Any
 from qat_runner.config import Config, Distill, identity
 from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
+from qat_runner.report import tables
 from qat_runner.report.differences import Differences
 from qat_runner.report.runs import Run, check_seeds
+from qat_runner.report.starts import start_apart
 from qat_runner.report.tables import against_full_precision
 from qat_runner.runs.records import score
 
@@ -66,7 +68,7 @@ class Setup:
         return {some.run.seed: some for some in found}
 
     def differences(self, row: str, minus: str, bits: int | None, other: "Setup | None" = None) -> Differences:
-        """Of a row to another one, to FULL_PRECISION or to CHANCE, over the seeds that both have.
+        """Of a row to another one, to FULL_PRECISION or to CHANCE, over the seeds that both have, from the same start.
 
         Args:
             row: whose.
@@ -81,13 +83,15 @@ class Setup:
             classes = self.config.dataset.num_classes
             return Differences(() if classes is None else tuple(some.value - 100 / classes for some in mine.values()))
         theirs = (other or self).cell(minus, bits)
-        return Differences(tuple(mine[seed].value - theirs[seed].value for seed in mine if seed in theirs))
+        pairs = [(some, theirs[seed]) for seed, some in mine.items() if seed in theirs]
+        alike = [(a, b) for a, b in pairs if not start_apart(a.run.config, b.run.config)]
+        return Differences(tuple(a.value - b.value for a, b in alike))
 
 
 def setups_of(runs: Sequence[Run]) -> list[Setup]:
     """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these."""
     done = [(run, run.summary) for run in runs if run.summary is not None]
-    gaps = against_full_precision([(run.config, summary) for run, summary in done])
+    gaps = against_full_precision([tables.Result(run.config, summary, run.place) for run, summary in done])
     groups: dict[tuple[str, str], list[Result]] = {}
     for (run, _), gap in zip(done, gaps, strict=True):
         if run.row in paper()["labels"]:

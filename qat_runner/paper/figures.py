@@ -157,12 +157,14 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
         ConfigError: runs cannot be averaged, are of several networks, or none has finished an epoch.
     """
     layout, labels = paper()["table1"], paper()["labels"]
-    make_table("table1", runs, dataset, only)  # refuses what cannot be averaged
+    table = make_table("table1", runs, dataset, only)  # refuses what cannot be averaged
     ours = [r for r in runs if r.row in layout["rows"] and (r.dataset, r.mode) == (dataset, "scratch")]
     ours = [r for r in ours if r.weight_bits in (FULL_PRECISION, *layout["bits"]) and only in (None, r.model)]
     models = sorted({run.model for run in ours})
     if len(models) > 1:
         raise ConfigError(f"figure4: there are runs of {', '.join(models)}: --model chooses one")
+    for unlike in table.unlike:
+        log.warning(unlike)
     figure, axes = grid(1, 1, wide=True)
     ax = axes[0][0]
     missing = []

@@ -14,7 +14,7 @@ from qat_runner.paper.claims import Claim, Finding, claims
 from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, setups_of
 from qat_runner.paper.tables import paper
 from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
-from qat_runner.report.runs import Run
+from qat_runner.report.runs import Run, not_finished
 from qat_runner.report.tables import Document, Table, mean_and_deviation, of_some
 
 RULE = (
@@ -50,7 +50,8 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
     """
     setups = setups_of(runs)
     found, cells = {claim: claim.findings(setups) for claim in claims()}, cells_of(setups)
-    tables = [_overview(found), _setups(setups), _statements(found)]
+    unfinished = not_finished(run.folder for run in runs if run.summary is None)
+    tables = [_overview(found), _setups(setups, unfinished), _statements(found)]
     tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
     page = Document("The paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
     return page, _lines(found, cells)
@@ -68,13 +69,14 @@ def _counts(found: Findings, cells: Cells) -> str:
 # What was run here
 
 
-def _setups(setups: Sequence[Setup]) -> Table:
+def _setups(setups: Sequence[Setup], unfinished: Sequence[str]) -> Table:
     heads = ["setup", "network", "width", "data", "inputs", "mode", "epochs", "batch", "lr", "seeds", "runs", "command"]
     notes = [
         "Runs of a setup differ in their row of a table, in bits and in seeds alone. Its command takes these as the "
         "words that the ledger in CSV has for each line: `qat-run -m ... +row=octav bits=4 seed=0,1,2`."
     ]
-    return Table("What was run here", heads, list(map(_setup, setups)), notes if setups else ["Nothing."])
+    notes = [*(notes if setups else ["Nothing."]), *unfinished]
+    return Table("What was run here", heads, list(map(_setup, setups)), notes)
 
 
 def _setup(setup: Setup) -> list[str]:

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
 from qat_runner.report.runs import Run, check_seeds, keys_unlike, recipe_of
-from qat_runner.report.tables import Table, against_full_precision, mean_and_deviation, of_some
+from qat_runner.report.starts import start_apart
+from qat_runner.report.tables import Result, Table, against_full_precision, mean_and_deviation, of_some
 from qat_runner.runs.records import metric, score
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
@@ -181,10 +182,10 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     done = [(run, run.summary) for run in ours if run.summary is not None]
-    gaps = against_full_precision([(run.config, summary) for run, summary in done])
+    gaps = against_full_precision([Result(run.config, summary, run.place) for run, summary in done])
     gap_of = {run.folder: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
     for model in models if only is None else [only]:
-        cells: dict[str, Run] = {}
+        cells: dict[str, Sequence[Run]] = {}
         for row, bits in _cells(layout):
             mine = [r for r in ours if (r.model, r.row, bits or r.weight_bits) == (model, row, r.weight_bits)]
             check_seeds(mine)
@@ -194,7 +195,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
             base = None if bits is None else published(name, model, FULL_PRECISION_ROWS[0], None)
             table.rows.append(Row(model, bits, labels[row], values, theirs, published(name, model, row, bits), base))
             if mine:
-                cells[labels[row] if bits is None else f"{labels[row]}, {bits} bits"] = mine[0]
+                cells[labels[row] if bits is None else f"{labels[row]}, {bits} bits"] = mine
         table.unlike += _unlike(model, cells)
     return table
 
@@ -206,16 +207,21 @@ def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
             yield row, bits
 
 
-def _unlike(model: str, cells: Mapping[str, Run]) -> list[str]:
+def _unlike(model: str, cells: Mapping[str, Sequence[Run]]) -> list[str]:
     """A sentence about the cells of a network that differ from the first quantized one in more than method and bits."""
-    quantized = [label for label, run in cells.items() if run.row not in FULL_PRECISION_ROWS]
+    quantized = [label for label, runs in cells.items() if runs[0].row not in FULL_PRECISION_ROWS]
     if not quantized:
         return []
-    settings = {label: recipe_of(run.config) for label, run in cells.items()}
-    keys = {label: keys_unlike([settings[quantized[0]], mine]) for label, mine in settings.items()}
-    keys = {label: [key for key in some if key != "mode"] for label, some in keys.items()}
+    keys = {label: _keys_apart(cells[quantized[0]], runs) for label, runs in cells.items()}
     told = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
     return [f"Other settings than {model}, {quantized[0]}, have {'; '.join(told)}."] if told else []
+
+
+def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:
+    """In what the runs of two cells differ that are not to; in weights, where they start elsewhere with a seed."""
+    keys = [key for key in keys_unlike([recipe_of(one[0].config), recipe_of(other[0].config)]) if key != "mode"]
+    pairs = [(a.config, b.config) for a in one for b in other if a.seed == b.seed]
+    return [*keys, *(["weights"] if any(start_apart(a, b) for a, b in pairs) else [])]
 
 
 def _belongs(run: Run, layout: dict[str, Any]) -> bool:

@@ -108,7 +108,7 @@ def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     """Heads, rows (words, figures as text and as number, words again), and the words that all runs share."""
     summaries = [run.summary for run in runs if run.summary is not None]
-    finished = {run.folder: (run.config, run.summary) for run in runs if run.summary is not None}
+    finished = {run.folder: run.result for run in runs if run.summary is not None}
     drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
     found = measures(summaries) or [Measure("accuracy")]
     heads = ("bits", head(found), "vs fp32", best_head(found), "SQNR dB", *EFFECTIVE, "MB", "minutes", "seed")

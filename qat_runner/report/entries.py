@@ -1,24 +1,26 @@
 """Runs that are set side by side: which are seeds of one method, and which methods can be compared."""
 
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import BASELINE, Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
 from qat_runner.report.runs import configs_in, keys_unlike, recipe_of, selected
-from qat_runner.report.tables import full_precision_of
+from qat_runner.report.starts import each_seed_has_its_own, start_of
+from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
 
 FULL_PRECISION = "full precision"
 
-OF_A_LINE = ("seed", "weights", "weight_bits", "activation_bits", "budget", "noise_batches")
-"""Keys that runs of one method may differ in: it is looked at by bits, and over seeds, each with weights of its own."""
+OF_A_LINE = ("seed", "weight_bits", "activation_bits", "budget", "noise_batches")
+"""Keys that runs of one method may differ in: it is looked at by bits, and over seeds."""
 
 OF_A_CELL = ("seed", "weight_bits", "activation_bits", "budget")
 """The same where some of these runs share bits and seed, so that what else they differ in is no matter of seeds."""
@@ -32,7 +34,7 @@ class Width(NamedTuple):
 
     mean: float
     told: str
-    """where those of weights and activations differ both, as in 4/8"""
+    """of weights and activations, where they differ, as in 4/8; where they are chosen, what for, as in size_mb=2"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Entry:
     variant: str = ""
     """how it differs from other runs of its method in more than bits and seed, and from those of others in more than
     the method"""
+    came_to: float | None = None
+    """mean bits of all runs of its network for which bits were chosen within the same limits; None where there are none
+    yet, or they are not chosen"""
 
     @property
     def full_precision(self) -> bool:
@@ -65,25 +70,33 @@ class Entry:
         return ", ".join(filter(None, [clipping_label(config), gradient, *beside, *config.remedies, distilled]))
 
     @property
+    def result(self) -> Result:
+        return Result(self.config, self.summary or {}, self.folder.resolve().parent)
+
+    @property
     def network(self) -> tuple[str, str]:
         return self.config.model.name, self.config.dataset.name
 
     @property
     def bits(self) -> Width | None:
-        """Of weights and activations; where they are chosen, what they may be, or what they came to in the mean.
+        """Of weights and activations; where they are chosen, what they may be, or what else was asked for.
 
         None: they are to be chosen, and are not yet.
         """
         if not self.config.allocating:
             return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.told_bits))
-        mean = self.config.limits.get("budget") or self._mean_bits()
-        return None if mean is None else Width(mean, f"{mean:g}")
+        budget = self.config.limits.get("budget")
+        if budget is not None:
+            return Width(budget, f"{budget:g}")
+        return None if self.came_to is None else Width(self.came_to, self.config.asked_bits)
 
-    def _mean_bits(self) -> float | None:
+    @property
+    def mean_bits(self) -> float | None:
+        """What chosen bits came to in this run."""
         recorded: Mapping[str, Any] = self.summary or {}
         means = [recorded.get(key) for key in ("mean_weight_bits", "mean_activation_bits")]
         known = [mean for mean in means if mean is not None]
-        return round(sum(known) / len(known), 1) if known else None
+        return statistics.fmean(known) if known else None
 
     @property
     def told_bits(self) -> str:
@@ -101,16 +114,13 @@ def entries(
         dataset, model: as of `selected`.
 
     Raises:
-        ConfigError: a place that holds no run, none of the data set or the network, or fewer than two runs in all.
+        ConfigError: there is no such place, there is no run of the data set or the network, or fewer than two in all.
     """
     found: dict[Path, Entry] = {}
     left_out: list[str] = []
-    for place in places:
-        config = load_config(place)
-        configs, unreadable = configs_in(place) if config is None else ({place: config}, [])
-        left_out += map(str, unreadable)
-        if not configs and not unreadable:
-            raise ConfigError(f"{place}: holds no run of qat-run")
+    for place in {place.resolve(): place for place in places}.values():
+        configs, unreadable = _configs_at(place, alone=len(places) == 1)
+        left_out += unreadable
         for folder, config in configs.items():
             try:
                 entry = Entry(folder, config, SUMMARY.read(folder), METRICS.read(folder))
@@ -123,10 +133,33 @@ def entries(
     return _told_apart(selected(list(found.values()), dataset, model)), left_out
 
 
+def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]]:
+    """The run folders at a place, and why others are left out: of several places, as a shell makes of runs/*, one may
+    hold none.
+
+    Raises:
+        ConfigError: there is no such place, or nothing is at the only one.
+        UnreadableError: of the only one.
+    """
+    try:
+        config = load_config(place)
+    except UnreadableError as error:
+        if alone:
+            raise
+        return {}, [str(error)]
+    configs, unreadable = configs_in(place) if config is None else ({place: config}, [])
+    if configs or unreadable:
+        return configs, list(map(str, unreadable))
+    if alone or not place.exists():
+        raise ConfigError(f"{place}: holds no run of qat-run")
+    return {}, [f"{place}: holds no run of qat-run"]
+
+
 def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     """The runs with their variants, so that what is averaged as seeds of one method is no more than that, and where
     methods are compared that have more between them, their names tell it."""
     compared: dict[tuple[str, ...], list[Entry]] = {}
+    runs = _with_chosen_bits(runs)
     for run in runs:
         compared.setdefault((*run.network, run.config.mode), []).append(run)
     variants: dict[Path, str] = {}
@@ -147,23 +180,32 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     return [replace(run, variant=variants[run.folder]) for run in runs]
 
 
+def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
+    """The runs with what chosen bits came to, over all of a network that were asked for the same: one width a limit."""
+    means: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        if run.config.allocating and run.mean_bits is not None:
+            means.setdefault((*run.network, run.config.asked_bits), []).append(run.mean_bits)
+    return [
+        replace(run, came_to=statistics.fmean(means[key]))
+        if run.config.allocating and (key := (*run.network, run.config.asked_bits)) in means
+        else run
+        for run in runs
+    ]
+
+
 def _between_methods(runs: Sequence[Entry]) -> list[str]:
     """In what runs of a network, on a data set and in a mode, differ that methods are not to differ in."""
     keys = keys_unlike([recipe_of(run.config) for run in runs])
-    started = {(run.config.seed, _start(run.config)) for run in runs}
+    started = {(run.config.seed, start_of(run.config)) for run in runs}
     own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
     return [*keys, *(["weights"] if own else [])]
 
 
-def _start(config: Config) -> Any:
-    """The weights that a run starts from: their content, or in a word, whatever the seed, those of its baseline."""
-    return BASELINE if config.weights == BASELINE else settings(config).get("weights")
-
-
 def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
     """The settings of a method's runs; where each seed has weights of its own, these are all alike in that."""
-    starts = [_start(run.config) for run in some]
-    if _once(some) and len({*starts}) > 1:
+    starts = [start_of(run.config) for run in some]
+    if each_seed_has_its_own(run.config for run in some):
         starts = ["of each seed"] * len(some)
     return [
         settings(run.config) | ({} if start is None else {"weights": start})
@@ -191,7 +233,7 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
     Where none of them is in full precision, those of another mode that they are compared with come with them; a mode
     that has no other runs than such is none by itself.
     """
-    baselines = full_precision_of([run.config for run in runs])
+    baselines = full_precision_of([run.result for run in runs])
     baseline = {run.folder: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
     found: dict[str, list[Entry]] = {}
     for run in runs:

@@ -65,7 +65,7 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
     done = [run for run in runs if run.summary is not None and run.bits is not None]
     if against is not None:
         against = _called(against, {run.method for run in done if not run.full_precision})
-    gaps = against_full_precision([(run.config, run.summary or {}) for run in done])
+    gaps = against_full_precision([run.result for run in done])
     gap = {run.folder: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
     return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, against)]
 
@@ -108,8 +108,13 @@ def _mean(values: Mapping[int, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def table(found: Sequence[Standing]) -> Table:
-    """A row a method: seeds, mean and deviation, and the differences, with the confidence interval of their mean."""
+def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
+    """A row a method: seeds, mean and deviation, and the differences, with the confidence interval of their mean.
+
+    Args:
+        found: as `standings` finds them.
+        notes: sentences about what is not in it, to stand under it as well.
+    """
     references = list(dict.fromkeys(each.reference for each in found if each.reference))
     base = f"vs {references[0]}" if len(references) == 1 else "vs the reference"
     heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found)))]
@@ -123,7 +128,7 @@ def table(found: Sequence[Standing]) -> Table:
         ]
         for each in found
     ]
-    return Table("Methods over seeds", [*heads, "vs fp32", base, ""], cells, NOTES)
+    return Table("Methods over seeds", [*heads, "vs fp32", base, "told"], cells, [*NOTES, *notes])
 
 
 def numbers(found: Sequence[Standing]) -> Table:

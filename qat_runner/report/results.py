@@ -10,7 +10,8 @@ from typing import Any
 
 from qat_runner.config import Config, clipping_label, gradient_label, read_config, run_name
 from qat_runner.config.identities import CONFIG_FILE
-from qat_runner.report.runs import Run, run_of
+from qat_runner.errors import ConfigError
+from qat_runner.report.runs import Run, find_runs, not_finished, run_of
 from qat_runner.runs.files import CsvFile, write_text
 from qat_runner.runs.records import ResultRow, Summary
 
@@ -24,13 +25,15 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write results.csv, a line for each finished run, and a config for all seeds of each setting.
 
     Args:
-        runs: of run folders; those that are not finished have no line.
+        runs: of run folders; those that are not finished have no line, and are told of.
         folder: is made; what lies in it under other names stays.
 
     Returns:
         The files, the table first.
     """
     finished = [(run, run.summary) for run in runs if run.summary is not None]
+    for why in not_finished(run.folder for run in runs if run.summary is None):
+        log.warning(f"{why} They have no line.")
     names: dict[str, Run] = {}
     lines = []
     for run, summary in sorted(finished, key=lambda pair: pair[0].seed):
@@ -77,10 +80,28 @@ def read_results(file: Path) -> list[Run]:
     for number, row in enumerate(rows, 2):
         some = list(_configs_of(row, configs))
         if len(some) == 1:
-            found.append(run_of(file, replace(some[0], seed=row["seed"]), row))
+            found.append(run_of(file, replace(some[0], seed=row["seed"]), row, number))
         else:
             log.warning(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} are like it: left out")
     return found
+
+
+def runs_at(places: Sequence[Path]) -> list[Run]:
+    """The runs in folders of run folders, and of tables of results, each once, however often it is named.
+
+    Raises:
+        ConfigError: a place is none of either, or holds no run.
+        UnreadableError: as `read_results`.
+    """
+    found: dict[tuple[Path, int | None], Run] = {}
+    for place in {place.resolve(): place for place in places}.values():
+        if not place.exists():
+            raise ConfigError(f"{place}: no such folder of runs")
+        runs = find_runs(place) if place.is_dir() else read_results(place)
+        if not runs:
+            raise ConfigError(f"{place}: holds no run of qat-run")
+        found |= {(run.folder.resolve(), run.line): run for run in runs}
+    return list(found.values())
 
 
 def _configs_of(row: Summary, configs: dict[str, Config]) -> Iterator[Config]:

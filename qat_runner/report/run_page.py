@@ -19,7 +19,7 @@ from qat_runner.report.oscillation_charts import oscillation_charts
 from qat_runner.report.page import Chart, axes, line, number
 from qat_runner.report.runs import find_runs
 from qat_runner.report.settings import sections
-from qat_runner.report.tables import against_full_precision
+from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
 from qat_runner.runs.files import CsvFile, JsonFile
 from qat_runner.runs.folder import RunFolder
@@ -142,9 +142,7 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     figure = measured(summary)
     best = f"best {figure.told(highest)}" if config.training and highest is not None else ""
     cards = [Card(name, figure.told(score(summary)), best)]
-    difference = _difference(folder, config, summary)
-    if difference is not None:
-        cards.append(Card("against fp32", f"{difference:+.2f}", f"{figure.points}; same network, data and seed"))
+    cards += _against_full_precision(folder, config, summary)
     if not config.quantization.full_precision:
         cards.append(_bits_card(config, summary))
         share = summary.get("quantized_macs")
@@ -200,13 +198,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _difference(folder: Path, config: Config, summary: Summary) -> float | None:
-    """From the full-precision run that lies in the same folder of runs."""
+def _against_full_precision(folder: Path, config: Config, summary: Summary) -> list[Card]:
+    """The difference from the full-precision run that lies in the same folder of runs, and of which kind that is.
+
+    In a table all rows have one kind, which follows from all of them; here it is the closest that this run has.
+    """
     if config.quantization.full_precision:
-        return None
-    full_precision = find_runs(folder.resolve().parent, _may_be_full_precision)
-    beside = [(run.config, run.summary) for run in full_precision if run.summary]
-    return against_full_precision([*beside, (config, summary)])[-1]
+        return []
+    runs = find_runs(folder.resolve().parent, _may_be_full_precision)
+    results = [Result(run.config, run.summary, run.place) for run in runs if run.summary]
+    results.append(Result(config, summary, folder.resolve().parent))
+    baseline = full_precision_of(results)[-1]
+    if baseline is None:
+        return []
+    alike = results[baseline].config.mode == config.mode
+    what = "the same run without quantization" if alike else "the network that it starts from"
+    difference = score(summary) - score(results[baseline].summary)
+    return [Card("against fp32", f"{difference:+.2f}", f"{measured(summary).points}; fp32 is {what}")]
 
 
 def _may_be_full_precision(summary: Summary | None) -> bool:

@@ -1,7 +1,7 @@
 """Finding runs in a folder of run folders, and telling which row of a table each of them is."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,7 +17,9 @@ from qat_runner.config import (
     settings,
 )
 from qat_runner.errors import ConfigError, UnreadableError
+from qat_runner.report.starts import each_seed_has_its_own, start_apart
 from qat_runner.runs.records import SUMMARY, Summary
+from qat_runner.runs.status import status
 
 log = logging.getLogger("qat_runner")
 
@@ -37,9 +39,21 @@ class Run:
     """name of its row (configs/row), e.g. "octav_ste"; None if it is no row of a table"""
     seed: int
     setting: dict[str, Any]
-    """all that decides its result, but the seed"""
+    """all that decides its result, but the seed and the weights, which may go with it"""
     summary: Summary | None
     """the content of summary.json; None while unfinished"""
+    line: int | None = None
+    """of a table of results; None of a run folder"""
+
+    @property
+    def place(self) -> Path:
+        """The folder of runs, or the table of results, that it lies in."""
+        return self.folder.resolve() if self.line is not None else self.folder.resolve().parent
+
+    @property
+    def told(self) -> str:
+        """Where it lies, in words."""
+        return str(self.folder) if self.line is None else f"{self.folder}, line {self.line},"
 
 
 def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]:
@@ -78,6 +92,12 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
     return found
 
 
+def not_finished(folders: Iterable[Path]) -> list[str]:
+    """A sentence on the run folders without a result: their names, and what has become of each; none of none."""
+    told = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
+    return [f"Not finished: {', '.join(told)}."] if told else []
+
+
 class _Configured(Protocol):
     @property
     def config(self) -> Config: ...
@@ -101,18 +121,21 @@ def selected(runs: Sequence[R], dataset: str | None, model: str | None) -> list[
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
-    """Refuse to average runs that differ in more than their seed.
+    """Refuse to average runs that differ in more than their seed, and the weights that go with it.
 
     Raises:
         ConfigError: naming two such runs and where they differ.
     """
-    for run in runs[1:]:
-        first = runs[0]
+    own = each_seed_has_its_own(run.config for run in runs)
+    seeds: dict[int, Run] = {}
+    for run in runs:
+        first, twin = runs[0], seeds.setdefault(run.seed, run)
         changed = differences(first.setting, run.setting)
-        if changed or run.seed in [other.seed for other in runs if other is not run]:
+        changed += ["weights"] if not own and start_apart(first.config, run.config) else []
+        if changed or twin is not run:
             why = f"differ in {', '.join(changed)}" if changed else "have the same seed"
             raise ConfigError(
-                f"{first.folder.name} and {run.folder.name} would share a cell of the table, but {why}; "
+                f"{(first if changed else twin).told} and {run.told} would share a cell of the table, but {why}; "
                 f"move one of them elsewhere"
             )
 
@@ -145,8 +168,8 @@ def keys_unlike(some: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if len({str(setting[key]) for setting in some if key in setting}) > 1]
 
 
-def run_of(folder: Path, config: Config, summary: Summary | None) -> Run:
-    """The run of a config that lies in a folder, with what came of it."""
+def run_of(folder: Path, config: Config, summary: Summary | None, line: int | None = None) -> Run:
+    """The run of a config that lies in a folder, or a line of a table, with what came of it."""
     return Run(
         folder,
         config,
@@ -158,6 +181,7 @@ def run_of(folder: Path, config: Config, summary: Summary | None) -> Run:
         config.seed,
         {key: value for key, value in identity(config).items() if key not in ("seed", "weights")},
         summary,
+        line,
     )
 
 

@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -25,14 +26,22 @@ from qat_runner.config import (
 from qat_runner.config.tasks import Measure
 from qat_runner.runs.records import measured, metric, score
 
-Result = tuple[Config, Mapping[str, Any]]
-"""Of a finished run: its config, and the content of its summary.json."""
+
+class Result(NamedTuple):
+    """A run, as tables know it."""
+
+    config: Config
+    summary: Mapping[str, Any]
+    """the content of its summary.json; empty while it is not finished"""
+    place: Path | None = None
+    """the folder of runs, or the table of results, that it lies in"""
 
 
 def results_table(results: Sequence[Result]) -> str:
     """A row a run, each beside full precision as `against_full_precision` has it."""
     rows = []
-    for (_, s), difference in zip(results, against_full_precision(results), strict=True):
+    for result, difference in zip(results, against_full_precision(results), strict=True):
+        s = result.summary
         rows.append(
             (
                 *_words(s),
@@ -45,7 +54,7 @@ def results_table(results: Sequence[Result]) -> str:
                 _number(s["seconds"], 1),
             )
         )
-    found = measures(s for _, s in results)
+    found = measures(result.summary for result in results)
     return _table(rows, ["seed", head(found), "vs fp32", best_head(found), "SQNR dB", "per s", "s"])
 
 
@@ -59,7 +68,7 @@ def seeds_table(results: Sequence[Result]) -> str:
     for runs, found in _over_seeds(results):
         gap = of_some(mean_and_deviation(found, "+"), len(found), len(runs))
         rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), gap))
-    return _table(rows, ["seeds", head(measures(s for _, s in results)), "vs fp32"])
+    return _table(rows, ["seeds", head(measures(result.summary for result in results)), "vs fp32"])
 
 
 def several_seeds(results: Sequence[Result]) -> bool:
@@ -111,53 +120,73 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
     Points are of percent, or of a figure that is a plain number.
 
     It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
-    network that it starts from. Runs that differ in their seed alone are compared with one kind of the two: the closest
-    that all of them have, else the one that most have; those that lack it have None.
+    network that it starts from. Runs that share all but method, bits, seed and weights are compared with one kind of
+    the two: the closest that all of them have, else the one that most have; those that lack it have None.
+
+    Where several full-precision runs compute the same, it is the one in the run's own place; where none is, they have
+    to agree, or the run has None.
     """
-    baselines = full_precision_of([config for config, _ in results])
     return [
-        None if baseline is None else score(summary) - score(results[baseline][1])
-        for (_, summary), baseline in zip(results, baselines, strict=True)
+        None if baseline is None else score(result.summary) - score(results[baseline].summary)
+        for result, baseline in zip(results, full_precision_of(results), strict=True)
     ]
 
 
-def full_precision_of(configs: Sequence[Config]) -> list[int | None]:
+def full_precision_of(results: Sequence[Result]) -> list[int | None]:
     """Which of some runs is the full-precision one that each is compared with, as `against_full_precision` says."""
-    found = {_key(config): index for index, config in enumerate(configs) if config.quantization.full_precision}
-    chosen: list[int | None] = [None] * len(configs)
-    for group in _of_several_seeds(configs):
-        kinds = zip_longest(*(_baselines(configs[index]) for index in group), fillvalue=())
-        theirs = [[next((found[key] for key in keys if key in found), None) for keys in kind] for kind in kinds]
+    found: dict[str, list[int]] = {}
+    compared: dict[str, list[int]] = {}
+    for index, (config, *_) in enumerate(results):
+        full_precision = config.quantization.full_precision
+        group, key = (found, _key(config)) if full_precision else (compared, _comparison(config))
+        group.setdefault(key, []).append(index)
+    chosen: list[int | None] = [None] * len(results)
+    for some in compared.values():
+        kinds = zip_longest(*(_baselines(results[index].config) for index in some), fillvalue=())
+        theirs = [[_first(results, found, *pair) for pair in zip(some, kind, strict=True)] for kind in kinds]
         best = max(theirs, key=lambda kind: len(kind) - kind.count(None))  # of several, the first
-        for index, baseline in zip(group, best, strict=True):
+        for index, baseline in zip(some, best, strict=True):
             chosen[index] = baseline
     return chosen
 
 
-def _of_several_seeds(configs: Sequence[Config]) -> list[list[int]]:
-    """Which quantized runs differ in their seed alone; each may have weights of its own, if no seed is there twice."""
-    alike: dict[str, list[int]] = {}
-    for index, config in enumerate(configs):
-        if not config.quantization.full_precision:
-            alike.setdefault(run_name(replace(config, seed=0, weights=None)), []).append(index)
-    groups: list[list[int]] = []
-    for some in alike.values():
-        same: dict[str, list[int]] = {}
-        if len({configs[index].seed for index in some}) < len(some):
-            for index in some:
-                same.setdefault(run_name(replace(configs[index], seed=0)), []).append(index)
-        groups += same.values() or [some]
-    return groups
+def _first(
+    results: Sequence[Result], found: Mapping[str, Sequence[int]], index: int, keys: Sequence[str]
+) -> int | None:
+    """The full-precision run that a run is compared with: by the first of some keys that there is one of."""
+    several = (_one_of(results, index, found.get(key, ())) for key in keys)
+    return next((one for one in several if one is not None), None)
+
+
+def _one_of(results: Sequence[Result], index: int, some: Sequence[int]) -> int | None:
+    """Of full-precision runs that compute the same, the one beside a run; None where that is not told."""
+    run = results[index]
+    some = [i for i in some if results[i].summary] or some
+    some = [i for i in some if results[i].place == run.place] or some
+    some = [i for i in some if results[i].config.seed == run.config.seed] or some  # of an evaluation any seed will do
+    scores = {score(results[i].summary) for i in some if results[i].summary}
+    return some[-1] if some and len(scores) <= 1 else None
+
+
+def _comparison(config: Config) -> str:
+    """The same for quantized runs that share all but method, bits, seed and weights: for rows of one table."""
+    same = _in_full_precision(config)
+    recipe = replace(same.recipe, batchnorm_batches=0)
+    return run_name(replace(same, recipe=recipe, seed=0, weights=None))
+
+
+def _in_full_precision(config: Config) -> Config:
+    """A quantized run without quantization and what goes with it."""
+    recipe = replace(config.recipe, distill=Distill.none, teacher=None)
+    return replace(config, **in_full_precision() | without_choice() | {"policy": None}, recipe=recipe)
 
 
 def _baselines(config: Config) -> list[tuple[str, ...]]:
     """Keys of the full-precision runs that a quantized one may be compared with, by kind, the closest first."""
-    recipe = replace(config.recipe, distill=Distill.none, teacher=None)
-    changes = in_full_precision() | without_choice() | {"policy": None}
-    same = replace(config, **changes, recipe=recipe)
+    same = _in_full_precision(config)
     trained: list[tuple[str, ...]] = [
         (_key(same),),
-        (_key(replace(same, recipe=replace(recipe, batchnorm_batches=0))),),
+        (_key(replace(same, recipe=replace(same.recipe, batchnorm_batches=0))),),
     ]
     if config.weights is None:
         return trained
@@ -175,9 +204,9 @@ def _key(config: Config) -> str:
 def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
     """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision."""
     groups: dict[str, tuple[list[Mapping[str, Any]], list[float]]] = {}
-    for (config, summary), difference in zip(results, against_full_precision(results), strict=True):
-        summaries, differences = groups.setdefault(run_name(replace(config, seed=0)), ([], []))
-        summaries.append(summary)
+    for result, difference in zip(results, against_full_precision(results), strict=True):
+        summaries, differences = groups.setdefault(run_name(replace(result.config, seed=0)), ([], []))
+        summaries.append(result.summary)
         differences += [] if difference is None else [difference]
     return list(groups.values())
 

@@ -1,5 +1,6 @@
 """Charts of a run's tensors: noise of all of them, and one at a time its values and its clipping scalar."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,16 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
 
 
+def quiet(row: Row | None) -> float:
+    """To sort by, the noisiest first: SQNR in dB, or infinity where none is known."""
+    sqnr = math.nan if row is None else number(row["sqnr_db"])
+    return math.inf if math.isnan(sqnr) else sqnr
+
+
 def noisiest(rows: Sequence[Row], count: int = 3) -> list[tuple[str, str]]:
-    """The tensors of the latest epoch with the smallest SQNR, and how small it is."""
-    found = sorted(latest(rows), key=lambda row: number(row["sqnr_db"]))[:count]
-    return [(name(row), f"{number(row['sqnr_db']):.1f} dB") for row in found]
+    """The tensors of the latest epoch with the smallest SQNR, and how small it is; those without noise are none."""
+    found = [row for row in sorted(latest(rows), key=quiet)[:count] if quiet(row) < math.inf]
+    return [(name(row), f"{quiet(row):.1f} dB") for row in found]
 
 
 def noise_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -41,7 +48,7 @@ def noise_charts(rows: Sequence[Row]) -> list[Chart]:
         if some:
             views = [_noise(f"all {len(some)}, as they follow each other", some)]
             if len(some) > FEW + 5:
-                first = sorted(some, key=lambda row: number(row["sqnr_db"]))[:FEW]
+                first = sorted(some, key=quiet)[:FEW]
                 views.insert(0, _noise(f"the {FEW} noisiest", first))
             selects = (f"{kind}-shown",) if len(views) > 1 else ()
             charts.append(Chart(f"noise-{kind}", kind.capitalize(), views, axes("SQNR (dB)"), selects=selects))
@@ -101,8 +108,8 @@ def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]
     history: dict[str, list[Row]] = {}
     for row in rows:
         history.setdefault(name(row), []).append(row)
-    noise = {name(row): number(row["sqnr_db"]) for row in latest(rows)}
-    names = sorted({**by_name, **history}, key=lambda tensor: noise.get(tensor, 0.0))
+    now = {name(row): row for row in latest(rows)}
+    names = sorted({**by_name, **history}, key=lambda tensor: quiet(now.get(tensor)))
     charts = []
     if by_name:
         layout = axes(bargap=0, showlegend=False)

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,9 @@ T = TypeVar("T")
 
 TEMPORARY = ".tmp"
 """Ending of what is being written; a process that was killed may leave one."""
+
+_OF_ONE_WRITER = re.compile(r"(\.\d+-[0-9a-f]{8})?\.tmp$")
+"""What follows a file's name in that of a temporary one; the middle, process and chance, is that of `write_whole`."""
 
 
 @dataclass(frozen=True)
@@ -227,19 +232,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """The same, of whatever `write` writes; a link is replaced, not followed."""
-    temporary = path.with_name(f"{path.name}{TEMPORARY}")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
+    """The same, of whatever `write` writes; a link is replaced, not followed. Of several writers the last one wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")  # of this writer alone
     try:
         with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # else the name might be there after a crash of the machine, and the content not
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def becomes(name: str) -> str:
+    """The name that a temporary file is to have in the end; of any other file its own."""
+    return _OF_ONE_WRITER.sub("", name)
 
 
 def open_own(path: Path, mode: str, newline: str | None = None) -> IO[str]:

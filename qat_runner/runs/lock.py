@@ -75,7 +75,7 @@ class RunLock:
             if self._made:
                 self._path.unlink(missing_ok=True)
             raise
-        if _same(handle, self._path):
+        if same_file(handle, self._path):
             self._file = handle
         else:
             os.close(handle)
@@ -115,7 +115,8 @@ def _take(handle: int) -> None:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _same(handle: int, path: Path) -> bool:
+def same_file(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at a path now."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:

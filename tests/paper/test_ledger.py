@@ -16,6 +16,7 @@ from qat_runner.cli.report import main as report
 from qat_runner.cli.report import verbs
 from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
+from qat_runner.errors import ConfigError
 from qat_runner.paper.cells import BASELINE, cells_of, estimates
 from qat_runner.paper.claims import Finding, Statement, claims, content, together
 from qat_runner.paper.evidence import CHANCE, FULL_PRECISION, setups_of
@@ -143,6 +144,31 @@ def test_claims_are_judged_by_runs_of_one_setup() -> None:
     )
     assert by_id["ste-unstable"].verdict(by_id["ste-unstable"].findings(setups)) == "not run"
     assert by_id["any-start"].verdict([]) == "holds"  # by what the project found
+
+
+@pytest.mark.parametrize(
+    ("octav", "scaled", "seeds"),
+    [("AAA", "AAA", 3), ("AAA", "BBB", 0), ("ABC", "ABC", 3), ("ABC", "ABD", 2), ("ABC", "BCA", 0)],
+)
+def test_only_runs_of_one_start_are_compared(octav: str, scaled: str, seeds: int) -> None:
+    prints = {"fingerprints": {letter: letter for letter in "ABCD"}}
+    found = [
+        run(row, 4, seed, top1 + seed, "retrain", weights=weights, **prints)
+        for row, starts, top1 in (("octav", octav, 90.0), ("max", scaled, 80.5))
+        for seed, weights in enumerate(starts)
+    ]
+    (setup,) = setups_of(found)
+    assert setup.differences("octav", "max", 4).values == (9.5,) * seeds
+
+
+def test_two_starts_are_no_seeds_of_one_row() -> None:
+    starts = [
+        run("octav", 4, seed, 90.0, "retrain", weights=name, fingerprints={name: name})
+        for seed, name in enumerate("AAB")
+    ]
+    (setup,) = setups_of(starts)
+    with pytest.raises(ConfigError, match="octav0 and octav2 would share a cell of the table, but differ in weights"):
+        setup.cell("octav", 4)
 
 
 def test_what_no_row_says_makes_another_setup() -> None:

@@ -16,7 +16,7 @@ from qat_runner.config import Mode
 from qat_runner.errors import ConfigError
 from qat_runner.paper import table6
 from qat_runner.paper.figures import figure4, three_of
-from qat_runner.paper.tables import make_table, paper, published
+from qat_runner.paper.tables import TableOfRuns, make_table, paper, published
 from qat_runner.report.runs import Run
 from tests.report.test_pages import config_of
 
@@ -218,13 +218,30 @@ def test_rows_of_other_settings_are_told_and_full_precision_is_that_of_the_same(
 
 def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> None:
     """Not any other's; of one file it is the same for all seeds."""
-    runs = [_run(tmp_path, "resnet50", "pretrained", None, 93.0, weights="x.pt")]
-    for seed, weights in enumerate(("x.pt", "x.pt", "y.pt")):
-        runs += [_run(tmp_path, "resnet50", "octav", 4, 91.0 + seed, mode="retrain", seed=seed, weights=weights)]
-    table = make_table("table3", runs, "imagenet", "resnet50")
-    assert [row.gaps for row in table.rows if row.values] == [(), (-2.0, -1.0)]
-    assert "-1.50 (2)" in table.columns["against full precision"]
-    assert not table.unlike
+
+    def table(*starts: str) -> TableOfRuns:
+        runs = [_run(tmp_path, "resnet50", "pretrained", None, 93.0, weights="x.pt")]
+        for seed, weights in enumerate(starts):
+            runs += [_run(tmp_path, "resnet50", "octav", 4, 91.0 + seed, mode="retrain", seed=seed, weights=weights)]
+        return make_table("table3", runs, "imagenet", "resnet50")
+
+    of_one = table("x.pt", "x.pt")
+    assert [row.gaps for row in of_one.rows if row.values] == [(), (-2.0, -1.0)] and not of_one.unlike
+    of_each = table("x.pt", "y.pt", "z.pt")
+    assert [row.gaps for row in of_each.rows if row.values] == [(), (-2.0,)] and not of_each.unlike
+    assert "-2.00 (1)" in of_each.columns["against full precision"]
+    with pytest.raises(ConfigError, match="would share a cell of the table, but differ in weights"):
+        table("x.pt", "x.pt", "y.pt")
+
+
+def test_rows_that_start_elsewhere_are_told(tmp_path: Path) -> None:
+    runs = [
+        _run(tmp_path, "resnet50", row, 4, 90.0, mode="retrain", seed=seed, weights=weights)
+        for row, starts in (("max", "xy"), ("octav", "xz"), ("static_octav", "xy"))
+        for seed, weights in enumerate(starts)
+    ]
+    (told,) = make_table("table3", runs, "imagenet", "resnet50").unlike
+    assert told == "Other settings than resnet50, Static OCTAV, 4 bits, have OCTAV (MPH), 4 bits (weights)."
 
 
 def test_tables_that_are_not_the_papers() -> None:
@@ -333,6 +350,14 @@ def test_figure4_has_all_six_runs_and_says_which_are_missing(tmp_path: Path) -> 
     legend = figure.axes[0].get_legend().get_title().get_text()
     assert legend == "missing: Max-scaled, OCTAV (STE), OCTAV (PWL), OCTAV (MAD)"
     plt.close(figure)
+
+
+def test_figure4_tells_of_rows_of_other_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = [
+        _curve(_run(tmp_path, "resnet20", row, 4, 50.0, epochs=2 + (row == "max")), 50.0) for row in ("max", "octav")
+    ]
+    plt.close(figure4(runs, "imagenet"))
+    assert "Other settings than resnet20, Max-scaled, 4 bits, have OCTAV (MPH), 4 bits (epochs)." in caplog.messages
 
 
 def test_figure4_is_of_one_network(tmp_path: Path) -> None:

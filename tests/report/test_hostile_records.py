@@ -26,7 +26,7 @@ from qat_runner.report import runs as runs_in_report
 from qat_runner.runs import records
 from qat_runner.runs.checkpoints import Progress
 from qat_runner.training.loop import State
-from tests.report.test_pages import make_run, text_of
+from tests.report.test_pages import ALLOCATED, make_run, text_of
 
 EXPORTED: dict[str, Any] = {
     "run": "runs/bad",
@@ -213,32 +213,6 @@ HISTOGRAM: dict[str, Any] = {
     "levels": [0.0],
 }
 OSCILLATION = "epoch,layer,elements,oscillating,frozen\n"
-POINT: dict[str, Any] = {"costs": {"MB": 1.5}, "rise": 0.25, "value": 60.0}
-TENSOR: dict[str, Any] = {
-    "layer": "fc",
-    "tensor": "weight",
-    "elements": 640,
-    "bits": 4,
-    "noise": {"4": 0.1},
-    "price": {"4": 0.2, "8": 0.01},
-    "beside": {"4": 0.3},
-}
-ALLOCATED: dict[str, Any] = {
-    "answer": "it lives with 4 bits",
-    "cost": "size_mb",
-    "figures": ["MB"],
-    "price": "gradient",
-    "beside": "measured",
-    "metric": "top1",
-    "reference": 61.0,
-    "chosen": POINT,
-    "uniform": [POINT | {"width": 4}],
-    "front": [POINT],
-    "tensors": [TENSOR],
-    "stability": 0.5,
-    "seconds": 2.0,
-    "retrain_steps": 0,
-}
 LAYER = "epoch,layer,tensor,bits,signed,granularity,s,mse,sqnr_db,clipped_fraction,max_sqnr_db\n"
 
 UNFIT: list[tuple[str, str | bytes, str]] = [

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from pathlib import Path
 from statistics import stdev
 
@@ -89,6 +90,8 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert "| -2.03 [-3.15, -0.91] | worse " in told and "| the reference " in told
+    (unfinished,) = (run.folder.name for run in entries([runs])[0] if run.summary is None)
+    assert f"Not finished: {unfinished} (stale)." in told
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"methods.{suffix}" for suffix in ("md", "csv", "tex", "html", "png", "svg")}
     assert report(["methods", str(runs), "--against", "lsq"]) == 2
@@ -159,6 +162,82 @@ def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) ->
     assert list(found[f"max, weights={told}…"].differences.values()) == [-2.0] * 3
     with pytest.raises(ConfigError, match="--against pact: must be one of these: lsq, weights=of each seed; max, "):
         standings(entries([tmp_path])[0], "pact")
+
+
+def test_two_starts_are_no_seeds_of_one_method(tmp_path: Path) -> None:
+    """Not even where none of the seeds is there twice."""
+    for seed in range(4):
+        start = tmp_path / f"{seed // 2}.pt"
+        start.write_text(str(seed // 2))
+        make_run(tmp_path, "mode=retrain", f"weights={start}", f"seed={seed}", top1=50.0 + seed)
+    found = standings(entries([tmp_path])[0])
+    prints = [hashlib.sha256(name.encode()).hexdigest()[:8] for name in "01"]
+    assert {each.method: list(each.values.values()) for each in found} == {
+        f"octav, weights={prints[0]}…": [50, 51],
+        f"octav, weights={prints[1]}…": [52, 53],
+    }
+
+
+def test_each_seed_s_own_start_is_no_matter_where_methods_differ_in_more(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.pt").write_text(str(seed))
+        for epochs in (2, 3):
+            start = "mode=retrain", f"weights={tmp_path / f'{seed}.pt'}"
+            make_run(tmp_path, *start, f"seed={seed}", f"epochs={epochs}", top1=50.0 + seed)
+    assert {each.method: len(each.values) for each in standings(entries([tmp_path])[0])} == {
+        "octav, epochs=2": 2,
+        "octav, epochs=3": 2,
+    }
+
+
+def test_chosen_bits_of_several_seeds_are_one_width(tmp_path: Path) -> None:
+    """Whatever each of them came to; it is called by what was asked for."""
+    for method, means in (("octav", (3.88, 3.92, 3.72)), ("max", (3.6, 3.7, None))):
+        for seed, mean in enumerate(means):
+            asked = "policy=auto", "size_mb=0.15", f"clipping={method}", f"seed={seed}"
+            run = make_run(tmp_path, *asked, top1=None if mean is None else 90.0 + seed)
+            if mean is not None:
+                summary = json.loads((run / "summary.json").read_text())
+                told = summary | {"mean_weight_bits": mean, "mean_activation_bits": 4.0}
+                (run / "summary.json").write_text(json.dumps(told))
+    runs = entries([tmp_path])[0]
+    (width,) = {run.bits for run in runs}
+    assert width is not None and width.told == "size_mb=0.15"
+    assert width.mean == pytest.approx((3.88 + 3.92 + 3.72 + 3.6 + 3.7 + 5 * 4.0) / 10)
+    found = _by_method(standings(runs))
+    assert len(found["octav, chosen bits", "size_mb=0.15"].values) == 3
+    assert found["max, chosen bits", "size_mb=0.15"].differences == {0: 0.0, 1: 0.0}
+    assert "size_mb=0.15" in text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+
+
+def test_full_precision_of_another_folder_is_not_subtracted(tmp_path: Path) -> None:
+    for place, less in (("before", 0.0), ("after", 10.0)):
+        for seed in (0, 1):
+            make_run(tmp_path / place, f"seed={seed}", top1=90.0 - less)
+            make_run(tmp_path / place, f"seed={seed}", "bits=32", top1=95.0 - less + seed)
+    found = standings(entries([tmp_path / "before", tmp_path / "after"])[0])
+    assert {each.method: each.gap.values for each in found if not each.full_precision} == {
+        "octav, in before": (-5.0, -6.0),
+        "octav, in after": (-5.0, -6.0),
+    }
+
+
+def test_what_is_no_run_among_many_places_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a shell makes them of runs/*."""
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs"), name="one"), make_run(Path("runs"), "clipping=max", name="other")
+    (make_run(Path("runs"), name="broken") / "config.yaml").write_text("a: [")
+    Path("runs/begun").mkdir()
+    Path("runs/asked.txt").write_text("one\n")
+    runs, left_out = entries(sorted(Path("runs").iterdir()))
+    assert [run.folder.name for run in runs] == ["one", "other"]
+    assert [why.split(":")[0] for why in left_out] == ["runs/asked.txt", "runs/begun", "runs/broken/config.yaml"]
+    for few in (["runs/begun", "runs/one"], ["runs/one", "runs/one"]):
+        with pytest.raises(ConfigError, match="needs two runs or more, and found 1"):
+            entries(list(map(Path, few)))
+    for places, told in ((["runs", "gone"], "gone: holds no run"), (["runs/begun"], "runs/begun: holds no run")):
+        with pytest.raises(ConfigError, match=told):
+            entries(list(map(Path, places)))
 
 
 def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Path) -> None:

@@ -84,6 +84,34 @@ ENVIRONMENT = {
 }
 
 
+POINT: dict[str, Any] = {"costs": {"MB": 1.5}, "rise": 0.25, "value": 60.0}
+TENSOR: dict[str, Any] = {
+    "layer": "fc",
+    "tensor": "weight",
+    "elements": 640,
+    "bits": 4,
+    "noise": {"4": 0.1},
+    "price": {"4": 0.2, "8": 0.01},
+    "beside": {"4": 0.3},
+}
+ALLOCATED: dict[str, Any] = {
+    "answer": "it lives with 4 bits",
+    "cost": "size_mb",
+    "figures": ["MB"],
+    "price": "gradient",
+    "beside": "measured",
+    "metric": "top1",
+    "reference": 61.0,
+    "chosen": POINT,
+    "uniform": [POINT | {"width": 4}],
+    "front": [POINT],
+    "tensors": [TENSOR],
+    "stability": 0.5,
+    "seconds": 2.0,
+    "retrain_steps": 0,
+}
+
+
 def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float | None = 60.0, epochs: int = 2) -> Path:
     """A run folder as qat-run leaves it; top1=None: unfinished."""
     config = config_of(*overrides)
@@ -310,13 +338,68 @@ def test_headline_figures(tmp_path: Path) -> None:
     folder = make_run(tmp_path, top1=60.0)
     text = text_of(run_page.write(folder, folder / "report.html"))
     for words in (
-        *("top1 60.00 % best 61.00 %", "against fp32 -2.50", "mean SQNR 20.0 dB", "clipping octav"),
+        *("top1 60.00 % best 61.00 %", "mean SQNR 20.0 dB", "clipping octav"),
+        "against fp32 -2.50 points; fp32 is the same run without quantization",
         *("size 0.5 MB 4 MB in fp32, 8.0 times as much", "time 90 s 2 epochs"),
         "Noisiest: fc.weight (18.0 dB), fc.input (18.0 dB)",
         "not finished",
     ):
         assert (words in text) == (words != "not finished"), words
     assert "a CPU, 2 cores" in text and "abc123 on main, with uncommitted changes" in text
+
+
+def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
+    make_run(tmp_path, "bits=32", top1=62.5)
+    folder = make_run(tmp_path, "mode=retrain", "weights=baseline", top1=60.0)
+    told = "against fp32 {} points; fp32 is {}"
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert told.format("-2.50", "the network that it starts from") in text
+    make_run(tmp_path, "mode=retrain", "weights=baseline", "bits=32", top1=63.0)
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert told.format("-3.00", "the same run without quantization") in text
+
+
+def test_tensors_without_noise_on_record_come_last(tmp_path: Path) -> None:
+    """Wherever tensors are sorted by noise."""
+    folder = make_run(tmp_path)
+    names = [f"layer{i}" for i in range(30)]
+    rows = [row | {"sqnr_db": float(i)} for i, row in enumerate(layer_rows(0, names)) if row["tensor"] == "weight"]
+    for row, sqnr in zip(rows, (20.0, None, 50.0, 30.0, 10.0), strict=False):
+        row["sqnr_db"] = sqnr
+    write_rows(folder / "layers.csv", rows)
+    (folder / "histograms.json").write_text(json.dumps([histogram(name) for name in names]))
+    page = run_page.write(folder, tmp_path / "page.html")
+    assert "Noisiest: layer4.weight (10.0 dB), layer5.weight (10.0 dB), layer6.weight (12.0 dB)." in text_of(page)
+    charts = charts_of(page)
+    sqnr = charts["noise-weights"]["views"][0]["traces"][1]["x"]
+    assert len(sqnr) == 20 and sqnr == sorted(sqnr) and sqnr[0] == 10
+    assert charts["histogram"]["views"][-1]["label"] == "layer1.weight"
+    for row in rows:
+        row["sqnr_db"] = None
+    write_rows(folder / "layers.csv", rows)
+    assert "Noisiest" not in text_of(run_page.write(folder, tmp_path / "page.html"))
+
+
+def test_every_head_of_a_table_has_a_name(pages: dict[str, Path]) -> None:
+    """A head that is a button is read out by it."""
+    for path in pages.values():
+        heads = re.findall(r"<th\b[^>]*>(.*?)</th>", path.read_text(), flags=re.DOTALL)
+        assert heads and all(re.sub(r"<[^>]+>", "", head).strip() for head in heads)
+
+
+def test_figures_of_costs_are_figures(pages: dict[str, Path]) -> None:
+    """Which do not break in the middle."""
+    _, _, rest = pages["chosen"].read_text().partition('<table id="costs">')
+    rows = [re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row) for row in rest.partition("</table>")[0].split("</tr>")]
+    assert [cells[0][1] for cells in rows if cells] == [
+        "bits",
+        "full precision",
+        "chosen",
+        "3 everywhere",
+        "4 everywhere",
+    ]
+    assert all('class="number"' in kind for cells in rows for kind, _ in cells[1:])
+    assert [text for _, text in rows[2]] == ["chosen", "4.12", "4", "0.0412", "0.0845", "0.0123", "60.00"]
 
 
 def test_effective_bits_and_what_is_quantized_are_shown_where_they_are_on_record(tmp_path: Path) -> None:
@@ -546,7 +629,9 @@ def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path, capsys: pytest.Cap
     assert told in "".join(capsys.readouterr())
     assert report([str(bad)]) == 2
     assert told in capsys.readouterr().err
-    assert report(["compare", str(bad), str(runs)]) == 2
+    assert report(["compare", str(bad)]) == 2
+    assert told in capsys.readouterr().err
+    assert report(["compare", str(bad), str(runs), "--out", str(tmp_path)]) == 0
 
 
 def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
@@ -599,16 +684,26 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield tab
 
 
+def _with_a_choice(run: Path) -> Path:
+    costs = {"mean bits of weights": 4.125, "mean bits of activations": 4.0, "MB": 0.0412, "GBitOPs": 0.0845}
+    points = [ALLOCATED["chosen"] | {"costs": costs, "rise": 0.0123, "width": bits, "value": 60.0} for bits in (3, 4)]
+    record = ALLOCATED | {"chosen": points[0], "uniform": points, "front": points}
+    (run / "allocation.json").write_text(json.dumps(record))
+    return run
+
+
 @pytest.fixture(scope="module")
 def pages(real: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages by kind: a real run, an unfinished one, a comparison."""
+    """Pages by kind: a real run, an unfinished one, one that chose bits, a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [make_run(folder / "runs", f"bits={bits}", top1=50.0 + bits) for bits in (4, 8, 10, 32)]
+    runs.append(make_run(folder / "runs", "bits=8", "seed=1", top1=59.0))  # for means over seeds
     unfinished = make_run(folder / "other", "clipping=max", top1=None)
     (unfinished / "histograms.json").unlink()
     return {
         "run": run_page.write(real, folder / "run.html"),
         "unfinished": run_page.write(unfinished, folder / "unfinished.html"),
+        "chosen": run_page.write(_with_a_choice(make_run(folder / "chosen")), folder / "chosen.html"),
         "compare": compare_page.write([*runs, unfinished], folder / "compare.html"),
     }
 
@@ -623,7 +718,7 @@ TRACES = """
     ("kind", "width", "scheme"),
     [
         *(("run", width, scheme) for width in (360, 1280) for scheme in ("light", "dark")),
-        *(("compare", 360, "dark"), ("compare", 1280, "light"), ("unfinished", 360, "light")),
+        *(("compare", 360, "dark"), ("compare", 1280, "light"), ("unfinished", 360, "light"), ("chosen", 360, "light")),
     ],
 )
 def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: int, scheme: str) -> None:
@@ -635,6 +730,8 @@ def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: i
     assert page.run("innerWidth") == width
     assert page.run("document.documentElement.scrollWidth") == width  # nothing sticks out
     assert page.run("[...document.querySelectorAll('.chart .main-svg')].every(e => e.clientWidth <= innerWidth)")
+    heights = page.run("[...document.querySelectorAll('#methods tr, #costs tr')].map(e => e.offsetHeight)")
+    assert bool(heights) == (kind in ("compare", "chosen")) and max(heights, default=0) < 150  # no letters on end
     back = page.run("getComputedStyle(document.body).backgroundColor")
     assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
@@ -692,10 +789,10 @@ def test_tables_are_sorted_by_number_both_ways(page: Page, pages: dict[str, Path
         page.run(f"{place}.querySelector('button').click()")
         return page.run(cells.format(page.run(f"{place}.cellIndex"))), page.run(f"{place}.getAttribute('aria-sort')")
 
-    assert sort("bits") == (["4", "4", "8", "10", "32"], "ascending")
-    assert sort("bits") == (["32", "10", "8", "4", "4"], "descending")
-    assert sort("top1") == (["54.00", "58.00", "60.00", "82.00", ""], "ascending")
-    assert sort("top1") == (["82.00", "60.00", "58.00", "54.00", ""], "descending")  # what is unknown stays last
+    assert sort("bits") == (["4", "4", "8", "8", "10", "32"], "ascending")
+    assert sort("bits") == (["32", "10", "8", "8", "4", "4"], "descending")
+    assert sort("top1") == (["54.00", "58.00", "59.00", "60.00", "82.00", ""], "ascending")
+    assert sort("top1") == (["82.00", "60.00", "59.00", "58.00", "54.00", ""], "descending")  # unknown stays last
     assert sort("method")[0][0] == "full precision"
     assert page.run("document.querySelectorAll('#runs [aria-sort]').length") == 1
 

@@ -15,7 +15,7 @@ def _known(run: Run) -> Run:
     """Without where it lies."""
     assert run.summary is not None
     told = {key: value for key, value in run.summary.items() if key not in ("run_dir", "config", "remedies")}
-    return replace(run, folder=Path(), summary=told, config=replace(run.config, seed=0))  # type: ignore[arg-type]
+    return replace(run, folder=Path(), line=None, summary=told, config=replace(run.config, seed=0))  # type: ignore[arg-type]
 
 
 def test_runs_come_out_again(tmp_path: Path) -> None:
@@ -42,4 +42,29 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"{out / 'results.csv'}\n" and len(read_results(out / "results.csv")) == 2
     (tmp_path / "none").mkdir()
     assert report(["results", str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err == f"qat-report: {tmp_path / 'none'}: holds no finished run of qat-run\n"
+    assert capsys.readouterr().err == f"qat-report: {tmp_path / 'none'}: holds no run of qat-run\n"
+
+
+def test_what_is_named_twice_is_there_once_and_what_is_not_finished_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for top1, seed in ((60.0, 1), (None, 2)):
+        make_run(Path("runs"), f"seed={seed}", name=f"of{seed}", top1=top1)
+    (make_run(Path("runs"), name="bad") / "config.yaml").write_text("a: [")
+    Path("link").symlink_to("runs")
+    assert report(["results", "runs", "./runs", "link", "--out", "kept"]) == 0
+    told = capsys.readouterr().err
+    assert (
+        told.count("bad/config.yaml: cannot be read") == 1 and "Not finished: of2 (stale). They have no line." in told
+    )
+    assert [run.seed for run in read_results(Path("kept/results.csv"))] == [1]
+    assert report(["ledger", "runs", "runs", "--out", "ledger"]) == 0
+    assert "Not finished: of2 (stale)." in Path("ledger/ledger.md").read_text()
+    capsys.readouterr()
+    assert report(["ledger", "runs", "kept/results.csv"]) == 2
+    asked = "runs/of1 and kept/results.csv, line 2, would share a cell of the table, but have the same seed; "
+    assert asked in capsys.readouterr().err
+    (tmp_path / "runs/of1/summary.json").unlink()
+    assert report(["results", "runs"]) == 2
+    assert "runs: holds no finished run of qat-run" in capsys.readouterr().err

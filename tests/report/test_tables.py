@@ -15,6 +15,7 @@ from qat_runner.report.tables import (
     Result,
     against_full_precision,
     differences_in_words,
+    full_precision_of,
     mean_and_deviation,
     results_table,
     seeds_table,
@@ -39,7 +40,7 @@ def result(*overrides: str, top1: float = 50.0) -> Result:
         "samples_per_second": 1.0,
         "seconds": 1.0,
     }
-    return config, summary
+    return Result(config, summary)
 
 
 def differences(*results: Result) -> list[float | None]:
@@ -144,11 +145,29 @@ def test_seeds_are_compared_with_one_kind_of_full_precision(tmp_path: Path, monk
     assert differences(start, *retrained, *runs)[-3:] == [-2, -3, -4]
     assert differences(start, *retrained[:1], *runs)[-3:] == [1, 1, 1]
     assert differences(*retrained[:2], *runs)[-3:] == [-2, -3, None]
-    alone = result("bits=4", "clipping=max", *retrain, top1=91.0)
-    assert differences(start, *retrained[:1], *runs, alone)[-4:] == [1, 1, 1, -2]
+    alone = result("bits=8", "clipping=max", *retrain, top1=91.0)  # in one column with the others
+    assert differences(start, *retrained[:1], *runs, alone)[-4:] == [1, 1, 1, 1]
+    assert differences(start, *retrained, *runs, alone)[-4:] == [-2, -3, -4, -2]
+    more = result("bits=4", "clipping=max", *retrain, "seed=3", top1=91.0)
+    assert differences(start, *retrained, *runs, alone, more)[-5:] == [1, 1, 1, 1, 1]
+    longer = result("bits=4", *retrain, "epochs=9", top1=91.0)  # of another recipe: no matter of the others
+    assert differences(start, *retrained, *runs, longer)[-4:] == [-2, -3, -4, 1]
     Path("other.pt").write_text("other")
     elsewhere = result("bits=4", "mode=retrain", "weights=other.pt", top1=91.0)  # of a seed that is there already
     assert differences(start, *retrained, *runs, elsewhere)[-4:] == [-2, -3, -4, None]
+
+
+def test_of_the_same_in_several_places_it_is_the_one_beside_the_run() -> None:
+    full = {name: result("bits=32", top1=top1)._replace(place=Path(name)) for name, top1 in (("a", 95.0), ("b", 85.0))}
+    runs = {name: result(top1=80.0)._replace(place=Path(name)) for name in "abc"}
+    for order in ("ab", "ba"):
+        there = [full[name] for name in order]
+        assert differences(*there, *runs.values())[2:] == [-15, -5, None]  # of the last nobody knows
+    assert differences(full["a"], *runs.values())[1:] == [-15, -15, -15]
+    again = full["a"]._replace(place=Path("b"))
+    assert differences(full["a"], again, *runs.values())[2:] == [-15, -15, -15]
+    unfinished = full["b"]._replace(summary={})
+    assert full_precision_of([full["a"], unfinished, runs["b"]])[-1] == 0
 
 
 def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -20,9 +20,9 @@ from qat_runner.experiment import running
 from qat_runner.experiment.running import _remove
 from qat_runner.exporting import of_run
 from qat_runner.quant.kernels import compiled
-from qat_runner.runs import files, lock
-from qat_runner.runs.asked import remember_asked
-from qat_runner.runs.files import open_own, write_text
+from qat_runner.runs import asked, files, lock
+from qat_runner.runs.asked import forget_asked, remember_asked
+from qat_runner.runs.files import becomes, open_own, write_text, write_whole
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import Record
@@ -76,13 +76,15 @@ def test_the_list_of_what_was_asked_for_is_no_link(thesis: Path, run: Path) -> N
 
 
 def test_what_is_written_replaces_a_link(thesis: Path, run: Path) -> None:
-    for name in ("summary.json", "summary.json.tmp"):
-        (run / name).symlink_to(thesis)
+    (run / "summary.json").symlink_to(thesis)
     write_text(run / "summary.json", "{}")
     (run / "last.tmp").symlink_to(thesis)
     checkpoint.save(run / "last.pt", {})
     assert thesis.read_text() == "years of work"
-    assert not (run / "summary.json").is_symlink() and not (run / "summary.json.tmp").is_symlink()
+    assert not (run / "summary.json").is_symlink() and {path.name for path in run.iterdir()} == {
+        "summary.json",
+        "last.pt",
+    }
     assert stat.S_IMODE((run / "summary.json").stat().st_mode) & 0o444 == 0o444
 
 
@@ -113,6 +115,60 @@ def test_a_lock_that_cannot_be_had_leaves_nothing(tmp_path: Path, monkeypatch: p
             with pytest.raises(OSError, match=r"No (locks|space)"), RunLock(tmp_path / "a" / "b"):
                 pass
         assert not (tmp_path / "a").exists()
+
+
+# Two at work side by side
+
+
+def test_writers_side_by_side_put_no_half_file_in_place(run: Path) -> None:
+    """The second is in the midst of its own when the first one ends, and breaks off."""
+
+    def first(file: IO[bytes]) -> None:
+        file.write(b"first")
+        with pytest.raises(StopIteration):
+            write_whole(run / "page", second)
+
+    def second(file: IO[bytes]) -> None:
+        file.write(b"sec")
+        file.flush()
+        raise StopIteration
+
+    write_whole(run / "page", first)
+    assert {path.name: path.read_text() for path in run.iterdir()} == {"page": "first"}
+
+
+def test_sweeps_side_by_side_lose_no_line_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One takes its row off, another adds its own meanwhile: it waits, and goes on with what lies there then."""
+    runs = tmp_path / "runs"
+    made = remember_asked([runs / "refused", runs / "kept"])
+    other = threading.Thread(target=remember_asked, args=([runs / "added"],))
+    (runs / "kept").mkdir()
+
+    def slowly(path: Path, text: str) -> None:
+        other.start()
+        other.join(0.1)
+        assert other.is_alive() and asked.asked(runs) == ["refused", "kept"]
+        write_text(path, text)
+
+    monkeypatch.setattr(asked, "write_text", slowly)
+    forget_asked([runs / "refused", runs / "kept"], made)
+    other.join()
+    assert asked.asked(runs) == ["kept", "added"]
+    monkeypatch.setattr(asked, "write_text", write_text)
+    forget_asked([runs / "kept", runs / "added"], made)
+    (runs / "kept").rmdir()
+    forget_asked([runs / "kept"], made)
+    assert not runs.exists()
+
+
+def test_what_a_killed_writer_left_is_ours_and_goes(run: Path) -> None:
+    config = from_hydra(compose_config(["model=resnet8", "dataset=digits"]))
+    left = [run / name for name in ("metrics.csv.tmp", "report.html.77-0123abcd.tmp", "noise.png.1-ffffffff.tmp")]
+    for path in (*left, run / "notes.tmp", run / "notes.1-ffffffff.tmp"):
+        path.touch()
+    assert [becomes(path.name) for path in left] == ["metrics.csv", "report.html", "noise.png"]
+    running._clear(config, run)
+    assert {path.name for path in run.iterdir()} == {"notes.tmp", "notes.1-ffffffff.tmp"}
 
 
 # CSV files
