@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qat_runner.report.entries import (
     value_in_words,
 )
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
-from qat_runner.report.tables import against_full_precision, best_head, head, measures
+from qat_runner.report.tables import Table, against_full_precision, best_head, head, measures
 from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
 
@@ -69,7 +70,7 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
     content = {
         "title": f"{len(runs)} runs",
         "table": _table(runs),
-        "seeds": methods.table(found) if any(len(each.values) > 1 for each in found) else None,
+        "seeds": _over_seeds(methods.table(found)) if any(len(each.values) > 1 for each in found) else None,
         "left_out": left_out,
         "networks": list(networks),
         "costs": list(COSTS),
@@ -80,6 +81,14 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
         "values": values,
     }
     return page.write(out, "compare", [*charts, *([curves] if curves else [])], content)
+
+
+def _over_seeds(table: Table) -> Table:
+    """Without columns that say nothing here: the network where all share it, and what no row has."""
+    columns = zip(table.headers, zip(*table.cells, strict=True), strict=True)
+    kept = [(head, cells) for head, cells in columns if any(cells) and (head != "network" or len({*cells}) > 1)]
+    rows = zip(*(cells for _, cells in kept), strict=True)
+    return replace(table, headers=[head for head, _ in kept], cells=[[*row] for row in rows])
 
 
 def _drawn(networks: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
