@@ -98,7 +98,9 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     message = "qat-report: --against lsq: must be one of these: max; octav\n"
     assert capsys.readouterr().err == message
     text = text_of(compare_page.write([runs], tmp_path / "compare.html"))
-    assert "Over seeds bits method seeds" in text  # one network, which stands above and "-2.03 [-3.15, -0.91] worse" in text
+    assert (
+        "Over seeds bits method seeds" in text
+    )  # one network, which stands above and "-2.03 [-3.15, -0.91] worse" in text
 
 
 def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
