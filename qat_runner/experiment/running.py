@@ -36,7 +36,7 @@ from qat_runner.config import (
     scaled_lr,
 )
 from qat_runner.data import Data
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
 from qat_runner.experiment import allocating
 from qat_runner.experiment.building import build, find_device, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
@@ -44,7 +44,7 @@ from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import mean_bits, size_mb
 from qat_runner.quant import NotCalibratedError
-from qat_runner.runs.environment import environment
+from qat_runner.runs.environment import environment, job, put_back
 from qat_runner.runs.files import TEMPORARY, open_own, write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
@@ -73,12 +73,13 @@ def run(config: Config) -> Summary:
     """
     folder = preflight(config)
     with distributed.group(config.distributed_timeout):
-        result = distributed.on_main(lambda: _finished(config, folder))
+        if distributed.on_main(lambda: _begun_anew(config, folder)):
+            config = replace(config, overwrite=False)
+        result = distributed.on_main(lambda: finished(config, folder))
         if result is not None:
-            log.info(f"{folder} is finished already (overwrite=true starts anew)")
             return result
         with _locked(folder), _failures_told(config, folder):
-            result = distributed.on_main(lambda: _finished(config, folder))  # by whoever held the lock till now
+            result = distributed.on_main(lambda: _result(config, folder))  # by whoever held the lock till now
             return _run(config, folder) if result is None else result
 
 
@@ -110,8 +111,31 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _finished(config: Config, folder: Path) -> Summary | None:
-    """The result of a run of this very config, if it is finished and is not to be begun anew."""
+def _begun_anew(config: Config, folder: Path) -> bool:
+    """Whether overwrite=true has had its effect: the job that this process is of has begun the run before."""
+    if not (config.overwrite and put_back()):
+        return False
+    with suppress(UnreadableError):
+        begun = ENVIRONMENT.read(folder)
+        return begun is not None and begun.get("job") == job()
+    return False
+
+
+def finished(config: Config, folder: Path) -> Summary | None:
+    """The result of a run of this very config, if it is finished and is not to be begun anew, which is told.
+
+    Raises:
+        ConfigError: it has been trained to its end, with other keys.
+        UnreadableError: its result cannot be read.
+    """
+    result = _result(config, folder)
+    if result is not None:
+        log.info(f"{folder} is finished already (overwrite=true starts anew)")
+    return result
+
+
+def _result(config: Config, folder: Path) -> Summary | None:
+    """`finished`, without a word."""
     saved = load_config(folder)
     if config.overwrite or saved is None or not RunFolder(folder).finished:
         return None
