@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
 from qat_runner.config import (
     Config,
+    changed,
     clipping_label,
     differences,
     from_hydra,
@@ -21,7 +22,7 @@ from qat_runner.config import (
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
 from qat_runner.models import BERTS, DECODERS, MODELS
-from qat_runner.quant import Percentile
+from qat_runner.quant import Octav, Percentile
 
 Compose = Callable[..., Config]
 
@@ -177,13 +178,18 @@ def test_ranges(composed: Compose) -> None:
 
 def test_without_training_octav_knows_its_grid(composed: Compose) -> None:
     ptq = ("mode=ptq", "weights=w.pt")
-    for overrides in (ptq, (*ptq, "clipping=static_octav")):
-        clipping = composed(*overrides).clipping
-        assert (clipping.missing_code, clipping.refine) == (True, 64)
-        assert clipping.method.refine == 64  # type: ignore[attr-defined]
-    papers = composed(*ptq, "clipping.missing_code=false", "clipping.refine=0").clipping.method
-    assert papers == composed().clipping.method == composed("mode=retrain", "weights=w.pt").clipping.method
-    assert composed(*ptq, "clipping=max").clipping.refine is None
+    for overrides in (ptq, (*ptq, "clipping=static_octav"), ("mode=allocate", "weights=w.pt", "budget=4")):
+        config = composed(*overrides)
+        assert config.clipping_in_mode.method == Octav(missing_code=True, refine=64, warm_iterations=6)
+        assert {config.quantization.tensor("l", "Linear", "input").clipping} == {config.clipping_in_mode.method}
+        told = {key: identity(config)[f"clipping.{key}"] for key in ("missing_code", "refine")}
+        assert told == {"missing_code": True, "refine": 64}
+        retrained = changed(config, mode="retrain", budget=None)  # as a run of that mode is by itself
+        assert retrained.quantization.tensor("l", "Linear", "input").clipping == Octav(warm_iterations=6)
+    papers = composed(*ptq, "clipping.missing_code=false", "clipping.refine=0").clipping_in_mode.method
+    training = (composed(), composed("mode=retrain", "weights=w.pt"))
+    assert all(config.clipping_in_mode.method == papers for config in training)
+    assert composed(*ptq, "clipping=max").clipping_in_mode.refine is None
 
 
 def test_identity_and_name(composed: Compose) -> None:

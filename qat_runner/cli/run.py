@@ -15,16 +15,15 @@ import logging
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import hydra
@@ -39,6 +38,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat_runner import ranks
 from qat_runner.cli.explain import explain
+from qat_runner.cli.jobs import Row, launch, wait_for_slurm
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register
 from qat_runner.config.composing import (
@@ -47,10 +47,9 @@ from qat_runner.config.composing import (
     compose_config,
     freed,
     given,
-    quoted,
     shipped_configs,
 )
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
+from qat_runner.errors import BusyError, ConfigError, QatError, StoppedError, UnreadableError
 from qat_runner.runs.asked import forget_asked, remember_asked
 from qat_runner.runs.records import SUMMARY, Summary
 
@@ -58,8 +57,6 @@ _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
 _HERE = "basic"
 """The option of hydra/launcher that runs the rows in this process, one after the other."""
-SLURM_PATIENCE = 600.0
-"""Seconds that a job which was told to end waits to be killed, at most."""
 log = logging.getLogger("qat_runner")
 
 
@@ -76,15 +73,16 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     detach = _DETACH in args
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
     failures: list[QatError] = []
+    rows: dict[Path, Row] = {}
     asked: list[Path] = []
     made: list[Path] = []
     code = 0
     try:
-        args = sorted((_renamed(_with_home(arg)) for arg in args if arg != _DETACH), key=_rank)
+        typed = [arg for arg in args if arg != _DETACH]
+        args = _arranged([_renamed(_with_home(arg)) for arg in typed])
         register()
-        args += _rows_of_experiment(args, sweep)
-        for override in given([arg for arg in args if _is_override(arg)]):
-            args = _with_override(args, override)
+        args = _with_overrides(args, _rows_of_experiment(args, sweep))
+        args = _with_overrides(args, given(_parsed(args).overrides))
         if ranks.launched() and (detach or any(arg.startswith("hydra/launcher=") for arg in args)):
             _refuse("torchrun: each of its processes would start the request anew with --detach or hydra/launcher")
         rows = _check_all(args)
@@ -92,7 +90,7 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
             made = remember_asked(rows)
             asked = list(rows)
         if detach and rows:
-            return _detach(args, next(iter(rows)).parent)
+            return _detach(typed, next(iter(rows)).parent)
         with _group(rows):
             _run_all(args, rows, failures)
         if main_process:
@@ -106,9 +104,12 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     except OSError as error:  # of a folder of runs, which is about to be written to
         code = fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
-        code = fail("interrupted; the same command goes on from the last checkpoint", 130)
+        again = "the same command"
+        if any(row.config.overwrite for row in rows.values()):
+            again += " without overwrite=true"
+        code = fail(f"interrupted; {again} goes on from the last checkpoint", 130)
     for failure in failures:
-        _wait_for_slurm(failure)
+        wait_for_slurm(failure)
     for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
         code = max(code, fail(sentence, failed))
     if code == ConfigError.exit_code:
@@ -116,13 +117,13 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     return code
 
 
-def _group(rows: Mapping[Path, Config]) -> AbstractContextManager[None]:
+def _group(rows: Mapping[Path, Row]) -> AbstractContextManager[None]:
     """One group for all rows: processes that were launched together can meet but once."""
     if not ranks.launched():
         return nullcontext()
     from qat_runner import distributed
 
-    return distributed.group(max((row.distributed_timeout for row in rows.values()), default=600))
+    return distributed.group(max((row.config.distributed_timeout for row in rows.values()), default=600))
 
 
 def _renamed(arg: str) -> str:
@@ -138,9 +139,36 @@ def _renamed(arg: str) -> str:
     return renamed
 
 
-def _rank(arg: str) -> int:
-    """Hydra's parser wants the flag first; an experiment stands before what changes it. Users may not."""
-    return 0 if arg in _MULTIRUN else 1 if arg.startswith("+experiment=") else 2 if arg.startswith("+stand_in=") else 3
+def _parsed(args: Sequence[str]) -> Namespace:
+    """Flags and overrides, in whatever order; refused if Hydra has no such flag."""
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(args)
+
+
+def _arranged(args: Sequence[str]) -> list[str]:
+    """Overrides and then flags: Hydra's parser wants the former side by side. An experiment stands before what changes
+    it. Users may not."""
+    overrides = _parsed(args).overrides
+    flags = [*args]
+    for override in overrides:
+        flags.remove(override)
+    return [*sorted(overrides, key=_rank), *flags]
+
+
+def _rank(override: str) -> int:
+    return 0 if override.startswith("+experiment=") else 1 if override.startswith("+stand_in=") else 2
+
+
+def _with_overrides(args: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Arranged arguments with more overrides."""
+    at = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    return [*args[:at], *overrides, *args[at:]]
+
+
+def _shows(parsed: Namespace) -> bool:
+    """Whether Hydra is to show something, in place of any work."""
+    return any((parsed.help, parsed.hydra_help, parsed.cfg, parsed.info, parsed.shell_completion))
 
 
 def _with_home(arg: str) -> str:
@@ -165,6 +193,9 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
         return []
     if not chosen[0].startswith("+experiment="):
         raise ConfigError(f"{chosen[0].lstrip('+')}: puts an experiment on other data; +experiment=NAME must name it")
+    for arg in chosen:
+        if "," in arg:
+            raise ConfigError(f"{arg.lstrip('+')}: one at a time, since each has rows of its own")
     found = compose_config(chosen)
     given = {arg.lstrip("+~").partition("=")[0] for arg in args}
     if "policy=auto" in args or "mode=allocate" in args:
@@ -175,6 +206,8 @@ def _rows_of_experiment(args: Sequence[str], multirun: bool) -> list[str]:
             stand_in = dict.fromkeys(found.standins.get(value, value) for value in values.split(","))
             rows.append(f"{key}={','.join(stand_in)}")
     if not multirun and any("," in row for row in rows):
+        if _shows(_parsed(args)):  # what its rows have in common
+            return [row for row in rows if "," not in row]
         raise ConfigError(f"{chosen[0].lstrip('+')}: holds several rows; qat-run -m runs them all")
     return rows
 
@@ -190,11 +223,9 @@ def _refuse(message: str) -> NoReturn:
     raise ConfigError(f"{message}; qat-run --help shows what can be asked for")
 
 
-def _check_all(args: Sequence[str]) -> dict[Path, Config]:
-    """Compose and check every row of the request before any work; returns the run folders and configs of the rows."""
-    parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]
-    parsed = parser.parse_args(args)
+def _check_all(args: Sequence[str]) -> dict[Path, Row]:
+    """Compose and check every row of the request before any work; returns the rows by their run folders."""
+    parsed = _parsed(args)
     for flag in ("config_dir", "config_name", "config_path", "experimental_rerun"):
         if getattr(parsed, flag) is not None:
             _refuse(f"--{flag.replace('_', '-')}: a run is composed of the shipped configs and of keys")
@@ -205,17 +236,16 @@ def _check_all(args: Sequence[str]) -> dict[Path, Config]:
             _refuse(f"--{flag}: is for --cfg, which shows a config")
     if parsed.shell_completion:
         return {}
-    shows = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info
     with shipped_configs():
         everything = compose_checked(parsed.overrides, RunMode.MULTIRUN if parsed.multirun else RunMode.RUN)
-        if shows:
+        if _shows(parsed):
             return {}
         overrides = OverridesParser.create().parse_overrides(parsed.overrides)
         if not parsed.multirun:
             _check_no_launcher(overrides)
-            return _check_rows([everything])
+            return _check_rows([(everything, parsed.overrides)])
         (rows,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        return _check_rows(map(compose_checked, rows))
+        return _check_rows((compose_checked(row), row) for row in rows)
 
 
 def _check_no_launcher(overrides: Sequence[Override]) -> None:
@@ -225,15 +255,16 @@ def _check_no_launcher(overrides: Sequence[Override]) -> None:
             raise ConfigError(f"{override.input_line}: is for sweeps; qat-run -m starts one, if only of one row")
 
 
-def _check_rows(rows: Iterable[DictConfig]) -> dict[Path, Config]:
-    configs = [from_hydra(row) for row in rows]
+def _check_rows(composed: Iterable[tuple[DictConfig, list[str]]]) -> dict[Path, Row]:
+    """Rows that are the same run are one, the first of them."""
+    rows = [Row(from_hydra(config), overrides) for config, overrides in composed]
     from qat_runner.experiment import preflight  # which takes PyTorch, and seconds
 
-    folders: dict[Path, Config] = {}
-    for config in configs:
-        folder = preflight(config)
-        other = folders.setdefault(folder, config)
-        if other is not config and (changed := differences(identity(other), identity(config))):
+    folders: dict[Path, Row] = {}
+    for row in rows:
+        folder = preflight(row.config)
+        other = folders.setdefault(folder, row)
+        if other is not row and (changed := differences(identity(other.config), identity(row.config))):
             raise ConfigError(f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it")
     return folders
 
@@ -250,28 +281,17 @@ def _detach(args: Sequence[str], runs_dir: Path) -> int:
     return 0
 
 
-def _run_all(args: Sequence[str], rows: Mapping[Path, Config], failures: list[QatError]) -> None:
+def _run_all(args: Sequence[str], rows: Mapping[Path, Row], failures: list[QatError]) -> None:
     """Run the rows, here or where Hydra's launcher says; their errors are collected. Without rows, Hydra shows what was
     asked for."""
     launcher = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith("hydra/launcher=")), _HERE)
     sweep = any(arg in _MULTIRUN for arg in args)
     if not rows:
-        _launch(args, sweep)
+        _show(args)
     elif launcher == _HERE:  # composed and checked as they are
-        _run_here([*rows.values()], sweep, failures)
+        _run_here([row.config for row in rows.values()], sweep, failures)
     else:
-        with TemporaryDirectory() as scratch:
-            # Hydra notes a sweep down, for which no one asked; but jobs of submitit leave their logs there.
-            place = scratch if launcher == "joblib" else next(iter(rows.values())).runs_dir
-            try:
-                _launch(_with_override(args, f"hydra.sweep.dir={quoted(place)}"), sweep)
-            except QatError as error:
-                failures.append(error)
-            except (HydraException, OmegaConfBaseException):
-                raise
-            except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
-                reason = str(error).strip() or type(error).__name__
-                failures.append(RunError(f"a job broke off: {reason.splitlines()[0]}"))
+        launch(launcher, _parsed(args).overrides, rows, failures)
 
 
 def _run_here(configs: Sequence[Config], sweep: bool, failures: list[QatError]) -> None:
@@ -295,48 +315,18 @@ def _run_here(configs: Sequence[Config], sweep: bool, failures: list[QatError]) 
                 return
 
 
-def _is_override(arg: str) -> bool:
-    return "=" in arg and not arg.startswith("-")
-
-
-def _with_override(args: Sequence[str], override: str) -> list[str]:
-    """Among the overrides, which the parser wants side by side."""
-    at = next((i for i, arg in enumerate(args) if _is_override(arg)), len(args))
-    return [*args[:at], override, *args[at:]]
-
-
-def _launch(args: Sequence[str], sweep: bool) -> None:
-    """Give the rows to Hydra's launcher, or let Hydra show what was asked for."""
+def _show(args: Sequence[str]) -> None:
+    """Let Hydra show what was asked for."""
 
     @hydra.main(config_path=str(config_dir()), config_name="config", version_base=HYDRA_VERSION_BASE)
-    def job(composed: DictConfig) -> float:
-        return _elsewhere(from_hydra(composed), sweep)
+    def nothing(composed: DictConfig) -> None:
+        raise AssertionError("no row was asked for")
 
     sys.argv = [sys.argv[0], *args]
-    job()
+    nothing()
 
 
-def _elsewhere(config: Config, sweep: bool) -> float:
-    """A row of a request, in a process or on a machine that Hydra's launcher gave it."""
-    from qat_runner.experiment import run, run_after_others
-    from qat_runner.runs.records import score
-
-    with on_terminal():
-        try:
-            return score(run_after_others(config) if sweep else run(config))
-        except StoppedError as error:  # no result: whoever stopped the job may start it again
-            _wait_for_slurm(error)
-            sys.exit(error.exit_code)
-
-
-def _wait_for_slurm(error: QatError) -> None:
-    """Let a job that Slurm ends be killed by it: one that ends itself before is not put back into the queue."""
-    if isinstance(error, StoppedError) and "SLURM_JOB_ID" in os.environ and error.exit_code == 128 + signal.SIGTERM:
-        log.info(f"{error}; waiting for Slurm to end the job")
-        time.sleep(SLURM_PATIENCE)
-
-
-def _print_results(rows: Mapping[Path, Config]) -> None:
+def _print_results(rows: Mapping[Path, Row]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     finished: dict[Path, Summary] = {}
     for folder in rows:
@@ -347,7 +337,7 @@ def _print_results(rows: Mapping[Path, Config]) -> None:
         return
     from qat_runner.report import tables
 
-    results = [tables.Result(rows[folder], summary, folder.parent) for folder, summary in finished.items()]
+    results = [tables.Result(rows[folder].config, summary, folder.parent) for folder, summary in finished.items()]
     log.info("\n" + tables.results_table(results))
     if tables.several_seeds(results):
         log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -19,7 +20,7 @@ from qat_runner.config.groups import config_dir, register
 from qat_runner.config.identities import PLACES, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.resolving import from_hydra, scaled_lr
-from qat_runner.config.schema import AUTO, Config, Mode
+from qat_runner.config.schema import AUTO, OF_STAGE, Config, Mode
 from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
@@ -27,9 +28,6 @@ HYDRA_VERSION_BASE = "1.3"
 
 _PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std", "interpolation", "resize_size"))
 """Keys that follow from the model under dataset.preprocessing=model, unless they are given."""
-
-_OF_STAGE = ("epochs", "batch_size", "lr")
-"""Keys that follow from the recipe unless they are given."""
 
 
 NOT_TYPED = {
@@ -79,6 +77,17 @@ def _compose(overrides: Sequence[str], mode: RunMode) -> DictConfig:
     return hydra.compose_config(
         "config", list(overrides), run_mode=mode, from_shell=False, with_log_configuration=False
     )
+
+
+def composed_launcher(overrides: Sequence[str]) -> tuple[DictConfig, ConfigLoader]:
+    """What a launcher is made from, within `shipped_configs`: the config of a sweep, and what composes its rows.
+
+    Args:
+        overrides: of the sweep, which `compose_checked` has let pass.
+    """
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    return _compose(overrides, RunMode.MULTIRUN), hydra.config_loader
 
 
 @functools.cache
@@ -156,10 +165,11 @@ def defaults_for(config: Config) -> Config:
 def command(config: Config) -> str | None:
     """The command that asks for a resolved config again; None if none is found that gives this very run."""
     base = defaults_for(config)
-    old, new = plain(base), plain(config)
+    old, new = (plain(replace(each, clipping=each.clipping_in_mode)) for each in (base, config))
     values = flat(new)
     changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
-    changed += [key for key in _OF_STAGE if not _follows(key, config) and key not in changed]
+    changed = [key for key in changed if config.training or key not in OF_STAGE]
+    changed += [key for key in OF_STAGE if config.training and not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
         said = [freed(f"{key}={quoted(values[key])}") for key in keys if key != "weights"]
@@ -182,7 +192,7 @@ def _follows(key: str, config: Config) -> bool:
             return bool(getattr(config, key) == getattr(config, of_all))
     stage = config.stage
     said = (stage.epochs, stage.batch_size, scaled_lr(stage, config.batch_size))
-    return key in _OF_STAGE and getattr(config, key) == dict(zip(_OF_STAGE, said, strict=True))[key]
+    return key in OF_STAGE and getattr(config, key) == dict(zip(OF_STAGE, said, strict=True))[key]
 
 
 def _gives(overrides: Sequence[str], config: Config) -> bool:

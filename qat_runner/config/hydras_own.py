@@ -38,19 +38,26 @@ class Kind:
 _INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) <= _MOST)
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) <= _MOST)
 _FLAG = Kind("true or false", lambda value: type(value) is bool)
+_ONE = Kind(
+    "1: a row is one process; several are torchrun's to start, in a job of your own",
+    lambda value: type(value) is int and value == 1,
+)
 _TEXT = Kind("letters, digits and .,:;=@+&|*()[]-", lambda value: _LINE.fullmatch(str(value)) is not None)
 
 
-def _settings(integers: str = "", numbers: str = "", flags: str = "", texts: str = "") -> dict[str, Kind]:
-    kinds = {_INTEGER: integers, _NUMBER: numbers, _FLAG: flags, _TEXT: texts}
+def _settings(
+    integers: str = "", numbers: str = "", flags: str = "", texts: str = "", ones: str = ""
+) -> dict[str, Kind]:
+    kinds = {_INTEGER: integers, _NUMBER: numbers, _FLAG: flags, _TEXT: texts, _ONE: ones}
     return {key: kind for kind, keys in kinds.items() for key in keys.split()}
 
 
 _JOBLIB = _settings(integers="n_jobs verbose", numbers="timeout")
 _SUBMITIT = _settings(
-    integers="timeout_min cpus_per_task gpus_per_node tasks_per_node mem_gb nodes",
+    integers="timeout_min cpus_per_task gpus_per_node mem_gb",
     flags="stderr_to_stdout",
     texts="name",
+    ones="tasks_per_node nodes",
 )
 _SLURM = _SUBMITIT | _settings(
     integers="cpus_per_gpu gpus_per_task signal_delay_s max_num_timeout array_parallelism additional_parameters.nice",

@@ -13,7 +13,17 @@ from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
-from qat_runner.config.schema import AUTO, BASELINE, LIMITS, ClippingConfig, Config, Distill, Mode, OscillationsConfig
+from qat_runner.config.schema import (
+    AUTO,
+    BASELINE,
+    LIMITS,
+    OF_STAGE,
+    ClippingConfig,
+    Config,
+    Distill,
+    Mode,
+    OscillationsConfig,
+)
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
 from qat_runner.config.words import checkpoint_of, label
@@ -54,6 +64,7 @@ def settings(config: Config) -> dict[str, Any]:
     recipe of one that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in PLACES}
+    keys["clipping"] = plain(config.clipping_in_mode)
     formats = config.weight_format, config.activation_format
     if len({*formats}) == 1:  # which is how it was said before they could differ
         keys["format"] = keys.pop("weight_format")
@@ -108,7 +119,7 @@ def settings(config: Config) -> dict[str, Any]:
         for key in _without_effect(config.oscillations):
             del keys["oscillations"][key]
     if not config.training:
-        for key in ("epochs", "lr", "batch_size", *(() if probing else ("accumulate",))):
+        for key in (*OF_STAGE, *(() if probing else ("accumulate",))):
             del keys[key]
     if not config.needs_calibration:
         del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]

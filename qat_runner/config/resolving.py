@@ -20,6 +20,7 @@ from qat_runner.config.schema import (
     AUTO,
     BASELINE,
     LIMITS,
+    OF_STAGE,
     PRETRAINED,
     TORCHVISION,
     ClippingConfig,
@@ -40,7 +41,7 @@ from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, told
 from qat_runner.plugins import later
 from qat_runner.policy import FULL_PRECISION
-from qat_runner.quant import BITS, METHODS, Octav, Range
+from qat_runner.quant import BITS, METHODS, Range
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -76,6 +77,12 @@ def _check_asked(config: ConfigSchema, resolved: Config) -> None:
         raise ConfigError(f"clipping.sync=true: is for training, and mode={resolved.mode} does none")
     if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
         raise ConfigError(f"clipping.dynamic=true: clipping={clipping.name} learns its scalars")
+    for key in OF_STAGE if resolved.mode == Mode.allocate else ():
+        if (value := getattr(config, key)) is not None:
+            raise ConfigError(
+                f"{key}={value}: mode=allocate trains nothing by it; retrain_steps says how long networks are "
+                f"retrained, recipe.retrain.lr and recipe.retrain.batch_size how"
+            )
     for key, usual in _CHOSEN.items() if config.allocating else ():
         if (bits := getattr(config, key)) not in (usual, FULL_PRECISION):
             what = "bits=auto" if config.policy == AUTO else "mode=allocate"
@@ -154,13 +161,10 @@ _DESCRIBED = later("qat_runner.models.libraries:preprocessing_keys")
 
 def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
     clipping = config.clipping
-    usual: dict[str, Any] = {
+    usual = {
         "calibration_batches": task.calibration_batches,
         "calibration_batch_size": task.calibration_batch_size,
     }
-    untrained = config.mode in (Mode.ptq, Mode.allocate)  # where no training makes up for what the paper neglects
-    if untrained and clipping.name == Octav.name:
-        usual |= {"missing_code": True, "refine": 0 if clipping.sync else 64}
     return ClippingConfig(**_values(clipping) | {key: n for key, n in usual.items() if getattr(clipping, key) is None})
 
 
@@ -232,7 +236,7 @@ def baseline_of(config: Config) -> Config:
     """The full-precision run in mode auto that goes with a resolved config, resolved."""
     recipe = replace(config.recipe, **_WITHOUT_TEACHER, batchnorm_batches=0)
     changes = in_full_precision() | without_choice()
-    changes |= dict.fromkeys(("epochs", "batch_size", "lr", "weights", "weights_part", "run_dir", "policy"))
+    changes |= dict.fromkeys((*OF_STAGE, "weights", "weights_part", "run_dir", "policy"))
     changes |= {"recipe": recipe, "mode": Mode.auto, "overwrite": False}
     return changed(config, **changes)
 
@@ -256,7 +260,7 @@ def without_choice() -> dict[str, Any]:
 
 def allocation_of(config: Config) -> Config:
     """The run in mode allocate whose policy a resolved config with bits=auto takes, resolved."""
-    changes: dict[str, Any] = dict.fromkeys(("epochs", "batch_size", "lr", "run_dir", "policy"))
+    changes: dict[str, Any] = dict.fromkeys((*OF_STAGE, "run_dir", "policy"))
     recipe = replace(config.recipe, **_WITHOUT_TEACHER, freeze_scalars_at=None, batchnorm_batches=0)
     changes |= {"recipe": recipe, "mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
     changes["oscillations"] = OscillationsConfig()

@@ -17,7 +17,7 @@ from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
 from qat_runner.policy import Policy, Rule, estimator_of
-from qat_runner.quant import METHODS, ClippingMethod, Estimator, clipping_method
+from qat_runner.quant import METHODS, ClippingMethod, Estimator, Octav, clipping_method
 
 
 class Mode(StrEnum):
@@ -108,6 +108,8 @@ class Resume(StrEnum):
 
 STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
 """The modes that train, each a stage of the recipe."""
+OF_STAGE = ("epochs", "batch_size", "lr")
+"""The keys that follow from the recipe's stage unless they are given."""
 
 TORCHVISION = "torchvision"
 """The value of `weights` that means torchvision's published weights."""
@@ -666,6 +668,17 @@ class Config(ConfigSchema):
         return self.mode in (Mode.retrain, Mode.long_retrain)
 
     @property
+    def clipping_in_mode(self) -> ClippingConfig:
+        """`clipping` with what null means in this mode: OCTAV makes up for what the paper neglects where no training
+        does. `clipping` itself keeps what was asked for, since a config that follows from this one may be of another
+        mode, such as the probes of qat-bits that are retrained."""
+        usual: dict[str, Any] = {}
+        if self.mode in (Mode.ptq, Mode.allocate) and self.clipping.name == Octav.name:
+            usual = {"missing_code": True, "refine": 0 if self.clipping.sync else 64}
+        missing = {key: value for key, value in usual.items() if getattr(self.clipping, key) is None}
+        return replace(self.clipping, **missing)
+
+    @property
     def told_bits(self) -> int | str:
         """Bits of weights and activations: one number if they are the same, else "4/8"; or what they are chosen for."""
         if self.allocating:
@@ -741,7 +754,7 @@ class Config(ConfigSchema):
         Raises:
             ConfigError: it makes no policy.
         """
-        method, estimator = self.clipping.method, self.gradient.estimator
+        method, estimator = self.clipping_in_mode.method, self.gradient.estimator
         try:
             return Policy.of(
                 self.bits,

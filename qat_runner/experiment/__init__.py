@@ -6,6 +6,6 @@ so that a request that cannot be carried out leaves nothing behind.
 
 from qat_runner.experiment.building import CALIBRATION_EPOCH, build
 from qat_runner.experiment.checks import preflight
-from qat_runner.experiment.running import run, run_after_others
+from qat_runner.experiment.running import finished, run, run_after_others
 
-__all__ = ["CALIBRATION_EPOCH", "build", "preflight", "run", "run_after_others"]
+__all__ = ["CALIBRATION_EPOCH", "build", "finished", "preflight", "run", "run_after_others"]

@@ -3,23 +3,26 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 from tqdm import tqdm
 
 from qat_runner.allocation import Limit, Network, Prices, allocate_bits, network, price, rules_of
-from qat_runner.config import Config
+from qat_runner.config import Config, run_folder
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.errors import ConfigError, RunError, told
 from qat_runner.experiment.bits_record import recorded, table
-from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE
-from qat_runner.experiment.choosing import Search, measures_of
-from qat_runner.experiment.probing import Probes, Run
+from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, check_training
+from qat_runner.experiment.checks import preflight
+from qat_runner.experiment.choosing import Search, measures_of, shown
+from qat_runner.experiment.probing import Probes, Run, probe_of
+from qat_runner.quant import BITS
 from qat_runner.runs.files import write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import ALLOCATION, Summary
@@ -40,25 +43,43 @@ class Problem:
     """which can be kept"""
 
 
-def problem_of(config: Config, model: nn.Module) -> Problem:
+def problem_of(config: Config, model: nn.Module, data: Data) -> Problem:
     """Make out what is asked for, and refuse what cannot be had, before anything is written or cleared away.
 
     Args:
         config: resolved, of mode allocate.
-        model: as `building.build` gives it.
+        model, data: as `building.build` gives them.
 
     Raises:
-        ConfigError: limits that no widths keep; no tensor that bits can be chosen for, or one that they cannot.
+        ConfigError: limits that no widths keep; latencies of other layers; no tensor that bits can be chosen for, or
+            one that they cannot; retraining that the network or the data are not for.
     """
     try:
         known = network(model, config.allocation.widths, EXAMPLE)
-        measures = {key: measures_of(config, known, key) for key in (config.allocation.cost, *config.limits)}
+        wanted = {*shown(config), config.allocation.cost, *config.limits}
+        measures = {key: measures_of(config, known, key) for key in wanted}
         limits = [Limit(measure, most) for key, most in config.limits.items() for measure in measures[key]]
         free_of_charge = {operand.name: dict.fromkeys(operand.widths, 0.0) for operand in known.free}
         allocate_bits(known, free_of_charge, limits, config.allocation.same)
     except ValueError as error:
         raise ConfigError(f"{config.asked_bits}: {error}") from error
+    if config.retrain_steps:
+        _check_retraining(config, model, data, known)
     return Problem(known, limits)
+
+
+def _check_retraining(config: Config, model: nn.Module, data: Data, known: Network) -> None:
+    """Refuse retraining that networks on the way to the answer could not be given, whatever their bits."""
+    probe = probe_of(config, config.weights, RunFolder(run_folder(config)).probes, data)
+    preflight(probe)
+    how = probe.oscillations
+    check_training(replace(probe, oscillations=replace(how, max_bits=BITS.stop - 1)), model)
+    weights = [operand for operation in known.operations for operand in operation.operands if operand.weight]
+    if how.watching and all(min(operand.widths) > how.max_bits for operand in weights):
+        raise ConfigError(
+            f"oscillations.max_bits={how.max_bits}: allocation.widths={config.allocation.widths} let no weight have so "
+            f"few bits"
+        )
 
 
 def carry_out(
@@ -85,9 +106,10 @@ def carry_out(
     except ValueError as error:
         raise RunError(f"{config.asked_bits}: {error}") from error
     seconds = time.perf_counter() - began
+    beside = _beside(config, model, data)
     probes = Probes(config, weights, RunFolder(folder).probes, run, data)
     chosen = search.least(probes) if config.max_drop is not None else search.within_limits(probes)
-    record = recorded(search, chosen, probes, _beside(config, model, data), seconds)
+    record = recorded(search, chosen, probes, beside, seconds)
     ALLOCATION.write(folder, record)
     rules = {"rules": rules_of(known, chosen.best.bits)}
     write_text(RunFolder(folder).policy, yaml.safe_dump(rules, sort_keys=False, default_flow_style=None))
@@ -96,8 +118,8 @@ def carry_out(
 
     plot_bits(folder, record)
     log.info(record["answer"])
-    told = {"bits": config.asked_bits, "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
-    found: Any = {**chosen.summary, **told}
+    own = {"bits": config.asked_bits, "mode": str(config.mode), "answer": record["answer"], "run_dir": str(folder)}
+    found: Any = {**chosen.summary, **own}
     summary: Summary = found | {"seconds": time.perf_counter() - began}
     return summary
 
@@ -114,9 +136,17 @@ def _priced(config: Config, model: nn.Module, data: Data, kind: str, widths: Seq
 
 
 def _beside(config: Config, model: nn.Module, data: Data) -> Prices:
-    """Prices by gradients, where they are measured; else measured ones, of one width, on a few batches."""
+    """Prices by gradients, where they are measured; else measured ones, of one width, on a few batches.
+
+    They decide nothing: where they cannot be had, there are none.
+    """
     how = config.allocation
-    if how.price == "measured":
-        return _priced(config, model, data, "gradient", how.widths, how.batches)
-    width = next((width for width in sorted(how.widths) if width >= 3), max(how.widths))
-    return _priced(config, model, data, "measured", (width,), min(FEW, how.batches))
+    kind, widths, count = "gradient", tuple(how.widths), how.batches
+    if how.price != "measured":
+        width = next((width for width in sorted(how.widths) if width >= 3), max(how.widths))
+        kind, widths, count = "measured", (width,), min(FEW, how.batches)
+    try:
+        return _priced(config, model, data, kind, widths, count)
+    except (RunError, torch.OutOfMemoryError) as error:
+        log.warning(f"prices are shown beside no {kind} ones: {told(error)}")
+        return Prices(kind, widths, {}, {})

@@ -58,18 +58,18 @@ def model_for(config: Config, data: Data) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
-def try_policy(config: Config) -> nn.Module:
-    """Refuse a policy that does not go with the network, before other runs are made for this one; returns the network,
-    with its quantizers, but not with its weights.
+def try_policy(config: Config) -> tuple[nn.Module, Data]:
+    """Refuse a policy that does not go with the network, before other runs are made for this one; returns network and
+    data as `build` does, but without the weights.
 
     Raises:
         ConfigError: it does not, or data turn out not to fit.
     """
     with warnings.catch_warnings(action="ignore", category=QuantizationWarning):  # for the run itself to tell
-        model, _ = _with_quantizers(config)
+        model, data = _with_quantizers(config)
     if config.policy != AUTO:  # which bits there are to train is not known yet
-        _check_training(config, model)
-    return model
+        check_training(config, model)
+    return model, data
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
@@ -88,7 +88,7 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
         loaded = load_weights(model, source, config.model.name, new_head=config.retraining, quantizers=as_it_is)
         log.info(f"weights {weights}: {loaded}")
-    _check_training(config, model)
+    check_training(config, model)
     if config.needs_calibration:
         _calibrate(config, model, data)
     if config.mode in (Mode.ptq, Mode.evaluate):
@@ -133,7 +133,7 @@ def _with_quantizers(config: Config) -> tuple[nn.Module, Data]:
     return model, data
 
 
-def _check_training(config: Config, model: nn.Module) -> None:
+def check_training(config: Config, model: nn.Module) -> None:
     """Refuse what training is to do where the network has nothing that it could be done to."""
     how, quantized = config.oscillations, config.quantized_training
     if config.freezing and not dynamic_activations(model):

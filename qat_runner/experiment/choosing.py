@@ -49,6 +49,11 @@ def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
         raise ConfigError(f"allocation.{error}") from error
 
 
+def shown(config: Config) -> list[str]:
+    """What a network is told to cost, whatever the limits are of."""
+    return sorted({*COSTS, *(["latency_ms"] if config.allocation.latencies is not None else [])})
+
+
 class Search:
     """The choice of bits for a network, by its prices.
 
@@ -64,8 +69,7 @@ class Search:
         self.mean, self.same = prices.mean(), config.allocation.same
         self.widths = sorted(config.allocation.widths)
         self.cost = measures_of(config, known, config.allocation.cost)
-        shown = {*COSTS, *(["latency_ms"] if config.allocation.latencies else [])}
-        self.shown = {name: measures_of(config, known, name) for name in sorted(shown)}
+        self.shown = {name: measures_of(config, known, name) for name in shown(config)}
         self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
 
     def within_limits(self, probes: Probes) -> Chosen:
@@ -102,9 +106,9 @@ class Search:
         return front(self.known, self.mean, self.cost, self._evenly(points), self.same)
 
     def _evenly(self, points: int) -> list[float]:
-        """Costs from the least to that of the widest bits, evenly apart: in ratio, but for mean bits."""
-        even = np.linspace if self.config.allocation.cost == "mean_bits" else np.geomspace
-        found: list[float] = even(*self.range, points).tolist()
+        """Costs from the least to that of the widest bits, evenly apart: in ratio, but for mean bits, and from 0 on."""
+        even = self.config.allocation.cost == "mean_bits" or self.range[0] <= 0
+        found: list[float] = (np.linspace if even else np.geomspace)(*self.range, points).tolist()
         return found
 
     def _best_at(self, most: float) -> Allocation:
@@ -126,4 +130,6 @@ class Search:
 
     def measure(self, probes: Probes, found: Allocation) -> Summary:
         """The result of the network with so many bits."""
-        return probes.network(rules_of(self.known, found.bits))
+        operands = (operand for operation in self.known.operations for operand in operation.operands)
+        narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
+        return probes.network(rules_of(self.known, found.bits), narrowest)

@@ -6,11 +6,13 @@ Each network is measured by a run of its own, which has its record, and is not r
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qat_runner.config import AllocationConfig, Config, Mode, changed, in_full_precision, without_choice
 from qat_runner.data import Data
+from qat_runner.errors import ConfigError
 from qat_runner.runs.records import Summary, measured, score
 
 log = logging.getLogger("qat_runner")
@@ -32,29 +34,62 @@ class Probes:
     """
 
     def __init__(self, config: Config, weights: str | None, folder: Path, run: Run, data: Data) -> None:
-        usual = without_choice() | {"allocation": AllocationConfig(), "run_dir": None}
-        places = {"runs_dir": str(folder), "trackers": [], "noise_batches": 0, "overwrite": False, "weights": weights}
-        training = _training(config, data)
-        self.steps: int = training.get("epochs", 0) * training.get("limit_train_batches", 0)
+        self._measured = probe_of(config, weights, folder, data)
+        self.steps: int = 0
         """of retraining that they get: as many as were asked for, or a few more, for epochs of one length"""
-        self._measured = changed(config, **training, **usual, **places)
-        full = changed(config, **in_full_precision(), **usual, **places, mode=Mode.evaluate)
+        if self._measured.training:
+            self.steps = self._measured.epochs * (self._measured.limit_train_batches or 0)
+        full = changed(config, **in_full_precision(), **_alone(weights, folder), mode=Mode.evaluate)
         self._run = run
         self._known: dict[str, Summary] = {}
         self.reference = run(full)
         """of the full-precision network"""
 
-    def network(self, rules: Sequence[Mapping[str, Any]]) -> Summary:
-        """The result of the quantized network with rules for its bits, after those of the config."""
+    def network(self, rules: Sequence[Mapping[str, Any]], narrowest: int = 0) -> Summary:
+        """The result of the quantized network with rules for its bits, after those of the config.
+
+        Args:
+            rules: see there.
+            narrowest: bits of the weight that has fewest; where they are too many for codes to be watched, none are.
+        """
         key = repr(rules)
         if key not in self._known:
-            self._known[key] = self._run(changed(self._measured, rules=[*self._measured.rules, *rules]))
+            how = self._measured.oscillations
+            if narrowest > how.max_bits:
+                how = replace(how, measure=False, freeze_to=None)
+            self._known[key] = self._run(
+                changed(self._measured, rules=[*self._measured.rules, *rules], oscillations=how)
+            )
         return self._known[key]
 
     def drop(self, summary: Summary) -> float:
         """How much worse than full precision a result is, in units of the metric."""
         worse = round(score(self.reference) - score(summary), 6)  # 91.73 - 91.23 is half a point, and no more
         return -worse if measured(summary).lower_is_better else worse
+
+
+def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> Config:
+    """The config of the run that measures a network, but for the rules for its bits.
+
+    Args:
+        config, weights, folder, data: as `Probes` takes them.
+
+    Raises:
+        ConfigError: what is asked for does not go with so much retraining.
+    """
+    try:
+        return changed(config, **_training(config, data), **_alone(weights, folder))
+    except ConfigError as error:
+        if not config.retrain_steps:
+            raise
+        raise ConfigError(f"retrain_steps={config.retrain_steps}, by recipe.retrain: {error}") from error
+
+
+def _alone(weights: str | None, folder: Path) -> dict[str, Any]:
+    """The changes that make a run of its own, for which no bits are chosen, of one with such weights."""
+    places: dict[str, Any] = {"runs_dir": str(folder), "run_dir": None, "overwrite": False, "weights": weights}
+    kept: dict[str, Any] = {"trackers": [], "noise_batches": 0, "allocation": AllocationConfig()}
+    return without_choice() | places | kept
 
 
 def _training(config: Config, data: Data) -> dict[str, Any]:

@@ -36,15 +36,15 @@ from qat_runner.config import (
     scaled_lr,
 )
 from qat_runner.data import Data
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
 from qat_runner.experiment import allocating
-from qat_runner.experiment.building import build, load_teacher, try_policy
+from qat_runner.experiment.building import build, find_device, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
 from qat_runner.insertion import quantized_share, quantized_tensors, summary
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.size import mean_bits, size_mb
 from qat_runner.quant import NotCalibratedError
-from qat_runner.runs.environment import environment
+from qat_runner.runs.environment import environment, job, put_back
 from qat_runner.runs.files import TEMPORARY, becomes, open_own, write_text
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
@@ -73,12 +73,13 @@ def run(config: Config) -> Summary:
     """
     folder = preflight(config)
     with distributed.group(config.distributed_timeout):
-        result = distributed.on_main(lambda: _finished(config, folder))
+        if distributed.on_main(lambda: _begun_anew(config, folder)):
+            config = replace(config, overwrite=False)
+        result = distributed.on_main(lambda: finished(config, folder))
         if result is not None:
-            log.info(f"{folder} is finished already (overwrite=true starts anew)")
             return result
         with _locked(folder), _failures_told(config, folder):
-            result = distributed.on_main(lambda: _finished(config, folder))  # by whoever held the lock till now
+            result = distributed.on_main(lambda: _result(config, folder))  # by whoever held the lock till now
             return _run(config, folder) if result is None else result
 
 
@@ -110,8 +111,31 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _finished(config: Config, folder: Path) -> Summary | None:
-    """The result of a run of this very config, if it is finished and is not to be begun anew."""
+def _begun_anew(config: Config, folder: Path) -> bool:
+    """Whether overwrite=true has had its effect: the job that this process is of has begun the run before."""
+    if not (config.overwrite and put_back()):
+        return False
+    with suppress(UnreadableError):
+        begun = ENVIRONMENT.read(folder)
+        return begun is not None and begun.get("job") == job()
+    return False
+
+
+def finished(config: Config, folder: Path) -> Summary | None:
+    """The result of a run of this very config, if it is finished and is not to be begun anew, which is told.
+
+    Raises:
+        ConfigError: it has been trained to its end, with other keys.
+        UnreadableError: its result cannot be read.
+    """
+    result = _result(config, folder)
+    if result is not None:
+        log.info(f"{folder} is finished already (overwrite=true starts anew)")
+    return result
+
+
+def _result(config: Config, folder: Path) -> Summary | None:
+    """`finished`, without a word."""
     saved = load_config(folder)
     if config.overwrite or saved is None or not RunFolder(folder).finished:
         return None
@@ -140,7 +164,7 @@ def _run(config: Config, folder: Path) -> Summary:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
-    problem = allocating.problem_of(config, model) if config.mode == Mode.allocate else None
+    problem = allocating.problem_of(config, model, data) if config.mode == Mode.allocate else None
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     if problem is not None:
@@ -184,12 +208,17 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
     """
     folder = preflight(needed)
     if not distributed.on_main(lambda: RunFolder(folder).finished):
-        model = try_policy(config)
-        if config.mode == Mode.allocate:
-            allocating.problem_of(config, model)
+        _try(config)
         log.info(f"first {what}, {folder}")
         run_after_others(needed)
     return folder
+
+
+def _try(config: Config) -> None:
+    """Refuse what building would, before another run is made for this one; nothing of it stays in memory meanwhile."""
+    model, data = try_policy(config)
+    if config.mode == Mode.allocate:
+        allocating.problem_of(config, model, data)
 
 
 def _choose_bits(
@@ -286,13 +315,27 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
     if isinstance(error, QatError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
-        return RunError(f"out of memory on {config.device}: a smaller batch_size (now {config.batch_size}) needs less")
+        return RunError(f"out of memory on {find_device(config.device)}: {_what_needs_less(config)}")
     if isinstance(error, NotCalibratedError):
         return RunError(str(error))
     if isinstance(error, OSError):
         return RunError(f"{folder}: writing failed ({error}); what was recorded before is intact")
     where = RunFolder(folder).error
     return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
+
+
+def _what_needs_less(config: Config) -> str:
+    """What memory goes by, of the keys that are of effect in this mode."""
+    if config.mode == Mode.allocate:
+        return f"a smaller allocation.batch_size (now {config.allocation.batch_size}) needs less"
+    validation = f"a smaller dataset.val_batch_size (now {config.dataset.val_batch_size})"
+    if config.training:
+        training = f"a larger accumulate (now {config.accumulate}) or a smaller batch_size (now {config.batch_size})"
+        return f"{training} needs less, and in validation {validation}"
+    if config.needs_calibration:
+        size = config.clipping.calibration_batch_size
+        return f"{validation} needs less, and in calibration a smaller clipping.calibration_batch_size (now {size})"
+    return f"{validation} needs less"
 
 
 @contextmanager

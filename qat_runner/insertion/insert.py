@@ -134,10 +134,10 @@ def quantize_model(
         example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
             order of the layers, and what would be passed over. Without it, order means order of registration, and the
             rest is found on the first forward pass of the model.
-        **how: as of `Policy.of`: weight_bits, activation_bits, first_last_bits; format and range, of both or with
-            weight_ or activation_ before it; dynamic, eval_mode, conv_granularity, linear_granularity,
-            activation_granularity, quantize_head, keep, synchronize, rules, and the options of a clipping method that
-            is given by name, e.g. q=99.9.
+        **how: as of `Policy.of`: weight_bits, activation_bits, first_last_bits; format, weight_format,
+            activation_format, range, weight_range, activation_range; dynamic, eval_mode, conv_granularity,
+            linear_granularity, activation_granularity, quantize_head, keep, synchronize, rules, and the options of a
+            clipping method that is given by name, e.g. q=99.9.
 
     Returns:
         The same model.

@@ -204,6 +204,6 @@ def _usual(config: Config) -> bool:
     """Whether the methods of a run have the options that they have by themselves, but for the one a label tells."""
     if config.quantization.full_precision:
         return True
-    method = config.clipping.method
+    method = config.clipping_in_mode.method
     told = {name: value for name, value in method.options.items() if name in ("q", "start")}
     return method == type(method)(**told) and gradient_label(config) in ("own", config.gradient.name)

@@ -33,6 +33,7 @@ def environment() -> Sitting:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "directory": os.getcwd(),
+        "job": job(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -47,6 +48,20 @@ def environment() -> Sitting:
         },
         "processes": ranks.world_size(),
     }
+
+
+LAUNCHED = "QAT_RUNNER_JOB"
+"""The environment variable that a launcher of sweeps names its jobs by; each request has a name of its own."""
+
+
+def job() -> str | None:
+    """The name of the job that this process is of; None: of none."""
+    return os.environ.get(LAUNCHED) or os.environ.get("SLURM_JOB_ID")
+
+
+def put_back() -> bool:
+    """Whether this process may be of a job that has been at work before, and was put back into the queue."""
+    return bool(os.environ.get(LAUNCHED)) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def _version(package: str) -> str | None:

@@ -165,6 +165,8 @@ class Sitting(TypedDict):
 
     command: list[str]
     directory: NotRequired[str]
+    job: NotRequired[str | None]
+    """of a cluster, or one of a sweep's; it keeps its name when it is put back into the queue"""
     started: str
     python: str
     packages: dict[str, str | None]

@@ -485,7 +485,8 @@ class Trainer:
     def _stop(self, number: int) -> NoReturn:
         self.stop.pass_on()
         where = f"after step {self.state.step} of epoch {self.state.epoch + 1}"
-        raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; the same command goes on", number)
+        again = "the same command without overwrite=true" if self.config.overwrite else "the same command"
+        raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; {again} goes on", number)
 
     def _end_interval(self, epoch: int) -> None:
         """Record the steps since the last time, and make sure that they were sound.

@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from qat_runner import ranks
+from qat_runner.allocation import Prices
+from qat_runner.allocation import price as real_price
 from qat_runner.cli import bits, report
 from qat_runner.cli import run as cli_run
 from qat_runner.config import allocation_of, from_hydra, load_config, run_name
 from qat_runner.config.composing import command, compose_config
+from qat_runner.experiment import allocating
 from qat_runner.experiment.probing import first_that_holds
+from qat_runner.models import build_model
 from qat_runner.runs.records import ALLOCATION, SUMMARY
 from tests.cli.commands import Run, run_in
 
 SMALL = [
     *("backend=eager", "model=resnet20", "dataset=digits", "limit_train_batches=2", "limit_val_batches=1"),
     *(
-        "epochs=1",
         "clipping.refine=0",
         "trackers=[]",
         "allocation.batches=2",
@@ -47,7 +51,8 @@ def only(pattern: str) -> Path:
 
 
 def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("bits=auto", "budget=4", "mode=retrain", "weights=baseline") == 0
+    retrain = ["bits=auto", "budget=4", "mode=retrain", "weights=baseline", "epochs=1"]
+    assert run(*retrain) == 0
     chosen, trained = only("*_allocate_budget4_*"), only("*_retrain_budget4_*")
     config, record = load_config(trained), ALLOCATION.read(chosen)
     assert config is not None and record is not None
@@ -66,7 +71,7 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert summary is not None and summary["mode"] == "allocate" and summary["answer"] == record["answer"]
 
     again = (chosen / "summary.json").stat().st_mtime_ns
-    assert run("bits=auto", "budget=4", "mode=retrain", "weights=baseline", "seed=0") == 0  # finished already, both
+    assert run(*retrain, "seed=0") == 0  # finished already, both
     assert (chosen / "summary.json").stat().st_mtime_ns == again
     assert report.main([str(chosen)]) == 0
     page = (chosen / "report.html").read_text()
@@ -110,6 +115,8 @@ def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert bits.main(["mode=ptq", "budget=4"]) == 2
     assert capsys.readouterr().err == "qat-bits: mode=ptq: it is mode=allocate here; qat-run has the others\n"
+    assert bits.main(["--cfg", "job", "model=resnet8", "weights=w.pt", "budget=4"]) == 0
+    assert "\nmode: allocate\n" in capsys.readouterr().out
     assert bits.main(["budgett=4"]) == 2
     assert capsys.readouterr().err == "qat-bits: unknown key 'budgett'; did you mean budget?\n"
 
@@ -132,6 +139,10 @@ def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str])
         (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: bits=auto chooses them"),
         (["mode=allocate", "weights=baseline", "budget=4", "activation_bits=8"], "activation_bits=8: mode=allocate ch"),
         (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: mode=allocate, which is what"),
+        *(
+            (["mode=allocate", "weights=baseline", "budget=4", word], f"{word}: mode=allocate trains nothing by it")
+            for word in ("lr=0.5", "batch_size=8", "epochs=9")
+        ),
         (["bits=auto", "latency_ms=4"], "latency_ms: needs allocation.latencies=FILE"),
         (["bits=auto", "latency_ms=4", "allocation.latencies=none.json"], "allocation.latencies=none.json: must be a"),
     ],
@@ -179,7 +190,8 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
     rows = cli_run._rows_of_experiment(["+experiment=table2", "policy=auto", "budget=4"], multirun=True)
     assert not any(row.startswith("bits=") for row in rows) and any(row.startswith("model=") for row in rows)
     asked = ["-m", "+experiment=table2", "+stand_in=digits", "policy=auto", "budget=4", "model=resnet20"]
-    configs = cli_run._check_all([*asked, *cli_run._rows_of_experiment(asked, multirun=True)]).values()
+    rows_of_all = cli_run._check_all([*asked, *cli_run._rows_of_experiment(asked, multirun=True)]).values()
+    configs = [row.config for row in rows_of_all]
     assert sorted((config.clipping.name, config.policy) for config in configs if config.policy) == [
         ("max", "auto"),
         ("octav", "auto"),
@@ -188,18 +200,62 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ms.json").write_text('{"another": {"4x4": 1.0}}')
     asked = ["mode=allocate", "weights=baseline", "run_dir=small"]
     for words, sentence in (
         (["size_mb=0.01"], "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to"),
         (["budget=4", "rules=[{match: '*', bits: 4}]"], "budget=4: rules say the bits of all tensors"),
+        (["budget=4", "allocation.latencies=ms.json"], "allocation.latencies: has nothing of conv1"),
     ):
         assert run(*asked, *words) == 2
         assert sentence in capsys.readouterr().err
         assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
-    assert run("bits=32", "run_dir=small") == 0
+    assert run("bits=32", "epochs=1", "run_dir=small") == 0
     before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
     assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
     assert {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["recipe.freeze_scalars_at=2"], "freeze_scalars_at=2.0: must be above 0 and below epochs=1"),
+        (["accumulate=100", "recipe.retrain.batch_size=64"], "accumulate=100: must be 1 to batch_size"),
+        (["recipe.distill=full_precision", "recipe.teacher=gone.pt"], "gone.pt: no such file"),
+        (["recipe.batchnorm_batches=2"], "recipe.batchnorm_batches=2: resnet20 has no BatchNorm"),
+        (
+            ["oscillations.measure=true", "oscillations.max_bits=2", "allocation.widths=[4,8]"],
+            "oscillations.max_bits=2: allocation.widths=[4, 8] let no weight have so few bits",
+        ),
+    ],
+)
+def test_retraining_that_cannot_be_is_refused_before_anything_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr("qat_runner.experiment.building.norms", lambda model: [])
+    assert run("mode=allocate", "weights=baseline", "budget=4", "retrain_steps=10", *words) == 2
+    assert sentence in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_what_is_only_shown_does_not_cost_the_answer(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def price(*args: Any) -> Prices:
+        if args[4] == "measured":
+            raise ValueError("conv1.input: its price is not finite")
+        return real_price(*args)
+
+    monkeypatch.setattr(allocating, "price", price)
+    torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
+    words = ["model=resnet8", "allocation.widths=[4,8]", "weights=w.pt", "run_dir=chosen"]
+    assert run("mode=allocate", "budget=4", *words) == 0
+    told = "prices are shown beside no measured ones: pricing failed: conv1.input: its price is not finite"
+    assert told in capsys.readouterr().out
+    record = ALLOCATION.read(Path("chosen"))
+    assert record is not None and record["beside"] == "measured"
+    assert not any(tensor["beside"] for tensor in record["tensors"]) and allocated(Path("chosen"))
+    assert report.main(["chosen"]) == 0
 
 
 def test_several_processes_do_not_choose_apart(

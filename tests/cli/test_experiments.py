@@ -104,8 +104,24 @@ def test_an_experiment_needs_m_and_a_stand_in_an_experiment(run: Run, capsys: py
     assert run("+scale=digits") == 2
     told = capsys.readouterr()
     assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
+    for several in ("+experiment=table1,table2", "+experiment=[table1,table2]"):
+        assert run(several) == 2
+        assert f"{several[1:]}: one at a time, since each has rows of its own" in capsys.readouterr().err
+    assert run("+experiment=table1", "+stand_in=digits,cifar10") == 2
+    assert "stand_in=digits,cifar10: one at a time" in capsys.readouterr().err
     assert run("+experiment=table7") == 2
     assert "table7: must be one of decoder, distillation, estimators, learned, mobilenet" in capsys.readouterr().err
+    assert not list(Path().iterdir())
+
+
+def test_an_experiment_is_shown_without_m(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags and overrides in any order; what its rows do not have in common is left out."""
+    for words in (["--cfg", "job", "bits=6", "+experiment=table1"], ["+experiment=table1", "--cfg", "job", "bits=6"]):
+        assert main(words) == 0
+        shown = capsys.readouterr()
+        assert "\nbits: 6\n" in shown.out and not shown.err
+    assert main(["+experiment=table1", "--help"]) == 0
+    assert "Examples" in capsys.readouterr().out
     assert not list(Path().iterdir())
 
 

@@ -173,6 +173,8 @@ HOSTILE = [
     ["hydra/launcher=slurm", "+hydra.launcher.additional_parameters.export=LD_PRELOAD"],
     ["hydra/launcher=slurm", "hydra.launcher.additional_parameters={task_prolog:evil}"],
     ["hydra/launcher=slurm", "hydra.launcher.nodes=[1]"],
+    ["hydra/launcher=slurm", "hydra.launcher.nodes=2"],
+    ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=8"],
     ["hydra/launcher=joblib", "hydra.launcher.backend=evil"],
     ["hydra/launcher=joblib", "hydra.launcher.temp_folder=X"],
     ["hydra/launcher=joblib", "hydra.launcher.pre_dispatch='9**9**9'"],
@@ -271,7 +273,7 @@ def test_no_key_of_hydras_own_may_differ_where_it_was_composed(key: str, value: 
         hydras_own.check_composed(OmegaConf.create({"hydra": node}), [], _hydra_node)
 
 
-SAMPLES = {"an integer": "2", "a number": "1.5", "true or false": "true"}
+SAMPLES = {"an integer": "2", "a number": "1.5", "true or false": "true", hydras_own._ONE.words: "1"}
 
 
 @pytest.mark.parametrize("target", hydras_own.LAUNCHERS)

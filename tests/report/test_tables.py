@@ -130,7 +130,7 @@ def test_chosen_bits_have_the_full_precision_of_others(
     for runs, told in (([*full, retrained], -2), (full, -1)):
         assert differences(*runs, result("bits=4", *retrain, top1=91.0))[-1] == pytest.approx(told)
         assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(told)
-    allocated = result(*words[1:], "mode=allocate", f"weights={weights}", top1=91.5)
+    allocated = result(*words[1:], "mode=allocate", "batch_size=null", f"weights={weights}", top1=91.5)
     assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has trained nothing
 
 

@@ -2,18 +2,22 @@
 
 import errno
 import os
+import re
 import stat
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from qat_runner.config import from_hydra
+from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.errors import BusyError, RunError
 from qat_runner.experiment import running
@@ -22,11 +26,12 @@ from qat_runner.exporting import of_run
 from qat_runner.quant.kernels import compiled
 from qat_runner.runs import asked, files, lock
 from qat_runner.runs.asked import forget_asked, remember_asked
+from qat_runner.runs.environment import LAUNCHED, environment
 from qat_runner.runs.files import becomes, open_own, write_text, write_whole
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import Record
-from qat_runner.runs.records import METRICS, STEPS
+from qat_runner.runs.records import ENVIRONMENT, METRICS, STEPS
 from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 
@@ -385,6 +390,79 @@ def test_a_run_that_is_cleared_away_is_at_no_time_finished_or_foreign(
     assert not left[-1]
     for paths in left:
         assert own.path / "summary.json" not in paths and (own.config in paths or not paths)
+
+
+@pytest.mark.parametrize(
+    ("begun_by", "now", "begun"),
+    [
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # a shell that Slurm gave someone
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+        ({}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
+        ({LAUNCHED: "request", "SLURM_JOB_ID": "7"}, {LAUNCHED: "request"}, True),
+        ({LAUNCHED: "request"}, {LAUNCHED: "another"}, False),
+        ({}, {}, False),
+        (None, {LAUNCHED: "request"}, False),  # it came to nothing
+    ],
+)
+def test_a_run_is_begun_anew_once_by_a_job(
+    begun_by: dict[str, str] | None, now: dict[str, str], begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """overwrite=true, which a job that is put back into the queue says again."""
+    config = from_hydra(compose_config(["model=resnet8", "dataset=digits", "overwrite=true"]))
+    if begun_by is not None:
+        with monkeypatch.context() as patch:
+            for name, value in begun_by.items():
+                patch.setenv(name, value)
+            ENVIRONMENT.write(tmp_path, {**environment(), "resumed": []})
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    assert running._begun_anew(config, tmp_path) == begun
+    assert not running._begun_anew(replace(config, overwrite=False), tmp_path)
+
+
+def test_nothing_stays_in_memory_while_another_run_is_made_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built:
+        pass
+
+    built: list[weakref.ref[Built]] = []
+
+    def tried(config: Config) -> tuple[Built, Built]:
+        both = Built(), Built()
+        built.extend(map(weakref.ref, both))
+        return both
+
+    monkeypatch.setattr(running, "preflight", lambda config: tmp_path)
+    monkeypatch.setattr(running, "try_policy", tried)
+    seen: list[list[Built | None]] = []
+    monkeypatch.setattr(running, "run_after_others", lambda needed: seen.append([left() for left in built]))
+    config = from_hydra(compose_config(["model=resnet8", "dataset=digits"]))
+    assert running._finished_first(config, config, "the baseline") == tmp_path
+    assert seen == [[None, None]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "a larger accumulate (now 1) or a smaller batch_size (now 128) needs less, and in validation a smaller "),
+        (("mode=allocate", "budget=4", "weights=w.pt"), "a smaller allocation.batch_size (now 32) needs less"),
+        (("mode=evaluate", "weights=w.pt"), "a smaller dataset.val_batch_size (now 500) needs less"),
+        (
+            ("mode=ptq", "weights=w.pt", "clipping=static_octav"),
+            "needs less, and in calibration a smaller clipping.calibration_batch_size (now 64)",
+        ),
+    ],
+)
+def test_what_needs_less_memory_is_a_key_of_the_mode(
+    words: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").touch()
+    config = from_hydra(compose_config(["model=resnet8", "dataset=digits", "device=cpu", *words]))
+    error = running._in_a_sentence(torch.OutOfMemoryError("CUDA"), replace(config, device="auto"), tmp_path)
+    assert told in str(error) and re.match("out of memory on (cpu|cuda:0): ", str(error))
 
 
 def test_a_new_sitting_has_no_error_of_the_last(tmp_path: Path) -> None:
