@@ -14,7 +14,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from qat_runner.errors import ConfigError, told
@@ -41,9 +41,12 @@ def later(place: str) -> EntryPoint:
 
 
 @functools.cache
-def _on_path(path: tuple[str, ...], group: str) -> EntryPoints:
-    """What is found on a path: to look takes milliseconds, and configs are checked by the hundred."""
-    return entry_points(group=group)
+def _on_path(path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
+    """What is found on a path: to look takes milliseconds, and configs are checked by the hundred.
+
+    Once `importlib_metadata` has been imported, as trackers do, what is found is of that package's classes.
+    """
+    return tuple(EntryPoint(point.name, point.value, point.group) for point in entry_points(group=group))
 
 
 class Registry(MutableMapping[str, T], Generic[T]):

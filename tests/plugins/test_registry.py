@@ -1,7 +1,10 @@
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from qat_runner import plugins
 from qat_runner.plugins import PluginError, Registry
 from tests.plugins.test_installed import installed
 
@@ -38,3 +41,14 @@ def test_what_is_installed_is_imported_when_it_is_wanted(tmp_path: Path, monkeyp
         registry["none"]
     with pytest.raises(PluginError, match="'word' is no number"):
         registry["word"]
+
+
+def test_what_is_found_by_another_class_is_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`importlib_metadata`, which trackers import, makes its own objects of what `importlib.metadata` finds."""
+    foreign = SimpleNamespace(name="theirs", value="math:tau", group="things")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [foreign])
+    plugins._on_path.cache_clear()
+    try:
+        assert Registry[float]("thing", "things", {})["theirs"] == math.tau
+    finally:
+        plugins._on_path.cache_clear()
