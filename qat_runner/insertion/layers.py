@@ -13,7 +13,7 @@ All that is mixed into classes of others has a name that begins with qat, which 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -302,14 +302,16 @@ class Saving(NamedTuple):
     """whether they are"""
     by: Any
     """who packs them, if anyone"""
+    known: bool = True
+    """whether it is known by whom: compilers are not told"""
 
     @classmethod
-    def now(cls) -> "Saving | None":
-        """As it is; None: that is a compiler's business."""
+    def now(cls) -> Self:
+        """As it is."""
         if torch.compiler.is_compiling():
-            return None
-        by = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return cls(torch.is_grad_enabled(), None if by is None else by[0])
+            return cls(torch.is_grad_enabled(), None, False)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return cls(torch.is_grad_enabled(), None if hooks is None else hooks[0])
 
 
 class InForward(TorchFunctionMode):
@@ -332,11 +334,12 @@ class InForward(TorchFunctionMode):
         Raises:
             RuntimeError: it has.
         """
-        before, now = self.saving, Saving.now()
-        if before is None or now is None or not before.wanted:
+        if torch.compiler.is_compiling() or not self.saving.wanted:  # a compiler knows what it computes again
             return
+        before, now = self.saving, Saving.now()
         if now.wanted:
-            inside = now.by is not before.by and getattr(now.by, "__module__", None) == "torch.utils.checkpoint"
+            other = before.known and now.by is not before.by
+            inside = other and getattr(now.by, "__module__", None) == "torch.utils.checkpoint"
         else:
             inside = _in_reentrant_checkpoint()
         if inside:
