@@ -434,7 +434,7 @@ def _is_alone(modules: dict[str, nn.Module], name: str) -> bool:
     if isinstance(layer, QuantMatmul):
         return hasattr(around, "eager_attention")
     past = type(around).__name__ in ("QuantShiftedWindowAttention", "QuantShiftedWindowAttentionV2")
-    return not past and getattr(layer, "full_precision", None) in (nn.Conv2d, nn.Linear)
+    return not past and getattr(layer, "qat_full", None) in (nn.Conv2d, nn.Linear)
 
 
 def page(rows: Sequence[Row]) -> str:

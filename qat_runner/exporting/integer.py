@@ -234,7 +234,7 @@ class IntegerConv3d(IntegerConv, nn.Conv3d):
 class IntegerLinear(IntegerLayer, nn.Linear):
     """A QuantLinear, [..., C]."""
 
-    for_others = True
+    qat_for_others = True
 
     def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
         x, weight = self.on_grid(input), self.multiplied_weight
@@ -248,9 +248,9 @@ class IntegerLinear(IntegerLayer, nn.Linear):
 class IntegerTaken(IntegerLayer, TakenLayer):
     """A layer with a forward of its own, whose weight was made of its weight once and for all."""
 
-    operands = ()
+    qat_operands = ()
 
-    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
         codes = self._modules.get("integer_weight")
         return compute(self.on_grid(input), weight if codes is None else codes())
 
@@ -258,7 +258,7 @@ class IntegerTaken(IntegerLayer, TakenLayer):
 class IntegerProjection(IntegerLayer, QuantProjection):
     """A projection of `nn.MultiheadAttention`, which has its weight no more where this has codes."""
 
-    operands = ()
+    qat_operands = ()
 
     @property
     def weight(self) -> Tensor:
@@ -335,7 +335,7 @@ def check_integers(model: nn.Module) -> None:
     for t in quantized_tensors(model):
         integers_of(t.quantizer)
     for name, layer in each(model, lambda m: isinstance(m, QuantLinear)):
-        if layer.rotation is not None:
+        if layer.qat_rotation is not None:
             raise ValueError(f"{name} is rotated, which integers in a file are not")
 
 
@@ -355,7 +355,7 @@ def _convert(layer: Any) -> None:
     quantizers = {operand: quantizer_of(layer, operand) for operand in operands(layer)}
     taken = isinstance(layer, TakenLayer)
     codes = quantizers.pop("weight", None)
-    weight = IntegerWeight(layer.used_weight(), codes) if isinstance(codes, Quantizer) else None
+    weight = IntegerWeight(layer.qat_used_weight(), codes) if isinstance(codes, Quantizer) else None
     if isinstance(layer, QuantOwnWeight):
         layer.__dict__["turned"] = layer.turned  # as its quantizer tells
     _release(layer)
@@ -385,7 +385,7 @@ def _settle(module: Any) -> None:
     if is_parametrized(module):  # PyTorch's way out of that takes properties from a class that copies share
         made = {name: getattr(module, name).detach() for name in module.parametrizations}
         if isinstance(module, Swapped):
-            module.__class__ = quantized_class(full_precision_class(module).__bases__[0], module.base)
+            module.__class__ = quantized_class(full_precision_class(module).__bases__[0], module.qat_base)
         else:
             module.__class__ = type_before_parametrizations(module)
         del module.parametrizations

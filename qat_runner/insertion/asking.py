@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
-from qat_runner.insertion.layers import is_own, weight_shape
-from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
-from qat_runner.insertion.own_products import PRODUCTS
+from qat_runner.insertion.layers import is_own, is_plain, looked_at, own_call, weight_shape, weight_used
+from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
+from qat_runner.insertion.own_products import PRODUCTS, has_room
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 from qat_runner.insertion.products import Products
-from qat_runner.insertion.tensors import tensors_of
+from qat_runner.insertion.tensors import copies, tensors_of
+from qat_runner.insertion.unchanged import difference
 
 
 class Asked(NamedTuple):
@@ -38,7 +40,10 @@ class Asked(NamedTuple):
     floating number that was computed"""
 
 
-_CAUGHT = (*MATRICES, ATTENTION, F.multi_head_attention_forward)
+_WRITTEN_OUT = (ATTENTION, F.multi_head_attention_forward)
+"""Functions that are written out as products where these are quantized."""
+
+_CAUGHT = (*MATRICES, *_WRITTEN_OUT)
 """Functions whose calls are taken over in the forward of an attention module."""
 
 _OTHER = Asked(None, 0, torch.Size(), 0, False)
@@ -53,6 +58,15 @@ class Asking:
     """module -> what it asked for itself, in each of its calls"""
     otherwise: set[tuple[nn.Module, str]] = field(default_factory=set)
     """parameters, by module and name, that the module does more with than to multiply by them"""
+    within: set[nn.Module] = field(default_factory=set)
+    """modules that were called while they were at work already"""
+    weights: dict[nn.Module, tuple[Tensor, bool]] = field(default_factory=dict)
+    """layer with a forward of its own -> the weight that it multiplied by first, and whether it was in train mode"""
+
+    def copy(self) -> "Asking":
+        """As it is now."""
+        calls = {module: [*calls] for module, calls in self.calls.items()}
+        return Asking(calls, {*self.otherwise}, {*self.within}, {**self.weights})
 
 
 @torch.no_grad()
@@ -61,20 +75,21 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
 
     Args:
         model: comes out as it went in.
-        inputs: of its forward. What it computes in training alone is not seen if they do not suffice for that.
+        inputs: of its forward; each pass gets a copy. What it computes in training alone is not seen if they do not
+            suffice for that.
 
     Returns:
         What was asked for, and what the model returned in eval mode.
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
-        with evaluating(model), repeatable():
-            output = model(*inputs)
+        with remembering_nothing(model):
+            output = model(*copies(inputs))
         watch.given_away(output)
-        asking = Asking({module: [*calls] for module, calls in watch.asking.calls.items()}, {*watch.asking.otherwise})
+        asking = watch.asking.copy()
         try:
             with taking_the_ways_of_training(model):
-                watch.given_away(model(*inputs))
+                watch.given_away(model(*copies(inputs)))
             asking = watch.asking
         except Exception:  # trace() tells of it
             pass
@@ -82,15 +97,49 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
 
 
 def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
-    """Whether all that a layer computes, in each call, is one product with a weight of the shape of its own."""
-    weight: Any = layer.weight
-    calls = asking.calls.get(layer, [])
-    return bool(calls) and all(
-        len(asked) == 1
-        and is_own(type(layer), asked[0].func)
-        and weight_shape(type(layer), asked[0].func, asked[0].right) == weight.shape
-        for asked in calls
+    """Whether all that a layer computes, in each call, is one product with a weight of the shape of its own.
+
+    Modules in it may ask for others, but not for such as would be mistaken for its own. And the weight must be there
+    without an input, for whoever asks for it between two calls.
+    """
+    with looked_at(layer):
+        shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
+    calls, of = asking.calls.get(layer, []), type(layer)
+    return (
+        bool(calls)
+        and layer not in asking.within
+        and all(
+            len(asked) == 1 and is_own(of, asked[0].func) and weight_shape(of, asked[0].func, asked[0].right) == shape
+            for asked in calls
+        )
+        and not any(_may_be_own(of, a) for m in _inside(layer) for asked in asking.calls.get(m, []) for a in asked)
+        and _is_found_again(layer, asking)
     )
+
+
+def _inside(layer: nn.Module) -> set[nn.Module]:
+    """The modules in a layer but for those that make its weight, which are at work before its forward is."""
+    makers: set[nn.Module] = {*layer.parametrizations.modules()} if is_parametrized(layer) else set()  # type: ignore[union-attr]
+    return {*layer.modules()} - makers - {layer}
+
+
+def _may_be_own(of: type[nn.Module], asked: Asked) -> bool:
+    """Whether what a module in a layer of a class asks for may come to a call by which the layer multiplies: attention
+    is written out where it is quantized."""
+    return is_own(of, asked.func) or (is_own(of, torch.matmul) and asked.func in _WRITTEN_OUT)
+
+
+@torch.no_grad()
+def _is_found_again(layer: nn.Module, asking: Asking) -> bool:
+    """Whether a layer multiplies an input of the smallest size by the weight that it multiplied the example by."""
+    weight, training = asking.weights[layer]
+    try:
+        with taking_the_ways_of_training(layer) if training else remembering_nothing(layer):
+            again = weight_used(layer, type(layer))
+    except Exception:  # whatever its forward raises at such an input
+        return False
+    floats = weight.is_floating_point() or weight.is_complex()
+    return difference([weight], [again], 4 * torch.finfo(weight.dtype).eps if floats else 0) is None
 
 
 def attends(module: nn.Module, asking: Asking) -> bool:
@@ -103,9 +152,10 @@ def attends(module: nn.Module, asking: Asking) -> bool:
     inside = [inner for inner in module.modules() if inner is not module]
     return (
         bool(calls)
+        and module not in asking.within
         and all(_is_attention([a for a in asked if a.func in _CAUGHT]) for asked in calls)
         and not any(a.func in _CAUGHT for m in inside for asked in asking.calls.get(m, []) for a in asked)
-        and not any(hasattr(module, name) for name in PRODUCTS)
+        and has_room(module)
         and not isinstance(module, torch.jit.ScriptModule)
     )
 
@@ -114,7 +164,10 @@ def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
     """The parameters of its own that a module multiplies by: name -> the dimension, -1 or -2, that it adds up over.
 
     Those of two dimensions or more that it uses in one way alone, and where a layer for that can be put beside them.
+    Of a module that calls itself none: each product would be taken for one of all calls that are at work.
     """
+    if module in asking.within:
+        return {}
     found: dict[str, set[int | None]] = {}
     for asked in (a for calls in asking.calls.get(module, []) for a in calls if a.parameter is not None):
         found.setdefault(str(asked.parameter), set()).add(asked.contracted)
@@ -192,7 +245,7 @@ class _Watch(TorchFunctionMode):
         """While open, modules tell when they are called."""
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(lambda m, args: self._open.append(_Frame(m))))
+            handles.append(module.register_forward_pre_hook(lambda m, args: self._begin(m)))
             handles.append(module.register_forward_hook(lambda m, args, out: self._close()))
         try:
             yield
@@ -205,6 +258,11 @@ class _Watch(TorchFunctionMode):
         for made in (getattr(t, MADE_OF, None) for t in tensors_of(output)):
             if made is not None:
                 self.asking.otherwise.add((made.module, made.parameter))
+
+    def _begin(self, module: nn.Module) -> None:
+        if any(frame.module is module for frame in self._open):
+            self.asking.within.add(module)
+        self._open.append(_Frame(module))
 
     def _close(self) -> None:
         frame = self._open.pop()
@@ -247,9 +305,16 @@ class _Watch(TorchFunctionMode):
                 t.is_floating_point() and id(t) not in self._kept and m is None
                 for t, m in zip(call[:2], made, strict=True)
             ]
+            self._note_weight(frame.module, func, args, kwargs)
             sizes = call.left.numel(), call.right.shape, out.numel()
             frame.asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
         return attention or call is not None
+
+    def _note_weight(self, module: nn.Module, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note what a layer multiplies by, where that has to be looked at."""
+        own = None if is_plain(type(module)) else own_call(type(module), func, args, kwargs)
+        if own is not None:
+            self.asking.weights.setdefault(module, (own.right, module.training))
 
     def _note_uses(self, frame: _Frame, given: Any, moved: bool = False, factors: Sequence[Tensor] = ()) -> None:
         """Note the parameters that a call uses, but those that a module moves, and multiplies by, itself."""

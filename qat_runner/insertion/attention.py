@@ -63,7 +63,8 @@ def quantize_attention(model: nn.Module) -> None:
     The networks get configs of their own, since others may share theirs.
 
     Raises:
-        ValueError: a network does more for attention of some names than to call it, so ours would miss that.
+        ValueError: a network does more for attention of some names than to call it, so ours would miss that; or it has
+            something else by the name of a product.
     """
     networks = list(_networks(model))
     modules = {module: own for network in networks for module in network.modules() if (own := _own_attention(module))}
@@ -71,6 +72,11 @@ def quantize_attention(model: nn.Module) -> None:
         return
     for network in networks:
         for name, module in network.named_modules():
+            if module in modules and (taken := [product for product in PRODUCTS if hasattr(module, product)]):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) calls something of its own {' and '.join(taken)}: this "
+                    f"attention cannot be quantized"
+                )
             if module in modules and _goes_by_name(module):
                 raise ValueError(
                     f"{name} ({type(module).__name__}) does more for attention called 'eager' than to call it: this "

@@ -18,7 +18,7 @@ from qat_runner.insertion.insert import (
     quantized_tensors,
     quantizers_disabled,
 )
-from qat_runner.insertion.layers import QuantLayer
+from qat_runner.insertion.layers import QuantLayer, looked_at
 from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
@@ -177,7 +177,8 @@ def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
     """The scalars of a weight as it is now."""
     layer = model.get_submodule(tensor.layer)
     assert isinstance(layer, QuantLayer)
-    return tensor.quantizer.scalars_of(whole(layer.used_weight()))
+    with looked_at(layer):
+        return tensor.quantizer.scalars_of(whole(layer.qat_used_weight()))
 
 
 MeanScalars = tuple[int, list[Tensor | None]]

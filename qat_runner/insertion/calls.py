@@ -121,7 +121,7 @@ def _place(letter: str, term: str, dims: int) -> int:
 
 
 def attention(
-    scores: Callable[[Tensor, Tensor], Tensor],
+    scores: Callable[[Tensor, Tensor, Compute], Tensor],
     context: Callable[[Tensor, Tensor], Tensor],
     query: Tensor,
     key: Tensor,
@@ -146,7 +146,11 @@ def attention(
     """
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    found = scores(query, key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.dtype is torch.float16:  # of which the scores as they are may be too large
+        found = scores(query, key.transpose(-2, -1), lambda a, b: torch.matmul(a * scale, b))
+    else:
+        found = scores(query, key.transpose(-2, -1), torch.matmul) * scale
     if is_causal:
         attn_mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
     if attn_mask is not None and attn_mask.dtype is torch.bool:

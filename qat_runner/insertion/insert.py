@@ -30,23 +30,25 @@ from qat_runner.insertion.layers import (
     full_precision_class,
     full_precision_name,
     give_quantizers,
+    has_own_forward,
     is_plain,
     is_quantized,
     kind_of,
     layer_kind,
+    looked_at,
     modules_by_name,
     narrow_kind,
     operands,
     quantizer_of,
     restore,
 )
-from qat_runner.insertion.modes import evaluating
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.own_products import (
     QuantAttention,
+    attention_in,
     has_fast_path,
+    has_room,
     is_multihead,
-    is_product,
     keep_off_fast_path,
     products_as_before,
     quantize_own_products,
@@ -185,8 +187,9 @@ def insert(
     layers, notes = _convertible(model, policy, asking, tensors)
     attention = _own_attention(model, asking, tensors)
     weights = _own_weights(model, asking, attention) if tensors is None else _own_weights_named(model, contracted or {})
+    aside = _set_aside(model, attention, weights)
     if not (layers or attention or weights):
-        why = "".join(f"; {note}" for note in told_once(notes.items()))
+        why = "".join(f"; {note}" for note in told_once([*notes.items(), *aside]))
         raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
     other_attention = bool(attention_of(model) - {EAGER})
     try:
@@ -208,10 +211,11 @@ def insert(
     for module in weights:
         release_own_weights(module)
     for module in model.modules():
-        keep_off_fast_path(module)
+        if not has_own_forward(module):
+            keep_off_fast_path(module)
     setattr(model, POLICY, policy.with_ends(places))
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
-    for note in told_once((name, notes[name]) for name in left):
+    for note in told_once([*((name, notes[name]) for name in left), *aside]):
         _warn(note)
     if seen is not None:
         _decide(model, seen)
@@ -321,12 +325,16 @@ def _convertible(
         wanted = tensors is None or any(f"{name}.{operand}" in tensors for operand in operands(layer))
         if not wanted or (kind_of(layer) == EMBEDDING and not policy.names_kind(EMBEDDING)):
             continue
-        with evaluating(layer):  # in training a weight with spectral normalization changes as it is looked at
+        with looked_at(layer):
             weight: Any = layer.weight
         if isinstance(weight, nn.UninitializedParameter):
             notes[name] = "has no weight yet: left as it is"
         elif not weight.is_floating_point():
             notes[name] = f"has a weight of dtype {weight.dtype}: left as it is"
+        elif has_own_forward(layer):
+            notes[name] = f"{_OWN_FORWARD}: left as it is"
+        elif getattr(layer, "max_norm", None) is not None:
+            notes[name] = "writes to its weight as it is used, by max_norm: left as it is"
         elif is_plain(type(layer)) or tensors or (asking is not None and multiplies_by_its_weight(layer, asking)):
             layers[name] = layer
         else:
@@ -339,9 +347,9 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
     """The attention modules whose own products can be quantized, but for those that transformers' interface serves."""
     served = modules_served(model)
     if tensors is not None:
-        names = {name.rpartition(".")[0].rpartition(".")[0] for name in tensors if is_product(name)}
-        return [m for name, m in each(model, lambda m: m not in served) if name in names]
-    attending = [m for m in model.modules() if is_multihead(m) or (asking is not None and attends(m, asking))]
+        return attention_in(tensors, dict(each(model, lambda m: m not in served)))
+    known = [m for m in model.modules() if is_multihead(m) and has_room(m)]
+    attending = [m for m in model.modules() if m in known or (asking is not None and attends(m, asking))]
     return [m for m in attending if m not in served]
 
 
@@ -352,6 +360,22 @@ def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[
     others = {*attention, *modules_served(model), *(m for m in model.modules() if not _may_be_swapped(m))}
     found = {module: own_weights(module, asking) for module in model.modules() if module not in others}
     return {module: contracted for module, contracted in found.items() if contracted}
+
+
+_OWN_FORWARD = "has a forward that was set on the module itself, past its class"
+
+
+def _set_aside(model: nn.Module, attention: list[nn.Module], weights: OwnWeights) -> list[tuple[str, str]]:
+    """Take out the modules that would not ask the class that they are to get; returns what is to be said of each."""
+    said = []
+    for name, module in each(model, has_own_forward):
+        if module in attention or module in weights:
+            said.append((name, f"{_OWN_FORWARD}: what it multiplies itself is left as it is"))
+        elif has_fast_path(module):
+            said.append((name, f"{_OWN_FORWARD}: in eval() PyTorch's fast path may go past the layers in it"))
+        weights.pop(module, None)
+    attention[:] = [module for module in attention if not has_own_forward(module)]
+    return said
 
 
 def _may_be_swapped(module: nn.Module) -> bool:
@@ -423,7 +447,7 @@ def _chosen(places: Sequence[Place], policy: Policy) -> dict[str, dict[str, Tens
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
     """A quantizer for each operand of a layer; None for full precision."""
     try:
-        shapes = layer.scalar_shapes() if isinstance(layer, QuantLayer) else {}
+        shapes = layer.qat_scalar_shapes() if isinstance(layer, QuantLayer) else {}
         found = {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
     except ValueError as error:
         raise PolicyError(str(error)) from error
@@ -444,7 +468,8 @@ def _rotation(name: str, layer: nn.Module, tensors: Mapping[str, TensorPolicy]) 
     if found == {"none"} or all(tensor.full_precision for tensor in tensors.values()):
         return None
     if not isinstance(layer, QuantLinear):
-        what = "part of a module" if isinstance(layer, QuantLayer) and layer.kind_name else full_precision_name(layer)
+        part = isinstance(layer, QuantLayer) and layer.qat_kind_name
+        what = "part of a module" if part else full_precision_name(layer)
         raise PolicyError(f"{name}: rotation=hadamard is for layers that are an nn.Linear each, and this is {what}")
     if len(found) > 1:
         raise PolicyError(f"{name}: rotation=hadamard is for weight and input alike, and not for one of them")
@@ -474,7 +499,7 @@ def _equip(
     give_quantizers(layer, quantizers)
     if rotation is not None:
         assert isinstance(layer, QuantLinear)
-        layer.rotate_by(rotation)
+        layer.qat_rotate_by(rotation)
         if (of_input := quantizers["input"]) is not None:
             of_input.decide_sign(True)
 
@@ -624,7 +649,7 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
         bucket: see there.
     """
     weights = [t for t in quantized_tensors(model) if t.tensor == "weight"]
-    parameters = [model.get_submodule(t.layer).used_parameter() for t in weights]  # type: ignore[operator]
+    parameters = [model.get_submodule(t.layer).qat_used_parameter() for t in weights]  # type: ignore[operator]
     return WeightsTogether([(t.quantizer, p) for t, p in zip(weights, parameters, strict=True)], bucket)
 
 

@@ -6,19 +6,26 @@ and every other reference to it stay what they were; converting back is the same
 
 A class of its own forward, such as one that makes a weight of its weight first, keeps that forward: the one call by
 which it multiplies is caught on its way to PyTorch, and so it is the weight that is used that is quantized.
+
+All that is mixed into classes of others has a name that begins with qat, which none of theirs does.
 """
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import cached, is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.insertion.modes import evaluating
 from qat_runner.policy import DEPTHWISE, EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
@@ -26,6 +33,9 @@ from qat_runner.quant.tensors import written
 
 ELEMENTS = "elements_seen"
 """Attribute of a quantized layer that was seen at work: operand -> its elements for one sample."""
+
+ROTATION = "qat_rotation"
+"""Submodule of a linear layer whose factors are rotated."""
 
 
 class Kind(NamedTuple):
@@ -67,19 +77,19 @@ def layer_kind(layer: nn.Module | type[nn.Module]) -> Kind | None:
 class Swapped(nn.Module):
     """A module whose class was swapped for one that `quantized_class` made, by which it is pickled and copied."""
 
-    full_precision: ClassVar[type[nn.Module]]
+    qat_full: ClassVar[type[nn.Module]]
     """the class it had before"""
 
-    base: ClassVar[Any] = None
-    """what was mixed into that class; None where the class was written for it"""
+    qat_base: ClassVar[Any] = None
+    """what was to be mixed into that class; None: what fits it"""
 
-    def added(self) -> Sequence[str]:
+    def qat_added(self) -> Sequence[str]:
         """Names of the submodules that it did not have before."""
         return ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made: Any = super().__reduce_ex__(protocol)
-        return _new, (self.full_precision, self.base), *made[2:]
+        return _new, (self.qat_full, self.qat_base), *made[2:]
 
 
 def _new(full: type[nn.Module], base: type[nn.Module] | None) -> Any:
@@ -98,6 +108,42 @@ def stored(module: Any, name: str) -> nn.Parameter:
     else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is made of
         made_of = [p for key, p in own.items() if key.startswith(f"{name}_")] or [*own.values()]
     return max(made_of, key=torch.numel)
+
+
+def owner(layer: nn.Module) -> nn.Module:
+    """The module that has the parameter of which a layer's weight is, or is made: the layer itself for the most."""
+    of: nn.Module = getattr(layer, "_of", (layer,))[0]
+    return of
+
+
+def belong(layer: Any, module: nn.Module) -> None:
+    """Have a layer multiply by what a module has: nn.DataParallel calls replicas of the one that it was made for."""
+    if layer._of[0] is not module:
+        layer._of = (module,)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the module itself, as `module.forward = torch.compile(module.forward)` does: its
+    class is not asked then."""
+    return "forward" in vars(module)
+
+
+def looked_at(layer: nn.Module) -> AbstractContextManager[None]:
+    """While open, the weight of a layer may be asked for without a change: in training spectral normalization improves
+    its estimate each time."""
+    return evaluating(owner(layer)) if is_parametrized(owner(layer)) else nullcontext()
+
+
+_MAKERS = (BasePruningMethod, WeightNorm, SpectralNorm)
+"""Hooks that compute a tensor of a module before each call of it, and not when it is asked for."""
+
+
+def refresh(module: nn.Module, name: str) -> None:
+    """Have a tensor be what the parameters that a hook makes it of are now; a state may have been loaded since."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _MAKERS) and name == getattr(hook, "_tensor_name", getattr(hook, "name", None)):
+            with evaluating(module):
+                hook(module, ())
 
 
 def parametrized_once(modules: Iterable[nn.Module], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -120,55 +166,47 @@ def parametrized_once(modules: Iterable[nn.Module], call: Callable[..., Any], *a
 class QuantLayer(nn.Module):
     """A layer that multiplies its quantized input and a quantized weight; its bias is untouched."""
 
-    operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
+    qat_operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
     """names of what is multiplied"""
-    kind_name: str | None = None
+    qat_kind_name: str | None = None
     """what policies call its kind, where its class does not say"""
     weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
-    @property
-    def channels(self) -> int:
-        """The dimension of the weight that is one of output channels, of those of one group in a transposed one.
-
-        Of a transposed depthwise convolution it is that of the inputs, each of which has an output.
-        """
-        kind, groups = layer_kind(self), getattr(self, "groups", 1)
-        depthwise = groups > 1 and groups == getattr(self, "in_channels", None)
-        return 0 if kind is None or (depthwise and self.weight.shape[kind.channels] == 1) else kind.channels
-
-    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+    def qat_scalar_shapes(self) -> dict[str, tuple[int, ...]]:
         """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one.
 
         Of a single channel that dimension 0 does not count, [1, 1, ...] would not tell that it is one.
         """
-        channels, sizes = self.channels, self.weight.shape
+        with looked_at(self):
+            channels, sizes = _channel_dim(self), self.weight.shape
         single = channels > 0 and sizes[channels] == 1
         channel = () if single else tuple(n if d == channels else 1 for d, n in enumerate(sizes))
         return {"tensor": (), "channel": channel}
 
-    def used_weight(self) -> Tensor:
+    def qat_used_weight(self) -> Tensor:
         """The weight as it is multiplied, and quantized."""
+        refresh(self, "weight")
         weight: Tensor = self.weight
         return weight
 
-    def added(self) -> Sequence[str]:
-        return [f"{name}_quantizer" for name in self.operands]
+    def qat_added(self) -> Sequence[str]:
+        return [f"{name}_quantizer" for name in self.qat_operands]
 
-    def stored_weight(self) -> nn.Parameter:
+    def qat_stored_weight(self) -> nn.Parameter:
         """The parameter that the weight is, or is made of."""
         return stored(self, "weight")
 
-    def stored_part(self) -> int:
+    def qat_stored_part(self) -> int:
         """Which part of that parameter the weight is, where several layers share it in parts."""
         return 0
 
-    def used_parameter(self) -> nn.Parameter | None:
+    def qat_used_parameter(self) -> nn.Parameter | None:
         """That weight if it is the same parameter at each call; None: it is computed anew."""
         return self._parameters.get("weight")
 
-    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
         """What is computed with an input and a weight, with both quantized."""
         x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         with recomputing((x, input, self.input_quantizer), (w, weight, self.weight_quantizer)):
@@ -176,43 +214,53 @@ class QuantLayer(nn.Module):
             return compute(x, w.view_as(w) if w is weight else w)
 
 
+def _channel_dim(layer: QuantLayer) -> int:
+    """The dimension of the weight that is one of output channels, of those of one group in a transposed convolution.
+
+    Of a transposed depthwise one it is that of the inputs, each of which has an output.
+    """
+    kind, groups = layer_kind(layer), getattr(layer, "groups", 1)
+    depthwise = groups > 1 and groups == getattr(layer, "in_channels", None)
+    return 0 if kind is None or (depthwise and layer.weight.shape[kind.channels] == 1) else kind.channels
+
+
 class QuantLinear(QuantLayer, Swapped, nn.Linear):
     """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; bias untouched."""
 
-    full_precision = nn.Linear
-    for_others = True
+    qat_full = nn.Linear
+    qat_for_others = True
     """Whether the module around it may use its weight past it, and is to have what is computed computed here."""
 
     @property
-    def rotation(self) -> nn.Module | None:
+    def qat_rotation(self) -> nn.Module | None:
         """What both factors go through before they are quantized, if they do; it leaves their product what it is."""
-        return self._modules.get("rotation")
+        return self._modules.get(ROTATION)
 
-    def rotate_by(self, rotation: nn.Module) -> None:
+    def qat_rotate_by(self, rotation: nn.Module) -> None:
         """Have both factors go through an orthogonal map of their last dimension before they are quantized."""
-        self._modules["rotation"] = rotation
+        self._modules[ROTATION] = rotation
 
-    def added(self) -> Sequence[str]:
-        return [*super().added(), *(["rotation"] if self.rotation is not None else [])]
+    def qat_added(self) -> Sequence[str]:
+        return [*super().qat_added(), *([ROTATION] if self.qat_rotation is not None else [])]
 
-    def used_weight(self) -> Tensor:
-        return self._rotated(super().used_weight())
+    def qat_used_weight(self) -> Tensor:
+        return self._qat_rotated(super().qat_used_weight())
 
-    def used_parameter(self) -> nn.Parameter | None:
-        return super().used_parameter() if self.rotation is None else None
+    def qat_used_parameter(self) -> nn.Parameter | None:
+        return super().qat_used_parameter() if self.qat_rotation is None else None
 
-    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
-        return super().multiply(self._rotated(input), self._rotated(weight), compute)
+    def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+        return super().qat_multiply(self._qat_rotated(input), self._qat_rotated(weight), compute)
 
-    def _rotated(self, x: Tensor) -> Tensor:
-        rotated: Tensor = x if self.rotation is None else self.rotation(x)
+    def _qat_rotated(self, x: Tensor) -> Tensor:
+        rotated: Tensor = x if self.qat_rotation is None else self.qat_rotation(x)
         return rotated
 
     def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
         """As nn.Linear; or what someone computes with the input and the weight of this layer."""
-        return self.multiply(input, self.weight, compute or self._product)
+        return self.qat_multiply(input, self.weight, compute or self._qat_product)
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _qat_product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
@@ -223,39 +271,104 @@ class QuantConv(QuantLayer, Swapped):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiply(input, self.weight, self._product)
+        return self.qat_multiply(input, self.weight, self._qat_product)
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _qat_product(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv_forward(x, weight, self.bias)
 
 
 class QuantConv1d(QuantConv, nn.Conv1d):
     """nn.Conv1d of a quantized input [N, C, L] with a quantized weight [K, C / groups, R]; bias untouched."""
 
-    full_precision = nn.Conv1d
+    qat_full = nn.Conv1d
 
 
 class QuantConv2d(QuantConv, nn.Conv2d):
     """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias untouched."""
 
-    full_precision = nn.Conv2d
+    qat_full = nn.Conv2d
 
 
 class QuantConv3d(QuantConv, nn.Conv3d):
     """nn.Conv3d of a quantized input [N, C, D, H, W] with a quantized weight [K, C / groups, Q, R, S]."""
 
-    full_precision = nn.Conv3d
+    qat_full = nn.Conv3d
 
 
-class Taking(TorchFunctionMode):
+class Saving(NamedTuple):
+    """How tensors are saved for the backward pass."""
+
+    wanted: bool
+    """whether they are"""
+    by: Any
+    """who packs them, if anyone"""
+    known: bool = True
+    """whether it is known by whom: compilers are not told"""
+
+    @classmethod
+    def now(cls) -> Self:
+        """As it is."""
+        if torch.compiler.is_compiling():
+            return cls(torch.is_grad_enabled(), None, False)
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return cls(torch.is_grad_enabled(), None if hooks is None else hooks[0])
+
+
+class InForward(TorchFunctionMode):
+    """Is open while a module runs its own forward, to take calls of functions over.
+
+    Args:
+        module: which one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.saving = Saving.now()
+
+    def refuse_checkpoint(self) -> None:
+        """Refuse to take a call over in a checkpoint that the forward has begun.
+
+        In the backward pass that is computed again without the module around it, and so without this mode.
+
+        Raises:
+            RuntimeError: it has.
+        """
+        if torch.compiler.is_compiling() or not self.saving.wanted:  # a compiler knows what it computes again
+            return
+        before, now = self.saving, Saving.now()
+        if now.wanted:
+            other = before.known and now.by is not before.by
+            inside = other and getattr(now.by, "__module__", None) == "torch.utils.checkpoint"
+        else:
+            inside = _in_reentrant_checkpoint()
+        if inside:
+            raise RuntimeError(
+                f"{full_precision_name(self.module)} checkpoints a part of its own forward, which the backward pass "
+                f"would compute again in full precision: checkpoint the module as a whole"
+            )
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether the forward of an autograd function that runs others again in its backward is at work, of any library."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "forward" and hasattr(frame.f_locals.get("ctx"), "run_function"):
+            return True
+    return False
+
+
+class Taking(InForward):
     """While open, calls of functions go to someone who may take them over.
 
     Args:
+        module: whose forward it is.
         take: of a function, its arguments and its named ones; NotImplemented leaves the call as it is.
     """
 
-    def __init__(self, take: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
-        super().__init__()
+    def __init__(self, module: nn.Module, take: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
+        super().__init__(module)
         self.take = take
 
     def __torch_function__(
@@ -263,7 +376,42 @@ class Taking(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = self.take(func, args, kwargs)
-        return func(*args, **kwargs) if out is NotImplemented else out
+        if out is NotImplemented:
+            return func(*args, **kwargs)
+        self.refuse_checkpoint()
+        return out
+
+
+class TakenLayer(QuantLayer, Swapped):
+    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors.
+
+    Every call in its forward is held against its kind.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return parametrized_once([self], self._qat_taken, *args, **kwargs)
+
+    def qat_used_weight(self) -> Tensor:
+        if self.qat_full in kinds():
+            return super().qat_used_weight()
+        return weight_used(self, self.qat_full)
+
+    @torch.no_grad()
+    def qat_used_parameter(self) -> nn.Parameter | None:
+        parameter = super().qat_used_parameter()
+        if parameter is None:
+            return None
+        before = written(parameter)
+        return parameter if parameter is self.qat_used_weight() and before == written(parameter) else None
+
+    def _qat_taken(self, *args: Any, **kwargs: Any) -> Any:
+        """Its own forward, of which the call that multiplies is taken."""
+        with Taking(self, self._qat_quantized):
+            return super().forward(*args, **kwargs)
+
+    def _qat_quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = own_call(self.qat_full, func, args, kwargs)
+        return NotImplemented if call is None else self.qat_multiply(*call[:3])
 
 
 class _Used(Exception):  # noqa: N818  # no error: an answer
@@ -274,59 +422,50 @@ class _Used(Exception):  # noqa: N818  # no error: an answer
         self.weight = weight
 
 
-class TakenLayer(QuantLayer, Swapped):
-    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors.
+def weight_used(layer: nn.Module, full: type[nn.Module]) -> Tensor:
+    """The weight that a layer multiplies an input of the smallest size by, in its own forward.
 
-    Every call in its forward is held against its kind.
+    Args:
+        layer: quantized or not.
+        full: its class before that.
+
+    Raises:
+        RuntimeError: it multiplies by none. What else its forward raises at such an input is passed on.
     """
 
-    kind: ClassVar[Kind]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return parametrized_once([self], self._taken, self._quantized, *args, **kwargs)
-
-    def used_weight(self) -> Tensor:
-        if self.full_precision in kinds():
-            return super().used_weight()
-        try:
-            parametrized_once([self], self._taken, self._only_the_weight, self._anything())
-        except _Used as used:
-            return used.weight
-        raise RuntimeError(f"{type(self).__name__} multiplies nothing by a weight")
-
-    def _taken(self, take: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Its own forward, all calls of which are taken."""
-        with Taking(take):
-            return super().forward(*args, **kwargs)
-
-    @torch.no_grad()
-    def used_parameter(self) -> nn.Parameter | None:
-        parameter = super().used_parameter()
-        before = None if parameter is None else written(parameter)
-        same = parameter is self.used_weight()
-        return parameter if parameter is not None and same and before == written(parameter) else None
-
-    def _call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-        if not is_own(self.full_precision, func):
-            return None
-        call = taken_apart(func, args, kwargs)
-        return call if call is None or func is self.kind.function else _of_the_transpose(call)
-
-    def _quantized(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        call = self._call(func, args, kwargs)
-        return NotImplemented if call is None else self.multiply(*call[:3])
-
-    def _only_the_weight(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        call = self._call(func, args, kwargs)
+    def only_the_weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = own_call(full, func, args, kwargs)
         if call is not None:
             raise _Used(call.right)
         return NotImplemented
 
-    def _anything(self) -> Tensor:
-        """An input of the smallest size."""
-        if isinstance(self, nn.modules.conv._ConvNd):
-            return self.weight.new_zeros(1, self.in_channels, *self.kernel_size)  # type: ignore[no-any-return]
-        return self.weight.new_zeros(1, self.weight.shape[1])  # type: ignore[no-any-return]
+    def run() -> None:
+        refresh(layer, "weight")
+        with Taking(layer, only_the_weight):
+            full.forward(layer, _smallest_input(layer))
+
+    try:
+        parametrized_once([layer], run)
+    except _Used as used:
+        return used.weight
+    raise RuntimeError(f"{full_precision_name(layer)} multiplies nothing by a weight")
+
+
+def _smallest_input(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    if isinstance(layer, nn.Embedding):
+        return torch.zeros(1, dtype=torch.int64, device=weight.device)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return weight.new_zeros(1, layer.in_channels, *layer.kernel_size)
+    kind = layer_kind(layer)
+    return weight.new_zeros(1, weight.shape[1 if kind is None else 1 - kind.channels])
+
+
+def own_call(full: type[nn.Module], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    """A call of a function, if it is one by which layers of a class multiply: the input, and a weight in its shape."""
+    kind = layer_kind(full)
+    call = taken_apart(func, args, kwargs) if is_own(full, func) else None
+    return call if call is None or kind is None or func is kind.function else _of_the_transpose(call)
 
 
 def is_own(full: type[nn.Module], func: Any) -> bool:
@@ -352,14 +491,11 @@ def _of_the_transpose(call: Call) -> Call:
 class QuantEmbedding(TakenLayer):
     """nn.Embedding with a quantized weight [V, C]."""
 
-    operands = ("weight",)
+    qat_operands = ("weight",)
 
-    def multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
+    def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
         """What is looked up in a quantized weight."""
         return compute(input, self.weight_quantizer(weight))
-
-    def _anything(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.int64, device=self.weight.device)
 
 
 class QuantMatmul(nn.Module):
@@ -392,12 +528,12 @@ class QuantMatmul(nn.Module):
 
 
 WRITTEN: dict[type[nn.Module], type[Swapped]] = {
-    quantized.full_precision: quantized for quantized in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
+    quantized.qat_full: quantized for quantized in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
 }
 """Full-precision class -> quantized class, where the forward is known."""
 
 
-_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], Any] = {}
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module] | None], Any] = {}
 """What `quantized_class` made: one class each, so that modules of one class stay of one class."""
 
 
@@ -410,13 +546,25 @@ def quantized_class(full: type[nn.Module], base: type[nn.Module] | None = None) 
     """
     if base is None and full in WRITTEN:
         return WRITTEN[full]
-    base = base or _written(full) or (QuantEmbedding if issubclass(full, nn.Embedding) else TakenLayer)
     if (full, base) not in _CLASSES:
-        about: dict[str, Any] = {"full_precision": full, "base": base, "__doc__": base.__doc__}
-        if issubclass(base, TakenLayer):
-            about["kind"] = layer_kind(full)
-        _CLASSES[full, base] = type(f"Quant{full.__name__}", (base, full), about)
+        about: dict[str, Any] = {"qat_full": full, "qat_base": base}
+        if _is_of_parametrized(full):
+            # Once PyTorch takes a parametrization back, it takes the property from the class that the module has then,
+            # and goes on with the first base of it.
+            bases: tuple[Any, ...] = (quantized_class(full.__bases__[0], base),)
+            about |= {name: value for name, value in vars(full).items() if name not in _OF_EVERY_CLASS}
+        else:
+            bases = (base or _written(full) or (QuantEmbedding if issubclass(full, nn.Embedding) else TakenLayer), full)
+        _CLASSES[full, base] = type(f"Quant{full.__name__}", bases, {**about, "__doc__": bases[0].__doc__})
     return _CLASSES[full, base]
+
+
+_OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__")
+
+
+def _is_of_parametrized(full: type[nn.Module]) -> bool:
+    """Whether a class is one that PyTorch has made for a module with parametrizations, out of the one it had."""
+    return getattr(vars(full).get("__getstate__"), "__module__", None) == "torch.nn.utils.parametrize"
 
 
 def _written(full: type[nn.Module]) -> type[nn.Module] | None:
@@ -440,8 +588,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def kind_of(layer: nn.Module) -> str:
     """The kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
-    if isinstance(layer, QuantLayer) and layer.kind_name is not None:
-        return layer.kind_name
+    if isinstance(layer, QuantLayer) and layer.qat_kind_name is not None:
+        return layer.qat_kind_name
     kind = layer_kind(layer)
     return "Matmul" if kind is None else kind.name
 
@@ -454,9 +602,11 @@ def narrow_kind(layer: nn.Module) -> str:
 
 def operands(layer: nn.Module) -> tuple[str, ...]:
     """Names of what a layer multiplies, quantized or not."""
-    if isinstance(layer, QuantLayer | QuantMatmul):
+    if isinstance(layer, QuantMatmul):
         return layer.operands
-    return QuantEmbedding.operands if isinstance(layer, nn.Embedding) else WEIGHT_AND_INPUT
+    if isinstance(layer, QuantLayer):
+        return layer.qat_operands
+    return QuantEmbedding.qat_operands if isinstance(layer, nn.Embedding) else WEIGHT_AND_INPUT
 
 
 def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
@@ -494,8 +644,9 @@ def moved(x: Tensor, source: int, destination: int) -> Tensor:
 def elements_of(layer: nn.Module, operand: str) -> int | None:
     """Elements of an operand of a quantized layer: of the weight, of others for one sample; None: not seen yet."""
     if operand == "weight":
-        weight: Any = layer.weight
-        return int(weight.numel())
+        with looked_at(layer):
+            weight: Any = layer.weight
+            return int(weight.numel())
     seen: dict[str, int] = getattr(layer, ELEMENTS, {})
     return seen.get(operand)
 
@@ -519,7 +670,7 @@ def full_precision_class(layer: nn.Module) -> type[nn.Module]:
     Raises:
         ValueError: something else has changed its class since, as fully_shard and parametrizations do.
     """
-    full: type[nn.Module] | None = vars(type(layer)).get("full_precision")
+    full: type[nn.Module] | None = vars(type(layer)).get("qat_full")
     if full is None:
         raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
     return full
@@ -527,13 +678,13 @@ def full_precision_class(layer: nn.Module) -> type[nn.Module]:
 
 def full_precision_name(module: nn.Module) -> str:
     """The name of the class that a module has, or had before it was swapped."""
-    return str(getattr(module, "full_precision", type(module)).__name__)
+    return str(getattr(module, "qat_full", type(module)).__name__)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module of a swapped class the one it had before, in place; errors as of `full_precision_class`."""
     assert isinstance(module, Swapped)
-    added: Sequence[str] = module.added()
+    added: Sequence[str] = module.qat_added()
     module.__class__ = full_precision_class(module)  # type: ignore[assignment]
     for name in added:
         delattr(module, name)

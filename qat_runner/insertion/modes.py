@@ -18,13 +18,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def remembering_nothing(model: nn.Module) -> Iterator[None]:
+    """While open, the network is in eval mode, and what it remembers even there is forgotten: buffers of its own
+    modules and random generators come out as they went in."""
+    with evaluating(model), _buffers_kept(_deciding(model)), repeatable():
+        yield
+
+
+@contextmanager
 def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
     """While open, the network computes what it computes in training (auxiliary heads, say), and remembers none of it.
 
     PyTorch's own innermost modules, such as BatchNorm and dropout, and quantizers are in eval mode; all others are in
     train mode: it is they who decide what is computed. Their buffers and random generators come out as they went in.
     """
-    deciding = [module for module in model.modules() if not _innermost(module)]
+    deciding = _deciding(model)
     with _modes_kept(model), _buffers_kept(deciding), repeatable():
         model.eval()
         for module in deciding:
@@ -46,6 +54,10 @@ def repeatable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _deciding(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if not _innermost(module)]
 
 
 def _innermost(module: nn.Module) -> bool:

@@ -7,24 +7,26 @@ written out with both; a product with the weight of a linear layer in it, past t
 PyTorch's own `nn.MultiheadAttention` has its projections in one parameter; each is a layer here.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, taken_apart
 from qat_runner.insertion.layers import (
+    InForward,
     QuantLayer,
     QuantMatmul,
     Swapped,
     Taking,
+    belong,
     each,
     parametrized_once,
     quantized_class,
+    refresh,
     restore,
     stored,
 )
@@ -37,7 +39,7 @@ PROJECTIONS = {"query_projection": "q", "key_projection": "k", "value_projection
 """Submodule of `nn.MultiheadAttention` -> the letter that its parameters go by."""
 
 
-class ProductsOf(TorchFunctionMode):
+class ProductsOf(InForward):
     """While open, the matrix products that are called are those of an attention module, in their order.
 
     Args:
@@ -45,13 +47,12 @@ class ProductsOf(TorchFunctionMode):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+        super().__init__(module)
         self.left = [name for name in PRODUCTS if name in module._modules]
-        self.layers: list[Any] = [layer for layer in module.children() if getattr(layer, "for_others", False)]
+        self.layers: list[Any] = [layer for layer in module.children() if getattr(layer, "qat_for_others", False)]
         """linear layers in it; a call with the weight of one, the very tensor, is a call of that layer"""
         self.projections: dict[nn.Module, Tensor] = {
-            layer: layer.weight for layer in self.layers if isinstance(layer, QuantProjection)
+            layer: layer.weight_of(module) for layer in self.layers if isinstance(layer, QuantProjection)
         }
         """those that have no such tensor, with one"""
 
@@ -72,11 +73,13 @@ class ProductsOf(TorchFunctionMode):
             for layer in self.layers:
                 own = self.projections.get(layer)
                 if call.right is (layer.weight if own is None else own):
+                    self.refuse_checkpoint()
                     return layer(call.left, call.compute)
         return func(*args, **kwargs)
 
     def _next(self, *call: Any) -> Tensor:
         """The next product, of what `Call` has; of two tensors alone their matrix product."""
+        self.refuse_checkpoint()
         product: Tensor = self.module.get_submodule(self.left.pop(0))(*call)
         return product
 
@@ -97,18 +100,18 @@ _written_out = FunctionType(
 class QuantAttention(Swapped):
     """An attention module whose products are quantized, in its own forward."""
 
-    as_before = False
+    qat_as_before = False
     """Whether it computes as it did without that."""
 
-    def added(self) -> Sequence[str]:
+    def qat_added(self) -> Sequence[str]:
         return [name for name in (*PRODUCTS, *PROJECTIONS) if name in self._modules]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.as_before:
+        if self.qat_as_before:
             return super().forward(*args, **kwargs)
-        return parametrized_once([self, *self.children()], self._taken, *args, **kwargs)
+        return parametrized_once([self, *self.children()], self._qat_taken, *args, **kwargs)
 
-    def _taken(self, *args: Any, **kwargs: Any) -> Any:
+    def _qat_taken(self, *args: Any, **kwargs: Any) -> Any:
         """Its own forward, whose products are taken."""
         with ProductsOf(self):
             return super().forward(*args, **kwargs)
@@ -122,8 +125,8 @@ class QuantProjection(QuantLayer):
         letter: of q, k and v.
     """
 
-    kind_name = "Linear"
-    for_others = True
+    qat_kind_name = "Linear"
+    qat_for_others = True
 
     def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:
         super().__init__()
@@ -136,6 +139,15 @@ class QuantProjection(QuantLayer):
         whole: Tensor = getattr(self._of[0], self._name)
         return whole.chunk(3)["qkv".index(self.letter)] if self._packed else whole
 
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """The same, of the module that is at work."""
+        belong(self, module)
+        return self.weight
+
+    def qat_used_weight(self) -> Tensor:
+        refresh(self._of[0], self._name)
+        return self.weight
+
     @property
     def _packed(self) -> bool:
         return bool(self._of[0]._qkv_same_embed_dim)
@@ -144,20 +156,38 @@ class QuantProjection(QuantLayer):
     def _name(self) -> str:
         return "in_proj_weight" if self._packed else f"{self.letter}_proj_weight"
 
-    def stored_weight(self) -> nn.Parameter:
+    def qat_stored_weight(self) -> nn.Parameter:
         return stored(self._of[0], self._name)
 
-    def stored_part(self) -> int:
+    def qat_stored_part(self) -> int:
         return "qkv".index(self.letter)
 
     def forward(self, input: Tensor, compute: Compute) -> Tensor:
         """What is computed with the input and the weight of this layer."""
-        return self.multiply(input, self.weight, compute)
+        return self.qat_multiply(input, self.weight, compute)
 
 
-def is_product(tensor: str) -> bool:
-    """Whether a name of a tensor is one of attention's own: of a product, or of a projection."""
-    return tensor.rpartition(".")[0].rpartition(".")[2] in (*PRODUCTS, *PROJECTIONS)
+def attention_in(tensors: Collection[str], modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The attention modules that names of quantized tensors tell of.
+
+    Args:
+        tensors: such as "encoder.0.scores.query". Networks may call layers of their own so: these have other operands.
+        modules: of the network, by name.
+    """
+    named = [(*layer.rpartition(".")[::2], operand) for layer, _, operand in (t.rpartition(".") for t in tensors)]
+    products = {name for name, kind, operand in named if operand in PRODUCTS.get(kind, ())}
+    projections = {name for name, kind, _ in named if kind in PROJECTIONS}
+    return [m for name, m in modules.items() if name in products or (name in projections and is_multihead(m))]
+
+
+def _names(module: nn.Module) -> list[str]:
+    """What an attention module is given."""
+    return [*PRODUCTS, *(PROJECTIONS if is_multihead(module) else ())]
+
+
+def has_room(module: nn.Module) -> bool:
+    """Whether an attention module calls nothing of its own by the names of what it is to be given."""
+    return not any(hasattr(module, name) for name in _names(module))
 
 
 def is_multihead(module: nn.Module) -> bool:
@@ -172,7 +202,15 @@ def quantize_own_products(module: nn.Module) -> None:
 
     Args:
         module: whose own forward computes two matrix products or one `F.scaled_dot_product_attention`.
+
+    Raises:
+        ValueError: it has something else by the name of a product.
     """
+    if not has_room(module):
+        names = " or ".join(name for name in _names(module) if hasattr(module, name))
+        raise ValueError(
+            f"{type(module).__name__} calls something of its own {names}: it cannot be quantized as attention"
+        )
     for name, operands in PRODUCTS.items():
         module.add_module(name, QuantMatmul(operands).train(module.training))
     if is_multihead(module):
@@ -197,8 +235,12 @@ class WithoutFastPath(Swapped):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if self.training else Taking(lambda func, args, kwargs: NotImplemented):
+        with nullcontext() if self.training else Taking(self, _nothing):
             return super().forward(*args, **kwargs)
+
+
+def _nothing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return NotImplemented
 
 
 def has_fast_path(module: nn.Module) -> bool:
@@ -207,8 +249,11 @@ def has_fast_path(module: nn.Module) -> bool:
 
 
 def keep_off_fast_path(module: nn.Module) -> None:
-    """Swap the class of a module that has such a path, in place; `restore` undoes it."""
-    if has_fast_path(module):
+    """Swap the class of a module that has such a path, in place; `restore` undoes it.
+
+    One that was swapped already has it no more, since a mode watches it.
+    """
+    if has_fast_path(module) and not isinstance(module, Swapped):
         module.__class__ = quantized_class(type(module), WithoutFastPath)
 
 
@@ -218,8 +263,8 @@ def products_as_before(model: nn.Module) -> Iterator[None]:
     modules = [module for _, module in each(model, lambda m: isinstance(m, QuantAttention))]
     try:
         for module in modules:
-            module.as_before = True  # type: ignore[assignment]
+            module.qat_as_before = True  # type: ignore[assignment]
         yield
     finally:
         for module in modules:
-            del module.as_before
+            del module.qat_as_before

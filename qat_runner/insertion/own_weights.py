@@ -20,6 +20,7 @@ from qat_runner.insertion.layers import (
     QuantLayer,
     Swapped,
     Taking,
+    belong,
     full_precision_name,
     moved,
     quantized_class,
@@ -139,14 +140,14 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
 
     def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
         super().__init__(of, parameter, contracted)
-        self.kind_name = EXPERTS if self.weight.ndim > 2 else "Linear"
+        self.qat_kind_name = EXPERTS if self.weight.ndim > 2 else "Linear"
         self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
 
-    def stored_weight(self) -> nn.Parameter:
+    def qat_stored_weight(self) -> nn.Parameter:
         stored: nn.Parameter = self.weight
         return stored
 
-    def scalar_shapes(self) -> dict[str, tuple[int, ...]]:
+    def qat_scalar_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = self.weight.shape
         experts, channels = shape[:-2].numel(), shape[-3 - self.contracted]
         return {"tensor": (experts, 1) if len(shape) > 2 else (), "channel": (experts * channels, 1)}
@@ -157,7 +158,7 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
     @property
     def turned(self) -> bool:
         """Whether channels, with a scalar each, are columns, so that the parameter is turned for its quantizer."""
-        return self.contracted == -2 and self._scalars == self.scalar_shapes()["channel"][0]
+        return self.contracted == -2 and self._scalars == self.qat_scalar_shapes()["channel"][0]
 
     @property
     def _scalars(self) -> int | None:
@@ -166,16 +167,16 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         several = isinstance(quantizer, Quantizer) and quantizer.dim is not None
         return quantizer.s.shape[-2] if several else None  # type: ignore[return-value, index]
 
-    def used_parameter(self) -> nn.Parameter | None:
-        return self.stored_weight() if self._scalars is None else None
+    def qat_used_parameter(self) -> nn.Parameter | None:
+        return self.qat_stored_weight() if self._scalars is None else None
 
-    def used_weight(self) -> Tensor:
+    def qat_used_weight(self) -> Tensor:
         """The weight as it is quantized: rows, [scalars, elements of one], where there are several scalars."""
         weight: Tensor = self.weight
         return weight if self._scalars is None else as_rows(weight, self.turned, self._scalars)
 
     def used(self) -> Used:
-        weight, rows, turned = self.stored_weight(), self.used_weight(), self.turned
+        weight, rows, turned = self.qat_stored_weight(), self.qat_used_weight(), self.turned
         again: AbstractContextManager[object] = nullcontext()
         if turned and saving():
             again = remade(rows, _Rows(weight.detach(), weight._version, turned, len(rows)))
@@ -186,18 +187,15 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         return Used(from_rows(quantized, turned, weight.shape), self._source(quantized, rows))
 
     def _source(self, quantized: Tensor, rows: Tensor) -> Source | None:
-        quantizer, weight = self.weight_quantizer, self.stored_weight()
+        quantizer, weight = self.weight_quantizer, self.qat_stored_weight()
         if not (isinstance(quantizer, Quantizer) and saving() and can_be_made(quantized, rows, quantizer)):
             return None
         how = weight.detach(), weight._version, quantizer.latest, quantizer
         return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
-        """What is computed with an input and what is `used`, or a part of it.
-
-        Nothing is learned from an input without elements, as an expert that gets no token has it.
-        """
-        x = self.input_quantizer(input) if input.numel() else input
+        """What is computed with an input and what is `used`, or a part of it."""
+        x = self.input_quantizer(input)
         parts = None if used.source is None else (used.weight, used.source)
         with recomputing((x, input, self.input_quantizer), parts=parts):
             return compute(x, weight)
@@ -206,11 +204,11 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
 class UsingOwnWeights(Swapped):
     """A module whose products with parameters of its own are quantized, in its own forward."""
 
-    def added(self) -> Sequence[str]:
+    def qat_added(self) -> Sequence[str]:
         return [name for name, inner in self.named_children() if isinstance(inner, OwnWeight)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with Taking(_Pass(self)):
+        with Taking(self, _Pass(self)):
             return super().forward(*args, **kwargs)
 
 
@@ -218,7 +216,10 @@ class _Pass:
     """One forward pass of such a module: takes over what it does with its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [(m.weight, m) for m in module.children() if isinstance(m, OwnWeight)]
+        layers = [m for m in module.children() if isinstance(m, OwnWeight)]
+        for layer in layers:
+            belong(layer, module)
+        self._layers = [(layer.weight, layer) for layer in layers]
         for parameter, layer in self._layers:
             if layer.weight is not parameter:
                 raise RuntimeError(
@@ -295,8 +296,8 @@ def quantize_own_weights(module: nn.Module, contracted: Mapping[str, int]) -> No
 def release_own_weights(module: nn.Module) -> None:
     """Let a module multiply as before by what is not quantized, once there are quantizers."""
     assert isinstance(module, UsingOwnWeights)
-    for name in module.added():
+    for name in module.qat_added():
         if not any(isinstance(inner, Quantizer) for inner in module.get_submodule(name).children()):
             delattr(module, name)
-    if not module.added():
+    if not module.qat_added():
         restore(module)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from qat_runner.insertion.insert import QuantizedTensor, quantized_tensors
-from qat_runner.insertion.layers import QuantLayer
+from qat_runner.insertion.layers import QuantLayer, owner
 from qat_runner.quant import Quantizer
 
 BITS_OF_FLOAT = 32
@@ -44,7 +44,7 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
     for tensor in quantized_tensors(model):
         layer = model.get_submodule(tensor.layer)
         if tensor.tensor == "weight" and isinstance(layer, QuantLayer):
-            place = id(layer.stored_weight()), layer.stored_part()
+            place = id(layer.qat_stored_weight()), layer.qat_stored_part()
             found.setdefault(place, []).append(tensor)
     return found
 
@@ -64,7 +64,7 @@ def _in_full_precision(model: nn.Module) -> set[Hashable]:
 
 def _owners(layer: nn.Module) -> list[nn.Module]:
     """The modules that have what the weight of a layer is made of: itself, or the one whose parameter that is."""
-    of: nn.Module = getattr(layer, "_of", (layer,))[0]
+    of = owner(layer)
     return [of, *(of.parametrizations.modules() if is_parametrized(of) else ())]  # type: ignore[union-attr]
 
 

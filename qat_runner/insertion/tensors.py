@@ -5,6 +5,18 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+def copies(values: Any) -> Any:
+    """The same nested lists, tuples and mappings with copies of the tensors, one of each, for a network that writes to
+    what it is given."""
+    made: dict[int, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        return made.setdefault(id(value), value.detach().clone()) if isinstance(value, Tensor) else value
+
+    return tree_map(copied, values)
 
 
 def whole(t: Tensor) -> Tensor:

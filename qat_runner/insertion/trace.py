@@ -20,9 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qat_runner.insertion.layers import each, full_precision_name, is_quantized, kind_of, kinds, operands, quantizer_of
-from qat_runner.insertion.modes import evaluating, repeatable, taking_the_ways_of_training
+from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
+from qat_runner.insertion.tensors import copies
 from qat_runner.policy import EXPERTS
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
@@ -52,6 +53,8 @@ class LayerCalls:
     """operand, other than the weight -> whether it may be negative"""
     elements: dict[str, int] = field(default_factory=dict)
     """operand -> elements of the largest one seen, for one sample"""
+    asked: bool = False
+    """whether any of its quantizers was given something"""
     training_only: bool = False
     """not called in eval mode"""
 
@@ -146,7 +149,8 @@ def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
 def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     """Run one batch through the model and report its layers and its products.
 
-    The model comes out as it went in: training flags, BatchNorm statistics and random generators are untouched.
+    The model comes out as it went in: training flags, buffers and random generators are untouched. So are the inputs,
+    of which each of two passes gets a copy.
 
     Args:
         model: any module.
@@ -158,15 +162,20 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     """
     names = {module: name for name, module in each(model, lambda m: is_quantized(m) or _is_layer(m))}
     given = [*inputs, *named_inputs.values()]
+
+    def run() -> Any:
+        args, kwargs = copies((inputs, named_inputs))
+        return model(*args, **kwargs)
+
     samples = next((t.shape[0] for t in _flatten(given)[0] if t.ndim), 1)
     with _Calls(model, names, _Signs(given), samples) as calls:
-        with evaluating(model), repeatable(), calls.watched():
-            output = model(*inputs, **named_inputs)
+        with remembering_nothing(model), calls.watched():
+            output = run()
         found = calls.products.found.copy()
         calls.training_only, failed = True, None
         try:
             with taking_the_ways_of_training(model), calls.watched():
-                model(*inputs, **named_inputs)
+                run()
         except Exception as error:  # it may want more than it is given, targets say
             failed = error
     return Trace(
@@ -200,6 +209,11 @@ def _notes(
         if la.calls > 1 and kind_of(la.module) != EXPERTS
     ]
     said += [(la.name, "is called in training only") for la in layers.values() if la.training_only]
+    said += [
+        (la.name, "is called, but does not ask its quantizers: nothing of it is quantized")
+        for la in layers.values()
+        if is_quantized(la.module) and operands(la.module) and not la.asked
+    ]
     never = "is not called: it keeps its quantizers, but sees no data"
     notes = told_once([*said, *((name, never) for m, name in names.items() if m not in layers)])
     if failed is not None:
@@ -250,9 +264,9 @@ class _Calls:
                 self._handles.append(module.register_forward_pre_hook(partial(self._look, module, "input")))
                 continue
             for operand in operands(module):
-                if operand != "weight":
-                    look = partial(self._look, module, operand)
-                    self._handles.append(quantizer_of(module, operand).register_forward_pre_hook(look))
+                asked = partial(self._asked, module)
+                look = asked if operand == "weight" else partial(self._look, module, operand)
+                self._handles.append(quantizer_of(module, operand).register_forward_pre_hook(look))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -262,14 +276,23 @@ class _Calls:
     def _leave(self) -> None:
         self._owners.pop()
 
+    def _seen(self, module: nn.Module) -> LayerCalls:
+        new = LayerCalls(self.names[module], module, training_only=self.training_only)
+        return self.layers.setdefault(module, new)
+
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        layer = self.layers.setdefault(module, LayerCalls(self.names[module], module, training_only=self.training_only))
+        layer = self._seen(module)
         layer.calls += layer.training_only == self.training_only  # what was seen in eval mode is not counted again
+
+    def _asked(self, module: nn.Module, given: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module in self.layers:
+            self.layers[module].asked = True
 
     def _look(self, module: nn.Module, operand: str, given: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not args:
             return
-        layer, x = self.layers[module], args[0]
+        layer, x = self._seen(module), args[0]  # which may be the first of it, where its forward is called, past it
+        layer.asked = True
         # Values only ever overrule structure towards signed, should it have been fooled. In training they alone do:
         # what is never negative may be multiplied there by chance, in ways that are not known.
         negative = not (x.is_meta or x.is_complex()) and bool((x < 0).any())

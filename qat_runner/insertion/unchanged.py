@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.modes import evaluating, repeatable
-from qat_runner.insertion.tensors import tensors_of
+from qat_runner.insertion.modes import remembering_nothing
+from qat_runner.insertion.tensors import copies, tensors_of
 
 Tensors = list[Tensor | None]
 
@@ -18,9 +18,10 @@ Calls = dict[tuple[str, int], tuple[Tensors, Tensors]]
 
 @torch.no_grad()
 def computed(model: nn.Module, inputs: Sequence[Any]) -> Tensors:
-    """What a model returns in eval mode, its tensors in order; random generators come out as they went in."""
-    with evaluating(model), repeatable():
-        return tensors_of(model(*inputs))
+    """What a model returns in eval mode, its tensors in order; model, inputs and random generators come out as they
+    went in."""
+    with remembering_nothing(model):
+        return tensors_of(model(*copies(inputs)))
 
 
 def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Calls:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
 from qat_runner.insertion.modes import evaluating, taking_the_ways_of_training
+from qat_runner.insertion.tensors import copies
 from qat_runner.quant import Quantizer
 
 Batches = Iterable[Tensor | tuple[Any, ...]]
@@ -27,7 +28,8 @@ def watch(
     Args:
         model: with quantizers; afterwards its modules are in the modes that they were in.
         batches: see above.
-        look: is shown each quantizer after each call, and the tensor that it was given; None: nobody looks.
+        look: is shown each quantizer after each call, and the tensor that it was given, if that has elements; None:
+            nobody looks.
         unreached: asked after each batch which quantizers are still waited for. If there are any, the batch is run once
             more, the way training goes, for layers that are used there alone, and these quantizers only are shown. A
             network that needs more for that than it is given (targets, say) is spared it.
@@ -41,7 +43,7 @@ def watch(
 
         def hook(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(quantizer, Quantizer)
-            if shown is None or quantizer in shown:
+            if args[0].numel() and (shown is None or quantizer in shown):
                 look(quantizer, args[0].detach())
 
         handles = [t.quantizer.register_forward_hook(hook) for t in quantized_tensors(model)]
@@ -49,14 +51,15 @@ def watch(
     try:
         for batch in batches:
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
+            again = copies(inputs) if unreached() else None  # the network may write to what it is given
             with evaluating(model):
                 model(*inputs)
             used += 1
             shown = unreached() or None
-            if shown is not None:
+            if shown is not None and again is not None:
                 with taking_the_ways_of_training(model), suppress(Exception):
-                    model(*inputs)
-                shown = None
+                    model(*again)
+            shown = None
     finally:
         for handle in handles:
             handle.remove()

@@ -122,8 +122,8 @@ _OF_OTHERS = re.compile(
 def _doubt(model: nn.Module, source: Source) -> str:
     """What a file's name and description let one fear: weights that load, and are meant for another network."""
     told = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
-    blocks = (module for module in model.modules() if hasattr(module, "conv3"))
-    strided = any(getattr(block, "conv2", None) is not None and block.conv2.stride == (2, 2) for block in blocks)
+    seconds = [getattr(module, "conv2", None) for module in model.modules() if hasattr(module, "conv3")]
+    strided = any(isinstance(conv, nn.Conv2d) and conv.stride == (2, 2) for conv in seconds)
     if told is None or not strided:
         return ""
     return (
@@ -164,11 +164,12 @@ def match_weights(
     """
     wanted = model.state_dict()
     chosen, part = _choose(_candidates(_part_of(source, read_weights(source, model_name)), wanted), source, model_name)
-    found = chosen.tensors
+    found, uncounted, of_quantizers = chosen.tensors, _uncounted(wanted), _quantizer_keys(wanted)
     fitting = _fitting_quantizers(found, wanted) if quantizers else {}
-    found = {key: t for key, t in found.items() if not _is_quantizer_key(key)} | fitting
+    passed_over = of_quantizers | _quantizer_keys(found)
+    found = {key: t for key, t in found.items() if key not in passed_over} | fitting
     found = _with_tied(model, found)
-    missing = [key for key in wanted if key not in found and not _optional(key)]
+    missing = [key for key in wanted if key not in found and key not in uncounted]
     clashing = [key for key in wanted if key in found and not _same_shape(found[key], wanted[key])]
     head = set(_head_keys(model)) if new_head else set()
     wrong = [key for key in [*clashing, *missing] if key not in head and not _is_bookkeeping(key)]
@@ -178,9 +179,9 @@ def match_weights(
         hint = _hint(source, model_name)
         raise ConfigError(f"{source}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}")
     usable = {key: found[key] for key in wanted if key in found and key not in clashing}
-    converted = sorted({_name(t.dtype) for key, t in usable.items() if not _optional(key)} - {"float32"})
+    converted = sorted({_name(t.dtype) for key, t in usable.items() if key not in uncounted} - {"float32"})
     usable = _checked(usable, wanted, source)
-    state = {key: t for key, t in wanted.items() if not _is_quantizer_key(key)} | usable
+    state = {key: t for key, t in wanted.items() if key not in of_quantizers} | usable
     left = tuple(key for key in [*clashing, *missing] if not _is_bookkeeping(key))
     return state, Loaded(chosen.matched, chosen.of_model, left, part, ", ".join(converted))
 
@@ -300,7 +301,7 @@ def _part_of(source: Source, parts: Parts) -> Parts:
 def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candidate]:
     """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model."""
     wrappers = _WRAPPERS - {component for name in wanted for component in name.split(".")}
-    counted = {name for name in wanted if not _optional(name)}
+    counted = wanted.keys() - _uncounted(wanted)
     longest = max(name.count(".") + 1 for name in wanted)  # in components
     for path, tensors in parts.items():
         plain = _without_wrappers(tensors, wrappers)
@@ -314,7 +315,7 @@ def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candida
         for beginning, count in matched.items():
             if beginning in ("", best) or count >= _MIN_SHARE * len(counted):
                 under = {name.removeprefix(beginning): t for name, t in plain.items() if name.startswith(beginning)}
-                of_file = sum(not _optional(name) for name in under)
+                of_file = len(under) - len(_uncounted(under))
                 yield _Candidate(dotted(path, beginning.removesuffix(".")), under, count, len(counted), of_file)
 
 
@@ -360,8 +361,9 @@ def _checked(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: 
     """
     checked: dict[str, Tensor] = {}
     faults: dict[str, str] = {}
+    uncounted = _uncounted(wanted)
     for key, tensor in found.items():
-        fault = _fault(tensor, wanted[key], any_number=_optional(key)) or _not_finite(tensor, wanted[key])
+        fault = _fault(tensor, wanted[key], any_number=key in uncounted) or _not_finite(tensor, wanted[key])
         if fault is None:
             checked[key] = tensor.detach().to(wanted[key].dtype)
         elif not _is_bookkeeping(key):
@@ -408,19 +410,22 @@ def _is_bookkeeping(key: str) -> bool:
     return key.rpartition(".")[2] in _BOOKKEEPING
 
 
-def _is_quantizer_key(key: str) -> bool:
-    return re.search(r"(^|\.)\w+_quantizer\.", key) is not None
+def _quantizer_keys(tensors: Mapping[str, object]) -> set[str]:
+    """The names that are of quantizers. A network may call a layer of its own so: that one has no grid and scalars."""
+    names = {key.removesuffix(".grid") for key in tensors if key.endswith("_quantizer.grid")}
+    names = {name for name in names if f"{name}.s" in tensors}
+    return {key for key in tensors if key.rpartition(".")[0] in names}
 
 
-def _optional(key: str) -> bool:
-    """Welcome, but never missed, and never counted."""
-    return _is_bookkeeping(key) or _is_quantizer_key(key)
+def _uncounted(tensors: Mapping[str, object]) -> set[str]:
+    """The names that are welcome, but never missed, and never counted."""
+    return {key for key in tensors if _is_bookkeeping(key)} | _quantizer_keys(tensors)
 
 
 def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of those quantizers in the file that have the same bits and granularity in the model."""
     fitting: dict[str, Tensor] = {}
-    for name in {key.rpartition(".")[0] for key in found if _is_quantizer_key(key)}:
+    for name in {key.rpartition(".")[0] for key in _quantizer_keys(found)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
         same_shapes = all(key in wanted and _same_shape(t, wanted[key]) for key, t in state.items())
         needed = {key for key in wanted if key.rpartition(".")[0] == name and key.rpartition(".")[2] not in LATER}

@@ -90,7 +90,7 @@ def look_at_weights(model: nn.Module, look: Look) -> None:
         if tensor.tensor == "weight":
             layer = model.get_submodule(tensor.layer)
             assert isinstance(layer, QuantLayer)
-            look(tensor, layer.used_weight().detach())
+            look(tensor, layer.qat_used_weight().detach())
 
 
 def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: Look) -> None:

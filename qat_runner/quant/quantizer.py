@@ -160,6 +160,11 @@ class Quantizer(ScalarState):
         return "dynamic" if self.dynamic else "static"
 
     @property
+    def _solves(self) -> bool:
+        """Whether a call finds scalars, instead of using those that there are."""
+        return self.dynamic and (self.training or self.eval_mode == "dynamic")
+
+    @property
     def ready(self) -> bool:
         """Whether a call in eval() would find the scalars it needs."""
         return self.has_scalars or (self.dynamic and self.eval_mode == "dynamic")
@@ -176,8 +181,11 @@ class Quantizer(ScalarState):
         return self.last_s
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, any shape and floating dtype -> the same shape and dtype, on the levels of the format."""
-        if not self.enabled:
+        """x, any shape and floating dtype -> the same shape and dtype, on the levels of the format.
+
+        Of x without elements, as an expert without a token has it, nothing is remembered.
+        """
+        if not self.enabled or self._spared(x):
             return x
         if not self._reusing:
             return self._called(x)
@@ -187,6 +195,12 @@ class Quantizer(ScalarState):
                 out = self._called(x)
             self._reused = out, out.detach().requires_grad_(out.requires_grad)
         return self._reused[1]
+
+    def _spared(self, x: Tensor) -> bool:
+        """Whether scalars are wanted and there is nothing in x, and nobody waits for this one to solve together."""
+        if not self._solves and self.has_scalars:  # then x is not asked, since exporters do not know its size
+            return False
+        return not x.numel() and not (self.synchronize and self.training and dist.is_initialized())
 
     def _called(self, x: Tensor) -> Tensor:
         """The output of a call that is not spared."""
@@ -286,7 +300,7 @@ class Quantizer(ScalarState):
 
     def _scalars(self, x: Tensor) -> Tensor:
         """The scalars of a call, remembered where they are to be."""
-        if not (self.dynamic and (self.training or self.eval_mode == "dynamic")):
+        if not self._solves:
             return self._constant_scalars()
         known = self.has_scalars
         start = self.s if known and self.method.warm else None

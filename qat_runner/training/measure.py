@@ -63,7 +63,7 @@ class WarmStartExcess:
 
     def _measure(self, quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(quantizer, Quantizer)
-        if not (quantizer.training and quantizer.dynamic and quantizer.method.warm):
+        if not (quantizer.training and quantizer.dynamic and quantizer.method.warm and args[0].numel()):
             return
         x, s = quantizer.rows(args[0].detach()), quantizer.latest
         converged = quantizer.scalars_of(x, check=False)

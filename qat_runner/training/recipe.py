@@ -53,7 +53,8 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
             if tensor.tensor == "weight":
                 layer = model.get_submodule(tensor.layer)
                 assert isinstance(layer, QuantLayer)
-                decay[layer.stored_weight()] = stage.weight_decay * method.weight_decay_factor(tensor.quantizer.format)
+                factor = method.weight_decay_factor(tensor.quantizer.format)
+                decay[layer.qat_stored_weight()] = stage.weight_decay * factor
     groups: list[dict[str, Any]] = [
         {"params": [p for p in decay if decay[p] == value], "weight_decay": value}
         for value in sorted({*decay.values()}, reverse=True)

@@ -522,3 +522,103 @@ def test_the_head_is_quantized_or_not(given: bool) -> None:
     assert {n for n in find(model) if find(model)[n].format.bits == 8} == {"a.weight", "a.input"}
     convolutions = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 3)), quantize_head=False)
     assert {t.layer for t in quantized_tensors(convolutions)} == {"0"}
+
+
+def past_its_class(module: Any) -> Any:
+    """As `module.forward = torch.compile(module.forward)`, or hooks of accelerate, have it."""
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return module
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), Attending, Own])
+def test_a_forward_that_is_set_on_a_module_is_left_alone(make: Any) -> None:
+    x = torch.randn(2, 5, 8)
+    model = nn.Sequential(nn.Linear(8, 8), past_its_class(make()), nn.Linear(8, 8))
+    kind, plain = type(model[1]), model(x)
+    notes = warned(model, x)
+    assert notes[0].startswith("1 has a forward that was set on the module itself, past its class: ")
+    assert type(model[1]) is kind and {t.layer for t in quantized_tensors(model)} <= {"0", "1.qkv", "2"}
+    assert all(t.quantizer.decided for t in quantized_tensors(model)) and "100 %" not in summary(model)
+    assert torch.equal(remove_quantizers(model)(x), plain)
+
+
+def test_a_fast_path_that_a_set_forward_leaves_open_is_told_of() -> None:
+    model = past_its_class(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
+    (note,) = warned(model, torch.randn(2, 5, 8))
+    assert "has a forward that was set on the module itself, past its class: in eval() PyTorch's fast path may" in note
+
+
+class Calls(nn.Module):
+    """Calls the forward of a layer, and not the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a.forward(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:addmm in the model itself")  # products of the module around
+@pytest.mark.parametrize("given", [True, False])
+def test_layers_whose_forward_is_called_past_them(given: bool) -> None:
+    x = torch.randn(4, 8)
+    model = quantize_model(Calls(), example=x if given else None)
+    model(x)
+    signed = {name: q.format.signed for name, q in find(model).items()}
+    assert signed == {"a.weight": True, "a.input": True, "b.weight": True, "b.input": False}
+    assert all(q.has_scalars for q in find(model).values())
+
+
+def test_a_quantized_layer_that_does_not_ask_its_quantizers_is_named() -> None:
+    model, x = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))), torch.randn(4, 8)
+    layer: Any = model[0]
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
+    with pytest.warns(QuantizationWarning, match="^0 is called, but does not ask its quantizers: nothing of it"):
+        model(x)
+
+
+class Writing(nn.Module):
+    """Writes to what it is given, and remembers it in eval mode as well."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.div_(2)
+        self.seen = self.seen * 0.5 + x.mean(0)
+        return self.layer(x + self.seen)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_network_that_writes_to_its_input(given: bool) -> None:
+    x = torch.ones(4, 8)
+    model: Any = quantize_model(Writing(), example=x if given else None)
+    assert not model.seen.any() and torch.equal(x, torch.ones(4, 8))
+    model(x)
+    assert torch.equal(x, torch.full((4, 8), 0.5)) and torch.equal(model.seen, torch.full((8,), 0.5))
+    assert all(t.quantizer.decided for t in quantized_tensors(model))

@@ -20,6 +20,8 @@ import qat_runner as qat
 from qat_runner.exporting.formats import read_program
 from qat_runner.exporting.verify import OnnxFile
 from qat_runner.insertion import (
+    QuantConv2d,
+    QuantLinear,
     calibrate,
     freeze,
     full_precision_state_dict,
@@ -30,10 +32,13 @@ from qat_runner.insertion import (
     quantized_tensors,
     remove_quantizers,
     save,
+    summary,
 )
+from qat_runner.insertion.calls import attention
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
-from qat_runner.insertion.layers import kind_of
-from qat_runner.insertion.own_products import PROJECTIONS
+from qat_runner.insertion.layers import QuantEmbedding, TakenLayer, kind_of
+from qat_runner.insertion.own_products import PROJECTIONS, QuantAttention
+from qat_runner.insertion.own_weights import UsingOwnWeights
 from qat_runner.insertion.size import shared_weights, size_mb
 from qat_runner.policy import Rule
 from qat_runner.quant import fake_quantize, octav
@@ -264,7 +269,7 @@ def test_attention_of_torch_whose_weights_are_computed(
     quantize_model(model, 4, first_last_bits=None, example=x)
     tensors = [t for t in quantized_tensors(model) if ".self_attn." in t.name]
     assert len(tensors) == 12  # weight and input of four layers, four of the products
-    stored = [model.get_submodule(t.layer).stored_weight() for t in tensors if t.tensor == "weight"]  # type: ignore[operator]
+    stored = [model.get_submodule(t.layer).qat_stored_weight() for t in tensors if t.tensor == "weight"]  # type: ignore[operator]
     assert {id(p) for p in stored} < {id(p) for p in model.parameters()}
     small, full = size_mb(model)
     assert full - small == pytest.approx((28 * (4 * 64 + 2 * 128) - 32 * 16) / 8e6)  # 16 scalars
@@ -289,14 +294,7 @@ def test_what_a_weight_is_computed_by_is_no_product_of_the_layer() -> None:
     w = layer.weight.detach()
     by_hand = fake_quantize(x, octav(x, 4), 4) @ fake_quantize(w, octav(w, 4), 4).T + layer.bias
     torch.testing.assert_close(model(x), by_hand, rtol=1e-4, atol=1e-5)
-    assert torch.equal(layer.used_weight(), w)  # type: ignore[operator]
-
-
-class Gated(nn.Linear):
-    """Its weight is made of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * x.mean(0).sigmoid(), self.bias)
+    assert torch.equal(layer.qat_used_weight(), w)  # type: ignore[operator]
 
 
 class Renormed(nn.Linear):
@@ -317,7 +315,7 @@ class Clamped(nn.Linear):
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("make", [Gated, Renormed, Clamped])
+@pytest.mark.parametrize("make", [Renormed, Clamped])
 def test_weights_that_are_made_in_the_forward_pass_are_none_that_were_before(
     make: type[nn.Linear], passes: int
 ) -> None:
@@ -399,6 +397,169 @@ def test_layers_that_multiply_once_more_are_left_alone(name: str) -> None:
     with pytest.warns(QuantizationWarning, match=r"^0 is a More, which may not compute what its base class does"):
         model = quantize_model(nn.Sequential(More(4, 6), nn.Linear(6, 3)), example=torch.randn(2, 4))
     assert {t.layer for t in quantized_tensors(model)} == {"1"} and (quantized_share(model) or 1) < 0.5
+
+
+class Gated(nn.Linear):
+    """Its weight is made of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * x.abs().mean(), self.bias)
+
+
+class Steps(nn.Linear):
+    """Takes sequences alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, _ = x.shape
+        return F.linear(x, self.weight / 2, self.bias)
+
+
+class Adapted(nn.Linear):
+    """Has layers of its kind in it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b(self.a(x))
+
+
+class Attending(nn.Linear):
+    """Has attention in it, which is written out as products such as its own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.attention = Fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.attention(x))
+
+
+class Squeezed(nn.Conv2d):
+    """Has a layer of another kind in it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.gate(y.mean((2, 3))).sigmoid()[..., None, None]
+
+
+@pytest.mark.parametrize("make", [Gated, Steps, Adapted, Attending])
+def test_layers_whose_one_product_cannot_be_told_are_left_alone(make: type[nn.Linear]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), make(8, 8), nn.Linear(8, 4)), torch.randn(2, 5, 8)
+    plain = model(x)
+    with pytest.warns(QuantizationWarning, match=f"^1 is a {make.__name__}, which may not compute what its base class"):
+        quantize_model(model, 4, linear_granularity="channel", example=x)
+    assert type(model[1]) is make and "1" not in {t.layer for t in quantized_tensors(model)}
+    calls: dict[str, int] = {}
+    for t in quantized_tensors(model):
+        count = lambda q, args, out, name=t.name: calls.update({name: calls.get(name, 0) + 1})  # noqa: E731
+        t.quantizer.register_forward_hook(count)
+    model.train()(x).square().sum().backward()
+    assert calls == {t.name: 1 for t in quantized_tensors(model)}
+    weights_together(model), freeze(model, "running")
+    assert torch.equal(remove_quantizers(model)(x), plain)
+
+
+def test_a_layer_with_one_of_another_kind_in_it() -> None:
+    model = quantize_model(nn.Sequential(Squeezed()), example=torch.randn(2, 3, 6, 6))
+    assert {t.layer for t in quantized_tensors(model)} == {"0", "0.gate"} and quantized_share(model) == 1
+
+
+class Named(nn.Conv2d):
+    """Calls what it has by names that are at hand."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 1)
+        self.channels, self.kind, self.base, self.operands, self.rotation = 8, "same", 1.0, ("a",), nn.Identity()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return x * self.base
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.rotation(self.multiply(super().forward(x)))
+        return y.view(len(y), self.channels, -1).mean(-1)
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.full_precision, self.qkv = 10000.0, True, nn.Linear(8, 24)
+
+    def added(self) -> float:
+        return self.base
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v) * self.added()
+
+
+class Based(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.proj = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x).relu() @ self.proj
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"), [(Named, (2, 3, 4, 4)), (Rotary, (2, 5, 8)), (Based, (5, 8))], ids=["layer", "attention", "own"]
+)
+def test_names_that_networks_use_themselves(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x, file = nn.Sequential(make()), torch.randn(shape), io.BytesIO()
+    plain = model(x)
+    quantize_model(model, 8, example=x).eval()
+    expected = model(x)
+    assert not torch.equal(expected, plain)
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(again(x), expected) and torch.equal(remove_quantizers(again)(x), plain)
+
+
+MIXED = [TakenLayer, QuantEmbedding, QuantLinear, QuantConv2d, QuantAttention, UsingOwnWeights]
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+def test_what_is_mixed_in_has_names_that_nobody_has(mixed: type[nn.Module]) -> None:
+    ours = {name for base in mixed.__mro__ if base.__module__.startswith("qat_runner.") for name in vars(base)}
+    assert {name for name in ours if not name.startswith(("__", "qat_", "_qat_"))} == {"forward"}
+
+
+class Calling(nn.Module):
+    """Calls layers as attention modules call the products that they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.context = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.query_projection, self.value_projection = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.value_projection(self.query_projection(self.context(self.scores(x).relu()).relu()).relu())
+        return (h @ h.mT).softmax(-1) @ (h @ h.mT) @ h
+
+
+@pytest.mark.filterwarnings("ignore:bmm in 0 .* is not quantized")
+def test_layers_that_are_called_as_products_are_loaded(tmp_path: Path) -> None:
+    model, x = quantize_model(nn.Sequential(Calling()), 4, example=torch.randn(2, 5, 8)), torch.randn(2, 5, 8)
+    model(x)
+    save(model.eval(), tmp_path / "net.pt")
+    other = load(tmp_path / "net.pt", nn.Sequential(Calling())).eval()
+    assert torch.equal(other(x), model(x)) and type(other[0]) is Calling
+    attention = quantize_model(nn.Sequential(Fused()), example=x)
+    save(attention, tmp_path / "attention.pt")
+    taken = nn.Sequential(Calling())
+    layers = dict(taken.named_modules())
+    with pytest.raises(ValueError, match=r"^Calling calls something of its own scores or context"):
+        load(tmp_path / "attention.pt", taken)
+    assert dict(taken.named_modules()) == layers and {type(m) for m in taken[0].children()} == {nn.Linear}
 
 
 def test_without_an_example_what_is_not_known_stays() -> None:
@@ -533,7 +694,7 @@ def test_weights_that_are_computed_are_looked_at_without_a_change(
     model = quantize_model(layers.train(training), 4, example=x)
     assert 0 < size_mb(model)[0] < size_mb(model)[1] and model(x).shape == (2, 4, 6, 6)
     layer = model[2]
-    assert layer.stored_weight().shape == layer.weight.shape
+    assert layer.qat_stored_weight().shape == layer.weight.shape
 
 
 @pytest.mark.parametrize("by_file", [True, False])
@@ -573,3 +734,86 @@ def test_one_output_channel_a_group_of_a_transposed_convolution(layer: nn.Module
         model(x)
     assert weight.quantizer.s.shape == ()
     torch.testing.assert_close(weight.quantizer.s, octav(layer.weight.detach(), 4), rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.* in 0.parametrizations.weight.0")
+@pytest.mark.parametrize("make", made_of_others()[1:], ids=["weight_norm", "spectral_norm"])
+def test_parametrizations_are_looked_at_and_taken_back(make: Callable[[nn.Module], object]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(4, 8)
+    make(model[0])
+    before = copy.deepcopy(model.train().state_dict())
+    quantize_model(model, 4, example=x)
+    assert summary(model) and size_mb(model)[0] > 0
+    freeze(model, layers="*.weight")
+    assert all(torch.equal(model.state_dict()[key], t) for key, t in before.items())
+    expected, weight = model.eval()(x), model[0].weight.detach()
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    torch.testing.assert_close(model(x), expected)
+    assert type(model[0]) is QuantLinear and torch.equal(model[0].weight, weight)
+    assert type(remove_quantizers(model)[0]) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:.* in the model itself")
+@pytest.mark.parametrize("make", [made_of_others()[0], nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_hooks_make_are_frozen_as_they_are_loaded(make: Callable[[nn.Module], object]) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        make(layers[0])
+        return quantize_model(layers, 4, example=torch.randn(4, 8))
+
+    model, other, x = network(), network(), torch.randn(4, 8)
+    with torch.no_grad():
+        model[0].qat_stored_weight().mul_(torch.rand(8, 1) * 10)
+    model(x)
+    other.load_state_dict(model.state_dict())
+    for one in (model.eval(), other):  # the latter in train mode, and without a call
+        freeze(one, "running")
+    assert torch.equal(other[0].weight_quantizer.s, model[0].weight_quantizer.s)
+    assert torch.equal(other.eval()(x), model(x))
+
+
+class Encoder(nn.TransformerEncoderLayer):
+    """Attends in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, 16, 0.0, batch_first=True)
+        self.qkv = nn.Linear(8, 24)
+        del self.self_attn
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self._ff_block(self.norm1(x + F.scaled_dot_product_attention(q, k, v)))
+
+
+def test_an_encoder_that_attends_itself_is_swapped_once() -> None:
+    model, x, file = nn.Sequential(Encoder()).eval(), torch.randn(2, 5, 8), io.BytesIO()
+    plain = model(x)
+    quantize_model(model, example=x)
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
+    assert type(remove_quantizers(model)[0]) is Encoder and torch.equal(model(x), plain)
+
+
+def test_an_embedding_that_renorms_its_weight_is_left_alone() -> None:
+    ids, rule = torch.tensor([[1, 2], [3, 4]]), Rule("*", "Embedding", bits=8)
+    model = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 4))
+    with pytest.warns(QuantizationWarning, match="^0 writes to its weight as it is used, by max_norm: left as it is"):
+        quantize_model(model, example=ids, rules=[rule])
+    model(ids)
+    torch.testing.assert_close(model[0].weight[1:5].norm(dim=1), torch.full((4,), 0.5))
+
+
+def test_scores_that_half_precision_cannot_hold() -> None:
+    torch.manual_seed(0)
+    query = torch.full((1, 1, 4, 128), 30.0, dtype=torch.float16)
+    value = torch.randn(1, 1, 4, 128).to(torch.float16)
+
+    def scores(a: Tensor, b: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        assert torch.equal(a, query)  # what is quantized is the query as it is
+        return compute(a, b)
+
+    found = attention(scores, torch.matmul, query, query, value)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, query, value))

@@ -1,6 +1,7 @@
 """Products with parameters of the module that multiplies: mixtures of experts, and plain ones."""
 
 import copy
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -482,3 +483,54 @@ def test_what_parametrizes_a_weight_comes_first() -> None:
     nn.utils.parametrize.register_parametrization(model[0], "weights", Twice())
     with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture became one that is computed anew"):
         model(X)
+
+
+class Tree(nn.Module):
+    """Calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.matrix = nn.Linear(C, C), nn.Parameter(torch.randn(C, C))
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        x = self(x, depth - 1) if depth else self.layer(x)
+        return (x @ self.matrix.T).relu()
+
+
+def test_a_module_that_calls_itself_is_left_alone() -> None:
+    with pytest.warns(QuantizationWarning, match=r"^mm in the model itself, .* is not quantized"):
+        model = quantize_model(Tree(), example=X)
+    assert {t.layer for t in quantized_tensors(model)} == {"layer"}
+
+
+class Both(nn.Module):
+    """A product with its own parameter, and PyTorch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.attention = nn.Parameter(torch.randn(C, C)), nn.MultiheadAttention(C, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.matrix
+        out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return out
+
+
+def test_replicas_multiply_by_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.DataParallel makes them, with other parameters, so that these can be told apart."""
+    model: Any = quantize_model(Both(), 2, first_last_bits=None, example=X).eval()
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def sent(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[2 * t if t.requires_grad else t.clone() for t in tensors]]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", sent)
+    replica = module.replicate(model, [0])[0]
+    used = {}
+    for name in ("matrix_product", "attention.query_projection", "attention.value_projection"):
+        quantizer = replica.get_submodule(name).weight_quantizer
+        quantizer.register_forward_hook(lambda q, args, out, name=name: used.update({name: args[0]}))
+    replica(X)
+    assert torch.equal(used["matrix_product"], 2 * model.matrix)
+    assert torch.equal(used["attention.value_projection"], 2 * model.attention.in_proj_weight[2 * C :])
+    assert len(used) == 3 and torch.equal(model.matrix_product.weight, model.matrix)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -179,6 +180,94 @@ def test_activation_checkpointing_changes_nothing(clipping: str, calls: int) -> 
             torch.testing.assert_close(a, b, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
 
 
+class Partly(nn.Module):
+    """Attention that checkpoints what it computes itself."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.qkv, self.reentrant = nn.Linear(8, 24), reentrant
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.attend, *self.qkv(x).chunk(3, -1), use_reentrant=self.reentrant)
+        return out
+
+
+class PartlyOwn(Partly):
+    """The same of a product with a parameter of its own."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__(reentrant)
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return q @ self.matrix
+
+
+class PartlyTaken(nn.Linear):
+    """The same of a layer."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__(8, 8)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(lambda x: F.linear(x, self.weight / 2), x, use_reentrant=self.reentrant)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", [Partly, PartlyOwn, PartlyTaken])
+def test_a_checkpoint_in_a_forward_whose_products_are_taken_is_refused(
+    make: Callable[[bool], nn.Module], reentrant: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    model = quantize_model(nn.Sequential(make(reentrant)), 4, example=x)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(RuntimeError, match=r"^\w+ checkpoints a part of its own forward, .*: checkpoint the module as"):
+        model(x)
+
+
+class Chosen(nn.Module):
+    """A product with a parameter of its own that has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.codes = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        with torch.no_grad():
+            code = (x @ self.codes).argmax(-1, keepdim=True)
+        out: Tensor = self.layer(x) * code
+        return out
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("make", [lambda: nn.MultiheadAttention(8, 2), Chosen])
+def test_a_checkpoint_around_a_module_whose_products_are_taken(make: Callable[[], nn.Module], reentrant: bool) -> None:
+    torch.manual_seed(0)
+    given = (torch.randn(2, 5, 8, requires_grad=True),) * 3
+    model = quantize_model(make(), 4, example=given)
+    assert len(quantized_tensors(model)) >= 4
+
+    def gradients(run: Callable[..., Any]) -> list[Tensor]:
+        out = run(*given)
+        model.zero_grad()
+        (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    model(*given)
+    freeze(model, "running").train()
+    plain = gradients(model)
+    again = gradients(lambda *args: checkpoint(model, *args, use_reentrant=reentrant))
+    assert len(plain) == len(again) > 1 and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 class Experts(nn.Module):
     """Two layers of which a forward pass takes one."""
 
@@ -229,6 +318,62 @@ def test_a_part_of_a_network_is_frozen() -> None:
     for call in (calibrate, lambda m, b, layers: freeze(m, "averaged", b, layers)):
         with pytest.raises(ValueError, match=r"layers='expert\.\*': matches no quantized layer \(such as a\)"):
             call(model, [x], layers=["a", "expert.*"])
+
+
+class Routed(nn.Module):
+    """Layers that get the tokens that are theirs, which may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    def forward(self, x: Tensor, to: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            at = (to == i).nonzero()[:, 0]
+            out = out.index_add(0, at, expert(x[at]))
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clipping": c} for c in ("octav", "max", "percentile", "mse_sweep", "lsq", "pact")]
+    + [{"activation_format": "int_affine"}, {"activation_granularity": "token"}],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_an_input_without_elements_teaches_nothing(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x, both = torch.randn(16, 8), torch.arange(16) % 2
+    model: Any = quantize_model(Routed(), 4, example=(x, both), **options).train()
+    if options.get("clipping") in ("lsq", "pact"):
+        calibrate(model, [(x, both)])
+    model(x, both)
+    before = copy.deepcopy(model.experts[1].input_quantizer.state_dict())
+    given = x.clone().requires_grad_()
+    model(given, both * 0).square().sum().backward()
+    assert given.grad is not None and given.grad.isfinite().all()
+    for key, value in model.experts[1].input_quantizer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for mode in ("running", "last", "dynamic"):
+        for t in quantized_tensors(model):
+            t.quantizer.eval_mode = mode
+        assert options.get("activation_granularity") == "token" or model.eval()(x, both * 0).isfinite().all()
+    if options.get("activation_granularity") != "token":
+        freeze(model, "running")
+    assert model(x, both).isfinite().all() and model(x[:0], both[:0]).shape == (0, 8)
+
+
+def test_a_batch_without_elements_calibrates_nothing() -> None:
+    torch.manual_seed(0)
+    x, both = torch.randn(16, 8), torch.arange(16) % 2
+    model = quantize_model(Routed(), 4, dynamic=False, first_last_bits=8, example=(x, both))
+    with pytest.warns(QuantizationWarning, match=r"^experts\.1\.input: reached by no calibration batch"):
+        calibrate(model, [(x, both * 0), (x[:0], both[:0])])
+    assert torch.equal(quantizers(model)["experts.0.input"].s, octav(x, IntFormat(8, True)))
+    assert not quantizers(model)["experts.1.input"].has_scalars
+    assert model(x, both * 0).isfinite().all()  # what has none is not asked for any
+    with pytest.raises(ValueError, match=r"^experts\.1\.input: reached by no batch"):
+        freeze(quantize_model(Routed(), 4, example=(x, both)), "averaged", [(x, both * 0)])
 
 
 class Auxiliary(nn.Module):

@@ -232,6 +232,16 @@ def test_files_of_other_resnets_are_doubted(
     assert ("model.stride_in=1x1 would be right" in caplog.text) == doubted
 
 
+def test_blocks_whose_second_convolution_is_several_are_not_doubted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(torchvision.models.resnet.Bottleneck(16, 4))
+    model[0].conv2 = nn.Sequential(nn.Conv2d(4, 4, 3, 2))  # as ResNeSt and SKNet have it
+    save_file(model.state_dict(), tmp_path / "resnet50_keras.safetensors")
+    load_weights(model, Source(str(tmp_path / "resnet50_keras.safetensors")), "resnest", new_head=False)
+    assert "stride_in" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 @pytest.mark.parametrize(
     ("name", "heads"),

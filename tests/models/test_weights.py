@@ -173,6 +173,33 @@ def test_safetensors_and_quantized_models(tmp_path: Path, model: nn.Module) -> N
     load_weights(build_model("resnet20", 10, 32), Source(str(tmp_path / "run.pt")), "resnet20", new_head=False)
 
 
+class Coded(nn.Module):
+    """Calls a layer of its own a quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.vector_quantizer = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.vector_quantizer(self.layer(x))
+        return out
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_layers_that_are_called_quantizers(quantized: bool, tmp_path: Path) -> None:
+    model, other = Coded(), Coded()
+    if quantized:
+        quantize_model(model, example=torch.randn(2, 8))
+    path = tmp_path / "w.pt"
+    torch.save(model.state_dict(), path)
+    loaded = load_weights(other, Source(str(path)), "coded", new_head=False)
+    assert (loaded.matched, loaded.of_model) == (4, 4) and same(other, model.state_dict())
+    del model.vector_quantizer
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ConfigError, match="little matches, 2 of the 4 tensors"):
+        load_weights(other, Source(str(path)), "coded", new_head=False)
+
+
 def test_a_new_head(tmp_path: Path) -> None:
     torch.save(build_model("resnet18", 1000, 32).state_dict(), tmp_path / "w.pt")
     model = build_model("resnet18", 10, 32)
