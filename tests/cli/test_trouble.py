@@ -123,30 +123,30 @@ def test_a_signal_during_validation(whole: dict[str, Any], run: Run, monkeypatch
 
 
 def test_a_job_that_is_put_back_goes_on_with_what_it_has_begun_anew(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     anew = ("run_dir=one", "epochs=2", "limit_train_batches=1", "overwrite=true")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with monkeypatch.context() as patch:
         at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
-        assert small_run(*anew) == 128 + signal.SIGUSR1
+        assert run(*anew) == 128 + signal.SIGUSR1
     assert "the same command without overwrite=true goes on" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert small_run(*anew) == 0
+    assert run(*anew) == 0
     assert "going on after epoch 1 of 2" in capsys.readouterr().out
-    assert small_run(*anew) == 0
+    assert run(*anew) == 0
     assert "one is finished already" in capsys.readouterr().out
 
 
 def test_whoever_interrupts_is_told_the_command_that_goes_on(
-    small_run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_run, "_run_all", interrupted)
     for overwrite, command in (("false", "the same command"), ("true", "the same command without overwrite=true")):
-        assert small_run(f"overwrite={overwrite}") == 130
+        assert run(f"overwrite={overwrite}") == 130
         assert f"interrupted; {command} goes on from the last checkpoint" in capsys.readouterr().err
 
 
