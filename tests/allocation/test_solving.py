@@ -167,7 +167,7 @@ def exact(operands: list[Operand], prices: dict[str, dict[int, float]], mean: fl
 
 
 @pytest.mark.parametrize("sensitive", [1.0, 1e3, 1e6])
-@pytest.mark.parametrize("mean", [4, 6])
+@pytest.mark.parametrize("mean", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_one_sensitive_tensor_hides_no_other(sensitive: float, mean: int) -> None:
     """The solver's tolerances are those of the largest price."""
     draw, widths = np.random.default_rng(0), tuple(range(2, 17))

@@ -105,7 +105,15 @@ def test_every_shell_block_says_how_it_is_tested(block: Block) -> None:
     )
 
 
-@pytest.mark.parametrize("page", dict.fromkeys(b.page for b in SHELL if b.mark == "run"), ids=lambda page: page.name)
+RUN = dict.fromkeys(block.page for block in SHELL if block.mark == "run")
+LONG = ("export.md",)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] if page.name in LONG else []) for page in RUN],
+    ids=lambda page: page.name,
+)
 def test_shell_blocks_run(page: Path, place: Path) -> None:
     for block in (block for block in SHELL if block.page == page and block.mark == "run"):
         for command in commands(block):
@@ -116,7 +124,12 @@ def test_shell_blocks_run(page: Path, place: Path) -> None:
                 subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True)
 
 
-@pytest.mark.parametrize("block", [block for block in SHELL if block.mark == "check"], ids=str)
+def marked(block: Block) -> Any:
+    """What results were made by is many rows, which change when results do."""
+    return pytest.param(block, marks=[pytest.mark.slow] if block.page.parent.name == "results" else [])
+
+
+@pytest.mark.parametrize("block", [marked(block) for block in SHELL if block.mark == "check"], ids=str)
 def test_shell_blocks_would_be_accepted(block: Block, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in commands(block):
         check(command, monkeypatch)

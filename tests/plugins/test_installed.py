@@ -64,6 +64,7 @@ def ask(environment: dict[str, str], place: Path, *arguments: str) -> subprocess
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_one_of_each_in_a_sweep(tmp_path: Path) -> None:
     environment = installed(tmp_path / "site", ENTRY_POINTS)
     clipping = "clipping=octav,halved_maximum,learned_maximum"

@@ -88,7 +88,7 @@ def test_octav_of_special_rows(name: str) -> None:
 
 
 @names
-@pytest.mark.parametrize("n", [4096, 40_001, 100_000])
+@pytest.mark.parametrize("n", [4096, 40_001, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_octav_of_long_rows(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "triton" and not GPU:  # larger blocks, since the interpreter takes its time for each
         monkeypatch.setattr(load_backend("triton"), "BLOCK", 4096)

@@ -203,7 +203,7 @@ def test_without_it_two_complements_scalars_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("range", Range)
-@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 6))])
 def test_refined_scalars_have_the_least_error(range: Range, bits: int) -> None:
     """Mean error over that of brute force, rows of 64 elements and more: at most 0.1 % above for normal numbers; a bit
     more for lopsided and heavy-tailed ones, where a second minimum may lie far off."""
