@@ -21,8 +21,8 @@ from qat_runner.quant.kernels import set_backend
 from qat_runner.tasks import task_of
 from qat_runner.training import checkpoint
 from qat_runner.training.batch_norm import norms
+from qat_runner.training.freezing import dynamic_activations
 from qat_runner.training.latent import latent_weights
-from qat_runner.training.loop import dynamic_activations
 from qat_runner.training.memory import keep_freed_memory
 
 log = logging.getLogger("qat_runner")

@@ -124,18 +124,6 @@ def check_constant(quantizers: Mapping[str, Quantizer]) -> None:
             raise ValueError(f"{name} {NOT_CONSTANT}")
 
 
-def freeze_activations(model: nn.Module) -> list[Quantizer]:
-    """Make the activations' dynamic quantizers static, with the running average of their scalars; returns them.
-
-    Weights' quantizers stay dynamic: for training that goes on. So does what has seen no training.
-    """
-    activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
-    trained = [q for q in activations if q.dynamic and q.has_scalars]
-    for quantizer in trained:
-        quantizer.freeze(quantizer.with_orientation(quantizer.running_s))
-    return trained
-
-
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> list[QuantizedTensor]:
     """The quantized tensors that globs name."""
     tensors = quantized_tensors(model)

@@ -20,7 +20,6 @@ from qat_runner.description import fit
 from qat_runner.errors import RunError, StoppedError, told
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_together
-from qat_runner.quant import IntFormat, Quantizer
 from qat_runner.runs.checkpoints import Checkpoint, ProcessState
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.record import Record
@@ -30,6 +29,8 @@ from qat_runner.training import checkpoint
 from qat_runner.training.averages import Averages
 from qat_runner.training.batch_norm import reestimate
 from qat_runner.training.dampening import dampening_of
+from qat_runner.training.freezing import dynamic_activations, freeze_activations
+from qat_runner.training.interval import Interval
 from qat_runner.training.measure import WarmStartExcess, autocast, evaluate
 from qat_runner.training.oscillations import oscillations_of
 from qat_runner.training.progress import Progress
@@ -72,30 +73,6 @@ class State:
     """the task's metric after the last epoch, before BatchNorm was estimated anew, once it was"""
 
 
-def dynamic_activations(model: nn.Module) -> list[Quantizer]:
-    """The quantizers of activations that are dynamic and could be static."""
-    activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
-    return [q for q in activations if q.dynamic and not q.per_token]
-
-
-def freeze_activations(model: nn.Module) -> None:
-    """Make activations' scalars static: the running average of training, mean over the processes that have one.
-
-    Where formats are oriented, the sign of most processes.
-
-    Weights' quantizers stay dynamic, since training goes on; so do those that have seen no training.
-    """
-    for quantizer in dynamic_activations(model):
-        seen = quantizer.seen.reshape(1)
-        signs = quantizer.with_orientation(torch.ones_like(quantizer.s))
-        figures = [t.reshape(-1) * seen for t in (quantizer.running_s, signs)]
-        sums = distributed.all_reduce(torch.cat([*figures, seen]))
-        if sums[-1] > 0:
-            s, signs = (sums[:-1] / sums[-1]).reshape(2, *quantizer.s.shape)
-            oriented = isinstance(quantizer.format, IntFormat) and quantizer.format.oriented
-            quantizer.freeze(torch.copysign(s, signs) if oriented else s)
-
-
 def _compiled(model: nn.Module) -> nn.Module:
     """A model in one graph; what measures it goes on with the model as it is.
 
@@ -106,48 +83,6 @@ def _compiled(model: nn.Module) -> nn.Module:
     """
     torch._dynamo.config.optimize_ddp = False
     return torch.compile(model, fullgraph=True, options={"deterministic": True})  # type: ignore[return-value]
-
-
-class Interval:
-    """The steps since their losses were last read; they wait on the device till then.
-
-    Losses wait in one tensor. A tensor each, which lasts, would be cut out of the memory that a large one has just
-    freed, so that the next large one finds no room there: memory would grow by the largest tensor at each step.
-
-    Args:
-        steps: as many as there may be.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._losses: Tensor | None = None
-        self.rates: list[float] = []
-        self._excess: Tensor | None = None
-        self._began = time.perf_counter()
-
-    def add(self, loss: Tensor, lr: float, excess: Tensor | None) -> None:
-        """A step: its mean loss [], its learning rate, and what a warm start cost it, [2]."""
-        if self._losses is None:
-            self._losses = loss.new_empty(self._steps)
-        self._losses[len(self.rates)] = loss
-        if excess is not None:
-            if self._excess is None:
-                self._excess = excess.new_empty(self._steps, *excess.shape)
-            self._excess[len(self.rates)] = excess
-        self.rates.append(lr)
-
-    @property
-    def losses(self) -> Tensor:
-        """Of the steps, in order: [steps]."""
-        return torch.empty(0) if self._losses is None else self._losses[: len(self.rates)]
-
-    @property
-    def excess(self) -> Tensor:
-        """What warm starts cost the steps, [steps, 2]; empty where that is not measured."""
-        return torch.empty(0) if self._excess is None else self._excess[: len(self.rates)]
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._began
 
 
 class Trainer:

@@ -16,7 +16,8 @@ from qat_runner.insertion import quantize_model
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.runs.record import NullRecord
 from qat_runner.training import checkpoint, recipe
-from qat_runner.training.loop import Trainer, dynamic_activations
+from qat_runner.training.freezing import dynamic_activations
+from qat_runner.training.loop import Trainer
 from qat_runner.training.recipe import make_optimizer
 
 
