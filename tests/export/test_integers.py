@@ -115,7 +115,7 @@ def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
     torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.3)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 7))])
 def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None:
     model, x = frozen(bits, negative=True, clipping="pact", alpha=2.5, first_last_bits=None)
     expected = model(x)
@@ -235,7 +235,7 @@ def test_an_oriented_scale_takes_the_sign_of_batchnorm() -> None:
 
 @pytest.mark.parametrize("range", ["twos_complement", "full", "oriented"])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(6, 5)), sign * (torch.randn(40, 6).exp() - 1)
     quantize_model(model, bits, "max", range=range, first_last_bits=None, example=x)
@@ -254,8 +254,10 @@ def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp
 @pytest.mark.parametrize(
     ("bits", "options"),
     [
-        *((bits, {}) for bits in (3, 4, 8, 9)),
-        *((bits, {"range": range}) for bits, range in ((4, "full"), (3, "oriented"), (8, "oriented"))),
+        *((bits, {}) for bits in (4, 8)),
+        *(pytest.param(bits, {}, marks=pytest.mark.slow) for bits in (3, 9)),
+        *((bits, {"range": range}) for bits, range in ((4, "full"), (3, "oriented"))),
+        pytest.param(8, {"range": "oriented"}, marks=pytest.mark.slow),
         (4, {"format": "int_affine"}),
     ],
 )

@@ -348,7 +348,7 @@ def test_saved_and_made_again(tmp_path: Path) -> None:
         Quantizer(4, Octav()).load_state_dict(Quantizer(IntAffineFormat(4), Octav()).state_dict())
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weights", ["int", "int_affine"])
 def test_exported_with_zero_points(bits: int, weights: str, tmp_path: Path) -> None:
     model, x = trained(bits, weight_format=weights, first_last_bits=None)
