@@ -44,10 +44,10 @@ from qat_runner.insertion import (
 from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import network_of, products_of, quantizers_disabled
 from qat_runner.insertion.layers import QuantMatmul, modules_by_name
-from qat_runner.insertion.products import percent
 from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.unchanged import computed, difference, tolerance
 from qat_runner.tasks import fields_of
+from qat_runner.wording import percent
 
 Make = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 """A network and arguments of its forward."""

@@ -10,6 +10,7 @@ from qat_runner.allocation import Allocation, Limit, Measure, Operand, Prices, a
 from qat_runner.experiment.choosing import Chosen, Search
 from qat_runner.experiment.probing import Probes
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, Summary, measured, score
+from qat_runner.wording import digits
 
 POINTS = 25
 """Of the front that is shown, at most."""
@@ -132,7 +133,7 @@ def _costs(search: Search, found: Allocation) -> str:
 
 def _cost(measure: Measure, value: float) -> str:
     what = measure.name.removeprefix("mean bits of ")
-    return f"{value:.1f} bits ({what})" if what != measure.name else f"{value:.3g} {measure.name}"
+    return f"{value:.1f} bits ({what})" if what != measure.name else f"{digits(value)} {measure.name}"
 
 
 def _result(summary: Summary, probes: Probes, after: str = "") -> str:

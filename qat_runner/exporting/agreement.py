@@ -62,10 +62,9 @@ def require(name: str, found: Figures, reference: Figures, measure: Measure) -> 
         RunError: with the figures.
     """
     if not agrees(found, reference, measure):
-        what = "accuracy" if measure.unit else measure.name
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
-            f"{LEAST_AGREEMENT:g} wanted), {what} {measure.told(found.accuracy)} beside "
+            f"{LEAST_AGREEMENT:g} wanted), {measure.name} {measure.told(found.accuracy)} beside "
             f"{measure.told(reference.accuracy)} (at most {LARGEST_LOSS:g}{'' if measure.unit else ' %'} "
             f"{'below' if measure.unit else 'worse'}); nothing was kept"
         )

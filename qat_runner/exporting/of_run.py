@@ -273,8 +273,9 @@ def _check(
 
 
 def _bytes(static: nn.Module, files: dict[str, Path]) -> dict[str, int]:
-    """Of the files and of the full-precision state."""
-    full = remove_quantizers(copy.deepcopy(static)).state_dict()
+    """Of the files and of the full-precision state, where what has two names counts once."""
+    state = remove_quantizers(copy.deepcopy(static)).state_dict()
+    full = {(t.data_ptr(), t.shape): t for t in state.values()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
     return {"full_precision": sum(t.numel() * t.element_size() for t in full.values()), **sizes}
 

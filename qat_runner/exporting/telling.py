@@ -66,7 +66,7 @@ def _bits(result: Export) -> str:
         return f"{result['weight_bits']}/{result['activation_bits']} bits (weights/activations)"
     means = result.get("mean_weight_bits"), result.get("mean_activation_bits")
     told = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
-    return f"{told} bits (mean of weights/activations, both ends included)"
+    return f"{told} bits (mean of weights/activations, over all that is quantized)"
 
 
 def _warning(result: Export) -> list[str]:
@@ -86,7 +86,7 @@ def _warning(result: Export) -> list[str]:
 
 
 def text_of_rules(figures: dict[str, Figures], measure: Measure) -> str:
-    """What `compare_rules` found of a network, for the terminal; `measure` tells what accuracy is."""
+    """What `compare_rules` found of a network, for the terminal; `measure` tells what accuracy is and is called."""
     first = next(iter(figures.values()))
     rows = [
         (
@@ -101,7 +101,7 @@ def text_of_rules(figures: dict[str, Figures], measure: Measure) -> str:
         rows,
         (
             "scalars",
-            "accuracy %" if measure.unit else measure.head,
+            measure.head,
             "difference ± standard error",
             "same predictions %",
         ),

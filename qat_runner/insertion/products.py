@@ -16,6 +16,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat_runner.insertion.naming import family, together
+from qat_runner.wording import percent
 
 Arguments = Sequence[Any]
 """Positional arguments of an operator."""
@@ -73,13 +74,6 @@ def rest(products: Iterable[Product], total: int) -> list[Rest]:
         for macs in [sum(p.macs for p in group)]
     ]
     return sorted(found, key=lambda r: -r.share)
-
-
-def percent(share: float) -> str:
-    """A share, 0 to 1, in percent: two digits, and 100 for nothing but all."""
-    if 0.995 <= share < 1:
-        return f"{min(100 * share, 99.99):.2f} %"
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 class Products(TorchDispatchMode):

@@ -16,8 +16,9 @@ from qat_runner.insertion.layers import (
     quantizer_of,
 )
 from qat_runner.insertion.own_weights import UsingOwnWeights
-from qat_runner.insertion.products import Product, Rest, percent, rest
+from qat_runner.insertion.products import Product, Rest, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
+from qat_runner.wording import percent
 
 
 def summary(model: nn.Module) -> str:

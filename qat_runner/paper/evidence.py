@@ -81,7 +81,8 @@ class Setup:
             return Differences(tuple(some.gap for some in mine.values() if some.gap is not None))
         if minus == CHANCE:
             classes = self.config.dataset.num_classes
-            return Differences(() if classes is None else tuple(some.value - 100 / classes for some in mine.values()))
+            found = () if classes is None else tuple(some.value - 100 / classes for some in mine.values())
+            return Differences(found, certain=self.config.training)
         theirs = (other or self).cell(minus, bits)
         pairs = [(some, theirs[seed]) for seed, some in mine.items() if seed in theirs]
         alike = [(a, b) for a, b in pairs if not start_apart(a.run.config, b.run.config)]

@@ -23,6 +23,7 @@ from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number,
 from qat_runner.report.tables import Table, against_full_precision, best_head, head, measures
 from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
+from qat_runner.wording import digits, percent
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """Of lines, by bits."""
@@ -42,10 +43,10 @@ COSTS: Costs = {
 """What the figure that counts is set against: unit, and the figure from summary.json."""
 
 
-EFFECTIVE = {
-    "weight bits": ("mean_weight_bits", "{:.2f}"),
-    "activation bits": ("mean_activation_bits", "{:.2f}"),
-    "quantized %": ("quantized_macs", "{:.4g}"),
+EFFECTIVE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "weight bits": ("mean_weight_bits", "{:.2f}".format),
+    "activation bits": ("mean_activation_bits", "{:.2f}".format),
+    "quantized %": ("quantized_macs", lambda value: percent(value / 100, 4).removesuffix(" %")),
 }
 """Columns about what is quantized: key in summary.json, and how it is written."""
 
@@ -129,7 +130,7 @@ def _table(runs: Sequence[Entry]) -> dict[str, Any]:
     rows = [
         (
             [texts[key] for key in before],
-            [("" if row[i][0] is None else row[i][1].format(row[i][0]), row[i][0]) for i in known],
+            [("" if row[i][0] is None else row[i][1](row[i][0]), row[i][0]) for i in known],
             [texts[key] for key in after],
         )
         for texts, row in zip(words, numbers, strict=True)
@@ -147,19 +148,19 @@ def _words(run: Entry, name: str) -> dict[str, str]:
     return {"model": model, "dataset": dataset, "method": run.method, "mode": run.config.mode, "run": name + state}
 
 
-def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, str]]:
+def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, Callable[[Any], str]]]:
     """Of a row of the table, and how each is written."""
     s: Mapping[str, Any] = run.summary or {}
     return [
-        (None if run.bits is None else run.bits.mean, "{:g}" if run.bits is None else run.bits.told),
-        (score(s) if s else None, "{:.2f}"),
-        (drop, "{:+.2f}"),
-        (s.get(f"best_{metric(s)}"), "{:.2f}"),
-        (s.get("sqnr_db"), "{:.1f}"),
+        (None if run.bits is None else run.bits.mean, "{:g}".format if run.bits is None else run.bits.told.format),
+        (score(s) if s else None, "{:.2f}".format),
+        (drop, "{:+.2f}".format),
+        (s.get(f"best_{metric(s)}"), "{:.2f}".format),
+        (s.get("sqnr_db"), "{:.1f}".format),
         *((None if run.full_precision else s.get(key), layout) for key, layout in EFFECTIVE.values()),
-        (s.get("size_mb"), "{:.3g}"),
-        (s["seconds"] / 60 if s else None, "{:.1f}"),
-        (run.config.seed, "{:d}"),
+        (s.get("size_mb"), digits),
+        (s["seconds"] / 60 if s else None, "{:.1f}".format),
+        (run.config.seed, "{:d}".format),
     ]
 
 

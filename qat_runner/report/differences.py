@@ -32,6 +32,8 @@ class Differences:
     """In points, one a seed."""
 
     values: tuple[float, ...]
+    certain: bool = False
+    """whether values that are all alike are no accident, and sure: networks that have collapsed are at chance alike"""
 
     @property
     def mean(self) -> float:
@@ -39,7 +41,7 @@ class Differences:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean; None of one seed, or of several that are all alike.
+        """The confidence interval of the mean; None of one seed, or of several that are all alike and not `certain`.
 
         Where all are alike, seeds made no difference to what was computed, and were no chance either.
         """
@@ -47,7 +49,7 @@ class Differences:
 
         count = len(self.values)
         if count < 2 or (deviation := statistics.stdev(self.values)) < ROUNDING:
-            return None
+            return (self.mean, self.mean) if self.certain and count > 1 else None
         error = deviation / count**0.5
         reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
         return self.mean - reach, self.mean + reach

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qat_runner.runs.files import write_text
+from qat_runner.wording import digits
 
 CHOSEN, OTHER = 0, 1
 """Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
@@ -122,6 +123,7 @@ def write(path: Path, template: str, charts: Sequence[Chart], content: Mapping[s
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["digits"] = digits
     specs = packed(json.dumps([asdict(chart) for chart in charts]))
     page = environment.get_template(f"{template}.html.j2").render(specs=specs, plotly=plotly(), **content)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ from qat_runner.runs.records import (
     validated,
 )
 from qat_runner.runs.status import status
+from qat_runner.wording import digits, percent
 
 log = logging.getLogger("qat_runner")
 
@@ -147,21 +148,21 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
         cards.append(_bits_card(config, summary))
         share = summary.get("quantized_macs")
         if share is not None:
-            cards.append(Card("quantized", f"{share:.4g} %", "of the multiply-accumulates"))
+            cards.append(Card("quantized", percent(share / 100, 4), "of the multiply-accumulates"))
         cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
     if summary["sqnr_db"] is not None:
         cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
     if "oscillating_weights" in summary:
-        note = f"of those watched; {summary.get('frozen_weights', 0.0):.2g} % are frozen"
-        cards.append(Card("oscillating weights", f"{summary['oscillating_weights']:.2g} %", note))
+        note = f"of those watched; {percent(summary.get('frozen_weights', 0.0) / 100)} are frozen"
+        cards.append(Card("oscillating weights", percent(summary["oscillating_weights"] / 100), note))
     before = summary.get("before_reestimation")
     if before is not None:
         note = f"taken anew on {summary.get('batchnorm_batches', 0)} batches"
         cards.append(Card(f"{name} before BatchNorm", figure.told(before), note))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]
-        note = f"{full:.3g} MB in fp32, {full / small:.1f} times as much" if small < full else "in fp32"
-        cards.append(Card("size", f"{small:.3g} MB", note))
+        note = f"{digits(full)} MB in fp32, {full / small:.1f} times as much" if small < full else "in fp32"
+        cards.append(Card("size", f"{digits(small)} MB", note))
     epochs = f"{summary['epochs']} epochs" if config.training else "validation alone"
     cards.append(Card("time", duration(summary["seconds"]), epochs))
     return cards
@@ -172,10 +173,10 @@ def _bits_card(config: Config, summary: Summary) -> Card:
     means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
     effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
     if config.allocating:
-        return Card("bits", effective, "mean of weights/activations, both ends included")
+        return Card("bits", effective, "mean of weights/activations, over all that is quantized")
     told = str(config.told_bits)
     if means != (None, None):
-        return Card("bits", told, f"{effective} in the mean of weights/activations, both ends included")
+        return Card("bits", told, f"{effective} in the mean of weights/activations, over all that is quantized")
     return Card("bits", told, "weights/activations" if "/" in told else "")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from qat_runner.quant import IntFormat
 from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, number, rounded
 from qat_runner.runs.records import LEVELS
+from qat_runner.wording import percent
 
 FEW = 20
 """Tensors that are shown at first, where there are many more."""
@@ -60,7 +61,7 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
     places = list(range(len(rows)))
     chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
     gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
-    told = [f"{name(row)}, {row['bits']} bits, {100 * number(row['clipped_fraction']):.2g} % clipped" for row in rows]
+    told = [f"{name(row)}, {row['bits']} bits, {percent(number(row['clipped_fraction']))} clipped" for row in rows]
     common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
     common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
     symbol = {"size": 7, "symbol": "square-open"}
@@ -169,7 +170,7 @@ def _told(h: Row) -> str:
     """What the x axis shows, and what lies beyond it."""
     per = "= " if h["granularity"] == "tensor" else f"of each {h['granularity']}, mean "
     grid = f"{h['bits']} bits, {'signed' if h['signed'] else 'unsigned'}"
-    share = 100 * h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
+    share = h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
     far = max(-h["lowest"], h["highest"])
-    beyond = f"<br>{share:.2g} % lie further out, up to {far:.3g} s" if h["beyond"] else ""
+    beyond = f"<br>{percent(share)} lie further out, up to {far:.3g} s" if h["beyond"] else ""
     return f"x / s, s {per}{h['s']:.3g}<br>{grid}{beyond}"

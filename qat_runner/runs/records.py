@@ -194,6 +194,7 @@ class StepRow(TypedDict):
     lr: Cell
     excess_mse_mean: NotRequired[Cell]
     excess_mse_max: NotRequired[Cell]
+    """what a warm start cost, over the quantizers of a process: mean and highest, each in the mean over processes"""
 
 
 class LayerRow(TypedDict):

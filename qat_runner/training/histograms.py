@@ -90,6 +90,8 @@ class _Tally:
         self.beyond = 0
 
     def add(self, x: Tensor) -> None:
+        lowest, highest = (end.item() for end in torch.aminmax(x))
+        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
         for part in x.reshape(-1).split(COUNTED):
             found = torch.histc(part, BINS, self.low, self.high).double().cpu()
             self.counts += found

@@ -211,11 +211,12 @@ class Trainer:
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         batches = self.data.val_batches(self.config.dataset.val_batch_size, self.config.limit_val_batches)
-        score = self.task.score(self.data)
+        score, began = self.task.score(self.data), time.perf_counter()
 
         def seen(samples: int, totals: Totals) -> None:
             progress.step(samples * distributed.shard().world, totals)
             if self.stop.signal and not ranks.launched():  # several would have to agree, batch by batch
+                self.state.seconds += time.perf_counter() - began
                 self._save()
                 self._stop(self.stop.signal)
 
@@ -414,6 +415,7 @@ class Trainer:
             self.agreement.settle()
             self._end_interval(epoch)  # where what has diverged is told
             self._save()
+            self.interval = Interval(self.steps)  # whose time begins here
         if 1 < wish < DIVERGED:
             self._stop(wish - 1)
 
@@ -440,7 +442,8 @@ class Trainer:
             {"epoch": epoch + 1, "step": first + i + 1, "loss": loss, "lr": lr}
             for i, (loss, lr) in enumerate(zip(losses, interval.rates, strict=True))
         ]
-        for row, figures in zip(rows, interval.excess.tolist(), strict=False):
+        excess = self._mean_over_processes(interval.excess).tolist() if len(interval.excess) else []
+        for row, figures in zip(rows, excess, strict=False):
             row["excess_mse_mean"], row["excess_mse_max"] = figures
         self.record.steps(rows)
         self.interval = Interval(self.steps)

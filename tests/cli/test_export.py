@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
@@ -17,6 +17,7 @@ from qat_runner.exporting import of_run as exporting
 from qat_runner.exporting import verify
 from qat_runner.exporting.agreement import LEAST_AGREEMENT
 from qat_runner.exporting.formats import read_safetensors
+from qat_runner.exporting.of_run import _bytes
 from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
@@ -278,3 +279,9 @@ def test_pact_and_its_widest_weights(
     assert command.main(["wide"]) == 2
     assert "numbers of format midrise16, whose codes no integer type holds" in capsys.readouterr().err
     assert not (tmp_path / "wide" / "export").exists()
+
+
+def test_a_weight_of_two_layers_counts_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    assert _bytes(model, {}) == {"full_precision": 4 * 64}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_runner.insertion import load, not_quantized, quantize_model, quantized_share, save, summary, trace
 from qat_runner.insertion.insert import QuantizationWarning
-from qat_runner.insertion.products import Products, percent
+from qat_runner.insertion.products import Products
 
 A, B, W = torch.randn(2, 5, 16), torch.randn(2, 5, 16), torch.randn(8, 16)
 BATCHES = torch.tensor([4, 10], dtype=torch.int32)
@@ -123,17 +123,6 @@ def test_shares_and_what_is_repeated(tmp_path: Path) -> None:
     assert quantized_share(half) == 0 and [r.modules for r in not_quantized(half)] == [("0",)]
     kept = quantize_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 12)), keep=["1"], example=torch.randn(2, 4))
     assert quantized_share(kept) == 0.25
-
-
-def test_percentages_do_not_round_up_to_all() -> None:
-    assert [percent(x) for x in (1.0, 0.99999, 0.994, 0.5, 0.0123, 0.0)] == [
-        "100 %",
-        "99.99 %",
-        "99 %",
-        "50 %",
-        "1.2 %",
-        "0 %",
-    ]
 
 
 class Leaf(nn.Module):

@@ -1,6 +1,7 @@
 """The ledger: the paper agrees with itself, verdicts are those of a paired t-test, and no cell is left out."""
 
 import csv
+import math
 import shlex
 from collections import Counter
 from dataclasses import replace
@@ -86,6 +87,13 @@ def test_the_interval_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]
 )
 def test_verdicts(values: tuple[float, ...], above: float, below: float, verdict: Verdict) -> None:
     assert Differences(values).verdict(above, below) is verdict
+
+
+def test_networks_that_collapsed_are_at_chance_for_sure() -> None:
+    """With each seed exactly at 10 % of ten classes; the scatter that there is not makes nothing of it doubtful."""
+    alike = Differences((0.0, 0.0, 0.0), certain=True)
+    assert alike.interval == (0.0, 0.0) and alike.verdict(-math.inf, 5) is Verdict.HOLDS
+    assert Differences((0.0,), certain=True).verdict(-math.inf, 5) is Verdict.ONE_SEED
 
 
 def finding(number: int, *values: float) -> Finding:

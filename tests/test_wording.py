@@ -1,0 +1,16 @@
+"""Numbers as people read them."""
+
+import pytest
+
+from qat_runner.wording import digits, percent
+
+
+def test_percentages_do_not_round_up_to_all() -> None:
+    shares = (1.0, 0.99999, 0.997, 0.994, 0.5, 0.0123, 0.0)
+    assert [percent(x) for x in shares] == ["100 %", "99.99 %", "99.70 %", "99 %", "50 %", "1.2 %", "0 %"]
+    assert [percent(x, 4) for x in (1.0, 0.99996, 0.98123)] == ["100 %", "99.99 %", "98.12 %"]
+
+
+@pytest.mark.parametrize(("x", "told"), [(1340.4, "1340"), (999.7, "1000"), (12.345, "12.3"), (0.012345, "0.0123")])
+def test_large_numbers_are_no_powers_of_ten(x: float, told: str) -> None:
+    assert digits(x) == told and digits(-x) == f"-{told}"
