@@ -1,12 +1,13 @@
 """Three ways to write a network of integers: ONNX, a program of torch.export, and safetensors with a description."""
 
+import io
 import json
 import logging
 import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,10 +56,11 @@ class Signature:
     @property
     def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
         """What may be of any size."""
-        sizes = {0: torch.export.Dim("batch")}
+        sizes = [torch.export.Dim("batch")]
         if self.longest is not None:
-            sizes[1] = torch.export.Dim("tokens", max=self.longest)
-        return (tuple(sizes for _ in self.example),)  # one group: forward of _Outputs takes *inputs
+            sizes.append(torch.export.Dim("tokens", max=self.longest))
+        each = tuple(dict(enumerate(sizes[: t.ndim])) for t in self.example)
+        return (each,)  # one group: forward of _Outputs takes *inputs
 
 
 class _Outputs(nn.Module):
@@ -119,6 +121,7 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    _check_integers(program.model.graph, network, signature, path)
     for node in program.model.graph:
         node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
     modules = network.named_modules(remove_duplicate=False)  # any of the names may be the one that was recorded
@@ -128,6 +131,20 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
         ir.save(program.model, path)
     except Exception as error:  # of protobuf, which must not be imported for its name
         raise RunError(f"{path.name}: cannot be written (2 GiB are the most that an ONNX file holds)") from error
+
+
+def _check_integers(graph: Any, network: nn.Module, signature: Signature, path: Path) -> None:
+    """Refuse plain arithmetic, which is what torch.onnx records where it can follow a network by its second way alone.
+
+    Raises:
+        RunError: with what the first way says of the network.
+    """
+    wanted = any(isinstance(module, IntegerWeight | StaticGrid) for module in network.modules())
+    if not wanted or any(node.op_type == "DequantizeLinear" for node in graph):
+        return
+    with torch.no_grad(), _exporting(path):
+        torch.export.export(network, signature.example, dynamic_shapes=signature.dynamic_shapes, strict=False)
+    raise RunError(f"{path.name}: PyTorch has recorded this network without its integers")
 
 
 def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
@@ -362,7 +379,7 @@ def _exporting(path: Path) -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # whole graphs, of what cannot be followed
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # whatever an exporter may raise on a network that it cannot follow

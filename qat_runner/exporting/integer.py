@@ -206,7 +206,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerConv(IntegerLayer):
-    """A QuantConv of one to three dimensions, [N, C, ...]."""
+    """A QuantConv of one to three dimensions, [N, C, ...] or [C, ...]."""
 
     bias: Any
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -214,7 +214,7 @@ class IntegerConv(IntegerLayer):
     def forward(self, input: Tensor) -> Tensor:
         x, weight = self.on_grid(input), self.multiplied_weight
         if self.bias is not None and self.bias_apart:
-            out: Tensor = self._conv_forward(x, weight, None) + self.bias.reshape(-1, *[1] * (x.ndim - 2))
+            out: Tensor = self._conv_forward(x, weight, None) + self.bias.reshape(-1, *[1] * (weight.ndim - 2))
             return out
         return self._conv_forward(x, weight, self.bias)
 

@@ -14,6 +14,7 @@ from qat_runner.exporting.formats import Signature, write_onnx, write_program, w
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
+from qat_runner.insertion.layers import refresh
 from qat_runner.tasks import fields_of
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -43,8 +44,8 @@ def export(
         inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
         outputs: name of what forward returns, or of the fields of its result that the file is to have; None: output, or
             output_0, output_1, ..., or all fields that are tensors.
-        longest: the second dimension of all inputs, such as the tokens of a text, may be anything up to this; None: it
-            is fixed.
+        longest: the second dimension of all inputs that have one, such as the tokens of a text, may be anything up to
+            this; None: it is fixed.
         fold: put BatchNorm into the step sizes of the convolution before it.
 
     Returns:
@@ -68,6 +69,8 @@ def export(
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
     if len(names) != len(given):
         raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
+    for module in model.modules():
+        refresh(module)  # what stems from a pass with gradients cannot be copied
     integers = to_integers(freeze(copy.deepcopy(model).float()))
     if fold:
         fold_batchnorm(integers, *given)

@@ -13,7 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
-from qat_runner.insertion.layers import is_own, is_plain, looked_at, own_call, weight_shape, weight_used
+from qat_runner.insertion.layers import (
+    OF_ITS_OWN_CLASS,
+    is_own,
+    is_plain,
+    looked_at,
+    own_call,
+    takes_hooks,
+    weight_shape,
+    weight_used,
+)
 from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS, has_room
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
@@ -156,7 +165,7 @@ def attends(module: nn.Module, asking: Asking) -> bool:
         and all(_is_attention([a for a in asked if a.func in _CAUGHT]) for asked in calls)
         and not any(a.func in _CAUGHT for m in inside for asked in asking.calls.get(m, []) for a in asked)
         and has_room(module)
-        and not isinstance(module, torch.jit.ScriptModule)
+        and not isinstance(module, OF_ITS_OWN_CLASS)
     )
 
 
@@ -244,7 +253,7 @@ class _Watch(TorchFunctionMode):
     def hooked(self, model: nn.Module) -> Iterator[None]:
         """While open, modules tell when they are called."""
         handles = []
-        for module in model.modules():
+        for module in filter(takes_hooks, model.modules()):
             handles.append(module.register_forward_pre_hook(lambda m, args: self._begin(m)))
             handles.append(module.register_forward_hook(lambda m, args, out: self._close()))
         try:

@@ -21,6 +21,7 @@ from qat_runner.insertion.attention import (
 )
 from qat_runner.insertion.layers import (
     ELEMENTS,
+    OF_ITS_OWN_CLASS,
     QuantLayer,
     QuantLinear,
     Swapped,
@@ -335,6 +336,8 @@ def _convertible(
             notes[name] = f"{_OWN_FORWARD}: left as it is"
         elif getattr(layer, "max_norm", None) is not None:
             notes[name] = "writes to its weight as it is used, by max_norm: left as it is"
+        elif getattr(layer, "sparse", False):
+            notes[name] = "has sparse gradients, which no estimator passes on: left as it is"
         elif is_plain(type(layer)) or tensors or (asking is not None and multiplies_by_its_weight(layer, asking)):
             layers[name] = layer
         else:
@@ -380,7 +383,7 @@ def _set_aside(model: nn.Module, attention: list[nn.Module], weights: OwnWeights
 
 def _may_be_swapped(module: nn.Module) -> bool:
     """Whether a module's class can be swapped, and no other reason is there to swap it."""
-    return layer_kind(module) is None and not isinstance(module, torch.jit.ScriptModule) and not has_fast_path(module)
+    return layer_kind(module) is None and not isinstance(module, OF_ITS_OWN_CLASS) and not has_fast_path(module)
 
 
 def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWeights:
@@ -590,9 +593,19 @@ def policy_of(model: nn.Module) -> Policy:
 
 
 def products_of(model: nn.Module) -> list[Product]:
-    """The products of tensors that were seen in a model, or in what it wraps; none while it was not seen at work."""
-    products: list[Product] = vars(network_of(model)).get(PRODUCTS, [])
+    """The products of tensors that were seen in a model, or in what it wraps; none while it was not seen at work, or
+    where a part of it was quantized, and seen, alone."""
+    products: list[Product] = [] if outside(model) else vars(network_of(model)).get(PRODUCTS, [])
     return products
+
+
+def outside(model: nn.Module) -> str | None:
+    """The name of a parameter that is not of the network that was quantized; None without any, as of a wrapper."""
+    network = network_of(model)
+    if network is model:
+        return None
+    inside = {id(p) for p in network.parameters()}
+    return next((name for name, p in model.named_parameters() if id(p) not in inside), None)
 
 
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:

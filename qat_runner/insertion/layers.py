@@ -122,6 +122,15 @@ def belong(layer: Any, module: nn.Module) -> None:
         layer._of = (module,)
 
 
+OF_ITS_OWN_CLASS = (torch.jit.ScriptModule, torch.fx.GraphModule)
+"""Modules whose class was made for them alone, and knows what others would not: it cannot be swapped."""
+
+
+def takes_hooks(module: nn.Module) -> bool:
+    """Whether a module can be told to call others before and after its forward."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a forward was set on the module itself, as `module.forward = torch.compile(module.forward)` does: its
     class is not asked then."""
@@ -138,10 +147,15 @@ _MAKERS = (BasePruningMethod, WeightNorm, SpectralNorm)
 """Hooks that compute a tensor of a module before each call of it, and not when it is asked for."""
 
 
-def refresh(module: nn.Module, name: str) -> None:
-    """Have a tensor be what the parameters that a hook makes it of are now; a state may have been loaded since."""
+def refresh(module: nn.Module, name: str | None = None) -> None:
+    """Have a tensor be what the parameters that a hook makes it of are now; a state may have been loaded since.
+
+    Args:
+        module: whose tensor it is.
+        name: of the tensor; None: all that hooks make.
+    """
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, _MAKERS) and name == getattr(hook, "_tensor_name", getattr(hook, "name", None)):
+        if isinstance(hook, _MAKERS) and name in (None, getattr(hook, "_tensor_name", getattr(hook, "name", None))):
             with evaluating(module):
                 hook(module, ())
 

@@ -78,11 +78,11 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    kept = [(m._buffers, name, t, t.clone()) for m in modules for name, t in m._buffers.items() if t is not None]
+    kept = [(m._buffers, name, t, None if t is None else t.clone()) for m in modules for name, t in m._buffers.items()]
     try:
         yield
     finally:
         for buffers, name, t, value in kept:
             buffers[name] = t
-            if not (t.is_meta or torch.equal(t, value)):
+            if not (t is None or value is None or t.is_meta or torch.equal(t, value)):
                 t.copy_(value)

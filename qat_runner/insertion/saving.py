@@ -14,6 +14,7 @@ from qat_runner.insertion.insert import (
     contracted_by,
     insert,
     network_of,
+    outside,
     policy_of,
     products_of,
     quantized_tensors,
@@ -41,9 +42,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file; one that is there is replaced, whole or not at all.
 
     Raises:
-        ValueError: there are no quantizers in it.
+        ValueError: there are no quantizers in it, or parts of it were quantized, each by itself.
         OSError: the file cannot be written.
     """
+    if left := outside(model):
+        raise ValueError(
+            f"{left} is not of the part that was quantized: save the parts, or quantize the network as a whole, with "
+            f"rules for what is to stay in full precision"
+        )
     model = network_of(model)
     tensors = quantized_tensors(model)
     if not tensors:

@@ -19,12 +19,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qat_runner.insertion.layers import each, full_precision_name, is_quantized, kind_of, kinds, operands, quantizer_of
+from qat_runner.insertion.layers import (
+    each,
+    full_precision_name,
+    is_quantized,
+    kind_of,
+    kinds,
+    operands,
+    quantizer_of,
+    takes_hooks,
+)
 from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
 from qat_runner.insertion.naming import told_once
 from qat_runner.insertion.products import Product, Products
 from qat_runner.insertion.tensors import copies
 from qat_runner.policy import EXPERTS
+from qat_runner.quant.tensors import transformed
 
 _STARTS = {"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "square", "exp"}
 # fmt: off
@@ -238,10 +248,12 @@ class _Calls:
         self.names, self.signs, self.samples = names, signs, samples
         self.layers: dict[nn.Module, LayerCalls] = {}
         self.training_only = False
-        self.products = Products(lambda: self._owners[-1])
+        self.products = Products(self._owner)
         self._model = model
         self._owners: list[tuple[str, str]] = [("", type(model).__name__)]
         """of the modules that are being called, outermost first"""
+        self._past_hooks: tuple[str, str] | None = None
+        """of a layer whose forward was called itself, which only its quantizers tell of"""
         self._handles: list[Any] = []
 
     @contextmanager
@@ -253,6 +265,8 @@ class _Calls:
 
     def __enter__(self) -> "_Calls":
         for name, module in self._model.named_modules():
+            if not takes_hooks(module):
+                continue
             owner = name, kind_of(module) if is_quantized(module) else full_precision_name(module)
             self._handles += [
                 module.register_forward_pre_hook(lambda m, a, owner=owner: self._owners.append(owner)),
@@ -273,6 +287,11 @@ class _Calls:
         for handle in self._handles:
             handle.remove()
 
+    def _owner(self) -> tuple[str, str]:
+        """Of the product that is computed now."""
+        found, self._past_hooks = self._past_hooks or self._owners[-1], None
+        return found
+
     def _leave(self) -> None:
         self._owners.pop()
 
@@ -287,6 +306,9 @@ class _Calls:
     def _asked(self, module: nn.Module, given: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module in self.layers:
             self.layers[module].asked = True
+        owner = self.names[module], kind_of(module)
+        if owner not in self._owners:
+            self._past_hooks = owner
 
     def _look(self, module: nn.Module, operand: str, given: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not args:
@@ -295,7 +317,7 @@ class _Calls:
         layer.asked = True
         # Values only ever overrule structure towards signed, should it have been fooled. In training they alone do:
         # what is never negative may be multiplied there by chance, in ways that are not known.
-        negative = not (x.is_meta or x.is_complex()) and bool((x < 0).any())
+        negative = not (x.is_meta or x.is_complex() or transformed()) and bool((x < 0).any())
         if layer.training_only == self.training_only:
             negative = negative or not self.signs.is_tagged(x)
         layer.signed[operand] = layer.signed.get(operand, False) or negative

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_runner.insertion.layers import takes_hooks
 from qat_runner.insertion.modes import remembering_nothing
 from qat_runner.insertion.tensors import copies, tensors_of
 
@@ -37,6 +38,7 @@ def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Calls:
             lambda m, args, kwargs, output, name=name: keep(name, [*args, *kwargs.values()], output), with_kwargs=True
         )
         for name, module in model.named_modules()
+        if takes_hooks(module)
     ]
     try:
         computed(model, inputs)
@@ -68,7 +70,7 @@ def difference(before: Tensors, now: Tensors, tolerance: float) -> str | None:
         wide = torch.complex128 if a.is_complex() else torch.float64
         x, y = a.to(wide), b.to(wide)
         gap = torch.where((x == y) | (x.isnan() & y.isnan()), 0, x - y)
-        if not bool(gap.norm() <= tolerance * x.norm()):
+        if not bool(gap.norm() <= tolerance * x[x.isfinite()].norm()):
             return f"by up to {float(gap.abs().max()):.3g}, of values up to {float(x.abs().max()):.3g}"
     return None
 

@@ -36,7 +36,12 @@ def watch(
 
     Returns:
         How many batches there were.
+
+    Raises:
+        TypeError: a tensor in place of batches, which would be taken apart into samples.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches: is a tensor, where a list of batches is wanted; one batch alone is [batch]")
     handles = []
     shown: Set[Quantizer] | None = None  # all
     if look is not None:

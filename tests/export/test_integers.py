@@ -573,7 +573,7 @@ def test_a_file_that_disagrees_is_refused() -> None:
     for broken in (Figures(math.nan, 100.0), Figures(90.0, 100.0, math.inf)):
         with pytest.raises(RunError, match=r"model\.onnx disagrees with the network"):
             require("model.onnx", broken, network, top1)
-    with pytest.raises(RunError, match=r"accuracy 89\.00 % beside 90\.00 %"):
+    with pytest.raises(RunError, match=r"top1 89\.00 % beside 90\.00 %"):
         require("model.onnx", Figures(89.0, 99.0, 3.0), network, top1)
     perplexity = Measure("perplexity", "", lower_is_better=True)
     for value in (80.0, 90.4):

@@ -1,0 +1,148 @@
+"""Networks that are put together, called or traced in ways of their own."""
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qat_runner as qat
+from qat_runner.insertion import quantized_share
+from qat_runner.insertion.insert import QuantizationWarning
+
+X = torch.randn(16, 8)
+
+
+class Parted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.backbone(x))
+        return out
+
+
+def test_of_a_network_that_is_quantized_in_part_nothing_is_lost(tmp_path: Path) -> None:
+    model = Parted()
+    qat.quantize(model.backbone, 4, example=X)
+    with pytest.raises(ValueError, match=r"^head\.weight is not of the part that was quantized: save the parts"):
+        qat.save(model, tmp_path / "m.pt")
+    assert not (tmp_path / "m.pt").exists()
+    assert quantized_share(model) is None and "100 %" not in qat.summary(model)
+    qat.save(model.backbone, tmp_path / "m.pt")
+    again = Parted()
+    again.load_state_dict(Parted().state_dict() | {"head.weight": model.head.weight, "head.bias": model.head.bias})
+    qat.load(tmp_path / "m.pt", again.backbone)
+    assert torch.equal(again.eval()(X), model.eval()(X))
+
+
+def test_a_forward_that_is_called_itself_is_the_layers() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b.forward(F.relu(self.a.forward(x)))
+
+    assert quantized_share(qat.quantize(Direct(), 3, example=X, first_last_bits=None)) == 1
+
+
+def test_a_tensor_is_no_list_of_batches() -> None:
+    model = qat.quantize(nn.Sequential(nn.Linear(8, 8)), 4, example=X)
+    for use in (qat.calibrate, qat.noise_report):
+        with pytest.raises(TypeError, match=r"^batches: is a tensor, where a list of batches is wanted"):
+            use(model, X)
+    with pytest.raises(TypeError, match=r"^batches: is a tensor"):
+        qat.freeze(model, "averaged", X)
+
+
+def test_what_is_no_number_agrees_with_itself() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x, key_padding_mask=padding)[0]
+            return out
+
+    padding = torch.tensor([[False] * 5, [True] * 5])
+    qat.quantize(Padded(), 4, example=(torch.randn(2, 5, 8), padding))
+
+
+def test_a_buffer_that_the_example_would_set_is_empty_again() -> None:
+    class Centred(nn.Module):
+        shift: Tensor | None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            self.register_buffer("shift", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.shift is None:
+                self.shift = x.mean(0).detach()
+            out: Tensor = self.layer(x - self.shift)
+            return out
+
+    model = qat.quantize(Centred(), 4, example=X)
+    assert model.shift is None
+    model.load_state_dict(Centred().state_dict())
+
+
+def test_a_graph_of_fx_is_copied_saved_and_exported(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.layer(x)
+            return F.scaled_dot_product_attention(q, q, x)
+
+    x = torch.randn(2, 5, 8)
+    graph = torch.fx.symbolic_trace(Attention())
+    with pytest.warns(QuantizationWarning, match="^scaled_dot_product_attention in the model itself, 56 % of"):
+        qat.quantize(graph, 8, example=x)
+    qat.freeze(graph.eval(), "averaged", [x])
+    assert torch.equal(copy.deepcopy(graph)(x), graph(x))
+    torch.save(graph, io.BytesIO())
+    qat.export(graph, tmp_path / "m.pt2", x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_scripted_parts_stay_as_they_are() -> None:
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())), nn.Linear(8, 4))  # type: ignore[no-untyped-call]
+    for example in (None, X):
+        found = qat.quantize(copy.deepcopy(model), 4, example=example)
+        found(X)
+        assert quantized_share(found) == 1
+
+
+def test_under_vmap_a_network_says_what_it_needs() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.vmap(lambda row: F.relu(self.layer(row)))(x)
+            return out
+
+    model = qat.quantize(Mapped(), 4)
+    with pytest.raises(RuntimeError, match=r"^layer\.input: .* which a transform of torch\.func"):
+        model(X)
+
+
+def test_embeddings_of_sparse_gradients_are_left_as_they_are() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8, sparse=True), nn.Linear(8, 2))
+    ids = torch.randint(0, 10, (4,))
+    with pytest.warns(QuantizationWarning, match="^0 has sparse gradients"):
+        qat.quantize(model, 4, example=ids, rules=[qat.Rule("*", type="Embedding", bits=4)])
+    model(ids).sum().backward()
+    assert model[0].weight.grad is not None and model[0].weight.grad.is_sparse
