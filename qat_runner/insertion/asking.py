@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
 from qat_runner.insertion.layers import (
     OF_ITS_OWN_CLASS,
+    in_own_function,
     is_own,
     is_plain,
     looked_at,
@@ -306,6 +307,9 @@ class _Watch(TorchFunctionMode):
         attention = func is ATTENTION or func is F.multi_head_attention_forward
         if not _is_of_its_kind(func) and any(isinstance(t, Tensor) for t in parts(out)):
             self._note_uses(frame, (args, kwargs), factors=() if call is None else call[:2])
+        if (attention or call is not None) and in_own_function():
+            self._note_uses(frame, (args, kwargs))
+            return False
         if attention:
             frame.asked.append(Asked(func, 0, torch.Size(), 0, True))
         elif call is not None:

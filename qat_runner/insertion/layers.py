@@ -11,7 +11,7 @@ All that is mixed into classes of others has a name that begins with qat, which 
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -371,6 +371,27 @@ def _in_reentrant_checkpoint() -> bool:
         if frame.f_code.co_name == "forward" and hasattr(frame.f_locals.get("ctx"), "run_function"):
             return True
     return False
+
+
+def in_own_function() -> bool:
+    """Whether a module has an autograd function of its own at work, which has kept what its backward multiplies by.
+
+    One that runs others again in its backward, as checkpoints do, keeps nothing of the kind.
+    """
+    codes = {getattr(function.forward, "__code__", None) for function in _kinds_of(torch.autograd.Function)}
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        if frame.f_code in codes:
+            return not _in_reentrant_checkpoint()
+        frame = frame.f_back
+    return False
+
+
+def _kinds_of(base: type[Any]) -> Iterator[type[Any]]:
+    """All classes below one."""
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds_of(kind)
 
 
 class Taking(InForward):

@@ -3,6 +3,7 @@
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,68 @@ def test_embeddings_of_sparse_gradients_are_left_as_they_are() -> None:
         qat.quantize(model, 4, example=ids, rules=[qat.Rule("*", type="Embedding", bits=4)])
     model(ids).sum().backward()
     assert model[0].weight.grad is not None and model[0].weight.grad.is_sparse
+
+
+class Product(torch.autograd.Function):
+    """Multiplies, and keeps what it was given for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return gradients[0] @ w.T, x.T @ gradients[0]
+
+
+class OfItsOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Product.apply(x, self.weight)
+        return out
+
+
+class LinearOfItsOwn(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = Product.apply(input, self.weight.T)
+        return out
+
+
+@pytest.mark.parametrize("module", [OfItsOwn(), LinearOfItsOwn(8, 8)])
+def test_gradients_of_ones_own_stay_those_of_what_is_computed(module: nn.Module) -> None:
+    """Quantized within, such a function would have gradients of the values that it was given."""
+    model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module))
+    with pytest.warns(QuantizationWarning, match=r"^mm in 1 .* is not quantized|^1 is a LinearOfItsOwn"):
+        qat.quantize(model, 2, example=X, first_last_bits=None)
+    assert quantized_share(model) == 0.5
+    assert type(model[1]) is type(module)
+
+
+def test_modules_within_a_function_that_runs_them_again_are_quantized() -> None:
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, run_function: nn.Module) -> Tensor:
+            ctx.run_function = run_function
+            ctx.save_for_backward(x)
+            out: Tensor = run_function(x)
+            return out
+
+    class Reversible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(OfPlain(), nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = Again.apply(x, self.block)
+            return out
+
+    class OfPlain(OfItsOwn):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    assert quantized_share(qat.quantize(Reversible(), 2, example=X, first_last_bits=None)) == 1
