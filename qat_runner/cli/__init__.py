@@ -35,7 +35,11 @@ def _command(name: str) -> int:
     _speak_utf8()
     try:
         code: int = import_module(f"qat_runner.cli.{name}").main()
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # while PyTorch was being imported
         return 130
     except ModuleNotFoundError as error:
@@ -75,10 +79,4 @@ def qat_export() -> int:
 
 def qat_report() -> int:
     """The `qat-report` command; returns its exit code."""
-    try:
-        code = _command("report")
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return _command("report")

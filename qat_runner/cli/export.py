@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat-export: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # of a terminal, and no file
+        raise
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         print(f"qat-export: writing{where} failed ({error.strerror}); nothing was kept", file=sys.stderr)

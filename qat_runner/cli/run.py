@@ -57,6 +57,10 @@ _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
 _HERE = "basic"
 """The option of hydra/launcher that runs the rows in this process, one after the other."""
+
+_COMPLETION = re.compile("(install|uninstall|query)=(bash|fish|zsh)")
+"""What Hydra completes words by."""
+
 log = logging.getLogger("qat_runner")
 
 
@@ -101,6 +105,8 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
         code = fail(str(error), error.exit_code)
     except SystemExit as stop:  # after --help and its like
         code = int(stop.code or 0)
+    except BrokenPipeError:  # of a terminal, and no folder
+        raise
     except OSError as error:  # of a folder of runs, which is about to be written to
         code = fail(f"writing failed ({error})", 1)
     except KeyboardInterrupt:
@@ -235,6 +241,8 @@ def _check_all(args: Sequence[str]) -> dict[Path, Row]:
         if getattr(parsed, flag) and not (parsed.cfg or (parsed.help and flag == "resolve")):
             _refuse(f"--{flag}: is for --cfg, which shows a config")
     if parsed.shell_completion:
+        if len(parsed.overrides) != 1 or not _COMPLETION.fullmatch(parsed.overrides[0]):
+            _refuse("--shell-completion: wants one of install=, uninstall= and query=, with bash, fish or zsh")
         return {}
     with shipped_configs():
         everything = compose_checked(parsed.overrides, RunMode.MULTIRUN if parsed.multirun else RunMode.RUN)

@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dataset", choices=fetched)
     parser.add_argument("data_dir", type=Path, help="where it is to lie; give the same folder to qat-run as data_dir")
     args = parser.parse_args(argv)
-    args.data_dir.mkdir(parents=True, exist_ok=True)
     try:
+        args.data_dir.mkdir(parents=True, exist_ok=True)
         fetched[args.dataset](args.data_dir)
     except Exception as error:
         print(f"{args.dataset} could not be prepared in {args.data_dir}: {error}", file=sys.stderr)

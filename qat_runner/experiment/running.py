@@ -165,11 +165,25 @@ def _run(config: Config, folder: Path) -> Summary:
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
     problem = allocating.problem_of(config, model, data) if config.mode == Mode.allocate else None
+    if config.training and not config.overwrite and distributed.on_main(lambda: RunFolder(folder).finished):
+        _check_goes_on(config, folder, Trainer(config, model, data, NullRecord(folder), teacher))
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     if problem is not None:
         return _choose_bits(config, folder, model, data, weights, problem)
     return _carry_out(config, folder, model, data, teacher, notes)
+
+
+def _check_goes_on(config: Config, folder: Path, trainer: Trainer) -> None:
+    """Refuse to go on with a finished run, as resume=force would, before anything of it is lost.
+
+    Raises:
+        ConfigError: none of its checkpoints is whole and fits.
+    """
+    try:
+        checkpoint.newest(RunFolder(folder).checkpoints, trainer.resume)
+    except RunError as error:
+        raise ConfigError(f"run_dir={folder}: is finished, and cannot go on: {error}") from error
 
 
 def _clear(config: Config, folder: Path) -> None:

@@ -314,11 +314,19 @@ def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
     return {**names, "inputs": signature.inputs, "outputs": signature.outputs, **task_of(config).about(config, data)}
 
 
+OF_AN_EXPORT = {"model.onnx", "model.pt2", "model.safetensors", "model.json", EXPORT.name}
+
+
 def _check_out(request: Request) -> None:
     """Refuse to replace what is no export."""
     out = request.out
     if out.exists() and not (out / EXPORT.name).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
+    others = sorted(path.name for path in out.iterdir() if path.name not in OF_AN_EXPORT) if out.is_dir() else []
+    if others:
+        raise ConfigError(
+            f"{out}: holds more than an export ({others[0]}), which would be lost; --out names a new folder"
+        )
 
 
 def _check_formats(request: Request, model: nn.Module) -> None:

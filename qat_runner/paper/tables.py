@@ -188,7 +188,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
         cells: dict[str, Sequence[Run]] = {}
         for row, bits in _cells(layout):
             mine = [r for r in ours if (r.model, r.row, bits or r.weight_bits) == (model, row, r.weight_bits)]
-            check_seeds(mine)
+            check_seeds([run for run in mine if run.summary is not None])
             table.unfinished += [str(run.folder) for run in mine if run.summary is None]
             values = tuple(score(run.summary) for run in mine if run.summary is not None)
             theirs = tuple(gap_of[run.folder] for run in mine if run.folder in gap_of)

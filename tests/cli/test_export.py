@@ -93,6 +93,10 @@ def test_an_export_is_replaced_and_nothing_else(
     assert "bn1.weight" in read_safetensors(tmp_path / "out/model.safetensors")
     assert export("dynamic", *only) == 0
     assert "bn1.weight" not in read_safetensors(tmp_path / "out/model.safetensors")
+    (tmp_path / "out/notes.txt").touch()
+    assert export("dynamic", *only) == 2
+    assert "out: holds more than an export (notes.txt), which would be lost" in capsys.readouterr().err
+    (tmp_path / "out/notes.txt").unlink()
     (tmp_path / "out/export.json").unlink()
     assert export("dynamic", *only) == 2
     assert "holds something else than an export" in capsys.readouterr().err

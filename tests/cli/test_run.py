@@ -351,6 +351,8 @@ def test_precision_and_layout_options(run: Run) -> None:
 
 TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
+    (["--shell-completion"], "--shell-completion: wants one of install=, uninstall= and query="),
+    (["--shell-completion", "install=foo"], "with bash, fish or zsh"),
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
     (["gradient=stee"], "gradient=stee: must be one of ewgs"),

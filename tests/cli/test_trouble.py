@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections import OrderedDict
@@ -184,8 +185,11 @@ def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: p
     assert run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
     told = "has been trained to its end, so that another batchnorm_batches would change nothing; epochs=3 goes on"
     assert told in capsys.readouterr().err and Path("one/summary.json").exists()
-    assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 1
-    assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
+    assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 2
+    assert (
+        "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
+        and Path("one/summary.json").exists()
+    )
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])
@@ -232,6 +236,31 @@ def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "holds an unfinished run, and resume=never forbids to go on with it" in capsys.readouterr().err
     assert run("run_dir=one") == 0
     assert run("run_dir=one", "resume=never") == 0  # finished: shown
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        (["model.name=resnet20"], "last.pt does not fit this run"),
+        (["no checkpoint"], "one/checkpoints holds no checkpoint"),
+        (["half"], "last.pt cannot be read (it is damaged"),
+    ],
+)
+def test_a_finished_run_that_cannot_go_on_is_not_lost(
+    others: list[str], why: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run_dir=one", "epochs=1") == 0
+    last = Path("one/checkpoints/last.pt")
+    if others == ["no checkpoint"]:
+        shutil.rmtree(last.parent)
+    if others == ["half"]:
+        last.write_bytes(last.read_bytes()[:5000])
+    before = {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run("run_dir=one", "epochs=2", "resume=force", *(word for word in others if "=" in word)) == 2
+    err = capsys.readouterr().err
+    assert "run_dir=one: is finished, and cannot go on: " in err and why in err
+    assert {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()} == before
 
 
 def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

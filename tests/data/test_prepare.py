@@ -31,3 +31,9 @@ def test_squad_s_files_are_checked(
     monkeypatch.setattr(squad, "QUESTIONS", (24, 12))
     assert prepare.main(["squad", str(tmp_path / "new")]) == 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["dev-v1.1.json", "train-v1.1.json"]
+
+
+def test_a_folder_that_cannot_be_is_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert prepare.main(["cifar10", str(tmp_path / "file")]) == 1
+    assert "cifar10 could not be prepared in " in capsys.readouterr().err
