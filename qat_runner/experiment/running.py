@@ -164,17 +164,19 @@ def _run(config: Config, folder: Path) -> Summary:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
-    problem = allocating.problem_of(config, model, data) if config.mode == Mode.allocate else None
+    if config.mode == Mode.allocate:
+        problem = allocating.problem_of(config, model, data)
+        distributed.on_main(lambda: _clear(config, folder))
+        return _choose_bits(config, folder, model, data, weights, problem)
+    trainer = Trainer(config, model, data, NullRecord(folder), teacher)
     if config.training and not config.overwrite and distributed.on_main(lambda: RunFolder(folder).finished):
-        _check_goes_on(config, folder, Trainer(config, model, data, NullRecord(folder), teacher))
+        _check_goes_on(folder, trainer)
     distributed.on_main(lambda: _clear(config, folder))
     notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
-    if problem is not None:
-        return _choose_bits(config, folder, model, data, weights, problem)
-    return _carry_out(config, folder, model, data, teacher, notes)
+    return _carry_out(config, folder, trainer, notes)
 
 
-def _check_goes_on(config: Config, folder: Path, trainer: Trainer) -> None:
+def _check_goes_on(folder: Path, trainer: Trainer) -> None:
     """Refuse to go on with a finished run, as resume=force would, before anything of it is lost.
 
     Raises:
@@ -258,15 +260,13 @@ def _recorded(config: Config, folder: Path) -> Iterator[None]:
         yield
 
 
-def _carry_out(
-    config: Config, folder: Path, model: nn.Module, data: Data, teacher: nn.Module | None, notes: list[str]
-) -> Summary:
+def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str]) -> Summary:
     """Train or evaluate what has been built, on the record."""
+    model, data = trainer.model, trainer.data
     with ExitStack() as stack:
         stack.enter_context(_recorded(config, folder))
         checkpoints = RunFolder(folder).checkpoints
         resuming = config.training and distributed.on_main(lambda: checkpoint.exists(checkpoints))
-        trainer = Trainer(config, model, data, NullRecord(folder), teacher)
         saved = checkpoint.newest(checkpoints, trainer.resume) if resuming else None
         trainer.record = stack.enter_context(closing(_open_record(config, folder, saved)))
         _describe(config, folder, model, notes)

@@ -233,8 +233,7 @@ def _write(
 ) -> dict[str, Path]:
     """The files, by name of their format."""
     signature = _signature(config, example)
-    files = {"onnx": folder / "model.onnx", "torch": folder / "model.pt2", "safetensors": folder / "model.safetensors"}
-    files = {name: path for name, path in files.items() if name in formats}
+    files = {name: folder / file for name, file in FILES.items() if name in formats}
     for name, path in files.items():
         log.info(f"writing {path.name}")
         if name == "onnx":
@@ -314,7 +313,10 @@ def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
     return {**names, "inputs": signature.inputs, "outputs": signature.outputs, **task_of(config).about(config, data)}
 
 
-OF_AN_EXPORT = {"model.onnx", "model.pt2", "model.safetensors", "model.json", EXPORT.name}
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
+"""Of each format."""
+
+OF_AN_EXPORT = {*FILES.values(), "model.json", EXPORT.name}
 
 
 def _check_out(request: Request) -> None:

@@ -17,7 +17,6 @@ from qat_runner.exporting import of_run as exporting
 from qat_runner.exporting import verify
 from qat_runner.exporting.agreement import LEAST_AGREEMENT
 from qat_runner.exporting.formats import read_safetensors
-from qat_runner.exporting.of_run import _bytes
 from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
@@ -288,4 +287,4 @@ def test_pact_and_its_widest_weights(
 def test_a_weight_of_two_layers_counts_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight
-    assert _bytes(model, {}) == {"full_precision": 4 * 64}
+    assert exporting._bytes(model, {}) == {"full_precision": 4 * 64}
