@@ -39,11 +39,13 @@ def register() -> None:
     Raises:
         ConfigError: configs of an installed package cannot be read, or would take the place of ours.
     """
-    ConfigStore.instance().store(name="schema", node=ConfigSchema)
+    store = ConfigStore.instance()
+    if "schema.yaml" not in store.repo:  # it takes longer than all the rest, and is the same ever after
+        store.store(name="schema", node=ConfigSchema)
     for group, names in (("clipping", METHODS), ("gradient", GRADIENTS), ("model", installed(MODELS))):
         for name in names:
             if not (config_dir() / group / f"{name}.yaml").is_file():
-                ConfigStore.instance().store(group=group, name=name, node={"name": name})
+                store.store(group=group, name=name, node={"name": name})
     for point in installed(GROUP).values():
         try:
             with as_file(files(point.value)) as folder:

@@ -1,5 +1,6 @@
 """Which runs are the same: the keys that decide a result, the names that follow from them, and saved configs."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
@@ -169,6 +170,14 @@ def load_config(folder: Path) -> Config | None:
     return read_config(path) if path.is_file() else None
 
 
+@functools.cache
+def _schema() -> DictConfig:
+    """What configs are merged with, which copies it."""
+    schema = OmegaConf.structured(Config)
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
 def read_config(path: Path) -> Config:
     """A config as a run wrote it, with this version of the schema or an earlier one.
 
@@ -176,7 +185,7 @@ def read_config(path: Path) -> Config:
         UnreadableError: no YAML, no config of ours, or one of a later version.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), migrate(plain_yaml(path)))
+        merged = OmegaConf.merge(_schema(), migrate(plain_yaml(path)))
         saved = OmegaConf.to_object(merged)
         assert isinstance(saved, Config)
         identity(saved)
