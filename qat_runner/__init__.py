@@ -11,6 +11,7 @@ In a training loop of your own:
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ _ELSEWHERE = {
 
 def __getattr__(name: str) -> Any:
     """Import the library when it is first asked for: the commands answer --help before PyTorch is loaded."""
+    if name == "__version__":
+        return version("qat_runner")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _ELSEWHERE.get(name, f"insertion.{name}").rpartition(".")

@@ -38,6 +38,11 @@ class StoppedError(RunError):
         self.exit_code = 128 + signal_number
 
 
+def file_told(error: OSError) -> str:
+    """Which file or folder failed, and of what."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else told(error)
+
+
 def told(reason: object) -> str:
     """A reason in one line of printable letters, and not too many."""
     text = " ".join(str(reason).split())

@@ -18,8 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import qat_runner
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.errors import ConfigError, QatError
+from qat_runner.errors import ConfigError, QatError, file_told
 from qat_runner.exporting import FORMATS
 from qat_runner.policy import FREEZING
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "qat-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {qat_runner.__version__}")
     parser.add_argument("run_dir", type=Path, help="folder of a run that was trained")
     parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
     parser.add_argument("--scalars", choices=FREEZING, help="rule for activations' scalars (averaged)")
@@ -49,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of a terminal, and no file
         raise
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        print(f"qat-export: writing{where} failed ({error.strerror}); nothing was kept", file=sys.stderr)
+        print(f"qat-export: {file_told(error)}; nothing was kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("qat-export: interrupted; nothing was kept", file=sys.stderr)

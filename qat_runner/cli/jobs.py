@@ -3,10 +3,12 @@
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +17,7 @@ from uuid import uuid4
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -23,10 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import composed_launcher, quoted, shipped_configs
-from qat_runner.errors import QatError, RunError, StoppedError
+from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
 
 SLURM_PATIENCE = 600.0
 """Seconds that a job which was told to end waits to be killed, at most."""
+_OF_SLURM = ("slurm", "submitit_slurm")
+_OF_HYDRA = re.compile(r"\+{0,2}hydra\b")
+
 log = logging.getLogger("qat_runner")
 
 
@@ -38,55 +44,74 @@ class Row(NamedTuple):
     """that it was composed from"""
 
 
-def launch(launcher: str, overrides: Sequence[str], rows: Mapping[Path, Row], failures: list[QatError]) -> None:
-    """Give each row that is not finished yet to a launcher, and wait for all; their errors are collected.
+@dataclass
+class Outcome:
+    """What has come of the rows of a request, by their folders."""
+
+    done: list[Path] = field(default_factory=list)
+    """came to their end, now or earlier"""
+    failures: list[QatError] = field(default_factory=list)
+    """of the others"""
+    left: list[Path] = field(default_factory=list)
+    """have not begun, of those that are run here one after the other"""
+
+
+def launch(launcher: str, overrides: Sequence[str], rows: Mapping[Path, Row], outcome: Outcome) -> None:
+    """Give each row that is not finished yet to a launcher, and wait for all.
 
     Args:
         launcher: the option of hydra/launcher.
         overrides: of the whole sweep, with the launcher's settings.
         rows: by their folders.
+        outcome: is added to.
+
+    Raises:
+        ConfigError: there is no such launcher's cluster here.
     """
-    waiting = _unfinished(rows, failures)
+    waiting = _unfinished(rows, outcome)
     if not waiting:
         return
+    if launcher in _OF_SLURM and shutil.which("srun") is None:
+        raise ConfigError(f"hydra/launcher={launcher}: there is no srun here, this is no machine of a Slurm cluster")
     with TemporaryDirectory() as scratch:
         # Jobs of submitit leave their logs where the sweep is; others leave nothing that anyone asked for.
-        place = scratch if launcher == "joblib" else waiting[0].config.runs_dir
+        place = scratch if launcher == "joblib" else rows[waiting[0]].config.runs_dir
         try:
-            _launch([*overrides, f"hydra.sweep.dir={quoted(place)}"], waiting, failures)
+            jobs = [[word for word in rows[folder].overrides if not _OF_HYDRA.match(word)] for folder in waiting]
+            results = _results([*overrides, f"hydra.sweep.dir={quoted(place)}"], jobs)
+            for folder, result in zip(waiting, results, strict=True):
+                try:
+                    _ = result.return_value
+                    outcome.done.append(folder)
+                except Exception as error:
+                    outcome.failures.append(_told(error))
         except (HydraException, OmegaConfBaseException):
             raise
         except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
-            failures.append(_told(error))
+            outcome.failures.append(_told(error))
 
 
-def _unfinished(rows: Mapping[Path, Row], failures: list[QatError]) -> list[Row]:
+def _unfinished(rows: Mapping[Path, Row], outcome: Outcome) -> list[Path]:
     """Rows that are worth a job."""
     from qat_runner.experiment import finished
 
-    found = []
+    found: list[Path] = []
     for folder, row in rows.items():
         try:
-            if finished(row.config, folder) is None:
-                found.append(row)
+            (found if finished(row.config, folder) is None else outcome.done).append(folder)
         except QatError as error:
-            failures.append(error)
+            outcome.failures.append(error)
     return found
 
 
-def _launch(overrides: Sequence[str], rows: Sequence[Row], failures: list[QatError]) -> None:
-    """As Hydra's sweeper does, which would take all rows of the sweep, whichever they are."""
+def _results(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+    """What came of jobs, which are started as Hydra's sweeper does, that would take all rows of a sweep."""
     with shipped_configs():
         config, loader = composed_launcher(overrides)
         context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
         row: TaskFunction = partial(_elsewhere, request=uuid4().hex)
         launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=row, config=config)
-        jobs = [[word for word in row.overrides if not re.match(r"\+{0,2}hydra\b", word)] for row in rows]
-        for done in launcher.launch(jobs, initial_job_idx=0):
-            try:
-                _ = done.return_value
-            except Exception as error:
-                failures.append(_told(error))
+        return launcher.launch(jobs, initial_job_idx=0)
 
 
 def _told(error: Exception) -> QatError:

@@ -29,8 +29,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import qat_runner
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.errors import ConfigError, QatError
+from qat_runner.errors import ConfigError, QatError, file_told
 from qat_runner.runs.files import write_text
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
@@ -70,12 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {qat_runner.__version__}")
     parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs())}")
     parser.add_argument(
         "places",
         nargs="*",
         type=Path,
-        help="folder of run folders (runs); compare, methods: runs as well; ledger: tables of results (CSV) as well",
+        help="folder of run folders (runs), or a table of results (CSV); compare, methods: runs as well",
     )
     parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
     parser.add_argument("--model", help="runs of one network alone; figure2: the network of --weights")
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise  # of the terminal, not of what is written
     except OSError as error:
-        print(f"qat-report: {args.out} cannot be written ({error})", file=sys.stderr)
+        print(f"qat-report: {file_told(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -148,7 +150,7 @@ def _report(args: argparse.Namespace) -> list[Path]:
     if args.what == "status":
         from qat_runner.runs import status
 
-        print(status.text(status.statuses(_folder(args.runs_dir))))
+        print(status.text(status.statuses(args.runs_dir)))
         return []
     if args.what == "methods":
         return _methods(args)
@@ -161,9 +163,9 @@ def _report(args: argparse.Namespace) -> list[Path]:
     if args.what in FIGURES:
         return _figure(args)
     from qat_runner.paper.tables import make_table
-    from qat_runner.report.runs import find_runs
+    from qat_runner.report.results import runs_at
 
-    runs = find_runs(_folder(args.runs_dir))
+    runs = runs_at([args.runs_dir])
     table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]), args.model)
     print(table.text("markdown"))
     return _write(args.out, args.what, {layout: table.text(layout) for layout in LAYOUTS})
@@ -178,22 +180,13 @@ def _write(out: Path, name: str, texts: dict[str, str]) -> list[Path]:
     return paths
 
 
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder of runs")
-    return path
-
-
 def _dataset(args: argparse.Namespace, present: list[str]) -> str:
     present = sorted({*present})
-    if args.dataset is not None:
-        if args.dataset not in present:
-            raise ConfigError(f"--dataset {args.dataset}: {args.runs_dir} holds runs of {', '.join(present) or 'none'}")
-        return str(args.dataset)
-    if len(present) != 1:
-        what = f"runs of {', '.join(present)}: --dataset chooses one" if present else "no runs"
-        raise ConfigError(f"{args.runs_dir}: holds {what}")
-    return present[0]
+    wanted = args.dataset or (present[0] if len(present) == 1 else None)
+    if wanted not in present:
+        asked = "" if args.dataset is None else f"--dataset {args.dataset}: "
+        raise ConfigError(f"{asked}{args.runs_dir} holds runs of {', '.join(present)}: --dataset chooses one")
+    return str(wanted)
 
 
 def _table6(run: Path | None, out: Path) -> list[Path]:
@@ -228,7 +221,7 @@ def _results(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.runs import selected
 
     places = args.places or [args.runs_dir]
-    runs = runs_at([_folder(place) for place in places])
+    runs = runs_at(places)
     if all(run.summary is None for run in runs):
         raise ConfigError(f"{places[0]}: holds no finished run of qat-run")
     return write_results(selected(runs, args.dataset, args.model), args.out)[:1]
@@ -247,7 +240,7 @@ def _ledger(args: argparse.Namespace) -> list[Path]:
 
 def _figure(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper import figure2, figure5, figures, grids
-    from qat_runner.report.runs import find_runs
+    from qat_runner.report.results import runs_at
 
     tables: dict[str, str] = {}
     if args.what == "figure2":
@@ -258,7 +251,7 @@ def _figure(args: argparse.Namespace) -> list[Path]:
     elif args.what == "figure3":
         figure = figures.figure3()
     elif args.what == "figure4":
-        runs = find_runs(_folder(args.runs_dir))
+        runs = runs_at([args.runs_dir])
         figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]), args.model)
     elif args.what == "figure5":
         if args.run is None:

@@ -20,7 +20,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import qat_runner
 from qat_runner import ranks
 from qat_runner.cli.explain import explain
-from qat_runner.cli.jobs import Row, launch, wait_for_slurm
+from qat_runner.cli.jobs import Outcome, Row, launch, wait_for_slurm
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.config import Config, config_dir, differences, from_hydra, identity, register
+from qat_runner.config import config_dir, differences, from_hydra, identity, register
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
@@ -49,7 +50,7 @@ from qat_runner.config.composing import (
     given,
     shipped_configs,
 )
-from qat_runner.errors import BusyError, ConfigError, QatError, StoppedError, UnreadableError
+from qat_runner.errors import BusyError, ConfigError, QatError, StoppedError, UnreadableError, file_told
 from qat_runner.runs.asked import forget_asked, remember_asked
 from qat_runner.runs.records import SUMMARY, Summary
 
@@ -67,6 +68,9 @@ log = logging.getLogger("qat_runner")
 def main(argv: Sequence[str] | None = None, command: str = "qat-run") -> int:
     """Run the command, which errors call by its name; returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if "--version" in args:  # or else Hydra tells its own
+        print(f"{command} {qat_runner.__version__}")
+        return 0
     sweep = any(arg in _MULTIRUN for arg in args)
     with on_terminal(logging.INFO if sweep else logging.DEBUG):
         return _carry_out(args, sweep, partial(_fail, command))
@@ -76,7 +80,7 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     main_process = ranks.is_main()
     detach = _DETACH in args
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and are told in a sentence below
-    failures: list[QatError] = []
+    outcome = Outcome()
     rows: dict[Path, Row] = {}
     asked: list[Path] = []
     made: list[Path] = []
@@ -96,9 +100,9 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
         if detach and rows:
             return _detach(typed, next(iter(rows)).parent)
         with _group(rows):
-            _run_all(args, rows, failures)
+            _run_all(args, rows, outcome)
         if main_process:
-            _print_results(rows)
+            _print_results(rows, outcome.done)
     except (HydraException, OmegaConfBaseException) as error:
         code = fail(explain(error, config_dir()), ConfigError.exit_code)
     except QatError as error:
@@ -108,16 +112,19 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     except BrokenPipeError:  # of a terminal, and no folder
         raise
     except OSError as error:  # of a folder of runs, which is about to be written to
-        code = fail(f"writing failed ({error})", 1)
+        code = fail(file_told(error), 1)
     except KeyboardInterrupt:
         again = "the same command"
         if any(row.config.overwrite for row in rows.values()):
             again += " without overwrite=true"
         code = fail(f"interrupted; {again} goes on from the last checkpoint", 130)
-    for failure in failures:
+    for failure in outcome.failures:
         wait_for_slurm(failure)
-    for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in failures):
+    for sentence, failed in dict.fromkeys((str(failure), failure.exit_code) for failure in outcome.failures):
         code = max(code, fail(sentence, failed))
+    if earlier := [folder for folder in outcome.left if rows[folder].config.overwrite and folder.exists()]:
+        more = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
+        fail(f"{earlier[0]}{more}: had not begun; the earlier run is there still, and overwrite=true replaces it", 0)
     if code == ConfigError.exit_code:
         forget_asked(asked, made)
     return code
@@ -289,35 +296,36 @@ def _detach(args: Sequence[str], runs_dir: Path) -> int:
     return 0
 
 
-def _run_all(args: Sequence[str], rows: Mapping[Path, Row], failures: list[QatError]) -> None:
-    """Run the rows, here or where Hydra's launcher says; their errors are collected. Without rows, Hydra shows what was
-    asked for."""
+def _run_all(args: Sequence[str], rows: Mapping[Path, Row], outcome: Outcome) -> None:
+    """Run the rows, here or where Hydra's launcher says. Without rows, Hydra shows what was asked for."""
     launcher = next((arg.partition("=")[2] for arg in reversed(args) if arg.startswith("hydra/launcher=")), _HERE)
     sweep = any(arg in _MULTIRUN for arg in args)
     if not rows:
         _show(args)
     elif launcher == _HERE:  # composed and checked as they are
-        _run_here([row.config for row in rows.values()], sweep, failures)
+        _run_here(rows, sweep, outcome)
     else:
-        launch(launcher, _parsed(args).overrides, rows, failures)
+        launch(launcher, _parsed(args).overrides, rows, outcome)
 
 
-def _run_here(configs: Sequence[Config], sweep: bool, failures: list[QatError]) -> None:
+def _run_here(rows: Mapping[Path, Row], sweep: bool, outcome: Outcome) -> None:
     """One after the other; those of a sweep that other processes are at work on come last, unless something failed."""
     from qat_runner.experiment import run, run_after_others
 
-    waiting = deque((run, config) for config in configs)
+    waiting = deque((run, folder) for folder in rows)
     while waiting:
-        carry_out, config = waiting.popleft()
-        if carry_out is run_after_others and failures:
+        outcome.left = [folder for _, folder in waiting][1:]
+        carry_out, folder = waiting.popleft()
+        if carry_out is run_after_others and outcome.failures:
             return
         try:
-            carry_out(config)
+            carry_out(rows[folder].config)
+            outcome.done.append(folder)
         except QatError as error:
             if sweep and isinstance(error, BusyError):
-                waiting.append((run_after_others, config))
+                waiting.append((run_after_others, folder))
                 continue
-            failures.append(error)
+            outcome.failures.append(error)
             # A stop ends the whole request; so does any failure of one of several processes: the others may not know.
             if isinstance(error, StoppedError) or ranks.launched():
                 return
@@ -334,10 +342,10 @@ def _show(args: Sequence[str]) -> None:
     nothing()
 
 
-def _print_results(rows: Mapping[Path, Row]) -> None:
+def _print_results(rows: Mapping[Path, Row], done: Collection[Path]) -> None:
     """The closing words of a request: the finished runs, what they say over seeds, and what makes a page of them."""
     finished: dict[Path, Summary] = {}
-    for folder in rows:
+    for folder in (folder for folder in rows if folder in done):
         with suppress(UnreadableError):  # of which the row itself has told
             if (summary := SUMMARY.read(folder)) is not None:
                 finished[folder] = summary

@@ -36,7 +36,7 @@ from qat_runner.config import (
     scaled_lr,
 )
 from qat_runner.data import Data
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError
+from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError, file_told
 from qat_runner.experiment import allocating
 from qat_runner.experiment.building import build, find_device, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
@@ -297,6 +297,7 @@ def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str])
             plot_noise(folder)
             SUMMARY.write(folder, result)
             trainer.record.close(result)
+        trainer.stop_if_asked()
         return result
 
 
@@ -333,7 +334,7 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
     if isinstance(error, NotCalibratedError):
         return RunError(str(error))
     if isinstance(error, OSError):
-        return RunError(f"{folder}: writing failed ({error}); what was recorded before is intact")
+        return RunError(f"{folder}: broke off ({file_told(error)}); what was recorded before is intact")
     where = RunFolder(folder).error
     return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
 

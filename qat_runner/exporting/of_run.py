@@ -123,7 +123,7 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
         if config.weights == BASELINE:
             path = RunFolder(run_folder(baseline_of(config))).checkpoints / LAST
     if not path.exists():
-        raise ConfigError(f"{run}: its network is not there any more, {path}")
+        raise ConfigError(f"{run}: has no network of its own, {path} is not there")
     if config.training and not is_whole(path):
         raise ConfigError(f"checkpoint {path} cannot be read (it is damaged: its checksum is wrong)")
     return str(path)

@@ -90,13 +90,15 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
     """The runs in folders of run folders, and of tables of results, each once, however often it is named.
 
     Raises:
-        ConfigError: a place is none of either, or holds no run.
+        ConfigError: a place is none of either, such as a run's own folder, or holds no run.
         UnreadableError: as `read_results`.
     """
     found: dict[tuple[Path, int | None], Run] = {}
     for place in {place.resolve(): place for place in places}.values():
         if not place.exists():
             raise ConfigError(f"{place}: no such folder of runs")
+        if (place / CONFIG_FILE).is_file():
+            raise ConfigError(f"{place}: is a run, and no folder of runs, as {place.resolve().parent} is")
         runs = find_runs(place) if place.is_dir() else read_results(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from qat_runner.config import (
+    CONFIG_FILE,
     Config,
     Mode,
     clipping_label,
@@ -60,7 +61,7 @@ def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]
     """The run folders in a folder, by name, with their configs; and why others could not be read."""
     found: dict[Path, Config] = {}
     unreadable = []
-    for path in sorted(folder.glob("*/config.yaml")):
+    for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
         try:
             found[path.parent] = read_config(path)
         except UnreadableError as error:
@@ -76,7 +77,7 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
         wanted: of a summary, or None while there is none, whether the run is one to read; by default all are.
     """
     found, unreadable = [], []
-    for file in sorted(folder.glob("*/config.yaml")):
+    for file in sorted(folder.glob(f"*/{CONFIG_FILE}")):
         path = file.parent
         try:
             summary = SUMMARY.read(path)

@@ -202,13 +202,18 @@ def _key(config: Config) -> str:
 
 
 def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
-    """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision."""
-    groups: dict[str, tuple[list[Mapping[str, Any]], list[float]]] = {}
+    """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision.
+
+    Of a run that is there twice, in two folders, one counts.
+    """
+    groups: dict[str, dict[int, tuple[Mapping[str, Any], float | None]]] = {}
     for result, difference in zip(results, against_full_precision(results), strict=True):
-        summaries, differences = groups.setdefault(run_name(replace(result.config, seed=0)), ([], []))
-        summaries.append(result.summary)
-        differences += [] if difference is None else [difference]
-    return list(groups.values())
+        seeds = groups.setdefault(run_name(replace(result.config, seed=0)), {})
+        seeds[result.config.seed] = result.summary, difference
+    return [
+        ([summary for summary, _ in seeds.values()], [gap for _, gap in seeds.values() if gap is not None])
+        for seeds in groups.values()
+    ]
 
 
 def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qat_runner.config import CONFIG_FILE, load_config
-from qat_runner.errors import UnreadableError, told
+from qat_runner.errors import ConfigError, UnreadableError, told
 from qat_runner.runs.asked import asked
 from qat_runner.runs.lock import alive
 from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, measured, metric, score
@@ -29,7 +29,15 @@ class Status:
 
 
 def statuses(runs_dir: Path) -> list[Status]:
-    """Of every run in a folder of runs, and of those that were asked for, by name."""
+    """Of every run in a folder of runs, and of those that were asked for, by name; of a run's own folder, of that one.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not runs_dir.is_dir():
+        raise ConfigError(f"{runs_dir}: no such folder of runs")
+    if (runs_dir / CONFIG_FILE).is_file():
+        return [status(runs_dir)]
     names, unreadable = {path.parent.name for path in runs_dir.glob(f"*/{CONFIG_FILE}")}, []
     try:
         names |= {*asked(runs_dir)}

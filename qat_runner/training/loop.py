@@ -175,6 +175,19 @@ class Trainer:
                 self._save(end_of_epoch=True)
         self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
 
+    def stop_if_asked(self) -> None:
+        """What is left of a signal that came when there was no step to come: the run is done, and nothing follows it.
+
+        Raises:
+            StoppedError: a process got one.
+        """
+        number = max(distributed.all_gather(self.stop.signal or 0))
+        if number:
+            self.stop.pass_on()
+            raise StoppedError(
+                f"stopped by {signal.Signals(number).name} at the end of a run, which is finished", number
+            )
+
     def _validate(self, progress: Progress) -> None:
         """Validate after an epoch; after the last one again, with BatchNorm's statistics taken anew, if so asked."""
         state = self.state

@@ -130,7 +130,7 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere: no such folder of runs" in capsys.readouterr().err
     Path("runs").mkdir()
     assert report.main(["table1"]) == 2
-    assert "runs: holds no runs" in capsys.readouterr().err
+    assert "runs: holds no run of qat-run" in capsys.readouterr().err
     assert report.main(["figure2", "--model", "resnet8", "--dataset", "digits"]) == 2
     assert "figure2: needs --run RUN_DIR, or --model NAME --weights FILE --dataset NAME" in capsys.readouterr().err
     for option, value, sentence in (

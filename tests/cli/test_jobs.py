@@ -1,6 +1,7 @@
 """Rows as jobs of a launcher, and commands that go on in a process of their own: which, and what they are given."""
 
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     made = Launcher()
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *args, **kwargs: made(*args, **kwargs))
     return made
 
@@ -114,6 +116,14 @@ def test_rows_of_an_experiment_as_jobs(run: Run, launcher: Launcher, carried_out
     assert len({config.clipping.name for config in carried_out}) > 1
 
 
+def test_slurm_is_refused_where_there_is_none(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("srun") is not None:
+        pytest.skip("there is one here")
+    assert run("-m", "hydra/launcher=slurm", "seed=0,1") == 2
+    assert "hydra/launcher=slurm: there is no srun here" in capsys.readouterr().err
+    assert not [*Path().iterdir()]
+
+
 def test_a_row_is_one_process(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8") == 2
     told = capsys.readouterr().err
@@ -131,5 +141,5 @@ def test_a_command_that_is_detached_is_the_one_that_was_typed(run: Run, monkeypa
     child = command[command.index("qat_runner") + 1 :]
     assert child == ["-m", *SMALL, "dataset.image_size=16,8", "data_dir=~/data"]
     rows: list[int] = []
-    monkeypatch.setattr(cli_run, "_run_all", lambda args, found, failures: rows.append(len(found)))
+    monkeypatch.setattr(cli_run, "_run_all", lambda args, found, outcome: rows.append(len(found)))
     assert cli_run.main(child) == 0 and rows == [2]

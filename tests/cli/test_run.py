@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -573,6 +574,8 @@ def test_help_and_config_do_no_work(run: Run, tmp_path: Path, capsys: pytest.Cap
     shown = capsys.readouterr().out
     for word in ("Examples", "qat-run -m bits=4,6,8", "clipping: lsq, max, mse_sweep, octav", "weight_bits: null"):
         assert word in shown
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"qat-run {version('qat_runner')}\n"
     assert list(tmp_path.iterdir()) == []
 
 

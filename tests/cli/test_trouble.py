@@ -17,8 +17,9 @@ from torch import nn
 
 from qat_runner.cli import report
 from qat_runner.cli import run as cli_run
+from qat_runner.cli.jobs import Outcome, Row
 from qat_runner.cli.run import main
-from qat_runner.errors import BusyError, QatError, StoppedError
+from qat_runner.errors import BusyError, StoppedError
 from qat_runner.experiment import running
 from qat_runner.models import MODELS
 from qat_runner.runs.lock import RunLock
@@ -151,10 +152,59 @@ def test_whoever_interrupts_is_told_the_command_that_goes_on(
         assert f"interrupted; {command} goes on from the last checkpoint" in capsys.readouterr().err
 
 
-def test_a_stop_ends_the_whole_sweep(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
-    assert run("-m", "seed=0,1,2") == 143
+def test_a_stop_ends_the_whole_sweep(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("-m", "seed=0,1,2", "epochs=1") == 143
+    assert "had not begun" not in capsys.readouterr().err
     assert len([*Path("runs").glob("*/config.yaml")]) == 1
+    assert run("-m", "seed=1,2", "epochs=1") == 0
+    capsys.readouterr()
+    at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("-m", "seed=0,1,2", "epochs=1", "overwrite=true") == 143
+    told = capsys.readouterr()
+    assert "and 1 more: had not begun; the earlier run is there still, and overwrite=true replaces it" in told.err
+    assert "top1" not in told.out  # of the earlier runs
+
+
+def test_a_stop_when_there_is_no_step_to_come_ends_the_sweep_after_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = Trainer.measure_noise
+
+    def stopped(trainer: Trainer) -> None:
+        if trainer.state.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        noise(trainer)
+
+    monkeypatch.setattr(Trainer, "measure_noise", stopped)
+    assert run("-m", "seed=0,1", "epochs=1") == 143
+    assert "stopped by SIGTERM at the end of a run, which is finished" in capsys.readouterr().err
+    assert len([*Path("runs").glob("*/summary.json")]) == len([*Path("runs").glob("*/config.yaml")]) == 1
+
+
+def test_fewer_epochs_than_a_run_has_begun_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+        assert run("run_dir=one", "epochs=3") == 143
+    assert run("run_dir=one", "epochs=1", "resume=force") == 2
+    assert "one: is in epoch 2 of 3 already, so that epochs=1 is none to go on to" in capsys.readouterr().err
+    assert run("run_dir=one", "epochs=2", "resume=force") == 0
+    assert len(outcome("one")["rows"]) == 8
+
+
+def test_a_request_that_is_refused_shows_no_result_of_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run_dir=one", "epochs=1") == 0
+    assert "top1" in capsys.readouterr().out
+    assert run("run_dir=one", "epochs=1", "bits=3", "resume=force") == 2
+    told = capsys.readouterr()
+    assert "has been trained to its end" in told.err and "top1" not in told.out
 
 
 @pytest.mark.reliability
@@ -311,6 +361,10 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "1 finished, 1 stale, 1 missing" in out
     stale = next(Path("runs").glob("*seed1*"))
+    assert report.main(["status", str(stale)]) == 0 and capsys.readouterr().out.rstrip().endswith("\n1 stale")
+    for verb in ("table1", "results", "ledger", "figure4"):
+        assert report.main([verb, str(stale)]) == 2
+        assert f"{stale}: is a run, and no folder of runs, as {stale.resolve().parent} is" in capsys.readouterr().err
     with RunLock(stale):
         assert report.main(["status", "runs"]) == 0
         assert "1 finished, 1 running, 1 missing" in capsys.readouterr().out
@@ -331,7 +385,7 @@ def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         at_step(patch, 2, 1, lambda trainer: patch.setattr(torch, "save", full))
         assert run("run_dir=one") == 1
     err = capsys.readouterr().err
-    assert "one: writing failed ([Errno 28] No space left on device: 'one/checkpoints'); what was recorded" in err
+    assert "one: broke off (one/checkpoints: No space left on device); what was recorded before is intact" in err
     assert run("run_dir=one") == 0
     assert json.loads(Path("one/summary.json").read_text())["epochs"] == 2
 
@@ -361,10 +415,11 @@ def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pyte
 
     monkeypatch.setattr(experiment, "run", busy)
     monkeypatch.setattr(experiment, "run_after_others", stopped)
-    failures: list[QatError] = []
-    cli_run._run_here(["a", "b"], True, failures)  # type: ignore[list-item]
+    rows, came = {Path(name): Row(name, []) for name in "ab"}, Outcome()  # type: ignore[arg-type]
+    cli_run._run_here(rows, True, came)
     assert order == [("run", "a"), ("run", "b"), ("after others", "a")]
-    assert [type(failure) for failure in failures] == [StoppedError]
+    assert [type(failure) for failure in came.failures] == [StoppedError]
+    assert came.left == [Path("b")] and not came.done
 
 
 def test_a_sweep_waits_for_rows_that_others_are_at_work_on(

@@ -32,6 +32,12 @@ def test_runs_come_out_again(tmp_path: Path) -> None:
     first = table.read_bytes()
     write_results(runs, tmp_path / "kept")
     assert table.read_bytes() == first
+    places = (str(tmp_path / "runs"), str(table))
+    lines = []
+    for place in places:
+        assert report(["table1", place, "--out", str(tmp_path / "tables")]) == 0
+        lines.append((tmp_path / "tables" / "table1.csv").read_text())
+    assert lines[0] == lines[1] and "61.50" in lines[0]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

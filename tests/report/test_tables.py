@@ -185,6 +185,8 @@ def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:
     ]
     assert several_seeds([*full, *longer]) and not several_seeds([full[0], two[0], *longer])
     assert len(results_table([*full, *two, *longer]).splitlines()) == 2 + 5
+    assert not several_seeds([two[0], two[0]])  # of one run, in two folders
+    assert seeds_table([*full, *two, two[0]]) == seeds_table([*full, *two])
 
 
 def test_differences_in_words() -> None:
