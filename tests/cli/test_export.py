@@ -224,7 +224,7 @@ def test_interrupted_or_out_of_space_leaves_nothing(
 ) -> None:
     for trouble, code, told in (
         (KeyboardInterrupt(), 130, "interrupted; nothing was kept"),
-        (OSError(28, "No space left on device"), 1, "out.tmp failed (No space left on device); nothing was kept"),
+        (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; nothing was kept"),
     ):
 
         def fail(*args: Any, trouble: BaseException = trouble) -> None:
