@@ -48,6 +48,14 @@ PLACES = (
 )
 """Keys that say where things lie and what is kept, not what is computed."""
 
+OF_QUANTIZATION = (
+    *("clipping", "gradient", "first_last_bits", "quantize_head", "rules"),
+    *("noise_batches", "backend", "log_excess_mse"),
+    *("conv_granularity", "linear_granularity", "activation_granularity"),
+    *("format", "weight_format", "activation_format", "weight_range", "activation_range"),
+)
+"""Keys that are without effect in full precision."""
+
 
 def identity(config: Config) -> dict[str, Any]:
     """The dotted keys of a resolved config that tell it from others: what is equal here is the same run.
@@ -65,92 +73,89 @@ def settings(config: Config) -> dict[str, Any]:
     recipe of one that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in PLACES}
-    keys["clipping"] = plain(config.clipping_in_mode)
-    formats = config.weight_format, config.activation_format
-    if len({*formats}) == 1:  # which is how it was said before they could differ
+    for told in (_tensors_told, _files_told, _training_told, _allocation_told, _remedies_told, _clipping_told):
+        told(keys, config)
+    foreign = foreign_keys(config.task)
+    return {key: value for key, value in flat(keys).items() if key not in foreign}
+
+
+def _tensors_told(keys: dict[str, Any], config: Config) -> None:
+    """What comes of keys that only choose others goes without these."""
+    if config.weight_format == config.activation_format:  # which is how it was said before they could differ
         keys["format"] = keys.pop("weight_format")
         del keys["activation_format"]
     else:
         del keys["format"]
-    del keys["bits"], keys["range"], keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
+    del keys["bits"], keys["range"]
+    del keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
     del keys["dataset"]["preprocessing"]  # whose outcome is in the others
-    foreign = foreign_keys(config.task)
-    if config.model.checkpoint is not None and "model.checkpoint" not in foreign:
+
+
+def _files_told(keys: dict[str, Any], config: Config) -> None:
+    """Files count by content; folders of pictures or text, which go by no name, by their place."""
+    if config.model.checkpoint is not None and "model.checkpoint" not in foreign_keys(config.task):
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
     if (checkpoint := checkpoint_of(config.model.name)) is not None:
         keys["model"]["name"] = f"hf/{config.content(checkpoint)}"
     if config.weights is not None:
         baseline = config.weights == BASELINE
         keys["weights"] = run_name(baseline_of(config)) if baseline else config.content(config.weights)
-    if config.dataset.name in ("imagefolder", "text"):  # any folder of pictures, or of text, goes by this name
+    if config.dataset.name in ("imagefolder", "text"):
         keys["data_dir"] = str(path_of(config.data_dir).resolve())
-    keys["recipe"] = None
-    if config.training:
-        keys["recipe"] = plain(config.stage)
-    probing = config.allocating and config.retrain_steps > 0  # what probes are trained by decides about bits
-    if config.distilling or (probing and config.recipe.distill != Distill.none):
-        teacher = config.recipe.teacher
+    if config.allocating and config.allocation.latencies is not None:
+        keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
+
+
+def _training_told(keys: dict[str, Any], config: Config) -> None:
+    """Of the recipe the stage that is trained, and the teacher where there is one, be it of the networks that are
+    retrained on the way to bits."""
+    keys["recipe"] = plain(config.stage) if config.training else None
+    if not config.training:
+        for key in (*OF_STAGE, *(() if _probing(config) else ("accumulate",))):
+            del keys[key]
+    recipe = config.recipe
+    if config.distilling or (_probing(config) and recipe.distill != Distill.none):
         keys["distill"] = {
-            "teacher": None if teacher is None else config.content(teacher),
-            "temperature": config.recipe.distill_temperature,
-            "weight": config.recipe.distill_weight,
+            "teacher": None if recipe.teacher is None else config.content(recipe.teacher),
+            "temperature": recipe.distill_temperature,
+            "weight": recipe.distill_weight,
         }
-        if config.recipe.teacher_part is not None:
-            keys["distill"]["teacher_part"] = config.recipe.teacher_part
-        if config.recipe.teacher_model is not None:
-            keys["distill"]["teacher_model"] = config.recipe.teacher_model
+        if recipe.teacher_part is not None:
+            keys["distill"]["teacher_part"] = recipe.teacher_part
+        if recipe.teacher_model is not None:
+            keys["distill"]["teacher_model"] = recipe.teacher_model
+
+
+def _probing(config: Config) -> bool:
+    """Whether networks are retrained on the way to bits, so that what these are trained by decides about bits."""
+    return config.allocating and config.retrain_steps > 0
+
+
+def _allocation_told(keys: dict[str, Any], config: Config) -> None:
+    """How bits are chosen, where they are."""
     if not config.allocating:
         for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
             del keys[key]
     elif config.policy == AUTO:
         keys["policy"] = AUTO
-        if probing and config.mode != Mode.retrain:
+        if _probing(config) and config.mode != Mode.retrain:
             keys["retrain"] = plain(config.recipe)["retrain"]
-    elif probing:
+    elif _probing(config):
         keys["recipe"] = plain(config.recipe)["retrain"]
-    if config.allocating and config.allocation.latencies is not None:
-        keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
-    if config.freezing or (config.retrain_steps and config.recipe.freeze_scalars_at is not None):
-        keys["freeze_scalars_at"] = config.recipe.freeze_scalars_at
-    if config.reestimating or (config.retrain_steps and config.recipe.batchnorm_batches):
-        keys["batchnorm_batches"] = config.recipe.batchnorm_batches
+
+
+def _remedies_told(keys: dict[str, Any], config: Config) -> None:
+    """What is done in training beside quantizing, where it is."""
+    recipe = config.recipe
+    if config.freezing or (config.retrain_steps and recipe.freeze_scalars_at is not None):
+        keys["freeze_scalars_at"] = recipe.freeze_scalars_at
+    if config.reestimating or (config.retrain_steps and recipe.batchnorm_batches):
+        keys["batchnorm_batches"] = recipe.batchnorm_batches
     if not (config.quantized_training or config.retrain_steps):
         del keys["oscillations"]
     else:
         for key in _without_effect(config.oscillations):
             del keys["oscillations"][key]
-    if not config.training:
-        for key in (*OF_STAGE, *(() if probing else ("accumulate",))):
-            del keys[key]
-    if not config.needs_calibration:
-        del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
-    if config.schema_version >= (revision := REVISED.get(config.clipping.name, SCHEMA_VERSION + 1)):
-        keys["clipping"]["revision"] = revision
-    if config.quantization.full_precision:
-        for key in (
-            "clipping",
-            "gradient",
-            "first_last_bits",
-            "quantize_head",
-            "conv_granularity",
-            "linear_granularity",
-            "activation_granularity",
-            "format",
-            "weight_format",
-            "activation_format",
-            "weight_range",
-            "activation_range",
-            "rules",
-            "noise_batches",
-            "backend",
-            "log_excess_mse",
-        ):
-            keys.pop(key, None)
-    elif config.all_learned:
-        del keys["gradient"]
-    elif config.all_static:  # of which each mode of evaluation makes the same
-        keys["clipping"]["eval_mode"] = ClippingConfig.eval_mode
-    return {key: value for key, value in flat(keys).items() if key not in foreign}
 
 
 def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
@@ -158,6 +163,23 @@ def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
     if how.freeze_to is not None:
         return ()
     return ("freeze_from",) if how.watching else ("freeze_from", "momentum", "threshold", "max_bits")
+
+
+def _clipping_told(keys: dict[str, Any], config: Config) -> None:
+    """How is clipped, and by which gradients; nothing of all that in full precision."""
+    if config.quantization.full_precision:
+        for key in OF_QUANTIZATION:
+            keys.pop(key, None)
+        return
+    keys["clipping"] = plain(config.clipping_in_mode)
+    if not config.needs_calibration:
+        del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
+    if config.schema_version >= (revision := REVISED.get(config.clipping.name, SCHEMA_VERSION + 1)):
+        keys["clipping"]["revision"] = revision
+    if config.all_learned:
+        del keys["gradient"]
+    elif config.all_static:  # of which each mode of evaluation makes the same
+        keys["clipping"]["eval_mode"] = ClippingConfig.eval_mode
 
 
 def load_config(folder: Path) -> Config | None:

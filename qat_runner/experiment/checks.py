@@ -46,45 +46,9 @@ def preflight(config: Config) -> Path:
     Raises:
         ConfigError: unknown model or device, absent data or weights, a run folder of another config.
     """
-    for key, value, allowed in (
-        ("model.stem", config.model.stem, STEMS),
-        ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
-    ):
-        if value not in allowed:
-            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    if not any(config.model.name in task.networks for _, task in TASKS.sound()):
-        names = dict.fromkeys(name for _, task in TASKS.sound() for name in task.networks)
-        words = (f"{prefix}/NAME" for prefix in PREFIXES)
-        raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
-    for name in config.trackers:
-        if name not in TRACKERS:
-            raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
-        if missing := TRACKERS[name].missing():
-            raise ConfigError(f"trackers={name}: {missing}")
-    size, resized = config.dataset.image_size, config.dataset.resize_size
-    if resized is not None and resized < size and "dataset.resize_size" not in foreign_keys(config.task):
-        raise ConfigError(f"dataset.resize_size={resized}: must be dataset.image_size={size} or more")
-    if config.dataset.skip_corrupt and config.accumulate > 1 and (config.clipping.sync or config.sync_batchnorm):
-        what = "clipping.sync" if config.clipping.sync else "sync_batchnorm"
-        raise ConfigError(f"dataset.skip_corrupt=true: is not for accumulate={config.accumulate} with {what}=true")
-    device = find_device(config.device)
-    if config.compile and device.type == "cpu" and not compiled.available():
-        raise ConfigError("compile=true: needs a C++ compiler, and there is none here")
-    if config.dataset.decode == Decode.gpu and device.type != "cuda":
-        raise ConfigError(f"dataset.decode=gpu: needs a CUDA device, and device={config.device} is the CPU")
-    world = ranks.world_size()
-    if world > 1 and config.device.startswith("cuda:"):
-        raise ConfigError(
-            f"device={config.device}: would be that of all {world} processes; device=cuda gives each its own"
-        )
-    if config.training and config.batch_size % world:
-        raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
-    if config.accumulate > config.batch_size // world:
-        raise ConfigError(f"accumulate={config.accumulate}: must be 1 to batch_size over the number of processes")
-    try:
-        choose_backend(config.backend, device.type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    _check_names(config)
+    _check_device(config)
+    _check_batches(config)
     find_dataset(config.dataset, config.data_dir)
     task = task_of(config)
     task.check(config)
@@ -104,6 +68,57 @@ def preflight(config: Config) -> Path:
     folder = run_folder(config)
     _check_folder(folder, config)
     return folder
+
+
+def _check_names(config: Config) -> None:
+    """Refuse what there is none of, or what lacks a package here."""
+    for key, value, allowed in (
+        ("model.stem", config.model.stem, STEMS),
+        ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    if not any(config.model.name in task.networks for _, task in TASKS.sound()):
+        names = dict.fromkeys(name for _, task in TASKS.sound() for name in task.networks)
+        words = (f"{prefix}/NAME" for prefix in PREFIXES)
+        raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
+    for name in config.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
+        if missing := TRACKERS[name].missing():
+            raise ConfigError(f"trackers={name}: {missing}")
+
+
+def _check_device(config: Config) -> None:
+    """Refuse a device that is not there, and what it cannot do."""
+    device = find_device(config.device)
+    if config.compile and device.type == "cpu" and not compiled.available():
+        raise ConfigError("compile=true: needs a C++ compiler, and there is none here")
+    if config.dataset.decode == Decode.gpu and device.type != "cuda":
+        raise ConfigError(f"dataset.decode=gpu: needs a CUDA device, and device={config.device} is the CPU")
+    if (world := ranks.world_size()) > 1 and config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={config.device}: would be that of all {world} processes; device=cuda gives each its own"
+        )
+    try:
+        choose_backend(config.backend, device.type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_batches(config: Config) -> None:
+    """Refuse pictures and batches that cannot be made, or not be shared out."""
+    size, resized = config.dataset.image_size, config.dataset.resize_size
+    if resized is not None and resized < size and "dataset.resize_size" not in foreign_keys(config.task):
+        raise ConfigError(f"dataset.resize_size={resized}: must be dataset.image_size={size} or more")
+    if config.dataset.skip_corrupt and config.accumulate > 1 and (config.clipping.sync or config.sync_batchnorm):
+        what = "clipping.sync" if config.clipping.sync else "sync_batchnorm"
+        raise ConfigError(f"dataset.skip_corrupt=true: is not for accumulate={config.accumulate} with {what}=true")
+    world = ranks.world_size()
+    if config.training and config.batch_size % world:
+        raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
+    if config.accumulate > config.batch_size // world:
+        raise ConfigError(f"accumulate={config.accumulate}: must be 1 to batch_size over the number of processes")
 
 
 def _check_tensors(config: Config) -> None:
