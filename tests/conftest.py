@@ -3,12 +3,17 @@
 import gc
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from qat_runner.config import Config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
@@ -20,6 +25,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and wi
 settings.register_profile("default", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("default")
 
+Compose = Callable[..., "Config"]
+
 gc.disable()
 
 
@@ -29,6 +36,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def composed() -> Compose:
+    """Overrides of a command -> the config that it comes to."""
+    from qat_runner.config import from_hydra
+    from qat_runner.config.composing import compose_config
+
+    return lambda *overrides: from_hydra(compose_config(overrides))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _called() -> Iterator[None]:
+    """What a run records of its command is no path of pytest's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qat-run"])
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,37 +1,23 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from qat_runner.cli.run import HYDRA_VERSION_BASE, config_dir
+from qat_runner.cli.run import config_dir
 from qat_runner.config import (
-    Config,
     changed,
     clipping_label,
     differences,
-    from_hydra,
     gradient_label,
     identity,
-    register,
     run_name,
 )
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
 from qat_runner.models import BERTS, DECODERS, MODELS
 from qat_runner.quant import Octav, Percentile
-
-Compose = Callable[..., Config]
-
-
-@pytest.fixture(scope="module")
-def composed() -> Any:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        yield lambda *overrides: from_hydra(compose("config", overrides=list(overrides)))
+from tests.conftest import Compose
 
 
 def options(group: str) -> list[str]:

@@ -1,43 +1,32 @@
 """Configs of other times: what identifies a run, and what its name has to do with it."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qat_runner.config import (
     Config,
     StageConfig,
-    config_dir,
-    from_hydra,
     identity,
     read_config,
-    register,
     run_folder,
     run_name,
 )
 from qat_runner.config import versions as v
-from qat_runner.config.composing import HYDRA_VERSION_BASE
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.errors import ConfigError, UnreadableError
+from tests.conftest import Compose
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "docs/results").rglob("configs/*.yaml"))
 """Of the runs whose results the docs show, as these runs wrote them: of version 1 and later."""
 
 
 read_shipped = functools.cache(read_config)
-
-
-@pytest.fixture(scope="module")
-def composed() -> Iterator[Callable[..., Config]]:
-    register()
-    with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
-        yield lambda *overrides: from_hydra(compose("config", overrides=list(overrides)))
 
 
 def write(folder: Path, config: Config | dict[str, Any]) -> Path:
@@ -77,7 +66,7 @@ def test_every_key_with_a_default_has_its_first_one_on_record() -> None:
 
 
 def test_a_key_or_a_default_that_comes_later_renames_nothing(
-    composed: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed("mode=ptq", "weights=w.pt")
     old = raw(config)
@@ -95,7 +84,7 @@ def test_a_key_or_a_default_that_comes_later_renames_nothing(
     assert read_config(write(tmp_path / "older", old) / "config.yaml").amp == "bf16"
 
 
-def test_values_that_do_not_go_without_saying_are_told(composed: Callable[..., Config]) -> None:
+def test_values_that_do_not_go_without_saying_are_told(composed: Compose) -> None:
     plain, other = composed(), composed("amp=bf16", "quantize_head=false", "recipe.scratch.nesterov=true")
     told = {"amp": "bf16", "quantize_head": False, "recipe.nesterov": True}
     assert identity(other) == identity(plain) | told
@@ -105,7 +94,7 @@ def test_values_that_do_not_go_without_saying_are_told(composed: Callable[..., C
     assert identity(composed("dataset=squad", "model=bert_base", "first_last_bits=8")) != identity(bert)
 
 
-def test_configs_of_version_1(composed: Callable[..., Config], tmp_path: Path) -> None:
+def test_configs_of_version_1(composed: Compose, tmp_path: Path) -> None:
     now = composed("mode=ptq", "weights=w.pt", "clipping.eval_mode=last", "batch_size=512")
     old = raw(now)
     del old["schema_version"], old["clipping"]["calibration_batch_size"]
@@ -117,7 +106,7 @@ def test_configs_of_version_1(composed: Callable[..., Config], tmp_path: Path) -
 
 @pytest.mark.parametrize(("dataset", "model"), [("squad", "bert_base"), ("digits", "resnet20")])
 def test_configs_of_before_data_sets_named_their_task(
-    composed: Callable[..., Config], tmp_path: Path, dataset: str, model: str
+    composed: Compose, tmp_path: Path, dataset: str, model: str
 ) -> None:
     now = composed(f"dataset={dataset}", f"model={model}")
     old = raw(now)
@@ -126,7 +115,7 @@ def test_configs_of_before_data_sets_named_their_task(
     assert (read.dataset.task, run_name(read)) == (now.dataset.task, run_name(now))
 
 
-def test_a_method_that_was_revised_is_another(composed: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_method_that_was_revised_is_another(composed: Compose, tmp_path: Path) -> None:
     for clipping, same in (("pact", False), ("lsq", True)):
         now = composed(f"clipping={clipping}", "mode=retrain", "weights=w.pt")
         old = raw(now) | {"schema_version": 1}
@@ -142,9 +131,7 @@ def test_a_method_that_was_revised_is_another(composed: Callable[..., Config], t
         ({"epochs": "many"}, "many"),
     ],
 )
-def test_what_cannot_be_read_is_told(
-    composed: Callable[..., Config], tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_read_is_told(composed: Compose, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = write(tmp_path / "run", raw(composed()) | change)
     with pytest.raises(UnreadableError, match=message):
         read_config(folder / "config.yaml")
@@ -157,12 +144,12 @@ def test_what_is_no_config_is_told(tmp_path: Path, text: str) -> None:
         read_config(tmp_path / "config.yaml")
 
 
-def test_no_one_sets_the_version(composed: Callable[..., Config]) -> None:
+def test_no_one_sets_the_version(composed: Compose) -> None:
     with pytest.raises(ConfigError, match=f"schema_version=1: must be {v.SCHEMA_VERSION}"):
         composed("schema_version=1")
 
 
-def test_a_folder_that_an_earlier_version_named_serves(composed: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_folder_that_an_earlier_version_named_serves(composed: Compose, tmp_path: Path) -> None:
     config = composed(f"runs_dir={tmp_path}")
     words = run_name(config).rpartition("_")[0]
     assert run_folder(config) == tmp_path / run_name(config)

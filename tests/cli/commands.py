@@ -1,6 +1,5 @@
 """Running `qat-run` in a folder of a test."""
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,5 +14,4 @@ Run = Callable[..., int]
 def run_in(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str]) -> Run:
     """`qat-run` in a folder, with overrides in front of those that it is given, and behind -m."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     return lambda *args: main([*args[: args[0] == "-m"], *overrides, *args[args[0] == "-m" :]])

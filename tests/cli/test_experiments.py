@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +38,6 @@ Run = Callable[..., int]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     return lambda *args: main(["-m", *args, *SHORT])
 
 

@@ -32,7 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs to export: dynamic, with scalars frozen in training, static, and in full precision."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["qat-run"])
         patch.chdir(folder)
         assert qat_run([*FAKE, "run_dir=dynamic"]) == 0
         assert qat_run([*FAKE, "run_dir=frozen", "epochs=2", "recipe.freeze_scalars_at=1.5"]) == 0
@@ -251,7 +250,6 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_bert(tmp_path / "bert", layers=1)
     tiny_squad(tmp_path / "data" / "squad")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     args: list[Any] = [
         *("backend=eager", "model=bert", "model.checkpoint=bert", "dataset=squad", "data_dir=data", "epochs=1"),
         *("dataset.max_length=40", "dataset.stride=8", "batch_size=4", "run_dir=run"),
@@ -273,7 +271,6 @@ def test_pact_and_its_widest_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     assert qat_run([*FAKE, "run_dir=pact", "clipping=pact"]) == 0
     assert command.main(["pact", "--formats", "safetensors"]) == 0
     assert (tmp_path / "pact" / "export" / "model.safetensors").is_file()

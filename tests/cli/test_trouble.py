@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -347,7 +346,6 @@ def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
     assert "2 finished, 1 failed" in out and "internal error (ZeroDivisionError: oops)" in " ".join(out.split())
     monkeypatch.undo()
     monkeypatch.chdir(failed.parents[1].resolve())
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     assert run("-m", "seed=0,1,2", "epochs=1") == 0
     assert not (failed / "error.txt").exists()
 

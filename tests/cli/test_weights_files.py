@@ -1,7 +1,6 @@
 """Weights files of all kinds, as qat-run, qat-export and qat-report meet them."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ Run = Callable[..., int]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     return lambda *args: main([*SMALL, *args])
 
 

@@ -1,6 +1,5 @@
 """Whatever is asked for is carried out or refused: one sentence, exit code 2, nothing left behind."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +82,6 @@ def test_any_combination_is_carried_out_or_refused(
     args: list[str], sweep: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # What would be carried out is not: that would take hours. Building it may still find something to refuse.
     monkeypatch.setattr(running, "_run", lambda config, folder: {"metric": "top1", "top1": 0.0})

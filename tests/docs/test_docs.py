@@ -94,7 +94,6 @@ def commands(block: Block) -> list[str]:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, to be in; with commands run in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     return tmp_path
 
 

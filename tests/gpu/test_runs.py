@@ -47,7 +47,6 @@ def killed(args: list[str], step: int) -> None:
 def test_killed_it_goes_on_as_if_nothing_had_been(
     how: tuple[str, ...], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     args = [*SMALL, f"device={device.type}", *how]
     assert qat_run([*args, f"run_dir={tmp_path}/whole"]) == 0
     parts = [*args, f"run_dir={tmp_path}/parts"]
@@ -61,7 +60,6 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
 
 
 def test_it_is_measured_and_exported(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     args = [*SMALL, f"device={device.type}"]
     trained, measured = tmp_path / "trained", tmp_path / "measured"
     assert qat_run([*args, f"run_dir={trained}"]) == 0

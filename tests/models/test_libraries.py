@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,6 @@ def test_what_cannot_be_is_told(
     args: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     monkeypatch.setattr("qat_runner.experiment.checks.find_dataset", lambda *args: tmp_path)
     monkeypatch.setattr("qat_runner.tasks.question_answering.read_checkpoint", lambda *args: None)
     assert main(args) == 2
@@ -102,7 +100,6 @@ def test_it_fits_the_data_set(word: str, of_hub: Path) -> None:
 
 def test_a_sweep_over_words(of_hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     small = (
         *FAKE,
         "batch_size=16",

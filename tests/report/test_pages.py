@@ -10,7 +10,6 @@ import math
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,7 +167,6 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of two epochs."""
     runs = tmp_path_factory.mktemp("real")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["qat-run"])
         patch.chdir(runs)
         assert qat_run([*SMALL, "epochs=2", f"run_dir={runs / 'run'}"]) == 0
     return runs / "run"

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -26,7 +25,6 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     with patch.dict(TASKS), patch.dict(FACTS), patch.dict(DATASETS):
         register(Regression())
         DATASETS["numbers"] = NUMBERS

@@ -1,7 +1,6 @@
 import copy
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,6 @@ def test_scalars_that_come_late_go_on_to_the_same_averages() -> None:
 
 
 def test_a_run_goes_on_to_the_same_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main([*RUN, f"run_dir={whole}"]) == 0
     before = Trainer._add_gradients

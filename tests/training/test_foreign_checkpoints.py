@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return before(trainer, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["qat-run"])
         patch.setattr(Trainer, "_add_gradients", stop)
         for seed in (0, 1):
             assert qat_run(runs / f"seed{seed}", f"seed={seed}") == 128 + signal.SIGTERM

@@ -3,7 +3,6 @@ import itertools
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,6 @@ RUN = (
 @pytest.mark.parametrize("where", ["training", "first validation", "second validation"])
 @pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_never_stopped(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main([*RUN, f"run_dir={whole}"]) == 0
     passes = {"training": 0, "first validation": 2, "second validation": 3}[where]
@@ -228,7 +226,6 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(where: str, tmp_path: Path, mo
 
 def test_what_is_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To watch codes changes no number of a run, and to freeze none none either."""
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     base = [argument for argument in RUN if not argument.startswith(("osc", "recipe", "epochs"))]
     found = []
     watching = ["oscillations.freeze_to=0.99", "oscillations.freeze_from=0.99"]
@@ -241,7 +238,6 @@ def test_what_is_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_freezing_begins_in_a_run_that_was_only_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["qat-run"])
     base = [argument for argument in RUN if not argument.startswith(("osc", "model", "epochs"))]
     base += ["model=resnet8", f"run_dir={tmp_path}"]
     assert main([*base, "epochs=1", "oscillations.measure=true"]) == 0
