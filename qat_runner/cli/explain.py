@@ -44,6 +44,9 @@ def explain(error: Exception, configs: Path) -> str:
         if sentence := _how_to_quote(error.override):
             return sentence
     text = " ".join(str(error).split())
+    if match := re.search(r"Ambiguous value for argument '([^=']+)=(.*?)' 1\.", text):
+        key, values = match.groups()
+        return f"{key}={values}: several values are for a sweep, qat-run -m; a list is written {key}=[{values}]"
     cause = error.__cause__ or error.__context__
     detail = " ".join(str(cause).split()) if cause else ""
     if match := re.search(r"Could not override '([^']+)'", text):

@@ -281,6 +281,10 @@ def _check_rows(composed: Iterable[tuple[DictConfig, list[str]]]) -> dict[Path, 
         other = folders.setdefault(folder, row)
         if other is not row and (changed := differences(identity(other.config), identity(row.config))):
             raise ConfigError(f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it")
+    if len(rows) > len(folders):
+        log.info(
+            f"{len(rows)} rows are {len(folders)} run(s): keys without effect, such as clipping at 32 bits, make none"
+        )
     return folders
 
 
@@ -313,12 +317,15 @@ def _run_here(rows: Mapping[Path, Row], sweep: bool, outcome: Outcome) -> None:
     from qat_runner.experiment import run, run_after_others
 
     waiting = deque((run, folder) for folder in rows)
+    number = {folder: f"run {i} of {len(rows)}" for i, folder in enumerate(rows, 1)}
     while waiting:
         outcome.left = [folder for _, folder in waiting][1:]
         carry_out, folder = waiting.popleft()
         if carry_out is run_after_others and outcome.failures:
             return
         try:
+            if len(rows) > 1:
+                log.info(number[folder])
             carry_out(rows[folder].config)
             outcome.done.append(folder)
         except QatError as error:
@@ -352,12 +359,15 @@ def _print_results(rows: Mapping[Path, Row], done: Collection[Path]) -> None:
     if not finished:
         return
     from qat_runner.report import tables
+    from qat_runner.report.runs import full_precision_in
 
-    results = [tables.Result(rows[folder].config, summary, folder.parent) for folder, summary in finished.items()]
-    log.info("\n" + tables.results_table(results))
+    place = {folder: folder.resolve().parent for folder in finished}
+    results = [tables.Result(rows[folder].config, summary, place[folder]) for folder, summary in finished.items()]
+    beside = [result for folder in dict.fromkeys(place.values()) for result in full_precision_in(folder)]
+    log.info("\n" + tables.results_table(results, beside))
     if tables.several_seeds(results):
-        log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results))
-    if sentences := tables.differences_in_words(results):
+        log.info("\nOver seeds, mean ± standard deviation:\n\n" + tables.seeds_table(results, beside))
+    if sentences := tables.differences_in_words(results, beside):
         log.info("\n" + "\n".join(sentences))
     places = list(dict.fromkeys(folder.parent for folder in finished))
     words = ["qat-report", *(["compare", *map(str, places)] if len(finished) > 1 else map(str, finished))]

@@ -52,6 +52,7 @@ from qat_runner.config.schema import (
     Resizing,
     Resume,
     Schedule,
+    Spared,
     StageConfig,
 )
 
@@ -79,6 +80,7 @@ __all__ = [
     "Resizing",
     "Resume",
     "Schedule",
+    "Spared",
     "StageConfig",
     "allocation_of",
     "baseline_of",

@@ -432,10 +432,9 @@ def _check_mode(config: Config) -> None:
         allowed = ", ".join((*config.task.modes, "ptq", "allocate", "evaluate"))
         raise ConfigError(f"mode={config.mode}: must be one of {allowed} for dataset.task={config.dataset.task}")
     if config.mode == Mode.scratch and config.quantization.has_static:
-        said = "rules" if config.clipping.dynamic or config.clipping.learned else "clipping"
-        raise ConfigError(
-            f"{said}.dynamic=false: mode=scratch has no trained weights to calibrate on; mode=retrain has"
-        )
+        in_rules = config.clipping.dynamic or config.clipping.learned
+        said = "rules.dynamic=false" if in_rules else f"clipping=static_{config.clipping.name} (clipping.dynamic=false)"
+        raise ConfigError(f"{said}: mode=scratch has no trained weights to calibrate on; mode=retrain has")
     for key, part, value in (
         ("weights", config.weights_part, config.weights),
         ("recipe.teacher", config.recipe.teacher_part, config.recipe.teacher),

@@ -38,6 +38,13 @@ class Optimizer(StrEnum):
     adamw = "adamw"
 
 
+class Spared(StrEnum):
+    """What AdamW does not decay."""
+
+    vectors = "vectors"
+    tokens = "tokens"
+
+
 class Schedule(StrEnum):
     """How the learning rate falls."""
 
@@ -317,13 +324,16 @@ class StageConfig:
     lr: float = number(MISSING, 0, _LARGE, above=True)
     """learning rate at that batch size, before any decay"""
     optimizer: Optimizer = Optimizer.sgd
-    """sgd, or adamw, which spares biases and normalization the weight decay"""
+    """sgd or adamw"""
     bias_correction: bool = True
     """adamw: divide the running averages, which start at zero, by what they lack in the first steps"""
     momentum: float = number(0.9, 0, 1, below=True)
     """sgd"""
     weight_decay: float = number(1e-4, 0, _LARGE)
     """of SGD added to the gradients, of AdamW apart from them"""
+    spared: Spared = Spared.vectors
+    """adamw: what does not decay. vectors: parameters of one dimension, which are biases and normalization; tokens:
+    beside them tokens and embeddings of positions, as in DeiT, tables of relative positions, and scales of layers"""
     nesterov: bool = False
     """sgd"""
     max_grad_norm: float | None = number(None, 0, _LARGE, above=True)

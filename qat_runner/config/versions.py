@@ -145,6 +145,7 @@ FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "bias_correction": True,
     "momentum": 0.9,
     "weight_decay": 1e-4,
+    "spared": "vectors",
     "nesterov": False,
     "max_grad_norm": None,
     "label_smoothing": 0.0,

@@ -30,6 +30,9 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP", "PPM")
 BITS_PER_SAMPLE = 258
 """TIFF's tag"""
 
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+"""TIFF's tag that says what is white, and one of its values"""
+
 ORIENTATION = 274
 """EXIF's tag"""
 
@@ -122,7 +125,7 @@ def _in_colour(picture: Image.Image) -> Image.Image:
 
 
 def _deep_grey(picture: Image.Image) -> Image.Image:
-    """Greys of 12, 16 or 32 bits or floats, as bytes.
+    """Greys of 12, 16 or 32 bits or floats, as bytes; on white where one of them is transparent.
 
     12 and 16 bits count as the whole range of their type. 32 bits hold no such range in practice: whole numbers up to
     255 count as bytes, up to 65535 as 16 bits, and floats as in `as_bytes`.
@@ -131,10 +134,16 @@ def _deep_grey(picture: Image.Image) -> Image.Image:
         ValueError: other values.
     """
     values = np.asarray(picture)
+    tags = getattr(picture, "tag_v2", {})
     if picture.mode.startswith("I;16"):
-        bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     elif picture.mode == "I" and (picture.format == "PPM" or (values.min() >= 0 and 255 < values.max() <= 65535)):
         bits = 16  # Pillow stretches those of PGM to that
     else:
-        return Image.fromarray(as_bytes(values))
-    return Image.fromarray(np.rint(values * (255 / (2**bits - 1))).astype(np.uint8))
+        bits = 0
+    greys = np.rint(values * (255 / (2**bits - 1))).astype(np.uint8) if bits else as_bytes(values)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow sees to in bytes alone
+        greys = 255 - greys
+    if isinstance(transparent := picture.info.get("transparency"), int):
+        greys = np.where(values == transparent, 255, greys).astype(np.uint8)
+    return Image.fromarray(greys)

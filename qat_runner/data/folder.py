@@ -13,7 +13,7 @@ from qat_runner.data.chance import epoch_seed, shuffled
 from qat_runner.data.decoding import decode_picture, decode_pixels
 from qat_runner.data.images import Labelled
 from qat_runner.data.layouts import read_pictures
-from qat_runner.data.splits import Decoded, OnDevice, Split
+from qat_runner.data.splits import Decoded, OnDevice, Split, Unread
 from qat_runner.data.workers import Order, Workers
 from qat_runner.errors import RunError
 
@@ -129,6 +129,8 @@ class FolderSource:
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """What could be decoded of a batch, perhaps nothing."""
         told = sorted(set(filter(None, troubles)))
+        if unread := [trouble for trouble in told if isinstance(trouble, Unread)]:
+            raise RunError(unread[0])
         if self.corrupt is None:
             raise RunError(f"{told[0]}; dataset.skip_corrupt=true leaves such pictures out")
         for trouble in told:

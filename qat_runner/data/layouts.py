@@ -128,13 +128,15 @@ def _complete(files: Mapping[str, Sequence[Path]]) -> Mapping[str, Sequence[Path
 
 
 def _files_of(folder: Path, suffix: str, words: Sequence[str]) -> Iterator[Path]:
-    """A numbered file named after a split, or one with its very name; in a folder of that name, any numbered file."""
+    """A numbered file named after a split, or one with its very name; in a folder of that name, any numbered file.
+    Hidden ones are passed over."""
     number, ending = r"\d+(-of-\d+)?", rf"\.{suffix}(\.gz|\.bz2|\.xz|\.zst)?"  # of which the last is refused in words
     named = rf"((.*[-_.])?({'|'.join(words)})[-_.]?{number}|{'|'.join(words)})"
     for place in (folder, folder / "data", *(folder / word for word in words)):
         pattern = re.compile(f"({named}|{number}){ending}" if place.name in words else f"{named}{ending}")
         if place.is_dir():
-            yield from (path for path in place.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+            seen = (path for path in place.iterdir() if not path.name.startswith("."))
+            yield from (path for path in seen if pattern.fullmatch(path.name) and path.is_file())
 
 
 def _read_class_folders(folder: Path) -> Stored:

@@ -64,7 +64,9 @@ def as_shards(files: Mapping[str, Sequence[Path]]) -> Path:
     if not all(shard.exists() for shard in wanted):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder):
+            with _alone(folder) as alone:
+                for left in folder.glob("*.part") if alone else ():  # of processes that were killed
+                    left.unlink(missing_ok=True)
                 _make(folder, {shard: path for shard, path in wanted.items() if not shard.exists()})
         except OSError as error:
             raise ValueError(
@@ -75,14 +77,20 @@ def as_shards(files: Mapping[str, Sequence[Path]]) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While open, no other process of this machine makes the same shards; it waits here, and then finds them made."""
+def _alone(folder: Path) -> Iterator[bool]:
+    """While open, no other process of this machine makes the same shards; it waits here, and then finds them made.
+
+    Given is whether that is so: some file systems have no locks, and there each makes its own, and the last one's stay.
+    """
     import fcntl
 
     with open(folder / "lock", "ab") as lock:
-        with suppress(OSError):  # a file system without locks: each makes its own, and the last one's stay
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
 
 
 def _make(folder: Path, wanted: Mapping[Path, Path]) -> None:

@@ -20,12 +20,15 @@ from tqdm import tqdm
 
 from qat_runner.cache import cache_folder
 from qat_runner.data.batches import WHOLE, Batch, Shard, sent, train_rows
-from qat_runner.data.kept import UnkeptError, keep_tokens, kept_arrays, kept_numbers
+from qat_runner.data.kept import UnkeptError, keep_tokens, kept_arrays, kept_numbers, key_of
 
 Ids = NDArray[np.int32]
 
 SPLITS = ("train", "val")
 CONTENT = "train.txt and val.txt, or folders train and val of *.txt files; all of them UTF-8"
+VERSION = 1
+"""Of how texts are made tokens: those of another one in the cache are not used."""
+
 PIECE = 2**20
 """Characters, at least, that are tokenized at a time; a piece ends with a line."""
 
@@ -33,16 +36,25 @@ log = logging.getLogger("qat_runner")
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in the order of their names, but for hidden ones; none where it is not there."""
+    """The files of a split, in the order of their names, but for hidden ones; none where it is not there.
+
+    Raises:
+        ValueError: it is there twice, as a file and as a folder.
+    """
     alone = folder / f"{split}.txt"
+    found = sorted(path for path in (folder / split).glob("*.txt") if path.is_file() and not path.name.startswith("."))
     if alone.is_file():
+        if found:
+            raise ValueError(f"{split}.txt and the folder {split} lie side by side, of which one has to go")
         return [alone]
-    return sorted(path for path in (folder / split).glob("*.txt") if path.is_file() and not path.name.startswith("."))
+    return found
 
 
 def holds_text(folder: Path) -> bool:
     """Whether a folder holds both splits."""
-    return all(files_of(folder, split) for split in SPLITS)
+    with suppress(ValueError):  # which reading it tells
+        return all(files_of(folder, split) for split in SPLITS)
+    return True
 
 
 def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
@@ -58,7 +70,7 @@ def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
     contents = [path.read_bytes() for path in files]
     said = [tokenizer.backend_tokenizer.to_str(), repr(tokenizer.eos_token_id)]
     parts = [*(text.encode() for text in said), *contents]
-    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
+    key = key_of(VERSION, PIECE, *(hashlib.sha256(part).hexdigest() for part in parts))
     cached = cache_folder() / f"text_{key}.npz"
     with suppress(UnkeptError):
         kept = kept_arrays(cached)

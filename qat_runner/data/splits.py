@@ -1,6 +1,7 @@
 """Pictures of one split as batches of bytes: decoded and transformed by worker processes, or on a device."""
 
 from collections.abc import Callable, Iterator, Sequence
+from errno import EACCES, EISDIR, ELOOP, ENODEV, ENOENT, ENOTDIR, ENXIO, EPERM
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +16,20 @@ from qat_runner.data.listing import printable
 from qat_runner.data.workers import Order, Workers
 
 Pixels = tuple[Tensor, Tensor, Sequence[str]]
-"""A batch: pictures uint8 [N, S, S, 3], which is how they lie in memory; labels [N]; what is wrong with each, or ""."""
+"""A batch: pictures uint8 [N, S, S, 3], which is how they lie in memory; labels [N]; what is wrong with each, or "".
+
+What is wrong is `Unread` where it is no matter of the picture.
+"""
 
 File = tuple[Tensor, bool, int, str, tuple[int, int]]
 """A picture yet to decode: its file uint8 [length], whether a plain JPEG, label, what is wrong, (seed, index)"""
 
 Transform = Callable[[Any], Tensor]
 """A decoded picture -> uint8 [3, S, S], by chance of torch's generator"""
+
+
+class Unread(str):
+    """Why a picture could not be read, where that says nothing of the picture: too many open files, no memory."""
 
 
 class Split(Protocol):
@@ -131,7 +139,15 @@ def transformed(picture: Any, transform: Transform, item: tuple[int, int]) -> Te
 
 
 def _trouble(stored: Pictures, index: int, error: Exception) -> str:
-    return f"picture {printable(stored.name(index))} cannot be decoded ({_told(error)})"
+    name = printable(stored.name(index))
+    elsewhere = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
+    if elsewhere or isinstance(error, MemoryError):
+        return Unread(f"picture {name} cannot be read ({_told(error)})")
+    return f"picture {name} cannot be decoded ({_told(error)})"
+
+
+_OF_THE_FILE = (ENOENT, EACCES, EPERM, EISDIR, ENOTDIR, ELOOP, ENXIO, ENODEV)
+"""Errors of the operating system that stay with a file however often it is read; decoders raise none."""
 
 
 def _told(error: Exception) -> str:

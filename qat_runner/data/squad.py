@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 
 from qat_runner.cache import cache_folder
 from qat_runner.config import DatasetConfig
-from qat_runner.data.kept import Ragged, UnkeptError, keep_tokens, kept_arrays
+from qat_runner.data.kept import Ragged, UnkeptError, keep_tokens, kept_arrays, key_of
 from qat_runner.description import fit
 from qat_runner.errors import told
 
@@ -32,6 +32,9 @@ FILES = ("train-v1.1.json", "dev-v1.1.json")
 QUESTIONS = (87_599, 10_570)
 """In the official files."""
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
+VERSION = 1
+"""Of how texts are made tokens: those of another one in the cache are not used."""
+
 log = logging.getLogger("qat_runner")
 
 
@@ -132,7 +135,8 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
         contexts, questions: what `read_squad` gave.
         tokenizer: a fast one of transformers.
     """
-    key = hashlib.sha256(path.read_bytes() + tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:32]
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    key = key_of(VERSION, content, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
     cached = cache_folder() / f"squad_{key}.npz"
     parts = [f.name for f in fields(Tokens)]
     with suppress(UnkeptError):

@@ -5,7 +5,7 @@ import re
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat_runner import distributed, ranks
 from qat_runner.allocation import pricing_policy
@@ -120,7 +120,7 @@ def _with_quantizers(config: Config) -> tuple[nn.Module, Data]:
         raise ConfigError(f"dataset={config.dataset.name}: {few}")
     model = model_for(config, data)
     # Real samples, the same in every process: it is seen what the model does with them.
-    example = next(unsharded(data).train_batches(EXAMPLE, epoch=0, limit=1)).inputs
+    example = _example(data)
     policy = config.quantization
     try:
         insert(model, pricing_policy(policy) if config.mode == Mode.allocate else policy, example)
@@ -131,6 +131,13 @@ def _with_quantizers(config: Config) -> tuple[nn.Module, Data]:
             f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     return model, data
+
+
+def _example(data: Data) -> tuple[Tensor, ...]:
+    """Inputs of EXAMPLE samples of training, where some may be left out of the first of many more."""
+    some = EXAMPLE if data.corrupt is None else 32 * EXAMPLE
+    inputs = next(unsharded(data).train_batches(some, epoch=0, limit=1)).inputs
+    return tuple(t[:EXAMPLE] for t in inputs)
 
 
 def check_training(config: Config, model: nn.Module) -> None:

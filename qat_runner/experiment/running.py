@@ -420,7 +420,7 @@ def _recipe(config: Config) -> str:
     stage = config.stage
     told = f"batch size {config.batch_size}, lr {config.lr:g}"
     if config.epochs <= stage.warmup_epochs:
-        told += f", still warming up when training ends (warmup_epochs={stage.warmup_epochs:g}, epochs={config.epochs})"
+        told += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
         return f"{told}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
     law = "the square root of the batch size" if stage.optimizer == Optimizer.adamw else "the batch size"

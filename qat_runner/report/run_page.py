@@ -12,12 +12,11 @@ from qat_runner.config.composing import choices, command
 from qat_runner.config.tasks import TaskFacts, measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.exporting import telling
-from qat_runner.policy import FULL_PRECISION
 from qat_runner.report import page
 from qat_runner.report.allocation_charts import allocation_charts
 from qat_runner.report.oscillation_charts import oscillation_charts
 from qat_runner.report.page import Chart, axes, line, number
-from qat_runner.report.runs import find_runs
+from qat_runner.report.runs import full_precision_in
 from qat_runner.report.settings import sections
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
@@ -206,9 +205,8 @@ def _against_full_precision(folder: Path, config: Config, summary: Summary) -> l
     """
     if config.quantization.full_precision:
         return []
-    runs = find_runs(folder.resolve().parent, _may_be_full_precision)
-    results = [Result(run.config, run.summary, run.place) for run in runs if run.summary]
-    results.append(Result(config, summary, folder.resolve().parent))
+    place = folder.resolve().parent
+    results = [*full_precision_in(place), Result(config, summary, place)]
     baseline = full_precision_of(results)[-1]
     if baseline is None:
         return []
@@ -216,11 +214,6 @@ def _against_full_precision(folder: Path, config: Config, summary: Summary) -> l
     what = "the same run without quantization" if alike else "the network that it starts from"
     difference = score(summary) - score(results[baseline].summary)
     return [Card("against fp32", f"{difference:+.2f}", f"{measured(summary).points}; fp32 is {what}")]
-
-
-def _may_be_full_precision(summary: Summary | None) -> bool:
-    """By its result alone, which is read much faster than its config."""
-    return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
 
 
 def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts) -> list[Chart]:

@@ -18,7 +18,9 @@ from qat_runner.config import (
     settings,
 )
 from qat_runner.errors import ConfigError, UnreadableError
+from qat_runner.policy import FULL_PRECISION
 from qat_runner.report.starts import each_seed_has_its_own, start_apart
+from qat_runner.report.tables import Result
 from qat_runner.runs.records import SUMMARY, Summary
 from qat_runner.runs.status import status
 
@@ -91,6 +93,17 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
     for why in unreadable:
         log.warning(f"{why}: left out")
     return found
+
+
+def full_precision_in(folder: Path) -> list[Result]:
+    """The finished full-precision runs in a folder of run folders, which others may be compared with."""
+
+    def may_be(summary: Summary | None) -> bool:
+        """By its result alone, which is read much faster than its config."""
+        return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
+
+    runs = find_runs(folder, may_be)
+    return [Result(run.config, run.summary, run.place) for run in runs if run.summary is not None]
 
 
 def not_finished(folders: Iterable[Path]) -> list[str]:

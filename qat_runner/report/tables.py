@@ -5,7 +5,7 @@ import html
 import io
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -37,10 +37,15 @@ class Result(NamedTuple):
     """the folder of runs, or the table of results, that it lies in"""
 
 
-def results_table(results: Sequence[Result]) -> str:
-    """A row a run, each beside full precision as `against_full_precision` has it."""
+def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
+    """A row a run, each less full precision as `against_full_precision` has it.
+
+    Args:
+        results: of the runs.
+        beside: of others in full precision, which they may be compared with.
+    """
     rows = []
-    for result, difference in zip(results, against_full_precision(results), strict=True):
+    for result, difference in _with_differences(results, beside):
         s = result.summary
         rows.append(
             (
@@ -58,14 +63,17 @@ def results_table(results: Sequence[Result]) -> str:
     return _table(rows, ["seed", head(found), "vs fp32", best_head(found), "SQNR dB", "per s", "s"])
 
 
-def seeds_table(results: Sequence[Result]) -> str:
+def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
     """A row for all runs that differ in their seed alone: means, and standard deviations where there are several.
 
     Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences, and
     their number where some of the seeds have none.
+
+    Args:
+        results, beside: as of `results_table`.
     """
     rows = []
-    for runs, found in _over_seeds(results):
+    for runs, found in _over_seeds(results, beside):
         gap = of_some(mean_and_deviation(found, "+"), len(found), len(runs))
         rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), gap))
     return _table(rows, ["seeds", head(measures(result.summary for result in results)), "vs fp32"])
@@ -76,14 +84,17 @@ def several_seeds(results: Sequence[Result]) -> bool:
     return any(len(runs) > 1 for runs, _ in _over_seeds(results))
 
 
-def differences_in_words(results: Sequence[Result]) -> list[str]:
+def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = ()) -> list[str]:
     """How far methods lie above or below full precision, a sentence for those that share network, data, mode and bits.
 
     A method without full precision or without another beside it is left out, and so is what differs in other keys, too:
     there the sentence would name a method twice.
+
+    Args:
+        results, beside: as of `results_table`.
     """
     told: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for runs, found in _over_seeds(results):
+    for runs, found in _over_seeds(results, beside):
         if found:
             model, dataset, mode, bits, clipping, gradient = _words(runs[0])
             method = clipping if gradient in ("mph", "own") else f"{clipping} with {gradient}"
@@ -201,13 +212,22 @@ def _key(config: Config) -> str:
     return run_name(config if by_seed else replace(config, seed=0))
 
 
-def _over_seeds(results: Sequence[Result]) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
+def _with_differences(results: Sequence[Result], beside: Sequence[Result]) -> Iterator[tuple[Result, float | None]]:
+    """Runs, and how far each lies above full precision, among these or beside them."""
+    known = {(result.place, run_name(result.config)) for result in results}
+    others = [other for other in beside if (other.place, run_name(other.config)) not in known]
+    return zip(results, against_full_precision([*results, *others]), strict=False)
+
+
+def _over_seeds(
+    results: Sequence[Result], beside: Sequence[Result] = ()
+) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
     """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision.
 
     Of a run that is there twice, in two folders, one counts.
     """
     groups: dict[str, dict[int, tuple[Mapping[str, Any], float | None]]] = {}
-    for result, difference in zip(results, against_full_precision(results), strict=True):
+    for result, difference in _with_differences(results, beside):
         seeds = groups.setdefault(run_name(replace(result.config, seed=0)), {})
         seeds[result.config.seed] = result.summary, difference
     return [

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat_runner.config import Optimizer, Schedule, StageConfig
+from qat_runner.config import Optimizer, Schedule, Spared, StageConfig
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.layers import QuantLayer
 from qat_runner.quant import LearnedQuantizer
@@ -35,8 +35,8 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.Optimizer:
-    """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW with none of
-    biases and normalization, as BERT is fine-tuned, and with or without bias correction.
+    """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW, which spares
+    some of them (`spared`), and with or without bias correction.
 
     On a GPU it is PyTorch's fused one: a launch or two for all parameters, and under fp16 it skips a step that
     overflowed without the GradScaler having to ask the device. On a CPU it rounds otherwise, and gains little.
@@ -45,7 +45,8 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     """
     fused = fuses(next(model.parameters()).device)
     adamw = stage.optimizer == Optimizer.adamw
-    decay = {p: 0.0 if adamw and p.ndim < 2 else stage.weight_decay for p in model.parameters()}
+    free = spared(model, stage.spared) if adamw else set()
+    decay = {p: 0.0 if p in free else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):
             method = tensor.quantizer.method
@@ -69,6 +70,36 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     if fused and stage.momentum > 0:
         _start_from_zero(sgd)
     return sgd
+
+
+def spared(model: nn.Module, which: Spared) -> set[nn.Parameter]:
+    """The parameters of a network that AdamW does not decay.
+
+    Args:
+        model: any.
+        which: vectors: those of one dimension, as BERT is fine-tuned. tokens: those of vision transformers as well, by
+            what timm's networks say themselves (`no_weight_decay`), and by the names and shapes that others have.
+    """
+    found = {p for p in model.parameters() if p.ndim < 2}
+    if which == Spared.tokens:
+        listed = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in model.named_modules()
+            if callable(says := getattr(module, "no_weight_decay", None))
+            for name in says()
+        }
+        for name, p in model.named_parameters():
+            of_a_layer = p.ndim > 2 and p.numel() == max(p.shape)  # a scale, [C, 1, 1]
+            if name in listed or of_a_layer or name.rpartition(".")[2] in _POSITIONS:
+                found.add(p)
+    return found
+
+
+_POSITIONS = (
+    *("pos_embed", "pos_embedding", "position_embeddings", "relative_position_bias_table"),
+    *("cls_token", "class_token", "dist_token", "distillation_token"),
+)
+"""What parameters of positions and tokens are called in timm, torchvision and transformers."""
 
 
 def fuses(device: torch.device) -> bool | None:

@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from qat_runner.cli.run import main
+from qat_runner.data.splits import Decoded
 
 SMALL = ["backend=eager", "model=resnet20", "epochs=1", "batch_size=4", "bits=32", "run_dir=run"]
 FOLDERS = ["dataset=imagefolder", "data_dir=data", "dataset.image_size=8", "dataset.workers=0"]
@@ -40,6 +42,20 @@ def test_what_was_left_out_is_on_record(data: Path) -> None:
     assert r"picture 'data/val/a/x\ny.jpg' cannot be decoded (it is none of JPEG" in log
     assert r"picture 'data/val/b\udcff/x.jpg' cannot be decoded (it is none of JPEG" in log
     assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 2
+
+
+def test_a_network_is_seen_at_work_on_pictures_that_are_sound(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the first two that it would see, two at a time, are not."""
+    sound, seen = Decoded.__getitem__, []
+
+    def bad(self: Decoded, item: Any) -> Any:
+        seen.append(item)
+        picture, label, trouble = sound(self, item)
+        return picture, label, "a picture cannot be decoded" if len(seen) <= 2 else trouble
+
+    monkeypatch.setattr(Decoded, "__getitem__", bad)
+    assert main([*SMALL, *FOLDERS, "dataset.skip_corrupt=true"]) == 0
+    assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 1
 
 
 def test_a_bad_picture_ends_a_run_with_a_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,8 @@ from qat_runner.data.batches import WHOLE
 from qat_runner.data.brightness import as_bytes
 from qat_runner.data.decoding import SUFFIXES, decode_picture, decode_pixels
 from qat_runner.data.folder import FolderSource
+from qat_runner.data.listing import Listing
+from qat_runner.errors import RunError
 
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
@@ -84,6 +86,17 @@ KINDS: dict[str, tuple[Callable[[], Made], Any, int]] = {
     ),
     "16 bits, PNG": (lambda: (Image.fromarray(DEEP), "png", {}), three(np.rint(DEEP / 257)), 0),
     "16 bits, TIFF": (lambda: (Image.fromarray(DEEP), "tif", {}), three(np.rint(DEEP / 257)), 0),
+    "16 bits with a transparent grey": (
+        lambda: (Image.fromarray(DEEP), "png", {"transparency": 514}),
+        three(np.where(DEEP == 514, 255, np.rint(DEEP / 257))),
+        0,
+    ),
+    "16 bits, 0 is white": (
+        lambda: (Image.fromarray(DEEP), "tif", {"tiffinfo": {262: 0}}),
+        three(255 - np.rint(DEEP / 257)),
+        0,
+    ),
+    "8 bits, 0 is white": (lambda: (Image.fromarray(GREYS), "tif", {"tiffinfo": {262: 0}}), three(GREYS), 0),
     "16 bits, dark": (lambda: (Image.fromarray(DEEP[:1]), "png", {}), three(np.rint(DEEP[:1] / 257)), 0),
     "16 bits, other end first": (
         lambda: (Image.frombytes("I;16B", (256, 256), DEEP.astype(">u2").tobytes()), "tif", {}),
@@ -268,6 +281,34 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
         Exception, match=r"0\.png cannot be decoded \(No such file or directory\); dataset\.skip_corrupt"
     ):
         next(source.val(1, range(1), WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(24, "Too many open files"), "cannot be read (Too many open files)"),
+        (MemoryError("no room"), "cannot be read (MemoryError: no room)"),
+    ],
+)
+def test_what_the_machine_cannot_read_just_now_is_never_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    """Or else it would depend on the moment which pictures a network has seen."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for name in "01":
+            Image.new("RGB", (9, 9)).save(tmp_path / split / "a" / f"{name}.png")
+    source = FolderSource(tmp_path, 8, 0, skip_corrupt=True)
+    content = Listing.content
+
+    def failing(listing: Listing, index: int) -> bytes:
+        if index == 1:
+            raise error
+        return content(listing, index)
+
+    monkeypatch.setattr(Listing, "content", failing)
+    with pytest.raises(RunError, match=re.escape(f"1.png {told}")):
+        next(source.val(2, range(1), WHOLE))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3000), (3000, 1), (40, 700), (701, 40)])

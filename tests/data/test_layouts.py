@@ -271,6 +271,15 @@ def test_bad_shards_are_told_in_a_sentence(tmp_path: Path, name: str) -> None:
     assert str(caught.value).isprintable()
 
 
+def test_hidden_shards_are_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
+    count = len(read_pictures(tmp_path).splits["train"].labels)
+    for path in [*tmp_path.glob("*.tar")]:
+        shutil.copy(path, path.with_name(f".{path.name}"))
+        path.with_name(f"._{path.name}").write_bytes(b"of another system")
+    assert len(read_pictures(tmp_path).splits["train"].labels) == count
+
+
 def test_what_is_passed_over_in_shards_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
     write_tar(tmp_path / "things-train-0002.tar", iter([("a.heic", b""), ("a.cls", b"0"), ("b/.DS_Store", b"")]))
@@ -301,8 +310,10 @@ def test_parquet_files_are_made_into_shards_once(
         read_pictures(folders["parquet files"])
     (made,) = cache.glob("parquet_*")
     assert sorted(path.name for path in made.iterdir()) == ["classes.txt", "lock", "train-00000.tar"]
+    (made / "train-00001.tar.elsewhere.7.part").write_bytes(b"of a process that was killed")
     stored = read_pictures(folders["parquet files"])
     assert len(calls) == 5  # the one that was whole is not made again
+    assert not [*made.glob("*.part")]
     assert stored.note == f"read from the tar shards in {made}, made of the parquet files"
     read_pictures(folders["parquet files"])
     assert len(calls) == 5

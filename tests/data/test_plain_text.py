@@ -111,3 +111,6 @@ def test_hidden_files_and_folders_are_no_texts(tmp_path: Path) -> None:
         (folder / name).write_text("x")
     (folder / ".#a.txt").symlink_to("nowhere")
     assert [path.name for path in files_of(tmp_path, "train")] == ["a.txt", "b.txt"]
+    (tmp_path / "train.txt").write_text("y")
+    with pytest.raises(ValueError, match=r"train\.txt and the folder train lie side by side, of which one has to go"):
+        files_of(tmp_path, "train")

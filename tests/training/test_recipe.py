@@ -2,9 +2,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor
 
-from qat_runner.config import StageConfig
+from qat_runner.config import Spared, StageConfig
 from qat_runner.training import recipe
 from qat_runner.training.recipe import learning_rate, make_optimizer
 
@@ -46,6 +47,47 @@ def test_adamw_spares_biases_and_normalization_the_decay() -> None:
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
     assert [p.shape for p in decayed["params"]] == [(2, 2)]
     assert len(spared["params"]) == 3
+
+
+class Attentive(torch.nn.Module):
+    """With the parameters that transformers of pictures have beside layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token, self.pos_embed = (torch.nn.Parameter(torch.zeros(1, n, 4)) for n in (1, 5))
+        self.layer_scale = torch.nn.Parameter(torch.zeros(4, 1, 1))
+        self.own = torch.nn.Parameter(torch.zeros(3, 4))
+        self.layer = torch.nn.Linear(4, 1)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"own"}
+
+
+def test_adamw_spares_what_deit_does() -> None:
+    model = torch.nn.Sequential(Attentive())
+
+    def names(which: Spared) -> set[str]:
+        found = recipe.spared(model, which)
+        return {name for name, p in model.named_parameters() if p in found}
+
+    assert names(Spared.vectors) == {"0.layer.bias"}
+    tokens = {"0.cls_token", "0.pos_embed", "0.layer_scale", "0.own", "0.layer.bias"}
+    assert names(Spared.tokens) == tokens
+
+
+@pytest.mark.parametrize(
+    ("network", "those"),
+    [
+        ("swin_t", {"relative_position_bias_table"}),
+        ("vit_b_16", {"class_token", "pos_embedding"}),
+        ("convnext_tiny", {"layer_scale"}),
+    ],
+)
+def test_parameters_of_positions_by_their_names(network: str, those: set[str]) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(network, weights=None)
+    found = recipe.spared(model, Spared.tokens)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p in found and p.ndim > 1} == those
 
 
 def _uncorrected(start: Tensor, gradients: Sequence[Tensor], lr: float, decay: float) -> Tensor:
