@@ -6,11 +6,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from qat_runner.allocation import Allocation, Limit, Measure, Operand, Prices, allocate_bits
+from qat_runner.allocation import Allocation, Limit, Operand, Prices, allocate_bits
 from qat_runner.experiment.choosing import Chosen, Search
 from qat_runner.experiment.probing import Probes
-from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, Summary, measured, score
-from qat_runner.wording import digits
+from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, measured, score
 
 POINTS = 25
 """Of the front that is shown, at most."""
@@ -116,28 +115,12 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     config = search.config
     after = f" after {probes.steps} steps" if probes.steps else ""
     said = (
-        f"{config.model.name} on {config.dataset.name} lives with {_costs(search, chosen.best)}: "
-        f"{_result(chosen.summary, probes, after)}"
+        f"{config.model.name} on {config.dataset.name} lives with {search.told(chosen.best)}: "
+        f"{probes.told(chosen.summary, after)}"
     )
     if chosen.uniform is None:
         return f"{said}; no uniform width does"
     needs = "needs" if config.max_drop is not None else "with"
     rival = search.uniform(chosen.width or 0)
-    costs = "" if config.allocation.cost == "mean_bits" else f" ({_costs(search, rival)})"
-    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {_result(chosen.uniform, probes)}"
-
-
-def _costs(search: Search, found: Allocation) -> str:
-    return ", ".join(_cost(measure, measure.total(search.known, found.bits)) for measure in search.cost)
-
-
-def _cost(measure: Measure, value: float) -> str:
-    what = measure.name.removeprefix("mean bits of ")
-    return f"{value:.1f} bits ({what})" if what != measure.name else f"{digits(value)} {measure.name}"
-
-
-def _result(summary: Summary, probes: Probes, after: str = "") -> str:
-    """The metric, and how far it is from full precision's."""
-    metric, drop = measured(summary), probes.drop(summary)
-    way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
-    return f"{metric.told(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"
+    costs = "" if config.allocation.cost == "mean_bits" else f" ({search.told(rival)})"
+    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {probes.told(chosen.uniform)}"

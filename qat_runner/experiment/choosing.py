@@ -23,6 +23,7 @@ from qat_runner.config import Config, latencies_of
 from qat_runner.errors import ConfigError, RunError
 from qat_runner.experiment.probing import Probes, first_that_holds
 from qat_runner.runs.records import Summary
+from qat_runner.wording import digits
 
 FINE = 61
 """Points of the front among which max_drop seeks: a tenth of a bit apart, from 2 to 8."""
@@ -77,24 +78,24 @@ class Search:
         best = allocate_bits(self.known, self.mean, self.limits, self.same)
         kept = [width for width in self.widths if self._keeps(self.uniform(width))]
         width = kept[-1] if kept else None
-        beside = None if width is None else self.measure(probes, self.uniform(width))
+        beside = None if width is None else self._measure_uniform(probes, width)
         return Chosen(best, self.measure(probes, best), width, beside)
 
     def least(self, probes: Probes) -> Chosen:
         """The cheapest that loses no more than max_drop; beside it, the narrowest uniform network that does so."""
 
-        def enough(found: Allocation) -> bool:
-            return probes.drop(self.measure(probes, found)) <= (self.config.max_drop or 0)
+        def small(summary: Summary) -> bool:
+            return probes.drop(summary) <= (self.config.max_drop or 0)
 
-        limit = first_that_holds(self._evenly(FINE), lambda most: enough(self._best_at(most)))
+        limit = first_that_holds(self._evenly(FINE), lambda most: small(self.measure(probes, self._best_at(most))))
         if limit is None:
             raise RunError(
                 f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
                 f"allocation.widths may, or retrain_steps"
             )
         best = self._best_at(limit)
-        width = first_that_holds(self.widths, lambda w: enough(self.uniform(w)))
-        beside = None if width is None else self.measure(probes, self.uniform(width))
+        width = first_that_holds(self.widths, lambda w: small(self._measure_uniform(probes, w)))
+        beside = None if width is None else self._measure_uniform(probes, width)
         return Chosen(best, self.measure(probes, best), width, beside)
 
     def uniform(self, width: int) -> Allocation:
@@ -128,8 +129,20 @@ class Search:
     def _keeps(self, found: Allocation) -> bool:
         return all(limit.kept(self.known, found.bits) for limit in self.limits)
 
-    def measure(self, probes: Probes, found: Allocation) -> Summary:
-        """The result of the network with so many bits."""
+    def _measure_uniform(self, probes: Probes, width: int) -> Summary:
+        return self.measure(probes, self.uniform(width), f"uniform {width} bits")
+
+    def measure(self, probes: Probes, found: Allocation, said: str | None = None) -> Summary:
+        """The result of the network with so many bits, which are called by what they cost where they have no name."""
         operands = (operand for operation in self.known.operations for operand in operation.operands)
         narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
-        return probes.network(rules_of(self.known, found.bits), narrowest)
+        return probes.network(said or self.told(found), rules_of(self.known, found.bits), narrowest)
+
+    def told(self, found: Allocation) -> str:
+        """What bits cost, in words: of what the front goes by."""
+        return ", ".join(_cost(measure, measure.total(self.known, found.bits)) for measure in self.cost)
+
+
+def _cost(measure: Measure, value: float) -> str:
+    what = measure.name.removeprefix("mean bits of ")
+    return f"{value:.1f} bits ({what})" if what != measure.name else f"{digits(value)} {measure.name}"

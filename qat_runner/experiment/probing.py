@@ -42,13 +42,15 @@ class Probes:
         full = changed(config, **in_full_precision(), **_alone(weights, folder), mode=Mode.evaluate)
         self._run = run
         self._known: dict[str, Summary] = {}
-        self.reference = run(full)
+        self.reference = self._result(full)
         """of the full-precision network"""
+        log.info(f"in full precision: {measured(self.reference).told(score(self.reference))}")
 
-    def network(self, rules: Sequence[Mapping[str, Any]], narrowest: int = 0) -> Summary:
+    def network(self, bits: str, rules: Sequence[Mapping[str, Any]], narrowest: int = 0) -> Summary:
         """The result of the quantized network with rules for its bits, after those of the config.
 
         Args:
+            bits: in words, for the log.
             rules: see there.
             narrowest: bits of the weight that has fewest; where they are too many for codes to be watched, none are.
         """
@@ -57,15 +59,37 @@ class Probes:
             how = self._measured.oscillations
             if narrowest > how.max_bits:
                 how = replace(how, measure=False, freeze_to=None)
-            self._known[key] = self._run(
-                changed(self._measured, rules=[*self._measured.rules, *rules], oscillations=how)
-            )
+            rules = [*self._measured.rules, *rules]
+            self._known[key] = self._result(changed(self._measured, rules=rules, oscillations=how))
+            log.info(f"{bits}: {self.told(self._known[key])}")
         return self._known[key]
+
+    def _result(self, config: Config) -> Summary:
+        """Of a probe, whose own log alone has what it says beside warnings."""
+        levels = {handler: handler.level for handler in log.handlers}
+        try:
+            for handler in levels:
+                handler.setLevel(logging.WARNING)
+            return self._run(config)
+        finally:
+            for handler, level in levels.items():
+                handler.setLevel(level)
 
     def drop(self, summary: Summary) -> float:
         """How much worse than full precision a result is, in units of the metric."""
         worse = round(score(self.reference) - score(summary), 6)  # 91.73 - 91.23 is half a point, and no more
         return -worse if measured(summary).lower_is_better else worse
+
+    def told(self, summary: Summary, after: str = "") -> str:
+        """A result in words: the metric, and how far it is from full precision's.
+
+        Args:
+            summary: of the network.
+            after: how it came to it.
+        """
+        metric, drop = measured(summary), self.drop(summary)
+        way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
+        return f"{metric.told(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"
 
 
 def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> Config:

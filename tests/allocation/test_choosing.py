@@ -45,7 +45,7 @@ def test_the_steps_that_are_told_are_those_that_are_trained(
 ) -> None:
     (tmp_path / "w.pt").touch()
     probes, asked = probes_of(tmp_path, f"retrain_steps={wanted}")
-    probes.network([])
+    probes.network("4 bits", [])
     assert probes.steps == epochs * each
     if wanted:
         assert (asked[-1].epochs, asked[-1].limit_train_batches) == (epochs, each)
@@ -67,13 +67,13 @@ def test_probes_that_are_retrained_have_the_quantizer_of_that_training(tmp_path:
         (["clipping.refine=8"], Octav(refine=8, warm_iterations=6)),
     ):
         probes, asked = probes_of(tmp_path, "retrain_steps=10", *overrides)
-        probes.network([])
+        probes.network("4 bits", [])
         weights = f"weights={tmp_path / 'w.pt'}"
         own = config_of("mode=retrain", weights, *overrides).quantization.tensor("layer1.0.conv1", "Conv2d", "weight")
         probe = asked[-1].quantization.tensor("layer1.0.conv1", "Conv2d", "weight")
         assert asked[-1].mode == "retrain" and probe.clipping == own.clipping == method
     probes, asked = probes_of(tmp_path)
-    probes.network([])
+    probes.network("4 bits", [])
     assert asked[-1].mode == "ptq" and asked[-1].clipping_in_mode.refine == 64
 
 
@@ -82,7 +82,7 @@ def test_codes_of_wide_weights_are_not_watched(tmp_path: Path) -> None:
     watched = ("retrain_steps=10", "oscillations.measure=true", "oscillations.freeze_to=0.01")
     probes, asked = probes_of(tmp_path, *watched)
     for narrowest, watching in ((4, True), (8, False)):
-        probes.network([{"match": "*", "bits": narrowest}], narrowest)
+        probes.network("some bits", [{"match": "*", "bits": narrowest}], narrowest)
         assert asked[-1].oscillations.watching == watching
 
 
@@ -127,7 +127,7 @@ def test_the_front_begins_at_what_costs_least(tmp_path: Path, monkeypatch: pytes
     assert search.range == pytest.approx((1.6, 3.2))
     found = figures(search)
     assert found[0] == pytest.approx((1.6, 0.4)) and found[-1] == pytest.approx((3.2, 0.0016))
-    monkeypatch.setattr(Search, "measure", lambda self, probes, found: found.rise)
+    monkeypatch.setattr(Search, "measure", lambda self, probes, found, said=None: found.rise)
     probes: Any = Foretold()
     best = search.least(probes).best
     assert cost.total(known, best.bits) == pytest.approx(1.6) and {*best.bits.values()} == {4}

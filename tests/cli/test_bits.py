@@ -57,7 +57,9 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     config, record = load_config(trained), ALLOCATION.read(chosen)
     assert config is not None and record is not None
     rules = allocated(chosen)
-    assert {rule["match"]: rule["bits"] for rule in config.allocated} == rules and len(rules) == 36
+    assert {rule["match"]: rule["bits"] for rule in config.allocated} == rules and len(rules) == 40
+    assert {rules[name] for name in ("conv1.weight", "conv1.input", "linear.weight", "linear.input")} == {8}
+    assert "bits=auto mode=retrain model=resnet20" in (chosen / "policy.yaml").read_text()
     assert set(rules.values()) <= {2, 4, 8} and len(set(rules.values())) > 1
     table = (trained / "quantizers.txt").read_text().splitlines()
     first = next(line.split() for line in table if line.startswith("layer1.0.conv1 "))

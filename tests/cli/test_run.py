@@ -217,6 +217,11 @@ def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert "vs fp32" in table
     assert table.count("resnet8  fake") == 5
+    assert "6 rows are 5 run(s): keys without effect" in table and "\nrun 5 of 5\n" in table
+    assert run("bits=4", "epochs=1") == 0  # alone, and compared all the same
+    row = capsys.readouterr().out.splitlines()[-3]
+    gap = {(s["bits"], s["clipping"]): s["top1"] for s in summaries}
+    assert f" {gap[4, 'octav'] - gap[32, 'none']:+.2f} " in row
     assert "is finished already" not in table
     assert "Over seeds" not in table
 
@@ -445,6 +450,7 @@ WRONG = [
     (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be carried out"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
+    (["bits=4,8"], "bits=4,8: several values are for a sweep, qat-run -m; a list is written bits=[4,8]"),
     (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),
 ]
 
