@@ -1,4 +1,7 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and words as they meant them."""
+
+import difflib
+from collections.abc import Sequence
 
 
 def digits(x: float, count: int = 3) -> str:
@@ -13,3 +16,9 @@ def percent(share: float, count: int = 2) -> str:
     if share < 1 and told == "100":
         told = f"{min(100 * share, 99.99):.2f}"
     return f"{told} %"
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    """The end of a sentence on a word that is none of those that are known: the one that comes closest, if any does."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and words as they meant them."""
 
 import pytest
 
-from qat_runner.wording import digits, percent
+from qat_runner.wording import digits, meant, percent
 
 
 def test_percentages_do_not_round_up_to_all() -> None:
@@ -14,3 +14,8 @@ def test_percentages_do_not_round_up_to_all() -> None:
 @pytest.mark.parametrize(("x", "told"), [(1340.4, "1340"), (999.7, "1000"), (12.345, "12.3"), (0.012345, "0.0123")])
 def test_large_numbers_are_no_powers_of_ten(x: float, told: str) -> None:
     assert digits(x) == told and digits(-x) == f"-{told}"
+
+
+def test_the_closest_word_is_meant() -> None:
+    known = ("compare", "methods", "status")
+    assert meant("comapre", known) == "; did you mean compare?" and meant("runs/one", known) == ""

@@ -1,6 +1,5 @@
 """Errors of Hydra and OmegaConf in one sentence: what was wrong, where, what is allowed."""
 
-import difflib
 import re
 import shlex
 from contextlib import suppress
@@ -14,6 +13,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from qat_runner.config.composing import NOT_TYPED, quoted
 from qat_runner.config.schema import ConfigSchema
 from qat_runner.config.words import PREFIXES
+from qat_runner.wording import meant
 
 
 def explain(error: Exception, configs: Path) -> str:
@@ -33,11 +33,11 @@ def explain(error: Exception, configs: Path) -> str:
             option = error.missing_cfg_file.removeprefix("model/")
             names = sorted(path.stem for path in (configs / "model").glob("*.yaml"))
             words = [f"{prefix}/NAME" for prefix in PREFIXES]
-            return f"model={option}: must be one of {', '.join((*names, *words))}{_similar(option, names)}"
+            return f"model={option}: must be one of {', '.join((*names, *words))}{meant(option, names)}"
         options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
         if not options:  # Hydra's own groups, or --config-name
             return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
-        return f"{group}={option}: must be one of {', '.join(options)}{_similar(option, options)}"
+        return f"{group}={option}: must be one of {', '.join(options)}{meant(option, options)}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override and not error.override.startswith("~"):
             return f"{error.override}: is no KEY=VALUE; qat-run --help shows what can be asked for"
@@ -59,7 +59,7 @@ def explain(error: Exception, configs: Path) -> str:
             if (configs / key).is_dir():
                 return f"unknown key '{key}'; did you mean +{key}=NAME?"
             known = [name for name in _keys(ConfigSchema) if name.partition(".")[0] not in NOT_TYPED]
-            return f"unknown key '{key}'{_similar(key, known) or '; qat-run --help lists all keys'}"
+            return f"unknown key '{key}'{meant(key, known) or '; qat-run --help lists all keys'}"
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", f"{text} {detail}"):
         key = re.search(r"(?:override|full_key:) ?([\w.]+)", f"{text} {detail}")
         return f"{key[1] if key else 'a value'}={match[1]}: must be {_KINDS.get(match[2], match[2])}"
@@ -85,11 +85,6 @@ def _how_to_quote(override: str) -> str | None:
 
 
 _KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a text"}
-
-
-def _similar(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:

@@ -33,6 +33,7 @@ import qat_runner
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.errors import ConfigError, QatError, file_told
 from qat_runner.runs.files import write_text
+from qat_runner.wording import meant
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 SEVERAL = ("compare", "methods", "results", "ledger")
@@ -114,7 +115,9 @@ def _settle(args: argparse.Namespace) -> None:
 
     args.run_page = args.what not in verbs()
     if args.run_page and not Path(args.what).is_dir():
-        raise ConfigError(f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs())}")
+        raise ConfigError(
+            f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs())}{meant(args.what, verbs())}"
+        )
     if (
         args.run_page
         and any(Path(args.what).glob(f"*/{CONFIG_FILE}"))

@@ -58,12 +58,21 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
 
 
 def _counts(found: Findings, cells: Cells) -> str:
-    verdicts = (
-        Counter(claim.verdict(findings) for claim, findings in found.items()),
-        Counter(cell.verdict for some in cells.values() for cell in some),
+    """How many verdicts there are of each kind: those that these runs gave, and apart those that no run changes."""
+    runs, own = (
+        Counter(claim.verdict(some) for claim, some in found.items() if bool(claim.found) == fixed)
+        for fixed in (False, True)
     )
-    told = [", ".join(f"{verdict} {count}" for verdict, count in some.most_common()) for some in verdicts]
-    return f"{len(found)} claims: {told[0]}. {verdicts[1].total()} lines about cells: {told[1]}."
+    of_cells = Counter(cell.verdict for some in cells.values() for cell in some)
+    return (
+        f"{len(found)} claims. {runs.total()} are judged by these runs: {_told(runs)}. {own.total()} were looked at by "
+        f"the project itself, whatever the runs: {_told(own)}. {of_cells.total()} lines about cells, judged by these "
+        f"runs: {_told(of_cells)}."
+    )
+
+
+def _told(verdicts: Counter[str]) -> str:
+    return ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
 
 
 # What was run here

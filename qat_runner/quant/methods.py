@@ -6,7 +6,6 @@ an installed package (see `plugins`).
 
 from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +20,7 @@ from qat_runner.quant.limits import (
     check_refine,
 )
 from qat_runner.quant.method import Call, ClippingMethod
+from qat_runner.wording import meant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,9 +178,7 @@ def clipping_method(name: str, **options: Any) -> ClippingMethod:
         TypeError: an option that the method does not have.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{hint}")
+        raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{meant(str(name), [*METHODS])}")
     kind = METHODS[name]
     check_options(f"clipping {name!r}", kind, options)
     return kind(**options)

@@ -20,6 +20,7 @@ from qat_runner.report.entries import (
     value_in_words,
 )
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
+from qat_runner.report.runs import keys_unlike
 from qat_runner.report.tables import Table, against_full_precision, best_head, head, measures
 from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
@@ -42,6 +43,9 @@ COSTS: Costs = {
 }
 """What the figure that counts is set against: unit, and the figure from summary.json."""
 
+
+DECIDING = ("model.name", "dataset.name", "mode", "clipping.name", "gradient.name")
+"""Keys by which others play a part, or none."""
 
 EFFECTIVE: dict[str, tuple[str, Callable[[float], str]]] = {
     "weight bits": ("mean_weight_bits", "{:.2f}".format),
@@ -288,8 +292,15 @@ def _any(views: Sequence[View]) -> bool:
 
 
 def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Keys in which configs differ, of those that decide a result; and by run its values."""
+    """Keys in which configs differ, of those that decide a result; and by run its values.
+
+    To have a key or none is a difference where the deciding ones are the same: else it follows from these.
+    """
     theirs = [settings(run.config) for run in runs]
-    keys = keys_that_differ(theirs)
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for setting in theirs:
+        alike.setdefault(tuple(str(setting.get(key)) for key in DECIDING), []).append(setting)
+    differing = {*keys_unlike(theirs), *(key for some in alike.values() for key in keys_that_differ(some))}
+    keys = [key for key in dict.fromkeys(key for setting in theirs for key in setting) if key in differing]
     told = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
     return keys, list(zip(_names(runs), told, strict=True))

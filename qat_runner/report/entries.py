@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
@@ -19,11 +19,17 @@ from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
 
 FULL_PRECISION = "full precision"
 
-OF_A_LINE = ("seed", "weight_bits", "activation_bits", "budget", "noise_batches")
-"""Keys that runs of one method may differ in: it is looked at by bits, and over seeds."""
+OF_A_CELL = ("seed", "weight_bits", "activation_bits", *LIMITS, "max_drop")
+"""Keys that runs of one method may differ in: it is looked at by bits, or by what limits these, and over seeds."""
 
-OF_A_CELL = ("seed", "weight_bits", "activation_bits", "budget")
-"""The same where some of these runs share bits and seed, so that what else they differ in is no matter of seeds."""
+OF_A_LINE = (*OF_A_CELL, "noise_batches")
+"""The same where no two of these runs share bits and seed: then this has gone with the bits."""
+
+PLACE = "folder"
+"""Stands for a key where runs are told apart by where they lie."""
+
+Setting = tuple[tuple[str, str], ...]
+"""Keys in which runs differ that methods are not to differ in, and what is said of them: ("lr", "lr=0.1")."""
 
 DIGITS_OF_HASH = 8
 """Of the fingerprint of a file, how many are shown."""
@@ -49,6 +55,8 @@ class Entry:
     variant: str = ""
     """how it differs from other runs of its method in more than bits and seed, and from those of others in more than
     the method"""
+    setting: Setting = ()
+    """what of that is no matter of the method"""
     came_to: float | None = None
     """mean bits of all runs of its network for which bits were chosen within the same limits; None where there are none
     yet, or they are not chosen"""
@@ -60,9 +68,13 @@ class Entry:
     @property
     def method(self) -> str:
         """Clipping, gradient and variant, in a few words. Runs that share it differ in bits and seed at most."""
-        return ", ".join(filter(None, (FULL_PRECISION if self.full_precision else self._clipping(), self.variant)))
+        return ", ".join(filter(None, (self.kind, self.variant)))
 
-    def _clipping(self) -> str:
+    @property
+    def kind(self) -> str:
+        """The method without the variant."""
+        if self.full_precision:
+            return FULL_PRECISION
         config = self.config
         gradient = "" if config.clipping.learned or config.gradient.name == "mph" else gradient_label(config)
         beside = ["chosen bits"] if config.allocating else [word for word in config.told_remedies if word == "mixed"]
@@ -85,8 +97,8 @@ class Entry:
         """
         if not self.config.allocating:
             return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.told_bits))
-        budget = self.config.limits.get("budget")
-        if budget is not None:
+        if [*self.config.limits] == ["budget"]:
+            budget = self.config.limits["budget"]
             return Width(budget, f"{budget:g}")
         return None if self.came_to is None else Width(self.came_to, self.config.asked_bits)
 
@@ -150,7 +162,9 @@ def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]
     configs, unreadable = configs_in(place) if config is None else ({place: config}, [])
     if configs or unreadable:
         return configs, list(map(str, unreadable))
-    if alone or not place.exists():
+    if not place.exists():
+        raise ConfigError(f"{place}: no such folder")
+    if alone:
         raise ConfigError(f"{place}: holds no run of qat-run")
     return {}, [f"{place}: holds no run of qat-run"]
 
@@ -162,22 +176,26 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     runs = _with_chosen_bits(runs)
     for run in runs:
         compared.setdefault((*run.network, run.config.mode), []).append(run)
-    variants: dict[Path, str] = {}
+    told_apart: dict[Path, Entry] = {}
     for together in compared.values():
         unlike = _between_methods(together)
         for _, some in by_method(together):
             theirs = _with_starts(some)
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
-            told = [
-                [f"{key.rpartition('.')[2]}={value_in_words(s[key])}" for key in keys if s.get(key, []) != []]
-                for s in theirs
-            ]
+            told = [{key: _told(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
             again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
             places = _places([run.folder for run in some]) if again else [""] * len(some)
             for run, words, place in zip(some, told, places, strict=True):
-                variants[run.folder] = ", ".join(dict.fromkeys(filter(None, [*words, place])))
-    return [replace(run, variant=variants[run.folder]) for run in runs]
+                words |= {PLACE: place} if place else {}
+                setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
+                told_apart[run.folder] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
+    return [told_apart[run.folder] for run in runs]
+
+
+def _told(key: str, value: Any) -> str:
+    """A setting beside the name of a method."""
+    return f"{key.rpartition('.')[2]}={value_in_words(value)}"
 
 
 def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
@@ -224,7 +242,7 @@ def _places(folders: Sequence[Path]) -> list[str]:
 
 def _once(runs: Sequence[Entry]) -> bool:
     """Whether no two runs of a method share bits and seed, so that nothing but their method tells them apart."""
-    return len({(run.method, run.config.seed, run.bits) for run in runs}) == len(runs)
+    return len({(run.method, run.config.seed, run.told_bits) for run in runs}) == len(runs)
 
 
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -1,14 +1,15 @@
 """Methods beside each other: what each reaches over its seeds, and how far it lies from another one, seed by seed."""
 
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
-from qat_runner.report.entries import Entry, Width, by_method, by_network, measure_of
+from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, measure_of
 from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation, of_some
 from qat_runner.runs.records import score
 
@@ -33,6 +34,10 @@ class Standing:
     """the method that it is compared with; its own name, if it is that one; empty of full precision"""
     differences: Mapping[int, float]
     """to that one at the same bits, by seed, of those that both have"""
+    setting: Setting = ()
+    """as of its runs"""
+    apart: bool = False
+    """whether it is compared with one of another setting"""
 
     @property
     def gap(self) -> Differences:
@@ -57,50 +62,77 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
 
     Args:
         runs: as `entries` finds them.
-        against: the method that others are compared with, see `_called`; None: octav, or the first by name.
+        against: the method that others are compared with, see `_going_by`; None: octav, or the first by name. Of one
+            that there is in several settings each is compared with that of its own, see `_references`.
 
     Raises:
         ConfigError: there is no such method, or more than one.
     """
     done = [run for run in runs if run.summary is not None and run.bits is not None]
-    if against is not None:
-        against = _called(against, {run.method for run in done if not run.full_precision})
+    quantized = [run for run in done if not run.full_precision]
+    named = None if against is None else _going_by(against, quantized)
     gaps = against_full_precision([run.result for run in done])
     gap = {run.folder: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
-    return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, against)]
+    return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, named)]
 
 
-def _called(word: str, methods: Collection[str]) -> str:
-    """The method that goes by a name, whole, or without what tells it from others if no other one has that.
+def _going_by(word: str, runs: Sequence[Entry]) -> Set[str]:
+    """The methods that go by a name: all of a kind, one by its whole name, or all of the only kind that begins so.
 
     Raises:
-        ConfigError: there is none, or there are several.
+        ConfigError: there is none, or there are several kinds.
     """
-    found = [method for method in methods if word in (method, method.partition(", ")[0])]
-    if word not in found and len(found) != 1:
+    methods, kinds = {run.method for run in runs}, {run.kind for run in runs}
+    begun = [kind for kind in kinds if kind.partition(", ")[0] == word]
+    if word not in kinds and word in methods:
+        return {word}
+    if word not in kinds and len(begun) != 1:
         raise ConfigError(f"--against {word}: must be one of these: {'; '.join(sorted(methods)) or 'there are none'}")
-    return word if word in found else found[0]
+    return {run.method for run in runs if run.kind == (word if word in kinds else begun[0])}
+
+
+def _usual(runs: Sequence[Entry]) -> Set[str]:
+    """The methods of the kind that others are compared with where none is named."""
+    kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind.partition(", ")[0] != USUAL, kind))
+    return {run.method for run in runs if run.kind in kinds[:1]}
+
+
+def _references(runs: Sequence[Entry], named: Set[str]) -> dict[str, str]:
+    """The method that each is compared with, of those that are named: the one of its own setting, and where that has
+    none, or has nothing beside it, the one of most bits and seeds; of several the first by name."""
+    settings = {run.method: run.setting for run in runs}
+    cells = Counter(method for method, *_ in {(run.method, run.bits, run.config.seed) for run in runs})
+
+    def most(methods: Set[str]) -> str:
+        return max(sorted(methods), key=lambda method: cells[method], default="")
+
+    anywhere = most(named & settings.keys() or named)
+    together = {setting: {m for m in settings if settings[m] == setting} for setting in settings.values()}
+    own = {setting: most(named & some) for setting, some in together.items() if len(some) > 1}
+    return {method: own.get(setting) or anywhere for method, setting in settings.items()}
 
 
 def _of_network(
-    name: str, runs: Sequence[Entry], gaps: Mapping[Path, float], against: str | None
+    name: str, runs: Sequence[Entry], gaps: Mapping[Path, float], named: Set[str] | None
 ) -> Iterator[Standing]:
     measure = measure_of(runs)
-    methods = [method for method, some in by_method(runs) if not some[0].full_precision]
-    reference = against or next((m for m in methods if m.split(", ")[0] == USUAL), methods[0] if methods else "")
+    quantized = [run for run in runs if not run.full_precision]
+    references = _references(quantized, _usual(quantized) if named is None else named)
+    settings = {run.method: run.setting for run in runs}
     for bits in sorted({run.bits for run in runs if run.bits is not None}):
         here = by_method(run for run in runs if run.bits == bits)
         values = {method: {r.config.seed: score(r.summary or {}) for r in some} for method, some in here}
-        base = values.get(reference, {})
         ranked = sorted(here, key=lambda pair: _mean(values[pair[0]]), reverse=not measure.lower_is_better)
         for method, some in ranked:
-            mine, full = values[method], some[0].full_precision
-            alone = full or method == reference
+            mine, full, reference = values[method], some[0].full_precision, references.get(method, "")
+            base = {} if method == reference else values.get(reference, {})
             yield Standing(
                 *(name, bits, method, full, measure, mine),
                 gaps={run.config.seed: gaps[run.folder] for run in some if run.folder in gaps},
-                reference="" if full else reference,
-                differences={} if alone else {seed: mine[seed] - base[seed] for seed in mine if seed in base},
+                reference=reference,
+                differences={seed: mine[seed] - base[seed] for seed in mine if seed in base},
+                setting=settings[method],
+                apart=settings.get(reference, settings[method]) != settings[method],
             )
 
 
@@ -116,25 +148,42 @@ def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
         notes: sentences about what is not in it, to stand under it as well.
     """
     references = list(dict.fromkeys(each.reference for each in found if each.reference))
-    base = f"vs {references[0]}" if len(references) == 1 else "vs the reference"
-    heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found)))]
+    bases = [f"vs {references[0]}"] if len(references) == 1 else ["vs the reference", "reference"]
+    heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found))), "vs fp32"]
     cells = [
         [
             *(each.network, each.bits.told, each.method, str(len(each.values))),
             mean_and_deviation(list(each.values.values())),
             of_some(mean_and_deviation(each.gap.values, "+"), len(each.gaps), len(each.values)),
             of_some(str(each.difference), len(each.differences), len(each.values)),
+            *([] if len(bases) == 1 else [each.reference]),
             "the reference" if each.method == each.reference else each.told,
         ]
         for each in found
     ]
-    return Table("Methods over seeds", [*heads, "vs fp32", base, "told"], cells, [*NOTES, *notes])
+    return Table("Methods over seeds", [*heads, *bases, "verdict"], cells, [*NOTES, *_other_settings(found), *notes])
+
+
+def _other_settings(found: Sequence[Standing]) -> list[str]:
+    """Sentences where runs differ in more than their method: in what, and which are compared all the same."""
+    compared = [each for each in found if each.reference]
+    keys = dict.fromkeys(key for each in compared for key, _ in each.setting)
+    if len({(each.network, each.setting) for each in compared}) == len({each.network for each in compared}):
+        return []
+    told = [
+        f"Runs differ in more than the method, in {', '.join(keys)}: each row is compared with the reference of its "
+        "own settings."
+    ]
+    apart = dict.fromkeys(f"{each.method}, with {each.reference}" for each in compared if each.apart)
+    if apart:
+        told.append(f"Across settings, where a row's own have nothing to compare it with: {'; '.join(apart)}.")
+    return told
 
 
 def numbers(found: Sequence[Standing]) -> Table:
     """The same as numbers, to be computed with: of each seed as well, in the order of the seeds."""
     heads = ["network", "bits", "method", "metric", "seeds", "values", "mean", "deviation", "vs_fp32"]
-    heads += ["vs_fp32_seeds", "reference", "difference", "difference_seeds", "low", "high", "told"]
+    heads += ["vs_fp32_seeds", "reference", "difference", "difference_seeds", "low", "high", "verdict"]
     cells = [
         [
             *(each.network, each.bits.told, each.method, each.measure.name),
@@ -159,8 +208,8 @@ def _numbers(values: Sequence[float]) -> tuple[str, str]:
 
 NOTES = (
     "Means and standard deviations over seeds. Differences are of runs of one seed, in points; in brackets is the "
-    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test. In parentheses is their "
-    "number, where some of the seeds have nothing to compare with.",
-    "Each row is tested by itself: of twenty methods that are all alike, one is told from another by chance.",
+    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test. (n): only n of the seeds "
+    "could be paired.",
+    "No correction for many comparisons: of twenty rows without any true difference, about one will look different.",
 )
 """Sentences under the table."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qat_runner.config import Config, differences, load_config
+from qat_runner.config import Config, Mode, differences, load_config
 from qat_runner.config.composing import choices, command
 from qat_runner.config.tasks import TaskFacts, measure
 from qat_runner.errors import ConfigError, UnreadableError
@@ -20,7 +20,7 @@ from qat_runner.report.runs import full_precision_in
 from qat_runner.report.settings import sections
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.report.tensor_charts import noise_charts, noisiest, tensor_charts
-from qat_runner.runs.files import CsvFile, JsonFile
+from qat_runner.runs.files import CsvFile, JsonFile, TextFile
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import (
     ALLOCATION,
@@ -30,6 +30,7 @@ from qat_runner.runs.records import (
     LAYERS,
     METRICS,
     OSCILLATIONS,
+    QUANTIZERS,
     STEPS,
     SUMMARY,
     Environment,
@@ -53,8 +54,19 @@ POINTS = 1000
 """Steps that a curve is drawn through, at most; each point is the mean of those that it stands for."""
 
 
-_UNFINISHED = {"running": "it is running", "failed": "it failed", "stale": "no process is at work on it"}
-"""What is said of a run, by its state."""
+LONGEST_TEXT = 100_000
+"""Letters of a text of the run's folder that are shown, at most."""
+
+FEW_LINES = 12
+"""So many of a text are in sight at once; of a longer one when they are asked for."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What of a text is shown."""
+
+    told: str
+    short: bool
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def write(folder: Path, out: Path) -> Path:
         raise ConfigError(f"{folder}: holds no run of qat-run")
     unreadable: list[str] = []
 
-    def read(file: JsonFile[T] | CsvFile[T], place: Path = folder) -> Any:
+    def read(file: JsonFile[T] | CsvFile[T] | TextFile, place: Path = folder) -> Any:
         try:
             return file.read(place)
         except UnreadableError as error:  # the page shows all else
@@ -105,13 +117,15 @@ def write(folder: Path, out: Path) -> Path:
         "title": folder.resolve().name,
         "heading": heading(config),
         "status": state,
-        "unfinished": _UNFINISHED.get(state.state, ""),
+        "broken_off": state.state == "failed",
         "unreadable": unreadable,
         "cards": _cards_so_far(epochs, config) if summary is None else _cards(folder, config, summary),
         "curves": curves,
         "noise": noise,
         "noisiest": noisiest(rows),
         "epoch": rows[-1]["epoch"] if rows else "",
+        "quantizers": [] if config.quantization.full_precision else _quantizers(read(QUANTIZERS) or ""),
+        "chooses": config.mode == Mode.allocate,
         "one_tensor": one_tensor,
         "oscillations": oscillations,
         "allocation": allocation,
@@ -128,6 +142,22 @@ def write(folder: Path, out: Path) -> Path:
     return page.write(out, "run", [*choice, *curves, *oscillations, *noise, *one_tensor], content)
 
 
+def _quantizers(text: str) -> list[tuple[str, Text]]:
+    """What stands in quantizers.txt, with headings: the table of the tensors, and what is said below it."""
+    table, _, below = text.partition("\n\n")
+    parts = {"Tensors and their bits": table, "How much that is, and what is not": below}
+    return [(head, _shown(part.strip("\n"))) for head, part in parts.items() if part.strip()]
+
+
+def _shown(text: str) -> Text:
+    """The lines of a text, as many as may be, in printable letters."""
+    whole = text.splitlines()
+    lines = "\n".join(text[:LONGEST_TEXT].splitlines()[: None if len(text) <= LONGEST_TEXT else -1])
+    printable = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in lines)
+    left = len(whole) - len(lines.splitlines())
+    return Text(printable + (f"\n... and {left} lines more" if left else ""), len(whole) <= FEW_LINES)
+
+
 def heading(config: Config) -> str:
     """What a run is, in a few words."""
     how = "in full precision" if config.quantization.full_precision else f"at {config.told_bits} bits"
@@ -140,8 +170,8 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     name = metric(summary)
     highest: Any = summary.get(f"best_{name}")
     figure = measured(summary)
-    best = f"best {figure.told(highest)}" if config.training and highest is not None else ""
-    cards = [Card(name, figure.told(score(summary)), best)]
+    best = [f"best {figure.told(highest)}"] if config.training and highest is not None else []
+    cards = [Card(name, figure.told(score(summary)), "; ".join([*best, *_limits(config)]))]
     cards += _against_full_precision(folder, config, summary)
     if not config.quantization.full_precision:
         cards.append(_bits_card(config, summary))
@@ -186,9 +216,19 @@ def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
     if name is not None:
         values = [number(row.get(name)) for row in rows]
         figure = measure(name.removeprefix("val_"))
-        cards.append(Card(f"{figure.name} so far", figure.told(values[-1]), f"best {figure.told(figure.best(values))}"))
+        note = "; ".join([f"best {figure.told(figure.best(values))}", *_limits(config)])
+        cards.append(Card(f"{figure.name} so far", figure.told(values[-1]), note))
         cards.append(Card("time", duration(number(rows[-1].get("seconds")))))
     return cards
+
+
+def _limits(config: Config) -> list[str]:
+    """Of which part of the data figures are, where they are not of all."""
+    trained, validated = config.limit_train_batches if config.training else None, config.limit_val_batches
+    return [
+        *([] if trained is None else [f"epochs of {trained} batches at most"]),
+        *([] if validated is None else [f"validation of {validated} batches at most"]),
+    ]
 
 
 def duration(seconds: float) -> str:

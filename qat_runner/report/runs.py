@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from qat_runner.config import (
     CONFIG_FILE,
+    LIMITS,
     Config,
     Mode,
     clipping_label,
@@ -158,7 +159,8 @@ OF_A_METHOD = ("clipping.", "gradient.", "oscillations.")
 """How keys begin that names of methods tell of, but for those of `clipping` that are none of the method."""
 
 BESIDE_A_METHOD = (
-    *("seed", "weights", "weight_bits", "activation_bits", "budget", "noise_batches", "backend", "log_excess_mse"),
+    *("seed", "weights", "weight_bits", "activation_bits", *LIMITS, "max_drop", "noise_batches", "backend"),
+    "log_excess_mse",
     *("format", "weight_format", "activation_format", "weight_range", "activation_range", "activation_granularity"),
 )
 """Keys that may differ where methods are compared: they stand beside the name, are told by it, or change no result."""

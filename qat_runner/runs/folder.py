@@ -39,6 +39,7 @@ from qat_runner.runs.records import (
     METRICS,
     OSCILLATIONS,
     PREDICTIONS,
+    QUANTIZERS,
     STEPS,
     SUMMARY,
 )
@@ -56,7 +57,7 @@ class RunFolder:
 
     @property
     def quantizers(self) -> Path:
-        return self.path / "quantizers.txt"
+        return self.path / QUANTIZERS.name
 
     @property
     def log(self) -> Path:

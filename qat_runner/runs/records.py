@@ -428,5 +428,7 @@ STEPS: CsvFile[StepRow] = CsvFile("steps.csv", StepRow)
 LAYERS: CsvFile[LayerRow] = CsvFile("layers.csv", LayerRow)
 OSCILLATIONS: CsvFile[OscillationRow] = CsvFile("oscillations.csv", OscillationRow)
 ERROR = TextFile("error.txt")
+QUANTIZERS = TextFile("quantizers.txt")
+"""A table of the quantized tensors, an empty line, and what else there is to say of them and of all that is not."""
 ASKED = TextFile("asked.txt")
 """In a folder of runs: names of all run folders that sweeps asked for, a line each."""

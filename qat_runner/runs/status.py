@@ -11,8 +11,15 @@ from qat_runner.runs.asked import asked
 from qat_runner.runs.lock import alive
 from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, measured, metric, score
 
-STATES = ("finished", "running", "stale", "failed", "missing", "unreadable")
-"""stale: unfinished, and no process is at work on it; missing: asked for, and never begun; unreadable: what it left."""
+STATES = {
+    "finished": "",
+    "running": "a process is at work on it",
+    "stale": "no process is at work on it; the same command goes on with it",
+    "failed": "it broke off by itself",
+    "missing": "asked for by a sweep, and not begun",
+    "unreadable": "what it left cannot be read",
+}
+"""And what each means."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Status:
     """done and in all"""
     result: str = ""
     note: str = ""
-    """of one that failed or cannot be read: why"""
+    """of one that failed or cannot be read: why; of others that are not finished: what their state means"""
 
 
 def statuses(runs_dir: Path) -> list[Status]:
@@ -57,18 +64,22 @@ def status(folder: Path) -> Status:
 def _status(folder: Path) -> Status:
     config = load_config(folder)
     if config is None:
-        return Status(folder.name, "running" if alive(folder) else "missing")
+        return _unfinished(folder, "running" if alive(folder) else "missing")
     rows = METRICS.read(folder)
     epochs = f"{rows[-1]['epoch'] if rows else 0:.0f}/{config.epochs}" if config.training else ""
     summary = SUMMARY.read(folder)
     if summary is not None:
         return Status(folder.name, "finished", epochs, f"{metric(summary)} {measured(summary).told(score(summary))}")
     if alive(folder):
-        return Status(folder.name, "running", epochs)
+        return _unfinished(folder, "running", epochs)
     why = ERROR.read(folder)
     if why is not None:
         return Status(folder.name, "failed", epochs, note=told(next(iter(why.splitlines()), "")))
-    return Status(folder.name, "stale", epochs)
+    return _unfinished(folder, "stale", epochs)
+
+
+def _unfinished(folder: Path, state: str, epochs: str = "") -> Status:
+    return Status(folder.name, state, epochs, note=STATES[state])
 
 
 def text(found: list[Status]) -> str:

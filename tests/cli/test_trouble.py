@@ -358,6 +358,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert report.main(["status", "runs"]) == 0
     out = capsys.readouterr().out
     assert "1 finished, 1 stale, 1 missing" in out
+    assert "no process is at work on it; the same command goes on with it" in out and "not begun" in out
     stale = next(Path("runs").glob("*seed1*"))
     assert report.main(["status", str(stale)]) == 0 and capsys.readouterr().out.rstrip().endswith("\n1 stale")
     for verb in ("table1", "results", "ledger", "figure4"):

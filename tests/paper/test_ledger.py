@@ -276,7 +276,9 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     make_run(tmp_path / "runs", "clipping=max", "lr=0.5")  # of another recipe
     assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith(f"{len(claims())} claims: ")
+    own = sum(claim.found is not None for claim in claims())
+    assert told[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
+    assert f" {own} were looked at by the project itself, whatever the runs: holds " in told[0]
     assert told[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
     page = (tmp_path / "out" / "ledger.md").read_text()
     assert "paired t-test" in page and "GPU hours are an estimate" in page
@@ -319,4 +321,7 @@ def test_bad_tables_are_told_in_a_sentence(
 
 def test_the_ledger_of_nothing_says_so() -> None:
     page, _ = ledger([])
-    assert "Nothing." in page.text("markdown") and "not run" in page.lead[-1]
+    assert "Nothing." in page.text("markdown")
+    judged, own, of_cells = (part.partition(": ")[2] for part in page.lead[-1].split(". ")[1:])
+    assert judged == f"not run {sum(claim.found is None for claim in claims())}" and "not run" not in own
+    assert of_cells.startswith("not run ")

@@ -64,6 +64,72 @@ def test_another_reference(tmp_path: Path) -> None:
     assert found["octav", "4"].told == "better" and found["max", "8"].reference == "max"
 
 
+def _of_two_settings(folder: Path) -> Path:
+    """A sweep of two methods at two widths, and a stray run of one with another limit."""
+    for limit, bits, seeds in ((5, 4, (0, 1)), (5, 2, (0, 1)), (1, 4, (0,))):
+        for method, top1 in (("octav", 60.0), ("max", 58.0)):
+            for seed in seeds if limit == 5 or method == "octav" else ():
+                words = f"clipping={method}", f"bits={bits}", f"seed={seed}", f"limit_train_batches={limit}"
+                make_run(folder, *words, top1=top1 + seed + limit)
+    return folder
+
+
+@pytest.mark.parametrize("against", [None, "octav"])
+def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | None) -> None:
+    found = standings(entries([_of_two_settings(tmp_path)])[0], against)
+    many, one, scaled = (
+        *("octav, limit_train_batches=5", "octav, limit_train_batches=1", "max, limit_train_batches=5"),
+    )
+    assert {(each.method, each.bits.told): (each.reference, each.differences) for each in found} == {
+        (scaled, "2"): (many, {0: -2.0, 1: -2.0}),
+        (scaled, "4"): (many, {0: -2.0, 1: -2.0}),
+        (many, "2"): (many, {}),
+        (many, "4"): (many, {}),
+        (one, "4"): (many, {0: -4.0}),
+    }
+    assert table(found).notes[-2:] == [
+        "Runs differ in more than the method, in limit_train_batches: each row is compared with the reference of its "
+        "own settings.",
+        f"Across settings, where a row's own have nothing to compare it with: {one}, with {many}.",
+    ]
+
+
+def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
+    make_run(_of_two_settings(tmp_path), "clipping=max", "limit_train_batches=1", top1=50.0)
+    found = standings(entries([tmp_path])[0])
+    told = {each.method: each.reference for each in found}
+    assert told["max, limit_train_batches=1"] == told["octav, limit_train_batches=1"] == "octav, limit_train_batches=1"
+    rows, heads = table(found).cells, table(found).headers
+    assert heads[6:] == ["vs the reference", "reference", "verdict"]
+    (row,) = (row for row in rows if row[2] == "max, limit_train_batches=1")
+    assert row[6:] == ["-11.00", "octav, limit_train_batches=1", "one seed"]
+    named = standings(entries([tmp_path])[0], "octav, limit_train_batches=1")  # one by its whole name, for all
+    assert {each.reference for each in named} == {"octav, limit_train_batches=1"}
+
+
+def test_what_a_method_has_itself_is_compared_whatever_else_it_has(tmp_path: Path) -> None:
+    for iterations in (3, 10):
+        make_run(tmp_path, f"clipping.iterations={iterations}", top1=50.0 + iterations)
+    found = standings(entries([tmp_path])[0])
+    assert {each.method: (each.reference, each.differences, each.apart) for each in found} == {
+        "octav, iterations=10": ("octav, iterations=10", {}, False),
+        "octav, iterations=3": ("octav, iterations=10", {0: -7.0}, False),
+    }
+    assert len(table(found).notes) == 2
+
+
+def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
+    """And in no name of a method, of which those have no limit that are asked for another one."""
+    for seed, asked in ((0, "max_drop=2"), (0, "budget=4"), (1, "size_mb=0.5")):
+        run = make_run(tmp_path, "mode=allocate", "weights=baseline", asked, f"seed={seed}")
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"mean_weight_bits": 3.5, "mean_activation_bits": 3.5}))
+    found = standings(entries([tmp_path])[0])
+    assert {(each.method, each.bits.told) for each in found} == {
+        *(("octav, chosen bits", told) for told in ("max_drop=2", "4", "size_mb=0.5"))
+    }
+
+
 def test_scatter_is_called_so(tmp_path: Path) -> None:
     for seed, top1 in enumerate((61.0, 60.0)):
         make_run(tmp_path, f"seed={seed}", top1=60.5)
@@ -237,7 +303,11 @@ def test_what_is_no_run_among_many_places_is_left_out(tmp_path: Path, monkeypatc
     for few in (["runs/begun", "runs/one"], ["runs/one", "runs/one"]):
         with pytest.raises(ConfigError, match="needs two runs or more, and found 1"):
             entries(list(map(Path, few)))
-    for places, told in ((["runs", "gone"], "gone: holds no run"), (["runs/begun"], "runs/begun: holds no run")):
+    for places, told in (
+        (["runs", "gone"], "gone: no such folder"),
+        (["gone"], "gone: no such folder"),
+        (["runs/begun"], "runs/begun: holds no run"),
+    ):
         with pytest.raises(ConfigError, match=told):
             entries(list(map(Path, places)))
 
@@ -308,7 +378,7 @@ def test_numbers_to_compute_with(tmp_path: Path) -> None:
     row, theirs = rows["max"], ttest_rel(MAX, OCTAV).confidence_interval(0.95)
     assert tuple(map(float, row["values"].split())) == MAX and row["seeds"] == "0 1 2"
     assert (float(row["low"]), float(row["high"])) == pytest.approx((theirs.low, theirs.high))
-    assert float(row["deviation"]) == pytest.approx(stdev(MAX)) and row["told"] == "worse"
+    assert float(row["deviation"]) == pytest.approx(stdev(MAX)) and row["verdict"] == "worse"
     assert rows["octav"]["difference"] == rows["full precision"]["reference"] == ""
 
 

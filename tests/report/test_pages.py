@@ -27,6 +27,7 @@ from qat_runner.config.composing import command, compose_config
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.insertion.size import size_mb
 from qat_runner.report import compare_page, run_page
+from qat_runner.report.entries import entries
 from qat_runner.report.page import LARGEST, TRACE_TYPES, shown
 from qat_runner.report.settings import sections
 from qat_runner.report.tensor_charts import _levels
@@ -42,7 +43,8 @@ SMALL = (
 
 @functools.cache
 def config_of(*overrides: str) -> Config:
-    return from_hydra(compose_config([*SMALL, *overrides]))
+    small = [word for word in SMALL if "mode=allocate" not in overrides or not word.startswith("batch_size=")]
+    return from_hydra(compose_config([*small, *overrides]))
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -346,6 +348,39 @@ def test_headline_figures(tmp_path: Path) -> None:
     assert "a CPU, 2 cores" in text and "abc123 on main, with uncommitted changes" in text
 
 
+@pytest.mark.parametrize(("rows", "folded"), [(4, 0), (40, 1), (50_000, 1)])
+def test_what_is_quantized_stands_on_the_page(tmp_path: Path, rows: int, folded: int) -> None:
+    folder = make_run(tmp_path)
+    assert 'id="quantized"' not in run_page.write(folder, tmp_path / "page.html").read_text()  # as records of old
+    lines = [f"layer{i}  weight  4  <b>" for i in range(rows)]
+    below = "in full precision: 7 BatchNorm2d, softmax\na note"
+    (folder / "quantizers.txt").write_text("\n".join(["layer  tensor  bits", *lines]) + f"\n\n{below}\n")
+    page = run_page.write(folder, tmp_path / "page.html")
+    assert below in page.read_text() and "layer0 weight 4 <b>" in text_of(page)
+    assert page.stat().st_size <= LARGEST and page.read_text().count("<details>") == folded
+    left = re.search(r"layer(\d+) weight 4 <b> \.\.\. and (\d+) lines more", text_of(page))
+    assert (left is None) == (rows < 1000)
+    assert left is None or int(left[1]) + 1 + int(left[2]) == rows
+
+
+def test_limits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
+    limits = "limit_train_batches=5", "limit_val_batches=2"
+    told = "; epochs of 5 batches at most; validation of 2 batches at most"
+    done, begun = make_run(tmp_path, *limits), make_run(tmp_path, *limits, "seed=1", top1=None)
+    assert f"best 61.00 %{told}" in text_of(run_page.write(done, tmp_path / "page.html"))
+    assert f"best 55.00 %{told}" in text_of(run_page.write(begun, tmp_path / "page.html"))
+
+
+def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "mode=allocate", "weights=baseline", "budget=4")
+    for name in ("histograms.json", "steps.csv", "metrics.csv", "layers.csv"):
+        (folder / name).unlink()
+    (folder / "allocation.json").write_text(json.dumps(ALLOCATED))
+    text = text_of(run_page.write(folder, tmp_path / "page.html"))
+    assert "Which bits" in text and "on record" not in text
+    assert not any(head in text for head in ("Training", "Quantization noise", "Tensors", "One tensor at a time"))
+
+
 def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
     make_run(tmp_path, "bits=32", top1=62.5)
     folder = make_run(tmp_path, "mode=retrain", "weights=baseline", top1=60.0)
@@ -571,6 +606,15 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "epochs" not in where
 
 
+def test_what_plays_no_part_is_no_difference(tmp_path: Path) -> None:
+    """As all that is about quantization, beside full precision; but a key that runs of one method have or lack is."""
+    runs = [make_run(tmp_path, words) for words in ("bits=32", "bits=4", "bits=8")]
+    differing, values = compare_page._differing(entries(runs)[0])
+    assert differing == ["weight_bits", "activation_bits"] and len(values) == 3
+    runs.append(make_run(tmp_path, "bits=4", "recipe.batchnorm_batches=5"))
+    assert compare_page._differing(entries(runs)[0])[0] == ["weight_bits", "activation_bits", "batchnorm_batches"]
+
+
 def test_compare_keeps_networks_apart(tmp_path: Path) -> None:
     for model in ("resnet20", "resnet32"):
         for bits in (4, 8):
@@ -654,7 +698,9 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
         (["compare"], "needs two runs or more, and found 1"),
         (["status", "runs", "runs"], "runs: is one folder too many; qat-report compare takes several"),
         (["runs/one", "runs"], "runs: is one folder too many"),
-        (["runs/one", "--out", "file"], "file cannot be written"),
+        (["runs/one", "--out", "file"], "file: File exists"),
+        (["compare", "nope"], "nope: no such folder"),
+        (["comapre", "runs"], "status; did you mean compare?"),
     ],
 )
 def test_wrong_requests(
