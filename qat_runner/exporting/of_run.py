@@ -29,7 +29,7 @@ from qat_runner.config import (
 )
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.errors import ConfigError, RunError, told
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.exporting import FORMATS, verify
 from qat_runner.exporting.agreement import Figures, require
@@ -287,8 +287,8 @@ def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequen
         path = Path(folder) / "full.onnx"
         try:
             write_onnx(full, _signature(config, example), path)
-        except RunError as error:  # a large network, whose integers may fit all the same
-            log.warning(f"full precision is not timed: {error}")
+        except (RunError, OSError) as error:  # a large network, whose integers may fit all the same
+            log.warning(f"full precision is not timed: {told(error)}")
             return {}
         timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
         return verify.latency(timed, [t[:1] for t in example])

@@ -1,5 +1,6 @@
 """A quantized network in one file: its state, and the policy that it was quantized with."""
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import astuple, fields
@@ -59,6 +60,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state.update(put_together)
     if put_together and dist.get_rank() > 0:
         return
+    target = Path(path)
+    check_target(target)
     content = {
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
@@ -67,13 +70,35 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "products": [astuple(p) for p in products_of(model)],
         "state": state,
     }
-    target = Path(path)
     beside = target.with_name(f"{target.name}.new")
     try:
-        torch.save(content, beside)
+        with open(beside, "wb") as file:
+            torch.save(content, file)
         beside.replace(target)
+    except RuntimeError as error:  # torch's, of an archive that it cannot close any more
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written where it is to lie, or whose name is a folder's.
+
+    Raises:
+        OSError: of the kind and in the words of the system, naming the folder.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        reason, where = errno.ENOTDIR if folder.exists() else errno.ENOENT, folder
+    elif path.is_dir():
+        reason, where = errno.EISDIR, path
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason, where = errno.EACCES, folder
+    else:
+        return
+    raise OSError(reason, os.strerror(reason), str(where))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:

@@ -269,6 +269,8 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         save(Net(), path)
     with pytest.raises(FileNotFoundError):
         load(path, Net())
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/no_folder'"):
+        save(quantize_model(Net(), 4, example=X), tmp_path / "no_folder" / "net.pt")
     path.write_bytes(b"no file of torch")
     with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
         load(path, Net())
