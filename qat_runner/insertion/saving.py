@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qat_runner.insertion.insert import (
+    check_no_quantizers,
     contracted_by,
     insert,
     network_of,
@@ -118,10 +119,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
     contracted = _contracted(path, content.get("contracted", {}))
-    insert(model, Policy.from_list(content["policy"]), tensors=tensors_in(content["state"]), contracted=contracted)
+    policy, tensors = Policy.from_list(content["policy"]), tensors_in(content["state"])
+    check_no_quantizers(model)
     try:
+        insert(model, policy, tensors=tensors, contracted=contracted)
         model.load_state_dict(content["state"])
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         remove_quantizers(model)
         raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
     remember_seen(model, content["elements"], products)
