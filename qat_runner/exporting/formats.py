@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -97,8 +98,16 @@ def read_program(path: Path) -> nn.Module:
         return torch.export.load(path).module()
 
 
-def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
+def write_onnx(
+    model: nn.Module, signature: Signature, path: Path, about: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
+
+    Args:
+        model: of integers.
+        signature: its arguments and results.
+        path: where to.
+        about: what the file is to say of the network and its input, in its metadata; what is no text is JSON there.
 
     Raises:
         ConfigError: the packages that it takes are not installed.
@@ -132,6 +141,8 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     modules = network.named_modules(remove_duplicate=False)  # any of the names may be the one that was recorded
     stored = {f"{name}.codes": m.format.exported_type for name, m in modules if isinstance(m, IntegerWeight)}
     _give_types(program.model.graph, stored)
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    program.model.metadata_props.update(said)
     try:
         content = ir.to_proto(program.model).SerializeToString()
     except Exception as error:  # of protobuf, which must not be imported for its name

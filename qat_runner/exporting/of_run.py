@@ -233,15 +233,16 @@ def _write(
 ) -> dict[str, Path]:
     """The files, by name of their format."""
     signature = _signature(config, example)
+    about = _about(config, data, signature)
     files = {name: folder / file for name, file in FILES.items() if name in formats}
     for name, path in files.items():
         log.info(f"writing {path.name}")
         if name == "onnx":
-            write_onnx(integers, signature, path)
+            write_onnx(integers, signature, path, about)
         elif name == "torch":
             write_program(integers, signature, path)
         else:
-            write_safetensors(integers, path, _about(config, data, signature))
+            write_safetensors(integers, path, about)
             state = read_safetensors(path)
             if not all(torch.equal(state[key], t) for key, t in integers.state_dict().items()):
                 raise RunError(f"{path.name} reads back as another network; nothing was kept")
