@@ -128,6 +128,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
             with suppress(PluginError):
                 yield name, self[name]
 
+    def name_of(self, thing: T) -> str | None:
+        """The name of a thing that is here already; None: it has none, or not yet."""
+        return next((name for name, known in self._things.items() if known is thing), None)
+
     def __contains__(self, name: object) -> bool:
         return name in self._things or name in installed(self.group)
 

@@ -110,7 +110,8 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     if tied := [operand.name for op in found for operand in op.operands if operand.free and operand.shared]:
         raise ValueError(f"{', '.join(tied)}: stored for other layers as well: rules must say the bits")
     if not any(operand.free for operation in found for operand in operation.operands):
-        raise ValueError("rules say the bits of all tensors: there is none to choose them for")
+        ends = ", or first_last_bits (8 by default) of the first and the last layer," if len(found) <= 2 else ""
+        raise ValueError(f"rules{ends} say the bits of all tensors: there is none to choose them for")
     quantized, _ = size_mb(model)
     bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
     stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.stored)

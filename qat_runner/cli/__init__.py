@@ -4,7 +4,9 @@ import codecs
 import io
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
+from typing import TextIO
 
 
 def _names(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -26,6 +28,14 @@ def _speak_utf8() -> None:
             stream.reconfigure(encoding=encoding, errors="names")
 
 
+def silence(stream: TextIO) -> None:
+    """Let nothing of a stream that nobody reads any more go anywhere, what it still holds included."""
+    with suppress(OSError):  # it may have no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def _command(name: str) -> int:
     """Import a command, and all that is heavy with it, and carry it out; or say which extra its installation lacks.
 
@@ -38,7 +48,7 @@ def _command(name: str) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read it has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
     except KeyboardInterrupt:  # while PyTorch was being imported
         return 130

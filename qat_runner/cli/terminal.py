@@ -9,12 +9,13 @@ from typing import Literal
 from tqdm import tqdm
 
 from qat_runner import ranks
+from qat_runner.cli import silence
 
 log = logging.getLogger("qat_runner")
 
 
 class _Terminal(logging.Handler):
-    """Prints messages so that a progress bar stays whole."""
+    """Prints messages so that a progress bar stays whole; to nowhere, once whoever read them has gone (`| head`)."""
 
     def __init__(self, level: int, stream: Literal["stdout", "stderr"]) -> None:
         super().__init__(level)
@@ -22,8 +23,11 @@ class _Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         file = getattr(sys, self.stream)  # as it is now: whoever calls a command may have put another in its place
-        tqdm.write(self.format(record), file=file)
-        file.flush()
+        try:
+            tqdm.write(self.format(record), file=file)
+            file.flush()
+        except BrokenPipeError:  # which costs no run anything: its log has them all
+            silence(file)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -30,6 +31,7 @@ from qat_runner.exporting.integer import (
 from qat_runner.insertion.layers import full_precision_name, kind_of
 from qat_runner.insertion.own_weights import layer_name
 from qat_runner.quant import IntFormat
+from qat_runner.runs.files import write_whole
 from qat_runner.tasks import separate
 
 DESCRIPTION = "qat_runner integers, version 1"
@@ -79,11 +81,14 @@ def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
 
     Raises:
         RunError: torch.export cannot follow the network.
+        OSError: the file cannot be written; an old one is as it was.
     """
     network, shapes = _Outputs(model, signature.outputs).eval(), signature.dynamic_shapes
+    content = io.BytesIO()  # PyTorch's writer of files ends the process where a disk is full
     with torch.no_grad(), _exporting(path), _experts_in_batches(network):
         program = torch.export.export(network, signature.example, dynamic_shapes=shapes, strict=False)
-        torch.export.save(program, path)
+        torch.export.save(program, content)
+    write_whole(path, lambda file: file.write(content.getbuffer()))
 
 
 def read_program(path: Path) -> nn.Module:
@@ -93,12 +98,21 @@ def read_program(path: Path) -> nn.Module:
         return torch.export.load(path).module()
 
 
-def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
+def write_onnx(
+    model: nn.Module, signature: Signature, path: Path, about: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
+
+    Args:
+        model: of integers.
+        signature: its arguments and results.
+        path: where to.
+        about: what the file is to say of the network and its input, in its metadata; what is no text is JSON there.
 
     Raises:
         ConfigError: the packages that it takes are not installed.
-        RunError: torch.onnx cannot follow the network.
+        RunError: torch.onnx cannot follow the network, or it is too large for ONNX.
+        OSError: the file cannot be written; an old one is as it was.
     """
     try:
         import onnx_ir as ir
@@ -127,10 +141,13 @@ def write_onnx(model: nn.Module, signature: Signature, path: Path) -> None:
     modules = network.named_modules(remove_duplicate=False)  # any of the names may be the one that was recorded
     stored = {f"{name}.codes": m.format.exported_type for name, m in modules if isinstance(m, IntegerWeight)}
     _give_types(program.model.graph, stored)
+    said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    program.model.metadata_props.update(said)
     try:
-        ir.save(program.model, path)
+        content = ir.to_proto(program.model).SerializeToString()
     except Exception as error:  # of protobuf, which must not be imported for its name
         raise RunError(f"{path.name}: cannot be written (2 GiB are the most that an ONNX file holds)") from error
+    write_whole(path, lambda file: file.write(content))
 
 
 def _check_integers(graph: Any, network: nn.Module, signature: Signature, path: Path) -> None:

@@ -15,6 +15,8 @@ from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.layers import refresh
+from qat_runner.insertion.saving import check_target
+from qat_runner.runs.files import full_disk_told
 from qat_runner.tasks import fields_of
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -55,11 +57,14 @@ def export(
         ValueError: another ending; other names than arguments; nothing is quantized; scalars of an activation are not
             static, or codes no integers; the network returns no tensors, or none of those names.
         ConfigError: packages that the format takes are not installed.
+        OSError: there is no such folder, or nothing can be written there, which is found before any work; or the disk
+            is full.
         RunError: PyTorch's exporter cannot follow the network.
     """
     target = Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
+    check_target(target)
     dynamic = {t.name: t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic}
     check_constant(dynamic)
     if dynamic:
@@ -75,12 +80,13 @@ def export(
     if fold:
         fold_batchnorm(integers, *given)
     signature = Signature(given, names, _names(integers(*given), outputs), longest)
-    if target.suffix == ".onnx":
-        write_onnx(integers, signature, target)
-    elif target.suffix == ".pt2":
-        write_program(integers, signature, target)
-    else:
-        write_safetensors(integers, target, {"inputs": signature.inputs, "outputs": signature.outputs})
+    with full_disk_told(target.parent):
+        if target.suffix == ".onnx":
+            write_onnx(integers, signature, target)
+        elif target.suffix == ".pt2":
+            write_program(integers, signature, target)
+        else:
+            write_safetensors(integers, target, {"inputs": signature.inputs, "outputs": signature.outputs})
     return integers
 
 

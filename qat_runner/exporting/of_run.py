@@ -29,7 +29,7 @@ from qat_runner.config import (
 )
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
-from qat_runner.errors import ConfigError, RunError
+from qat_runner.errors import ConfigError, RunError, told
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.exporting import FORMATS, verify
 from qat_runner.exporting.agreement import Figures, require
@@ -233,15 +233,16 @@ def _write(
 ) -> dict[str, Path]:
     """The files, by name of their format."""
     signature = _signature(config, example)
+    about = _about(config, data, signature)
     files = {name: folder / file for name, file in FILES.items() if name in formats}
     for name, path in files.items():
         log.info(f"writing {path.name}")
         if name == "onnx":
-            write_onnx(integers, signature, path)
+            write_onnx(integers, signature, path, about)
         elif name == "torch":
             write_program(integers, signature, path)
         else:
-            write_safetensors(integers, path, _about(config, data, signature))
+            write_safetensors(integers, path, about)
             state = read_safetensors(path)
             if not all(torch.equal(state[key], t) for key, t in integers.state_dict().items()):
                 raise RunError(f"{path.name} reads back as another network; nothing was kept")
@@ -287,8 +288,8 @@ def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequen
         path = Path(folder) / "full.onnx"
         try:
             write_onnx(full, _signature(config, example), path)
-        except RunError as error:  # a large network, whose integers may fit all the same
-            log.warning(f"full precision is not timed: {error}")
+        except (RunError, OSError) as error:  # a large network, whose integers may fit all the same
+            log.warning(f"full precision is not timed: {told(error)}")
             return {}
         timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
         return verify.latency(timed, [t[:1] for t in example])

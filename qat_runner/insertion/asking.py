@@ -24,7 +24,7 @@ from qat_runner.insertion.layers import (
     weight_shape,
     weight_used,
 )
-from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
+from qat_runner.insertion.modes import arguments_told, remembering_nothing, taking_the_ways_of_training
 from qat_runner.insertion.own_products import PRODUCTS, has_room
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 from qat_runner.insertion.products import Products
@@ -93,7 +93,7 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
-        with remembering_nothing(model):
+        with remembering_nothing(model), arguments_told(model, inputs):
             output = model(*copies(inputs))
         watch.given_away(output)
         asking = watch.asking.copy()

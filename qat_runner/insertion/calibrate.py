@@ -1,8 +1,7 @@
 """Calibration and freezing: clipping scalars that are found once, and are static from then on.
 
 Calibration gives static quantizers their scalars before training (section 5). Freezing makes dynamic ones static after
-it, since inference wants constants. Both can be had for a part of the network: `layers` are globs over names of layers
-("layer4.*") or of quantized tensors ("*.input").
+it, since inference wants constants. Both can be had for a part of the network.
 """
 
 import warnings
@@ -36,14 +35,17 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
 
     Args:
         model: with static quantizers, or dynamic ones that are to be used with eval_mode running or last.
-        batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward.
-        layers: see the module's head; None: all. Those with a scalar a token are left as they are.
+        batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward,
+            without labels.
+        layers: globs over names of layers ("layer4.*") or of quantized tensors ("*.input"): only these get scalars;
+            None: all. Those with a scalar a token are left as they are.
 
     Returns:
         How many batches were used.
 
     Raises:
         ValueError: no batch, NaN or infinity in a tensor, a glob that matches nothing.
+        TypeError: batches are none, or hold more than the arguments of forward.
 
     Warns:
         QuantizationWarning: inputs that no batch reached, by name: they have no scalars, and refuse to go without.
@@ -88,8 +90,10 @@ def freeze(
     Args:
         model: trained, with quantizers.
         rule: see above.
-        batches: training batches, for averaged and calibrated, where an activation is dynamic.
-        layers: see the module's head; None: all.
+        batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; for averaged
+            and calibrated, where an activation is dynamic.
+        layers: globs over names of layers ("layer4.*") or of quantized tensors ("*.input"): only these are frozen;
+            None: all.
 
     Returns:
         The same model.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat_runner.errors import told
 from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight, own_weights
 from qat_runner.insertion.attention import (
     EAGER,
@@ -179,8 +180,7 @@ def insert(
             is no example; None: what is known without a look.
         contracted: `contracted_by(model)` of that one.
     """
-    if each(model, is_quantized):
-        raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
+    check_no_quantizers(model)
     inputs = None if example is None else example if isinstance(example, tuple) else (example,)
     if policy.full_precision and _layers_in(model):
         return model
@@ -190,6 +190,9 @@ def insert(
     weights = _own_weights(model, asking, attention) if tensors is None else _own_weights_named(model, contracted or {})
     aside = _set_aside(model, attention, weights)
     if not (layers or attention or weights):
+        if tensors is not None:
+            missing = ", ".join(sorted({name.rpartition(".")[0] for name in tensors}))
+            raise ValueError(f"it has none of the layers that are quantized in the other: {told(missing)}")
         why = "".join(f"; {note}" for note in told_once([*notes.items(), *aside]))
         raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
     other_attention = bool(attention_of(model) - {EAGER})
@@ -223,6 +226,14 @@ def insert(
     else:
         model.register_forward_pre_hook(_decide_on_first_batch, with_kwargs=True)
     return model
+
+
+def check_no_quantizers(model: nn.Module) -> None:
+    """Raises:
+    ValueError: there are some.
+    """
+    if each(model, is_quantized):
+        raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
 
 
 def _converted(

@@ -1,12 +1,27 @@
 """Modes that a network is looked at in, and comes out of as it was."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from qat_runner.quant import Quantizer
+
+
+@contextmanager
+def arguments_told(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+    """While open, a model that takes other arguments than these fails with a word on what they are to be."""
+    try:
+        yield
+    except TypeError as error:
+        try:
+            inspect.signature(model.forward).bind(*inputs)
+        except TypeError:
+            raise TypeError(f"{error}: a batch is the inputs alone, and a tuple the arguments of forward") from error
+        raise
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
 
     Args:
         model: with quantizers; runs in eval mode, and is in the mode that it was in afterwards.
-        batches: each an input tensor, or a tuple of arguments of forward.
+        batches: each an input tensor, or a tuple of arguments of forward, without labels.
 
     Returns:
         A row a tensor, in order of registration, weight before input; none where there is no batch.

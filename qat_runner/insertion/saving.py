@@ -1,5 +1,6 @@
 """A quantized network in one file: its state, and the policy that it was quantized with."""
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import astuple, fields
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qat_runner.insertion.insert import (
+    check_no_quantizers,
     contracted_by,
     insert,
     network_of,
@@ -59,6 +61,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state.update(put_together)
     if put_together and dist.get_rank() > 0:
         return
+    target = Path(path)
+    check_target(target)
     content = {
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
@@ -67,13 +71,35 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "products": [astuple(p) for p in products_of(model)],
         "state": state,
     }
-    target = Path(path)
     beside = target.with_name(f"{target.name}.new")
     try:
-        torch.save(content, beside)
+        with open(beside, "wb") as file:
+            torch.save(content, file)
         beside.replace(target)
+    except RuntimeError as error:  # torch's, of an archive that it cannot close any more
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written where it is to lie, or whose name is a folder's.
+
+    Raises:
+        OSError: of the kind and in the words of the system, naming the folder.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        reason, where = errno.ENOTDIR if folder.exists() else errno.ENOENT, folder
+    elif path.is_dir():
+        reason, where = errno.EISDIR, path
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason, where = errno.EACCES, folder
+    else:
+        return
+    raise OSError(reason, os.strerror(reason), str(where))
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -93,10 +119,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
     contracted = _contracted(path, content.get("contracted", {}))
-    insert(model, Policy.from_list(content["policy"]), tensors=tensors_in(content["state"]), contracted=contracted)
+    policy, tensors = Policy.from_list(content["policy"]), tensors_in(content["state"])
+    check_no_quantizers(model)
     try:
+        insert(model, policy, tensors=tensors, contracted=contracted)
         model.load_state_dict(content["state"])
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         remove_quantizers(model)
         raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
     remember_seen(model, content["elements"], products)

@@ -85,15 +85,20 @@ def _shares(model: nn.Module) -> list[str]:
 
 
 def _left(model: nn.Module) -> list[str]:
-    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one."""
-    names: dict[str, list[str]] = {}
+    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one.
+
+    Of a module with others in it, such as the network itself, its own parameters are named; others are told apart.
+    """
+    names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():
-        if (
-            not (is_quantized(module) or isinstance(module, Quantizer | UsingOwnWeights))
-            and next(module.parameters(recurse=False), None) is not None
-        ):
-            names.setdefault(full_precision_name(module), []).append(name)
-    left = [f"{kind} {found[0]}" if len(found) == 1 else f"{len(found)} {kind}" for kind, found in names.items()]
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if own and not (is_quantized(module) or isinstance(module, Quantizer | UsingOwnWeights)):
+            part = f"{' and '.join(own)} of " if next(module.children(), None) is not None else ""
+            names.setdefault((part, full_precision_name(module)), []).append(name)
+    left = [
+        part + (f"{kind} {found[0]}".rstrip() if len(found) == 1 else f"{len(found)} {kind}")  # the network has no name
+        for (part, kind), found in names.items()
+    ]
     return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
-from qat_runner.insertion.modes import evaluating, taking_the_ways_of_training
+from qat_runner.insertion.modes import arguments_told, evaluating, taking_the_ways_of_training
 from qat_runner.insertion.tensors import copies
 from qat_runner.quant import Quantizer
 
@@ -38,7 +38,8 @@ def watch(
         How many batches there were.
 
     Raises:
-        TypeError: a tensor in place of batches, which would be taken apart into samples.
+        TypeError: a tensor in place of batches, which would be taken apart into samples; or a batch that is more or
+            less than the arguments of forward.
     """
     if isinstance(batches, Tensor):
         raise TypeError("batches: is a tensor, where a list of batches is wanted; one batch alone is [batch]")
@@ -57,7 +58,7 @@ def watch(
         for batch in batches:
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
             again = copies(inputs) if unreached() else None  # the network may write to what it is given
-            with evaluating(model):
+            with evaluating(model), arguments_told(model, inputs):
                 model(*inputs)
             used += 1
             shown = unreached() or None

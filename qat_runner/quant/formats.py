@@ -116,8 +116,9 @@ class Format(ABC):
 
     @property
     def name(self) -> str:
-        """A word for it, such as int4 or uint4."""
-        return f"{'' if self.signed else 'u'}{type(self).__name__.removesuffix('Format').lower()}{self.bits}"
+        """A word for it, such as int4 or uint4: the name that it was registered by, or else its class has, and bits."""
+        word = FORMATS.name_of(type(self)) or type(self).__name__.removesuffix("Format").lower()
+        return f"{'' if self.signed else 'u'}{word}{self.bits}"
 
     def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """The clipping interval: its lower and its upper end, shape of a scalar."""
@@ -312,10 +313,6 @@ class IntAffineFormat(StepFormat):
     """Affine integers, which have a zero point: see the module's head. Unsigned, low is 0, and so is the zero point."""
 
     parts: ClassVar[int] = 2
-
-    @property
-    def name(self) -> str:
-        return f"{'' if self.signed else 'u'}int_affine{self.bits}"
 
     @property
     def levels_per_scalar(self) -> int:

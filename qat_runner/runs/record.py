@@ -2,6 +2,7 @@
 
 import logging
 import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -97,7 +98,16 @@ class Record:
             if (tracker := self._trackers.pop(name, None)) is not None:
                 with suppress(Exception):
                     tracker.finish(None)
-            log.warning(f"tracker {name}: gave up ({told(error) or type(error).__name__}); the run's own files go on")
+            log.warning(f"tracker {name}: gave up ({_told_with_place(error)}); the run's own files go on")
+
+
+def _told_with_place(error: Exception) -> str:
+    """What a tracker raised, of what kind, and in which line of its file, whatever was called from there."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    lines = [(file, line) for file, line in lines if file != __file__]
+    file, line = next((place for place in reversed(lines) if place[0] == lines[0][0]), (__file__, 0))
+    reason = told(error)
+    return ", ".join([f"{type(error).__name__}: {reason}" if reason else type(error).__name__, f"{file}:{line}"])
 
 
 def _tag(key: str) -> str:

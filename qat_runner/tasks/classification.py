@@ -1,5 +1,6 @@
 """Which of a number of classes a picture is of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,12 +84,18 @@ class Classification(Choice[ImageData]):
         return {
             "picture": {
                 "shape": ["N", 3, data.image_size, data.image_size],
+                "channels": "red, green, blue; of a grey picture three times the same",
                 "normalization": "(value in 0..1 - mean) / std, a number a channel",
-                "mean": list(config.dataset.mean),
-                "std": list(config.dataset.std),
+                "mean": _of_channels(config.dataset.mean),
+                "std": _of_channels(config.dataset.std),
             },
             "classes": data.num_classes,
         }
+
+
+def _of_channels(values: Sequence[float]) -> list[float]:
+    """A number for each of the three channels; one alone is that of grey."""
+    return [*values] * (3 // len(values))
 
 
 def _changed(config: Config) -> bool:

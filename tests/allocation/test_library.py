@@ -74,6 +74,11 @@ def test_requests_that_make_no_sense_are_refused(batches: list[Tensor]) -> None:
         qat.allocate(network(), batches, 1.0)
     with pytest.raises(ValueError, match="rules say the bits of all tensors"):
         qat.allocate(network(), batches, 4.0, policy=qat.Policy.of(rules=[qat.Rule("*.*", bits=4)]))
+    two = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    with pytest.raises(ValueError, match=r"first_last_bits \(8 by default\) of the first and the last layer, say the"):
+        qat.allocate(two, [torch.randn(4, 3, 8, 8)], 4.0)
+    free = qat.Policy.of(first_last_bits=None)
+    assert set(bits_of(qat.allocate(two, [torch.randn(4, 3, 8, 8)], 4.0, policy=free))) >= {"0.weight", "2.weight"}
     with pytest.raises(ValueError, match="latencies: has nothing of 0"):
         qat.allocate(network(), batches, latency_ms=1.0)
 

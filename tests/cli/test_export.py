@@ -80,7 +80,10 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert logits.shape == (5, 10)
     state = read_safetensors(out / "model.safetensors")
     assert state["layer1.0.conv1.integer_weight.codes"].abs().max() <= 8
-    assert json.loads((out / "model.json").read_text())["picture"]["shape"] == ["N", 3, 8, 8]
+    about = json.loads((out / "model.json").read_text())
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["picture"]) == about["picture"] and said["model"] == "resnet8"
+    assert (about["picture"]["shape"], about["picture"]["mean"]) == (["N", 3, 8, 8], [0.5] * 3)
 
 
 def test_an_export_is_replaced_and_nothing_else(

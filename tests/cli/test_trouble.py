@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -373,6 +374,17 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert report.main(["status", "runs"]) == 0
     out = capsys.readouterr().out
     assert "summary.json:cannotberead" in "".join(out.split()) and "1 finished, 1 missing, 1 unreadable" in out
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        assert run("run_dir=one", "epochs=1") == 0
+        print("what is said later", flush=True)
+    assert not Path("one/error.txt").exists() and Path("one/summary.json").exists()
+    assert "run folder one" in Path("one/log.txt").read_text()
 
 
 @pytest.mark.reliability

@@ -1,20 +1,24 @@
 """Networks of integers against the quantized networks that they come from."""
 
 import copy
+import errno
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -23,6 +27,7 @@ from transformers.utils import ModelOutput
 import qat_runner as qat
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, RunError
+from qat_runner.exporting import formats
 from qat_runner.exporting.agreement import Figures, agrees, figures_of, require
 from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import (
@@ -673,6 +678,48 @@ def test_names_of_what_a_network_returns(answer: Any, names: list[str], tmp_path
     assert len(found) == len(names) and all(map(torch.allclose, found, wanted))
     with pytest.raises(ValueError, match=r"the network returns a \w+ with tensors .*, which outputs=\['a', 'b', 'c'\]"):
         qat.export(model, tmp_path / "net.pt2", x, outputs=["a", "b", "c"])
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2", "net.safetensors"])
+def test_where_nothing_can_be_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = frozen(8)
+    never: Any = "is looked at"  # before the folder is
+    (tmp_path / "a_file").touch()
+    (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/no_folder'"):
+        qat.export(model, tmp_path / "no_folder" / name, never)
+    with pytest.raises(NotADirectoryError, match=r"'.*/a_file'"):
+        qat.export(model, tmp_path / "a_file" / name, never)
+    with pytest.raises(IsADirectoryError, match=name):
+        qat.export(model, tmp_path / name, never)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # which is never so for root
+        with pytest.raises(PermissionError, match="Permission denied"):
+            qat.export(model, tmp_path / f"other_{name}", never)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("of before")
+
+    def fail(*args: Any, **how: Any) -> None:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise SafetensorError(f"I/O error: {full}") if name.endswith("safetensors") else full
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(formats, "save_file", fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        qat.export(model, tmp_path / name, x)
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name for path in tmp_path.iterdir()} == {"a_file", name}
+    assert (tmp_path / name).read_text() == "of before"
+
+
+def test_more_than_onnx_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ir = pytest.importorskip("onnx_ir")
+    model, x = frozen(8)
+    too_much = lambda model: SimpleNamespace(SerializeToString=lambda: bytes(-1))  # noqa: E731
+    monkeypatch.setattr(ir, "to_proto", too_much)
+    with pytest.raises(RunError, match=r"net\.onnx: cannot be written \(2 GiB are the most"):
+        qat.export(model, tmp_path / "net.onnx", x)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

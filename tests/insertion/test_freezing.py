@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model, quantized_tensors
+from qat_runner.insertion.modes import arguments_told
 from qat_runner.quant import IntFormat, Octav, Quantizer, fake_quantize, maximum, octav, sqnr_db
 
 
@@ -128,6 +129,15 @@ def test_what_cannot_be_frozen() -> None:
         freeze(model, "averaged")
     with pytest.raises(ValueError, match="finite and not negative"):
         Quantizer(4, Octav()).freeze(torch.tensor(torch.nan))
+    labelled = [(batch, torch.zeros(len(batch))) for batch in batches()]
+    for look in (freeze, calibrate, noise_report):
+        with pytest.raises(TypeError, match=r"takes 2 .* 3 were given: a batch is the inputs alone") as caught:
+            look(model, batches=labelled)
+        assert isinstance(caught.value.__cause__, TypeError)
+    with pytest.raises(TypeError, match="a batch is the inputs alone"):
+        quantize_model(nn.Sequential(nn.Linear(4, 3)), example=(torch.randn(2, 4), torch.zeros(2)))
+    with pytest.raises(TypeError, match=r"^its own$"), arguments_told(model, batches(1)):
+        raise TypeError("its own")
     assert all(q.dynamic for q in quantizers(model).values())
     freeze(model, "averaged", batches())  # and after all that it still can be
 

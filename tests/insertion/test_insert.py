@@ -131,6 +131,32 @@ def test_signs_ends_and_summary_with_or_without_an_example(given: bool) -> None:
     assert ["b", "input", "4", "no", "tensor", "dynamic", "512"] in rows
 
 
+def test_parameters_beside_layers_are_named_as_such() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.gamma = nn.Linear(8, 8), nn.LayerNorm(8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gamma * self.fc(self.norm(x))
+
+    class Net(nn.Module):
+        def __init__(self, blocks: int) -> None:
+            super().__init__()
+            self.pos, self.scale = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.tensor(1.0))
+            self.blocks = nn.Sequential(*(Block() for _ in range(blocks)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x * self.scale + self.pos)
+
+    for blocks, told in (
+        (1, "gamma of Block blocks.0, LayerNorm blocks.0.norm"),
+        (2, "gamma of 2 Block, 2 LayerNorm"),
+    ):
+        model = quantize_model(Net(blocks), 4, example=torch.randn(2, 8))
+        assert summary(model).endswith(f"in full precision: pos and scale of Net, {told}")
+
+
 def test_the_example_leaves_no_trace() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
     model[1].eval()

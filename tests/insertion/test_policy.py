@@ -269,6 +269,8 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         save(Net(), path)
     with pytest.raises(FileNotFoundError):
         load(path, Net())
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/no_folder'"):
+        save(quantize_model(Net(), 4, example=X), tmp_path / "no_folder" / "net.pt")
     path.write_bytes(b"no file of torch")
     with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
         load(path, Net())
@@ -284,3 +286,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"net\.pt: does not fit Net \(.*head\.weight"):
         load(path, small)
     assert not quantized_tensors(small)
+    with pytest.raises(ValueError, match=r"net\.pt: does not fit Sequential \(it has none of .*: block1\.0, b"):
+        load(path, nn.Sequential(nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match="the model holds quantizers already"):
+        load(path, quantize_model(Net(), 4, example=X))

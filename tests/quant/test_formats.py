@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qat_runner.cli import export, report, run
+from qat_runner.exporting.integer import integers_of
 from qat_runner.insertion import Rule, load, noise_report, quantize_model, quantized_tensors, save
 from qat_runner.quant import (
     FORMATS,
     Format,
+    IntAffineFormat,
     IntFormat,
     MidriseFormat,
+    Octav,
+    Quantizer,
     Range,
     as_format,
     fake_quantize,
@@ -95,6 +99,13 @@ def test_what_is_no_format() -> None:
         MidriseFormat(4, signed=False)
     assert as_format(4) == IntFormat(4) and as_format(Codebook(3)) == Codebook(3)
     assert (IntFormat(4).name, IntFormat(8, False).name, Codebook(4).name) == ("int4", "uint8", "codebook4")
+
+
+def test_formats_are_called_by_the_name_that_they_are_asked_for_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (IntAffineFormat(4, False).name, MidriseFormat(16).name) == ("uint_affine4", "midrise16")
+    monkeypatch.setitem(FORMATS, "a_book", Codebook)
+    with pytest.raises(ValueError, match="has numbers of format a_book4, whose codes no integer type holds"):
+        integers_of(Quantizer(Codebook(4), Octav()))
 
 
 @pytest.fixture

@@ -87,6 +87,17 @@ class Broken(Tracker):
         raise ConnectionError("the network\nis down")
 
 
+class Mistaken(Tracker):
+    def epoch(self, number: int, figures: Mapping[str, float]) -> None:
+        self._send(figures["train_loss"])
+
+    def _send(self, loss: float) -> None: ...
+
+    def finish(self, result: Mapping[str, Any] | None) -> None:
+        if result is not None:
+            json.loads("no json")
+
+
 class Absent(Tracker):
     package = "qat_no_such_package"
     extra = "absent"
@@ -94,7 +105,12 @@ class Absent(Tracker):
 
 @pytest.fixture
 def ours() -> Iterator[None]:
-    kinds: dict[str, type[Tracker]] = {"remembering": Remembering, "broken": Broken, "absent": Absent}
+    kinds: dict[str, type[Tracker]] = {
+        "remembering": Remembering,
+        "broken": Broken,
+        "mistaken": Mistaken,
+        "absent": Absent,
+    }
     TRACKERS.update(kinds)
     Remembering.told.clear()
     yield
@@ -108,13 +124,27 @@ def test_several_at_once_of_which_one_breaks(
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, "trackers=[broken,remembering]", "run_dir=run"]) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "tracker broken: gave up (the network is down); the run's own files go on" in log
+    assert f"tracker broken: gave up (ConnectionError: the network is down, {__file__}:" in log
     (number, figures), result = Remembering.told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert number == 1 and figures["val/top1"] == summary["top1"] and result["top1"] == summary["top1"]
     assert not (tmp_path / "run" / "tensorboard").exists()
     assert main([*SMALL, "trackers=[none]", "run_dir=run"]) == 0  # the same run, which is finished
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trackers"] == ["broken", "remembering"]
+
+
+def test_where_a_tracker_gave_up(ours: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def line_of(text: str) -> int:
+        return Path(__file__).read_text().splitlines().index(text) + 1
+
+    record = Record(Tracked("a_run", tmp_path, CONFIG), trackers=["mistaken"])
+    record.epoch(EPOCH)
+    line = line_of('        self._send(figures["train_loss"])')
+    assert f"tracker mistaken: gave up (KeyError: 'train_loss', {__file__}:{line}); the run's" in caplog.text
+    record = Record(Tracked("a_run", tmp_path, CONFIG), trackers=["mistaken"])
+    record.close({"top1": 50.0})
+    line = line_of('            json.loads("no json")')  # whatever lies below
+    assert f"(JSONDecodeError: Expecting value: line 1 column 1 (char 0), {__file__}:{line})" in caplog.text
 
 
 @pytest.mark.parametrize(
