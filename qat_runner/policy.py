@@ -199,7 +199,7 @@ class Rule:
     """
 
     match: str = "*"
-    """a glob over names of layers (layer4.*) or of their operands (*.weight), or an end: see the module's head"""
+    """a glob over names of layers (`layer4.*`) or of their operands (`*.weight`), or an end: see the module's head"""
     type: str = "*"
     """which kinds of layers"""
     bits: int | None = None

@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
         model: with static quantizers, or dynamic ones that are to be used with eval_mode running or last.
         batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward,
             without labels.
-        layers: globs over names of layers ("layer4.*") or of quantized tensors ("*.input"): only these get scalars;
+        layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these get scalars;
             None: all. Those with a scalar a token are left as they are.
 
     Returns:
@@ -92,7 +92,7 @@ def freeze(
         rule: see above.
         batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; for averaged
             and calibrated, where an activation is dynamic.
-        layers: globs over names of layers ("layer4.*") or of quantized tensors ("*.input"): only these are frozen;
+        layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these are frozen;
             None: all.
 
     Returns:

@@ -434,7 +434,7 @@ def test_an_example_without_numbers() -> None:
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     save(quantize_model(Two(), example=X), path)
-    with pytest.raises(ValueError, match=r"^Linear has no parameter experts that could be quantized"):
+    with pytest.raises(ValueError, match="Linear has no parameter experts that could be quantized"):
         load(path, nn.Linear(C, C))
     content = torch.load(path, weights_only=True)
     for wrong in ([], {"experts": 0}, {1: -1}):
