@@ -75,8 +75,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     ours._table.cache_clear()  # made for other tiles, for tensors that may have lain where others will
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("known", [True, False])
+STEPS = [
+    *((True, torch.float32), (False, torch.bfloat16)),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, torch.bfloat16), (False, torch.float32))),
+]
+"""Whether scalars are remembered, and the type of a tensor."""
+
+
+@pytest.mark.parametrize(("known", "dtype"), STEPS)
 @pytest.mark.parametrize(
     ("shape", "scalars"),
     [
@@ -184,8 +190,7 @@ MIXED = [((70, 1, 3, 3), (70, 1, 1, 1)), ((6, 400), (6, 1)), ((2, 1500), (2, 1))
 """Shapes of tensors and of their scalars: rows that are short, longer, and long for `small`."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(("known", "dtype"), STEPS)
 @pytest.mark.usefixtures("small")
 def test_steps_of_many(known: bool, dtype: torch.dtype) -> None:
     """As each alone: scalars to rounding, and what follows from them; gradients to the last bit."""
