@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from qat_runner.allocation import Allocation, Limit, Operand, Prices, allocate_bits
+from qat_runner.allocation import Allocation, Limit, Operand, Prices, allocate_bits, rules_of
 from qat_runner.experiment.choosing import Chosen, Search
 from qat_runner.experiment.probing import Probes
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, measured, score
@@ -37,9 +37,9 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         "beside": beside.kind,
         "metric": measured(chosen.summary).name,
         "reference": score(probes.reference),
-        "chosen": _point(search, chosen.best, score(chosen.summary)),
-        "uniform": [_point_of_width(search, width, chosen) for width in search.widths],
-        "front": [_point(search, found) for found in search.front(POINTS)],
+        "chosen": _point(search, probes, chosen.best),
+        "uniform": [{**_point(search, probes, search.uniform(width)), "width": width} for width in search.widths],
+        "front": [_point(search, probes, found) for found in search.front(POINTS)],
         "tensors": [_tensor(search, operand, chosen.best, others) for operand in operands],
         "stability": _stability(search, chosen.best),
         "seconds": seconds,
@@ -59,15 +59,11 @@ def table(tensors: Sequence[PricedTensor], widths: Sequence[int]) -> str:
     return out.getvalue()
 
 
-def _point(search: Search, found: Allocation, value: float | None = None) -> Point:
+def _point(search: Search, probes: Probes, found: Allocation) -> Point:
+    """What bits cost and are expected to do, and what they did where that was measured."""
+    summary = probes.known(rules_of(search.known, found.bits))
     costs = {m.name: m.total(search.known, found.bits) for several in search.shown.values() for m in several}
-    return {"costs": costs, "rise": found.rise, "value": value}
-
-
-def _point_of_width(search: Search, width: int, chosen: Chosen) -> Point:
-    known = chosen.uniform is not None and width == chosen.width
-    value = score(chosen.uniform) if known and chosen.uniform is not None else None
-    return {**_point(search, search.uniform(width), value), "width": width}
+    return {"costs": costs, "rise": found.rise, "value": None if summary is None else score(summary)}
 
 
 def _tensor(

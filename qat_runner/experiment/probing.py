@@ -64,6 +64,10 @@ class Probes:
             log.info(f"{bits}: {self.told(self._known[key])}")
         return self._known[key]
 
+    def known(self, rules: Sequence[Mapping[str, Any]]) -> Summary | None:
+        """What `network` has given for such rules; None: it was not asked for them."""
+        return self._known.get(repr(rules))
+
     def _result(self, config: Config) -> Summary:
         """Of a probe, whose own log alone has what it says beside warnings."""
         levels = {handler: handler.level for handler in log.handlers}

@@ -66,6 +66,7 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert int(first[2]) == rules["layer1.0.conv1.weight"]
     assert record["chosen"]["costs"]["mean bits of weights"] <= 4 + 1e-9
     assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
+    assert [point["value"] is not None for point in record["uniform"]] == [False, True, False]
     assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in capsys.readouterr().out
     assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
     assert (chosen / "bits.png").read_bytes().startswith(b"\x89PNG")
@@ -92,6 +93,7 @@ def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
     assert len(probes) >= 2
     for name in ("summary.json", "allocation.json"):
         Path("sought", name).unlink()
+    assert sum(point["value"] is not None for point in record["uniform"]) >= 2  # all that were measured on the way
     assert run(*words, "run_dir=sought") == 0
     assert {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")} == probes
     assert json.loads(Path("sought/allocation.json").read_text())["answer"] == record["answer"]
