@@ -29,6 +29,8 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
     """
     others = beside.mean()
     operands = [operand for operation in search.known.operations for operand in operation.operands]
+    alike = [search.uniform(width) for width in search.widths]
+    own = [found for found in search.measured if all(found.bits != other.bits for other in alike)]
     return {
         "answer": _answer(search, chosen, probes),
         "cost": search.config.allocation.cost,
@@ -38,7 +40,10 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         "metric": measured(chosen.summary).name,
         "reference": score(probes.reference),
         "chosen": _point(search, probes, chosen.best),
-        "uniform": [{**_point(search, probes, search.uniform(width)), "width": width} for width in search.widths],
+        "uniform": [
+            {**_point(search, probes, found), "width": width} for width, found in zip(search.widths, alike, strict=True)
+        ],
+        "measured": [_point(search, probes, found) for found in own],
         "front": [_point(search, probes, found) for found in search.front(POINTS)],
         "tensors": [_tensor(search, operand, chosen.best, others) for operand in operands],
         "stability": _stability(search, chosen.best),

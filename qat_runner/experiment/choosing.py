@@ -71,6 +71,8 @@ class Search:
         self.widths = sorted(config.allocation.widths)
         self.cost = measures_of(config, known, config.allocation.cost)
         self.shown = {name: measures_of(config, known, name) for name in shown(config)}
+        self.measured: list[Allocation] = []
+        """whatever was asked for, each once"""
         self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
 
     def within_limits(self, probes: Probes) -> Chosen:
@@ -136,6 +138,8 @@ class Search:
         """The result of the network with so many bits, which are called by what they cost where they have no name."""
         operands = (operand for operation in self.known.operations for operand in operation.operands)
         narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
+        if all(found.bits != other.bits for other in self.measured):
+            self.measured.append(found)
         return probes.network(said or self.told(found), rules_of(self.known, found.bits), narrowest)
 
     def told(self, found: Allocation) -> str:

@@ -18,8 +18,9 @@ SENSITIVITY = {**dict.fromkeys(("gradient", "measured"), "rise of the loss (nats
 
 
 def allocation_charts(record: AllocationRecord) -> list[Chart]:
-    """The front beside uniform bits; for weights and activations apart the bits and the prices of each tensor."""
-    charts = [_front(record)]
+    """The front beside uniform bits, what was measured of either; for weights and activations apart the bits and the
+    prices of each tensor."""
+    charts = [_front(record), _measured(record)]
     for kind in ("weights", "activations"):
         some = [t for t in record["tensors"] if (t["tensor"] == "weight") == (kind == "weights")]
         if some:
@@ -33,13 +34,31 @@ def _front(record: AllocationRecord) -> Chart:
 
     curve, alike = drawn(record["front"], "best", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
     alike |= {"mode": "lines+markers+text", "text": [f"{p.get('width')} bits" for p in record["uniform"]]}
-    alike["textposition"] = "top right"
+    alike["textposition"] = [*["top right"] * (len(record["uniform"]) - 1), "top left"]  # within the chart
     chosen = drawn([record["chosen"]], "chosen", 2, mode="markers")
     chosen["marker"] = {"size": 13, "symbol": "star"}
     positive = all(p["rise"] > 0 for p in (*record["front"], *record["uniform"]))
     axis = {"type": "log", "exponentformat": "power"} if positive else {}
     layout = axes(" or ".join(record["figures"]), PRICES[record["price"]], yaxis=axis)
     return Chart("front", "The front, and uniform bits", [View("", [curve, alike, chosen])], layout, 380)
+
+
+def _measured(record: AllocationRecord) -> Chart:
+    """The metric against what bits cost, of the networks that were measured on the way."""
+
+    def drawn(points: Sequence[Point], name: str, colour: int) -> PlotlyTrace:
+        known = sorted((paid(record, p), p["value"]) for p in points if p["value"] is not None)
+        return line([rounded(cost) for cost, _ in known], [value for _, value in known], name, colour)
+
+    best = drawn(record.get("measured", [record["chosen"]]), "chosen bits", CHOSEN)
+    alike = drawn(record["uniform"], "uniform", OTHER)
+    costs = [*best["x"], *alike["x"]]
+    full = line([min(costs), max(costs)], [record["reference"]] * 2, "full precision", 2, mode="lines")
+    full["line"] = {"width": 1.5, "dash": "dash"}
+    chosen = drawn([record["chosen"]], "the answer", 3) | {"mode": "markers"}
+    chosen["marker"] = {"size": 13, "symbol": "star"}
+    layout = axes(" or ".join(record["figures"]), record["metric"])
+    return Chart("measured", "What was measured", [View("", [best, alike, full, chosen])], layout, 380)
 
 
 def _bits(kind: str, tensors: Sequence[PricedTensor]) -> Chart:

@@ -377,6 +377,8 @@ class AllocationRecord(TypedDict):
     """the metric of full precision"""
     chosen: Point
     uniform: list[Point]
+    measured: NotRequired[list[Point]]
+    """of those on the way, all but uniform ones"""
     front: list[Point]
     tensors: list[PricedTensor]
     stability: Real
@@ -392,7 +394,7 @@ def paid(record: AllocationRecord, point: Point) -> float:
 
 
 def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
-    for point in (record["chosen"], *record["uniform"], *record["front"]):
+    for point in (record["chosen"], *record["uniform"], *record.get("measured", ()), *record["front"]):
         if missing := [name for name in record["figures"] if name not in point["costs"]]:
             raise ValueError(f"costs: {missing[0]} is missing")
     if record["chosen"]["value"] is None:

@@ -381,6 +381,17 @@ def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: P
     assert not any(head in text for head in ("Training", "Quantization noise", "Tensors", "One tensor at a time"))
 
 
+def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "mode=allocate", "weights=baseline", "budget=4")
+    points = [ALLOCATED["chosen"] | {"costs": {"MB": mb}, "value": top1} for mb, top1 in ((2.0, 59.0), (1.0, 50.0))]
+    uniform = [point | {"width": bits} for bits, point in enumerate((points[0], points[1] | {"value": None}), 3)]
+    (folder / "allocation.json").write_text(json.dumps(ALLOCATED | {"measured": points, "uniform": uniform}))
+    (view,) = charts_of(run_page.write(folder, tmp_path / "page.html"))["measured"]["views"]
+    drawn = {trace["name"]: (trace["x"], trace["y"]) for trace in view["traces"]}
+    assert drawn["chosen bits"] == ([1.0, 2.0], [50.0, 59.0]) and drawn["uniform"] == ([2.0], [59.0])
+    assert drawn["full precision"] == ([1.0, 2.0], [61.0, 61.0]) and drawn["the answer"][1] == [60.0]
+
+
 def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
     make_run(tmp_path, "bits=32", top1=62.5)
     folder = make_run(tmp_path, "mode=retrain", "weights=baseline", top1=60.0)
@@ -731,7 +742,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def _with_a_choice(run: Path) -> Path:
     costs = {"mean bits of weights": 4.125, "mean bits of activations": 4.0, "MB": 0.0412, "GBitOPs": 0.0845}
     points = [ALLOCATED["chosen"] | {"costs": costs, "rise": 0.0123, "width": bits, "value": 60.0} for bits in (3, 4)]
-    record = ALLOCATED | {"chosen": points[0], "uniform": points, "front": points}
+    record = ALLOCATED | {"chosen": points[0], "uniform": points, "front": points, "measured": points}
     (run / "allocation.json").write_text(json.dumps(record))
     return run
 
