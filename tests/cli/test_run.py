@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shlex
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -455,19 +456,26 @@ WRONG = [
 ]
 
 
+@pytest.fixture(scope="module")
+def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files and folders that wrong commands name."""
+    folder = tmp_path_factory.mktemp("things")
+    state = build_model("resnet8", 10, 8).state_dict()
+    torch.save(state, folder / "ok.pt")
+    torch.save(build_model("resnet56", 10, 8).state_dict(), folder / "other.pt")
+    torch.save(state | {"conv1.weight": torch.zeros(16, 3, 1, 1)}, folder / "shape.pt")
+    (folder / "garbage.pt").write_text("no weights")
+    for name in ("broken/cifar10.npz", "taken/thesis.tex"):
+        (folder / name).parent.mkdir()
+        (folder / name).touch()
+    return folder
+
+
 @pytest.mark.parametrize(("args", "message"), WRONG)
 def test_wrong_commands(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+    run: Run, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
-    torch.save(build_model("resnet8", 10, 8).state_dict(), tmp_path / "ok.pt")
-    torch.save(build_model("resnet56", 10, 8).state_dict(), tmp_path / "other.pt")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "cifar10.npz").touch()
-    state = build_model("resnet8", 10, 8).state_dict()
-    torch.save(state | {"conv1.weight": torch.zeros(16, 3, 1, 1)}, tmp_path / "shape.pt")
-    (tmp_path / "garbage.pt").write_text("no weights")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.tex").touch()
+    shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
     assert run(*args) == 2
     captured = capsys.readouterr()

@@ -331,7 +331,28 @@ FIT: list[tuple[str, str | bytes]] = [
 """Odd, but nothing is wrong with it."""
 
 
-@pytest.mark.parametrize(("name", "content", "told"), UNFIT, ids=[f"{i}-{row[0]}" for i, row in enumerate(UNFIT)])
+RECORDS: dict[str, Any] = {
+    file.name: file for file in vars(records).values() if isinstance(file, records.JsonFile | records.CsvFile)
+}
+FIRST = {name: row for name, *row in reversed(UNFIT)}
+READ_ALONE = [row for row in UNFIT if row[0] in RECORDS and FIRST[row[0]] != [*row[1:]]]
+"""What one file more of its kind has to show: all verbs tell of the first."""
+
+
+@pytest.mark.parametrize(("name", "content", "told"), READ_ALONE, ids=[f"{row[0]}: {row[2]}" for row in READ_ALONE])
+def test_reading_names_what_does_not_fit(name: str, content: str | bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UnreadableError) as caught:
+        RECORDS[name].read(tmp_path)
+    assert f"{name}: cannot be read (" in str(caught.value) and told in str(caught.value)
+
+
+SHOWN_BY_ALL = [row for row in UNFIT if row not in READ_ALONE]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"), SHOWN_BY_ALL, ids=[f"{i}-{row[0]}" for i, row in enumerate(SHOWN_BY_ALL)]
+)
 def test_what_does_not_fit_is_named(
     name: str, content: str | bytes, told: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
