@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import re
 import shlex
 import shutil
 from importlib.metadata import version
@@ -478,11 +479,9 @@ def test_wrong_commands(
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
     assert run(*args) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.startswith("qat-run: ")
-    assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
+    # PyTorch's loggers may have a word on torchao, in whichever test it is imported first.
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if not re.match(r"W\d{4} ", line))
+    assert told.startswith("qat-run: ") and message in told
     assert sorted(tmp_path.rglob("*")) == before
 
 
