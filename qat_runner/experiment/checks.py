@@ -205,12 +205,13 @@ def _check_folder(folder: Path, config: Config) -> None:
             f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
             f"resume=force goes on with it as it is now asked for"
         )
-    reached = 0 if not changed or here.finished else max((row["epoch"] for row in STEPS.read(folder)), default=0)
-    if config.training and config.epochs < reached:
-        raise ConfigError(
-            f"run_dir={folder}: is in epoch {reached} of {saved.epochs} already, so that epochs={config.epochs} is "
-            f"none to go on to; overwrite=true starts anew"
-        )
+    if changed and config.training and not here.finished:
+        reached = max((row["epoch"] for row in STEPS.read(folder)), default=0)
+        if config.epochs < reached:
+            raise ConfigError(
+                f"run_dir={folder}: is in epoch {reached} of {saved.epochs} already, so that epochs={config.epochs} is "
+                f"none to go on to; overwrite=true starts anew"
+            )
     if config.resume == Resume.never and not here.finished:
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
 
