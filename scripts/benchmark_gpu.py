@@ -20,7 +20,7 @@ from contests import Contest, make_step, most_allocated, synchronize, take_turns
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qat_runner.quant import IntFormat, octav
+from qat_runner.quant import IntAffineFormat, IntFormat, octav
 from qat_runner.quant.kernels import backend, using
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
@@ -144,6 +144,10 @@ def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callab
         "octav_and_quantize, one warm iteration": (
             2 if held else 3,
             partial(ours.octav_and_quantize, x, cost, format, once, state, True),
+        ),
+        "octav_interval, one warm iteration": (
+            1,
+            partial(ours.octav_interval, x, IntAffineFormat(4).rounding_noise, torch.stack([-s, s]), once),
         ),
         "remember": (None, partial(ours.remember, s, state)),
         "orient": (1, partial(ours.orient, x, s, None, 0.5, 0.0)),

@@ -8,7 +8,7 @@ from qat_runner.quant import IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import Backend, backend, eager, set_backend
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
-from tests.quant.oracles import octav_by_sorting, quantize_by_hand
+from tests.quant.oracles import interval_cost, octav_by_sorting, quantize_by_hand
 
 FORMAT = IntFormat(4)
 SEARCH = Search((1, 2, 3), 20, 1e-4)
@@ -67,6 +67,17 @@ def test_octav(x: Tensor) -> None:
     for start in (None, guess):
         found = ours(x).octav(x, cost, start, SEARCH)
         torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=0)
+
+
+@every_kind
+def test_octav_interval(x: Tensor) -> None:
+    """As the reference in float64, by what the interval costs: J is flat there."""
+    x, noise = x + x.abs() / 2, IntAffineFormat(4).rounding_noise
+    expected = eager.octav_interval(x.cpu().double(), noise, None, SEARCH)
+    for guess in (None, (expected * 1.2).float().to(x.device)):
+        found = ours(x).octav_interval(x, noise, guess, SEARCH)
+        costs = [interval_cost(x.cpu(), ends.cpu(), noise, SEARCH.dims) for ends in (found, expected)]
+        assert (costs[0] <= costs[1] * 1.05).all()
 
 
 @every_kind

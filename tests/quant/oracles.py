@@ -55,3 +55,11 @@ def quantize_by_hand(x: Tensor, s: float, bits: int, signed: bool) -> Tensor:
 def straight_through(v: Tensor) -> Tensor:
     """round(v), with the gradient of v."""
     return v + (v.round() - v).detach()
+
+
+def interval_cost(x: Tensor, ends: Tensor, noise: float, dims: tuple[int, ...]) -> Tensor:
+    """J of `two_ends.octav`, float64."""
+    x, (low, high) = x.double(), ends.double()
+    clipped = torch.minimum(torch.maximum(x, low), high)
+    inside = ((x == clipped) & (x != 0)).sum(dims, keepdim=True)
+    return noise * (high - low).square() * inside + (x - clipped).square().sum(dims, keepdim=True)

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.layers import convert, give_quantizers
-from qat_runner.quant import IntFormat, Octav, Quantizer, Range
+from qat_runner.quant import IntAffineFormat, IntFormat, Octav, Quantizer, Range
 from qat_runner.quant.kernels import eager, using
 from qat_runner.quant.kernels.cost import Search, cost_of
 from qat_runner.quant.kernels.remembered import Remembered
+from tests.quant.oracles import interval_cost
 
 pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
 from qat_runner.quant.kernels import triton as ours
+from qat_runner.quant.kernels import triton_intervals as intervals
 from qat_runner.quant.kernels import triton_kernels as kernels
 
 GPU = torch.cuda.is_available()
@@ -117,6 +119,53 @@ def test_a_step_of_special_values(n: int) -> None:
         same_as_eager(x, IntFormat(4), remembered((3, 1), known=False))
 
 
+SKEWED = [((70, 1, 3, 3), (1, 2, 3)), ((6, 4, 5, 3), (0, 1, 2, 3)), ((2, 1500), (1,)), ((1,), (0,))]
+"""Shapes, and the dimensions that an interval spans: short rows and, for `small`, long ones."""
+
+
+@pytest.mark.parametrize(("shape", "dims"), SKEWED)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+def test_intervals(shape: tuple[int, ...], dims: tuple[int, ...], dtype: torch.dtype) -> None:
+    """From cold, from nearby, and from where nothing is known of x; whatever the unit of a row."""
+    x = nn.functional.gelu(2 * torch.randn(shape))
+    if len(dims) < len(shape):
+        x *= torch.logspace(-20, 20, shape[0]).reshape(-1, *[1] * len(dims))
+    x, search = x.to(DEVICE, dtype), Search(dims, 30, 1e-5)
+    for bits in (3, 8):
+        noise = IntAffineFormat(bits).rounding_noise
+        expected = eager.octav_interval(x.double(), noise, None, search)
+        least = interval_cost(x, expected, noise, dims)
+        starts = (1.2, 1e-9) if bits == 3 else (1e9,)
+        for guess in (None, *(expected * factor for factor in starts)):
+            found = ours.octav_interval(x, noise, guess, search)
+            assert found.shape == expected.shape and found.dtype == torch.float32
+            dearer = (interval_cost(x, found, noise, dims) / least)[least > 0]
+            assert (dearer < 1.01).double().mean() > 0.9 and (dearer < 2).all()  # of few elements J has several minima
+            assert x.numel() < 1000 or (dearer < 1.01).all()
+            if guess is None and dims[-1] == len(dims) - 1:
+                torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.parametrize("n", [50, 1500])
+def test_intervals_of_special_values(n: int) -> None:
+    search, noise = Search((1,), 6, 1e-3), IntAffineFormat(4).rounding_noise
+    x = torch.randn(4, n)
+    x[1, 7], x[2, 7], x[3, 7] = torch.nan, torch.inf, -torch.inf
+    for guess in (None, torch.tensor([-2.0, 2.0]).reshape(2, 1, 1).expand(2, 4, 1).to(DEVICE)):
+        found = ours.octav_interval(x.to(DEVICE), noise, guess, search)
+        assert found.isfinite().all(0).flatten().tolist() == [True, False, False, False]
+    assert not ours.octav_interval(torch.zeros(2, n, device=DEVICE), noise, None, search).any()
+    for x, one_sided in ((torch.rand(2, n) + 0.1, 0), (-torch.rand(2, n) - 0.1, 1)):
+        for guess in (None, torch.tensor([[-0.9, 0.0], [0.0, 0.9]])[one_sided].reshape(2, 1, 1).expand(2, 2, 1)):
+            guess = None if guess is None else guess.to(DEVICE)
+            found = ours.octav_interval(x.to(DEVICE), noise, guess, search)
+            assert not found[one_sided].any() and (found[1 - one_sided].abs() > 0.5).all()
+
+
 def test_what_is_left_to_eager() -> None:
     for x, scalars in (
         (torch.randn(30, dtype=torch.float64), ()),
@@ -151,9 +200,10 @@ def test_remember(shape: tuple[int, ...], known: bool) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched so far."""
     seen: list[str] = []
-    for name, kernel in vars(kernels).items():
-        if isinstance(kernel, interpreter.InterpretedFunction) and not name.startswith("_"):
-            monkeypatch.setattr(kernels, name, Counted(name, kernel, seen))
+    for module in (kernels, intervals):
+        for name, kernel in vars(module).items():
+            if isinstance(kernel, interpreter.InterpretedFunction) and not name.startswith("_"):
+                monkeypatch.setattr(module, name, Counted(name, kernel, seen))
     return seen
 
 
@@ -184,6 +234,18 @@ def test_launches_of_a_training_step(
     ours.fake_quantize(x, s, format)
     ours.fake_quantize_backward(x, x, s, format, "mad")
     assert launches[1:] == ["fake_quantize", "fake_quantize_backward"]
+
+
+@interpreted
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("side", "solver"), [(11, "intervals_of_rows"), (40, "intervals_of_long")])
+def test_launches_of_an_affine_activation(side: int, solver: str, launches: list[str]) -> None:
+    quantizer, x = Quantizer(IntAffineFormat(4), Octav()), torch.randn(1, 4, side, side)
+    with using("triton"):
+        for _ in range(2):
+            launches.clear()
+            quantizer(x.requires_grad_()).sum().backward()
+    assert launches == [solver, "remember", "fake_quantize", "fake_quantize_backward"]
 
 
 MIXED = [((70, 1, 3, 3), (70, 1, 1, 1)), ((6, 400), (6, 1)), ((2, 1500), (2, 1)), ((5, 700), ()), ((3, 9), ())]
@@ -322,6 +384,10 @@ def test_programs_that_meet(known: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(builder, "create_get_program_id", index)
     monkeypatch.setattr(interpreter, "GridExecutor", AtOnce)
     same_as_eager(torch.randn(2, 1500), IntFormat(4), remembered((2, 1), known))
+    x, search, noise = torch.randn(2, 1500) + 1, Search((1,), 12, 1e-6), IntAffineFormat(4).rounding_noise
+    expected = eager.octav_interval(x, noise, None, search)
+    found = ours.octav_interval(x, noise, 1.1 * expected if known else None, search)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @interpreted
@@ -336,6 +402,7 @@ def test_programs_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> No
     s, q = ours.octav_and_quantize(x, cost_of(format, False, None), format, Search((0,), 6, 1e-4), state, True)
     assert s.isnan() and q.isnan().any()
     assert state.s == before.s and state.running_s.isfinite()
+    assert ours.octav_interval(x, IntAffineFormat(4).rounding_noise, None, Search((0,), 6, 1e-4)).isnan().all()
 
 
 @pytest.mark.slow
@@ -347,6 +414,7 @@ def test_kernels_compile_for_gpus() -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from qat_runner.quant.kernels import triton as ours
+        from qat_runner.quant.kernels import triton_intervals as intervals
         from qat_runner.quant.kernels import triton_kernels as kernels
 
         NUMBERS = ("n", "rows", "blocks", "programs", "groups", "iterations")
@@ -390,6 +458,9 @@ def test_kernels_compile_for_gpus() -> None:
                 sizes += build(kernels.learned_backward, x, SIGNED=signed, AFFINE=True, ROUNDING=True, **tile)
                 many = {"SIGNED": signed, "MAD": signed, "BLOCK": 4096, "num_warps": 8}
                 sizes += build(kernels.fake_quantize_backward_of_many, x, **many)
+            for cold in (True, False):
+                sizes += build(intervals.intervals_of_rows, x, COLD=cold, ROWS=32, BLOCK=16)
+                sizes += build(intervals.intervals_of_long, x, COLD=cold, UNROLL=4096 // lanes, LANES=lanes, **meeting)
             sizes += build(kernels.overhang_part, x, BLOCK=4096)
             kind = {"SIGNED": True, "SIDED": False, "POINTED": False, "STEP": True}  # more elements than int32 counts
             long = {"COLD": False, "UNROLL": 4, "LANES": lanes} | meeting
@@ -406,4 +477,4 @@ def test_kernels_compile_for_gpus() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert len(sizes) == 142 and min(sizes) > 1000
+    assert len(sizes) == 166 and min(sizes) > 1000

@@ -4,6 +4,7 @@
 |--------------------------------------|---------------------------------|------------------------------------|
 | a step, or a solution, of short rows | 1                               | 1                                  |
 | the same of long rows                | 2: one zeroes counters           | one an iteration, and one to round |
+| a solution of two ends               | 1, or 2 for long rows            | 1, or one an iteration             |
 | steps of many tensors                | one a size of tiles, 2 for long | as above                           |
 | their gradients                      | 1, and copies                   | 1                                  |
 | `remember`                           | 1                               |                                    |
@@ -30,10 +31,11 @@ Other dtypes, devices and granularities are left to `eager`.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,6 +43,7 @@ from torch import Tensor, nn
 
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager, remembered
+from qat_runner.quant.kernels import triton_intervals as intervals
 from qat_runner.quant.kernels import triton_kernels as device
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
@@ -81,7 +84,30 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     return s
 
 
-octav_interval = eager.octav_interval
+def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
+    """As `eager.octav_interval`; each row stops on its own."""
+    where, ends = dense(x), x.new_empty((2, *kept(x, search.dims)), dtype=torch.float32)
+    size = extent(where, ends, 2) if _serves(x) and search.pool is None else None
+    if size is None:
+        return eager.octav_interval(x, noise, guess, search)
+    start = ends if guess is None else floats(guess.expand(ends.shape))
+    numbers = noise, math.sqrt(12 * noise), search.tolerance, search.iterations
+    rows, n = size
+    with _on(x):
+        if n <= (most := max(REGISTERS) // 2):  # with as many as elsewhere, what it knows spills
+            held, block = _tile(n, most)
+            kind = {"ROWS": held, "BLOCK": block, "num_warps": _warps(held * block)}
+            intervals.intervals_of_rows[(triton.cdiv(rows, held),)](
+                where, start, ends, rows, n, *numbers, COLD=guess is None, **kind
+            )
+        else:
+            share = _shared(size, x, intervals.SUMS.value, BLOCK)
+            intervals.intervals_of_long[(share.groups * share.programs,)](
+                *(where, start, ends, share.parts, share.arrived, rows, n, share.programs, share.groups, *numbers),
+                COLD=guess is None,
+                **share.kind,
+            )
+    return ends
 
 
 def octav_and_quantize(
@@ -443,31 +469,42 @@ def _solve_short(
 def _solve_long(
     size: tuple[int, int], pointers: tuple[Tensor, ...], numbers: tuple[float, ...], kind: dict[str, bool]
 ) -> None:
-    (rows, n), x = size, pointers[-1]
-    block = BLOCK * 4 // x.element_size()
+    x = pointers[-1]
+    share = _shared(size, x, device.SUMS.value, BLOCK * 4 // x.element_size())
+    device.solve_long[(share.groups * share.programs,)](
+        *(*pointers, share.parts, share.arrived, *size, share.programs, share.groups, *numbers), **kind, **share.kind
+    )
+
+
+class _Shared(NamedTuple):
+    """How programs share the reading of long rows."""
+
+    programs: int
+    """for a row"""
+    groups: int
+    """of so many"""
+    parts: Tensor
+    """what each has read, float32 [groups, 2, sums, programs]"""
+    arrived: Tensor
+    """how often they have met, int32 [groups], zeros"""
+    kind: dict[str, int]
+    """of the launch"""
+
+
+def _shared(size: tuple[int, int], x: Tensor, sums: int, block: int) -> _Shared:
+    """For rows [rows, n] of the dtype of x, so many sums of each read, and elements that are loaded at a time."""
+    rows, n = size
     lanes = min(block, WARPS * 32 * 16 // x.element_size())  # 16 bytes a thread
     resident = _resident(x.device)
     programs = min(triton.cdiv(n, block), max(resident // rows, 1), PROGRAMS)
     groups = min(rows, resident // programs)
-    parts = x.new_empty((groups, 2, device.SUMS.value, programs), dtype=torch.float32)
-    arrived = x.new_zeros(groups, dtype=torch.int32)
-    device.solve_long[(groups * programs,)](
-        *pointers,
-        parts,
-        arrived,
-        rows,
-        n,
+    kind = {"PROGRAMS": PROGRAMS, "UNROLL": block // lanes, "LANES": lanes, "POLLS": POLLS}
+    return _Shared(
         programs,
         groups,
-        *numbers,
-        **kind,
-        PROGRAMS=PROGRAMS,
-        UNROLL=block // lanes,
-        LANES=lanes,
-        POLLS=POLLS,
-        num_warps=WARPS,
-        maxnreg=MAXNREG,
-        launch_cooperative_grid=True,
+        x.new_empty((groups, 2, sums, programs), dtype=torch.float32),
+        x.new_zeros(groups, dtype=torch.int32),
+        kind | {"num_warps": WARPS, "maxnreg": MAXNREG, "launch_cooperative_grid": True},
     )
 
 
