@@ -205,6 +205,13 @@ def test_beside_learned_scalars_others_are_solved(composed: Compose) -> None:
     composed("rules=[{match: '*.input', clipping: lsq}]")  # from scratch: nothing is static
 
 
+def test_what_rules_solve_may_be_frozen(composed: Compose) -> None:
+    freezing = ("clipping=lsq", "epochs=2", "recipe.freeze_scalars_at=1")
+    assert composed(*freezing, "rules=[{match: layer3.*, clipping: octav}]").freezing
+    with pytest.raises(ConfigError, match="clipping=lsq has no dynamic scalars to freeze"):
+        composed(*freezing)
+
+
 def test_what_probes_are_trained_by_tells_runs_apart(composed: Compose) -> None:
     """Bits that are chosen after retraining depend on how; and so does what is trained with them, in any mode."""
     ways = ("recipe.retrain.lr=0.5", "accumulate=4", "recipe.distill=full_precision")

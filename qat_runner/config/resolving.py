@@ -345,6 +345,8 @@ def _check_scalars(config: Config) -> None:
         raise ConfigError(
             f"clipping.sync=true: is not for clipping.refine={clipping.refine}, which measures by process"
         )
+    if clipping.sync and config.log_excess_mse:
+        raise ConfigError("clipping.sync=true: is not for log_excess_mse=true, which solves anew by process")
     if clipping.eval_mode != "dynamic" and config.all_learned:
         raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
     for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():
@@ -358,7 +360,7 @@ def _check_freezing(config: Config) -> None:
     if at is None or not config.training or config.quantization.full_precision:
         return
     require(0 < at < config.epochs, "recipe.freeze_scalars_at", at, f"above 0 and below epochs={config.epochs}")
-    if config.clipping.learned or not config.clipping.dynamic:
+    if config.all_learned or config.all_static:
         raise ConfigError(
             f"recipe.freeze_scalars_at={at:g}: clipping={config.clipping.name} has no dynamic scalars to freeze"
         )

@@ -543,6 +543,9 @@ def _decide(model: nn.Module, seen: Trace) -> None:
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer) and not quantizer.decided:
                 quantizer.decide_sign(signed)
+        for operand in calls.mixed:
+            if isinstance(quantizer := quantizer_of(layer, operand), Quantizer):
+                quantizer.features = calls.elements[operand]
         setattr(layer, ELEMENTS, calls.elements)
     setattr(model, PRODUCTS, seen.products)
     for note in seen.notes:
@@ -624,12 +627,15 @@ def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
     return policy_of(model).tensor(tensor.layer, narrow_kind(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
-def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Sequence[Product]) -> None:
+def remember_seen(
+    model: nn.Module, elements: Mapping[str, int], features: Mapping[str, int], products: Sequence[Product]
+) -> None:
     """Take over what another one of the same network has seen, instead of a first batch.
 
     Args:
         model: with quantizers; where some of their signs are open, its first batch tells them.
         elements: name of a tensor -> its elements for one sample.
+        features: the same, of those whose quantizers are to know it.
         products: of tensors; none where they are not known.
     """
     if products:
@@ -640,6 +646,8 @@ def remember_seen(model: nn.Module, elements: Mapping[str, int], products: Seque
         layer, _, operand = name.rpartition(".")
         module = model.get_submodule(layer)
         setattr(module, ELEMENTS, {**getattr(module, ELEMENTS, {}), operand: count})
+    for tensor in quantized_tensors(model):
+        tensor.quantizer.features = features.get(tensor.name)
 
 
 def quantizers_disabled(model: nn.Module) -> AbstractContextManager[None]:

@@ -67,6 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "policy": policy_of(model).as_list(),
         "elements": {t.name: t.elements for t in tensors if t.tensor != "weight" and t.elements is not None},
+        "features": {t.name: t.quantizer.features for t in tensors if t.quantizer.features is not None},
         "contracted": contracted_by(model),
         "products": [astuple(p) for p in products_of(model)],
         "state": state,
@@ -118,7 +119,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
-    contracted = _contracted(path, content.get("contracted", {}))
+    contracted, features = (
+        _contracted(path, content.get("contracted", {})),
+        _features(path, content.get("features", {})),
+    )
     policy, tensors = Policy.from_list(content["policy"]), tensors_in(content["state"])
     check_no_quantizers(model)
     try:
@@ -127,7 +131,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     except (ValueError, RuntimeError) as error:
         remove_quantizers(model)
         raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
-    remember_seen(model, content["elements"], products)
+    remember_seen(model, content["elements"], features, products)
     return model
 
 
@@ -150,6 +154,13 @@ def _contracted(path: str | os.PathLike[str], said: object) -> dict[str, int]:
     """Which parameters are multiplied by the modules that have them; in older files none are."""
     if not isinstance(said, dict) or not all(isinstance(name, str) and dim in (-1, -2) for name, dim in said.items()):
         raise ValueError(f"{path}: its contracted is no dict of names and -1 or -2")
+    return said
+
+
+def _features(path: str | os.PathLike[str], said: object) -> dict[str, int]:
+    """Elements of a sample of tensors whose quantizers are to know it; older files do not tell."""
+    if not isinstance(said, dict) or not all(type(count) is int and count > 0 for count in said.values()):
+        raise ValueError(f"{path}: its features is no dict of names and numbers above 0")
     return said
 
 

@@ -63,6 +63,8 @@ class LayerCalls:
     """operand, other than the weight -> whether it may be negative"""
     elements: dict[str, int] = field(default_factory=dict)
     """operand -> elements of the largest one seen, for one sample"""
+    mixed: set[str] = field(default_factory=set)
+    """operands whose first dimension is not that of samples alone: tokens, windows or heads of all of them lie in it"""
     asked: bool = False
     """whether any of its quantizers was given something"""
     training_only: bool = False
@@ -322,7 +324,10 @@ class _Calls:
             negative = negative or not self.signs.is_tagged(x)
         layer.signed[operand] = layer.signed.get(operand, False) or negative
         if layer.training_only == self.training_only:
-            layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // self._samples_in(x))
+            samples = self._samples_in(x)
+            layer.elements[operand] = max(layer.elements.get(operand, 0), x.numel() // samples)
+            if samples != x.shape[0]:
+                layer.mixed.add(operand)
 
     def _samples_in(self, x: Tensor) -> int:
         """How many samples a tensor is of: heads, windows or steps of all of them may be in its first dimension."""

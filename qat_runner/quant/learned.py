@@ -235,7 +235,8 @@ class LearnedQuantizer(Quantizer):
 
     Args:
         format, method, shape, sign_known: as of `Quantizer`.
-        per_sample: x is a batch of activations: the elements of one sample count for the scale of the gradient.
+        per_sample: x is a batch of activations: the elements of one sample count for the scale of the gradient. Samples
+            lie along the first dimension, unless `features` says how many elements one has.
     """
 
     learned: nn.Parameter
@@ -261,11 +262,16 @@ class LearnedQuantizer(Quantizer):
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
         """Differentiable with respect to `learned` as well."""
-        shares = x.shape[0] if self.per_sample and x.ndim else self.learned.numel() // self.format.parts
-        count = x.numel() // max(shares, 1)
-        scale = self.method.gradient_scale(count, self.format)
+        scale = self.method.gradient_scale(self._count(x), self.format)
         out: Tensor = _Learned.apply(x, self.learned, s, self.format, self.method, scale)
         return out
+
+    def _count(self, x: Tensor) -> int:
+        """Elements of a sample, or of the weight's share that has one parameter."""
+        if self.per_sample and self.features is not None:
+            return self.features
+        shares = x.shape[0] if self.per_sample and x.ndim else self.learned.numel() // self.format.parts
+        return x.numel() // max(shares, 1)
 
     def _averaged(self) -> tuple[Tensor, ...]:
         return *super()._averaged(), self.learned

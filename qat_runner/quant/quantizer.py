@@ -139,6 +139,8 @@ class Quantizer(ScalarState):
         self.method, self.gradient = method, gradient_estimator(gradient)
         self.eval_mode, self.momentum = eval_mode, momentum
         self.synchronize = synchronize
+        self.features: int | None = None
+        """Elements of one sample, where the first dimension is not that of samples alone; insertion says it."""
         self.enabled = True
         """False passes x on unchanged, as in the full-precision network."""
         self.checks = True

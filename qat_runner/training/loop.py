@@ -205,7 +205,7 @@ class Trainer:
         return min(self.config.recipe.batchnorm_batches, self.data.train_steps(self.batch_size))
 
     def _reestimate(self) -> None:
-        """On the samples, in the parts and with the augmentation that each process would train on."""
+        """On the samples, in the parts and with the augmentation of pictures that each process would train on."""
         count, parts = self.reestimation_batches, self.config.accumulate
         batches = self.data.train_batches(self.batch_size, REESTIMATION_EPOCH, count)
         with autocast(self.device, self.config.amp):
@@ -331,6 +331,8 @@ class Trainer:
         state = saved["state"]
         if state["epoch"] > self.epochs or (state["epoch"] == self.epochs and state["step"]):
             raise ValueError(f"state.epoch: is {state['epoch']}, of {self.epochs}")
+        if self.config.reestimating and state["epoch"] == self.epochs and state.get("before_reestimation") is None:
+            raise ValueError(f"it has been trained to epoch {self.epochs}, its last, without recipe.batchnorm_batches")
         if state["step"] > self.steps:
             raise ValueError(f"state.step: is {state['step']}, of {self.steps} an epoch")
         if self.config.resume == Resume.force:

@@ -373,6 +373,7 @@ WRONG = [
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
     (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
+    (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: is not for log_excess_mse=true"),
     (["clipping.sync=true", "clipping.refine=8"], "clipping.sync=true: is not for clipping.refine=8"),
     (["clipping.options={multiple: 2}"], "clipping 'octav' has no option 'multiple', only iterations"),
     (["clipping.options.multiple=2"], "clipping 'octav' has no option 'multiple', only iterations"),

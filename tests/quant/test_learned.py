@@ -1,6 +1,8 @@
 """LSQ and PACT against autograd of their definitions written out, and their rules."""
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qat_runner.config import StageConfig
-from qat_runner.insertion import calibrate, noise_report, quantize_model, quantized_tensors
+from qat_runner.insertion import calibrate, load, noise_report, quantize_model, quantized_tensors, save
 from qat_runner.quant import (
     LSQ,
     PACT,
@@ -79,6 +81,41 @@ def test_lsq_counts_the_features_of_one_sample() -> None:
         q(x).sum().backward()
         grads.append(q.learned.grad)
     torch.testing.assert_close(grads[0], grads[1] * math.sqrt(8))
+
+
+def attending(kind: str) -> tuple[nn.Module, Tensor]:
+    """A network of which some tensors have tokens of all samples in their first dimension, and a batch of eight."""
+    torch.manual_seed(0)
+    if kind == "windows":
+        model: nn.Module = nn.Sequential(
+            nn.Unflatten(1, (4, 3)), nn.Flatten(0, 1), nn.Linear(3, 3), nn.Unflatten(0, (-1, 4))
+        )
+        return model, torch.randn(8, 12)
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(8, 5, 8)
+
+
+@pytest.mark.parametrize("kind", ["attention", "windows"])
+def test_lsq_knows_samples_wherever_they_lie(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch at once, or in parts: the same gradients; from a file as well."""
+    counted, count = {}, LearnedQuantizer._count
+    monkeypatch.setattr(LearnedQuantizer, "_count", lambda q, x: counted.setdefault(q.name, count(q, x)))
+    model, x = attending(kind)
+    saved = copy.deepcopy(model)
+    quantize_model(model, 4, "lsq", first_last_bits=None, example=x[:2])
+    calibrate(model, [x])
+    save(model, tmp_path / "network.pt")
+    for network in (model.train(), load(tmp_path / "network.pt", saved).train()):
+        grads = []
+        for parts in (1, 4):
+            network.zero_grad()
+            for part in x.chunk(parts):
+                network(part).square().sum().backward()
+            learned = {t.name: t.quantizer.learned.grad for t in quantized_tensors(network)}  # type: ignore[union-attr]
+            grads.append(learned)
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        sizes = {t.name: t.elements for t in quantized_tensors(network) if t.tensor != "weight"}
+        assert {name: counted.pop(name) for name in sizes} == sizes
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:

@@ -185,6 +185,19 @@ def test_force_takes_the_checkpoint_of_another_run(stopped: Path, tmp_path: Path
     assert qat_run(folder, "lr=0.01", "resume=force") == 0
 
 
+def test_an_end_without_re_estimation_is_no_end_of_a_run_with_it(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of two epochs, made one of one: what its last epoch would have done was not done."""
+    folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
+    for file in (checkpoint.LAST, checkpoint.PREVIOUS):
+        path = folder / "checkpoints" / file
+        checkpoint.save(path, with_(checkpoint.load(path), "state", "step", to=0))
+    (folder / "steps.csv").unlink()  # a run that was killed has none of the epoch that it was in
+    assert qat_run(folder, "epochs=1", "resume=force", "recipe.batchnorm_batches=1") == 1
+    assert "trained to epoch 1, its last, without recipe.batchnorm_batches" in capsys.readouterr().err
+
+
 def test_what_is_saved_fits_its_description(stopped: Path) -> None:
     fit(Checkpoint, checkpoint.load(stopped / "seed0" / "checkpoints" / "last.pt"))
 
