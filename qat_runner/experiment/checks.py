@@ -82,6 +82,8 @@ def _check_names(config: Config) -> None:
         names = dict.fromkeys(name for _, task in TASKS.sound() for name in task.networks)
         words = (f"{prefix}/NAME" for prefix in PREFIXES)
         raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
+    if "none" in config.trackers and len(config.trackers) > 1:
+        raise ConfigError(f"trackers=[{','.join(config.trackers)}]: none is for itself alone")
     for name in config.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")

@@ -371,6 +371,7 @@ WRONG = [
     (["bits=abc"], "bits=abc: must be an integer"),
     (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
+    (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none is for itself alone"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
     (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
     (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: is not for log_excess_mse=true"),
