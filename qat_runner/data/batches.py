@@ -24,6 +24,11 @@ class Shard:
         """Those of a training batch, of anything that can be sliced: every `world`-th."""
         return batch[self.rank :: self.world]
 
+    def weight(self, batch: int) -> float:
+        """Of the mean over its samples of a training batch, where the means of all processes are averaged: 1 if each has
+        as many."""
+        return len(range(self.rank, batch, self.world)) * self.world / batch
+
     def owns(self, number: int) -> bool:
         """Whether a validation batch is its own: whole ones, since they are what dynamic scalars are solved on."""
         return number % self.world == self.rank

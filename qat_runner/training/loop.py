@@ -486,13 +486,14 @@ class Trainer:
         )
 
     def _add_gradients(self, batch: Batch) -> Tensor:
-        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, [].
+        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, [], weighed as gradients are.
 
         The first step of a run is not compiled: scalars that start from nothing would take a graph of their own.
         """
         network = self.network if self.begun else self.model
         losses: list[Tensor] = []
         count = self.config.accumulate
+        of_process = self.data.shard.weight(min(self.batch_size, self.data.train_size))
         with nullcontext() if self.config.compile else self.weights.quantized(count):
             parts = list(batch.parts(count))
             for part in parts:
@@ -500,7 +501,8 @@ class Trainer:
                     with autocast(self.device, self.config.amp):
                         logits = self.task.compute(network, part.inputs)
                         loss = self._loss(logits, part)
-                    weighed = loss if len(parts) == 1 else loss * (part.size / batch.size)
+                    share = part.size / batch.size * of_process
+                    weighed = loss if share == 1 else loss * share
                     self.scaler.scale(weighed).backward()
                 losses.append(weighed.detach())
                 self.totals.add(loss, logits.detach(), part.targets)

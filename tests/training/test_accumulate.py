@@ -11,6 +11,7 @@ from qat_runner import ranks
 from qat_runner.config import Config, from_hydra
 from qat_runner.config.composing import compose_config
 from qat_runner.data import Batch
+from qat_runner.data.batches import Shard
 from qat_runner.experiment import build
 from qat_runner.experiment.running import _recipe
 from qat_runner.insertion import quantized_tensors
@@ -68,6 +69,25 @@ def test_an_accumulated_step_is_that_of_its_parts_one_by_one(tmp_path: Path) -> 
     assert not torch.allclose(
         *(batchnorms(t.model)["layer1.0.bn1.running_var"] for t in (whole, accumulated)), rtol=0.01
     )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_unequal_shares_of_processes_count_as_many_as_they_are(parts: int, tmp_path: Path) -> None:
+    """The mean over three processes of the gradients of 10 samples, of 4, 3 and 3: that of all of them."""
+    alone = trainer(tmp_path, "batch_size=10", "bits=32")
+    alone.model.eval()  # BatchNorm and dropout know no batch
+    batch = next(iter(alone.data.train_batches(10, epoch=0)))
+    loss, whole = alone._add_gradients(batch), gradients(alone.model)
+    alone.config.accumulate = parts
+    losses, means = [], {name: torch.zeros_like(gradient) for name, gradient in whole.items()}
+    for rank in range(3):
+        shard = alone.data.shard = Shard(rank, 3)
+        alone.optimizer.zero_grad()
+        losses.append(alone._add_gradients(Batch((shard.samples(batch.inputs[0]),), shard.samples(batch.targets))))
+        for name, gradient in gradients(alone.model).items():
+            means[name] += gradient / 3
+    torch.testing.assert_close(means, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss)
 
 
 def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_path: Path) -> None:
