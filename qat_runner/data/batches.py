@@ -25,8 +25,10 @@ class Shard:
         return batch[self.rank :: self.world]
 
     def weight(self, batch: int) -> float:
-        """Of the mean over its samples of a training batch, where the means of all processes are averaged: 1 if each has
-        as many."""
+        """Of the mean over its samples of a training batch, where the means of all processes are averaged.
+
+        1 if each has as many samples.
+        """
         return len(range(self.rank, batch, self.world)) * self.world / batch
 
     def owns(self, number: int) -> bool:
