@@ -65,6 +65,15 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _backend_left_alone() -> Iterator[None]:
+    """A run sets the backend of its process: the next test has auto again."""
+    yield
+    kernels = sys.modules.get("qat_runner.quant.kernels")
+    if kernels is not None and kernels._asked != "auto":
+        kernels.set_backend("auto")
+
+
+@pytest.fixture(autouse=True)
 def _logger_left_alone() -> Iterator[None]:
     """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
     log = logging.getLogger("qat_runner")

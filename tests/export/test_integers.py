@@ -45,6 +45,7 @@ from qat_runner.exporting.integer import IntegerConv2d, IntegerLinear, StaticGri
 from qat_runner.exporting.verify import OnnxFile, largest_difference, paired_standard_error
 from qat_runner.insertion import calibrate, freeze, quantize_model
 from qat_runner.quant import Quantizer, fake_quantize, octav
+from tests.quant.oracles import same_but_for_ties
 
 
 class Small(nn.Module):
@@ -117,7 +118,7 @@ def test_whatever_was_quantized_how(options: dict[str, Any]) -> None:
     integers = to_integers(model)
     assert torch.equal(integers(x), expected)
     fold_batchnorm(integers, x)
-    torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.3)
+    same_but_for_ties(integers(x), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 7))])
@@ -146,8 +147,8 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
     far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the pictures
     write_onnx(integers, Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
     found = OnnxFile(tmp_path / "m.onnx", fused=False)([far])
-    torch.testing.assert_close(found, integers(far), rtol=0, atol=0.3 if bits < 7 else 0.02)
-    torch.testing.assert_close(found[:4], expected, rtol=0, atol=0.3 if bits < 7 else 0.02)
+    same_but_for_ties(found, integers(far))
+    same_but_for_ties(found[:4], expected)
 
 
 def test_a_tensor_of_zeros_stays_zero() -> None:
@@ -182,7 +183,7 @@ def test_of_eight_bits_the_highest_code_is_near_enough() -> None:
     before = integers(x)
     assert fold_batchnorm(integers, x) == []
     assert integers.a.integer_weight.codes[0, 0, 0, :2].tolist() == [127, 127]
-    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.05)
+    same_but_for_ties(integers(x), before)
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -199,7 +200,7 @@ def test_folding_keeps_integers_and_results(negative: bool) -> None:
         rows = signs[name].reshape(-1, 1, 1, 1)
         turned = torch.where(rows < 0, -codes[name].clamp(min=-127), codes[name])
         assert torch.equal(weight.codes, turned)
-    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.05)
+    same_but_for_ties(integers(x), before, 0.2)  # nine codes have no counterpart
 
 
 def test_a_code_without_a_counterpart_keeps_its_batchnorm() -> None:
@@ -212,7 +213,7 @@ def test_a_code_without_a_counterpart_keeps_its_batchnorm() -> None:
     before = integers(x)
     assert fold_batchnorm(integers, x) == ["norm_b"]
     assert not integers.a.integer_weight.codes[1].any()
-    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.3)
+    same_but_for_ties(integers(x), before)
 
 
 @given(st.lists(st.integers(-8, 7), max_size=9))
@@ -235,7 +236,7 @@ def test_an_oriented_scale_takes_the_sign_of_batchnorm() -> None:
     assert fold_batchnorm(integers, x) == []
     assert torch.equal(integers.b.integer_weight.codes, codes)
     assert torch.equal(integers.b.integer_weight.scale.sign(), scale.sign() * sign)
-    torch.testing.assert_close(integers(x), before, rtol=0, atol=0.3)
+    same_but_for_ties(integers(x), before)
 
 
 @pytest.mark.parametrize("range", ["twos_complement", pytest.param("full", marks=pytest.mark.slow), "oriented"])
@@ -293,7 +294,7 @@ def test_the_three_files(bits: int, options: dict[str, str], tmp_path: Path) -> 
 
     write_onnx(integers, signature, tmp_path / "m.onnx")
     file = OnnxFile(tmp_path / "m.onnx", fused=False)
-    torch.testing.assert_close(file([x]), expected, rtol=0, atol=0.3 if bits < 8 else 0.02)
+    same_but_for_ties(file([x]), expected)
     assert file([torch.cat([x, x, x])]).shape == (12, 5)
     assert file.seconds([x]) > 0
 
@@ -469,7 +470,7 @@ def test_batchnorm_is_folded_whatever_the_dimensions(tmp_path: Path) -> None:
     model = freeze(quantize_model(layers.eval(), 8, example=x), "averaged", [x])
     integers = qat.export(model, tmp_path / "m.safetensors", x)
     assert not any(isinstance(module, nn.BatchNorm1d) for module in integers.modules())
-    torch.testing.assert_close(integers(x), model(x), rtol=0, atol=0.05)
+    same_but_for_ties(integers(x), model(x))
 
 
 class Clamped(nn.Sequential):
@@ -621,14 +622,14 @@ def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
     model, x = frozen(8)
     expected = model(x)
     integers = qat.export(model, tmp_path / name, x)
-    torch.testing.assert_close(integers(x), expected, rtol=0, atol=0.05)  # BatchNorm is folded
+    same_but_for_ties(integers(x), expected)  # BatchNorm is folded
     assert torch.equal(model(x), expected)  # which is as it was
     if name.endswith("pt2"):
         (found,) = read_program(tmp_path / name)(x[:3])
         torch.testing.assert_close(found, integers(x[:3]))
     if name.endswith("onnx"):
         pytest.importorskip("onnxruntime")
-        torch.testing.assert_close(OnnxFile(tmp_path / name, fused=False)([x]), integers(x), rtol=0, atol=0.05)
+        same_but_for_ties(OnnxFile(tmp_path / name, fused=False)([x]), integers(x))
     if name.endswith("safetensors"):
         assert json.loads((tmp_path / "net.json").read_text())["inputs"] == ["input"]
 

@@ -207,6 +207,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(ATTENTION[name]()) if "dec" not in name else ATTENTION[name](), torch.randn(2, 5, 8)
     inputs = (x, torch.randn(2, 7, 8)) if "dec" in name else (x,)
+    exact = "dec" not in name and isinstance(model[0], Cross)  # which calls the product itself, not PyTorch's fused one
     plain, state = model.eval()(*inputs), copy.deepcopy(model.state_dict())
     quantize_model(model, 8, example=inputs)
     assert quantized_share(model) == 1
@@ -217,7 +218,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     assert elements == {5 * 8}  # of one sample: all heads, all steps
     with quantizers_disabled(model):
         off = model(*inputs)
-    assert torch.equal(off, plain) if type(model[0] if "dec" not in name else 0) is Cross else True
+    assert not exact or torch.equal(off, plain)
     torch.testing.assert_close(off, plain, rtol=1e-4, atol=1e-5)
     quantized = model(*inputs)
     assert not torch.equal(quantized, plain) and (quantized - plain).abs().max() < 0.3

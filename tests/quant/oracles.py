@@ -63,3 +63,15 @@ def interval_cost(x: Tensor, ends: Tensor, noise: float, dims: tuple[int, ...]) 
     clipped = torch.minimum(torch.maximum(x, low), high)
     inside = ((x == clipped) & (x != 0)).sum(dims, keepdim=True)
     return noise * (high - low).square() * inside + (x - clipped).square().sum(dims, keepdim=True)
+
+
+def same_but_for_ties(found: Tensor, expected: Tensor, share: float = 0.1) -> None:
+    """Of a network's outputs, [N, K]: they differ by far less than they do among inputs, as much as codes beside a tie
+    may make of it, and a layer that is wrong may not.
+
+    Args:
+        found, expected: of the same inputs.
+        share: of the largest difference among inputs.
+    """
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert (found - expected).abs().max() < share * (expected - expected.mean(0)).abs().max()

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,6 @@ names = pytest.mark.parametrize(
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.fixture(autouse=True)
-def _back_to_auto() -> Iterator[None]:
-    yield
-    set_backend("auto")
 
 
 def on(name: str, x: Tensor) -> Tensor:
