@@ -102,7 +102,7 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
         runs = find_runs(place) if place.is_dir() else read_results(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")
-        found |= {(run.folder.resolve(), run.line): run for run in runs}
+        found |= {run.key: run for run in runs}
     return list(found.values())
 
 

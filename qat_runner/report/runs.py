@@ -50,6 +50,11 @@ class Run:
     """of a table of results; None of a run folder"""
 
     @property
+    def key(self) -> tuple[Path, int | None]:
+        """What no other run has: lines of a table share its file."""
+        return self.folder.resolve(), self.line
+
+    @property
     def place(self) -> Path:
         """The folder of runs, or the table of results, that it lies in."""
         return self.folder.resolve() if self.line is not None else self.folder.resolve().parent

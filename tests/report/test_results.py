@@ -21,11 +21,12 @@ def _known(run: Run) -> Run:
 def test_runs_come_out_again(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / "runs", f"seed={seed}", top1=60.0 + seed)
+        make_run(tmp_path / "runs", f"seed={seed}", "bits=32", top1=62.0 + 2 * seed)
     make_run(tmp_path / "runs", "seed=1", "oscillations.freeze_to=0.1")
     make_run(tmp_path / "runs", "seed=3", top1=None)
     runs = find_runs(tmp_path / "runs")
     table, *configs = write_results(runs, tmp_path / "kept")
-    assert len(configs) == 2 and all("_seed1_" in path.name for path in configs)
+    assert len(configs) == 3 and all("_seed1_" in path.name for path in configs)
     finished = [run for run in runs if run.summary is not None]
     again = read_results(table)
     assert sorted(map(_known, again), key=repr) == sorted(map(_known, finished), key=repr)
@@ -38,6 +39,8 @@ def test_runs_come_out_again(tmp_path: Path) -> None:
         assert report(["table1", place, "--out", str(tmp_path / "tables")]) == 0
         lines.append((tmp_path / "tables" / "table1.csv").read_text())
     assert lines[0] == lines[1] and "61.50" in lines[0]
+    gaps = {line.split(",")[2]: line.split(",")[5] for line in lines[1].splitlines() if line.startswith("resnet20,")}
+    assert gaps["Full precision"] == "" and gaps["OCTAV (MPH)"] == "-3.50"
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
