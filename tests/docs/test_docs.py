@@ -359,6 +359,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_checkout_are_where_pages_say(page: Path) -> None:
+    said = re.findall(r"\b(?:tests|scripts|qat_runner)/[\w/]+\.py\b", page.read_text())
+    gone = [path for path in said if not (ROOT / path).is_file()]
+    assert gone == [] or page.name == "CHANGELOG.md"  # which tells of what was
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for target in re.findall(r"`make ([a-z-]+)`", page.read_text()):
         check(f"make {target}", monkeypatch)
