@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qat_runner.cli.report import OF_FOLDERS
 from qat_runner.cli.report import main as report
+from qat_runner.report import methods
+from qat_runner.report.entries import entries
 from qat_runner.report.results import read_results, write_results
 from qat_runner.report.runs import Run, find_runs
 from tests.report.test_pages import make_run
@@ -41,6 +44,29 @@ def test_runs_come_out_again(tmp_path: Path) -> None:
     assert lines[0] == lines[1] and "61.50" in lines[0]
     gaps = {line.split(",")[2]: line.split(",")[5] for line in lines[1].splitlines() if line.startswith("resnet20,")}
     assert gaps["Full precision"] == "" and gaps["OCTAV (MPH)"] == "-3.50"
+    one, other = (methods.numbers(methods.standings(entries([Path(place)])[0])).text("csv") for place in places)
+    assert one == other and ",-3.5," in one
+    once_more = write_results(read_results(table), tmp_path / "once more")[0]
+    assert sorted(map(_known, read_results(once_more)), key=repr) == sorted(map(_known, finished), key=repr)
+
+
+def test_what_takes_no_table_of_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs")
+    table = write_results(find_runs(tmp_path / "runs"), tmp_path / "kept")[0]
+    for verb in OF_FOLDERS:
+        assert report([verb, str(table)]) == 2
+        assert capsys.readouterr().err == f"qat-report: {table}: is a file, and {verb} takes folders of runs alone\n"
+
+
+def test_lines_of_tables_are_told_apart_by_where_they_lie(tmp_path: Path) -> None:
+    """The same seed twice: of two tables by these, in one by the numbers of the lines."""
+    make_run(tmp_path / "runs", "seed=1")
+    table = write_results(find_runs(tmp_path / "runs"), tmp_path / "one")[0]
+    write_results(find_runs(tmp_path / "runs"), tmp_path / "other")
+    found = entries([table, tmp_path / "other" / "results.csv"])[0]
+    assert [run.method for run in found] == [f"octav, in {name}/results.csv" for name in ("one", "other")]
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    assert [run.variant for run in entries([table])[0]] == ["line 2", "line 3"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
