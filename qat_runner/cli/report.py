@@ -42,6 +42,9 @@ SEVERAL = ("compare", "methods", "results", "ledger")
 WITHOUT_RUNS = ("table6", "figure1", "figure2", "figure3", "figure5", "iterations", "ranges")
 """What takes none; some are about one run, which a flag names."""
 
+OF_FOLDERS = ("compare", "figure4", "status")
+"""What takes no table of results: its lines have no curves, and no state."""
+
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations", "ranges")
 
 
@@ -78,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "places",
         nargs="*",
         type=Path,
-        help="folder of run folders (runs), or a table of results (CSV); compare, methods: runs as well",
+        help="folder of run folders (runs); compare, methods: runs as well; methods, results, ledger and tables: "
+        "tables of results (CSV) as well",
     )
     parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
     parser.add_argument("--model", help="runs of one network alone; figure2: the network of --weights")
@@ -126,6 +130,8 @@ def _settle(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
     if len(args.places) > (0 if args.run_page or args.what in WITHOUT_RUNS else 1) and args.what not in SEVERAL:
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
+    if args.what in OF_FOLDERS and len(args.places) == 1 and args.places[0].is_file():
+        raise ConfigError(f"{args.places[0]}: is a file, and {args.what} takes folders of runs alone")
     if args.what == "status" and args.out is not None:
         raise ConfigError("--out: status writes nothing")
     for key, those in used_by().items():

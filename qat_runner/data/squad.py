@@ -1,8 +1,9 @@
 """SQuAD v1.1: questions on a paragraph each, whose answer is a span of it (Rajpurkar et al. 2016).
 
 A paragraph longer than a network's input is read through windows: [CLS] question [SEP] part of the paragraph [SEP],
-a window every `stride` tokens of the paragraph, as BERT was published with. A window without the answer is taught to
-point at [CLS]. Questions are tokenized once, and kept in a cache that is keyed by the file and the tokenizer.
+a window every `stride` tokens of the paragraph, and of a question no more than its first 64 tokens, as BERT was
+published with. A window without the answer is taught to point at [CLS]. Questions are tokenized once, and kept in a
+cache that is keyed by the file and the tokenizer.
 """
 
 import hashlib
@@ -32,7 +33,9 @@ FILES = ("train-v1.1.json", "dev-v1.1.json")
 QUESTIONS = (87_599, 10_570)
 """In the official files."""
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
-VERSION = 1
+LONGEST_QUESTION = 64
+"""In tokens; the rest is cut off."""
+VERSION = 2
 """Of how texts are made tokens: those of another one in the cache are not used."""
 
 log = logging.getLogger("qat_runner")
@@ -122,7 +125,7 @@ def _question(qa: QuestionAnswers, paragraph: int) -> Question:
 class Tokens:
     """A file's texts as tokens."""
 
-    questions: Ragged  # ids
+    questions: Ragged  # ids, of each at most LONGEST_QUESTION
     contexts: Ragged  # ids
     spans: Ragged  # first and end character of each token of the contexts, [total, 2]
 
@@ -150,7 +153,9 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
     ) as bar:
         context_ids, spans = _encode(contexts, tokenizer, bar)
         question_ids, _ = _encode([q.text for q in questions], tokenizer, bar)
-    tokens = Tokens(Ragged.of(question_ids), Ragged.of(context_ids), Ragged.of(spans, (2,)))
+    tokens = Tokens(
+        Ragged.of([ids[:LONGEST_QUESTION] for ids in question_ids]), Ragged.of(context_ids), Ragged.of(spans, (2,))
+    )
     ragged: dict[str, Ragged] = {part: getattr(tokens, part) for part in parts}
     keep_tokens(cached, path.name, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
     return tokens

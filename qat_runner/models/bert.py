@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qat_runner.errors import ConfigError
-from qat_runner.models.hub import ask
+from qat_runner.models.hub import ask, load_whole
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -43,7 +43,7 @@ def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
             Otherwise all is.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or lacks other weights than those of the head.
     """
     from transformers import BertForQuestionAnswering
 
@@ -51,5 +51,4 @@ def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
     if not pretrained:
         return BertForQuestionAnswering(config)
     load = functools.partial(BertForQuestionAnswering.from_pretrained, config=config, dtype=torch.float32)
-    model: nn.Module = ask(checkpoint, load, "a BERT")
-    return model.train()
+    return load_whole(checkpoint, load, "a BERT", head="qa_outputs").train()

@@ -11,7 +11,7 @@ from torch import nn
 
 from qat_runner.config import path_of
 from qat_runner.errors import ConfigError
-from qat_runner.models.hub import ask, load_tokenizer
+from qat_runner.models.hub import ask, load_tokenizer, load_whole
 
 DECODERS = ("decoder",)
 """Names of the models that are made here."""
@@ -68,7 +68,7 @@ def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
         pretrained: with its weights; otherwise all is initialized by torch's global random state.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError: it cannot be loaded, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -78,7 +78,7 @@ def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
         return _with_linear_layers(network.from_config(config, dtype=torch.float32)).train()
     _check_weights(checkpoint)
     load = functools.partial(network.from_pretrained, config=config, dtype=torch.float32)
-    return _with_linear_layers(ask(checkpoint, load, "a decoder")).train()
+    return _with_linear_layers(load_whole(checkpoint, load, "a decoder")).train()
 
 
 def _check_weights(checkpoint: str) -> None:

@@ -1,10 +1,13 @@
 """Asking transformers for something of a checkpoint: a folder, or a name on the Hugging Face hub."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
 from typing import Any
+
+from torch import nn
 
 from qat_runner.config import path_of
 from qat_runner.errors import ConfigError
@@ -48,6 +51,28 @@ def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None
         raise ConfigError(
             f"{said}: must be a folder with {wanted}, or its name on the Hugging Face hub ({reason})"
         ) from error
+
+
+def load_whole(checkpoint: str, load: Callable[..., Any], wanted: str, head: str | None = None) -> nn.Module:
+    """Load a network with its weights: transformers would initialize those that a checkpoint lacks, or has under other
+    names, and go on.
+
+    Args:
+        checkpoint, load, wanted: as of `ask`.
+        head: the module whose weights alone may be missing; they are initialized by torch's global random state.
+
+    Raises:
+        ConfigError: as `ask`; others are missing.
+    """
+    network, info = ask(checkpoint, functools.partial(load, output_loading_info=True), wanted)
+    missing = sorted(key for key in info["missing_keys"] if head is None or not key.startswith(f"{head}."))
+    if missing:
+        raise ConfigError(
+            f"model.checkpoint={checkpoint}: tensor {missing[0]} is missing ({len(missing)} such); "
+            f"must hold all weights of {wanted}, under the names that transformers has for them"
+        )
+    model: nn.Module = network
+    return model
 
 
 @contextmanager

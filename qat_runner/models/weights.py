@@ -7,7 +7,7 @@ before their names, is found by trying what fits; no tensor is used before it wa
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qat_runner.quant.state import LATER
 log = logging.getLogger("qat_runner")
 
 _MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
+_FIRST = "IMAGENET1K_V1"  # that torchvision published
 _WRAPPERS = {
     *("module", "_orig_mod"),  # DistributedDataParallel and AveragedModel; torch.compile
     *("_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),  # Fabric, FSDP, activation checkpoints
@@ -73,11 +74,11 @@ class Loaded:
     part: str = ""
     """that they were taken from, where the file has others or this one holds averages"""
     converted: str = ""
-    """what they were, where the model has another dtype"""
+    """what they were and became, where the model has another dtype"""
 
     def __str__(self) -> str:
         part = f" from {self.part}" if self.part else ""
-        converted = f"; {self.converted} became float32" if self.converted else ""
+        converted = f"; {self.converted}" if self.converted else ""
         rest = f"; left as initialized: {', '.join(self.left_fresh)}" if self.left_fresh else ""
         return f"{self.matched} of {self.of_model} tensors loaded{part}{converted}{rest}"
 
@@ -94,13 +95,23 @@ def find_weights(source: Source, model_name: str) -> None:
             raise ConfigError(f"{source}: there are none for {model_name}")
         return
     if source.value == TORCHVISION:
-        if _torchvision_name(model_name) is None:
-            raise ConfigError(f"{source}: there are none for {model_name}, only for {', '.join(TORCHVISION_MODELS)}")
+        _check_first_of_torchvision(source, model_name)
         return
     try:
         find_file(source.path)
     except TensorFileError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _check_first_of_torchvision(source: Source, model_name: str) -> None:
+    name = _torchvision_name(model_name)
+    if name is None:
+        some = f"{', '.join(TORCHVISION_MODELS)} and torchvision/NAME"
+        raise ConfigError(f"{source}: there are none for {model_name}, only for {some}")
+    from torchvision.models import get_model_weights  # which takes a second to import
+
+    if _FIRST not in get_model_weights(name).__members__:
+        raise ConfigError(f"{source}: {model_name} has no {_FIRST}; {source.key}={PRETRAINED} has its best")
 
 
 def load_weights(model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
@@ -151,7 +162,8 @@ def match_weights(
         model: the model, with or without quantizers, on any device.
         source: where they are.
         model_name: its name among MODELS.
-        new_head: whether the last layer may keep its initialization where the file's has another number of classes.
+        new_head: whether the last layer may keep its initialization where the file's has another number of classes, or
+            none; and where there are several such, all of them.
         quantizers: whether quantizers become what they were in the file, where it has the same ones; otherwise they
             stay as they are.
 
@@ -163,7 +175,9 @@ def match_weights(
             or it holds tensors that are none to compute with, such as integers, sparse ones, NaN.
     """
     wanted = model.state_dict()
-    chosen, part = _choose(_candidates(_part_of(source, read_weights(source, model_name)), wanted), source, model_name)
+    head = set(_head_keys(model)) if new_head else set()
+    parts = _part_of(source, read_weights(source, model_name))
+    chosen, part = _choose(_candidates(parts, wanted, head), source, model_name)
     found, uncounted, of_quantizers = chosen.tensors, _uncounted(wanted), _quantizer_keys(wanted)
     fitting = _fitting_quantizers(found, wanted) if quantizers else {}
     passed_over = of_quantizers | _quantizer_keys(found)
@@ -171,7 +185,7 @@ def match_weights(
     found = _with_tied(model, found)
     missing = [key for key in wanted if key not in found and key not in uncounted]
     clashing = [key for key in wanted if key in found and not _same_shape(found[key], wanted[key])]
-    head = set(_head_keys(model)) if new_head else set()
+    head |= _of_other_heads(clashing, head, found, wanted)
     wrong = [key for key in [*clashing, *missing] if key not in head and not _is_bookkeeping(key)]
     if wrong:
         key = wrong[0]
@@ -179,11 +193,33 @@ def match_weights(
         hint = _hint(source, model_name)
         raise ConfigError(f"{source}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}")
     usable = {key: found[key] for key in wanted if key in found and key not in clashing}
-    converted = sorted({_name(t.dtype) for key, t in usable.items() if key not in uncounted} - {"float32"})
+    converted = _conversions({key: t for key, t in usable.items() if key not in uncounted}, wanted)
     usable = _checked(usable, wanted, source)
     state = {key: t for key, t in wanted.items() if key not in of_quantizers} | usable
     left = tuple(key for key in [*clashing, *missing] if not _is_bookkeeping(key))
-    return state, Loaded(chosen.matched, chosen.of_model, left, part, ", ".join(converted))
+    return state, Loaded(chosen.matched, chosen.of_model, left, part, converted)
+
+
+def _conversions(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Which dtypes of a file become which of the model, in words."""
+    became: dict[str, set[str]] = {}
+    for key, t in found.items():
+        if t.dtype != wanted[key].dtype:
+            became.setdefault(_name(wanted[key].dtype), set()).add(_name(t.dtype))
+    return ", ".join(f"{', '.join(sorted(became[name]))} became {name}" for name in sorted(became))
+
+
+def _of_other_heads(
+    clashing: Collection[str], head: Collection[str], found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> set[str]:
+    """All tensors that clash, where the number of classes is all that they differ in: those of several heads.
+
+    Another layer is none of them: what comes after it would differ in its inputs.
+    """
+    fit = all(found[key].dim() and found[key].shape[1:] == wanted[key].shape[1:] for key in clashing)
+    numbers = {(len(found[key]), len(wanted[key])) for key in clashing} if fit else set()
+    classes = {len(wanted[key]) for key in head if wanted[key].dim()}
+    return set(clashing) if len(numbers) == 1 and classes.issuperset(number for _, number in numbers) else set()
 
 
 def _with_tied(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,7 +253,7 @@ def _published(source: Source, model_name: str) -> dict[str, Tensor]:
         if source.value == TORCHVISION:
             from torchvision.models import get_model_weights  # which takes a second to import
 
-            first = get_model_weights(_torchvision_name(model_name))["IMAGENET1K_V1"]
+            first = get_model_weights(_torchvision_name(model_name))[_FIRST]
             return dict(first.get_state_dict(progress=False, check_hash=True))
         library, name = _library(source, model_name)
         called, state = library.published(name, source.image_size)
@@ -269,10 +305,12 @@ class _Candidate:
     of_model: int
     of_file: int
     """tensors, but for bookkeeping and quantizers"""
+    new: int
+    """tensors of a new head, which have to match nothing"""
 
     @property
     def fits(self) -> bool:
-        return self.matched >= _MIN_SHARE * max(self.of_model, self.of_file, 1)
+        return self.matched > 0 and self.matched + self.new >= _MIN_SHARE * max(self.of_model, self.of_file)
 
     @property
     def rank(self) -> tuple[bool, int]:
@@ -298,25 +336,34 @@ def _part_of(source: Source, parts: Parts) -> Parts:
     return some
 
 
-def _candidates(parts: Parts, wanted: Mapping[str, Tensor]) -> Iterator[_Candidate]:
-    """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model."""
+def _candidates(parts: Parts, wanted: Mapping[str, Tensor], head: Collection[str]) -> Iterator[_Candidate]:
+    """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model.
+
+    Args:
+        parts: of a file.
+        wanted: the model's state.
+        head: its tensors that may stay as they are.
+    """
     wrappers = _WRAPPERS - {component for name in wanted for component in name.split(".")}
     counted = wanted.keys() - _uncounted(wanted)
+    head = counted.intersection(head)
     longest = max(name.count(".") + 1 for name in wanted)  # in components
     for path, tensors in parts.items():
         plain = _without_wrappers(tensors, wrappers)
-        matched = Counter({"": 0})
+        matched, of_head = Counter({"": 0}), Counter[str]()
         for name, tensor in plain.items():
             for beginning, rest in _splits(name, longest):
                 fits = rest in counted and _same_shape(tensor, wanted[rest])
                 if fits and not wrappers & set(beginning.split(".")):
                     matched[beginning] += 1
+                    of_head[beginning] += rest in head
         best = matched.most_common(1)[0][0]
         for beginning, count in matched.items():
-            if beginning in ("", best) or count >= _MIN_SHARE * len(counted):
+            new = len(head) - of_head[beginning]
+            if beginning in ("", best) or count + new >= _MIN_SHARE * len(counted):
                 under = {name.removeprefix(beginning): t for name, t in plain.items() if name.startswith(beginning)}
                 of_file = len(under) - len(_uncounted(under))
-                yield _Candidate(dotted(path, beginning.removesuffix(".")), under, count, len(counted), of_file)
+                yield _Candidate(dotted(path, beginning.removesuffix(".")), under, count, len(counted), of_file, new)
 
 
 def _splits(name: str, longest: int) -> Iterator[tuple[str, str]]:
@@ -438,13 +485,13 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    """Names of the parameters of the last linear layer (of none, convolution), or of what timm calls the classifier,
-    which may be several; of torchvision's networks those of auxiliary classifiers as well."""
+    """Names of the parameters of the last linear layer (of none, convolution), or of all that lies in what timm calls
+    the classifier, which may be several; of torchvision's networks those of auxiliary classifiers as well."""
     if hasattr(model, "get_classifier"):
         found: Any = model.get_classifier()  # type: ignore[operator]
         heads = found if isinstance(found, tuple) else (found,)
         names = [name for name, module in model.named_modules() if any(module is head for head in heads)]
-        return [key for key in model.state_dict() if key.rpartition(".")[0] in names]
+        return [key for key in model.state_dict() if key.startswith(tuple(f"{name}." for name in names))]
     linear = _names_of(model, nn.Linear)
     last = {name.partition(".")[0]: name for name in linear if name.startswith(("aux", "AuxLogits."))}
     classifiers = dict.fromkeys([*(linear or _names_of(model, nn.Conv2d))[-1:], *last.values()])

@@ -176,14 +176,14 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     for run in ours:
         if run.summary is not None and metric(run.summary) != table.metric:
-            raise ConfigError(f"{name}: is about {table.metric}, which {run.folder.name} does not have")
+            raise ConfigError(f"{name}: is about {table.metric}, which {run.told} does not have")
     found = {run.model for run in ours}
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     done = [(run, run.summary) for run in ours if run.summary is not None]
     gaps = against_full_precision([Result(run.config, summary, run.place) for run, summary in done])
-    gap_of = {run.folder: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
+    gap_of = {run.key: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
     for model in models if only is None else [only]:
         cells: dict[str, Sequence[Run]] = {}
         for row, bits in _cells(layout):
@@ -191,7 +191,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
             check_seeds([run for run in mine if run.summary is not None])
             table.unfinished += [str(run.folder) for run in mine if run.summary is None]
             values = tuple(score(run.summary) for run in mine if run.summary is not None)
-            theirs = tuple(gap_of[run.folder] for run in mine if run.folder in gap_of)
+            theirs = tuple(gap_of[run.key] for run in mine if run.key in gap_of)
             base = None if bits is None else published(name, model, FULL_PRECISION_ROWS[0], None)
             table.rows.append(Row(model, bits, labels[row], values, theirs, published(name, model, row, bits), base))
             if mine:

@@ -65,7 +65,7 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
     Raises:
         ConfigError: as `entries`.
     """
-    runs, left_out = entries(places, dataset, model)
+    runs, left_out = entries(places, dataset, model, tables=False)
     networks = _drawn(by_network(runs))
     found = methods.standings(runs)
     colours = _colours(runs)

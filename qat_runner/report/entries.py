@@ -12,7 +12,8 @@ from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_lab
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
-from qat_runner.report.runs import configs_in, keys_unlike, recipe_of, selected
+from qat_runner.report.results import read_results
+from qat_runner.report.runs import Key, configs_in, keys_unlike, recipe_of, selected
 from qat_runner.report.starts import each_seed_has_its_own, start_of
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
@@ -48,6 +49,7 @@ class Entry:
     """A run that takes part."""
 
     folder: Path
+    """of a line of a table of results: its file"""
     config: Config
     summary: Summary | None
     """None while it is not finished"""
@@ -60,6 +62,13 @@ class Entry:
     came_to: float | None = None
     """mean bits of all runs of its network for which bits were chosen within the same limits; None where there are none
     yet, or they are not chosen"""
+    line: int | None = None
+    """of a table of results; None of a run folder"""
+
+    @property
+    def key(self) -> Key:
+        """What no other run has: lines of a table share its file."""
+        return self.folder.resolve(), self.line
 
     @property
     def full_precision(self) -> bool:
@@ -83,7 +92,8 @@ class Entry:
 
     @property
     def result(self) -> Result:
-        return Result(self.config, self.summary or {}, self.folder.resolve().parent)
+        place = self.folder.resolve()
+        return Result(self.config, self.summary or {}, place.parent if self.line is None else place)
 
     @property
     def network(self) -> tuple[str, str]:
@@ -117,20 +127,27 @@ class Entry:
 
 
 def entries(
-    places: Sequence[Path], dataset: str | None = None, model: str | None = None
+    places: Sequence[Path], dataset: str | None = None, model: str | None = None, tables: bool = True
 ) -> tuple[list[Entry], list[str]]:
-    """The runs at the places, or in them where these are folders of runs, each once; and why others are left out.
+    """The runs at the places, or in them where these are folders of runs or tables of results, each once; and why
+    others are left out.
 
     Args:
-        places: run folders, or folders of them.
+        places: run folders, folders of them, or tables of results, which are files *.csv.
         dataset, model: as of `selected`.
+        tables: whether lines of tables of results are wanted, which have no epochs.
 
     Raises:
         ConfigError: there is no such place, there is no run of the data set or the network, or fewer than two in all.
+        UnreadableError: as `read_results`.
     """
-    found: dict[Path, Entry] = {}
+    found: dict[Key, Entry] = {}
     left_out: list[str] = []
     for place in {place.resolve(): place for place in places}.values():
+        if tables and place.suffix == ".csv" and place.is_file():
+            lines = [Entry(run.folder, run.config, run.summary, [], line=run.line) for run in read_results(place)]
+            found |= {entry.key: entry for entry in lines}
+            continue
         configs, unreadable = _configs_at(place, alone=len(places) == 1)
         left_out += unreadable
         for folder, config in configs.items():
@@ -139,7 +156,7 @@ def entries(
             except UnreadableError as error:
                 left_out.append(str(error))
             else:
-                found[folder.resolve()] = entry
+                found[entry.key] = entry
     if len(found) < 2:
         raise ConfigError("; ".join([f"needs two runs or more, and found {len(found)}", *left_out]))
     return _told_apart(selected(list(found.values()), dataset, model)), left_out
@@ -176,7 +193,7 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     runs = _with_chosen_bits(runs)
     for run in runs:
         compared.setdefault((*run.network, run.config.mode), []).append(run)
-    told_apart: dict[Path, Entry] = {}
+    told_apart: dict[Key, Entry] = {}
     for together in compared.values():
         unlike = _between_methods(together)
         for _, some in by_method(together):
@@ -185,12 +202,12 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
             keys = dict.fromkeys([*own, *unlike])
             told = [{key: _told(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
             again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
-            places = _places([run.folder for run in some]) if again else [""] * len(some)
+            places = _places(some) if again else [""] * len(some)
             for run, words, place in zip(some, told, places, strict=True):
                 words |= {PLACE: place} if place else {}
                 setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
-                told_apart[run.folder] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
-    return [told_apart[run.folder] for run in runs]
+                told_apart[run.key] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
+    return [told_apart[run.key] for run in runs]
 
 
 def _told(key: str, value: Any) -> str:
@@ -231,11 +248,12 @@ def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
     ]
 
 
-def _places(folders: Sequence[Path]) -> list[str]:
-    """Where run folders lie, in as few words as tell these places apart; where all lie in one, the folders' names."""
-    parents = [folder.resolve().parent for folder in folders]
+def _places(runs: Sequence[Entry]) -> list[str]:
+    """Where runs lie, in as few words as tell these places apart; where all lie in one, the names of their folders, or
+    the numbers of their lines."""
+    parents = [folder.parent if line is None else folder for folder, line in (run.key for run in runs)]
     if len({*parents}) == 1:
-        return [folder.name for folder in folders]
+        return [run.folder.name if run.line is None else f"line {run.line}" for run in runs]
     shared = len(Path(os.path.commonpath(parents)).parts)
     return [f"in {Path(*parent.parts[shared:])}" for parent in parents]
 
@@ -252,17 +270,17 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
     that has no other runs than such is none by itself.
     """
     baselines = full_precision_of([run.result for run in runs])
-    baseline = {run.folder: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
+    baseline = {run.key: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
     found: dict[str, list[Entry]] = {}
     for run in runs:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
-    lent: set[Path] = set()
+    lent: set[Key] = set()
     for some in found.values():
         if not any(run.full_precision for run in some):
-            theirs = {baseline[run.folder].folder: baseline[run.folder] for run in some if run.folder in baseline}
+            theirs = {baseline[run.key].key: baseline[run.key] for run in some if run.key in baseline}
             some += theirs.values()
             lent |= theirs.keys()
-    own = {name: some for name, some in found.items() if not {run.folder for run in some} <= lent}
+    own = {name: some for name, some in found.items() if not {run.key for run in some} <= lent}
     return dict(sorted(own.items(), key=lambda item: -len(item[1])))
 
 

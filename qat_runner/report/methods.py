@@ -4,12 +4,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError
 from qat_runner.report.differences import CONFIDENCE, Differences
 from qat_runner.report.entries import Entry, Setting, Width, by_method, by_network, measure_of
+from qat_runner.report.runs import Key
 from qat_runner.report.tables import Table, against_full_precision, head, mean_and_deviation, of_some
 from qat_runner.runs.records import score
 
@@ -72,7 +72,7 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
     quantized = [run for run in done if not run.full_precision]
     named = None if against is None else _going_by(against, quantized)
     gaps = against_full_precision([run.result for run in done])
-    gap = {run.folder: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
+    gap = {run.key: gap for run, gap in zip(done, gaps, strict=True) if gap is not None}
     return [each for name, some in by_network(done).items() for each in _of_network(name, some, gap, named)]
 
 
@@ -113,7 +113,7 @@ def _references(runs: Sequence[Entry], named: Set[str]) -> dict[str, str]:
 
 
 def _of_network(
-    name: str, runs: Sequence[Entry], gaps: Mapping[Path, float], named: Set[str] | None
+    name: str, runs: Sequence[Entry], gaps: Mapping[Key, float], named: Set[str] | None
 ) -> Iterator[Standing]:
     measure = measure_of(runs)
     quantized = [run for run in runs if not run.full_precision]
@@ -128,7 +128,7 @@ def _of_network(
             base = {} if method == reference else values.get(reference, {})
             yield Standing(
                 *(name, bits, method, full, measure, mine),
-                gaps={run.config.seed: gaps[run.folder] for run in some if run.folder in gaps},
+                gaps={run.config.seed: gaps[run.key] for run in some if run.key in gaps},
                 reference=reference,
                 differences={seed: mine[seed] - base[seed] for seed in mine if seed in base},
                 setting=settings[method],

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from qat_runner.config import Config, clipping_label, gradient_label, read_config, run_name
 from qat_runner.config.identities import CONFIG_FILE
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Run, find_runs, not_finished, run_of
+from qat_runner.report.runs import Key, Run, find_runs, not_finished, run_of
 from qat_runner.runs.files import CsvFile, write_text
 from qat_runner.runs.records import ResultRow, Summary
 
@@ -25,7 +27,7 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write results.csv, a line for each finished run, and a config for all seeds of each setting.
 
     Args:
-        runs: of run folders; those that are not finished have no line, and are told of.
+        runs: of run folders or tables of results; those that are not finished have no line, and are told of.
         folder: is made; what lies in it under other names stays.
 
     Returns:
@@ -46,8 +48,15 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     write_text(table, _csv(sorted(lines, key=lambda line: (line["config"], line["seed"]))))
     paths = [folder / CONFIGS / f"{run_name(run.config)}.yaml" for run in names.values()]
     for path, run in zip(paths, names.values(), strict=True):
-        write_text(path, (run.folder / CONFIG_FILE).read_text())
+        write_text(path, _config_of(run))
     return [table, *sorted(paths)]
+
+
+def _config_of(run: Run) -> str:
+    """Its config in YAML, as it lies in its folder; of a line, as this version writes it."""
+    if run.line is None:
+        return (run.folder / CONFIG_FILE).read_text()
+    return OmegaConf.to_yaml(OmegaConf.structured(run.config))
 
 
 def _any_seed(config: Config) -> str:
@@ -93,7 +102,7 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
         ConfigError: a place is none of either, such as a run's own folder, or holds no run.
         UnreadableError: as `read_results`.
     """
-    found: dict[tuple[Path, int | None], Run] = {}
+    found: dict[Key, Run] = {}
     for place in {place.resolve(): place for place in places}.values():
         if not place.exists():
             raise ConfigError(f"{place}: no such folder of runs")
@@ -102,7 +111,7 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
         runs = find_runs(place) if place.is_dir() else read_results(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")
-        found |= {(run.folder.resolve(), run.line): run for run in runs}
+        found |= {run.key: run for run in runs}
     return list(found.values())
 
 

@@ -28,6 +28,10 @@ from qat_runner.runs.status import status
 log = logging.getLogger("qat_runner")
 
 
+Key = tuple[Path, int | None]
+"""A run's folder; or a table of results and its line."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder, or a line of a table of results."""
@@ -48,6 +52,11 @@ class Run:
     """the content of summary.json; None while unfinished"""
     line: int | None = None
     """of a table of results; None of a run folder"""
+
+    @property
+    def key(self) -> Key:
+        """What no other run has: lines of a table share its file."""
+        return self.folder.resolve(), self.line
 
     @property
     def place(self) -> Path:

@@ -105,6 +105,18 @@ def test_tokens_come_from_the_cache(
     assert len([*cache.iterdir()]) == 2
 
 
+def test_long_questions_are_cut(tmp_path: Path, tokenizer: Any) -> None:
+    content = json.loads(squad_file(path := tmp_path / "dev.json", 1).read_text())
+    first, second = content["data"][0]["paragraphs"][0]["qas"]
+    first["question"], second["question"] = "where does " * 32 + "anna live?", "where " * 64
+    path.write_text(json.dumps(content))
+    split = load_split(path, replace(CONFIG, max_length=96), tokenizer, None)
+    where, does = tokenizer.convert_tokens_to_ids(["where", "does"])
+    assert [split.tokens.questions[i].tolist() for i in range(2)] == [[where, does] * 32, [where] * 64]
+    assert split.windows.prefix.tolist() == [66, 66]
+    assert split.questions[0].text.endswith("anna live?")
+
+
 def test_a_part_of_the_questions(tmp_path: Path, tokenizer: Any) -> None:
     path = squad_file(tmp_path / "dev.json", 10)
     some = load_split(path, CONFIG, tokenizer, 5)

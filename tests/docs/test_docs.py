@@ -38,7 +38,9 @@ from qat_runner.data.pictures import pictures
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
 from qat_runner.models import MODELS
+from qat_runner.paper.tables import make_table
 from qat_runner.quant import METHODS, Call, ClippingMethod, IntFormat, clipping_method
+from qat_runner.report.results import read_results
 from qat_runner.tasks import language_modelling, question_answering
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,6 +330,16 @@ def test_the_api_page_has_all_that_one_import_gives() -> None:
         assert inspect.getdoc(pkgutil.resolve_name(place)), place
 
 
+@pytest.mark.slow
+def test_tables_of_results_are_those_of_their_runs() -> None:
+    page, runs = (DOCS / "results" / "README.md").read_text(), read_results(DOCS / "results" / "runs.csv")
+    for name in ("table1", "table2", "table3", "table4", "distillation"):
+        lines = page[page.index(f"## {name}: ") :].split("\n\n")[1].splitlines()[2:]
+        shown = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+        found = list(zip(*list(make_table(name, runs, "cifar10").columns.values())[:6], strict=True))
+        assert [row for row in shown if row not in found] == [] and len(shown) > 2
+
+
 def _anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
@@ -344,6 +356,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / file).resolve() if file else page
         assert target.exists(), f"{page}: {link}"
         assert not anchor or anchor in _anchors(target), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_checkout_are_where_pages_say(page: Path) -> None:
+    said = re.findall(r"\b(?:tests|scripts|qat_runner)/[\w/]+\.py\b", page.read_text())
+    gone = [path for path in said if not (ROOT / path).is_file()]
+    assert gone == [] or page.name == "CHANGELOG.md"  # which tells of what was
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

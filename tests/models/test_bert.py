@@ -1,8 +1,10 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertForQuestionAnswering, BertModel
 
 from qat_runner.errors import ConfigError
@@ -32,6 +34,32 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path: Path) -> No
     folder = tiny_bert(tmp_path / "bert")
     BertModel.from_pretrained(folder).half().save_pretrained(folder)
     assert {p.dtype for p in build_bert(str(folder), pretrained=True).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("rename", "told"),
+    [
+        (
+            lambda key: f"module.{key}",
+            r"embeddings\.LayerNorm\.bias is missing \(37 such\); must hold all weights of a BERT",
+        ),
+        (lambda key: key.replace("layer.1.", "layer.7."), r"layer\.1\.attention\.output\.\S+ is missing \(16 such\)"),
+        (lambda key: key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"), None),
+    ],
+)
+def test_weights_that_are_missing_are_not_made_up(
+    tmp_path: Path, rename: Callable[[str], str], told: str | None
+) -> None:
+    """Those of old checkpoints, with other names in LayerNorm, are known."""
+    folder = tiny_bert(tmp_path / "bert")
+    state = load_file(folder / "model.safetensors")
+    save_file({rename(key): t for key, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    if told is not None:
+        with pytest.raises(ConfigError, match=told):
+            build_bert(str(folder), pretrained=True)
+        return
+    found = build_bert(str(folder), pretrained=True).state_dict()
+    assert all(torch.equal(found[f"bert.{key}"], t) for key, t in state.items() if "pooler" not in key)
 
 
 def test_tokenizer(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, Gemma3Config
 
@@ -38,6 +39,14 @@ def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     with pytest.raises(ConfigError, match="holds no weights; mode=scratch trains from random ones"):
         build_decoder(checkpoint, pretrained=True)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
+    file = tiny_decoder(tmp_path, "gpt2") / "model.safetensors"
+    state = {key: t for key, t in load_file(file).items() if not key.startswith("transformer.h.1.")}
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing \(12 such\)"):
+        build_decoder(str(tmp_path), pretrained=True)
 
 
 def test_weights_that_are_tied_are_read_under_either_name(tmp_path: Path) -> None:

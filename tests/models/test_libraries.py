@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -174,6 +175,34 @@ def test_pictures_as_the_model_is_described(of_hub: Path) -> None:
     assert composed("model=resnet50", "dataset=imagenet", *weights).dataset.resize_size == 232
     folder = composed(f"model=hf/{of_hub}", "dataset=imagenet", *weights).dataset
     assert (folder.image_size, folder.resize_size, folder.std, folder.interpolation) == (32, 32, [0.25] * 3, "bicubic")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Bit", {"size": {"shortest_edge": 256}}),
+        ("ConvNext", {"size": {"shortest_edge": 224}}),
+        ("ConvNext", {"size": {"shortest_edge": 384}}),
+        ("Levit", {}),
+        ("Levit", {"size": {"height": 240, "width": 240}}),
+        ("Perceiver", {}),
+        ("PoolFormer", {}),
+        ("PoolFormer", {"crop_pct": 0.95, "size": {"height": 224, "width": 224}}),
+        ("ViT", {}),
+    ],
+)
+def test_transformers_describes_them_as_its_image_processors_do(
+    kind: str, options: dict[str, Any], of_hub: Path
+) -> None:
+    """Seen at a picture that grows brighter from left to right: how many of its pixels one of the network's spans."""
+    processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
+    processor.save_pretrained(of_hub)
+    ramp = torch.arange(1000.0).repeat(3, 1000, 1) / 1000
+    shown = processor(ramp, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0, 0, 0]
+    middle = shown[len(shown) // 4 : -len(shown) // 4]
+    keys = preprocessing_keys(f"hf/{of_hub}")
+    assert keys["image_size"] == len(shown)
+    assert keys["resize_size"] == pytest.approx((len(middle) - 1) / float(middle[-1] - middle[0]), abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vit_b_16", "swin_t"])

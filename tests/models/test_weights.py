@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import SwiftFormerConfig
 
 from qat_runner.config.fingerprints import fingerprint
 from qat_runner.errors import ConfigError
 from qat_runner.insertion import quantize_model
-from qat_runner.models import Source, build_model, find_weights, load_weights
+from qat_runner.models import Source, build_model, find_weights, load_weights, match_weights
 from qat_runner.quant import Quantizer
 
 
@@ -59,6 +60,10 @@ SHAPES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "half": (lambda s: {k: v.half() for k, v in s.items()}, "; float16 became float32"),
     "bfloat16": (lambda s: {k: v.bfloat16() for k, v in s.items()}, "; bfloat16 became float32"),
     "double": (lambda s: {k: v.double() for k, v in s.items()}, "; float64 became float32"),
+    "mixed": (
+        lambda s: {k: v.double() if "bn" in k else v.to(torch.bfloat16) for k, v in s.items()},
+        "; bfloat16, float64 became float32",
+    ),
 }
 
 
@@ -70,12 +75,32 @@ def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_the_usual_shapes_of_files(tmp_path: Path, model: nn.Module, shape: str) -> None:
     path, (wrap, said) = tmp_path / "weights.pt", SHAPES[shape]
     state = {k: v.half().to(v.dtype) if "half" in shape else v for k, v in model.state_dict().items()}
-    state = {k: v.bfloat16().to(v.dtype) if shape == "bfloat16" else v for k, v in state.items()}
+    state = {k: v.bfloat16().to(v.dtype) if shape in ("bfloat16", "mixed") else v for k, v in state.items()}
     torch.save(wrap(state), path)
     other = build_model("resnet20", 10, 32)
     loaded = load_weights(other, Source(str(path)), "resnet20", new_head=False)
     assert same(other, state)
     assert str(loaded) == f"97 of 97 tensors loaded{said}"
+
+
+class Indexed(nn.Linear):
+    """Has integers beside its weights, as Swin has its positions."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("index", torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.int64, ""), (torch.int32, "; int32 became int64"), (torch.float32, "; float32 became int64")],
+)
+def test_integers_stay_integers(dtype: torch.dtype, said: str, tmp_path: Path) -> None:
+    state = Indexed().state_dict()
+    torch.save(state | {"index": state["index"].to(dtype)}, tmp_path / "w.pt")
+    loaded = load_weights(model := Indexed(), Source(str(tmp_path / "w.pt")), "indexed", new_head=False)
+    assert str(loaded) == f"3 of 3 tensors loaded{said}"
+    assert same(model, state)
 
 
 def test_bookkeeping_beyond_half_precision_is_left_out(tmp_path: Path, model: nn.Module) -> None:
@@ -211,6 +236,64 @@ def test_a_new_head(tmp_path: Path) -> None:
         load_weights(model, Source(str(tmp_path / "w.pt")), "resnet18", new_head=False)
 
 
+def blank(word: str, classes: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A network of a library on the meta device, and a state of it that takes no memory."""
+    with torch.device("meta"):
+        model = build_model(word, classes, 224)
+    return model, {key: torch.zeros((), dtype=t.dtype).expand(t.shape) for key, t in model.state_dict().items()}
+
+
+def from_state(state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setattr("qat_runner.models.weights.read_file", lambda path: {"": state})
+    return Source("w.pt")
+
+
+@pytest.mark.parametrize(
+    ("word", "heads"),
+    [
+        ("timm/levit_128s", {"head.linear", "head_dist.linear"}),
+        ("timm/repvit_m0_9", {"head.head.l", "head.head_dist.l"}),
+        ("timm/sequencer2d_s", {"head.fc"}),
+        ("timm/volo_d1_224", {"head", "aux_head"}),
+        ("torchvision/alexnet", {"classifier.6"}),
+        ("hf/swiftformer", {"head", "dist_head"}),
+    ],
+)
+def test_heads_of_all_kinds_may_be_new(
+    word: str, heads: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if word.startswith("hf/"):
+        small: dict[str, Any] = {"depths": [1] * 4, "embed_dims": [8] * 4, "mlp_ratio": 1}
+        SwiftFormerConfig(**small).save_pretrained(tmp_path)
+        word = f"hf/{tmp_path}"
+    model, (_, state) = blank(word, 10)[0], blank(word, 1000)
+    loaded = match_weights(model, source := from_state(state, monkeypatch), word, new_head=True)[1]
+    assert {key.rpartition(".")[0] for key in loaded.left_fresh} == heads
+    assert loaded.matched + len(loaded.left_fresh) == loaded.of_model
+    with pytest.raises(ConfigError, match=r"has shape \[1000.*\], not \[10|little matches, 14 of the 16"):
+        match_weights(model, source, word, new_head=False)
+
+
+def test_a_head_that_is_missing_may_be_new_and_another_layer_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(width: int, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+    model, state = small(8, 3), small(8, 5).state_dict()
+    body = {key: t for key, t in state.items() if not key.startswith("2.")}
+    for tensors in (state, body):
+        loaded = match_weights(model, from_state(tensors, monkeypatch), "small", new_head=True)[1]
+        assert (loaded.matched, loaded.left_fresh) == (6, ("2.weight", "2.bias"))
+    wider = {key: t for key, t in small(9, 5).state_dict().items() if not key.startswith("2.")}
+    for tensors in ({"a": torch.zeros(3)}, wider):
+        with pytest.raises(ConfigError, match="little matches, 0 of the 8 tensors"):
+            match_weights(model, from_state(tensors, monkeypatch), "small", new_head=True)
+    deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)), small(8, 3))
+    other = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)), small(9, 5)).state_dict()
+    for tensors in (other, {key: t for key, t in other.items() if not key.startswith("40.2.")}):
+        with pytest.raises(ConfigError, match=r"tensor 40\.0\.weight has shape \[9, 4\], not \[8, 4\] \(6 such\)"):
+            match_weights(deep, from_state(tensors, monkeypatch), "deep", new_head=True)
+
+
 def test_files_of_another_network_are_refused(tmp_path: Path, model: nn.Module) -> None:
     path = str(tmp_path / "w.pt")
     torch.save(model.state_dict(), path)
@@ -233,8 +316,11 @@ def test_files_of_another_network_are_refused(tmp_path: Path, model: nn.Module) 
 def test_find_weights(tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "w.txt").touch()
     find_weights(Source("torchvision"), "resnet18")
+    find_weights(Source("torchvision"), "torchvision/resnet18")
+    with pytest.raises(ConfigError, match="torchvision/vit_h_14 has no IMAGENET1K_V1; teacher=pretrained has its best"):
+        find_weights(Source("torchvision", key="teacher"), "torchvision/vit_h_14")
     for weights, message in (
-        ("torchvision", "there are none for resnet20"),
+        ("torchvision", "there are none for resnet20, only for resnet18, .*, mobilenet_v3_large and torchvision/NAME"),
         (str(tmp_path / "no.pt"), "no such file"),
         (str(tmp_path / "w.txt"), "must end in"),
         (str(tmp_path), "is a folder that has none of model.safetensors.index.json"),

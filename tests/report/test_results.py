@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qat_runner.cli.report import OF_FOLDERS
 from qat_runner.cli.report import main as report
+from qat_runner.report import methods
+from qat_runner.report.entries import entries
 from qat_runner.report.results import read_results, write_results
 from qat_runner.report.runs import Run, find_runs
 from tests.report.test_pages import make_run
@@ -21,11 +24,12 @@ def _known(run: Run) -> Run:
 def test_runs_come_out_again(tmp_path: Path) -> None:
     for seed in (1, 2):
         make_run(tmp_path / "runs", f"seed={seed}", top1=60.0 + seed)
+        make_run(tmp_path / "runs", f"seed={seed}", "bits=32", top1=62.0 + 2 * seed)
     make_run(tmp_path / "runs", "seed=1", "oscillations.freeze_to=0.1")
     make_run(tmp_path / "runs", "seed=3", top1=None)
     runs = find_runs(tmp_path / "runs")
     table, *configs = write_results(runs, tmp_path / "kept")
-    assert len(configs) == 2 and all("_seed1_" in path.name for path in configs)
+    assert len(configs) == 3 and all("_seed1_" in path.name for path in configs)
     finished = [run for run in runs if run.summary is not None]
     again = read_results(table)
     assert sorted(map(_known, again), key=repr) == sorted(map(_known, finished), key=repr)
@@ -38,6 +42,31 @@ def test_runs_come_out_again(tmp_path: Path) -> None:
         assert report(["table1", place, "--out", str(tmp_path / "tables")]) == 0
         lines.append((tmp_path / "tables" / "table1.csv").read_text())
     assert lines[0] == lines[1] and "61.50" in lines[0]
+    gaps = {line.split(",")[2]: line.split(",")[5] for line in lines[1].splitlines() if line.startswith("resnet20,")}
+    assert gaps["Full precision"] == "" and gaps["OCTAV (MPH)"] == "-3.50"
+    one, other = (methods.numbers(methods.standings(entries([Path(place)])[0])).text("csv") for place in places)
+    assert one == other and ",-3.5," in one
+    once_more = write_results(read_results(table), tmp_path / "once more")[0]
+    assert sorted(map(_known, read_results(once_more)), key=repr) == sorted(map(_known, finished), key=repr)
+
+
+def test_what_takes_no_table_of_results_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs")
+    table = write_results(find_runs(tmp_path / "runs"), tmp_path / "kept")[0]
+    for verb in OF_FOLDERS:
+        assert report([verb, str(table)]) == 2
+        assert capsys.readouterr().err == f"qat-report: {table}: is a file, and {verb} takes folders of runs alone\n"
+
+
+def test_lines_of_tables_are_told_apart_by_where_they_lie(tmp_path: Path) -> None:
+    """The same seed twice: of two tables by these, in one by the numbers of the lines."""
+    make_run(tmp_path / "runs", "seed=1")
+    table = write_results(find_runs(tmp_path / "runs"), tmp_path / "one")[0]
+    write_results(find_runs(tmp_path / "runs"), tmp_path / "other")
+    found = entries([table, tmp_path / "other" / "results.csv"])[0]
+    assert [run.method for run in found] == [f"octav, in {name}/results.csv" for name in ("one", "other")]
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    assert [run.variant for run in entries([table])[0]] == ["line 2", "line 3"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

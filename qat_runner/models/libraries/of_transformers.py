@@ -62,11 +62,7 @@ class Transformers(Library):
         from transformers.image_processing_base import ImageProcessingMixin
 
         described, _ = _ask(name, ImageProcessingMixin.get_image_processor_dict)
-        size, crop = (_side(described.get(key)) for key in ("size", "crop_size"))
-        if described.get("do_center_crop"):
-            shown, resize = crop or size, size or crop
-        else:  # ConvNeXt's size is that of the crop; from 384 on it shows the whole picture
-            shown, resize = size, resized(size, (described.get("crop_pct") or 1) if size < WHOLE else 1)
+        shown, resize = _sides(described)
         mean, std = (tuple(described.get(key) or ()) for key in ("image_mean", "image_std"))
         if not described.get("do_normalize", True):
             mean, std = (0.0,), (1.0,)
@@ -79,6 +75,21 @@ class Transformers(Library):
 
 WHOLE = 384
 """Pixels a side from which on ConvNeXt's image processor crops nothing."""
+
+
+def _sides(described: dict[str, Any]) -> tuple[int, int]:
+    """Pixels a side of what a network is shown, and of the shorter side of the picture that this is the centre of, as
+    the image processors of transformers have them; 0 where it is not said."""
+    size, crop = (_side(described.get(key)) for key in ("size", "crop_size"))
+    kind = str(described.get("image_processor_type") or described.get("feature_extractor_type"))
+    ratio = described.get("crop_pct") or 1
+    if not described.get("do_center_crop"):  # ConvNeXt's size is that of the crop
+        return size, resized(size, ratio if size < WHOLE else 1)
+    if kind.startswith("Perceiver"):  # crops before it resizes: size / crop_size of the shorter side
+        return size, crop
+    if kind.startswith("Levit") and not (isinstance(described.get("size"), dict) and "height" in described["size"]):
+        ratio = 224 / 256  # that it was published with
+    return crop or size, resized(size or crop, ratio)
 
 
 def _side(size: Any) -> int:
