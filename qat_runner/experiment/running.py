@@ -233,8 +233,8 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
 def _try(config: Config) -> None:
     """Refuse what building would, before another run is made for this one; nothing of it stays in memory meanwhile."""
     model, data = try_policy(config)
-    if config.mode == Mode.allocate:
-        allocating.problem_of(config, model, data)
+    if config.allocating:
+        allocating.problem_of(config if config.mode == Mode.allocate else allocation_of(config), model, data)
 
 
 def _choose_bits(

@@ -205,15 +205,16 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("ms.json").write_text('{"another": {"4x4": 1.0}}')
-    asked = ["mode=allocate", "weights=baseline", "run_dir=small"]
+    asked, auto = (["weights=baseline", "run_dir=small", how] for how in ("mode=allocate", "bits=auto"))
     for words, sentence in (
         (["size_mb=0.01"], "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to"),
         (["budget=4", "rules=[{match: '*', bits: 4}]"], "budget=4: rules say the bits of all tensors"),
         (["budget=4", "allocation.latencies=ms.json"], "allocation.latencies: has nothing of conv1"),
     ):
-        assert run(*asked, *words) == 2
-        assert sentence in capsys.readouterr().err
-        assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
+        for how in (asked, [*auto, "mode=retrain"]):
+            assert run(*how, *words) == 2
+            assert sentence in capsys.readouterr().err
+            assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
     assert run("bits=32", "epochs=1", "run_dir=small") == 0
     before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
     assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
