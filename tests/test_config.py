@@ -13,6 +13,7 @@ from qat_runner.config import (
     gradient_label,
     identity,
     run_name,
+    trained_of,
 )
 from qat_runner.config.composing import command
 from qat_runner.errors import ConfigError
@@ -250,6 +251,11 @@ def test_calibration_of_probes_needs_batches(composed: Compose) -> None:
         composed("mode=allocate", "weights=w.pt", "budget=4", "clipping=lsq", "clipping.calibration_batches=0")
 
 
+def test_a_recipe_without_retraining_trains_no_bits_that_were_chosen(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match="retrain"):
+        trained_of(composed("mode=allocate", "weights=w.pt", "budget=4", "recipe.retrain=null"))
+
+
 @pytest.mark.parametrize(
     "remedy",
     [
@@ -261,7 +267,8 @@ def test_bits_are_chosen_as_qat_bits_does_with_the_same_keys(remedy: str, compos
     """So that either finds what the other has chosen."""
     asked, steps, auto = ["weights=w.pt", "max_drop=1"], "retrain_steps=400", ["mode=retrain", "policy=auto"]
     own = run_name(allocation_of(composed(*asked, *auto, remedy, steps)))
-    assert own == run_name(composed("mode=allocate", *asked, remedy, steps))
+    searched = composed("mode=allocate", *asked, remedy, steps)
+    assert own == run_name(searched) == run_name(allocation_of(trained_of(searched)))
     assert own != run_name(composed("mode=allocate", *asked, steps))
     unretrained = run_name(allocation_of(composed(*asked, *auto, remedy)))  # where no remedy is of effect
     assert unretrained == run_name(composed("mode=allocate", *asked))

@@ -268,6 +268,15 @@ def allocation_of(config: Config) -> Config:
     return changed(config, **changes, allocated=[])
 
 
+def trained_of(config: Config) -> Config:
+    """The run in mode retrain, with bits=auto, of all keys of a resolved config of mode allocate, resolved.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return changed(config, **dict.fromkeys((*OF_STAGE, "run_dir")), mode=Mode.retrain, policy=AUTO)
+
+
 def changed(config: Config, **changes: Any) -> Config:
     """A resolved config with other values, of which null may be what follows from the rest; resolved again."""
     return resolve(ConfigSchema(**_values(config) | changes))
