@@ -6,13 +6,16 @@ import torch
 
 from qat_runner.cli.run import config_dir
 from qat_runner.config import (
+    allocation_of,
     changed,
     clipping_label,
     differences,
     gradient_label,
     identity,
     run_name,
+    trained_of,
 )
+from qat_runner.config.composing import command
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
 from qat_runner.models import BERTS, DECODERS, MODELS
@@ -216,10 +219,66 @@ def test_what_probes_are_trained_by_tells_runs_apart(composed: Compose) -> None:
     """Bits that are chosen after retraining depend on how; and so does what is trained with them, in any mode."""
     ways = ("recipe.retrain.lr=0.5", "accumulate=4", "recipe.distill=full_precision")
     chosen = ["weights=w.pt", "budget=4", "retrain_steps=5"]
-    for command in ([*chosen, "mode=allocate"], [*chosen, "policy=auto", "mode=ptq"]):
-        assert len({run_name(composed(*command, *way)) for way in ([], *([one] for one in ways))}) == 4
-        plain = [word for word in command if word != "retrain_steps=5"]
+    for words in ([*chosen, "mode=allocate"], [*chosen, "policy=auto", "mode=ptq"]):
+        assert len({run_name(composed(*words, *way)) for way in ([], *([one] for one in ways))}) == 4
+        plain = [word for word in words if word != "retrain_steps=5"]
         assert run_name(composed(*plain)) == run_name(composed(*plain, "recipe.retrain.lr=0.5"))
+
+
+CALIBRATED = ["clipping.calibration_batches=2", "clipping.calibration_batch_size=32"]
+OF_OCTAV = ["clipping.refine=64", "clipping.missing_code=true"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ways", "names"),
+    [
+        (["clipping=static_octav"], CALIBRATED, 3),
+        (["clipping=lsq"], CALIBRATED, 3),
+        (["clipping=lsq", "retrain_steps=5"], CALIBRATED, 3),
+        (["clipping.eval_mode=running"], CALIBRATED, 3),
+        (["clipping.eval_mode=running", "retrain_steps=5"], CALIBRATED, 1),
+        ([], CALIBRATED, 1),
+        (["retrain_steps=5"], OF_OCTAV, 3),
+        ([], OF_OCTAV, 1),
+    ],
+)
+def test_what_probes_are_quantized_by_tells_runs_apart(
+    words: list[str], ways: list[str], names: int, composed: Compose
+) -> None:
+    """Though a run that chooses bits neither calibrates nor trains; and its command says so."""
+    asked = ["mode=allocate", "weights=w.pt", "max_drop=1", *words]
+    configs = [composed(*asked, *way) for way in ([], *([one] for one in ways))]
+    assert len({run_name(config) for config in configs}) == names
+    told = [command(config) or "" for config in configs]
+    assert all(told) and len({*told}) >= names
+
+
+def test_calibration_of_probes_needs_batches(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match="calibration_batches=0: must be 1 or more, since clipping=lsq needs data"):
+        composed("mode=allocate", "weights=w.pt", "budget=4", "clipping=lsq", "clipping.calibration_batches=0")
+
+
+def test_a_recipe_without_retraining_trains_no_bits_that_were_chosen(composed: Compose) -> None:
+    with pytest.raises(ConfigError, match="retrain"):
+        trained_of(composed("mode=allocate", "weights=w.pt", "budget=4", "recipe.retrain=null"))
+
+
+@pytest.mark.parametrize(
+    "remedy",
+    [
+        *("recipe.distill=full_precision", "recipe.freeze_scalars_at=0.5", "recipe.batchnorm_batches=3"),
+        *("oscillations.freeze_to=0.01", "clipping.refine=64"),
+    ],
+)
+def test_bits_are_chosen_as_qat_bits_does_with_the_same_keys(remedy: str, composed: Compose) -> None:
+    """So that either finds what the other has chosen."""
+    asked, steps, auto = ["weights=w.pt", "max_drop=1"], "retrain_steps=400", ["mode=retrain", "policy=auto"]
+    own = run_name(allocation_of(composed(*asked, *auto, remedy, steps)))
+    searched = composed("mode=allocate", *asked, remedy, steps)
+    assert own == run_name(searched) == run_name(allocation_of(trained_of(searched)))
+    assert own != run_name(composed("mode=allocate", *asked, steps))
+    unretrained = run_name(allocation_of(composed(*asked, *auto, remedy)))  # where no remedy is of effect
+    assert unretrained == run_name(composed("mode=allocate", *asked))
 
 
 def test_kernels_of_quantization_are_nothing_to_full_precision(composed: Compose) -> None:

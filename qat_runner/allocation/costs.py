@@ -78,32 +78,44 @@ def _bitops(operation: Operation, widths: Widths) -> float:
 
 
 def traffic_mb(network: Network) -> list[Measure]:
-    """Megabytes (10^6 bytes) of operands that operations read for one sample, each once."""
-    return [Measure("MB read", _read)]
+    """Megabytes (10^6 bytes) of operands that layers and products of attention multiply for one sample, each once."""
+    return [Measure("MB read", _read, sum(_read(op, _full_precision(op)) for op in network.left))]
+
+
+def _full_precision(operation: Operation) -> Widths:
+    return (FULL_PRECISION,) * len(operation.operands)
 
 
 def _read(operation: Operation, widths: Widths) -> float:
+    if not operation.multiplies:
+        return 0.0
     return sum(o.elements * bits for o, bits in zip(operation.operands, widths, strict=True)) / 8e6
 
 
 def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> list[Measure]:
-    """Milliseconds of all operations, as measured.
+    """Milliseconds of all layers and products of attention that inference multiplies by, as measured.
 
     Args:
         network: see `operations.network`.
-        latencies: of every operation, at all widths that it may have.
+        latencies: of each of these, at all widths that it may have; in full precision at 32 bits.
         same: whether both operands of an operation are to have the same bits, where both have a choice.
 
     Raises:
         ValueError: an operation or widths that the table lacks.
     """
-    for op in network.operations:
+    for op in (*network.operations, *network.left):
+        if not op.multiplies:
+            continue
         if op.layer not in latencies:
             raise ValueError(f"latencies: has nothing of {op.layer}")
         for widths in op.choices(same):
             if widths not in latencies[op.layer]:
                 raise ValueError(f"latencies: {op.layer} lacks {'x'.join(map(str, widths))} bits")
-    return [Measure("ms", lambda operation, widths: latencies[operation.layer][widths])]
+
+    def taken(operation: Operation, widths: Widths) -> float:
+        return latencies[operation.layer][widths] if operation.multiplies else 0.0
+
+    return [Measure("ms", taken, sum(taken(op, _full_precision(op)) for op in network.left))]
 
 
 COSTS: dict[str, Callable[[Network], list[Measure]]] = {

@@ -16,7 +16,7 @@ from qat_runner.allocation.prices import price
 from qat_runner.allocation.solving import Limit, allocate_bits
 from qat_runner.insertion.insert import insert
 from qat_runner.policy import Policy, Rule
-from qat_runner.quant import Octav
+from qat_runner.quant import BITS, Octav
 
 WIDTHS = tuple(range(2, 9))
 """Bits that are chosen from."""
@@ -46,13 +46,14 @@ def allocate(
     Args:
         model: trained, in full precision, without quantizers; left as it is.
         batches: each an input tensor, or a tuple of arguments of forward; with a loss a pair of that and the targets. A
-            dozen of 32 samples do.
+            dozen of 32 samples do. The first one has to come by all that bits are chosen for.
         budget: mean bits, at most, of weights and of activations, over the elements of those that have a choice.
         size_mb: megabytes (10^6 bytes) of the stored network, at most.
         bitops: 10^9 bit operations for one sample, at most: multiply-accumulates times the bits of both factors.
         traffic_mb: megabytes of operands that are read for one sample, at most.
         latency_ms: milliseconds, at most, by `latencies`.
-        latencies: layer -> bits of its operands, such as (4, 8) for weight and input -> milliseconds.
+        latencies: layer -> bits of its operands, such as (4, 8) for weight and input -> milliseconds; of one in full
+            precision (32, 32).
         loss: what the network gives, targets -> mean loss, []. None: the network gives logits [N, C, ...] of classes,
             and what counts is that their distributions stay; no labels are needed.
         kind: how tensors are priced: gradient, noise or measured.
@@ -64,19 +65,22 @@ def allocate(
         The policy with a rule for each tensor, for `quantize_model(model, policy, example=...)`.
 
     Raises:
-        ValueError: no limit, or one that the narrowest widths do not keep; no batch; nothing to choose bits for; a
-            weight that several layers share, or a tensor that no batch or no gradient came by, without a rule.
+        ValueError: no limit, or one that the narrowest widths do not keep; no batch; widths out of range; nothing to
+            choose bits for; a weight that several layers share, or a tensor that the first batch or all gradients pass
+            by, without a rule.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):
         raise ValueError("allocate: needs a limit: budget, size_mb, bitops, traffic_mb or latency_ms")
     first, rest = _first_of(batches)
     inputs = _arguments(first if loss is None else first[0])
+    if not {*widths} <= {*BITS}:
+        raise ValueError(f"widths={list(widths)}: must be {BITS.start} to {BITS.stop - 1}")
     if len({*widths}) < 2:
         raise ValueError(f"widths={list(widths)}: must be two or more, from which bits are chosen")
     policy = policy or Policy.of()
     quantized = insert(copy.deepcopy(model), pricing_policy(policy), inputs)
-    known = network(quantized, sorted({*widths}), len(inputs[0]))
+    known = network(quantized, widths, len(inputs[0]))
     kept = [Limit(measure, most) for name, most in limits.items() if most is not None for measure in COSTS[name](known)]
     if latency_ms is not None:
         kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {}, same)]

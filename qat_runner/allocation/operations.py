@@ -7,10 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from qat_runner.insertion.insert import policy_of, products_of, quantized_tensors
-from qat_runner.insertion.layers import each, elements_of, is_quantized, narrow_kind, operands, quantizer_of
+from qat_runner.insertion.insert import left_of, policy_of, products_of, quantized_tensors
+from qat_runner.insertion.layers import (
+    each,
+    elements_of,
+    is_quantized,
+    kind_of,
+    modules_by_name,
+    narrow_kind,
+    operands,
+    quantizer_of,
+    was_seen,
+)
 from qat_runner.insertion.size import shared_weights, size_mb
-from qat_runner.policy import FULL_PRECISION, Policy, exactly
+from qat_runner.policy import EMBEDDING, FULL_PRECISION, Policy, exactly
 from qat_runner.quant import Quantizer
 
 
@@ -47,6 +57,15 @@ class Operation:
     operands: tuple[Operand, ...]
     macs: float
     """multiply-accumulates for one sample"""
+    embedding: bool = False
+    """whether it is none, but a lookup"""
+    training: bool = False
+    """whether it is at work in training alone, as an auxiliary head is"""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether inference multiplies what it has."""
+        return not (self.embedding or self.training)
 
     def choices(self, same: bool = False) -> list[tuple[int, ...]]:
         """All widths that its operands may have together.
@@ -71,6 +90,8 @@ class Network:
     """megabytes of all that is no weight of one operation: biases, normalization, clipping scalars, what is shared"""
     rest_macs: float
     """multiply-accumulates for one sample of all that is not quantized"""
+    left: tuple[Operation, ...] = ()
+    """operations that are not quantized, as far as they are layers or products of attention"""
 
     @property
     def free(self) -> list[Operand]:
@@ -94,28 +115,50 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
         samples: of that example.
 
     Raises:
-        ValueError: there is no tensor to choose bits for; or one is stored for several layers.
+        ValueError: there is no tensor to choose bits for; or one is stored for several layers, or the example did not
+            come by it, so that its costs are not known.
     """
     policy, shared = policy_of(model), shared_weights(model)
     macs: dict[str, float] = {}
     for product in products_of(model):
         if not product.training:
             macs[product.module] = macs.get(product.module, 0) + product.macs / samples
-    found = tuple(
-        Operation(
-            name, tuple(_operands(name, layer, policy, widths if name in macs else (), shared)), macs.pop(name, 0.0)
-        )
-        for name, layer in each(model, is_quantized)
-    )
-    if tied := [operand.name for op in found for operand in op.operands if operand.free and operand.shared]:
-        raise ValueError(f"{', '.join(tied)}: stored for other layers as well: rules must say the bits")
-    if not any(operand.free for operation in found for operand in operation.operands):
-        ends = ", or first_last_bits (8 by default) of the first and the last layer," if len(found) <= 2 else ""
-        raise ValueError(f"rules{ends} say the bits of all tensors: there is none to choose them for")
+    training = {product.module for product in products_of(model)} - macs.keys()
+    found, unseen = [], []
+    for name, layer in each(model, is_quantized):
+        embedding, trained = kind_of(layer) == EMBEDDING, name in training
+        of = tuple(_operands(name, layer, policy, () if trained else sorted({*widths}), shared))
+        found.append(Operation(name, of, macs.get(name, 0.0), embedding, trained))
+        if not (was_seen(layer) if embedding else name in macs):
+            unseen += [operand.name for operand in of if operand.free]
+    _check_choices(found, unseen)
     quantized, _ = size_mb(model)
     bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
     stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.stored)
-    return Network(found, quantized - stored / 8e6, sum(macs.values()))
+    rest_macs = sum(of_layer for name, of_layer in macs.items() if name not in {op.layer for op in found})
+    left = tuple(_in_full_precision(model, name, of, macs[name]) for name, of in left_of(model).items() if name in macs)
+    return Network(tuple(found), quantized - stored / 8e6, rest_macs, left)
+
+
+def _check_choices(operations: Sequence[Operation], unseen: Sequence[str]) -> None:
+    """Refuse a network without a choice, or with one among widths whose costs are not known."""
+    free = [operand for operation in operations for operand in operation.operands if operand.free]
+    if tied := [operand.name for operand in free if operand.shared]:
+        raise ValueError(f"{', '.join(tied)}: stored for other layers as well: rules must say the bits")
+    if unseen:
+        raise ValueError(f"{', '.join(unseen)}: no sample of the example comes by there: rules must say the bits")
+    if not free:
+        ends = ", or first_last_bits (8 by default) of the first and the last layer," if len(operations) <= 2 else ""
+        raise ValueError(f"rules{ends} say the bits of all tensors: there is none to choose them for")
+
+
+def _in_full_precision(model: nn.Module, name: str, inputs: Mapping[str, int], macs: float) -> Operation:
+    """A layer, or a product of attention, that is not quantized."""
+    layer, elements = modules_by_name(model).get(name), dict(inputs)
+    if layer is not None and "weight" in operands(layer):
+        elements = {"weight": elements_of(layer, "weight") or 0, **inputs}
+    of = (Operand(f"{name}.{key}", key == "weight", count, (FULL_PRECISION,)) for key, count in elements.items())
+    return Operation(name, tuple(of), macs)
 
 
 def _operands(
@@ -126,14 +169,25 @@ def _operands(
         allowed: tuple[int, ...] = (FULL_PRECISION,)
         if isinstance(quantizer, Quantizer):
             said = not widths or said_by_rule(policy, name, narrow_kind(layer), operand)
-            allowed = (quantizer.format.bits,) if said else tuple(sorted(widths))
+            allowed = (quantizer.format.bits,) if said else tuple(widths)
         tensor = f"{name}.{operand}"
         yield Operand(tensor, operand == "weight", elements_of(layer, operand) or 0, allowed, tensor in shared)
 
 
-def rules_of(network: Network, bits: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Rules of a policy, in plain values, that give the tensors that have a choice so many bits, by name."""
-    return [{"match": exactly(operand.name), "bits": bits[operand.name]} for operand in network.free]
+def rules_of(network: Network, bits: Mapping[str, int], all: bool = False) -> list[dict[str, Any]]:
+    """Rules of a policy, in plain values, that give tensors so many bits, by name.
+
+    Args:
+        network: whose tensors.
+        bits: name of a tensor -> bits.
+        all: also those that have no choice.
+    """
+    return [
+        {"match": exactly(operand.name), **({"type": EMBEDDING} if op.embedding else {}), "bits": bits[operand.name]}
+        for op in network.operations
+        for operand in op.operands
+        if all or operand.free
+    ]
 
 
 def said_by_rule(policy: Policy, layer: str, kind: str, operand: str) -> bool:

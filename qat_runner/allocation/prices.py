@@ -14,6 +14,7 @@ anew for each width: e is the error at s*, under any clipping method, range or f
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -158,6 +159,7 @@ class _Pricing(ABC):
         self.model, self.objective, self.widths = model, objective, widths
         self.tensors = quantized_tensors(model)
         self.quantizers = [t.quantizer for t in self.tensors]
+        self.weights = {t.quantizer for t in self.tensors if t.tensor == "weight"}
 
     @abstractmethod
     def price(self, batch: Any) -> _OfBatch:
@@ -182,22 +184,36 @@ class _Noise(_Pricing):
 
 
 class _Gradient(_Pricing):
+    """The error of a weight is the same in all calls of its layer, and so meets the sum of their gradients; an input
+    has one of its own in each."""
+
     def price(self, batch: Any) -> _OfBatch:
         noise: _Found = {}
         power: _Found = {}
         prices: _Found = {}
+        calls: Counter[Quantizer] = Counter()
+        repeated: dict[Quantizer, tuple[Tensor, Tensor]] = {}
+        """weights of layers that are called several times, and the sum of their gradients"""
         asked = torch.zeros((), requires_grad=True)
 
+        def add(quantizer: Quantizer, x: Tensor, grad: Tensor) -> None:
+            found: list[tuple[Tensor, Tensor]] = []
+            for bits in self.widths:
+                e = quantized(quantizer, x, bits) - x
+                found.append((_squares(e), _squares(e.mul_(grad))))
+            errors, weighed = (torch.stack(row) for row in zip(*found, strict=True))
+            _add(noise, quantizer, errors)
+            _add(power, quantizer, _squares(x))
+            _add(prices, quantizer, weighed)
+
         def with_gradient(quantizer: Quantizer, x: Tensor) -> Tensor:
-            def look(grad: Tensor) -> None:
-                found: list[tuple[Tensor, Tensor]] = []
-                for bits in self.widths:
-                    e = quantized(quantizer, x, bits) - x
-                    found.append((_squares(e), _squares(e.mul_(grad))))
-                errors, weighed = (torch.stack(row) for row in zip(*found, strict=True))
-                _add(noise, quantizer, errors)
-                _add(power, quantizer, _squares(x))
-                _add(prices, quantizer, weighed)
+            calls[quantizer] += 1
+
+            def look(grad: Tensor) -> None:  # once all calls are known
+                if calls[quantizer] == 1 or quantizer not in self.weights:
+                    add(quantizer, x, grad)
+                else:
+                    repeated[quantizer] = x, repeated[quantizer][1] + grad if quantizer in repeated else grad
 
             quantizer.holds = True  # what is saved for the backward pass is x itself
             out: Tensor = _Differentiated.apply(x, asked, look)
@@ -205,7 +221,11 @@ class _Gradient(_Pricing):
 
         with torch.enable_grad(), _watched(self.quantizers, with_gradient):
             loss, predictions = self.objective.loss(self.objective.logits(self.model, batch), batch)
-        torch.autograd.grad(loss, asked, allow_unused=True)
+        if loss.requires_grad:  # else no gradient comes by anywhere
+            torch.autograd.grad(loss, asked, allow_unused=True)
+        with torch.no_grad():
+            for quantizer, (x, grad) in repeated.items():
+                add(quantizer, x, grad)
         for quantizer in self.quantizers:
             quantizer.holds = False
         return _OfBatch({q: predictions / 2 * total for q, total in prices.items()}, _ratios(noise, power))

@@ -1,12 +1,16 @@
 """The best widths under limits, exactly: a multiple-choice knapsack problem, by integer programming (SciPy's HiGHS)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import numpy as np
 
 from qat_runner.allocation.costs import Measure
 from qat_runner.allocation.operations import Network
+
+log = logging.getLogger("qat_runner")
 
 
 class InfeasibleError(ValueError):
@@ -67,7 +71,7 @@ def allocate_bits(
         if least > left * (1 + _SLACK):
             raise InfeasibleError(
                 f"{limit.measure.name} of {limit.most:g} cannot be kept: the narrowest widths come to "
-                f"{least + limit.measure.rest:.4g}"
+                f"{_rounded_up(least + limit.measure.rest)}"
             )
     chosen = _solve(values, tables, room)
     bits = {
@@ -76,6 +80,12 @@ def allocate_bits(
         for operand, width in zip(operation.operands, some[at], strict=True)
     }
     return Allocation(bits, float(sum(row[at] for row, at in zip(values, chosen, strict=True))))
+
+
+def _rounded_up(value: float) -> str:
+    """In four digits, so that a limit of what is told can be kept."""
+    exact = value * (1 - 1e-12)  # sums that are equal on paper to what four digits tell stay that
+    return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(exact)):.4g}"
 
 
 def front(
@@ -173,6 +183,8 @@ def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray
     if found.x is None:
         why = "no widths keep all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
         raise InfeasibleError(why)
+    if found.status != _OPTIMAL:
+        log.warning(f"bits may not be the best: not proven to be in {_SECONDS:g} s ({found.message})")
     ends = np.cumsum([len(row) for row in values])[:-1]
     return [int(np.argmax(x)) for x in np.split(found.x, ends)]
 
@@ -183,7 +195,7 @@ _TOLERANCE = 1e-6
 _TRIES = 20
 """To keep limits exactly; one or two are enough."""
 
-_INFEASIBLE = 2
+_OPTIMAL, _INFEASIBLE = 0, 2
 """Of SciPy's codes."""
 
 _SECONDS = 60.0

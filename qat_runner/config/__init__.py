@@ -27,6 +27,7 @@ from qat_runner.config.resolving import (
     resolve,
     rules_of,
     scaled_lr,
+    trained_of,
     without_choice,
 )
 from qat_runner.config.schema import (
@@ -106,5 +107,6 @@ __all__ = [
     "run_name",
     "scaled_lr",
     "settings",
+    "trained_of",
     "without_choice",
 ]

@@ -165,7 +165,9 @@ def defaults_for(config: Config) -> Config:
 def command(config: Config) -> str | None:
     """The command that asks for a resolved config again; None if none is found that gives this very run."""
     base = defaults_for(config)
-    old, new = (plain(replace(each, clipping=each.clipping_in_mode)) for each in (base, config))
+    if not config.retrains_probes:  # in whose training null means something else than in this mode
+        base, config = (replace(each, clipping=each.clipping_in_mode) for each in (base, config))
+    old, new = plain(base), plain(config)
     values = flat(new)
     changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
     changed = [key for key in changed if config.training or key not in OF_STAGE]

@@ -111,10 +111,10 @@ def _training_told(keys: dict[str, Any], config: Config) -> None:
     retrained on the way to bits."""
     keys["recipe"] = plain(config.stage) if config.training else None
     if not config.training:
-        for key in (*OF_STAGE, *(() if _probing(config) else ("accumulate",))):
+        for key in (*OF_STAGE, *(() if config.retrains_probes else ("accumulate",))):
             del keys[key]
     recipe = config.recipe
-    if config.distilling or (_probing(config) and recipe.distill != Distill.none):
+    if config.distilling or (config.retrains_probes and recipe.distill != Distill.none):
         keys["distill"] = {
             "teacher": None if recipe.teacher is None else config.content(recipe.teacher),
             "temperature": recipe.distill_temperature,
@@ -126,11 +126,6 @@ def _training_told(keys: dict[str, Any], config: Config) -> None:
             keys["distill"]["teacher_model"] = recipe.teacher_model
 
 
-def _probing(config: Config) -> bool:
-    """Whether networks are retrained on the way to bits, so that what these are trained by decides about bits."""
-    return config.allocating and config.retrain_steps > 0
-
-
 def _allocation_told(keys: dict[str, Any], config: Config) -> None:
     """How bits are chosen, where they are."""
     if not config.allocating:
@@ -138,9 +133,9 @@ def _allocation_told(keys: dict[str, Any], config: Config) -> None:
             del keys[key]
     elif config.policy == AUTO:
         keys["policy"] = AUTO
-        if _probing(config) and config.mode != Mode.retrain:
+        if config.retrains_probes and config.mode != Mode.retrain:
             keys["retrain"] = plain(config.recipe)["retrain"]
-    elif _probing(config):
+    elif config.retrains_probes:
         keys["recipe"] = plain(config.recipe)["retrain"]
 
 
@@ -172,7 +167,10 @@ def _clipping_told(keys: dict[str, Any], config: Config) -> None:
             keys.pop(key, None)
         return
     keys["clipping"] = plain(config.clipping_in_mode)
-    if not config.needs_calibration:
+    if config.retrains_probes and config.mode in (Mode.ptq, Mode.allocate):  # whose null is not that of retraining
+        asked = {key: getattr(config.clipping, key) for key in ("missing_code", "refine")}
+        keys |= {f"retrained.{key}": value for key, value in asked.items() if value is not None}
+    if not (config.needs_calibration or config.calibrates_probes):
         del keys["clipping"]["calibration_batches"], keys["clipping"]["calibration_batch_size"]
     if config.schema_version >= (revision := REVISED.get(config.clipping.name, SCHEMA_VERSION + 1)):
         keys["clipping"]["revision"] = revision

@@ -261,10 +261,20 @@ def without_choice() -> dict[str, Any]:
 def allocation_of(config: Config) -> Config:
     """The run in mode allocate whose policy a resolved config with bits=auto takes, resolved."""
     changes: dict[str, Any] = dict.fromkeys((*OF_STAGE, "run_dir", "policy"))
-    recipe = replace(config.recipe, **_WITHOUT_TEACHER, freeze_scalars_at=None, batchnorm_batches=0)
-    changes |= {"recipe": recipe, "mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
-    changes["oscillations"] = OscillationsConfig()
+    changes |= {"mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
+    if not config.retrains_probes:  # else they are trained as the run is
+        changes["recipe"] = replace(config.recipe, **_WITHOUT_TEACHER, freeze_scalars_at=None, batchnorm_batches=0)
+        changes["oscillations"] = OscillationsConfig()
     return changed(config, **changes, allocated=[])
+
+
+def trained_of(config: Config) -> Config:
+    """The run in mode retrain, with bits=auto, of all keys of a resolved config of mode allocate, resolved.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return changed(config, **dict.fromkeys((*OF_STAGE, "run_dir")), mode=Mode.retrain, policy=AUTO)
 
 
 def changed(config: Config, **changes: Any) -> Config:
@@ -317,7 +327,7 @@ def _check_quantization(config: Config) -> None:
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
     _check_scalars(config)
-    if config.needs_calibration:  # to know that takes the whole policy, which checks itself
+    if config.needs_calibration or config.calibrates_probes:  # to know that takes the whole policy, which checks itself
         wanted = (
             f"clipping={config.clipping.name}"
             if config.clipping.learned

@@ -793,6 +793,19 @@ class Config(ConfigSchema):
     @property
     def needs_calibration(self) -> bool:
         """Whether scalars must be found on training batches before the first use."""
+        return self.mode not in (Mode.allocate, Mode.evaluate) and self._needs_calibration_in(self.mode)
+
+    @property
+    def calibrates_probes(self) -> bool:
+        """The same of the networks that are measured on the way to bits."""
+        return self.allocating and self._needs_calibration_in(Mode.retrain if self.retrains_probes else Mode.ptq)
+
+    @property
+    def retrains_probes(self) -> bool:
+        """Whether networks are retrained on the way to bits, so that what these are trained by decides about bits."""
+        return self.allocating and self.retrain_steps > 0
+
+    def _needs_calibration_in(self, mode: Mode) -> bool:
         policy = self.quantization
-        wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and self.mode == Mode.ptq)
-        return wanted and self.mode not in (Mode.allocate, Mode.evaluate) and not policy.full_precision
+        wanted = policy.needs_calibration or (self.clipping.eval_mode != "dynamic" and mode == Mode.ptq)
+        return wanted and not policy.full_precision

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import yaml
 from torch import nn
 from tqdm import tqdm
 
-from qat_runner.allocation import Limit, Network, Prices, allocate_bits, network, price
-from qat_runner.config import Config, run_folder
+from qat_runner.allocation import Limit, Network, Prices, allocate_bits, network, price, rules_of
+from qat_runner.config import Config, allocation_of, identity, run_folder, trained_of
 from qat_runner.config.composing import command
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
@@ -23,7 +24,6 @@ from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, check_tra
 from qat_runner.experiment.checks import preflight
 from qat_runner.experiment.choosing import Search, measures_of, shown
 from qat_runner.experiment.probing import Probes, Run, probe_of
-from qat_runner.policy import exactly
 from qat_runner.quant import BITS
 from qat_runner.runs.files import write_text
 from qat_runner.runs.folder import RunFolder
@@ -127,13 +127,21 @@ def carry_out(
 
 def _policy(config: Config, known: Network, bits: Mapping[str, int]) -> str:
     """The file that gives each tensor its bits, also those that had no choice; it tells what it says nothing of."""
-    operands = [operand.name for operation in known.operations for operand in operation.operands]
-    rules = [{"match": exactly(name), "bits": bits[name]} for name in dict.fromkeys(operands)]
     head = "# Bits, and nothing else: clipping, formats and the like are those of the command that takes this file.\n"
     if (asked := command(config)) is not None:
-        training = asked.replace("qat-bits", "qat-run bits=auto mode=retrain", 1)
-        head += f"# Chosen by: {asked}\n# Trains the same network: {training}\n"
-    return f"{head}{yaml.safe_dump({'rules': rules}, sort_keys=False, default_flow_style=None)}"
+        head += f"# Chosen by: {asked}\n"
+        if _is_found_by_training(config):
+            training = asked.replace("qat-bits", "qat-run bits=auto mode=retrain", 1)
+            head += f"# Trains the same network: {training}\n"
+    rules = {"rules": rules_of(known, bits, all=True)}
+    return f"{head}{yaml.safe_dump(rules, sort_keys=False, default_flow_style=None)}"
+
+
+def _is_found_by_training(config: Config) -> bool:
+    """Whether bits=auto with the same keys, in mode retrain, takes what a run in mode allocate has chosen."""
+    with suppress(ConfigError):
+        return identity(allocation_of(trained_of(config))) == identity(config)
+    return False
 
 
 def _priced(config: Config, model: nn.Module, data: Data, kind: str, widths: Sequence[int], count: int) -> Prices:

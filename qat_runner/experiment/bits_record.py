@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from qat_runner.allocation import Allocation, Limit, Operand, Prices, allocate_bits, rules_of
+from qat_runner.allocation import Allocation, Limit, Operand, Prices, allocate_bits
 from qat_runner.experiment.choosing import Chosen, Search
 from qat_runner.experiment.probing import Probes
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, measured, score
@@ -30,7 +30,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
     others = beside.mean()
     operands = [operand for operation in search.known.operations for operand in operation.operands]
     alike = [search.uniform(width) for width in search.widths]
-    own = [found for found in search.measured if all(found.bits != other.bits for other in alike)]
+    own = [found for found, _ in search.measured if all(found.bits != other.bits for other in alike)]
     return {
         "answer": _answer(search, chosen, probes),
         "cost": search.config.allocation.cost,
@@ -39,12 +39,12 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
         "beside": beside.kind,
         "metric": measured(chosen.summary).name,
         "reference": score(probes.reference),
-        "chosen": _point(search, probes, chosen.best),
+        "chosen": _point(search, chosen.best),
         "uniform": [
-            {**_point(search, probes, found), "width": width} for width, found in zip(search.widths, alike, strict=True)
+            {**_point(search, found), "width": width} for width, found in zip(search.widths, alike, strict=True)
         ],
-        "measured": [_point(search, probes, found) for found in own],
-        "front": [_point(search, probes, found) for found in search.front(POINTS)],
+        "measured": [_point(search, found) for found in own],
+        "front": [_point(search, found) for found in search.front(POINTS)],
         "tensors": [_tensor(search, operand, chosen.best, others) for operand in operands],
         "stability": _stability(search, chosen.best),
         "seconds": seconds,
@@ -64,9 +64,9 @@ def table(tensors: Sequence[PricedTensor], widths: Sequence[int]) -> str:
     return out.getvalue()
 
 
-def _point(search: Search, probes: Probes, found: Allocation) -> Point:
+def _point(search: Search, found: Allocation) -> Point:
     """What bits cost and are expected to do, and what they did where that was measured."""
-    summary = probes.known(rules_of(search.known, found.bits))
+    summary = search.result(found)
     costs = {m.name: m.total(search.known, found.bits) for several in search.shown.values() for m in several}
     return {"costs": costs, "rise": found.rise, "value": None if summary is None else score(summary)}
 
@@ -96,12 +96,14 @@ def _by_width(figures: Mapping[int, float]) -> dict[str, float]:
     return {str(width): figure for width, figure in figures.items()}
 
 
-def _stability(search: Search, best: Allocation) -> float:
+def _stability(search: Search, best: Allocation) -> float | None:
     """Bits by which a tensor differs, in the mean, where bits are chosen on other batches of the same kind.
 
-    Batches are drawn with replacement; the costs are those of what was chosen.
+    Batches are drawn with replacement; the costs are those of what was chosen. None: of one batch there are no others.
     """
     known, prices = search.known, search.prices
+    if prices.count < 2:
+        return None
     limits = search.limits or [Limit(m, m.total(known, best.bits)) for m in search.cost]
     draw, apart = random.Random(0), []
     for _ in range(RESAMPLES):
@@ -123,5 +125,7 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
         return f"{said}; no uniform width does"
     needs = "needs" if config.max_drop is not None else "with"
     rival = search.uniform(chosen.width or 0)
+    if config.max_drop is not None and rival.bits == chosen.best.bits:
+        return f"{said}; these are {chosen.width} bits everywhere: no cheaper ones that were measured lose so little"
     costs = "" if config.allocation.cost == "mean_bits" else f" ({search.told(rival)})"
     return f"{said}; uniform {needs} {chosen.width} bits{costs}: {probes.told(chosen.uniform)}"

@@ -68,11 +68,11 @@ class Search:
     def __init__(self, config: Config, known: Network, prices: Prices, limits: Sequence[Limit]) -> None:
         self.config, self.known, self.prices, self.limits = config, known, prices, limits
         self.mean, self.same = prices.mean(), config.allocation.same
-        self.widths = sorted(config.allocation.widths)
+        self.widths = sorted({*config.allocation.widths})
         self.cost = measures_of(config, known, config.allocation.cost)
         self.shown = {name: measures_of(config, known, name) for name in shown(config)}
-        self.measured: list[Allocation] = []
-        """whatever was asked for, each once"""
+        self.measured: list[tuple[Allocation, Summary]] = []
+        """whatever was asked for, each once, and what it came to"""
         self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
 
     def within_limits(self, probes: Probes) -> Chosen:
@@ -84,7 +84,8 @@ class Search:
         return Chosen(best, self.measure(probes, best), width, beside)
 
     def least(self, probes: Probes) -> Chosen:
-        """The cheapest that loses no more than max_drop; beside it, the narrowest uniform network that does so."""
+        """The cheapest of all that are measured on the way which loses no more than max_drop; beside it, the narrowest
+        uniform network that does so, which it may be itself."""
 
         def small(summary: Summary) -> bool:
             return probes.drop(summary) <= (self.config.max_drop or 0)
@@ -95,10 +96,11 @@ class Search:
                 f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
                 f"allocation.widths may, or retrain_steps"
             )
-        best = self._best_at(limit)
         width = first_that_holds(self.widths, lambda w: small(self._measure_uniform(probes, w)))
         beside = None if width is None else self._measure_uniform(probes, width)
-        return Chosen(best, self.measure(probes, best), width, beside)
+        enough = [(found, summary) for found, summary in self.measured if small(summary)]
+        best, summary = min(enough, key=lambda pair: self._figure(pair[0]))
+        return Chosen(best, summary, width, beside)
 
     def uniform(self, width: int) -> Allocation:
         """The same bits for all tensors that have a choice."""
@@ -136,11 +138,17 @@ class Search:
 
     def measure(self, probes: Probes, found: Allocation, said: str | None = None) -> Summary:
         """The result of the network with so many bits, which are called by what they cost where they have no name."""
-        operands = (operand for operation in self.known.operations for operand in operation.operands)
-        narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
-        if all(found.bits != other.bits for other in self.measured):
-            self.measured.append(found)
-        return probes.network(said or self.told(found), rules_of(self.known, found.bits), narrowest)
+        summary = self.result(found)
+        if summary is None:
+            operands = (operand for operation in self.known.operations for operand in operation.operands)
+            narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
+            summary = probes.network(said or self.told(found), rules_of(self.known, found.bits), narrowest)
+            self.measured.append((found, summary))
+        return summary
+
+    def result(self, found: Allocation) -> Summary | None:
+        """What the network with so many bits came to; None: it was not measured."""
+        return next((summary for other, summary in self.measured if other.bits == found.bits), None)
 
     def told(self, found: Allocation) -> str:
         """What bits cost, in words: of what the front goes by."""

@@ -41,7 +41,6 @@ class Probes:
             self.steps = self._measured.epochs * (self._measured.limit_train_batches or 0)
         full = changed(config, **in_full_precision(), **_alone(weights, folder), mode=Mode.evaluate)
         self._run = run
-        self._known: dict[str, Summary] = {}
         self.reference = self._result(full)
         """of the full-precision network"""
         log.info(f"in full precision: {measured(self.reference).told(score(self.reference))}")
@@ -54,19 +53,12 @@ class Probes:
             rules: see there.
             narrowest: bits of the weight that has fewest; where they are too many for codes to be watched, none are.
         """
-        key = repr(rules)
-        if key not in self._known:
-            how = self._measured.oscillations
-            if narrowest > how.max_bits:
-                how = replace(how, measure=False, freeze_to=None)
-            rules = [*self._measured.rules, *rules]
-            self._known[key] = self._result(changed(self._measured, rules=rules, oscillations=how))
-            log.info(f"{bits}: {self.told(self._known[key])}")
-        return self._known[key]
-
-    def known(self, rules: Sequence[Mapping[str, Any]]) -> Summary | None:
-        """What `network` has given for such rules; None: it was not asked for them."""
-        return self._known.get(repr(rules))
+        how = self._measured.oscillations
+        if narrowest > how.max_bits:
+            how = replace(how, measure=False, freeze_to=None)
+        found = self._result(changed(self._measured, rules=[*self._measured.rules, *rules], oscillations=how))
+        log.info(f"{bits}: {self.told(found)}")
+        return found
 
     def _result(self, config: Config) -> Summary:
         """Of a probe, whose own log alone has what it says beside warnings."""

@@ -6,7 +6,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -164,15 +164,16 @@ def _run(config: Config, folder: Path) -> Summary:
         warnings.simplefilter("always", QuantizationWarning)
         model, data = build(config, weights)
         teacher = load_teacher(config, data, weights) if config.distilling else None
+    notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     if config.mode == Mode.allocate:
         problem = allocating.problem_of(config, model, data)
         distributed.on_main(lambda: _clear(config, folder))
-        return _choose_bits(config, folder, model, data, weights, problem)
+        with _recorded(config, folder), _told_once(notes):
+            return _choose_bits(config, folder, model, data, weights, problem)
     trainer = Trainer(config, model, data, NullRecord(folder), teacher)
     if config.training and not config.overwrite and distributed.on_main(lambda: RunFolder(folder).finished):
         _check_goes_on(folder, trainer)
     distributed.on_main(lambda: _clear(config, folder))
-    notes = [str(w.message) for w in caught if issubclass(w.category, QuantizationWarning)]
     return _carry_out(config, folder, trainer, notes)
 
 
@@ -233,20 +234,38 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
 def _try(config: Config) -> None:
     """Refuse what building would, before another run is made for this one; nothing of it stays in memory meanwhile."""
     model, data = try_policy(config)
-    if config.mode == Mode.allocate:
-        allocating.problem_of(config, model, data)
+    if config.allocating:
+        allocating.problem_of(config if config.mode == Mode.allocate else allocation_of(config), model, data)
 
 
 def _choose_bits(
     config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, problem: allocating.Problem
 ) -> Summary:
     """Choose bits for what has been built, on the record."""
-    with _recorded(config, folder):
-        _record_environment(folder, resuming=False)
-        log.info(f"run folder {folder}")
-        result = allocating.carry_out(config, folder, model, data, weights, run, problem)
-        SUMMARY.write(folder, result)
-        return result
+    _record_environment(folder, resuming=False)
+    log.info(f"run folder {folder}")
+    result = allocating.carry_out(config, folder, model, data, weights, run, problem)
+    SUMMARY.write(folder, result)
+    return result
+
+
+@contextmanager
+def _told_once(notes: Sequence[str]) -> Iterator[None]:
+    """Tell notes on a network; while open, runs that are carried out on the way tell them in their own logs alone."""
+    for note in notes:
+        log.warning(note)
+
+    def is_new(record: logging.LogRecord) -> bool:
+        return record.getMessage() not in notes
+
+    handlers = [*log.handlers]
+    try:
+        for handler in handlers:
+            handler.addFilter(is_new)
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 @contextmanager

@@ -84,6 +84,10 @@ POLICY = "quantization_policy"
 PRODUCTS = "quantization_products"
 """Attribute of a quantized model that was seen at work: its products of tensors."""
 
+LEFT = "quantization_left"
+"""Attribute of the same: the name of each layer or product that is in full precision -> elements of its inputs, as of
+ELEMENTS."""
+
 
 KNOWN = "convolutions, linear layers, experts and attention"
 """What is quantized, for a reader."""
@@ -535,9 +539,11 @@ def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[
 def _decide(model: nn.Module, seen: Trace) -> None:
     """Signs and sizes of the inputs, once and for all; what was noticed is said."""
     modules = modules_by_name(model)
+    in_full: dict[str, dict[str, int]] = {}
     for name, calls in seen.layers.items():
         layer = modules.get(name)  # a product that nothing is quantized of may be gone
         if layer is None or not is_quantized(layer):
+            in_full[name] = calls.elements
             continue
         for operand, signed in calls.signed.items():
             quantizer = quantizer_of(layer, operand)
@@ -548,6 +554,7 @@ def _decide(model: nn.Module, seen: Trace) -> None:
                 quantizer.features = calls.elements[operand]
         setattr(layer, ELEMENTS, calls.elements)
     setattr(model, PRODUCTS, seen.products)
+    setattr(model, LEFT, in_full)
     for note in seen.notes:
         _warn(note)
     passed_over = filter(partial(_passed_over, modules), seen.products)
@@ -611,6 +618,12 @@ def products_of(model: nn.Module) -> list[Product]:
     where a part of it was quantized, and seen, alone."""
     products: list[Product] = [] if outside(model) else vars(network_of(model)).get(PRODUCTS, [])
     return products
+
+
+def left_of(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The layers and products that are in full precision, of a model that `products_of` knows: see LEFT."""
+    left: dict[str, dict[str, int]] = vars(network_of(model)).get(LEFT, {})
+    return left
 
 
 def outside(model: nn.Module) -> str | None:
@@ -698,7 +711,7 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
     for module in swapped:
         restore(module)
     for module in model.modules():
-        for name in {POLICY, PRODUCTS, ELEMENTS} & vars(module).keys():
+        for name in {POLICY, PRODUCTS, LEFT, ELEMENTS} & vars(module).keys():
             delattr(module, name)
         _remove_hook(module, _decide_on_first_batch)
     return model

@@ -686,6 +686,11 @@ def elements_of(layer: nn.Module, operand: str) -> int | None:
     return seen.get(operand)
 
 
+def was_seen(layer: nn.Module) -> bool:
+    """Whether a quantized layer was seen at work."""
+    return ELEMENTS in vars(layer)
+
+
 def convert(layer: nn.Module) -> None:
     """Turn a layer of one of KINDS into its quantized class, in place, without quantizers yet."""
     layer.__class__ = quantized_class(type(layer))

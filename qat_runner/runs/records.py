@@ -381,8 +381,8 @@ class AllocationRecord(TypedDict):
     """of those on the way, all but uniform ones"""
     front: list[Point]
     tensors: list[PricedTensor]
-    stability: Real
-    """bits by which a tensor differs, in the mean, on other batches"""
+    stability: Real | None
+    """bits by which a tensor differs, in the mean, on other batches; null where there was one alone"""
     seconds: Real
     """of pricing"""
     retrain_steps: Count

@@ -2,17 +2,18 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
-from qat_runner.allocation import Network, Prices
+from qat_runner.allocation import Limit, Network, Prices
 from qat_runner.config import Config
+from qat_runner.experiment.bits_record import recorded
 from qat_runner.experiment.choosing import Search
 from qat_runner.experiment.probing import Probes
 from qat_runner.quant import Octav
@@ -25,10 +26,11 @@ MS = {(2, 2): 1.2, (4, 4): 0.4, (8, 8): 0.8}
 
 @dataclass
 class How:
-    latencies: str
+    latencies: str | None = None
     same: bool = False
     widths: tuple[int, ...] = WIDTHS
     cost: str = "latency_ms"
+    price: str = "gradient"
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Asked:
     max_drop: float = 1.0
     retrain_steps: int = 0
     limits: dict[str, float] = field(default_factory=dict)
+    model: Any = field(default_factory=lambda: SimpleNamespace(name="net"))
+    dataset: Any = field(default_factory=lambda: SimpleNamespace(name="data"))
 
 
 @pytest.mark.parametrize(("wanted", "epochs", "each"), [(0, 0, 0), (1000, 3, 334), (390, 1, 390), (391, 2, 196)])
@@ -87,23 +91,43 @@ def test_codes_of_wide_weights_are_not_watched(tmp_path: Path) -> None:
 
 
 class Foretold:
-    """In place of measurements."""
+    """In place of measurements: what is lost is what a function says of the bits of all tensors."""
 
-    def drop(self, rise: float) -> float:
-        return rise
+    steps = 0
+    reference: ClassVar[dict[str, float]] = {"top1": 50.0}
+
+    def __init__(self, lost: Callable[[Mapping[str, int]], float]) -> None:
+        self.lost = lost
+
+    def network(self, bits: str, rules: Sequence[Mapping[str, Any]], narrowest: int) -> dict[str, float]:
+        return {"top1": 50.0 - self.lost({rule["match"]: rule["bits"] for rule in rules})}
+
+    def drop(self, summary: Mapping[str, float]) -> float:
+        return 50.0 - summary["top1"]
+
+    def told(self, summary: Mapping[str, float], after: str = "") -> str:
+        return f"{summary['top1']:.0f} %"
 
 
-def search_by(ms: Mapping[tuple[int, int], float], tmp_path: Path) -> Search:
-    """Among four layers alike, by latencies; 1 ms for pairs of bits that they do not name."""
-    known = Network(tuple(operation(f"l{i}", 1000, 1000, 1e6) for i in range(4)), 0.0, 0.0)
+EVEN, FLAT, STEEP = (1.0, 0.05, 0.0002), (1e-6, 1e-7, 1e-9), (100.0, 10.0, 0.001)
+"""Prices at each of WIDTHS."""
+
+
+def search_by(how: How, rows: Sequence[Sequence[Sequence[float]]] = ([EVEN],) * 4) -> Search:
+    """Among layers of the same size, both of whose operands have the same prices, a row a batch."""
+    known = Network(tuple(operation(f"l{i}", 1000, 1000, 1e6) for i in range(len(rows))), 0.0, 0.0)
+    names, nothing = [operand.name for operand in known.free], torch.zeros(len(WIDTHS), dtype=torch.float64)
+    priced = {name: torch.tensor(rows[int(name[1])], dtype=torch.float64) for name in names}
+    config: Any = Asked(how)
+    return Search(config, known, Prices("gradient", WIDTHS, priced, dict.fromkeys(names, nothing)), [])
+
+
+def timed(ms: Mapping[tuple[int, int], float], tmp_path: Path) -> Search:
+    """Of four layers by latencies; 1 ms for pairs of bits that they do not name."""
     pairs = {f"{a}x{b}": ms.get((a, b), 1.0) for a, b in itertools.product(WIDTHS, repeat=2)}
     file = tmp_path / "latencies.json"
-    file.write_text(json.dumps({op.layer: pairs for op in known.operations}))
-    price, nothing = (torch.tensor(row, dtype=torch.float64) for row in ([[1.0, 0.05, 0.0002]], [0.0, 0.0, 0.0]))
-    names = [operand.name for operand in known.free]
-    prices = Prices("gradient", WIDTHS, dict.fromkeys(names, price), dict.fromkeys(names, nothing))
-    config: Any = Asked(How(str(file)))
-    return Search(config, known, prices, [])
+    file.write_text(json.dumps({f"l{i}": pairs for i in range(4)}))
+    return search_by(How(str(file)))
 
 
 def figures(search: Search) -> list[tuple[float, float]]:
@@ -115,19 +139,50 @@ def figures(search: Search) -> list[tuple[float, float]]:
 def test_a_front_that_begins_at_nothing(wide: float, tmp_path: Path) -> None:
     """Costs from 0 on are evenly apart: no ratio leads away from there."""
     ms = dict.fromkeys(itertools.product(WIDTHS, repeat=2), 0.0) | {(8, 8): wide}
-    search = search_by(ms, tmp_path)
+    search = timed(ms, tmp_path)
     assert search.range == (0.0, pytest.approx(4 * wide))
     found = figures(search)
     assert found[0][0] == 0 and found[-1] == pytest.approx((4 * wide, 0.0016))
 
 
-def test_the_front_begins_at_what_costs_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    search = search_by(MS, tmp_path)
+def test_the_front_begins_at_what_costs_least(tmp_path: Path) -> None:
+    search = timed(MS, tmp_path)
     (cost,), known = search.cost, search.known
     assert search.range == pytest.approx((1.6, 3.2))
     found = figures(search)
     assert found[0] == pytest.approx((1.6, 0.4)) and found[-1] == pytest.approx((3.2, 0.0016))
-    monkeypatch.setattr(Search, "measure", lambda self, probes, found, said=None: found.rise)
-    probes: Any = Foretold()
+    probes: Any = Foretold(lambda bits: sum(search.mean[name][width] for name, width in bits.items()))
     best = search.least(probes).best
     assert cost.total(known, best.bits) == pytest.approx(1.6) and {*best.bits.values()} == {4}
+
+
+def test_the_fewest_bits_are_those_of_all_networks_on_the_way() -> None:
+    """Of which a uniform one may be cheaper than all that prices choose."""
+    search = search_by(How(cost="mean_bits", widths=(2, 4, 4, 8)), ([STEEP], [EVEN], [FLAT], [FLAT]))
+    probes: Any = Foretold(lambda bits: 0.0 if min(bits.values()) >= 4 else 9.0)
+    chosen = search.least(probes)
+    assert {*chosen.best.bits.values()} == {4} and chosen.width == 4 and search.widths == [2, 4, 8]
+    record = recorded(search, chosen, probes, Prices("measured", (4,), {}, {}), 0.0)
+    assert record["answer"] == (
+        "net on data lives with 4.0 bits (weights), 4.0 bits (activations): 50 %; these are 4 bits everywhere: no "
+        "cheaper ones that were measured lose so little"
+    )
+    assert record["chosen"] == {key: value for key, value in record["uniform"][1].items() if key != "width"}
+    assert [point["value"] for point in record["uniform"]] == [41.0, 50.0, 50.0]
+    assert record["measured"] and all(point["value"] is not None for point in record["measured"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "stability"),
+    [
+        # Together they choose 4 bits for both. Half of ten draws have one batch alone, which has 8 and 2 bits chosen.
+        (([EVEN, FLAT], [FLAT, EVEN]), 1.5),
+        (([EVEN, EVEN], [FLAT, FLAT]), 0.0),
+        (([EVEN], [FLAT]), None),  # of one batch there is no telling
+    ],
+)
+def test_bits_are_stable_where_batches_agree(rows: Sequence[Any], stability: float | None) -> None:
+    search, probes = search_by(How(cost="mean_bits"), rows), Foretold(lambda bits: 0.0)
+    search.limits = [Limit(measure, 5.0) for measure in search.cost]
+    chosen = search.within_limits(probes)  # type: ignore[arg-type]
+    assert recorded(search, chosen, probes, search.prices, 0.0)["stability"] == stability  # type: ignore[arg-type]

@@ -1,12 +1,15 @@
 """Bits for a network of one's own."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import qat_runner as qat
+from qat_runner.allocation import COSTS, Network, latency_ms, rules_of
+from qat_runner.allocation import network as operations_of
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.size import size_mb
 
@@ -115,6 +118,76 @@ def test_what_works_in_training_alone_keeps_its_bits(batches: list[Tensor]) -> N
     assert bits["aux"] == 5 and bits["head"] != 5
 
 
+FREE = qat.Policy.of(first_last_bits=None)
+
+
+@pytest.mark.filterwarnings("ignore:aux is called in training only")
+def test_what_works_in_training_alone_costs_inference_nothing() -> None:
+    x = torch.randn(2, 3, 10, 10)
+    full = qat.quantize(WithAuxiliary(), qat.Policy.of(keep=["head"]), example=x)
+    (least,) = COSTS["traffic_mb"](known_of(full))
+    bits = {t.name: 8 for t in quantized_tensors(full)}
+    layers = {"0": (216, 300), "2": (576, 512), "4": (288, 288), "6": (320, 64)}  # weights, and inputs of a sample
+    elements = sum(map(sum, layers.values()))
+    assert least.total(known_of(full), bits) == pytest.approx((8 * elements + 32 * (25 + 5)) / 8e6)
+    names = [f"body.{name}" for name in layers]
+    table = {name: dict.fromkeys(itertools.product((2, 8), repeat=2), 1.0) for name in names}
+    with pytest.raises(ValueError, match="latencies: has nothing of head"):
+        latency_ms(known_of(full), table)
+    (ms,) = latency_ms(known_of(full), {**table, "head": {(32, 32): 0.25}})
+    assert ms.total(known_of(full), bits) == 4.25
+
+
+def known_of(model: nn.Module) -> Network:
+    return operations_of(model, (2, 8), 2)
+
+
+class Experts(nn.Module):
+    """Of which each input asks one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.head = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.e[int(x[0, 0])](x))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:e.\\* is not called")
+def test_what_the_example_does_not_come_by_is_no_choice() -> None:
+    batches = [torch.cat([torch.full((4, 1), float(i)), torch.randn(4, 5)], 1) for i in range(3)]
+    with pytest.raises(ValueError, match=r"e.1.weight, e.1.input, e.2.weight, e.2.input: no sample of the example"):
+        qat.allocate(Experts(), batches, 8.0, policy=FREE)
+    said = qat.Policy.of(first_last_bits=None, rules=[qat.Rule("e.[12]", bits=8)])
+    found = bits_of(qat.allocate(Experts(), batches, 8.0, policy=said))
+    assert {name: bits for name, bits in found.items() if name[0] in "eh"} == dict.fromkeys(
+        ("e.[12]", "e.0.weight", "e.0.input", "head.weight", "head.input"), 8
+    )
+
+
+def test_an_embedding_that_is_quantized_has_a_choice() -> None:
+    """It is stored, and looked up, but not multiplied."""
+
+    def embedding() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(12, 8), nn.Flatten(), nn.Linear(24, 8), nn.Linear(8, 5))
+
+    tokens = torch.randint(0, 12, (4, 3))
+    policy = qat.Policy.of(first_last_bits=None, rules=[{"match": "*", "type": "Embedding", "clipping": "max"}])
+    for kind in ("gradient", "measured"):
+        found = qat.allocate(embedding(), [tokens], 6.0, kind=kind, policy=policy, widths=(2, 6))
+        model = qat.quantize(embedding(), found, example=tokens)
+        assert {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}["0.weight"] == 6
+    known = known_of(qat.quantize(embedding(), policy, example=tokens))
+    bits = {operand.name: 6 for operand in known.free}
+    again = qat.quantize(embedding(), qat.Policy.of(rules=rules_of(known, bits, all=True)), example=tokens)
+    assert {t.name: t.quantizer.format.bits for t in quantized_tensors(again)} == bits
+    (read,), (stored,) = COSTS["traffic_mb"](known), COSTS["size_mb"](known)
+    assert read.total(known, bits) * 8e6 == pytest.approx(6 * (24 * 8 + 24 + 8 * 5 + 8))
+    assert (stored.total(known, bits) - stored.rest) * 8e6 == pytest.approx(6 * (12 * 8 + 24 * 8 + 8 * 5))
+
+
 def bits_of(policy: qat.Policy) -> dict[str, int]:
     return {rule.match: rule.bits for rule in policy.rules if rule.bits is not None}
 
@@ -191,3 +264,5 @@ def test_fewer_than_two_widths_are_no_choice(batches: list[Tensor]) -> None:
     for widths in ([4], [4, 4]):
         with pytest.raises(ValueError, match="must be two or more"):
             qat.allocate(network(), batches, 4.0, widths=widths)
+    with pytest.raises(ValueError, match=r"widths=\[4, 8, 32\]: must be 2 to 16"):
+        qat.allocate(network(), batches, 4.0, widths=[4, 8, 32])

@@ -84,6 +84,29 @@ def test_the_price_by_gradients_is_half_the_fisher_information_times_squared_err
                 torch.testing.assert_close(prices.batches[name][at, i], wanted, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:0 is called 3 times a pass")
+def test_a_weight_that_is_multiplied_by_several_times_has_one_error(batches: list[Batch]) -> None:
+    """Whose gradient is that of all calls together."""
+    layer, head = nn.Linear(6, 6), nn.Linear(6, 3)
+    model = nn.Sequential(layer, layer, nn.ReLU(), layer, head)
+    x, targets = batches[0]
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), targets), layer.weight)
+    weight = layer.weight.detach()
+    quantize_model(model, first_last_bits=None, example=x)
+    prices = price(model, batches[:1], CROSS_ENTROPY, WIDTHS)
+    e = torch.stack([errors(weight, width, True, None) for width in WIDTHS]).double()
+    wanted = len(x) / 2 * (grad * e).square().sum((1, 2))
+    torch.testing.assert_close(prices.batches["0.weight"][0], wanted, rtol=1e-4, atol=1e-9)
+    ratio = e.square().sum((1, 2)) / weight.double().square().sum()
+    torch.testing.assert_close(prices.noise["0.weight"], ratio, rtol=1e-4, atol=1e-9)
+
+
+def test_where_no_gradient_comes_by_nothing_has_a_price(model: nn.Module, batches: list[Batch]) -> None:
+    frozen = of_loss(lambda model, batch: model(batch[0]).detach(), loss)
+    assert price(model, batches, frozen, WIDTHS).batches == {}
+    assert {*price(model, batches, frozen, WIDTHS, "measured").batches} == {t.name for t in quantized_tensors(model)}
+
+
 def test_noise_is_relative_and_an_error_of_zero_has_none(model: nn.Module, batches: list[Batch]) -> None:
     prices = price(model, batches, CROSS_ENTROPY, WIDTHS, "noise")
     wanted = [errors(batches[0][0], w, True, None).double().square().sum() for w in WIDTHS]

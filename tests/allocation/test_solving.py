@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +130,31 @@ def test_a_limit_below_the_narrowest_is_refused() -> None:
     limits = [Limit(m, 1.5) for m in COSTS["mean_bits"](NETWORK)]
     with pytest.raises(InfeasibleError, match=r"mean bits of weights of 1\.5 cannot be kept: .* come to 2"):
         allocate_bits(NETWORK, falling(NETWORK), limits)
+
+
+@pytest.mark.parametrize("stored", [0.0077141, 0.0077149, 0.0077, 12345.6])
+def test_what_is_told_of_the_narrowest_can_be_kept(stored: float) -> None:
+    network = Network((operation("a", 0, 50, 1e9),), stored, 0.0)
+    (measure,) = COSTS["size_mb"](network)
+    with pytest.raises(InfeasibleError, match="come to") as refused:
+        allocate_bits(network, falling(network), [Limit(measure, 0.001)])
+    told = float(str(refused.value).rpartition(" ")[2])
+    allocate_bits(network, falling(network), [Limit(measure, told)])
+    assert stored <= told * (1 + 1e-9) and told < stored * 1.001
+
+
+def test_a_choice_that_is_not_proven_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    limits = [Limit(m, 4.0) for m in COSTS["mean_bits"](NETWORK)]
+
+    def stopped(*args: object, **kwargs: object) -> object:
+        found = milp(*args, **kwargs)
+        found.status, found.message = 1, "Time limit reached."
+        return found
+
+    milp = scipy.optimize.milp
+    monkeypatch.setattr(scipy.optimize, "milp", stopped)
+    allocate_bits(NETWORK, falling(NETWORK), limits)
+    assert "bits may not be the best: not proven to be in 60 s (Time limit reached.)" in caplog.text
 
 
 def test_limits_that_cannot_be_kept_together_are_refused() -> None:

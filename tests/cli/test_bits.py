@@ -1,6 +1,8 @@
 """qat-bits and bits=auto: from the command to the folder."""
 
+import io
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from qat_runner.config import allocation_of, from_hydra, load_config, run_name
 from qat_runner.config.composing import command, compose_config
 from qat_runner.experiment import allocating
 from qat_runner.experiment.probing import first_that_holds
+from qat_runner.experiment.running import _told_once
 from qat_runner.models import build_model
 from qat_runner.runs.records import ALLOCATION, SUMMARY
 from tests.cli.commands import Run, run_in
@@ -205,15 +208,16 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
 
 def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("ms.json").write_text('{"another": {"4x4": 1.0}}')
-    asked = ["mode=allocate", "weights=baseline", "run_dir=small"]
+    asked, auto = (["weights=baseline", "run_dir=small", how] for how in ("mode=allocate", "bits=auto"))
     for words, sentence in (
         (["size_mb=0.01"], "size_mb=0.01: MB of 0.01 cannot be kept: the narrowest widths come to"),
         (["budget=4", "rules=[{match: '*', bits: 4}]"], "budget=4: rules say the bits of all tensors"),
         (["budget=4", "allocation.latencies=ms.json"], "allocation.latencies: has nothing of conv1"),
     ):
-        assert run(*asked, *words) == 2
-        assert sentence in capsys.readouterr().err
-        assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
+        for how in (asked, [*auto, "mode=retrain"]):
+            assert run(*how, *words) == 2
+            assert sentence in capsys.readouterr().err
+            assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
     assert run("bits=32", "epochs=1", "run_dir=small") == 0
     before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
     assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
@@ -260,6 +264,22 @@ def test_what_is_only_shown_does_not_cost_the_answer(
     assert record is not None and record["beside"] == "measured"
     assert not any(tensor["beside"] for tensor in record["tensors"]) and allocated(Path("chosen"))
     assert report.main(["chosen"]) == 0
+
+
+def test_notes_on_a_network_are_told_once_however_many_of_it_are_measured() -> None:
+    """But for the logs of these, which are opened on the way."""
+    log, texts = logging.getLogger("qat_runner"), (io.StringIO(), io.StringIO())
+    outer, inner = map(logging.StreamHandler, texts)
+    log.addHandler(outer)
+    with _told_once(["fc is shared"]):
+        log.addHandler(inner)
+        for said in ("fc is shared", "it is late"):
+            log.warning(said)
+    log.removeHandler(inner)
+    log.warning("fc is shared")
+    log.removeHandler(outer)
+    assert texts[0].getvalue().splitlines() == ["fc is shared", "it is late", "fc is shared"]
+    assert texts[1].getvalue().splitlines() == ["fc is shared", "it is late"]
 
 
 def test_several_processes_do_not_choose_apart(

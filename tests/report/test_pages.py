@@ -378,6 +378,7 @@ def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: P
     (folder / "allocation.json").write_text(json.dumps(ALLOCATED))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
     assert "Which bits" in text and "on record" not in text
+    assert "On other batches of the same kind a tensor would get 0.50 bits more or less" in text
     assert not any(head in text for head in ("Training", "Quantization noise", "Tensors", "One tensor at a time"))
 
 
@@ -385,8 +386,12 @@ def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path
     folder = make_run(tmp_path, "mode=allocate", "weights=baseline", "budget=4")
     points = [ALLOCATED["chosen"] | {"costs": {"MB": mb}, "value": top1} for mb, top1 in ((2.0, 59.0), (1.0, 50.0))]
     uniform = [point | {"width": bits} for bits, point in enumerate((points[0], points[1] | {"value": None}), 3)]
-    (folder / "allocation.json").write_text(json.dumps(ALLOCATED | {"measured": points, "uniform": uniform}))
-    (view,) = charts_of(run_page.write(folder, tmp_path / "page.html"))["measured"]["views"]
+    (folder / "allocation.json").write_text(
+        json.dumps(ALLOCATED | {"measured": points, "uniform": uniform, "stability": None})
+    )
+    page = run_page.write(folder, tmp_path / "page.html")
+    (view,) = charts_of(page)["measured"]["views"]
+    assert "On other batches" not in text_of(page)  # where there was one
     drawn = {trace["name"]: (trace["x"], trace["y"]) for trace in view["traces"]}
     assert drawn["chosen bits"] == ([1.0, 2.0], [50.0, 59.0]) and drawn["uniform"] == ([2.0], [59.0])
     assert drawn["full precision"] == ([1.0, 2.0], [61.0, 61.0]) and drawn["the answer"][1] == [60.0]
