@@ -215,7 +215,7 @@ class _Gradient(_Pricing):
                 else:
                     repeated[quantizer] = x, repeated[quantizer][1] + grad if quantizer in repeated else grad
 
-            quantizer.holds = True  # what is saved for the backward pass is x itself
+            quantizer.hold(True)  # what is saved for the backward pass is x itself
             out: Tensor = _Differentiated.apply(x, asked, look)
             return out
 
@@ -227,7 +227,7 @@ class _Gradient(_Pricing):
             for quantizer, (x, grad) in repeated.items():
                 add(quantizer, x, grad)
         for quantizer in self.quantizers:
-            quantizer.holds = False
+            quantizer.hold(False)
         return _OfBatch({q: predictions / 2 * total for q, total in prices.items()}, _ratios(noise, power))
 
 

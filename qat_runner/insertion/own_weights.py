@@ -184,13 +184,14 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
             quantized: Tensor = self.weight_quantizer(rows)
         if quantized is rows:
             return Used(weight)
-        return Used(from_rows(quantized, turned, weight.shape), self._source(quantized, rows))
+        used = from_rows(quantized, turned, weight.shape)
+        return Used(used, self._source(quantized, rows, used.stride()))
 
-    def _source(self, quantized: Tensor, rows: Tensor) -> Source | None:
+    def _source(self, quantized: Tensor, rows: Tensor, stride: tuple[int, ...]) -> Source | None:
         quantizer, weight = self.weight_quantizer, self.qat_stored_weight()
         if not (isinstance(quantizer, Quantizer) and saving() and can_be_made(quantized, rows, quantizer)):
             return None
-        how = weight.detach(), weight._version, quantizer.latest, quantizer
+        how = weight.detach(), weight._version, quantizer.latest, quantizer, stride
         return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:

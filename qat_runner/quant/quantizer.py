@@ -29,24 +29,31 @@ class NotCalibratedError(RuntimeError):
 
 
 @dataclass
-class _Trained:
-    """The scalars of the calls in training since activation checkpointing last repeated one."""
+class _Calls:
+    """What changes with each call; beside the module, which takes longer to set than a small tensor to quantize."""
 
-    calls: int = 0
-    s: Tensor | None = None
-    """of the latest call"""
+    last_s: Tensor | None = None
+    """the scalars of the latest"""
+    given: "Given | None" = None
+    """for the next, if it is with that tensor itself"""
+    holds: bool = False
+    """whether the output of the latest is kept for the backward pass"""
+    trained: int = 0
+    """in training, since activation checkpointing last repeated one"""
+    trained_s: Tensor | None = None
+    """the scalars of the latest of them"""
     over: bool = False
-    """a call has been repeated: what comes next is of another step"""
+    """one has been repeated: what comes next is of another step"""
 
     @property
     def only_s(self) -> Tensor | None:
         """The scalars of the call that is repeated, if there is one alone that it can be."""
-        return self.s if self.calls == 1 else None
+        return self.trained_s if self.trained == 1 else None
 
     def then(self, s: Tensor) -> None:
-        """One more call."""
-        self.calls = 1 if self.over else self.calls + 1
-        self.s, self.over = s, False
+        """One more call in training."""
+        self.trained = 1 if self.over else self.trained + 1
+        self.trained_s, self.over = s, False
 
 
 class Plan(NamedTuple):
@@ -145,16 +152,10 @@ class Quantizer(ScalarState):
         """False passes x on unchanged, as in the full-precision network."""
         self.checks = True
         """Whether solving in `eval()` refuses NaN and infinity, for which it waits; else NaN is what comes out."""
-        self.last_s: Tensor | None = None
-        """The scalars of the latest call, for whoever measures noise; not part of the state."""
         self._reusing = False
         self._reused: tuple[Tensor, Tensor] | None = None
-        self._trained = _Trained()
+        self._calls = _Calls()
         self._plan: Plan | None = None
-        self.given: Given | None = None
-        """For the next call, if it is with that tensor itself."""
-        self.holds = False
-        """Whether the output of the latest call is kept for the backward pass."""
 
     @property
     def mode(self) -> str:
@@ -170,6 +171,20 @@ class Quantizer(ScalarState):
     def ready(self) -> bool:
         """Whether a call in eval() would find the scalars it needs."""
         return self.has_scalars or (self.dynamic and self.eval_mode == "dynamic")
+
+    @property
+    def last_s(self) -> Tensor | None:
+        """The scalars of the latest call, for whoever measures noise; not part of the state."""
+        return self._calls.last_s
+
+    @property
+    def holds(self) -> bool:
+        """Whether the output of the latest call is kept for the backward pass."""
+        return self._calls.holds
+
+    def hold(self, whether: bool) -> None:
+        """Say whether it is."""
+        self._calls.holds = whether
 
     @property
     def latest(self) -> Tensor:
@@ -206,11 +221,12 @@ class Quantizer(ScalarState):
 
     def _called(self, x: Tensor) -> Tensor:
         """The output of a call that is not spared."""
-        given, self.given = self.given, None
+        calls = self._calls
+        given, calls.given = calls.given, None
         if given is not None and (given.x is not x or given.written != written(x)):
             given = None  # of another tensor, or of what its module has replaced since, such as a norm that is kept
         checkpointed = given is not None and not self._reusing and _checkpointed()
-        self.holds = given is not None and given.held and not checkpointed
+        calls.holds = given is not None and given.held and not checkpointed
         if given is not None:
             # What checkpointing repeats has to save what it saves now: it will quantize with these scalars once more.
             return self._took(given.s, self._quantize(x, given.s) if checkpointed else given.out)
@@ -218,7 +234,7 @@ class Quantizer(ScalarState):
             return self._trained_on(x, plan)
         s = self._scalars(x)
         if not fleeting():
-            self.last_s = s
+            calls.last_s = s
         return self._quantize(x, s)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -287,8 +303,8 @@ class Quantizer(ScalarState):
 
     def _took(self, s: Tensor, out: Tensor) -> Tensor:
         """Note the scalars of a call in training; returns its output."""
-        self.last_s = s
-        self._trained.then(s)
+        self._calls.last_s = s
+        self._calls.then(s)
         return out
 
     def remembered(self) -> Remembered:
@@ -297,8 +313,12 @@ class Quantizer(ScalarState):
 
     def give(self, given: Given) -> None:
         """Have the next call find this, whose scalars `remembered` has got."""
-        self.given = given
+        self._calls.given = given
         self._know_scalars()
+
+    def take_back(self) -> None:
+        """Have the next call find nothing."""
+        self._calls.given = None
 
     def _scalars(self, x: Tensor) -> Tensor:
         """The scalars of a call, remembered where they are to be."""
@@ -311,16 +331,16 @@ class Quantizer(ScalarState):
             check = self.checks and not fleeting()
             return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
-        s = self._trained.only_s if repeated else None  # of the pass that is repeated
+        s = self._calls.only_s if repeated else None  # of the pass that is repeated
         if s is None:
             pool = Processes() if self.synchronize and dist.is_initialized() else None
             s = self._solve(x, Call(check=False, start=start, training=True, pool=pool, orientation=pointed))
         if repeated:
-            self._trained.over = True
+            self._calls.over = True
         else:
             self._remember(s)
             if not fleeting():
-                self._trained.then(s)
+                self._calls.then(s)
         return s
 
     def _remember(self, s: Tensor) -> None:

@@ -53,9 +53,14 @@ class Quantized(Source):
 
     s: Tensor
     by: Quantizer
+    stride: tuple[int, ...]
+    """of the tensor that was made first"""
 
     def made(self, first: int, last: int) -> tuple[Tensor, int]:
-        return self.by.quantized(self.x, self.s), 0
+        again = self.by.quantized(self.x, self.s)
+        if again.stride() != self.stride:  # as operators lay it out, if the backward pass alone is recorded
+            again = torch.empty_strided(again.shape, self.stride, dtype=again.dtype, device=again.device).copy_(again)
+        return again, 0
 
 
 Sources = Mapping[tuple[int, int, torch.dtype], Source]
@@ -78,7 +83,7 @@ def recomputing(
     if not saving():
         return nullcontext()
     sources = {
-        _memory(q): Quantized(x.detach(), x._version, by.latest, by)
+        _memory(q): Quantized(x.detach(), x._version, by.latest, by, q.stride())
         for q, x, by in operands
         if isinstance(by, Quantizer) and can_be_made(q, x, by)
     }

@@ -1,7 +1,8 @@
 """What a quantizer remembers: its clipping scalars, and what it must know of them without waiting for the device."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,15 @@ LATER = ("seen", "static")
 """Of the state, what states of old do not tell."""
 
 
-class _Known(NamedTuple):
+@dataclass
+class _Known:
     """What is known of the state without waiting for the device."""
 
     signed: bool
     static: bool
     seen: bool
+    version: tuple[int, int] = (0, 0)
+    """of the state that it is known of"""
 
 
 class ScalarState(nn.Module):
@@ -78,7 +82,7 @@ class ScalarState(nn.Module):
         self.register_buffer("static", torch.tensor(float(static), dtype=dtype))
         self.decided = sign_known
         self._known = _Known(format.signed, static, False)
-        self._known_of = self._version_of_state()
+        self._known.version = self._version_of_state()
         self.name = "quantizer"
         """What errors call it; insertion puts the tensor's name here."""
         self.granularity = "tensor" if self.dim is None else "channel"
@@ -176,7 +180,7 @@ class ScalarState(nn.Module):
         In training that is never asked once there are scalars: what DistributedDataParallel broadcasts at every step
         says nothing new.
         """
-        unchanged = (self.training and self._known.seen) or self._known_of == self._version_of_state()
+        unchanged = (self.training and self._known.seen) or self._known.version == self._version_of_state()
         if not (unchanged or recording()):
             self._read()
         return self._known
@@ -200,18 +204,17 @@ class ScalarState(nn.Module):
         """Note, in the state as well, that there are scalars."""
         if not self._known.seen:
             self.seen.fill_(1)
-            self._known = self._known._replace(seen=True)
-        self._known_of = self._version_of_state()
+            self._known.seen = True
+        self._known.version = self._version_of_state()
 
     def _know(self, **what: bool) -> None:
         """Note what the state says now."""
-        self._known = self._known._replace(**what)
-        self._known_of = self._version_of_state()
+        self._known = replace(self._known, **what, version=self._version_of_state())
 
     def _version_of_state(self) -> tuple[int, int]:
         """Changes with every write to the state. Whoever writes to it from outside writes to all of its buffers."""
         if recording():
-            return self._known_of
+            return self._known.version
         return id(self.batches), -1 if self.batches.is_inference() else self.batches._version
 
     def _load_from_state_dict(
@@ -263,7 +266,7 @@ class ScalarState(nn.Module):
         """For a subclass that can do without some of its state: called after loading, with what was missing."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept, current = dict(self._buffers), self._known_of == self._version_of_state()
+        kept, current = dict(self._buffers), self._known.version == self._version_of_state()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in kept.items():  # scalars stay in full precision (section 4), also in a half-precision model
             new = self._buffers[name]

@@ -58,7 +58,7 @@ class WeightsTogether:
                 yield
             finally:
                 for q in quantizers:
-                    q.given = None
+                    q.take_back()
 
     def _grouped(self) -> list[list[_Weight]]:
         """Those that are quantized together. They are found anew only if one is to be quantized otherwise."""

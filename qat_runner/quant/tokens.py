@@ -60,11 +60,11 @@ class TokenQuantizer(Quantizer):
         return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def _called(self, x: Tensor) -> Tensor:
-        self.holds = False
+        self._calls.holds = False
         rows = self.rows(x)
         s = self._scalars_of_tokens(x, rows)
         if not fleeting():
-            self.last_s = s
+            self._calls.last_s = s
         return fake_quantize(rows, s, self.format, self.gradient).view(x.shape)
 
     def _scalars_of_tokens(self, x: Tensor, rows: Tensor) -> Tensor:

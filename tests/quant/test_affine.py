@@ -211,6 +211,42 @@ def test_octav_of_backends_cold_and_warm(name: str, dtype: torch.dtype) -> None:
 
 
 @names
+@pytest.mark.parametrize("n", [2000, 20_000])
+def test_octav_beside_one_massive_element(name: str, n: int) -> None:
+    """Ten reads arrive, though the mean lies far below; and warm, with an end at zero, two."""
+    format = IntAffineFormat(8)
+    x = torch.randn(1, n)
+    x[0, 0] = 1e5
+    least = expected_mse(x, octav(x.double(), format, 0, 40), format, 0)
+    with using(name, DEVICES[name]):
+        found = octav(on(name, x), format, 0).cpu()
+    assert (expected_mse(x, found, format, 0) <= least * 1.3).all()
+    x = torch.randn(1, n).relu()
+    best = octav(x.double(), format, 0, 40)
+    with using(name, DEVICES[name]):
+        found = octav(on(name, x), format, 0, 2, on(name, 1.1 * best.float())).cpu()
+    assert (expected_mse(x, found, format, 0) <= expected_mse(x, best, format, 0) * 1.05).all()
+
+
+@names
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which Triton's interpreter counts
+def test_octav_of_what_is_not_finite(name: str, bad: float) -> None:
+    """No end is found, so that the running average of neither is spoilt."""
+    x = torch.randn(2, 3000)
+    x[0, 5:7] = torch.tensor([bad, -50.0])
+    q = Quantizer(IntAffineFormat(4), Octav()).train().to(DEVICES[name])
+    with using(name, DEVICES[name]):
+        for guess in (None, on(name, torch.tensor([-2.0, 2.0]).reshape(2, 1, 1).expand(2, 2, 1))):
+            found = octav(on(name, x), q.format, 0, init=guess, check=False).cpu()
+            assert found[:, 0].isnan().all() and found[:, 1].isfinite().all()
+        q(on(name, x[1]))
+        before = q.running_s.clone()
+        q(on(name, x[0]))
+    assert torch.equal(q.running_s, before)
+
+
+@names
 @pytest.mark.parametrize("start", [(-1e-30, 1e-30), (-1e30, 1e30), (-1.0, 0.0), (0.0, 1.0), (math.nan, 1.0)])
 def test_octav_from_a_start_that_tells_nothing(name: str, start: tuple[float, float]) -> None:
     x, format = lopsided(3, 4000), IntAffineFormat(4)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from qat_runner.quant.kernels import (
     set_backend,
     using,
 )
+from qat_runner.quant.kernels.cost import Search, cost_of
+from qat_runner.quant.kernels.remembered import Remembered
 from tests.quant.oracles import octav_by_sorting, quantize_by_hand
 
 GPU = torch.cuda.is_available()
@@ -263,25 +266,73 @@ def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.
 
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    x = torch.randn(4, 100_000)
-    threads = torch.get_num_threads()
-    with using("compiled"):
-        several = octav(x, 6), octav(x, 6, dim=0), fake_quantize(x, 2.0, 6)
-        torch.set_num_threads(1)
+    """Long rows, which threads share, few and many of them, and short ones; in every operation."""
+    shapes = ((1, 70_003), (3, 40_001), (20, 5000), (64, 600))
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
         try:
-            one = octav(x, 6), octav(x, 6, dim=0), fake_quantize(x, 2.0, 6)
+            results.append([t for x in tensors for t in by_all_operations(x)])
         finally:
             torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(several, one, strict=True))
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def by_all_operations(x: Tensor) -> Iterator[Tensor]:
+    """What the library makes of [rows, n], by one scalar or by rows."""
+    format, affine = IntFormat(4, True, Range.ORIENTED), IntAffineFormat(4)
+    for dim in (None, 0):
+        s, ends = octav(x, format, dim), octav(x, affine, dim)
+        yield from (
+            s,
+            ends,
+            octav(x, affine, dim, init=1.1 * ends),
+            octav(x, 8, dim, refine=8),
+            fake_quantize(x, s, format),
+        )
+        yield compiled.orient(x, s, None, 0.5, 0.0)
+        for gradient in ("mad", "pwl"):
+            yield compiled.fake_quantize_backward(x, x, s, format, gradient)
+        yield from compiled.learned_backward(x, x, s, format, True)
+        yield from compiled.learned_backward(x, x, ends, affine, True)
+    xs, plain = [x, x[:, :700].contiguous()], IntFormat(4)
+    states = [Remembered(torch.ones(len(x), 1), torch.ones(len(x), 1), torch.tensor(1), 0.1, True) for x in xs]
+    searches = [Search((1,), 6, 1e-4)] * 2
+    ss, outs = compiled.octav_and_quantize_all(xs, cost_of(plain, False, None), plain, searches, states, True)
+    yield from (*ss, *outs, *compiled.fake_quantize_backward_all(xs, xs, ss, plain, "mad"))
 
 
 @needs_compiler
 def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And again only where what lies in the cache cannot be used."""
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
-    path = compiled._build()
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == [path.name]
-    made = path.stat().st_mtime_ns
-    assert compiled._build() == path and path.stat().st_mtime_ns == made
+    commands: list[list[str]] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or run(command, **how))
+    path = compiled._cached()
+    path.parent.mkdir()
+    path.write_bytes(b"cut short")
+    compiled._loaded(), compiled._loaded()
+    assert len([command for command in commands if "-shared" in command]) == 1
+    assert [*path.parent.iterdir()] == [path] and path.stat().st_size > 10_000
+
+
+@needs_compiler
+def test_without_threads_loops_are_over_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By a compiler that has no OpenMP."""
+    real = compiled.compiler()
+    without = tmp_path / "c++"
+    without.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\nexec {real} "$@"\n')
+    without.chmod(0o755)
+    monkeypatch.setenv("CXX", str(without))
+    monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
+    commands: list[list[str]] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command) or run(command, **how))
+    compiled._loaded()
+    assert {"-march=native", "-fopenmp-simd"} <= {*commands[-1]}
 
 
 def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_transforms_of_functions() -> None:
     y = x.clone().requires_grad_()
     loss(y).backward()
     assert torch.equal(torch.func.grad(loss)(x), y.grad)
+    for format, scalars in ((IntFormat(4), s), (affine, torch.stack([-s, 2 * s], 1))):
+        for gradient in ("pwl", "mad"):
+
+            def of_one(row: Tensor, v: Tensor, format: Any = format, gradient: str = gradient) -> Tensor:
+                return fake_quantize(row, v, format, gradient).square().sum()
+
+            found = torch.func.vmap(torch.func.grad(of_one))(x, scalars)
+            each = [torch.func.grad(of_one)(row, v) for row, v in zip(x, scalars, strict=True)]
+            assert torch.equal(found, torch.stack(each))
     with pytest.raises(RuntimeError, match="double backward"):
         torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.quant import Octav, Quantizer
@@ -31,6 +32,18 @@ def test_gradients_are_the_same(layout: torch.memory_format, gradient: str, monk
     kept = gradients(model, x)
     assert len(kept) == 6
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_a_backward_pass_that_alone_is_recorded() -> None:
+    """Operators lay out a transposed tensor, such as patches, otherwise than the kernel did that first quantized it."""
+    x = torch.randn(2, 6, 7).transpose(1, 2)
+    model = quantize_model(nn.Sequential(nn.Linear(6, 4)), 4, first_last_bits=None, example=x, warm_iterations=None)
+    expected = gradients(model, x)
+    model.zero_grad()
+    loss = model(x).square().sum()
+    with FlopCounterMode(display=False):
+        loss.backward()
+    torch.testing.assert_close(model[0].weight.grad, expected[0])
 
 
 @pytest.mark.parametrize("clipping", ["lsq", "pact"])

@@ -132,7 +132,7 @@ def test_a_layer_that_is_not_reached_gets_no_gradient(calls: list[int]) -> None:
     step(model, weights, both=False)
     assert calls == [5, 4]
     assert model.get_submodule("e").weight.grad is None
-    assert all(q.given is None for q in quantizers(model))
+    assert all(q._calls.given is None for q in quantizers(model))
 
 
 def test_several_passes_share_one_quantization(calls: list[int]) -> None:
@@ -170,7 +170,7 @@ def test_errors_leave_nothing_behind() -> None:
     step(model, weights)
     with pytest.raises(RuntimeError), weights.quantized():
         model(torch.rand(2, 1, 8, 8))
-    assert all(q.given is None for q in quantizers(model))
+    assert all(q._calls.given is None for q in quantizers(model))
     with weights.quantized():
         out = model(torch.rand(2, 3, 8, 8)).square().sum()
         with pytest.raises(RuntimeError, match="double backward"):

@@ -16,7 +16,7 @@ constexpr int64_t CHUNK = 4096;
 constexpr int64_t RUN = 512;
 constexpr double NEAR = 1.0 / 1024;   // as in intervals.py
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
-constexpr int64_t WORTH_A_THREAD = 8 * CHUNK;  // below that many elements, starting threads costs more than it saves
+constexpr int64_t WORTH_A_THREAD = 4 * CHUNK;  // with fewer elements each, starting threads costs more than it saves
 
 struct BFloat16 {
     uint16_t bits;
@@ -266,15 +266,21 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
     return static_cast<float>(s * unit) / set.reach;
 }
 
+// Of so many threads, those that as many elements are worth.
+int worth(int64_t elements, int threads) {
+    return static_cast<int>(std::max<int64_t>(std::min<int64_t>(elements / WORTH_A_THREAD, threads), 1));
+}
+
 // Calls work(row, threads) for each row, which may share out its elements to so many threads.
 template <typename Work>
 void by_rows(int64_t rows, int64_t n, int threads, const Work& work) {
-    if (rows * n < WORTH_A_THREAD) threads = 1;
-    if (rows < 2 * threads || threads == 1) {  // no region around theirs: it would cost a start of threads every time
-        for (int64_t r = 0; r < rows; ++r) work(r, threads);
+    const int of_row = worth(n, threads);
+    threads = worth(rows * n, threads);
+    if (threads == 1 || (rows < 2 * threads && of_row > 1)) {  // no region around theirs: it would start threads anew
+        for (int64_t r = 0; r < rows; ++r) work(r, of_row);
         return;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t r = 0; r < rows; ++r) work(r, 1);
 }
 
@@ -331,7 +337,7 @@ void orient(const void* x, const float* s, const float* before, int64_t rows, in
 struct Beyond {
     double excess_u = 0, outside_u = 0, excess_v = 0, outside_v = 0, square = 0;
     float low = 0, high = 0;  // extremes, zero among them
-    double count = 0;         // number of x != 0
+    double count = 0;         // number of x != 0; NaN where one is not finite
 
     void add(const Beyond& other) {
         excess_u += other.excess_u, outside_u += other.outside_u;
@@ -357,14 +363,14 @@ Beyond beyond_of_run(const T* x, int64_t n, float scale, float u, float v) {
 
 template <typename T>
 void extremes_of_run(const T* x, int64_t n, float scale, Beyond& to) {
-    float low = 0, high = 0;
+    float low = 0, high = 0, broken = 0;
     int32_t count = 0;
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : count)
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : count, broken)
     for (int64_t i = 0; i < n; ++i) {
         const float value = load(x[i]), a = value * scale;
-        low = a < low ? a : low, high = a > high ? a : high, count += value != 0;
+        low = a < low ? a : low, high = a > high ? a : high, count += value != 0, broken += value - value;
     }
-    to.low = low, to.high = high, to.count = count;
+    to.low = low, to.high = high, to.count = count + broken;
 }
 
 template <typename T>
@@ -419,31 +425,35 @@ struct Interval {
     bool solved() const { return !worse && moved <= std::sqrt(12 * k); }
 };
 
-// A start, low and high, is used where it clips on both sides of zero.
+// A start, low and high, is used unless it says nothing of x, being too near to zero. NaN of what is not finite.
 template <typename T>
 void interval_of_row(const T* x, int64_t n, const float* start_low, const float* start_high, const Settings& set,
                      int threads, float* low, float* high) {
-    const bool warm = start_low != nullptr && usable(-*start_low) && usable(*start_high);
+    const bool warm = start_low != nullptr && *start_low <= 0 && *start_high >= 0 && usable(std::max(-*start_low, *start_high));
     double unit;
     if (warm) {
         unit = power_of_two(std::max(-*start_low, *start_high));
     } else {
         const Beyond all = beyond(x, n, 1, 0, 0, true, threads);
-        *low = all.low, *high = all.high;
         const float reach = std::max(-all.low, all.high);
-        if (!usable(reach)) return;
+        *low = *high = std::isnan(all.count) ? std::numeric_limits<float>::quiet_NaN() : 0;
+        if (std::isnan(all.count) || reach == 0) return;
         unit = power_of_two(reach);
     }
     const float scale = static_cast<float>(1 / unit);
     double u = warm ? *start_high / unit : 0, v = warm ? -*start_low / unit : 0;
     Beyond at = beyond(x, n, scale, static_cast<float>(u), static_cast<float>(v), true, threads);
+    if (std::isnan(at.count)) {
+        *low = *high = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
     const double top_u = at.high, top_v = -at.low;
     if (warm && !(at.square <= std::numeric_limits<float>::max() && u >= NEAR * top_u && v >= NEAR * top_v))
         return interval_of_row<T>(x, n, nullptr, nullptr, set, threads, low, high);  // it is far from where x is
     if (!warm) {
         u = 2 * at.excess_u / std::max(at.outside_u, 1.0), v = 2 * at.excess_v / std::max(at.outside_v, 1.0);
     }
-    const auto within = [](double end, double top) { return end > 0 && end < top ? end : top; };
+    const auto within = [](double end, double top) { return end > 0 && end < top ? std::max(end, NEAR * top) : top; };
     Interval interval{set.k, at.count, top_u, top_v, within(u, top_u), within(v, top_v)};
     for (int i = 0; i < set.iterations; ++i) {
         const float here_u = static_cast<float>(interval.u), here_v = static_cast<float>(interval.v);
@@ -555,7 +565,7 @@ void backward_piece(const T* grad, const T* x, int64_t n, float low, float high,
 template <typename Work>
 void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
     const int64_t pieces = (n + CHUNK - 1) / CHUNK;
-    if (rows * n < WORTH_A_THREAD) threads = 1;
+    threads = worth(rows * n, threads);
     if (threads == 1) {  // a region of one thread costs as much as a short row
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t begin = 0; begin < n; begin += CHUNK) work(row * n + begin, std::min(CHUNK, n - begin), row);
@@ -704,8 +714,8 @@ void by_bunches(const Part* parts, int64_t count, int threads, const Work& work)
     std::vector<Bunch> bunches;
     int64_t elements = 0;
     for (const Part* part = parts; part < parts + count; ++part) {
-        if (threads > 1 && part->rows < 2 * threads && part->rows * part->n >= WORTH_A_THREAD) {
-            work(*part, 0, part->rows, threads);
+        if (const int of_row = worth(part->n, threads); part->rows < 2 * threads && of_row > 1) {
+            work(*part, 0, part->rows, of_row);
             continue;
         }
         const int64_t step = std::max<int64_t>(CHUNK / part->n, 1);
@@ -713,8 +723,8 @@ void by_bunches(const Part* parts, int64_t count, int threads, const Work& work)
             bunches.push_back({part, first, std::min(step, part->rows - first)});
         elements += part->rows * part->n;
     }
-    if (elements < WORTH_A_THREAD) threads = 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    threads = worth(elements, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
     for (size_t i = 0; i < bunches.size(); ++i) work(*bunches[i].part, bunches[i].first, bunches[i].rows, 1);
 }
 
@@ -752,7 +762,7 @@ void quantize_backward_of_many(const GradientPart* parts, int64_t count, bool is
             for (int64_t begin = 0; begin < part->n; begin += CHUNK) pieces.push_back({part, row, begin});
         elements += part->rows * part->n;
     }
-    if (elements < WORTH_A_THREAD) threads = 1;
+    threads = worth(elements, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (size_t i = 0; i < pieces.size(); ++i) {
         const GradientPart& part = *pieces[i].part;

@@ -33,8 +33,8 @@ from qat_runner.quant.tensors import kept
 CALLS_COST = False  # see eager
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
-TUNING = [["-march=native", "-fopenmp"], ["-fopenmp"], []]
-"""Tried in this order: not every compiler has OpenMP."""
+TUNING = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], ["-fopenmp"], ["-fopenmp-simd"], []]
+"""Tried in this order: not every compiler has OpenMP's threads, and nearly every one its loops over vectors."""
 
 OPERATIONS = (
     *("octav", "octav_and_quantize", "octav_and_quantize_all", "octav_interval", "orient", "refine", "remember"),
@@ -374,13 +374,25 @@ def _library_for(x: Tensor) -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL | None:
     """The compiled operations; None, and a warning, where compiling fails."""
     try:
-        return _declared(ctypes.CDLL(str(_build())))
+        return _loaded()
     except (OSError, RuntimeError, AttributeError) as error:  # the last: a symbol is missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"backend=compiled: compiling failed, going on with eager ({reason})", RuntimeWarning, stacklevel=5
         )
         return None
+
+
+def _loaded() -> ctypes.CDLL:
+    """The library as it lies in the cache; made anew where that cannot be used, as of a file that was cut short."""
+    path = _cached()
+    if path.is_file():
+        try:
+            return _declared(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            path.unlink(missing_ok=True)
+    _build(path)
+    return _declared(ctypes.CDLL(str(path)))
 
 
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -415,14 +427,21 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     return loaded
 
 
-def _build() -> Path:
-    """The library's path; compiled unless it is there."""
-    command = compiler()
-    if command is None:
+def _compiler() -> str:
+    """As `compiler`, which there must be."""
+    if (command := compiler()) is None:
         raise RuntimeError("no C++ compiler found")
-    path = cache_folder() / f"kernels-{_fingerprint(command)}.so"
-    if path.is_file():
-        return path
+    return command
+
+
+def _cached() -> Path:
+    """Where the library lies, or is to lie."""
+    return cache_folder() / f"kernels-{_fingerprint(_compiler())}.so"
+
+
+def _build(path: Path) -> None:
+    """Compile the library."""
+    command = _compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
@@ -435,7 +454,7 @@ def _build() -> Path:
             )
             if done.returncode == 0:
                 os.replace(made, path)  # whole or not at all: other processes may be here as well
-                return path
+                return
     raise RuntimeError(done.stderr or f"{command} failed")
 
 

@@ -81,7 +81,8 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
         search: see there; the tolerance is a share of the width.
 
     Returns:
-        low and high in units of x, stacked: [2, *shape of an end], in `compute_dtype`.
+        low and high in units of x, stacked: [2, *shape of an end], in `compute_dtype`; NaN for a row that is not
+        finite.
     """
     dims, pool = search.dims, search.pool
     low, high = extremes(x, dims, pool)
@@ -114,7 +115,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
         if look and bool((state[intervals.MOVED] <= search.tolerance).all()):
             break
     u, v = intervals.answer(state, noise)
-    return (torch.stack([-v, u]) * unit).to(reach.dtype)
+    return torch.where(torch.isfinite(reach), torch.stack([-v, u]) * unit, torch.nan).to(reach.dtype)
 
 
 def orient(

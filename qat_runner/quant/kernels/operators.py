@@ -143,17 +143,34 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("qat_runner::fake_quantize", _backward, setup_context=_save)
 
 
+def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """A batch of tensors as one of a dimension more, the first."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _scalars_of_batch(s: Tensor, dim: int | None, x: Tensor, words: Sequence[Any]) -> Tensor:
+    """The scalars of such a batch x, which are batched, too, or the same for all."""
+    if dim is None:
+        return s
+    s = s.movedim(dim, 0)
+    parts = _format(*words[:3]).parts
+    ends, shape = s.shape[1:parts], s.shape[parts:]  # of an interval [2]
+    s = s.reshape(len(s), *ends, *[1] * (x.ndim - 1 - len(shape)), *shape)
+    return s.movedim(1, 0) if ends else s  # the two ends always come first
+
+
 @_fake_quantize.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], x: Tensor, s: Tensor, *words: Any) -> tuple[Tensor, int]:
-    """A batch of tensors as one of a dimension more, whose scalars are batched, too, or the same for all."""
-    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-    if in_dims[1] is not None:
-        s = s.movedim(in_dims[1], 0)
-        parts = _format(*words[:3]).parts
-        ends, shape = s.shape[1:parts], s.shape[parts:]  # of an interval [2]
-        s = s.reshape(len(s), *ends, *[1] * (x.ndim - 1 - len(shape)), *shape)
-        s = s.movedim(1, 0) if ends else s  # the two ends always come first
-    return _fake_quantize(x, s, *words), 0
+    x = _batched(x, in_dims[0], info.batch_size)
+    return _fake_quantize(x, _scalars_of_batch(s, in_dims[1], x, words), *words), 0
+
+
+@_fake_quantize_backward.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, x: Tensor, s: Tensor, *words: Any
+) -> tuple[Tensor, int]:
+    grad, x = (_batched(t, dim, info.batch_size) for t, dim in zip((grad, x), in_dims, strict=False))
+    return _fake_quantize_backward(grad, x, _scalars_of_batch(s, in_dims[2], x, words), *words), 0
 
 
 def _one_by_one(operator: Any) -> None:

@@ -271,8 +271,8 @@ def intervals_of_long(
             excess_u, outside_u, excess_v, outside_v, square = _sums(at_ptr, programs, PROGRAMS)
             u, v = 2 * excess_u / tl.maximum(outside_u, 1.0), 2 * excess_v / tl.maximum(outside_v, 1.0)
         top_u, top_v = high / unit, -low / unit
-        u = tl.where((u > 0) & (u < top_u), u, top_u)
-        v = tl.where((v > 0) & (v < top_v), v, top_v)
+        u = tl.where((u > 0) & (u < top_u), tl.maximum(u, top_u * NEAR), top_u)
+        v = tl.where((v > 0) & (v < top_v), tl.maximum(v, top_v * NEAR), top_v)
         best_u, best_v, least = top_u, top_v, k * (top_u + top_v) * (top_u + top_v) * count
         lo_u, lo_v, moved, worse = u * 0, u * 0, u * 0, 0
         i = 0
