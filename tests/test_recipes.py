@@ -3,9 +3,12 @@
 from dataclasses import asdict, replace
 
 import pytest
+from torch import nn
 
 from qat_runner.config import Config, StageConfig, config_dir, from_hydra
 from qat_runner.config.composing import compose_config
+from qat_runner.config.schema import Optimizer
+from qat_runner.training.recipe import make_optimizer
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 SCRATCH = {  # epochs, GPUs x batch, lr, weight decay, epochs between decays
@@ -87,6 +90,13 @@ def test_so_it_is_on_stand_ins(stand_in: str) -> None:
     recipe = composed("+experiment=table4", f"+stand_in={stand_in}", f"dataset={dataset}", "weights=baseline").recipe
     assert recipe.scratch is not None
     assert recipe.long_retrain == replace(recipe.scratch, lr=pytest.approx(recipe.scratch.lr * 0.01))
+
+
+def test_sgd_is_nesterovs_where_the_recipe_says_so() -> None:
+    stage = StageConfig(optimizer=Optimizer.sgd, momentum=0.9)
+    for nesterov in (True, False):
+        (group,) = make_optimizer(nn.Linear(2, 2), replace(stage, nesterov=nesterov), 0.1).param_groups
+        assert group["nesterov"] is nesterov and group["momentum"] == 0.9
 
 
 def test_berts_recipe_is_that_of_the_code_that_the_paper_used() -> None:

@@ -252,7 +252,7 @@ def _parses(main: Callable[[Sequence[str]], int], words: Sequence[str], monkeypa
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block: Block, place: Path) -> None:
     if "runs/four/export" in block.text:  # the run of the page's shell block, in less time
-        short = ("model=resnet20", "epochs=1", "limit_train_batches=1", "limit_val_batches=1", "run_dir=runs/four")
+        short = ("model=resnet8", "epochs=1", "limit_train_batches=1", "limit_val_batches=1", "run_dir=runs/four")
         assert run.main(short) == 0 and export.main(["runs/four", "--batches", "1", "--formats", "onnx"]) == 0
     exec(compile(block.text, str(block), "exec"), {})
 

@@ -47,15 +47,22 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert "## kernels" in text and "## training steps" in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_step_and_what_is_left_out(tmp_path: Path) -> None:
+def test_a_compiled_step() -> None:
     import benchmark
     import benchmark_gpu
 
     args = benchmark.arguments([*TINY, "--only", "vit"])
-    cpu = torch.device("cpu")
-    row = benchmark_gpu.figures_of_step(("vit_tiny", 8, 2), "octav", "torch.compile", args, cpu)
-    assert row["ms"] > 0
+    row = benchmark_gpu.figures_of_step(("vit_tiny", 8, 2), "octav", "torch.compile", args, torch.device("cpu"))
+    assert row["ms"] > 0 and row["launches"] > 0
+
+
+def test_what_is_left_out_is_told() -> None:
+    import benchmark
+    import benchmark_gpu
+
+    args, cpu = benchmark.arguments([*TINY, "--only", "vit"]), torch.device("cpu")
     over = benchmark_gpu.steps(args, cpu, end=time.monotonic())
     assert len(over) == 9 and {row["error"] for row in over} == {"left out: 9 minutes were over"}
     with pytest.raises(benchmark_gpu.TookTooLongError, match="took longer than 0 seconds"), benchmark_gpu.at_most(0.05):

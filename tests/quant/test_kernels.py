@@ -107,7 +107,7 @@ def test_octav_of_long_rows(name: str, n: int, monkeypatch: pytest.MonkeyPatch) 
 @names
 def test_one_iteration_is_one_step_of_the_reference(name: str) -> None:
     """The same proposal from the same sums, wherever the start lies: the branches of `newton.advance`."""
-    for x in (torch.randn(5000), torch.randn(20_000).relu(), torch.randn(12), torch.tensor([3.0, 0, 0, -1])):
+    for x in (torch.randn(5000), torch.randn(10_000).relu(), torch.randn(12), torch.tensor([3.0, 0, 0, -1])):
         for start in (0.01, 0.7, 2.0, 2.9, 3.5, 6.0, 100.0):
             for iterations in (1, 2, 3):
                 with using("eager"):
