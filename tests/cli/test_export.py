@@ -243,7 +243,7 @@ def test_onnx_without_its_packages(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     assert export("dynamic", "--formats", "onnx") == 2
-    assert "pip install 'qat_runner[export]'" in capsys.readouterr().err
+    assert "pip install 'qat_runner[export]'; --formats torch safetensors does without" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
