@@ -223,7 +223,8 @@ def test_a_detector() -> None:
 
 
 def test_adapters_on_top() -> None:
-    peft = pytest.importorskip("peft")
+    import peft  # which takes its time
+
     model = copy.deepcopy(quantized())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["5"], r=2))
     adapted(X).square().mean().backward()
