@@ -153,9 +153,16 @@ OF_WEIGHTS = ("--model", "resnet8", "--weights", "one/checkpoints/last.pt", "--d
 @pytest.mark.parametrize(
     "figures",
     [
-        [("figure1", *OF_RUN), ("figure3",), ("iterations", *OF_RUN)],
+        [("figure3",), ("iterations", *OF_RUN)],
         pytest.param(
-            [("figure1",), ("figure2", *OF_WEIGHTS), ("ranges",), ("figure5", *OF_RUN), ("iterations",)],
+            [
+                ("figure1",),
+                ("figure1", *OF_RUN),
+                ("figure2", *OF_WEIGHTS),
+                ("ranges",),
+                ("figure5", *OF_RUN),
+                ("iterations",),
+            ],
             marks=pytest.mark.slow,
         ),
     ],
