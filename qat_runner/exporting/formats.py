@@ -118,7 +118,9 @@ def write_onnx(
         import onnx_ir as ir
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"ONNX needs {error.name}: pip install 'qat_runner[export]'; --formats torch safetensors does without") from error
+        raise ConfigError(
+            f"ONNX needs {error.name}: pip install 'qat_runner[export]'; --formats torch safetensors does without"
+        ) from error
     network = _Outputs(model, signature.outputs).eval()
     for layer in network.modules():
         if isinstance(layer, IntegerLayer):
