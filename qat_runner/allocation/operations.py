@@ -118,12 +118,12 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
         ValueError: there is no tensor to choose bits for; or one is stored for several layers, or the example did not
             come by it, so that its costs are not known.
     """
-    policy, shared = policy_of(model), shared_weights(model)
+    policy, shared, products = policy_of(model), shared_weights(model), products_of(model)
     macs: dict[str, float] = {}
-    for product in products_of(model):
+    for product in products:
         if not product.training:
             macs[product.module] = macs.get(product.module, 0) + product.macs / samples
-    training = {product.module for product in products_of(model)} - macs.keys()
+    training = {product.module for product in products} - macs.keys()
     found, unseen = [], []
     for name, layer in each(model, is_quantized):
         embedding, trained = kind_of(layer) == EMBEDDING, name in training
@@ -135,9 +135,11 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
     quantized, _ = size_mb(model)
     bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
     stored = sum(bits.get(o.name, FULL_PRECISION) * o.elements for op in found for o in op.operands if o.stored)
-    rest_macs = sum(of_layer for name, of_layer in macs.items() if name not in {op.layer for op in found})
-    left = tuple(_in_full_precision(model, name, of, macs[name]) for name, of in left_of(model).items() if name in macs)
-    return Network(tuple(found), quantized - stored / 8e6, rest_macs, left)
+    named = {operation.layer for operation in found}
+    rest_macs = sum(of_layer for name, of_layer in macs.items() if name not in named)
+    modules, inputs = modules_by_name(model), left_of(model)
+    left = (_in_full_precision(modules.get(name), name, inputs[name], macs[name]) for name in inputs if name in macs)
+    return Network(tuple(found), quantized - stored / 8e6, rest_macs, tuple(left))
 
 
 def _check_choices(operations: Sequence[Operation], unseen: Sequence[str]) -> None:
@@ -152,9 +154,9 @@ def _check_choices(operations: Sequence[Operation], unseen: Sequence[str]) -> No
         raise ValueError(f"rules{ends} say the bits of all tensors: there is none to choose them for")
 
 
-def _in_full_precision(model: nn.Module, name: str, inputs: Mapping[str, int], macs: float) -> Operation:
-    """A layer, or a product of attention, that is not quantized."""
-    layer, elements = modules_by_name(model).get(name), dict(inputs)
+def _in_full_precision(layer: nn.Module | None, name: str, inputs: Mapping[str, int], macs: float) -> Operation:
+    """A layer, or a product of attention, whose module may be gone, that is not quantized."""
+    elements = dict(inputs)
     if layer is not None and "weight" in operands(layer):
         elements = {"weight": elements_of(layer, "weight") or 0, **inputs}
     of = (Operand(f"{name}.{key}", key == "weight", count, (FULL_PRECISION,)) for key, count in elements.items())

@@ -159,7 +159,6 @@ class _Pricing(ABC):
         self.model, self.objective, self.widths = model, objective, widths
         self.tensors = quantized_tensors(model)
         self.quantizers = [t.quantizer for t in self.tensors]
-        self.weights = {t.quantizer for t in self.tensors if t.tensor == "weight"}
 
     @abstractmethod
     def price(self, batch: Any) -> _OfBatch:
@@ -191,6 +190,7 @@ class _Gradient(_Pricing):
         noise: _Found = {}
         power: _Found = {}
         prices: _Found = {}
+        weights = {t.quantizer for t in self.tensors if t.tensor == "weight"}
         calls: Counter[Quantizer] = Counter()
         repeated: dict[Quantizer, tuple[Tensor, Tensor]] = {}
         """weights of layers that are called several times, and the sum of their gradients"""
@@ -210,7 +210,7 @@ class _Gradient(_Pricing):
             calls[quantizer] += 1
 
             def look(grad: Tensor) -> None:  # once all calls are known
-                if calls[quantizer] == 1 or quantizer not in self.weights:
+                if calls[quantizer] == 1 or quantizer not in weights:
                     add(quantizer, x, grad)
                 else:
                     repeated[quantizer] = x, repeated[quantizer][1] + grad if quantizer in repeated else grad

@@ -119,10 +119,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
-    contracted, features = (
-        _contracted(path, content.get("contracted", {})),
-        _features(path, content.get("features", {})),
-    )
+    contracted = _contracted(path, content.get("contracted", {}))
+    features = _features(path, content.get("features", {}))
     policy, tensors = Policy.from_list(content["policy"]), tensors_in(content["state"])
     check_no_quantizers(model)
     try:

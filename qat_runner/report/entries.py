@@ -13,7 +13,7 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
 from qat_runner.report.results import read_results
-from qat_runner.report.runs import Key, configs_in, keys_unlike, recipe_of, selected
+from qat_runner.report.runs import Key, configs_in, key_of, keys_unlike, place_of, recipe_of, selected
 from qat_runner.report.starts import each_seed_has_its_own, start_of
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
@@ -67,8 +67,8 @@ class Entry:
 
     @property
     def key(self) -> Key:
-        """What no other run has: lines of a table share its file."""
-        return self.folder.resolve(), self.line
+        """Its own: see `key_of`."""
+        return key_of(self.folder, self.line)
 
     @property
     def full_precision(self) -> bool:
@@ -92,8 +92,7 @@ class Entry:
 
     @property
     def result(self) -> Result:
-        place = self.folder.resolve()
-        return Result(self.config, self.summary or {}, place.parent if self.line is None else place)
+        return Result(self.config, self.summary or {}, place_of(self.key))
 
     @property
     def network(self) -> tuple[str, str]:
@@ -251,7 +250,7 @@ def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
 def _places(runs: Sequence[Entry]) -> list[str]:
     """Where runs lie, in as few words as tell these places apart; where all lie in one, the names of their folders, or
     the numbers of their lines."""
-    parents = [folder.parent if line is None else folder for folder, line in (run.key for run in runs)]
+    parents = [place_of(run.key) for run in runs]
     if len({*parents}) == 1:
         return [run.folder.name if run.line is None else f"line {run.line}" for run in runs]
     shared = len(Path(os.path.commonpath(parents)).parts)

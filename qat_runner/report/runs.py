@@ -32,6 +32,17 @@ Key = tuple[Path, int | None]
 """A run's folder; or a table of results and its line."""
 
 
+def key_of(folder: Path, line: int | None) -> Key:
+    """What no other run has: lines of a table share its file."""
+    return folder.resolve(), line
+
+
+def place_of(key: Key) -> Path:
+    """The folder of runs, or the table of results, that a run lies in."""
+    folder, line = key
+    return folder.parent if line is None else folder
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder, or a line of a table of results."""
@@ -55,13 +66,13 @@ class Run:
 
     @property
     def key(self) -> Key:
-        """What no other run has: lines of a table share its file."""
-        return self.folder.resolve(), self.line
+        """Its own: see `key_of`."""
+        return key_of(self.folder, self.line)
 
     @property
     def place(self) -> Path:
         """The folder of runs, or the table of results, that it lies in."""
-        return self.folder.resolve() if self.line is not None else self.folder.resolve().parent
+        return place_of(self.key)
 
     @property
     def told(self) -> str:

@@ -435,16 +435,13 @@ void interval_of_row(const T* x, int64_t n, const float* start_low, const float*
         unit = power_of_two(std::max(-*start_low, *start_high));
     } else {
         const Beyond all = beyond(x, n, 1, 0, 0, true, threads);
-        const float reach = std::max(-all.low, all.high);
-        *low = *high = std::isnan(all.count) ? std::numeric_limits<float>::quiet_NaN() : 0;
-        if (std::isnan(all.count) || reach == 0) return;
-        unit = power_of_two(reach);
+        unit = power_of_two(std::max(-all.low, all.high));
     }
     const float scale = static_cast<float>(1 / unit);
     double u = warm ? *start_high / unit : 0, v = warm ? -*start_low / unit : 0;
     Beyond at = beyond(x, n, scale, static_cast<float>(u), static_cast<float>(v), true, threads);
-    if (std::isnan(at.count)) {
-        *low = *high = std::numeric_limits<float>::quiet_NaN();
+    if (!(at.count > 0)) {  // 0 of zeros, NaN of what is not finite
+        *low = *high = static_cast<float>(at.count);
         return;
     }
     const double top_u = at.high, top_v = -at.low;

@@ -43,6 +43,14 @@ def _of_guess(guess_ptr, rows, row, mask):
 
 
 @triton.jit
+def _begin(u, v, top_u, top_v, k, count):
+    """`intervals.begin`: where to read first, and J of the extremes, float64."""
+    u = tl.where((u > 0) & (u < top_u), tl.maximum(u, top_u * NEAR), top_u)
+    v = tl.where((v > 0) & (v < top_v), tl.maximum(v, top_v * NEAR), top_v)
+    return u, v, k * (top_u + top_v) * (top_u + top_v) * count
+
+
+@triton.jit
 def _within(proposed, s, top, lo, clips):
     """A step is trusted to halve or to double."""
     trusted = tl.minimum(tl.minimum(tl.maximum(proposed, s / 2), 2 * s), top)
@@ -130,9 +138,8 @@ def intervals_of_rows(
     else:
         u, v, its, _ = _of_guess(guess_ptr, rows, row, present)
         u, v = u * (its / unit), v * (its / unit)
-    u = tl.where((u > 0) & (u < top_u), tl.maximum(u, top_u * NEAR), top_u)
-    v = tl.where((v > 0) & (v < top_v), tl.maximum(v, top_v * NEAR), top_v)
-    best_u, best_v, least = top_u, top_v, k * (top_u + top_v) * (top_u + top_v) * count
+    u, v, least = _begin(u, v, top_u, top_v, k, count)
+    best_u, best_v = top_u, top_v
     lo_u, lo_v, moved, worse = u * 0, u * 0, u * 0, tl.zeros([ROWS], dtype=tl.int32)
     i = 0
     moving = present
@@ -271,9 +278,8 @@ def intervals_of_long(
             excess_u, outside_u, excess_v, outside_v, square = _sums(at_ptr, programs, PROGRAMS)
             u, v = 2 * excess_u / tl.maximum(outside_u, 1.0), 2 * excess_v / tl.maximum(outside_v, 1.0)
         top_u, top_v = high / unit, -low / unit
-        u = tl.where((u > 0) & (u < top_u), tl.maximum(u, top_u * NEAR), top_u)
-        v = tl.where((v > 0) & (v < top_v), tl.maximum(v, top_v * NEAR), top_v)
-        best_u, best_v, least = top_u, top_v, k * (top_u + top_v) * (top_u + top_v) * count
+        u, v, least = _begin(u, v, top_u, top_v, k, count)
+        best_u, best_v = top_u, top_v
         lo_u, lo_v, moved, worse = u * 0, u * 0, u * 0, 0
         i = 0
         moving = together
