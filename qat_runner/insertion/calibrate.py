@@ -152,8 +152,8 @@ def _scalars_by_rule(
         untrained = [t.name for t in activations if not t.quantizer.has_scalars]
         if untrained:
             raise ValueError(
-                f"rule='running': {', '.join(untrained)} has no running average before training; use 'averaged' with "
-                f"batches instead"
+                f"rule='running': {', '.join(untrained)} has not been trained, so it has no running average; use "
+                f"'averaged' with batches instead"
             )
         return [t.quantizer.with_orientation(t.quantizer.running_s) for t in activations]
     mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars

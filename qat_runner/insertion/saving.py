@@ -49,8 +49,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if left := outside(model):
         raise ValueError(
-            f"{left} does not belong to the part that was quantized: save the parts separately, or quantize the network "
-            f"as a whole, with rules for what is to stay in full precision"
+            f"{left} does not belong to the part that was quantized: save the parts separately, or quantize the whole "
+            f"network, with rules for what is to stay in full precision"
         )
     model = network_of(model)
     tensors = quantized_tensors(model)
@@ -145,7 +145,9 @@ def _products(path: str | os.PathLike[str], said: object) -> list[Product]:
     kinds = tuple(type(value) for value in astuple(Product("", "", "", 0)))
     rows: list[Any] = said if isinstance(said, list) else [said]
     if not all(isinstance(row, tuple | list) and tuple(map(type, row)) == kinds for row in rows):
-        raise ValueError(f"{path}: products must be a list of {', '.join(field.name for field in fields(Product))}")
+        raise ValueError(
+            f"{path}: products must be a list of rows with {', '.join(field.name for field in fields(Product))}"
+        )
     return [Product(*row) for row in rows]
 
 

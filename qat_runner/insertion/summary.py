@@ -85,8 +85,7 @@ def _shares(model: nn.Module) -> list[str]:
 
 
 def _left(model: nn.Module) -> list[str]:
-    """Return the kinds of modules with parameters that are not quantized, each with its count, or its name if it is
-    one.
+    """Return the kinds of modules with parameters that are not quantized, with a count, or the name of a single one.
 
     A module that contains other modules, such as the network itself, is listed with its own parameters only, separately
     from other modules of its class.
@@ -98,7 +97,7 @@ def _left(model: nn.Module) -> list[str]:
             part = f"{' and '.join(own)} of " if next(module.children(), None) is not None else ""
             names.setdefault((part, full_precision_name(module)), []).append(name)
     left = [
-        part + (f"{kind} {found[0]}".rstrip() if len(found) == 1 else f"{len(found)} {kind}")  # the network's own name is empty
+        part + (f"{kind} {found[0]}".rstrip() if len(found) == 1 else f"{len(found)} {kind}")  # the network has no name
         for (part, kind), found in names.items()
     ]
     return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
