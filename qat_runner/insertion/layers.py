@@ -106,7 +106,7 @@ def stored(module: Any, name: str) -> nn.Parameter:
     made_of: list[nn.Parameter]
     if is_parametrized(module, name):
         made_of = [*module.parametrizations[name].parameters()]
-    else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is made of
+    else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is computed from
         made_of = [p for key, p in own.items() if key.startswith(f"{name}_")] or [*own.values()]
     return max(made_of, key=torch.numel)
 

@@ -137,31 +137,40 @@ def _first(out: Any) -> Tensor:
 
 
 def _matrices(left: int) -> Callable[[Arguments, Any], int]:
-    """Each element of the result is a sum over the last dimension of the operand at `left`."""
+    """Count matrix products: each element of the result is a sum over the last dimension of the operand at `left`."""
     return lambda args, out: _first(out).numel() * args[left].shape[-1]
 
 
 def _convolution(args: Arguments, out: Any) -> int:
-    """Of [N, C, ...] and [K, C / groups, ...]; transposed, each input element meets the filters of its channel."""
+    """Count a convolution of [N, C, ...] with [K, C / groups, ...].
+
+    In a transposed one, each input element is multiplied by the filters of its channel.
+    """
     transposed = len(args) > 6 and args[6] is True
     weight: Tensor = args[1]
     return (args[0] if transposed else _first(out)).numel() * weight[0].numel()
 
 
 def _attention(args: Arguments, out: Any) -> int:
-    """Both products, of [..., H, L, D], [..., H, L', D] and [..., H, L', D']."""
+    """Count both products of attention, with [..., H, L, D], [..., H, L', D] and [..., H, L', D']."""
     query, key, value = args[:3]
     return int(query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 def _recurrent(args: Arguments, out: Any) -> int:
-    """Each step of each sequence of an input [..., C] meets all matrices: a list of weights, or the first arguments."""
+    """Count a recurrent layer: each step of each sequence of an input [..., C] is multiplied by all matrices.
+
+    These are in a list of weights, or they are the two arguments after the input.
+    """
     lists = [t for a in args if isinstance(a, tuple | list) for t in a if isinstance(t, Tensor)]
     return int(args[0].shape[:-1].numel() * sum(w.numel() for w in lists or args[1:3] if w.ndim == 2))
 
 
 def _encoder(args: Arguments, out: Any) -> int:
-    """Each step of [N, L, C] meets all matrices of a layer, or of its attention; attention's own products are added."""
+    """Count an encoder layer, or its attention: each step of [N, L, C] is multiplied by all matrices.
+
+    The two products of attention itself are added.
+    """
     batch, steps, size = args[0].shape
     weights = sum(t.numel() for t in args if isinstance(t, Tensor) and t.ndim == 2)
     return int(batch * steps * (weights + 2 * steps * size))

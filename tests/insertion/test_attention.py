@@ -176,7 +176,7 @@ def test_grouped_keys_and_values() -> None:
 
 
 def test_layers_to_keep_must_be_there() -> None:
-    with pytest.raises(ValueError, match="rule 'head' is about no layer or tensor that can be quantized"):
+    with pytest.raises(ValueError, match="rule 'head' matches no layer or tensor that can be quantized"):
         quantize_model(bert(), 4, keep=["head"])
 
 

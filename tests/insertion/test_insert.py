@@ -281,7 +281,7 @@ def test_layers_keep_their_identity_and_aliases() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="has no layer to quantize"):
         quantize_model(nn.Sequential(nn.ReLU()))
-    with pytest.raises(ValueError, match="holds quantizers already"):
+    with pytest.raises(ValueError, match="already has quantizers"):
         quantize_model(quantize_model(Small()))
     for options, message in (
         ({"bits": 1}, "bits=1"),
@@ -582,7 +582,7 @@ def test_a_forward_that_is_set_on_a_module_is_left_alone(make: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), past_its_class(make()), nn.Linear(8, 8))
     kind, plain = type(model[1]), model(x)
     notes = warned(model, x)
-    assert notes[0].startswith("1 has a forward that was set on the module itself, past its class: ")
+    assert notes[0].startswith("1 has a forward that was set on the instance and bypasses its class: ")
     assert type(model[1]) is kind and {t.layer for t in quantized_tensors(model)} <= {"0", "1.qkv", "2"}
     assert all(t.quantizer.decided for t in quantized_tensors(model)) and "100 %" not in summary(model)
     assert torch.equal(remove_quantizers(model)(x), plain)
@@ -591,7 +591,7 @@ def test_a_forward_that_is_set_on_a_module_is_left_alone(make: Any) -> None:
 def test_a_fast_path_that_a_set_forward_leaves_open_is_told_of() -> None:
     model = past_its_class(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
     (note,) = warned(model, torch.randn(2, 5, 8))
-    assert "has a forward that was set on the module itself, past its class: in eval() PyTorch's fast path may" in note
+    assert "has a forward that was set on the instance and bypasses its class: in eval() PyTorch's fast path" in note
 
 
 class Calls(nn.Module):
@@ -620,7 +620,7 @@ def test_a_quantized_layer_that_does_not_ask_its_quantizers_is_named() -> None:
     model, x = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))), torch.randn(4, 8)
     layer: Any = model[0]
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
-    with pytest.warns(QuantizationWarning, match="^0 is called, but does not ask its quantizers: nothing of it"):
+    with pytest.warns(QuantizationWarning, match="^0 is called, but does not call its quantizers: nothing in it"):
         model(x)
 
 

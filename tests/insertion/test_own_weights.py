@@ -269,7 +269,7 @@ def test_an_expert_without_tokens_does_no_harm() -> None:
 def test_what_no_batch_reaches_is_named() -> None:
     mixed = mixture("loop of linear", dynamic=False)
     mixed[0].way = lambda x, w: x
-    with pytest.warns(QuantizationWarning, match=r"^0\.weights_product\.input: reached by no calibration batch"):
+    with pytest.warns(QuantizationWarning, match=r"^0\.weights_product\.input: not reached by any calibration batch"):
         calibrate(mixed, [X])
     assert (quantizers(mixed)["weight"].s > 0).all()
 
@@ -439,7 +439,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     for wrong in ([], {"experts": 0}, {1: -1}):
         torch.save({**content, "contracted": wrong}, path)
-        with pytest.raises(ValueError, match="its contracted is no dict of names and -1 or -2"):
+        with pytest.raises(ValueError, match="contracted must be a dict of names to -1 or -2"):
             load(path, Two())
 
 
@@ -481,7 +481,7 @@ def test_what_parametrizes_a_weight_comes_first() -> None:
 
     model = mixture("einsum")
     nn.utils.parametrize.register_parametrization(model[0], "weights", Twice())
-    with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture became one that is computed anew"):
+    with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture is now recomputed at each use"):
         model(X)
 
 

@@ -173,4 +173,4 @@ def test_what_the_example_does_not_suffice_for_is_told() -> None:
             return super().forward(x)
 
     (note,) = trace(Strict(nn.Linear(16, 16)), A).notes
-    assert note.startswith("what is computed in training alone was not seen") and "targets are needed" in note
+    assert note.startswith("what is computed only in training was not traced") and "targets are needed" in note

@@ -93,8 +93,8 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "rule", "told"),
     [
-        (nn.Linear(7, 2), ROTATED, "rotation=hadamard needs an even number of inputs, and it has 7"),
-        (nn.Linear(8, 2), Rule("*.weight", rotation="hadamard"), "for weight and input alike"),
+        (nn.Linear(7, 2), ROTATED, "rotation=hadamard needs an even number of inputs, not 7"),
+        (nn.Linear(8, 2), Rule("*.weight", rotation="hadamard"), "must be set for both weight and input"),
         (
             nn.Conv2d(3, 4, 1),
             Rule("*", rotation="hadamard"),

@@ -97,7 +97,7 @@ def test_rows_that_are_wholly_masked_are_told_of() -> None:
     model = hf.LlamaModel(hf.LlamaConfig(**DECODER)).eval()
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
-    with pytest.warns(QuantizationWarning, match=r"layers\.0\.self_attn \(LlamaAttention\) computes something else"):
+    with pytest.warns(QuantizationWarning, match=r"layers\.0\.self_attn \(LlamaAttention\) does not compute the same"):
         quantize_model(model, example=(ids(), mask))
     assert quantized_tensors(model)
     eager = hf.LlamaModel(hf.LlamaConfig(**DECODER)).eval()
@@ -119,7 +119,7 @@ class Picky(nn.Module):
 
 def test_a_network_that_computes_something_else_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Picky())
-    with pytest.raises(PolicyError, match=r"^2 \(Picky\) computes something else .* \(by up to .*, of values up to "):
+    with pytest.raises(PolicyError, match=r"^2 \(Picky\) does not compute the same .* \(differs by up to .*, for "):
         quantize_model(model, example=torch.randn(2, 4))
     assert not quantized_tensors(model)
     assert type(model[0]) is nn.Linear
@@ -141,7 +141,7 @@ def test_attention_that_does_more_under_some_names_is_refused() -> None:
         index_head_dim=8,
     )
     model = hf.DeepseekV32Model(config)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn \(DeepseekV32Attention\) does more for attention"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn \(DeepseekV32Attention\) has code that depends"):
         quantize_model(model)
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
 
