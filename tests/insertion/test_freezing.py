@@ -1,4 +1,4 @@
-"""Scalars frozen after training, noise reports, and the network that keeps what it was."""
+"""Tests of freezing after training, of noise reports, and that half precision keeps the scalars in float32."""
 
 import pytest
 import torch
@@ -139,7 +139,7 @@ def test_what_cannot_be_frozen() -> None:
     with pytest.raises(TypeError, match=r"^its own$"), arguments_told(model, batches(1)):
         raise TypeError("its own")
     assert all(q.dynamic for q in quantizers(model).values())
-    freeze(model, "averaged", batches())  # and after all that it still can be
+    freeze(model, "averaged", batches())  # it can still be frozen afterwards
 
 
 def test_half_precision_keeps_scalars_in_full() -> None:

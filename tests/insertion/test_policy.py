@@ -1,4 +1,4 @@
-"""Rules: which tensors they are about, what overrides what, files, and networks that are saved with them."""
+"""Tests of rules: which tensors they match, how they override each other, files, and saved networks."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ from qat_runner.quant import LearnedQuantizer, Octav, Percentile
 
 
 class Net(nn.Module):
-    """Two blocks of two convolutions, and two linear layers."""
+    """A network of two blocks of two convolutions each, and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_ends_have_names_and_follow_the_order_of_calls() -> None:
 
 
 class Ends(nn.Module):
-    """Modules that are called as ends are, and are none."""
+    """A network with modules named "first" and "last" that are not its first and last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_modules_that_are_called_as_ends_are(tmp_path: Path) -> None:
 
 
 def test_short_words_may_be_about_nothing() -> None:
-    """Rules that `Policy.of` makes are about kinds and ends that not every network has, also when they were read."""
+    """Rules that `Policy.of` makes may match no kind or end in some networks, also after they were read from a file."""
     policy = Policy.of(4, activation_granularity="token", quantize_head=False, activation_bits=8)
     for network, x in ((nn.Sequential(nn.Conv2d(3, 4, 3)), X), (Products(), torch.randn(2, 5, 8))):
         once = quantize_model(network, Policy.from_list(policy.as_list()), example=x)
@@ -143,7 +143,7 @@ def test_short_words_may_be_about_nothing() -> None:
 
 
 class Products(nn.Module):
-    """Attention alone."""
+    """Attention only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x @ x.mT).softmax(-1) @ x
@@ -187,7 +187,7 @@ def test_methods_may_be_mixed() -> None:
     ],
 )
 def test_rules_that_are_none(rule: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is looked at below
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is checked below
         Policy.from_list([rule])
     assert message in str(error.value)
 
@@ -213,7 +213,7 @@ def test_a_policy_that_does_not_go_with_the_network() -> None:
     with pytest.raises(ValueError, match="a policy must be a list of rules, not str"):
         Policy.from_list("*")
     assert not quantized_tensors(model) and policy_of(model) == Policy()
-    quantize_model(model, 4)  # and after all that it still can be
+    quantize_model(model, 4)  # it can still be quantized afterwards
 
 
 def test_plain_values_say_it_all() -> None:
@@ -238,7 +238,7 @@ def test_plain_values_say_it_all() -> None:
 
 @pytest.mark.parametrize("clipping", ["octav", "lsq", "pact"])
 def test_a_saved_network_is_made_again_in_one_call(clipping: str, tmp_path: Path) -> None:
-    class Backwards(Net):  # whose registration says another order than its calls
+    class Backwards(Net):  # registers its modules in a different order than it calls them
         def __init__(self) -> None:
             super().__init__()
             modules = dict(self._modules)

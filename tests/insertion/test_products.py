@@ -1,4 +1,4 @@
-"""Products of tensors are found where they are computed, whatever asks for them."""
+"""Tests that products of tensors are found where they are computed, whatever requests them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_shares_and_what_is_repeated(tmp_path: Path) -> None:
 
 
 class Leaf(nn.Module):
-    """Has no module in it, and counts."""
+    """A module that has no modules inside and counts its passes in training."""
 
     def __init__(self) -> None:
         super().__init__()

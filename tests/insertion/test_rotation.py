@@ -1,4 +1,4 @@
-"""Linear layers whose factors are rotated before they are quantized."""
+"""Tests of linear layers whose factors are rotated before they are quantized."""
 
 import copy
 from typing import Any
@@ -48,7 +48,7 @@ def test_the_product_is_what_it_was_and_both_factors_are_quantized_rotated() -> 
     turned = [Hadamard(4)(t) for t in (x, plain[0].weight)]
     q, w = (fake_quantize(t, octav(t.detach(), 4), 4) for t in turned)
     torch.testing.assert_close(out, F.linear(q, w, plain[0].bias))
-    assert model[2].input_quantizer.format == IntFormat(4)  # though a ReLU comes before it
+    assert model[2].input_quantizer.format == IntFormat(4)  # although a ReLU precedes it
     assert "Hadamard(block=4)" in repr(first)
     names = {*plain.state_dict()}
     assert {n for n in model.state_dict() if "quantizer" not in n} == names
@@ -64,7 +64,7 @@ def test_gradients_come_back_rotated() -> None:
     turned = [Hadamard(4)(t) for t in (x, weight)]
     q, w = (fake_quantize(t, octav(t.detach(), 4), 4, "ste") for t in turned)
     F.linear(q, w, plain.bias).square().sum().backward()
-    torch.testing.assert_close(model.weight.grad, weight.grad, rtol=1e-3, atol=1e-3)  # octav from cold, and from warm
+    torch.testing.assert_close(model.weight.grad, weight.grad, rtol=1e-3, atol=1e-3)  # octav, cold and warm start
 
 
 def test_outliers_cost_less() -> None:

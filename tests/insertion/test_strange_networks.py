@@ -1,4 +1,4 @@
-"""Networks that are put together, called or traced in ways of their own."""
+"""Tests of networks that are assembled, called or traced in unusual ways."""
 
 import copy
 import io
@@ -150,7 +150,7 @@ def test_embeddings_of_sparse_gradients_are_left_as_they_are() -> None:
 
 
 class Product(torch.autograd.Function):
-    """Multiplies, and keeps what it was given for its gradients."""
+    """A product that keeps its inputs for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class LinearOfItsOwn(nn.Linear):
 
 @pytest.mark.parametrize("module", [OfItsOwn(), LinearOfItsOwn(8, 8)])
 def test_gradients_of_ones_own_stay_those_of_what_is_computed(module: nn.Module) -> None:
-    """Quantized within, such a function would have gradients of the values that it was given."""
+    """If a custom autograd function were quantized inside, its gradients would be those of its unquantized inputs."""
     model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module))
     with pytest.warns(QuantizationWarning, match=r"^mm in 1 .* is not quantized|^1 is a LinearOfItsOwn"):
         qat.quantize(model, 2, example=X, first_last_bits=None)

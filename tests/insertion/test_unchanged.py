@@ -1,4 +1,4 @@
-"""With its quantizers switched off a network computes what it computed before, or is refused by name."""
+"""With quantizers switched off, a network computes what it did before, or an error names the module that differs."""
 
 import copy
 import io
@@ -54,7 +54,7 @@ def test_attention_of_every_kind_is_the_networks_own(name: str, attention: str) 
     if attention == "sdpa" and not (model._supports_sdpa and "soft" not in name):
         pytest.skip("transformers has no such")
     model.set_attn_implementation(attention)
-    for parameter in model.parameters():  # biases and sinks that begin as zeros would not be missed
+    for parameter in model.parameters():  # otherwise missing biases and sinks, initially zero, would go unnoticed
         nn.init.normal_(parameter, std=0.3)
     x = example_of(model)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_rows_that_are_wholly_masked_are_told_of() -> None:
 
 
 class Picky(nn.Module):
-    """Computes by what its layer is."""
+    """A module whose output depends on the class of its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_a_network_that_computes_something_else_is_refused_by_name() -> None:
     assert not quantized_tensors(model)
     assert type(model[0]) is nn.Linear
     tolerant = copy.deepcopy(model)
-    quantize_model(tolerant)  # nobody looks
+    quantize_model(tolerant)  # without an example nothing is compared
 
 
 def test_attention_that_does_more_under_some_names_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Quantized networks inside of what others make of networks, and their state dicts."""
+"""Tests of quantized networks inside wrappers of other libraries, and of their state dicts."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def one_process() -> Iterator[None]:
 
 
 class Twice(nn.Module):
-    """Has its layer under two names."""
+    """A network that has one layer under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def test_a_detector() -> None:
 
 
 def test_adapters_on_top() -> None:
-    import peft  # which takes its time
+    import peft  # slow to import
 
     model = copy.deepcopy(quantized())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["5"], r=2))
