@@ -528,8 +528,8 @@ def test_wrong_commands(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' is about no layer or tensor"),
-        (["policy=auto", "budget=4", "rules=[{match: layer9.*, bits: 3}]"], "is about no layer or tensor"),
+        (["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' matches no layer or tensor"),
+        (["policy=auto", "budget=4", "rules=[{match: layer9.*, bits: 3}]"], "matches no layer or tensor"),
         (["oscillations.measure=true", "bits=6"], "resnet8 has no weight of so few bits"),
     ],
 )

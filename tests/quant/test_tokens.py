@@ -166,7 +166,7 @@ def test_attention_by_einsum_has_tokens_where_they_lie() -> None:
     model(x), model(outlying)
     assert torch.equal(seen[0][:, :4], seen[1][:, :4]) and not torch.equal(seen[0], seen[1])
     other = quantize_model(ByEinsum("bid,bjc->bij"), 8, **how, example=(x,))
-    with pytest.raises(ValueError, match=r"^scores\.query: granularity=token needs products that add up over one dim"):
+    with pytest.raises(ValueError, match=r"^scores\.query: granularity=token needs products that sum over one of its"):
         other(x)
 
 
