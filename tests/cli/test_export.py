@@ -113,7 +113,7 @@ def test_scalars_frozen_in_training_are_kept(
         assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
         assert export(run, "--scalars", "running") == 2
         assert "have constant scalars already" in capsys.readouterr().err
-    assert export("frozen", "--formats", "safetensors", "--checkpoint", "previous") == 0  # before freezing
+    assert export("frozen", "--formats", "safetensors", "--checkpoint", "previous") == 0  # from before
     assert json.loads((tmp_path / "out/export.json").read_text())["scalars"] == "averaged"
     assert export("frozen", "--formats", "safetensors") == 0
     state = torch.load("frozen/checkpoints/last.pt", weights_only=True)["model"]
