@@ -392,8 +392,8 @@ def _choose(candidates: Iterator[_Candidate], source: Source, model_name: str) -
         best = max(every, key=lambda c: c.matched / max(c.of_model, c.of_file, 1))
         where = shown(best.part) if best.part else "the file"
         raise ConfigError(
-            f"{source}: only {best.matched} tensors match, of the {best.of_model} of {model_name} "
-            f"and the {best.of_file} in {where}; must be a file for {model_name}"
+            f"{source}: too few tensors match, {best.matched} of the {best.of_model} tensors of {model_name} "
+            f"and of the {best.of_file} in {where}; must be a file for {model_name}"
         )
     chosen = fitting[0]
     equals = [shown(c.part) for c in fitting if c.rank == chosen.rank]
