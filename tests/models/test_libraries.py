@@ -71,7 +71,7 @@ def test_names_of_our_own_are_what_they_were() -> None:
         (["model=timm/test_vitt"], "did you mean timm/test_vit"),
         (["model=torchvision/resnet19"], "did you mean torchvision/resnet1"),
         (["model=nobodys/resnet18"], "torchvision/NAME, timm/NAME, hf/NAME"),
-        (["model=hf/."], "holds no config.json"),
+        (["model=hf/."], "contains no config.json"),
         (["model=torchvision/vit_b_16"], "cannot be built (Input shape indivisible by patch size!)"),
         (["model=timm/vgg11", "recipe.scratch.drop_path=0.1"], "timm/vgg11 does not support the drop_path of a stage"),
         (["model=resnet18", "model.stride_in=1x1"], "resnet18 has no bottlenecks"),
