@@ -110,9 +110,8 @@ def _read(path: Path) -> Any:
     except Exception as error:  # parsers may raise any exception on files of another kind
         if foreign := _foreign(path, error):
             raise TensorFileError(foreign) from error
-        text = str(error).rpartition("WeightsUnpickler error: ")[
-            2
-        ]  # drops torch's advice to load the file nevertheless
+        # drops torch's advice to load the file nevertheless
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]
         reason = f"{type(error).__name__}: {text}".splitlines()[0].partition(". ")[0]
         raise TensorFileError(f"is not a readable weights file ({shown(reason)})") from error
 
@@ -122,9 +121,8 @@ def _unpickle(path: Path) -> Any:
         zipped = file.read(4) == b"PK\x03\x04"  # the format of torch.save since 2020
     if zipped:
         with zipfile.ZipFile(path) as archive:
-            data = [
-                entry for entry in archive.infolist() if "/data" in entry.filename
-            ]  # TorchScript files have others, too
+            # TorchScript files have other entries, too
+            data = [entry for entry in archive.infolist() if "/data" in entry.filename]
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in data):
                 raise TensorFileError("is a compressed archive, which torch.save does not write")
     with warnings.catch_warnings():
@@ -138,7 +136,7 @@ def _foreign(path: Path, error: Exception) -> str | None:
     Returns None if the error has another cause.
     """
     found = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if not found:
+    if not found or _ends_within(path, found[0]):
         return None
     with suppress(Exception):  # in an older format, only the first one is known, from the error
         found = sorted(get_unsafe_globals_in_checkpoint(path)) or found
@@ -149,6 +147,17 @@ def _foreign(path: Path, error: Exception) -> str | None:
         f"contains more than tensors and plain values: {names}; such a file can run code when it is loaded. If you "
         f"trust its source, {line} saves only its tensors"
     )
+
+
+def _ends_within(path: Path, name: str) -> bool:
+    """Return whether a file ends in the middle of the name of this global, as a truncated one may.
+
+    The unpickler takes what it reads for lines that end in a newline, and so reports the name without its last byte.
+    """
+    with open(path, "rb") as file:
+        file.seek(-min(len(name) + 1, path.stat().st_size), os.SEEK_END)
+        end = file.read()[:-1].replace(b"\n", b".")
+    return end.rstrip(b".").endswith(name.rstrip(".").encode())
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

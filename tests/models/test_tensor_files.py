@@ -259,6 +259,15 @@ def whole_files() -> dict[str, bytes]:
 WHOLE = whole_files()
 
 
+@pytest.mark.parametrize(
+    "cut", [b"ccollect", b"ccollections", b"ccollections\n", b"ccollections\nO", b"ccollections\nOrdered"]
+)
+def test_a_file_that_is_cut_off_in_the_name_of_a_class(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "w.th"
+    path.write_bytes(WHOLE[".th"][: WHOLE[".th"].index(cut) + len(cut)])
+    assert refusal(path).startswith("is not a readable weights file (")
+
+
 @given(st.sampled_from(sorted(WHOLE)), st.floats(0, 1, exclude_max=True))
 def test_a_file_that_is_cut_off(tmp_path_factory: pytest.TempPathFactory, suffix: str, at: float) -> None:
     path = tmp_path_factory.mktemp("cut") / f"w{suffix}"
