@@ -35,7 +35,7 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     """
     finished = [(run, run.summary) for run in runs if run.summary is not None]
     for why in not_finished(run.folder for run in runs if run.summary is None):
-        log.warning(f"{why} These runs have no line in the table.")
+        log.warning(f"{why} They have no line.")
     names: dict[str, Run] = {}
     lines = []
     for run, summary in sorted(finished, key=lambda pair: pair[0].seed):
@@ -107,7 +107,7 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
         if not place.exists():
             raise ConfigError(f"{place}: no such folder of runs")
         if (place / CONFIG_FILE).is_file():
-            raise ConfigError(f"{place}: is a run, not a folder of runs; pass {place.resolve().parent} instead")
+            raise ConfigError(f"{place}: is a run, not a folder of runs; pass {place.resolve().parent}")
         runs = find_runs(place) if place.is_dir() else read_results(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")

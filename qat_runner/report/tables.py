@@ -101,7 +101,7 @@ def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = (
             where = f"{model}, {dataset}, {mode}, {bits} bits"
             told.setdefault((where, measured(runs[0]).points), []).append((method, mean_and_deviation(found, "+")))
     return [
-        f"{where}, difference from full precision in {points}: {', '.join(map(' '.join, methods))}"
+        f"{where}, in {points} against full precision: {', '.join(map(' '.join, methods))}"
         for (where, points), methods in told.items()
         if 1 < len(methods) == len(dict(methods))
     ]
