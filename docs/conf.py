@@ -1,4 +1,4 @@
-"""How Sphinx builds the docs: `make docs`."""
+"""Configuration of Sphinx, which builds the documentation: `make docs`."""
 
 from typing import Any
 
@@ -13,39 +13,39 @@ project = "qat_runner"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-myst_heading_anchors = 4  # links to headings, as on GitHub
+myst_heading_anchors = 4  # anchors of headings, as on GitHub
 html_theme = "furo"
 html_title = "qat_runner"
 html_copy_source = False
 html_show_copyright = False
 
-# The API reference. Docstrings are in Google's style; in them `x` is code, and |x| a magnitude.
+# The API reference. Docstrings follow Google's style; in them, `x` is code and |x| is a magnitude.
 default_role = "code"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|importlib|pathlib|abc|os)\..*"),  # documented elsewhere
-    ("py:class", "Tensor"),  # of a type variable, which names it in text
+    ("py:.*", r"(torch|collections|importlib|pathlib|abc|os)\..*"),  # documented outside of this project
+    ("py:class", "Tensor"),  # from a type variable, which refers to it by a string
     ("py:.*", r".*\b(Pool|Cost|Scalar|ConfigError|RunError|plugins\.T)"),
 ]
 
 
 def setup(app: Any) -> None:
-    """Have docstrings mean in reStructuredText what they say, and annotations what they name."""
-    for module in (formats, method, methods, policy):  # which import this for a type checker alone
+    """Make the names in annotations resolvable, and make docstrings valid reStructuredText."""
+    for module in (formats, method, methods, policy):  # they import these names only for type checkers
         vars(module).update(Tensor=torch.Tensor, nn=torch.nn, Quantizer=Quantizer, Pool=Pool, Cost=Cost)
-    app.connect("autodoc-process-docstring", _no_type, priority=100)  # before the sections are made out
+    app.connect("autodoc-process-docstring", _no_type, priority=100)  # before napoleon parses the sections
     app.connect("autodoc-process-docstring", _bars, priority=900)
 
 
 def _no_type(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """What stands before a colon in the first line about an attribute would be taken for its type."""
+    """Keep napoleon from reading the text before a colon in the first line about an attribute as its type."""
     if what in ("attribute", "property", "data"):
         lines.insert(0, "\\")
 
 
 def _bars(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Bars would be substitutions."""
+    """Escape bars, which would start substitutions."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
