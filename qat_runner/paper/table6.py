@@ -63,7 +63,7 @@ class Timing:
         published = {kind: paper()["table6"][kind]["tensors"] for kind in self.tensors}
         notes = [
             f"{self.network}. {torch.get_num_threads()} CPU threads; OCTAV is compiled, the sweep is plain PyTorch. "
-            "Seconds per tensor are given by bits, with their mean; the total (h:mm:ss) is for one bit-width.",
+            "Seconds per tensor are given by bits, with their mean; 'in all' (h:mm:ss) is the total for one bit-width.",
             f"Published numbers: {paper()['source']}, for BERT-Base's {published['weight']} weight and "
             f"{published['activation']} activation tensors, on a Xeon with NumPy. Machine and program differ, so the "
             "seconds cannot be compared with ours, and the ratios only roughly.",

@@ -180,7 +180,9 @@ def _other_settings(found: Sequence[Standing]) -> list[str]:
     ]
     apart = dict.fromkeys(f"{each.method}, with {each.reference}" for each in compared if each.apart)
     if apart:
-        told.append(f"Compared across settings, for lack of a reference with the same: {'; '.join(apart)}.")
+        told.append(
+            f"Compared with a reference of other settings, since there is none of the same: {'; '.join(apart)}."
+        )
     return told
 
 

@@ -357,7 +357,9 @@ def test_figure4_tells_of_rows_of_other_settings(tmp_path: Path, caplog: pytest.
         _curve(_run(tmp_path, "resnet20", row, 4, 50.0, epochs=2 + (row == "max")), 50.0) for row in ("max", "octav")
     ]
     plt.close(figure4(runs, "imagenet"))
-    assert "Rows with other settings than resnet20, Max-scaled, 4 bits: OCTAV (MPH), 4 bits (epochs)." in caplog.text
+    assert (
+        "Rows with other settings than resnet20, Max-scaled, 4 bits: OCTAV (MPH), 4 bits (epochs)." in caplog.messages
+    )
 
 
 def test_figure4_is_of_one_network(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | Non
     assert table(found).notes[-2:] == [
         "Runs differ in more than the method, namely in limit_train_batches. Each row is compared with the reference "
         "that has the same settings.",
-        f"Compared across settings, for lack of a reference with the same: {one}, with {many}.",
+        f"Compared with a reference of other settings, since there is none of the same: {one}, with {many}.",
     ]
 
 
