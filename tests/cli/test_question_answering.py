@@ -107,7 +107,7 @@ def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[st
     assert "f1 % (ours)" in out and "SQuAD v1.1" in out
     assert re.search(r"\| bert_base +\| 32 .* 88.24 ", out)  # published
     assert re.search(r"\| bert +\| 4 +\| OCTAV \(MPH\) +\| \d", out)
-    assert "No results of bert_large, bert_base." in out
+    assert "No results for bert_large, bert_base." in out
     (folder,) = Path("runs").glob("*_fp32_*")
     assert report.main(["figure5", "--run", str(folder)]) == 0
     with open("report/figure5.csv", newline="") as file:
