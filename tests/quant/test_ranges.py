@@ -283,7 +283,7 @@ def test_an_oriented_network_is_frozen_saved_and_made_again(tmp_path: object) ->
 def test_states_of_other_ranges_are_refused() -> None:
     oriented, plain = Quantizer(ORIENTED, Octav()), Quantizer(4, Octav())
     for quantizer, state in ((oriented, plain.state_dict()), (plain, oriented.state_dict())):
-        with pytest.raises(RuntimeError, match="scalars of an oriented range suit no other"):
+        with pytest.raises(RuntimeError, match="scalars of the oriented range cannot be used for another range"):
             quantizer.load_state_dict(state)
 
 
@@ -298,7 +298,7 @@ def test_an_average_of_signs_is_a_sign() -> None:
 
 
 def test_ranges_are_for_plain_integers() -> None:
-    with pytest.raises(ValueError, match="clipping 'pact' has grids of its own"):
+    with pytest.raises(ValueError, match="clipping 'pact' always uses the full range"):
         clipping_method("pact").quantizer(ORIENTED, weight=False)
     with pytest.raises(ValueError, match="range='round': must be one of twos_complement, full, oriented"):
         quantize_model(nn.Sequential(nn.Linear(3, 3)), 4, range="round")
