@@ -9,8 +9,8 @@ convolution weight with `dim=0`. The elements that share a scalar are called a r
 - s is 0 for empty rows and for rows that are all zero. `fake_quantize` with s = 0 returns zeros.
 - Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
 - With `check=True`, NaN or infinity in x raises ValueError; this check waits for the device. With `check=False`, meant
-  for training steps, nothing waits for the device. Quantizing x with such an s returns NaN where x is NaN, and in the
-  whole row where a magnitude is infinite.
+  for training steps, nothing waits for the device. Quantizing x with such an s returns NaN at least where x is NaN, and
+  in the whole row where a magnitude is infinite.
 - No gradient flows through s.
 - In an oriented format s is a magnitude; `orienting.oriented` finds its sign.
 - For a format with two clipping bounds, the result is low and high, stacked along a first dimension: [2], or
