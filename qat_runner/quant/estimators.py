@@ -18,7 +18,7 @@ from qat_runner.quant.tensors import compute_dtype, derivatives_wanted, recordin
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A function x -> (clipping scalars of x, x quantized with them)."""
 SolveAll = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
-"""The same for several tensors."""
+"""A function xs -> (clipping scalars of each tensor, each tensor quantized with them)."""
 
 
 def refuse_double_backward() -> None:
@@ -108,7 +108,7 @@ def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: Estima
 
 
 class _SolveAndQuantizeAll(torch.autograd.Function):
-    """The same for several tensors. A tensor whose output receives no gradient gets none."""
+    """Solves and quantizes several tensors. A tensor whose output receives no gradient gets none."""
 
     @staticmethod
     def forward(

@@ -395,7 +395,7 @@ def test_noise_is_measured_on_the_grid_of_the_quantizer() -> None:
 
 
 def test_parameters_alone_are_a_state() -> None:
-    """As in averages of parameters that do not include buffers."""
+    """Averages of parameters may come without buffers."""
     x = torch.randn(100)
     there, here = ready(LSQ(), x), ready(LSQ(), 3 * x)
     found = here.load_state_dict(dict(there.named_parameters()), strict=False)
