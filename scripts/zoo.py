@@ -202,10 +202,10 @@ INPUTS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
 }
 
 REASONS: dict[str, str] = {
-    "timm/tf_efficientnet_cc_b0_4e": "the weights of its convolutions are mixed anew for each picture",
-    "timm/sequencer2d_s": "it is made of LSTMs",
-    "transformers/FalconModel": "a module whose linear layers multiply as attention does is left alone",
-    "transformers/MambaModel": "the mixer uses the weights of its layers past them, and its scan is of its own making",
+    "timm/tf_efficientnet_cc_b0_4e": "its convolution weights are mixed separately for each image",
+    "timm/sequencer2d_s": "it is built from LSTMs",
+    "transformers/FalconModel": "attention is not quantized in a module whose linear layers call matmul directly",
+    "transformers/MambaModel": "the mixer uses its layers' weights without calling them, and implements its own scan",
 }
 """Network of which less than ENOUGH is quantized -> why."""
 
@@ -462,33 +462,35 @@ def page(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGE = """# Networks
+PAGE = """# Tested networks
 
-{networks} networks of torchvision, timm and transformers, weights random, quantized to 4 bits, and taken through all
-that the library does: {whole} pass. The median of the shares of multiply-accumulates that are quantized is {median};
-the share is 100 % in {everything} networks, and at least 95 % in {enough}.
+{networks} networks of torchvision, timm and transformers, with random weights and quantized to 4 bits, were taken
+through everything that the library does: {whole} pass. The median share of multiply-accumulates that are quantized
+is {median}; the share is 100 % in {everything} networks, and at least 95 % in {enough}.
 
 <!-- shell: not run, takes half an hour -->
 ```bash
 python scripts/zoo.py --markdown docs/results/networks.md --csv docs/results/networks.csv
 ```
 
-- *layers alone*: the share of Conv2d and Linear layers that are called as such, and of attention by transformers'
-  interface.
-- *quantized*: the share of the multiply-accumulates whose two operands are quantized. It and the shares of what is left
-  add up to 100 %, and all products together are held against those that PyTorch's own counter finds in the network
-  before.
-- *off*: what the network computes with its quantizers switched off, beside what it computed before: the same bits, or
-  the same up to rounding.
-- *exported*: what a file of `torch.export` computes, read back, beside the frozen network: the same bits, or how long
-  the difference is, relative to the output. Each layer rounds what it is given to sixteen codes, so sums that round
-  otherwise, as where BatchNorm is folded, mostly leave no trace; where one falls to another code, it does.
-- *steps*: forward and backward, the state dict both ways, a copy, `save` and `load`, `freeze`, `export`, and
-  `remove_quantizers`, after which all bits are what they were.
-- *what is left*: what is not quantized; below 95 %, why.
+The columns are:
 
-{minutes} minutes of one core of a busy machine; {versions}. [networks.csv](networks.csv) has the
-same, and the seconds of each network.
+- *layers alone*: the share of multiply-accumulates computed by Conv2d and Linear layers that are called as modules, and
+  by attention through the attention interface of transformers.
+- *quantized*: the share of multiply-accumulates with both operands quantized. This share and those in the last column
+  add up to 100 %. The total is checked against PyTorch's own FLOP counter on the original network.
+- *off*: the output with quantizers switched off, compared with the original output: bitwise the same, or the same up to
+  rounding.
+- *exported*: the output of an exported file (`torch.export`) that was read back, compared with that of the frozen
+  network: bitwise the same, or the norm of the difference relative to the output. Each layer rounds its input to
+  sixteen codes, so sums that round differently, as with folded BatchNorm, mostly have no effect; they have one where a
+  value falls on another code.
+- *steps*: the steps that pass. All steps are forward and backward pass, the state dict in both directions, a copy,
+  `save` and `load`, `freeze`, `export`, and `remove_quantizers`, after which the output is bitwise the original one.
+- *what is left*: what is not quantized, with the reason if less than 95 % is quantized.
+
+The run took {minutes} minutes on one core of a busy machine, with {versions}.
+[networks.csv](networks.csv) has the same data, and the seconds of each network.
 """
 
 

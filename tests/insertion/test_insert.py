@@ -442,7 +442,7 @@ def test_the_sign_travels_with_the_state() -> None:
     other.load_state_dict(model.state_dict())
     assert not find(other)["a.input"].format.signed
     eight = quantize_model(Small(), bits=8, example=torch.randn(2, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="scalars found for 4 bits do not suit 8 bits"):
+    with pytest.raises(RuntimeError, match="the saved scalars are for 4 bits, not for 8 bits"):
         eight.load_state_dict(model.state_dict())
 
 

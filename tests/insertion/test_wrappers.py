@@ -189,7 +189,7 @@ def test_transforms_of_torch_func(make: object) -> None:
 
 def test_what_torch_func_cannot_do_is_a_sentence() -> None:
     model = quantized()
-    with pytest.raises(RuntimeError, match=r"^0\.input: dynamic in training, it writes to its buffers"):
+    with pytest.raises(RuntimeError, match=r"^0\.input: a dynamic quantizer writes to its buffers"):
         vmap(model)(X[None])
 
 
