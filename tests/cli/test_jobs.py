@@ -127,7 +127,7 @@ def test_slurm_is_refused_where_there_is_none(run: Run, capsys: pytest.CaptureFi
 def test_a_row_is_one_process(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8") == 2
     told = capsys.readouterr().err
-    assert "hydra.launcher.tasks_per_node=8: must be 1: a row is one process; several are torchrun's to start" in told
+    assert "hydra.launcher.tasks_per_node=8: must be 1, since a row is one process; to use several" in told
 
 
 def test_a_command_that_is_detached_is_the_one_that_was_typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_what_can_be_known_before_leaves_nothing(data: Path, capsys: pytest.Capt
     ("asked", "told"),
     [
         ("dataset.resizing=tensor", "dataset.decode=gpu: needs a CUDA device, and device=cpu is the CPU"),
-        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor where dataset.decode=gpu"),
+        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor with dataset.decode=gpu"),
     ],
 )
 def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, told: str) -> None:

@@ -61,10 +61,10 @@ def test_without_rules_nothing_is_new(place: Path) -> None:
     ("content", "words", "told"),
     [
         (None, ["policy=nowhere.yaml"], "policy=nowhere.yaml: there is no such file"),
-        ("rules: [{match: *.weight, bits: 3}]", ["policy=p.yaml"], "a glob that begins with * is written in quotes"),
+        ("rules: [{match: *.weight, bits: 3}]", ["policy=p.yaml"], "a glob that begins with * must be in quotes"),
         ("- {match: a, bits: 3}", ["policy=p.yaml"], "policy=p.yaml: cannot be read"),
-        ("bits: 3\nrules: []", ["policy=p.yaml"], "policy=p.yaml: must hold one key, rules, with a list of rules"),
-        ("rules: {match: a}", ["policy=p.yaml"], "policy=p.yaml: must hold one key, rules, with a list of rules"),
+        ("bits: 3\nrules: []", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
+        ("rules: {match: a}", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
         ("rules: [{match: a, bits: 1}]", ["policy=p.yaml"], "rules: rule 'a': bits=1: must be 2 to 16, or 32"),
         (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', only match, type, bits"),
         (None, ["rules=[{match: a, bits: 3.0}]"], "rules: rule 'a': bits=3.0: must be 2 to 16, or 32"),
