@@ -7,7 +7,7 @@ LONGEST = 200
 
 
 class QatError(Exception):
-    """Base class of the errors that end the process with a one-sentence message and `exit_code`, without a traceback."""
+    """Base class of errors that end the process with a one-sentence message and `exit_code`, without a traceback."""
 
     exit_code = 1
 

@@ -52,8 +52,8 @@ def _on_path(path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
-    """A mapping from names to objects of one kind. Setting an item registers it for this process; `own` are the names of
-    the built-in objects.
+    """A mapping from names to objects of one kind. Setting an item registers it for this process; `own` are the names
+    of the built-in objects.
 
     Args:
         kind: the name of the kind in messages, such as "clipping method".

@@ -45,7 +45,7 @@ SECTIONS: list[tuple[str, str, type, str]] = [
         "allocation",
         "allocation.",
         schema.AllocationConfig,
-        "How the bit-width of each tensor is chosen: see [bits](bits.md).",
+        "How the bit-width of each tensor is chosen: see [bit allocation](bits.md).",
     ),
     (
         "oscillations",

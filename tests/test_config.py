@@ -96,7 +96,7 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["clipping=octav", "clipping.start=octav"], "clipping=octav: clipping 'octav' has no option 'start'"),
         (["clipping=lsq", "clipping.start=max"], "clipping=lsq: start='max': must be one of lsq, octav"),
         (["gradient=ewgs", "gradient.options.delta=-1"], "gradient=ewgs: delta=-1: must be 0 or more, and finite"),
-        (["gradient=mph", "+gradient.options.q=1"], "gradient=mph: gradient 'mph' is a pair of others, and has no"),
+        (["gradient=mph", "+gradient.options.q=1"], "gradient=mph: gradient 'mph' is a pair of estimators and has no"),
         (["clipping.iterations=0"], "iterations=0"),
         (["clipping=static_octav"], "no trained weights to calibrate on"),
         (

@@ -121,7 +121,7 @@ def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert bits.main(["mode=ptq", "budget=4"]) == 2
-    assert capsys.readouterr().err == "qat-bits: mode=ptq: it is mode=allocate here; qat-run has the others\n"
+    assert capsys.readouterr().err == "qat-bits: mode=ptq: must be mode=allocate; use qat-run for other modes\n"
     assert bits.main(["--cfg", "job", "model=resnet8", "weights=w.pt", "budget=4"]) == 0
     assert "\nmode: allocate\n" in capsys.readouterr().out
     assert bits.main(["budgett=4"]) == 2
@@ -135,7 +135,7 @@ def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str])
         (["bits=auto"], "bits=auto: needs a limit: "),
         (["mode=allocate", "budget=4"], "mode=allocate: needs weights="),
         (["budget=4"], "budget=4: applies only to qat-bits and bits=auto"),
-        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto goes with no other bits"),
+        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto cannot be combined with other values"),
         (["retrain_steps=5"], "retrain_steps=5: applies only to qat-bits"),
         (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: cannot be combined with budget, since it finds the"),
         (["bits=auto", "budget=1"], "budget=1.0: must be 2 to 16"),

@@ -120,7 +120,7 @@ def test_slurm_is_refused_where_there_is_none(run: Run, capsys: pytest.CaptureFi
     if shutil.which("srun") is not None:
         pytest.skip("there is one here")
     assert run("-m", "hydra/launcher=slurm", "seed=0,1") == 2
-    assert "hydra/launcher=slurm: there is no srun here" in capsys.readouterr().err
+    assert "hydra/launcher=slurm: needs a machine of a Slurm cluster" in capsys.readouterr().err
     assert not [*Path().iterdir()]
 
 

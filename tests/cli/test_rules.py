@@ -66,7 +66,7 @@ def test_without_rules_nothing_is_new(place: Path) -> None:
         ("bits: 3\nrules: []", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
         ("rules: {match: a}", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
         ("rules: [{match: a, bits: 1}]", ["policy=p.yaml"], "rules: rule 'a': bits=1: must be 2 to 16, or 32"),
-        (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', only match, type, bits"),
+        (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', must be one of match"),
         (None, ["rules=[{match: a, bits: 3.0}]"], "rules: rule 'a': bits=3.0: must be 2 to 16, or 32"),
         (None, ["rules=[layer3]"], "rules: rule 'layer3': must be a mapping"),
         (None, ["rules=3"], "rules"),

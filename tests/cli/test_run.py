@@ -265,7 +265,7 @@ def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
     drops = [top1[4, "max", seed] - top1[32, "none", seed] for seed in (0, 1)]
     assert f"{sum(drops) / 2:+.2f} ± " in table.splitlines()[-1]
     assert sentence.startswith("resnet8, fake, scratch, 4 bits, in points against full precision: octav ")
-    command, told = closing.split(" makes a page of them")
+    command, told = closing.split(" writes an HTML report of them")
     assert (command, told) == ("qat-report compare 'two words'", "")
     assert report(shlex.split(command)[1:]) == 0
     assert Path("report/compare.html").is_file()
@@ -273,7 +273,7 @@ def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
 
 def test_a_run_ends_with_what_makes_its_page(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("epochs=1", "run_dir=mine") == 0
-    assert capsys.readouterr().out.endswith("\n\nqat-report mine makes a page of it\n")
+    assert capsys.readouterr().out.endswith("\n\nqat-report mine writes an HTML report of it\n")
 
 
 def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,7 +397,7 @@ def test_a_checkpoint_is_written_every_so_many_minutes(run: Run, monkeypatch: py
 
 TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
-    (["--shell-completion"], "--shell-completion: wants one of install=, uninstall= and query="),
+    (["--shell-completion"], "--shell-completion: must be one of install=, uninstall= and query="),
     (["--shell-completion", "install=foo"], "with bash, fish or zsh"),
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
@@ -407,7 +407,7 @@ WRONG = [
     (["format=int_affine", "clipping=pact"], "qat-run: clipping 'pact' is for plain integers, not for int_affine4"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),
-    (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
+    (["bits 4"], "bits 4: must be KEY=VALUE; qat-run --help lists all keys and flags"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
     (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none is for itself alone"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
@@ -441,7 +441,7 @@ WRONG = [
     (["standin=digits"], "unknown key 'standin'; qat-run --help lists all keys"),
     (["-m", "+sweep.bits=2"], "sweep: can only be set in the files of experiments and stand-ins"),
     (["given=[dataset.mean]"], "given: cannot be set; the runner fills it in"),
-    (["bits"], "bits: is no KEY=VALUE"),
+    (["bits"], "bits: must be KEY=VALUE"),
     (["mode=retrain"], "needs weights"),
     (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
     (["mode=ptq", "weights=other.pt"], "little matches"),
@@ -456,13 +456,13 @@ WRONG = [
     (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=last"], "holds no clipping scalars for conv1.input"),
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
-    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
-    (["hydra/launcher=joblib"], "hydra/launcher=joblib: is for sweeps; qat-run -m starts one, if only of one row"),
-    (["hydra/launcher=basic"], "hydra/launcher=basic: is for sweeps"),
-    (["--resolve"], "--resolve: is for --cfg, which shows a config"),
-    (["--package", "model"], "--package: is for --cfg, which shows a config"),
-    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out"),
-    (["--run", "--cfg", "job"], "only one of them can be carried out"),
+    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is no such launcher; is a plugin missing"),
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: applies only to sweeps; qat-run -m starts one, even of one"),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: applies only to sweeps"),
+    (["--resolve"], "--resolve: applies only to --cfg, which shows a config"),
+    (["--package", "model"], "--package: applies only to --cfg, which shows a config"),
+    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be given"),
+    (["--run", "--cfg", "job"], "only one of them can be given"),
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
@@ -489,10 +489,10 @@ WRONG = [
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
     (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
-    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be carried out"),
+    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be given"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
-    (["bits=4,8"], "bits=4,8: several values are for a sweep, qat-run -m; a list is written bits=[4,8]"),
+    (["bits=4,8"], "bits=4,8: several values need a sweep, qat-run -m; a list is written bits=[4,8]"),
     (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),
 ]
 

@@ -21,7 +21,7 @@ def test_names_of_ours_are_taken() -> None:
         registry.register("one", 3)
     del registry["two"]
     assert dict(registry) == {"one": 1}
-    with pytest.raises(TypeError, match="'three' is no number: 'drei'"):
+    with pytest.raises(TypeError, match="'three' is not a valid number: 'drei'"):
         registry["three"] = "drei"  # type: ignore[assignment]
     with pytest.raises(KeyError):
         registry["three"]

@@ -217,8 +217,8 @@ def test_compiled_it_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ({"clipping": "lsq"}, "can neither be static nor learned"),
-        ({"dynamic": False}, "can neither be static nor learned"),
+        ({"clipping": "lsq"}, "must be neither static nor learned"),
+        ({"dynamic": False}, "must be neither static nor learned"),
         ({"eval_mode": "running"}, "eval_mode must be dynamic"),
         ({"activation_granularity": "channel"}, "activation_granularity='channel': must be one of tensor, token"),
     ],
