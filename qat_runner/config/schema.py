@@ -193,8 +193,8 @@ class DatasetConfig:
     skip_corrupt: bool = False
     """Image folders: skip and count images that cannot be decoded, instead of stopping."""
     resizing: Resizing = Resizing.pillow
-    """Image folders: resize with `pillow`, as the published recipes do, or as a `tensor`, which is faster; a byte may
-    differ by 1."""
+    """Image folders: resize with `pillow`, as the published recipes do, or as a `tensor`, which is faster but may
+    change a byte by 1."""
     decode: Decode = Decode.cpu
     """Image folders: decode JPEGs in the worker processes (`cpu`), or on the GPU that trains (`gpu`), where all images
     are then also resized; `gpu` requires `dataset.resizing=tensor`. The GPU decoder rounds differently, so the result

@@ -470,7 +470,7 @@ WRONG = [
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
     (["recipe.freeze_scalars_at=0.5", "activation_bits=32"], "resnet8 has no activations whose scalars are dynamic"),
-    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least freeze_to=0.2"),
+    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least oscillations.freeze_to=0.2"),
     (["oscillations.measure=true", "bits=6"], "oscillations.max_bits=4: resnet8 has no weight of so few bits"),
     (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs its weights, recipe.teacher=PATH"),
     ([*TAUGHT, "recipe.teacher_model=resnet57"], "recipe.teacher_model=resnet57: must be one of"),
