@@ -69,23 +69,27 @@ remove_quantizers(model)
 @pytest.mark.parametrize(
     ("command", "absent", "message"),
     [
-        ("qat_run --help", ABSENT, "qat-run: hydra is not installed; pip install 'qat_runner[run]' brings it"),
+        ("qat_run --help", ABSENT, "qat-run: hydra is not installed; pip install 'qat_runner[run]' installs it"),
         (
             "qat_report runs",
             ABSENT,
-            "qat-report: tqdm is not installed; pip install 'qat_runner[report]' brings it",
+            "qat-report: tqdm is not installed; pip install 'qat_runner[report]' installs it",
         ),
-        ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' brings it"),
+        ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' installs it"),
         (
             "qat_run",
             ["tensorboard"],
             "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' brings it",
         ),
-        ("qat_report .", ["jinja2"], "qat-report: jinja2 is not installed; pip install 'qat_runner[report]' brings it"),
+        (
+            "qat_report .",
+            ["jinja2"],
+            "qat-report: jinja2 is not installed; pip install 'qat_runner[report]' installs it",
+        ),
         (
             "qat_run dataset=squad model=bert model.checkpoint=bert data_dir=.",
             ["transformers"],
-            "qat-run: transformers is not installed; pip install 'qat_runner[text]' brings it",
+            "qat-run: transformers is not installed; pip install 'qat_runner[text]' installs it",
         ),
     ],
 )

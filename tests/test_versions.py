@@ -125,7 +125,7 @@ def test_a_revised_method_makes_a_different_run(composed: Compose, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": v.SCHEMA_VERSION + 1}, "a later qat_runner wrote it"),
+        ({"schema_version": v.SCHEMA_VERSION + 1}, "a later qat_runner wrote this file"),
         ({"schema_version": "two"}, "schema_version=two: must be 1 to"),
         ({"colour": "red"}, "colour"),
         ({"epochs": "many"}, "many"),

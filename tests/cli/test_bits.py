@@ -121,7 +121,7 @@ def test_qat_bits_is_qat_run_with_mode_allocate(
 
 def test_messages_of_qat_bits_name_qat_bits(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert bits.main(["mode=ptq", "budget=4"]) == 2
-    assert capsys.readouterr().err == "qat-bits: mode=ptq: it is mode=allocate here; qat-run has the others\n"
+    assert capsys.readouterr().err == "qat-bits: mode=ptq: must be mode=allocate; use qat-run for other modes\n"
     assert bits.main(["--cfg", "job", "model=resnet8", "weights=w.pt", "budget=4"]) == 0
     assert "\nmode: allocate\n" in capsys.readouterr().out
     assert bits.main(["budgett=4"]) == 2
@@ -131,23 +131,29 @@ def test_messages_of_qat_bits_name_qat_bits(run: Run, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["mode=allocate", "weights=baseline"], "mode=allocate: needs to be told what bits may cost: budget, size_mb"),
-        (["bits=auto"], "bits=auto: needs to be told what bits may cost"),
+        (["mode=allocate", "weights=baseline"], "mode=allocate: needs a limit: budget, size_mb"),
+        (["bits=auto"], "bits=auto: needs a limit: "),
         (["mode=allocate", "budget=4"], "mode=allocate: needs weights="),
-        (["budget=4"], "budget=4: is for qat-bits and for bits=auto"),
-        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto goes with no other bits"),
-        (["retrain_steps=5"], "retrain_steps=5: is for qat-bits"),
-        (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: seeks the least bits by itself; no budget beside it"),
+        (["budget=4"], "budget=4: applies only to qat-bits and bits=auto"),
+        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto cannot be combined with other values"),
+        (["retrain_steps=5"], "retrain_steps=5: applies only to qat-bits"),
+        (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: cannot be combined with budget, since it finds the"),
         (["bits=auto", "budget=1"], "budget=1.0: must be 2 to 16"),
-        (["mode=allocate", "weights=baseline", "budget=4", "bits=32"], "mode=allocate has nothing to choose bits for"),
+        (["mode=allocate", "weights=baseline", "budget=4", "bits=32"], "mode=allocate has nothing to choose, since"),
         (["bits=auto", "budget=4", "allocation.widths=[4]"], "allocation.widths=[4]: must be two or more"),
         (["bits=auto", "budget=4", "allocation.price=hessian"], "allocation.price=hessian: must be one of gradient"),
-        (["bits=auto", "budget=4", "bits=6"], "bits=6: bits=auto chooses them; rules=[{match: GLOB, bits: 6}] exempts"),
-        (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: bits=auto chooses them"),
-        (["mode=allocate", "weights=baseline", "budget=4", "activation_bits=8"], "activation_bits=8: mode=allocate ch"),
-        (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: mode=allocate, which is what"),
+        (
+            ["bits=auto", "budget=4", "bits=6"],
+            "bits=6: cannot be set with bits=auto, which chooses bit-widths; rules=[{match: GLOB, bits: 6}] sets",
+        ),
+        (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: cannot be set with bits=auto, which chooses"),
+        (
+            ["mode=allocate", "weights=baseline", "budget=4", "activation_bits=8"],
+            "activation_bits=8: cannot be set with mode=allocate, which chooses",
+        ),
+        (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: cannot be set with mode=allocate"),
         *(
-            (["mode=allocate", "weights=baseline", "budget=4", word], f"{word}: mode=allocate trains nothing by it")
+            (["mode=allocate", "weights=baseline", "budget=4", word], f"{word}: cannot be set with mode=allocate;")
             for word in ("lr=0.5", "batch_size=8", "epochs=9")
         ),
         (["bits=auto", "latency_ms=4"], "latency_ms: needs allocation.latencies=FILE"),

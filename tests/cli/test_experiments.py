@@ -96,17 +96,17 @@ def test_seeds_are_averaged_and_mixed_runs_rejected(run: Run, capsys: pytest.Cap
 
 def test_an_experiment_needs_m_and_a_stand_in_needs_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["+experiment=table1"]) == 2
-    assert "experiment=table1: holds several rows; qat-run -m runs them all" in capsys.readouterr().err
+    assert "experiment=table1: has several rows; qat-run -m runs them all" in capsys.readouterr().err
     assert run("+stand_in=digits") == 2
-    assert "stand_in=digits: puts an experiment on other data" in capsys.readouterr().err
+    assert "stand_in=digits: needs +experiment=NAME" in capsys.readouterr().err
     assert run("+scale=digits") == 2
     told = capsys.readouterr()
-    assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
+    assert "+scale=digits has been renamed to +stand_in=digits" in told.out and "stand_in=digits: needs" in told.err
     for several in ("+experiment=table1,table2", "+experiment=[table1,table2]"):
         assert run(several) == 2
-        assert f"{several[1:]}: one at a time, since each has rows of its own" in capsys.readouterr().err
+        assert f"{several[1:]}: must be a single one, since each has its own rows" in capsys.readouterr().err
     assert run("+experiment=table1", "+stand_in=digits,cifar10") == 2
-    assert "stand_in=digits,cifar10: one at a time" in capsys.readouterr().err
+    assert "stand_in=digits,cifar10: must be a single one" in capsys.readouterr().err
     assert run("+experiment=table7") == 2
     assert "table7: must be one of decoder, distillation, estimators, learned, mobilenet" in capsys.readouterr().err
     assert not list(Path().iterdir())
@@ -142,7 +142,7 @@ def test_invalid_commands_of_qat_report_are_rejected(run: Run, capsys: pytest.Ca
     assert report.main(["figure1", "--run", "runs"]) == 2
     assert "runs: holds no run with a checkpoint" in capsys.readouterr().err
     assert report.main(["table9"]) == 2
-    assert "table9: is neither the folder of a run nor one of compare, methods, results" in capsys.readouterr().err
+    assert "table9: must be the folder of a run or one of compare, methods, results" in capsys.readouterr().err
     assert not Path("report").exists()
 
 

@@ -94,7 +94,7 @@ def test_errors_that_are_found_before_the_run_leave_nothing(
     ("asked", "told"),
     [
         ("dataset.resizing=tensor", "dataset.decode=gpu: needs a CUDA device, and device=cpu is the CPU"),
-        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor where dataset.decode=gpu"),
+        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor with dataset.decode=gpu"),
     ],
 )
 def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, told: str) -> None:

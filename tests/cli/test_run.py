@@ -267,7 +267,7 @@ def test_a_sweep_over_seeds_ends_with_means_and_the_command_of_its_html_report(
     drops = [top1[4, "max", seed] - top1[32, "none", seed] for seed in (0, 1)]
     assert f"{sum(drops) / 2:+.2f} ± " in table.splitlines()[-1]
     assert sentence.startswith("resnet8, fake, scratch, 4 bits, in points against full precision: octav ")
-    command, told = closing.split(" makes a page of them")
+    command, told = closing.split(" writes an HTML report of them")
     assert (command, told) == ("qat-report compare 'two words'", "")
     assert report(shlex.split(command)[1:]) == 0
     assert Path("report/compare.html").is_file()
@@ -275,7 +275,7 @@ def test_a_sweep_over_seeds_ends_with_means_and_the_command_of_its_html_report(
 
 def test_a_run_ends_with_the_command_of_its_html_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("epochs=1", "run_dir=mine") == 0
-    assert capsys.readouterr().out.endswith("\n\nqat-report mine makes a page of it\n")
+    assert capsys.readouterr().out.endswith("\n\nqat-report mine writes an HTML report of it\n")
 
 
 def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,7 +399,7 @@ def test_checkpoints_are_written_at_intervals_of_time(run: Run, monkeypatch: pyt
 
 TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
-    (["--shell-completion"], "--shell-completion: wants one of install=, uninstall= and query="),
+    (["--shell-completion"], "--shell-completion: must be one of install=, uninstall= and query="),
     (["--shell-completion", "install=foo"], "with bash, fish or zsh"),
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
@@ -409,13 +409,13 @@ WRONG = [
     (["format=int_affine", "clipping=pact"], "qat-run: clipping 'pact' is for plain integers, not for int_affine4"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),
-    (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
+    (["bits 4"], "bits 4: must be KEY=VALUE; qat-run --help lists all keys and flags"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
     (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none is for itself alone"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
     (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
-    (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: is not for log_excess_mse=true"),
-    (["clipping.sync=true", "clipping.refine=8"], "clipping.sync=true: is not for clipping.refine=8"),
+    (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: cannot be combined with log_excess_mse=true"),
+    (["clipping.sync=true", "clipping.refine=8"], "clipping.sync=true: cannot be combined with clipping.refine=8"),
     (["clipping.options={multiple: 2}"], "clipping 'octav' has no option 'multiple', only iterations"),
     (["clipping.options.multiple=2"], "clipping 'octav' has no option 'multiple', only iterations"),
     (["model=resnet20", "dataset=imagenet"], "dataset=imagenet: not found in data_dir"),  # its recipe is deit
@@ -441,9 +441,9 @@ WRONG = [
     (["experiment=table2"], "unknown key 'experiment'; did you mean +experiment=NAME?"),
     (["row=octav"], "unknown key 'row'; did you mean +row=NAME?"),
     (["standin=digits"], "unknown key 'standin'; qat-run --help lists all keys"),
-    (["-m", "+sweep.bits=2"], "sweep: is for files of experiments and stand-ins to say"),
-    (["given=[dataset.mean]"], "given: is filled in by the runner"),
-    (["bits"], "bits: is no KEY=VALUE"),
+    (["-m", "+sweep.bits=2"], "sweep: can only be set in the files of experiments and stand-ins"),
+    (["given=[dataset.mean]"], "given: cannot be set; the runner fills it in"),
+    (["bits"], "bits: must be KEY=VALUE"),
     (["mode=retrain"], "needs weights"),
     (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
     (["mode=ptq", "weights=other.pt"], "weights=other.pt: too few tensors match"),
@@ -458,13 +458,13 @@ WRONG = [
     (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=last"], "holds no clipping scalars for conv1.input"),
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
-    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
-    (["hydra/launcher=joblib"], "hydra/launcher=joblib: is for sweeps; qat-run -m starts one, if only of one row"),
-    (["hydra/launcher=basic"], "hydra/launcher=basic: is for sweeps"),
-    (["--resolve"], "--resolve: is for --cfg, which shows a config"),
-    (["--package", "model"], "--package: is for --cfg, which shows a config"),
-    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out"),
-    (["--run", "--cfg", "job"], "only one of them can be carried out"),
+    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is no such launcher; is a plugin missing"),
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: applies only to sweeps; qat-run -m starts one, even of one"),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: applies only to sweeps"),
+    (["--resolve"], "--resolve: applies only to --cfg, which shows a config"),
+    (["--package", "model"], "--package: applies only to --cfg, which shows a config"),
+    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be given"),
+    (["--run", "--cfg", "job"], "only one of them can be given"),
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
@@ -472,9 +472,9 @@ WRONG = [
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
     (["recipe.freeze_scalars_at=0.5", "activation_bits=32"], "resnet8 has no activations whose scalars are dynamic"),
-    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least freeze_to=0.2"),
+    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least oscillations.freeze_to=0.2"),
     (["oscillations.measure=true", "bits=6"], "oscillations.max_bits=4: resnet8 has no weight of so few bits"),
-    (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs recipe.teacher=PATH or pretrained"),
+    (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs its weights, recipe.teacher=PATH"),
     ([*TAUGHT, "recipe.teacher_model=resnet57"], "recipe.teacher_model=resnet57: must be one of"),
     ([*TAUGHT, "recipe.teacher_model=resnet56"], "recipe.teacher=ok.pt: too few tensors match"),
     (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: must be at least 10"),
@@ -491,10 +491,10 @@ WRONG = [
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
     (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
-    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be carried out"),
+    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be given"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
-    (["bits=4,8"], "bits=4,8: several values are for a sweep, qat-run -m; a list is written bits=[4,8]"),
+    (["bits=4,8"], "bits=4,8: several values need a sweep, qat-run -m; a list is written bits=[4,8]"),
     (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),
 ]
 

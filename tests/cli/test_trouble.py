@@ -149,7 +149,7 @@ def test_an_interruption_prints_the_command_that_resumes_the_run(
     monkeypatch.setattr(cli_run, "_run_all", interrupted)
     for overwrite, command in (("false", "the same command"), ("true", "the same command without overwrite=true")):
         assert run(f"overwrite={overwrite}") == 130
-        assert f"interrupted; {command} goes on from the last checkpoint" in capsys.readouterr().err
+        assert f"interrupted; {command} resumes from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_stop_ends_the_whole_sweep(
@@ -158,14 +158,14 @@ def test_a_stop_ends_the_whole_sweep(
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("-m", "seed=0,1,2", "epochs=1") == 143
-    assert "had not begun" not in capsys.readouterr().err
+    assert "had not started" not in capsys.readouterr().err
     assert len([*Path("runs").glob("*/config.yaml")]) == 1
     assert run("-m", "seed=1,2", "epochs=1") == 0
     capsys.readouterr()
     at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     assert run("-m", "seed=0,1,2", "epochs=1", "overwrite=true") == 143
     told = capsys.readouterr()
-    assert "and 1 more: had not begun; the earlier run is there still, and overwrite=true replaces it" in told.err
+    assert "and 1 more: had not started; the earlier run still exists, and overwrite=true replaces it" in told.err
     assert "top1" not in told.out  # of the earlier runs
 
 

@@ -127,12 +127,12 @@ def test_a_part_of_a_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert losses[0] != losses[1]
     for args, message in (
         ((*evaluate, "weights_part=emma"), "weights=w.pt: has no part emma; there are model, model_ema"),
-        (("weights_part=ema",), "weights_part=ema: is for a file, not for weights=null"),
+        (("weights_part=ema",), "weights_part=ema: applies only to a file, not to weights=null"),
         (
             ("mode=ptq", "weights=baseline", "weights_part=ema"),
-            "weights_part=ema: is for a file, not for weights=baseline",
+            "weights_part=ema: applies only to a file, not to weights=baseline",
         ),
-        (("recipe.teacher_part=ema",), "recipe.teacher_part=ema: is for a file, not for recipe.teacher=null"),
+        (("recipe.teacher_part=ema",), "recipe.teacher_part=ema: applies only to a file, not to recipe.teacher=null"),
     ):
         assert run(*args) == 2
         assert message in capsys.readouterr().err
