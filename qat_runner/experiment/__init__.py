@@ -1,7 +1,7 @@
-"""config -> data, model, policy, trainer -> a run. The only room that knows them all.
+"""Carrying out a run: config -> data, model, policy, trainer -> results. The only package that imports all of these.
 
-`preflight` refuses what can be refused without work, and `run` builds everything before it writes to the run's folder,
-so that a request that cannot be carried out leaves nothing behind.
+`preflight` rejects whatever can be rejected without any work, and `run` builds everything before it writes to the run
+folder, so that a request that cannot be carried out leaves nothing behind.
 """
 
 from qat_runner.experiment.building import CALIBRATION_EPOCH, build

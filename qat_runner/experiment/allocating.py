@@ -1,4 +1,4 @@
-"""Carrying out a run of mode=allocate: tensors are priced, bits chosen, and the network that has them is measured."""
+"""Runs of mode=allocate: price the tensors (estimated sensitivity), choose the bit allocation, measure the result."""
 
 import logging
 import time
@@ -33,28 +33,29 @@ from qat_runner.tasks import task_of
 log = logging.getLogger("qat_runner")
 
 FEW = 2
-"""Batches on which tensors are measured one at a time, where that decides nothing, but is shown beside what does."""
+"""Number of batches for measured prices that are only shown for comparison and do not decide the allocation."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What bits are to be chosen for."""
+    """The problem that a bit allocation is to solve."""
 
     known: Network
     limits: Sequence[Limit]
-    """which can be kept"""
+    """limits that can be satisfied"""
 
 
 def problem_of(config: Config, model: nn.Module, data: Data) -> Problem:
-    """Make out what is asked for, and refuse what cannot be had, before anything is written or cleared away.
+    """Derive the allocation problem from a config, rejecting impossible requests before anything is written or deleted.
 
     Args:
-        config: resolved, of mode allocate.
-        model, data: as `building.build` gives them.
+        config: resolved config of mode allocate.
+        model, data: as returned by `building.build`.
 
     Raises:
-        ConfigError: limits that no widths keep; latencies of other layers; no tensor that bits can be chosen for, or
-            one that they cannot; retraining that the network or the data are not for.
+        ConfigError: no bit-widths satisfy the limits; the latencies belong to other layers; there is no tensor whose
+            bit-width can be chosen, or one whose bit-width cannot; the network or the data do not support the
+            retraining.
     """
     try:
         known = network(model, config.allocation.widths, EXAMPLE)
@@ -71,7 +72,7 @@ def problem_of(config: Config, model: nn.Module, data: Data) -> Problem:
 
 
 def _check_retraining(config: Config, model: nn.Module, data: Data, known: Network) -> None:
-    """Refuse retraining that networks on the way to the answer could not be given, whatever their bits."""
+    """Reject retraining that would fail for the candidate networks, whatever their bit-widths."""
     probe = probe_of(config, config.weights, RunFolder(run_folder(config)).probes, data)
     preflight(probe)
     how = probe.oscillations
@@ -79,26 +80,26 @@ def _check_retraining(config: Config, model: nn.Module, data: Data, known: Netwo
     weights = [operand for operation in known.operations for operand in operation.operands if operand.weight]
     if how.watching and all(min(operand.widths) > how.max_bits for operand in weights):
         raise ConfigError(
-            f"oscillations.max_bits={how.max_bits}: allocation.widths={config.allocation.widths} let no weight have so "
-            f"few bits"
+            f"oscillations.max_bits={how.max_bits}: allocation.widths={config.allocation.widths} allow no weight with "
+            f"so few bits"
         )
 
 
 def carry_out(
     config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, run: Run, problem: Problem
 ) -> Summary:
-    """Choose bits, measure the network that has them, and write down what came of it.
+    """Choose the bit allocation, measure the network that has it, and record the result.
 
     Args:
-        config: resolved, of mode allocate.
-        folder: of the run.
-        model, data: as `building.build` gives them.
-        weights: those of `model`: a file, or what else a config may name.
-        run: what measures networks.
-        problem: as `problem_of` makes it out.
+        config: resolved config of mode allocate.
+        folder: the run folder.
+        model, data: as returned by `building.build`.
+        weights: the weights of `model`: a file, or anything else that a config accepts.
+        run: function that measures a network.
+        problem: as returned by `problem_of`.
 
     Raises:
-        RunError: a tensor cannot be priced; not even the widest keep max_drop.
+        RunError: a tensor cannot be priced, or not even the largest bit-widths satisfy max_drop.
     """
     began = time.perf_counter()
     how, known = config.allocation, problem.known
@@ -115,7 +116,7 @@ def carry_out(
     ALLOCATION.write(folder, record)
     write_text(RunFolder(folder).policy, _policy(config, known, chosen.best.bits))
     write_text(RunFolder(folder).prices, table(record["tensors"], search.prices.widths))
-    from qat_runner.training.plots import plot_bits  # matplotlib takes its time to import
+    from qat_runner.training.plots import plot_bits  # matplotlib is slow to import
 
     plot_bits(folder, record)
     log.info(record["answer"])
@@ -126,8 +127,8 @@ def carry_out(
 
 
 def _policy(config: Config, known: Network, bits: Mapping[str, int]) -> str:
-    """The file that gives each tensor its bits, also those that had no choice; it tells what it says nothing of."""
-    head = "# Bits, and nothing else: clipping, formats and the like are those of the command that takes this file.\n"
+    """Return the policy file: bit-widths of all tensors, also of those without a choice, with comments on its use."""
+    head = "# Bit-widths only: clipping, formats and all other settings come from the command that uses this file.\n"
     if (asked := command(config)) is not None:
         head += f"# Chosen by: {asked}\n"
         if _is_found_by_training(config):
@@ -138,14 +139,14 @@ def _policy(config: Config, known: Network, bits: Mapping[str, int]) -> str:
 
 
 def _is_found_by_training(config: Config) -> bool:
-    """Whether bits=auto with the same keys, in mode retrain, takes what a run in mode allocate has chosen."""
+    """Return whether bits=auto in mode retrain, with the same keys, uses the bits that this run chooses."""
     with suppress(ConfigError):
         return identity(allocation_of(trained_of(config))) == identity(config)
     return False
 
 
 def _priced(config: Config, model: nn.Module, data: Data, kind: str, widths: Sequence[int], count: int) -> Prices:
-    """Prices on training batches that training never uses."""
+    """Return prices measured on batches of a training epoch that training never reaches."""
     objective = task_of(config).objective()
     batches = unsharded(data).train_batches(config.allocation.batch_size, CALIBRATION_EPOCH, count)
     with tqdm(total=count, desc=f"pricing ({kind})", unit="batch", disable=None, leave=False) as bar:
@@ -156,9 +157,10 @@ def _priced(config: Config, model: nn.Module, data: Data, kind: str, widths: Seq
 
 
 def _beside(config: Config, model: nn.Module, data: Data) -> Prices:
-    """Prices by gradients, where they are measured; else measured ones, of one width, on a few batches.
+    """Return prices of another kind for comparison.
 
-    They decide nothing: where they cannot be had, there are none.
+    They are gradient prices if the allocation uses measured ones, otherwise measured prices of one bit-width on a few
+    batches. They do not influence the allocation; if they cannot be computed, the result is empty.
     """
     how = config.allocation
     kind, widths, count = "gradient", tuple(how.widths), how.batches
@@ -168,5 +170,5 @@ def _beside(config: Config, model: nn.Module, data: Data) -> Prices:
     try:
         return _priced(config, model, data, kind, widths, count)
     except (RunError, torch.OutOfMemoryError) as error:
-        log.warning(f"prices are shown beside no {kind} ones: {told(error)}")
+        log.warning(f"no {kind} prices are shown for comparison: {told(error)}")
         return Prices(kind, widths, {}, {})

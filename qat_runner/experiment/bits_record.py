@@ -1,4 +1,4 @@
-"""What a choice of bits came to, for its record and for a reader."""
+"""The result of a bit allocation, for its record and for readers."""
 
 import csv
 import io
@@ -12,20 +12,20 @@ from qat_runner.experiment.probing import Probes
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, measured, score
 
 POINTS = 25
-"""Of the front that is shown, at most."""
+"""Largest number of points of the recorded Pareto front."""
 RESAMPLES = 10
-"""Of the batches, which tell how far bits depend on them."""
+"""Number of resamplings of the batches, which estimate how much the allocation depends on them."""
 
 
 def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, seconds: float) -> AllocationRecord:
-    """All that a reader, or the page, may ask.
+    """Return the record of a bit allocation, for allocation.json and the HTML report.
 
     Args:
-        search: how bits were chosen.
-        chosen: what came out.
-        probes: what it was measured by.
-        beside: prices of another kind, at some widths, to hold against those that decided.
-        seconds: of pricing.
+        search: the search that chose the bits.
+        chosen: its result.
+        probes: the measurements it was based on.
+        beside: prices of another kind, at some bit-widths, for comparison.
+        seconds: duration of pricing.
     """
     others = beside.mean()
     operands = [operand for operation in search.known.operations for operand in operation.operands]
@@ -53,7 +53,7 @@ def recorded(search: Search, chosen: Chosen, probes: Probes, beside: Prices, sec
 
 
 def table(tensors: Sequence[PricedTensor], widths: Sequence[int]) -> str:
-    """A line a tensor: its bits, and its noise and price at every width; CSV."""
+    """Return a CSV table with one line per tensor: its bits, and its noise and price at every bit-width."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     figures: tuple[Literal["noise", "price"], ...] = ("noise", "price")
@@ -65,7 +65,7 @@ def table(tensors: Sequence[PricedTensor], widths: Sequence[int]) -> str:
 
 
 def _point(search: Search, found: Allocation) -> Point:
-    """What bits cost and are expected to do, and what they did where that was measured."""
+    """Return the costs of an allocation, its total price, and the metric if it was measured."""
     summary = search.result(found)
     costs = {m.name: m.total(search.known, found.bits) for several in search.shown.values() for m in several}
     return {"costs": costs, "rise": found.rise, "value": None if summary is None else score(summary)}
@@ -97,9 +97,10 @@ def _by_width(figures: Mapping[int, float]) -> dict[str, float]:
 
 
 def _stability(search: Search, best: Allocation) -> float | None:
-    """Bits by which a tensor differs, in the mean, where bits are chosen on other batches of the same kind.
+    """Return by how many bits a tensor differs on average if the allocation is based on resampled batches.
 
-    Batches are drawn with replacement; the costs are those of what was chosen. None: of one batch there are no others.
+    Batches are drawn with replacement. Without explicit limits, the costs of the chosen allocation are the limits. None
+    if there is only one batch.
     """
     known, prices = search.known, search.prices
     if prices.count < 2:
@@ -114,7 +115,7 @@ def _stability(search: Search, best: Allocation) -> float | None:
 
 
 def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
-    """The result in a sentence that a person can repeat."""
+    """Return the result as one sentence for readers."""
     config = search.config
     after = f" after {probes.steps} steps" if probes.steps else ""
     said = (

@@ -1,4 +1,4 @@
-"""config -> data and model, weights loaded, quantizers in place and calibrated."""
+"""Building a run from its config: data and model, with weights loaded and quantizers inserted and calibrated."""
 
 import logging
 import re
@@ -29,16 +29,16 @@ log = logging.getLogger("qat_runner")
 
 
 CALIBRATION_EPOCH = 10**6
-"""The number of the epoch whose first batches calibrate: one that training never comes to."""
+"""The epoch whose first batches are used for calibration; training never reaches it."""
 EXAMPLE = 2
-"""Samples that a network is seen at work on when it gets its quantizers."""
+"""Number of samples in the example input on which a network is observed when quantizers are inserted."""
 
 
 def find_device(name: str) -> torch.device:
-    """auto -> a GPU if there is one, else the CPU; any other name must exist.
+    """Return the device for a name; auto selects a GPU if there is one, otherwise the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: the name is invalid or this machine has no such device.
     """
     if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
@@ -48,39 +48,41 @@ def find_device(name: str) -> torch.device:
     if found is None:
         raise ConfigError(f"device={name}: must be auto, cpu, cuda or cuda:N")
     if int(found[1] or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(f"device={name}: this machine has {count} of the kind")
+        raise ConfigError(f"device={name}: this machine has {count} CUDA device(s)")
     return torch.device(name)
 
 
 def model_for(config: Config, data: Data) -> nn.Module:
-    """The network without quantizers, on the device of the data and in its layout."""
+    """Return the network without quantizers, on the device of the data and in the memory layout of the config."""
     model = task_of(config).network(config, data, pretrained=config.mode == Mode.finetune).to(data.device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
 def try_policy(config: Config) -> tuple[nn.Module, Data]:
-    """Refuse a policy that does not go with the network, before other runs are made for this one; returns network and
-    data as `build` does, but without the weights.
+    """Check that the policy fits the network, before other runs are carried out for this one.
+
+    Returns:
+        Network and data as returned by `build`, but without weights loaded.
 
     Raises:
-        ConfigError: it does not, or data turn out not to fit.
+        ConfigError: the policy does not fit the network, or the data do not.
     """
-    with warnings.catch_warnings(action="ignore", category=QuantizationWarning):  # for the run itself to tell
+    with warnings.catch_warnings(action="ignore", category=QuantizationWarning):  # the run itself reports them
         model, data = _with_quantizers(config)
-    if config.policy != AUTO:  # which bits there are to train is not known yet
+    if config.policy != AUTO:  # with AUTO the bit-widths to train are not known yet
         check_training(config, model)
     return model, data
 
 
 def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
-    """The data and the model of a run, weights loaded, quantizers in place and calibrated.
+    """Return the model and the data of a run, with weights loaded and quantizers inserted and calibrated.
 
     Args:
-        config: resolved.
-        weights: as config.weights, "baseline" replaced by a file.
+        config: resolved config.
+        weights: like config.weights, but with "baseline" replaced by a file.
 
     Raises:
-        ConfigError: data or weights turn out not to fit.
+        ConfigError: the data or the weights do not fit.
     """
     model, data = _with_quantizers(config)
     if weights is not None:
@@ -97,59 +99,59 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, Data]:
         model = distributed.synchronize_batchnorm(model)
     distributed.broadcast(model)
     rank = distributed.shard().rank
-    if rank > 0:  # its own dropout
+    if rank > 0:  # so that each process draws its own dropout
         checkpoint.seed_everything(config.seed + 2**32 * rank)
     return model, data
 
 
 def _with_quantizers(config: Config) -> tuple[nn.Module, Data]:
-    """The data and the model of a run, quantizers in place."""
+    """Return the model and the data of a run, with quantizers inserted but no weights loaded."""
     device = find_device(config.device)
     shard = distributed.shard()
-    if device.index is not None:  # what is about the current one, such as the state of its generator, is about this
+    if device.index is not None:  # functions on the current device, such as its random state, then refer to it
         torch.cuda.set_device(device)
     checkpoint.seed_everything(config.seed)
     set_backend(config.backend, device.type)
-    torch.backends.cudnn.deterministic = True  # algorithms that repeat to the bit: the same ones, unless they are timed
+    torch.backends.cudnn.deterministic = True  # bitwise repeatable; always the same algorithms unless benchmarked
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     keep_freed_memory()
     delivery = Delivery(device, config.seed, config.channels_last, task_of(config).tokenizer(config), shard)
     data = load_dataset(config.dataset, config.data_dir, delivery)
     if config.training and data.train_size < shard.world:
-        few = f"{data.train_size} training samples are too few for {shard.world} processes"
+        few = f"has {data.train_size} training samples, too few for {shard.world} processes"
         raise ConfigError(f"dataset={config.dataset.name}: {few}")
     model = model_for(config, data)
-    # Real samples, the same in every process: it is seen what the model does with them.
+    # Real samples, the same in every process, because insertion observes what the model computes with them.
     example = _example(data)
     policy = config.quantization
     try:
         insert(model, pricing_policy(policy) if config.mode == Mode.allocate else policy, example)
     except PolicyError as error:
         raise ConfigError(f"model={config.model.name}: {error}") from error
-    except (AssertionError, RuntimeError, ValueError) as error:  # pictures too small, a batch too small for BatchNorm
+    except (AssertionError, RuntimeError, ValueError) as error:  # images too small, a batch too small for BatchNorm
         raise ConfigError(
-            f"model={config.model.name}: cannot take a batch of {config.dataset.name} ({' '.join(str(error).split())})"
+            f"model={config.model.name}: fails on a batch of {config.dataset.name} ({' '.join(str(error).split())})"
         ) from error
     return model, data
 
 
 def _example(data: Data) -> tuple[Tensor, ...]:
-    """Inputs of EXAMPLE samples of training, where some may be left out of the first of many more."""
+    """Return the inputs of EXAMPLE training samples; more are read if corrupt samples may be skipped."""
     some = EXAMPLE if data.corrupt is None else 32 * EXAMPLE
     inputs = next(unsharded(data).train_batches(some, epoch=0, limit=1)).inputs
     return tuple(t[:EXAMPLE] for t in inputs)
 
 
 def check_training(config: Config, model: nn.Module) -> None:
-    """Refuse what training is to do where the network has nothing that it could be done to."""
+    """Reject settings of training that have no effect because the network lacks what they apply to."""
     how, quantized = config.oscillations, config.quantized_training
     if config.freezing and not dynamic_activations(model):
         at = f"recipe.freeze_scalars_at={config.recipe.freeze_scalars_at:g}"
-        raise ConfigError(f"{at}: {config.model.name} has no activations whose scalars are dynamic and could be static")
+        raise ConfigError(f"{at}: {config.model.name} has no dynamic activation scalars that could become static")
     if quantized and how.watching and not latent_weights(model, how.max_bits):
         raise ConfigError(
             f"oscillations.max_bits={how.max_bits}: {config.model.name} has no weight of so few bits whose codes could "
-            f"be watched"
+            f"be tracked"
         )
     if quantized and how.dampening and not latent_weights(model):
         raise ConfigError(f"oscillations.dampening={how.dampening:g}: {config.model.name} has no weights to dampen")
@@ -160,7 +162,7 @@ def check_training(config: Config, model: nn.Module) -> None:
 
 
 def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> None:
-    """Refuse to measure a network whose scalars are not there, or not what the config says of them."""
+    """Reject measuring a network whose clipping scalars are missing or are not static although the config says so."""
     tensors = quantized_tensors(model)
     for tensor in tensors:
         wanting, policy = not tensor.quantizer.ready, wanted(model, tensor)
@@ -168,8 +170,8 @@ def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> Non
         if wanting or (wants_static and tensor.quantizer.dynamic):
             what = "no" if wanting else "no static"
             raise ConfigError(
-                f"weights={weights}: holds {what} clipping scalars for {tensor.name} at these bits, which "
-                f"clipping={clipping_label(config)} wants to be given; mode=ptq calibrates them"
+                f"weights={weights}: holds {what} clipping scalars for {tensor.name} at this bit-width, which "
+                f"clipping={clipping_label(config)} requires; mode=ptq calibrates them"
             )
     static = [tensor for tensor in tensors if tensor.quantizer.mode == "static"]
     if static and config.clipping.dynamic:
@@ -177,14 +179,14 @@ def _check_scalars(config: Config, model: nn.Module, weights: str | None) -> Non
 
 
 def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
-    """The full-precision network that a distilled one learns from, in eval mode; weights as `build` takes them."""
+    """Return the full-precision teacher network for distillation, in eval mode; `weights` as in `build`."""
     recipe = config.recipe
     if recipe.teacher is not None:
         source = Source(recipe.teacher, recipe.teacher_part, "recipe.teacher", config.dataset.image_size)
     elif weights is not None:
         source = Source(weights, config.weights_part, image_size=config.dataset.image_size)
     else:
-        raise ConfigError("recipe.teacher=null: there are no weights to learn from")
+        raise ConfigError("recipe.teacher=null: must name weights, because the run starts without weights")
     own = config.of_teacher
     teacher = model_for(own, data)
     loaded = load_weights(teacher, source, own.model.name, new_head=False)
@@ -193,11 +195,11 @@ def load_teacher(config: Config, data: Data, weights: str | None) -> nn.Module:
 
 
 def _calibrate(config: Config, model: nn.Module, data: Data) -> None:
-    """Section 5: mean scalars of a few random training batches; those of an epoch that training never uses."""
+    """Calibrate static scalars: means over a few random training batches (section 5), of an epoch never trained on."""
     count, size = config.clipping.calibration_batches, config.clipping.calibration_batch_size
     batches = unsharded(data).train_batches(size, CALIBRATION_EPOCH, count)
     try:
         used = calibrate(model, (batch.inputs for batch in batches))
     except ValueError as error:
         raise ConfigError(f"calibration failed: {error}") from error
-    log.info(f"scalars calibrated on {used} training batches of {size}")
+    log.info(f"clipping scalars calibrated on {used} training batches of {size}")

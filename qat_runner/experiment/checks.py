@@ -1,4 +1,4 @@
-"""Refusing, before any work, what cannot be carried out: absent data or weights, a folder of another run."""
+"""Checks before any work: missing data or weights, a run folder that holds another run."""
 
 import os
 from pathlib import Path
@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 def preflight(config: Config) -> Path:
-    """Refuse, without doing any work, what cannot be carried out; returns the run's folder, which may exist or not.
+    """Check, without doing any work, that a run can be carried out; return its folder, which need not exist.
 
     Raises:
-        ConfigError: unknown model or device, absent data or weights, a run folder of another config.
+        ConfigError: unknown model or device, missing data or weights, or a run folder of another config.
     """
     _check_names(config)
     _check_device(config)
@@ -52,8 +52,8 @@ def preflight(config: Config) -> Path:
     find_dataset(config.dataset, config.data_dir)
     task = task_of(config)
     task.check(config)
-    if isinstance(task.networks, Registry) and config.model.name in [*task.networks]:  # and no word for another's
-        task.networks[config.model.name]  # imported, if somebody else's
+    if isinstance(task.networks, Registry) and config.model.name in [*task.networks]:  # no prefix for another library
+        task.networks[config.model.name]  # imports it if it is a plugin
     _check_tensors(config)
     if config.allocating and ranks.launched():
         _check_one_process(config)
@@ -71,7 +71,7 @@ def preflight(config: Config) -> Path:
 
 
 def _check_names(config: Config) -> None:
-    """Refuse what there is none of, or what lacks a package here."""
+    """Reject unknown names, and trackers whose packages are not installed."""
     for key, value, allowed in (
         ("model.stem", config.model.stem, STEMS),
         ("dataset.augment", config.dataset.augment, AUGMENTATIONS),
@@ -83,7 +83,7 @@ def _check_names(config: Config) -> None:
         words = (f"{prefix}/NAME" for prefix in PREFIXES)
         raise ConfigError(f"model={config.model.name}: must be one of {', '.join((*names, *words))}")
     if "none" in config.trackers and len(config.trackers) > 1:
-        raise ConfigError(f"trackers=[{','.join(config.trackers)}]: none is for itself alone")
+        raise ConfigError(f"trackers=[{','.join(config.trackers)}]: none cannot be combined with other trackers")
     for name in config.trackers:
         if name not in TRACKERS:
             raise ConfigError(f"trackers={name}: must be some of {', '.join(TRACKERS)}")
@@ -92,15 +92,15 @@ def _check_names(config: Config) -> None:
 
 
 def _check_device(config: Config) -> None:
-    """Refuse a device that is not there, and what it cannot do."""
+    """Reject a device that does not exist, and settings that it does not support."""
     device = find_device(config.device)
     if config.compile and device.type == "cpu" and not compiled.available():
-        raise ConfigError("compile=true: needs a C++ compiler, and there is none here")
+        raise ConfigError("compile=true: needs a C++ compiler, and none was found")
     if config.dataset.decode == Decode.gpu and device.type != "cuda":
         raise ConfigError(f"dataset.decode=gpu: needs a CUDA device, and device={config.device} is the CPU")
     if (world := ranks.world_size()) > 1 and config.device.startswith("cuda:"):
         raise ConfigError(
-            f"device={config.device}: would be that of all {world} processes; device=cuda gives each its own"
+            f"device={config.device}: would be shared by all {world} processes; device=cuda gives each its own"
         )
     try:
         choose_backend(config.backend, device.type)
@@ -109,13 +109,13 @@ def _check_device(config: Config) -> None:
 
 
 def _check_batches(config: Config) -> None:
-    """Refuse pictures and batches that cannot be made, or not be shared out."""
+    """Reject image sizes that are impossible, and batches that cannot be split over processes and parts."""
     size, resized = config.dataset.image_size, config.dataset.resize_size
     if resized is not None and resized < size and "dataset.resize_size" not in foreign_keys(config.task):
         raise ConfigError(f"dataset.resize_size={resized}: must be dataset.image_size={size} or more")
     if config.dataset.skip_corrupt and config.accumulate > 1 and (config.clipping.sync or config.sync_batchnorm):
         what = "clipping.sync" if config.clipping.sync else "sync_batchnorm"
-        raise ConfigError(f"dataset.skip_corrupt=true: is not for accumulate={config.accumulate} with {what}=true")
+        raise ConfigError(f"dataset.skip_corrupt=true: cannot go with accumulate={config.accumulate} and {what}=true")
     world = ranks.world_size()
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")
@@ -124,9 +124,9 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_tensors(config: Config) -> None:
-    """Refuse a format, a range and a clipping method that do not go together.
+    """Reject a format, a range and a clipping method that do not fit together.
 
-    Where rules make exceptions of them, it takes the network to tell whether any tensor has these.
+    If rules change any of them, only the network shows whether a tensor has them, so the check is skipped.
     """
     if any({"format", "range", "clipping"} & rule.keys() for rule in config.rules):
         return
@@ -139,7 +139,7 @@ def _check_tensors(config: Config) -> None:
 
 
 def _check_teacher(config: Config) -> None:
-    """Refuse a network to learn from that is not there, or that weights do not fit."""
+    """Reject a teacher network that does not exist, or that its weights do not fit."""
     name, task = config.recipe.teacher_model, task_of(config)
     if name is not None:
         if name not in task.networks:
@@ -151,17 +151,17 @@ def _check_teacher(config: Config) -> None:
 
 
 def _check_one_process(config: Config) -> None:
-    """Refuse to choose bits in several processes: whatever they find out apart, they would have to agree on."""
+    """Reject bit allocation in several processes, which would have to agree on everything they find separately."""
     folder = run_folder(config if config.mode == Mode.allocate else allocation_of(config))
     if not RunFolder(folder).finished:
         raise ConfigError(
-            "torchrun: bits are chosen by one process; qat-bits with the same keys does that first, and this run finds "
-            "what it came to"
+            "torchrun: bit allocation runs in one process; run qat-bits with the same keys first, and this run uses "
+            "its result"
         )
 
 
 def _check_weights(config: Config, source: Source, new_head: bool) -> None:
-    """Try the weights on a model without memory; where it is not known how many classes it has, all but its head."""
+    """Match the weights against a model on the meta device, without its head if the number of classes is unknown."""
     find_weights(source, config.model.name)
     if source.published:
         return
@@ -172,7 +172,7 @@ def _check_weights(config: Config, source: Source, new_head: bool) -> None:
 
 
 def _check_folder(folder: Path, config: Config) -> None:
-    """Refuse a run folder that holds anything but this run, or under overwrite=true anything but a run."""
+    """Reject a run folder that holds anything but this run, or with overwrite=true anything but a run."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise ConfigError(f"run_dir={folder}: {parent} is a file, not a folder")
@@ -180,7 +180,7 @@ def _check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"run_dir={folder}: {parent} cannot be written to")
     if not folder.exists():
         return
-    content = {path.name for path in folder.iterdir()} - {LOCK.name}  # which may be of one that is just beginning
+    content = {path.name for path in folder.iterdir()} - {LOCK.name}  # a run that is just starting may hold it
     if not content:
         return
     here = RunFolder(folder)
@@ -192,10 +192,10 @@ def _check_folder(folder: Path, config: Config) -> None:
     except UnreadableError as error:
         unreadable = f" ({error})"
     if saved is None and not foreign and not content & {here.config.name, here.checkpoints.name}:
-        return  # of a run that broke off before it began
+        return  # left by a run that failed before it started
     if saved is None or (config.overwrite and foreign):
         what = "holds no run" if saved is None else f"holds more than a run ({foreign[0]})"
-        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; name a new folder{unreadable}")
+        raise ConfigError(f"run_dir={folder}: {what}, so it is left alone; choose a new folder{unreadable}")
     if config.overwrite:
         for key, weights in (("weights", config.weights), ("recipe.teacher", config.recipe.teacher)):
             if weights is not None and path_of(weights).resolve().is_relative_to(folder.resolve()):
@@ -204,27 +204,27 @@ def _check_folder(folder: Path, config: Config) -> None:
     changed = differences(identity(saved), identity(config))
     if changed and config.resume != Resume.force:
         raise ConfigError(
-            f"run_dir={folder}: holds a run with another {', '.join(changed)}; overwrite=true replaces it, "
-            f"resume=force goes on with it as it is now asked for"
+            f"run_dir={folder}: holds a run with a different {', '.join(changed)}; overwrite=true replaces it, "
+            f"resume=force continues it with the new values"
         )
     if changed and config.training and not here.finished:
         reached = max((row["epoch"] for row in STEPS.read(folder)), default=0)
         if config.epochs < reached:
             raise ConfigError(
-                f"run_dir={folder}: is in epoch {reached} of {saved.epochs} already, so that epochs={config.epochs} is "
-                f"none to go on to; overwrite=true starts anew"
+                f"run_dir={folder}: is already in epoch {reached} of {saved.epochs}, so it cannot be continued with "
+                f"epochs={config.epochs}; overwrite=true starts from scratch"
             )
     if config.resume == Resume.never and not here.finished:
-        raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids to go on with it")
+        raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids resuming it")
 
 
 def recorded(file: JsonFile[T], folder: Path) -> T | None:
-    """What an earlier sitting of a run recorded; None if it did not come to that.
+    """Return what a run recorded before an interruption; None if it recorded nothing.
 
     Raises:
-        UnreadableError: with what to do about it.
+        UnreadableError: the file cannot be read; the message says what to do.
     """
     try:
         return file.read(folder)
     except UnreadableError as error:
-        raise UnreadableError(f"{error}; without the file the run goes on, overwrite=true starts it anew") from error
+        raise UnreadableError(f"{error}; delete the file to resume; overwrite=true starts from scratch") from error

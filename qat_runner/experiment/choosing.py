@@ -1,4 +1,4 @@
-"""Choosing bits for a network that is priced: the best within limits, or the fewest that are enough."""
+"""Choosing the bit allocation of a priced network: the best within limits, or the cheapest that is accurate enough."""
 
 import math
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ from qat_runner.runs.records import Summary
 from qat_runner.wording import digits
 
 FINE = 61
-"""Points of the front among which max_drop seeks: a tenth of a bit apart, from 2 to 8."""
+"""Points of the front that are searched for max_drop: a tenth of a bit apart, from 2 to 8."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run came to, and the network with the same bits everywhere that it is held against."""
+    """The chosen allocation and its result, and the uniform network that it is compared with."""
 
     best: Allocation
     summary: Summary
     width: int | None
-    """of all tensors; None: there is none to hold it against"""
+    """bit-width of the uniform network; None if there is none to compare with"""
     uniform: Summary | None
 
 
 def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
-    """What a limit is of, or a front goes by."""
+    """Return the cost measures behind the name of a limit or of the cost of a front."""
     if name != "latency_ms":
         return COSTS["mean_bits" if name == "budget" else name](known)
     try:
@@ -51,18 +51,18 @@ def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
 
 
 def shown(config: Config) -> list[str]:
-    """What a network is told to cost, whatever the limits are of."""
+    """Return the names of the costs that are reported for each network, whatever the limits are."""
     return sorted({*COSTS, *(["latency_ms"] if config.allocation.latencies is not None else [])})
 
 
 class Search:
-    """The choice of bits for a network, by its prices.
+    """The search for the bit allocation of a network, based on its prices.
 
     Args:
-        config: of the run.
+        config: config of the run.
         known: the network.
-        prices: of its tensors.
-        limits: what bits may cost.
+        prices: prices of its tensors.
+        limits: limits on the costs of the allocation.
     """
 
     def __init__(self, config: Config, known: Network, prices: Prices, limits: Sequence[Limit]) -> None:
@@ -72,11 +72,11 @@ class Search:
         self.cost = measures_of(config, known, config.allocation.cost)
         self.shown = {name: measures_of(config, known, name) for name in shown(config)}
         self.measured: list[tuple[Allocation, Summary]] = []
-        """whatever was asked for, each once, and what it came to"""
+        """all measured allocations, each once, with their results"""
         self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
 
     def within_limits(self, probes: Probes) -> Chosen:
-        """The best under the limits; beside it, the widest uniform network that keeps them."""
+        """Return the best allocation within the limits, and the widest uniform network within them."""
         best = allocate_bits(self.known, self.mean, self.limits, self.same)
         kept = [width for width in self.widths if self._keeps(self.uniform(width))]
         width = kept[-1] if kept else None
@@ -84,8 +84,10 @@ class Search:
         return Chosen(best, self.measure(probes, best), width, beside)
 
     def least(self, probes: Probes) -> Chosen:
-        """The cheapest of all that are measured on the way which loses no more than max_drop; beside it, the narrowest
-        uniform network that does so, which it may be itself."""
+        """Return the cheapest allocation that loses no more than max_drop, and the narrowest such uniform network.
+
+        All allocations measured during the search are considered; both results may be the same network.
+        """
 
         def small(summary: Summary) -> bool:
             return probes.drop(summary) <= (self.config.max_drop or 0)
@@ -93,8 +95,8 @@ class Search:
         limit = first_that_holds(self._evenly(FINE), lambda most: small(self.measure(probes, self._best_at(most))))
         if limit is None:
             raise RunError(
-                f"max_drop={self.config.max_drop:g}: not even {self.widths[-1]} bits everywhere lose so little; wider "
-                f"allocation.widths may, or retrain_steps"
+                f"max_drop={self.config.max_drop:g}: even {self.widths[-1]} bits everywhere lose more; larger "
+                f"allocation.widths or retrain_steps may help"
             )
         width = first_that_holds(self.widths, lambda w: small(self._measure_uniform(probes, w)))
         beside = None if width is None else self._measure_uniform(probes, width)
@@ -103,15 +105,18 @@ class Search:
         return Chosen(best, summary, width, beside)
 
     def uniform(self, width: int) -> Allocation:
-        """The same bits for all tensors that have a choice."""
+        """Return the allocation with the same bit-width for all tensors that have a choice."""
         return uniform(self.known, self.mean, width)
 
     def front(self, points: int) -> list[Allocation]:
-        """The best bits at so many costs, at most."""
+        """Return the Pareto front: the best allocations at up to `points` costs."""
         return front(self.known, self.mean, self.cost, self._evenly(points), self.same)
 
     def _evenly(self, points: int) -> list[float]:
-        """Costs from the least to that of the widest bits, evenly apart: in ratio, but for mean bits, and from 0 on."""
+        """Return costs from the lowest one to that of the widest bits.
+
+        They are spaced geometrically, but linearly for mean bits and if the lowest cost is not above 0.
+        """
         even = self.config.allocation.cost == "mean_bits" or self.range[0] <= 0
         found: list[float] = (np.linspace if even else np.geomspace)(*self.range, points).tolist()
         return found
@@ -121,13 +126,13 @@ class Search:
         return allocate_bits(self.known, self.mean, limits, self.same)
 
     def _lowest(self) -> float:
-        """What the cheapest bits cost: of latencies these need not be the narrowest."""
+        """Return the cost of the cheapest allocation, which for latencies need not be the narrowest one."""
         choices = [operation.choices(self.same) for operation in self.known.operations]
         tables = {measure: measure.table(self.known, choices) for measure in self.cost}
         return max(measure.rest + sum(float(row.min()) for row in table) for measure, table in tables.items())
 
     def _figure(self, found: Allocation) -> float:
-        """What bits cost, of what the front goes by: of several figures the largest."""
+        """Return the cost of an allocation by the measure of the front; of several measures the largest value."""
         return max(measure.total(self.known, found.bits) for measure in self.cost)
 
     def _keeps(self, found: Allocation) -> bool:
@@ -137,7 +142,7 @@ class Search:
         return self.measure(probes, self.uniform(width), f"uniform {width} bits")
 
     def measure(self, probes: Probes, found: Allocation, said: str | None = None) -> Summary:
-        """The result of the network with so many bits, which are called by what they cost where they have no name."""
+        """Return the result of the network with an allocation, which the log calls `said` or describes by its cost."""
         summary = self.result(found)
         if summary is None:
             operands = (operand for operation in self.known.operations for operand in operation.operands)
@@ -147,11 +152,11 @@ class Search:
         return summary
 
     def result(self, found: Allocation) -> Summary | None:
-        """What the network with so many bits came to; None: it was not measured."""
+        """Return the result of the network with an allocation; None if it was not measured."""
         return next((summary for other, summary in self.measured if other.bits == found.bits), None)
 
     def told(self, found: Allocation) -> str:
-        """What bits cost, in words: of what the front goes by."""
+        """Describe the cost of an allocation by the measures of the front."""
         return ", ".join(_cost(measure, measure.total(self.known, found.bits)) for measure in self.cost)
 
 

@@ -1,6 +1,6 @@
-"""Measuring networks under candidate bits, and seeking the fewest that are enough.
+"""Measuring networks with candidate bit allocations, and searching for the smallest one that suffices.
 
-Each network is measured by a run of its own, which has its record, and is not run again when the search goes on.
+Each network is measured by a separate run with its own record, so that a search that resumes does not repeat it.
 """
 
 import logging
@@ -18,40 +18,40 @@ from qat_runner.runs.records import Summary, measured, score
 log = logging.getLogger("qat_runner")
 
 Run = Callable[[Config], Summary]
-"""What carries a run out, or looks its result up."""
+"""A function that carries out a run, or reads its result if it is finished."""
 T = TypeVar("T")
 
 
 class Probes:
-    """Networks with the weights of a run, measured.
+    """Measurements of networks that have the weights of a run.
 
     Args:
-        config: of the run, of mode allocate.
-        weights: a file, or what else a config may name.
-        folder: for the probes' own run folders.
-        run: see there.
-        data: of the run.
+        config: config of the run, of mode allocate.
+        weights: a file, or anything else that a config accepts.
+        folder: parent folder of the run folders of the probes.
+        run: function that carries out a run.
+        data: data of the run.
     """
 
     def __init__(self, config: Config, weights: str | None, folder: Path, run: Run, data: Data) -> None:
         self._measured = probe_of(config, weights, folder, data)
         self.steps: int = 0
-        """of retraining that they get: as many as were asked for, or a few more, for epochs of one length"""
+        """retraining steps per network: as requested, or slightly more so that all epochs have the same length"""
         if self._measured.training:
             self.steps = self._measured.epochs * (self._measured.limit_train_batches or 0)
         full = changed(config, **in_full_precision(), **_alone(weights, folder), mode=Mode.evaluate)
         self._run = run
         self.reference = self._result(full)
-        """of the full-precision network"""
+        """result of the full-precision network"""
         log.info(f"in full precision: {measured(self.reference).told(score(self.reference))}")
 
     def network(self, bits: str, rules: Sequence[Mapping[str, Any]], narrowest: int = 0) -> Summary:
-        """The result of the quantized network with rules for its bits, after those of the config.
+        """Return the result of the quantized network with rules for its bit-widths, appended to those of the config.
 
         Args:
-            bits: in words, for the log.
-            rules: see there.
-            narrowest: bits of the weight that has fewest; where they are too many for codes to be watched, none are.
+            bits: description of the allocation for the log.
+            rules: the rules for the bit-widths.
+            narrowest: smallest bit-width of a weight; if it is above oscillations.max_bits, no codes are tracked.
         """
         how = self._measured.oscillations
         if narrowest > how.max_bits:
@@ -61,7 +61,7 @@ class Probes:
         return found
 
     def _result(self, config: Config) -> Summary:
-        """Of a probe, whose own log alone has what it says beside warnings."""
+        """Carry out a probe; its messages below warnings go only to its own log."""
         levels = {handler: handler.level for handler in log.handlers}
         try:
             for handler in levels:
@@ -72,16 +72,16 @@ class Probes:
                 handler.setLevel(level)
 
     def drop(self, summary: Summary) -> float:
-        """How much worse than full precision a result is, in units of the metric."""
-        worse = round(score(self.reference) - score(summary), 6)  # 91.73 - 91.23 is half a point, and no more
+        """Return by how much a result is worse than full precision, in units of the metric."""
+        worse = round(score(self.reference) - score(summary), 6)  # so that 91.73 - 91.23 is exactly 0.5
         return -worse if measured(summary).lower_is_better else worse
 
     def told(self, summary: Summary, after: str = "") -> str:
-        """A result in words: the metric, and how far it is from full precision's.
+        """Describe a result: the metric, and its difference from full precision.
 
         Args:
-            summary: of the network.
-            after: how it came to it.
+            summary: result of the network.
+            after: text inserted after the metric, such as the number of retraining steps.
         """
         metric, drop = measured(summary), self.drop(summary)
         way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
@@ -89,13 +89,13 @@ class Probes:
 
 
 def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> Config:
-    """The config of the run that measures a network, but for the rules for its bits.
+    """Return the config of the run that measures a network, without the rules for its bit-widths.
 
     Args:
-        config, weights, folder, data: as `Probes` takes them.
+        config, weights, folder, data: as in `Probes`.
 
     Raises:
-        ConfigError: what is asked for does not go with so much retraining.
+        ConfigError: the config is not compatible with the requested retraining.
     """
     try:
         return changed(config, **_training(config, data), **_alone(weights, folder))
@@ -106,15 +106,17 @@ def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> C
 
 
 def _alone(weights: str | None, folder: Path) -> dict[str, Any]:
-    """The changes that make a run of its own, for which no bits are chosen, of one with such weights."""
+    """Return the config changes for a separate run with these weights, without bit allocation."""
     places: dict[str, Any] = {"runs_dir": str(folder), "run_dir": None, "overwrite": False, "weights": weights}
     kept: dict[str, Any] = {"trackers": [], "noise_batches": 0, "allocation": AllocationConfig()}
     return without_choice() | places | kept
 
 
 def _training(config: Config, data: Data) -> dict[str, Any]:
-    """The keys of a run that measures the network as it is, or after so many steps of retraining, or the next number
-    that makes epochs of one length."""
+    """Return the config keys for measuring a network directly or after retraining.
+
+    The number of retraining steps is rounded up to a number that gives all epochs the same length.
+    """
     if not config.retrain_steps:
         return {"mode": Mode.ptq}
     assert config.recipe.retrain is not None
@@ -125,9 +127,9 @@ def _training(config: Config, data: Data) -> dict[str, Any]:
 
 
 def first_that_holds(candidates: Sequence[T], holds: Callable[[T], bool]) -> T | None:
-    """The first of candidates, in rising order, that something holds of; None: not even of the last.
+    """Return the first of the candidates, in ascending order, for which `holds` is true; None if it is for none.
 
-    By bisection: what holds of one is taken to hold of those after it.
+    The search is a bisection: if `holds` is true for a candidate, it is assumed to be true for all later ones.
     """
     if not candidates or not holds(candidates[-1]):
         return None

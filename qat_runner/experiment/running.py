@@ -1,4 +1,4 @@
-"""Carrying out a run: the folder is taken, all is built, trained or measured, and what came of it is written down."""
+"""Carrying out a run: lock the folder, build everything, train or measure, and write the results."""
 
 import logging
 import math
@@ -56,20 +56,20 @@ from qat_runner.training.histograms import record_histograms
 from qat_runner.training.loop import Trainer
 
 PATIENCE = 2.0
-"""Seconds between two looks at a run that another process is at work on."""
+"""Seconds between two checks of a run that another process is carrying out."""
 log = logging.getLogger("qat_runner")
 
 
 def run(config: Config) -> Summary:
-    """Carry out a run, or go on with it, or look up its result where it is finished.
+    """Carry out a run, resume it, or read its result if it is finished.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        ConfigError: it cannot be carried out; no folder was made.
-        RunError: it broke off; its folder keeps what was recorded.
-        BusyError: another process is at work on it.
+        ConfigError: the run cannot be carried out; no folder was created.
+        RunError: the run failed; its folder keeps what was recorded.
+        BusyError: another process is carrying out the run.
     """
     folder = preflight(config)
     with distributed.group(config.distributed_timeout):
@@ -79,12 +79,12 @@ def run(config: Config) -> Summary:
         if result is not None:
             return result
         with _locked(folder), _failures_told(config, folder):
-            result = distributed.on_main(lambda: _result(config, folder))  # by whoever held the lock till now
+            result = distributed.on_main(lambda: _result(config, folder))  # of the process that held the lock before
             return _run(config, folder) if result is None else result
 
 
 def run_after_others(config: Config) -> Summary:
-    """`run`, once whoever is at work on it has ended; if they left it unfinished, it is gone on with."""
+    """Like `run`, but wait while another process carries the run out, and resume it if that leaves it unfinished."""
     waiting = False
     while True:
         try:
@@ -98,7 +98,7 @@ def run_after_others(config: Config) -> Summary:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """While open, the folder is this run's own, and is there."""
+    """Context in which the folder exists and is locked for this run."""
     with ExitStack() as stack:
 
         def enter() -> None:
@@ -112,7 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _begun_anew(config: Config, folder: Path) -> bool:
-    """Whether overwrite=true has had its effect: the job that this process is of has begun the run before."""
+    """Return whether overwrite=true has already taken effect: the job of this process has started the run before."""
     if not (config.overwrite and put_back()):
         return False
     with suppress(UnreadableError):
@@ -122,35 +122,35 @@ def _begun_anew(config: Config, folder: Path) -> bool:
 
 
 def finished(config: Config, folder: Path) -> Summary | None:
-    """The result of a run of this very config, if it is finished and is not to be begun anew, which is told.
+    """Return, and log, the result of a run of the same config if it is finished and is not to be overwritten.
 
     Raises:
-        ConfigError: it has been trained to its end, with other keys.
+        ConfigError: the run was trained to its end with other keys.
         UnreadableError: its result cannot be read.
     """
     result = _result(config, folder)
     if result is not None:
-        log.info(f"{folder} is finished already (overwrite=true starts anew)")
+        log.info(f"{folder} is finished already (overwrite=true starts from scratch)")
     return result
 
 
 def _result(config: Config, folder: Path) -> Summary | None:
-    """`finished`, without a word."""
+    """Like `finished`, but without logging."""
     saved = load_config(folder)
     if config.overwrite or saved is None or not RunFolder(folder).finished:
         return None
     if changed := differences(identity(saved), identity(config)):  # resume=force
         if config.training and config.epochs <= saved.epochs:
             raise ConfigError(
-                f"run_dir={folder}: has been trained to its end, so that another {', '.join(changed)} would change "
-                f"nothing; epochs={saved.epochs + 1} goes on, overwrite=true starts anew"
+                f"run_dir={folder}: has been trained to its end, so a different {', '.join(changed)} would change "
+                f"nothing; epochs={saved.epochs + 1} continues it, overwrite=true starts from scratch"
             )
         return None
     return recorded(SUMMARY, folder)
 
 
 def _run(config: Config, folder: Path) -> Summary:
-    """`run`, in a folder that is this process's own."""
+    """Carry out `run` in a folder that this process has locked."""
     weights = config.weights
     if weights == BASELINE:
         weights = str(
@@ -158,7 +158,7 @@ def _run(config: Config, folder: Path) -> Summary:
             / checkpoint.LAST
         )
     if config.policy == AUTO:
-        chosen = RunFolder(_finished_first(allocation_of(config), config, "bits are chosen")).policy
+        chosen = RunFolder(_finished_first(allocation_of(config), config, "the bit allocation")).policy
         config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
@@ -178,34 +178,35 @@ def _run(config: Config, folder: Path) -> Summary:
 
 
 def _check_goes_on(folder: Path, trainer: Trainer) -> None:
-    """Refuse to go on with a finished run, as resume=force would, before anything of it is lost.
+    """Check that a finished run can be continued, as resume=force asks for, before anything of it is deleted.
 
     Raises:
-        ConfigError: none of its checkpoints is whole and fits.
+        ConfigError: no checkpoint is undamaged and fits.
     """
     try:
         checkpoint.newest(RunFolder(folder).checkpoints, trainer.resume)
     except RunError as error:
-        raise ConfigError(f"run_dir={folder}: is finished, and cannot go on: {error}") from error
+        raise ConfigError(f"run_dir={folder}: is finished and cannot be continued: {error}") from error
 
 
 def _clear(config: Config, folder: Path) -> None:
-    """Remove what is out of date: all, if the run is to begin anew, and what tells of its end in any case."""
+    """Delete outdated files: everything if the run starts from scratch, otherwise the result and error of its end."""
     own = RunFolder(folder)
-    # Killed in the midst of this, it must not be finished, nor go on without its records, nor be foreign.
+    # In this order, a run killed in between is never taken for finished, resumed without its records, or seen as
+    # foreign.
     first, last = (folder / SUMMARY.name, own.checkpoints), own.config
     rest = [path for path in own.contents if path not in (*first, last)]
     for path in (*first, *rest, last) if config.overwrite else (folder / SUMMARY.name, own.error):
         _remove(path)
         _remove(path.with_name(f"{path.name}{TEMPORARY}"))
     ours = {path.name for path in own.contents}
-    for left in folder.glob(f"*{TEMPORARY}"):  # of processes that were killed; an export's folder is its own affair
+    for left in folder.glob(f"*{TEMPORARY}"):  # left by killed processes; exporting cleans up its own folder
         if becomes(left.name) in ours and not left.is_dir():
             left.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
-    """A file, or a folder; of a link to a folder, which may lie on a larger disk, the content alone."""
+    """Delete a file or folder; of a link to a folder, which may lie on a larger disk, only delete the content."""
     if path.is_symlink() and path.is_dir():
         for inside in path.iterdir():
             _remove(inside) if not inside.is_symlink() else inside.unlink()
@@ -216,23 +217,23 @@ def _remove(path: Path) -> None:
 
 
 def _finished_first(needed: Config, config: Config, what: str) -> Path:
-    """The folder of a run that another one takes something from; it is run, or whoever is at it is waited for.
+    """Return the folder of a run that another run depends on; carry the run out first, or wait for it, if unfinished.
 
     Args:
-        needed: the config of that run.
-        config: of the one that needs it, which is not to be found impossible only then.
-        what: it is, for the log.
+        needed: the config of the run to finish first.
+        config: the config of the run that depends on it; it is checked before the other run starts.
+        what: description of the needed run for the log.
     """
     folder = preflight(needed)
     if not distributed.on_main(lambda: RunFolder(folder).finished):
         _try(config)
-        log.info(f"first {what}, {folder}")
+        log.info(f"first, {what}: {folder}")
         run_after_others(needed)
     return folder
 
 
 def _try(config: Config) -> None:
-    """Refuse what building would, before another run is made for this one; nothing of it stays in memory meanwhile."""
+    """Reject what building would reject, before another run is carried out for this one; keeps nothing in memory."""
     model, data = try_policy(config)
     if config.allocating:
         allocating.problem_of(config if config.mode == Mode.allocate else allocation_of(config), model, data)
@@ -241,7 +242,7 @@ def _try(config: Config) -> None:
 def _choose_bits(
     config: Config, folder: Path, model: nn.Module, data: Data, weights: str | None, problem: allocating.Problem
 ) -> Summary:
-    """Choose bits for what has been built, on the record."""
+    """Choose the bit allocation for the built network, and write the records."""
     _record_environment(folder, resuming=False)
     log.info(f"run folder {folder}")
     result = allocating.carry_out(config, folder, model, data, weights, run, problem)
@@ -251,7 +252,7 @@ def _choose_bits(
 
 @contextmanager
 def _told_once(notes: Sequence[str]) -> Iterator[None]:
-    """Tell notes on a network; while open, runs that are carried out on the way tell them in their own logs alone."""
+    """Log notes about a network; while open, candidate runs write the same notes only to their own logs."""
     for note in notes:
         log.warning(note)
 
@@ -270,7 +271,7 @@ def _told_once(notes: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _recorded(config: Config, folder: Path) -> Iterator[None]:
-    """While open, the folder tells its config, and what is told on the terminal."""
+    """Write the config to the folder; while open, also copy the log messages to it."""
     if not ranks.is_main():
         yield
         return
@@ -280,7 +281,7 @@ def _recorded(config: Config, folder: Path) -> Iterator[None]:
 
 
 def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str]) -> Summary:
-    """Train or evaluate what has been built, on the record."""
+    """Train or evaluate the built network, and write the records."""
     model, data = trainer.model, trainer.data
     with ExitStack() as stack:
         stack.enter_context(_recorded(config, folder))
@@ -297,12 +298,12 @@ def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str])
             log.info(_recipe(config))
         count = sum(t.tensor == "weight" for t in quantized_tensors(model))
         if trainer.oscillations is not None:
-            log.info(f"codes of {len(trainer.oscillations.weights)} of {count} quantized weights are watched")
+            log.info(f"codes of {len(trainer.oscillations.weights)} of {count} quantized weights are tracked")
         if trainer.dampening is not None:
             log.info(f"{len(trainer.dampening.weights)} of {count} quantized weights are dampened")
         if saved is not None:
             step = f", step {trainer.state.step} of the next" if trainer.state.step else ""
-            log.info(f"going on after epoch {trainer.state.epoch} of {config.epochs}{step}")
+            log.info(f"resuming after epoch {trainer.state.epoch} of {config.epochs}{step}")
         if config.training:
             trainer.fit()
         else:
@@ -310,7 +311,7 @@ def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str])
         result = _summarize(config, trainer)
         if ranks.is_main():
             record_histograms(folder, config, trainer.measured, data)
-            from qat_runner.training.plots import plot_curves, plot_noise  # matplotlib takes its time to import
+            from qat_runner.training.plots import plot_curves, plot_noise  # matplotlib is slow to import
 
             plot_curves(folder, config.task)
             plot_noise(folder)
@@ -322,14 +323,14 @@ def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str])
 
 @contextmanager
 def _failures_told(config: Config, folder: Path) -> Iterator[None]:
-    """While open, whatever goes wrong becomes a sentence, which error.txt keeps with the traceback."""
+    """While open, turn each failure into one sentence, and write it to error.txt with the traceback."""
     file = RunFolder(folder).error
     earlier = file.read_bytes() if ranks.is_main() and file.is_file() else None
     if earlier is not None:
         file.unlink()
     try:
         yield
-    except ConfigError:  # nothing was done
+    except ConfigError:  # nothing has been done, so the earlier error stays
         if earlier is not None:
             file.write_bytes(earlier)
         raise
@@ -337,7 +338,7 @@ def _failures_told(config: Config, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         told = _in_a_sentence(error, config, folder)
-        # "x": of several processes the first keeps its reason; the others' is that they lost it
+        # "x": with several processes only the first reason counts; the others only report that they lost the first one
         with suppress(OSError), open_own(file, "x") as out:
             out.write(f"{told}\n\n{traceback.format_exc()}")
         if told is error:
@@ -353,13 +354,13 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
     if isinstance(error, NotCalibratedError):
         return RunError(str(error))
     if isinstance(error, OSError):
-        return RunError(f"{folder}: broke off ({file_told(error)}); what was recorded before is intact")
+        return RunError(f"{folder}: failed ({file_told(error)}); what was recorded before is intact")
     where = RunFolder(folder).error
     return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
 
 
 def _what_needs_less(config: Config) -> str:
-    """What memory goes by, of the keys that are of effect in this mode."""
+    """Return which keys reduce memory in this mode."""
     if config.mode == Mode.allocate:
         return f"a smaller allocation.batch_size (now {config.allocation.batch_size}) needs less"
     validation = f"a smaller dataset.val_batch_size (now {config.dataset.val_batch_size})"
@@ -374,7 +375,7 @@ def _what_needs_less(config: Config) -> str:
 
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    """Write to a file, too, what is told on the terminal."""
+    """While open, copy the log messages of the terminal to a file."""
     handler = logging.StreamHandler(open_own(path, "a"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
@@ -386,7 +387,7 @@ def _log_to(path: Path) -> Iterator[None]:
 
 
 def _open_record(config: Config, folder: Path, saved: dict[str, Any] | None) -> Record:
-    """The record of a run that begins, or goes on from a checkpoint; in all processes but the main one, of nothing."""
+    """Return the record of a run that starts or resumes; outside the main process, one that writes nothing."""
     if not ranks.is_main():
         return NullRecord(folder)
     _record_environment(folder, resuming=saved is not None)
@@ -395,7 +396,7 @@ def _open_record(config: Config, folder: Path, saved: dict[str, Any] | None) -> 
 
 
 def _record_environment(folder: Path, resuming: bool) -> None:
-    """What the run began in; and, under "resumed", what each later sitting went on in."""
+    """Record the environment in which the run started and, under "resumed", that of each later start."""
     now = environment()
     first = recorded(ENVIRONMENT, folder) if resuming else None
     if first is None:
@@ -404,7 +405,7 @@ def _record_environment(folder: Path, resuming: bool) -> None:
     first.setdefault("resumed", []).append(now)
     for key in ("packages", "git", "machine"):
         if now[key] != first[key]:
-            log.warning(f"going on with other {key} than the run began with: numbers may differ from an unbroken run's")
+            log.warning(f"resuming with different {key}: results may differ from those of an uninterrupted run")
     ENVIRONMENT.write(folder, first)
 
 
@@ -416,7 +417,7 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
     log.info(f"run folder {folder}")
     if count:
         log.info(f"{config.model.name}, {count} quantized tensors")
-        log.debug(table)  # a sweep's terminal is spared it, quantizers.txt has it
+        log.debug(table)  # keeps sweeps short on the terminal; quantizers.txt has the table
     else:
         log.info(f"{config.model.name} in full precision")
     for note in notes:
@@ -424,18 +425,18 @@ def _describe(config: Config, folder: Path, model: nn.Module, notes: list[str]) 
 
 
 def _preprocessing(config: Config) -> str:
-    """What pictures are made into for the model."""
+    """Describe the preprocessing of images for the model."""
     dataset = config.dataset
-    crop = f", the centre of {dataset.resize_size}" if dataset.resize_size else ""
-    given = f" ({', '.join(config.given)}: as given)" if config.given else ""
+    crop = f", center-cropped from {dataset.resize_size}" if dataset.resize_size else ""
+    given = f" ({', '.join(config.given)} as set)" if config.given else ""
     return (
-        f"pictures as {config.model.name} is described: {dataset.image_size} pixels a side{crop}, "
+        f"preprocessing of {config.model.name}: images of {dataset.image_size} pixels per side{crop}, "
         f"{dataset.interpolation}, mean {dataset.mean}, std {dataset.std}{given}"
     )
 
 
 def _recipe(config: Config) -> str:
-    """Batch size and learning rate, and the rule that they follow; and what part of the batch is seen at a time."""
+    """Describe batch size and learning rate, the rule they follow, and how much of a batch is seen at a time."""
     stage = config.stage
     told = f"batch size {config.batch_size}, lr {config.lr:g}"
     if config.epochs <= stage.warmup_epochs:
@@ -448,7 +449,7 @@ def _recipe(config: Config) -> str:
 
 
 def _seen_at_a_time(config: Config) -> str:
-    """How many samples BatchNorm and the scalars of activations are taken over, beside the published number."""
+    """Describe over how many samples BatchNorm and activations' scalars are computed, beside the published number."""
     published, world = config.recipe.device_batch, ranks.world_size()
     if published is None or config.clipping.sync or config.sync_batchnorm:
         return ""
@@ -458,7 +459,7 @@ def _seen_at_a_time(config: Config) -> str:
     if seen == published:
         return f"{told}, as published"
     remedy = f" (accumulate={own // published} restores that)" if own % published == 0 else ""
-    return f"{told}, where the recipe was published {published}{remedy}"
+    return f"{told}, but {published} in the published recipe{remedy}"
 
 
 def _summarize(config: Config, trainer: Trainer) -> Summary:

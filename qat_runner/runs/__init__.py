@@ -1,1 +1,1 @@
-"""The run folder: what each file holds, reading and writing it, the lock, and where a run came from."""
+"""The run folder: the content of each file, reading and writing it, the lock, and the environment of a run."""

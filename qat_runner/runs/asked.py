@@ -1,4 +1,4 @@
-"""The list, in a folder of runs, of the run folders that sweeps asked for."""
+"""The list, in a folder of runs, of the run folders that sweeps have requested."""
 
 import fcntl
 import os
@@ -15,10 +15,10 @@ from qat_runner.runs.records import ASKED
 
 
 def remember_asked(folders: Iterable[Path]) -> list[Path]:
-    """Add run folders to the lists of the folders that they lie in; returns the folders made for it, deepest last.
+    """Add run folders to the lists in their parent folders; return the folders created for this, deepest last.
 
     Raises:
-        UnreadableError: there is a list, which is none of ours.
+        UnreadableError: an existing list is not valid.
     """
     made: list[Path] = []
     for runs_dir, names in _by_place(folders).items():
@@ -33,10 +33,10 @@ def remember_asked(folders: Iterable[Path]) -> list[Path]:
 
 
 def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
-    """Take run folders off the lists that do not exist, since their runs were refused, and what is empty then away.
+    """Remove the run folders of rejected runs, which do not exist, from the lists; then delete what is empty.
 
     Raises:
-        UnreadableError: a list is none of ours.
+        UnreadableError: a list is not valid.
     """
     for runs_dir, names in _by_place(folders).items():
         gone = {name for name in names if not (runs_dir / name).exists()}
@@ -49,12 +49,12 @@ def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
             else:
                 (runs_dir / ASKED.name).unlink()
     for path in reversed(made):
-        with suppress(OSError):  # it holds more
+        with suppress(OSError):  # not empty
             path.rmdir()
 
 
 def _by_place(folders: Iterable[Path]) -> dict[Path, list[str]]:
-    """The names of folders, by what they lie in."""
+    """Return the names of folders, grouped by parent folder."""
     found: dict[Path, dict[str, None]] = {}
     for folder in folders:
         found.setdefault(folder.parent, {})[folder.name] = None
@@ -63,33 +63,33 @@ def _by_place(folders: Iterable[Path]) -> dict[Path, list[str]]:
 
 @contextmanager
 def _held(runs_dir: Path) -> Iterator[IO[str]]:
-    """The list of a folder of runs, open at its end, and made if need be; no other sweep is at it meanwhile.
+    """Open the list of a folder of runs for appending, creating it if needed, and lock it against other sweeps.
 
     Raises:
-        OSError: it cannot be had, or is a symbolic link.
+        OSError: the list cannot be opened, or is a symbolic link.
     """
     path = runs_dir / ASKED.name
     while True:
         with open_own(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if same_file(file.fileno(), path):  # or else another sweep has put a new one in its place
+            if same_file(file.fileno(), path):  # otherwise another sweep has replaced the list
                 yield file
                 return
 
 
 def _lines(names: Iterable[str]) -> str:
-    """A line for each name, which may be of another encoding than the terminal's."""
+    """Return one line per name; names may not be valid in the encoding of the terminal."""
     return "".join(f"{os.fsencode(name).decode(errors='backslashreplace')}\n" for name in names)
 
 
 def asked(runs_dir: Path) -> list[str]:
-    """Names of all run folders in a folder that sweeps asked for, as they were asked for.
+    """Return the names of all run folders that sweeps requested in a folder, in the order of the requests.
 
     Raises:
-        UnreadableError: their list is none of ours.
+        UnreadableError: the list is not valid.
     """
     names = [os.fsdecode(name.encode()) for name in (ASKED.read(runs_dir) or "").splitlines() if name]
     for name in names:
         if "/" in name or "\0" in name or name in (".", "..") or len(os.fsencode(name)) > LONGEST_NAME:
-            raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({told(name)}: is no name of a folder)")
+            raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({told(name)}: is not a folder name)")
     return names

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, described so that whatever comes from a file can be held against it."""
+"""The content of a checkpoint, as types against which files are validated."""
 
 from typing import Annotated, Any, NotRequired
 
@@ -11,7 +11,7 @@ from qat_runner.runs.records import Count, Real
 
 @with_config(ConfigDict(arbitrary_types_allowed=True))
 class RandomState(TypedDict):
-    """Of all global generators: see `checkpoint.random_state`."""
+    """State of all global random generators: see `checkpoint.random_state`."""
 
     torch: Tensor
     cuda: list[Tensor]
@@ -21,20 +21,20 @@ class RandomState(TypedDict):
 
 @with_config(ConfigDict(arbitrary_types_allowed=True))
 class ProcessState(TypedDict):
-    """What of a run is one process's own."""
+    """The part of a run's state that belongs to one process."""
 
     random: RandomState
     totals: Tensor
     buffers: dict[str, Tensor]
     averaged: NotRequired[dict[str, Tensor]]
-    """buffers of its average"""
+    """buffers of its moving average"""
     corrupt: NotRequired[list[str]]
-    """what it could not read and left out"""
+    """samples that it could not read and skipped"""
 
 
 @with_config(ConfigDict(extra="forbid"))
 class Progress(TypedDict):
-    """How far a run has come: `loop.State`."""
+    """The progress of a run: `loop.State`."""
 
     epoch: Count
     step: Count
@@ -49,19 +49,19 @@ class Progress(TypedDict):
 
 @with_config(ConfigDict(arbitrary_types_allowed=True))
 class Checkpoint(TypedDict):
-    """All that a run needs to go on."""
+    """Everything that a run needs to resume."""
 
     model: dict[str, Tensor]
-    """what was validated: the moving average, where there is one"""
+    """the validated model: the moving average, if there is one"""
     trained: NotRequired[dict[str, Tensor]]
-    """what it is the average of"""
+    """the trained model, if `model` is its moving average"""
     averaged_steps: NotRequired[Count]
-    """that it is made of"""
+    """number of steps in the moving average"""
     oscillations: NotRequired[dict[str, Tensor]]
-    """where codes of weights are watched: `Oscillations.state`"""
+    """`Oscillations.state`, if codes of weights are tracked"""
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     processes: Annotated[list[ProcessState], Field(min_length=1)]
     state: Progress
     config: dict[str, Any]
-    """its identity; of checkpoints of before its whole config, nested"""
+    """identity of the run; in checkpoints of earlier versions, the whole nested config"""

@@ -1,4 +1,4 @@
-"""What a run was begun in: versions, git state, command and machine."""
+"""The environment in which a run is started: versions, git state, command and machine."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 
 def environment() -> Sitting:
-    """Versions, git state, command and machine, for environment.json."""
+    """Return versions, git state, command and machine, for environment.json."""
     cuda = torch.cuda.is_available()
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -51,16 +51,16 @@ def environment() -> Sitting:
 
 
 LAUNCHED = "QAT_RUNNER_JOB"
-"""The environment variable that a launcher of sweeps names its jobs by; each request has a name of its own."""
+"""Environment variable in which a sweep launcher passes the name of a job; each request has its own name."""
 
 
 def job() -> str | None:
-    """The name of the job that this process is of; None: of none."""
+    """Return the name of the job that this process belongs to; None if there is none."""
     return os.environ.get(LAUNCHED) or os.environ.get("SLURM_JOB_ID")
 
 
 def put_back() -> bool:
-    """Whether this process may be of a job that has been at work before, and was put back into the queue."""
+    """Return whether this process may belong to a job that ran before and was requeued."""
     return bool(os.environ.get(LAUNCHED)) or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
@@ -80,7 +80,7 @@ def _processor() -> str:
 
 
 def _git() -> Git | None:
-    """Commit and cleanness of the checkout that this code runs from; None where it is installed from a wheel."""
+    """Return the git state of the checkout that this code runs from; None if it is installed from a wheel."""
 
     def ask(*words: str) -> str:
         here = Path(__file__).resolve().parent

@@ -1,7 +1,7 @@
-"""Files of a folder of runs, as they are written and read: whole or not at all, never through a link, never trusted.
+"""Reading and writing the files of run folders: atomically, never through links, and always validated.
 
-A folder of runs travels between people, machines and editors. So whatever is read is held against a typed description,
-and what does not fit is told in one sentence that names the file and the key.
+Run folders travel between people, machines and editors. Everything that is read is therefore validated against a typed
+description, and an error is one sentence that names the file and the key.
 """
 
 import csv
@@ -27,40 +27,40 @@ from qat_runner.errors import UnreadableError, told
 T = TypeVar("T")
 
 TEMPORARY = ".tmp"
-"""Ending of what is being written; a process that was killed may leave one."""
+"""Suffix of files that are being written; a killed process may leave such a file."""
 
 _OF_ONE_WRITER = re.compile(r"(\.\d+-[0-9a-f]{8})?\.tmp$")
-"""What follows a file's name in that of a temporary one; the middle, process and chance, is that of `write_whole`."""
+"""Suffix of the name of a temporary file; `write_whole` adds the middle part, process id and random digits."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text in a folder."""
+    """A text file in a folder."""
 
     name: str
 
     def read(self, folder: Path) -> str | None:
-        """The text; None where there is no file.
+        """Return the text; None if there is no file.
 
         Raises:
-            UnreadableError: it is no file, or not UTF-8.
+            UnreadableError: it is not a regular file, or not UTF-8.
         """
         return _reading(folder / self.name, lambda data: data.decode())
 
 
 @dataclass(frozen=True)
 class JsonFile(Generic[T]):
-    """A JSON file in a folder, and what it holds."""
+    """A JSON file in a folder, and the type of its content."""
 
     name: str
     kind: Any
-    """T, or what of it is described: keys beyond that are kept as they are"""
+    """T, or the part of it that is described; additional keys are kept unchanged"""
 
     def read(self, folder: Path) -> T | None:
-        """The content; None where there is no file.
+        """Return the content; None if there is no file.
 
         Raises:
-            UnreadableError: naming the key that does not fit.
+            UnreadableError: the content is invalid; the message names the key.
         """
 
         def parsed(data: bytes) -> T:
@@ -71,23 +71,25 @@ class JsonFile(Generic[T]):
         return _reading(folder / self.name, parsed)
 
     def write(self, folder: Path, content: T) -> None:
-        """Whole or not at all. NaN and infinity become null."""
+        """Write the content atomically. NaN and infinity become null."""
         write_text(folder / self.name, json.dumps(_plain(content), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class CsvFile(Generic[T]):
-    """A CSV file in a folder, and what its rows hold."""
+    """A CSV file in a folder, and the type of its rows."""
 
     name: str
     kind: Any
     """T; its keys are the columns"""
 
     def read(self, folder: Path) -> list[T]:
-        """The rows, without one that is being written, or was when its run was killed; none where there is no file.
+        """Return the rows without an incomplete last line; an empty list if there is no file.
+
+        A last line is incomplete while it is being written, or if the run was killed meanwhile.
 
         Raises:
-            UnreadableError: naming line and column of what does not fit.
+            UnreadableError: a row is invalid; the message names line and column.
         """
 
         def parsed(data: bytes) -> list[T]:
@@ -100,10 +102,10 @@ class CsvFile(Generic[T]):
         """Add rows.
 
         Args:
-            folder: where the file lies, or is begun.
-            rows: a column that one lacks stays empty; of a file that an earlier version began, what has no column is
-                left out.
-            columns: where the description does not name them all.
+            folder: the folder of the file, which is created if needed.
+            rows: the rows; missing columns stay empty. If the file exists, perhaps from an earlier version, values
+                without a column in it are dropped.
+            columns: the columns of a new file, if the description does not name all of them.
         """
         path = folder / self.name
         known = _columns(path)
@@ -114,21 +116,21 @@ class CsvFile(Generic[T]):
                 writer.writeheader()
             writer.writerows(rows)
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint, which follows, must not be ahead of them after a crash
+            os.fsync(file.fileno())  # after a crash, the checkpoint saved next must not be ahead of the rows
 
     def keep(self, folder: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
-        """Drop the rows that are not wanted, those that do not fit, and a line that was cut.
+        """Drop rows that are not wanted, invalid rows, and an incomplete last line.
 
         Returns:
-            How many whole lines were dropped because they did not fit.
+            The number of complete lines that were dropped because they were invalid.
         """
         path = folder / self.name
         if not path.is_file() or path.is_symlink():
-            return 0  # opening it for more rows tells of a link
+            return 0  # a link is reported when the file is opened for writing
         text = path.read_bytes().decode(errors="replace").replace("\0", "")
         head, *lines = text[: text.rfind("\n") + 1].split("\n")
         columns, rows, bad = next(csv.reader([head]), []), [], 0
-        for number, line in enumerate(lines, 2):  # each by itself: a stray quote would swallow those that follow it
+        for number, line in enumerate(lines, 2):  # one by one: a stray quote would swallow the following lines
             try:
                 for cells in filter(None, csv.reader([line])):
                     row = _named(columns, cells)
@@ -163,10 +165,10 @@ def _reading(path: Path, parse: Callable[[bytes], T]) -> T | None:
 
 
 def _content(path: Path) -> bytes:
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a named pipe would block
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("it is no file")
+            raise ValueError("it is not a regular file")
         with open(handle, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -174,7 +176,7 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number and cells of each line of a CSV file but the first, which has the names of the columns."""
+    """Yield number and cells of each line of a CSV file after the header."""
     reader = csv.reader(io.StringIO(text, newline=""))
     columns = next(reader, [])
     for cells in filter(None, reader):
@@ -182,7 +184,7 @@ def _lines(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
-    """The cells of a line by column; nothing where they are not those of the columns."""
+    """Return the cells of a line by column; empty if the cells do not match the columns."""
     fits = len(cells) == len(columns) == len({*columns})
     return dict(zip(columns, cells, strict=True)) if fits else {}
 
@@ -190,36 +192,36 @@ def _named(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
 def _row(kind: Any, line: int, row: Mapping[str, str]) -> Any:
     try:
         if not row:
-            raise ValueError("its cells are not those of the columns")
+            raise ValueError("its cells do not match the columns")
         return fit(kind, row, strict=False)
     except ValueError as error:
         raise ValueError(f"line {line}, {error}") from None
 
 
 def _columns(path: Path) -> list[str]:
-    """Those of a file that has some."""
+    """Return the columns of a CSV file; empty if it does not exist or is a link."""
     if not path.is_file() or path.is_symlink():
-        return []  # opening it for more rows tells of a link
+        return []  # a link is reported when the file is opened for writing
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         return next(csv.reader(file), [])
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)}: is there twice")
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)}: appears twice")
     return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, str):  # the name of a file may be no text
+    if isinstance(value, str):  # a file name may not be valid text
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
@@ -227,18 +229,18 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, UTF-8: path holds the old content or the new one, never half of it, and nothing else is left."""
+    """Write a UTF-8 file atomically: path holds either the old or the new content, and no temporary file remains."""
     write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """The same, of whatever `write` writes; a link is replaced, not followed. Of several writers the last one wins."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")  # of this writer alone
+    """Like `write_text`, for anything that `write` writes. A link is replaced, not followed; the last writer wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")  # unique to this writer
     try:
         with open(temporary, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # else the name might be there after a crash of the machine, and the content not
+            os.fsync(file.fileno())  # otherwise the name could exist without its content after a crash
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -247,15 +249,15 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def becomes(name: str) -> str:
-    """The name that a temporary file is to have in the end; of any other file its own."""
+    """Return the final name of a temporary file; any other name is returned unchanged."""
     return _OF_ONE_WRITER.sub("", name)
 
 
 def open_own(path: Path, mode: str, newline: str | None = None) -> IO[str]:
-    """Open a text file of ours, UTF-8, to be written to.
+    """Open a UTF-8 text file of a run for writing.
 
     Raises:
-        OSError: it cannot be, or is a symbolic link: what that leads to is not ours.
+        OSError: it cannot be opened, or is a symbolic link, whose target does not belong to the run.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -271,7 +273,7 @@ def open_own(path: Path, mode: str, newline: str | None = None) -> IO[str]:
 
 @contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
-    """While open, whatever a library makes of a full disk becomes an OSError that says so, and where."""
+    """While open, turn whatever a library raises on a full disk into an OSError that names the folder."""
     try:
         yield
     except Exception as error:
@@ -289,7 +291,7 @@ def _tells_of_full_disk(error: BaseException | None) -> bool:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Let two files or folders change their places at one stroke; False where the system cannot (renameat2, Linux)."""
+    """Swap two files or folders atomically; return False if the system does not support it (renameat2, Linux)."""
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):

@@ -1,29 +1,29 @@
-"""A run's folder, and the name of everything in it.
+"""The folder of a run, and the names of all files in it.
 
 | file              | what                                                                                          |
 |-------------------|-----------------------------------------------------------------------------------------------|
 | config.yaml       | the resolved config                                                                           |
 | environment.json  | versions, git state, command, machine                                                         |
 | quantizers.txt    | table of the quantized tensors                                                                |
-| log.txt           | what was said on the terminal                                                                 |
-| metrics.csv       | a row an epoch                                                                                |
-| steps.csv         | a row a training step                                                                         |
-| layers.csv        | noise of each quantized tensor, a block an epoch; epoch 0 is before any training              |
-| oscillations.csv  | how often codes of each weight flip, a block an epoch, where `oscillations` asks for it       |
+| log.txt           | the messages shown on the terminal                                                            |
+| metrics.csv       | one row per epoch                                                                             |
+| steps.csv         | one row per training step                                                                     |
+| layers.csv        | noise of each quantized tensor, one block per epoch; epoch 0 is before any training           |
+| oscillations.csv  | oscillating and frozen elements of each weight, one block per epoch, if `oscillations` asks   |
 | tensorboard/      | the figures of metrics.csv and layers.csv, and histograms of the scalars                      |
-| wandb/, mlruns/   | the same, where `trackers` asks for it; trackers.json: what they call the run                 |
+| wandb/, mlruns/   | the same, if `trackers` asks for it; trackers.json: the ids that the trackers gave the run    |
 | checkpoints/      | last.pt, previous.pt (the one before it) and best.pt                                          |
-| histograms.json   | how the values of each quantized tensor lie on its grid, at the end                           |
+| histograms.json   | distribution of the values of each quantized tensor over its grid, at the end                 |
 | curves.png, noise.png | plots                                                                                     |
-| report.html       | the run's page, where qat-report was asked for it                                             |
+| report.html       | the HTML report of the run, if qat-report has written it                                      |
 | predictions.json  | the answers of the latest validation, in SQuAD's format (question answering only)             |
-| error.txt         | why the run broke off, if it did                                                              |
-| allocation.json   | prices, front, what was measured, and the answer (mode allocate only, as the next four)        |
-| policy.yaml       | the bits that were chosen, as rules                                                           |
-| bits.png          | the front, and the bits of all tensors                                                        |
-| prices.csv        | a row a tensor: its bits, and its noise and price at every width                              |
-| probes/           | run folders of the networks that were measured                                                |
-| summary.json      | the result; a folder that has it is a finished run                                            |
+| error.txt         | why the run failed, if it did                                                                 |
+| allocation.json   | prices, front, measurements and the answer (mode allocate only, like the next four)           |
+| policy.yaml       | the chosen bit allocation, as rules                                                           |
+| bits.png          | the Pareto front, and the bit-widths of all tensors                                           |
+| prices.csv        | one row per tensor: its bits, and its noise and price at every bit-width                      |
+| probes/           | run folders of the measured networks                                                          |
+| summary.json      | the result; the run is finished if it exists                                                  |
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ from qat_runner.runs.records import (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, which need not exist; files with typed contents are read by `records` from its path."""
+    """The folder of a run, which need not exist; `records` reads files with typed contents from its path."""
 
     path: Path
 
@@ -81,7 +81,7 @@ class RunFolder:
 
     @property
     def trackers(self) -> Path:
-        """What each tracker calls the run, by the tracker's name."""
+        """The id of the run in each tracker, by the name of the tracker."""
         return self.path / "trackers.json"
 
     @property
@@ -122,12 +122,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return (self.path / SUMMARY.name).is_file()
 
     @property
     def contents(self) -> tuple[Path, ...]:
-        """All that a run may leave here, whether it is there or not; the lock is not left."""
+        """All files that a run may leave here, whether they exist or not; the lock is never left."""
         typed = (ENVIRONMENT, METRICS, STEPS, LAYERS, OSCILLATIONS, HISTOGRAMS, PREDICTIONS, ALLOCATION, SUMMARY)
         return (
             *(self.path / file.name for file in typed),

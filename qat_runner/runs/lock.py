@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder, and a sign of life for whoever asks from elsewhere."""
+"""The lock that allows one process at a time in a run folder, with a heartbeat that other machines can check."""
 
 import contextlib
 import errno
@@ -15,23 +15,23 @@ from qat_runner.errors import BusyError, UnreadableError
 from qat_runner.runs.records import LOCK, Owner
 
 BEAT = 15.0
-"""Seconds between signs of life."""
+"""Seconds between heartbeats."""
 PATIENCE = 10
-"""Tenths of a second to wait for a lock."""
+"""Tenths of a second to keep trying to take a lock."""
 STALE = 4 * BEAT
-"""Seconds without one, after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 
 class RunLock:
-    """Holds a run's folder, made if need be, while open. Removes the folder again if nothing came to lie in it.
+    """Context manager that locks a run folder. It creates the folder if needed, and removes it again if it stays empty.
 
     Args:
-        folder: to hold.
-        name: what it is called in the sentence for whoever comes second; None: run_dir.
+        folder: folder to lock.
+        name: name of the folder in the error message for a second process; None uses run_dir=FOLDER.
 
     Raises, on entering:
-        BusyError: another process holds it.
-        OSError: the folder cannot be made, or the lock be written; nothing is left.
+        BusyError: another process holds the lock.
+        OSError: the folder cannot be created or the lock cannot be written; nothing is left behind.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
@@ -58,7 +58,7 @@ class RunLock:
         return self
 
     def _try(self) -> None:
-        """Take the lock, unless it is removed meanwhile by the one that held it."""
+        """Take the lock, unless its previous holder removes the file in the meantime."""
         try:
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
@@ -69,8 +69,8 @@ class RunLock:
             _take(handle)
         except BlockingIOError as error:
             os.close(handle)
-            raise BusyError(f"{self.name}: {owner(self.folder)} is at work in it") from error
-        except OSError:  # a file system without locks
+            raise BusyError(f"{self.name}: {owner(self.folder)} is using it") from error
+        except OSError:  # the file system does not support locks
             os.close(handle)
             if self._made:
                 self._path.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ class RunLock:
             os.close(handle)
 
     def _forget(self) -> None:
-        """In a child, such as a worker that decodes pictures: it must not hold the lock beyond its parent's death."""
+        """Close the lock in a child process, such as a worker that decodes images, so that it ends with its parent."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -95,7 +95,7 @@ class RunLock:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
-        with contextlib.suppress(OSError):  # not empty: as it should be
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             for path in self._made:
                 path.rmdir()
 
@@ -106,7 +106,7 @@ class RunLock:
 
 
 def _take(handle: int) -> None:
-    """Lock a file, with a little patience: `alive` may be trying it, or the last child of a dead process be dying."""
+    """Lock a file, retrying briefly: `alive` may be testing it, or a child of a dead process may still be exiting."""
     for _ in range(PATIENCE):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,7 +116,7 @@ def _take(handle: int) -> None:
 
 
 def same_file(handle: int, path: Path) -> bool:
-    """Whether an open file is the one that lies at a path now."""
+    """Return whether an open file is the one that is currently at a path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -124,10 +124,10 @@ def same_file(handle: int, path: Path) -> bool:
 
 
 def alive(folder: Path) -> bool:
-    """Whether a process is at work in a folder: here, by its lock; on another machine, by its latest sign of life."""
+    """Return whether a process is using a folder: a local one by its lock, a remote one by its latest heartbeat."""
     try:
         handle = os.open(folder / LOCK.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (OSError, ValueError):  # none, or nothing that a run wrote
+    except (OSError, ValueError):  # there is no lock, or none that a run wrote
         return False
     try:
         who = _read(folder)
@@ -142,13 +142,13 @@ def alive(folder: Path) -> bool:
 
 
 def owner(folder: Path) -> str:
-    """The process that holds a folder, in words."""
+    """Describe the process that holds the lock of a folder."""
     who = _read(folder)
     return f"process {who['process']} on {who['host']}" if who else "another process"
 
 
 def _read(folder: Path) -> Owner | None:
-    """None where it is not told: the lock was taken just now, or someone else wrote there."""
+    """Return the owner; None if it is unknown: the lock was taken just now, or another program wrote the file."""
     try:
         return LOCK.read(folder)
     except UnreadableError:

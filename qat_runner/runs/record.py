@@ -1,4 +1,4 @@
-"""Writes the figures of a run into its folder, as they come, and tells them to its trackers."""
+"""Writes the results of a run to its folder as they arrive, and passes them to its trackers."""
 
 import logging
 import math
@@ -21,16 +21,16 @@ from qat_runner.runs.trackers import TRACKERS, Tracked, Tracker
 log = logging.getLogger("qat_runner")
 
 LAYER_FIGURES = ("sqnr_db", "max_sqnr_db", "mse", "clipped_fraction", "s")
-"""What trackers are told of each tensor."""
+"""The figures of each tensor that trackers receive."""
 
 
 class Record:
-    """Writes the folder of a run. Rows are on disk as soon as their method returns.
+    """Writes to the folder of a run. Rows are on disk as soon as the method that adds them returns.
 
     Args:
-        run: whose folder is made if need be; rows of epochs after the one that the run goes on from, left by a run that
-            was killed, are dropped.
-        step: steps of the next epoch that are done.
+        run: the run; its folder is created if needed. Rows after the point from which the run resumes, left by a
+            process that was killed, are dropped.
+        step: completed steps of the next epoch.
         trackers: names in TRACKERS.
     """
 
@@ -45,21 +45,21 @@ class Record:
 
         for file in (METRICS, STEPS, LAYERS, OSCILLATIONS):
             if bad := file.keep(folder, done):
-                log.warning(f"{folder / file.name}: {bad} damaged lines are left out")
+                log.warning(f"{folder / file.name}: {bad} damaged lines were dropped")
         self._trackers: dict[str, Tracker] = {}
         for name in trackers:
             with self._survived(name):
                 self._trackers[name] = TRACKERS[name](run)
 
     def close(self, result: Mapping[str, Any] | None = None) -> None:
-        """The run is over, with this result; None: it broke off. A second call does nothing."""
+        """End the record with the result of the run, or with None if it failed. A second call does nothing."""
         for name, tracker in self._now().items():
             with self._survived(name):
                 tracker.finish(result)
             self._trackers.pop(name, None)
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Add a row to metrics.csv; the keys, the same each time, are its columns."""
+        """Add a row to metrics.csv; its keys, which must be the same each time, are the columns."""
         METRICS.append(self.folder, [row], list(row))
         figures = {_tag(key): value for key, value in row.items() if key != "epoch" and math.isfinite(value)}
         for name, tracker in self._now().items():
@@ -71,11 +71,11 @@ class Record:
         STEPS.append(self.folder, rows)
 
     def oscillations(self, epoch: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add to oscillations.csv what its weights did, a row each."""
+        """Add the oscillations of an epoch to oscillations.csv, one row per weight."""
         OSCILLATIONS.append(self.folder, ({"epoch": epoch, **row} for row in rows))
 
     def layers(self, epoch: int, noise: Sequence[LayerNoise], scalars: Mapping[str, Tensor]) -> None:
-        """Add the noise of all tensors to layers.csv; trackers get the scalars [any shape], by tensor name, as well."""
+        """Add the noise of all tensors to layers.csv; trackers also get their clipping scalars [any shape], by name."""
         LAYERS.append(self.folder, [{"epoch": epoch, **asdict(row)} for row in noise])
         if not self._trackers:
             return
@@ -91,18 +91,18 @@ class Record:
 
     @contextmanager
     def _survived(self, name: str) -> Iterator[None]:
-        """While open, what a tracker raises ends the tracking alone, and is told."""
+        """While open, an exception of a tracker is logged and ends only that tracker."""
         try:
             yield
-        except Exception as error:  # whatever a library or a network may raise
+        except Exception as error:  # a library or a network may raise anything
             if (tracker := self._trackers.pop(name, None)) is not None:
                 with suppress(Exception):
                     tracker.finish(None)
-            log.warning(f"tracker {name}: gave up ({_told_with_place(error)}); the run's own files go on")
+            log.warning(f"tracker {name}: gave up ({_told_with_place(error)}); the run's own files are still written")
 
 
 def _told_with_place(error: Exception) -> str:
-    """What a tracker raised, of what kind, and in which line of its file, whatever was called from there."""
+    """Describe the exception of a tracker: type, message, and the line of the tracker's own file that caused it."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     lines = [(file, line) for file, line in lines if file != __file__]
     file, line = next((place for place in reversed(lines) if place[0] == lines[0][0]), (__file__, 0))
@@ -111,13 +111,13 @@ def _told_with_place(error: Exception) -> str:
 
 
 def _tag(key: str) -> str:
-    """train_loss -> train/loss, lr -> run/lr."""
+    """Return the tracker tag of a column: train_loss -> train/loss, lr -> run/lr."""
     split, _, what = key.partition("_")
     return f"{split}/{what}" if split in ("train", "val") else f"run/{key}"
 
 
 class NullRecord(Record):
-    """Writes nothing: for a process that is not the one to keep the record."""
+    """Writes nothing: for processes other than the main one, which keeps the record."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,7 +1,7 @@
-"""What each file of a run folder holds: the one description from which it is written, and against which it is read.
+"""The content of each file in a run folder: one description, used for writing and for validation when reading.
 
-A key that came later than its file is NotRequired, so that records of before keep loading. config.yaml is described by
-the schema (`qat_runner.config`). For pictures, logs and tables that no one reads back there is nothing here.
+A key that was added to a file later is NotRequired, so that older records still load. config.yaml is described by the
+schema (`qat_runner.config`). Images, logs and tables that are never read back are not described here.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Bits = Annotated[int, Field(ge=1, le=32)]
 
 LEVELS = 64
-"""Levels of a grid that are recorded, at most: more could not be told apart."""
+"""Largest number of levels of a grid that are recorded; more could not be distinguished in a chart."""
 
 
 def _no_nan(cell: object) -> object:
@@ -29,7 +29,7 @@ def _no_nan(cell: object) -> object:
 
 
 Cell = Annotated[float | None, BeforeValidator(_no_nan)]
-"""A number in a CSV file; None where there is none."""
+"""A number in a CSV file; None if the cell is empty or NaN."""
 
 
 # summary.json
@@ -37,9 +37,9 @@ Cell = Annotated[float | None, BeforeValidator(_no_nan)]
 
 @with_config(ConfigDict(extra="allow"))
 class Summary(TypedDict):
-    """The result of a run; with it, under the name of its metric, and of what else validation tells, the figures.
+    """The result of a run, including its metric and the other validation figures under their names.
 
-    Those of the tasks that there were from the start are listed; other tasks bring others.
+    The figures of the first tasks are listed here; other tasks add their own.
     """
 
     model: str
@@ -49,23 +49,23 @@ class Summary(TypedDict):
     gradient: str
     seed: int
     epochs: Count
-    """done"""
+    """completed epochs"""
     seconds: Real
     sqnr_db: Real | None
     bits: NotRequired[int | str]
-    """of weights and activations, as "4/8" where they differ"""
+    """bit-width of weights and activations, as "4/8" if they differ"""
     weight_bits: NotRequired[Bits]
     activation_bits: NotRequired[Bits]
     mean_weight_bits: NotRequired[Real | None]
-    """over the elements of the weights that are quantized"""
+    """average bit-width over the elements of the quantized weights"""
     mean_activation_bits: NotRequired[Real | None]
-    """the same of activations"""
+    """the same for activations"""
     distilled: NotRequired[bool]
     remedies: NotRequired[list[str]]
-    """what else was done: `Config.told_remedies`"""
+    """additional techniques: `Config.told_remedies`"""
     processes: NotRequired[Count]
     metric: NotRequired[str]
-    """name of the figure that counts"""
+    """name of the task's metric"""
     loss: NotRequired[Real | None]
     top1: NotRequired[Percent]
     top5: NotRequired[Percent]
@@ -78,34 +78,34 @@ class Summary(TypedDict):
     size_mb: NotRequired[Size]
     fp32_size_mb: NotRequired[Size]
     oscillating_weights: NotRequired[Percent]
-    """of the elements of weights whose codes were watched, those that oscillated in the end"""
+    """percentage of the elements of tracked weights that oscillated at the end"""
     frozen_weights: NotRequired[Percent]
-    """of the same, those that were frozen"""
+    """percentage of the same elements that were frozen"""
     batchnorm_batches: NotRequired[Count]
-    """on which BatchNorm was estimated anew after training"""
+    """number of batches used to re-estimate BatchNorm after training"""
     before_reestimation: NotRequired[Real | None]
-    """what the figure that counts was before"""
+    """the metric before BatchNorm was re-estimated"""
     quantized_macs: NotRequired[Percent | None]
-    """of the network's multiply-accumulates, those of quantized tensors"""
+    """percentage of the network's multiply-accumulates that are computed on quantized tensors"""
     quantization_mse: NotRequired[Real | None]
     corrupt_pictures: NotRequired[Count]
     run_dir: NotRequired[str]
     answer: NotRequired[str]
-    """of a run in mode allocate: what it came to, in a sentence"""
+    """for mode allocate: the result in one sentence"""
 
 
 def metric(summary: Mapping[str, Any]) -> str:
-    """Name of the figure of a run that counts; records of old do not tell."""
+    """Return the name of the metric of a run, also for old records that do not contain it."""
     return str(summary.get("metric") or next((name for name in metrics() if name in summary), metrics()[0]))
 
 
 def score(summary: Mapping[str, Any]) -> float:
-    """The figure of a run that counts; `measured` tells how it is read."""
+    """Return the metric of a run; `measured` describes how to read it."""
     return float(summary[metric(summary)])
 
 
 def measured(summary: Mapping[str, Any]) -> Measure:
-    """What the figure of a run that counts is."""
+    """Return the description of the metric of a run."""
     return measure(metric(summary))
 
 
@@ -122,12 +122,12 @@ def _with_its_figure(summary: Summary) -> Summary:
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
     if ("size_mb" in summary) != ("fp32_size_mb" in summary):
-        raise ValueError("size_mb, fp32_size_mb: one is of no use without the other")
+        raise ValueError("size_mb, fp32_size_mb: must be given together")
     return summary
 
 
 def _filled(row: object) -> object:
-    """A line of a table of results, without its empty cells; lists have "+" between their words."""
+    """Return a line of a results table without its empty cells; lists are joined by "+"."""
     if not isinstance(row, dict):
         return row
     cells = {key: cell for key, cell in row.items() if cell}
@@ -135,7 +135,7 @@ def _filled(row: object) -> object:
 
 
 ResultRow = Annotated[Summary, BeforeValidator(_filled), AfterValidator(_with_its_figure)]
-"""Of a CSV file that has the content of a summary.json in each line."""
+"""A row of a CSV file that has the content of one summary.json per line."""
 
 
 # environment.json
@@ -150,7 +150,7 @@ class Git(TypedDict):
 
 
 class Machine(TypedDict):
-    """What the run ran on."""
+    """The hardware and platform of a run."""
 
     platform: str
     processor: str
@@ -161,12 +161,12 @@ class Machine(TypedDict):
 
 
 class Sitting(TypedDict):
-    """What a run was begun, or went on, in."""
+    """The environment in which a run was started or resumed."""
 
     command: list[str]
     directory: NotRequired[str]
     job: NotRequired[str | None]
-    """of a cluster, or one of a sweep's; it keeps its name when it is put back into the queue"""
+    """job of a cluster or of a sweep; it keeps its name when it is requeued"""
     started: str
     python: str
     packages: dict[str, str | None]
@@ -176,7 +176,7 @@ class Sitting(TypedDict):
 
 
 class Environment(Sitting):
-    """The first sitting of a run, and the later ones."""
+    """The environment in which a run was started, and those in which it was resumed."""
 
     resumed: NotRequired[list[Sitting]]
 
@@ -189,16 +189,16 @@ class StepRow(TypedDict):
 
     epoch: Count
     step: Count
-    """of the epoch, from 1 on"""
+    """number of the step in its epoch, from 1"""
     loss: Cell
     lr: Cell
     excess_mse_mean: NotRequired[Cell]
     excess_mse_max: NotRequired[Cell]
-    """what a warm start cost, over the quantizers of a process: mean and highest, each in the mean over processes"""
+    """excess MSE of warm starts over the quantizers of a process: mean and maximum, each averaged over processes"""
 
 
 class LayerRow(TypedDict):
-    """A `LayerNoise`, and its epoch; 0 is before any training."""
+    """A `LayerNoise` with its epoch; epoch 0 is before any training."""
 
     epoch: Count
     layer: str
@@ -214,19 +214,19 @@ class LayerRow(TypedDict):
 
 
 class OscillationRow(TypedDict):
-    """How the codes of a weight behaved in the steps up to the end of an epoch."""
+    """How much the codes of a weight oscillate, measured over the steps up to the end of an epoch."""
 
     epoch: Count
     layer: str
     elements: Count
     oscillating: Percent
-    """of the elements, those that flip more often than oscillations.threshold"""
+    """percentage of elements that flip more often than oscillations.threshold"""
     frozen: Percent
-    """of the elements"""
+    """percentage of frozen elements"""
 
 
 EpochRow = dict[str, float | None]
-"""An epoch: what training and validation tell, under names that begin with train_ and val_, and lr, seconds, ..."""
+"""An epoch: training and validation figures, named train_* and val_*, and lr, seconds, ..."""
 
 
 def _of_an_epoch(row: EpochRow) -> EpochRow:
@@ -239,7 +239,7 @@ def _of_an_epoch(row: EpochRow) -> EpochRow:
 
 
 def validated(row: Mapping[str, Any]) -> str | None:
-    """The key, of a row an epoch, of the figure that counts; None where it has none."""
+    """Return the key of the metric in the row of an epoch; None if there is none."""
     return next((key for name in metrics() if (key := f"val_{name}") in row), None)
 
 
@@ -247,7 +247,7 @@ def validated(row: Mapping[str, Any]) -> str | None:
 
 
 class Histogram(TypedDict):
-    """How the values of a tensor lie on its grid: of x / s, each channel divided by its own s, one grid for all."""
+    """How the values of a tensor lie on its grid: the values of x / s, where each channel is divided by its own s."""
 
     layer: str
     tensor: str
@@ -255,46 +255,46 @@ class Histogram(TypedDict):
     signed: bool
     granularity: str
     s: Real
-    """clipping scalar of the latest batch in units of x, the mean over the channels where there are several"""
+    """clipping scalar of the latest batch in units of x; the mean over the channels if there are several"""
     low: Real
-    """left end of the first bin, in units of s, like all that follow"""
+    """lower edge of the first bin, in units of s like the following values"""
     high: Real
-    """right end of the last bin"""
+    """upper edge of the last bin"""
     lowest: Real
-    """the smallest value of the first batch"""
+    """the smallest value over all batches"""
     highest: Real
-    """the largest value of the first batch"""
+    """the largest value over all batches"""
     beyond: Count
-    """values outside of the bins"""
+    """number of values outside the bins"""
     counts: Annotated[list[Count], Field(min_length=1)]
-    """values in each bin; all bins have the same width"""
+    """number of values in each bin; all bins have the same width"""
     levels: NotRequired[list[Real]]
-    """those of the grid; none where there are more than LEVELS"""
+    """quantization levels of the grid; empty if there are more than LEVELS"""
     ends: NotRequired[Annotated[list[Real], Field(min_length=2, max_length=2)]]
-    """of a format that has two, where one pair holds for the whole tensor: the lower and the upper one"""
+    """lower and upper clipping bound of a format with two, if one pair holds for the whole tensor"""
 
 
 # export/export.json
 
 
 class ExportFigures(TypedDict):
-    """What a network, or a file, does on the validation set: `verify.Figures`."""
+    """Validation figures of a network or an exported file: `verify.Figures`."""
 
     accuracy: Real | None
-    """the task's metric; null where it is not finite"""
+    """the task's metric; null if it is not finite"""
     agreement: NotRequired[Real]
     largest_difference: NotRequired[Real | None]
     standard_error: NotRequired[Real | None]
 
 
 class Export(TypedDict):
-    """What qat-export wrote, and what came out when it was run."""
+    """The files that qat-export wrote, and the results of running them."""
 
     run: str
     model: str
     dataset: str
     weight_bits: NotRequired[Bits]
-    """as asked for; none where bits were chosen"""
+    """as requested; absent if the bits were chosen by bit allocation"""
     activation_bits: NotRequired[Bits]
     mean_weight_bits: NotRequired[Real | None]
     """as in summary.json"""
@@ -318,7 +318,7 @@ def _with_reference(export: Export) -> Export:
         raise ValueError("bytes.full_precision: must be above 0")
     fused = export["figures"].get("onnx_fused")
     if fused is not None and ("agreement" not in fused or "processor" not in export):
-        raise ValueError("figures.onnx_fused: needs agreement, and processor beside it")
+        raise ValueError("figures.onnx_fused: needs agreement, and the file needs processor")
     return export
 
 
@@ -326,70 +326,70 @@ def _with_reference(export: Export) -> Export:
 
 
 Width = Annotated[str, Field(pattern="^[0-9]{1,2}$")]
-"""Bits, where they are a key."""
+"""A bit-width used as a key."""
 PriceKind = Annotated[str, Field(pattern="^(gradient|measured|noise)$")]
 
 
 class Point(TypedDict):
-    """Bits of all tensors, by what they cost and what they are foretold to."""
+    """A bit allocation, described by its costs, its price and, if measured, its metric."""
 
     costs: dict[str, Real]
-    """by name of the figure, such as "mean bits of weights" or "MB" """
+    """by name of the cost, such as "mean bits of weights" or "MB" """
     rise: Real
     """sum of the prices"""
     value: Real | None
-    """the metric, where it was measured"""
+    """the metric, if it was measured"""
     width: NotRequired[Bits]
-    """of all tensors alike"""
+    """bit-width of all tensors of a uniform allocation"""
 
 
 class PricedTensor(TypedDict):
-    """A tensor, its bits, and what others would have cost."""
+    """A tensor, its chosen bit-width, and its noise and prices at all bit-widths."""
 
     layer: str
     tensor: str
     elements: Count
-    """of an activation for one sample"""
+    """number of elements; for an activation that of one sample"""
     bits: Bits
     noise: dict[Width, Real]
-    """bits -> noise-to-signal ratio; none, as below, where a rule says the bits"""
+    """bits -> noise-to-signal ratio; empty, like the following two, if a rule sets the bit-width"""
     price: dict[Width, Real]
     """bits -> price"""
     beside: dict[Width, Real]
-    """bits -> price of another kind, where there is one"""
+    """bits -> price of another kind, for comparison, if there is one"""
 
 
 class AllocationRecord(TypedDict):
-    """What a run of mode allocate came to."""
+    """The result of a run of mode allocate."""
 
     answer: str
-    """a sentence"""
+    """the result in one sentence"""
     cost: str
-    """the key that the front goes by"""
+    """the key of the cost that defines the front"""
     figures: Annotated[list[str], Field(min_length=1)]
-    """the costs of a point that it stands for, of which the largest counts"""
+    """names of the costs of a point that belong to this key; the largest of them counts"""
     price: PriceKind
-    """the kind that bits were chosen by"""
+    """the kind of prices that the allocation is based on"""
     beside: PriceKind
-    """another kind, to hold against it"""
+    """another kind of prices, for comparison"""
     metric: str
     reference: Real
-    """the metric of full precision"""
+    """the metric of the full-precision network"""
     chosen: Point
     uniform: list[Point]
     measured: NotRequired[list[Point]]
-    """of those on the way, all but uniform ones"""
+    """allocations measured during the search, without uniform ones"""
     front: list[Point]
     tensors: list[PricedTensor]
     stability: Real | None
-    """bits by which a tensor differs, in the mean, on other batches; null where there was one alone"""
+    """average difference of the bits per tensor on resampled batches; null if there was only one batch"""
     seconds: Real
-    """of pricing"""
+    """duration of pricing"""
     retrain_steps: Count
 
 
 def paid(record: AllocationRecord, point: Point) -> float:
-    """What a point costs, of what the front of a record goes by."""
+    """Return the cost of a point by the cost that defines the front of the record."""
     return max(point["costs"][name] for name in record["figures"])
 
 
@@ -406,13 +406,13 @@ def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
 
 
 class Owner(TypedDict):
-    """The process that is at work in a folder."""
+    """The process that is using a folder."""
 
     process: Count
     host: str
 
 
-# Which file holds which
+# Files and their contents
 
 
 SUMMARY: JsonFile[Summary] = JsonFile("summary.json", Annotated[Summary, AfterValidator(_with_its_figure)])
@@ -431,6 +431,6 @@ LAYERS: CsvFile[LayerRow] = CsvFile("layers.csv", LayerRow)
 OSCILLATIONS: CsvFile[OscillationRow] = CsvFile("oscillations.csv", OscillationRow)
 ERROR = TextFile("error.txt")
 QUANTIZERS = TextFile("quantizers.txt")
-"""A table of the quantized tensors, an empty line, and what else there is to say of them and of all that is not."""
+"""A table of the quantized tensors, an empty line, and notes on them and on everything that is not quantized."""
 ASKED = TextFile("asked.txt")
-"""In a folder of runs: names of all run folders that sweeps asked for, a line each."""
+"""In a folder of runs: the names of all run folders requested by sweeps, one per line."""

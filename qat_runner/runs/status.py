@@ -1,4 +1,4 @@
-"""What has become of the runs of a folder: finished, running, stale, failed or missing."""
+"""The states of the runs in a folder: finished, running, stale, failed, missing or unreadable."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +13,33 @@ from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, measured, me
 
 STATES = {
     "finished": "",
-    "running": "a process is at work on it",
-    "stale": "no process is at work on it; the same command goes on with it",
-    "failed": "it broke off by itself",
-    "missing": "asked for by a sweep, and not begun",
-    "unreadable": "what it left cannot be read",
+    "running": "a process is carrying it out",
+    "stale": "no process is carrying it out; the same command resumes it",
+    "failed": "it ended with an error",
+    "missing": "requested by a sweep, but not started",
+    "unreadable": "its files cannot be read",
 }
-"""And what each means."""
+"""The states, and what each means."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What has become of one run."""
+    """The state of one run."""
 
     name: str
     state: str
     epochs: str = ""
-    """done and in all"""
+    """completed and total epochs"""
     result: str = ""
     note: str = ""
-    """of one that failed or cannot be read: why; of others that are not finished: what their state means"""
+    """reason of a failed or unreadable run; for other unfinished runs, the meaning of the state"""
 
 
 def statuses(runs_dir: Path) -> list[Status]:
-    """Of every run in a folder of runs, and of those that were asked for, by name; of a run's own folder, of that one.
+    """Return the status of every run in a folder and of all requested ones, by name; for a run folder, of that run.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: the folder does not exist.
     """
     if not runs_dir.is_dir():
         raise ConfigError(f"{runs_dir}: no such folder of runs")
@@ -54,7 +54,7 @@ def statuses(runs_dir: Path) -> list[Status]:
 
 
 def status(folder: Path) -> Status:
-    """Of the run in a folder."""
+    """Return the status of the run in a folder."""
     try:
         return _status(folder)
     except UnreadableError as error:
@@ -83,7 +83,7 @@ def _unfinished(folder: Path, state: str, epochs: str = "") -> Status:
 
 
 def text(found: list[Status]) -> str:
-    """A table, and the number of each state."""
+    """Return a table of the runs, and the number of runs in each state."""
     rows = [(s.name, s.state, s.epochs, s.result, s.note) for s in found]
     counts = ", ".join(f"{n} {state}" for state in STATES if (n := sum(s.state == state for s in found)))
     table = tabulate(rows, ("run", "state", "epochs", "result", "why"), maxcolwidths=[None, None, None, None, 70])

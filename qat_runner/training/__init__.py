@@ -1,1 +1,1 @@
-"""The training loop and what it needs: recipe, measurement, checkpoints, the record."""
+"""The training loop and its parts: recipe, measurement, checkpoints and plots."""

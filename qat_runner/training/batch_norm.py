@@ -1,8 +1,8 @@
-"""BatchNorm's statistics, taken anew of the network as it is.
+"""Re-estimation of the BatchNorm statistics for the current state of a network.
 
-In training they are moving averages over steps between which weights flip from one code to another, and belong to none
-of the networks that these were: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022,
-section 4.1.
+In training, the statistics are moving averages over steps between which weights flip from one code to another, so that
+they match none of these states of the network: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training",
+ICML 2022, section 4.1.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,21 +20,21 @@ from qat_runner.insertion.insert import checking
 
 
 def norms(model: nn.Module) -> list[_BatchNorm]:
-    """All that keep statistics."""
+    """Return the BatchNorm modules that track running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 @torch.no_grad()
 def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn.Module, Any], object]) -> None:
-    """Make the statistics of every BatchNorm the plain mean of those of batches.
+    """Set the statistics of every BatchNorm to the plain mean of the statistics of the given batches.
 
-    Each is normalized by statistics of its own then, as in training, while all else is as in evaluation: without
-    dropout, and quantizers remember nothing. `torch.optim.swa_utils.update_bn` would train these as well. Several
-    processes come to the same statistics, the mean of those of all.
+    Each batch is normalized by its own statistics, as in training, and everything else runs as in evaluation: dropout
+    is off, and quantizers do not update their state. (`torch.optim.swa_utils.update_bn` would put these in training
+    mode as well.) With several processes, all end up with the same statistics: the mean over the processes.
 
     Args:
-        model: is in eval mode afterwards.
-        batches: at least one; of several processes, each has as many, of its own samples.
+        model: the network; it is in eval mode afterwards.
+        batches: at least one batch. Each process passes the same number of batches, of its own samples.
         compute: calls a model with the inputs of a batch.
     """
     with _gathering(model), checking([t.quantizer for t in quantized_tensors(model)], False):
@@ -48,7 +48,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], compute: Callable[[nn
 
 @contextmanager
 def _gathering(model: nn.Module) -> Iterator[None]:
-    """While open, every BatchNorm adds up, from nothing, and all else is in eval mode."""
+    """Context in which every BatchNorm accumulates statistics from scratch and everything else is in eval mode."""
     model.eval()
     momenta = {norm: norm.momentum for norm in norms(model)}
     for norm in momenta:

@@ -1,7 +1,7 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, and the random state with it.
+"""Checkpoints: everything that a run needs to resume as if it had never stopped, including the random state.
 
-A checkpoint is a file of torch.save, sealed: the zip archive that it is ends with a comment, the SHA-256 of all bytes
-before. So a truncated or damaged file is known as such, and any other tool still reads it.
+A checkpoint is written by torch.save and then sealed: the zip archive gets a trailing comment with the SHA-256 of all
+preceding bytes. A truncated or damaged file is therefore detected, and other tools can still read the archive.
 """
 
 import hashlib
@@ -30,22 +30,22 @@ LAST, PREVIOUS = "last.pt", "previous.pt"
 _MARK = b"qat_runner sha256="
 _COMMENT = len(_MARK) + 64  # bytes
 _WORDS = 624  # of a Mersenne Twister
-_END = 22  # bytes of a zip archive's last record without comment, whose last two say how long the comment is
+_END = 22  # bytes of the last record of a zip archive without comment; its last two hold the length of the comment
 
 
 def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
-    """Write tensors and plain values so that path holds either the old content or the new one, never half of it.
+    """Write tensors and plain values atomically: path holds either the old or the new content, never a part of it.
 
     Args:
-        path: where to.
-        content: what.
-        keep: where the old content goes; None: nowhere.
+        path: file to write.
+        content: tensors and plain values.
+        keep: where to move the old content; None discards it.
 
     Raises:
-        OSError: it could not be written; the old content is as it was, and nothing else is left.
+        OSError: the file could not be written; the old content is unchanged, and no other file is left behind.
     """
     temporary = path.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed, or a link
+    temporary.unlink(missing_ok=True)  # left by a killed process, or a link
     try:
         with full_disk_told(path.parent), open(temporary, "x+b") as file:
             torch.save(content, file)
@@ -75,7 +75,7 @@ def _seal(file: BinaryIO) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames last through a crash of the machine."""
+    """Sync a folder so that renames survive a crash of the machine."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -84,7 +84,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a sealed file holds what was written."""
+    """Return whether a sealed file is complete and undamaged."""
     size = path.stat().st_size - _COMMENT
     if size < _END:
         return False
@@ -98,7 +98,7 @@ def is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, onto the CPU; nothing but tensors and plain values is ever unpickled.
+    """Load a file that `save` wrote, onto the CPU; only tensors and plain values are ever unpickled.
 
     Raises:
         RunError: the file is damaged.
@@ -107,30 +107,30 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if is_whole(path):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of kinds of tensors that are refused anyway
+                warnings.simplefilter("ignore")  # about kinds of tensors that are rejected anyway
                 found = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(found, dict):
-                raise ValueError("it is no dictionary")
+                raise ValueError("it is not a dictionary")
             return upgrade(found)
-    except Exception as error:  # whatever a parser may raise on damaged bytes
+    except Exception as error:  # a parser may raise anything on damaged bytes
         reason = told(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise RunError(f"checkpoint {path} cannot be read ({reason})")
 
 
 def exists(folder: Path) -> bool:
-    """Whether a folder of checkpoints holds one to go on from."""
+    """Return whether a checkpoint folder holds a checkpoint to resume from."""
     return any((folder / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def newest(folder: Path, take: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
-    """The newest whole checkpoint of a folder that is taken; one that is damaged or not taken is named in the log.
+    """Return the newest undamaged checkpoint in a folder that `take` accepts. Checkpoints passed over are logged.
 
     Args:
-        folder: of checkpoints.
-        take: is given a checkpoint, and raises RunError if it is none to go on from, with what to say of it.
+        folder: folder of checkpoints.
+        take: called with a checkpoint; it raises RunError with the reason if the run cannot resume from it.
 
     Raises:
-        RunError: there is none.
+        RunError: no checkpoint can be used.
     """
     reasons: list[str] = []
     for name in (LAST, PREVIOUS):
@@ -148,13 +148,13 @@ def newest(folder: Path, take: Callable[[dict[str, Any]], object] = lambda found
             reasons.append(f"checkpoint {path} {error}")
             continue
         if reasons:
-            log.warning(f"{reasons[0]}; going on from the one before")
+            log.warning(f"{reasons[0]}; resuming from the previous one")
         return found
-    raise RunError(f"{'; '.join(reasons) or f'{folder} holds no checkpoint'}; overwrite=true starts the run anew")
+    raise RunError(f"{'; '.join(reasons) or f'{folder} holds no checkpoint'}; overwrite=true restarts from scratch")
 
 
 def random_state() -> RandomState:
-    """The state of all global random generators, on a GPU that of this process's, as tensors and plain values."""
+    """Return the state of all global random generators, and of this process's GPU, as tensors and plain values."""
     numpy_state: Any = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
@@ -166,27 +166,27 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Undo what happened to the generators since `random_state`.
+    """Restore the generators to a state returned by `random_state`.
 
     Raises:
-        Exception: it is no state of theirs.
+        Exception: the state is invalid.
     """
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0])
     name, keys, position, has_gauss, gauss = state["numpy"]
-    if keys.shape != (_WORDS,) or not 0 <= position <= _WORDS:  # NumPy would read beyond the end of them
-        raise ValueError("random.numpy: is no state of a Mersenne Twister")
+    if keys.shape != (_WORDS,) or not 0 <= position <= _WORDS:  # NumPy would read out of bounds
+        raise ValueError("random.numpy: is not a state of a Mersenne Twister")
     np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 
 
 def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Refuse tensors that loading would quietly make into others; names and shapes it looks at itself.
+    """Check dtypes and layouts, which loading would silently convert; names and shapes are checked by loading itself.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: a tensor has another dtype or layout; the message names it.
     """
     for name, own in model.state_dict().items():
         found = saved.get(name, own)
@@ -195,25 +195,25 @@ def check_model(saved: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer, unless it is one that loading would take, and the next step trip over.
+    """Check the saved state of an optimizer, which loading may accept although the next step would fail.
 
     Args:
-        saved: its "state" by number of the parameter, and its "param_groups".
-        optimizer: that is to go on with it.
+        saved: "state", by index of the parameter, and "param_groups".
+        optimizer: the optimizer that is to continue from the state.
 
     Returns:
-        The same, with the options of the optimizer: how it computes is a matter of the device it goes on with, and what
-        it computes of what the run is asked for.
+        The saved state with the options of `optimizer`: the implementation depends on the current device, and the
+        hyperparameters on the current config.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: a key does not fit; the message names it.
     """
     groups, own_groups = saved["param_groups"], optimizer.state_dict()["param_groups"]
     if len(groups) != len(own_groups):
-        raise ValueError(f"optimizer.param_groups: are {len(groups)}, not {len(own_groups)}")
+        raise ValueError(f"optimizer.param_groups: has {len(groups)} groups, not {len(own_groups)}")
     for i, (group, own) in enumerate(zip(groups, own_groups, strict=True)):
         if group["params"] != own["params"] or any(type(number) is not int for number in group["params"]):
-            raise ValueError(f"optimizer.param_groups.{i}.params: are not the numbers of the parameters")
+            raise ValueError(f"optimizer.param_groups.{i}.params: must be the indices of the parameters")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     template = _state_after_a_step(optimizer)
     for number, state in saved["state"].items():
@@ -228,10 +228,10 @@ def checked_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 def _state_after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What such an optimizer keeps of a parameter: of one element here, so that what is a scalar has no dimension."""
+    """Return what such an optimizer stores per parameter, here for one of shape [1]; scalars have no dimension."""
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    options = inspect.signature(type(optimizer)).parameters  # AdamW sets a default of Adam's that it does not take
+    options = inspect.signature(type(optimizer)).parameters  # AdamW sets a default of Adam that it does not accept
     lone = type(optimizer)([parameter], **{k: v for k, v in optimizer.defaults.items() if k in options})
     lone.step()
     return dict(lone.state[parameter])

@@ -1,12 +1,13 @@
-"""Oscillation dampening: a term of the loss that pulls weights towards the middle of their intervals, to their codes.
+"""Oscillation dampening: a loss term that pulls weights to the centers of their quantization intervals, their levels.
 
 Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.2:
 
     L = L_task + lambda sum (Q(w) - clip(w, lowest level, highest level))^2
 
-over all elements of all weights. Q(w) and the scalars are constants, so its gradient is 2 lambda (clip(w) - Q(w)) for w
-within the levels, and 0 for what is clipped, where both are the same. Scalars, solved or learned, get none. Lambda
-rises from 0 by half a cosine: at first weights go where they want to.
+over all elements of all weights. Q(w) and the clipping scalars are treated as constants, so the gradient of the term is
+2 lambda (clip(w) - Q(w)) for w between the lowest and the highest level, and 0 for clipped elements, where clip(w) and
+Q(w) are equal. Clipping scalars, solved or learned, receive no gradient from it. Lambda increases from 0 along half a
+cosine, so that weights can move freely at first.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from qat_runner.training.oscillations import half_cosine
 
 
 class Dampening:
-    """Adds the gradient of the term; nothing waits for the device.
+    """Adds the gradient of the term. No operation waits for the device.
 
     Args:
-        weights: that are dampened.
+        weights: the weights to dampen.
         final: lambda at the end of training.
     """
 
@@ -32,10 +33,12 @@ class Dampening:
 
     @torch.no_grad()
     def add_gradients(self, progress: float) -> None:
-        """Once a step, after its backward passes and before the weights move; weights without a gradient get none.
+        """Add the gradient of the term to those of the weights; weights without a gradient are skipped.
+
+        Call it once per step, after the backward passes and before the optimizer updates the weights.
 
         Args:
-            progress: of training, 0 to below 1.
+            progress: position in training, at least 0 and below 1.
         """
         strength = half_cosine(0.0, self.final, progress)
         for weight in self.weights:
@@ -46,6 +49,6 @@ class Dampening:
 
 
 def dampening_of(config: Config, model: nn.Module) -> Dampening | None:
-    """What a resolved config asks for, of the weights of its model."""
+    """Create the `Dampening` that a resolved config asks for, or return None if it asks for none."""
     final = config.oscillations.dampening
     return Dampening(latent_weights(model), final) if config.quantized_training and final else None

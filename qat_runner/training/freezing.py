@@ -1,4 +1,4 @@
-"""Scalars that are dynamic for a part of training, and static for the rest of it: recipe.freeze_scalars_at."""
+"""Clipping scalars that are dynamic in the first part of training and static afterwards: recipe.freeze_scalars_at."""
 
 import torch
 from torch import nn
@@ -9,17 +9,18 @@ from qat_runner.quant import IntFormat, Quantizer
 
 
 def dynamic_activations(model: nn.Module) -> list[Quantizer]:
-    """The quantizers of activations that are dynamic and could be static."""
+    """Return the quantizers of activations whose clipping scalars are dynamic and could be made static."""
     activations = [t.quantizer for t in quantized_tensors(model) if t.tensor != "weight"]
     return [q for q in activations if q.dynamic and not q.per_token]
 
 
 def freeze_activations(model: nn.Module) -> None:
-    """Make activations' scalars static: the running average of training, mean over the processes that have one.
+    """Make the clipping scalars of activations static.
 
-    Where formats are oriented, the sign of most processes.
+    Each becomes the running average of training, averaged over the processes that have one; in oriented ranges its sign
+    is that of the majority of the processes.
 
-    Weights' quantizers stay dynamic, since training goes on; so do those that have seen no training.
+    Quantizers of weights stay dynamic because training continues, and so do quantizers that training has not reached.
     """
     for quantizer in dynamic_activations(model):
         seen = quantizer.seen.reshape(1)

@@ -1,6 +1,7 @@
-"""histograms.json: how the values of every quantized tensor lie on its grid, at the end of a run.
+"""histograms.json: how the values of every quantized tensor are distributed over its grid at the end of a run.
 
-Measured once, when all training is done, on the batches that noise is measured on; a weight's is of itself.
+Measured once, after training, on the same batches as the quantization noise. The histogram of a weight covers its
+elements once, however many batches there are.
 """
 
 from pathlib import Path
@@ -20,20 +21,20 @@ from qat_runner.training.measure import autocast
 BINS = 100
 
 COUNTED = 2**24
-"""Elements that are counted at a time: PyTorch does so in float32."""
+"""Largest number of elements counted at a time, because PyTorch counts in float32."""
 
 REACH = 4.0
-"""Clipping scalars that bins extend to, at most: a few outliers far out would leave one bin for all that matters."""
+"""Largest extent of the bins, in clipping scalars: distant outliers would squeeze all other values into one bin."""
 
 
 def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data) -> None:
-    """Write histograms.json into a run's folder; nothing for a run whose noise is not measured either.
+    """Write histograms.json into a run folder, unless the run does not measure quantization noise.
 
     Args:
-        folder: of the run.
-        config: resolved.
-        model: as trained, with its quantizers.
-        data: whose first validation batches are used.
+        folder: the run folder.
+        config: resolved config of the run.
+        model: trained model with its quantizers.
+        data: data of the run; its first validation batches are used.
     """
     if config.quantization.full_precision or config.noise_batches == 0:
         return
@@ -45,11 +46,11 @@ def record_histograms(folder: Path, config: Config, model: nn.Module, data: Data
 
 @torch.no_grad()
 def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
-    """Histograms of all quantized tensors that the batches reach. Waits for the device at each tensor.
+    """Return the histograms of all quantized tensors that the batches reach. Waits for the device at each tensor.
 
     Args:
-        model: with quantizers that have scalars; runs in eval mode, and is in the mode that it was in afterwards.
-        batches: each an input tensor, or a tuple of arguments of forward; the first sets the bins.
+        model: model whose quantizers have clipping scalars; it runs in eval mode, and its mode is restored afterwards.
+        batches: each an input tensor, or a tuple of arguments of forward; the first batch determines the bins.
     """
     tensors = {t.quantizer: t for t in quantized_tensors(model)}
     tallies: dict[Quantizer, _Tally] = {}
@@ -57,11 +58,11 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
     def look(quantizer: Quantizer, x: Tensor) -> None:
         s, x = quantizer.latest.float(), quantizer.rows(x)
         s = s if quantizer.format.parts == 1 else quantizer.format.reach(s)
-        x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored where the scale is negative, as the levels are
+        x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored if the scale is negative, like the levels
         if quantizer not in tallies:
             tallies[quantizer] = _Tally(x)
         elif tensors[quantizer].tensor == "weight":
-            return  # the same again
+            return  # does not change from batch to batch
         tallies[quantizer].add(x)
 
     watch(model, batches, look)
@@ -69,7 +70,11 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
 
 
 def _levels(quantizer: Quantizer) -> list[float]:
-    """Of a quantizer, in units of s; or, with two ends, of how far they reach, where there is one pair of them."""
+    """Return the levels of a quantizer in units of s.
+
+    For formats with two clipping bounds, the unit is the larger absolute value of the two, and the list is empty unless
+    one pair of bounds holds for the whole tensor.
+    """
     format, s = quantizer.format, quantizer.latest.float()
     if format.parts == 1:
         return list(format.levels)
@@ -80,12 +85,12 @@ def _levels(quantizer: Quantizer) -> list[float]:
 
 
 class _Tally:
-    """Counts that add up, in bins that suit the first tensor, any shape, in units of s."""
+    """Accumulates counts in bins chosen for the first tensor, which may have any shape and is in units of s."""
 
     def __init__(self, x: Tensor) -> None:
         self.lowest, self.highest = (end.item() for end in torch.aminmax(x))
         self.low = max(self.lowest, -REACH)
-        self.high = max(min(self.highest, REACH), self.low + 1e-3)  # of a constant tensor, too, bins have a width
+        self.high = max(min(self.highest, REACH), self.low + 1e-3)  # bins need a width even for a constant tensor
         self.counts = torch.zeros(BINS, dtype=torch.float64)
         self.beyond = 0
 

@@ -1,4 +1,4 @@
-"""Steps of training whose figures have not been read from the device yet."""
+"""Training steps whose losses have not been read from the device yet."""
 
 import time
 
@@ -7,13 +7,14 @@ from torch import Tensor
 
 
 class Interval:
-    """The steps since their losses were last read; they wait on the device till then.
+    """The steps since losses were last read; their losses stay on the device until they are read.
 
-    Losses wait in one tensor. A tensor each, which lasts, would be cut out of the memory that a large one has just
-    freed, so that the next large one finds no room there: memory would grow by the largest tensor at each step.
+    All losses are kept in one tensor. If each loss were a tensor of its own, the allocator would place it in a block
+    that a large tensor has just freed, and the next large tensor would no longer fit there: memory would grow by the
+    size of the largest tensor at each step.
 
     Args:
-        steps: as many as there may be.
+        steps: the largest possible number of steps.
     """
 
     def __init__(self, steps: int) -> None:
@@ -24,7 +25,7 @@ class Interval:
         self._began = time.perf_counter()
 
     def add(self, loss: Tensor, lr: float, excess: Tensor | None) -> None:
-        """A step: its mean loss [], its learning rate, and what a warm start cost it, [2]."""
+        """Add a step: its mean loss [], its learning rate, and the excess MSE of its warm starts, [2], if measured."""
         if self._losses is None:
             self._losses = loss.new_empty(self._steps)
         self._losses[len(self.rates)] = loss
@@ -36,12 +37,12 @@ class Interval:
 
     @property
     def losses(self) -> Tensor:
-        """Of the steps, in order: [steps]."""
+        """The losses of the steps, in order: [steps]."""
         return torch.empty(0) if self._losses is None else self._losses[: len(self.rates)]
 
     @property
     def excess(self) -> Tensor:
-        """What warm starts cost the steps, [steps, 2]; empty where that is not measured."""
+        """The excess MSE of the warm starts of the steps, [steps, 2]; empty if it is not measured."""
         return torch.empty(0) if self._excess is None else self._excess[: len(self.rates)]
 
     def seconds(self) -> float:

@@ -1,8 +1,9 @@
-"""Latent weights: the parameters that training moves, seen on the grids that they are quantized to.
+"""Latent weights: the parameters that training updates, and their positions on the grids they are quantized to.
 
-A weight's place is its level in steps from zero, a whole number: for plain integers the code, with the sign of the
-scale in an oriented range; for affine ones the code less the zero point. So a place changes where a weight does, and
-not where a scale changes its sign or a zero point moves.
+The place of a weight is its quantization level, counted in step sizes from zero: a whole number. For plain integer
+formats it is the code, multiplied by the sign of the scale in an oriented range; for affine formats it is the code
+minus the zero point. A place therefore changes when a weight moves to another level, but not when a scale changes its
+sign or a zero point moves.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer
 
 
 class LatentWeight(NamedTuple):
-    """A parameter that is quantized as it is, and its quantizer, which has scalars once it was called."""
+    """A parameter that is quantized directly, and its quantizer, which has clipping scalars once it has been called."""
 
     layer: str
     x: nn.Parameter
@@ -24,7 +25,7 @@ class LatentWeight(NamedTuple):
 
     @property
     def step(self) -> Tensor:
-        """Distance of two levels by the latest scalars, above or equal to 0: a number, or one a row of x."""
+        """The step size given by the latest clipping scalars, 0 or greater: a single number, or one per row of x."""
         format = self.quantizer.format
         assert isinstance(format, IntFormat | IntAffineFormat)
         step: Tensor = format.step(self.quantizer.scalars)
@@ -32,28 +33,28 @@ class LatentWeight(NamedTuple):
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest level by the latest scalars, shape of `step`."""
+        """The lowest and the highest level given by the latest clipping scalars, each with the shape of `step`."""
         format, s = self.quantizer.format, self.quantizer.scalars
         assert isinstance(format, IntFormat | IntAffineFormat)
         one, other = (format.decode(torch.full_like(self.step, code), s) for code in (format.lowest, format.highest))
         return one.minimum(other), one.maximum(other)
 
     def quantized(self) -> Tensor:
-        """x as its latest scalars quantize it, shape and dtype of x; without a gradient."""
+        """x quantized with its latest clipping scalars, without gradient; same shape and dtype as x."""
         return self.quantizer.quantized(self.x.detach(), self.quantizer.scalars)
 
     def places(self) -> Tensor:
-        """Where x lies, in steps from zero: whole numbers, shape of x, float32 at least."""
+        """The places of the elements of x, in step sizes from zero: whole numbers, shape of x, at least float32."""
         step = self.step
         return (self.quantized() / step.where(step > 0, 1.0)).round()
 
 
 def latent_weights(model: nn.Module, max_bits: int = 16) -> list[LatentWeight]:
-    """The parameters of a model that are quantized as they are, to integers of at most so many bits; each once.
+    """The parameters of a model that are quantized directly to integers of at most `max_bits` bits, each listed once.
 
     Args:
-        model: quantized.
-        max_bits: 2 to 16.
+        model: a quantized model.
+        max_bits: largest bit-width to include, 2 to 16.
     """
     found: dict[nn.Parameter, LatentWeight] = {}
     for weight in _parameters(model):

@@ -40,63 +40,63 @@ from qat_runner.training.stop import StopRequest
 log = logging.getLogger("qat_runner")
 
 OF_EVERY_VERSION = ("model.name", "dataset.name", "weight_bits", "activation_bits", "mode", "seed")
-"""Keys that tell the runs of checkpoints from one another whose config is that of an earlier version."""
+"""Keys that identify the run of a checkpoint whose config was written by an earlier version."""
 
 REESTIMATION_EPOCH = 10**6 + 1
-"""The number of the epoch whose first batches BatchNorm is estimated anew on: one that training never comes to."""
+"""The epoch whose first batches are used to re-estimate BatchNorm; training never reaches it."""
 
 DIVERGED = 1000
-"""What a process tells the others when its loss is no number; above all numbers of signals."""
+"""Sent by a process to the others when its loss is NaN or infinite; larger than any signal number."""
 
 
 @dataclass
 class State:
-    """How far a run has come."""
+    """The progress of a run."""
 
     epoch: int = 0
-    """epochs done"""
+    """completed epochs"""
     step: int = 0
-    """steps done of the next one"""
+    """completed steps of the current epoch"""
     steps: int = 0
-    """in all"""
+    """completed steps in total"""
     seconds: float = 0.0
-    """training and validation, over all sittings"""
+    """time of training and validation, including that before interruptions"""
     train_seconds: float = 0.0
-    """of them, training of the epoch that is under way"""
+    """the part of `seconds` spent on training in the current epoch"""
     best: float = -math.inf
-    """of the task's metric"""
+    """best value of the task's metric"""
     val: dict[str, float] = field(default_factory=dict)
-    """the latest validation: loss, the task's metric, and what else it tells"""
+    """results of the latest validation: loss, the task's metric, and further figures"""
     samples_per_second: float = 0.0
-    """of the latest training epoch"""
+    """throughput of the latest training epoch"""
     before_reestimation: float | None = None
-    """the task's metric after the last epoch, before BatchNorm was estimated anew, once it was"""
+    """the task's metric after the last epoch, before BatchNorm was re-estimated; None until then"""
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    """A model in one graph; what measures it goes on with the model as it is.
+    """Compile a model as one graph; measurements keep using the uncompiled model.
 
-    In one also where gradients are averaged over processes, though split it could send them earlier: the first step of
-    a sitting, which is not averaged like the others, is to give what it gave in a run that was not interrupted, but for
-    the order in which three processes or more are added up. Nor are kernels chosen by timing, which may end otherwise
-    where the run goes on.
+    It is one graph even if gradients are averaged over processes, although splitting it would allow sending them
+    earlier. The first step after a start or a resume averages gradients in another way than the other steps, and it has
+    to give the same result as in an uninterrupted run, except for the summation order with three or more processes.
+    For the same reason, kernels are not selected by timing, which could choose others after a resume.
     """
     torch._dynamo.config.optimize_ddp = False
     return torch.compile(model, fullgraph=True, options={"deterministic": True})  # type: ignore[return-value]
 
 
 class Trainer:
-    """Trains and measures one model by one config, and keeps the record.
+    """Trains and measures one model according to one config, and writes the record.
 
-    No training step waits for the device: losses and hits are summed there, and read at the end of an epoch and before
-    a checkpoint.
+    No training step waits for the device: losses and hits are summed on it and read at the end of an epoch and before a
+    checkpoint.
 
     Args:
-        config: resolved.
-        model: on `device`, quantized as it is to be.
-        data: its batches come out on `device`.
-        record: where all is written.
-        teacher: a full-precision network to learn from, on `device`; None: labels alone.
+        config: resolved config.
+        model: the model, quantized as the config asks, on the device of `data`.
+        data: provides batches on its device.
+        record: where results are written.
+        teacher: full-precision network for distillation, on the same device; None trains on labels only.
     """
 
     def __init__(
@@ -107,16 +107,16 @@ class Trainer:
         self.metric, self.measure = self.task.facts.metric, self.task.facts.measure
         decay = config.stage.ema_decay if config.training else 0.0
         self.averages = Averages(model, decay) if decay else None
-        """the moving average of the model, where the recipe asks for one"""
+        """the moving average of the model, if the recipe asks for one"""
         self.mixing = self.task.mixing(config, data) if config.training else None
         self.device, self.epochs, self.batch_size, self.lr = data.device, config.epochs, config.batch_size, config.lr
         self.stage = config.stage
         self.steps = min(data.train_steps(self.batch_size), config.limit_train_batches or 10**9)
         self.begun = False
-        """whether the run's first step is done"""
+        """whether the first step of the run is done"""
         self.compiled = _compiled(model) if config.compile else model
         self.network = self.compiled
-        """what is called in training from the second step on; what averages its gradients over processes, if several"""
+        """the module called in training from the second step on; with several processes it averages the gradients"""
         self.weights = weights_together(model, distributed.BUCKET if ranks.launched() else None)
         self.agreement = distributed.Agreement()
         self.optimizer = make_optimizer(model, self.stage, self.lr)
@@ -124,33 +124,35 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == Amp.fp16)
         self.state = State(best=self.measure.worst)
         self._dynamic = dynamic_activations(model)
-        """at the start, when nothing has been frozen yet"""
+        """quantizers with dynamic activation scalars at the start, before any is frozen"""
         self.to_freeze = config.freezing and self._none_frozen
-        """whether recipe.freeze_scalars_at is still to come"""
+        """whether the freezing of recipe.freeze_scalars_at is still pending"""
         self.noise: list[LayerNoise] = []
         self.excess = WarmStartExcess(model) if config.log_excess_mse else None
         self.totals = self.task.totals(self.device)
-        """of the epoch that is under way, of this process"""
+        """totals of the current epoch, of this process only"""
         self.interval = Interval(self.steps)
         self.stop = StopRequest()
         self.saved_at = time.monotonic()
 
     @property
     def _none_frozen(self) -> bool:
-        """Whether there are scalars to be frozen in training, and none has been: some that it did not reach stay."""
+        """Whether there are clipping scalars to freeze and none is frozen yet; those that training has not reached stay
+        dynamic.
+        """
         return bool(self._dynamic) and dynamic_activations(self.model) == self._dynamic
 
     @property
     def measured(self) -> nn.Module:
-        """What is validated and kept: the moving average of the model, or itself."""
+        """The model that is validated and saved: the moving average if there is one, otherwise the model itself."""
         return self.model if self.averages is None else self.averages.model
 
     def fit(self) -> None:
-        """Train the epochs that are left; measure after each, and save after each and every so many minutes.
+        """Train the remaining epochs; measure after each, and save after each and every `checkpoint_minutes`.
 
         Raises:
-            RunError: the loss became NaN or infinite.
-            StoppedError: a signal asked for it; the run is saved as it is.
+            RunError: a loss or a weight became NaN or infinite.
+            StoppedError: a signal requested a stop; the state of the run is saved.
         """
         if self.state.epoch == self.state.step == 0 and all(t.quantizer.ready for t in quantized_tensors(self.model)):
             self.measure_noise()
@@ -173,46 +175,44 @@ class Trainer:
                     self.record.oscillations(self.state.epoch, self.oscillations.rows())
                 self._record_epoch(train)
                 self._save(end_of_epoch=True)
-        self.noise = self.noise or self._noise()  # of a run that was killed after its last epoch
+        self.noise = self.noise or self._noise()  # not measured yet if the run was killed after its last epoch
 
     def stop_if_asked(self) -> None:
-        """What is left of a signal that came when there was no step to come: the run is done, and nothing follows it.
+        """Handle a signal that arrived after the last step: the run is finished, but nothing else may follow it.
 
         Raises:
-            StoppedError: a process got one.
+            StoppedError: a process received a signal.
         """
         number = max(distributed.all_gather(self.stop.signal or 0))
         if number:
             self.stop.pass_on()
-            raise StoppedError(
-                f"stopped by {signal.Signals(number).name} at the end of a run, which is finished", number
-            )
+            raise StoppedError(f"stopped by {signal.Signals(number).name} after the run had finished", number)
 
     def _validate(self, progress: Progress) -> None:
-        """Validate after an epoch; after the last one again, with BatchNorm's statistics taken anew, if so asked."""
+        """Validate after an epoch; if requested, validate after the last one again with re-estimated BatchNorm."""
         state = self.state
         if self.config.reestimating and state.epoch + 1 == self.epochs and state.before_reestimation is None:
             before = self._evaluate(progress)[self.metric]
             self._reestimate()
             state.before_reestimation = before
             told = f"{self.metric} {self.measure.told(before)}"
-            log.info(f"BatchNorm estimated anew on {self.reestimation_batches} training batches; {told} before")
+            log.info(f"BatchNorm re-estimated on {self.reestimation_batches} training batches; before: {told}")
         state.val = self._evaluate(progress)
 
     @property
     def reestimation_batches(self) -> int:
-        """Training batches that BatchNorm is estimated anew on: as many as asked for, or all that there are."""
+        """Number of training batches for re-estimating BatchNorm: the requested number, or all if there are fewer."""
         return min(self.config.recipe.batchnorm_batches, self.data.train_steps(self.batch_size))
 
     def _reestimate(self) -> None:
-        """On the samples, in the parts and with the augmentation of pictures that each process would train on."""
+        """Re-estimate BatchNorm on the samples, the parts and the augmented images that each process would train on."""
         count, parts = self.reestimation_batches, self.config.accumulate
         batches = self.data.train_batches(self.batch_size, REESTIMATION_EPOCH, count)
         with autocast(self.device, self.config.amp):
             reestimate(self.measured, (part for batch in batches for part in batch.parts(parts)), self.task.compute)
 
     def evaluate(self) -> None:
-        """Measure the model as it is: its figures on the validation split, and noise."""
+        """Measure the model without training: metrics on the validation split, and quantization noise."""
         with self._progress(epochs=1, train_samples=0) as progress:
             progress.begin("validation")
             began = time.perf_counter()
@@ -228,7 +228,7 @@ class Trainer:
 
         def seen(samples: int, totals: Totals) -> None:
             progress.step(samples * distributed.shard().world, totals)
-            if self.stop.signal and not ranks.launched():  # several would have to agree, batch by batch
+            if self.stop.signal and not ranks.launched():  # several processes would have to agree at each batch
                 self.state.seconds += time.perf_counter() - began
                 self._save()
                 self._stop(self.stop.signal)
@@ -250,13 +250,13 @@ class Trainer:
         return closing(Progress(epochs, samples, self.state.epoch, self.task.unit, live))
 
     def measure_noise(self) -> None:
-        """Measure the noise of every tensor on the first validation batches, and record it under the present epoch."""
+        """Measure the quantization noise of every tensor on the first validation batches; record it for this epoch."""
         self.noise = self._noise()
         if self.noise:
             self.record.layers(self.state.epoch, self.noise, scalars(self.measured))
 
     def oscillating(self) -> dict[str, float]:
-        """Of all elements that are watched, those that oscillate and are frozen, in percent; empty where none is."""
+        """Return the percentages of tracked elements that oscillate and that are frozen; empty if none is tracked."""
         return {} if self.oscillations is None else self.oscillations.of_all()
 
     def _noise(self) -> list[LayerNoise]:
@@ -267,18 +267,19 @@ class Trainer:
             return noise_report(self.measured, (batch.inputs for batch in batches))
 
     def mean_sqnr(self) -> float:
-        """Mean SQNR over the tensors that have noise, in dB; NaN where none was measured."""
+        """Return the mean SQNR in dB over the tensors whose SQNR is finite; NaN if there is none."""
         finite = [row.sqnr_db for row in self.noise if math.isfinite(row.sqnr_db)]
         return sum(finite) / len(finite) if finite else math.nan
 
     def resume(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint: model, optimizer, scaler and random state as they were, and the place in the epoch.
+        """Resume from a checkpoint: model, optimizer, gradient scaler, random state, and the position in the epoch.
 
-        Where there were more or fewer processes, data come in the same order. What each has of its own, its buffers and
-        random state, goes to them in turn; those that are new have random state of their own.
+        The data order stays the same if the number of processes has changed. The state that each process had of its
+        own, its buffers and random state, is assigned to the current processes in turn; additional processes keep
+        their own random state.
 
         Raises:
-            RunError: it is no checkpoint of this run.
+            RunError: the checkpoint does not belong to this run.
         """
         shard = distributed.shard()
         try:
@@ -303,17 +304,17 @@ class Trainer:
                 self.totals.sums += process["totals"].to(self.totals.sums.device)
                 if self.data.corrupt is not None:
                     self.data.corrupt.update(process.get("corrupt", []))
-        except Exception as error:  # whatever PyTorch may raise on state that is none
+        except Exception as error:  # PyTorch may raise anything on an invalid state
             raise RunError(f"does not fit this run ({told(error)})") from error
         self.state = State(**found["state"])
         self.begun = self.state.steps > 0
         at_the_end = (self.state.epoch, self.state.step) in ((self.epochs - 1, self.steps), (self.epochs, 0))
-        if not at_the_end:  # of a longer run than it was, under force
+        if not at_the_end:  # resume=force has made the run longer
             self.state.before_reestimation = None
         if len(processes) != shard.world:
             log.info(
-                f"{shard.world} process(es) go on with a run of {len(processes)}: data come in the same order; sums "
-                f"are rounded otherwise, and BatchNorm and activations' scalars see other parts of a batch"
+                f"{shard.world} process(es) resume a run of {len(processes)}: the data order stays the same; sums are "
+                f"rounded differently, and BatchNorm and activations' scalars see different parts of a batch"
             )
         self.to_freeze = self.config.freezing and self._none_frozen
 
@@ -322,30 +323,30 @@ class Trainer:
             return
         try:
             self.oscillations.load(watched)
-        except ValueError as error:  # of another kind, or none
+        except ValueError as error:  # the state does not fit, or there is none
             if self.config.resume != Resume.force:
                 raise
-            log.info(f"{error}: watched anew from here")
+            log.info(f"{error}: tracking starts over from here")
 
     def _check_same_run(self, saved: Checkpoint) -> None:
         state = saved["state"]
         if state["epoch"] > self.epochs or (state["epoch"] == self.epochs and state["step"]):
-            raise ValueError(f"state.epoch: is {state['epoch']}, of {self.epochs}")
+            raise ValueError(f"state.epoch: is {state['epoch']}, past the end of a run of {self.epochs} epochs")
         if self.config.reestimating and state["epoch"] == self.epochs and state.get("before_reestimation") is None:
-            raise ValueError(f"it has been trained to epoch {self.epochs}, its last, without recipe.batchnorm_batches")
+            raise ValueError(f"it was trained to its last epoch, {self.epochs}, without recipe.batchnorm_batches")
         if state["step"] > self.steps:
-            raise ValueError(f"state.step: is {state['step']}, of {self.steps} an epoch")
+            raise ValueError(f"state.step: is {state['step']}, but an epoch has {self.steps} steps")
         if self.config.resume == Resume.force:
             return
         now, then = identity(self.config), saved["config"]
-        if any(isinstance(value, dict) for value in then.values()):  # of before: what has kept its name and meaning
+        if any(isinstance(value, dict) for value in then.values()):  # earlier version: compare keys that still exist
             then = {key: value for key, value in flat(then).items() if key in OF_EVERY_VERSION}
             now = {key: value for key, value in settings(self.config).items() if key in then}
         if changed := differences(then, now):
-            raise ValueError(f"it is of a run with another {', '.join(changed)}")
+            raise ValueError(f"it belongs to a run with a different {', '.join(changed)}")
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
-        """What is left of an epoch; returns the figures of all of it."""
+        """Train the rest of an epoch; return the figures of the whole epoch."""
         self.model.train()
         self.interval = Interval(self.steps)
         batches = self.data.train_batches(self.batch_size, epoch, self.steps, self.state.step)
@@ -364,15 +365,15 @@ class Trainer:
 
     @property
     def position(self) -> float:
-        """Of the present step, in all of training: 0 to below 1."""
+        """Position of the current step in the whole training, at least 0 and below 1."""
         steps = self.state.step + len(self.interval.rates)
         return (self.state.epoch + steps / self.steps) / self.epochs
 
     def _step(self, batch: Batch) -> Tensor:
-        """Forward, backward and an update of the weights; returns the mean loss of the batch, [], on the device."""
+        """Forward pass, backward pass and weight update; return the mean loss of the batch, [], on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._add_gradients(batch)
-        if self.network is self.compiled and ranks.launched():  # a sitting's first step says what takes part
+        if self.network is self.compiled and ranks.launched():  # the first step shows what takes part
             self.network = distributed.data_parallel(self.compiled)
         elif isinstance(self.network, distributed.DataParallel):
             self.network.check()
@@ -389,7 +390,7 @@ class Trainer:
         return loss
 
     def _regularize(self) -> None:
-        """See to gradients, in their own scale where someone wants to, before the weights move by them."""
+        """Unscale the gradients if something needs their true values, then apply dampening and freezing to them."""
         if self.stage.max_grad_norm is not None or self.oscillations is not None or self.dampening is not None:
             self.scaler.unscale_(self.optimizer)
         if self.dampening is not None:
@@ -398,26 +399,26 @@ class Trainer:
             self.oscillations.observe(self.position)
 
     def _freeze_if_due(self, position: float) -> None:
-        """From recipe.freeze_scalars_at on, or from the last step if that is later, activations have the average of
-        their scalars.
+        """Make the clipping scalars of activations static, at their averages, once training reaches
+        recipe.freeze_scalars_at; at the latest before the last step.
 
         Args:
-            position: in epochs.
+            position: position in training, in epochs.
         """
         due = self.config.recipe.freeze_scalars_at
         if not self.to_freeze or due is None or position < min(due, self.epochs - 1.5 / self.steps):
             return
         freeze_activations(self.model)
-        if self._none_frozen:  # nothing has been seen yet
+        if self._none_frozen:  # no quantizer has seen a batch yet
             return
         self.to_freeze = False
-        left = ", but for those of tokens" if any(t.quantizer.per_token for t in quantized_tensors(self.model)) else ""
+        left = ", except per-token ones" if any(t.quantizer.per_token for t in quantized_tensors(self.model)) else ""
         log.info(f"activations' clipping scalars are static from here on (epoch {position:g}){left}")
 
     def _look_around(self, epoch: int, finite: bool) -> None:
-        """After a step: break off, save or stop, whichever any of the processes finds it is time for.
+        """After a step: abort, save or stop if any process asks for it.
 
-        Several processes do so a step later, all at the same one.
+        With several processes this takes effect one step later, in all of them at the same step.
         """
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         asked = self.stop.signal or 0
@@ -425,12 +426,12 @@ class Trainer:
         self._grant(epoch, wish)
 
     def _grant(self, epoch: int, wish: int) -> None:
-        """Do what processes asked for; those that did have not forgotten it, should they ask for more by now."""
+        """Carry out what processes have asked for; a request made in the meantime is repeated by its process."""
         if wish:
             self.agreement.settle()
-            self._end_interval(epoch)  # where what has diverged is told
+            self._end_interval(epoch)  # raises if training has diverged
             self._save()
-            self.interval = Interval(self.steps)  # whose time begins here
+            self.interval = Interval(self.steps)  # so that its time starts after saving
         if 1 < wish < DIVERGED:
             self._stop(wish - 1)
 
@@ -438,17 +439,17 @@ class Trainer:
         self.stop.pass_on()
         where = f"after step {self.state.step} of epoch {self.state.epoch + 1}"
         again = "the same command without overwrite=true" if self.config.overwrite else "the same command"
-        raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; {again} goes on", number)
+        raise StoppedError(f"stopped by {signal.Signals(number).name} {where}; {again} resumes it", number)
 
     def _end_interval(self, epoch: int) -> None:
-        """Record the steps since the last time, and make sure that they were sound.
+        """Record the steps since the last call, and check that losses and weights are finite.
 
         Raises:
             RunError: a loss or a weight is NaN or infinite.
         """
         interval, first = self.interval, self.state.step
         losses = self._mean_over_processes(interval.losses).tolist() if interval.rates else []
-        seconds = interval.seconds()  # with what the device had still to do, which the losses have waited for
+        seconds = interval.seconds()  # includes pending work of the device, which reading the losses waited for
         self.state.seconds += seconds
         self.state.train_seconds += seconds
         self.state.step += len(interval.rates)
@@ -475,20 +476,21 @@ class Trainer:
 
     def _diverged(self, what: str, epoch: int, step: int, lr: float) -> str:
         noisy = min(self.noise, key=lambda row: row.sqnr_db, default=None)
-        where = f"{self.record.folder / 'layers.csv'} shows which layers are noisiest"
+        where = f"{self.record.folder / 'layers.csv'} lists the noise of all layers"
         if noisy is not None:
             where = f"the noisiest tensor was {noisy.layer}.{noisy.tensor} at {noisy.sqnr_db:.1f} dB ({where})"
         there = checkpoint.exists(RunFolder(self.record.folder).checkpoints)
-        kept = "the last checkpoint is from before" if there else "no checkpoint had been saved yet"
+        kept = "the last checkpoint dates from before that" if there else "no checkpoint had been saved yet"
         return (
             f"{what} at step {step + 1} of epoch {epoch + 1}; a smaller lr (now {lr:g}) or more bits may help, and "
             f"{where}; {kept}"
         )
 
     def _add_gradients(self, batch: Batch) -> Tensor:
-        """Forward and backward of a batch, in `accumulate` parts; returns its mean loss, [], weighed as gradients are.
+        """Run forward and backward passes in `accumulate` parts; return the mean loss, [], weighted like the gradients.
 
-        The first step of a run is not compiled: scalars that start from nothing would take a graph of their own.
+        The first step of a run is not compiled, because clipping scalars without initial values would need a separate
+        graph.
         """
         network = self.network if self.begun else self.model
         losses: list[Tensor] = []
@@ -509,7 +511,7 @@ class Trainer:
         return functools.reduce(torch.add, losses)
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The task's; under distillation in parts, or altogether, the distance from the teacher."""
+        """Return the task's loss, or under distillation its mix with the distance from the teacher, or that alone."""
         if self.teacher is None:
             return self._loss_of_labels(logits, batch)
         recipe = self.config.recipe
@@ -526,7 +528,7 @@ class Trainer:
 
     def _record_epoch(self, train: dict[str, float]) -> None:
         state, val = self.state, self.state.val
-        # of its last step, which may have been another sitting's
+        # of the last step of the epoch, which may have run before an interruption
         lr = learning_rate(self.stage, self.lr, self.epochs, state.epoch - 1, self.steps - 1, self.steps)
         hit, metric = self.totals.names[0], self.metric
         told = self.measure.told(val[metric])
@@ -550,7 +552,7 @@ class Trainer:
         )
 
     def _save(self, end_of_epoch: bool = False) -> None:
-        """Write last.pt, keeping the one before as previous.pt; and best.pt, if this epoch's validation is the best."""
+        """Write last.pt, keeping the old one as previous.pt, and best.pt if this epoch's validation is the best."""
         value = self.state.val[self.metric] if end_of_epoch else self.measure.worst
         if best := self.measure.better(value, self.state.best):
             self.state.best = value
@@ -580,21 +582,24 @@ class Trainer:
         if not ranks.is_main():
             return
         folder = RunFolder(self.record.folder).checkpoints
-        if best:  # first: killed in between, the run would know of it, and not write it again
+        # best.pt first: otherwise, after a kill in between, last.pt would know of a best epoch that was never saved.
+        if best:
             best_one = {"model": content["model"], "state": content["state"], "config": content["config"]}
             checkpoint.save(folder / "best.pt", best_one)
         checkpoint.save(folder / checkpoint.LAST, {**content}, keep=folder / checkpoint.PREVIOUS)
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises:
-    Exception: it is no state of the model's.
+    """Load a state into a model after checking dtypes and layouts.
+
+    Raises:
+        Exception: the state does not fit the model.
     """
     checkpoint.check_model(state, model)
     model.load_state_dict(state)
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What of a model's state is this process's own, where there are several."""
+    """Return the part of a model's state that each of several processes has of its own: the buffers."""
     buffers = {name for name, _ in model.named_buffers()} if ranks.launched() else set()
     return {name: t.cpu() for name, t in model.state_dict().items() if name in buffers}

@@ -1,4 +1,4 @@
-"""Measuring a model over a data set, and what warm starts cost."""
+"""Evaluating a model on a data set, and measuring the excess MSE of warm starts."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +16,7 @@ from qat_runner.tasks import Task, Totals
 
 
 def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[object]:
-    """The precision that a forward pass runs in: amp is none, bf16 or fp16."""
+    """Return the context that sets the precision of a forward pass: none, bf16 or fp16."""
     if amp == Amp.none:
         return nullcontext()
     return torch.autocast(device.type, dtype={Amp.bf16: torch.bfloat16, Amp.fp16: torch.float16}[amp])
@@ -31,10 +31,11 @@ def evaluate(
     amp: Amp,
     seen: Callable[[int, Totals], object] = lambda samples, totals: None,
 ) -> None:
-    """Add batches to the totals, the model in eval mode; `seen` is told of each batch.
+    """Evaluate the model on batches in eval mode, adding to the totals; `seen` is called after each batch.
 
     Raises:
-        ValueError: a quantizer that solves was given NaN or an infinite magnitude, and it reached the logits.
+        ValueError: a quantizer that solves for its clipping scalar received NaN or infinite values, and they reached
+            the logits.
     """
     model.eval()
     quantizers = [t.quantizer for t in quantized_tensors(model)]
@@ -42,18 +43,18 @@ def evaluate(
         for batch in batches:
             with autocast(totals.device, amp):
                 logits = task.compute(model, batch.inputs)
-                if torch.isnan(logits).any():  # the one wait of a batch
-                    with checking(quantizers, True):  # whichever quantizer met NaN or infinity says so
+                if torch.isnan(logits).any():  # the only wait for the device per batch
+                    with checking(quantizers, True):  # the quantizer that received NaN or infinity raises
                         task.compute(model, batch.inputs)
             totals.add(task.loss(logits, batch.targets), logits, batch.targets)
             seen(batch.size, totals)
 
 
 class WarmStartExcess:
-    """How much MSE the warm-started scalars of training steps cost over converged ones. Slow: for trials.
+    """Measures the excess MSE of warm-started clipping scalars over converged ones in training. Slow: for experiments.
 
     Args:
-        model: its dynamic quantizers are watched while they train.
+        model: the model whose dynamic quantizers are measured while they train.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +72,7 @@ class WarmStartExcess:
         self._step.append(torch.where(best > 0, ours / best - 1, 0.0))
 
     def take(self) -> Tensor:
-        """Relative excess of the tensors quantized since the last call: mean and largest, [2], float64."""
+        """Return the relative excess of the tensors quantized since the last call: mean and maximum, [2], float64."""
         excess = torch.stack(self._step) if self._step else torch.zeros(1, dtype=torch.float64)
         self._step.clear()
         return torch.stack([excess.mean(), excess.max()])

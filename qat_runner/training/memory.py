@@ -1,4 +1,4 @@
-"""What the C library does with freed memory."""
+"""How the C library handles freed memory."""
 
 import ctypes
 import sys
@@ -7,13 +7,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Make this process keep the memory it frees, for its next allocation.
+    """Make this process keep the memory that it frees for its next allocations.
 
-    A training step allocates the same large blocks as the step before. By default glibc gives each back to the
-    system, which then hands out, and clears, every page anew: a fifth of the time of a ResNet-18 step on two cores.
+    A training step allocates the same large blocks as the previous one. By default, glibc returns each block to the
+    system, which then has to allocate and clear every page again: a fifth of the time of a ResNet-18 step on two cores.
 
     Returns:
-        Whether it was done; not on systems without glibc's mallopt.
+        True on success; False on systems without glibc's mallopt.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,22 +1,22 @@
-"""Weights that flip between two codes, measured and frozen.
+"""Measuring and freezing weights that oscillate between two codes.
 
-Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022. A weight whose best value
+Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022. A weight whose optimal value
 lies between two levels is pushed across the threshold between them again and again. With places (see `latent`) in the
 role of codes, at step t
 
     o_t = [the place has changed, in the direction opposite to that of its last change]
     f_t = m o_t + (1 - m) f_(t-1)
 
-and an element oscillates where f is above a threshold. Iterative weight freezing (section 4.3) has each element whose f
-is above another threshold stay from then on at its mean place, round(e_t), e_t = m place_t + (1 - m) e_(t-1), e_0 =
-place_0. That threshold falls by half a cosine from the start of training to its end, so that the worst are frozen
-first, and the others may still find where to go.
+An element oscillates if its f is above a threshold. Iterative weight freezing (section 4.3) fixes each element whose f
+exceeds a second threshold at its mean place, round(e_t), where e_t = m place_t + (1 - m) e_(t-1) and e_0 = place_0. The
+second threshold decreases along half a cosine from the start to the end of training, so that the strongest oscillations
+are frozen first and the other weights can still settle.
 
-Places are those of the forward passes of a step: of the weights before the optimizer moves them, by the scalars that
-they were quantized with. Where the scalars are solved anew at each step, or learned, a frozen element keeps its place,
-and not its value: after each step it is put on the level that its place has by the latest scalars, so that it follows
-them. Rounding by the next ones gives the same place as long as these differ by less than half a step there, which for
-4 bits is 6 %. Frozen elements have no gradient.
+Places are taken from the forward passes of a step: from the weights before the optimizer updates them, with the
+clipping scalars that they were quantized with. If the scalars are solved at each step, or learned, a frozen element
+keeps its place rather than its value: after each step it is set to the level of its place under the latest scalars.
+Rounding with the scalars of the next step gives the same place as long as the two differ by less than half a step size
+at that level, which is 6 % for 4 bits. Frozen elements have no gradient.
 """
 
 import math
@@ -31,18 +31,18 @@ from qat_runner.training.latent import LatentWeight, latent_weights
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
-    """From start to end, as progress goes from 0 to 1."""
+    """Interpolate from start to end along half a cosine, as progress goes from 0 to 1."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Oscillations:
-    """Follows the places of weights from step to step; nothing waits for the device.
+    """Tracks the places of weights from step to step. No operation waits for the device.
 
     Args:
-        weights: of one device, at least one.
-        momentum: m.
-        threshold: of f, above which an element oscillates.
-        freezes: the thresholds at the start and at the end of training above which elements are frozen; None: none is.
+        weights: at least one weight, all on one device.
+        momentum: m in the equations above.
+        threshold: an element oscillates if its f is above this value.
+        freezes: the freezing thresholds at the start and at the end of training; None disables freezing.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Oscillations:
 
     @torch.no_grad()
     def observe(self, progress: float) -> None:
-        """Take in a step whose gradients are there, before the weights move.
+        """Record a step after its backward pass and before the optimizer updates the weights.
 
         Args:
-            progress: of training, 0 to below 1.
+            progress: position in training, at least 0 and below 1.
         """
         state = self.state
         place = torch.cat([weight.places().reshape(-1).float() for weight in self.weights])
@@ -92,19 +92,19 @@ class Oscillations:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Put what is frozen back on its level, after the weights have moved."""
+        """Set frozen elements back to their levels after the optimizer has updated the weights."""
         if self.freezes is None:
             return
         for weight, frozen, mean in zip(self.weights, self._apart("frozen"), self._apart("mean"), strict=True):
             weight.x.copy_((mean * weight.step).to(weight.x.dtype).where(frozen, weight.x))
 
     def _apart(self, name: str) -> list[Tensor]:
-        """A part of the state, weight by weight, in their shapes."""
+        """Split one tensor of the state into one tensor per weight, each in the shape of its weight."""
         parts = self.state[name].split(self.sizes)
         return [part.view(weight.x.shape) for part, weight in zip(parts, self.weights, strict=True)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Weight by weight the percentage of elements that oscillate, and are frozen. Waits for the device once."""
+        """Return, for each weight, the percentages of oscillating and of frozen elements. Waits for the device once."""
         oscillating = [part > self.threshold for part in self._apart("frequency")]
         frozen = self._apart("frozen") if self.freezes else [torch.zeros_like(part) for part in oscillating]
         shares = [torch.stack([100 * t.double().mean() for t in parts]) for parts in (oscillating, frozen)]
@@ -114,7 +114,7 @@ class Oscillations:
         ]
 
     def of_all(self) -> dict[str, float]:
-        """The same of the elements of all weights together, as "oscillating_weights" and "frozen_weights"."""
+        """Return the same percentages over all weights together, as "oscillating_weights" and "frozen_weights"."""
         rows, count = self.rows(), sum(self.sizes)
         return {
             f"{key}_weights": sum(row[key] * row["elements"] for row in rows) / count
@@ -122,10 +122,10 @@ class Oscillations:
         }
 
     def load(self, saved: dict[str, Tensor]) -> None:
-        """Go on from a state.
+        """Continue from a saved state.
 
         Raises:
-            ValueError: it is that of other weights, or of another kind.
+            ValueError: the state belongs to other weights, or lacks or adds tensors.
         """
         if saved.keys() != self.state.keys():
             raise ValueError(f"oscillations: must have {', '.join(self.state)}, not {', '.join(saved) or 'nothing'}")
@@ -136,7 +136,7 @@ class Oscillations:
 
 
 def oscillations_of(config: Config, model: nn.Module) -> Oscillations | None:
-    """What a resolved config asks for, of the weights of its model."""
+    """Create the `Oscillations` that a resolved config asks for, or return None if it asks for none."""
     how = config.oscillations
     if not (config.quantized_training and how.watching):
         return None

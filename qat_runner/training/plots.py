@@ -1,4 +1,4 @@
-"""The plots of a run folder, drawn from its CSV files."""
+"""The plots in a run folder, drawn from its CSV files and from the record of the bit allocation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only, no screen needed
+matplotlib.use("Agg")  # draws into files, needs no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,11 +22,11 @@ CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
 
 def plot_curves(folder: Path, task: TaskFacts) -> None:
-    """curves.png: loss and the figures that count against epoch, from metrics.csv. Nothing where no epoch was trained.
+    """Draw curves.png: loss and the task's metrics against the epoch, from metrics.csv, if any epoch was trained.
 
     Args:
-        folder: of a run.
-        task: what follows from the task of the run.
+        folder: folder of a run.
+        task: facts about the task of the run.
     """
     rows = METRICS.read(folder)
     if not rows:
@@ -52,7 +52,7 @@ def plot_curves(folder: Path, task: TaskFacts) -> None:
 
 
 def plot_bits(folder: Path, record: AllocationRecord) -> None:
-    """bits.png: the front beside uniform bits, and the bits of each weight and activation in order."""
+    """Draw bits.png: the Pareto front beside uniform bit-widths, and the bit-width of each weight and activation."""
     figure, (front, bits) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for key, colour, label in (("front", CHOSEN, "best"), ("uniform", OTHER, "uniform")):
         points: Sequence[Point] = record[key]  # type: ignore[literal-required]
@@ -76,7 +76,7 @@ def plot_bits(folder: Path, record: AllocationRecord) -> None:
 
 
 def plot_noise(folder: Path) -> None:
-    """noise.png: SQNR of each tensor in the latest epoch of layers.csv, beside max-scaling."""
+    """Draw noise.png: the SQNR of each tensor in the latest epoch of layers.csv, beside that of max-scaling."""
     rows = LAYERS.read(folder)
     if not rows:
         return

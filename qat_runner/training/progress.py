@@ -1,4 +1,4 @@
-"""The live progress bar: one for a whole run, silent where no one is looking."""
+"""The live progress bar: one for a whole run, hidden unless standard error is a terminal."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ from qat_runner.tasks import Totals
 
 
 class Progress:
-    """Shows epoch, loss, hits, samples per second and the time left, training and validation together.
+    """Shows epoch, loss, first metric, samples per second and remaining time, for training and validation together.
 
     Args:
-        epochs: in all.
-        samples_per_epoch: of training and validation.
-        start_epoch: epochs done already.
-        unit: what a sample is, in a word.
-        live: draw the bar; by default only if standard error is a terminal.
+        epochs: total number of epochs.
+        samples_per_epoch: training and validation samples per epoch.
+        start_epoch: number of epochs already done.
+        unit: short name of a sample, such as "img".
+        live: whether to draw the bar; by default only if standard error is a terminal.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Progress:
         self.begin("")
 
     def begin(self, what: str) -> None:
-        """Start something new, e.g. "epoch 3/8"."""
+        """Begin a new phase, such as "epoch 3/8"."""
         self._bar.set_description(what)
         self._bar.set_postfix_str("")
-        self._last_look = time.monotonic() - self._interval / 2  # an early first look
+        self._last_look = time.monotonic() - self._interval / 2  # so that the first look comes early
         self._pinned: Tensor | None = None
 
     def step(self, samples: int, totals: Totals) -> bool:
-        """Count a batch. Now and then it looks at the totals; false if the loss has become NaN or infinite by then."""
+        """Count a batch and read the totals from time to time; return False if the loss has become NaN or infinite."""
         self._bar.update(samples)
         now = time.monotonic()
         if now - self._last_look < self._interval:
@@ -60,7 +60,7 @@ class Progress:
         return loss - loss == 0.0
 
     def _look(self, sums: Tensor) -> Tensor | None:
-        """The sums, on a GPU as of the previous look, so that nothing waits for the device."""
+        """Return the sums; on a GPU those of the previous look, so that nothing waits for the device."""
         if sums.device.type != "cuda":
             return sums.cpu()
         previous = None if self._pinned is None else self._pinned.clone()

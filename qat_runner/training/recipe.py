@@ -1,4 +1,4 @@
-"""Optimizer and learning rate of a recipe's stage."""
+"""The optimizer and the learning rate of a stage of a recipe."""
 
 import math
 from typing import Any
@@ -13,15 +13,15 @@ from qat_runner.quant import LearnedQuantizer
 
 
 def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step: int, steps: int) -> float:
-    """The learning rate of one step: a function of where it is, so that nothing has to be remembered.
+    """Return the learning rate of one step, as a function of its position in training, so that no state is needed.
 
     Args:
-        stage: schedule, decay and warm-up.
+        stage: provides the schedule, decay and warm-up.
         base: learning rate before any decay.
-        epochs: epochs in all.
-        epoch: 0-based.
-        step: 0-based within the epoch.
-        steps: steps an epoch.
+        epochs: total number of epochs.
+        epoch: 0-based index of the epoch.
+        step: 0-based index of the step within the epoch.
+        steps: number of steps per epoch.
     """
     progress = epoch + step / steps  # in epochs
     if progress < stage.warmup_epochs:
@@ -35,13 +35,16 @@ def learning_rate(stage: StageConfig, base: float, epochs: int, epoch: int, step
 
 
 def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.optim.Optimizer:
-    """SGD with weight decay of all parameters, BatchNorm included, as the paper's recipes do; or AdamW, which spares
-    some of them (`spared`), and with or without bias correction.
+    """Create the optimizer of a stage: SGD or AdamW.
 
-    On a GPU it is PyTorch's fused one: a launch or two for all parameters, and under fp16 it skips a step that
-    overflowed without the GradScaler having to ask the device. On a CPU it rounds otherwise, and gains little.
+    SGD applies weight decay to all parameters, BatchNorm included, as in the paper's recipes. AdamW exempts some
+    parameters from weight decay (see `spared`) and runs with or without bias correction.
 
-    Learned clipping scalars bring the rules for weight decay that they were published with (see `quant.learned`).
+    On a GPU, PyTorch's fused implementation is used: it takes one or two kernel launches for all parameters, and under
+    fp16 it skips a step that overflowed without the GradScaler having to wait for the device. On a CPU, the fused
+    implementation rounds differently and is hardly faster.
+
+    For learned clipping scalars, the weight-decay rules of their publications apply (see `quant.learned`).
     """
     fused = fuses(next(model.parameters()).device)
     adamw = stage.optimizer == Optimizer.adamw
@@ -73,12 +76,13 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
 
 
 def spared(model: nn.Module, which: Spared) -> set[nn.Parameter]:
-    """The parameters of a network that AdamW does not decay.
+    """Return the parameters of a network that AdamW exempts from weight decay.
 
     Args:
-        model: any.
-        which: vectors: those of one dimension, as BERT is fine-tuned. tokens: those of vision transformers as well, by
-            what timm's networks say themselves (`no_weight_decay`), and by the names and shapes that others have.
+        model: any network.
+        which: vectors: parameters with fewer than two dimensions, as in the fine-tuning of BERT. tokens: additionally
+            the position and token parameters of vision transformers, found through `no_weight_decay` of timm's
+            networks and through the names and shapes that other implementations use.
     """
     found = {p for p in model.parameters() if p.ndim < 2}
     if which == Spared.tokens:
@@ -89,7 +93,7 @@ def spared(model: nn.Module, which: Spared) -> set[nn.Parameter]:
             for name in says()
         }
         for name, p in model.named_parameters():
-            of_a_layer = p.ndim > 2 and p.numel() == max(p.shape)  # a scale, [C, 1, 1]
+            of_a_layer = p.ndim > 2 and p.numel() == max(p.shape)  # a layer scale, [C, 1, 1]
             if name in listed or of_a_layer or name.rpartition(".")[2] in _POSITIONS:
                 found.add(p)
     return found
@@ -99,19 +103,20 @@ _POSITIONS = (
     *("pos_embed", "pos_embedding", "position_embeddings", "relative_position_bias_table"),
     *("cls_token", "class_token", "dist_token", "distillation_token"),
 )
-"""What parameters of positions and tokens are called in timm, torchvision and transformers."""
+"""The names of position and token parameters in timm, torchvision and transformers."""
 
 
 def fuses(device: torch.device) -> bool | None:
-    """Whether parameters on a device are updated by a fused optimizer; None: PyTorch chooses among the others."""
+    """Return whether parameters on a device get a fused optimizer; None leaves the choice to PyTorch."""
     return True if device.type == "cuda" else None
 
 
 def _start_from_zero(optimizer: torch.optim.SGD) -> None:
-    """Have averages of gradients, where PyTorch's fused SGD would make them of its first gradients.
+    """Initialize the momentum buffers of fused SGD with zeros.
 
-    It would in memory that it does not fill when that step overflowed under fp16 and is skipped, and would go on from
-    whatever lies there. Other SGDs are not called then.
+    Otherwise PyTorch's fused SGD creates them at the first step in uninitialized memory. If that step overflows under
+    fp16 and is skipped, the memory is not filled, and training would continue from arbitrary values. Other SGD
+    implementations are not called in a skipped step.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -119,17 +124,17 @@ def _start_from_zero(optimizer: torch.optim.SGD) -> None:
 
 
 FAR_ALONG = 100_000.0
-"""A count of steps at which Adam's bias corrections, 1 - 0.9^t and 1 - 0.999^t, are 1 to the last bit of a double."""
+"""A step count t at which Adam's bias corrections, 1 - 0.9^t and 1 - 0.999^t, equal 1 in double precision."""
 
 
 def _start_far_along(optimizer: torch.optim.AdamW) -> None:
-    """Leave out bias correction, for which PyTorch's AdamW has no switch: its averages start at zero all the same, but
-    its count of steps at FAR_ALONG.
+    """Disable bias correction, for which PyTorch's AdamW has no option.
 
-    So it goes on with m / (sqrt(v) + eps), as `BertAdam` and apex's `FusedAdam(bias_correction=False)` do.
+    The moving averages start at zero as usual, but the step count starts at FAR_ALONG. The update direction is then
+    m / (sqrt(v) + eps), as in `BertAdam` and apex's `FusedAdam(bias_correction=False)`.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
             averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.tensor(FAR_ALONG, device=p.device if group["fused"] else None)  # as AdamW has it itself
+            step = torch.tensor(FAR_ALONG, device=p.device if group["fused"] else None)  # where AdamW itself keeps it
             optimizer.state[p] = {"step": step, **averages}

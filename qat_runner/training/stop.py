@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal sets a flag, and the run ends at the next step, saved."""
+"""Stopping a run by a signal: the signal sets a flag, and the run saves a checkpoint and ends at the next step."""
 
 import signal
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-"""Those that a scheduler sends before it takes a machine away, and Ctrl-C."""
+"""The signals that a scheduler sends before it takes a machine away, and SIGINT (Ctrl-C)."""
 
 
 class StopRequest:
-    """While open, the first of SIGNALS is noted instead of ending the process; a second Ctrl-C ends it at once.
+    """Context manager that records the first of SIGNALS instead of letting it end the process.
 
-    Whoever handled the signal before, such as a cluster's launcher that puts the job back into its queue, gets it once
-    the run is saved: see `pass_on`.
+    A second Ctrl-C ends the process immediately. The handler that was installed before, such as that of a cluster
+    launcher that requeues the job, receives the signal after the run is saved: see `pass_on`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class StopRequest:
         for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: signals are none of its business
+            except ValueError:  # not in the main thread, which alone may set handlers
                 break
         return self
 
@@ -38,7 +38,7 @@ class StopRequest:
         self.signal = self.signal or number
 
     def pass_on(self) -> None:
-        """Give the noted signal to the handler that a launcher had set for it, if any."""
+        """Pass the recorded signal to the handler that a launcher had installed for it, if any."""
         handler: Callable[..., Any] | int | None = self._before.get(self.signal or 0)
         if callable(handler) and handler is not signal.default_int_handler:
             handler(self.signal, None)

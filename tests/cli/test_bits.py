@@ -241,7 +241,7 @@ def test_impossible_limits_are_rejected_before_anything_is_written(
         (["recipe.batchnorm_batches=2"], "recipe.batchnorm_batches=2: resnet20 has no BatchNorm"),
         (
             ["oscillations.measure=true", "oscillations.max_bits=2", "allocation.widths=[4,8]"],
-            "oscillations.max_bits=2: allocation.widths=[4, 8] let no weight have so few bits",
+            "oscillations.max_bits=2: allocation.widths=[4, 8] allow no weight with so few bits",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_failure_in_prices_that_are_only_shown_does_not_cost_the_answer(
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     words = ["model=resnet8", "allocation.widths=[4,8]", "weights=w.pt", "run_dir=chosen"]
     assert run("mode=allocate", "budget=4", *words) == 0
-    told = "prices are shown beside no measured ones: pricing failed: conv1.input: its price is not finite"
+    told = "no measured prices are shown for comparison: pricing failed: conv1.input: its price is not finite"
     assert told in capsys.readouterr().out
     record = ALLOCATION.read(Path("chosen"))
     assert record is not None and record["beside"] == "measured"
@@ -296,4 +296,4 @@ def test_several_processes_cannot_choose_bits(
     monkeypatch.setattr(ranks, "launched", lambda: True)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     assert run("bits=auto", "budget=4") == 2
-    assert "qat-bits with the same keys does that first" in capsys.readouterr().err
+    assert "run qat-bits with the same keys first" in capsys.readouterr().err

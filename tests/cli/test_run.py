@@ -411,7 +411,7 @@ WRONG = [
     (["bits=abc"], "bits=abc: must be an integer"),
     (["bits 4"], "bits 4: must be KEY=VALUE; qat-run --help lists all keys and flags"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
-    (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none is for itself alone"),
+    (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none cannot be combined with other trackers"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
     (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
     (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: cannot be combined with log_excess_mse=true"),
@@ -471,7 +471,7 @@ WRONG = [
     (["activation_granularity=token", "clipping=static_octav"], "activation_granularity=token: its scalars"),
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
-    (["recipe.freeze_scalars_at=0.5", "activation_bits=32"], "resnet8 has no activations whose scalars are dynamic"),
+    (["recipe.freeze_scalars_at=0.5", "activation_bits=32"], "resnet8 has no dynamic activation scalars"),
     (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least oscillations.freeze_to=0.2"),
     (["oscillations.measure=true", "bits=6"], "oscillations.max_bits=4: resnet8 has no weight of so few bits"),
     (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs its weights, recipe.teacher=PATH"),
@@ -548,7 +548,7 @@ def test_a_run_folder_of_another_config_is_not_touched(run: Run, capsys: pytest.
     assert run("epochs=1", "run_dir=mine") == 0
     capsys.readouterr()
     assert run("epochs=1", "seed=1", "run_dir=mine") == 2
-    assert "run_dir=mine: holds a run with another seed; overwrite=true replaces it" in capsys.readouterr().err
+    assert "run_dir=mine: holds a run with a different seed; overwrite=true replaces it" in capsys.readouterr().err
     assert json.loads(Path("mine/summary.json").read_text())["seed"] == 0
 
 

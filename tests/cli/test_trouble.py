@@ -100,10 +100,10 @@ def test_a_signal_saves_and_stops_within_an_epoch(
         at_step(patch, 2, 3, lambda trainer: os.kill(os.getpid(), number))
         capsys.readouterr()
         assert run("run_dir=stopped") == 128 + number
-    assert f"stopped by {number.name} after step 3 of epoch 2; the same command goes on" in capsys.readouterr().err
+    assert f"stopped by {number.name} after step 3 of epoch 2; the same command resumes it" in capsys.readouterr().err
     assert not Path("stopped/error.txt").exists() and not Path("stopped/lock").exists()
     assert run("run_dir=stopped") == 0
-    assert "going on after epoch 1 of 2, step 3 of the next" in capsys.readouterr().out
+    assert "resuming after epoch 1 of 2, step 3 of the next" in capsys.readouterr().out
     assert outcome("stopped") == whole
     assert len(whole["rows"]) == 8
 
@@ -132,10 +132,10 @@ def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
     with monkeypatch.context() as patch:
         at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
         assert run(*anew) == 128 + signal.SIGUSR1
-    assert "the same command without overwrite=true goes on" in capsys.readouterr().err
+    assert "the same command without overwrite=true resumes it" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run(*anew) == 0
-    assert "going on after epoch 1 of 2" in capsys.readouterr().out
+    assert "resuming after epoch 1 of 2" in capsys.readouterr().out
     assert run(*anew) == 0
     assert "one is finished already" in capsys.readouterr().out
 
@@ -181,7 +181,7 @@ def test_a_stop_after_the_last_step_ends_the_sweep_after_that_run(
 
     monkeypatch.setattr(Trainer, "measure_noise", stopped)
     assert run("-m", "seed=0,1", "epochs=1") == 143
-    assert "stopped by SIGTERM at the end of a run, which is finished" in capsys.readouterr().err
+    assert "stopped by SIGTERM after the run had finished" in capsys.readouterr().err
     assert len([*Path("runs").glob("*/summary.json")]) == len([*Path("runs").glob("*/config.yaml")]) == 1
 
 
@@ -192,7 +192,7 @@ def test_fewer_epochs_than_a_run_has_begun_are_rejected(
         at_step(patch, 2, 1, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("run_dir=one", "epochs=3") == 143
     assert run("run_dir=one", "epochs=1", "resume=force") == 2
-    assert "one: is in epoch 2 of 3 already, so that epochs=1 is none to go on to" in capsys.readouterr().err
+    assert "one: is already in epoch 2 of 3, so it cannot be continued with epochs=1" in capsys.readouterr().err
     assert run("run_dir=one", "epochs=2", "resume=force") == 0
     assert len(outcome("one")["rows"]) == 8
 
@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     last.write_bytes(last.read_bytes()[:5000])
     assert run("run_dir=cut") == 0
     assert "last.pt cannot be read (it is damaged" in Path("cut/log.txt").read_text()
-    assert "going on after epoch 1 of 2" in Path("cut/log.txt").read_text()
+    assert "resuming after epoch 1 of 2" in Path("cut/log.txt").read_text()
     assert outcome("cut") == whole
 
 
@@ -227,13 +227,13 @@ def test_a_changed_config_is_rejected_unless_forced(run: Run, capsys: pytest.Cap
     capsys.readouterr()
     assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
     err = capsys.readouterr().err
-    assert "holds a run with another epochs, gradient.name; overwrite=true replaces it, resume=force goes on" in err
+    assert "holds a run with a different epochs, gradient.name; overwrite=true replaces it, resume=force c" in err
     assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
-    assert "going on after epoch 1 of 2" in Path("one/log.txt").read_text()
+    assert "resuming after epoch 1 of 2" in Path("one/log.txt").read_text()
     assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
     assert run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
-    told = "has been trained to its end, so that another batchnorm_batches would change nothing; epochs=3 goes on"
+    told = "has been trained to its end, so a different batchnorm_batches would change nothing; epochs=3 continues"
     assert told in capsys.readouterr().err and Path("one/summary.json").exists()
     assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 2
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_a_run_of_two_processes_is_resumed_with_one(
     shares = [own | {"totals": own["totals"] * share} for share in (0.25, 0.75)]
     checkpoint.save(path, content | {"processes": shares})
     assert run("run_dir=one") == 0
-    assert "1 process(es) go on with a run of 2: data come in the same order" in capsys.readouterr().out
+    assert "1 process(es) resume a run of 2: the data order stays the same" in capsys.readouterr().out
     assert outcome("one") == whole
 
 
@@ -281,7 +281,7 @@ def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("run_dir=one") == 143
     assert run("run_dir=one", "resume=never") == 2
-    assert "holds an unfinished run, and resume=never forbids to go on with it" in capsys.readouterr().err
+    assert "holds an unfinished run, and resume=never forbids resuming it" in capsys.readouterr().err
     assert run("run_dir=one") == 0
     assert run("run_dir=one", "resume=never") == 0  # finished: shown
 
@@ -307,7 +307,7 @@ def test_a_finished_run_that_cannot_be_resumed_is_not_lost(
     capsys.readouterr()
     assert run("run_dir=one", "epochs=2", "resume=force", *(word for word in others if "=" in word)) == 2
     err = capsys.readouterr().err
-    assert "run_dir=one: is finished, and cannot go on: " in err and why in err
+    assert "run_dir=one: is finished and cannot be continued: " in err and why in err
     assert {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()} == before
 
 
@@ -358,7 +358,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert report.main(["status", "runs"]) == 0
     out = capsys.readouterr().out
     assert "1 finished, 1 stale, 1 missing" in out
-    assert "no process is at work on it; the same command goes on with it" in out and "not begun" in out
+    assert "no process is carrying it out; the same command resumes it" in out and "not started" in out
     stale = next(Path("runs").glob("*seed1*"))
     assert report.main(["status", str(stale)]) == 0 and capsys.readouterr().out.rstrip().endswith("\n1 stale")
     for verb in ("table1", "results", "ledger", "figure4"):
@@ -395,7 +395,7 @@ def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         at_step(patch, 2, 1, lambda trainer: patch.setattr(torch, "save", full))
         assert run("run_dir=one") == 1
     err = capsys.readouterr().err
-    assert "one: broke off (one/checkpoints: No space left on device); what was recorded before is intact" in err
+    assert "one: failed (one/checkpoints: No space left on device); what was recorded before is intact" in err
     assert run("run_dir=one") == 0
     assert json.loads(Path("one/summary.json").read_text())["epochs"] == 2
 

@@ -55,7 +55,7 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
     process.join()
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "parts" / SUMMARY.name).exists()
     assert qat_run(parts) == 0
-    assert "going on after epoch 1 of 2, step 1" in (tmp_path / "parts/log.txt").read_text()
+    assert "resuming after epoch 1 of 2, step 1" in (tmp_path / "parts/log.txt").read_text()
     assert same(result(tmp_path / "parts"), result(tmp_path / "whole"))
 
 

@@ -304,7 +304,7 @@ def test_a_line_without_a_config_is_left_out_aloud(tmp_path: Path, caplog: pytes
     ("text", "message"),
     [
         ("model,seed\nresnet20,0\n", "results.csv: cannot be read (line 2, "),
-        ("a,a\n1,2\n", "results.csv: cannot be read (line 2, its cells are not those of the columns)"),
+        ("a,a\n1,2\n", "results.csv: cannot be read (line 2, its cells do not match the columns)"),
         ("", "results.csv: holds no run of qat-run"),
         (None, "results.csv: no such folder of runs"),
     ],

@@ -1,4 +1,4 @@
-"""One of two processes dies: the job ends with an error, soon."""
+"""If one of two processes dies, the job soon ends with an error."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.reliability
 SECONDS = 60
-"""Within which the job must have ended."""
+"""Time limit for the end of the job."""
 
 
 def test_a_dead_process_ends_the_job(tmp_path: Path) -> None:

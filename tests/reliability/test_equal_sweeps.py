@@ -1,4 +1,4 @@
-"""Equal sweeps side by side: each row is done once, and all of them end well."""
+"""Identical concurrent sweeps: each row is carried out once, and all sweeps succeed."""
 
 import os
 import subprocess

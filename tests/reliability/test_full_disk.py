@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a checkpoint: a sentence, the checkpoint before stays, and later it goes on."""
+"""A disk fills up while a checkpoint is written: one error message, the previous checkpoint stays, the run resumes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ RUN = [
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 40 MiB: enough for two checkpoints of 12 MiB, not for a third and the best one."""
+    """A disk of 40 MiB: enough for two checkpoints of 12 MiB, but not for a third one and best.pt."""
     folder = tmp_path / "disk"
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], check=True)
@@ -44,14 +44,14 @@ def test_a_disk_that_fills_up(disk: Path, tmp_path: Path) -> None:
     print(done.stderr.strip())
     assert "No space left on device" in done.stderr and "what was recorded before is intact" in done.stderr
     assert "Traceback" not in done.stderr
-    saved = checkpoint.newest(disk / "run" / "checkpoints")  # whole
+    saved = checkpoint.newest(disk / "run" / "checkpoints")  # undamaged
     assert not [*(disk / "run").glob("**/*.tmp")]
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
     assert qat_run(disk / "run").returncode == 0
     log = (disk / "run" / "log.txt").read_text()
     assert (
-        f"step {saved['state']['step']} of the next" in log or f"going on after epoch {saved['state']['epoch']}" in log
+        f"step {saved['state']['step']} of the next" in log or f"resuming after epoch {saved['state']['epoch']}" in log
     )
     assert qat_run(tmp_path / "undisturbed").returncode == 0
     ours, expected = (

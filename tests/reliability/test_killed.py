@@ -1,5 +1,7 @@
-"""Runs killed without warning at random moments, some in the middle of writing a checkpoint, and started again:
-at the end weights, metrics and noise are bit for bit those of a run that was never disturbed.
+"""Runs that are killed without warning and started again end like undisturbed ones.
+
+They are killed at random moments, some while a checkpoint is written. In the end, weights, metrics and noise are equal
+bit for bit to those of a run that was never disturbed.
 """
 
 import os
@@ -34,7 +36,7 @@ def start(folder: Path, processes: int) -> "subprocess.Popen[bytes]":
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
-    """Without warning, and all it started: torchrun's death alone would leave its processes alive."""
+    """Kill a process without warning, with all its children, which would survive the death of torchrun alone."""
     everyone = [process.pid]
     for pid in everyone:
         for children in Path("/proc").glob(f"{pid}/task/*/children"):
@@ -49,7 +51,7 @@ def unbroken(folder: Path, processes: int) -> None:
 
 
 def broken(folder: Path, processes: int, chance: random.Random, longest: float) -> int:
-    """Kill the run, all its processes, again and again until one gets to the end; returns how often."""
+    """Kill the run with all its processes and restart it until it finishes; return the number of kills."""
     kills = 0
     while True:
         process = start(folder, processes)
@@ -61,7 +63,7 @@ def broken(folder: Path, processes: int, chance: random.Random, longest: float) 
                 kills += 1
                 break
             if _progress(folder) == seen:
-                began = time.monotonic()  # time counts from its first checkpoint
+                began = time.monotonic()  # measured from the first checkpoint of this start
             time.sleep(0.01)
         if process.wait() == 0:
             return kills

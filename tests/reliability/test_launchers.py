@@ -1,4 +1,4 @@
-"""Other ways of starting: rows in parallel, detached from the shell, and a sweep by several processes together."""
+"""Other ways to start sweeps: rows in parallel, detached from the shell, and each row in several processes."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_a_sweep_of_two_processes(tmp_path: Path) -> None:
     rows = ["-m", *SMALL, "seed=0,1", f"runs_dir={tmp_path}/runs"]
     done = run(*torchrun, *rows)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run folder") == 2  # told once, not by each process
+    assert done.stdout.count("run folder") == 2  # logged once, not by each process
     assert [status.state for status in statuses(tmp_path / "runs")] == ["finished"] * 2
     again = run(*torchrun, *rows)
     assert again.returncode == 0 and again.stdout.count("is finished already") == 2

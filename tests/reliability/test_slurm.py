@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm: a job preempted, one cancelled, one that fails, and the shell that submitted them killed."""
+"""A sweep on a real Slurm: one job is preempted, one cancelled, one fails, and the submitting shell is killed."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def qat_run(*args: str) -> "subprocess.Popen[str]":
 
 
 def queue(*states: str) -> list[str]:
-    """Ids of the jobs of the sweep in these states."""
+    """Return the ids of the jobs of the sweep in these states."""
     command = ["squeue", "-h", "-r", "-n", "qat-run", "-o", "%i", "-t", ",".join(states)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
@@ -60,7 +60,7 @@ def wait(done: Any, seconds: float) -> None:
 
 
 def by_rate(runs_dir: Path) -> dict[str, tuple[Status, dict[str, Any]]]:
-    """Learning rate -> status of its run, and what it came to."""
+    """Return the status and the result of each run by learning rate."""
     found = {}
     for status in statuses(runs_dir):
         folder, came_to = runs_dir / status.name, {}
@@ -77,9 +77,9 @@ def test_a_sweep_that_is_disturbed_ends_as_one_that_is_not(tmp_path: Path, slurm
     calm, runs = tmp_path / "calm", tmp_path / "runs"
     submitting = qat_run(*SWEEP, *SLURM, f"runs_dir={runs}")
     wait(lambda: len(queue("RUNNING", "PENDING")) == len(RATES), 120)
-    submitting.send_signal(signal.SIGKILL)  # the shell that submitted them dies
+    submitting.send_signal(signal.SIGKILL)  # the submitting shell dies
     submitting.communicate()
-    # Two run at a time. Once both have written a checkpoint, one is cancelled, and the other has to give way.
+    # Two jobs run at a time. Once both have written a checkpoint, one is cancelled and the other is preempted.
     wait(lambda: len([*runs.glob(f"*/checkpoints/{checkpoint.LAST}")]) >= 2, 120)
     first, second = queue("RUNNING")
     subprocess.run(["scancel", first], check=True)
@@ -91,9 +91,7 @@ def test_a_sweep_that_is_disturbed_ends_as_one_that_is_not(tmp_path: Path, slurm
     states = sorted(status.state for status in statuses(runs))
     assert states == ["failed", *["finished"] * 6, "stale"]
 
-    again = qat_run(
-        *SWEEP, f"runs_dir={runs}"
-    )  # goes on with the one that was cancelled, and tries the failed one again
+    again = qat_run(*SWEEP, f"runs_dir={runs}")  # resumes the cancelled run and retries the failed one
     said, _ = again.communicate()
     assert again.returncode == 1, said
     assert said.count("is finished already") == 6 and "the loss became" in said
@@ -113,5 +111,5 @@ def test_a_sweep_that_is_disturbed_ends_as_one_that_is_not(tmp_path: Path, slurm
     print(f"{equal} results equal those of an undisturbed sweep, {len(RATES) - equal} failed as it does there")
     assert equal == 7
     logs = "\n".join(path.read_text() for path in runs.glob("*/log.txt"))
-    print(f"{logs.count('going on after')} times a run went on from a checkpoint")
-    assert logs.count("going on after") >= 2
+    print(f"{logs.count('resuming after')} times a run resumed from a checkpoint")
+    assert logs.count("resuming after") >= 2

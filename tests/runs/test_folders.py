@@ -1,4 +1,4 @@
-"""Files and folders that are not what they seem, and processes that end in the middle of a swap."""
+"""Links and damaged files in run folders, concurrent writers, and processes killed while replacing an export."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ EPOCH = {"epoch": 1, "val_top1": 50.0}
 
 @pytest.fixture
 def thesis(tmp_path: Path) -> Path:
-    """A file that is none of a run's business."""
+    """A file that does not belong to a run."""
     path = tmp_path / "thesis"
     path.write_text("years of work")
     return path
@@ -122,11 +122,11 @@ def test_a_lock_that_cannot_be_had_leaves_nothing(tmp_path: Path, monkeypatch: p
         assert not (tmp_path / "a").exists()
 
 
-# Two at work side by side
+# Concurrent processes
 
 
 def test_writers_side_by_side_put_no_half_file_in_place(run: Path) -> None:
-    """The second is in the midst of its own when the first one ends, and breaks off."""
+    """The second writer is interrupted in the middle of its file while the first one is still writing."""
 
     def first(file: IO[bytes]) -> None:
         file.write(b"first")
@@ -143,7 +143,7 @@ def test_writers_side_by_side_put_no_half_file_in_place(run: Path) -> None:
 
 
 def test_sweeps_side_by_side_lose_no_line_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One takes its row off, another adds its own meanwhile: it waits, and goes on with what lies there then."""
+    """One sweep removes its row while another adds one: the second waits and then uses the new list."""
     runs = tmp_path / "runs"
     made = remember_asked([runs / "refused", runs / "kept"])
     other = threading.Thread(target=remember_asked, args=([runs / "added"],))
@@ -192,10 +192,10 @@ def test_lines_that_do_not_fit_are_dropped_and_told(run: Path, caplog: pytest.Lo
     with caplog.at_level("WARNING", "qat_runner"), closing(Record(Tracked("run", run, {}, 0), 3)):
         pass
     assert [row["loss"] for row in STEPS.read(run)] == [0.5, 0.25] and METRICS.read(run) == []
-    assert "steps.csv: 2 damaged lines are left out" in caplog.text
+    assert "steps.csv: 2 damaged lines were dropped" in caplog.text
 
 
-@pytest.mark.parametrize("rows", [9, 9000])  # of which csv takes so many for one cell, and no more
+@pytest.mark.parametrize("rows", [9, 9000])  # as one cell, 9 lines are small enough for csv and 9000 are not
 def test_a_damaged_line_takes_no_others_with_it(run: Path, rows: int) -> None:
     STEPS.append(run, [STEP | {"step": step} for step in range(1, rows + 1)])
     lines = (run / "steps.csv").read_text().split("\n")
@@ -234,7 +234,7 @@ def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path)
 
 
-# An export takes the place of another
+# Replacing an export
 
 
 def swap(out: Path) -> None:
@@ -264,14 +264,14 @@ def test_an_export_that_fails_leaves_the_old_one(old: Path) -> None:
 
 
 class Killed(BaseException):
-    """Nothing that comes after it is done."""
+    """Simulates the death of a process."""
 
 
 @pytest.mark.parametrize(
     "moment", [pytest.param(n, marks=[pytest.mark.reliability] * (n not in (0, 3))) for n in range(5)]
 )
 def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(moment: int, old: Path) -> None:
-    """A process is killed before the first, second, ... of its calls that change a folder."""
+    """The process is killed before its first, second, ... call that changes a folder."""
     code = (
         "import os, pathlib, shutil, sys\n"
         "from qat_runner.exporting import of_run\n"
@@ -308,7 +308,7 @@ def test_one_killed_between_two_renames_is_put_right(old: Path) -> None:
 def test_the_second_of_two_exports_is_told(old: Path) -> None:
     with (
         of_run._in_place_of(old),
-        pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is at work in it"),
+        pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is using it"),
         of_run._in_place_of(old),
     ):
         pass
@@ -326,7 +326,7 @@ def test_a_link_to_an_export_stays_one(old: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a program the compiler."""
+    """A function that installs a script as the compiler."""
 
     def use(script: str) -> None:
         path = tmp_path / "cxx"
@@ -396,19 +396,19 @@ def test_a_run_that_is_cleared_away_is_at_no_time_finished_or_foreign(
     ("begun_by", "now", "begun"),
     [
         ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
-        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # a shell that Slurm gave someone
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # an interactive shell in a Slurm job
         ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
         ({}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}, False),
         ({LAUNCHED: "request", "SLURM_JOB_ID": "7"}, {LAUNCHED: "request"}, True),
         ({LAUNCHED: "request"}, {LAUNCHED: "another"}, False),
         ({}, {}, False),
-        (None, {LAUNCHED: "request"}, False),  # it came to nothing
+        (None, {LAUNCHED: "request"}, False),  # nothing was started before
     ],
 )
 def test_a_run_is_begun_anew_once_by_a_job(
     begun_by: dict[str, str] | None, now: dict[str, str], begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """overwrite=true, which a job that is put back into the queue says again."""
+    """A requeued job repeats overwrite=true, which must take effect only once."""
     config = from_hydra(compose_config(["model=resnet8", "dataset=digits", "overwrite=true"]))
     if begun_by is not None:
         with monkeypatch.context() as patch:

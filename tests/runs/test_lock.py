@@ -23,14 +23,14 @@ def _hold(folder: Path, ready: Any, over: Any) -> None:
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
-    """Another process that is at work in tmp_path/run."""
+    """Another process that holds the lock of tmp_path/run."""
     context = multiprocessing.get_context("spawn")
     ready, over = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path / "run", ready, over))
     process.start()
     assert ready.wait(30)
     yield process
-    if process.is_alive():  # setting it would wait for one that was killed while it waited
+    if process.is_alive():  # setting the event would block if the process was killed while waiting
         over.set()
     process.join()
 
@@ -38,12 +38,12 @@ def holder(tmp_path: Path) -> Any:
 def test_one_process_at_a_time(tmp_path: Path, holder: Any) -> None:
     folder = tmp_path / "run"
     assert alive(folder) and owner(folder) == f"process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(BusyError, match=f"run_dir=.*run: process {holder.pid} on .* is at work in it"), RunLock(folder):
+    with pytest.raises(BusyError, match=f"run_dir=.*run: process {holder.pid} on .* is using it"), RunLock(folder):
         pass
-    assert (folder / "lock").is_file()  # of the other
+    assert (folder / "lock").is_file()  # it belongs to the other process
     holder.kill()
     holder.join()
-    assert not alive(folder)  # known at once, though its lock still lies there
+    assert not alive(folder)  # detected immediately, although its lock file still exists
     with RunLock(folder):
         assert owner(folder).startswith(f"process {os.getpid()} ")
 
@@ -87,6 +87,6 @@ def test_a_signal_is_noted_and_passed_on_later() -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
-        stop.pass_on()  # Python's own handler would only interrupt once more
+        stop.pass_on()  # Python's default handler is not called, as it would only interrupt again
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Trackers: the real libraries, offline; one of one's own; what goes wrong costs the run nothing."""
+"""Trackers: the real libraries offline, custom trackers, and failures, which must not affect the run."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ SMALL = ("model=resnet8", "dataset=digits", "device=cpu", "epochs=1", "limit_tra
 
 
 def two_sittings(folder: Path, tracker: str) -> tuple[dict[str, str], dict[str, str]]:
-    """A run of two epochs that was interrupted after the first; what it was called before and after."""
+    """A run of two epochs, interrupted after the first; return the ids of the run before and after."""
     record = Record(Tracked("a_run", folder, CONFIG), trackers=[tracker])
     record.layers(0, NOISE, {"conv.weight": torch.ones(3, 1)})
     record.epoch(EPOCH)
@@ -60,7 +60,7 @@ def test_weights_and_biases_offline(
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(socket, "gethostname", lambda: "a_host_of_mine")
     before, after = two_sittings(tmp_path / "run", "wandb")
-    # What it logs stays in its own files; pytest looks into such a logger as well, once it has been imported.
+    # Its log messages stay in its own files, but pytest captures such a logger as well once it is imported.
     assert not logging.getLogger("wandb").propagate
     assert before == after and not [record for record in caplog.records if record.name != "wandb"]
     sittings = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{after['wandb']}"))
@@ -71,7 +71,7 @@ def test_weights_and_biases_offline(
 
 
 class Remembering(Tracker):
-    """Keeps what it is told."""
+    """Records what it receives."""
 
     told: list[Any] = []  # noqa: RUF012
 
@@ -129,7 +129,7 @@ def test_several_at_once_of_which_one_breaks(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert number == 1 and figures["val/top1"] == summary["top1"] and result["top1"] == summary["top1"]
     assert not (tmp_path / "run" / "tensorboard").exists()
-    assert main([*SMALL, "trackers=[none]", "run_dir=run"]) == 0  # the same run, which is finished
+    assert main([*SMALL, "trackers=[none]", "run_dir=run"]) == 0  # counts as the same run, which is finished
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trackers"] == ["broken", "remembering"]
 
 
@@ -143,7 +143,7 @@ def test_where_a_tracker_gave_up(ours: None, tmp_path: Path, caplog: pytest.LogC
     assert f"tracker mistaken: gave up (KeyError: 'train_loss', {__file__}:{line}); the run's" in caplog.text
     record = Record(Tracked("a_run", tmp_path, CONFIG), trackers=["mistaken"])
     record.close({"top1": 50.0})
-    line = line_of('            json.loads("no json")')  # whatever lies below
+    line = line_of('            json.loads("no json")')  # not a line inside the json module
     assert f"(JSONDecodeError: Expecting value: line 1 column 1 (char 0), {__file__}:{line})" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Starting several processes that work together, each on one thread."""
+"""Starting several processes that form one group, each with one thread."""
 
 import os
 import socket
@@ -13,9 +13,9 @@ from qat_runner import distributed
 
 
 def together(work: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
-    """Call work(*args) in so many processes; returns what each returned, tensors and plain values, by rank.
+    """Call work(*args) in `world` processes; return their results, tensors and plain values, by rank.
 
-    One alone is in a group as well, which qat-run would not open for it.
+    Even a single process forms a group here, which qat-run would not create for it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""`accumulate` restores what the paper's devices saw: each part has its own BatchNorm and scalars of activations."""
+"""`accumulate` reproduces the paper's per-device batches: each part has its own BatchNorm and activation scalars."""
 
 from pathlib import Path
 
@@ -24,8 +24,10 @@ def composed(*overrides: str) -> Config:
 
 
 def trainer(folder: Path, *overrides: str) -> Trainer:
-    """Of a small ResNet on digits, always with the same weights. Scalars are solved from cold: from a warm start, those
-    of weights that are quantized again would differ in the last bits, which rounding makes large.
+    """Return a trainer of a small ResNet on digits, always with the same weights.
+
+    Clipping scalars are solved without warm starts: with them, weights that are quantized twice would get scalars that
+    differ in the last bits, and rounding would amplify the difference.
     """
     config = composed("model=resnet20", "dataset=digits", "device=cpu", "clipping.warm_iterations=null", *overrides)
     model, data = build(config, None)
@@ -51,7 +53,7 @@ def test_an_accumulated_step_is_that_of_its_parts_one_by_one(tmp_path: Path) -> 
 
     alone = trainer(tmp_path, "batch_size=8").model
     means: dict[str, Tensor] = {}
-    for inputs, targets in zip(batch.inputs[0].split(8), batch.targets.split(8), strict=True):  # as eight devices would
+    for inputs, targets in zip(batch.inputs[0].split(8), batch.targets.split(8), strict=True):  # like eight devices
         alone.zero_grad()
         F.cross_entropy(alone(inputs), targets).backward()
         for name, gradient in gradients(alone).items():
@@ -73,9 +75,9 @@ def test_an_accumulated_step_is_that_of_its_parts_one_by_one(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_unequal_shares_of_processes_count_as_many_as_they_are(parts: int, tmp_path: Path) -> None:
-    """The mean over three processes of the gradients of 10 samples, of 4, 3 and 3: that of all of them."""
+    """The mean gradient over three processes with 4, 3 and 3 of 10 samples equals the gradient of all 10."""
     alone = trainer(tmp_path, "batch_size=10", "bits=32")
-    alone.model.eval()  # BatchNorm and dropout know no batch
+    alone.model.eval()  # BatchNorm and dropout do not depend on the batch
     batch = next(iter(alone.data.train_batches(10, epoch=0)))
     loss, whole = alone._add_gradients(batch), gradients(alone.model)
     alone.config.accumulate = parts
@@ -91,7 +93,7 @@ def test_unequal_shares_of_processes_count_as_many_as_they_are(parts: int, tmp_p
 
 
 def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_path: Path) -> None:
-    """Of the first layer, computed from the pictures themselves."""
+    """Checked for the first layer, computed from the images themselves."""
     accumulated = trainer(tmp_path, "batch_size=64", "accumulate=8", "first_last_bits=8")
     batch = next(iter(accumulated.data.train_batches(64, epoch=0)))
     first = next(t for t in quantized_tensors(accumulated.model) if t.tensor == "input").quantizer
@@ -105,7 +107,7 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
         for candidate, sign in (
             (s.double() * 0.999, 1),
             (s.double() * 1.001, -1),
-        ):  # J(s) falls before s, rises after it
+        ):  # J decreases below s and increases above it
             clipped = x > candidate
             slope = candidate * (~clipped & (x > 0)).sum() * 4.0**-8 / 3 - (x - candidate)[clipped].sum()
             assert sign * slope.item() < 0
@@ -117,18 +119,18 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
         (
             ["model=resnet50"],
             "batch size 512, lr 0.1: the recipe's, whatever the number of devices; BatchNorm and activations' scalars "
-            "see 512 samples at a time, where the recipe was published 64 (accumulate=8 restores that)",
+            "see 512 samples at a time, but 64 in the published recipe (accumulate=8 restores that)",
         ),
         (
             ["model=mobilenet_v2"],
-            "see 1024 samples at a time, where the recipe was published 128 (accumulate=8 restores",
+            "see 1024 samples at a time, but 128 in the published recipe (accumulate=8 restores",
         ),
         (["model=resnet34"], "(accumulate=8 restores that)"),
         (["model=mobilenet_v3_large", "mode=retrain", "weights=torchvision"], "(accumulate=4 restores that)"),
         (["model=resnet50", "accumulate=8"], "see 64 samples at a time, as published"),
         (
             ["model=resnet50", "accumulate=2"],
-            "see 256 samples at a time, where the recipe was published 64 (accumulate=8",
+            "see 256 samples at a time, but 64 in the published recipe (accumulate=8",
         ),
         (
             ["model=resnet50", "batch_size=100"],

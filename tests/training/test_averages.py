@@ -25,7 +25,7 @@ RUN = (
 
 def test_an_average_is_what_pytorch_has() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    ours = Averages(model, 0.1)  # less than what the first steps would have
+    ours = Averages(model, 0.1)  # smaller than the decay of the first steps
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(4):
@@ -47,7 +47,7 @@ def test_a_short_run_does_not_end_where_it_began() -> None:
 
 
 def test_scalars_that_come_late_go_on_to_the_same_averages() -> None:
-    """A quantizer that the first steps did not reach has an average of fewer; it is no finished one yet."""
+    """A quantizer that the first steps did not reach has an average over fewer steps, which is not finished yet."""
     model = nn.Sequential(Quantizer(4, Octav()), Quantizer(4, Octav()))
     whole, broken = Averages(model, 0.9), Averages(model, 0.9)
     for step in range(8):

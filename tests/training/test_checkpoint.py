@@ -32,7 +32,7 @@ def test_random_state_round_trip(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Path:
-    """A folder with the newest checkpoint, of step 2, and the one before, of step 1."""
+    """A folder with the newest checkpoint, of step 2, and the previous one, of step 1."""
     for step in (1, 2):
         content = {"step": step, "x": torch.randn(500), "nested": {"list": [1.5, "text", None]}}
         checkpoint.save(tmp_path / checkpoint.LAST, content, keep=tmp_path / checkpoint.PREVIOUS)
@@ -52,7 +52,7 @@ def test_a_cut_checkpoint_is_never_read(two: Path, caplog: pytest.LogCaptureFixt
         path.write_bytes(whole[:length])
         caplog.clear()
         assert checkpoint.newest(two)["step"] == 1
-        assert "last.pt cannot be read" in caplog.text and "going on from the one before" in caplog.text
+        assert "last.pt cannot be read" in caplog.text and "resuming from the previous one" in caplog.text
         with pytest.raises(RunError, match=r"last\.pt cannot be read"):
             checkpoint.load(path)
 
@@ -81,7 +81,7 @@ def test_nothing_whole_is_left(two: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_old_content(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
-        raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")  # what torch makes of a full disk
+        raise RuntimeError("[enforce fail] unexpected pos 64 vs 0")  # what torch raises on a full disk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match=r"last\.pt: \[enforce fail\]"):
@@ -100,7 +100,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(two: Path) -> None:
 def test_a_run_goes_on_on_another_device(
     name: str, fused: tuple[bool | None, bool | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its own kind of optimizer, of the same state; as do those of before there were two kinds."""
+    """The device's kind of optimizer takes over the state, also from checkpoints older than the fused kind."""
     layer = torch.nn.Linear(3, 2)
 
     def stepped(kind: bool | None, saved: dict[str, Any] | None = None) -> torch.optim.Optimizer:
@@ -137,7 +137,7 @@ def test_the_state_of_every_optimizer_is_taken(name: str) -> None:
 
 
 def test_an_optimizer_goes_on_as_it_is_asked_for() -> None:
-    """With another weight decay and momentum, which resume=force allows."""
+    """Weight decay and momentum may change, which resume=force allows."""
     model = torch.nn.Linear(3, 2)
 
     def made(**stage: float) -> torch.optim.Optimizer:
@@ -155,7 +155,7 @@ def test_an_optimizer_goes_on_as_it_is_asked_for() -> None:
 
 
 class Branching(torch.nn.Module):
-    """Of two layers, of which an input reaches one."""
+    """A network with two layers, only one of which an input reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Branching(torch.nn.Module):
 
 
 def test_scalars_are_frozen_once(tmp_path: Path) -> None:
-    """A quantizer that training had not reached by then stays dynamic, with or without a break."""
+    """A quantizer that training has not reached by then stays dynamic, with or without an interruption."""
     overrides = ["model=resnet8", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4"]
     config = from_hydra(compose_config([*overrides, "device=cpu", "epochs=2", "recipe.freeze_scalars_at=1"]))
     data = load_dataset(config.dataset, "data", Delivery(torch.device("cpu"), seed=0))
@@ -191,7 +191,7 @@ def test_scalars_are_frozen_once(tmp_path: Path) -> None:
 
     before = trainer()
     before.model(pictures)
-    before._save()  # over a last.pt that is frozen, but fits otherwise no run
+    before._save()  # replaces a last.pt that is frozen and otherwise fits no run
     frozen = path.with_name("previous.pt").rename(path.with_name("frozen.pt"))
     path.rename(path.with_name("previous.pt"))
     content = checkpoint.load(frozen)

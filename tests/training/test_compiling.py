@@ -1,4 +1,4 @@
-"""compile=true: what it refuses, and that it trains as without."""
+"""compile=true: what it rejects, and that it gives the same training as without."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two processes against one: the same scalars, the same weights."""
+"""Several processes give the same clipping scalars and the same weights as one."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -45,7 +45,7 @@ def scalars_of_parts(x: Tensor) -> dict[str, Tensor]:
 
 
 def uneven() -> Tensor:
-    """In every way."""
+    """Return a tensor whose rows differ in scale; one row is zero."""
     x = torch.randn(7, 3, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7).view(7, 1, 1)
     x[0] = 0
     return x
@@ -87,7 +87,7 @@ def static_scalars_are_the_mean_over_processes(two: list[dict[str, Any]]) -> Non
 
 
 def with_statistics_anew() -> dict[str, Tensor]:
-    """Of a batch of four samples a process."""
+    """Re-estimate BatchNorm on a batch of four samples per process."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     part = distributed.shard().samples(torch.randn(8, 3, 8, 8))
@@ -104,7 +104,7 @@ def statistics_are_the_mean_over_processes(two: list[dict[str, Any]]) -> None:
 
 
 class Idle(nn.Sequential):
-    """With a parameter that takes no part in anything."""
+    """A network with a parameter that is never used."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
@@ -127,12 +127,12 @@ def network(bits: int, **policy: Any) -> nn.Module:
 def train(
     bits: int, batch: int = 16, steps: int = 20, parts: int = 1, freeze_at: int | None = None, **policy: Any
 ) -> dict[str, Any]:
-    """SGD on whole batches, of which each process has its part; float64, so that no rounding hangs on a sum's order.
+    """Train by SGD on batches split over the processes, in float64 so that quantization does not depend on sum order.
 
     Args:
-        batch: samples a step.
-        parts: that each process computes its part in, gradients adding up.
-        freeze_at: step before which activations' scalars become static.
+        batch: samples per step.
+        parts: number of parts in which each process computes its share, accumulating gradients.
+        freeze_at: step before which the activations' scalars become static.
     """
     model, shard = network(bits, **policy).double(), distributed.shard()
     distributed.synchronize_batchnorm(model)
@@ -187,7 +187,7 @@ def the_same_came_out(processes: list[dict[str, Any]], alone: dict[str, Any], ca
     for name, s in alone["first"].items():
         assert torch.allclose(first["first"][name], s, rtol=1e-6), (case, name)
     for name, value in alone["weights"].items():
-        for other in others:  # weights are the same everywhere
+        for other in others:  # all processes have the same weights
             assert torch.equal(first["weights"][name], other["weights"][name]), (case, name)
         if value.is_floating_point():
             assert torch.allclose(first["weights"][name], value, rtol=1e-6, atol=1e-8), (case, name)
@@ -239,7 +239,7 @@ def _refused(work: Callable[[], object]) -> str:
 
 
 def in_two_processes() -> dict[str, Any]:
-    """All that is asked of two: to start them takes longer than what they do."""
+    """Run all checks for two processes at once, because starting them takes longer than the checks."""
     return {
         "scalars": scalars_of_parts(uneven()),
         "static": with_static_activations(),
@@ -321,7 +321,7 @@ def test_batchnorms_that_cannot_be_synchronized_are_named() -> None:
 
 
 def test_synchronized_batchnorms_keep_their_activation_functions() -> None:
-    """What a GPU has them made into, which is to compute the same."""
+    """The conversion that is used on a GPU must compute the same."""
     model = timm.create_model("test_efficientnet.r160_in1k").eval()
     x = torch.randn(2, 3, 32, 32)
     before = model(x)

@@ -1,4 +1,4 @@
-"""Checkpoints that are not of the run that finds them: told in a sentence, and the one before them is tried."""
+"""Checkpoints that do not belong to a run are reported in one sentence, and the previous one is tried."""
 
 import copy
 import functools
@@ -36,12 +36,12 @@ def qat_run(folder: Path, *more: str) -> int:
 
 
 TRAINERS: list[Trainer] = []
-"""Of the runs that `stopped` made."""
+"""The trainers of the runs that `stopped` made."""
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two seeds, stopped within their second epoch."""
+    """Runs with two seeds, stopped within their second epoch."""
     runs = tmp_path_factory.mktemp("stopped")
     before = Trainer._add_gradients
 
@@ -59,7 +59,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_(content: dict[str, Any], *keys: str, to: Any = ...) -> dict[str, Any]:
-    """The content with another value at a place; without `to`, without it."""
+    """Return the content with the value at a nested key replaced by `to`, or deleted if `to` is not given."""
     *way, last = keys
     found = dict(content)
     place: Any = found
@@ -71,21 +71,21 @@ def with_(content: dict[str, Any], *keys: str, to: Any = ...) -> dict[str, Any]:
 
 
 def beyond(content: dict[str, Any]) -> list[Any]:
-    """NumPy's state, at a place where it has no number."""
+    """Return NumPy's random state with its position beyond the end."""
     name, keys, _, *rest = content["processes"][0]["random"]["numpy"]
     return [name, keys, 1e6, *rest]
 
 
 Spoil = Callable[[dict[str, Any]], Any]
 FOREIGN: dict[str, tuple[Spoil, str]] = {
-    "a list": (lambda c: [c], "it is no dictionary"),
+    "a list": (lambda c: [c], "it is not a dictionary"),
     "nothing": (lambda c: {}, "model: field required"),
     "no processes": (lambda c: with_(c, "processes"), "processes: field required"),
     "processes of none": (lambda c: with_(c, "processes", to=[]), "processes: list should have at least 1"),
     "no random state": (lambda c: with_(c, "processes", to=[{}]), "processes.0.random: field required"),
-    "epoch 99 of 2": (lambda c: with_(c, "state", "epoch", to=99), "state.epoch: is 99, of 2"),
+    "epoch 99 of 2": (lambda c: with_(c, "state", "epoch", to=99), "state.epoch: is 99, past the end of a run of 2"),
     "epoch -1": (lambda c: with_(c, "state", "epoch", to=-1), "state.epoch: input should be greater"),
-    "step 99 of 4": (lambda c: with_(c, "state", "step", to=99), "state.step: is 99, of 4"),
+    "step 99 of 4": (lambda c: with_(c, "state", "step", to=99), "state.step: is 99, but an epoch has 4"),
     "another key of state": (lambda c: with_(c, "state", "colour", to=1), "state.colour: extra inputs"),
     "state of text": (lambda c: with_(c, "state", to="x"), "cannot be read"),
     "epoch of text": (lambda c: with_(c, "state", "epoch", to="1"), "state.epoch: input should be a valid integer"),
@@ -95,7 +95,7 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
     "integers": (lambda c: with_(c, "model", "conv1.weight", to=c["model"]["conv1.weight"].int()), "is torch.int32"),
     "sparse": (lambda c: with_(c, "model", "conv1.weight", to=c["model"]["conv1.weight"].to_sparse()), "sparse_coo"),
     "no optimizer": (lambda c: with_(c, "optimizer", to={}), "does not fit this run"),
-    "no groups": (lambda c: with_(c, "optimizer", "param_groups", to=[]), "optimizer.param_groups: are 0, not"),
+    "no groups": (lambda c: with_(c, "optimizer", "param_groups", to=[]), "optimizer.param_groups: has 0 groups, not"),
     "momentum of text": (
         lambda c: with_(c, "optimizer", "state", 0, to={"momentum_buffer": "x"}),
         "optimizer.state.0.momentum_buffer: must be a tensor of shape [16, 3, 3, 3], torch.float32",
@@ -112,23 +112,23 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
         lambda c: with_(
             c, "optimizer", "param_groups", to=[g | {"params": "x"} for g in c["optimizer"]["param_groups"]]
         ),
-        "optimizer.param_groups.0.params: are not the numbers",
+        "optimizer.param_groups.0.params: must be the indices",
     ),
     "a place beyond the random numbers": (
         lambda c: with_(c, "processes", to=[with_(c["processes"][0], "random", "numpy", to=beyond(c))]),
-        "random.numpy: is no state of a Mersenne Twister",
+        "random.numpy: is not a state of a Mersenne Twister",
     ),
     "totals of another shape": (
         lambda c: with_(c, "processes", to=[with_(c["processes"][0], "totals", to=torch.ones(()))]),
         "totals: is of shape []",
     ),
-    "another seed": (lambda c: with_(c, "config", "seed", to=7), "it is of a run with another seed"),
+    "another seed": (lambda c: with_(c, "config", "seed", to=7), "it belongs to a run with a different seed"),
     "another seed, of before": (lambda c: with_(c, "config", to={"seed": 7, "model": {"name": "resnet8"}}), "seed"),
 }
 
 
 def spoiled(stopped: Path, folder: Path, name: str) -> tuple[Path, str]:
-    """A run whose checkpoints are both foreign, and what is to be said of them."""
+    """A run whose checkpoints are both invalid, and the expected message."""
     spoil, told = FOREIGN[name]
     shutil.copytree(stopped / "seed0", folder)
     for file in (checkpoint.LAST, checkpoint.PREVIOUS):
@@ -138,7 +138,7 @@ def spoiled(stopped: Path, folder: Path, name: str) -> tuple[Path, str]:
 
 
 def is_told(told: str, said: str) -> bool:
-    return told in said and "last.pt" in said and "previous.pt" in said and "overwrite=true starts the run anew" in said
+    return told in said and "last.pt" in said and "previous.pt" in said and "overwrite=true restarts" in said
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -158,25 +158,25 @@ def test_a_run_tells_it(name: str, stopped: Path, tmp_path: Path, capsys: pytest
 
 
 def test_the_checkpoint_of_another_run_gives_way_to_the_one_before(stopped: Path, tmp_path: Path) -> None:
-    """All comes out as if nobody had meddled."""
+    """The result is the same as without the foreign checkpoint."""
     folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
     (folder / "checkpoints" / "last.pt").write_bytes((stopped / "seed1" / "checkpoints" / "last.pt").read_bytes())
     untouched = Path(shutil.copytree(stopped / "seed0", tmp_path / "untouched"))
     assert qat_run(folder) == qat_run(untouched) == 0
     log = (folder / "log.txt").read_text()
-    assert "last.pt does not fit this run (it is of a run with another seed); going on from the one before" in log
+    assert "last.pt does not fit this run (it belongs to a run with a different seed); resuming" in log
     found, expected = (checkpoint.load(place / "checkpoints" / "last.pt")["model"] for place in (folder, untouched))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_checkpoints_of_before_go_on(stopped: Path, tmp_path: Path) -> None:
-    """They held their config nested, with other keys."""
+    """Old checkpoints held the config nested, with other keys."""
     folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
     path = folder / "checkpoints" / "last.pt"
     config = {"seed": 0, "model": {"name": "resnet8"}, "weight_bits": 4, "clipping": {"eval_mode": "frozen"}}
     checkpoint.save(path, with_(checkpoint.load(path), "config", to=config))
     assert qat_run(folder) == 0
-    assert "going on after epoch 1 of 2, step" in (folder / "log.txt").read_text()
+    assert "resuming after epoch 1 of 2, step" in (folder / "log.txt").read_text()
 
 
 def test_force_takes_the_checkpoint_of_another_run(stopped: Path, tmp_path: Path) -> None:
@@ -188,14 +188,14 @@ def test_force_takes_the_checkpoint_of_another_run(stopped: Path, tmp_path: Path
 def test_an_end_without_re_estimation_is_no_end_of_a_run_with_it(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run of two epochs, made one of one: what its last epoch would have done was not done."""
+    """A run of two epochs is shortened to one: the re-estimation after its last epoch has not been done."""
     folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
     for file in (checkpoint.LAST, checkpoint.PREVIOUS):
         path = folder / "checkpoints" / file
         checkpoint.save(path, with_(checkpoint.load(path), "state", "step", to=0))
-    (folder / "steps.csv").unlink()  # a run that was killed has none of the epoch that it was in
+    (folder / "steps.csv").unlink()  # a killed run has no rows of its unfinished epoch
     assert qat_run(folder, "epochs=1", "resume=force", "recipe.batchnorm_batches=1") == 1
-    assert "trained to epoch 1, its last, without recipe.batchnorm_batches" in capsys.readouterr().err
+    assert "trained to its last epoch, 1, without recipe.batchnorm_batches" in capsys.readouterr().err
 
 
 def test_what_is_saved_fits_its_description(stopped: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_lock_that_is_a_link_is_refused(stopped: Path, tmp_path: Path, capsys:
     assert thesis.read_text() == "years of work"
 
 
-# Whatever hypothesis makes of them
+# Mutations by hypothesis
 
 TENSORS = st.sampled_from(
     [
@@ -255,7 +255,7 @@ def mutated(draw: st.DrawFn, path: Path) -> Mutated:
     for _ in range(draw(st.integers(1, 3))):
         if not content:
             break
-        first = draw(st.sampled_from(sorted(content)))  # of which most hold few values beside the model's
+        first = draw(st.sampled_from(sorted(content)))  # most hold few values compared with the model
         *way, last = draw(st.sampled_from([(first, *rest) for rest in places(content[first])]))
         place = content
         for key in way:
@@ -273,7 +273,7 @@ def mutated(draw: st.DrawFn, path: Path) -> Mutated:
 
 
 def _take(trainer: Trainer, content: Any) -> None:
-    """It is refused in half a sentence, or training goes on from it."""
+    """The checkpoint is rejected with a short message, or training continues from it."""
     refused = ""
     try:
         trainer.resume(content)
@@ -315,7 +315,7 @@ def test_many_mutated_checkpoints(stopped: Path) -> None:
 def test_mutated_checkpoints_are_exported_or_refused(
     stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Contents and bytes."""
+    """Mutates the contents and the bytes of a checkpoint."""
     folder = Path(shutil.copytree(stopped / "seed0", tmp_path / "run"))
     path = folder / "checkpoints" / "last.pt"
     codes: list[int] = []
@@ -328,7 +328,7 @@ def test_mutated_checkpoints_are_exported_or_refused(
         path.unlink(missing_ok=True)
         try:
             checkpoint.save(path, found.content)
-        except (OSError, NotImplementedError):  # not even PyTorch can
+        except (OSError, NotImplementedError):  # PyTorch cannot save it either
             assume(False)
         if damage is not None:
             with open(path, "r+b") as file:

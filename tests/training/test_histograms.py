@@ -1,4 +1,4 @@
-"""What the histograms of tensors are told to reach."""
+"""The range of tensor histograms."""
 
 import torch
 from torch import nn

@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_named(how: dict[str, Any], backend: str) -> None:
 
 @pytest.mark.parametrize("clipping", ["octav", "max", "percentile", "mse_sweep"])
 def test_a_batch_waits_once(clipping: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many quantizers there are; on a CPU solvers may look at their states, since nothing waits there."""
+    """Holds for any number of quantizers; on a CPU, solvers may read their state, because nothing waits there."""
     solve = newton.solve
     monkeypatch.setattr(newton, "solve", lambda *args, **options: solve(*args, **options | {"look": False}))
     model, data = network(clipping=clipping), batches(4, 4, 4)

@@ -47,7 +47,7 @@ def step(model: nn.Module) -> None:
 
 
 def levels_below(weight: LatentWeight) -> list[int]:
-    """Places by another road: how many levels of the grid lie between zero and where each element is rounded to."""
+    """Compute places in another way: count the levels between zero and the level each element is rounded to."""
     s, format = weight.quantizer.scalars, weight.quantizer.format
     rows = torch.arange(len(weight.x)) if weight.quantizer.dim is not None else torch.zeros(len(weight.x), dtype=int)
     found = []
@@ -225,7 +225,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(where: str, tmp_path: Path, mo
 
 
 def test_what_is_off_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To watch codes changes no number of a run, and to freeze none none either."""
+    """Tracking codes does not change any result of a run, nor does freezing that freezes nothing."""
     base = [argument for argument in RUN if not argument.startswith(("osc", "recipe", "epochs"))]
     found = []
     watching = ["oscillations.freeze_to=0.99", "oscillations.freeze_from=0.99"]
@@ -242,5 +242,5 @@ def test_freezing_begins_in_a_run_that_was_only_watched(tmp_path: Path, monkeypa
     base += ["model=resnet8", f"run_dir={tmp_path}"]
     assert main([*base, "epochs=1", "oscillations.measure=true"]) == 0
     assert main([*base, "epochs=2", "oscillations.freeze_to=0.1", "resume=force"]) == 0
-    assert "watched anew" in (tmp_path / "log.txt").read_text()
+    assert "tracking starts over" in (tmp_path / "log.txt").read_text()
     assert "frozen" in checkpoint.load(tmp_path / "checkpoints" / "last.pt")["oscillations"]

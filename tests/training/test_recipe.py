@@ -50,7 +50,7 @@ def test_adamw_spares_biases_and_normalization_the_decay() -> None:
 
 
 class Attentive(torch.nn.Module):
-    """With the parameters that transformers of pictures have beside layers."""
+    """A module with the parameters that vision transformers have besides layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_parameters_of_positions_by_their_names(network: str, those: set[str]) -
 
 
 def _uncorrected(start: Tensor, gradients: Sequence[Tensor], lr: float, decay: float) -> Tensor:
-    """Adam with decoupled weight decay and no bias correction, written down in float64 (betas 0.9, 0.999, eps 1e-8)."""
+    """Reference: Adam with decoupled weight decay, no bias correction, in float64 (betas 0.9, 0.999, eps 1e-8)."""
     p, m, v = start.double(), 0.0, 0.0
     for g in (gradient.double() for gradient in gradients):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
@@ -104,7 +104,7 @@ def _uncorrected(start: Tensor, gradients: Sequence[Tensor], lr: float, decay: f
 def test_adamw_without_bias_correction(
     saved_after: int | None, fused: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when it goes on from a checkpoint, and as on a GPU."""
+    """Also after resuming from a checkpoint, and with the fused optimizer of a GPU."""
     monkeypatch.setattr(recipe, "fuses", lambda device: fused)
     layer = torch.nn.Linear(5, 4, bias=False)
     start = layer.weight.detach().clone()
@@ -121,11 +121,11 @@ def test_adamw_without_bias_correction(
     expected = _uncorrected(start, gradients, 0.01, 0.1)
     torch.testing.assert_close(layer.weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
     first = (_uncorrected(start, gradients[:1], 0.01, 0.0) - start.double()).abs()
-    assert first.max() == pytest.approx(0.01 * 0.1 / 0.001**0.5, rel=1e-4)  # 3.2 times that of a corrected first step
+    assert first.max() == pytest.approx(0.01 * 0.1 / 0.001**0.5, rel=1e-4)  # 3.2 times a corrected first step
 
 
 def test_it_is_fused_on_a_gpu_alone() -> None:
-    """On a CPU AdamW's last bits would be others."""
+    """On a CPU, fused AdamW would give other last bits."""
     assert recipe.fuses(torch.device("cuda", 1)) is True
     assert recipe.fuses(torch.device("cpu")) is None
 

@@ -1,6 +1,6 @@
-"""No step of training waits for the device: seen without one, by the operations that are called.
+"""No training step waits for the device; checked without a GPU, through the operations that are called.
 
-What stays unseen are copies that wait, such as of pageable memory, and kernels that are written for the GPU.
+Not detected are copies that wait, such as those of pageable memory, and kernels written for the GPU.
 """
 
 import copy
@@ -35,7 +35,7 @@ ADAMW = ("recipe.scratch.optimizer=adamw", "recipe.scratch.bias_correction=false
 
 
 def trainer(folder: Path, device: torch.device, *overrides: str, **quantization: Any) -> Trainer:
-    """Of a network of four quantized tensors, which has taken a step on the CPU: scalars are there, and known to be."""
+    """Return a trainer of a network with four quantized tensors whose scalars a step on the CPU has initialized."""
     config = from_hydra(compose_config([*PICTURES, "device=cpu", *overrides]))
     layers = nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
@@ -67,7 +67,7 @@ def batch(device: torch.device) -> Batch:
     ids=["octav", "adamw", "max, parts", "affine, teacher", "oriented", "lsq", "frozen, dampened"],
 )
 def test_a_step_needs_no_number(tmp_path: Path, overrides: tuple[str, ...], quantization: dict[str, Any]) -> None:
-    """On the meta device there are none: whatever asks for one raises, as does what has a size that depends on them."""
+    """The meta device holds no values, so reading one raises, as does an output whose size depends on values."""
     training = trainer(tmp_path, META, *overrides, **quantization)
     if training.config.distilling:
         training.teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).to(META)
@@ -76,7 +76,7 @@ def test_a_step_needs_no_number(tmp_path: Path, overrides: tuple[str, ...], quan
 
 
 def test_a_forward_pass_of_a_bert_needs_none_either(tmp_path: Path) -> None:
-    """Not even to see that no token is padding."""
+    """It does not even check whether any token is padding."""
     model = build_bert(str(tiny_bert(tmp_path / "bert", layers=1)), pretrained=True)
     inputs = (torch.full((2, 16), 7), torch.ones(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64))
     quantize_model(model, bits=4, clipping="max", example=inputs).train()
@@ -91,7 +91,7 @@ def test_a_forward_pass_of_a_bert_needs_none_either(tmp_path: Path) -> None:
 
 @pytest.fixture
 def never_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The solver takes no look at its state, as on a GPU; on a CPU it may, since nothing waits there."""
+    """Keep the solver from reading its state, as on a GPU; on a CPU it may, because nothing waits there."""
     solve: Callable[..., Tensor] = newton.solve
     monkeypatch.setattr(newton, "solve", lambda *args, **options: solve(*args, **options | {"look": False}))
 
@@ -115,7 +115,7 @@ def test_a_step_of_any_precision_with_the_optimizer_of_a_gpu(
 def test_a_step_that_overflows_is_skipped_without_asking(
     optimizer: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one, too, after which all is as if it had not been."""
+    """This holds for the first step as well, which leaves no trace."""
     monkeypatch.setattr(recipe, "fuses", lambda device: True)
     training, given = trainer(tmp_path, CPU, "amp=fp16", *optimizer), batch(CPU)
     before = copy.deepcopy(training.model.state_dict())
@@ -124,7 +124,7 @@ def test_a_step_that_overflows_is_skipped_without_asking(
     assert training.scaler.get_scale() == 2.0**99
     assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
     training.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    training.model.load_state_dict(before)  # scalars and statistics, which have seen the batch
+    training.model.load_state_dict(before)  # restores scalars and statistics, which have seen the batch
     training._step(given)
     fresh = trainer(tmp_path, CPU, "amp=fp16", *optimizer)
     fresh.model.load_state_dict(before)
@@ -135,7 +135,7 @@ def test_a_step_that_overflows_is_skipped_without_asking(
 
 
 def test_totals_launch_little() -> None:
-    """Two operations for the loss, one for the samples; six for both figures of hits."""
+    """Two operations for the loss, one for the samples, six for the two hit counts."""
     totals = TASKS["classification"].totals(CPU)
     loss, logits, targets = torch.tensor(1.0), torch.randn(8, 100), torch.arange(8)
     with Watch() as watch:
@@ -145,7 +145,7 @@ def test_totals_launch_little() -> None:
 
 
 def test_of_a_batch_in_one_part_the_loss_is_that_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Itself: nothing is scaled by a share, or added to zero."""
+    """The returned loss is the same tensor: nothing is scaled by a share or added to zero."""
     training = trainer(tmp_path, CPU)
     losses: list[Tensor] = []
     compute = training._loss
@@ -155,7 +155,7 @@ def test_of_a_batch_in_one_part_the_loss_is_that_of_the_task(tmp_path: Path, mon
 
 
 def test_no_tensor_of_a_step_lasts_into_the_next() -> None:
-    """Small ones that do would cut up the memory of large ones, so that a run grew with its steps."""
+    """Small tensors that last would fragment the memory of large ones, so that memory grew with each step."""
     interval = Interval(3)
     losses = [torch.tensor(float(i)) for i in range(3)]
     kept = [weakref.ref(loss) for loss in losses]

@@ -1,4 +1,4 @@
-"""Watching what operations are called, on a machine without a GPU."""
+"""Recording which operations are called, on a machine without a GPU."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ WAITING = frozenset(
         *(aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount, aten.argwhere),
     )
 )
-"""Operations that on a GPU wait for the result of all before: Python, or the size of what comes out, depends on it."""
+"""Operations that wait for the GPU, because Python or the size of the output depends on their result."""
 LAUNCHING_NOTHING = frozenset((aten.detach, aten.empty, aten.empty_like, aten.lift_fresh, aten._reshape_alias))
-"""Operations that are no view and yet no work for the device."""
+"""Operations that are not views and yet launch no kernel."""
 
 
 class Watch(TorchDispatchMode):
-    """While open, notes what is called."""
+    """While open, records the operations that are called."""
 
     def __init__(self) -> None:
         super().__init__()

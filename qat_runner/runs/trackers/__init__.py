@@ -1,4 +1,4 @@
-"""Trackers, a file each: where the figures of a run are shown as well, beside the run's own record."""
+"""Trackers, one per file: they show the figures of a run in addition to the run's own record."""
 
 from qat_runner.plugins import Registry
 from qat_runner.runs.trackers.ml_flow import MLflow
@@ -14,4 +14,4 @@ TRACKERS: Registry[type[Tracker]] = Registry(
     {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow, "none": NullTracker},
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, Tracker),
 )
-"""By the name that `trackers` has for them."""
+"""The trackers, by the names that the key `trackers` accepts."""

@@ -1,4 +1,4 @@
-"""MLflow: a local store in the run's folder, or where the environment variable MLFLOW_TRACKING_URI says."""
+"""MLflow: a local store in the run folder, or the server of the environment variable MLFLOW_TRACKING_URI."""
 
 import os
 import time
@@ -14,19 +14,19 @@ from qat_runner.runs.trackers.tracker import Tracked, Tracker
 
 NAME = "mlflow"
 EXPERIMENT = "qat_runner"
-"""Unless the environment variable MLFLOW_EXPERIMENT_NAME names another."""
+"""The default experiment; the environment variable MLFLOW_EXPERIMENT_NAME overrides it."""
 LONGEST_VALUE = 500
-"""Letters of a parameter, which some stores have no room beyond."""
+"""Maximum length of a parameter value, because some stores accept no longer ones."""
 
 
 class MLflow(Tracker):
-    """Config as parameters, figures as metrics, by epoch; a run that goes on is the same run there."""
+    """Logs the config as parameters and the figures as metrics per epoch; a resumed run stays the same MLflow run."""
 
     package, extra = "mlflow", "mlflow"
 
     def __init__(self, run: Tracked) -> None:
         super().__init__(run)
-        with warnings.catch_warnings():  # of its own plans for its file store
+        with warnings.catch_warnings():  # about MLflow's plans for its file store
             warnings.simplefilter("ignore")
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             from mlflow import MlflowClient
@@ -62,7 +62,7 @@ class MLflow(Tracker):
     def _log(self, number: int, figures: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        now, most = int(1000 * time.time()), 1000  # a call
+        now, most = int(1000 * time.time()), 1000  # metrics per call
         metrics = [Metric(key, value, now, number) for key, value in figures.items()]
         for start in range(0, len(metrics), most):
             self._client.log_batch(self._id, metrics[start : start + most])

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run's folder."""
+"""TensorBoard: event files in the run folder."""
 
 import threading
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from qat_runner.runs.trackers.tracker import Tracked, Tracker
 
 
 class TensorBoard(Tracker):
-    """Figures as scalars, clipping scalars as histograms. Epochs that a killed run had begun are shown once."""
+    """Writes figures as scalars and clipping scalars as histograms. Repeated epochs of a killed run are shown once."""
 
     package, extra = "tensorboard", "run"
 
@@ -42,6 +42,6 @@ class TensorBoard(Tracker):
 
 
 def _quiet_about_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Its writer's thread tells the next call of its error, which we tell in a sentence; that is enough."""
+    """Suppress tracebacks of TensorBoard's writer thread, whose error the next call raises and the run logs."""
     if not type(args.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(args)

@@ -1,4 +1,4 @@
-"""What a tracker is: where the figures of a run are shown as well, beside the run's own record."""
+"""The interface of trackers, which show the figures of a run in addition to the run's own record."""
 
 import json
 from collections.abc import Mapping
@@ -15,26 +15,26 @@ from qat_runner.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told of the run that begins or goes on."""
+    """What a tracker knows about the run that starts or resumes."""
 
     name: str
-    """of the run"""
+    """name of the run"""
     folder: Path
-    """of the run, in which a tracker may keep files of its own"""
+    """folder of the run, in which a tracker may keep its own files"""
     config: Mapping[str, Any]
-    """the resolved config, nested, in plain values: what config.yaml holds, and all of the run that may be sent"""
+    """the resolved config, nested, as plain values: the content of config.yaml, which may be sent"""
     epoch: int = -1
-    """the last epoch that is on record: the run goes on after it; -1: it begins"""
+    """the last recorded epoch, after which the run resumes; -1 if the run starts"""
 
     def known_as(self, tracker: str) -> str | None:
-        """What a tracker called this run when it began; None: it has not, or has left no note."""
+        """Return the id that a tracker gave this run when it started; None if the run starts now or no id was noted."""
         if self.epoch < 0:
             return None
         found = self._ids().get(tracker)
         return found if isinstance(found, str) else None
 
     def remember(self, tracker: str, run: str) -> None:
-        """Note what a tracker calls this run, so that it is the same one after the run was interrupted."""
+        """Note the id that a tracker gives this run, so that it stays the same run after an interruption."""
         write_text(RunFolder(self.folder).trackers, json.dumps(self._ids() | {tracker: run}, indent=1) + "\n")
 
     def _ids(self) -> dict[str, Any]:
@@ -46,20 +46,20 @@ class Tracked:
 
 
 class Tracker:
-    """Shows the figures of a run. It is made when a run begins or goes on, in its main process alone.
+    """Base class of trackers. One is created when a run starts or resumes, only in the main process.
 
-    Whatever it raises is told in a sentence, and ends the tracking, not the run: the run's own files are its record.
-    Its library is imported when it is made, not before.
+    An exception of a tracker is logged in one sentence and ends the tracking, but not the run, whose record is in its
+    own files. A tracker must not import its library before it is created.
     """
 
     package: ClassVar[str | None] = None
-    """the library that it takes, as Python imports it"""
+    """import name of the library that it needs"""
     extra: ClassVar[str | None] = None
-    """the extra of qat_runner that brings it"""
+    """the extra of qat_runner that installs the library"""
 
     @classmethod
     def missing(cls) -> str | None:
-        """Why it cannot be had here, in half a sentence; None: it can."""
+        """Return why the tracker is not available here, as part of a sentence; None if it is."""
         if cls.package is None or find_spec(cls.package) is not None:
             return None
         brings = f"; pip install 'qat_runner[{cls.extra}]' brings it" if cls.extra else ""
@@ -69,19 +69,19 @@ class Tracker:
         self.run = run
 
     def epoch(self, number: int, figures: Mapping[str, float]) -> None:
-        """The finite figures of an epoch by tag, such as train/loss, val/top1, run/lr."""
+        """Receive the finite figures of an epoch by tag, such as train/loss, val/top1, run/lr."""
 
     def layers(self, number: int, figures: Mapping[str, Mapping[str, float]], scalars: Mapping[str, Tensor]) -> None:
-        """The noise of all tensors after an epoch (0: before any).
+        """Receive the noise of all tensors after an epoch.
 
         Args:
-            number: the epoch.
+            number: the epoch; 0 is before any training.
             figures: name of a figure, such as sqnr_db -> name of a tensor -> its finite value.
             scalars: name of a tensor -> its clipping scalars, any shape, finite.
         """
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
-        """The run is over, with what summary.json holds; None: it broke off or was interrupted, and may go on."""
+        """End the tracking with the content of summary.json, or with None if the run failed or was interrupted."""
 
 
 class NullTracker(Tracker):

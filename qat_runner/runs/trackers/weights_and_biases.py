@@ -1,4 +1,4 @@
-"""Weights & Biases. Nothing leaves the machine unless the user has asked for it: WANDB_MODE=online."""
+"""Weights & Biases. Nothing leaves the machine unless the user sets WANDB_MODE=online."""
 
 import os
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from qat_runner.runs.trackers.tracker import Tracked, Tracker
 
 NAME = "wandb"
 PROJECT = "qat_runner"
-"""Unless the environment variable WANDB_PROJECT names another."""
+"""The default project; the environment variable WANDB_PROJECT overrides it."""
 
 
 class WeightsAndBiases(Tracker):
-    """Offline in the run's folder, from which `wandb sync` sends it; or as the environment variable WANDB_MODE says.
+    """Writes offline files to the run folder, which `wandb sync` uploads, unless WANDB_MODE sets another mode.
 
-    A run that goes on after an interruption is the same run there. Sent are the config, the figures and the result, and
-    nothing of the machine, the code or the terminal.
+    A resumed run stays the same W&B run. The config, the figures and the result are logged, but nothing about the
+    machine, the code or the terminal.
     """
 
     package, extra = "wandb", "wandb"
