@@ -248,8 +248,8 @@ def intervals_of_long(
 ):
     """As `intervals_of_rows` for rows of any size, with reads shared as in `triton_kernels.solve_long`.
 
-    parts: float32 [groups, 2, SUMS, programs]. The guess is used unless it is too close to zero or too far out to say
-    anything about x, which the first read shows.
+    parts: float32 [groups, 2, SUMS, programs]. The guess is used unless it is too close to zero to say anything about
+    x, which the first read shows.
     """
     group, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     parts_ptr += group * (2 * SUMS * programs)
