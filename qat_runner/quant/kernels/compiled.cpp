@@ -60,8 +60,8 @@ inline float clamp(float x, float low, float high) {  // NaN stays NaN
     return x > high ? high : x;
 }
 
-// The sums over a row that OCTAV needs at a clipping scalar s. All are in units of the row's `unit`; all but the last two
-// are weighted.
+// The sums over a row that OCTAV needs at a clipping scalar s. All are in units of the row's `unit`, and all except the
+// last two are weighted.
 struct Sums {
     double excess = 0;   // sum of (a - s) over a > s
     double outside = 0;  // number of a > s
