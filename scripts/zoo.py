@@ -1,4 +1,4 @@
-"""Run networks of many families, tiny or on small images, with random weights, through all steps of the library.
+"""Run networks of all families, tiny or on small images, with random weights, through all steps of the library.
 
     python scripts/zoo.py                        # all networks, as a table on the screen
     python scripts/zoo.py --only 'timm/*' --csv zoo.csv
@@ -203,10 +203,10 @@ INPUTS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
 }
 
 REASONS: dict[str, str] = {
-    "timm/tf_efficientnet_cc_b0_4e": "the weights of its convolutions are mixed for each image",
-    "timm/sequencer2d_s": "it consists of LSTMs",
-    "transformers/FalconModel": "modules whose linear layers multiply by matmul, as attention does, are not changed",
-    "transformers/MambaModel": "the mixer uses the weights of its layers without calling them, and has its own scan",
+    "timm/tf_efficientnet_cc_b0_4e": "its convolution weights are mixed separately for each image",
+    "timm/sequencer2d_s": "it is built from LSTMs",
+    "transformers/FalconModel": "attention is not quantized in a module whose linear layers call matmul directly",
+    "transformers/MambaModel": "the mixer uses its layers' weights without calling them, and implements its own scan",
 }
 """Network of which a share below ENOUGH is quantized -> the reason."""
 
@@ -464,37 +464,35 @@ def page(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGE = """# Networks
+PAGE = """# Tested networks
 
-This page lists {networks} networks of torchvision, timm and transformers with random weights. They were quantized to 4
-bits and run through all functions of the library: {whole} pass. The median share of quantized
-multiply-accumulates is {median}; the share is 100 % in {everything} networks, and at least 95 % in {enough}.
+{networks} networks of torchvision, timm and transformers, with random weights and quantized to 4 bits, were taken
+through everything that the library does: {whole} pass. The median share of multiply-accumulates that are quantized
+is {median}; the share is 100 % in {everything} networks, and at least 95 % in {enough}.
 
 <!-- shell: not run, takes half an hour -->
 ```bash
 python scripts/zoo.py --markdown docs/results/networks.md --csv docs/results/networks.csv
 ```
 
-The columns of the tables:
+The columns are:
 
-- *layers alone*: the share of the multiply-accumulates in Conv2d and Linear layers that are called as such, and in
-  attention that uses the attention interface of transformers.
-- *quantized*: the share of the multiply-accumulates whose two operands are quantized. It adds up to 100 % with the
-  shares of what is not quantized, and the total is checked against PyTorch's own counter on the network before
-  quantization.
-- *off*: how the outputs with disabled quantizers differ from those of the original network: the same bits, or the same
-  up to rounding.
-- *exported*: how the outputs of a file of `torch.export`, after reading it back, differ from those of the frozen
-  network: the same bits, or the norm of the difference relative to that of the output. Each layer rounds its input to
-  sixteen codes, so sums that are rounded differently, for example because BatchNorm is folded, mostly have no effect;
-  they have one where a value gets another code.
-- *steps*: forward and backward pass, the state dict in both directions, a copy, `save` and `load`, `freeze`, `export`,
-  and `remove_quantizers`, after which all bits are as before.
-- *what is left*: what is not quantized; if less than 95 % is quantized, also why.
+- *layers alone*: the share of multiply-accumulates computed by Conv2d and Linear layers that are called as modules, and
+  by attention through the attention interface of transformers.
+- *quantized*: the share of multiply-accumulates with both operands quantized. This share and those in the last column
+  add up to 100 %. The total is checked against PyTorch's own FLOP counter on the original network.
+- *off*: the output with quantizers switched off, compared with the original output: bitwise the same, or the same up to
+  rounding.
+- *exported*: the output of an exported file (`torch.export`) that was read back, compared with that of the frozen
+  network: bitwise the same, or the norm of the difference relative to the output. Each layer rounds its input to
+  sixteen codes, so sums that round differently, as with folded BatchNorm, mostly have no effect; they have one where a
+  value falls on another code.
+- *steps*: the steps that pass. All steps are forward and backward pass, the state dict in both directions, a copy,
+  `save` and `load`, `freeze`, `export`, and `remove_quantizers`, after which the output is bitwise the original one.
+- *what is left*: what is not quantized, with the reason if less than 95 % is quantized.
 
-The run took {minutes} minutes on one core of a busy machine, with
-{versions}.
-[networks.csv](networks.csv) contains the same tables and the seconds of each network.
+The run took {minutes} minutes on one core of a busy machine, with {versions}.
+[networks.csv](networks.csv) has the same data, and the seconds of each network.
 """
 
 

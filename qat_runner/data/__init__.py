@@ -1,4 +1,4 @@
-"""Data sets by name, as batches of what a model takes."""
+"""Data sets by name, read as batches of model inputs and targets."""
 
 from qat_runner.data.batches import Batch, Data
 from qat_runner.data.dataset import Dataset, Delivery

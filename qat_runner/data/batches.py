@@ -1,4 +1,4 @@
-"""What all data sets have in common: their batches."""
+"""The interface that all data sets share: their batches."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,18 +21,21 @@ class Shard:
     world: int = 1
 
     def samples(self, batch: Any) -> Any:
-        """Those of a training batch, of anything that can be sliced: every `world`-th."""
+        """Return this process's samples of a training batch (anything that can be sliced): every `world`-th."""
         return batch[self.rank :: self.world]
 
     def weight(self, batch: int) -> float:
-        """Of the mean over its samples of a training batch, where the means of all processes are averaged.
+        """Return the weight of this process's mean over its samples, where the means of all processes are averaged.
 
-        1 if each has as many samples.
+        The weight is 1 if all processes have the same number of samples of a training batch of `batch` samples.
         """
         return len(range(self.rank, batch, self.world)) * self.world / batch
 
     def owns(self, number: int) -> bool:
-        """Whether a validation batch is its own: whole ones, since they are what dynamic scalars are solved on."""
+        """Return whether this process evaluates a validation batch.
+
+        Validation batches are never split, because dynamic clipping scalars are solved on whole batches.
+        """
         return number % self.world == self.rank
 
 
@@ -40,20 +43,20 @@ WHOLE = Shard()
 
 
 class Batch(NamedTuple):
-    """What a model takes, and what it should answer."""
+    """Inputs of a model, and the targets of its outputs."""
 
     inputs: tuple[Tensor, ...]
-    """positional arguments of the model's forward, [N, ...] each"""
+    """positional arguments of the model's forward method, [N, ...] each"""
     targets: Tensor
-    """what it should answer, [N, ...], in the terms of the task"""
+    """targets, [N, ...], in the format of the task"""
 
     @property
     def size(self) -> int:
-        """N, the number of samples."""
+        """Number of samples, N."""
         return len(self.targets)
 
     def parts(self, count: int) -> Iterator["Batch"]:
-        """The batch in `count` parts of about the same size, fewer where there are fewer samples."""
+        """Split the batch into `count` parts of about the same size, or fewer parts where there are fewer samples."""
         columns = [t.tensor_split(count) for t in (*self.inputs, self.targets)]
         for *inputs, targets in zip(*columns, strict=True):
             if len(targets):
@@ -61,9 +64,9 @@ class Batch(NamedTuple):
 
 
 class Data(Protocol):
-    """A data set ready for training. Its batches are on `device`; both splits come out the same at any time.
+    """A data set ready for training. Its batches are on `device`, and both splits give the same batches on every call.
 
-    Where several processes share the work, each gets its shard of every training batch, and its share of the validation
+    Where several processes share the work, each gets its shard of every training batch, and a subset of the validation
     batches.
     """
 
@@ -74,11 +77,11 @@ class Data(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was found in reading the data that whoever asked for them should know."""
+        """Findings from reading the data that the user should know about."""
 
     @property
     def corrupt(self) -> set[str] | None:
-        """What could not be read and was left out up to now; None where nothing may be left out."""
+        """Samples left out so far because they could not be read; None where no sample may be left out."""
 
     @property
     def train_size(self) -> int: ...
@@ -87,36 +90,38 @@ class Data(Protocol):
     def val_size(self) -> int: ...
 
     def train_steps(self, batch_size: int) -> int:
-        """Batches in an epoch; at least one."""
+        """Number of batches in an epoch, at least one."""
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
-        """Batches `start` to `limit` of an epoch, in its own order and augmentation; any of them at any time.
+        """Yield batches `start` to `limit` of an epoch; every epoch has its own order and augmentation.
+
+        Any range of batches of any epoch can be requested at any time.
 
         Args:
-            batch_size: samples a batch, over all processes.
-            epoch: 0 or more.
-            limit: where to end; None: with the epoch.
-            start: how many to skip.
+            batch_size: samples per batch, over all processes.
+            epoch: number of the epoch, from 0.
+            limit: the batch to stop before; None: the end of the epoch.
+            start: number of batches to skip.
         """
 
     def val_batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The first `limit` batches of the validation split in its own order, the last as small as it comes."""
+        """Yield the first `limit` batches of the validation split in its own order; the last batch may be smaller."""
 
 
 def train_rows(data: Data, batch_size: int, epoch: int, limit: int | None, start: int) -> Iterator[NDArray[np.int64]]:
-    """Of each training batch that `Data.train_batches` is asked for, the numbers of this process's samples."""
+    """Yield the indices of this process's samples for each training batch; arguments as in `Data.train_batches`."""
     order = shuffled(data.train_size, epoch_seed(data.seed, epoch)).numpy()
     for batch in itertools.islice(range(data.train_steps(batch_size)), start, limit):
         yield data.shard.samples(order[batch * batch_size : (batch + 1) * batch_size])
 
 
 def sent(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor, of any shape and dtype, on its way to a device without a wait, as from pageable memory there may be."""
+    """Copy a tensor of any shape and dtype to a device without blocking; copies from pageable memory could block."""
     if device.type == "cuda" and not (t.is_cuda or t.is_pinned()):
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 
 def unsharded(data: Data) -> Data:
-    """The same data as one process alone would see it, for what every process must do on the same samples."""
+    """Return the same data without sharding, for work that every process must do on the same samples."""
     return replace(data, shard=WHOLE)  # type: ignore[type-var]  # all data sets are dataclasses with a shard

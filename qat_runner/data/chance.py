@@ -1,4 +1,4 @@
-"""What is left to chance, by seeds: the order of an epoch, and what is drawn for a batch or a picture."""
+"""Seeded randomness: the order of an epoch, and the random numbers of a batch or an image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """One seed for each (seed, epoch), far apart."""
+    """Return a seed for (seed, epoch); the seeds of different pairs are unrelated."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def shuffled(n: int, seed: int) -> Tensor:
-    """The numbers from 0 to n - 1 in an order by a seed, int64 [n]."""
+    """Return the numbers from 0 to n - 1, shuffled with a seed, int64 [n]."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """While open, torch's generator draws by a seed; afterwards it is as it was."""
-    chance = torch.default_generator  # itself: torch.manual_seed asks after every kind of device, for each picture
+    """Seed torch's global CPU generator within the context; restore its state afterwards."""
+    chance = torch.default_generator  # used directly: torch.manual_seed would check every kind of device for each image
     before = chance.get_state()
     try:
         chance.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a data set is to the runner: its task, what lies on the disk, and how it is read and fetched."""
+"""The description of a data set: its task, its files on disk, and how it is read and downloaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,32 +13,32 @@ from qat_runner.data.batches import WHOLE, Data, Shard
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where batches are wanted, and how."""
+    """Where batches are delivered, and in which form."""
 
     device: torch.device
     seed: int
-    """of order and augmentation"""
+    """seed of the data order and of the augmentation"""
     channels_last: bool = False
-    """memory layout of pictures"""
+    """whether image batches have the channels_last memory layout"""
     tokenizer: Any = None
-    """of text: a fast one of transformers"""
+    """for text: a fast tokenizer of transformers"""
     shard: Shard = WHOLE
-    """of this process, where several share the work"""
+    """the part of the data that this process works on, where several processes share the work"""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, whose name is that of its file in `data/sets/` and of its YAML file."""
+    """A data set. Its name is the name of its file in `data/sets/` and of its YAML file."""
 
     task: str
-    """name of what is learned of it, one of `qat_runner.tasks.TASKS`"""
+    """name of the task that it is for, one of `qat_runner.tasks.TASKS`"""
     read: Callable[[Path, DatasetConfig, Delivery], Data]
-    """of a folder that holds it; may raise anything on files that are something else"""
+    """reads it from the folder that contains it; may raise any exception on files of another kind"""
     holds: Callable[[Path], bool] | None = None
-    """whether a folder holds it; None: there is nothing to hold"""
+    """tells whether a folder contains it; None: it has no files"""
     content: str = ""
-    """what must lie in that folder"""
+    """what that folder must contain, for messages"""
     fetch: Callable[[Path], object] | None = None
-    """download or unpack it into a folder; None: that is up to the user"""
+    """downloads or unpacks it into a folder; None: the user has to provide it"""
     fetching: str = "downloads it"
-    """what `fetch` does, after the command that asks for it"""
+    """what `fetch` does, in words that follow the command in messages"""

@@ -1,9 +1,9 @@
-"""The content of a file as a picture of three bytes a pixel, whatever kind of picture it is.
+"""Decode image files of any supported kind to RGB images with one byte per channel.
 
-- It is turned upright where its EXIF data say how the camera was held.
-- Transparency is shown on white.
-- Greys of more than 8 bits are scaled, not cut off at 255: see `_deep_grey`.
-- Of several frames, the first is the picture.
+- An image is rotated upright according to the orientation in its EXIF data.
+- Transparent pixels are composited onto white.
+- Greyscale values of more than 8 bits are scaled, not clipped at 255: see `_deep_grey`.
+- Of several frames, the first one is used.
 """
 
 import functools
@@ -22,78 +22,80 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".gif", ".avif"),
     *(".bmp", ".ppm", ".pgm", ".pbm"),
 )
-"""Of files that are taken for pictures, in lower case."""
+"""Suffixes, in lower case, of the files that count as images."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP", "PPM")
-"""What such a file may hold. Pillow goes by content, and knows formats that it hands to other programs (EPS)."""
+"""Formats that such a file may contain. They are restricted because Pillow detects formats by content, and passes some
+of them to other programs (EPS)."""
 
 BITS_PER_SAMPLE = 258
-"""TIFF's tag"""
+"""TIFF tag of the bits per sample"""
 
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
-"""TIFF's tag that says what is white, and one of its values"""
+"""TIFF tag of the photometric interpretation, and its value for greyscale images in which 0 is white"""
 
 ORIENTATION = 274
-"""EXIF's tag"""
+"""EXIF tag of the orientation"""
 
 
 def decode_picture(content: bytes) -> Image.Image:
-    """The picture that a file holds, of mode RGB.
+    """Decode the content of a file to an image of mode RGB.
 
     Raises:
-        OSError: it is no picture of these formats, or part of one.
-        ValueError: its numbers could mean anything.
-        Image.DecompressionBombError: it has more pixels than Pillow allows.
+        OSError: the content is not an image of FORMATS, or is incomplete.
+        ValueError: the range of the pixel values is ambiguous.
+        Image.DecompressionBombError: the image has more pixels than Pillow allows.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF data, and the like, which change no pixel
+        warnings.simplefilter("ignore")  # about damaged EXIF data and the like, which affect no pixel
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
         picture.load()
-        with suppress(Exception):  # EXIF data may be anything; the pixels are there
+        with suppress(Exception):  # the EXIF data may be invalid; the pixels are decoded already
             ImageOps.exif_transpose(picture, in_place=True)
         return _in_colour(picture)
 
 
 def decode_pixels(content: bytes) -> Tensor:
-    """The pixels of `decode_picture`, sooner where torchvision can decode them: those of upright grey or colour JPEGs.
+    """Decode the content of a file to the same pixels as `decode_picture`, but faster where torchvision can decode it.
 
-    Both decode by libjpeg, to the same bytes where theirs are of one kind, as in the published wheels.
+    torchvision decodes upright greyscale or colour JPEGs. Both libraries use libjpeg, and give the same bytes where
+    they are built with the same kind of it, as in the published wheels.
 
     Returns:
-        [3, H, W], uint8, the colours of a pixel side by side in memory.
+        [3, H, W], uint8; the three channels of a pixel are adjacent in memory.
 
     Raises:
         OSError, ValueError, Image.DecompressionBombError: as `decode_picture`.
     """
     if plain_jpeg(content):
-        with suppress(RuntimeError):  # damaged: Pillow knows what is wrong
+        with suppress(RuntimeError):  # the file is damaged: Pillow reports what is wrong
             return jpeg_pixels([as_tensor(content)], torch.device("cpu"))[0]
     return torch.from_numpy(np.array(decode_picture(content))).permute(2, 0, 1)
 
 
 def plain_jpeg(content: bytes) -> bool:
-    """Whether it seems to be a JPEG that torchvision decodes to what Pillow does, by its head."""
+    """Return whether the content, by its header, is a JPEG that torchvision decodes to the same pixels as Pillow."""
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # refuses bombs
-        says = {"exif", "xmp"} & picture.info.keys()  # either may turn it
+        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # raises for decompression bombs
+        says = {"exif", "xmp"} & picture.info.keys()  # either may contain an orientation
         upright = not says or picture.getexif().get(ORIENTATION, 1) == 1
         return picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright
     return False
 
 
 def jpeg_pixels(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The pixels of JPEGs that are `plain_jpeg`, as `decode_pixels` gives them, decoded on a device.
+    """Decode JPEGs that are `plain_jpeg` on a device, to the same format as `decode_pixels`.
 
     Raises:
         RuntimeError: one of them is damaged.
     """
-    # The decoder takes memory of the current stream and writes it on a stream of its own, which waits for nothing: it
-    # must not get what kernels of training, which are still to run, have been the last to need.
+    # The decoder allocates memory on the current stream, but writes to it on its own stream without synchronizing. On
+    # the training stream it could get memory that training kernels, which are queued but have not run yet, still use.
     aside = _aside(device) if device.type == "cuda" else None
     with warnings.catch_warnings(), nullcontext() if aside is None else torch.cuda.stream(aside):
         warnings.simplefilter("ignore")
-        from torchvision.io import ImageReadMode, decode_jpeg  # which takes a second to import
+        from torchvision.io import ImageReadMode, decode_jpeg  # deferred: the import takes a second
 
         pixels: list[Tensor] = decode_jpeg(jpegs, mode=ImageReadMode.RGB, device=device)
     if aside is not None:
@@ -106,12 +108,12 @@ def jpeg_pixels(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
 
 @functools.cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """A stream whose memory nothing but decoded pictures uses."""
+    """Return a stream of the device whose memory only decoded images use."""
     return torch.cuda.Stream(device)
 
 
 def as_tensor(content: bytes) -> Tensor:
-    """Bytes as uint8 [length], which may be written to."""
+    """Return the bytes as a writable tensor, uint8 [length]."""
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
@@ -125,24 +127,24 @@ def _in_colour(picture: Image.Image) -> Image.Image:
 
 
 def _deep_grey(picture: Image.Image) -> Image.Image:
-    """Greys of 12, 16 or 32 bits or floats, as bytes; on white where one of them is transparent.
+    """Convert a greyscale image of 12, 16 or 32 bits or floats to bytes; a transparent grey value becomes white.
 
-    12 and 16 bits count as the whole range of their type. 32 bits hold no such range in practice: whole numbers up to
-    255 count as bytes, up to 65535 as 16 bits, and floats as in `as_bytes`.
+    Values of 12 and 16 bits are scaled from the whole range of their type. Values of 32 bits do not use the whole range
+    in practice: whole numbers up to 255 count as bytes, up to 65535 as 16 bits, and floats are taken as in `as_bytes`.
 
     Raises:
-        ValueError: other values.
+        ValueError: the values are in another range.
     """
     values = np.asarray(picture)
     tags = getattr(picture, "tag_v2", {})
     if picture.mode.startswith("I;16"):
         bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
     elif picture.mode == "I" and (picture.format == "PPM" or (values.min() >= 0 and 255 < values.max() <= 65535)):
-        bits = 16  # Pillow stretches those of PGM to that
+        bits = 16  # Pillow scales the values of PGM files to 16 bits
     else:
         bits = 0
     greys = np.rint(values * (255 / (2**bits - 1))).astype(np.uint8) if bits else as_bytes(values)
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow sees to in bytes alone
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow handles this only for images of 8 bits
         greys = 255 - greys
     if isinstance(transparent := picture.info.get("transparency"), int):
         greys = np.where(values == transparent, 255, greys).astype(np.uint8)

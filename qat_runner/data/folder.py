@@ -1,4 +1,4 @@
-"""Folders of pictures, in any of the layouts: decoded and augmented in worker processes."""
+"""Image folders in any of the layouts, decoded and augmented in worker processes."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,20 @@ from qat_runner.data.workers import Order, Workers
 from qat_runner.errors import RunError
 
 RESIZE_RATIO = 256 / 224
-"""Validation pictures are resized to this times the crop, the ImageNet standard."""
+"""Validation images are resized to this multiple of the crop size, the ImageNet standard."""
 
 LONGEST = 16
-"""Of a validation picture, what lies further from its centre than this ratio of sides is cut off before resizing."""
+"""Longest allowed ratio of the sides of a validation image; longer images are center-cropped to it before resizing."""
 
 
 log = logging.getLogger("qat_runner")
 
 
 def _within_reach(picture: Any) -> Any:
-    """The picture, or the middle of a very long one: all of it, resized by its short side, might not fit in memory."""
+    """Return the image, or the center of a very long one.
+
+    A very long image that is resized by its shorter side might not fit in memory.
+    """
     from torchvision.transforms.v2 import functional
 
     sides = functional.get_size(picture)
@@ -37,22 +40,22 @@ def _within_reach(picture: Any) -> Any:
 
 
 class FolderSource:
-    """A source (see `images.Source`) of a folder's train and val, in any layout; batches are the same in all of them.
+    """The train and val splits of an image folder, as an `images.Source`. Batches are the same in every layout.
 
-    Training: a random part of 8 to 100 % of the area, resized, mirrored every other time. Validation: the centre of the
-    resized picture.
+    Training images are random crops of 8 to 100 % of the area, resized, and flipped horizontally with probability 0.5.
+    Validation images are center crops of the resized image.
 
     Args:
-        folder: holds the pictures as `layouts.CONTENT` says.
-        image_size: pixels a side of what comes out.
-        workers: processes that decode, for each split; 0 decodes in this process.
-        skip_corrupt: leave out pictures that cannot be decoded.
+        folder: contains the images as described in `layouts.CONTENT`.
+        image_size: side length of the resulting images in pixels.
+        workers: number of decoding processes for each split; 0 decodes in this process.
+        skip_corrupt: leave out images that cannot be decoded.
         resizing: "pillow" or "tensor"; see `DatasetConfig.resizing`.
         interpolation: "nearest", "bilinear" or "bicubic".
-        resize_size: of validation pictures, pixels of the shorter side before the crop; None: by RESIZE_RATIO.
+        resize_size: shorter side of validation images before the crop, in pixels; None: determined by RESIZE_RATIO.
 
     Raises:
-        ValueError: a folder or a file cannot be read, the splits have other classes, or a class has no pictures.
+        ValueError: a folder or a file cannot be read, the splits have different classes, or a class has no images.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class FolderSource:
         interpolation: str = "bilinear",
         resize_size: int | None = None,
     ) -> None:
-        from torchvision.transforms import v2  # which takes a second to import
+        from torchvision.transforms import v2  # deferred: the import takes a second
 
         between = v2.InterpolationMode(interpolation)  # antialias is the default of the published recipes
         decode, last = (decode_pixels, []) if resizing == "tensor" else (decode_picture, [v2.PILToTensor()])
@@ -74,9 +77,7 @@ class FolderSource:
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         stored = read_pictures(folder)
         self.classes = stored.classes
-        told = [
-            f"{split}/: passed over {which.passed_over}" for split, which in stored.splits.items() if which.passed_over
-        ]
+        told = [f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over]
         self.notes = (*filter(None, [stored.note]), *told)
         self.train_size, self.val_size = (len(stored.splits[split].labels) for split in ("train", "val"))
 
@@ -87,10 +88,10 @@ class FolderSource:
         }
         self._splits: dict[str, Split] = {split: Workers(which, workers) for split, which in self._pictures.items()}
         self.corrupt: set[str] | None = set() if skip_corrupt else None
-        """what is wrong with each picture that was left out"""
+        """for each image that was left out, a message that says why"""
 
     def decode_on(self, device: torch.device) -> None:
-        """Have JPEGs decoded, and all pictures resized, on a device; workers only read. For resizing="tensor"."""
+        """Decode JPEGs and resize all images on a device; workers only read files. Requires resizing="tensor"."""
         self._splits = {split: OnDevice(which, self._most, device) for split, which in self._pictures.items()}
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
@@ -106,7 +107,7 @@ class FolderSource:
     def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         order = range(self.val_size)
 
-        def items(batch: int) -> list[tuple[int, int]]:  # without self: workers in a circle of references end late
+        def items(batch: int) -> list[tuple[int, int]]:  # no self: a reference cycle would delay the workers' end
             return [(0, index) for index in order[batch * batch_size : (batch + 1) * batch_size]]
 
         return self._batches("val", Order([batch for batch in batches if shard.owns(batch)], items), shard.world == 1)
@@ -121,18 +122,18 @@ class FolderSource:
             if len(labels):
                 decoded = True
                 yield pictures, labels
-            elif split == "train":  # each process has a part of each step
-                raise RunError(f"none of the {len(troubles)} pictures of a batch can be decoded; {trouble}")
+            elif split == "train":  # each process must contribute to each step
+                raise RunError(f"none of the {len(troubles)} images of a batch can be decoded; {trouble}")
         if trouble and not decoded and all_of_it:
-            raise RunError(f"no picture of {split} can be decoded; {trouble}")
+            raise RunError(f"no image of {split} can be decoded; {trouble}")
 
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
-        """What could be decoded of a batch, perhaps nothing."""
+        """Return the images of a batch that could be decoded (possibly none), and log the others."""
         told = sorted(set(filter(None, troubles)))
         if unread := [trouble for trouble in told if isinstance(trouble, Unread)]:
             raise RunError(unread[0])
         if self.corrupt is None:
-            raise RunError(f"{told[0]}; dataset.skip_corrupt=true leaves such pictures out")
+            raise RunError(f"{told[0]}; set dataset.skip_corrupt=true to leave out such images")
         for trouble in told:
             if trouble not in self.corrupt:
                 log.warning(f"{trouble}: left out")

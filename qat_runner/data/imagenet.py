@@ -1,10 +1,12 @@
-"""ILSVRC2012 from its official tar files to class folders: checked, and restartable after an interruption.
+"""Unpack ILSVRC2012 from its official tar files to class folders.
+
+The files are checked, and an interrupted call can be repeated.
 
     DATA_DIR/ILSVRC2012_img_train.tar         ->  DATA_DIR/train/n01440764/*.JPEG ...
     DATA_DIR/ILSVRC2012_img_val.tar           ->  DATA_DIR/val/n01440764/*.JPEG ...
-    DATA_DIR/ILSVRC2012_devkit_t12.tar.gz     the classes of the validation pictures
+    DATA_DIR/ILSVRC2012_devkit_t12.tar.gz     the classes of the validation images
 
-Class folders sorted by name are in the order of torchvision's published weights.
+The class folders, sorted by name, are in the order of the outputs of torchvision's published weights.
 """
 
 import hashlib
@@ -24,18 +26,18 @@ MD5 = {
     "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
     "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
 }
-"""The official files and their sums."""
+"""The official files and their MD5 sums."""
 
 PICTURES = {"train": 1_281_167, "val": 50_000}
 FIRST_CLASS, LAST_CLASS = "n01440764", "n15075141"
-"""tench and toilet tissue: classes 0 and 999."""
+"""Tench and toilet tissue: classes 0 and 999."""
 
 
 def prepare_imagenet(folder: Path) -> None:
-    """Make the class folders; what an earlier call has finished is skipped.
+    """Create the class folders; parts that an earlier call has finished are skipped.
 
     Raises:
-        ValueError: a tar file is missing or damaged, or does not hold what it should.
+        ValueError: a tar file is missing or damaged, or does not have the expected content.
     """
     for name in MD5:
         _check(folder / name)
@@ -46,13 +48,13 @@ def prepare_imagenet(folder: Path) -> None:
     for split, wanted in PICTURES.items():
         found = sum(1 for _ in (folder / split).glob("*/*.JPEG"))
         if found != wanted:
-            raise ValueError(f"{folder / split} holds {found} pictures, not {wanted}")
+            raise ValueError(f"{folder / split} contains {found} images; must be {wanted}")
 
 
 def _check(path: Path) -> None:
-    """Compare a file's sum with the official one, once: a note beside it says that it was right."""
+    """Compare the MD5 sum of a file with the official one, once: a file beside it records that it was right."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it comes from image-net.org")
+        raise ValueError(f"{path} is missing; download it from image-net.org")
     stat = path.stat()
     note, seal = path.with_name(f"{path.name}.checked"), f"{stat.st_size} {stat.st_mtime_ns}"
     if note.is_file() and note.read_text(encoding="utf-8") == seal:
@@ -66,14 +68,14 @@ def _check(path: Path) -> None:
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != MD5[path.name]:
-        raise ValueError(f"{path} is damaged: its MD5 sum is {digest.hexdigest()}, not {MD5[path.name]}")
+        raise ValueError(f"{path} is damaged: its MD5 sum is {digest.hexdigest()}; must be {MD5[path.name]}")
     note.write_text(seal, encoding="utf-8")
 
 
 def read_devkit(path: Path) -> tuple[dict[str, str], list[str]]:
-    """WordNet id -> words of the 1000 classes, and the id of each validation picture in order."""
+    """Return a dict from WordNet id to words for the 1000 classes, and the id of each validation image in order."""
     with tarfile.open(path) as tar:
-        from scipy.io import loadmat  # for this alone
+        from scipy.io import loadmat  # deferred: only used here
 
         meta = loadmat(_member(tar, "data/meta.mat"), squeeze_me=True)["synsets"]
         truth = _member(tar, "data/ILSVRC2012_validation_ground_truth.txt").read().decode()
@@ -87,7 +89,7 @@ def _member(tar: tarfile.TarFile, ending: str) -> IO[bytes]:
     name = next((name for name in tar.getnames() if name.endswith(ending)), None)
     file = None if name is None else tar.extractfile(name)
     if file is None:
-        raise ValueError(f"{tar.name!r} holds no {ending}")
+        raise ValueError(f"{tar.name!r} does not contain {ending}")
     return file
 
 
@@ -95,7 +97,7 @@ def _unpack_val(archive: Path, folder: Path, wnids: Sequence[str]) -> None:
     with tarfile.open(archive) as tar:
         members = sorted((m for m in tar.getmembers() if m.isfile()), key=lambda member: member.name)
         if len(members) != len(wnids):
-            raise ValueError(f"{archive} holds {len(members)} pictures, the devkit knows {len(wnids)}")
+            raise ValueError(f"{archive} contains {len(members)} images, but the devkit lists {len(wnids)}")
         for member, wnid in tqdm(list(zip(members, wnids, strict=True)), desc="val"):
             picture = folder / wnid / Path(member.name).name
             if picture.is_file():
@@ -106,11 +108,11 @@ def _unpack_val(archive: Path, folder: Path, wnids: Sequence[str]) -> None:
             assert source is not None
             with open(part, "wb") as file:
                 shutil.copyfileobj(source, file)
-            part.rename(picture)  # whole or not at all
+            part.rename(picture)  # atomic: the file is complete or absent
 
 
 def _unpack_train(archive: Path, folder: Path) -> None:
-    """Each class is unpacked beside its place and moved there when it is whole."""
+    """Unpack each class beside its final place, and move it there when it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive) as tar:
         for member in tqdm([m for m in tar.getmembers() if m.name.endswith(".tar")], desc="train"):
@@ -120,23 +122,23 @@ def _unpack_train(archive: Path, folder: Path) -> None:
             part = folder.parent / f"{target.name}.part"
             shutil.rmtree(part, ignore_errors=True)
             with tarfile.open(fileobj=tar.extractfile(member)) as pictures:
-                pictures.extractall(part, filter="data")  # nothing leaves the folder
+                pictures.extractall(part, filter="data")  # no member can be written outside the folder
             part.rename(target)
 
 
 def check_order(wnids: Sequence[str], words: dict[str, str]) -> None:
-    """Class folders against the names that torchvision's weights have for their outputs.
+    """Check class folders against the names of the outputs of torchvision's weights.
 
     Raises:
-        ValueError: most names differ, so the folders are others or in another order.
+        ValueError: the number of folders or more than 5 % of the names differ, so the classes or their order are wrong.
     """
-    from torchvision.models._meta import _IMAGENET_CATEGORIES as CATEGORIES  # which takes a second
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as CATEGORIES  # deferred: the import takes a second
 
     right = np.array(
         [name.split()[0] in words.get(wnid, "") for wnid, name in zip(wnids, CATEGORIES, strict=False)], dtype=bool
     )
     if len(wnids) != len(CATEGORIES) or right.mean() < 0.95:
         raise ValueError(
-            f"{len(wnids)} class folders, {int(right.sum())} of them where torchvision's weights expect them: "
-            f"they must be the {len(CATEGORIES)} of ILSVRC2012"
+            f"{int(right.sum())} of {len(wnids)} class folders are where torchvision's weights expect them; "
+            f"must be the {len(CATEGORIES)} class folders of ILSVRC2012"
         )

@@ -1,8 +1,8 @@
-"""Image data sets as batches of normalized pictures.
+"""Image data sets as batches of normalized images.
 
-Order and augmentation depend on (seed, epoch) alone, so an epoch can be repeated exactly, whatever came before it.
-Small data sets are held in memory and augmented a batch at a time; folders of pictures are decoded by worker processes.
-Both hand over bytes, which are normalized on the device.
+Order and augmentation depend only on (seed, epoch), so an epoch can be repeated exactly, whatever came before it.
+Small data sets are held in memory and augmented one batch at a time; image folders are decoded by worker processes.
+Both deliver bytes, which are normalized on the device.
 """
 
 from collections.abc import Iterator
@@ -18,21 +18,22 @@ from qat_runner.data.batches import WHOLE, Batch, Shard, sent
 from qat_runner.data.chance import epoch_seed, shuffled
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
-"""Of pictures in memory: shifts by up to an eighth of the side, and a mirror image every other time."""
+"""Augmentations of images in memory: crop shifts by up to an eighth of the side; crop_flip also flips horizontally
+with probability 0.5."""
 
 Labelled = tuple[Tensor, Tensor]
-"""pictures uint8 [N, C, H, W], labels int64 [N]"""
+"""images uint8 [N, C, H, W], labels int64 [N]"""
 
 
 class Source(Protocol):
-    """Where pictures come from. Both splits of a data set, as bytes."""
+    """A source of images: both splits of a data set, as bytes."""
 
     train_size: int
     val_size: int
     notes: tuple[str, ...]
-    """what was passed over, or taken for what it does not say it is"""
+    """what was skipped, or interpreted in a way that the data do not state"""
     corrupt: set[str] | None
-    """as of `Data`"""
+    """as in `Data`"""
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]: ...
 
@@ -41,7 +42,10 @@ class Source(Protocol):
 
 @dataclass
 class ImageData:
-    """Pictures to classify, as `Data`: inputs float32 [N, 3, image_size, image_size], normalized; targets [N]."""
+    """Images to classify, as `Data`.
+
+    Inputs are normalized images, float32 [N, 3, image_size, image_size]; targets are int64 [N].
+    """
 
     name: str
     num_classes: int
@@ -52,10 +56,10 @@ class ImageData:
     device: torch.device
     seed: int
     channels_last: bool = False
-    """memory layout of the batches"""
+    """whether the batches have the channels_last memory layout"""
     shard: Shard = WHOLE
     interpolation: str = "bilinear"
-    """nearest, bilinear or bicubic: how pictures that are smaller than image_size are enlarged"""
+    """nearest, bilinear or bicubic: how images that are smaller than image_size are enlarged"""
 
     @property
     def train_size(self) -> int:
@@ -74,7 +78,7 @@ class ImageData:
         return self.source.corrupt
 
     def train_steps(self, batch_size: int) -> int:
-        """Batches in an epoch: full ones only, so that BatchNorm never sees a remnant; at least one."""
+        """Number of batches in an epoch, at least one: only full ones, so that BatchNorm never sees a partial batch."""
         return max(self.train_size // batch_size, 1)
 
     def train_batches(self, batch_size: int, epoch: int, limit: int | None = None, start: int = 0) -> Iterator[Batch]:
@@ -89,7 +93,7 @@ class ImageData:
 
     @cached_property
     def _bytes_normalized(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of bytes, [1, C, 1, 1] each."""
+        """Mean and standard deviation on the scale of bytes (0..255), [1, C, 1, 1] each."""
         mean, std = (torch.tensor(values, device=self.device).mul_(255) for values in (self.mean, self.std))
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
@@ -110,10 +114,10 @@ class ImageData:
 
 @dataclass
 class MemorySource:
-    """Pictures held in memory; both splits are one large batch each.
+    """Images held in memory; each split is one large batch.
 
     Raises:
-        ValueError: pictures and labels of a split differ in number or there are none; sizes of pictures differ.
+        ValueError: a split is empty, its images and labels differ in number, or the images are not squares of one size.
     """
 
     training: Labelled
@@ -125,10 +129,10 @@ class MemorySource:
     def __post_init__(self) -> None:
         for pictures, labels in (self.training, self.validation):
             if not len(pictures) == len(labels) > 0:
-                raise ValueError(f"{len(pictures)} pictures with {len(labels)} labels")
+                raise ValueError(f"{len(pictures)} images and {len(labels)} labels: must be equally many, at least one")
         sizes = [tuple(pictures.shape[2:]) for pictures, _ in (self.training, self.validation)]
         if len({side for size in sizes for side in size}) > 1:
-            raise ValueError(f"pictures of {sizes[0]} pixels to train with, {sizes[1]} to validate: must be one square")
+            raise ValueError(f"train has images of {sizes[0]} pixels, val of {sizes[1]}: must be squares of one size")
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
@@ -137,7 +141,7 @@ class MemorySource:
         for batch in batches:
             chosen = order[batch * batch_size : (batch + 1) * batch_size]
             pictures, labels = (t[chosen] for t in self.training)
-            # Of the whole batch, so that a picture's augmentation does not depend on how many processes there are.
+            # The whole batch is augmented, so that an image's augmentation does not depend on the number of processes.
             pictures = augment(pictures, self.augmentation, torch.Generator().manual_seed(epoch_seed(chance, batch)))
             yield shard.samples(pictures), shard.samples(labels)
 
@@ -147,7 +151,7 @@ class MemorySource:
 
 
 def shrink(pictures: Tensor, size: int) -> Tensor:
-    """Pictures uint8 [N, C, H, H] averaged down to [N, C, size, size]; size must divide H."""
+    """Downsample images uint8 [N, C, H, H] to [N, C, size, size] by averaging; size must divide H."""
     factor = pictures.shape[2] // size
     if factor == 1:
         return pictures
@@ -156,12 +160,12 @@ def shrink(pictures: Tensor, size: int) -> Tensor:
 
 
 def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Augment a batch, each picture on its own.
+    """Augment each image of a batch independently.
 
     Args:
         pictures: [N, C, H, W], any dtype.
         how: one of AUGMENTATIONS.
-        generator: where chance comes from.
+        generator: source of the random numbers.
 
     Returns:
         The same shape and dtype.

@@ -1,4 +1,4 @@
-"""How a data set of pictures may lie on the disk: found by looking, read in one way."""
+"""The layouts of an image data set on disk. The layout is detected, and all layouts have the same interface."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +15,13 @@ from qat_runner.data.parquet import as_shards
 from qat_runner.data.shards import read_shards
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid")}
-"""Words for each in the names of files and folders."""
+"""For each split, the words for it in the names of files and folders."""
 
 NAMES = ("classes.txt", "classnames.txt")
-"""A file of the names of classes, one a line, is called so."""
+"""Allowed names of the file that lists the names of the classes, one per line."""
 
 CONTENT = (
-    "train/ and val/ with a folder of pictures for each class, or tar shards (train-0000.tar ..., val-0000.tar ...), "
+    "train/ and val/ with a folder of images for each class, or tar shards (train-0000.tar ..., val-0000.tar ...), "
     "or parquet files (train-00000-of-00294.parquet ..., validation-00000-of-00014.parquet ..., also in data/)"
 )
 
@@ -30,24 +30,25 @@ CLASS_FOLDERS, TAR_SHARDS, PARQUET_FILES = "class folders", "tar shards", "parqu
 
 
 class Pictures(Protocol):
-    """The pictures of one split in their own order: by class, then by name.
+    """The images of one split, ordered by class, then by name.
 
-    It is the same in all layouts, but for class folders with folders in them, which are read one after another.
+    The order is the same in all layouts, except for class folders that contain folders, which are read one after
+    another.
     """
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """Class of each, [N]."""
+        """Class of each image, [N]."""
 
     @property
     def passed_over(self) -> str:
-        """What lies among them and is none."""
+        """What was skipped because it is not an image; see `PassedOver`."""
 
     def name(self, index: int) -> str:
-        """What a message calls a picture."""
+        """Return the name of an image for messages."""
 
     def content(self, index: int) -> bytes:
-        """What a file of it would hold.
+        """Return the content of the image file.
 
         Raises:
             OSError: it cannot be read.
@@ -56,7 +57,7 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """Both splits, train and val, of a data set; each has pictures of every class."""
+    """Both splits, train and val, of a data set; each has images of every class."""
 
     classes: list[str]
     splits: Mapping[str, Pictures]
@@ -64,29 +65,29 @@ class Stored:
 
 
 def read_pictures(folder: Path) -> Stored:
-    """The pictures of a folder in any of the layouts.
+    """Find the images of a folder in any of the layouts.
 
     Raises:
-        ValueError: it has none of them, or several; or what lies there is damaged or does not belong together.
-        OSError: it cannot be read.
+        ValueError: the folder has none or several of the layouts, or its files are damaged or inconsistent.
+        OSError: the folder cannot be read.
     """
     layout = find_layout(folder)
     if layout is None:
-        raise ValueError(f"there must lie {CONTENT}")
+        raise ValueError(f"the folder must contain {CONTENT}")
     return _READ[layout](folder)
 
 
 def find_layout(folder: Path) -> str | None:
-    """Which of the layouts a folder has, by the names in it; None: none.
+    """Return the layout of a folder, detected by the names in it, or None if it has none.
 
     Raises:
-        ValueError: several.
-        OSError: it cannot be read.
-        ModuleNotFoundError: it needs an extra.
+        ValueError: the folder has several layouts.
+        OSError: the folder cannot be read.
+        ModuleNotFoundError: the layout needs an optional dependency.
     """
     found = [layout for layout in _READ if _has(layout, folder)]
     if len(found) > 1:
-        raise ValueError(f"{' and '.join(found)} lie side by side, of which one has to go: there must lie {CONTENT}")
+        raise ValueError(f"the folder contains {' and '.join(found)}; remove all but one: it must contain {CONTENT}")
     if found == [PARQUET_FILES] and find_spec("pyarrow") is None:
         raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
     return found[0] if found else None
@@ -99,38 +100,41 @@ def _has(layout: str, folder: Path) -> bool:
 
 
 def _files(folder: Path, suffix: str) -> dict[str, list[Path]]:
-    """The tar or parquet files of each split, by name."""
+    """Return the tar or parquet files of each split, sorted."""
     return {split: sorted(_files_of(folder, suffix, words)) for split, words in SPLITS.items()}
 
 
 def _complete(files: Mapping[str, Sequence[Path]]) -> Mapping[str, Sequence[Path]]:
-    """The files of each split, if they are one whole set, as far as their names tell.
+    """Return the files of each split after checking, by their names, that they are one complete set.
 
     Raises:
-        ValueError: a part of one, as of a download that was broken off; or more than one.
+        ValueError: the set is incomplete, for example after an interrupted download, or there is more than one set.
     """
     for split, paths in files.items():
         by_name: dict[str, Path] = {}
         for path in paths:
             if (other := by_name.setdefault(path.name, path)) is not path:
                 here, there = printable(str(other)), printable(str(path))
-                raise ValueError(f"{split}: {here} and {there} have one name, so that one of them has to go")
+                raise ValueError(f"{split}: {here} and {there} have the same name; remove one of them")
         counts = sorted({int(found[1]) for name in by_name if (found := re.search(r"-of-(\d+)\.", name))})
         if len(counts) > 1:
             told = " and ".join(map(str, counts))
-            raise ValueError(f"{split}: sets of {told} files lie side by side, so that one of them has to go")
+            raise ValueError(f"{split}: there are sets of {told} files; remove all but one of them")
         if counts and len(by_name) < counts[0]:
             raise ValueError(
-                f"{split}: {len(by_name)} of {counts[0]} files are there, such as {printable(paths[0].name)}; a part "
-                f"that is to do must not have -of-{counts[0]} in its names"
+                f"{split}: only {len(by_name)} of {counts[0]} files are there, such as {printable(paths[0].name)}; to "
+                f"use a subset on purpose, remove -of-{counts[0]} from the names"
             )
     return files
 
 
 def _files_of(folder: Path, suffix: str, words: Sequence[str]) -> Iterator[Path]:
-    """A numbered file named after a split, or one with its very name; in a folder of that name, any numbered file.
-    Hidden ones are passed over."""
-    number, ending = r"\d+(-of-\d+)?", rf"\.{suffix}(\.gz|\.bz2|\.xz|\.zst)?"  # of which the last is refused in words
+    """Yield the files of a split: numbered files named after it, and a file with exactly its name.
+
+    In a folder with the name of the split, all numbered files belong to it. Hidden files are ignored.
+    """
+    # Compressed files match as well, so that reading them raises an error that says why they are not allowed.
+    number, ending = r"\d+(-of-\d+)?", rf"\.{suffix}(\.gz|\.bz2|\.xz|\.zst)?"
     named = rf"((.*[-_.])?({'|'.join(words)})[-_.]?{number}|{'|'.join(words)})"
     for place in (folder, folder / "data", *(folder / word for word in words)):
         pattern = re.compile(f"({named}|{number}){ending}" if place.name in words else f"{named}{ending}")
@@ -145,7 +149,7 @@ def _read_class_folders(folder: Path) -> Stored:
     for name in sorted({*train} ^ {*val}):
         here, there = ("train", "val") if name in train else ("val", "train")
         raise ValueError(
-            f"train/ and val/ must have the same class folders: {here}/ has {printable(name)}, {there}/ not"
+            f"train/ and val/ must have the same class folders: {here}/ has {printable(name)}, but {there}/ does not"
         )
     return Stored(train, listings)
 
@@ -157,27 +161,31 @@ def _read_tar_shards(folder: Path) -> Stored:
 def _read_parquet_files(folder: Path) -> Stored:
     shards = as_shards(_complete(_files(folder, "parquet")))
     stored = _of_shards(_files(shards, "tar"), _names(folder) or _names(shards))
-    return replace(stored, note=f"read from the tar shards in {printable(str(shards))}, made of the parquet files")
+    return replace(
+        stored, note=f"read from the tar shards in {printable(str(shards))}, which were made from the parquet files"
+    )
 
 
 def _of_shards(files: Mapping[str, Sequence[Path]], names: list[str] | None) -> Stored:
-    """Shards of both splits, with the names of their classes; None: their numbers."""
+    """Read the shards of both splits. `names` are the names of the classes; None: use their numbers as names."""
     splits = {split: read_shards(paths) for split, paths in files.items()}
     count = 1 + max(int(pictures.labels.max()) for pictures in splits.values()) if names is None else len(names)
     for split, pictures in splits.items():
         found = np.unique(pictures.labels)
         if found[-1] >= count:
-            raise ValueError(f"{split}: a picture is of class {found[-1]}, and {NAMES[0]} names 0 to {count - 1}")
+            raise ValueError(f"{split}: an image has class {found[-1]}, but {NAMES[0]} lists classes 0 to {count - 1}")
         for missing in np.setdiff1d(np.arange(count), found):
-            raise ValueError(f"{split}: class {missing} has no pictures, of classes 0 to {count - 1}")
+            raise ValueError(
+                f"{split}: class {missing} has no images; each of the classes 0 to {count - 1} must have some"
+            )
     return Stored([*map(str, range(count))] if names is None else names, splits)
 
 
 def _names(folder: Path) -> list[str] | None:
-    """The names of classes in a folder's file of them.
+    """Return the names of the classes from the file NAMES in a folder, or None if there is no such file.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: the file is not UTF-8 text.
     """
     for name in NAMES:
         if (folder / name).is_file():

@@ -1,7 +1,7 @@
-"""Which pictures lie in a folder of class folders.
+"""List the images in a folder of class folders.
 
-A listing is kept in the cache folder. It holds for as long as no folder has changed, nor what a link leads to:
-these are asked each time, about a thousand for ImageNet, and no picture is.
+The listing is cached. It stays valid as long as no folder and no target of a link has changed: each start checks these,
+about a thousand for ImageNet, but no image file.
 """
 
 import os
@@ -22,33 +22,33 @@ from qat_runner.data.decoding import SUFFIXES
 from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, key_of, settled
 
 VERSION = 1
-"""Of what is kept; another one wherever the same folder would be listed otherwise."""
+"""Version of the cached listings; it changes whenever the same folder would be listed differently."""
 
 CLUTTER = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
-"""What systems leave in folders under names that do not begin with a dot."""
+"""Names, without a leading dot, of files and folders that operating systems leave behind."""
 
 
 def printable(name: str) -> str:
-    """A name on one line, in characters that any text file can hold: as it is, or else as Python writes it."""
+    """Return a name as it is if it is printable; otherwise return its repr, which is."""
     return name if name.isprintable() else repr(name)
 
 
 @dataclass
 class PassedOver:
-    """What lies among the pictures and is none. Written out, a part of a sentence, or empty."""
+    """Counts of what was skipped because it is not an image. As a string: a part of a sentence, or empty."""
 
     hidden: int = 0
     by_suffix: Counter[str] = field(default_factory=Counter)
-    """files that are no pictures by their names"""
+    """files whose suffix is not one of an image"""
     special: list[str] = field(default_factory=list)
-    """pipes, sockets, devices, and links that lead nowhere"""
+    """pipes, sockets, devices and broken links"""
     repeated: int = 0
-    """folders that had been read already, by another link"""
+    """folders that had already been read through another link"""
     outside: int = 0
-    """pictures beside the class folders"""
+    """images beside the class folders"""
 
     def add(self, other: "PassedOver") -> None:
-        """Count what was passed over elsewhere."""
+        """Add the counts of another instance."""
         self.hidden += other.hidden
         self.by_suffix += other.by_suffix
         self.special += other.special
@@ -61,40 +61,40 @@ class PassedOver:
         first = printable(min(self.special, default=""))
         parts = {
             f"{self.hidden} hidden": self.hidden,
-            f"{self.by_suffix.total()} without a picture's suffix ({suffixes})": self.by_suffix,
+            f"{self.by_suffix.total()} without an image suffix ({suffixes})": self.by_suffix,
             f"{len(self.special)} that are neither files nor folders (the first is {first})": self.special,
-            f"{self.repeated} links to folders read already": self.repeated,
-            f"{self.outside} pictures outside the class folders": self.outside,
+            f"{self.repeated} links to folders already read": self.repeated,
+            f"{self.outside} images outside the class folders": self.outside,
         }
         return "; ".join(part for part, there in parts.items() if there)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of one split: by class, then by folder, then by name. About 30 bytes of memory each."""
+    """The images of one split, ordered by class, then by folder, then by name. About 30 bytes of memory per image."""
 
     split: str
-    """the folder of the class folders"""
+    """path of the folder that contains the class folders"""
     classes: list[str]
     """names of the class folders, sorted"""
     labels: NDArray[np.int32]
-    """class of each picture, [N]"""
+    """class of each image, [N]"""
     folders: Ragged
-    """paths below `split`, F of them"""
+    """paths of the folders relative to `split`, F of them"""
     firsts: NDArray[np.int64]
-    """pictures before those of each folder, and before the end, [F + 1]"""
+    """index of the first image of each folder, then the number of images, [F + 1]"""
     names: Ragged
-    """of the files, N"""
+    """names of the files, N of them"""
     passed_over: str
-    """what lies among them and is none; see `PassedOver`"""
+    """what was skipped because it is not an image; see `PassedOver`"""
 
     def name(self, index: int) -> str:
-        """The path of a picture."""
+        """Return the path of an image."""
         folder = int(np.searchsorted(self.firsts, index, side="right")) - 1
         return f"{self.split}/{self.folders.text(folder)}/{self.names.text(index)}"
 
     def content(self, index: int) -> bytes:
-        """A picture as it lies in its file.
+        """Return the content of an image file.
 
         Raises:
             OSError: it cannot be read.
@@ -103,7 +103,7 @@ class Listing:
             return file.read()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What `kept` makes the same listing of."""
+        """Return the listing as arrays, from which `kept` restores it."""
         classes = Ragged.of_bytes([os.fsencode(name) for name in self.classes])
         told = Ragged.of_bytes([os.fsencode(self.passed_over)])
         ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": told}
@@ -112,34 +112,34 @@ class Listing:
 
     @classmethod
     def kept(cls, split: str, arrays: Arrays) -> "Listing":
-        """The listing of a split that was kept in these arrays.
+        """Restore the listing of a split from cached arrays.
 
         Raises:
-            UnkeptError: they make none.
+            UnkeptError: the arrays are not a listing.
         """
         parts = ("classes", "folders", "names", "passed_over")
         classes, folders, names, told = (Ragged.kept(arrays, name) for name in parts)
         labels = kept_numbers(arrays, "labels", np.int32, len(names), range(len(classes)))
         firsts = kept_numbers(arrays, "firsts", np.int64, len(folders) + 1, range(len(names) + 1))
         if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(told) != 1:
-            raise UnkeptError("folders out of order")
+            raise UnkeptError("folders are out of order")
         return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, told.text(0))
 
 
 def class_folders(split: Path) -> list[str]:
-    """Names of the class folders, sorted."""
+    """Return the names of the class folders, sorted."""
     return _Reader(split).entries(str(split))[0]
 
 
 def list_pictures(split: Path) -> Listing:
-    """The pictures in the class folders of a split, and in folders within them; links are followed.
+    """List the images in the class folders of a split, including nested folders; links are followed.
 
-    Nothing but folders is opened. Their files are told apart by what the folder says of them, without asking for each.
+    Only folders are opened. The kind of each entry is taken from its folder entry, without a system call per file.
 
     Raises:
-        ValueError: a folder cannot be read; there are no class folders, or one without pictures.
+        ValueError: a folder cannot be read, there are no class folders, or a class folder has no images.
     """
-    key = key_of(VERSION, str(split.resolve()), SUFFIXES, CLUTTER)  # and what lies in it: see `_unchanged`
+    key = key_of(VERSION, str(split.resolve()), SUFFIXES, CLUTTER)  # `_unchanged` checks the contents of the folder
     kept = cache_folder() / f"pictures_{key}.npz"
     with suppress(UnkeptError):
         arrays = kept_arrays(kept)
@@ -148,52 +148,56 @@ def list_pictures(split: Path) -> Listing:
     began, reader = time.time_ns(), _Reader(split)
     listing = reader.listing()
     if settled(reader.changed, began):
-        with suppress(OSError):  # then it is listed anew each time
+        with suppress(OSError):  # without a cache file, the next start lists the folder again
             keep_arrays(kept, listing.arrays() | reader.witnesses())
     return listing
 
 
 def _unchanged(split: Path, arrays: Arrays) -> bool:
-    """Whether all that was asked when a split was listed would say the same today."""
+    """Return whether all folders and links that the listing of a split depends on are unchanged."""
     paths = Ragged.kept(arrays, "witnesses")
     said = kept_numbers(arrays, "stamps", np.uint64, 4 * len(paths)).reshape(-1, 4).tolist()
     return all(tuple(then) == _stamp(f"{split}/{paths.text(row)}") for row, then in enumerate(said))
 
 
 def _stamp(path: str) -> tuple[int, int, int, int]:
-    """What tells whether a folder is the one it was: kind, inode and times in ns; of all else, the kind alone."""
+    """Return a stamp that shows whether a path has changed.
+
+    It contains the kind, inode, modification time and status change time (in ns) of a folder, and only the kind of
+    anything else.
+    """
     try:
         found = os.stat(path)
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return 0, 0, 0, 0
     if not stat.S_ISDIR(found.st_mode):
         return stat.S_IFMT(found.st_mode), 0, 0, 0
-    times = (n % 2**64 for n in (found.st_ino, found.st_mtime_ns, found.st_ctime_ns))  # of 1969 as well
-    return stat.S_IFMT(found.st_mode), *times  # type: ignore[return-value]  # three
+    times = (n % 2**64 for n in (found.st_ino, found.st_mtime_ns, found.st_ctime_ns))  # times before 1970 are negative
+    return stat.S_IFMT(found.st_mode), *times  # type: ignore[return-value]  # three values
 
 
 class _Reader:
-    """Reads the folders of a split, and remembers what it met in them."""
+    """Reads the folders of a split, and records what it skipped and what the listing depends on."""
 
     def __init__(self, split: Path) -> None:
         self.split = split
         self.passed_over = PassedOver()
         self.stamps: dict[str, tuple[int, int, int, int]] = {}
-        """of each folder, before it was read, and of what each link led to"""
+        """stamps of each folder (taken before it was read) and of the target of each link, by path"""
 
     @property
     def changed(self) -> int:
-        """When the folder that changed last did so, in ns."""
+        """Time of the latest change of any folder, in ns."""
         return max(max(times) for _, _, *times in self.stamps.values())
 
     def witnesses(self) -> dict[str, NDArray[Any]]:
-        """The stamps, and below the split the paths that they are of."""
+        """Return the stamps and their paths relative to the split, as arrays."""
         prefix = len(str(self.split)) + 1
         paths = Ragged.of_bytes([os.fsencode(path[prefix:]) for path in self.stamps])
         return paths.arrays("witnesses") | {"stamps": np.array([*self.stamps.values()], dtype=np.uint64).reshape(-1)}
 
     def listing(self) -> Listing:
-        """See `list_pictures`."""
+        """List the images; see `list_pictures`."""
         classes, beside = self.entries(str(self.split))
         self.passed_over.outside = len(beside)
         if not classes:
@@ -222,7 +226,10 @@ class _Reader:
         )
 
     def _walk(self, top: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-        """Each folder from `top` downwards, and the pictures in it. Each is read once, so links may lead in circles."""
+        """Yield each folder from `top` downwards, and the images in it.
+
+        Each folder is read once, so links may form cycles.
+        """
         waiting = [top]
         while waiting:
             folder = waiting.pop()
@@ -235,7 +242,7 @@ class _Reader:
             yield folder, files
 
     def entries(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the folders and of the pictures in a folder, both sorted."""
+        """Return the names of the folders and of the images in a folder, both sorted."""
         folders: list[str] = []
         files: list[str] = []
         self.stamps[folder] = _stamp(folder)
@@ -248,7 +255,7 @@ class _Reader:
         return sorted(folders), sorted(files)
 
     def _sort(self, entry: "os.DirEntry[str]", folders: list[str], files: list[str]) -> None:
-        """Put a name where it belongs."""
+        """Add the entry to the folders, to the files, or to what was skipped."""
         name = entry.name
         if name.startswith(".") or name in CLUTTER:
             self.passed_over.hidden += 1
@@ -266,13 +273,13 @@ class _Reader:
 
 
 def _check_classes(split: Path, empty: list[str], passed_over: PassedOver) -> None:
-    """Refuse class folders without pictures, naming the first of them."""
+    """Raise ValueError if there are class folders without images; the message lists the first of them."""
     if empty:
-        others = f" (passed over {passed_over})" if str(passed_over) else ""
+        others = f" (skipped {passed_over})" if str(passed_over) else ""
         many = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ValueError(
-            f"{printable(str(split))}: class folders without pictures: {', '.join(map(printable, empty[:5]))}{many}"
-            f"{others}; pictures are {', '.join(SUFFIXES)}"
+            f"{printable(str(split))}: class folders without images: {', '.join(map(printable, empty[:5]))}{many}"
+            f"{others}; images must end in {', '.join(SUFFIXES)}"
         )
 
 
@@ -284,5 +291,5 @@ def _identity(folder: str) -> tuple[int, int]:
 def _holds(test: Callable[[], bool]) -> bool:
     try:
         return test()
-    except OSError:  # a link to itself, or past a folder that is closed to us
+    except OSError:  # a link to itself, or through a folder without access permission
         return False

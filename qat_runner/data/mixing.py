@@ -1,7 +1,7 @@
-"""What is done to training batches of pictures as a whole: random erasing, mixup and cutmix, as torchvision has them.
+"""Augmentation of whole training batches of images: random erasing, mixup and cutmix, as implemented in torchvision.
 
-Pictures are normalized before, as in the published recipes, so that what is erased becomes the mean. Chance depends on
-(seed, epoch, batch) alone, and is drawn on the CPU: nothing waits for the device.
+Images are normalized before, as in the published recipes, so erased pixels become the mean. Random numbers depend only
+on (seed, epoch, batch), and are drawn on the CPU, so nothing waits for the device.
 """
 
 from collections.abc import Iterator
@@ -14,23 +14,23 @@ from qat_runner.data.batches import Batch, Shard
 from qat_runner.data.chance import drawing, epoch_seed
 
 MIXING = ("mixup", "cutmix", "random_erasing")
-"""Keys of a stage that ask for it."""
+"""Keys of a recipe stage that enable it."""
 
 
 class Mixing:
-    """A training batch of pictures and classes -> pictures erased in part and mixed with one another, and soft targets.
+    """Maps a training batch of images and classes to partly erased, mixed images and soft targets.
 
-    Each process mixes the pictures of its own part of a batch; all of them in the same shares.
+    Each process mixes the images of its own part of a batch; all processes use the same mixing coefficients.
 
     Args:
-        stage: of the recipe; at least one of MIXING is above zero.
-        num_classes: of the targets.
-        seed: of the run.
-        shard: of this process.
+        stage: a stage of the recipe; at least one of MIXING is above zero.
+        num_classes: number of classes of the targets.
+        seed: seed of the run.
+        shard: shard of this process.
     """
 
     def __init__(self, stage: StageConfig, num_classes: int, seed: int, shard: Shard) -> None:
-        from torchvision.transforms import v2  # which takes a second to import
+        from torchvision.transforms import v2  # deferred: the import takes a second
 
         self._seed, self._shard = seed, shard
         self._share = stage.random_erasing
@@ -39,10 +39,15 @@ class Mixing:
         self._mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> Batch:
-        """Of step `step` of an epoch, both from 0; pictures [N, C, H, W] are changed in place, targets int64 [N].
+        """Erase and mix the batch of a step of an epoch.
+
+        Args:
+            batch: images [N, C, H, W], which are changed in place, and targets int64 [N].
+            epoch: number of the epoch, from 0.
+            step: number of the step in the epoch, from 0.
 
         Returns:
-            Targets are float32 [N, num_classes], shares of classes, where pictures are mixed.
+            The new batch. Where images are mixed, its targets are float32 [N, num_classes], the shares of the classes.
         """
         with drawing(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1)):
             (pictures,) = batch.inputs
@@ -51,7 +56,10 @@ class Mixing:
             return self._mixed(pictures, batch.targets)
 
     def _erased(self, pictures: Tensor) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-        """Which pictures lose what: drawn for those of all processes, so that it does not depend on their number."""
+        """Yield the image indices and the rectangles (top, left, height, width) to erase.
+
+        They are drawn for the images of all processes, so they do not depend on the number of processes.
+        """
         if self._share == 0:
             return
         own = self._shard.samples(range(len(pictures) * self._shard.world))

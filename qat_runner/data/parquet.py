@@ -1,8 +1,8 @@
-"""Parquet files of the Hugging Face hub, made once into tar shards.
+"""Convert parquet files of the Hugging Face hub to tar shards, once.
 
-Such a file gives up a picture only together with its row group, a hundred pictures or ten megabytes, compressed as one
-piece. A shuffled epoch would read, and unpack, all data a hundred times. So each file is copied into a shard that holds
-the same pictures and labels, in the cache folder, as large as the file itself.
+An image in a parquet file can only be read together with its row group, which has a hundred images or ten megabytes and
+is compressed as a whole. A shuffled epoch would read and decompress all data a hundred times. So each file is converted
+to a tar shard in the cache folder, which contains the same images and labels and is as large as the file itself.
 """
 
 import io
@@ -28,31 +28,32 @@ from qat_runner.data.listing import printable
 from qat_runner.errors import told
 
 VERSION = 1
-"""Of the shards; another one wherever they would be other ones."""
+"""Version of the shards; it changes whenever the same files would give different shards."""
 
 ROWS = 100
-"""Read at a time; the hub's row groups are of so many."""
+"""Number of rows that are read at a time; the row groups of the hub have this size."""
 
 MARGIN = 1.1
-"""Room for a shard, of the size of its file: a picture's two heads take a kilobyte."""
+"""Disk space for a shard, as a multiple of the size of its file: the two tar headers of an image take a kilobyte."""
 
 WNID = re.compile(r"_n\d{8}$")
-"""What the hub appends to the names of ImageNet's pictures: without it they have the order of ImageNet's own files."""
+"""The suffix that the hub appends to the names of ImageNet's images; without it, they sort like the official files."""
 
 log = logging.getLogger("qat_runner")
 
 
 def as_shards(files: Mapping[str, Sequence[Path]]) -> Path:
-    """A folder in the cache with a tar shard for each file, SPLIT-NUMBER.tar, and classes.txt where they name classes.
+    """Return a folder in the cache with a tar shard, SPLIT-NUMBER.tar, for each parquet file.
 
-    What is there already is not made again; an interrupted copy goes on with the file that it was at.
+    It also contains classes.txt if the files name their classes. Shards that already exist are not made again, so an
+    interrupted conversion resumes with the file at which it stopped.
 
     Args:
-        files: of each split, with the columns image (struct of bytes and path) and label (whole number).
+        files: the files of each split, with the columns image (struct of bytes and path) and label (integer).
 
     Raises:
-        ValueError: a file is something else, or damaged; the cache folder cannot be written, or is too small.
-        ModuleNotFoundError: shards have to be made, and pyarrow is not installed.
+        ValueError: a file is of another kind or damaged, or the cache folder cannot be written or is too small.
+        ModuleNotFoundError: shards have to be made, but pyarrow is not installed.
     """
     stamped = stamps(path for paths in files.values() for path in paths)
     folder = chosen_cache() / f"parquet_{key_of(VERSION, stamped)}"
@@ -70,17 +71,18 @@ def as_shards(files: Mapping[str, Sequence[Path]]) -> Path:
                 _make(folder, {shard: path for shard, path in wanted.items() if not shard.exists()})
         except OSError as error:
             raise ValueError(
-                f"tar shards cannot be made of its parquet files in {printable(str(folder))} "
-                f"({error.strerror or error}); QAT_CACHE_DIR names another cache folder"
+                f"the parquet files cannot be converted to tar shards in {printable(str(folder))} "
+                f"({error.strerror or error}); set QAT_CACHE_DIR to use another cache folder"
             ) from error
     return folder
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """While open, no other process of this machine makes the same shards; it waits here, and then finds them made.
+    """Lock the folder, so that no other process of this machine makes the same shards at the same time.
 
-    Given is whether that is so: some file systems have no locks, and there each makes its own, and the last one's stay.
+    Other processes wait for the lock, and then find the shards made. The context value says whether the lock was
+    acquired: some file systems have no locks. There each process makes its own shards, and the last ones remain.
     """
     import fcntl
 
@@ -94,12 +96,12 @@ def _alone(folder: Path) -> Iterator[bool]:
 
 
 def _make(folder: Path, wanted: Mapping[Path, Path]) -> None:
-    """The shards of some files, each whole or not at all."""
+    """Make the shards of some files; each shard is written atomically."""
     needed, free = MARGIN * sum(path.stat().st_size for path in wanted.values()), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"{needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
-    for path in [*wanted.values()][:1]:  # none where another process has made them meanwhile
-        log.info(f"{len(wanted)} parquet files are made into tar shards in {folder}, once: {needed / 1e9:.1f} GB")
+        raise OSError(f"{needed / 1e9:.1f} GB are needed, but only {free / 1e9:.1f} GB are free")
+    for path in [*wanted.values()][:1]:  # empty if another process has made the shards in the meantime
+        log.info(f"converting {len(wanted)} parquet files to tar shards in {folder}, once: {needed / 1e9:.1f} GB")
         if names := _class_names(path):
             (folder / "classes.txt").write_text("".join(f"{told(name)}\n" for name in names), encoding="utf-8")
     for shard, path in tqdm(wanted.items(), "making shards", leave=False, disable=not sys.stderr.isatty()):
@@ -111,7 +113,7 @@ def _make(folder: Path, wanted: Mapping[Path, Path]) -> None:
                         _add(tar, name, content)
                         _add(tar, f"{os.path.splitext(name)[0]}.cls", str(label).encode())
                 file.flush()
-                os.fsync(file.fileno())  # its name is to say that it is whole
+                os.fsync(file.fileno())  # a shard with its final name must be complete on disk
             os.replace(part, shard)
         finally:
             part.unlink(missing_ok=True)
@@ -124,20 +126,20 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _class_names(path: Path) -> list[str]:
-    """The names that a file of the hub has for its labels; none where it does not say."""
+    """Return the class names in the metadata of a file of the hub, or an empty list if there are none."""
     from pyarrow import ArrowException, parquet
 
-    with suppress(ArrowException, OSError, ValueError, KeyError, TypeError):  # whatever others write there
+    with suppress(ArrowException, OSError, ValueError, KeyError, TypeError):  # other writers may store anything there
         said = json.loads(parquet.read_schema(path).metadata[b"huggingface"])
         return [str(name) for name in said["info"]["features"]["label"]["names"]]
     return []
 
 
 def _rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """Name, content and label of each picture of a file.
+    """Yield the name, content and label of each image of a file.
 
     Raises:
-        ValueError: the file is something else, or damaged.
+        ValueError: the file is of another kind, or damaged.
     """
     from pyarrow import ArrowException, parquet
 
@@ -151,23 +153,23 @@ def _rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
             for row, (name, label, image) in enumerate(zip(names, labels, images, strict=True)):
                 content = (image.as_py() or {}).get("bytes")
                 if content is None or label is None or label < 0:
-                    missing = "no picture" if content is None else "no label"
-                    raise ValueError(f"{printable(path.name)}: row {row} holds {missing}")
+                    missing = "no image" if content is None else "no label"
+                    raise ValueError(f"{printable(path.name)}: row {row} has {missing}")
                 yield name, content, label
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{printable(path.name)} is no parquet file, or damaged ({told(error)})") from error
+        raise ValueError(f"{printable(path.name)} is not a parquet file, or is damaged ({told(error)})") from error
 
 
 def _check_columns(path: Path, schema: Any) -> None:
-    wanted = {"image": "struct<bytes: binary, path: string>", "label": "a whole number"}
+    wanted = {"image": "struct<bytes: binary, path: string>", "label": "an integer"}
     held = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in wanted}
     if held["image"] != wanted["image"] or not re.fullmatch(r"u?int\d+", held["label"]):
         said, asked = (" and ".join(f"{name} ({kind})" for name, kind in of.items()) for of in (held, wanted))
-        raise ValueError(f"{printable(path.name)}: must have the columns {asked}, and has {told(said)}")
+        raise ValueError(f"{printable(path.name)}: must have the columns {asked}, but has {told(said)}")
 
 
 def _names(paths: Sequence[str | None]) -> list[str]:
-    """Names of members after those of files, where these are there and differ; otherwise by number."""
+    """Return names for the members of a shard: those of the files if all exist and differ, otherwise numbers."""
     stems, suffixes = (
         zip(*(os.path.splitext(os.path.basename(path or "")) for path in paths), strict=True) if paths else ((), ())
     )

@@ -1,4 +1,4 @@
-"""From a source of labelled pictures to `ImageData` of the size and the classes that the config asks for."""
+"""Turn a source of labelled images into `ImageData` with the image size and the classes of the config."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +16,19 @@ from qat_runner.data.layouts import find_layout
 from qat_runner.errors import ConfigError
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]
-"""pictures and labels"""
+"""images and labels"""
 
 
 def pictures(
     source_in: Callable[[Path, DatasetConfig], Source],
 ) -> Callable[[Path, DatasetConfig, Delivery], ImageData]:
-    """How a data set of pictures is read, given where its bytes come from.
+    """Make the `Dataset.read` function of an image data set from a function that reads its bytes.
 
     Args:
-        source_in: reads a folder; for a set with nothing on the disk the folder means nothing.
+        source_in: reads a folder. Data sets without files ignore the folder.
 
     Returns:
-        What `Dataset.read` is. It raises ConfigError where size or classes are not what the config says.
+        A function for `Dataset.read`. It raises ConfigError where image size or classes do not match the config.
     """
 
     def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> ImageData:
@@ -39,9 +39,11 @@ def pictures(
             source.decode_on(delivery.device)
         num_classes = len(source.classes) if isinstance(source, FolderSource) else config.num_classes
         if config.num_classes not in (None, num_classes):
-            raise ConfigError(f"dataset.num_classes={config.num_classes}: {folder} has {num_classes} classes")
+            raise ConfigError(
+                f"dataset.num_classes={config.num_classes}: must be {num_classes}, the number of classes in {folder}"
+            )
         if num_classes is None:
-            raise ConfigError(f"dataset.num_classes=null: must be given for dataset={config.name}")
+            raise ConfigError(f"dataset.num_classes=null: must be set for dataset={config.name}")
         normalization = tuple(config.mean), tuple(config.std)
         return ImageData(
             config.name,
@@ -60,15 +62,20 @@ def pictures(
 
 
 def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
-    """The source with pictures of the size that the config asks for."""
+    """Return the source with images of the size that the config asks for."""
     has, wanted = source.training[0].shape[2], config.image_size
     if wanted > has and config.preprocessing == Preprocessing.model:
-        wanted = has  # a batch at a time is enlarged
+        wanted = has  # ImageData enlarges the images, one batch at a time
     if has % wanted:
-        raise ConfigError(f"dataset.image_size={wanted}: must divide {has}, the pixels a side of {config.name}")
+        raise ConfigError(
+            f"dataset.image_size={wanted}: must divide {has}, the side length of the images of {config.name}"
+        )
     classes = 1 + max(int(labels.max()) for _, labels in (source.training, source.validation))
     if config.num_classes is None or config.num_classes < classes:
-        raise ConfigError(f"dataset.num_classes={config.num_classes}: {config.name} has {classes} classes")
+        raise ConfigError(
+            f"dataset.num_classes={config.num_classes}: must be at least {classes}, "
+            f"the number of classes in {config.name}"
+        )
     (train, train_labels), (val, val_labels) = source.training, source.validation
     return MemorySource(
         (shrink(train, wanted), train_labels), (shrink(val, wanted), val_labels), source.augmentation, source.notes
@@ -76,7 +83,12 @@ def _fit(source: MemorySource, config: DatasetConfig) -> MemorySource:
 
 
 def in_memory(train: Arrays, test: Arrays, config: DatasetConfig) -> MemorySource:
-    """Two published splits as a source: pictures [N, H, W] or [N, H, W, C], uint8, and labels [N], checked.
+    """Make a source from the arrays of two splits, after checking them.
+
+    Args:
+        train: images and labels, in any format that `labelled` takes.
+        test: images and labels of the validation split.
+        config: sets the augmentation.
 
     Raises:
         ValueError: as `labelled` and `MemorySource`.
@@ -87,7 +99,7 @@ def in_memory(train: Arrays, test: Arrays, config: DatasetConfig) -> MemorySourc
 
 
 def in_folder(folder: Path, config: DatasetConfig) -> FolderSource:
-    """A folder of pictures as a source.
+    """Make a source from an image folder.
 
     Raises:
         ValueError: as `FolderSource`.
@@ -104,9 +116,9 @@ def in_folder(folder: Path, config: DatasetConfig) -> FolderSource:
 
 
 def holds_pictures(folder: Path) -> bool:
-    """Whether a folder has pictures in it, in one of the layouts.
+    """Return whether a folder contains images in one of the layouts.
 
     Raises:
-        ValueError: in several.
+        ValueError: the folder has several layouts.
     """
     return find_layout(folder) is not None

@@ -1,7 +1,8 @@
 """Plain text as blocks of tokens, each with the token that follows it.
 
-A split is one file, or a folder of files, which are then read one after the other with the tokenizer's end of a text
-between them, if it has one. It is tokenized once and kept in a cache that is keyed by its content and the tokenizer.
+A split is one file, or a folder of files. The files of a folder are read one after another, separated by the
+tokenizer's end-of-text token if it has one. A split is tokenized once and cached; the cache key is its content and the
+tokenizer.
 """
 
 import hashlib
@@ -27,45 +28,45 @@ Ids = NDArray[np.int32]
 SPLITS = ("train", "val")
 CONTENT = "train.txt and val.txt, or folders train and val of *.txt files; all of them UTF-8"
 VERSION = 1
-"""Of how texts are made tokens: those of another one in the cache are not used."""
+"""Version of the tokenization; tokens of another version in the cache are not used."""
 
 PIECE = 2**20
-"""Characters, at least, that are tokenized at a time; a piece ends with a line."""
+"""Minimum number of characters that are tokenized at a time; a piece ends at the end of a line."""
 
 log = logging.getLogger("qat_runner")
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in the order of their names, but for hidden ones; none where it is not there.
+    """Return the files of a split, sorted by name, without hidden ones; an empty list if the split is missing.
 
     Raises:
-        ValueError: it is there twice, as a file and as a folder.
+        ValueError: the split exists both as a file and as a folder.
     """
     alone = folder / f"{split}.txt"
     found = sorted(path for path in (folder / split).glob("*.txt") if path.is_file() and not path.name.startswith("."))
     if alone.is_file():
         if found:
-            raise ValueError(f"{split}.txt and the folder {split} lie side by side, of which one has to go")
+            raise ValueError(f"there are both {split}.txt and the folder {split}; remove one of them")
         return [alone]
     return found
 
 
 def holds_text(folder: Path) -> bool:
-    """Whether a folder holds both splits."""
-    with suppress(ValueError):  # which reading it tells
+    """Return whether a folder contains both splits."""
+    with suppress(ValueError):  # reading the split will raise the error again
         return all(files_of(folder, split) for split in SPLITS)
     return True
 
 
 def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
-    """The tokens of files, [T], from the cache or for the cache.
+    """Return the tokens of files, [T], from the cache if possible; otherwise tokenize the files and cache the tokens.
 
     Args:
-        files: UTF-8; their content and the tokenizer are the key.
-        tokenizer: a fast one of transformers; it adds no special tokens but the end of a text between files.
+        files: UTF-8 files; their content and the tokenizer are the cache key.
+        tokenizer: a fast tokenizer of transformers; the only special token added is the end of a text between files.
 
     Raises:
-        ValueError: a file is something else.
+        ValueError: a file is not UTF-8 text.
     """
     contents = [path.read_bytes() for path in files]
     said = [tokenizer.backend_tokenizer.to_str(), repr(tokenizer.eos_token_id)]
@@ -85,7 +86,9 @@ def _decoded(path: Path, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}") from error
+        raise ValueError(
+            f"{path.name} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}"
+        ) from error
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Any, name: str) -> Ids:
@@ -105,7 +108,7 @@ def _tokenize(texts: Sequence[str], tokenizer: Any, name: str) -> Ids:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of PIECE characters and the rest of a line."""
+    """Split a text into pieces of PIECE characters, each extended to the end of its line."""
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE - 1) + 1 or len(text)
@@ -115,16 +118,16 @@ def _pieces(text: str) -> Iterator[str]:
 
 @dataclass
 class TextData:
-    """Text, as `Data`: inputs are tokens, int64 [N, L]; targets the token after each, int64 [N, L].
+    """Text as `Data`: inputs are tokens, int64 [N, L]; targets are the tokens that follow them, int64 [N, L].
 
-    Blocks lie one after the other, so every token of the text but the first is a target once. Training leaves out what
-    is left at the end, validation has it as a shorter block in a batch of its own: nothing is padded.
+    Blocks are consecutive, so every token of the text except the first is a target once. Training leaves out the
+    incomplete block at the end; validation has it as a shorter block in a separate batch. Nothing is padded.
     """
 
     training: Ids
     validation: Ids
     length: int
-    """tokens a block, L"""
+    """tokens per block, L"""
     device: torch.device
     seed: int
     shard: Shard = WHOLE
@@ -136,7 +139,9 @@ class TextData:
     def __post_init__(self) -> None:
         for split, ids, needed in (("train", self.training, self.length + 1), ("val", self.validation, 2)):
             if len(ids) < needed:
-                raise ValueError(f"{split} has {len(ids)} tokens, and needs {needed}: a block and the token after it")
+                raise ValueError(
+                    f"{split} has {len(ids)} tokens; must have at least {needed}: a block and the token after it"
+                )
 
     @property
     def train_size(self) -> int:

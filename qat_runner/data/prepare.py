@@ -1,12 +1,12 @@
-"""Fetch or unpack a data set.
+"""Download or unpack a data set.
 
     python -m qat_runner.data.prepare cifar10 DATA_DIR
     python -m qat_runner.data.prepare fashion_mnist DATA_DIR
     python -m qat_runner.data.prepare squad DATA_DIR
     python -m qat_runner.data.prepare imagenet DATA_DIR
 
-For imagenet, the official ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz must lie in
-DATA_DIR.
+For imagenet, DATA_DIR must contain the official files ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
+ILSVRC2012_devkit_t12.tar.gz.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from qat_runner.data.sets import DATASETS
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m qat_runner.data.prepare", description="Fetch or unpack a data set."
+        prog="python -m qat_runner.data.prepare", description="Download or unpack a data set."
     )
     fetched = {name: dataset.fetch for name, dataset in DATASETS.sound() if dataset.fetch is not None}
     parser.add_argument("dataset", choices=fetched)
-    parser.add_argument("data_dir", type=Path, help="where it is to lie; give the same folder to qat-run as data_dir")
+    parser.add_argument(
+        "data_dir", type=Path, help="folder for the data set; pass the same folder to qat-run as data_dir"
+    )
     args = parser.parse_args(argv)
     try:
         args.data_dir.mkdir(parents=True, exist_ok=True)

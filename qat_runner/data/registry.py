@@ -1,4 +1,4 @@
-"""Finding a data set on the disk, and reading it."""
+"""Find a data set on disk and read it."""
 
 from pathlib import Path
 
@@ -13,17 +13,18 @@ PREPARE = "python -m qat_runner.data.prepare"
 
 
 def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
-    """The folder that holds a data set: data_dir itself or its subfolder of the data set's name.
+    """Return the folder that contains a data set: data_dir itself or its subfolder named after the data set.
 
     Raises:
-        ConfigError: unknown name, or another task than it is for; a folder that cannot be read; it lies in neither, the
-            message says what must lie where, and which command prepares it.
+        ConfigError: the name is unknown, the task is not the one of the data set, a folder cannot be read, or neither
+            folder contains the data set. In the last case the message says what the folder must contain, and which
+            command prepares it.
     """
     if config.name not in DATASETS:
         raise ConfigError(f"dataset.name={config.name}: must be one of {', '.join(DATASETS)}")
     dataset = DATASETS[config.name]
     if config.task != dataset.task:
-        raise ConfigError(f"dataset.task={config.task}: must be {dataset.task}, which is what {config.name} is for")
+        raise ConfigError(f"dataset.task={config.task}: must be {dataset.task}, the task of {config.name}")
     root = path_of(data_dir)
     try:
         for folder in (root, root / config.name):
@@ -33,7 +34,7 @@ def find_dataset(config: DatasetConfig, data_dir: str) -> Path:
         raise ConfigError(f"dataset={config.name}: data_dir={printable(data_dir)}: {error}") from error
     command = f" ('{PREPARE} {config.name} DATA_DIR' {dataset.fetching})" if dataset.fetch is not None else ""
     raise ConfigError(
-        f"dataset={config.name}: not found in data_dir={data_dir}; there (or in {root / config.name}) must lie "
+        f"dataset={config.name}: not found in data_dir={data_dir}; this folder (or {root / config.name}) must contain "
         f"{dataset.content}{command}"
     )
 
@@ -42,18 +43,18 @@ def load_dataset(config: DatasetConfig, data_dir: str, delivery: Delivery) -> Da
     """Read a data set.
 
     Args:
-        config: which one, and how it is to be read.
-        data_dir: where data sets lie.
-        delivery: where batches are wanted, and how.
+        config: the data set, and how to read it.
+        data_dir: the folder of data sets.
+        delivery: where batches are delivered, and in which form.
 
     Raises:
-        ConfigError: it is not there, or is not what its config says.
+        ConfigError: the data set is missing, or does not match its config.
     """
     folder = find_dataset(config, data_dir)
     try:
         return DATASETS[config.name].read(folder, config, delivery)
     except (ConfigError, ModuleNotFoundError):
         raise
-    except Exception as error:  # whatever a parser may raise on files that are something else
+    except Exception as error:  # parsers may raise any exception on files of another kind
         reason = told(error) or type(error).__name__
         raise ConfigError(f"dataset={config.name}: {printable(str(folder))} cannot be read ({reason})") from error

@@ -1,8 +1,8 @@
-"""Pictures in tar files by WebDataset's convention, each read where it lies.
+"""Images in tar files with the WebDataset naming convention, read by random access.
 
-What has one name before its first dot is one sample: KEY.jpg with its class in KEY.cls, or as "label" in KEY.json.
-Where each picture begins is found once, and kept in the cache folder. So they come in any order, as files in folders
-do; by themselves they are in the order that class folders would have: by class, then by name.
+Files with the same name before the first dot form one sample: KEY.jpg with its class in KEY.cls, or as "label" in
+KEY.json. The offset of each image is found once and cached, so images can be read in any order, like files in folders.
+Their own order is the one that class folders would have: by class, then by name.
 """
 
 import json
@@ -39,53 +39,53 @@ from qat_runner.data.listing import CLUTTER, PassedOver, printable
 from qat_runner.errors import told
 
 VERSION = 1
-"""Of what is kept; another one wherever the same shards would be indexed otherwise."""
+"""Version of the cached index; it changes whenever the same shards would be indexed differently."""
 
 CLASSES = 100_000
-"""Labels are below."""
+"""Upper limit of the labels, exclusive."""
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-"""First bytes of what allows no reading from its middle."""
+"""First bytes of compressed files, which do not allow random access."""
 
 OPEN = 256
-"""Shards that a process holds open at a time: a system may allow a thousand files."""
+"""Maximum number of shards that a process keeps open: a system may allow only a thousand open files."""
 
 THREADS = 8
-"""Shards that are indexed at a time, most of which wait for the disk."""
+"""Number of shards that are indexed in parallel; most threads wait for the disk."""
 
 BLOCK = 512
-"""Bytes that a tar file consists of."""
+"""Block size of a tar file in bytes."""
 
 Sample = tuple[int, str, int, int, int]
-"""class, name, number of its shard, first byte and size"""
+"""class, name, index of the shard, offset of the first byte, and size in bytes"""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The pictures of one split: by class, then by name. About 50 bytes of memory each."""
+    """The images of one split, ordered by class, then by name. About 50 bytes of memory per image."""
 
     paths: list[str]
     labels: NDArray[np.int32]
-    """class of each picture, [N]"""
+    """class of each image, [N]"""
     shards: NDArray[np.int32]
-    """index in `paths`, [N]"""
+    """index of the shard of each image in `paths`, [N]"""
     starts: NDArray[np.int64]
-    """first byte in that file, [N]"""
+    """offset of the first byte of each image in its shard, [N]"""
     sizes: NDArray[np.int64]
-    """bytes, [N]"""
+    """size of each image file in bytes, [N]"""
     names: Ragged
-    """of the members, N"""
+    """names of the members, N of them"""
     passed_over: str
-    """what lies among them and is none; see `PassedOver`"""
+    """what was skipped because it is not an image; see `PassedOver`"""
     _open: dict[int, int] = field(default_factory=dict, init=False, repr=False)
-    """file descriptors, that used last at the end"""
+    """file descriptors of open shards, the most recently used last"""
 
     def name(self, index: int) -> str:
-        """The shard of a picture, and its name there."""
+        """Return the shard of an image and its name there, as a path."""
         return f"{self.paths[self.shards[index]]}/{self.names.text(index)}"
 
     def content(self, index: int) -> bytes:
-        """A picture as it lies in its shard.
+        """Return the content of an image file.
 
         Raises:
             OSError: it cannot be read.
@@ -93,7 +93,7 @@ class Shards:
         size = int(self.sizes[index])
         content = os.pread(self._file(int(self.shards[index])), size, int(self.starts[index]))
         if len(content) < size:
-            raise OSError("its shard ends before it")
+            raise OSError("the shard ends before the end of the image")
         return content
 
     def _file(self, shard: int) -> int:
@@ -110,20 +110,20 @@ class Shards:
             os.close(file)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # another process opens its own
+        return self.__dict__ | {"_open": {}}  # another process opens its own files
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What `kept` makes the same of."""
+        """Return the index as arrays, from which `kept` restores it."""
         words = Ragged.of_bytes([os.fsencode(self.passed_over)])
         numbers = {name: getattr(self, name) for name in ("labels", "shards", "starts", "sizes")}
         return numbers | self.names.arrays("names") | words.arrays("passed_over")
 
     @classmethod
     def kept(cls, paths: list[str], arrays: Arrays) -> "Shards":
-        """The pictures of shards that were kept in these arrays.
+        """Restore the index of shards from cached arrays.
 
         Raises:
-            UnkeptError: they make none.
+            UnkeptError: the arrays are not an index.
         """
         names, words = (Ragged.kept(arrays, name) for name in ("names", "passed_over"))
         labels, shards = (
@@ -132,15 +132,15 @@ class Shards:
         )
         starts, sizes = (kept_numbers(arrays, name, np.int64, len(names), range(2**62)) for name in ("starts", "sizes"))
         if len(words) != 1 or not len(names):
-            raise UnkeptError("no index")
+            raise UnkeptError("not an index of shards")
         return cls(paths, labels, shards, starts, sizes, names, words.text(0))
 
 
 def read_shards(paths: Sequence[Path]) -> Shards:
-    """The pictures of the shards of one split.
+    """Index the images in the shards of one split, or read their index from the cache.
 
     Raises:
-        ValueError: a shard is no tar file, compressed or damaged; a picture has no label; there are none.
+        ValueError: a shard is not a tar file, compressed or damaged; an image has no label; there are no images.
         OSError: a shard cannot be read.
     """
     stamped = stamps(paths)
@@ -150,7 +150,7 @@ def read_shards(paths: Sequence[Path]) -> Shards:
     began = time.time_ns()
     shards = _indexed(paths)
     if settled(max(changed for _, _, changed in stamped), began):
-        with suppress(OSError):  # then they are indexed anew each time
+        with suppress(OSError):  # without a cache file, the next start indexes the shards again
             keep_arrays(kept, shards.arrays())
     return shards
 
@@ -165,8 +165,8 @@ def _indexed(paths: Sequence[Path]) -> Shards:
             samples += some
             passed_over.add(others)
     if not samples:
-        others_ = f" (passed over {passed_over})" if str(passed_over) else ""
-        raise ValueError(f"{printable(str(paths[0]))} and its like hold no pictures{others_}")
+        others_ = f" (skipped {passed_over})" if str(passed_over) else ""
+        raise ValueError(f"{printable(str(paths[0]))} and the other shards of its split contain no images{others_}")
     samples.sort()
     labels, names, shards, starts, sizes = zip(*samples, strict=True)
     return Shards(
@@ -181,19 +181,19 @@ def _indexed(paths: Sequence[Path]) -> Shards:
 
 
 def _samples(path: Path, shard: int) -> tuple[list[Sample], PassedOver]:
-    """The pictures of a shard, with what was passed over."""
+    """Return the samples of a shard, and what was skipped."""
     passed_over = PassedOver()
     pictures: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     for member, key, suffix, read in _members(path, passed_over):
         if suffix in SUFFIXES:
             if key in pictures:
-                raise ValueError(f"{printable(str(path))}: two pictures are called {printable(key)}")
+                raise ValueError(f"{printable(str(path))}: two images have the name {printable(key)}")
             pictures[key] = member
         elif suffix == ".cls":
             labels[key] = _label(path, member.name, read())
         elif suffix == ".json":
-            with suppress(ValueError, KeyError, TypeError):  # one that is about something else
+            with suppress(ValueError, KeyError, TypeError):  # a JSON file without a label
                 labels.setdefault(key, _label(path, member.name, str(json.loads(read())["label"]).encode()))
         else:
             passed_over.by_suffix[suffix or "no suffix"] += 1
@@ -202,14 +202,14 @@ def _samples(path: Path, shard: int) -> tuple[list[Sample], PassedOver]:
     for key, member in pictures.items():
         if key not in labels:
             raise ValueError(
-                f"{printable(str(path))}: {printable(member.name)} has no class: there is neither "
-                f'{printable(key)}.cls, which holds its number, nor {printable(key)}.json with a "label"'
+                f"{printable(str(path))}: {printable(member.name)} has no class: there must be "
+                f'{printable(key)}.cls with its index, or {printable(key)}.json with a "label"'
             )
     return [(labels[key], m.name, shard, m.offset_data, m.size) for key, m in pictures.items()], passed_over
 
 
 def _members(path: Path, passed_over: PassedOver) -> Iterator[tuple[tarfile.TarInfo, str, str, Callable[[], bytes]]]:
-    """The files of a shard, with their keys, their suffixes in lower case, and how to read them."""
+    """Yield the files of a shard, each with its key, its suffix in lower case, and a function that reads it."""
     with open(path, "rb") as file:
         _check_head(path, file.read(8))
         file.seek(0)
@@ -229,31 +229,35 @@ def _members(path: Path, passed_over: PassedOver) -> Iterator[tuple[tarfile.TarI
                         yield member, os.path.join(folder, stem), (dot + suffix).lower(), read
                 _check_end(path, file.fileno(), tar.offset)
         except tarfile.TarError as error:
-            raise ValueError(f"{printable(str(path))} is no tar file, or damaged ({told(error)})") from error
+            raise ValueError(f"{printable(str(path))} is not a tar file, or is damaged ({told(error)})") from error
 
 
 PADDING = 1 << 20
-"""Zeros, at most, that programs fill the last record of a tar file with: of 10 KB, if nobody says otherwise."""
+"""Maximum number of zero bytes with which programs fill the last record of a tar file; the default record is 10 KB."""
 
 
 def _check_head(path: Path, head: bytes) -> None:
     for magic, program in COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(
-                f"{printable(str(path))} is compressed by {program}, so that nothing in it can be read without all "
-                f"before it: shards must be plain tar files"
+                f"{printable(str(path))} is compressed by {program}, which does not allow random access; "
+                f"shards must be plain tar files"
             )
 
 
 def _check_end(path: Path, file: int, end: int) -> None:
-    """Refuse a shard whose last bytes are missing, which tarfile takes for one that ends there; or that goes on after
-    its end: with another shard, or with a hole that a download has left."""
+    """Check the end of a shard.
+
+    Raises:
+        ValueError: the last bytes are missing, which tarfile does not notice; or more data follow the end, either
+            another shard, or the rest of a file in which a download has left a hole.
+    """
     rest = os.pread(file, PADDING + 1, end)
     if rest[:BLOCK] != bytes(BLOCK):
-        raise ValueError(f"{printable(str(path))} is cut short or damaged: no end of a tar file follows byte {end}")
+        raise ValueError(f"{printable(str(path))} is truncated or damaged: no end-of-archive mark at byte {end}")
     if len(rest) > PADDING or any(rest):
         raise ValueError(
-            f"{printable(str(path))} is damaged, or several in one: more follows the end of a tar file at byte {end}"
+            f"{printable(str(path))} is damaged or contains several tar files: data follow the end of one at byte {end}"
         )
 
 
@@ -261,7 +265,7 @@ def _label(path: Path, name: str, content: bytes) -> int:
     text = content.strip()
     if not (text.isdigit() and len(text) < 10 and int(text) < CLASSES):
         raise ValueError(
-            f"{printable(str(path))}: {printable(name)} holds {told(repr(content[:20])[1:])}, "
-            f"which is not the number of a class, 0 to {CLASSES - 1}"
+            f"{printable(str(path))}: {printable(name)} contains {told(repr(content[:20])[1:])}; "
+            f"must be a class index, 0 to {CLASSES - 1}"
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Pictures of one split as batches of bytes: decoded and transformed by worker processes, or on a device."""
+"""Images of one split as batches of bytes, decoded and transformed by worker processes or on a device."""
 
 from collections.abc import Callable, Iterator, Sequence
 from errno import EACCES, EISDIR, ELOOP, ENODEV, ENOENT, ENOTDIR, ENXIO, EPERM
@@ -16,37 +16,40 @@ from qat_runner.data.listing import printable
 from qat_runner.data.workers import Order, Workers
 
 Pixels = tuple[Tensor, Tensor, Sequence[str]]
-"""A batch: pictures uint8 [N, S, S, 3], which is how they lie in memory; labels [N]; what is wrong with each, or "".
+"""A batch: images uint8 [N, S, S, 3], contiguous in this order; labels [N]; an error message for each image, or "".
 
-What is wrong is `Unread` where it is no matter of the picture.
+An error message is an `Unread` where the cause is not the image itself.
 """
 
 File = tuple[Tensor, bool, int, str, tuple[int, int]]
-"""A picture yet to decode: its file uint8 [length], whether a plain JPEG, label, what is wrong, (seed, index)"""
+"""An image before decoding: its file uint8 [length], whether it is a plain JPEG, label, error message, (seed, index)"""
 
 Transform = Callable[[Any], Tensor]
-"""A decoded picture -> uint8 [3, S, S], by chance of torch's generator"""
+"""Maps a decoded image to uint8 [3, S, S], with random numbers from torch's global generator"""
 
 
 class Unread(str):
-    """Why a picture could not be read, where that says nothing of the picture: too many open files, no memory."""
+    """An error message for an image that could not be read for a reason unrelated to the image.
+
+    Examples are too many open files, or not enough memory.
+    """
 
 
 class Split(Protocol):
-    """Batches of one split."""
+    """A split that can be read in batches."""
 
     def batches(self, order: Order) -> Iterator[Pixels]:
-        """Batches of the pictures of an order. Any number of calls may be under way."""
+        """Yield the batches of an order. Several calls may be in progress at the same time."""
 
 
 class Decoded(Dataset[tuple[Tensor, int, str]]):
-    """Pictures of one split, decoded and transformed: the items of `Pixels`, by (seed, index).
+    """Decoded and transformed images of one split: the items of `Pixels`, addressed by (seed, index).
 
     Args:
-        stored: as they lie on the disk.
-        decode: makes of the content of a file what `transform` takes.
-        transform: makes a tensor of it.
-        image_size: S.
+        stored: the images on disk.
+        decode: converts the content of a file to the input of `transform`.
+        transform: converts the decoded image to a tensor.
+        image_size: side length of the transformed images in pixels, S.
     """
 
     def __init__(self, stored: Pictures, decode: Callable[[bytes], Any], transform: Transform, image_size: int) -> None:
@@ -60,17 +63,17 @@ class Decoded(Dataset[tuple[Tensor, int, str]]):
         label = int(self.stored.labels[index])
         try:
             picture = self.decode(self.stored.content(index))
-        except Exception as error:  # a worker's exception would arrive as its traceback: it is told instead
+        except Exception as error:  # a worker's exception would arrive as a traceback; a message is returned instead
             black = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
             return black, label, _trouble(self.stored, index, error)
         return transformed(picture, self.transform, item).permute(1, 2, 0), label, ""
 
 
 class Files(Dataset[File]):
-    """Pictures of one split as their files, by (seed, index).
+    """Files of the images of one split, addressed by (seed, index).
 
     Args:
-        stored: as they lie on the disk.
+        stored: the images on disk.
     """
 
     def __init__(self, stored: Pictures) -> None:
@@ -87,14 +90,14 @@ class Files(Dataset[File]):
 
 
 class OnDevice:
-    """A split whose JPEGs are decoded on a device, where all its pictures are transformed; workers only read.
+    """A split whose JPEGs are decoded, and whose images are all transformed, on a device; workers only read files.
 
-    What is no plain JPEG is decoded here, on the CPU.
+    Images that are not plain JPEGs are decoded on the CPU, in this process.
 
     Args:
-        pictures: whose transform takes pixels as `decode_pixels` gives them.
-        workers: processes; 0 reads in this one.
-        device: which decodes.
+        pictures: the images; their transform takes pixels in the format of `decode_pixels`.
+        workers: number of reading processes; 0 reads in this process.
+        device: the device that decodes.
     """
 
     def __init__(self, pictures: Decoded, workers: int, device: torch.device) -> None:
@@ -108,7 +111,7 @@ class OnDevice:
             yield torch.stack(pictures).permute(0, 2, 3, 1), torch.tensor([file[2] for file in files]), troubles
 
     def _pictures(self, files: list[File]) -> Iterator[tuple[Tensor, str]]:
-        """Each as a tensor [3, S, S], and what is wrong with it."""
+        """Yield each image as a tensor [3, S, S], and its error message."""
         jpegs = iter(self._jpegs([content for content, plain, *_ in files if plain]))
         for content, plain, _, trouble, item in files:
             pixels = next(jpegs) if plain else None
@@ -123,17 +126,17 @@ class OnDevice:
                 yield transformed(pixels.to(self.device), self.transform, item), ""
 
     def _jpegs(self, jpegs: list[Tensor]) -> Sequence[Tensor | None]:
-        """Their pixels; None for a damaged one, of which Pillow knows what is wrong with it."""
+        """Decode JPEGs; the result is None for damaged ones, for which Pillow will report what is wrong."""
         try:
             return jpeg_pixels(jpegs, self.device) if jpegs else []
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # which does not tell whose
+        except RuntimeError:  # the error does not say which JPEG is damaged
             return [None] if len(jpegs) == 1 else [pixels for jpeg in jpegs for pixels in self._jpegs([jpeg])]
 
 
 def transformed(picture: Any, transform: Transform, item: tuple[int, int]) -> Tensor:
-    """A picture through a transform, by the chance of its (seed, index); torch's generator is left as it was."""
+    """Transform an image with random numbers that depend only on its (seed, index); restore torch's generator."""
     with drawing(epoch_seed(*item)):
         return transform(picture)
 
@@ -142,17 +145,17 @@ def _trouble(stored: Pictures, index: int, error: Exception) -> str:
     name = printable(stored.name(index))
     elsewhere = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
     if elsewhere or isinstance(error, MemoryError):
-        return Unread(f"picture {name} cannot be read ({_told(error)})")
-    return f"picture {name} cannot be decoded ({_told(error)})"
+        return Unread(f"image {name} cannot be read ({_told(error)})")
+    return f"image {name} cannot be decoded ({_told(error)})"
 
 
 _OF_THE_FILE = (ENOENT, EACCES, EPERM, EISDIR, ENOTDIR, ELOOP, ENXIO, ENODEV)
-"""Errors of the operating system that stay with a file however often it is read; decoders raise none."""
+"""Operating system errors that belong to a file and occur on every read; decoders do not raise them."""
 
 
 def _told(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
+        return f"not one of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {printable(' '.join(str(error).split()))}"

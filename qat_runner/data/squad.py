@@ -1,9 +1,9 @@
-"""SQuAD v1.1: questions on a paragraph each, whose answer is a span of it (Rajpurkar et al. 2016).
+"""SQuAD v1.1: each question refers to a paragraph, and its answer is a span of it (Rajpurkar et al. 2016).
 
-A paragraph longer than a network's input is read through windows: [CLS] question [SEP] part of the paragraph [SEP],
-a window every `stride` tokens of the paragraph, and of a question no more than its first 64 tokens, as BERT was
-published with. A window without the answer is taught to point at [CLS]. Questions are tokenized once, and kept in a
-cache that is keyed by the file and the tokenizer.
+A paragraph that is longer than a network's input is split into windows: [CLS] question [SEP] part of the paragraph
+[SEP]. A new window starts every `stride` tokens of the paragraph. Questions are truncated to their first 64 tokens, as
+in the published BERT. The target of a window without the answer is the position of [CLS]. Questions and paragraphs are
+tokenized once and cached; the cache key is the file and the tokenizer.
 """
 
 import hashlib
@@ -31,25 +31,25 @@ from qat_runner.errors import told
 
 FILES = ("train-v1.1.json", "dev-v1.1.json")
 QUESTIONS = (87_599, 10_570)
-"""In the official files."""
+"""Numbers of questions in the official files."""
 URL = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 LONGEST_QUESTION = 64
-"""In tokens; the rest is cut off."""
+"""Maximum length of a question in tokens; longer questions are truncated."""
 VERSION = 2
-"""Of how texts are made tokens: those of another one in the cache are not used."""
+"""Version of the tokenization; tokens of another version in the cache are not used."""
 
 log = logging.getLogger("qat_runner")
 
 
 class Answer(TypedDict):
-    """A span of a paragraph, as a file in SQuAD's format has it; like all below."""
+    """A span of a paragraph. Like the classes below, this is a part of a file in SQuAD's format."""
 
     text: Annotated[str, Field(min_length=1)]
     answer_start: Annotated[int, Field(ge=0)]
 
 
 class QuestionAnswers(TypedDict):
-    """A question, and its answers by several people."""
+    """A question, and answers to it by several people."""
 
     id: str
     question: str
@@ -57,14 +57,14 @@ class QuestionAnswers(TypedDict):
 
 
 class Paragraph(TypedDict):
-    """A text, and questions on it."""
+    """A text, and questions about it."""
 
     context: str
     qas: list[QuestionAnswers]
 
 
 class Article(TypedDict):
-    """Paragraphs on one thing."""
+    """Paragraphs about one subject."""
 
     paragraphs: list[Paragraph]
 
@@ -77,21 +77,21 @@ class SquadFile(TypedDict):
 
 @dataclass(frozen=True)
 class Question:
-    """A question as the file has it."""
+    """A question of the file, with its answers and the index of its paragraph."""
 
     id: str
     text: str
     paragraph: int
     answers: tuple[str, ...]
     start: int
-    """first character of the first answer in its paragraph"""
+    """index of the first character of the first answer in its paragraph"""
 
 
 def read_squad(path: Path) -> tuple[list[str], list[Question]]:
-    """The paragraphs and the questions of a file in SQuAD's format.
+    """Read the paragraphs and the questions of a file in SQuAD's format.
 
     Raises:
-        ValueError: it is something else, a question has no answer, or an answer is not where it is said to be.
+        ValueError: the file has another format, a question has no answer, or an answer is not at its answer_start.
     """
     try:
         articles = fit(SquadFile, json.loads(path.read_text(encoding="utf-8")))["data"]
@@ -103,7 +103,7 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
     contexts = [paragraph["context"] for paragraph in paragraphs]
     questions = [_question(qa, i) for i, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]]
     if not questions:
-        raise ValueError(f"{path.name} holds no question")
+        raise ValueError(f"{path.name} contains no question")
     seen: set[str] = set()
     for q in questions:
         if q.id in seen:
@@ -116,27 +116,27 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
 
 def _question(qa: QuestionAnswers, paragraph: int) -> Question:
     if not qa["answers"]:
-        raise ValueError(f"question {qa['id']} has no answer: SQuAD v1.1 is wanted, not v2")
+        raise ValueError(f"question {qa['id']} has no answer; the file must be SQuAD v1.1, not v2")
     answers = tuple(answer["text"] for answer in qa["answers"])
     return Question(qa["id"], qa["question"].strip(), paragraph, answers, qa["answers"][0]["answer_start"])
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A file's texts as tokens."""
+    """The tokens of the texts of a file."""
 
-    questions: Ragged  # ids, of each at most LONGEST_QUESTION
-    contexts: Ragged  # ids
+    questions: Ragged  # token ids, at most LONGEST_QUESTION per question
+    contexts: Ragged  # token ids
     spans: Ragged  # first and end character of each token of the contexts, [total, 2]
 
 
 def tokenize(path: Path, contexts: list[str], questions: list[Question], tokenizer: Any) -> Tokens:
-    """The tokens of a file, from the cache or for the cache.
+    """Return the tokens of a file, from the cache if possible; otherwise tokenize the texts and cache the tokens.
 
     Args:
-        path: the file that the texts are from; its content and the tokenizer are the key.
-        contexts, questions: what `read_squad` gave.
-        tokenizer: a fast one of transformers.
+        path: the file of the texts; its content and the tokenizer are the cache key.
+        contexts, questions: the result of `read_squad`.
+        tokenizer: a fast tokenizer of transformers.
     """
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     key = key_of(VERSION, content, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
@@ -162,7 +162,7 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
 
 
 def _encode(texts: list[str], tokenizer: Any, bar: "tqdm[Any]") -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character spans of each text, without special tokens."""
+    """Return the token ids and character spans of each text, without special tokens."""
     ids: list[list[int]] = []
     spans: list[list[tuple[int, int]]] = []
     for start in range(0, len(texts), 1000):
@@ -178,29 +178,30 @@ def _encode(texts: list[str], tokenizer: Any, bar: "tqdm[Any]") -> tuple[list[li
 
 @dataclass(frozen=True)
 class Windows:
-    """Inputs of a network, each a question and a part of its paragraph; a row each, in the order of questions."""
+    """Inputs of a network, one window per row: a question and a part of its paragraph, in the order of questions."""
 
     question: np.ndarray  # int64 [W]
-    start: np.ndarray  # int64 [W], the first token of the paragraph
-    length: np.ndarray  # int64 [W], tokens of the paragraph
-    prefix: np.ndarray  # int64 [W], positions before the first token of the paragraph
-    answer: np.ndarray  # int64 [W, 2], positions of the answer's ends; 0 where the window does not hold it
+    start: np.ndarray  # int64 [W], index in the paragraph of the first token of the window's part
+    length: np.ndarray  # int64 [W], number of tokens of the paragraph
+    prefix: np.ndarray  # int64 [W], number of positions before the first token of the paragraph
+    answer: np.ndarray  # int64 [W, 2], first and last position of the answer; 0 if the window does not contain it
 
     def __len__(self) -> int:
         return len(self.question)
 
 
 def make_windows(tokens: Tokens, questions: Sequence[Question], max_length: int, stride: int) -> Windows:
-    """All windows of all questions.
+    """Make all windows of all questions.
 
     Args:
-        tokens: of the same questions.
-        questions: Q of them.
-        max_length: positions of a window, [CLS] and both [SEP] included.
-        stride: tokens from the start of a window to that of the next; no more than its part of the paragraph.
+        tokens: tokens of the same questions and their paragraphs.
+        questions: Q questions.
+        max_length: number of positions of a window, including [CLS] and both [SEP].
+        stride: number of tokens from the start of a window to the start of the next, limited to the number of tokens of
+            the paragraph in a window.
 
     Raises:
-        ValueError: a question leaves no room for its paragraph.
+        ValueError: a question is so long that no position is left for its paragraph.
     """
     paragraph = np.array([q.paragraph for q in questions])
     prefix = tokens.questions.lengths + 2
@@ -222,7 +223,7 @@ def make_windows(tokens: Tokens, questions: Sequence[Question], max_length: int,
 
 
 def _token_span(question: Question, spans: np.ndarray) -> tuple[int, int]:
-    """First and last token, in the paragraph [tokens, 2], of a question's first answer."""
+    """Return the first and last token of a question's first answer, given the spans of its paragraph [tokens, 2]."""
     end = question.start + len(question.answers[0])
     first = int(np.searchsorted(spans[:, 1], question.start, side="right"))
     last = int(np.searchsorted(spans[:, 0], end, side="left")) - 1
@@ -231,7 +232,7 @@ def _token_span(question: Question, spans: np.ndarray) -> tuple[int, int]:
 
 @dataclass
 class Split:
-    """Training or validation split: texts, tokens and windows of the chosen questions."""
+    """Training or validation split: texts, tokens and windows of the selected questions."""
 
     contexts: list[str]
     questions: list[Question]
@@ -240,16 +241,16 @@ class Split:
 
 
 def load_split(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | None) -> Split:
-    """Read a file and cut it into windows.
+    """Read a file and split it into windows.
 
     Args:
         path: a file in SQuAD's format.
-        config: lengths of windows, and whether questions may need several.
-        tokenizer: a fast one of transformers.
-        limit: at most so many questions; None: all.
+        config: sets the lengths of windows, and whether questions may need several windows.
+        tokenizer: a fast tokenizer of transformers.
+        limit: maximum number of questions; None: all.
 
     Raises:
-        ValueError: as `read_squad` and `make_windows`; or no question is left.
+        ValueError: as `read_squad` and `make_windows`, or no question is left.
     """
     contexts, questions = read_squad(path)
     tokens = tokenize(path, contexts, questions, tokenizer)
@@ -259,7 +260,7 @@ def load_split(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | N
         chosen = chosen[tokens.questions.lengths + tokens.contexts.lengths[paragraph] + 3 <= config.max_length]
         if not len(chosen):
             raise ValueError(f"{path.name}: no question fits into dataset.max_length={config.max_length}")
-    if limit is not None and limit < len(chosen):  # evenly over the file, which goes from article to article
+    if limit is not None and limit < len(chosen):  # evenly spaced, because the file is ordered by article
         chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
     if len(chosen) < len(questions):
         questions = [questions[i] for i in chosen.tolist()]
@@ -268,10 +269,10 @@ def load_split(path: Path, config: DatasetConfig, tokenizer: Any, limit: int | N
 
 
 def prepare_squad(folder: Path) -> None:
-    """Download what is not there yet of the official files, and check that they are whole.
+    """Download the official files that are missing, and check that all of them are complete.
 
     Raises:
-        ValueError: a file is not the official one; it is named, and left where it is.
+        ValueError: a file is not the official one; the message names it, and it is not deleted.
         OSError: the download failed.
     """
     for name, count in zip(FILES, QUESTIONS, strict=True):
@@ -283,9 +284,9 @@ def prepare_squad(folder: Path) -> None:
             os.replace(temporary, path)
         found = len(read_squad(path)[1])
         if found != count:
-            raise ValueError(f"{path} holds {found} questions, the official file {count}")
+            raise ValueError(f"{path} contains {found} questions; the official file contains {count}")
 
 
 def holds_squad(folder: Path) -> bool:
-    """Whether a folder holds both files."""
+    """Return whether a folder contains both files."""
     return all((folder / name).is_file() for name in FILES)

@@ -14,9 +14,9 @@ from qat_runner.data.squad import Split
 
 @dataclass
 class SquadData:
-    """SQuAD, as `Data`: inputs are ids, attention mask and token types, int64 [N, L] each; targets int64 [N, 2].
+    """SQuAD as `Data`: inputs are ids, attention mask and token types, int64 [N, L] each; targets are int64 [N, 2].
 
-    Logits are [N, L, 2]: of each position, for the start and for the end of the answer.
+    Logits are [N, L, 2]: for each position, the logit that the answer starts there and the logit that it ends there.
     """
 
     training: Split
@@ -55,7 +55,7 @@ class SquadData:
     def _batch(self, split: Split, rows: np.ndarray) -> Batch:
         cls, sep, pad = self.special
         windows, tokens = split.windows, split.tokens
-        ends = windows.prefix[rows] + windows.length[rows]  # where the second [SEP] goes
+        ends = windows.prefix[rows] + windows.length[rows]  # position of the second [SEP]
         width = self.config.max_length if self.config.padding == Padding.max_length else int(ends.max()) + 1
         ids = np.full((len(rows), width), pad, dtype=np.int64)
         for out, row in zip(ids, rows, strict=True):

@@ -1,4 +1,4 @@
-"""Worker processes, which live from one epoch to the next."""
+"""Worker processes that persist from one epoch to the next."""
 
 import os
 import signal
@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 
 @dataclass
 class Order:
-    """Batches, as the (seed, index) of their items: how a picture is augmented depends on these two alone.
+    """Batches as lists of the (seed, index) of their items; the augmentation of an image depends only on these two.
 
-    Each is made when its turn comes: all of an epoch together would take more memory than the names of its pictures.
+    Each list is created when it is needed: all lists of an epoch would take more memory than the names of its images.
     """
 
     numbers: Sequence[int] = ()
-    """of the batches"""
+    """numbers of the batches"""
     batch: Callable[[int], list[tuple[int, int]]] = lambda number: []
-    """the items of each"""
+    """returns the items of a batch, given its number"""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -32,24 +32,24 @@ class Order:
 
 
 class Workers:
-    """The processes that read one split. They live from one epoch to the next; each has its own order all the same.
+    """The processes that read one split. They persist from one epoch to the next; every epoch has its own order.
 
     Args:
-        items: of the split, by (seed, index).
-        most: how many there may be; 0 reads in this process.
-        collate: makes a batch of a list of items; None: as PyTorch does, by stacking.
+        items: items of the split, addressed by (seed, index).
+        most: maximum number of processes; 0 reads in this process.
+        collate: makes a batch of a list of items; None: PyTorch's default, which stacks them.
     """
 
     def __init__(self, items: Dataset[Any], most: int, collate: Callable[[list[Any]], Any] | None = None) -> None:
         self._items, self._most, self._collate = items, min(most, _processors()), collate
-        self._order = Order()  # which the loader asks for anew at the start of each epoch
+        self._order = Order()  # the loader iterates over it again at the start of each epoch
         self._loader: Any = None
         self._busy = False
 
     def batches(self, order: Order) -> Iterator[Any]:
-        """Batches of items, each given as the (seed, index) of its items. Any number of calls may be under way."""
+        """Yield the batches of an order. Several calls may be in progress at the same time."""
         workers = min(self._most, len(order))
-        if workers == 0 or self._busy:  # the latter: those that live on are in the midst of another call
+        if workers == 0 or self._busy:  # busy: the persistent workers are serving another call
             yield from self._made(order, workers)
             return
         if self._loader is None or self._loader.num_workers < workers:
@@ -71,17 +71,18 @@ class Workers:
             num_workers=workers,
             collate_fn=self._collate,
             pin_memory=self._collate is None and torch.cuda.is_available(),
-            generator=torch.Generator(),  # else starting the workers would draw from the global one
+            generator=torch.Generator(),  # otherwise starting the workers would draw from the global generator
             worker_init_fn=partial(_obey, os.getpid()),
             **options,
         )
 
 
 def _obey(reader: int, worker: int) -> None:
-    """Have a worker pass over the signals that its whole group gets: the process that reads from it still has to save.
+    """Make a worker ignore signals that are sent to its whole process group.
 
-    Terminals, `timeout`, shells and job schedulers send those. PyTorch's own workers die of any SIGTERM that is not
-    their parent's, and reading from them fails. Where it cannot be known whose it is, as on macOS, so do these.
+    Terminals, `timeout`, shells and job schedulers send such signals, but the reading process still needs its workers
+    until it has saved. Standard PyTorch workers end on a SIGTERM from any process other than their parent, and reading
+    from them then fails. So do these workers where the sender of a signal is unknown, as on macOS.
     """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
@@ -98,5 +99,5 @@ def _wait_for_word_of(reader: int) -> None:
 
 
 def _processors() -> int:
-    """Those that this process may use: more workers would only stand in each other's way."""
+    """Return the number of CPUs that this process may use; more workers would only slow each other down."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

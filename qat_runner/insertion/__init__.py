@@ -1,4 +1,20 @@
-"""Where quantizers go: the policy (what every tensor gets), the layers, insertion, calibration, saving."""
+"""Insert quantizers into any PyTorch model: find what it multiplies, convert it in place, calibrate, save and load.
+
+No model code is copied or rewritten. Three mechanisms make that possible:
+
+- **Class swapping** (`layers`). A layer is quantized by giving the module object another class. Its parameters, their
+  names, its hooks and all references to it stay valid.
+- **Function interception** (`calls`, `own_products`, `own_weights`). Some layers override the forward of their base
+  class, and attention modules and mixtures of experts multiply tensors in their own forward. Such a module keeps its
+  forward, but a `torch.overrides.TorchFunctionMode` is open while it runs. The mode sees each call of a torch function
+  before PyTorch executes it, and runs the calls that multiply with quantized factors.
+- **The example input** (`asking`, `trace`, `products`, `unchanged`). One batch runs through the model several times:
+  before conversion, to find out what each module's own forward multiplies, and after it, to find the order of the
+  layers and the signs of their inputs, to count all products (with a `TorchDispatchMode`, which sees every operator
+  that PyTorch dispatches), and to check that the converted model still computes the same outputs.
+
+A policy (`qat_runner.policy`) decides what every tensor gets.
+"""
 
 from qat_runner.insertion.calibrate import calibrate, freeze
 from qat_runner.insertion.insert import (

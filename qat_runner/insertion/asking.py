@@ -1,4 +1,11 @@
-"""What each module's own forward asks PyTorch to multiply: which modules can be had to multiply what is quantized."""
+"""Observe which multiplications each module's own forward requests from PyTorch, and decide what can be quantized.
+
+One batch runs through the model while it has no quantizers. Meanwhile a `TorchFunctionMode` sees every call of a torch
+function, and a `TorchDispatchMode` (`Products`) counts every product that is executed. Each call is attributed to the
+innermost module whose forward is running. The functions below use this record to decide whether a layer with a forward
+of its own multiplies exactly once by its weight, whether a module computes attention, and by which of its own
+parameters a module multiplies.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,59 +44,59 @@ class Asked(NamedTuple):
 
     func: Any
     left: int
-    """elements of the first factor"""
+    """number of elements of the first factor"""
     right: torch.Size
     given: int
-    """elements of what came out"""
+    """number of elements of the output"""
     computed: bool
-    """whether both factors are floating numbers that were computed, not parameters or buffers"""
+    """whether both factors are floating-point tensors that the forward pass computed, neither parameters nor buffers"""
     parameter: str | None = None
-    """name of the module's own parameter that one factor is, or is made of"""
+    """name of the module's own parameter that one factor is, or is made from"""
     contracted: int | None = None
-    """the dimension of it, -1 or -2, that is added up over; None where that is another, or the other factor is no
-    floating number that was computed"""
+    """dimension of that parameter, -1 or -2, that the product sums over; None if it sums over another one, or if the
+    other factor is not a floating-point tensor that the forward pass computed"""
 
 
 _WRITTEN_OUT = (ATTENTION, F.multi_head_attention_forward)
-"""Functions that are written out as products where these are quantized."""
+"""Functions that are decomposed into separate products where these are quantized."""
 
 _CAUGHT = (*MATRICES, *_WRITTEN_OUT)
 """Functions whose calls are taken over in the forward of an attention module."""
 
 _OTHER = Asked(None, 0, torch.Size(), 0, False)
-"""Stands for products of a module that none of the calls that are known has asked for."""
+"""Placeholder for products of a module that did not come from any of the known calls."""
 
 
 @dataclass
 class Asking:
-    """What the modules of a network asked PyTorch to multiply."""
+    """Record of what the modules of a network asked PyTorch to multiply."""
 
     calls: dict[nn.Module, list[list[Asked]]] = field(default_factory=dict)
-    """module -> what it asked for itself, in each of its calls"""
+    """module -> for each of its calls, what its own forward requested"""
     otherwise: set[tuple[nn.Module, str]] = field(default_factory=set)
-    """parameters, by module and name, that the module does more with than to multiply by them"""
+    """parameters, as (module, name), that are used for anything besides multiplying by them"""
     within: set[nn.Module] = field(default_factory=set)
-    """modules that were called while they were at work already"""
+    """modules that were called again while their own forward was still running"""
     weights: dict[nn.Module, tuple[Tensor, bool]] = field(default_factory=dict)
-    """layer with a forward of its own -> the weight that it multiplied by first, and whether it was in train mode"""
+    """layer with a forward of its own -> the first weight it multiplied by, and whether it was in train mode then"""
 
     def copy(self) -> "Asking":
-        """As it is now."""
+        """Return a copy of the present state."""
         calls = {module: [*calls] for module, calls in self.calls.items()}
         return Asking(calls, {*self.otherwise}, {*self.within}, {**self.weights})
 
 
 @torch.no_grad()
 def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
-    """Run one batch through a model that has no quantizers, in eval mode and then as in training.
+    """Run one batch through a model without quantizers, first in eval mode and then as in training.
 
     Args:
-        model: comes out as it went in.
-        inputs: of its forward; each pass gets a copy. What it computes in training alone is not seen if they do not
-            suffice for that.
+        model: left unchanged.
+        inputs: arguments of its forward; each pass gets a copy. If they are not sufficient for training, what the model
+            computes only in training is not seen.
 
     Returns:
-        What was asked for, and what the model returned in eval mode.
+        The record, and what the model returned in eval mode.
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
@@ -101,16 +108,17 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
             with taking_the_ways_of_training(model):
                 watch.given_away(model(*copies(inputs)))
             asking = watch.asking
-        except Exception:  # trace() tells of it
+        except Exception:  # trace() reports it
             pass
     return asking, output
 
 
 def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
-    """Whether all that a layer computes, in each call, is one product with a weight of the shape of its own.
+    """Whether a layer computes exactly one product in each call, with a weight of the shape of its `weight`.
 
-    Modules in it may ask for others, but not for such as would be mistaken for its own. And the weight must be there
-    without an input, for whoever asks for it between two calls.
+    Modules inside the layer may request other products, but none that could be mistaken for the layer's own. In
+    addition, the layer must use the same weight without the example input, because the weight is also needed between
+    calls.
     """
     with looked_at(layer):
         shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
@@ -128,35 +136,38 @@ def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
 
 
 def _inside(layer: nn.Module) -> set[nn.Module]:
-    """The modules in a layer but for those that make its weight, which are at work before its forward is."""
+    """Return the modules inside a layer, except those that compute its weight: these run before its forward does."""
     makers: set[nn.Module] = {*layer.parametrizations.modules()} if is_parametrized(layer) else set()  # type: ignore[union-attr]
     return {*layer.modules()} - makers - {layer}
 
 
 def _may_be_own(of: type[nn.Module], asked: Asked) -> bool:
-    """Whether what a module in a layer of a class asks for may come to a call by which the layer multiplies: attention
-    is written out where it is quantized."""
+    """Whether a product requested inside a layer may reach PyTorch as a call by which that layer multiplies.
+
+    Fused attention counts as well, since it is decomposed into matrix products where it is quantized.
+    """
     return is_own(of, asked.func) or (is_own(of, torch.matmul) and asked.func in _WRITTEN_OUT)
 
 
 @torch.no_grad()
 def _is_found_again(layer: nn.Module, asking: Asking) -> bool:
-    """Whether a layer multiplies an input of the smallest size by the weight that it multiplied the example by."""
+    """Whether a layer multiplies an input of the smallest size by the same weight as it multiplied the example by."""
     weight, training = asking.weights[layer]
     try:
         with taking_the_ways_of_training(layer) if training else remembering_nothing(layer):
             again = weight_used(layer, type(layer))
-    except Exception:  # whatever its forward raises at such an input
+    except Exception:  # its forward may raise anything for such an input
         return False
     floats = weight.is_floating_point() or weight.is_complex()
     return difference([weight], [again], 4 * torch.finfo(weight.dtype).eps if floats else 0) is None
 
 
 def attends(module: nn.Module, asking: Asking) -> bool:
-    """Whether a module computes attention, in each call: one call of PyTorch's, or two products of what was computed.
+    """Whether a module computes attention in each call: one fused call of PyTorch's, or two products.
 
-    The second of two takes as many elements as the first gives: probabilities, of scores. What modules in it ask for
-    must be known as well, since it would be mistaken for its own.
+    Both factors of both products must have been computed. The first factor of the second product (the probabilities)
+    must have as many elements as the output of the first (the scores). Modules inside must not request such products
+    themselves, since these would be mistaken for the module's own.
     """
     calls = asking.calls.get(module, [])
     inside = [inner for inner in module.modules() if inner is not module]
@@ -171,10 +182,10 @@ def attends(module: nn.Module, asking: Asking) -> bool:
 
 
 def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
-    """The parameters of its own that a module multiplies by: name -> the dimension, -1 or -2, that it adds up over.
+    """Return the parameters of its own that a module multiplies by: name -> the summed dimension, -1 or -2.
 
-    Those of two dimensions or more that it uses in one way alone, and where a layer for that can be put beside them.
-    Of a module that calls itself none: each product would be taken for one of all calls that are at work.
+    A parameter must have two dimensions or more and be used in one way only, and the name of the layer that is added
+    for it must be free. A module that calls itself has none: its products could belong to any of the calls in progress.
     """
     if module in asking.within:
         return {}
@@ -199,15 +210,15 @@ def _is_attention(asked: Sequence[Asked]) -> bool:
 
 
 class _Made(NamedTuple):
-    """What a tensor is made of."""
+    """What a tensor is made from."""
 
     module: nn.Module
     parameter: str
     places: tuple[Tensor, ...]
-    """where its elements lie along the last dimension of the parameter, and along the one before"""
+    """coordinates of its elements in the parameter: along the last dimension, and along the one before"""
 
     def along(self, dim: int) -> int | None:
-        """The one of these two that a dimension of the tensor runs along."""
+        """Return which of these two, -1 or -2, a dimension of the tensor runs along; None if it is not exactly one."""
         last, before = (place.numel() > 0 and bool((place != place.narrow(dim, 0, 1)).any()) for place in self.places)
         return None if last == before else -1 if last else -2
 
@@ -220,28 +231,34 @@ def _places(parameter: Tensor) -> tuple[Tensor, ...]:
 
 
 def _with_numbers(value: Any) -> Any:
-    """An argument of a call on the meta device, where an index has none: the first of what it chooses from."""
+    """Return an argument of a call; an index on the meta device, which has no values, becomes zeros.
+
+    The zeros choose the first of what can be chosen.
+    """
     return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) and value.is_meta else value
 
 
 def _is_of_its_kind(func: Any) -> bool:
-    """Whether a function makes a tensor that has of another one its shape, dtype or device alone."""
+    """Whether a function takes only the shape, dtype or device from its tensor argument, as `zeros_like` does."""
     name: str = getattr(func, "__name__", "")
     return name == "type_as" or name.startswith("new_") or name.endswith("_like")
 
 
 @dataclass
 class _Frame:
-    """One call of a module."""
+    """One call of a module that is in progress."""
 
     module: nn.Module
     asked: list[Asked] = field(default_factory=list)
     others: int = 0
-    """products beside those"""
+    """number of products that do not belong to the calls in `asked`"""
 
 
 class _Watch(TorchFunctionMode):
-    """While open, and `products` with it, what is asked for is noted, by the module that is at work."""
+    """A mode that records the calls that multiply, by the module whose forward is running.
+
+    `products` has to be open as well.
+    """
 
     def __init__(self, kept: set[int]) -> None:
         super().__init__()
@@ -252,7 +269,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def hooked(self, model: nn.Module) -> Iterator[None]:
-        """While open, modules tell when they are called."""
+        """Context manager under which hooks report when the forward of each module begins and ends."""
         handles = []
         for module in filter(takes_hooks, model.modules()):
             handles.append(module.register_forward_pre_hook(lambda m, args: self._begin(m)))
@@ -264,7 +281,7 @@ class _Watch(TorchFunctionMode):
                 handle.remove()
 
     def given_away(self, output: Any) -> None:
-        """Note the parameters that what the network returns is made of."""
+        """Mark the parameters that the network's output is made from as used otherwise."""
         for made in (getattr(t, MADE_OF, None) for t in tensors_of(output)):
             if made is not None:
                 self.asking.otherwise.add((made.module, made.parameter))
@@ -279,7 +296,7 @@ class _Watch(TorchFunctionMode):
         self.asking.calls.setdefault(frame.module, []).append([*frame.asked, *([_OTHER] if frame.others else [])])
 
     def _counted(self) -> tuple[str, str]:
-        """There was a product."""
+        """Count one executed product for the running module; called by `Products`, which needs no owner here."""
         if self._open:
             self._open[-1].others += 1
         return "", ""
@@ -294,11 +311,11 @@ class _Watch(TorchFunctionMode):
         others = frame.others
         out = func(*args, **kwargs)
         if self._note(frame, func, args, kwargs, out):
-            frame.others = others  # what it came to is known
+            frame.others = others  # the products that this call executed are accounted for
         return out
 
     def _note(self, frame: _Frame, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> bool:
-        """Note a call; whether it is one of those that are taken over."""
+        """Record a call; return whether it is one of those that can be taken over."""
         if func in MOVES and args:
             self._follow(func, args, kwargs, out)
             self._note_uses(frame, args[:1], moved=True)
@@ -324,13 +341,16 @@ class _Watch(TorchFunctionMode):
         return attention or call is not None
 
     def _note_weight(self, module: nn.Module, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note what a layer multiplies by, where that has to be looked at."""
+        """Record the first weight that a layer multiplies by, if the layer has a forward of its own."""
         own = None if is_plain(type(module)) else own_call(type(module), func, args, kwargs)
         if own is not None:
             self.asking.weights.setdefault(module, (own.right, module.training))
 
     def _note_uses(self, frame: _Frame, given: Any, moved: bool = False, factors: Sequence[Tensor] = ()) -> None:
-        """Note the parameters that a call uses, but those that a module moves, and multiplies by, itself."""
+        """Mark parameters that a call uses as used otherwise.
+
+        Those that the running module itself moves or multiplies by are excepted.
+        """
         for t in (t for t in tensors_of(given) if t is not None):
             made = getattr(t, MADE_OF, None)
             multiplied = made is not None and made.module is frame.module and any(t is factor for factor in factors)
@@ -340,13 +360,13 @@ class _Watch(TorchFunctionMode):
                 self.asking.otherwise.update((around, name) for name, p in around._parameters.items() if p is t)
 
     def _follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Note what is made of parameters: what happens to them is done to the places of their elements."""
+        """Record what a move makes from a parameter, by applying the same move to the coordinates of its elements."""
         made = self._made_of(args[0])
         if made is None:
             return
-        move = Tensor.reshape if func is Tensor.view else func  # places take no memory, so they lie otherwise
+        move = Tensor.reshape if func is Tensor.view else func  # the coordinates are expanded, so `view` may fail
         more, named = tree_map(_with_numbers, (args[1:], kwargs))
-        with suppress(Exception):  # such as a view of another dtype, which is no move
+        with suppress(Exception):  # such as a view with another dtype, which is not a move
             places = [parts(move(place, *more, **named)) for place in made.places]
             for part, *moved in zip(parts(out), *places, strict=True):
                 mark(part, args[0], made._replace(places=tuple(moved)))
@@ -354,7 +374,7 @@ class _Watch(TorchFunctionMode):
     def _own(
         self, call: Call, made: tuple[_Made | None, _Made | None], computed: Sequence[bool]
     ) -> tuple[str | None, int | None]:
-        """The parameter of the module at work that a call multiplies by, and the dimension of it that is summed."""
+        """Return the parameter of the running module that a call multiplies by, and its summed dimension."""
         for of, factor, other in ((made[0], 0, 1), (made[1], 1, 0)):
             if of is not None and of.module is self._open[-1].module:
                 if computed[other] and call.summed is not None:

@@ -1,8 +1,8 @@
-"""Quantized attention of transformers' networks: both operands of both batched matrix products.
+"""Quantized attention for networks of transformers: both operands of both batched matrix products.
 
-transformers lets a network look up its attention by name. A function under our name computes the attention that the
-network itself calls "eager", whatever arguments that takes, with the two products that insertion has put into each
-attention module in place of its two matrix products. So nothing of any network is copied here.
+A network of transformers looks up its attention function by name. A function registered under our name calls the
+attention that the network itself defines as "eager", whatever arguments that takes. The two matrix products in it are
+computed by the two product modules that insertion has added to each attention module. No code of any network is copied.
 """
 
 import copy
@@ -19,20 +19,20 @@ from qat_runner.insertion.layers import QuantMatmul
 from qat_runner.insertion.own_products import PRODUCTS, ProductsOf
 
 NAME = "qat_runner"
-"""Under which the function is known to transformers."""
+"""Name under which the function is registered with transformers."""
 
 EAGER = "eager"
-"""What transformers calls the attention that a network writes out itself."""
+"""Name that transformers gives to the attention that a network implements itself, in plain PyTorch."""
 
 OWN = "eager_attention"
-"""Attribute of an attention module whose products are quantized: the function that it calls "eager"."""
+"""Attribute of an attention module whose products are quantized: the network's own "eager" function."""
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """A function of transformers' attention interface."""
 
 
 class OwnAttention:
-    """The function that a network calls its "eager" attention; where one is, transformers knows of ours.
+    """A network's own "eager" attention function; creating one registers our function with transformers.
 
     Args:
         function: of transformers' attention interface.
@@ -43,28 +43,28 @@ class OwnAttention:
         _register()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnAttention, (self.function,)  # so a network that is unpickled elsewhere registers it there
+        return OwnAttention, (self.function,)  # so that unpickling in another process registers it there
 
 
 def attention_of(model: nn.Module) -> set[str]:
-    """The names of the attention that networks of transformers in a model compute; none where there are no such."""
+    """Return the names of the attention implementations that networks of transformers in a model use."""
     asking = [network for network in _networks(model) if any(map(_own_attention, network.modules()))]
     return {str(network.config._attn_implementation) for network in asking}
 
 
 def modules_served(model: nn.Module) -> set[nn.Module]:
-    """The attention modules that transformers' interface serves."""
+    """Return the attention modules that use transformers' attention interface."""
     return {m for network in _networks(model) for m in network.modules() if _own_attention(m)}
 
 
 def quantize_attention(model: nn.Module) -> None:
-    """Give every attention module of transformers' networks its two products, without quantizers, and let them be used.
+    """Give every attention module of transformers' networks its two products, without quantizers, and switch to them.
 
-    The networks get configs of their own, since others may share theirs.
+    The networks get their own copies of their configs, since other networks may share these.
 
     Raises:
-        ValueError: a network does more for attention of some names than to call it, so ours would miss that; or it has
-            something else by the name of a product.
+        ValueError: a network does more for attention of certain names than to call it, which our function would miss;
+            or an attention module already has an attribute with the name of a product.
     """
     networks = list(_networks(model))
     modules = {module: own for network in networks for module in network.modules() if (own := _own_attention(module))}
@@ -74,13 +74,13 @@ def quantize_attention(model: nn.Module) -> None:
         for name, module in network.named_modules():
             if module in modules and (taken := [product for product in PRODUCTS if hasattr(module, product)]):
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) calls something of its own {' and '.join(taken)}: this "
+                    f"{name} ({type(module).__name__}) already uses {' and '.join(taken)} as an attribute name: this "
                     f"attention cannot be quantized"
                 )
             if module in modules and _goes_by_name(module):
                 raise ValueError(
-                    f"{name} ({type(module).__name__}) does more for attention called 'eager' than to call it: this "
-                    f"attention cannot be quantized"
+                    f"{name} ({type(module).__name__}) has code that depends on its attention being named 'eager': "
+                    f"this attention cannot be quantized"
                 )
     for module, own in modules.items():
         setattr(module, OWN, OwnAttention(own))
@@ -94,19 +94,19 @@ def quantize_attention(model: nn.Module) -> None:
 
 
 def restore_attention(model: nn.Module) -> None:
-    """Undo `quantize_attention`, but for the configs, which stay the networks' own."""
+    """Undo `quantize_attention`, except that the networks keep their own configs."""
     for module in model.modules():
         for name in (*PRODUCTS, OWN) if OWN in vars(module) else ():
             delattr(module, name)
     for network in _networks(model):
-        if "attention_before" in vars(network):  # those inside are set as well, and then to their own
+        if "attention_before" in vars(network):  # also sets nested networks, whose turn comes after
             network.set_attn_implementation(network.attention_before)
             del network.attention_before
 
 
 @contextmanager
 def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """While open, networks of transformers compute another attention than the quantized one.
+    """Context manager under which networks of transformers use another attention than the quantized one.
 
     Args:
         model: after `quantize_attention`.
@@ -123,7 +123,7 @@ def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
 
 
 def _networks(model: nn.Module) -> Iterator[Any]:
-    """The networks of transformers that follow its attention interface, outermost first."""
+    """Yield the networks of transformers that use its attention interface, outermost first."""
     if "transformers" not in sys.modules:
         return
     from transformers import PreTrainedModel
@@ -134,9 +134,10 @@ def _networks(model: nn.Module) -> Iterator[Any]:
 
 
 def _own_attention(module: nn.Module) -> Attention | None:
-    """The "eager" attention of a module that asks transformers' interface for its attention; None for any other.
+    """Return the "eager" attention of a module that looks up its attention in transformers; None for any other.
 
-    Its class says which it is: `ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)`.
+    It is found in the code of the module's class, where it is an argument:
+    `ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)`.
     """
     for function in _functions(module):
         names = function.__code__.co_names
@@ -148,13 +149,13 @@ def _own_attention(module: nn.Module) -> Attention | None:
 
 
 def _goes_by_name(module: nn.Module) -> bool:
-    """Whether a module does more for attention of some names, such as ("eager", "sdpa"), than to call it."""
+    """Whether a module does more for attention of certain names, such as ("eager", "sdpa"), than to call it."""
     constants = [constant for function in _functions(module) for constant in function.__code__.co_consts]
     return any(isinstance(constant, tuple) and EAGER in constant for constant in constants)
 
 
 def _functions(module: nn.Module) -> Iterator[Any]:
-    """The functions that a module's class consists of, without their decorators."""
+    """Yield the functions that a module's class and its bases define, without their decorators."""
     for member in (value for ancestor in type(module).__mro__ for value in vars(ancestor).values() if callable(value)):
         function = inspect.unwrap(member)
         if inspect.isfunction(function):
@@ -162,7 +163,7 @@ def _functions(module: nn.Module) -> Iterator[Any]:
 
 
 def _own_configs(networks: Sequence[Any]) -> None:
-    """Copy the configs that modules of networks hold; which of them hold the same one stays as it is."""
+    """Copy the configs that modules of networks hold; modules that shared a config share its copy."""
     from transformers import PreTrainedConfig
 
     copies: dict[int, Any] = {}
@@ -181,14 +182,15 @@ def _register() -> None:
 
 
 def added_to_scores(*, device: torch.device, allow_is_bidirectional_skip: bool = False, **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' "eager" attention, or None where nothing is masked.
+    """Return the mask of transformers' "eager" attention, which is added to the scores, or None if nothing is masked.
 
-    To see that nothing is, one would wait for the device, unless it is a CPU: elsewhere zeros are added.
+    Finding out that nothing is masked means waiting for the device, unless it is a CPU. On other devices a mask of
+    zeros is returned instead.
 
     Args:
         device: of the mask.
-        allow_is_bidirectional_skip: whether it may be None.
-        kwargs: as transformers' interface has them.
+        allow_is_bidirectional_skip: whether None may be returned.
+        kwargs: further arguments of transformers' interface.
     """
     from transformers.masking_utils import eager_mask
 
@@ -198,21 +200,21 @@ def added_to_scores(*, device: torch.device, allow_is_bidirectional_skip: bool =
 
 
 def quantized_attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """Attention by transformers' interface: the network's own "eager" one, with the module's products in it.
+    """Compute attention for transformers' interface: the network's own "eager" function, with the module's products.
 
-    Without quantizers it is that attention bit for bit, with all that it adds to softmax(Q K^T) V: position biases,
-    sinks, soft caps, what the network may think of next.
+    Without quantizers the result is bit-identical to that function, including everything it adds to softmax(Q K^T) V:
+    position biases, sinks, soft caps, or whatever else the network defines.
 
     Args:
         module: the attention module, with the products of PRODUCTS.
         args, kwargs: query [N, H, L, D], key and value [N, H / groups, L', D], mask, and all else that the network
-            gives to its attention.
+            passes to its attention.
 
     Returns:
         [N, L, H, D], and the probabilities [N, H, L, L'].
     """
     if not hasattr(module, OWN):
         what = type(module).__name__
-        raise RuntimeError(f"{what} takes its attention from transformers in a way that is unknown: it has no products")
+        raise RuntimeError(f"{what} looks up its attention in transformers in an unknown way: it has no products")
     with ProductsOf(module):
         return module.eager_attention.function(module, *args, **kwargs)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Calibration and freezing: clipping scalars that are found once, and are static from then on.
+"""Calibration and freezing: clipping scalars that are found once and stay static from then on.
 
-Calibration gives static quantizers their scalars before training (section 5). Freezing makes dynamic ones static after
-it, since inference wants constants. Both can be had for a part of the network.
+Calibration sets the clipping scalars of static quantizers before training (section 5). Freezing makes dynamic
+quantizers static after training, because inference needs constants. Both can be restricted to a part of the network.
 """
 
 import warnings
@@ -27,28 +27,29 @@ from qat_runner.quant.tokens import NOT_CONSTANT
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | None = None) -> int:
-    """Set every quantizer's scalars to the mean of those that its clipping method finds on each batch.
+    """Set every quantizer's clipping scalars to the mean of those that its clipping method finds on each batch.
 
-    Meanwhile the network runs in full precision and in eval mode (BatchNorm with its running statistics); its training
-    flags are restored. Layers that are used in training alone see what they would see there. Weights get the scalars of
-    the weights themselves.
+    During calibration the network runs in full precision and in eval mode (BatchNorm uses its running statistics); its
+    training flags are restored. Layers that are used only in training get the inputs that they would get there. Weights
+    get the scalars of the weights themselves.
 
     Args:
-        model: with static quantizers, or dynamic ones that are to be used with eval_mode running or last.
+        model: with static quantizers, or with dynamic ones that will be used with eval_mode running or last.
         batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward,
             without labels.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these get scalars;
-            None: all. Those with a scalar a token are left as they are.
+            None: all. Tensors with one scalar per token are skipped.
 
     Returns:
-        How many batches were used.
+        The number of batches used.
 
     Raises:
-        ValueError: no batch, NaN or infinity in a tensor, a glob that matches nothing.
-        TypeError: batches are none, or hold more than the arguments of forward.
+        ValueError: there is no batch, a tensor holds NaN or infinity, or a glob matches nothing.
+        TypeError: `batches` is a tensor, or a batch does not consist of the arguments of forward alone.
 
     Warns:
-        QuantizationWarning: inputs that no batch reached, by name: they have no scalars, and refuse to go without.
+        QuantizationWarning: no batch reached some inputs. They are listed by name and have no clipping scalars;
+            using them without scalars raises NotCalibratedError.
     """
     tensors = [t for t in _chosen(model, layers) if not t.quantizer.per_token]
     weights = [t for t in tensors if t.tensor == "weight"]
@@ -62,7 +63,7 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
     unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
     if unreached:
         warnings.warn(
-            f"{', '.join(unreached)}: reached by no calibration batch, so there are no clipping scalars for it",
+            f"{', '.join(unreached)}: not reached by any calibration batch, so no clipping scalars were found",
             QuantizationWarning,
             stacklevel=2,
         )
@@ -73,25 +74,25 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
 def freeze(
     model: nn.Module, rule: str = "averaged", batches: Batches = (), layers: str | Sequence[str] | None = None
 ) -> nn.Module:
-    """Make every dynamic quantizer static, in place, so that inference finds its scalars ready.
+    """Make every dynamic quantizer static, in place, so that inference uses constant clipping scalars.
 
-    A weight gets the scalars of the weight as it is now. An activation gets them by the rule:
+    A weight gets the scalars of its present values. An activation gets its scalars by the rule:
 
     ==========  ========================================================================================
     rule        scalars of an activation
     ==========  ========================================================================================
     averaged    the mean of those that the quantized network solves on each batch, in eval mode
     calibrated  the mean of those that the full-precision network would have (`calibrate`: static-OCTAV)
-    running     the running average of those of training, without any batch
+    running     the running average of those seen in training; needs no batches
     ==========  ========================================================================================
 
-    Quantizers that are static or learned already keep their scalars.
+    Quantizers that are already static or learned keep their scalars.
 
     Args:
         model: trained, with quantizers.
         rule: see above.
-        batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; for averaged
-            and calibrated, where an activation is dynamic.
+        batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; needed by
+            averaged and calibrated if an activation is dynamic.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these are frozen;
             None: all.
 
@@ -99,9 +100,9 @@ def freeze(
         The same model.
 
     Raises:
-        ValueError: an unknown rule, or a glob that matches nothing; no batches where the rule needs them, or no
-            training where it needs that; an activation that no batch reaches, or one with a scalar a token, of which
-            none is constant. Nothing is frozen then.
+        ValueError: the rule is unknown, or a glob matches nothing; the rule needs batches and there are none, or it
+            needs training and there was none; no batch reaches an activation, or an activation has one scalar per
+            token, which cannot be constant. Nothing is frozen then.
     """
     if rule not in FREEZING:
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
@@ -118,10 +119,10 @@ def freeze(
 
 
 def check_constant(quantizers: Mapping[str, Quantizer]) -> None:
-    """Refuse quantizers whose scalars can be no constants.
+    """Raise an error if the scalars of a quantizer cannot be constants.
 
     Raises:
-        ValueError: naming one with a scalar a token.
+        ValueError: a quantizer has one scalar per token; the message names it.
     """
     for name, quantizer in quantizers.items():
         if quantizer.per_token:
@@ -129,7 +130,7 @@ def check_constant(quantizers: Mapping[str, Quantizer]) -> None:
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> list[QuantizedTensor]:
-    """The quantized tensors that globs name."""
+    """Return the quantized tensors that the globs match."""
     tensors = quantized_tensors(model)
     if layers is None:
         return tensors
@@ -151,7 +152,8 @@ def _scalars_by_rule(
         untrained = [t.name for t in activations if not t.quantizer.has_scalars]
         if untrained:
             raise ValueError(
-                f"rule='running': {', '.join(untrained)} has seen no training; 'averaged' takes batches instead"
+                f"rule='running': {', '.join(untrained)} has not been trained, so it has no running average; use "
+                f"'averaged' with batches instead"
             )
         return [t.quantizer.with_orientation(t.quantizer.running_s) for t in activations]
     mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars
@@ -159,14 +161,14 @@ def _scalars_by_rule(
     unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
     if unreached:
         raise ValueError(
-            f"{', '.join(unreached)}: reached by no batch, so there are no scalars to freeze; other batches may reach "
-            f"it, and layers=... freezes a part of the network"
+            f"{', '.join(unreached)}: not reached by any batch, so there are no scalars to freeze; pass other batches, "
+            f"or freeze a part of the network with layers=..."
         )
     return [s for s in scalars if s is not None]
 
 
 def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
-    """The scalars of a weight as it is now."""
+    """Return the scalars of a weight's present values."""
     layer = model.get_submodule(tensor.layer)
     assert isinstance(layer, QuantLayer)
     with looked_at(layer):
@@ -174,17 +176,17 @@ def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
 
 
 MeanScalars = tuple[int, list[Tensor | None]]
-"""How many batches there were; and of each tensor the mean of its scalars over the calls, None if there was none."""
+"""The number of batches; and for each tensor the mean of its scalars over all calls, None if there was no call."""
 
 
 def _full_precision_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batches) -> MeanScalars:
-    """Scalars of tensors as the full-precision network has them."""
+    """Return the mean scalars of tensors in the full-precision network."""
     with quantizers_disabled(model):
         return _mean_scalars(model, tensors, batches, Quantizer.scalars_of)
 
 
 def _quantized_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], batches: Batches) -> MeanScalars:
-    """Scalars that dynamic quantizers solve in the quantized network."""
+    """Return the mean scalars that dynamic quantizers solve in the quantized network."""
 
     def latest(quantizer: Quantizer, x: Tensor) -> Tensor:
         return quantizer.latest.float()
@@ -205,9 +207,9 @@ def _mean_scalars(
     batches: Batches,
     scalars_of: Callable[[Quantizer, Tensor], Tensor],
 ) -> MeanScalars:
-    """Means of `scalars_of` over all calls of the tensors' quantizers: section 5.
+    """Return the means of `scalars_of` over all calls of the tensors' quantizers (section 5).
 
-    Where scalars have signs, the mean of their magnitudes, with the sign of most.
+    Where scalars have signs, it is the mean of their magnitudes, with the sign of the majority.
     """
     wanted = {t.quantizer for t in tensors}
     found: dict[Quantizer, tuple[int, Tensor]] = {}

@@ -1,7 +1,7 @@
-"""Calls of functions that multiply two tensors, taken apart: the two factors, and what is computed with them.
+"""Calls of functions that multiply two tensors, taken apart into the two factors and the computation.
 
-A mode of PyTorch sees such a call on its way, and can have the same computed with other factors, quantized ones, say.
-What asks for it, a layer or an attention module, runs its own code, whatever that is.
+A PyTorch mode sees such a call before it is executed, and can run the same computation with other factors, for example
+quantized ones. The layer or attention module that makes the call runs its own code, whatever that is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,18 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Compute = Callable[[Tensor, Tensor], Tensor]
-"""What is computed with two factors."""
+"""The computation of a call, as a function of its two factors."""
 
 
 class Call(NamedTuple):
-    """A call of such a function."""
+    """A call of a function that multiplies two tensors."""
 
     left: Tensor
     right: Tensor
     compute: Compute
-    """the same with other factors"""
+    """runs the same computation with other factors"""
     summed: tuple[int, int] | None
-    """the dimension of each that is added up over, from the end; None where that is not one of each, or not known"""
+    """for each factor the dimension that is summed over, counted from the end; None if it is not exactly one dimension
+    of each, or not known"""
 
 
 _OTHER_SUMS = (
@@ -31,7 +32,7 @@ _OTHER_SUMS = (
     *(torch.conv1d, torch.conv2d, torch.conv3d),
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 )
-"""Those that add up over no dimension, or over several."""
+"""Functions that sum over no dimension, or over several."""
 
 FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     **dict.fromkeys((torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__), ((0, "input"), (1, "other"))),
@@ -47,19 +48,19 @@ FACTORS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
         ((0, "input"), (1, "weight")),
     ),
 }
-"""Function, or an operator's name -> where its factors are among its arguments, and what they are called there."""
+"""Function, or the name of an operator -> position and argument name of each of its two factors."""
 
 MATRICES = (
     *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm),
     *(torch.baddbmm, torch.Tensor.baddbmm, torch.einsum),
 )
-"""Functions by which modules multiply what they have computed."""
+"""Functions by which modules multiply tensors that they have computed."""
 
 ATTENTION = F.scaled_dot_product_attention
 
 
 def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    """A call of a function, as a mode sees it, if it is one of two tensors of FACTORS or of `torch.einsum`."""
+    """Return the parts of a call that a mode sees; None if it is not `einsum` or one of FACTORS, with two tensors."""
     if func is torch.einsum:
         return _einsum(args)
     places = FACTORS.get(getattr(func, "_qualified_op_name", func))
@@ -83,7 +84,7 @@ def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ca
 
 
 def _summed(func: Any, right: Tensor) -> tuple[int, int] | None:
-    """See `Call`."""
+    """Return `Call.summed` of a function in FACTORS."""
     if func is F.linear:
         return -1, -1
     if func in _OTHER_SUMS:
@@ -102,7 +103,10 @@ def _einsum(args: Sequence[Any]) -> Call | None:
 
 
 def _summed_letter(equation: str, dims: Sequence[int]) -> tuple[int, int] | None:
-    """See `Call`: where the one letter that is not in the result stands in both terms, of factors of so many `dims`."""
+    """Return `Call.summed` of an einsum equation whose factors have `dims` dimensions.
+
+    It is the position, in both terms, of the one letter that is absent from the result.
+    """
     terms, arrow, out = equation.partition("->")
     left, right = terms.split(",")
     if not arrow:
@@ -115,7 +119,10 @@ def _summed_letter(equation: str, dims: Sequence[int]) -> tuple[int, int] | None
 
 
 def _place(letter: str, term: str, dims: int) -> int:
-    """The dimension of so many that a letter stands for, from the end; dots stand for any number of them."""
+    """Return the dimension, counted from the end, that a letter of a term with `dims` dimensions refers to.
+
+    An ellipsis in the term covers any number of dimensions.
+    """
     before, _, after = term.partition("...")
     return after.index(letter) - len(after) if letter in after else before.index(letter) - dims
 
@@ -132,22 +139,23 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, by its definition there, with two products that are given.
+    """Compute `F.scaled_dot_product_attention` by its documented definition, with the two products given.
 
     Args:
-        scores, context: matrix products, of queries and keys, and of probabilities and values.
+        scores, context: the matrix products of queries and keys, and of probabilities and values.
         query: [..., H, L, D].
         key, value: [..., H or fewer, L', D] and [..., H or fewer, L', D'].
-        attn_mask: broadcastable to [..., H, L, L']: true where something is looked at, or added to the scores.
-        dropout_p, is_causal, scale, enable_gqa: see there.
+        attn_mask: broadcastable to [..., H, L, L']: boolean, true where a query may attend, or a tensor that is added
+            to the scores.
+        dropout_p, is_causal, scale, enable_gqa: as in `F.scaled_dot_product_attention`.
 
     Returns:
-        [..., H, L, D']; zeros for a query that looks at nothing.
+        [..., H, L, D']; zeros for a query whose keys are all masked.
     """
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.dtype is torch.float16:  # of which the scores as they are may be too large
+    if query.dtype is torch.float16:  # unscaled scores may be too large for it
         found = scores(query, key.transpose(-2, -1), lambda a, b: torch.matmul(a * scale, b))
     else:
         found = scores(query, key.transpose(-2, -1), torch.matmul) * scale
@@ -158,7 +166,7 @@ def attention(
     if attn_mask is None:
         probabilities = found.softmax(-1)
     else:
-        # A query that looks at nothing looks at all until the end: NaN that is replaced would be NaN in the gradient.
+        # A fully masked query attends to all keys until the end: replacing a NaN would leave NaN in the gradient.
         nothing = (attn_mask == -torch.inf).all(-1, keepdim=True)
         found = found + attn_mask.masked_fill(nothing, 0)
         probabilities = found.softmax(-1).masked_fill(nothing, 0)

@@ -1,14 +1,15 @@
-"""Text tables of a library that needs nothing but PyTorch."""
+"""Text tables, for a library that needs nothing but PyTorch."""
 
 from collections.abc import Sequence
 
 
 def columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with a line of dashes under its head, laid out as tabulate does: numbers to the right, words to the left.
+    """Return a table with a line of dashes below its header, laid out as by tabulate: numbers right-aligned, text left.
 
     Args:
-        headers: one a column. Fractions are shown with four digits.
-        rows: as many values each; a column is of numbers where all of its values are, but for True and False.
+        headers: one per column.
+        rows: one value per column each; floats are shown with four significant digits. A column is numeric if all of
+            its values are numbers; True and False are not.
     """
     numeric = [rows and all(_is_number(row[i]) for row in rows) for i in range(len(headers))]
     texts = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]

@@ -1,4 +1,13 @@
-"""Putting quantizers into a model, listing them, and taking them out again."""
+"""Insert quantizers into a model, list them, and remove them again.
+
+`insert` works in these steps:
+
+1. Look at the example, if there is one, to see what the forward of each module multiplies (`asking.look`).
+2. Convert layers, attention modules and modules that multiply by own parameters in place, without quantizers yet.
+3. Run the example through the converted model (`trace`). Raise an error if it does not compute what it did before.
+4. Give each operand the quantizer that the policy specifies. Undo the conversion where nothing is quantized.
+5. Set the signs of the inputs as the trace found them. Without an example, the first forward pass does that.
+"""
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -75,38 +84,38 @@ from qat_runner.quant.together import WeightsTogether
 
 
 class QuantizationWarning(UserWarning):
-    """Part of the model is not quantized, or not as one might expect."""
+    """A part of the model is not quantized, or not in the way one might expect."""
 
 
 POLICY = "quantization_policy"
-"""Attribute of a quantized model: its policy, ends named."""
+"""Attribute of a quantized model: its policy, in which rules for the first and last layer refer to these by name."""
 
 PRODUCTS = "quantization_products"
-"""Attribute of a quantized model that was seen at work: its products of tensors."""
+"""Attribute of a quantized model that was traced: all of its products."""
 
 LEFT = "quantization_left"
-"""Attribute of the same: the name of each layer or product that is in full precision -> elements of its inputs, as of
-ELEMENTS."""
+"""Attribute of a quantized model that was traced: the name of each layer or product in full precision -> elements of
+its inputs, as in ELEMENTS."""
 
 
 KNOWN = "convolutions, linear layers, experts and attention"
-"""What is quantized, for a reader."""
+"""What can be quantized, for messages."""
 
 
 OwnWeights = dict[nn.Module, dict[str, int]]
-"""Module -> the parameters of its own that it multiplies by, as of `own_weights`."""
+"""Module -> the parameters of its own that it multiplies by, as `own_weights` returns them."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One tensor that is quantized."""
+    """One quantized tensor."""
 
     layer: str
     """name of the layer in the model"""
     tensor: str
-    """ "weight" or "input"; of a product in attention "query", "key", "probabilities" or "value" """
+    """ "weight" or "input"; for a product in attention "query", "key", "probabilities" or "value" """
     elements: int | None
-    """elements of the weight; of the others for one sample, None while no batch was seen"""
+    """number of elements of the weight; of one sample for any other tensor, None if no batch was seen yet"""
     quantizer: Quantizer
 
     @property
@@ -125,24 +134,24 @@ def quantize_model(
 ) -> nn.Module:
     """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
 
-    Both operands of both matrix products of attention are quantized as well, and parameters that the module which has
-    them multiplies by, such as those of experts. These, layers with a forward of their own, and attention that is
-    neither PyTorch's nor by transformers' interface take an example to be found.
+    Both operands of both matrix products of attention are quantized as well, and so are parameters by which the module
+    that owns them multiplies, such as those of experts. To find such parameters, layers with a forward of their own,
+    and attention that is neither PyTorch's nor uses transformers' interface, an example is required.
 
-    The model keeps its class, its parameters and their names; a full-precision state dict loads into it as before, and
-    `full_precision_state_dict` gives one back. The first convolution and the last linear layer get `first_last_bits`.
+    The model keeps its class, its parameters and their names; a full-precision state dict still loads into it, and
+    `full_precision_state_dict` returns one. The first convolution and the last linear layer get `first_last_bits`.
 
     Args:
-        model: any model with such layers, or attention.
-        bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which leaves nothing else to say but an example.
-        clipping: a method, or the name of one: octav, max, percentile, mse_sweep; lsq or pact, whose scalars are
-            parameters, and which need `calibrate` for their start; or what is registered.
-        gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or what is registered; or an
-            estimator with options of its own. lsq and pact have their own.
-        example: a real batch (or the tuple of arguments of forward). Running it once tells which inputs are signed, the
-            order of the layers, and what would be passed over. Without it, order means order of registration, and the
-            rest is found on the first forward pass of the model.
-        **how: as of `Policy.of`: weight_bits, activation_bits, first_last_bits; format, weight_format,
+        model: any model with such layers, or with attention.
+        bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which allows no further argument except `example`.
+        clipping: a clipping method or its name: octav, max, percentile, mse_sweep; lsq or pact, whose clipping scalars
+            are parameters and must be initialized by `calibrate`; or the name of a registered one.
+        gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or the name of a registered
+            one; or an estimator with its own options. lsq and pact have gradients of their own.
+        example: a real batch (or the tuple of arguments of forward). Running it shows which inputs are signed, the
+            order of the layers, and what would stay unquantized. Without it, layers are ordered by registration, and
+            the rest is found on the first forward pass of the model.
+        **how: further arguments of `Policy.of`: weight_bits, activation_bits, first_last_bits; format, weight_format,
             activation_format, range, weight_range, activation_range; dynamic, eval_mode, conv_granularity,
             linear_granularity, activation_granularity, quantize_head, keep, synchronize, rules, and the options of a
             clipping method that is given by name, e.g. q=99.9.
@@ -151,19 +160,20 @@ def quantize_model(
         The same model.
 
     Raises:
-        ValueError, TypeError: an argument out of range, a rule that is about no tensor, nothing to quantize, or
-            quantizers already there; on the example, the network with its quantizers switched off does not compute
-            what it computed before, to the last bit. What transformers computes by an attention of another name than
-            "eager" it may compute by that one: then it is to the last bit what "eager" gives, and up to the root of
-            the precision of its numbers what it was. The model is left without quantizers after an error.
+        ValueError, TypeError: an argument is out of range, a rule matches no tensor, there is nothing to quantize, or
+            the model already has quantizers; or, on the example, the network with its quantizers switched off does not
+            compute what it computed before, bit for bit. Only attention may differ by rounding, at most by the square
+            root of the precision of the network's numbers; in a network of transformers only if its attention was
+            another implementation than "eager", which quantized attention reproduces bit for bit. After an error the
+            model has no quantizers.
 
     Warns:
-        QuantizationWarning: what is left in full precision, or is shared: named, a sentence each; that attention of
+        QuantizationWarning: a part stays in full precision, or is shared (one sentence for each part); attention of
             transformers differs from "eager" by more than rounding.
     """
     if isinstance(bits, Policy):
         if (clipping, gradient) != ("octav", "mph") or how:
-            raise TypeError("quantize_model: a policy says all that there is to say, beside an example")
+            raise TypeError("quantize_model: next to a policy, example is the only argument allowed")
         return insert(model, bits, example)
     return insert(model, Policy.of(bits, clipping, gradient, **how), example)
 
@@ -175,14 +185,14 @@ def insert(
     tensors: Collection[str] | None = None,
     contracted: Mapping[str, int] | None = None,
 ) -> nn.Module:
-    """`quantize_model` with a ready policy.
+    """As `quantize_model`, with a `Policy`.
 
     Args:
-        model, example: see there.
+        model, example: as in `quantize_model`.
         policy: what every tensor gets.
-        tensors: names of those that were quantized in another one of the same network, and are to be here, where there
-            is no example; None: what is known without a look.
-        contracted: `contracted_by(model)` of that one.
+        tensors: names of the tensors that are quantized in another instance of the same network, to be quantized here
+            without an example; None: without an example, only what can be recognized by its class is quantized.
+        contracted: `contracted_by(model)` of that other instance.
     """
     check_no_quantizers(model)
     inputs = None if example is None else example if isinstance(example, tuple) else (example,)
@@ -196,9 +206,9 @@ def insert(
     if not (layers or attention or weights):
         if tensors is not None:
             missing = ", ".join(sorted({name.rpartition(".")[0] for name in tensors}))
-            raise ValueError(f"it has none of the layers that are quantized in the other: {told(missing)}")
+            raise ValueError(f"it has none of the layers that are quantized in the other network: {told(missing)}")
         why = "".join(f"; {note}" for note in told_once([*notes.items(), *aside]))
-        raise ValueError(f"{type(model).__name__} has no layer to quantize, {KNOWN} are{why}")
+        raise ValueError(f"{type(model).__name__} has no layer to quantize: {KNOWN} can be quantized{why}")
     other_attention = bool(attention_of(model) - {EAGER})
     try:
         layers = _converted(model, layers.values(), attention, weights)
@@ -207,7 +217,7 @@ def insert(
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
         places = _places({**layers, **{name: model.get_submodule(name) for name in notes}}, ends)
-        if tensors is None:  # what no rule was about there, or is left alone by it, need not be here
+        if tensors is None:  # with `tensors`, some layers are not converted, so a rule may match nothing
             _check_rules(places, policy)
         chosen = _chosen(places, policy)
         _equip_all(model, layers, chosen)
@@ -233,17 +243,19 @@ def insert(
 
 
 def check_no_quantizers(model: nn.Module) -> None:
-    """Raises:
-    ValueError: there are some.
+    """Raise an error if a model has quantizers.
+
+    Raises:
+        ValueError: it has.
     """
     if each(model, is_quantized):
-        raise ValueError("the model holds quantizers already: remove_quantizers(model) takes them out")
+        raise ValueError("the model already has quantizers: call remove_quantizers(model) first")
 
 
 def _converted(
     model: nn.Module, layers: Iterable[nn.Module], attention: Iterable[nn.Module], weights: OwnWeights
 ) -> dict[str, nn.Module]:
-    """Convert layers, attention and own weights, without quantizers yet; returns all that may get some, by name."""
+    """Convert layers, attention and own weights, without quantizers yet; return all that may get some, by name."""
     quantize_attention(model)
     for module in attention:
         quantize_own_products(module)
@@ -257,10 +269,10 @@ def _converted(
 def _equip_all(
     model: nn.Module, layers: Mapping[str, nn.Module], chosen: Mapping[str, Mapping[str, TensorPolicy]]
 ) -> None:
-    """Give layers the quantizers that a policy says.
+    """Give layers the quantizers that a policy specifies.
 
     Raises:
-        PolicyError: it says none at all, or what cannot be.
+        PolicyError: it specifies none at all, or something impossible.
     """
     quantizers = {name: _quantizers(layer, chosen[name]) for name, layer in layers.items()}
     if not any(any(found.values()) for found in quantizers.values()):
@@ -273,28 +285,30 @@ def _equip_all(
 def _check_unchanged(
     model: nn.Module, inputs: tuple[Any, ...], before: Tensors, now: Tensors, other_attention: bool
 ) -> None:
-    """Refuse a model if, with layers and products that are to be quantized but are not yet, it computes something else.
+    """Raise an error if a converted model, still without quantizers, does not compute what it computed before.
+
+    A model whose output varies from run to run is compared with `tolerance`.
 
     Args:
-        model: with such layers and products.
+        model: with converted layers and products.
         inputs: of its forward.
         before: what it computed before.
-        now: what it computes.
-        other_attention: whether its attention, by transformers' interface, was another than "eager".
+        now: what it computes now.
+        other_attention: whether its attention, by transformers' interface, was another implementation than "eager".
 
     Raises:
-        PolicyError: it does; the message names the module where it begins.
+        PolicyError: it does not; the message names the module where the difference begins.
 
     Warns:
-        QuantizationWarning: it does because that other attention computes something else than "eager".
+        QuantizationWarning: it does not, because that other implementation computes something different from "eager".
     """
     rounds = other_attention or bool(each(model, lambda m: isinstance(m, QuantAttention)))
     if not rounds and difference(before, now, 0) is None:
         return
     with products_as_before(model), attention_as(model):
-        beside = computed(model, inputs) if rounds else now  # with all but attention as it is to be
+        beside = computed(model, inputs) if rounds else now  # everything is converted except attention
     same, allowed = difference(before, beside, 0) is None, 0.0
-    if not same and difference(now, computed(model, inputs), 0) is not None:  # it gives something else each time
+    if not same and difference(now, computed(model, inputs), 0) is not None:  # its output varies from run to run
         allowed = tolerance(model)
         same = difference(before, beside, allowed) is None
     if same and difference(before, now, tolerance(model) if rounds else allowed) is None:
@@ -308,33 +322,33 @@ def _check_unchanged(
     if other_attention and same and parted is None:
         where, found = first_difference(theirs, ours, tolerance(model)) or ("", "")
         _warn(
-            f"{_described(model, where)} computes something else than before ({found}): quantized attention is what "
-            f"transformers calls 'eager', which differs here; for rows that are wholly masked, such as padding, it may"
+            f"{_described(model, where)} does not compute the same as before ({found}): quantized attention is what "
+            f"transformers calls 'eager', which differs here, as it may for fully masked rows such as padding"
         )
         return
     remove_quantizers(model)
     parted = parted or first_difference(computed_by_modules(model, inputs), theirs, allowed)
-    where, found = parted or ("", "in what it returns")
+    where, found = parted or ("", "differs in what it returns")
     raise PolicyError(
-        f"{_described(model, where)} computes something else with quantizers switched off than without them ({found})"
+        f"{_described(model, where)} does not compute the same with quantizers switched off as without them ({found})"
     )
 
 
 def _described(model: nn.Module, name: str) -> str:
-    """A module for a reader."""
+    """Return the name and class of a module, for messages."""
     kind = full_precision_name(model.get_submodule(name))
     return f"{name} ({kind})" if name else kind
 
 
 def _layers_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What might be quantized: layers of known kinds, and PyTorch's own attention."""
+    """Return what might be quantized: layers of known kinds, and PyTorch's own attention."""
     return each(model, lambda m: (layer_kind(m) is not None and not isinstance(m, nn.Embedding)) or is_multihead(m))
 
 
 def _convertible(
     model: nn.Module, policy: Policy, asking: Asking | None, tensors: Collection[str] | None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers that can be quantized, by name, and what is to be said of each that looks like one but cannot."""
+    """Return the layers that can be quantized, and a note on each that looks like one but cannot be, by name."""
     layers: dict[str, nn.Module] = {}
     notes: dict[str, str] = {}
     for name, layer in each(model, lambda m: layer_kind(m) is not None):
@@ -350,19 +364,22 @@ def _convertible(
         elif has_own_forward(layer):
             notes[name] = f"{_OWN_FORWARD}: left as it is"
         elif getattr(layer, "max_norm", None) is not None:
-            notes[name] = "writes to its weight as it is used, by max_norm: left as it is"
+            notes[name] = "changes its weight while using it (max_norm): left as it is"
         elif getattr(layer, "sparse", False):
-            notes[name] = "has sparse gradients, which no estimator passes on: left as it is"
+            notes[name] = "has sparse gradients, which no gradient estimator supports: left as it is"
         elif is_plain(type(layer)) or tensors or (asking is not None and multiplies_by_its_weight(layer, asking)):
             layers[name] = layer
         else:
             what = type(layer).__name__
-            notes[name] = f"is a {what}, which may not compute what its base class does: left as it is"
+            notes[name] = f"is a {what}, which may compute something else than its base class: left as it is"
     return layers, notes
 
 
 def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[str] | None) -> list[nn.Module]:
-    """The attention modules whose own products can be quantized, but for those that transformers' interface serves."""
+    """Return the attention modules whose own products can be quantized.
+
+    Those that use transformers' interface are not among them.
+    """
     served = modules_served(model)
     if tensors is not None:
         return attention_in(tensors, dict(each(model, lambda m: m not in served)))
@@ -372,7 +389,7 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
 
 
 def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[nn.Module]) -> OwnWeights:
-    """The modules that multiply by parameters of their own, but for layers of known kinds and attention."""
+    """Return the modules that multiply by parameters of their own, except layers of known kinds and attention."""
     if asking is None:
         return {}
     others = {*attention, *modules_served(model), *(m for m in model.modules() if not _may_be_swapped(m))}
@@ -380,32 +397,32 @@ def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[
     return {module: contracted for module, contracted in found.items() if contracted}
 
 
-_OWN_FORWARD = "has a forward that was set on the module itself, past its class"
+_OWN_FORWARD = "has a forward that was set on the instance and bypasses its class"
 
 
 def _set_aside(model: nn.Module, attention: list[nn.Module], weights: OwnWeights) -> list[tuple[str, str]]:
-    """Take out the modules that would not ask the class that they are to get; returns what is to be said of each."""
+    """Remove the modules whose instance-level forward would bypass a swapped class; return a note on each."""
     said = []
     for name, module in each(model, has_own_forward):
         if module in attention or module in weights:
-            said.append((name, f"{_OWN_FORWARD}: what it multiplies itself is left as it is"))
+            said.append((name, f"{_OWN_FORWARD}: its own products are left as they are"))
         elif has_fast_path(module):
-            said.append((name, f"{_OWN_FORWARD}: in eval() PyTorch's fast path may go past the layers in it"))
+            said.append((name, f"{_OWN_FORWARD}: in eval() PyTorch's fast path may bypass the layers in it"))
         weights.pop(module, None)
     attention[:] = [module for module in attention if not has_own_forward(module)]
     return said
 
 
 def _may_be_swapped(module: nn.Module) -> bool:
-    """Whether a module's class can be swapped, and no other reason is there to swap it."""
+    """Whether a module's class can be swapped and is not swapped for another reason."""
     return layer_kind(module) is None and not isinstance(module, OF_ITS_OWN_CLASS) and not has_fast_path(module)
 
 
 def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWeights:
-    """Those that `contracted_by` of another one of the same network told.
+    """Return the own weights that `contracted_by` reported for another instance of the same network.
 
     Raises:
-        ValueError: it is no such network.
+        ValueError: the model has no such parameter.
     """
     found: OwnWeights = {}
     modules = dict(each(model, lambda m: True))
@@ -418,16 +435,13 @@ def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWe
 
 
 def contracted_by(model: nn.Module) -> dict[str, int]:
-    """Name of each parameter that the module around it multiplies by, quantized -> its dimension that is added up over.
-
-    -1 or -2.
-    """
+    """Return the quantized parameters that their module multiplies by: name -> the summed dimension, -1 or -2."""
     found = each(model, lambda m: isinstance(m, QuantOwnWeight))
     return {f"{name.rpartition('.')[0]}.{m.parameter}".lstrip("."): m.contracted for name, m in found}  # type: ignore[misc]
 
 
 def _places(layers: Mapping[str, nn.Module], ends: Mapping[str, Collection[str]]) -> list[Place]:
-    """All that layers multiply."""
+    """Return all operands of the layers."""
     return [
         (name, narrow_kind(layer), operand, ends.get(name, ()))
         for name, layer in layers.items()
@@ -436,10 +450,10 @@ def _places(layers: Mapping[str, nn.Module], ends: Mapping[str, Collection[str]]
 
 
 def _check_rules(places: Sequence[Place], policy: Policy) -> None:
-    """Refuse a policy with a rule that is about no operand of the layers.
+    """Raise an error if a rule of a policy matches no operand of the layers.
 
     Raises:
-        PolicyError: there is one.
+        PolicyError: there is such a rule.
     """
     for rule in policy.rules:
         if rule.usual or any(rule.matches(*place) for place in places):
@@ -449,13 +463,13 @@ def _check_rules(places: Sequence[Place], policy: Policy) -> None:
         end = rule.match.partition(".")[0]
         named = rule.end and any(place[0].partition(".")[0] == end for place in places)
         raise PolicyError(
-            f"rule {rule.match!r}{what} is about no layer or tensor that can be quantized (such as {such} or "
-            f"{name}.{operand}){f'; a module that is called {end} is written {exactly(end)}' if named else ''}"
+            f"rule {rule.match!r}{what} matches no layer or tensor that can be quantized (such as {such} or "
+            f"{name}.{operand}){f'; to match a module named {end}, write {exactly(end)}' if named else ''}"
         )
 
 
 def _chosen(places: Sequence[Place], policy: Policy) -> dict[str, dict[str, TensorPolicy]]:
-    """What a policy says of each operand of each layer."""
+    """Return what a policy specifies for each operand of each layer."""
     chosen: dict[str, dict[str, TensorPolicy]] = {}
     for place in places:
         chosen.setdefault(place[0], {})[place[2]] = policy.tensor(*place)
@@ -463,7 +477,7 @@ def _chosen(places: Sequence[Place], policy: Policy) -> dict[str, dict[str, Tens
 
 
 def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[str, Quantizer | None]:
-    """A quantizer for each operand of a layer; None for full precision."""
+    """Return a quantizer for each operand of a layer; None for full precision."""
     try:
         shapes = layer.qat_scalar_shapes() if isinstance(layer, QuantLayer) else {}
         found = {operand: tensor.quantizer(operand, shapes) for operand, tensor in tensors.items()}
@@ -477,10 +491,10 @@ def _quantizers(layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> dict[s
 
 
 def _rotation(name: str, layer: nn.Module, tensors: Mapping[str, TensorPolicy]) -> Hadamard | None:
-    """What both factors of a layer are rotated by; None: nothing.
+    """Return what both factors of a layer are rotated by; None: nothing.
 
     Raises:
-        PolicyError: one alone is, or what is no nn.Linear, or the inputs cannot be halved.
+        PolicyError: only one factor is to be rotated, the layer is not an nn.Linear, or its number of inputs is odd.
     """
     found = {tensor.rotation for tensor in tensors.values()}
     if found == {"none"} or all(tensor.full_precision for tensor in tensors.values()):
@@ -488,11 +502,11 @@ def _rotation(name: str, layer: nn.Module, tensors: Mapping[str, TensorPolicy]) 
     if not isinstance(layer, QuantLinear):
         part = isinstance(layer, QuantLayer) and layer.qat_kind_name
         what = "part of a module" if part else full_precision_name(layer)
-        raise PolicyError(f"{name}: rotation=hadamard is for layers that are an nn.Linear each, and this is {what}")
+        raise PolicyError(f"{name}: rotation=hadamard is for nn.Linear layers only, and this is {what}")
     if len(found) > 1:
-        raise PolicyError(f"{name}: rotation=hadamard is for weight and input alike, and not for one of them")
+        raise PolicyError(f"{name}: rotation=hadamard must be set for both weight and input, not for one of them")
     if (block := block_of(layer.in_features)) == 1:
-        raise PolicyError(f"{name}: rotation=hadamard needs an even number of inputs, and it has {layer.in_features}")
+        raise PolicyError(f"{name}: rotation=hadamard needs an even number of inputs, not {layer.in_features}")
     return Hadamard(block)
 
 
@@ -503,7 +517,7 @@ def _equip(
     quantizers: Mapping[str, Quantizer | None],
     rotation: Hadamard | None,
 ) -> None:
-    """Give a layer its quantizers, on its device; one of a full-precision class that gets none is of it again."""
+    """Give a layer its quantizers, on its device; a layer that gets none returns to its full-precision class."""
     if not any(quantizers.values()) and isinstance(layer, Swapped):
         restore(layer)
         return
@@ -523,7 +537,10 @@ def _equip(
 
 
 def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[str]]:
-    """The first convolution and the last linear layer, or the first and last layer where there is none, by name."""
+    """Return which layers are first and last: the first convolution and the last linear layer, by name.
+
+    If there is no convolution, or no linear layer, it is the first, or last, layer of any kind.
+    """
     order = list(layers)
     if seen is not None:
         order = [name for name, calls in seen.layers.items() if name in layers and not calls.training_only]
@@ -537,11 +554,11 @@ def _ends(layers: Mapping[str, nn.Module], seen: Trace | None) -> dict[str, set[
 
 
 def _decide(model: nn.Module, seen: Trace) -> None:
-    """Signs and sizes of the inputs, once and for all; what was noticed is said."""
+    """Set the signs and sizes of the inputs from a trace, once and for all, and warn of what the trace noticed."""
     modules = modules_by_name(model)
     in_full: dict[str, dict[str, int]] = {}
     for name, calls in seen.layers.items():
-        layer = modules.get(name)  # a product that nothing is quantized of may be gone
+        layer = modules.get(name)  # a product without quantizers may have been removed
         if layer is None or not is_quantized(layer):
             in_full[name] = calls.elements
             continue
@@ -563,13 +580,16 @@ def _decide(model: nn.Module, seen: Trace) -> None:
 
 
 def _passed_over(modules: Mapping[str, nn.Module], product: Product) -> bool:
-    """Whether a product is of no kind of module that a policy is about; what only looks like one was named before."""
+    """Whether a product belongs to a kind of module that no policy covers.
+
+    Layers of known kinds that stay in full precision were reported before.
+    """
     module = modules.get(product.module)
     return module is not None and layer_kind(module) is None and not is_quantized(module)
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook, of the model, that works until a batch has come through."""
+    """A forward pre-hook of the model that decides signs and sizes on the first batch that does not fail."""
     _remove_hook(model, _decide_on_first_batch)
     try:
         with quantizers_disabled(model):
@@ -581,7 +601,7 @@ def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Remove a forward pre-hook by what it is: its handle would not follow the module through copying."""
+    """Remove a forward pre-hook by its function: its handle would not follow the module through copying."""
     for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -592,7 +612,7 @@ def _warn(note: str) -> None:
 
 
 def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
-    """All quantized tensors of a model, in order of registration, weight before input."""
+    """Return all quantized tensors of a model, in order of registration, weight before input."""
     found = []
     for name, layer in each(model, is_quantized):
         for operand in operands(layer):
@@ -603,31 +623,36 @@ def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network that was quantized: the model itself, or the one that it wraps, as DistributedDataParallel does."""
+    """Return the network that was quantized: the model, or what it wraps, as DistributedDataParallel does."""
     return next((module for module in model.modules() if POLICY in vars(module)), model)
 
 
 def policy_of(model: nn.Module) -> Policy:
-    """The policy that a model, or what it wraps, was quantized with, its ends named; else one that says nothing."""
+    """Return the policy that a model, or the network it wraps, was quantized with; an empty one if there is none.
+
+    Its rules for the first and last layer refer to these layers by name.
+    """
     policy: Policy = vars(network_of(model)).get(POLICY, Policy())
     return policy
 
 
 def products_of(model: nn.Module) -> list[Product]:
-    """The products of tensors that were seen in a model, or in what it wraps; none while it was not seen at work, or
-    where a part of it was quantized, and seen, alone."""
+    """Return the products that were traced in a model, or in the network it wraps.
+
+    There are none if it was not traced yet, or if only a part of it was quantized and traced.
+    """
     products: list[Product] = [] if outside(model) else vars(network_of(model)).get(PRODUCTS, [])
     return products
 
 
 def left_of(model: nn.Module) -> dict[str, dict[str, int]]:
-    """The layers and products that are in full precision, of a model that `products_of` knows: see LEFT."""
+    """Return the layers and products in full precision, of a model that `products_of` knows: see LEFT."""
     left: dict[str, dict[str, int]] = vars(network_of(model)).get(LEFT, {})
     return left
 
 
 def outside(model: nn.Module) -> str | None:
-    """The name of a parameter that is not of the network that was quantized; None without any, as of a wrapper."""
+    """Return the name of a parameter that is not in the network that was quantized; None if there is none."""
     network = network_of(model)
     if network is model:
         return None
@@ -636,20 +661,20 @@ def outside(model: nn.Module) -> str | None:
 
 
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
-    """What the policy of a network says of one of its tensors; a state loaded since may have made it static."""
+    """Return what a network's policy specifies for one of its tensors; a state loaded since may have made it static."""
     return policy_of(model).tensor(tensor.layer, narrow_kind(model.get_submodule(tensor.layer)), tensor.tensor)
 
 
 def remember_seen(
     model: nn.Module, elements: Mapping[str, int], features: Mapping[str, int], products: Sequence[Product]
 ) -> None:
-    """Take over what another one of the same network has seen, instead of a first batch.
+    """Take over what was traced in another instance of the same network, instead of tracing a first batch.
 
     Args:
-        model: with quantizers; where some of their signs are open, its first batch tells them.
+        model: with quantizers; if some of their signs are undecided, its first batch decides them.
         elements: name of a tensor -> its elements for one sample.
-        features: the same, of those whose quantizers are to know it.
-        products: of tensors; none where they are not known.
+        features: the same, for tensors whose quantizers need to know it.
+        products: of the network; empty if they are not known.
     """
     if products:
         setattr(model, PRODUCTS, list(products))
@@ -664,18 +689,18 @@ def remember_seen(
 
 
 def quantizers_disabled(model: nn.Module) -> AbstractContextManager[None]:
-    """While open, the model computes in full precision."""
+    """Context manager under which the model computes in full precision."""
     return _switched([t.quantizer for t in quantized_tensors(model)], "enabled", False)
 
 
 def checking(quantizers: Collection[Quantizer], whether: bool) -> AbstractContextManager[None]:
-    """While open, quantizers refuse NaN and infinity in `eval()`, or do not; see `Quantizer.checks`."""
+    """Context manager under which quantizers reject NaN and infinity in `eval()`, or do not; see `Quantizer.checks`."""
     return _switched(quantizers, "checks", whether)
 
 
 @contextmanager
 def _switched(quantizers: Collection[Quantizer], switch: str, value: bool) -> Iterator[None]:
-    """While open, an attribute of all of them has a value."""
+    """Context manager under which an attribute of all quantizers has a value."""
     before = [getattr(q, switch) for q in quantizers]
     for q in quantizers:
         setattr(q, switch, value)
@@ -687,11 +712,11 @@ def _switched(quantizers: Collection[Quantizer], switch: str, value: bool) -> It
 
 
 def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsTogether:
-    """The quantizers of a model's weights, for steps of training: see `WeightsTogether`.
+    """Return the quantizers of a model's weights, for training steps: see `WeightsTogether`.
 
     Args:
-        model: quantized. A weight that is computed anew for each call, as pruning does, is quantized where it is used.
-        bucket: see there.
+        model: quantized. A weight that is recomputed for each call, as by pruning, is quantized where it is used.
+        bucket: as in `WeightsTogether`.
     """
     weights = [t for t in quantized_tensors(model) if t.tensor == "weight"]
     parameters = [model.get_submodule(t.layer).qat_used_parameter() for t in weights]  # type: ignore[operator]
@@ -699,10 +724,10 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
 
 
 def remove_quantizers(model: nn.Module) -> nn.Module:
-    """Take all quantizers out again, in place; the weights stay the full-precision ones that were trained.
+    """Remove all quantizers, in place; the weights remain the full-precision ones that were trained.
 
     Raises:
-        ValueError: a layer has been given another class since, by fully_shard, say; nothing is done then.
+        ValueError: something else, fully_shard for example, has changed the class of a layer since; nothing is removed.
     """
     swapped = [module for _, module in each(model, lambda m: isinstance(m, Swapped))]
     for module in swapped:
@@ -718,7 +743,7 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
 
 
 def full_precision_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a quantized model without its quantizers: loads strictly into the full-precision model."""
+    """Return a quantized model's state dict without its quantizers: it loads strictly into the full-precision model."""
     state: dict[str, Any] = model.state_dict()
     prefixes = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
     for key in [key for key in state if key.startswith(prefixes)] if prefixes else []:
@@ -728,7 +753,7 @@ def full_precision_state_dict(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def scalars(model: nn.Module) -> dict[str, Tensor]:
-    """Name of each quantized tensor -> how far its latest clipping scalars reached from zero, if there were any."""
+    """Return how far the latest clipping scalars of quantized tensors reach from zero, by name, where there are any."""
     return {
         t.name: t.quantizer.format.reach(t.quantizer.last_s)
         for t in quantized_tensors(model)

@@ -1,13 +1,14 @@
 """Layers that quantize what they multiply: their weight and input, or both factors of a product.
 
-A layer is converted in place by swapping its class, so that the module object, its parameters, their names, its hooks
-and every other reference to it stay what they were; converting back is the same swap. The quantizers are submodules,
-`weight_quantizer` and `input_quantizer`; one that is not wanted is an identity.
+A layer is converted in place by swapping its class, so the module object, its parameters, their names, its hooks and
+every reference to it stay what they were. Converting back swaps the class again. The quantizers are submodules,
+`weight_quantizer` and `input_quantizer`; for an operand in full precision the submodule is an identity.
 
-A class of its own forward, such as one that makes a weight of its weight first, keeps that forward: the one call by
-which it multiplies is caught on its way to PyTorch, and so it is the weight that is used that is quantized.
+A class with a forward of its own, for example one that standardizes its weight first, keeps that forward. While it
+runs, a mode (`Taking`) sees its calls of torch functions before PyTorch executes them. The one call that multiplies is
+run with quantized factors instead. So the weight that is quantized is the weight that is used.
 
-All that is mixed into classes of others has a name that begins with qat, which none of theirs does.
+Everything mixed into other classes has a name that begins with qat, to avoid clashes with their names.
 """
 
 import sys
@@ -32,21 +33,21 @@ from qat_runner.quant.recompute import recomputing
 from qat_runner.quant.tensors import written
 
 ELEMENTS = "elements_seen"
-"""Attribute of a quantized layer that was seen at work: operand -> its elements for one sample."""
+"""Attribute of a quantized layer that was traced: operand -> number of its elements for one sample."""
 
 ROTATION = "qat_rotation"
-"""Submodule of a linear layer whose factors are rotated."""
+"""Name of the submodule that rotates the factors of a linear layer."""
 
 
 class Kind(NamedTuple):
     """A kind of layer with a weight."""
 
     name: str
-    """what policies call it"""
+    """the name that policies use for it"""
     function: Any
-    """by which it multiplies"""
+    """the torch function by which it multiplies"""
     channels: int = 0
-    """dimension of the weight that is one of output channels"""
+    """the dimension of the weight that runs over output channels"""
 
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -59,32 +60,32 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: Kind("Linear", F.linear),
     nn.Embedding: Kind(EMBEDDING, F.embedding),
 }
-"""Class -> its kind; what a subclass computes is looked at."""
+"""Class -> its kind. What a subclass computes is examined separately."""
 
 
 def kinds() -> dict[type[nn.Module], Kind]:
-    """KINDS, and the linear layer of transformers whose weight is [C, K], if transformers is in use."""
+    """Return KINDS, and the linear layer of transformers whose weight is [C, K], if transformers is in use."""
     module = sys.modules.get("transformers.pytorch_utils")
     return KINDS if module is None else {**KINDS, module.Conv1D: Kind("Linear", torch.addmm, 1)}
 
 
 def layer_kind(layer: nn.Module | type[nn.Module]) -> Kind | None:
-    """The kind of a layer with a weight, quantized or not, or of a class of such; None for anything else."""
+    """Return the kind of a layer with a weight, quantized or not, or of such a class; None for anything else."""
     of = layer if isinstance(layer, type) else type(layer)
     return next((kind for base, kind in kinds().items() if issubclass(of, base)), None)
 
 
 class Swapped(nn.Module):
-    """A module whose class was swapped for one that `quantized_class` made, by which it is pickled and copied."""
+    """A module whose class was swapped for one made by `quantized_class`, by which it is also pickled and copied."""
 
     qat_full: ClassVar[type[nn.Module]]
     """the class it had before"""
 
     qat_base: ClassVar[Any] = None
-    """what was to be mixed into that class; None: what fits it"""
+    """the class that was requested to be mixed in; None: the one that fits `qat_full`"""
 
     def qat_added(self) -> Sequence[str]:
-        """Names of the submodules that it did not have before."""
+        """Return the names of the submodules that it did not have before."""
         return ()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -98,60 +99,64 @@ def _new(full: type[nn.Module], base: type[nn.Module] | None) -> Any:
 
 
 def stored(module: Any, name: str) -> nn.Parameter:
-    """The parameter that a tensor of a module is, or is made of: where it is of several, the one of its size."""
+    """Return the parameter that a tensor of a module is or is made from; if it is made from several, the largest."""
     own: dict[str, nn.Parameter] = {key: p for key, p in module._parameters.items() if p is not None}
     if name in own:
         return own[name]
     made_of: list[nn.Parameter]
     if is_parametrized(module, name):
         made_of = [*module.parametrizations[name].parameters()]
-    else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is made of
+    else:  # weight_orig of pruning, weight_v of weight normalization; or what a property is computed from
         made_of = [p for key, p in own.items() if key.startswith(f"{name}_")] or [*own.values()]
     return max(made_of, key=torch.numel)
 
 
 def owner(layer: nn.Module) -> nn.Module:
-    """The module that has the parameter of which a layer's weight is, or is made: the layer itself for the most."""
+    """Return the module that owns the parameter of a layer's weight: in most cases the layer itself."""
     of: nn.Module = getattr(layer, "_of", (layer,))[0]
     return of
 
 
 def belong(layer: Any, module: nn.Module) -> None:
-    """Have a layer multiply by what a module has: nn.DataParallel calls replicas of the one that it was made for."""
+    """Make a layer use the parameters of a module: replicas of nn.DataParallel share the layer of the original."""
     if layer._of[0] is not module:
         layer._of = (module,)
 
 
 OF_ITS_OWN_CLASS = (torch.jit.ScriptModule, torch.fx.GraphModule)
-"""Modules whose class was made for them alone, and knows what others would not: it cannot be swapped."""
+"""Modules whose class was generated for them alone and holds what other classes lack: it cannot be swapped."""
 
 
 def takes_hooks(module: nn.Module) -> bool:
-    """Whether a module can be told to call others before and after its forward."""
+    """Whether forward hooks can be registered on a module."""
     return not isinstance(module, torch.jit.ScriptModule)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward was set on the module itself, as `module.forward = torch.compile(module.forward)` does: its
-    class is not asked then."""
+    """Whether a forward was set on the instance, so that the forward of its class is not called.
+
+    `module.forward = torch.compile(module.forward)` does this, for example.
+    """
     return "forward" in vars(module)
 
 
 def looked_at(layer: nn.Module) -> AbstractContextManager[None]:
-    """While open, the weight of a layer may be asked for without a change: in training spectral normalization improves
-    its estimate each time."""
+    """Context manager under which reading the weight of a layer changes nothing.
+
+    In training, spectral normalization updates its estimate each time the weight is read.
+    """
     return evaluating(owner(layer)) if is_parametrized(owner(layer)) else nullcontext()
 
 
 _MAKERS = (BasePruningMethod, WeightNorm, SpectralNorm)
-"""Hooks that compute a tensor of a module before each call of it, and not when it is asked for."""
+"""Hooks that compute a tensor of a module before each call of it, and not when the tensor is read."""
 
 
 def refresh(module: nn.Module, name: str | None = None) -> None:
-    """Have a tensor be what the parameters that a hook makes it of are now; a state may have been loaded since.
+    """Recompute a tensor that a hook makes from parameters, which may have changed since, for example by loading.
 
     Args:
-        module: whose tensor it is.
+        module: the one that has the tensor.
         name: of the tensor; None: all that hooks make.
     """
     for hook in module._forward_pre_hooks.values():
@@ -161,11 +166,11 @@ def refresh(module: nn.Module, name: str | None = None) -> None:
 
 
 def parametrized_once(modules: Iterable[nn.Module], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a call gives in which all that is parametrized in modules is one tensor each, computed before, and not a new
-    one for each use.
+    """Call a function while everything that is parametrized in the modules is computed once, beforehand.
 
-    So a mode that the call opens takes none of its products for one of the modules' own. (No context manager: compilers
-    of some versions of Python cannot return from two of them.)
+    Otherwise each use would compute it again, and a mode that the call opens would mistake the products of that
+    computation for products of the modules. (This is not a context manager because compilers, on some versions of
+    Python, cannot return from inside two of them.)
     """
     parametrized: list[Any] = [module for module in modules if is_parametrized(module)]
     if not parametrized:
@@ -178,20 +183,21 @@ def parametrized_once(modules: Iterable[nn.Module], call: Callable[..., Any], *a
 
 
 class QuantLayer(nn.Module):
-    """A layer that multiplies its quantized input and a quantized weight; its bias is untouched."""
+    """A layer that multiplies its quantized input by a quantized weight; its bias is unchanged."""
 
     qat_operands: ClassVar[tuple[str, ...]] = WEIGHT_AND_INPUT
     """names of what is multiplied"""
     qat_kind_name: str | None = None
-    """what policies call its kind, where its class does not say"""
+    """the name that policies use for its kind, if its class does not determine it"""
     weight: Any
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
     def qat_scalar_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Granularity -> the shape of the weight's clipping scalars: [K, 1, ...], [1, K, ...], or [] for one.
+        """Return the shape of the weight's clipping scalars by granularity: [K, 1, ...], [1, K, ...], or [] for one.
 
-        Of a single channel that dimension 0 does not count, [1, 1, ...] would not tell that it is one.
+        If there is a single channel, in another dimension than 0, the shape is []: [1, 1, ...] would not show which
+        dimension has the channels.
         """
         with looked_at(self):
             channels, sizes = _channel_dim(self), self.weight.shape
@@ -200,7 +206,7 @@ class QuantLayer(nn.Module):
         return {"tensor": (), "channel": channel}
 
     def qat_used_weight(self) -> Tensor:
-        """The weight as it is multiplied, and quantized."""
+        """Return the weight as it is multiplied and quantized."""
         refresh(self, "weight")
         weight: Tensor = self.weight
         return weight
@@ -209,29 +215,30 @@ class QuantLayer(nn.Module):
         return [f"{name}_quantizer" for name in self.qat_operands]
 
     def qat_stored_weight(self) -> nn.Parameter:
-        """The parameter that the weight is, or is made of."""
+        """Return the parameter that the weight is or is made from."""
         return stored(self, "weight")
 
     def qat_stored_part(self) -> int:
-        """Which part of that parameter the weight is, where several layers share it in parts."""
+        """Return which part of that parameter the weight is, if several layers share the parameter."""
         return 0
 
     def qat_used_parameter(self) -> nn.Parameter | None:
-        """That weight if it is the same parameter at each call; None: it is computed anew."""
+        """Return the weight if it is the same parameter in each call; None: it is recomputed for each call."""
         return self._parameters.get("weight")
 
     def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
-        """What is computed with an input and a weight, with both quantized."""
+        """Compute a product of an input and a weight, with both quantized."""
         x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         with recomputing((x, input, self.input_quantizer), (w, weight, self.weight_quantizer)):
-            # Itself, a module around this one might take the call for one with this layer's weight, past the layer.
+            # A view, not the weight itself: a module around this layer would take the call for one that bypasses it.
             return compute(x, w.view_as(w) if w is weight else w)
 
 
 def _channel_dim(layer: QuantLayer) -> int:
-    """The dimension of the weight that is one of output channels, of those of one group in a transposed convolution.
+    """Return the dimension of the weight that runs over output channels.
 
-    Of a transposed depthwise one it is that of the inputs, each of which has an output.
+    In a transposed convolution these are the output channels of one group. For a transposed depthwise convolution it is
+    the dimension of the inputs, each of which has its own output.
     """
     kind, groups = layer_kind(layer), getattr(layer, "groups", 1)
     depthwise = groups > 1 and groups == getattr(layer, "in_channels", None)
@@ -239,19 +246,19 @@ def _channel_dim(layer: QuantLayer) -> int:
 
 
 class QuantLinear(QuantLayer, Swapped, nn.Linear):
-    """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; bias untouched."""
+    """nn.Linear of a quantized input [..., C] with a quantized weight [K, C]; bias unchanged."""
 
     qat_full = nn.Linear
     qat_for_others = True
-    """Whether the module around it may use its weight past it, and is to have what is computed computed here."""
+    """Whether the module around it may use its weight directly; the layer then computes what that module asks for."""
 
     @property
     def qat_rotation(self) -> nn.Module | None:
-        """What both factors go through before they are quantized, if they do; it leaves their product what it is."""
+        """The module that rotates both factors before they are quantized, if any; their product stays the same."""
         return self._modules.get(ROTATION)
 
     def qat_rotate_by(self, rotation: nn.Module) -> None:
-        """Have both factors go through an orthogonal map of their last dimension before they are quantized."""
+        """Rotate both factors, by an orthogonal map of their last dimension, before they are quantized."""
         self._modules[ROTATION] = rotation
 
     def qat_added(self) -> Sequence[str]:
@@ -271,7 +278,7 @@ class QuantLinear(QuantLayer, Swapped, nn.Linear):
         return rotated
 
     def forward(self, input: Tensor, compute: Compute | None = None) -> Tensor:
-        """As nn.Linear; or what someone computes with the input and the weight of this layer."""
+        """As nn.Linear; or what `compute` makes of the quantized input and weight of this layer."""
         return self.qat_multiply(input, self.weight, compute or self._qat_product)
 
     def _qat_product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -292,13 +299,13 @@ class QuantConv(QuantLayer, Swapped):
 
 
 class QuantConv1d(QuantConv, nn.Conv1d):
-    """nn.Conv1d of a quantized input [N, C, L] with a quantized weight [K, C / groups, R]; bias untouched."""
+    """nn.Conv1d of a quantized input [N, C, L] with a quantized weight [K, C / groups, R]; bias unchanged."""
 
     qat_full = nn.Conv1d
 
 
 class QuantConv2d(QuantConv, nn.Conv2d):
-    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias untouched."""
+    """nn.Conv2d of a quantized input [N, C, H, W] with a quantized weight [K, C / groups, R, S]; bias unchanged."""
 
     qat_full = nn.Conv2d
 
@@ -313,15 +320,15 @@ class Saving(NamedTuple):
     """How tensors are saved for the backward pass."""
 
     wanted: bool
-    """whether they are"""
+    """whether they are saved"""
     by: Any
-    """who packs them, if anyone"""
+    """the hook that packs them, if any"""
     known: bool = True
-    """whether it is known by whom: compilers are not told"""
+    """whether `by` is known; it is not while compiling"""
 
     @classmethod
     def now(cls) -> Self:
-        """As it is."""
+        """Return how they are saved now."""
         if torch.compiler.is_compiling():
             return cls(torch.is_grad_enabled(), None, False)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -329,10 +336,10 @@ class Saving(NamedTuple):
 
 
 class InForward(TorchFunctionMode):
-    """Is open while a module runs its own forward, to take calls of functions over.
+    """A mode that is open while a module runs its own forward, to take calls of torch functions over.
 
     Args:
-        module: which one.
+        module: the one that runs.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -341,14 +348,14 @@ class InForward(TorchFunctionMode):
         self.saving = Saving.now()
 
     def refuse_checkpoint(self) -> None:
-        """Refuse to take a call over in a checkpoint that the forward has begun.
+        """Raise an error if a call would be taken over inside a checkpoint that the forward itself has begun.
 
-        In the backward pass that is computed again without the module around it, and so without this mode.
+        The backward pass would recompute the call without the module around it, hence without this mode.
 
         Raises:
-            RuntimeError: it has.
+            RuntimeError: the call is inside such a checkpoint.
         """
-        if torch.compiler.is_compiling() or not self.saving.wanted:  # a compiler knows what it computes again
+        if torch.compiler.is_compiling() or not self.saving.wanted:  # compilers handle recomputation themselves
             return
         before, now = self.saving, Saving.now()
         if now.wanted:
@@ -359,12 +366,12 @@ class InForward(TorchFunctionMode):
         if inside:
             raise RuntimeError(
                 f"{full_precision_name(self.module)} checkpoints a part of its own forward, which the backward pass "
-                f"would compute again in full precision: checkpoint the module as a whole"
+                f"would recompute in full precision: checkpoint the module as a whole"
             )
 
 
 def _in_reentrant_checkpoint() -> bool:
-    """Whether the forward of an autograd function that runs others again in its backward is at work, of any library."""
+    """Whether the forward of an autograd function (of any library) is running that reruns code in its backward."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -374,9 +381,9 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 def in_own_function() -> bool:
-    """Whether a module has an autograd function of its own at work, which has kept what its backward multiplies by.
+    """Whether a module is running an autograd function of its own, which has saved what its backward multiplies by.
 
-    One that runs others again in its backward, as checkpoints do, keeps nothing of the kind.
+    A function that reruns other code in its backward, as checkpoints do, saves nothing of the kind and does not count.
     """
     codes = {getattr(function.forward, "__code__", None) for function in _kinds_of(torch.autograd.Function)}
     frame = sys._getframe().f_back
@@ -388,18 +395,19 @@ def in_own_function() -> bool:
 
 
 def _kinds_of(base: type[Any]) -> Iterator[type[Any]]:
-    """All classes below one."""
+    """Yield all direct and indirect subclasses of a class."""
     for kind in base.__subclasses__():
         yield kind
         yield from _kinds_of(kind)
 
 
 class Taking(InForward):
-    """While open, calls of functions go to someone who may take them over.
+    """A mode that passes calls of torch functions to `take`, which may take them over.
 
     Args:
-        module: whose forward it is.
-        take: of a function, its arguments and its named ones; NotImplemented leaves the call as it is.
+        module: whose forward runs.
+        take: called with the function, its positional and its named arguments; if it returns NotImplemented, the call
+            is executed as it is.
     """
 
     def __init__(self, module: nn.Module, take: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
@@ -418,9 +426,9 @@ class Taking(InForward):
 
 
 class TakenLayer(QuantLayer, Swapped):
-    """A layer with a forward of its own, in which the one call that multiplies is that of quantized factors.
+    """A layer with a forward of its own, in which the one call that multiplies gets quantized factors.
 
-    Every call in its forward is held against its kind.
+    Each call in its forward is checked for being the function by which layers of its kind multiply.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -440,7 +448,7 @@ class TakenLayer(QuantLayer, Swapped):
         return parameter if parameter is self.qat_used_weight() and before == written(parameter) else None
 
     def _qat_taken(self, *args: Any, **kwargs: Any) -> Any:
-        """Its own forward, of which the call that multiplies is taken."""
+        """Run its own forward, and take over the call that multiplies."""
         with Taking(self, self._qat_quantized):
             return super().forward(*args, **kwargs)
 
@@ -449,8 +457,8 @@ class TakenLayer(QuantLayer, Swapped):
         return NotImplemented if call is None else self.qat_multiply(*call[:3])
 
 
-class _Used(Exception):  # noqa: N818  # no error: an answer
-    """Ends a forward pass that was to find a weight."""
+class _Used(Exception):  # noqa: N818  # a result, not an error
+    """Ends a forward pass that was run to find a weight."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -458,14 +466,14 @@ class _Used(Exception):  # noqa: N818  # no error: an answer
 
 
 def weight_used(layer: nn.Module, full: type[nn.Module]) -> Tensor:
-    """The weight that a layer multiplies an input of the smallest size by, in its own forward.
+    """Return the weight by which a layer multiplies an input of the smallest size, in its own forward.
 
     Args:
         layer: quantized or not.
-        full: its class before that.
+        full: its class before quantization.
 
     Raises:
-        RuntimeError: it multiplies by none. What else its forward raises at such an input is passed on.
+        RuntimeError: it multiplies by no weight. Any other error of its forward with such an input is passed on.
     """
 
     def only_the_weight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -483,7 +491,7 @@ def weight_used(layer: nn.Module, full: type[nn.Module]) -> Tensor:
         parametrized_once([layer], run)
     except _Used as used:
         return used.weight
-    raise RuntimeError(f"{full_precision_name(layer)} multiplies nothing by a weight")
+    raise RuntimeError(f"{full_precision_name(layer)} does not multiply by a weight")
 
 
 def _smallest_input(layer: Any) -> Tensor:
@@ -497,7 +505,7 @@ def _smallest_input(layer: Any) -> Tensor:
 
 
 def own_call(full: type[nn.Module], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    """A call of a function, if it is one by which layers of a class multiply: the input, and a weight in its shape."""
+    """Return a call, taken apart, if layers of a class multiply by it: the input, and the weight in its own shape."""
     kind = layer_kind(full)
     call = taken_apart(func, args, kwargs) if is_own(full, func) else None
     return call if call is None or kind is None or func is kind.function else _of_the_transpose(call)
@@ -510,13 +518,13 @@ def is_own(full: type[nn.Module], func: Any) -> bool:
 
 
 def weight_shape(full: type[nn.Module], func: Any, factor: torch.Size) -> torch.Size:
-    """The shape of the weight of a layer of a class that gives such a factor to a function of `is_own`."""
+    """Return the shape of a layer's weight, given that of the second factor of a function for which `is_own` holds."""
     kind = layer_kind(full)
     return factor if kind is None or func is kind.function else torch.Size(reversed(factor))
 
 
 PLAIN = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-"""Products [..., C] [C, K], for which a linear layer takes the transpose of its weight."""
+"""Products [..., C] [C, K], which a linear layer calls with the transpose of its weight."""
 
 
 def _of_the_transpose(call: Call) -> Call:
@@ -529,7 +537,7 @@ class QuantEmbedding(TakenLayer):
     qat_operands = ("weight",)
 
     def qat_multiply(self, input: Tensor, weight: Tensor, compute: Compute) -> Tensor:
-        """What is looked up in a quantized weight."""
+        """Look up rows of the quantized weight."""
         return compute(input, self.weight_quantizer(weight))
 
 
@@ -537,7 +545,7 @@ class QuantMatmul(nn.Module):
     """The matrix product of two quantized tensors, [..., L, C] and [..., C, K] -> [..., L, K].
 
     Args:
-        operands: names of the two; their quantizers are submodules, `NAME_quantizer` each.
+        operands: names of the two; their quantizers are submodules named `NAME_quantizer`.
     """
 
     def __init__(self, operands: tuple[str, str]) -> None:
@@ -553,7 +561,7 @@ class QuantMatmul(nn.Module):
         compute: Compute = torch.matmul,
         summed: tuple[int, int] | None = (-1, -2),
     ) -> Tensor:
-        """That product, or what else is computed with the two; `summed` is as of `Call`."""
+        """Return that product, or what `compute` makes of the two quantized tensors; `summed` is as in `Call`."""
         by = [self.get_submodule(f"{name}_quantizer") for name in self.operands]
         dims = [token_dim(quantizer, dim) for quantizer, dim in zip(by, summed or (None, None), strict=True)]
         left, right = (moved(x, dim, -1) for x, dim in zip((left, right), dims, strict=True))
@@ -565,27 +573,27 @@ class QuantMatmul(nn.Module):
 WRITTEN: dict[type[nn.Module], type[Swapped]] = {
     quantized.qat_full: quantized for quantized in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)
 }
-"""Full-precision class -> quantized class, where the forward is known."""
+"""Full-precision class -> quantized class, for classes whose forward is known."""
 
 
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module] | None], Any] = {}
-"""What `quantized_class` made: one class each, so that modules of one class stay of one class."""
+"""Cache of `quantized_class`: one class each, so that modules of one class stay modules of one class."""
 
 
 def quantized_class(full: type[nn.Module], base: type[nn.Module] | None = None) -> Any:
-    """The class that a module of a class gets.
+    """Return the class that a module of a class gets when it is quantized.
 
     Args:
-        full: that class.
-        base: a kind of Swapped that goes before it; None: for a layer of one of KINDS, what fits it.
+        full: the class of the module.
+        base: a subclass of Swapped that is mixed in before it; None: for a layer of one of KINDS, the one that fits.
     """
     if base is None and full in WRITTEN:
         return WRITTEN[full]
     if (full, base) not in _CLASSES:
         about: dict[str, Any] = {"qat_full": full, "qat_base": base}
         if _is_of_parametrized(full):
-            # Once PyTorch takes a parametrization back, it takes the property from the class that the module has then,
-            # and goes on with the first base of it.
+            # When PyTorch removes a parametrization, it deletes the property from the class that the module has then,
+            # and gives the module the first base of that class.
             bases: tuple[Any, ...] = (quantized_class(full.__bases__[0], base),)
             about |= {name: value for name, value in vars(full).items() if name not in _OF_EVERY_CLASS}
         else:
@@ -598,12 +606,12 @@ _OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__")
 
 
 def _is_of_parametrized(full: type[nn.Module]) -> bool:
-    """Whether a class is one that PyTorch has made for a module with parametrizations, out of the one it had."""
+    """Whether PyTorch made a class for a module with parametrizations, out of the class that the module had."""
     return getattr(vars(full).get("__getstate__"), "__module__", None) == "torch.nn.utils.parametrize"
 
 
 def _written(full: type[nn.Module]) -> type[nn.Module] | None:
-    """The quantized class that computes what layers of a class compute, if their forward is not their own."""
+    """Return the quantized class that computes what layers of a class compute; None if they override the forward."""
     for base, quantized in WRITTEN.items():
         own = [name for name in ("forward", "_conv_forward") if getattr(full, name, 0) is not getattr(base, name, 0)]
         if issubclass(full, base) and not own:
@@ -612,17 +620,17 @@ def _written(full: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_plain(full: type[nn.Module]) -> bool:
-    """Whether what layers of a class compute is known without a look at them."""
+    """Whether it is known what layers of a class compute, without running them."""
     return full in kinds() or _written(full) is not None
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the module is one of this file's layers, or of a class that a wrapper has made of one."""
+    """Whether a module is one of this file's layers, or of a class that a wrapper has made from one."""
     return isinstance(module, QuantLayer | QuantMatmul)
 
 
 def kind_of(layer: nn.Module) -> str:
-    """The kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
+    """Return the kind of a layer, quantized or not: Conv2d, Linear, Matmul, ..."""
     if isinstance(layer, QuantLayer) and layer.qat_kind_name is not None:
         return layer.qat_kind_name
     kind = layer_kind(layer)
@@ -630,13 +638,13 @@ def kind_of(layer: nn.Module) -> str:
 
 
 def narrow_kind(layer: nn.Module) -> str:
-    """The same, as policies are asked by: DepthwiseConv2d where each channel has a filter of its own."""
+    """Return the kind as policies distinguish it: `kind_of`, or DepthwiseConv2d if each channel has its own filter."""
     depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1
     return f"{DEPTHWISE if depthwise else ''}{kind_of(layer)}"
 
 
 def operands(layer: nn.Module) -> tuple[str, ...]:
-    """Names of what a layer multiplies, quantized or not."""
+    """Return the names of what a layer multiplies, quantized or not."""
     if isinstance(layer, QuantMatmul):
         return layer.operands
     if isinstance(layer, QuantLayer):
@@ -645,39 +653,42 @@ def operands(layer: nn.Module) -> tuple[str, ...]:
 
 
 def quantizer_of(layer: nn.Module, operand: str) -> nn.Module:
-    """The quantizer of an operand of a quantized layer, or an identity."""
+    """Return the quantizer of an operand of a quantized layer, or an identity."""
     return layer.get_submodule(f"{operand}_quantizer")
 
 
 def is_per_token(quantizer: nn.Module) -> bool:
-    """Whether each token has a scalar of its own; of an identity, no."""
+    """Whether a quantizer has one scalar per token; false for an identity."""
     return isinstance(quantizer, Quantizer) and quantizer.per_token
 
 
 def token_dim(quantizer: nn.Module, summed: int | None) -> int:
-    """The dimension that tokens of an operand run along, which is the one that its products add up over.
+    """Return the dimension of an operand that holds the values of a token: the one that its products sum over.
 
     Args:
-        quantizer: of the operand. If it has no scalar for each token, it is all the same: -1.
-        summed: that dimension; None: several, or not known.
+        quantizer: of the operand. If it has no scalars per token, the dimension does not matter and is -1.
+        summed: that dimension; None: it is several, or not known.
 
     Raises:
-        ValueError: it has, and that is not known.
+        ValueError: the quantizer has one scalar per token, and the dimension is not known.
     """
     if not is_per_token(quantizer):
         return -1
     if summed is None:
-        raise ValueError(f"{quantizer.name}: granularity=token needs products that add up over one dimension of it")
+        raise ValueError(f"{quantizer.name}: granularity=token needs products that sum over one of its dimensions")
     return summed
 
 
 def moved(x: Tensor, source: int, destination: int) -> Tensor:
-    """A tensor with a dimension at another place; the very same where that is its own."""
+    """Return a tensor with a dimension moved to another place; the tensor itself if the dimension stays."""
     return x if source == destination else x.movedim(source, destination)
 
 
 def elements_of(layer: nn.Module, operand: str) -> int | None:
-    """Elements of an operand of a quantized layer: of the weight, of others for one sample; None: not seen yet."""
+    """Return the number of elements of an operand of a quantized layer.
+
+    For the weight it is that of the whole tensor, for others that of one sample; None if none was seen yet.
+    """
     if operand == "weight":
         with looked_at(layer):
             weight: Any = layer.weight
@@ -687,7 +698,7 @@ def elements_of(layer: nn.Module, operand: str) -> int | None:
 
 
 def was_seen(layer: nn.Module) -> bool:
-    """Whether a quantized layer was seen at work."""
+    """Whether a quantized layer was traced."""
     return ELEMENTS in vars(layer)
 
 
@@ -698,31 +709,31 @@ def convert(layer: nn.Module) -> None:
 
 
 def give_quantizers(layer: nn.Module, quantizers: Mapping[str, nn.Module | None]) -> None:
-    """Put quantizers beside the operands of a quantized layer; None for full precision."""
+    """Add quantizers for the operands of a quantized layer; None for full precision."""
     for name, quantizer in quantizers.items():
         layer.add_module(f"{name}_quantizer", quantizer if quantizer is not None else nn.Identity())
     layer.train(layer.training)
 
 
 def full_precision_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a module had before its class was swapped.
+    """Return the class that a module had before its class was swapped.
 
     Raises:
         ValueError: something else has changed its class since, as fully_shard and parametrizations do.
     """
     full: type[nn.Module] | None = vars(type(layer)).get("qat_full")
     if full is None:
-        raise ValueError(f"a quantized layer became a {type(layer).__name__}: what made it that must be undone first")
+        raise ValueError(f"the class of a quantized layer was changed to {type(layer).__name__}: undo that first")
     return full
 
 
 def full_precision_name(module: nn.Module) -> str:
-    """The name of the class that a module has, or had before it was swapped."""
+    """Return the name of the class that a module has, or had before its class was swapped."""
     return str(getattr(module, "qat_full", type(module)).__name__)
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module of a swapped class the one it had before, in place; errors as of `full_precision_class`."""
+    """Give a module the class back that it had before, in place; raises the errors of `full_precision_class`."""
     assert isinstance(module, Swapped)
     added: Sequence[str] = module.qat_added()
     module.__class__ = full_precision_class(module)  # type: ignore[assignment]
@@ -731,10 +742,10 @@ def restore(module: nn.Module) -> None:
 
 
 def each(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the wanted modules, in order of registration, each once, under its first name."""
+    """Return (name, module) of the wanted modules, in order of registration, each once, under its first name."""
     return [(name, module) for name, module in model.named_modules() if wanted(module)]
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules, under each of their names."""
+    """Return all modules, under each of their names."""
     return dict(model.named_modules(remove_duplicate=False))

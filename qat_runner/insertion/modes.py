@@ -1,4 +1,4 @@
-"""Modes that a network is looked at in, and comes out of as it was."""
+"""Context managers under which a network is observed, and which leave it as it was."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,20 +13,20 @@ from qat_runner.quant import Quantizer
 
 @contextmanager
 def arguments_told(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
-    """While open, a model that takes other arguments than these fails with a word on what they are to be."""
+    """Context manager that explains a TypeError if the model's forward does not take these arguments."""
     try:
         yield
     except TypeError as error:
         try:
             inspect.signature(model.forward).bind(*inputs)
         except TypeError:
-            raise TypeError(f"{error}: a batch is the inputs alone, and a tuple the arguments of forward") from error
+            raise TypeError(f"{error}: a batch must be the input alone or a tuple of arguments of forward") from error
         raise
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, all modules are in eval mode; afterwards each is in the mode that it was in."""
+    """Context manager under which all modules are in eval mode; afterwards each returns to its previous mode."""
     with _modes_kept(model):
         model.eval()
         yield
@@ -34,18 +34,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def remembering_nothing(model: nn.Module) -> Iterator[None]:
-    """While open, the network is in eval mode, and what it remembers even there is forgotten: buffers of its own
-    modules and random generators come out as they went in."""
+    """Context manager under which the network is in eval mode and keeps no trace of what it computes.
+
+    Buffers of its own modules, which may change even in eval mode, and random generators are restored.
+    """
     with evaluating(model), _buffers_kept(_deciding(model)), repeatable():
         yield
 
 
 @contextmanager
 def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
-    """While open, the network computes what it computes in training (auxiliary heads, say), and remembers none of it.
+    """Context manager under which the network computes what it does in training, and keeps no trace of it.
 
-    PyTorch's own innermost modules, such as BatchNorm and dropout, and quantizers are in eval mode; all others are in
-    train mode: it is they who decide what is computed. Their buffers and random generators come out as they went in.
+    What a network computes only in training, auxiliary heads for example, is computed then. PyTorch's own innermost
+    modules, such as BatchNorm and dropout, and quantizers are in eval mode. All other modules are in train mode,
+    because they decide what is computed; their buffers and the random generators are restored.
     """
     deciding = _deciding(model)
     with _modes_kept(model), _buffers_kept(deciding), repeatable():
@@ -57,9 +60,9 @@ def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """While open, random numbers are drawn that will be drawn again afterwards, and attention takes no fast path.
+    """Context manager that restores the random generators afterwards and disables the fast path of PyTorch's attention.
 
-    PyTorch's attention takes one where nobody watches, and rounds otherwise there.
+    PyTorch's attention takes the fast path only where no mode observes it, and rounds differently there.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -76,7 +79,7 @@ def _deciding(model: nn.Module) -> list[nn.Module]:
 
 
 def _innermost(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own without others in it, or belongs to a quantizer."""
+    """Whether a module is one of PyTorch's own and has no modules inside, or is a quantizer."""
     own = type(module).__module__.partition(".")[0] == "torch" and next(module.children(), None) is None
     return own or isinstance(module, Quantizer)
 

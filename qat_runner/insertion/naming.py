@@ -1,25 +1,28 @@
-"""Names of modules for a reader: those that differ in numbers alone are one."""
+"""Module names for readers: names that differ only in numbers are combined into one."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-"""A part of a name that is a number."""
+"""Matches a part of a name that is a number."""
 
 
 def family(name: str) -> str:
-    """What names that differ in numbers alone have in common: layers.*.gate."""
+    """Return what names that differ only in numbers have in common: layers.*.gate."""
     return _NUMBER.sub("*", name)
 
 
 def together(names: Sequence[str]) -> str:
-    """One name for several of one family, with a * where they differ."""
+    """Return one name for several names of one family, with a * where they differ."""
     parts = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def told_once(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Sentences, each a name and what is said of it; what is said of a family is said once."""
+    """Return one sentence, a name and a note on it, for each note.
+
+    Names of one family with the same note share a sentence.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, said in notes:
         groups.setdefault((family(name), said), []).append(name)

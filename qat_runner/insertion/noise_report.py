@@ -1,4 +1,4 @@
-"""Quantization noise of every tensor of a network, beside what max-scaling would give."""
+"""Quantization noise of every tensor of a network, next to the noise of max-scaling."""
 
 from dataclasses import astuple, dataclass, fields
 
@@ -13,7 +13,7 @@ from qat_runner.quant import IntFormat, Quantizer, maximum, measure, noise_of
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """Noise of one tensor: a row of layers.csv, without its epoch."""
+    """Noise of one tensor: a row of layers.csv, without the epoch."""
 
     layer: str
     tensor: str
@@ -21,18 +21,18 @@ class LayerNoise:
     signed: bool
     granularity: str
     s: float
-    """clipping scalar, the mean over the rows where there are several"""
+    """clipping scalar; the mean over rows if there are several"""
     mse: float
     """in squared units of the tensor"""
     sqnr_db: float
     clipped_fraction: float
     """0 to 1"""
     max_sqnr_db: float
-    """what max-scaling gives on the same tensor, with plain integers of as many bits"""
+    """SQNR of max-scaling on the same tensor, with plain integers of the same bit-width"""
 
 
 class NoiseReport(list[LayerNoise]):
-    """Rows, one a tensor; printed as a table."""
+    """One row per tensor; prints as a table."""
 
     def __str__(self) -> str:
         return columns([field.name for field in fields(LayerNoise)], [astuple(row) for row in self])
@@ -40,17 +40,17 @@ class NoiseReport(list[LayerNoise]):
 
 @torch.no_grad()
 def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
-    """Noise of every quantized tensor that the batches reach, averaged over the batches (SQNR: in dB).
+    """Measure the noise of every quantized tensor that the batches reach, averaged over the batches (SQNR: in dB).
 
     Args:
-        model: with quantizers; runs in eval mode, and is in the mode that it was in afterwards.
-        batches: each an input tensor, or a tuple of arguments of forward, without labels.
+        model: with quantizers; runs in eval mode, and returns to its previous mode afterwards.
+        batches: each an input tensor or a tuple of arguments of forward, without labels.
 
     Returns:
-        A row a tensor, in order of registration, weight before input; none where there is no batch.
+        One row per tensor, in order of registration, weight before input; no rows if there is no batch.
 
     Raises:
-        ValueError: a quantizer met NaN or infinity.
+        ValueError: a quantizer was given NaN or infinity.
         RuntimeError: a static quantizer has no scalars yet.
     """
     names = {t.quantizer: (t.layer, t.tensor) for t in quantized_tensors(model)}
@@ -65,7 +65,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
 
     watch(model, batches, look)
     seen = [(q, torch.stack(rows).mean(0)) for q, rows in figures.items() if rows]
-    values = torch.stack([v for _, v in seen]).tolist() if seen else []  # one wait for all of them
+    values = torch.stack([v for _, v in seen]).tolist() if seen else []  # waits for the device once
     return NoiseReport(
         LayerNoise(*names[q], q.format.bits, q.format.signed, q.granularity, *row)
         for (q, _), row in zip(seen, values, strict=True)

@@ -1,10 +1,11 @@
-"""Attention modules of any make: the two products that a module's own forward asks PyTorch for are quantized ones.
+"""Attention modules of any make: the two products in a module's own forward are replaced by quantized ones.
 
-The module keeps its code. Its class is swapped for one that runs the same forward while calls on their way to PyTorch
-are watched: matrix products, one by one, are those of its submodules of PRODUCTS; `F.scaled_dot_product_attention` is
-written out with both; a product with the weight of a linear layer in it, past that layer, is that layer's.
+The module keeps its code. Its class is swapped for one that runs the same forward while a mode sees its calls of torch
+functions, before PyTorch executes them. Matrix products are computed, one after another, by the submodules in PRODUCTS.
+`F.scaled_dot_product_attention` is decomposed into both of them. A product with the weight of a linear layer inside,
+which bypasses the forward of that layer, is computed by that layer.
 
-PyTorch's own `nn.MultiheadAttention` has its projections in one parameter; each is a layer here.
+PyTorch's own `nn.MultiheadAttention` has its projections in one parameter; here each of them is a layer.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,14 +34,14 @@ from qat_runner.insertion.layers import (
 from qat_runner.quant import Quantizer
 
 PRODUCTS = {"scores": ("query", "key"), "context": ("probabilities", "value")}
-"""Submodule of an attention module -> names of its operands, in the order in which attention computes them."""
+"""Submodule of an attention module -> names of its operands, in the order in which attention computes the products."""
 
 PROJECTIONS = {"query_projection": "q", "key_projection": "k", "value_projection": "v"}
-"""Submodule of `nn.MultiheadAttention` -> the letter that its parameters go by."""
+"""Submodule of `nn.MultiheadAttention` -> the letter in the names of its parameters."""
 
 
 class ProductsOf(InForward):
-    """While open, the matrix products that are called are those of an attention module, in their order.
+    """A mode under which the matrix products that are called are those of an attention module, in their order.
 
     Args:
         module: with the products of PRODUCTS.
@@ -50,11 +51,11 @@ class ProductsOf(InForward):
         super().__init__(module)
         self.left = [name for name in PRODUCTS if name in module._modules]
         self.layers: list[Any] = [layer for layer in module.children() if getattr(layer, "qat_for_others", False)]
-        """linear layers in it; a call with the weight of one, the very tensor, is a call of that layer"""
+        """linear layers inside; a call with the weight of one, the very same tensor, becomes a call of that layer"""
         self.projections: dict[nn.Module, Tensor] = {
             layer: layer.weight_of(module) for layer in self.layers if isinstance(layer, QuantProjection)
         }
-        """those that have no such tensor, with one"""
+        """the projections, which have no such tensor, each with one"""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -67,7 +68,7 @@ class ProductsOf(InForward):
             return attention(self._next, self._next, *args, **kwargs)
         call = taken_apart(func, args, kwargs)
         if call is not None and func in MATRICES and self.left:
-            # Autocast keeps probabilities in float32 up to the product, which takes them as it takes the values.
+            # Autocast keeps probabilities in float32 until the product, which converts them to the dtype of the values.
             return self._next(call.left.to(call.right.dtype), *call[1:])
         if call is not None and func is F.linear:
             for layer in self.layers:
@@ -78,13 +79,13 @@ class ProductsOf(InForward):
         return func(*args, **kwargs)
 
     def _next(self, *call: Any) -> Tensor:
-        """The next product, of what `Call` has; of two tensors alone their matrix product."""
+        """Compute the next product from the fields of a `Call`; from two tensors alone, their matrix product."""
         self.refuse_checkpoint()
         product: Tensor = self.module.get_submodule(self.left.pop(0))(*call)
         return product
 
     def _projections(self) -> dict[str, Any]:
-        """Arguments by which `F.multi_head_attention_forward` uses the weights of projections one by one."""
+        """Return arguments that make `F.multi_head_attention_forward` use the weights of projections one by one."""
         own = {f"{layer.letter}_proj_weight": weight for layer, weight in self.projections.items()}
         return {"use_separate_proj_weight": True, **own}
 
@@ -94,14 +95,14 @@ _written_out = FunctionType(
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-"""`F.multi_head_attention_forward` that does not offer itself to a mode, but the calls that it is made of."""
+"""`F.multi_head_attention_forward` without its override check: a mode sees the calls it consists of, not itself."""
 
 
 class QuantAttention(Swapped):
-    """An attention module whose products are quantized, in its own forward."""
+    """An attention module whose own forward runs with quantized products."""
 
     qat_as_before = False
-    """Whether it computes as it did without that."""
+    """Whether it runs without them, as it did before."""
 
     def qat_added(self) -> Sequence[str]:
         return [name for name in (*PRODUCTS, *PROJECTIONS) if name in self._modules]
@@ -112,17 +113,17 @@ class QuantAttention(Swapped):
         return parametrized_once([self, *self.children()], self._qat_taken, *args, **kwargs)
 
     def _qat_taken(self, *args: Any, **kwargs: Any) -> Any:
-        """Its own forward, whose products are taken."""
+        """Run its own forward, and take over its products."""
         with ProductsOf(self):
             return super().forward(*args, **kwargs)
 
 
 class QuantProjection(QuantLayer):
-    """A linear layer whose weight is a third of a parameter of the `nn.MultiheadAttention` around it, or one of it.
+    """A linear layer whose weight is a parameter of the `nn.MultiheadAttention` around it, or a third of one.
 
     Args:
         of: that module.
-        letter: of q, k and v.
+        letter: q, k or v.
     """
 
     qat_kind_name = "Linear"
@@ -130,7 +131,7 @@ class QuantProjection(QuantLayer):
 
     def __init__(self, of: nn.MultiheadAttention, letter: str) -> None:
         super().__init__()
-        self._of, self.letter = (of,), letter  # in a tuple: what is around a module is no part of it
+        self._of, self.letter = (of,), letter  # in a tuple, so that it does not become a submodule
         self.weight_quantizer, self.input_quantizer = nn.Identity(), nn.Identity()
 
     @property
@@ -140,7 +141,7 @@ class QuantProjection(QuantLayer):
         return whole.chunk(3)["qkv".index(self.letter)] if self._packed else whole
 
     def weight_of(self, module: nn.Module) -> Tensor:
-        """The same, of the module that is at work."""
+        """Return the weight in the module that is running."""
         belong(self, module)
         return self.weight
 
@@ -163,15 +164,16 @@ class QuantProjection(QuantLayer):
         return "qkv".index(self.letter)
 
     def forward(self, input: Tensor, compute: Compute) -> Tensor:
-        """What is computed with the input and the weight of this layer."""
+        """Return what `compute` makes of the quantized input and weight of this layer."""
         return self.qat_multiply(input, self.weight, compute)
 
 
 def attention_in(tensors: Collection[str], modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The attention modules that names of quantized tensors tell of.
+    """Return the attention modules to which names of quantized tensors belong.
 
     Args:
-        tensors: such as "encoder.0.scores.query". Networks may call layers of their own so: these have other operands.
+        tensors: such as "encoder.0.scores.query". Networks may use the same names for layers of their own, which have
+            other operands.
         modules: of the network, by name.
     """
     named = [(*layer.rpartition(".")[::2], operand) for layer, _, operand in (t.rpartition(".") for t in tensors)]
@@ -181,22 +183,22 @@ def attention_in(tensors: Collection[str], modules: Mapping[str, nn.Module]) -> 
 
 
 def _names(module: nn.Module) -> list[str]:
-    """What an attention module is given."""
+    """Return the names of the submodules that an attention module is given."""
     return [*PRODUCTS, *(PROJECTIONS if is_multihead(module) else ())]
 
 
 def has_room(module: nn.Module) -> bool:
-    """Whether an attention module calls nothing of its own by the names of what it is to be given."""
+    """Whether an attention module has no attributes with the names of the submodules that it is to be given."""
     return not any(hasattr(module, name) for name in _names(module))
 
 
 def is_multihead(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own attention, or computes what it does."""
+    """Whether a module is PyTorch's own attention, or has the same forward."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def quantize_own_products(module: nn.Module) -> None:
-    """Give an attention module its products, and PyTorch's its projections, without quantizers, in place.
+    """Give an attention module its products, and PyTorch's own its projections, without quantizers, in place.
 
     `restore` undoes it.
 
@@ -204,12 +206,12 @@ def quantize_own_products(module: nn.Module) -> None:
         module: whose own forward computes two matrix products or one `F.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: it has something else by the name of a product.
+        ValueError: the module already has an attribute with the name of a product or projection.
     """
     if not has_room(module):
         names = " or ".join(name for name in _names(module) if hasattr(module, name))
         raise ValueError(
-            f"{type(module).__name__} calls something of its own {names}: it cannot be quantized as attention"
+            f"{type(module).__name__} already uses {names} as an attribute name: it cannot be quantized as attention"
         )
     for name, operands in PRODUCTS.items():
         module.add_module(name, QuantMatmul(operands).train(module.training))
@@ -220,7 +222,7 @@ def quantize_own_products(module: nn.Module) -> None:
 
 
 def release_own_products(module: nn.Module) -> None:
-    """Let an attention module compute as before what is not quantized in it, once there are quantizers."""
+    """Undo the conversion of whatever is not quantized in an attention module, once quantizers were added."""
     if not any(isinstance(inner, Quantizer) for name in PRODUCTS for inner in module.get_submodule(name).modules()):
         for name in PRODUCTS:
             delattr(module, name)
@@ -229,9 +231,9 @@ def release_own_products(module: nn.Module) -> None:
 
 
 class WithoutFastPath(Swapped):
-    """PyTorch's encoder, or a layer of it, whose fast path in eval() reads weights past their layers, without that.
+    """PyTorch's encoder, or a layer of it, without its fast path, which in eval() reads weights past their layers.
 
-    It has none where a mode watches it.
+    PyTorch does not take the fast path while a mode is open.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -249,9 +251,9 @@ def has_fast_path(module: nn.Module) -> bool:
 
 
 def keep_off_fast_path(module: nn.Module) -> None:
-    """Swap the class of a module that has such a path, in place; `restore` undoes it.
+    """Swap the class of a module that has a fast path, in place; `restore` undoes it.
 
-    One that was swapped already has it no more, since a mode watches it.
+    A module whose class was swapped before opens a mode anyway, so it does not take the fast path.
     """
     if has_fast_path(module) and not isinstance(module, Swapped):
         module.__class__ = quantized_class(type(module), WithoutFastPath)
@@ -259,7 +261,7 @@ def keep_off_fast_path(module: nn.Module) -> None:
 
 @contextmanager
 def products_as_before(model: nn.Module) -> Iterator[None]:
-    """While open, modules of `quantize_own_products` compute as they did before it."""
+    """Context manager under which modules of `quantize_own_products` compute as they did before it."""
     modules = [module for _, module in each(model, lambda m: isinstance(m, QuantAttention))]
     try:
         for module in modules:

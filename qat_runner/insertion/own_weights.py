@@ -1,9 +1,10 @@
-"""Modules that multiply by parameters of their own, as mixtures of experts do: such a product is a quantized layer.
+"""Modules that multiply by parameters of their own, as mixtures of experts do: each such product becomes a layer.
 
-A mixture keeps the weights of all experts in one parameter, [E, K, C] or [E, C, K], and multiplies by it whole, by
-slices of it, or by a gathered selection, in whichever function. The module keeps its code: its class is swapped for one
-that runs the same forward while calls on their way to PyTorch are watched. The parameter is quantized once a pass, at
-its first use. What is made of it by moving elements is known as such, and what that is multiplied by is quantized.
+A mixture keeps the weights of all experts in one parameter, [E, K, C] or [E, C, K], and multiplies by all of it, by
+slices of it, or by a gathered selection, with various functions. The module keeps its code. Its class is swapped for
+one that runs the same forward while a mode sees its calls of torch functions, before PyTorch executes them. The
+parameter is quantized once per forward pass, at its first use. What is made from it by moving elements is marked, so
+that it is recognized later. Whatever the parameter, or a marked tensor, is multiplied by is quantized as an input.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,17 +46,17 @@ MOVES = frozenset(
 """Functions that move or convert elements of their first argument, and compute nothing."""
 
 MADE_OF = "_qat_made_of"
-"""Attribute of a tensor that one of MOVES has made of a parameter: of which."""
+"""Attribute of a tensor that one of MOVES made from a parameter: from which one."""
 
 
 def mark(part: Tensor, source: Tensor, made_of: object) -> None:
-    """Note what a tensor is made of, but for the source itself, which a conversion may return."""
+    """Note what a tensor is made from, unless it is the source itself, which a conversion may return."""
     if part is not source:
         setattr(part, MADE_OF, made_of)
 
 
 def parts(out: Any) -> Sequence[Tensor]:
-    """The tensors that one of MOVES returned."""
+    """Return the tensors that one of MOVES returned."""
     return out if isinstance(out, tuple | list) else (out,)
 
 
@@ -64,21 +65,21 @@ class Used(NamedTuple):
 
     weight: Tensor
     source: Source | None = None
-    """what it can be made of again; None: it is kept for the backward pass"""
+    """what it can be recomputed from; None: it is kept for the backward pass"""
 
 
 class OwnWeight(nn.Module):
-    """What a module multiplies by a parameter of its own: a linear layer, or many of them, one an expert.
+    """The products of a module with a parameter of its own: a linear layer, or one for each expert.
 
     Args:
         of: that module.
-        parameter: name in it, of [K, C], [..., K, C], or turned, [..., C, K].
-        contracted: its dimension C, -1 or -2, which products add up over.
+        parameter: its name in the module; of shape [K, C], [..., K, C], or transposed, [..., C, K].
+        contracted: the dimension C of the parameter, -1 or -2, that products sum over.
     """
 
     def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
         super().__init__()
-        self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: it is no part of this
+        self._of, self.parameter, self.contracted = (of,), parameter, contracted  # in a tuple: not a submodule
 
     @property
     def weight(self) -> Any:
@@ -86,27 +87,30 @@ class OwnWeight(nn.Module):
         return getattr(self._of[0], self.parameter)
 
     def token_dim(self, summed: int | None) -> int:
-        """The dimension of an input that is to be its last, given the one that a product adds up over."""
+        """Return the dimension of an input that must become its last, given the one that a product sums over."""
         return -1
 
     def used(self) -> Used:
-        """What the module multiplies by, in the shape of the parameter."""
+        """Return what the module multiplies by, in the shape of the parameter."""
         raise NotImplementedError
 
 
 def as_rows(weight: Tensor, turned: bool, rows: int) -> Tensor:
-    """Matrices [..., K, C], or turned, [..., C, K], as [rows, elements of a row]; rows are of K, or of one matrix."""
+    """Reshape matrices [..., K, C], or transposed ones, [..., C, K], to [rows, elements of a row].
+
+    A row is one of the K rows of a matrix, or a whole matrix.
+    """
     return (weight.mT if turned else weight).reshape(rows, -1)
 
 
 def from_rows(rows: Tensor, turned: bool, shape: Sequence[int]) -> Tensor:
-    """Undo `as_rows` of a tensor of some shape."""
+    """Undo `as_rows` for a tensor of some shape."""
     return rows.view(*shape[:-2], shape[-1], shape[-2]).mT.contiguous() if turned else rows.view(shape)
 
 
 @dataclass(frozen=True)
 class _Rows(Source):
-    """Of rows: x is the weight."""
+    """The source of rows: x is the weight."""
 
     turned: bool
     rows: int
@@ -117,7 +121,10 @@ class _Rows(Source):
 
 @dataclass(frozen=True)
 class _Experts(Quantized):
-    """Of a quantized weight, by whole experts: x is the weight, s is [rows, 1], or of two ends [2, rows, 1]."""
+    """The source of a quantized weight, recomputed by whole experts.
+
+    x is the weight; s is [rows, 1], or [2, rows, 1] for a format with two clipping bounds.
+    """
 
     turned: bool
 
@@ -134,8 +141,8 @@ class _Experts(Quantized):
 class QuantOwnWeight(OwnWeight, QuantLayer):
     """A quantized OwnWeight. One quantizer serves the inputs of all experts.
 
-    An expert's weight has one clipping scalar, or one for each output channel. Its quantizer is given rows that have
-    one each.
+    The weight of an expert has one clipping scalar, or one per output channel. Its quantizer is given rows that have
+    one scalar each.
     """
 
     def __init__(self, of: nn.Module, parameter: str, contracted: int) -> None:
@@ -157,12 +164,12 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
 
     @property
     def turned(self) -> bool:
-        """Whether channels, with a scalar each, are columns, so that the parameter is turned for its quantizer."""
+        """Whether channels with a scalar each are columns, so that the parameter is transposed for its quantizer."""
         return self.contracted == -2 and self._scalars == self.qat_scalar_shapes()["channel"][0]
 
     @property
     def _scalars(self) -> int | None:
-        """How many clipping scalars the weight has; None: one in all, or none."""
+        """How many clipping scalars the weight has; None: a single one, or none."""
         quantizer = self.weight_quantizer
         several = isinstance(quantizer, Quantizer) and quantizer.dim is not None
         return quantizer.s.shape[-2] if several else None  # type: ignore[return-value, index]
@@ -171,7 +178,7 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         return self.qat_stored_weight() if self._scalars is None else None
 
     def qat_used_weight(self) -> Tensor:
-        """The weight as it is quantized: rows, [scalars, elements of one], where there are several scalars."""
+        """Return the weight as it is quantized: with several scalars it is in rows, [scalars, elements of a row]."""
         weight: Tensor = self.weight
         return weight if self._scalars is None else as_rows(weight, self.turned, self._scalars)
 
@@ -195,7 +202,7 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:
-        """What is computed with an input and what is `used`, or a part of it."""
+        """Return what `compute` makes of an input and of what is `used`, or a part of it."""
         x = self.input_quantizer(input)
         parts = None if used.source is None else (used.weight, used.source)
         with recomputing((x, input, self.input_quantizer), parts=parts):
@@ -203,7 +210,7 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
 
 
 class UsingOwnWeights(Swapped):
-    """A module whose products with parameters of its own are quantized, in its own forward."""
+    """A module whose own forward runs with quantized products with its own parameters."""
 
     def qat_added(self) -> Sequence[str]:
         return [name for name, inner in self.named_children() if isinstance(inner, OwnWeight)]
@@ -224,8 +231,8 @@ class _Pass:
         for parameter, layer in self._layers:
             if layer.weight is not parameter:
                 raise RuntimeError(
-                    f"{layer.parameter} of a quantized {full_precision_name(module)} became one that is computed anew "
-                    f"each time: parametrize it before it is quantized"
+                    f"{layer.parameter} of a quantized {full_precision_name(module)} is now recomputed at each use: "
+                    f"parametrize it before it is quantized"
                 )
         self._used: dict[str, Used] = {}
 
@@ -253,14 +260,14 @@ class _Pass:
         return layer(moved(input, dim, -1), self._in_place_of(weight, layer), compute, self._used_of(layer))
 
     def _layer_of(self, t: Any) -> OwnWeight | None:
-        """The layer whose weight a tensor is, or is made of."""
+        """Return the layer whose weight a tensor is or is made from."""
         for parameter, layer in self._layers:
             if t is parameter or getattr(t, MADE_OF, None) is layer:
                 return layer
         return None
 
     def _in_place_of(self, t: Tensor, layer: OwnWeight) -> Tensor:
-        """What is used in place of a parameter; of anything else, it itself."""
+        """Return what is used in place of a parameter; anything else is returned as it is."""
         return self._used_of(layer).weight if t is layer.weight else t
 
     def _used_of(self, layer: OwnWeight) -> Used:
@@ -270,24 +277,24 @@ class _Pass:
 
 
 def _computed(compute: Compute, dim: int, weight_first: bool, input: Tensor, weight: Tensor) -> Tensor:
-    """What is computed with an input whose dimension `dim` is its last one, and a weight."""
+    """Compute a product of an input, whose dimension `dim` was moved to the end, and a weight."""
     input = moved(input, -1, dim)
     return compute(weight, input) if weight_first else compute(input, weight)
 
 
 def layer_name(parameter: str) -> str:
-    """The name of the layer, in a module, that quantizes the products with a parameter of the module."""
+    """Return the name of the layer, in a module, that quantizes the products with a parameter of the module."""
     return f"{parameter}_product"
 
 
 def quantize_own_weights(module: nn.Module, contracted: Mapping[str, int]) -> None:
-    """Make layers of a module's products with its own parameters, without quantizers, in place.
+    """Make the products of a module with its own parameters layers, without quantizers, in place.
 
     `restore` undoes it.
 
     Args:
-        module: of any class, not swapped.
-        contracted: name of a parameter -> see `QuantOwnWeight`.
+        module: of any class that was not swapped.
+        contracted: name of a parameter -> its summed dimension, as in `OwnWeight`.
     """
     for name, dim in contracted.items():
         module.add_module(layer_name(name), QuantOwnWeight(module, name, dim).train(module.training))
@@ -295,7 +302,7 @@ def quantize_own_weights(module: nn.Module, contracted: Mapping[str, int]) -> No
 
 
 def release_own_weights(module: nn.Module) -> None:
-    """Let a module multiply as before by what is not quantized, once there are quantizers."""
+    """Undo the conversion of whatever is not quantized in a module, once quantizers were added."""
     assert isinstance(module, UsingOwnWeights)
     for name in module.qat_added():
         if not any(isinstance(inner, Quantizer) for inner in module.get_submodule(name).children()):

@@ -1,8 +1,8 @@
-"""Products of tensors, found where PyTorch dispatches them: under whatever name, and inside whatever, a network asks.
+"""Count the products of tensors where PyTorch dispatches them, whatever function or module requests them.
 
-What is counted multiplies the elements of two tensors and adds up: matrix products, convolutions, attention, recurrent
-layers, distances. What multiplies element by element is not, be it summed later. An operator that another library
-brings is a closed box: it is listed, with no count.
+A `TorchDispatchMode` sees each operator that PyTorch executes. Operators that multiply the elements of two tensors and
+sum up are counted: matrix products, convolutions, attention, recurrent layers, distances. Element-wise multiplication
+is not counted, even if a sum follows. An operator of another library is opaque: it is listed without a count.
 """
 
 from collections import Counter
@@ -24,23 +24,23 @@ Arguments = Sequence[Any]
 
 @dataclass(frozen=True)
 class Product:
-    """The products of one operation that a module computes itself, not through modules inside of it."""
+    """The products of one operation that a module computes itself, not by modules inside it."""
 
     module: str
     """name in the model; "" for the model itself"""
     kind: str
     """class of the module"""
     operation: str
-    """such as "mm", as torch.ops.aten has it; of other libraries' operators "library.operator" """
+    """such as "mm", as in torch.ops.aten; for operators of other libraries "library.operator" """
     macs: int
-    """multiply-accumulates in one forward pass of the example; 0 where they are not known"""
+    """multiply-accumulates in one forward pass of the example; 0 if they are not known"""
     training: bool = False
-    """in training only"""
+    """computed in training only"""
 
 
 @dataclass(frozen=True)
 class Rest:
-    """Products that are not quantized: of the modules whose names differ in numbers alone, together."""
+    """Products that are not quantized, of all modules together whose names differ only in numbers."""
 
     modules: tuple[str, ...]
     kind: str
@@ -48,7 +48,7 @@ class Rest:
     share: float
     """of all multiply-accumulates, 0 to 1"""
     known: bool
-    """whether the multiply-accumulates are"""
+    """whether the number of multiply-accumulates is known"""
     training: bool
 
     def __str__(self) -> str:
@@ -59,11 +59,11 @@ class Rest:
 
 
 def rest(products: Iterable[Product], total: int) -> list[Rest]:
-    """Products, such as those that are not quantized, for a reader: repeated ones once, the largest first.
+    """Summarize products, such as those that are not quantized, for a reader: repeated ones once, the largest first.
 
     Args:
         products: any.
-        total: multiply-accumulates that the shares are of.
+        total: the number of multiply-accumulates that shares refer to.
     """
     groups: dict[tuple[str, str, str, bool], list[Product]] = {}
     for p in products:
@@ -77,10 +77,10 @@ def rest(products: Iterable[Product], total: int) -> list[Rest]:
 
 
 class Products(TorchDispatchMode):
-    """While open, the products of tensors that are computed are added up.
+    """A mode that adds up the products of tensors that are computed.
 
     Args:
-        owner: the name and the class of the module that is at work.
+        owner: returns the name and the class of the module that is running.
     """
 
     supports_higher_order_operators = True
@@ -89,7 +89,7 @@ class Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
         self.found: Counter[tuple[str, str, str]] = Counter()
-        """module, class and operation -> multiply-accumulates, 0 where they are not known"""
+        """(module, class, operation) -> multiply-accumulates, 0 if they are not known"""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Arguments = (), kwargs: Mapping[str, Any] | None = None
@@ -98,7 +98,7 @@ class Products(TorchDispatchMode):
         library, name = _named(func)
         operation = _operation(library, name)
         if operation is None and torch.is_inference_mode_enabled() and hasattr(func, "decompose"):
-            with self:  # outside of inference mode operators come in their parts
+            with self:  # outside inference mode, operators arrive decomposed
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -110,7 +110,7 @@ class Products(TorchDispatchMode):
 
 
 def _named(func: Any) -> tuple[str, str]:
-    """The library and the name of an operator, without the marks of variants: "_addmm_" is addmm."""
+    """Return the library and the name of an operator, without the marks of variants: "_addmm_" is addmm."""
     if isinstance(func, HigherOrderOperator):
         return ("aten" if func.name() == "flex_attention" else "torch"), func.name()
     library, _, name = func._schema.name.partition("::")
@@ -118,7 +118,7 @@ def _named(func: Any) -> tuple[str, str]:
 
 
 def _operation(library: str, name: str) -> str | None:
-    """What a product is called; None for what is none."""
+    """Return the name of a product; None for an operator that is none."""
     if library == "aten":
         return name if name in COUNTED else None
     if library in _WITHOUT_PRODUCTS or f"{library}.{name}" in _WITHOUT_PRODUCTS:
@@ -137,31 +137,40 @@ def _first(out: Any) -> Tensor:
 
 
 def _matrices(left: int) -> Callable[[Arguments, Any], int]:
-    """Each element of the result is a sum over the last dimension of the operand at `left`."""
+    """Count matrix products: each element of the result is a sum over the last dimension of the operand at `left`."""
     return lambda args, out: _first(out).numel() * args[left].shape[-1]
 
 
 def _convolution(args: Arguments, out: Any) -> int:
-    """Of [N, C, ...] and [K, C / groups, ...]; transposed, each input element meets the filters of its channel."""
+    """Count a convolution of [N, C, ...] with [K, C / groups, ...].
+
+    In a transposed one, each input element is multiplied by the filters of its channel.
+    """
     transposed = len(args) > 6 and args[6] is True
     weight: Tensor = args[1]
     return (args[0] if transposed else _first(out)).numel() * weight[0].numel()
 
 
 def _attention(args: Arguments, out: Any) -> int:
-    """Of [..., H, L, D], [..., H, L', D] and [..., H, L', D'] both products."""
+    """Count both products of attention, with [..., H, L, D], [..., H, L', D] and [..., H, L', D']."""
     query, key, value = args[:3]
     return int(query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
 def _recurrent(args: Arguments, out: Any) -> int:
-    """Each step of each sequence of an input [..., C] meets all matrices: a list of weights, or the first arguments."""
+    """Count a recurrent layer: each step of each sequence of an input [..., C] is multiplied by all matrices.
+
+    These are in a list of weights, or they are the two arguments after the input.
+    """
     lists = [t for a in args if isinstance(a, tuple | list) for t in a if isinstance(t, Tensor)]
     return int(args[0].shape[:-1].numel() * sum(w.numel() for w in lists or args[1:3] if w.ndim == 2))
 
 
 def _encoder(args: Arguments, out: Any) -> int:
-    """Each step of [N, L, C] meets all matrices of a layer, or of its attention, besides attention's own products."""
+    """Count an encoder layer, or its attention: each step of [N, L, C] is multiplied by all matrices.
+
+    The two products of attention itself are added.
+    """
     batch, steps, size = args[0].shape
     weights = sum(t.numel() for t in args if isinstance(t, Tensor) and t.ndim == 2)
     return int(batch * steps * (weights + 2 * steps * size))
@@ -185,7 +194,7 @@ _FUSED = {
         )
     },
 }
-"""Operators for one device or case -> what they compute."""
+"""Operator for a particular device or case -> the operator in COUNTED that it computes."""
 
 COUNTED: dict[str, Callable[[Arguments, Any], int]] = {
     **dict.fromkeys(
@@ -206,10 +215,10 @@ COUNTED: dict[str, Callable[[Arguments, Any], int]] = {
     **dict.fromkeys(("lstm", "cudnn_rnn", "miopen_rnn"), _recurrent),
     **dict.fromkeys(("native_multi_head_attention", "transformer_encoder_layer_fwd"), _encoder),
 }
-"""Operator of torch.ops.aten -> its multiply-accumulates, from its arguments and what it returned."""
+"""Operator of torch.ops.aten -> its multiply-accumulates, as a function of its arguments and its output."""
 
 _WITHOUT_PRODUCTS = {
     *("prim", "prims", "profiler", "c10d", "c10d_functional", "fsdp", "debugprims", "inductor", "qat_runner"),
     *(f"torchvision.{name}" for name in ("nms", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")),
 }
-"""Libraries of operators, and operators, that multiply no tensors; our own belong to quantization."""
+"""Libraries of operators, and operators, that multiply no tensors; our own library belongs to quantization."""

@@ -1,4 +1,4 @@
-"""A quantized network in one file: its state, and the policy that it was quantized with."""
+"""Save a quantized network in one file: its state, and the policy that it was quantized with."""
 
 import errno
 import os
@@ -30,32 +30,32 @@ from qat_runner.policy import Policy
 FORMAT = "qat_runner.network.1"
 
 _END = "_quantizer.grid"
-"""What a key ends in that every quantizer has in a state."""
+"""End of a key in the state dict that every quantizer has."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a quantized network to a file, which `load` makes one of again.
+    """Write a quantized network to a file, from which `load` restores it.
 
-    It is a checkpoint of torch with plain values and tensors alone: policy, state dict, sizes of inputs, products.
-    Of a network that is sharded over processes, all of them call this, and the first writes.
+    The file is a torch checkpoint that holds only plain values and tensors: policy, state dict, sizes of inputs,
+    products. If a network is sharded over several processes, all of them must call this, and the first one writes.
 
     Args:
-        model: with quantizers; of a wrapper, such as DistributedDataParallel, the network in it is saved.
-        path: of the file; one that is there is replaced, whole or not at all.
+        model: with quantizers; of a wrapper, such as DistributedDataParallel, the network inside is saved.
+        path: of the file; an existing file is replaced, completely or not at all.
 
     Raises:
-        ValueError: there are no quantizers in it, or parts of it were quantized, each by itself.
+        ValueError: there are no quantizers, or only parts of the network were quantized, each by itself.
         OSError: the file cannot be written.
     """
     if left := outside(model):
         raise ValueError(
-            f"{left} is not of the part that was quantized: save the parts, or quantize the network as a whole, with "
-            f"rules for what is to stay in full precision"
+            f"{left} does not belong to the part that was quantized: save the parts separately, or quantize the whole "
+            f"network, with rules for what is to stay in full precision"
         )
     model = network_of(model)
     tensors = quantized_tensors(model)
     if not tensors:
-        raise ValueError(f"{type(model).__name__} holds no quantizers: torch.save(model.state_dict(), ...) does")
+        raise ValueError(f"{type(model).__name__} has no quantizers: use torch.save(model.state_dict(), ...) instead")
     state = model.state_dict()
     put_together = {key: full for key, value in state.items() if (full := whole(value)) is not value}
     state.update(put_together)
@@ -77,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         with open(beside, "wb") as file:
             torch.save(content, file)
         beside.replace(target)
-    except RuntimeError as error:  # torch's, of an archive that it cannot close any more
+    except RuntimeError as error:  # raised by torch if it cannot close the archive
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -86,10 +86,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a file that cannot be written where it is to lie, or whose name is a folder's.
+    """Raise an error if a file cannot be written at this path, or if the path is a folder.
 
     Raises:
-        OSError: of the kind and in the words of the system, naming the folder.
+        OSError: of the system's kind and with its message, naming the folder.
     """
     folder = path.parent
     if not folder.is_dir():
@@ -104,18 +104,19 @@ def check_target(path: Path) -> None:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
-    """Quantize a network as a saved one was, and give it that one's state, in place.
+    """Quantize a network in place as a saved one was, and load the saved state into it.
 
     Args:
         path: a file that `save` wrote.
-        model: the same network in full precision, built by the same code; its weights do not matter.
+        model: the same network in full precision, built by the same code; the values of its weights do not matter.
 
     Returns:
         The same model, with quantizers and state, on its device.
 
     Raises:
-        ValueError: the file is none of `save`, or does not fit the model, which is left without quantizers then.
-        OSError: it cannot be read.
+        ValueError: the file was not written by `save`, or does not fit the model, which is left without quantizers
+            then.
+        OSError: the file cannot be read.
     """
     content = _read(Path(path))
     products = _products(path, content.get("products", []))
@@ -134,31 +135,33 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
 
 def tensors_in(state: Mapping[str, Any]) -> set[str]:
-    """The names of the tensors that a network's state has quantizers for."""
+    """Return the names of the tensors for which a network's state dict has quantizers."""
     names = {key.removesuffix(_END) for key in state if isinstance(key, str) and key.endswith(_END)}
-    return {name if "." in name else f".{name}" for name in names}  # without a dot: the network is one layer
+    return {name if "." in name else f".{name}" for name in names}  # without a dot: the network is a single layer
 
 
 def _products(path: str | os.PathLike[str], said: object) -> list[Product]:
-    """What was seen of a saved network's products; older files do not tell."""
+    """Return the recorded products of a saved network; older files have none."""
     kinds = tuple(type(value) for value in astuple(Product("", "", "", 0)))
     rows: list[Any] = said if isinstance(said, list) else [said]
     if not all(isinstance(row, tuple | list) and tuple(map(type, row)) == kinds for row in rows):
-        raise ValueError(f"{path}: its products are no list of {', '.join(field.name for field in fields(Product))}")
+        raise ValueError(
+            f"{path}: products must be a list of rows with {', '.join(field.name for field in fields(Product))}"
+        )
     return [Product(*row) for row in rows]
 
 
 def _contracted(path: str | os.PathLike[str], said: object) -> dict[str, int]:
-    """Which parameters are multiplied by the modules that have them; in older files none are."""
+    """Return the parameters that modules which own them multiply by (see `contracted_by`); older files have none."""
     if not isinstance(said, dict) or not all(isinstance(name, str) and dim in (-1, -2) for name, dim in said.items()):
-        raise ValueError(f"{path}: its contracted is no dict of names and -1 or -2")
+        raise ValueError(f"{path}: contracted must be a dict of names to -1 or -2")
     return said
 
 
 def _features(path: str | os.PathLike[str], said: object) -> dict[str, int]:
-    """Elements of a sample of tensors whose quantizers are to know it; older files do not tell."""
+    """Return the elements per sample of tensors whose quantizers need to know it; older files have none."""
     if not isinstance(said, dict) or not all(type(count) is int and count > 0 for count in said.values()):
-        raise ValueError(f"{path}: its features is no dict of names and numbers above 0")
+        raise ValueError(f"{path}: features must be a dict of names to integers above 0")
     return said
 
 
@@ -167,12 +170,12 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a file may hold
-        raise ValueError(f"{path}: is no network that qat_runner saved (it cannot be read)") from error
+    except Exception as error:  # an arbitrary file may raise anything
+        raise ValueError(f"{path}: is not a network saved by qat_runner (it cannot be read)") from error
     kinds = {"format": str, "policy": list, "elements": dict, "state": dict}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: is no network that qat_runner saved")
+        raise ValueError(f"{path}: is not a network saved by qat_runner")
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
-            raise ValueError(f"{path}: its {key} is no {kind.__name__}")
+            raise ValueError(f"{path}: {key} must be a {kind.__name__}")
     return content

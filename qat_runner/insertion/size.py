@@ -1,4 +1,4 @@
-"""What a network takes to store."""
+"""The storage size of a network."""
 
 from collections.abc import Hashable
 
@@ -13,11 +13,11 @@ BITS_OF_FLOAT = 32
 
 
 def size_mb(model: nn.Module) -> tuple[float, float]:
-    """Megabytes (10^6 bytes) of a network as it is quantized, and in full precision.
+    """Return the megabytes (10^6 bytes) that a network takes as it is quantized, and in full precision.
 
-    Quantized weights count at their bits; clipping scalars, biases, BatchNorm and all that is not quantized at 32. What
-    several modules share is stored once, for the one that has most bits, and in full precision where it is not
-    quantized for one of them.
+    Quantized weights count with their bit-width; clipping scalars, biases, BatchNorm and everything else that is not
+    quantized count with 32 bits. What several modules share is stored once, at the largest of their bit-widths, and in
+    full precision if one of them does not quantize it.
     """
     owned = {id(t) for m in model.modules() if isinstance(m, Quantizer) for t in (*m.parameters(), *m.buffers())}
     state = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in owned and t.is_floating_point()}
@@ -32,14 +32,17 @@ def size_mb(model: nn.Module) -> tuple[float, float]:
 
 
 def shared_weights(model: nn.Module) -> set[str]:
-    """Names of the quantized weights that are stored for other modules as well."""
+    """Return the names of the quantized weights whose storage other modules share."""
     in_full = _in_full_precision(model)
     places = _by_place(model).items()
     return {t.name for (stored, _), some in places if len(some) > 1 or stored in in_full for t in some}
 
 
 def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTensor]]:
-    """The quantized weights by what they are stored in, and where in it: the projections of attention share one."""
+    """Return the quantized weights by the parameter that stores them and their part of it.
+
+    The projections of `nn.MultiheadAttention` are parts of one parameter.
+    """
     found: dict[tuple[Hashable, int], list[QuantizedTensor]] = {}
     for tensor in quantized_tensors(model):
         layer = model.get_submodule(tensor.layer)
@@ -50,8 +53,10 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
 
 
 def _in_full_precision(model: nn.Module) -> set[Hashable]:
-    """The parameters that a module has which does not quantize them, whatever it does with them: an embedding, a head
-    that is left as it is."""
+    """Return the ids of parameters owned by a module that does not quantize them, however it uses them.
+
+    An embedding and a head that is left as it is are examples.
+    """
     quantized = {
         (stored, id(module))
         for (stored, _), tensors in _by_place(model).items()
@@ -63,16 +68,19 @@ def _in_full_precision(model: nn.Module) -> set[Hashable]:
 
 
 def _owners(layer: nn.Module) -> list[nn.Module]:
-    """The modules that have what the weight of a layer is made of: itself, or the one whose parameter that is."""
+    """Return the modules that own the parameter of a layer's weight: the layer itself, or the module around it.
+
+    The modules that parametrize it are among them.
+    """
     of = owner(layer)
     return [of, *(of.parametrizations.modules() if is_parametrized(of) else ())]  # type: ignore[union-attr]
 
 
 def mean_bits(model: nn.Module, weights: bool) -> float | None:
-    """Mean bits of the quantized weights of a network, or of its other quantized tensors, over their elements.
+    """Return the average bit-width, over elements, of a network's quantized weights or of its other quantized tensors.
 
     Returns:
-        None where there are none, or their elements are not known.
+        None if there are no such tensors, or if their numbers of elements are not known.
     """
     some = [t for t in quantized_tensors(model) if (t.tensor == "weight") == weights and t.elements]
     total = sum(t.elements or 0 for t in some)

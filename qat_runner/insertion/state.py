@@ -1,4 +1,4 @@
-"""What becomes of checkpoints that were written before quantizers kept all of their state."""
+"""Upgrade checkpoints that were written before quantizers kept all of their state."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A run's checkpoint as it would be written now.
+    """Return a run's checkpoint in the present format.
 
-    Once, a run whose activations were static from some epoch on said so beside the network's state ("held"), and the
-    quantizers did not know.
+    In old versions, a run whose activations were static from some epoch on recorded that next to the network's state
+    (as "held"), and not in the quantizers.
 
     Args:
         checkpoint: of a run, of any version; changed in place.

@@ -1,4 +1,4 @@
-"""What of a network is quantized and what is not: a table, and shares of its multiply-accumulates."""
+"""What is quantized in a network and what is not: a table, and shares of its multiply-accumulates."""
 
 from collections.abc import Mapping
 
@@ -22,10 +22,10 @@ from qat_runner.wording import percent
 
 
 def summary(model: nn.Module) -> str:
-    """A table of the quantized tensors, elements of an input being those of one sample; and what is not quantized.
+    """Return a table of the quantized tensors, followed by what is not quantized.
 
-    Below it, once the model was seen at work: the share of its multiply-accumulates that are of quantized tensors, and
-    where the others are.
+    Elements of an input are those of one sample. If the model was traced, the share of its multiply-accumulates that
+    multiply quantized tensors follows, with the modules that compute the others.
     """
     rows = [
         (
@@ -48,12 +48,12 @@ def summary(model: nn.Module) -> str:
 
 
 def quantized_share(model: nn.Module) -> float | None:
-    """The share, 0 to 1, of a network's multiply-accumulates whose operands are both quantized.
+    """Return the share, 0 to 1, of a network's multiply-accumulates whose operands are both quantized.
 
-    Of those of one forward pass of the example in eval mode, and of what is computed in training only.
+    The total is that of one forward pass of the example in eval mode, plus what is computed only in training.
 
     Returns:
-        None while the network was not seen at work.
+        None if the network was not traced yet.
     """
     products, modules = products_of(model), modules_by_name(network_of(model))
     total = sum(p.macs for p in products)
@@ -61,13 +61,13 @@ def quantized_share(model: nn.Module) -> float | None:
 
 
 def not_quantized(model: nn.Module) -> list[Rest]:
-    """The products that have an operand in full precision, by module: repeated ones once, the largest first."""
+    """Return the products that have an operand in full precision, by module: repeated ones once, the largest first."""
     products, modules = products_of(model), modules_by_name(network_of(model))
     return rest([p for p in products if _quantized_operands(modules, p) < 2], sum(p.macs for p in products))
 
 
 def _quantized_operands(modules: Mapping[str, nn.Module], product: Product) -> int:
-    """How many of the two operands of a product are quantized, in a network of these modules."""
+    """Return how many of the two operands of a product are quantized, in a network with these modules."""
     layer = modules.get(product.module)
     if layer is None or not is_quantized(layer):
         return 0
@@ -75,7 +75,7 @@ def _quantized_operands(modules: Mapping[str, nn.Module], product: Product) -> i
 
 
 def _shares(model: nn.Module) -> list[str]:
-    """The share that is quantized, and the rest; nothing while the network was not seen at work."""
+    """Return the quantized share, and the products in full precision; nothing if the network was not traced yet."""
     share = quantized_share(model)
     if share is None:
         return []
@@ -85,9 +85,10 @@ def _shares(model: nn.Module) -> list[str]:
 
 
 def _left(model: nn.Module) -> list[str]:
-    """Kinds of modules with parameters that are not quantized, each with its number, or with its name if it is one.
+    """Return the kinds of modules with parameters that are not quantized, with a count, or the name of a single one.
 
-    Of a module with others in it, such as the network itself, its own parameters are named; others are told apart.
+    A module that contains other modules, such as the network itself, is listed with its own parameters only, separately
+    from other modules of its class.
     """
     names: dict[tuple[str, str], list[str]] = {}
     for name, module in model.named_modules():

@@ -9,8 +9,10 @@ from torch.utils._pytree import tree_map
 
 
 def copies(values: Any) -> Any:
-    """The same nested lists, tuples and mappings with copies of the tensors, one of each, for a network that writes to
-    what it is given."""
+    """Copy the tensors in nested lists, tuples and mappings, for a network that writes to its inputs.
+
+    A tensor that occurs several times is copied once.
+    """
     made: dict[int, Tensor] = {}
 
     def copied(value: Any) -> Any:
@@ -20,13 +22,14 @@ def copies(values: Any) -> Any:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A tensor that processes have a shard of each (a DTensor), put together in all of them; any other as it is."""
+    """Return a tensor of which each process has a shard (a DTensor) as a whole, in all processes; any other as it
+    is."""
     full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
     return full
 
 
 def tensors_of(value: Any) -> list[Tensor | None]:
-    """The tensors in nested lists, tuples, mappings and dataclasses, in order; None for whatever else there is."""
+    """Return the tensors in nested lists, tuples, mappings and dataclasses, in order, and None for anything else."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):

@@ -1,10 +1,12 @@
-"""What a model does with one batch: layers it calls, how often, in which order, on inputs of which sign; its products.
+"""Trace one batch: which layers a model calls, how often, in which order, with inputs of which sign; and all products.
 
-A forward pass in eval mode is watched call by call, and then one that goes as in training, for what happens there only
-and for signs, which are those of both.
-"Cannot be negative" is a matter of structure: the tag starts at functions such as ReLU or sigmoid and passes through
-those that keep it (pooling, reshaping, sums of tagged tensors). Values decide where structure knows nothing, at the
-model's own inputs. So an average pooled from hardswish outputs is signed even if this one batch happens to be positive.
+A forward pass in eval mode is observed call by call. A second pass goes as in training, for what happens only there and
+for the signs, which take both passes into account.
+
+Whether a tensor "cannot be negative" is decided by structure. A tag starts at functions such as ReLU or sigmoid, and is
+passed on by functions that preserve it (pooling, reshaping, sums of tagged tensors). Values decide only where structure
+knows nothing, for the model's own inputs. So the average-pooled output of a hardswish is signed even if it happens to
+be positive in this batch.
 """
 
 from collections import Counter
@@ -54,39 +56,40 @@ _ARITHMETIC = {"add", "iadd", "radd", "mul", "imul", "rmul", "div", "truediv", "
 
 @dataclass
 class LayerCalls:
-    """What was seen of one layer, or of a product."""
+    """What was observed for one layer, or for one product."""
 
     name: str
     module: nn.Module
     calls: int = 0
     signed: dict[str, bool] = field(default_factory=dict)
-    """operand, other than the weight -> whether it may be negative"""
+    """operand other than the weight -> whether it may be negative"""
     elements: dict[str, int] = field(default_factory=dict)
     """operand -> elements of the largest one seen, for one sample"""
     mixed: set[str] = field(default_factory=set)
-    """operands whose first dimension is not that of samples alone: tokens, windows or heads of all of them lie in it"""
+    """operands whose first dimension is not that of samples alone, but has the tokens, windows or heads of all
+    samples"""
     asked: bool = False
-    """whether any of its quantizers was given something"""
+    """whether any of its quantizers was called"""
     training_only: bool = False
-    """not called in eval mode"""
+    """whether it is not called in eval mode"""
 
 
 @dataclass
 class Trace:
-    """What was seen of a model."""
+    """What was observed for a model."""
 
     layers: dict[str, LayerCalls] = field(default_factory=dict)
-    """by name, in order of the first call"""
+    """by name, in the order of the first call"""
     notes: list[str] = field(default_factory=list)
-    """what quantization would pass over or get wrong, a sentence each"""
+    """what quantization would pass over or get wrong, one sentence each"""
     products: list[Product] = field(default_factory=list)
-    """all of them, those of the layers as well"""
+    """all products, including those of the layers"""
     output: Any = None
-    """of the forward pass in eval mode"""
+    """output of the forward pass in eval mode"""
 
 
 class _Signs(TorchFunctionMode):
-    """Passes the "cannot be negative" tag on."""
+    """A mode that passes the "cannot be negative" tag on."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
@@ -111,11 +114,11 @@ class _Signs(TorchFunctionMode):
         return out
 
     def is_tagged(self, t: Tensor) -> bool:
-        """Whether structure says that t cannot be negative."""
+        """Whether structure shows that t cannot be negative."""
         return bool(self.tags.get(t, False))
 
     def _untag_storage(self, changed: Tensor) -> None:
-        """A view may have been written through: whatever shares its memory may be negative now."""
+        """Remove the tag of all tensors that share memory with a changed one: it may have been a view."""
         memory = changed.untyped_storage().data_ptr()
         for t in list(self.tags):
             if t.untyped_storage().data_ptr() == memory:
@@ -132,7 +135,7 @@ class _Signs(TorchFunctionMode):
             return self.is_tagged(args[0]) and isinstance(value, int | float) and value >= 0
         if name not in _KEEPS:
             return False
-        if name == "interpolate" and "cubic" in str([*args, *kwargs.values()]):  # overshoots
+        if name == "interpolate" and "cubic" in str([*args, *kwargs.values()]):  # may go below zero
             return False
         if name == "pad" and (kwargs.get("value", args[3] if len(args) > 3 else None) or 0) < 0:
             return False
@@ -142,7 +145,7 @@ class _Signs(TorchFunctionMode):
 
 
 def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
-    """The tensors and the numbers in nested tuples, lists and dicts."""
+    """Return the tensors and the numbers in nested tuples, lists and dicts."""
     tensors: list[Tensor] = []
     numbers: list[float] = []
     for value in values:
@@ -161,16 +164,16 @@ def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
 def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     """Run one batch through the model and report its layers and its products.
 
-    The model comes out as it went in: training flags, buffers and random generators are untouched. So are the inputs,
-    of which each of two passes gets a copy.
+    The model is left unchanged: training flags, buffers and random generators are restored. The inputs are left
+    unchanged as well: each of the two passes gets a copy.
 
     Args:
         model: any module.
-        *inputs, **named_inputs: what its forward takes, a real batch: its values decide whether the model's own input
-            is signed. On the meta device it has none, and is taken for signed.
+        *inputs, **named_inputs: the arguments of its forward, a real batch: its values decide whether the model's own
+            input is signed. An input on the meta device has no values and counts as signed.
 
     Returns:
-        The layers called, the products of tensors, and notes on what cannot be quantized.
+        The layers that were called, the products of tensors, and notes on what cannot be quantized.
     """
     names = {module: name for name, module in each(model, lambda m: is_quantized(m) or _is_layer(m))}
     given = [*inputs, *named_inputs.values()]
@@ -188,7 +191,7 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         try:
             with taking_the_ways_of_training(model), calls.watched():
                 run()
-        except Exception as error:  # it may want more than it is given, targets say
+        except Exception as error:  # it may need more than it is given, such as targets
             failed = error
     return Trace(
         {layer.name: layer for layer in calls.layers.values()},
@@ -200,14 +203,19 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer that could be quantized by its input."""
+    """Whether a module is a layer whose input could be quantized."""
     return type(module) in kinds() and not isinstance(module, nn.Embedding)
 
 
 def _only_in(
     both: Counter[tuple[str, str, str]], first: Counter[tuple[str, str, str]]
 ) -> dict[tuple[str, str, str], int]:
-    """What the second of two passes computed beyond the first, from what the first and both together computed."""
+    """Return what the second of two passes computed beyond the first.
+
+    Args:
+        both: what both passes together computed.
+        first: what the first pass computed.
+    """
     extra = {key: macs - 2 * first[key] for key, macs in both.items()}
     return {key: macs for key, macs in extra.items() if key not in first or macs > 0}
 
@@ -216,34 +224,34 @@ def _notes(
     layers: Mapping[nn.Module, LayerCalls], names: Mapping[nn.Module, str], failed: Exception | None
 ) -> list[str]:
     said = [
-        (la.name, f"is called {la.calls} times a pass: one input quantizer serves them all")
+        (la.name, f"is called {la.calls} times per pass: one input quantizer serves all calls")
         for la in layers.values()
         if la.calls > 1 and kind_of(la.module) != EXPERTS
     ]
     said += [(la.name, "is called in training only") for la in layers.values() if la.training_only]
     said += [
-        (la.name, "is called, but does not ask its quantizers: nothing of it is quantized")
+        (la.name, "is called, but does not call its quantizers: nothing in it is quantized")
         for la in layers.values()
         if is_quantized(la.module) and operands(la.module) and not la.asked
     ]
-    never = "is not called: it keeps its quantizers, but sees no data"
+    never = "is not called: it keeps its quantizers, but they see no data"
     notes = told_once([*said, *((name, never) for m, name in names.items() if m not in layers)])
     if failed is not None:
         why = " ".join(f"{type(failed).__name__}: {failed}".split())
         notes.append(
-            f"what is computed in training alone was not seen, since the example does not suffice for it ({why})"
+            f"what is computed only in training was not traced, since the example is not sufficient for it ({why})"
         )
     return notes
 
 
 class _Calls:
-    """While open, what modules of a model are called with, and what they multiply, is noted.
+    """Observe what modules of a model are called with, and what they multiply, while open.
 
     Args:
-        model: whose modules.
-        names: of the layers that are of interest.
+        model: the one whose modules are observed.
+        names: names of the layers of interest.
         signs: knows which tensors cannot be negative.
-        samples: in the batch.
+        samples: number of samples in the batch.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[nn.Module, str], signs: _Signs, samples: int) -> None:
@@ -253,15 +261,15 @@ class _Calls:
         self.products = Products(self._owner)
         self._model = model
         self._owners: list[tuple[str, str]] = [("", type(model).__name__)]
-        """of the modules that are being called, outermost first"""
+        """the modules that are being called, outermost first"""
         self._past_hooks: tuple[str, str] | None = None
-        """of a layer whose forward was called itself, which only its quantizers tell of"""
+        """a layer whose forward was called directly, past its hooks, which only the calls of its quantizers reveal"""
         self._handles: list[Any] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """While open, a forward pass is."""
-        del self._owners[1:]  # a pass that failed leaves its own
+        """Context manager under which a forward pass is observed."""
+        del self._owners[1:]  # a failed pass leaves entries behind
         with self.signs, self.products:
             yield
 
@@ -290,7 +298,7 @@ class _Calls:
             handle.remove()
 
     def _owner(self) -> tuple[str, str]:
-        """Of the product that is computed now."""
+        """Return the module that computes the present product."""
         found, self._past_hooks = self._past_hooks or self._owners[-1], None
         return found
 
@@ -303,7 +311,7 @@ class _Calls:
 
     def _called(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         layer = self._seen(module)
-        layer.calls += layer.training_only == self.training_only  # what was seen in eval mode is not counted again
+        layer.calls += layer.training_only == self.training_only  # calls seen in eval mode are not counted again
 
     def _asked(self, module: nn.Module, given: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module in self.layers:
@@ -315,10 +323,10 @@ class _Calls:
     def _look(self, module: nn.Module, operand: str, given: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not args:
             return
-        layer, x = self._seen(module), args[0]  # which may be the first of it, where its forward is called, past it
+        layer, x = self._seen(module), args[0]  # new if its forward was called past its hooks
         layer.asked = True
-        # Values only ever overrule structure towards signed, should it have been fooled. In training they alone do:
-        # what is never negative may be multiplied there by chance, in ways that are not known.
+        # Values only ever overrule structure towards signed, in case structure was wrong. In training values alone
+        # decide: a nonnegative tensor may be multiplied by random numbers there, in ways that structure does not know.
         negative = not (x.is_meta or x.is_complex() or transformed()) and bool((x < 0).any())
         if layer.training_only == self.training_only:
             negative = negative or not self.signs.is_tagged(x)
@@ -330,6 +338,6 @@ class _Calls:
                 layer.mixed.add(operand)
 
     def _samples_in(self, x: Tensor) -> int:
-        """How many samples a tensor is of: heads, windows or steps of all of them may be in its first dimension."""
+        """Return how many samples a tensor holds; its first dimension may combine them with heads, windows or steps."""
         every = x.shape[0] > 1 and self.samples > 0 and x.numel() % self.samples == 0
         return self.samples if every else max(x.shape[0], 1)

@@ -1,4 +1,4 @@
-"""Whether a network computes the same as before: what is compared, how closely, which module is the first to part."""
+"""Check whether a network still computes the same as before, how closely, and which module is the first to differ."""
 
 import math
 from collections.abc import Sequence
@@ -14,19 +14,21 @@ from qat_runner.insertion.tensors import copies, tensors_of
 Tensors = list[Tensor | None]
 
 Calls = dict[tuple[str, int], tuple[Tensors, Tensors]]
-"""Name of a module and number of the call -> what it was given and what it returned, in order of returning."""
+"""Name of a module and number of the call -> what it was given and what it returned, in the order of returning."""
 
 
 @torch.no_grad()
 def computed(model: nn.Module, inputs: Sequence[Any]) -> Tensors:
-    """What a model returns in eval mode, its tensors in order; model, inputs and random generators come out as they
-    went in."""
+    """Return the tensors of a model's output in eval mode, in order.
+
+    Model, inputs and random generators are left unchanged.
+    """
     with remembering_nothing(model):
         return tensors_of(model(*copies(inputs)))
 
 
 def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Calls:
-    """As `computed`, of all modules, at the price of keeping all that they are given and return."""
+    """As `computed`, for all modules; all that they are given and return is kept in memory."""
     found: Calls = {}
 
     def keep(name: str, given: Any, output: Any) -> None:
@@ -53,32 +55,34 @@ def _copies(value: Any) -> Tensors:
 
 
 def difference(before: Tensors, now: Tensors, tolerance: float) -> str | None:
-    """By how much tensors differ, in words; None if they do not.
+    """Describe by how much tensors differ; None if they do not.
 
     Args:
-        before, now: compared one by one, as far as both are tensors.
-        tolerance: 0: to the last bit; otherwise how long the difference of two floating tensors may be, compared to the
-            first; integers may differ then, since they may stem from comparisons.
+        before, now: compared one by one, where both are tensors.
+        tolerance: 0: the tensors must be bit-identical. Otherwise the maximum norm of the difference of two
+            floating-point tensors, relative to that of the first; integers may differ then, since they may result from
+            comparisons.
     """
     for a, b in zip(before, now, strict=False):
         if a is None or b is None:
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{a.dtype} {list(a.shape)} is {b.dtype} {list(b.shape)}"
+            return f"{a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}"
         if a.is_meta or (tolerance > 0 and not (a.is_floating_point() or a.is_complex())) or a.numel() == 0:
             continue
         wide = torch.complex128 if a.is_complex() else torch.float64
         x, y = a.to(wide), b.to(wide)
         gap = torch.where((x == y) | (x.isnan() & y.isnan()), 0, x - y)
         if not bool(gap.norm() <= tolerance * x[x.isfinite()].norm()):
-            return f"by up to {float(gap.abs().max()):.3g}, of values up to {float(x.abs().max()):.3g}"
+            return f"differs by up to {float(gap.abs().max()):.3g}, for values up to {float(x.abs().max()):.3g}"
     return None
 
 
 def first_difference(before: Calls, now: Calls, tolerance: float) -> tuple[str, str] | None:
-    """The module, by name, that is the first to compute something else, and by how much its outputs differ.
+    """Return the name of the first module that computes something different, and by how much its outputs differ.
 
-    Of modules that are in both. Where one was given something else already, it is the module around it.
+    Only calls of modules that are in both records are compared. If the module was already given something different, it
+    is the module around it.
     """
     nothing: tuple[Tensors, Tensors] = [], []
     for (name, call), (_, output) in before.items():
@@ -92,17 +96,20 @@ def first_difference(before: Calls, now: Calls, tolerance: float) -> tuple[str, 
 
 
 def _given_the_same(before: Calls, now: Calls, call: tuple[str, int], tolerance: float) -> bool:
-    """Whether a call got the same inputs, but for those of another kind: a mask may be of numbers or of bits."""
+    """Whether a call got the same inputs, except those of another dtype or shape: a mask may be numeric or boolean."""
     pairs = zip(before[call][0], now.get(call, ([], []))[0], strict=False)
     alike = [(a, b) for a, b in pairs if a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape]
     return difference([a for a, _ in alike], [b for _, b in alike], tolerance) is None
 
 
 def tolerance(model: nn.Module) -> float:
-    """How far two ways of computing the same attention may part: the root of the precision of the coarsest numbers."""
+    """Return how far two ways to compute the same attention may differ, relative to the length of an output.
+
+    It is the square root of the precision of the coarsest numbers in use.
+    """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     for device in {p.device.type for p in model.parameters()} - {"meta"}:
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
-    rounded = torch.get_float32_matmul_precision() != "highest"  # to ten bits, at the least, in products
+    rounded = torch.get_float32_matmul_precision() != "highest"  # factors of products keep ten bits or more
     return math.sqrt(max([2**-10 * rounded, *(torch.finfo(dtype).eps for dtype in dtypes)]))

@@ -1,4 +1,4 @@
-"""Running a network over batches in order to look at what its quantizers are given."""
+"""Run a network over batches and look at what its quantizers are given."""
 
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
@@ -13,7 +13,7 @@ from qat_runner.insertion.tensors import copies
 from qat_runner.quant import Quantizer
 
 Batches = Iterable[Tensor | tuple[Any, ...]]
-"""Each an input tensor, or a tuple of arguments of forward."""
+"""Each batch is an input tensor, or a tuple of arguments of forward."""
 
 
 @torch.no_grad()
@@ -26,23 +26,24 @@ def watch(
     """Run a model over batches, in eval mode.
 
     Args:
-        model: with quantizers; afterwards its modules are in the modes that they were in.
+        model: with quantizers; afterwards its modules return to their previous modes.
         batches: see above.
-        look: is shown each quantizer after each call, and the tensor that it was given, if that has elements; None:
-            nobody looks.
-        unreached: asked after each batch which quantizers are still waited for. If there are any, the batch is run once
-            more, the way training goes, for layers that are used there alone, and these quantizers only are shown. A
-            network that needs more for that than it is given (targets, say) is spared it.
+        look: called after each call of a quantizer, with the quantizer and the tensor that it was given, unless the
+            tensor has no elements; None: nothing is called.
+        unreached: called after each batch; returns the quantizers that have not been called yet but should be. If there
+            are any, the batch runs once more as in training, for layers that are used only there, and `look` is called
+            for these quantizers only. If the network needs more for that than the batch has (targets, say), that pass
+            is skipped.
 
     Returns:
-        How many batches there were.
+        The number of batches.
 
     Raises:
-        TypeError: a tensor in place of batches, which would be taken apart into samples; or a batch that is more or
-            less than the arguments of forward.
+        TypeError: `batches` is a tensor, which would be split into samples; or a batch is more or less than the
+            arguments of forward.
     """
     if isinstance(batches, Tensor):
-        raise TypeError("batches: is a tensor, where a list of batches is wanted; one batch alone is [batch]")
+        raise TypeError("batches: must be an iterable of batches, not a tensor; pass a single batch as [batch]")
     handles = []
     shown: Set[Quantizer] | None = None  # all
     if look is not None:
@@ -57,7 +58,7 @@ def watch(
     try:
         for batch in batches:
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
-            again = copies(inputs) if unreached() else None  # the network may write to what it is given
+            again = copies(inputs) if unreached() else None  # the network may write to its inputs
             with evaluating(model), arguments_told(model, inputs):
                 model(*inputs)
             used += 1

@@ -1,4 +1,4 @@
-"""BERT with an answer head, from transformers: any checkpoint, by folder or by its name on the hub."""
+"""BERT with an answer head, from transformers: any checkpoint, by folder or by name on the hub."""
 
 import functools
 from typing import TYPE_CHECKING, Any
@@ -13,37 +13,39 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
 BERTS = ("bert_base", "bert_large", "bert")
-"""Names of the models that are made here; `bert` has no checkpoint of its own."""
+"""Names of the models of this module; `bert` has no default checkpoint."""
 
 
 def read_checkpoint(checkpoint: str) -> "BertConfig":
-    """The configuration of a checkpoint, without its weights.
+    """Read the configuration of a checkpoint, without its weights.
 
     Args:
         checkpoint: a folder as `save_pretrained` writes it, or a name on the hub.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it is not a BERT.
+        ConfigError: the checkpoint does not exist, or is not a BERT.
     """
     from transformers import AutoConfig
 
     config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a BERT")
     if config.model_type != "bert":
-        raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}, must be a bert")
+        raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}; must be a bert")
     config.num_labels = 2  # start and end
     return config  # type: ignore[no-any-return]
 
 
 def build_bert(checkpoint: str, pretrained: bool) -> nn.Module:
-    """The network, from (input_ids, attention_mask, token_type_ids), int64 [N, L] each, to start and end logits [N, L].
+    """Build the network.
+
+    It maps (input_ids, attention_mask, token_type_ids), int64 [N, L] each, to start and end logits, [N, L] each.
 
     Args:
         checkpoint: as in `read_checkpoint`.
-        pretrained: with its weights; an answer head that it lacks is initialized by torch's global random state.
-            Otherwise all is.
+        pretrained: load the weights of the checkpoint; if it has no answer head, the head is initialized from torch's
+            global random state. Otherwise all weights are initialized from it.
 
     Raises:
-        ConfigError: it cannot be loaded, or lacks other weights than those of the head.
+        ConfigError: the checkpoint cannot be loaded, or lacks weights other than those of the head.
     """
     from transformers import BertForQuestionAnswering
 

@@ -1,8 +1,8 @@
-"""The ResNets for 32x32 pictures of He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
+"""The ResNets for 32x32 images of He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2.
 
-Three stages of n blocks with 16, 32, 64 channels, 6n + 2 layers in all; the shortcuts across stages have no parameters
-(option A): every second pixel, and zeros for the new channels. Parameter names are those of the weights in circulation
-(conv1, bn1, layer1.0.conv1 ..., linear).
+They have three stages of n blocks with 16, 32 and 64 channels, and 6n + 2 layers in total. The shortcuts between stages
+have no parameters (option A): they take every second pixel, and fill the new channels with zeros. Parameter names are
+those of commonly available weights (conv1, bn1, layer1.0.conv1 ..., linear).
 """
 
 import torch
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers: pictures [N, 3, H, W], H and W about 32, -> logits [N, num_classes].
+    """ResNet of 6n + 2 layers, from images [N, 3, H, W], H and W about 32, to logits [N, num_classes].
 
     Args:
         depth: 8, 20, 32, 44, 56, or any other 6n + 2.

@@ -1,6 +1,6 @@
-"""Decoders, which foretell the next token of a text, from transformers: any checkpoint, by folder or name on the hub.
+"""Decoders, which predict the next token of a text, from transformers: any checkpoint, by folder or name on the hub.
 
-A folder with a `config.json` and a tokenizer is enough to train one from random weights.
+A folder with a `config.json` and a tokenizer is enough to train a decoder from random weights.
 """
 
 import functools
@@ -14,17 +14,17 @@ from qat_runner.errors import ConfigError
 from qat_runner.models.hub import ask, load_tokenizer, load_whole
 
 DECODERS = ("decoder",)
-"""Names of the models that are made here."""
+"""Names of the models of this module."""
 
 
 def read_decoder(checkpoint: str) -> Any:
-    """The configuration of a checkpoint, without its weights, and without a cache of keys and values.
+    """Read the configuration of a checkpoint, without its weights, and disable the key-value cache in it.
 
     Args:
         checkpoint: a folder as `save_pretrained` writes it, with or without weights; or a name on the hub.
 
     Raises:
-        ConfigError: there is no such checkpoint, or it does not read a text from its beginning to its end.
+        ConfigError: the checkpoint does not exist, or is not a causal (left-to-right) decoder of text.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
@@ -37,7 +37,7 @@ def read_decoder(checkpoint: str) -> Any:
     sees_what_follows = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_what_follows:
         raise ConfigError(
-            f"model.checkpoint={checkpoint}: is a {kind}, must be a decoder, such as gpt2, llama or qwen2"
+            f"model.checkpoint={checkpoint}: is a {kind}; must be a decoder, such as gpt2, llama or qwen2"
         )
     if config.get_text_config() is not config:
         raise ConfigError(f"model.checkpoint={checkpoint}: is a {kind}, which takes more than text; must be a decoder")
@@ -46,29 +46,30 @@ def read_decoder(checkpoint: str) -> Any:
 
 
 def tokenizer_for(checkpoint: str) -> Any:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        ConfigError: there is none, or it has tokens that the network does not have.
+        ConfigError: there is none, or it has more tokens than the vocabulary of the network.
     """
     tokenizer = load_tokenizer(checkpoint)
     known = read_decoder(checkpoint).vocab_size
     if len(tokenizer) > known:
         raise ConfigError(
-            f"model.checkpoint={checkpoint}: its tokenizer has {len(tokenizer)} tokens, its config.json {known}"
+            f"model.checkpoint={checkpoint}: its tokenizer has {len(tokenizer)} tokens; must have at most {known}, "
+            f"the vocab_size in config.json"
         )
     return tokenizer
 
 
 def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
-    """The network, from input_ids, int64 [N, L], to logits [N, L, tokens] of each position's next token.
+    """Build the network, from input_ids, int64 [N, L], to logits [N, L, tokens] of each position's next token.
 
     Args:
         checkpoint: as in `read_decoder`.
-        pretrained: with its weights; otherwise all is initialized by torch's global random state.
+        pretrained: load the weights of the checkpoint; otherwise all are initialized from torch's global random state.
 
     Raises:
-        ConfigError: it cannot be loaded, or lacks weights.
+        ConfigError: the checkpoint cannot be loaded, or lacks weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,14 +83,14 @@ def build_decoder(checkpoint: str, pretrained: bool) -> nn.Module:
 
 
 def _check_weights(checkpoint: str) -> None:
-    """Refuse a folder that has a network's configuration alone."""
+    """Raise ConfigError if a folder contains only the configuration of a network."""
     folder = path_of(checkpoint)
     if folder.is_dir() and not any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
-        raise ConfigError(f"model.checkpoint={checkpoint}: holds no weights; mode=scratch trains from random ones")
+        raise ConfigError(f"model.checkpoint={checkpoint}: contains no weights; mode=scratch trains from random ones")
 
 
 def _with_linear_layers(model: nn.Module) -> nn.Module:
-    """GPT-2's linear layers, which keep their weight transposed and are of a class of their own, as nn.Linear."""
+    """Replace GPT-2's linear layers, which have a separate class with transposed weights (Conv1D), by nn.Linear."""
     from transformers.pytorch_utils import Conv1D
 
     for name, layer in [(name, module) for name, module in model.named_modules() if type(module) is Conv1D]:

@@ -1,4 +1,4 @@
-"""Asking transformers for something of a checkpoint: a folder, or a name on the Hugging Face hub."""
+"""Load parts of a checkpoint through transformers, from a folder or by a name on the Hugging Face hub."""
 
 import functools
 import warnings
@@ -14,10 +14,10 @@ from qat_runner.errors import ConfigError
 
 
 def load_tokenizer(checkpoint: str) -> Any:
-    """The tokenizer of a checkpoint: a fast one, which knows where in the text its tokens are.
+    """Load the fast tokenizer of a checkpoint, which can return the positions of its tokens in the text.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the checkpoint has no fast tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -28,25 +28,25 @@ def load_tokenizer(checkpoint: str) -> Any:
 
 
 def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None = None) -> Any:
-    """Load something of a checkpoint; code that lies beside it is never run.
+    """Load a part of a checkpoint. Code that comes with the checkpoint is never run.
 
     Args:
         checkpoint: a folder as `save_pretrained` writes it, or a name on the hub.
-        load: a `from_pretrained`.
-        wanted: what it must be, for messages.
-        said: the key and its value that name it, for messages; None: model.checkpoint.
+        load: a `from_pretrained` method.
+        wanted: what the checkpoint must be, for messages.
+        said: the config key and its value that select the checkpoint, for messages; None: model.checkpoint.
 
     Raises:
-        ConfigError: a folder without config.json; whatever else goes wrong, in a sentence.
+        ConfigError: the folder has no config.json, or loading fails for any reason.
     """
     said = said or f"model.checkpoint={checkpoint}"
     folder = path_of(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{said}: the folder holds no config.json")
+        raise ConfigError(f"{said}: the folder contains no config.json")
     try:
         with quiet():
             return load(str(folder) if folder.is_dir() else checkpoint, trust_remote_code=False)
-    except Exception as error:  # whatever a parser, a download or a missing file may raise
+    except Exception as error:  # parsers, downloads and missing files may raise any exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{said}: must be a folder with {wanted}, or its name on the Hugging Face hub ({reason})"
@@ -54,22 +54,23 @@ def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None
 
 
 def load_whole(checkpoint: str, load: Callable[..., Any], wanted: str, head: str | None = None) -> nn.Module:
-    """Load a network with its weights: transformers would initialize those that a checkpoint lacks, or has under other
-    names, and go on.
+    """Load a network with its weights, and check that none are missing.
+
+    transformers alone would silently initialize weights that a checkpoint lacks, or has under other names.
 
     Args:
-        checkpoint, load, wanted: as of `ask`.
-        head: the module whose weights alone may be missing; they are initialized by torch's global random state.
+        checkpoint, load, wanted: as in `ask`.
+        head: the only module whose weights may be missing; they are initialized from torch's global random state.
 
     Raises:
-        ConfigError: as `ask`; others are missing.
+        ConfigError: as `ask`, or other weights are missing.
     """
     network, info = ask(checkpoint, functools.partial(load, output_loading_info=True), wanted)
     missing = sorted(key for key in info["missing_keys"] if head is None or not key.startswith(f"{head}."))
     if missing:
         raise ConfigError(
-            f"model.checkpoint={checkpoint}: tensor {missing[0]} is missing ({len(missing)} such); "
-            f"must hold all weights of {wanted}, under the names that transformers has for them"
+            f"model.checkpoint={checkpoint}: tensor {missing[0]} is missing ({len(missing)} in total); "
+            f"must contain all weights of {wanted}, under the names that transformers uses"
         )
     model: nn.Module = network
     return model
@@ -77,14 +78,14 @@ def load_whole(checkpoint: str, load: Callable[..., Any], wanted: str, head: str
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' messages and progress bars."""
+    """Suppress messages and progress bars of transformers within the context."""
     from huggingface_hub.utils import logging as of_hub
     from transformers.utils import logging
 
     level, level_of_hub = logging.get_verbosity(), of_hub.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity(CRITICAL)
-    of_hub.set_verbosity(CRITICAL)  # whose retries would be told one by one
+    of_hub.set_verbosity(CRITICAL)  # it would log each retry
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():

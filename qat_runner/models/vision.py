@@ -1,5 +1,8 @@
-"""The vision models by name: torchvision's, with a stem for small pictures where wanted, the CIFAR ResNets, and those
-of other libraries as they are published."""
+"""The vision models by name.
+
+These are torchvision's networks, optionally with a stem for small images, the CIFAR ResNets, and networks of other
+libraries as published.
+"""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -12,15 +15,16 @@ from qat_runner.models.libraries.base import cannot_drop
 from qat_runner.plugins import Registry
 
 STEMS = ("auto", "imagenet", "small")
-"""imagenet: the published network. small: the first strides are 1, and no max pooling follows the first convolution."""
+"""imagenet: as published. small: the first strides are 1, and no max pooling follows the first convolution. auto: by
+image size."""
 
 SMALL_PICTURE = 64
-"""Pictures of fewer pixels a side get the small stem under stem=auto."""
+"""With stem=auto, images with fewer pixels per side get the small stem."""
 
 
 def _published(name: str, **config: Any) -> Any:
-    """A network of torchvision's."""
-    from torchvision.models import get_model  # which takes a second to import
+    """Build a network of torchvision."""
+    from torchvision.models import get_model  # deferred: the import takes a second
 
     return get_model(name, **config)
 
@@ -40,7 +44,7 @@ def _resnet(name: str) -> Callable[[int, bool, float], nn.Module]:
 def _mobilenet(name: str) -> Callable[[int, bool, float], nn.Module]:
     def build(num_classes: int, small: bool, width: float) -> nn.Module:
         model: Any = _published(name, num_classes=num_classes, width_mult=width)
-        if small:  # weights do not depend on strides, so published weights still fit
+        if small:  # published weights still fit, because the shapes of weights do not depend on strides
             strided = [m for m in model.features.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
             for conv in strided[:2]:
                 conv.stride = (1, 1)
@@ -62,14 +66,14 @@ TORCHVISION_MODELS = (
     "mobilenet_v3_small",
     "mobilenet_v3_large",
 )
-"""The models that have published weights."""
+"""The models of torchvision, which have published weights."""
 
 Builder = Callable[[int, bool, float], nn.Module]
-"""(number of classes, small stem, width) -> model"""
+"""Maps (number of classes, small stem, width) to a model"""
 
 
 class _Models(Registry[Builder]):
-    """With the words for networks of other libraries, which are not listed."""
+    """The registry of models. It also contains the names of networks of other libraries, but does not list them."""
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or (isinstance(name, str) and library_of(name) is not None)
@@ -85,11 +89,11 @@ MODELS: Registry[Builder] = _Models(
     },
     valid=callable,
 )
-"""Name -> (number of classes, small stem, width) -> model, from pictures [N, 3, H, W] to logits [N, classes]."""
+"""The builders by name. The models map images [N, 3, H, W] to logits [N, classes]."""
 
 
 STRIDES_IN = ("3x3", "1x1")
-"""Convolutions that may have the stride of a bottleneck: the second, as torchvision's, or the first, as published."""
+"""Convolutions that may have the stride of a bottleneck: the second, as in torchvision, or the first, as published."""
 
 
 def build_model(
@@ -103,20 +107,20 @@ def build_model(
     bn_eps: float | None = None,
     drop_path: float | None = None,
 ) -> nn.Module:
-    """A freshly initialized model, by torch's global random state.
+    """Build a model with weights initialized from torch's global random state.
 
     Args:
-        name: a key of MODELS, or a word for a network of another library.
+        name: a key of MODELS, or the name of a network of another library.
         num_classes: number of logits.
-        image_size: pixels a side of the pictures it is meant for.
-        stem: auto (by image_size), imagenet or small; the CIFAR ResNets have one stem only.
-        width: channels of a MobileNet, as a multiple of the published ones; without effect on ResNets.
+        image_size: side length, in pixels, of the images that the model is for.
+        stem: auto (by image_size), imagenet or small; the CIFAR ResNets have only one stem.
+        width: number of channels of a MobileNet, as a multiple of the published number; no effect on ResNets.
         stride_in: one of STRIDES_IN.
-        bn_eps: what BatchNorm adds to variances; None: as the network has it.
+        bn_eps: epsilon of every BatchNorm; None: as defined by the network.
         drop_path: as in `Library.build`.
 
     Raises:
-        ValueError: unknown name or stem; or an option that the network does not have.
+        ValueError: the name or stem is unknown, or the network does not support an option.
     """
     if name not in MODELS:
         raise ValueError(f"model={name}: must be one of {', '.join(MODELS)}")
@@ -125,7 +129,7 @@ def build_model(
     if (found := library_of(name)) is not None:
         library, own = found
         if stem == "small" or width != 1:
-            raise ValueError("model.stem and model.width are not for networks of other libraries")
+            raise ValueError("networks of other libraries do not support model.stem=small or model.width")
         model = library.build(own, num_classes, image_size, drop_path)
     else:
         if drop_path:
@@ -139,7 +143,7 @@ def build_model(
 
 
 def _stride_in_first(model: nn.Module, name: str) -> None:
-    """Move the strides of bottlenecks from their 3x3 to their first 1x1 convolution: weights do not depend on them."""
+    """Move the strides of bottlenecks from their 3x3 to their first 1x1 convolution; the weights still fit."""
     found = False
     for block in model.modules():
         first, second = (getattr(block, f"conv{i}", None) for i in (1, 2))

@@ -1,7 +1,7 @@
-"""Loading weights into a model: from a file (see `tensor_files`), or torchvision's published ones.
+"""Load weights into a model, from a file (see `tensor_files`) or from the published weights of a library.
 
-The tensors of a file are matched with a model by name. Which dict of the file they lie in, and what wrappers have put
-before their names, is found by trying what fits; no tensor is used before it was looked at.
+The tensors of a file are matched with those of the model by name. The dict of the file that contains them, and the
+prefixes that wrappers have added to their names, are found by trying what fits. Every tensor is checked before its use.
 """
 
 import logging
@@ -24,35 +24,35 @@ from qat_runner.quant.state import LATER
 
 log = logging.getLogger("qat_runner")
 
-_MIN_SHARE = 0.9  # of the model's tensors and of the file's: below, the file belongs to another network
-_FIRST = "IMAGENET1K_V1"  # that torchvision published
+_MIN_SHARE = 0.9  # of the tensors of the model and of the file; if fewer match, the file is for another network
+_FIRST = "IMAGENET1K_V1"  # torchvision's first published weights
 _WRAPPERS = {
     *("module", "_orig_mod"),  # DistributedDataParallel and AveragedModel; torch.compile
     *("_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),  # Fabric, FSDP, activation checkpoints
 }
-_RAW = ("state_dict", "model_state_dict", "model", "net", "module")  # keys that training scripts keep weights under
+_RAW = ("state_dict", "model_state_dict", "model", "net", "module")  # usual keys of weights in checkpoints
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)")
-_BOOKKEEPING = ("num_batches_tracked", "n_averaged")  # of BatchNorm, which older files lack; of AveragedModel
+_BOOKKEEPING = ("num_batches_tracked", "n_averaged")  # BatchNorm's (missing in older files), and AveragedModel's
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a config says that weights are."""
+    """The source of weights that a config specifies."""
 
     value: str
     """a path, "pretrained" or "torchvision" """
     part: str | None = None
-    """the dict of the file, or the beginning of the tensors' names; None: found by what fits"""
+    """the dict of the file, or the prefix of the names of the tensors; None: found by trying what fits"""
     key: str = "weights"
-    """the key that says so, for messages"""
+    """the config key of the source, for messages"""
     image_size: int = 0
-    """pixels a side that published positions are resampled for; 0: as they are"""
+    """side length, in pixels, of the images for which published position embeddings are resampled; 0: not resampled"""
 
     @property
     def published(self) -> bool:
-        """Whether they are a library's rather than in a file."""
+        """Whether the weights are published by a library, and not in a file."""
         return self.value in (PRETRAINED, TORCHVISION)
 
     @property
@@ -65,16 +65,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """How a file and a model matched, in tensors."""
+    """The result of matching a file with a model, counted in tensors."""
 
     matched: int
     of_model: int
     left_fresh: tuple[str, ...]
-    """tensors of the model that the file did not fill"""
+    """tensors of the model that were not loaded and keep their initialization"""
     part: str = ""
-    """that they were taken from, where the file has others or this one holds averages"""
+    """the part of the file that was loaded, where the file has others, or this one contains averages"""
     converted: str = ""
-    """what they were and became, where the model has another dtype"""
+    """the dtypes before and after, where the model has another dtype"""
 
     def __str__(self) -> str:
         part = f" from {self.part}" if self.part else ""
@@ -84,15 +84,15 @@ class Loaded:
 
 
 def find_weights(source: Source, model_name: str) -> None:
-    """Refuse, before any work, weights that cannot be there.
+    """Check, before any work, that weights can exist.
 
     Raises:
-        ConfigError: no such file, an unknown suffix, no published weights for the model.
+        ConfigError: the file does not exist or has an unknown suffix, or the model has no published weights.
     """
     if source.value == PRETRAINED:
         library, name = _library(source, model_name)
         if not library.has_weights(name):
-            raise ConfigError(f"{source}: there are none for {model_name}")
+            raise ConfigError(f"{source}: no published weights exist for {model_name}")
         return
     if source.value == TORCHVISION:
         _check_first_of_torchvision(source, model_name)
@@ -107,15 +107,15 @@ def _check_first_of_torchvision(source: Source, model_name: str) -> None:
     name = _torchvision_name(model_name)
     if name is None:
         some = f"{', '.join(TORCHVISION_MODELS)} and torchvision/NAME"
-        raise ConfigError(f"{source}: there are none for {model_name}, only for {some}")
-    from torchvision.models import get_model_weights  # which takes a second to import
+        raise ConfigError(f"{source}: no published weights exist for {model_name}, only for {some}")
+    from torchvision.models import get_model_weights  # deferred: the import takes a second
 
     if _FIRST not in get_model_weights(name).__members__:
-        raise ConfigError(f"{source}: {model_name} has no {_FIRST}; {source.key}={PRETRAINED} has its best")
+        raise ConfigError(f"{source}: {model_name} has no {_FIRST}; {source.key}={PRETRAINED} loads its best weights")
 
 
 def load_weights(model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False) -> Loaded:
-    """Load weights into a model: what `match_weights` finds."""
+    """Load the weights that `match_weights` finds into a model."""
     state, loaded = match_weights(model, source, model_name, new_head, quantizers)
     if not source.published and (doubt := _doubt(model, source)):
         log.warning(f"{source}: {doubt}")
@@ -127,24 +127,24 @@ _OF_OTHERS = re.compile(
     r"caffe|keras|tensorflow|tf[_-]?slim|msra|detectron|resnet[_-]?(?:50|101|152)[_-]?v1(?![b-z\d]|[._-]?5)",
     re.IGNORECASE,
 )
-"""What files are called whose ResNets have the stride of a bottleneck in its first convolution."""
+"""Names of files whose ResNets have the stride of a bottleneck in its first convolution."""
 
 
 def _doubt(model: nn.Module, source: Source) -> str:
-    """What a file's name and description let one fear: weights that load, and are meant for another network."""
+    """Return a warning if the name or description of a file suggests weights that load, but are for another network."""
     told = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
     seconds = [getattr(module, "conv2", None) for module in model.modules() if hasattr(module, "conv3")]
     strided = any(isinstance(conv, nn.Conv2d) and conv.stride == (2, 2) for conv in seconds)
     if told is None or not strided:
         return ""
     return (
-        f"{shown(told[0])} says that the first convolution of each bottleneck may have its stride, which loads all the "
-        f"same: model.stride_in=1x1 would be right then, and from Keras model.bn_eps=1.001e-5"
+        f"{shown(told[0])} suggests that the first convolution of each bottleneck has the stride; such weights load "
+        f"either way, but need model.stride_in=1x1, and those from Keras also model.bn_eps=1.001e-5"
     )
 
 
 def _description(path: Path) -> str:
-    """What a safetensors file says of itself."""
+    """Return the metadata of a safetensors file as text; empty for other files."""
     if path.suffix.lower() != ".safetensors":
         return ""
     from safetensors import safe_open
@@ -156,23 +156,23 @@ def _description(path: Path) -> str:
 def match_weights(
     model: nn.Module, source: Source, model_name: str, new_head: bool, quantizers: bool = False
 ) -> tuple[dict[str, Tensor], Loaded]:
-    """Match weights with a model by name, and look at every tensor that matches.
+    """Match weights with a model by name, and check every tensor that matches.
 
     Args:
         model: the model, with or without quantizers, on any device.
-        source: where they are.
-        model_name: its name among MODELS.
-        new_head: whether the last layer may keep its initialization where the file's has another number of classes, or
-            none; and where there are several such, all of them.
-        quantizers: whether quantizers become what they were in the file, where it has the same ones; otherwise they
-            stay as they are.
+        source: the source of the weights.
+        model_name: name of the model among MODELS.
+        new_head: whether the last layer may keep its initialization where the file has another number of classes or no
+            such layer. If there are several heads, this applies to all of them.
+        quantizers: whether to load the state of quantizers that are the same in the file; the others, or without it all
+            of them, stay as they are.
 
     Returns:
-        A state dict for the model, and what matched.
+        A state dict for the model, and the result of the match.
 
     Raises:
-        ConfigError: the file is unreadable, holds no tensors, or is another network's, the message counts what matched;
-            or it holds tensors that are none to compute with, such as integers, sparse ones, NaN.
+        ConfigError: the file is unreadable, contains no tensors, or is for another network (the message says how many
+            tensors match); or tensors cannot be used, for example integers, sparse tensors or NaN.
     """
     wanted = model.state_dict()
     head = set(_head_keys(model)) if new_head else set()
@@ -191,7 +191,9 @@ def match_weights(
         key = wrong[0]
         why = f"has shape {list(found[key].shape)}, not {list(wanted[key].shape)}" if key in found else "is missing"
         hint = _hint(source, model_name)
-        raise ConfigError(f"{source}: tensor {key} {why} ({len(wrong)} such); it must be a file for {model_name}{hint}")
+        raise ConfigError(
+            f"{source}: tensor {key} {why} ({len(wrong)} such tensors); must be a file for {model_name}{hint}"
+        )
     usable = {key: found[key] for key in wanted if key in found and key not in clashing}
     converted = _conversions({key: t for key, t in usable.items() if key not in uncounted}, wanted)
     usable = _checked(usable, wanted, source)
@@ -201,7 +203,7 @@ def match_weights(
 
 
 def _conversions(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Which dtypes of a file become which of the model, in words."""
+    """Describe which dtypes of the file are converted to which dtypes of the model."""
     became: dict[str, set[str]] = {}
     for key, t in found.items():
         if t.dtype != wanted[key].dtype:
@@ -212,9 +214,9 @@ def _conversions(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> s
 def _of_other_heads(
     clashing: Collection[str], head: Collection[str], found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> set[str]:
-    """All tensors that clash, where the number of classes is all that they differ in: those of several heads.
+    """Return all tensors with a wrong shape if they differ only in the number of classes: then they belong to heads.
 
-    Another layer is none of them: what comes after it would differ in its inputs.
+    Otherwise return an empty set. A changed layer other than a head would also change the inputs of the next layer.
     """
     fit = all(found[key].dim() and found[key].shape[1:] == wanted[key].shape[1:] for key in clashing)
     numbers = {(len(found[key]), len(wanted[key])) for key in clashing} if fit else set()
@@ -223,7 +225,7 @@ def _of_other_heads(
 
 
 def _with_tied(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a file that the model has under several names, under all of them: safetensors keep only one."""
+    """Add the other names of tied tensors: a safetensors file contains only one of the names of a tied parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -232,10 +234,10 @@ def _with_tied(model: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def read_weights(source: Source, model_name: str) -> Parts:
-    """All named tensors of a weights file, on the CPU, as they are in it; or torchvision's published ones.
+    """Read all named tensors of a weights file, unchanged and on the CPU, or the published weights of a library.
 
     Raises:
-        ConfigError: the file is unreadable or holds no tensors; the published weights cannot be had.
+        ConfigError: the file is unreadable or contains no tensors, or the published weights cannot be downloaded.
     """
     if source.published:
         return {"": _published(source, model_name)}
@@ -246,12 +248,14 @@ def read_weights(source: Source, model_name: str) -> Parts:
 
 
 def _published(source: Source, model_name: str) -> dict[str, Tensor]:
-    """The published weights of a model: the best of its library, or the first of torchvision's, which is of the classic
-    recipe that the paper's baselines share.
+    """Return the published weights of a model.
+
+    These are the best weights of its library, or the first weights of torchvision, which were trained with the classic
+    recipe, like the paper's baselines.
     """
     try:
         if source.value == TORCHVISION:
-            from torchvision.models import get_model_weights  # which takes a second to import
+            from torchvision.models import get_model_weights  # deferred: the import takes a second
 
             first = get_model_weights(_torchvision_name(model_name))[_FIRST]
             return dict(first.get_state_dict(progress=False, check_hash=True))
@@ -259,15 +263,15 @@ def _published(source: Source, model_name: str) -> dict[str, Tensor]:
         called, state = library.published(name, source.image_size)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a download may raise
+    except Exception as error:  # downloads may raise any exception
         reason = shown(" ".join(str(error).split()))
         raise ConfigError(f"{source}: download failed ({type(error).__name__}: {reason})") from error
-    log.info(f"{source}: {called} of {library.prefix}")
+    log.info(f"{source}: {called} from {library.prefix}")
     return state
 
 
 def _library(source: Source, model_name: str) -> tuple[Library, str]:
-    """That publishes the weights of a model, and its name there.
+    """Return the library that publishes the weights of a model, and the name of the model there.
 
     Raises:
         ConfigError: there is none.
@@ -275,38 +279,38 @@ def _library(source: Source, model_name: str) -> tuple[Library, str]:
     if (found := library_of(model_name)) is not None:
         return found
     if model_name not in TORCHVISION_MODELS:
-        raise ConfigError(f"{source}: there are none for {model_name}")
+        raise ConfigError(f"{source}: no published weights exist for {model_name}")
     return LIBRARIES["torchvision"], model_name
 
 
 def _torchvision_name(model_name: str) -> str | None:
-    """What torchvision calls a model; None: it has no such."""
+    """Return torchvision's name of a model; None: torchvision has no weights for it."""
     library, name = library_of(model_name) or (LIBRARIES["torchvision"], model_name)
     return name if library.prefix == "torchvision" and library.has_weights(name) else None
 
 
 def _hint(source: Source, model_name: str) -> str:
-    """What may help where published weights do not fit."""
+    """Return a hint for messages where published weights do not fit."""
     if not source.published:
         return ""
     if library_of(model_name) is None:
-        return "; model.stem=imagenet keeps the published network"
-    return "; mode=retrain gives it a new head for another number of classes"
+        return "; model.stem=imagenet uses the published network"
+    return "; mode=retrain uses a new head for another number of classes"
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Tensors of a file that might be a model's, under the model's names."""
+    """Tensors of a file that may belong to a model, under the model's names."""
 
     part: str
-    """where they lie in the file, what precedes their names included"""
+    """place of the tensors in the file, including the prefix of their names"""
     tensors: Mapping[str, Tensor]
     matched: int
     of_model: int
     of_file: int
-    """tensors, but for bookkeeping and quantizers"""
+    """number of tensors, without bookkeeping and quantizers"""
     new: int
-    """tensors of a new head, which have to match nothing"""
+    """number of tensors of a new head, which need not match"""
 
     @property
     def fits(self) -> bool:
@@ -314,13 +318,13 @@ class _Candidate:
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """What is preferred of several that fit, the least first: raw weights, and names that they usually have."""
+        """Sort key among candidates that fit, the lowest is preferred: raw weights first, then usual names."""
         first = self.part.partition(".")[0]
         return bool(_AVERAGED.search(self.part)), ("", *_RAW, first).index(first)
 
 
 def _part_of(source: Source, parts: Parts) -> Parts:
-    """What a file has under the part that is asked for: all, or a dict, or those names that begin so."""
+    """Select the requested part of a file: everything, one dict, or the tensors with one prefix."""
     if source.part is None:
         return parts
     some = {
@@ -331,18 +335,18 @@ def _part_of(source: Source, parts: Parts) -> Parts:
     if not some:
         names = [dotted(path, name) for path, tensors in parts.items() for name in tensors]
         firsts = sorted({shown(name.partition(".")[0]) for name in names if "." in name})
-        has = f"; there are {', '.join(firsts[:8])}" if firsts else ""
+        has = f"; the parts are {', '.join(firsts[:8])}" if firsts else ""
         raise ConfigError(f"{source}: has no part {source.part}{has}")
     return some
 
 
 def _candidates(parts: Parts, wanted: Mapping[str, Tensor], head: Collection[str]) -> Iterator[_Candidate]:
-    """Each dict as it is, and as it is without any beginning of its names that leaves tensors of the model.
+    """Yield each dict as it is, and without each prefix whose removal gives names of the model's tensors.
 
     Args:
-        parts: of a file.
-        wanted: the model's state.
-        head: its tensors that may stay as they are.
+        parts: the dicts of a file.
+        wanted: state dict of the model.
+        head: names of the model's tensors that may keep their initialization.
     """
     wrappers = _WRAPPERS - {component for name in wanted for component in name.split(".")}
     counted = wanted.keys() - _uncounted(wanted)
@@ -367,44 +371,46 @@ def _candidates(parts: Parts, wanted: Mapping[str, Tensor], head: Collection[str
 
 
 def _splits(name: str, longest: int) -> Iterator[tuple[str, str]]:
-    """All ways to cut a dotted name before a component, none of them leaving more than so many components."""
+    """Yield all ways to split a dotted name into a prefix and a rest of at most `longest` components."""
     components = name.split(".")
     for i in range(max(0, len(components) - longest), len(components)):
         yield "".join(f"{component}." for component in components[:i]), ".".join(components[i:])
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor], wrappers: set[str]) -> dict[str, Tensor]:
-    """Tensors by their names before a model was wrapped, whole or in parts; names that would meet stay as they are."""
+    """Remove wrappers of the model, or of parts of it, from the names of tensors; names that would collide are kept."""
     plain = {name: ".".join(part for part in name.split(".") if part not in wrappers) for name in tensors}
     times = Counter(plain.values())
     return {plain[name] if times[plain[name]] == 1 else name: tensor for name, tensor in tensors.items()}
 
 
 def _choose(candidates: Iterator[_Candidate], source: Source, model_name: str) -> tuple[_Candidate, str]:
-    """The candidate that is the model's, and its part if that has to be said."""
+    """Choose the candidate for the model, and return it with its part if the part should be reported."""
     every = sorted(candidates, key=lambda c: c.rank)
     fitting = [c for c in every if c.fits]
     if not fitting:
         best = max(every, key=lambda c: c.matched / max(c.of_model, c.of_file, 1))
         where = shown(best.part) if best.part else "the file"
         raise ConfigError(
-            f"{source}: little matches, {best.matched} of the {best.of_model} tensors of {model_name} "
-            f"and of the {best.of_file} in {where}; it must be a file for {model_name}"
+            f"{source}: too few tensors match, {best.matched} of the {best.of_model} tensors of {model_name} "
+            f"and of the {best.of_file} in {where}; must be a file for {model_name}"
         )
     chosen = fitting[0]
     equals = [shown(c.part) for c in fitting if c.rank == chosen.rank]
     if len(equals) > 1:
-        raise ConfigError(f"{source}: {', '.join(equals)} all hold {model_name}; {source.key}_part=NAME chooses one")
-    others = ", ".join(shown(c.part or "names without a beginning") for c in fitting[1:])
-    said = shown(chosen.part or "names without a beginning") + (f" (not {others})" if others else "")
+        raise ConfigError(
+            f"{source}: {', '.join(equals)} all match {model_name}; set {source.key}_part=NAME to choose one"
+        )
+    others = ", ".join(shown(c.part or "names without a prefix") for c in fitting[1:])
+    said = shown(chosen.part or "names without a prefix") + (f" (not {others})" if others else "")
     return chosen, said if others or chosen.rank[0] else ""
 
 
 def _checked(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
-    """Tensors in the dtypes of the model.
+    """Convert tensors to the dtypes of the model; bookkeeping that cannot be used is left out.
 
     Raises:
-        ConfigError: some are none to compute with; bookkeeping that is none is left out.
+        ConfigError: other tensors cannot be used.
     """
     checked: dict[str, Tensor] = {}
     faults: dict[str, str] = {}
@@ -423,7 +429,13 @@ def _checked(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: 
 
 
 def _fault(tensor: Tensor, wanted: Tensor, any_number: bool) -> str | None:
-    """What, apart from its values, makes a tensor none to compute with; quantizers and counters take any number."""
+    """Return why a tensor cannot be used, apart from its values, or None if it can.
+
+    Args:
+        tensor: a tensor of the file.
+        wanted: the tensor of the model.
+        any_number: whether floats and integers are both allowed, as for quantizers and counters.
+    """
     name = _name(tensor.dtype)
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {shown(type(tensor).__name__)} of {name}, not a plain tensor"
@@ -438,7 +450,7 @@ def _fault(tensor: Tensor, wanted: Tensor, any_number: bool) -> str | None:
 
 
 def _not_finite(tensor: Tensor, wanted: Tensor) -> str | None:
-    """Whether values are NaN or infinite, or become so in the dtype of the model."""
+    """Return a message if values are NaN or infinite, or become so in the dtype of the model; otherwise None."""
     values = tensor.to(wanted.dtype) if wanted.is_floating_point() else tensor
     bad = values.numel() - int(torch.isfinite(values).sum())
     return f"has {bad} of {values.numel()} elements that are NaN or infinite" if bad else None
@@ -449,7 +461,7 @@ def _name(kind: torch.dtype | torch.layout) -> str:
 
 
 def _same_shape(tensor: Tensor, wanted: Tensor) -> bool:
-    """One that is nested has no shape, and is told of later."""
+    """Return whether shapes are equal; also true for a nested tensor, which has no shape and is reported later."""
     return tensor.is_nested or tensor.shape == wanted.shape
 
 
@@ -458,19 +470,22 @@ def _is_bookkeeping(key: str) -> bool:
 
 
 def _quantizer_keys(tensors: Mapping[str, object]) -> set[str]:
-    """The names that are of quantizers. A network may call a layer of its own so: that one has no grid and scalars."""
+    """Return the names of the state of quantizers.
+
+    A network may have other layers with such a name, but these have no grid and clipping scalars.
+    """
     names = {key.removesuffix(".grid") for key in tensors if key.endswith("_quantizer.grid")}
     names = {name for name in names if f"{name}.s" in tensors}
     return {key for key in tensors if key.rpartition(".")[0] in names}
 
 
 def _uncounted(tensors: Mapping[str, object]) -> set[str]:
-    """The names that are welcome, but never missed, and never counted."""
+    """Return the names that are optional and not counted: bookkeeping and the state of quantizers."""
     return {key for key in tensors if _is_bookkeeping(key)} | _quantizer_keys(tensors)
 
 
 def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of those quantizers in the file that have the same bits and granularity in the model."""
+    """Return the state of the quantizers in the file that have the same bit-width and granularity in the model."""
     fitting: dict[str, Tensor] = {}
     for name in {key.rpartition(".")[0] for key in _quantizer_keys(found)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
@@ -480,13 +495,17 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
             continue
         grid, of_model = (some[f"{name}.grid"] for some in (state, wanted))
         if _fault(grid, of_model, any_number=True) or torch.equal(grid[0].round().to(of_model), of_model[0].round()):
-            fitting |= state  # an odd grid is told of later
+            fitting |= state  # an invalid grid is reported later
     return fitting
 
 
 def _head_keys(model: nn.Module) -> list[str]:
-    """Names of the parameters of the last linear layer (of none, convolution), or of all that lies in what timm calls
-    the classifier, which may be several; of torchvision's networks those of auxiliary classifiers as well."""
+    """Return the names of the parameters of the classification heads.
+
+    For networks of timm, these are all tensors in the modules of `get_classifier`, of which there may be several. For
+    others, they are the parameters of the last linear layer, or of the last convolution if there is no linear layer,
+    and of the auxiliary classifiers of torchvision's networks.
+    """
     if hasattr(model, "get_classifier"):
         found: Any = model.get_classifier()  # type: ignore[operator]
         heads = found if isinstance(found, tuple) else (found,)

@@ -1,1 +1,1 @@
-"""The paper's tables and figures: what it published, beside what was run here."""
+"""Reproduction of the paper's tables and figures: the published numbers beside the results of runs."""

@@ -1,4 +1,4 @@
-"""The cells of the paper's tables, each beside the runs that may stand for it; and what running itself would take."""
+"""The cells of the paper's tables, the runs that may stand in for each, and the estimated cost of reproducing it."""
 
 import functools
 import shlex
@@ -16,23 +16,23 @@ from qat_runner.paper.tables import FULL_PRECISION_ROWS, TABLES, paper, publishe
 from qat_runner.report.differences import Differences, Verdict
 
 NEAR = 1.0
-"""Points by which a cell's difference from full precision may be another than the published one, where it holds."""
+"""Largest distance, in points, between our and the published difference from full precision for a cell to hold."""
 
 BASELINE = "baseline"
-"""In place of a verdict on full precision, which others are held against."""
+"""Replaces the verdict of full-precision cells, which the other cells are compared with."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table of the paper, and a setup that says something about it."""
+    """A cell of a table of the paper, and a setup whose runs give evidence about it."""
 
     table: str
     model: str
     row: str
     bits: int | None
-    """None in full precision"""
+    """None for full precision"""
     setup: Setup | None = None
-    """None where nothing was run that may stand for it"""
+    """None if no run may stand in for the cell"""
 
     @property
     def name(self) -> str:
@@ -40,31 +40,31 @@ class Cell:
 
     @property
     def published(self) -> float:
-        """In percent."""
+        """The published number, in percent."""
         value = published(self.table, self.model, self.row, self.bits)
         assert value is not None
         return value
 
     @property
     def published_gap(self) -> float | None:
-        """To the published full precision, in points; None of that itself."""
+        """Difference from the published full precision, in points; None for full precision itself."""
         return None if self.bits is None else self.published - float(paper()["full_precision"][self.model])
 
     @property
     def results(self) -> dict[int, Result]:
-        """By seed."""
+        """The results of the setup's runs, by seed."""
         return {} if self.setup is None else self.setup.cell(self.row, self.bits)
 
     @property
     def gap(self) -> Differences:
-        """Ours, to full precision."""
+        """Our differences from full precision."""
         if self.setup is None or self.bits is None:
             return Differences(())
         return self.setup.differences(self.row, FULL_PRECISION, self.bits)
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Where our difference has to lie; None in full precision."""
+        """Lower and upper bound of our difference for the cell to hold; None for full precision."""
         gap = self.published_gap
         return None if gap is None else (gap - NEAR, gap + NEAR)
 
@@ -80,12 +80,12 @@ class Cell:
 
     @property
     def _data(self) -> str:
-        """The paper's own."""
+        """The data set that the paper used."""
         return "squad" if self._mode == "finetune" else "imagenet"
 
     @property
     def command(self) -> str:
-        """The one that runs the cell of the paper itself."""
+        """The command that reproduces the cell with the paper's own network and data."""
         bits = [] if self.bits is None else [f"bits={self.bits}"]
         start = ["weights=torchvision"] if self._mode in ("retrain", "long_retrain") else []
         mode = [f"mode={self._mode}"] if start and self.row != "pretrained" else []
@@ -94,7 +94,7 @@ class Cell:
 
     @property
     def gpu_hours(self) -> float:
-        """An estimate of what that takes, by gpu_hours.yaml; evaluation alone counts as nothing."""
+        """Estimated GPU hours of that command, based on gpu_hours.yaml; evaluation alone counts as zero."""
         if self.row == "pretrained":
             return 0.0
         facts = estimates()
@@ -104,7 +104,7 @@ class Cell:
 
 
 def cells_of(setups: Sequence[Setup]) -> dict[str, list[Cell]]:
-    """All published cells by table, each for every setup that may stand for it, or once without one."""
+    """Return all published cells by table: one per setup that may stand in for the cell, or one without a setup."""
     own = [name for name in TABLES if "published" in paper()[name] and "source" not in paper()[name]]
     return {name: [with_it for cell in _cells(name) for with_it in _for_setups(cell, setups)] for name in own}
 

@@ -1,4 +1,4 @@
-"""The paper's claims in words, claims.yaml, and what runs say about each of them."""
+"""The paper's claims in words (claims.yaml), and the evidence that runs give for each."""
 
 import functools
 import math
@@ -16,17 +16,17 @@ from qat_runner.report.differences import Differences, Verdict
 
 @dataclass(frozen=True)
 class Statement:
-    """A difference, and where it has to lie."""
+    """A difference between two rows, and the bounds that it has to lie between."""
 
     of: str
     """a row of the tables"""
     minus: str
-    """another one, FULL_PRECISION or CHANCE"""
+    """another row, FULL_PRECISION or CHANCE"""
     bits: int
     above: float
     below: float
     minus_mode: str | None
-    """where the other row was run, if elsewhere"""
+    """the mode in which the subtracted row was run, if it differs"""
 
     def __str__(self) -> str:
         elsewhere = f" ({self.minus_mode})" if self.minus_mode else ""
@@ -36,7 +36,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs of a setup say about a statement."""
+    """The evidence of one setup's runs about a statement."""
 
     statement: Statement
     setup: Setup
@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Found:
-    """What the project itself found of a claim that runs of a table's rows cannot tell of."""
+    """What the project found about a claim that runs of table rows cannot test."""
 
     verdict: str
     says: str
@@ -64,14 +64,14 @@ class Claim:
     source: str
     see: str | None
     found: Found | None
-    """where runs cannot tell"""
+    """set if runs of table rows cannot test the claim"""
     models: tuple[str, ...]
     mode: str
     statements: tuple[Statement, ...]
-    """none where something was found otherwise"""
+    """empty if `found` is set"""
 
     def findings(self, setups: Sequence[Setup]) -> list[Finding]:
-        """Of all statements in all setups that it is about, but for those that nothing was run of."""
+        """Return the findings on all statements in all setups that the claim is about, except where nothing was run."""
         mine = [setup for setup in setups if setup.config.mode == self.mode and fits(setup.model, self.models)]
         return [
             Finding(statement, setup, setup.differences(statement.of, statement.minus, statement.bits, other))
@@ -82,7 +82,7 @@ class Claim:
         ]
 
     def verdict(self, findings: Sequence[Finding]) -> str:
-        """In all setups: a verdict, or in how many of those that can tell it holds."""
+        """Return one verdict for all setups, or the number of decisive setups in which the claim holds."""
         if self.found:
             return self.found.verdict
         setups = dict.fromkeys(finding.setup.name for finding in findings)
@@ -93,19 +93,19 @@ class Claim:
         return str(Verdict.NOT_RUN if not told else told[0] if len({*told}) == 1 else Verdict.OPEN)
 
     def published(self, statement: Statement) -> dict[str, float]:
-        """The paper's own difference, by network."""
+        """Return the difference in the paper's own numbers, by network."""
         models = [model for model in paper()["full_precision"] if fits(model, self.models)]
         found = {model: _published_difference(statement, model, self.mode) for model in models}
         return {model: value for model, value in found.items() if value is not None}
 
 
 def together(findings: Sequence[Finding], wanted: int) -> Verdict:
-    """Of a claim in one setup: it fails with one of its statements, and holds with all of them.
+    """Return the verdict on a claim in one setup: it fails if any statement fails, and holds if all hold.
 
     Args:
-        findings: on the statements that something was run of, of one at least; several of one that subtracts what was
-            run in several setups.
-        wanted: how many statements there are.
+        findings: at least one, for the statements that have runs; a statement that subtracts runs of several other
+            setups has several.
+        wanted: number of statements of the claim.
     """
     verdicts = [finding.verdict for finding in findings]
     if Verdict.FAILS in verdicts:
@@ -116,7 +116,7 @@ def together(findings: Sequence[Finding], wanted: int) -> Verdict:
 
 
 def _others(statement: Statement, setup: Setup, setups: Sequence[Setup]) -> list[Setup | None]:
-    """Where what is subtracted was run; None: in the setup itself."""
+    """Return the setups in which the subtracted row was run; None stands for the setup itself."""
     if statement.minus_mode is None:
         return [None]
     return [other for other in setups if other.config.mode == statement.minus_mode and other.scene == setup.scene]
@@ -124,7 +124,7 @@ def _others(statement: Statement, setup: Setup, setups: Sequence[Setup]) -> list
 
 def _published_difference(statement: Statement, model: str, mode: str) -> float | None:
     value = published_in(mode, model, statement.of, statement.bits)
-    if statement.minus == CHANCE:  # of ImageNet's thousand classes
+    if statement.minus == CHANCE:  # 0.1 %, for the 1000 classes of ImageNet
         return None if value is None else value - 0.1
     full = statement.minus == FULL_PRECISION
     other = published_in(statement.minus_mode or mode, model, statement.minus, None if full else statement.bits)
@@ -132,7 +132,7 @@ def _published_difference(statement: Statement, model: str, mode: str) -> float 
 
 
 def published_in(mode: str, model: str, row: str, bits: int | None) -> float | None:
-    """The number published for a row and a mode, in whichever table, in percent; None where there is none."""
+    """Return the number published for a row and mode in any table, in percent; None if there is none."""
     own = [name for name in TABLES if paper()[name]["mode"] == mode and "source" not in paper()[name]]
     known = [name for name in own if bits is None or bits in paper()[name]["bits"]]
     found = [published(name, model, row, bits) for name in known]
@@ -141,7 +141,7 @@ def published_in(mode: str, model: str, row: str, bits: int | None) -> float | N
 
 @functools.cache
 def content() -> dict[str, Any]:
-    """The content of claims.yaml."""
+    """Return the content of claims.yaml."""
     read = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("claims.yaml")))
     assert isinstance(read, dict)
     return {str(key): value for key, value in read.items()}
@@ -149,7 +149,7 @@ def content() -> dict[str, Any]:
 
 @functools.cache
 def claims() -> tuple[Claim, ...]:
-    """All of them."""
+    """Return all claims of claims.yaml."""
     return tuple(
         Claim(
             entry["id"],

@@ -1,8 +1,8 @@
-"""What runs say about a difference: which may be compared, over which seeds, and whether it lies where it should.
+"""The evidence that runs give: which runs may be compared, over which seeds, and what a difference says.
 
-A difference is that of two runs of one seed that differ in their row of a table alone. A statement names two ends that
-it has to lie between. It holds where the whole confidence interval over seeds does, does not hold where none of it
-does, and else cannot be told.
+A difference is taken between two runs with the same seed that differ only in their row of a table. A statement gives
+bounds for the difference. It holds if the whole confidence interval over seeds lies between the bounds, does not hold
+if the whole interval lies outside, and is undecided ("cannot be told") otherwise.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from qat_runner.report.tables import against_full_precision
 from qat_runner.runs.records import score
 
 FULL_PRECISION, CHANCE = "full_precision", "chance"
-"""What may be subtracted, beside rows: full precision, as reports have it, and what guessing gives."""
+"""What may be subtracted besides a row: full precision, as in reports, or the accuracy of guessing."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Result:
 
     run: Run
     gap: float | None
-    """to full precision, in points; None where that is missing"""
+    """difference from full precision, in points; None if there is no full-precision run"""
 
     @property
     def value(self) -> float:
-        """What counts, in percent."""
+        """The metric that counts, in percent."""
         assert self.run.summary is not None
         return score(self.run.summary)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Runs that differ in their row of a table, bits and seed alone: what may be compared."""
+    """Runs that differ only in their row of a table, bits and seed, and so may be compared."""
 
     name: str
     config: Config
-    """of one of them"""
+    """of one of the runs"""
     results: Sequence[Result]
 
     @property
@@ -54,27 +54,27 @@ class Setup:
 
     @property
     def scene(self) -> dict[str, Any]:
-        """What setups of several modes share: the network and the data."""
+        """The network and data, which setups of different modes may share."""
         return {key: value for key, value in identity(self.config).items() if key.startswith(("model.", "dataset."))}
 
     def cell(self, row: str, bits: int | None) -> dict[int, Result]:
-        """The results of a row of the tables, by seed; bits=None in full precision.
+        """Return the results of a row of the tables, by seed; bits=None for full precision.
 
         Raises:
-            ConfigError: they differ in more than their seed.
+            ConfigError: the runs differ in more than their seed.
         """
         found = [some for some in self.results if (some.run.row, some.run.weight_bits) == (row, bits or FULL_BITS)]
         check_seeds([some.run for some in found])
         return {some.run.seed: some for some in found}
 
     def differences(self, row: str, minus: str, bits: int | None, other: "Setup | None" = None) -> Differences:
-        """Of a row to another one, to FULL_PRECISION or to CHANCE, over the seeds that both have, from the same start.
+        """Return a row minus another, over the seeds that both have and that start from the same weights.
 
         Args:
-            row: whose.
-            minus: what is subtracted.
-            bits: of both; None in full precision.
-            other: where the second one was run, if not here.
+            row: the row to subtract from.
+            minus: the row that is subtracted, FULL_PRECISION or CHANCE.
+            bits: bit-width of both; None for full precision.
+            other: the setup in which the subtracted row was run, if it is not this one.
         """
         mine = self.cell(row, bits)
         if minus == FULL_PRECISION:
@@ -90,7 +90,7 @@ class Setup:
 
 
 def setups_of(runs: Sequence[Run]) -> list[Setup]:
-    """The finished runs that are rows of tables, as setups; full precision may be any other finished run of these."""
+    """Group the finished runs that are rows of tables into setups; any finished run may serve as full precision."""
     done = [(run, run.summary) for run in runs if run.summary is not None]
     gaps = against_full_precision([tables.Result(run.config, summary, run.place) for run, summary in done])
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -108,11 +108,14 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
 
 
 IN_FULL_PRECISION = str([])
-"""What `_alike` says of the quantization of a network without any."""
+"""The second part of what `_alike` returns for a run without quantization."""
 
 
 def _alike(config: Config) -> tuple[str, str]:
-    """What all runs of a setup share: all but quantization, and what of that no row says."""
+    """Return what all runs of a setup share, in two parts.
+
+    The first part holds the settings besides quantization, the second those of quantization that no row determines.
+    """
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
     config = replace(config, recipe=recipe, seed=0, weights=None)
     plain = identity(replace(config, weight_bits=FULL_BITS, activation_bits=FULL_BITS))
@@ -121,11 +124,11 @@ def _alike(config: Config) -> tuple[str, str]:
 
 
 def _of_row(key: str) -> bool:
-    """Whether a row says what a key is, or it is none of any result."""
+    """Whether the row of a run determines a key, or the key has no influence on results."""
     own = key.startswith(("clipping.", "gradient.")) and key not in ("clipping.eval_mode", "clipping.sync")
     return own or key in ("weight_bits", "activation_bits", "noise_batches")
 
 
 def fits(model: str, patterns: Sequence[str]) -> bool:
-    """Whether a network is one of those that patterns are for."""
+    """Whether the name of a network matches one of the patterns."""
     return any(fnmatchcase(model, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Figure 2: OCTAV against brute force, tensor by tensor, over all weights and activations of a network."""
+"""Figure 2: OCTAV against a brute-force sweep, for every weight and activation of a network."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ BITS = (4, 8)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What both methods find for a tensor."""
+    """The clipping scalars and MSE that both methods find for a tensor."""
 
     tensor: str
     kind: str
@@ -30,21 +30,21 @@ class Comparison:
     bits: int
     signed: bool
     sweep: float
-    """clipping scalar, in units of the tensor; of several the mean over rows, which are swept one by one"""
+    """clipping scalar, in units of the tensor; with one scalar per row, their mean (each row is swept separately)"""
     octav: float
-    """likewise"""
+    """the same for OCTAV"""
     sweep_mse: float
-    """measured, in squared units of the tensor"""
+    """measured MSE, in squared units of the tensor"""
     octav_mse: float
 
 
 @torch.no_grad()
 def compare(tensor: QuantizedTensor, x: Tensor) -> list[Comparison]:
-    """Both methods on a tensor, at each of BITS.
+    """Apply both methods to a tensor, at each of BITS.
 
     Args:
-        tensor: its place, with the signedness and the granularity of its quantizer.
-        x: any shape.
+        tensor: its name and quantizer, which gives signedness and granularity.
+        x: the tensor, of any shape.
     """
     kind = "weight" if tensor.tensor == "weight" else "activation"
     signed, dim = tensor.quantizer.format.signed, tensor.quantizer.dim
@@ -58,7 +58,7 @@ def compare(tensor: QuantizedTensor, x: Tensor) -> list[Comparison]:
 
 
 def of_run(folder: Path) -> list[Comparison]:
-    """Of all weights of a run's network, and of all activations on a training batch of at most 32.
+    """Compare both methods on all weights of a run's network, and all activations on a training batch of at most 32.
 
     Raises:
         ConfigError: the folder holds no run with a checkpoint.
@@ -70,14 +70,14 @@ def of_run(folder: Path) -> list[Comparison]:
 
 
 def of_weights(model: str, weights: str, dataset: str, data_dir: Path | None) -> list[Comparison]:
-    """Of all weights of a network for pictures, and where there are data, of all activations on a training batch of 32.
+    """Compare both methods on all weights of an image network, and on all activations for a training batch of 32.
 
     Args:
-        model, weights, dataset: as `qat-run` takes them.
-        data_dir: where the data set lies; None: weights alone.
+        model, weights, dataset: as for `qat-run`.
+        data_dir: location of the data set; None compares the weights only.
 
     Raises:
-        ConfigError: no such network, file or data, or they do not fit.
+        ConfigError: the network, file or data do not exist, or do not fit together.
     """
     network, data = network_of_weights(model, weights, dataset, data_dir)
     found: list[Comparison] = []
@@ -89,8 +89,8 @@ def of_weights(model: str, weights: str, dataset: str, data_dir: Path | None) ->
 
 
 def draw(rows: Sequence[Comparison]) -> Figure:
-    """(a) the clipping scalar and (b) the measured MSE against the layer: the sweep solid, OCTAV dashed, a colour a
-    bit-width; weights and activations apart."""
+    """Plot (a) the clipping scalar and (b) the measured MSE against the layer, with one column for weights and one for
+    activations; the sweep is solid with a colour per bit-width, and OCTAV is dashed."""
     kinds = [kind for kind in ("weight", "activation") if any(row.kind == kind for row in rows)]
     figure, axes = plt.subplots(2, len(kinds), figsize=(6.5 * len(kinds), 7), layout="constrained", squeeze=False)
     for column, kind in enumerate(kinds):
@@ -102,8 +102,8 @@ def draw(rows: Sequence[Comparison]) -> Figure:
             ):
                 ax.plot(solid, "-", color=colour, label=f"MSE sweep, {bits} bits")
                 ax.plot(dashed, "--", color="black", linewidth=1, label=f"OCTAV, {bits} bits")
-        axes[0, column].set(yscale="log", title=f"{kind}s", ylabel="s")
-        axes[1, column].set(yscale="log", xlabel=f"{kind} tensor, in order", ylabel="measured MSE")
+        axes[0, column].set(yscale="log", title=f"{kind}s", ylabel="clipping scalar s")
+        axes[1, column].set(yscale="log", xlabel=f"{kind} tensor, in network order", ylabel="measured MSE")
     for ax in axes.flat:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
@@ -112,7 +112,7 @@ def draw(rows: Sequence[Comparison]) -> Figure:
 
 
 def table(rows: Sequence[Comparison]) -> str:
-    """What figure 2 shows, as numbers: CSV, a row a tensor and bit-width."""
+    """Return the numbers of figure 2 as CSV, with a row for each tensor and bit-width."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(("tensor", "kind", "bits", "signed", "s_sweep", "s_octav", "mse_sweep", "mse_octav"))

@@ -1,4 +1,4 @@
-"""Figure 5: where OCTAV and the MSE sweep part, because the measured MSE has two minima (Appendix G)."""
+"""Figure 5: where OCTAV and the MSE sweep disagree because the measured MSE has two minima (Appendix G)."""
 
 import csv
 import io
@@ -21,43 +21,43 @@ from qat_runner.quant import IntFormat, fake_quantize, mse, mse_sweep, octav
 from qat_runner.training.plots import CHOSEN, OTHER
 
 BATCHES = 10
-"""Calibration batches, as in the paper."""
+"""Number of calibration batches, as in the paper."""
 
 SHOWN = 2
-"""Layers that are looked at closely: those where the two methods part most."""
+"""Number of layers shown in detail: those where the two methods disagree most."""
 
 
 @dataclass
 class Input:
-    """The input of a layer: its clipping scalars, one a batch."""
+    """The input of a layer, with its clipping scalars, one per batch."""
 
     name: str
     signed: bool
     minima: int
-    """of the measured MSE, on the first batch"""
+    """number of local minima of the measured MSE on the first batch"""
     octav: list[float] = field(default_factory=list)
     sweep: list[float] = field(default_factory=list)
 
     @property
     def static_octav(self) -> float:
-        """The static scalar: the mean over batches (section 5)."""
+        """The static scalar of OCTAV: the mean over batches (section 5)."""
         return sum(self.octav) / len(self.octav)
 
     @property
     def static_sweep(self) -> float:
-        """Likewise."""
+        """The static scalar of the sweep: the mean over batches."""
         return sum(self.sweep) / len(self.sweep)
 
     @property
     def ratio(self) -> float:
-        """Of the larger static scalar to the smaller."""
+        """The larger static scalar divided by the smaller one."""
         low, high = sorted((self.static_octav, self.static_sweep))
         return high / low if low > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class View:
-    """One batch of an input: how its values lie, and what each clipping scalar would cost."""
+    """One batch of an input: the density of its values, and the MSE of each candidate clipping scalar."""
 
     density: np.ndarray
     """[bins]"""
@@ -71,12 +71,12 @@ class View:
 
 
 def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[list[Input], dict[str, list[View]]]:
-    """Static scalars of the inputs of a run's layers by OCTAV and by the sweep, and views of where they part most.
+    """Return static scalars of a run's layer inputs by OCTAV and by the sweep, and views of where they disagree most.
 
-    Operands of products in attention are left out, as in the paper's figure.
+    Operands of matrix multiplications in attention are left out, as in the paper's figure.
 
     Returns:
-        The inputs in the order of the layers; and of SHOWN of them, by name, a view of each batch.
+        The inputs in layer order, and for SHOWN of them, by name, a view of each batch.
 
     Raises:
         ConfigError: the folder holds no run with a checkpoint.
@@ -103,18 +103,18 @@ def inputs_of_run(folder: Path, bits: int = 4, batches: int = BATCHES) -> tuple[
         if tensor.name in views:
             views[tensor.name].append(view(Sample(tensor.name, x, tensor.quantizer.format.signed), bits))
 
-    look_at(model, data, batch_size, batches, show)  # a second time: only now is it known where to look
+    look_at(model, data, batch_size, batches, show)  # a second pass: which layers to show is known only now
     return list(found.values()), views
 
 
 def apart_most(inputs: Sequence[Input]) -> list[Input]:
-    """The SHOWN inputs where the two methods part most, in the order of the layers."""
+    """Return the SHOWN inputs where the two methods disagree most, in layer order."""
     chosen = sorted(inputs, key=lambda each: each.ratio, reverse=True)[:SHOWN]
     return [each for each in inputs if each in chosen]
 
 
 def view(sample: Sample, bits: int) -> View:
-    """What figure 5 shows of one batch."""
+    """Return what figure 5 shows of one batch."""
     density, edges = np.histogram(sample.x.float().numpy(), bins=200, density=True)
     s = octav(sample.x, sample.format(bits)).item()
     cost = mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item()
@@ -122,20 +122,20 @@ def view(sample: Sample, bits: int) -> View:
 
 
 def mse_curve(sample: Sample, bits: int, points: int = 100) -> tuple[list[float], list[float]]:
-    """The candidates of the MSE sweep, k / points of the maximum, and the measured MSE at each."""
+    """Return the candidates of the MSE sweep (k / points of the maximum) and the measured MSE at each."""
     top = sample.x.abs().max().item()
     candidates = [k / points * top for k in range(1, points + 1)]
     return candidates, [mse(sample.x, fake_quantize(sample.x, s, sample.format(bits))).item() for s in candidates]
 
 
 def minima(curve: Sequence[float]) -> int:
-    """How many points of a curve are lower than both neighbours, the ends included."""
+    """Return how many points of a curve are lower than both neighbours; the first and last point count, too."""
     bounded = [math.inf, *curve, math.inf]
     return sum(a > b < c for a, b, c in zip(bounded, bounded[1:], bounded[2:], strict=False))
 
 
 def draw(inputs: Sequence[Input], views: dict[str, list[View]], bits: int = 4) -> Figure:
-    """(a) static scalars layer by layer; (b, c) densities and (d, e) MSE where they part most, a colour a batch."""
+    """Plot (a) the static scalars by layer; (b, c) densities and (d, e) MSE where the methods disagree most."""
     figure = plt.figure(figsize=(12, 11), layout="constrained")
     layout = [["all"] * len(views), *([f"{what}{i}" for i in range(len(views))] for what in ("density", "mse"))]
     axes: dict[str, Axes] = figure.subplot_mosaic(layout)  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def draw(inputs: Sequence[Input], views: dict[str, list[View]], bits: int = 4) -
         ("MSE sweep", [each.static_sweep for each in inputs], OTHER, "s"),
     ):
         axes["all"].plot(range(len(inputs)), scalars, color=colour, marker=marker, markersize=3, label=label)
-    axes["all"].set(yscale="log", xlabel="layer", ylabel="s of its input", title=f"static scalars at {bits} bits")
+    axes["all"].set(yscale="log", xlabel="layer", ylabel="s of the layer input", title=f"Static scalars, {bits} bits")
     axes["all"].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes["all"].legend()
     numbers = {each.name: number for number, each in enumerate(inputs)}
@@ -157,14 +157,14 @@ def draw(inputs: Sequence[Input], views: dict[str, list[View]], bits: int = 4) -
             cost.plot(batch.candidates, batch.curve, color=colour, linewidth=0.8)
             cost.plot(batch.octav, batch.octav_mse, color=colour, marker="o", markersize=5)
         density.set(yscale="log", xlabel="x", ylabel="density", title=f"layer {numbers[name]}, {name}")
-        cost.set(yscale="log", xlabel="s", ylabel="MSE", title=f"a colour a batch; OCTAV's s marked, {bits} bits")
+        cost.set(yscale="log", xlabel="s", ylabel="MSE", title=f"one curve per batch, dots: OCTAV, {bits} bits")
     for ax in axes.values():
         ax.grid(alpha=0.3)
     return figure
 
 
 def table(inputs: Sequence[Input]) -> str:
-    """What figure 5 shows, as numbers: CSV, a row a layer."""
+    """Return the numbers of figure 5 as CSV, with a row for each layer."""
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow(("layer", "tensor", "signed", "octav", "sweep", "ratio", "minima_of_mse"))

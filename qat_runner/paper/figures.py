@@ -1,4 +1,4 @@
-"""The paper's figures 1, 3 and 4, the iteration from several starts, and writing figures as PNG and SVG."""
+"""The paper's figures 1, 3 and 4, the plots of the iteration and of methods, and saving figures as PNG and SVG."""
 
 import logging
 import statistics
@@ -30,36 +30,36 @@ from qat_runner.training.plots import CHOSEN, OTHER
 log = logging.getLogger("qat_runner")
 
 MARKERS = "osD^v"
-"""Of methods, ten colours each."""
+"""Markers of methods; each serves ten colours."""
 
 SIDE_BY_SIDE = 0.5
-"""How far apart the first and the last method stand, in parts of the step from one number of bits to the next."""
+"""Horizontal distance between the first and the last method, as a fraction of the step between two bit-widths."""
 
 LEGEND_COLUMNS, LEGEND_LETTERS = 2, 60
-"""Of the figure of methods; letters a line."""
+"""Legend of the plot of methods: columns, and characters per line."""
 
 AXIS_REACH = 25.0
-"""Points below the best method that an axis shows."""
+"""How many points below the best method an axis reaches."""
 
 POINTS = 120
-"""Clipping scalars that a curve of figure 1 is drawn through."""
+"""Number of clipping scalars at which a curve of figure 1 is evaluated."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tensor to look at."""
+    """A tensor to plot."""
 
     name: str
     x: Tensor
     signed: bool
 
     def format(self, bits: int) -> IntFormat:
-        """What it is rounded to at so many bits."""
+        """Return the integer format of the tensor at a bit-width."""
         return IntFormat(bits, self.signed)
 
 
 def synthetic_samples() -> list[Sample]:
-    """Tensors of known distributions, 10^5 elements each."""
+    """Return tensors drawn from known distributions, 10^5 elements each."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(100_000, generator=generator)
     laplace = x.sign() * torch.empty(100_000).exponential_(generator=generator)
@@ -71,7 +71,7 @@ def synthetic_samples() -> list[Sample]:
 
 
 def samples_of_run(folder: Path) -> list[Sample]:
-    """Weights and activations of three layers of a run's network (second, middle, last but one), on training data.
+    """Return weights and activations of three layers of a run's network (see `three_of`), on training data.
 
     Raises:
         ConfigError: the folder holds no finished run.
@@ -89,13 +89,13 @@ def samples_of_run(folder: Path) -> list[Sample]:
 
 
 def three_of(layers: Sequence[str]) -> set[str]:
-    """The second, the one in the middle and the last but one; of one or two, all."""
+    """Return the second, the middle and the second-to-last layer; of one or two layers, all."""
     count = len(layers)
     return {layers[i] for i in (min(1, count - 1), count // 2, max(count - 2, 0)) if count}
 
 
 def figure1(samples: Sequence[Sample]) -> Figure:
-    """MSE against s at 4, 6 and 8 bits: the model J(s), what the quantizer really gives, and OCTAV's s*."""
+    """Plot MSE against s at 4, 6 and 8 bits: the model J(s), the measured MSE of the quantizer, and OCTAV's s*."""
     all_bits = (4, 6, 8)
     figure, axes = grid(len(samples), len(all_bits))
     for row, sample in zip(axes, samples, strict=True):
@@ -114,7 +114,7 @@ def figure1(samples: Sequence[Sample]) -> Figure:
 
 
 def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Figure:
-    """s_n against n by the published iteration, from 0, the maximum and 3, 4, 5 standard deviations (section 3)."""
+    """Plot s_n of the published iteration, started from 0, the maximum and 3, 4, 5 standard deviations (section 3)."""
     columns = 3
     figure, axes = grid(-(-len(samples) // columns), columns)
     for ax, sample in zip([ax for row in axes for ax in row], samples, strict=False):
@@ -132,7 +132,7 @@ def iterations(samples: Sequence[Sample], bits: int = 4, steps: int = 10) -> Fig
 
 
 def figure3() -> Figure:
-    """The factor by which each estimator passes a gradient on, against x, at s = 1."""
+    """Plot the factor that each estimator multiplies a gradient with against x, at s = 1."""
     figure, axes = grid(1, 3)
     for ax, gradient in zip(axes[0], ("ste", "pwl", "mad"), strict=True):
         x = torch.linspace(-3, 3, 601, requires_grad=True)
@@ -144,25 +144,25 @@ def figure3() -> Figure:
 
 
 def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figure:
-    """Validation top1 against epoch of Table 1's six runs, a line a row; over seeds: mean, with the range shaded.
+    """Plot validation top1 by epoch for the six rows of Table 1: mean over seeds, with the range shaded.
 
-    Rows without an epoch are named in the legend.
+    The legend lists rows without a finished epoch as missing.
 
     Args:
-        runs: as found.
-        dataset: whose runs.
-        only: of which network, where there are several.
+        runs: all runs that were found.
+        dataset: data set whose runs to plot.
+        only: network whose runs to plot; needed if there are runs of several.
 
     Raises:
-        ConfigError: runs cannot be averaged, are of several networks, or none has finished an epoch.
+        ConfigError: runs cannot be averaged, belong to several networks, or none has finished an epoch.
     """
     layout, labels = paper()["table1"], paper()["labels"]
-    table = make_table("table1", runs, dataset, only)  # refuses what cannot be averaged
+    table = make_table("table1", runs, dataset, only)  # raises an error for runs that cannot be averaged
     ours = [r for r in runs if r.row in layout["rows"] and (r.dataset, r.mode) == (dataset, "scratch")]
     ours = [r for r in ours if r.weight_bits in (FULL_PRECISION, *layout["bits"]) and only in (None, r.model)]
     models = sorted({run.model for run in ours})
     if len(models) > 1:
-        raise ConfigError(f"figure4: there are runs of {', '.join(models)}: --model chooses one")
+        raise ConfigError(f"figure4: there are runs of {', '.join(models)}: choose one with --model")
     for unlike in table.unlike:
         log.warning(unlike)
     figure, axes = grid(1, 1, wide=True)
@@ -185,13 +185,13 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
 
 
 def _ended_early(curves: Sequence[Sequence[float]]) -> str:
-    """Of how many of several seeds the last epochs are."""
+    """Return a note for the legend if only some of the seeds reach the last epoch."""
     whole = sum(len(curve) == max(map(len, curves)) for curve in curves)
-    return "" if whole == len(curves) else f", {whole} of {len(curves)} seeds to the end"
+    return "" if whole == len(curves) else f", {whole} of {len(curves)} seeds reach the last epoch"
 
 
 def _accuracy(run: Run) -> list[float]:
-    """Epoch by epoch, in percent; of a run whose epochs cannot be read none, which is told."""
+    """Return validation top1 by epoch, in percent; empty, with a warning, if the metrics cannot be read."""
     try:
         return [value for row in METRICS.read(run.folder) if (value := row.get("val_top1")) is not None]
     except UnreadableError as error:
@@ -200,7 +200,7 @@ def _accuracy(run: Run) -> list[float]:
 
 
 def grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list[Axes]]]:
-    """An empty figure, and its axes by row and column."""
+    """Return an empty figure and its axes, by row and column."""
     size = (8.0, 5.0) if wide else (4.0 * columns, 3.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
@@ -209,12 +209,12 @@ def grid(rows: int, columns: int, wide: bool = False) -> tuple[Figure, list[list
 
 
 def methods(found: Sequence[Standing]) -> Figure:
-    """What counts against bits, a line a method: mean over seeds, with their standard deviation as a bar.
+    """Plot the metric that counts against bits, a line per method: mean over seeds, standard deviation as error bar.
 
-    Where a method lies far below the others, the axis ends before it, and an arrow and its mean stand for it.
+    A method far below the others lies outside the axis; an arrow with its mean marks it.
 
     Args:
-        found: of at least one network.
+        found: standings of at least one network.
     """
     standing = Counter(each.network for each in found)
     networks = [name for name, methods in standing.items() if methods > 1] or list(standing)
@@ -245,7 +245,7 @@ def methods(found: Sequence[Standing]) -> Figure:
 def _draw_method(
     ax: Axes, some: Sequence[Standing], widths: Sequence[Width], aside: float, colour: str, marker: str
 ) -> None:
-    """A line, moved aside, so that bars do not cover each other."""
+    """Draw the line of a method, shifted sideways so that error bars do not overlap."""
     if not some:
         return
     x = [widths.index(each.bits) + aside for each in some]
@@ -274,7 +274,7 @@ def _end_before_outliers(ax: Axes, some: Sequence[Standing], widths: Sequence[Wi
 
 
 def save(figure: Figure, stem: Path) -> Iterator[Path]:
-    """Write stem.png and stem.svg; yields their paths."""
+    """Write stem.png and stem.svg; yield their paths."""
     for suffix in (".png", ".svg"):
         figure.savefig(stem.with_suffix(suffix), dpi=120)
         yield stem.with_suffix(suffix)

@@ -1,4 +1,4 @@
-"""A figure of what the paper neglects: where the last codes lie, and what that is worth to rows of few elements."""
+"""Plot an effect that the paper neglects: where the outermost levels lie, and how much that matters for short rows."""
 
 import torch
 from matplotlib.axes import Axes
@@ -9,13 +9,13 @@ from qat_runner.paper.figures import grid
 from qat_runner.quant import Format, IntAffineFormat, IntFormat, Range, fake_quantize, maximum, octav, oriented
 
 BITS = 3
-"""Of the codes that are drawn."""
+"""Bit-width of the levels in the left plot."""
 LENGTHS = (9, 16, 25, 64, 144, 576, 2304)
-"""Elements of a row: depthwise 3x3 and 5x5 filters, pointwise ones, and 3x3 ones of 16 to 256 channels."""
+"""Elements per row: depthwise 3x3 and 5x5 filters, pointwise filters, and 3x3 filters of 16 to 256 channels."""
 
 
 def ranges() -> Figure:
-    """The codes of each range on a row of numbers, and the SQNR of rows by their length at 4 bits."""
+    """Plot the levels of each range for a row of numbers, and the SQNR of rows by their length at 4 bits."""
     figure, axes = grid(1, 2)
     figure.set_size_inches(11, 4)
     _codes(axes[0][0])
@@ -38,7 +38,7 @@ def _codes(ax: Axes) -> None:
         scalars = f"s = {s:.2g}" if format.parts == 1 else f"low = {s[0]:.2g}, high = {s[1]:.2g}"
         error = (x - rounded).square().mean().item()
         ax.text(-2.6, y + 0.42, f"{name}: {scalars}, MSE {error:.3f}", fontsize=8)
-    ax.set(title=f"{2**BITS} codes, max-scaling", xlabel="x", xlim=(-2.7, 2.1), ylim=(0.6, 4.8), yticks=[])
+    ax.set(title=f"{2**BITS} levels, max-scaling", xlabel="x", xlim=(-2.7, 2.1), ylim=(0.6, 4.8), yticks=[])
 
 
 def _lengths(ax: Axes) -> None:
@@ -54,14 +54,14 @@ def _lengths(ax: Axes) -> None:
                 figures[method].append(10 * (x.square().mean() / noise).log10().item())
         for method, style in (("OCTAV", "-"), ("max", "--")):
             ax.plot(LENGTHS, figures[method], style, color=colour, label=f"{range}, {method}")
-    ax.set(title="Normal numbers, 4 bits, a scalar a row", xlabel="elements of a row", ylabel="SQNR, dB", xscale="log")
+    ax.set(title="Normal numbers, 4 bits, scalar per row", xlabel="elements per row", ylabel="SQNR (dB)", xscale="log")
     ax.legend(fontsize=7)
 
 
 def signed(x: Tensor, s: Tensor, format: Format) -> Tensor:
-    """Scalars with their sign, where the format has one."""
+    """Return the scalars, with a sign if the format is oriented."""
     return oriented(x, s, format) if isinstance(format, IntFormat) and format.oriented else s
 
 
 OF_FORMAT = ("#b3261e", "#1a73e8", "#188038", "#9334e6")
-"""Colours of two's complement, full range, oriented and affine."""
+"""Colours of the formats: two's complement, full range, oriented and affine."""

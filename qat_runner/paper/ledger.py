@@ -1,4 +1,4 @@
-"""The ledger: every claim of the paper and every cell of its tables, what was run of it here, and whether it holds."""
+"""The ledger: every claim of the paper and every cell of its tables, the runs that test it, and the verdict."""
 
 import math
 import shlex
@@ -18,32 +18,32 @@ from qat_runner.report.runs import Run, not_finished
 from qat_runner.report.tables import Document, Table, mean_and_deviation, of_some
 
 RULE = (
-    "What the paper says, in our words, beside what was run here. Runs of smaller networks on smaller data stand for "
-    "the paper's: they tell whether what it found is found there, too, and say nothing about its own cells, whose "
-    "commands are given.",
-    "Differences are in points, of two runs of one seed that differ in nothing but what is compared. Full precision "
-    "is the run without quantization that is otherwise the same, or where there is none, the network that was "
-    f"retrained: one of the two for all seeds. In brackets is the {100 * CONFIDENCE:g} % confidence interval of their "
-    "mean over seeds, by Student's t (a paired t-test).",
-    "A statement about a difference holds where the whole interval lies where the statement has it, does not hold "
-    "where none of it does, and else cannot be told: seeds scatter too much. Of one seed nothing can be told. By "
-    "chance alone at most one statement in twenty is judged wrongly. A claim holds in a setup where all of its "
-    "statements do, and does not hold where one does not. A cell of a table holds where the difference from full "
-    f"precision is within {NEAR:g} point of the published one.",
+    "This page sets the paper's claims, in our words, beside what was run here. Runs of smaller networks on smaller "
+    "data stand in for the paper's runs: they show whether its findings appear there, too, and say nothing about the "
+    "paper's own cells. The commands that reproduce those cells are listed.",
+    "Differences are in percentage points (points), between two runs with the same seed that differ only in what is "
+    "compared. Full precision is the run without quantization that is otherwise the same; if there is none, it is the "
+    "network that was retrained. All seeds use the same one of the two. Brackets hold the "
+    f"{100 * CONFIDENCE:g} % confidence interval of the mean over seeds, by Student's t (a paired t-test).",
+    "A statement gives bounds for a difference. It holds if the whole interval lies within the bounds, does not hold "
+    "if the whole interval lies outside, and otherwise cannot be told, because the seed-to-seed variation is too "
+    "large. One seed decides nothing. By chance alone, at most one statement in twenty is judged wrongly. A claim "
+    "holds in a setup if all of its statements hold, and does not hold if one of them does not. A cell of a table "
+    f"holds if its difference from full precision is within {NEAR:g} point of the published difference.",
 )
 
 WORDS_OF_A_ROW = ("clipping=", "clipping.q=", "gradient=", "bits=", "seed=", "recipe.distill=", "recipe.teacher=")
-"""Of a command: what a row of a table, its bits and its seeds say."""
+"""Beginnings of the words in a command that the row of a table, its bits and its seeds determine."""
 
 Findings = dict[Claim, list[Finding]]
 Cells = dict[str, list[Cell]]
 
 
 def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
-    """The page, and all of its lines as one table.
+    """Return the ledger as a page, and all of its lines as one table.
 
     Args:
-        runs: of any networks, data and modes; what is no row of a table of the paper is passed over.
+        runs: of any networks, data and modes; runs that are no row of a table of the paper are ignored.
 
     Raises:
         ConfigError: runs that would share a cell differ in more than their seed.
@@ -53,21 +53,21 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
     unfinished = not_finished(run.folder for run in runs if run.summary is None)
     tables = [_overview(found), _setups(setups, unfinished), _statements(found)]
     tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
-    page = Document("The paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
+    page = Document("Ledger: the paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
     return page, _lines(found, cells)
 
 
 def _counts(found: Findings, cells: Cells) -> str:
-    """How many verdicts there are of each kind: those that these runs gave, and apart those that no run changes."""
+    """Return a sentence with the number of each verdict: from runs, from the project itself, and of cells."""
     runs, own = (
         Counter(claim.verdict(some) for claim, some in found.items() if bool(claim.found) == fixed)
         for fixed in (False, True)
     )
     of_cells = Counter(cell.verdict for some in cells.values() for cell in some)
     return (
-        f"{len(found)} claims. {runs.total()} are judged by these runs: {_told(runs)}. {own.total()} were looked at by "
-        f"the project itself, whatever the runs: {_told(own)}. {of_cells.total()} lines about cells, judged by these "
-        f"runs: {_told(of_cells)}."
+        f"{len(found)} claims. {runs.total()} are judged by these runs: {_told(runs)}. {own.total()} were examined by "
+        f"the project itself, independently of these runs: {_told(own)}. {of_cells.total()} lines are about cells, "
+        f"judged by these runs: {_told(of_cells)}."
     )
 
 
@@ -81,10 +81,11 @@ def _told(verdicts: Counter[str]) -> str:
 def _setups(setups: Sequence[Setup], unfinished: Sequence[str]) -> Table:
     heads = ["setup", "network", "width", "data", "inputs", "mode", "epochs", "batch", "lr", "seeds", "runs", "command"]
     notes = [
-        "Runs of a setup differ in their row of a table, in bits and in seeds alone. Its command takes these as the "
-        "words that the ledger in CSV has for each line: `qat-run -m ... +row=octav bits=4 seed=0,1,2`."
+        "The runs of a setup differ only in their row of a table, bits and seed. To repeat a run, append these words "
+        "to the command of its setup, as in `qat-run -m ... +row=octav bits=4 seed=0,1,2`. The ledger in CSV lists the "
+        "words of each line."
     ]
-    notes = [*(notes if setups else ["Nothing."]), *unfinished]
+    notes = [*(notes if setups else ["No runs."]), *unfinished]
     return Table("What was run here", heads, list(map(_setup, setups)), notes)
 
 
@@ -94,7 +95,7 @@ def _setup(setup: Setup) -> list[str]:
     seeds = ", ".join(map(str, sorted({some.run.seed for some in setup.results})))
     where = [setup.name, setup.model, f"{config.model.width:g}", config.dataset.name, _inputs(config)]
     asked = setup_command(setup)
-    told = f"`{asked}`" if asked else "none gives these runs now"
+    told = f"`{asked}`" if asked else "no command of this version gives these runs"
     return [*where, str(config.mode), _length(config), *step, seeds, str(len(setup.results)), told]
 
 
@@ -112,7 +113,7 @@ def _length(config: Config) -> str:
 
 
 def setup_command(setup: Setup) -> str | None:
-    """What the commands of a setup's runs share, all but rows, bits and seeds; None if none gives them any more."""
+    """Return what the commands of a setup's runs share; None if no command of this version gives these runs."""
     told = command(_without_places(setup.config))
     if told is None:
         return None
@@ -120,7 +121,7 @@ def setup_command(setup: Setup) -> str | None:
 
 
 def _without_places(config: Config) -> Config:
-    """As if data lay in /data, and weights where the command is given."""
+    """Return the config with data_dir=/data, and weights in the directory where the command is run."""
     weights = config.weights
     if weights is None or weights == BASELINE or weights not in config.fingerprints:
         return replace(config, data_dir="/data")
@@ -130,7 +131,7 @@ def _without_places(config: Config) -> Config:
 
 
 def words_of_row(row: str, bits: int | None, seeds: Sequence[int]) -> str:
-    """What a row of the tables adds to the command of a setup."""
+    """Return the words that a row of the tables adds to the command of a setup."""
     of_bits = [] if bits is None else [f"bits={bits}"]
     return " ".join([f"+row={row}", *of_bits, f"seed={','.join(map(str, sorted(seeds)))}"])
 
@@ -143,10 +144,10 @@ def _overview(found: Findings) -> Table:
         [claim.id, claim.verdict(findings), claim.says, claim.source, _here(claim)] for claim, findings in found.items()
     ]
     notes = [
-        "What runs of the tables' rows cannot tell has been looked at by the project itself: the last column says what "
-        "came out, and the command that shows the same of other networks. Of the others, the statements below tell."
+        "Claims that runs of table rows cannot test were examined by the project itself: the last column gives the "
+        "finding, and the command that shows the same for other networks. The statements below decide the other claims."
     ]
-    return Table("Claims in words", ["claim", "verdict", "the paper says", "where", "what came out"], cells, notes)
+    return Table("Claims in words", ["claim", "verdict", "the paper says", "source", "finding"], cells, notes)
 
 
 def _here(claim: Claim) -> str:
@@ -166,7 +167,7 @@ def _statements(found: Findings) -> Table:
                 if f.statement == statement
             ]
             cells += [[*first, *told] for told in mine or [["", "", "0", str(Verdict.NOT_RUN)]]]
-    notes = ["Published: the same difference in the paper's tables, from the least to the most of its networks."]
+    notes = ["Published: the same difference in the paper's tables, from the smallest to the largest of its networks."]
     return Table("Claims, statement by statement", heads, cells, notes)
 
 
@@ -189,16 +190,16 @@ def _table(name: str, cells: Sequence[Cell]) -> Table:
         "bits",
         "method",
         f"published {metric} %",
-        "against full precision",
+        "vs full precision",
         "setup",
         f"{metric} % here",
     ]
-    heads += ["against full precision, here", "seeds", "verdict", "GPU hours of its own", "its own command"]
+    heads += ["vs full precision, here", "seeds", "verdict", "GPU hours (paper)", "command (paper)"]
     facts = estimates()
     speeds = ", ".join(f"{model} {speed}" for model, speed in facts["samples_per_second"].items())
     notes = [
-        f"GPU hours are an estimate, for {facts['gpu']}, which is assumed to train so many samples a second: {speeds}; "
-        f"with the paper's epochs, and {facts['quantized']:g} times the time where quantized. None of it was measured."
+        f"GPU hours are an estimate for {facts['gpu']}, assumed to train this many samples per second: {speeds}; with "
+        f"the paper's epochs, and {facts['quantized']:g} times the time for quantized runs. None of it was measured."
     ]
     return Table(f"{name}: {paper()[name]['title']}", heads, list(map(_cell, cells)), notes)
 
@@ -232,8 +233,8 @@ def _table6() -> Table:
         for kind, known in paper()["table6"].items()
         for method in ("octav", "mse_sweep")
     ]
-    heads = ["tensors", "method", "how many", "published seconds each", "in all", "verdict"]
-    notes = ["Seconds are those of a machine: the command measures both methods on one, and tells how they compare."]
+    heads = ["tensors", "method", "count", "published seconds per tensor", "published seconds in total", "verdict"]
+    notes = ["Seconds depend on the machine: the command times both methods on one machine and prints their ratio."]
     return Table("table6: Seconds to calibrate BERT-Base", heads, cells, notes)
 
 

@@ -1,4 +1,4 @@
-"""Table 6: seconds to find a network's clipping scalars, by OCTAV and by the MSE sweep: BERT-Base's, or a run's."""
+"""Table 6: seconds to find clipping scalars by OCTAV and by the MSE sweep, for BERT-Base or a run's network."""
 
 import statistics
 import time
@@ -25,7 +25,7 @@ PUBLISHED = "published (Xeon, NumPy)"
 
 @dataclass
 class Timing:
-    """Seconds, added up over tensors."""
+    """Seconds that each method takes, summed over tensors."""
 
     network: str
     tensors: dict[str, int] = field(default_factory=lambda: {"weight": 0, "activation": 0})
@@ -33,15 +33,15 @@ class Timing:
     """(kind, method, bits) -> seconds"""
 
     def add(self, kind: str, x: Tensor, signed: bool, dim: int | None, count: int = 1, repeats: int = 1) -> None:
-        """Time both methods on a tensor.
+        """Time both methods on a tensor and add the result.
 
         Args:
             kind: weight or activation.
             x: the tensor.
-            signed: whether it is quantized with a sign.
-            dim: one scalar for each index of it; None: one for all.
-            count: how many such tensors there are: as many of one shape take so many times as long.
-            repeats: the median of so many counts.
+            signed: whether its quantizer is signed.
+            dim: dimension with one scalar per index; None: one scalar for the tensor.
+            count: number of tensors of this shape; the time is multiplied by it.
+            repeats: number of measurements; their median counts.
         """
         self.tensors[kind] += count
         for bits in BITS:
@@ -55,23 +55,23 @@ class Timing:
                 self.seconds[key] = self.seconds.get(key, 0.0) + count * statistics.median(times)
 
     def table(self) -> Table:
-        """Seconds a tensor and in all, beside the published ones: one figure for 4 to 8 bits."""
+        """Return seconds per tensor and in total, beside the published ones, which are one number for 4 to 8 bits."""
         bits = [f"{b} bits" for b in BITS]
         each = ("seconds a tensor", f"seconds a tensor, {PUBLISHED}")
         headers = ["tensors", "number", "method", *bits, *each, "in all", f"in all, {PUBLISHED}"]
         rows = [row for kind, number in self.tensors.items() if number for row in self._rows(kind)]
         published = {kind: paper()["table6"][kind]["tensors"] for kind in self.tensors}
         notes = [
-            f"{self.network}. On {torch.get_num_threads()} CPU threads, OCTAV compiled, the sweep in plain PyTorch. "
-            "Seconds a tensor by bits, and their mean; in all (h:mm:ss) is for one bit-width.",
-            f"Published figures: {paper()['source']}, of BERT-Base's {published['weight']} weight and "
-            f"{published['activation']} activation tensors, on a Xeon with NumPy: another machine and another program, "
-            "so the seconds cannot be compared with ours, and the ratios only roughly.",
+            f"{self.network}. {torch.get_num_threads()} CPU threads; OCTAV is compiled, the sweep is plain PyTorch. "
+            "Seconds per tensor are given by bits, with their mean; 'in all' (h:mm:ss) is the total for one bit-width.",
+            f"Published numbers: {paper()['source']}, for BERT-Base's {published['weight']} weight and "
+            f"{published['activation']} activation tensors, on a Xeon with NumPy. Machine and program differ, so the "
+            "seconds cannot be compared with ours, and the ratios only roughly.",
         ]
         return Table("table6: Seconds to calibrate a network's tensors", headers, rows, notes)
 
     def _rows(self, kind: str) -> list[list[str]]:
-        """A row a method, and one of their ratio."""
+        """Return a row for each method, and one for their ratio."""
         known, number = paper()["table6"][kind], self.tensors[kind]
         ours = {name: [self.seconds[kind, name, bits] / number for bits in BITS] for name in METHODS}
         rows = []
@@ -88,7 +88,7 @@ class Timing:
 
 
 def _clock(seconds: float) -> str:
-    """h:mm:ss, m:ss, or below ten seconds m:ss.ss."""
+    """Format seconds as h:mm:ss, m:ss, or m:ss.ss below ten seconds."""
     if seconds < 10:
         return f"0:{seconds:05.2f}"
     minutes, seconds = divmod(round(seconds), 60)
@@ -97,10 +97,10 @@ def _clock(seconds: float) -> str:
 
 
 def synthetic() -> Timing:
-    """Timing of normally distributed tensors of the shapes of BERT-Base's 74 weight and 1220 activation tensors.
+    """Time both methods on normally distributed tensors in the shapes of BERT-Base's 74 weights and 1220 activations.
 
-    The weights are query, key, value and output, the two of the inner layer, pooler and answer head; the activations
-    are the inputs of those layers and the operands of attention's products.
+    The weights are those of query, key, value and output, the two of the feed-forward layers, pooler and answer head.
+    The activations are the inputs of those layers and the operands of the matrix multiplications in attention.
     """
     timing = Timing("Synthetic tensors of BERT-Base's shapes")
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def _activations() -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 def of_run(folder: Path) -> Timing:
-    """Timing of the tensors of a run's network, activations on 10 calibration batches.
+    """Time both methods on the tensors of a run's network, with activations of 10 calibration batches.
 
     Raises:
         ConfigError: the folder holds no finished run.

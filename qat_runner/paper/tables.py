@@ -1,4 +1,4 @@
-"""The paper's tables from a folder of runs: ours beside the published number, over seeds, with what is missing."""
+"""The paper's tables filled from runs: our mean over seeds beside the published number, and what is missing."""
 
 import functools
 import statistics
@@ -20,7 +20,7 @@ FULL_PRECISION_ROWS = ("full_precision", "pretrained")
 
 @functools.cache
 def paper() -> dict[str, Any]:
-    """The content of paper.yaml."""
+    """Return the content of paper.yaml."""
     content = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("paper.yaml")))
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
@@ -31,13 +31,13 @@ TABLES = tuple(name for name, value in paper().items() if isinstance(value, dict
 
 
 def published(table: str, model: str, row: str, bits: int | None) -> float | None:
-    """The number published in a cell, in percent; None where there is none.
+    """Return the number published in a cell, in percent; None if there is none.
 
     Args:
         table: one of TABLES.
         model: the network.
-        row: one of the table's rows; in full precision the paper has one number a network for all its tables.
-        bits: one of the table's; None in full precision.
+        row: one of the table's rows; for full precision, the paper has one number per network in all its tables.
+        bits: one of the table's bit-widths; None for full precision.
     """
     layout = paper()[table]
     rows = layout.get("published", {}).get(model, {})
@@ -52,20 +52,20 @@ class Row:
 
     model: str
     bits: int | None
-    """None in full precision"""
+    """None for full precision"""
     label: str
     values: tuple[float, ...]
-    """the table's metric, of each finished seed, in percent"""
+    """the table's metric for each finished seed, in percent"""
     gaps: tuple[float, ...]
-    """of each that has full precision in the table, otherwise the same run: how far it lies above that, in points"""
+    """difference from full precision, in points, for each seed that has a full-precision run to compare with"""
     published: float | None
     """in percent"""
     published_baseline: float | None
-    """that of full precision, likewise"""
+    """the published full precision, in percent"""
 
     @property
     def gap(self) -> float | None:
-        """Ours minus our full precision, in points: the mean over the seeds that have both."""
+        """Our result minus our full precision, in points: the mean over the seeds that have both."""
         return statistics.fmean(self.gaps) if self.gaps else None
 
     @property
@@ -75,7 +75,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Of our gap to the published one, in points."""
+        """Our gap minus the published gap, in points."""
         return _minus(self.gap, self.published_gap)
 
 
@@ -89,19 +89,19 @@ def _points(value: float | None) -> str:
 
 @dataclass
 class TableOfRuns:
-    """One of TABLES, filled."""
+    """One of TABLES, filled from runs."""
 
     name: str
     dataset: str
     rows: list[Row] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
-    """folders of runs that belong here and have no result yet"""
+    """folders of runs that belong to this table and have no result yet"""
     unlike: list[str] = field(default_factory=list)
-    """sentences about rows that differ from others in more than their method"""
+    """sentences on rows whose settings differ in more than the method"""
 
     @property
     def layout(self) -> dict[str, Any]:
-        """Its part of paper.yaml."""
+        """The table's part of paper.yaml."""
         layout: dict[str, Any] = paper()[self.name]
         return layout
 
@@ -111,8 +111,11 @@ class TableOfRuns:
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """Header -> cells; a table has columns of published numbers where there are any, and of differences to the
-        published full precision where that is the paper's."""
+        """Header -> cells.
+
+        Published numbers have a column if there are any; their differences from full precision have one if the table
+        is the paper's.
+        """
         columns = {
             "network": [row.model for row in self.rows],
             "bits": ["32" if row.bits is None else str(row.bits) for row in self.rows],
@@ -129,15 +132,16 @@ class TableOfRuns:
         return columns
 
     def notes(self) -> list[str]:
-        what = f"{self.metric} of the last epoch on the validation split"
+        what = f"{self.metric} is that of the last epoch on the validation split"
         paired = (
-            "Against full precision stands the mean of the differences, seed by seed, from the run that is otherwise "
-            "the same or that is the start; in parentheses their number, where some of the seeds have none."
+            "The column 'against full precision' has the mean of the differences, paired by seed, from the "
+            "full-precision run that is otherwise the same, or from the network that the run starts from. A number in "
+            "parentheses counts the seeds that could be paired, if not all could."
         )
-        notes = [f"Data: {self.dataset}. {what}; ± is the deviation over seeds. {paired}"]
+        notes = [f"Data: {self.dataset}. {what}; ± is the standard deviation over seeds. {paired}"]
         if "published" in self.layout:
             source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))
-            notes.append(f"Published figures: {source}, on {data}.")
+            notes.append(f"Published numbers: {source}, on {data}.")
         began = {row.model for row in self.rows if row.values}
         missing = [
             f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")
@@ -147,13 +151,13 @@ class TableOfRuns:
         if missing:
             notes.append(f"Missing: {'; '.join(missing)}.")
         if absent := [model for model in dict.fromkeys(row.model for row in self.rows) if model not in began]:
-            notes.append(f"No results of {', '.join(absent)}.")
+            notes.append(f"No results for {', '.join(absent)}.")
         if self.unfinished:
             notes.append(f"Unfinished: {', '.join(self.unfinished)}.")
         return [*notes, *self.unlike]
 
     def text(self, layout: str) -> str:
-        """The table as markdown, csv, latex or html."""
+        """Return the table as markdown, csv, latex or html."""
         columns = self.columns
         cells = list(zip(*columns.values(), strict=True))
         return Table(f"{self.name}: {self.layout['title']}", list(columns), cells, self.notes()).text(layout)
@@ -164,19 +168,19 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
 
     Args:
         name: one of TABLES.
-        runs: as found; those that belong to other tables are passed over.
-        dataset: whose runs.
-        only: of which network; None: of all that runs were found of, and all that have published numbers.
+        runs: all runs that were found; those of other tables are ignored.
+        dataset: data set whose runs to use.
+        only: network to show; None shows all networks that have runs or published numbers.
 
     Raises:
-        ConfigError: runs that would share a cell differ in more than their seed, or there is no such network.
+        ConfigError: runs that would share a cell differ in more than their seed, or the network does not exist.
     """
     layout, labels = paper()[name], paper()["labels"]
     table = TableOfRuns(name, dataset)
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     for run in ours:
         if run.summary is not None and metric(run.summary) != table.metric:
-            raise ConfigError(f"{name}: is about {table.metric}, which {run.told} does not have")
+            raise ConfigError(f"{name}: shows {table.metric}, which {run.told} does not have")
     found = {run.model for run in ours}
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
     if only is not None and only not in models:
@@ -201,24 +205,24 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
 
 
 def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
-    """Rows of a table, each with its bits; None in full precision."""
+    """Yield the rows of a table, each with its bits; None for full precision."""
     for row in layout["rows"]:
         for bits in [None] if row in FULL_PRECISION_ROWS else layout["bits"]:
             yield row, bits
 
 
 def _unlike(model: str, cells: Mapping[str, Sequence[Run]]) -> list[str]:
-    """A sentence about the cells of a network that differ from the first quantized one in more than method and bits."""
+    """Return a sentence on cells whose settings differ from the first quantized cell in more than method and bits."""
     quantized = [label for label, runs in cells.items() if runs[0].row not in FULL_PRECISION_ROWS]
     if not quantized:
         return []
     keys = {label: _keys_apart(cells[quantized[0]], runs) for label, runs in cells.items()}
     told = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
-    return [f"Other settings than {model}, {quantized[0]}, have {'; '.join(told)}."] if told else []
+    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(told)}."] if told else []
 
 
 def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:
-    """In what the runs of two cells differ that are not to; in weights, where they start elsewhere with a seed."""
+    """Return the keys in which two cells should not differ but do; "weights" if runs of one seed start from others."""
     keys = [key for key in keys_unlike([recipe_of(one[0].config), recipe_of(other[0].config)]) if key != "mode"]
     pairs = [(a.config, b.config) for a in one for b in other if a.seed == b.seed]
     return [*keys, *(["weights"] if any(start_apart(a, b) for a, b in pairs) else [])]

@@ -1,4 +1,4 @@
-"""The tensors of a network, of a run or of a file, as its quantizers would see them: for figures and timings."""
+"""The tensors of a run's network, or of a network from a weights file, as quantizers see them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +26,7 @@ Look = Callable[[QuantizedTensor, Tensor], None]
 
 
 def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
-    """The trained network with 4-bit quantizers, whatever it was trained with, and its data, on the CPU.
+    """Return the trained network on the CPU with 4-bit quantizers, whatever it was trained with; its data; its config.
 
     Raises:
         ConfigError: the folder holds no run with a checkpoint.
@@ -45,14 +45,14 @@ def network_of_run(folder: Path) -> tuple[nn.Module, Data, Config]:
 
 
 def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | None) -> tuple[nn.Module, Data | None]:
-    """A network for pictures with weights of a file and 4-bit quantizers, and the data if it is said where, on the CPU.
+    """Return an image network on the CPU with weights from a file and 4-bit quantizers, and its data if requested.
 
     Args:
-        model, weights, dataset: as `qat-run` takes them.
-        data_dir: where the data set lies; None: no data are needed.
+        model, weights, dataset: as for `qat-run`.
+        data_dir: location of the data set; None if no data are needed.
 
     Raises:
-        ConfigError: no such network, file or data, or they do not fit.
+        ConfigError: the network, file or data do not exist, or do not fit together.
     """
     from qat_runner.experiment import build
 
@@ -73,18 +73,18 @@ def network_of_weights(model: str, weights: str, dataset: str, data_dir: Path | 
         return build(config, weights)
     task = task_of(config)
     if not task.knows_head(config):
-        raise ConfigError(f"--dataset {dataset}: has any number of classes; --data-dir says where to count them")
+        raise ConfigError(f"--dataset {dataset}: classes are counted in the data, so --data-dir is needed")
     network = task.network(config, None)
     load_weights(network, source, model, new_head=False)
     return insert(network, config.quantization), None
 
 
 def look_at_weights(model: nn.Module, look: Look) -> None:
-    """Show each weight, in order of registration.
+    """Call `look` for each weight, in order of registration.
 
     Args:
-        model: with quantizers.
-        look: is given the place and the tensor.
+        model: network with quantizers.
+        look: called with the name and quantizer of the tensor, and with the tensor.
     """
     for tensor in quantized_tensors(model):
         if tensor.tensor == "weight":
@@ -94,14 +94,14 @@ def look_at_weights(model: nn.Module, look: Look) -> None:
 
 
 def look_at(model: nn.Module, data: Data, batch_size: int, batches: int, look: Look) -> None:
-    """Show each activation of each batch, and each weight once, the network computing in full precision in eval mode.
+    """Call `look` for each activation of each batch, and once for each weight; the network runs in full precision.
 
     Args:
-        model: with quantizers.
-        data: its first training batches are used, of an epoch that no training sees.
-        batch_size: samples a batch.
-        batches: how many.
-        look: is given the place and the tensor, in the shape that its scalars are of.
+        model: network with quantizers; runs in eval mode.
+        data: provides the first training batches, of an epoch that training never uses.
+        batch_size: samples per batch.
+        batches: number of batches.
+        look: called with the name and quantizer of the tensor, and with the tensor in the shape that its scalars match.
     """
     from qat_runner.experiment import CALIBRATION_EPOCH
 

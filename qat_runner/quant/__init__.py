@@ -1,14 +1,14 @@
-"""The heart: clipping scalars, fake quantization and its gradients, quantization noise.
+"""Core of the package: clipping scalars, fake quantization and its gradients, quantization noise.
 
-Imports torch alone, so it can be used by itself:
+The only third-party package that it imports is torch, so it can be used by itself:
 
     from qat_runner.quant import octav, fake_quantize
 
     s = octav(weight, 4, dim=0)                      # [K, 1, 1, 1]: one clipping scalar per output channel
     q = fake_quantize(weight, s, 4, gradient="mad")  # same shape and dtype as weight
 
-Equations, tables and sections cited in this package are those of Sakr et al., "Optimal Clipping and
-Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 2022.
+Unless another source is named, equations, tables and sections cited in this package are those of Sakr et al., "Optimal
+Clipping and Magnitude-aware Differentiation for Improved Quantization-aware Training", ICML 2022.
 """
 
 from importlib import import_module
@@ -85,14 +85,14 @@ __all__ = [
 ]
 
 _MODULES = (
-    *("formats", "gradients", "method", "methods"),  # which do without PyTorch
+    *("formats", "gradients", "method", "methods"),  # these do not import PyTorch
     *("clipping", "dorefa", "estimators", "learned", "noise", "orienting", "quantizer", "tokens"),
 )
-"""Where all that lies."""
+"""The modules that define these names, in the order of the search."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: a config is checked, and refused, before PyTorch is loaded."""
+    """Import names on first access, so that a config can be validated, or rejected, without loading PyTorch."""
     if name in __all__:
         for module in _MODULES:
             found = import_module(f"{__name__}.{module}")

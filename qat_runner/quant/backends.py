@@ -1,4 +1,4 @@
-"""The backends of the kernels by name: what a config may say, without what carries them out."""
+"""Names of the kernel backends, for validating configs without importing the kernels."""
 
 BACKENDS = ("eager", "compiled", "triton")
-"""The names of the backends; "auto" chooses among them."""
+"""Names of the backends; a config may also name "auto", which chooses one of them."""

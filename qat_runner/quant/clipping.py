@@ -1,19 +1,20 @@
-"""Clipping scalars: tensor -> s, by OCTAV (section 3 of the paper) and by its rivals (section 5).
+"""Find the clipping scalar s of a tensor, by OCTAV (section 3 of the paper) or by its competitors (section 5).
 
-All of them share one signature and one shape rule: `dim=None` gives one scalar for the whole tensor, shape []; `dim=d`
-gives one for each index of dimension d, kept with the other dimensions at size 1, so [K, 1, 1, 1] for a convolution
-weight with `dim=0`. They share these results as well:
+All functions share one signature and one shape rule: `dim=None` gives one scalar for the whole tensor, in shape [];
+`dim=d` gives one scalar for each index of dimension d, with all other dimensions kept at size 1, so [K, 1, 1, 1] for a
+convolution weight with `dim=0`. The elements that share a scalar are called a row. These rules hold for all functions:
 
 - The dtype of s is float64 for float64 tensors and float32 for all others, whatever x is stored in.
-- What is clipped are magnitudes: |x| in a signed format, max(x, 0) in an unsigned one, which has no values below zero.
-- Rows that are all zero, and empty ones, give 0, which `fake_quantize` turns into zeros.
+- Clipping applies to magnitudes: |x| in a signed format, max(x, 0) in an unsigned one, which has no values below zero.
+- s is 0 for empty rows and for rows that are all zero. `fake_quantize` with s = 0 returns zeros.
 - Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
-- NaN or infinity in x raises ValueError with `check=True`, which waits for the device. With `check=False`, meant for
-  training steps, nothing waits; quantizing x with s leaves NaN in the result: the NaN that was there, or, where an
-  infinite magnitude is, NaN all over the row.
+- With `check=True`, NaN or infinity in x raises ValueError; this check waits for the device. With `check=False`, meant
+  for training steps, nothing waits for the device. Quantizing x with such an s returns NaN at least where x is NaN, and
+  in the whole row where a magnitude is infinite.
 - No gradient flows through s.
-- In an oriented format s is a magnitude: `orienting.oriented` finds its sign.
-- For a format with two ends the result is low and high, stacked along a first dimension: [2], or [2, K, 1, 1, 1].
+- In an oriented format s is a magnitude; `orienting.oriented` finds its sign.
+- For a format with two clipping bounds, the result is low and high, stacked along a first dimension: [2], or
+  [2, K, 1, 1, 1].
 """
 
 import math
@@ -31,24 +32,24 @@ from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
 
 FEW = 4096
-"""Elements that share a scalar, at most, where `octav` refines it."""
+"""`octav` refines a scalar only if at most this many elements share it."""
 
 
 def _prepare(x: Tensor, dim: int | None, check: bool) -> tuple[Tensor, tuple[int, ...]]:
-    """Validate x and dim; returns x, with at least one dimension, and the dimensions that one scalar spans."""
+    """Validate x and dim; return x, with at least one dimension, and the dimensions that one scalar spans."""
     if not x.is_floating_point():
-        raise TypeError(f"a clipping scalar needs a floating tensor, not {x.dtype}")
+        raise TypeError(f"a clipping scalar needs a floating-point tensor, not {x.dtype}")
     if dim is not None and not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim={dim} does not exist in a tensor of shape {list(x.shape)}")
     if check and not _all_finite(x):
-        raise ValueError(f"x of shape {list(x.shape)} holds NaN or infinity: no clipping scalar exists")
+        raise ValueError(f"x of shape {list(x.shape)} holds NaN or infinity, so it has no clipping scalar")
     if dim is None:
         return x.detach().reshape(1) if x.ndim == 0 else x.detach(), tuple(range(max(x.ndim, 1)))
     return x.detach(), tuple([d for d in range(x.ndim) if d != dim % x.ndim])
 
 
 def _all_finite(x: Tensor) -> bool:
-    # A sum is one read and allocates nothing; NaN and infinity get into it, but it may also overflow.
+    # A sum reads x once and allocates nothing. NaN and infinity carry over to it, but a finite x may also overflow.
     return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
@@ -65,13 +66,13 @@ def maximum(
 
     Args:
         x: any shape and floating dtype.
-        format: of which the sign alone counts; a number stands for the signed integers of so many bits.
-        dim: None for one scalar, or the dimension that gets one scalar an index.
-        check: refuse NaN and infinity (waits for the device).
-        pool: what x is a part of; None: it is all there is.
+        format: number format, of which only the sign matters; a number B means signed B-bit integers.
+        dim: None for one scalar, or the dimension that gets one scalar per index.
+        check: raise ValueError on NaN and infinity (waits for the device).
+        pool: the tensors on all processes that share s; None if x is the whole tensor.
 
     Returns:
-        s in units of x; shape, dtype and special cases as in the module's head.
+        s in units of x; shape, dtype and special cases as in the module docstring.
     """
     format = as_format(format)
     x, dims = _prepare(x, dim, check)
@@ -84,7 +85,7 @@ def maximum(
 
 @torch.no_grad()
 def mean_magnitude(x: Tensor, format: Format | int, dim: int | None = None, *, check: bool = True) -> Tensor:
-    """The mean of the magnitudes, zeros included; shape, dtype and special cases as in the module's head."""
+    """Mean of the magnitudes, zeros included; shape, dtype and special cases as in the module docstring."""
     x, dims = _prepare(x, dim, check)
     a = magnitudes(x, as_format(format).signed)
     count = math.prod([x.shape[d] for d in dims])
@@ -96,20 +97,20 @@ def mean_magnitude(x: Tensor, format: Format | int, dim: int | None = None, *, c
 def percentile(
     x: Tensor, format: Format | int, dim: int | None = None, q: float = 99.99, *, check: bool = True
 ) -> Tensor:
-    """The q-th percentile of |x|, zeros included, linear between the two nearest elements (as NumPy's default).
+    """The q-th percentile of |x|, zeros included, interpolated linearly between elements (NumPy's default).
 
     Args:
         x: any shape and floating dtype.
-        format: of which the sign alone counts; a number stands for the signed integers of so many bits.
-        dim: None for one scalar, or the dimension that gets one scalar an index.
+        format: number format, of which only the sign matters; a number B means signed B-bit integers.
+        dim: None for one scalar, or the dimension that gets one scalar per index.
         q: 0 < q <= 100, in percent. The paper tries 99.9, 99.99 and 99.999.
-        check: refuse NaN and infinity (waits for the device).
+        check: raise ValueError on NaN and infinity (waits for the device).
 
     Returns:
-        s in units of x; shape, dtype and special cases as in the module's head.
+        s in units of x; shape, dtype and special cases as in the module docstring.
 
     Raises:
-        ValueError: q outside (0, 100].
+        ValueError: if q is outside (0, 100].
     """
     format = as_format(format)
     check_percentile(q)
@@ -127,7 +128,7 @@ def percentile(
 
 
 def _percentile_of_rows(rows: Tensor, q: float) -> Tensor:
-    """Of each of [rows, n], NaN if it is not finite; leaves them in disorder."""
+    """Return the q-th percentile of each row of [rows, n], NaN for rows that are not finite; reorders the rows."""
     position = (rows.shape[1] - 1) * q / 100
     below, above = math.floor(position), math.ceil(position)
     low, high, largest = _order_statistics(rows, below, above)
@@ -135,30 +136,30 @@ def _percentile_of_rows(rows: Tensor, q: float) -> Tensor:
 
 
 def _in_shape(ends: Tensor, dim: int | None) -> Tensor:
-    """Ends with all dimensions of x kept, in the shape of a result: [2] for one interval."""
+    """Reshape clipping bounds with all dimensions of x to the shape of a result: [2] for one interval."""
     return ends.reshape(2) if dim is None else ends
 
 
 def _order_statistics(rows: Tensor, below: int, above: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of [rows, n], the elements of ranks below and above, counted from 0 upwards, and the largest.
+    """Return the elements of ranks `below` and `above` and the largest element of each row of [rows, n].
 
-    NaN is larger than any. Leaves rows in disorder.
+    Ranks count from 0 in ascending order. NaN ranks above all numbers. Reorders the rows.
     """
     if rows.device.type == "cpu" and not recording():
-        rows.numpy().partition(below, axis=1)  # several ranks at once would be ten times slower than one
+        rows.numpy().partition(below, axis=1)  # partitioning at several ranks would be ten times slower
         return rows[:, below], rows[:, above:].amin(1), rows[:, below:].amax(1)
-    # Nothing waits for the device. Percentiles that clip sit near the top, which is found faster than all are sorted.
+    # This must not wait for the device. Percentiles for clipping are near the top, and topk is faster than a full sort.
     n = rows.shape[1]
     top = rows.topk(n - below, dim=1, sorted=True).values
     return top[:, -1], top[:, n - 1 - above], top[:, 0]
 
 
 AT_ONCE = 10
-"""Candidates of a sweep that a compiled graph tries together: a graph of each alone takes a minute to compile."""
+"""Candidates that a compiled graph tries together: a graph that tries each one alone would take a minute to compile."""
 
 
 def _errors(y: Tensor, format: Format, candidates: Sequence[float], dims: tuple[int, ...]) -> Tensor:
-    """The squared error of y at each of some scalars, [candidates, *shape of s]; the better sign's if there are two."""
+    """Return the squared errors of y by candidate, [candidates, *shape of s]; for the better sign if s has a sign."""
     signs = (1, -1) if format.oriented else (1,)
     together = torch.compiler.is_compiling()
     spanned, errors = tuple(d + together for d in dims), []
@@ -182,22 +183,22 @@ def mse_sweep(
 ) -> Tensor:
     """The best of `points` candidates k/points * max |x|, k = 1..points, by the measured MSE of the quantizer itself.
 
-    Source: section 5 ("MSE"). Ties go to the smallest candidate.
+    Source: section 5 ("MSE"). On ties, the smallest candidate is chosen.
 
     Args:
         x: any shape and floating dtype.
-        format: what is rounded to; a number stands for the signed integers of so many bits.
-        dim: None for one scalar, or the dimension that gets one scalar an index.
-        points: how many candidates, at least 1.
-        together: with `dim`, rows share one k, the least total MSE deciding, as in the paper; false lets each row
-            choose its own.
-        check: refuse NaN and infinity (waits for the device).
+        format: number format to round to; a number B means signed B-bit integers.
+        dim: None for one scalar, or the dimension that gets one scalar per index.
+        points: number of candidates, at least 1.
+        together: with `dim`, all rows share the k with the least total MSE, as in the paper; if false, each row has its
+            own k.
+        check: raise ValueError on NaN and infinity (waits for the device).
 
     Returns:
-        s in units of x; shape, dtype and special cases as in the module's head.
+        s in units of x; shape, dtype and special cases as in the module docstring.
 
     Raises:
-        ValueError: points below 1.
+        ValueError: if points is below 1.
     """
     format = as_format(format)
     check_points(points)
@@ -207,13 +208,13 @@ def mse_sweep(
     unit = largest(x, format.signed, dims)
     y = x.to(unit.dtype) / torch.where(unit > 0, unit, 1.0)
     if not format.signed:
-        y.clamp_(min=0)  # costs the same for every candidate, and may not be in units of the row at all
+        y.clamp_(min=0)  # negative values add the same error to every candidate, and `unit` does not bound them
     candidates = [k / points for k in range(1, points + 1)]
     cost = _errors(y, format, candidates, dims)
     if dim is not None and together and cost.numel():
-        weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units that rows share
+        weight = (unit / unit.amax().clamp(min=torch.finfo(unit.dtype).tiny)).square()  # back to units shared by rows
         cost = (cost * weight).flatten(1).sum(1).reshape(-1, *[1] * unit.ndim)
-    # No table of candidates, which would have to be sent to the device.
+    # Computed, since a table of candidates would have to be copied to the device.
     best = ((cost.argmin(0) + 1).double() / points).to(unit.dtype) if cost.numel() else unit
     s = best * unit
     return s.reshape(()) if dim is None else s
@@ -227,12 +228,12 @@ def newton_step(x: Tensor, s: Tensor | float, format: Format | int, dim: int | N
 
     Args:
         x: any shape and floating dtype.
-        s: s_n in units of x; a number or a tensor of the result's shape.
-        format: what is rounded to; a number stands for the signed integers of so many bits.
-        dim: None for one scalar, or the dimension that gets one scalar an index.
+        s: s_n in units of x; a number or a tensor in the shape of the result.
+        format: number format to round to; a number B means signed B-bit integers.
+        dim: None for one scalar, or the dimension that gets one scalar per index.
 
     Returns:
-        s_{n+1} in units of x, shape and dtype as in the module's head; 0 for all-zero rows.
+        s_{n+1} in units of x, shape and dtype as in the module docstring; 0 for all-zero rows.
     """
     format = as_format(format)
     x, dims = _prepare(x, dim, check=False)
@@ -263,60 +264,65 @@ def octav(
 ) -> Tensor:
     """OCTAV: the MSE-optimal clipping scalar of Theorem 3.1, solved to convergence.
 
-    Solves the paper's condition J'(s) = 0 with the indicators held constant, as the paper differentiates:
+    Solves the paper's condition J'(s) = 0. As in the paper, the derivative treats the indicators as constant:
 
         g(s) = k s #{0<|x|<=s} - sum (|x| - s) 1{|x|>s} = 0,      k = 4^-B / 3, or 4^-B / 12 when unsigned
 
-    g rises with s, with a jump of k|x| at each element, so its sign change is unique: it is the minimum of the convex
-    function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. Where g jumps across zero, the answer is that element.
+    g increases with s and jumps by k|x| at each element, so its sign change is unique. It is the minimum of the convex
+    function sum k (s^2 - x^2)+ / 2 + (|x| - s)+^2 / 2. If g jumps across zero at an element, the solution is the
+    magnitude of that element.
 
-    The paper neglects that two's complement has no code at +s. What is clipped there lands on the last code, at
-    t = s (1 - 2^(1-B)), and so costs (x - t)^2. With that end counted where it lies,
+    The paper neglects that two's complement has no code at +s. Values clipped on that side are mapped to the last code,
+    at t = s (1 - 2^(1-B)), which costs (x - t)^2. If this is taken into account,
 
         J(s) = k s^2 #{in between} + sum (x - t)^2 1{x>t} + sum (|x| - s)^2 1{x<-s}
 
-    which is solved in the same way (see `kernels.cost`); in an oriented format on the side without a code at s, always.
+    and it is solved in the same way (see `kernels.cost`). In an oriented format, the side without a code at s is always
+    treated like this.
 
-    The paper's Newton step alone (`newton_step`) approaches from below, needs more than ten steps at 8 bits, and on
-    rows of few elements (depthwise filters, constants) falls into cycles. Here each read of x serves several
-    proposals, and a bracket [lo, hi] of the sign change chooses among them (see `kernels.newton`).
+    The paper's Newton step alone (`newton_step`) approaches the solution from below, needs more than ten steps at 8
+    bits, and runs into cycles on rows of few elements (depthwise filters, constants). Here, each read of x provides
+    several proposals for the next s, and a bracket [lo, hi] of the sign change selects one (see `kernels.newton`).
 
     Args:
         x: any shape and floating dtype.
-        format: what is rounded to; a number stands for the signed integers of so many bits.
-        dim: None for one scalar, or the dimension that gets one scalar an index.
-        iterations: reads of x after the start, 1 or more. With 10, the paper's number, about one row in 10^5 of a
-            heavy-tailed tensor is still off by more than 10^-4.
-        init: s_1, in units of x: a number, or a tensor of the result's shape; from the scalars of a similar tensor,
+        format: number format to round to; a number B means signed B-bit integers.
+        dim: None for one scalar, or the dimension that gets one scalar per index.
+        iterations: number of reads of x after the start, 1 or more. With 10, the paper's number, about one row in 10^5
+            of a heavy-tailed tensor is still off by more than 10^-4.
+        init: s_1, in units of x: a number or a tensor in the shape of the result. With the scalars of a similar tensor,
             one or two iterations are enough. By default sum |x| / #{x != 0}, as in the paper. Where it is not positive
-            and finite, 1 takes its place. The converged result does not depend on it, if it is no further from the
-            elements of x than float32 reaches, a factor of 10^18.
-        tolerance: on a CPU, where looking is free, reading ends when no scalar moves by more than this, relatively.
-        check: refuse NaN and infinity (waits for the device).
-        pool: what x is a part of, one may be empty, all with the same `init`; None: it is all there is. The
-            result is the scalar of all parts together.
-        missing_code: count the last code of two's complement where it lies, and not at s.
-        orientation: in an oriented format, numbers with the signs of s, shape of the result, as far as they are known;
-            None: those that serve the largest magnitudes.
-        refine: J(s) spreads the noise of rounding evenly, which holds for many elements. Where one scalar spans few, at
-            most `FEW`, so many candidates are tried, half of them from a third to three times of it and half around the
-            best of these, and the one with the least measured error is taken (plain integers only); 0: none.
+            and finite, 1 is used instead. The converged result does not depend on it, as long as it is within the range
+            of float32 from the elements of x, a factor of 10^18.
+        tolerance: on a CPU, where checking for convergence costs nothing, iterations stop when no scalar changes by
+            more than this, relatively.
+        check: raise ValueError on NaN and infinity (waits for the device).
+        pool: the parts, of which x is one, that share the scalar; all have the same `init`, and a part may be empty.
+            None if x is the whole tensor.
+        missing_code: account for the last code of two's complement, which lies below +s.
+        orientation: in an oriented format, numbers with the signs of s, as far as known, in the shape of the result.
+            With None, the signs are those that suit the largest magnitudes.
+        refine: number of candidates that are tried around the solution, 0 for none (plain integers only). J(s) assumes
+            evenly distributed rounding noise, which holds for many elements. If at most `FEW` elements share a scalar,
+            half of the candidates lie between a third and three times the solution, the other half around the best of
+            these, and the one with the least measured error is returned.
 
     Returns:
-        s in units of x; shape, dtype and special cases as in the module's head. A constant c and a single element c
-        give |c|, unless an end is missing on that side.
+        s in units of x; shape, dtype and special cases as in the module docstring. The result for a constant c or a
+        single element c is |c|, unless there is no code at s on that side.
 
     Raises:
-        ValueError: iterations below 1, `refine` below 0 or of a pool, NaN or infinity in x under `check`.
+        ValueError: if iterations is below 1, `refine` is below 0 or used with a pool, or x contains NaN or infinity and
+            `check` is true.
     """
     format = as_format(format)
     check_iterations(iterations)
     check_refine(refine)
     if refine and pool is not None:
-        raise ValueError(f"refine={refine}: measures errors of one part alone, not of a pool")
+        raise ValueError(f"refine={refine}: must be 0 with a pool, since errors are measured on one part only")
     x, dims = _prepare(x, dim, check)
     orientation = None if orientation is None else orientation.reshape(kept(x, dims))
-    if not dims or (x.numel() == 0 and pool is None):  # each element is a row of its own, or there is none
+    if not dims or (x.numel() == 0 and pool is None):  # each element is a row by itself, or there are no elements
         return maximum(x, format, dim, check=False, pool=pool)
     search = Search(dims, iterations, tolerance, pool)
     guess = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
@@ -335,7 +341,7 @@ def octav(
 
 
 def _refined(x: Tensor, s: Tensor, format: IntFormat, candidates: int, both_signs: bool) -> Tensor:
-    """The best of some scalars by measured error: half of them far and wide around s, the others around the best."""
+    """Return the scalar with the least measured error: first among candidates far around s, then around the best."""
     widely = [1.0, *_spread(1.5, (candidates + 1) // 2)]
     if both_signs:
         widely += [-factor for factor in widely]
@@ -345,5 +351,5 @@ def _refined(x: Tensor, s: Tensor, format: IntFormat, candidates: int, both_sign
 
 
 def _spread(octaves: float, count: int) -> list[float]:
-    """So many factors up to some octaves around 1."""
+    """Return `count` factors from 2^-octaves to 2^octaves, evenly spaced on a logarithmic scale."""
     return torch.logspace(-octaves, octaves, count, 2, dtype=torch.float64, device="cpu").tolist()

@@ -1,6 +1,6 @@
 """Fake quantization x -> Q(x; s), differentiated by a gradient estimator (section 4 of the paper; `gradients`).
 
-Clipping scalars are constants: they get no gradient.
+Clipping scalars are treated as constants and get no gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,29 +16,29 @@ from qat_runner.quant.kernels import operators
 from qat_runner.quant.tensors import compute_dtype, derivatives_wanted, recording, transformed
 
 Solve = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""x -> its clipping scalars, and x quantized with them."""
+"""A function x -> (clipping scalars of x, x quantized with them)."""
 SolveAll = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
-"""The same of several tensors."""
+"""A function xs -> (clipping scalars of each tensor, each tensor quantized with them)."""
 
 
 def refuse_double_backward() -> None:
-    """To be called in a backward pass.
+    """Check that the current backward pass is not differentiated itself. Call it within a backward pass.
 
     Raises:
-        RuntimeError: it is to be differentiated itself.
+        RuntimeError: if a second derivative is requested.
     """
-    # Gradient mode is on in a backward pass only under create_graph=True; a compiler refuses it itself, and
-    # torch.func.grad always has it on, though it matters only to another one around it.
+    # Gradient mode is on in a backward pass only under create_graph=True. A compiler rejects double backward itself.
+    # torch.func.grad always turns gradient mode on, but it matters only if another transform differentiates the result.
     again = derivatives_wanted() > 1 if transformed() else torch.is_grad_enabled() and not recording()
     if again:
         raise RuntimeError(
             "fake_quantize: double backward (create_graph=True) is not supported, "
-            "since the gradient estimators are no derivatives of anything"
+            "since the gradient estimators are not derivatives of a function"
         )
 
 
 class _Estimated(torch.autograd.Function):
-    """Saves x and s only: the backward pass finds again what was clipped."""
+    """Saves only x and s: the backward pass recomputes which elements were clipped."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,19 +54,19 @@ class _Estimated(torch.autograd.Function):
 def _refused_jvp(ctx: Any, *tangents: Any) -> Any:
     raise RuntimeError(
         "fake_quantize: forward-mode derivatives (jvp) are not supported, "
-        "since the gradient estimators are those of a backward pass"
+        "since the gradient estimators are defined for the backward pass only"
     )
 
 
 def _save(ctx: Any, x: Tensor, s: Tensor, format: Format, gradient: Estimator) -> None:
-    """What the backward pass needs."""
+    """Save what the backward pass needs."""
     if not gradient.straight:
         ctx.save_for_backward(x, s)
     ctx.format, ctx.gradient = format, gradient
 
 
 class _Recorded(_Estimated):
-    """For a compiler, which takes in nothing that has a jvp."""
+    """For compilers, which do not support functions with a jvp."""
 
     @staticmethod
     def forward(x: Tensor, s: Tensor, format: Format, gradient: Estimator) -> Tensor:
@@ -78,7 +78,7 @@ class _Recorded(_Estimated):
 
 
 class _FakeQuantize(_Recorded):
-    generate_vmap_rule = True  # by those of the operators
+    generate_vmap_rule = True  # from the vmap rules of the operators
     jvp = staticmethod(_refused_jvp)
 
 
@@ -93,13 +93,13 @@ class _SolveAndQuantize(_Estimated):
 
 
 def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: Estimator) -> Tensor:
-    """As `fake_quantize`, where one operation solves for the scalars and quantizes.
+    """Fake-quantize x like `fake_quantize`, with one operation that both solves for the scalars and quantizes.
 
     Args:
         x: any shape, floating dtype.
-        solve: x -> clipping scalars, and x quantized with them.
-        format: what it rounds to.
-        gradient: the estimator.
+        solve: a function that returns the clipping scalars of x, and x quantized with them.
+        format: the format that `solve` rounds to.
+        gradient: the gradient estimator.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
         return solve(x)[1]
@@ -108,7 +108,7 @@ def solve_and_quantize(x: Tensor, solve: Solve, format: Format, gradient: Estima
 
 
 class _SolveAndQuantizeAll(torch.autograd.Function):
-    """The same of several tensors. Those that no gradient comes to give none."""
+    """Solves and quantizes several tensors. A tensor whose output receives no gradient gets none."""
 
     @staticmethod
     def forward(
@@ -141,16 +141,16 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
 def solve_and_quantize_all(
     xs: Sequence[Tensor], solve: SolveAll, format: IntFormat, gradient: Estimator
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """As `solve_and_quantize` of several tensors, of which the backward pass waits for all gradients.
+    """Apply `solve_and_quantize` to several tensors at once; the backward pass waits for the gradients of all of them.
 
     Args:
         xs: any shapes, the same floating dtype and device.
-        solve: xs -> the clipping scalars of each, and each quantized with them.
-        format: what it rounds to.
-        gradient: the estimator.
+        solve: a function that returns the clipping scalars of all tensors, and the tensors quantized with them.
+        format: the format that `solve` rounds to.
+        gradient: the gradient estimator.
 
     Returns:
-        The scalars, and the tensors quantized.
+        The scalars and the quantized tensors.
     """
     if not torch.is_grad_enabled():
         return solve(xs)
@@ -160,37 +160,40 @@ def solve_and_quantize_all(
 
 
 def fake_quantize(x: Tensor, s: Tensor | float, format: Format | int, gradient: str | Estimator = "mad") -> Tensor:
-    """Quantize x with clipping scalar s, and give back real numbers: levels of the format times s.
+    """Quantize x with clipping scalar s, and return floating-point values: levels of the format times s.
 
     Source: the quantizer of section 2 (two's complement, or unsigned), with the gradient estimators of section 4.
-    Halves round to even. Half-precision inputs are scaled and rounded in float32.
+    Ties round to even. Half-precision inputs are scaled and rounded in float32.
 
     Args:
         x: any shape, floating dtype.
-        s: clipping scalar(s) >= 0, finite, in units of x; a number, or a tensor broadcastable to x without growing it
-            ([] for one per tensor, [K, 1, 1, 1] for one per output channel). Negative ones are for oriented formats.
-            Gets no gradient.
-        format: what to round to; a number B, 2 to 16, stands for the signed integers of so many bits, codes
+        s: clipping scalar(s) >= 0, finite, in units of x; a number, or a tensor that broadcasts to the shape of x ([]
+            for one per tensor, [K, 1, 1, 1] for one per output channel). Oriented formats allow negative values. For
+            a format with two clipping bounds, both are stacked along a first dimension. Gets no gradient.
+        format: number format to round to; a number B, 2 to 16, means signed B-bit integers with codes
             -2^(B-1)..2^(B-1)-1.
-        gradient: ste, pwl, mad, ewgs, trust or what is registered; or an estimator with options of its own.
+        gradient: ste, pwl, mad, ewgs, trust or a registered name; or an estimator, which may have other options.
 
     Returns:
-        Shape, dtype and device of x. Zero where s is zero; NaN where x or s is NaN.
+        A tensor in the shape, dtype and device of x. Zero where s is zero; NaN where x or s is NaN.
 
     Raises:
-        TypeError: x is not floating.
-        ValueError: unknown `gradient`, bits out of range, s needs a gradient or does not broadcast to x.
-        RuntimeError: in the backward pass, if it is run with create_graph=True.
+        TypeError: if x is not floating-point.
+        ValueError: if `gradient` is unknown, the bit-width is out of range, or s requires a gradient or does not
+            broadcast to x.
+        RuntimeError: in the backward pass, if it runs with create_graph=True.
     """
     estimator = gradient_estimator(gradient)
     if not x.is_floating_point():
-        raise TypeError(f"fake_quantize: x must be floating, not {x.dtype}")
+        raise TypeError(f"fake_quantize: x must be floating-point, not {x.dtype}")
     s = torch.as_tensor(s, dtype=compute_dtype(x), device=x.device)
     if s.requires_grad:
         raise ValueError("fake_quantize: s must not require a gradient (pass s.detach())")
     format = as_format(format)
     if format.parts > 1 and (s.ndim == 0 or len(s) != format.parts):
-        raise ValueError(f"fake_quantize: s of shape {list(s.shape)}: {format.name} takes {format.parts}, stacked")
+        raise ValueError(
+            f"fake_quantize: s of shape {list(s.shape)} must have a first dimension of {format.parts} for {format.name}"
+        )
     of_one = s.shape if format.parts == 1 else s.shape[1:]
     if len(of_one) > x.ndim or any(n not in (1, m) for n, m in zip(reversed(of_one), reversed(x.shape), strict=False)):
         raise ValueError(f"fake_quantize: s of shape {list(s.shape)} does not broadcast to x of shape {list(x.shape)}")

@@ -1,36 +1,36 @@
-"""Formats: what a number looks like, apart from its scale.
+"""Number formats: the quantization levels of a tensor, up to a scale.
 
-A format has levels, in units of a clipping scalar s > 0, which belongs to a tensor or to a channel of it. All that
-depends on the levels is asked of the format: rounding to them, codes and back, how much noise rounding makes, the shape
-of the scalars, and what a code is called in an exported file. Quantizers, records, charts, export and kernels know no
-format by its parameters.
+A format defines its levels in units of a clipping scalar s > 0, which belongs to a tensor or to one channel of it.
+Everything that depends on the levels is a method or property of the format: rounding to the levels, encoding and
+decoding, the amount of rounding noise, the shape of the scalars, and the type of the codes in an exported file.
+Quantizers, records, charts, export and kernels do not depend on the parameters of a format.
 
-The plain integers, `IntFormat`, in three ranges:
+Plain integers, `IntFormat`, have one of three ranges. B is the bit-width and D the step size:
 
 | range           | signed                                                     | unsigned (e.g. after a ReLU)    |
 |-----------------|------------------------------------------------------------|---------------------------------|
 | twos_complement | D = s 2^(1-B), codes -2^(B-1)..2^(B-1)-1: none lies at +s  | D = s 2^-B, codes 0..2^B-1      |
-| full            | D = s / (2^(B-1)-1), codes -s/D..s/D: one at either end    | D = s / (2^B-1), codes 0..2^B-1 |
+| full            | D = s / (2^(B-1)-1), codes -s/D..s/D: one at -s, one at +s | D = s / (2^B-1), codes 0..2^B-1 |
 | oriented        | as two's complement, but D = s 2^(1-B) may be negative     | as full                         |
 
-Codes are round(x/D), clamped. Two's complement is the paper's range (section 2, "Quantizers"). An oriented tensor, or
-row of one, has its lowest code, the one without a counterpart, on whichever side its sign of s puts it: at -s, which
-is above zero where s is negative. So the code at the end serves the side that needs it, and costs nothing: a sign of
-the scale is arithmetic that is there anyway. The range full is PACT's as well.
+Codes are round(x/D), clamped. Two's complement is the paper's range (section 2, "Quantizers"). In the oriented range,
+the lowest code, which has no counterpart of opposite sign, lies at -s. The sign of s is chosen for each tensor or row,
+and a negative s puts this code above zero. The extra code thus serves the side that needs it, at no cost: multiplying
+by a signed scale takes the same arithmetic. PACT uses the full range, too.
 
-Affine integers, `IntAffineFormat`, are for tensors that reach further to one side of zero: instead of s they have two
-ends, low <= 0 <= high, stacked in one tensor [2, ...], with 2^B codes between them:
+Affine integers, `IntAffineFormat`, are for tensors that are not symmetric around zero. Instead of s they have a lower
+and an upper clipping bound, low <= 0 <= high, stacked in one tensor [2, ...], with 2^B codes between them:
 
     D = (high - low) / (2^B - 1),    z = round(-low / D),    codes round(x/D) + z, clamped to 0..2^B-1
 
-z is the zero point, the code of zero, which is exact; so the ends of the grid, -z D and (2^B - 1 - z) D, may lie up to
-half a step beside low and high.
+z is the zero point, the code that represents zero exactly. The lowest and highest levels, -z D and (2^B - 1 - z) D,
+may therefore differ from low and high by up to half a step.
 
-To add a format: a frozen dataclass that derives from `Format` and gives `levels`, `rounding_noise`, `encode` and
-`decode`. A kernel for it is a branch in a module of `kernels`; without one, `fake_quantize` below serves all backends.
+To add a format, write a frozen dataclass that derives from `Format` and defines `levels`, `rounding_noise`, `encode`
+and `decode`. A kernel for it is a branch in a module of `kernels`; without one, all backends use `fake_quantize` below.
 """
 
-from __future__ import annotations  # configs are checked by formats, and that must not wait for PyTorch
+from __future__ import annotations  # configs are validated against formats, which must not import PyTorch
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = range(2, 17)
-"""The bit-widths that can be quantized to. The paper uses 4 to 8."""
+"""The supported bit-widths. The paper uses 4 to 8."""
 
 Scalar = TypeVar("Scalar", "Tensor", float)
 
 
 class Range(StrEnum):
-    """Which codes plain integers have, and where they lie: see the module's head."""
+    """The codes of plain integers, and which values they represent; see the module docstring."""
 
     TWOS_COMPLEMENT = "twos_complement"
     FULL = "full"
@@ -59,15 +59,17 @@ class Range(StrEnum):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """`tensors.compute_dtype`."""
+    """Call `tensors.compute_dtype`, imported late because it needs PyTorch."""
     from qat_runner.quant.tensors import compute_dtype
 
     return compute_dtype(x)
 
 
 def check_bits(bits: object) -> None:
-    """Raises:
-    ValueError: `bits` is no integer in `BITS`.
+    """Check a bit-width.
+
+    Raises:
+        ValueError: if `bits` is not an integer in `BITS`.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
         raise ValueError(f"bits={bits!r}: must be an integer from {BITS.start} to {BITS.stop - 1}")
@@ -75,19 +77,19 @@ def check_bits(bits: object) -> None:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """What a number looks like, apart from its scale.
+    """The quantization levels of a number, up to a scale.
 
     Args:
-        bits: of information in a code, 2 to 16: there are up to 2^bits levels.
-        signed: whether there are levels of both signs. What clips and is clipped are magnitudes, then: |x|, or else
-            max(x, 0).
+        bits: bit-width, the bits of information in a code, 2 to 16; there are up to 2^bits levels.
+        signed: whether there are levels of both signs. Clipping applies to the magnitudes |x| if there are, and to
+            max(x, 0) otherwise.
 
     Raises:
-        ValueError: `bits` is no integer in 2..16.
+        ValueError: if `bits` is not an integer in 2..16.
     """
 
     parts: ClassVar[int] = 1
-    """how many clipping scalars a row has: 1, s, or 2, a lower and an upper end, stacked along a first dimension"""
+    """clipping scalars of a row: 1 for s, or 2 for a lower and an upper bound, stacked along a first dimension"""
 
     bits: int
     signed: bool = True
@@ -96,14 +98,14 @@ class Format(ABC):
         check_bits(self.bits)
 
     def with_sign(self, signed: bool) -> Self:
-        """The same format for tensors of the other kind."""
+        """Return the same format, signed or unsigned."""
         return replace(self, signed=signed)
 
     def with_range(self, range: Range) -> Self:
-        """The same format with other codes, where it has a choice.
+        """Return the same format with another range of codes.
 
         Raises:
-            ValueError: it has none.
+            ValueError: if the format has no such choice.
         """
         if range is not Range.TWOS_COMPLEMENT:
             raise ValueError(f"range={range}: is for plain integers, not for {self.name}")
@@ -111,27 +113,29 @@ class Format(ABC):
 
     @property
     def oriented(self) -> bool:
-        """Whether scalars have a sign, which says to which side the levels reach further."""
+        """Whether scalars have a sign, which determines the side on which the levels reach further from zero."""
         return False
 
     @property
     def name(self) -> str:
-        """A word for it, such as int4 or uint4: the name that it was registered by, or else its class has, and bits."""
+        """Short name such as int4 or uint4: the registered name, or one from the class name, and the bit-width."""
         word = FORMATS.name_of(type(self)) or type(self).__name__.removesuffix("Format").lower()
         return f"{'' if self.signed else 'u'}{word}{self.bits}"
 
     def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The clipping interval: its lower and its upper end, shape of a scalar."""
+        """Return the lower and the upper bound of the clipping interval, each in the shape of a scalar."""
         s = s.abs() if self.oriented else s
         return (-s if self.signed else s.new_zeros(s.shape)), s
 
     def reach(self, s: Tensor) -> Tensor:
-        """How far the levels reach from zero, on the side where they reach further: s itself where it has no sign."""
+        """Return the distance from zero of the clipping bound that is further away: s itself where s has no sign."""
         return s.abs() if self.oriented else s
 
     def check_scalars(self, s: Tensor) -> None:
-        """Raises:
-        ValueError: s are no clipping scalars; half a sentence.
+        """Check clipping scalars.
+
+        Raises:
+            ValueError: if s are not valid clipping scalars; the caller puts a name in front of the message.
         """
         if not bool((s.isfinite() & ((s >= 0) | self.oriented)).all()):
             raise ValueError("clipping scalars must be finite and not negative")
@@ -139,35 +143,40 @@ class Format(ABC):
     @property
     @abstractmethod
     def levels(self) -> Sequence[float]:
-        """All values that there are, in units of s, rising."""
+        """All quantization levels, in units of s, in ascending order."""
 
     @property
     def spacing(self) -> float:
-        """From the last level but one to the last, in the units of `levels`."""
+        """Distance between the two highest levels, in the units of `levels`."""
         return self.levels[-1] - self.levels[-2]
 
     @property
     @abstractmethod
     def rounding_noise(self) -> float:
-        """k, such that rounding alone costs k s^2 on average: the model of J(s) (section 2 of the paper)."""
+        """k in the model J(s), where rounding alone has the expected squared error k s^2 (section 2 of the paper)."""
 
     @abstractmethod
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
-        """x, any shape and floating dtype -> codes, integers in the compute dtype; s >= 0, broadcastable to x."""
+        """Return the codes of x, integers in the compute dtype.
+
+        Args:
+            x: any shape and floating dtype.
+            s: >= 0, broadcastable to x.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, s: Tensor) -> Tensor:
-        """Codes -> the values that they stand for, in the dtype of the codes or of s, whichever is wider."""
+        """Return the values that codes represent, in the dtype of the codes or of s, whichever is wider."""
 
     def fake_quantize(self, x: Tensor, s: Tensor) -> Tensor:
-        """Round x to the levels; the reference of what kernels do, and what there is where none serves.
+        """Round x to the levels. This is the reference for the kernels, and is used where no kernel applies.
 
         Args:
             x: any shape and floating dtype.
             s: >= 0, broadcastable to x. Where s is 0 the result is 0; where it is NaN the result is NaN.
 
         Returns:
-            Shape and dtype of x; no gradient is meant to flow.
+            A tensor in the shape and dtype of x. It is not meant to be differentiated.
         """
         s = s.to(_compute_dtype(x))
         q = self.decode(self.encode(x, s), s)
@@ -175,7 +184,7 @@ class Format(ABC):
 
     @property
     def exported_type(self) -> str | None:
-        """The integer type that holds its codes in a file: int4, uint4, int8, ...; None: it cannot be exported."""
+        """Integer type that holds the codes in a file: int4, uint4, int8, ...; None if the format has no export."""
         return None
 
 
@@ -186,7 +195,7 @@ class StepFormat(Format):
     @property
     @abstractmethod
     def levels_per_scalar(self) -> int:
-        """s / D: how many steps the clipping scalar holds."""
+        """s / D: the clipping scalar in steps."""
 
     @property
     @abstractmethod
@@ -204,11 +213,11 @@ class StepFormat(Format):
 
     @property
     def code_bits(self) -> int:
-        """Bits that a code takes."""
+        """Bits that are needed to store a code."""
         return self.bits
 
     def step(self, s: Scalar) -> Scalar:
-        """D, in units of s."""
+        """Return the step size D, in the same units as s."""
         return s / self.levels_per_scalar
 
     def decode(self, codes: Tensor, s: Tensor) -> Tensor:
@@ -216,7 +225,7 @@ class StepFormat(Format):
 
     @property
     def storage_bits(self) -> int | None:
-        """Of the smallest integer type that holds its codes: 4, 8 or 16; None: there is none."""
+        """Bits of the smallest integer type that holds the codes: 4, 8 or 16; None if none does."""
         return next((width for width in (4, 8, 16) if self.code_bits <= width), None)
 
     @property
@@ -226,22 +235,22 @@ class StepFormat(Format):
 
 @dataclass(frozen=True)
 class IntFormat(StepFormat):
-    """Plain integers: see the module's head.
+    """Plain integers; see the module docstring.
 
     Args:
-        bits: width B of a code, 2 to 16.
+        bits: bit-width B of a code, 2 to 16.
         signed: codes of both signs if true, none below zero otherwise.
-        range: which codes there are.
+        range: the range of codes.
     """
 
     range: Range = Range.TWOS_COMPLEMENT
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "range", Range(self.range))  # a word of a config is as good
+        object.__setattr__(self, "range", Range(self.range))  # strings, as in configs, are accepted
 
     def with_range(self, range: Range) -> Self:
-        """As `Format.with_range`."""
+        """Return the same format with another range of codes."""
         return replace(self, range=Range(range))
 
     @property
@@ -250,17 +259,17 @@ class IntFormat(StepFormat):
 
     @property
     def closed(self) -> bool:
-        """Whether the largest code lies at s itself; otherwise it is one step below."""
+        """Whether the largest code represents s itself; otherwise it lies one step below s."""
         return self.range is Range.FULL or (self.range is Range.ORIENTED and not self.signed)
 
     @property
     def resolution(self) -> int:
-        """Steps from zero to the full scale, a power of two."""
+        """Steps from zero to `full_scale`, a power of two."""
         return 1 << (self.bits - 1 if self.signed else self.bits)
 
     @property
     def levels_per_scalar(self) -> int:
-        """s / D: a power of two, or one less in a closed format."""
+        """s / D: a power of two, or one less than that in a closed format."""
         return self.resolution - self.closed
 
     @property
@@ -277,24 +286,26 @@ class IntFormat(StepFormat):
 
     @property
     def rounding_noise(self) -> float:
-        """D^2 / 12 in units of s^2; open: 4^-B / 3, or 4^-B / 12 when unsigned."""
+        """D^2 / 12 in units of s^2: if not closed, 4^-B / 3 when signed and 4^-B / 12 when unsigned."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)
 
     def full_scale(self, s: Scalar) -> Scalar:
-        """The clipping scalar of the open format of the same step: s itself, or a step above it in a closed one.
+        """Return the clipping scalar of the format that is not closed and has the same step size.
 
-        In units of it a step is a power of two: scaling by it is exact, whatever it is.
+        This is s itself, or one step more in a closed format. In units of it, a step is a power of two. Scaling between
+        these units and steps is therefore exact.
         """
         return self.step(s) * self.resolution if self.closed else s
 
     def in_steps(self, x: Tensor, s: Tensor) -> Tensor:
-        """x / D, which is what is rounded to a code; always fresh memory, in the compute dtype.
+        """Return x / D, which is then rounded to a code, as a new tensor in the compute dtype.
 
-        Works on x over the full scale, whose steps are powers of two: exact scaling, and no step size that underflows.
+        Divides x by the full scale, then multiplies by a power of two. The multiplication is exact, and no step size
+        can underflow.
 
         Args:
             x: any shape and floating dtype.
-            s: >= 0, broadcastable to x. Where s is 0 it is taken for 1.
+            s: >= 0, broadcastable to x. Where s is 0, 1 is used instead.
         """
         x = x.to(_compute_dtype(x))
         full_scale = self.full_scale(s.to(x.dtype))
@@ -310,13 +321,13 @@ class IntFormat(StepFormat):
 
 @dataclass(frozen=True)
 class IntAffineFormat(StepFormat):
-    """Affine integers, which have a zero point: see the module's head. Unsigned, low is 0, and so is the zero point."""
+    """Affine integers, which have a zero point; see the module docstring. If unsigned, low and the zero point are 0."""
 
     parts: ClassVar[int] = 2
 
     @property
     def levels_per_scalar(self) -> int:
-        """Steps from the lower end to the upper one."""
+        """Steps from the lower to the upper bound."""
         return int(2**self.bits - 1)
 
     @property
@@ -329,12 +340,12 @@ class IntAffineFormat(StepFormat):
 
     @property
     def levels(self) -> Sequence[float]:
-        """In units of the width, from the lower end on."""
+        """All quantization levels, measured from the lower bound, in units of high - low."""
         return [code / self.levels_per_scalar for code in range(self.levels_per_scalar + 1)]
 
     @property
     def rounding_noise(self) -> float:
-        """D^2 / 12 in units of the width squared."""
+        """D^2 / 12 in units of (high - low)^2."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)
 
     @property
@@ -349,15 +360,15 @@ class IntAffineFormat(StepFormat):
 
     def check_scalars(self, s: Tensor) -> None:
         if not bool(s.isfinite().all() & (s[0] <= 0).all() & (s[1] >= 0).all()):
-            raise ValueError("ends must be finite, the lower one not above zero and the upper one not below")
+            raise ValueError("clipping bounds must be finite, the lower one at most 0 and the upper one at least 0")
 
     def step(self, s: Scalar) -> Scalar:
-        """D, of ends [2, ...]: shape of one of them."""
+        """Return the step size D of bounds [2, ...], in the shape of one of them."""
         assert not isinstance(s, float)
         return (s[1] - s[0]) / self.levels_per_scalar
 
     def zero_point(self, s: Tensor) -> Tensor:
-        """z, whole numbers in the dtype of s, shape of an end; 0 where both ends are 0."""
+        """Return the zero points z, integers in the dtype of s and the shape of a bound; 0 where both bounds are 0."""
         step = self.step(s)
         return (-s[0] / step.where(step != 0, 1.0)).round().clamp(0, self.levels_per_scalar)
 
@@ -373,7 +384,7 @@ class IntAffineFormat(StepFormat):
         return (self._steps(x, s, self.zero_point(s)) * self.step(s)).to(x.dtype)
 
     def _steps(self, x: Tensor, s: Tensor, zero: Tensor) -> Tensor:
-        """round(x / D), as far as there are codes."""
+        """Return round(x / D), clamped to the range of the codes."""
         step = self.step(s)
         steps = (x.to(_compute_dtype(x)) / step.where(step != 0, 1.0)).round()
         return steps.maximum(-zero).minimum(self.levels_per_scalar - zero)
@@ -381,15 +392,15 @@ class IntAffineFormat(StepFormat):
 
 @dataclass(frozen=True)
 class MidriseFormat(StepFormat):
-    """2^B levels, the odd multiples of s / (2^B - 1): there is no zero. DoReFa's weights lie on them.
+    """2^B levels, the odd multiples of s / (2^B - 1), without a zero. DoReFa uses them for weights.
 
-    Codes are the odd numbers, so they take a bit more than there are bits of information.
+    Codes are odd integers, so storing a code takes one bit more than its B bits of information.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.signed:
-            raise ValueError("signed=False: levels without a zero lie on both sides of it")
+            raise ValueError("signed=False: must be True for levels without a zero, which lie on both sides of it")
 
     @property
     def levels_per_scalar(self) -> int:
@@ -417,7 +428,7 @@ class MidriseFormat(StepFormat):
 
     @property
     def rounding_noise(self) -> float:
-        """(2 D)^2 / 12 in units of s^2: levels lie two steps apart."""
+        """(2 D)^2 / 12 in units of s^2, since levels are two steps apart."""
         return 1.0 / (3.0 * self.levels_per_scalar**2)
 
     def encode(self, x: Tensor, s: Tensor) -> Tensor:
@@ -427,10 +438,10 @@ class MidriseFormat(StepFormat):
 
 
 def as_format(format: Format | int) -> Format:
-    """A format as it is; of a number, the signed integers of so many bits.
+    """Return a format unchanged, and for a number B the format of signed B-bit integers.
 
     Raises:
-        ValueError: the number is none in 2..16.
+        ValueError: if the number is not an integer in 2..16.
     """
     return format if isinstance(format, Format) else IntFormat(format)
 
@@ -441,4 +452,4 @@ FORMATS: Registry[type[Format]] = Registry(
     {"int": IntFormat, "int_affine": IntAffineFormat},
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, Format),
 )
-"""By the name that policies and configs have for them; each is made of bits and signed alone."""
+"""Formats by their names in policies and configs; each is constructed from `bits` and `signed` alone."""

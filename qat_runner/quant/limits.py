@@ -1,4 +1,4 @@
-"""What the options of clipping methods and gradient estimators may be."""
+"""Validation of the options of clipping methods and gradient estimators."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,71 +6,80 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 TOLERANCE = 1e-6
-"""Relative change of a scalar at which solving ends, where looking is free."""
+"""Relative change of a scalar below which solving stops, where checking for convergence costs nothing."""
 
 
 def check_iterations(iterations: int) -> None:
-    """Raises:
-    ValueError: OCTAV reads less than once.
+    """Check the number of OCTAV's iterations.
+
+    Raises:
+        ValueError: if it is below 1.
     """
     if iterations < 1:
-        raise ValueError(f"iterations={iterations}: OCTAV needs at least 1")
+        raise ValueError(f"iterations={iterations}: must be at least 1")
 
 
 def check_refine(candidates: int) -> None:
-    """Raises:
-    ValueError: fewer than none.
+    """Check the number of candidates for refinement.
+
+    Raises:
+        ValueError: if it is negative.
     """
     if candidates < 0:
         raise ValueError(f"refine={candidates}: must be 0 or more candidates")
 
 
 def check_percentile(q: float) -> None:
-    """Raises:
-    ValueError: q outside (0, 100].
+    """Check a percentile.
+
+    Raises:
+        ValueError: if q is outside (0, 100].
     """
     if not 0 < q <= 100:
         raise ValueError(f"q={q}: a percentile must lie in (0, 100]")
 
 
 def check_points(points: int) -> None:
-    """Raises:
-    ValueError: a sweep without a candidate.
+    """Check the number of candidates of a sweep.
+
+    Raises:
+        ValueError: if it is below 1.
     """
     if points < 1:
-        raise ValueError(f"points={points}: a sweep needs at least 1")
+        raise ValueError(f"points={points}: must be at least 1")
 
 
 def options_of(chosen: object) -> dict[str, Any]:
-    """The options of a method or an estimator, by name."""
+    """Return the options of a method or an estimator, by name."""
     return {field.name: getattr(chosen, field.name) for field in fields(chosen)} if is_dataclass(chosen) else {}
 
 
 def _declared(kind: object) -> str:
-    """The type of a field as it was written, or would be."""
+    """Return the type of a field as it is, or would be, written in source code."""
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
 }
-"""By the word that a field is declared with: whether a value is of that kind, and what it must be."""
+"""By the declared type of a field: a check whether a value has this type, and the words for it in error messages."""
 
 
 def check_options(what: str, kind: type, options: Mapping[str, Any]) -> None:
-    """Refuse options that a method or an estimator does not have, or that are not of the kind that is declared:
-    numbers, whole numbers, true or false.
+    """Check that a method or an estimator has these options, and that the values have the declared types.
+
+    Fields declared with a type other than bool, int, float or None are not checked.
 
     Args:
-        what: what a message calls it, such as "clipping 'octav'".
-        kind: a dataclass, of whose fields they are.
-        options: by name; where there are none, the fields are not looked at, which a compiler could not.
+        what: name for error messages, such as "clipping 'octav'".
+        kind: the dataclass whose fields are the options.
+        options: values by name. If empty, the fields are not inspected, since a compiler could not do this.
 
     Raises:
-        TypeError: naming an option that there is not.
-        ValueError: naming option and value.
+        TypeError: if there is no such option; the message names it.
+        ValueError: if a value has the wrong type; the message names option and value.
     """
     if not options:
         return

@@ -1,6 +1,6 @@
-"""A clipping method: what finds clipping scalars, and what of a call it may know."""
+"""Base class of clipping methods, which find clipping scalars, and the information about a call that they receive."""
 
-from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
+from __future__ import annotations  # configs are validated against methods, which must not import PyTorch
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,100 +16,102 @@ if TYPE_CHECKING:
     from qat_runner.quant.pool import Pool
 
 EVAL_MODES = ("dynamic", "running", "last")
-"""What a dynamic quantizer does in eval()."""
+"""Modes of a dynamic quantizer in eval(); see `Quantizer`."""
 
 
 class Call(NamedTuple):
-    """What a clipping method may know of the call that it solves for, beside the tensor."""
+    """What a clipping method receives about a call in addition to the tensor."""
 
     check: bool = True
-    """refuse NaN and infinity with a ValueError, in evaluation and calibration; false in training, where nothing waits
-    for the device"""
+    """raise ValueError on NaN and infinity, in evaluation and calibration; false in training, where nothing waits for
+    the device"""
     start: Tensor | None = None
-    """the scalars of the call before, in the shape of the result; only for a method that says `warm`"""
+    """scalars of the previous call, in the shape of the result; only for methods with `warm`"""
     training: bool = False
-    """the next call comes soon, with a similar tensor: close to converged is enough"""
+    """whether a call with a similar tensor will follow soon, so that an almost converged result suffices"""
     pool: Pool | None = None
-    """what x is a part of; only for a method that says `pools`. None: it is all there is"""
+    """the parts, of which x is one, that share scalars; only for methods with `pools`. None if x is the whole tensor"""
     orientation: Tensor | None = None
-    """in an oriented format, numbers with the signs of the scalars of the call before, in the shape of the result"""
+    """in an oriented format, numbers with the signs of the scalars of the previous call, in the shape of the result"""
 
 
 class ClippingMethod(ABC):
-    """How clipping scalars are found: its options are the fields of a frozen dataclass, checked when it is made.
+    """Finds clipping scalars.
 
-    A subclass gives `name` and `solve`, and says what else it can do. Registered (`methods.METHODS`), it has a name in
-    configs as well.
+    A method is a frozen dataclass. Its fields are its options, which are validated when it is created. A subclass
+    defines `name` and `solve`, and declares its other capabilities in class variables. If the subclass is registered in
+    `methods.METHODS`, configs can use its name.
     """
 
     name: ClassVar[str]
-    """what configs, records and messages call it"""
+    """name in configs, records and messages"""
     warm: ClassVar[bool] = False
-    """whether it makes use of a start"""
+    """whether `solve` uses `Call.start`"""
     pools: ClassVar[bool] = False
-    """whether it can solve for tensors that lie on several processes together"""
+    """whether `solve` supports `Call.pool`, for tensors that are distributed over several processes"""
     learned: ClassVar[bool] = False
-    """whether scalars are parameters that are trained; `solve` gives their start"""
+    """whether scalars are trained parameters; `solve` then returns their initial values"""
 
     @abstractmethod
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """The clipping scalars of a tensor.
+        """Return the clipping scalars of a tensor.
 
         Args:
             x: any shape and floating dtype; zeros and empty tensors occur.
-            format: what will be rounded to; where it is unsigned, magnitudes are max(x, 0).
-            dim: None for one scalar, shape []; a dimension for one an index of it, the others kept at size 1.
+            format: number format to round to; if it is unsigned, magnitudes are max(x, 0).
+            dim: None for one scalar, in shape []; or a dimension for one scalar per index of it, with the others kept
+                at size 1.
             call: see `Call`.
 
         Returns:
-            s in units of x, not negative, without a gradient, float64 for float64 and float32 else; 0 for a row that
-            is all zero. In an oriented format its sign is found after it, for all methods alike.
+            s in units of x, not negative, without a gradient, float64 for float64 and float32 otherwise; 0 for a row
+            that is all zero. In oriented formats, the sign is determined afterwards, in the same way for all methods.
 
         Raises:
-            ValueError: NaN or infinity in x under `call.check`.
+            ValueError: if x contains NaN or infinity and `call.check` is true.
         """
 
     def in_training(self, format: Format, warm: bool) -> tuple[Cost, int, float] | None:
-        """What a training step minimizes, if `solve` does what `kernels.octav_and_quantize` does, which is faster.
+        """Return the objective of a training step, if the faster `kernels.octav_and_quantize` can replace `solve`.
 
         Args:
-            format: what is rounded to.
-            warm: there are scalars of the call before.
+            format: number format to round to.
+            warm: whether there are scalars of a previous call.
 
         Returns:
-            The cost, how many reads there are at most, and the tolerance; or None, where `solve` is something else.
+            The cost, the maximum number of reads, and the tolerance; or None if `solve` does something else.
         """
         return None
 
     def quantizer(self, format: Format, *, weight: bool, **how: Any) -> Quantizer:
-        """What quantizes a tensor with this method.
+        """Return a quantizer that uses this method.
 
         Args:
-            format: what values are rounded to.
-            weight: it is a weight, and no activation.
-            **how: as of `Quantizer`.
+            format: number format to round to.
+            weight: whether it quantizes a weight; otherwise an activation.
+            **how: other arguments of `Quantizer`.
         """
         from qat_runner.quant import Quantizer
 
         return Quantizer(format, self, **how)
 
     def token_quantizer(self, format: Format, **how: Any) -> Quantizer:
-        """What quantizes an activation with this method, with a scalar for each token.
+        """Return a quantizer for an activation that uses this method, with one scalar per token.
 
         Args:
-            format: what values are rounded to.
-            **how: as of `TokenQuantizer`.
+            format: number format to round to.
+            **how: other arguments of `TokenQuantizer`.
 
         Raises:
-            ValueError: it is learned: no token is there for long enough.
+            ValueError: if the method is learned, since no scalar of a token lasts beyond a call.
         """
         from qat_runner.quant import TokenQuantizer
 
         if self.learned:
-            raise ValueError(f"clipping {self.name!r} learns its scalars, and tokens have none that last")
+            raise ValueError(f"clipping {self.name!r} learns its scalars, and scalars per token cannot be learned")
         return TokenQuantizer(format, self, **how)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its options, by name."""
+        """The options by name."""
         return options_of(self)

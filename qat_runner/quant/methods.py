@@ -1,10 +1,10 @@
-"""The clipping methods: OCTAV (section 3 of the paper) and its rivals (section 5), learned ones (`learned`), by name.
+"""Clipping methods by name: OCTAV (section 3 of the paper), its competitors (section 5), learned ones (`learned`).
 
-To add one: a frozen dataclass that derives from `ClippingMethod`, registered with `METHODS.register(name, class)` or by
-an installed package (see `plugins`).
+To add a method, write a frozen dataclass that derives from `ClippingMethod`, and register it with
+`METHODS.register(name, class)` or in an installed package (see `plugins`).
 """
 
-from __future__ import annotations  # configs are checked by methods, and that must not wait for PyTorch
+from __future__ import annotations  # configs are validated against methods, which must not import PyTorch
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qat_runner.quant.kernels.cost import Cost
 
 WARM_TOLERANCE = 1e-4
-"""Relative change of a scalar at which a training step that starts from the previous one's stops reading."""
+"""Relative change of a scalar below which a training step that starts from the previous scalar stops iterating."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,15 @@ class Octav(ClippingMethod):
     pools: ClassVar[bool] = True
 
     iterations: int = 10
-    """reads of a tensor a solution, from cold"""
+    """number of reads of a tensor per solution, when not starting from a previous scalar"""
     warm_iterations: int | None = 6
-    """at most so many a training step, from the previous step's scalar, which is an excellent start; None: from cold,
-    in evaluation as well"""
+    """maximum number of reads in a training step that starts from the scalar of the previous step, an excellent start;
+    None to never start from a previous scalar, including in evaluation"""
     missing_code: bool = False
-    """know that two's complement has no code at +s, which the paper neglects"""
+    """account for the missing code at +s of two's complement, which the paper neglects"""
     refine: int = 0
-    """candidates whose measured error decides, where few elements share a scalar; 0: none, as in the paper"""
+    """number of candidates to choose from by measured error, where few elements share a scalar; 0 for none, as in the
+    paper"""
 
     def __post_init__(self) -> None:
         check_iterations(self.iterations)
@@ -57,11 +58,11 @@ class Octav(ClippingMethod):
 
     @property
     def warm(self) -> bool:  # type: ignore[override]
-        """Whether it starts from the previous scalars."""
+        """Whether `solve` starts from the previous scalars."""
         return self.warm_iterations is not None
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """As `ClippingMethod.solve`; evaluation converges, whatever it starts from."""
+        """Return clipping scalars; see `ClippingMethod.solve`. In evaluation, they converge from any start."""
         from qat_runner.quant import clipping
 
         start = call.start if self.warm else None
@@ -81,7 +82,10 @@ class Octav(ClippingMethod):
         )
 
     def in_training(self, format: Format, warm: bool) -> tuple[Cost, int, float] | None:
-        """As `ClippingMethod.in_training`: for plain integers that are not oriented, without refining."""
+        """Return the objective of a training step, for plain integers that are not oriented, without refinement.
+
+        See `ClippingMethod.in_training`.
+        """
         if not isinstance(format, IntFormat) or format.oriented or self.refine:
             return None
         from qat_runner.quant.kernels.cost import cost_of
@@ -89,7 +93,7 @@ class Octav(ClippingMethod):
         return cost_of(format, self.missing_code, None), *self._reads(warm and self.warm)
 
     def _reads(self, warm: bool) -> tuple[int, float]:
-        """At most so many, and the tolerance, of a step that starts warm, or of another solution."""
+        """Return the maximum number of reads and the tolerance, for a warm or for a cold start."""
         if warm and self.warm_iterations is not None:
             return self.warm_iterations, WARM_TOLERANCE
         return self.iterations, TOLERANCE
@@ -97,13 +101,13 @@ class Octav(ClippingMethod):
 
 @dataclass(frozen=True)
 class Maximum(ClippingMethod):
-    """Max-scaling, nothing is clipped: `clipping.maximum`."""
+    """Max-scaling, which clips nothing: `clipping.maximum`."""
 
     name: ClassVar[str] = "max"
     pools: ClassVar[bool] = True
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """As `ClippingMethod.solve`."""
+        """Return clipping scalars; see `ClippingMethod.solve`."""
         from qat_runner.quant import clipping
 
         return clipping.maximum(x, format, dim, check=call.check, pool=call.pool)
@@ -116,13 +120,13 @@ class Percentile(ClippingMethod):
     name: ClassVar[str] = "percentile"
 
     q: float = 99.99
-    """above 0, at most 100, in percent"""
+    """percentile, above 0 and at most 100, in percent"""
 
     def __post_init__(self) -> None:
         check_percentile(self.q)
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """As `ClippingMethod.solve`."""
+        """Return clipping scalars; see `ClippingMethod.solve`."""
         from qat_runner.quant import clipping
 
         return clipping.percentile(x, format, dim, self.q, check=call.check)
@@ -130,26 +134,29 @@ class Percentile(ClippingMethod):
 
 @dataclass(frozen=True)
 class MseSweep(ClippingMethod):
-    """The best of some candidates by measured MSE: `clipping.mse_sweep`."""
+    """The best of several candidates by measured MSE: `clipping.mse_sweep`."""
 
     name: ClassVar[str] = "mse_sweep"
 
     points: int = 100
-    """candidates, 1 or more"""
+    """number of candidates, 1 or more"""
     together: bool = True
-    """rows of a weight share one candidate, as in the paper"""
+    """all rows of a weight use the same candidate, as a fraction of their maxima, as in the paper"""
 
     def __post_init__(self) -> None:
         check_points(self.points)
 
     def solve(self, x: Tensor, format: Format, dim: int | None, call: Call) -> Tensor:
-        """As `ClippingMethod.solve`."""
+        """Return clipping scalars; see `ClippingMethod.solve`."""
         from qat_runner.quant import clipping
 
         return clipping.mse_sweep(x, format, dim, self.points, together=self.together, check=call.check)
 
     def token_quantizer(self, format: Format, **how: Any) -> Quantizer:
-        """As `ClippingMethod.token_quantizer`; tokens never share a candidate."""
+        """Return a quantizer with one scalar per token, for which `together` is false.
+
+        See `ClippingMethod.token_quantizer`.
+        """
         return super(MseSweep, replace(self, together=False)).token_quantizer(format, **how)
 
 
@@ -163,19 +170,19 @@ METHODS: Registry[type[ClippingMethod]] = Registry(
     },
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, ClippingMethod),
 )
-"""By name."""
+"""Clipping methods by name."""
 
 
 def clipping_method(name: str, **options: Any) -> ClippingMethod:
-    """A clipping method with its options, which it checks.
+    """Return a clipping method with the given options, after validating them.
 
     Args:
         name: a name in METHODS.
-        **options: its fields, e.g. iterations=10, q=99.9.
+        **options: fields of the method, e.g. iterations=10, q=99.9.
 
     Raises:
-        ValueError: no such method, or an option out of range.
-        TypeError: an option that the method does not have.
+        ValueError: if there is no such method, or an option is invalid.
+        TypeError: if the method does not have an option.
     """
     if name not in METHODS:
         raise ValueError(f"clipping={name!r}: must be one of {', '.join(METHODS)}{meant(str(name), [*METHODS])}")

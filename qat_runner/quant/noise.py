@@ -1,8 +1,8 @@
 """Quantization noise: measured (MSE, SQNR, clipped fraction) and modelled (J(s), section 2 of the paper).
 
-All of it is summed in float64. Rows: as for the clipping scalars, `dim=None` gives one figure of shape [], `dim=d` one
-for each index of dimension d, with the other dimensions kept at size 1. Empty tensors have no noise: MSE 0, clipped
-fraction 0.
+All sums are computed in float64. As for clipping scalars, `dim=None` gives one figure of shape [], and `dim=d` gives
+one figure for each index of dimension d, with the other dimensions kept at size 1. Empty tensors have no noise: MSE 0,
+clipped fraction 0.
 """
 
 import math
@@ -17,14 +17,14 @@ from qat_runner.quant.tensors import compute_dtype
 
 
 class Noise(NamedTuple):
-    """What quantizing a tensor costs, one figure for the whole tensor; each field is a tensor of shape [], float64."""
+    """The noise from quantizing a tensor, over the whole tensor; each field is a tensor of shape [], float64."""
 
     mse: Tensor
     """mean (x - Q(x))^2, in squared units of x"""
     sqnr_db: Tensor
     """10 log10(sum x^2 / sum (x - Q(x))^2), in dB; infinite where there is no noise"""
     clipped_fraction: Tensor
-    """share of the elements outside the clipping interval, 0 to 1"""
+    """fraction of the elements outside the clipping interval, 0 to 1"""
 
 
 def _mean(t: Tensor, dim: int | None) -> Tensor:
@@ -40,21 +40,21 @@ def mse(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
     Args:
         x: the tensor, any shape and floating dtype.
         q: its quantized version, same shape.
-        dim: None for one figure, or the dimension that gets one an index.
+        dim: None for one figure, or the dimension that gets one figure per index.
     """
     return _mean((x.double() - q.double()).square_(), dim)
 
 
 @torch.no_grad()
 def sqnr_db(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
-    """Signal to quantization noise ratio 10 log10(mean x^2 / mean (x - q)^2), in dB.
+    """Signal-to-quantization-noise ratio 10 log10(mean x^2 / mean (x - q)^2), in dB.
 
     Infinite where q equals x (all-zero and empty rows included).
 
     Args:
         x: the tensor, any shape and floating dtype.
         q: its quantized version, same shape.
-        dim: None for one figure, or the dimension that gets one an index.
+        dim: None for one figure, or the dimension that gets one figure per index.
     """
     noise = mse(x, q, dim)
     return torch.where(noise == 0, math.inf, 10 * (_mean(x.double().square_(), dim) / noise).log10())
@@ -62,15 +62,15 @@ def sqnr_db(x: Tensor, q: Tensor, dim: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None) -> Tensor:
-    """Share of the elements that lie outside [-s, s], or outside [0, s] if unsigned; 0 to 1.
+    """Fraction of the elements that lie outside [-s, s], or outside [0, s] if unsigned; 0 to 1.
 
     Args:
         x: the tensor, any shape and floating dtype.
         s: clipping scalar(s), broadcastable to x.
-        format: whose sign says which interval; a number stands for signed integers.
-        dim: None for one figure, or the dimension that gets one an index.
+        format: number format, which determines the interval; a number B means signed B-bit integers.
+        dim: None for one figure, or the dimension that gets one figure per index.
     """
-    a = x.to(compute_dtype(x))  # beside a half-precision x, PyTorch would round a scalar s to its dtype
+    a = x.to(compute_dtype(x))  # with a half-precision x, PyTorch would round a zero-dimensional s to the dtype of x
     low, high = as_format(format).ends(torch.as_tensor(s, device=x.device))
     return _mean((a > high) | (a < low), dim)
 
@@ -79,17 +79,17 @@ def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: in
 def expected_mse(
     x: Tensor, s: Tensor | float, format: Format | int, dim: int | None = None, *, missing_code: bool = False
 ) -> Tensor:
-    """The paper's model of the clipped MSE, over the empirical distribution of x:
+    """The paper's model of the clipped MSE, over the empirical distribution of x.
 
         J(s) = k s^2 P(0 < |x| <= s) + E[(|x| - s)^2 1{|x| > s}],      k = 4^-B / 3, or 4^-B / 12 when unsigned
 
     Args:
-        x: the tensor, any shape and floating dtype; an unsigned format sees max(x, 0) instead of |x|.
-        s: clipping scalar(s) > 0 in units of x, broadcastable to x; negative ones are for oriented formats.
-        format: what is rounded to, whose `rounding_noise` is k; a number stands for signed integers of so many bits.
-        dim: None for one figure, or the dimension that gets one an index.
-        missing_code: values on the side without a code at s are clipped to the last code there is, and not to s; in an
-            oriented format they always are.
+        x: the tensor, any shape and floating dtype; for an unsigned format, max(x, 0) takes the place of |x|.
+        s: clipping scalar(s) > 0 in units of x, broadcastable to x. Oriented formats allow negative values.
+        format: number format to round to, whose `rounding_noise` is k; a number B means signed B-bit integers.
+        dim: None for one figure, or the dimension that gets one figure per index.
+        missing_code: values on the side without a code at s are clipped to the last code instead of s; in an oriented
+            format this is always the case.
 
     Returns:
         J in squared units of x, float64.
@@ -116,20 +116,20 @@ def measure(x: Tensor, s: Tensor | float, format: Format | int) -> Noise:
     Args:
         x: any shape and floating dtype.
         s: clipping scalar(s) in units of x, broadcastable to x.
-        format: what is rounded to; a number stands for the signed integers of so many bits.
+        format: number format to round to; a number B means signed B-bit integers.
     """
     x = x.detach()
     return noise_of(x, fake_quantize(x, s, format), s, format)
 
 
 def noise_of(x: Tensor, q: Tensor, s: Tensor | float, format: Format | int, clipped: Tensor | None = None) -> Noise:
-    """The noise of a quantized tensor, over the whole of it.
+    """Measure the noise of a quantized tensor, over the whole tensor.
 
     Args:
         x: the tensor, any shape and floating dtype.
         q: its quantized version, same shape.
         s: clipping scalar(s) in units of x, broadcastable to x.
-        format: whose sign says what is clipped, |x| or max(x, 0).
-        clipped: what is held against s, shape of x; None: x.
+        format: number format, which determines the clipping interval.
+        clipped: values that are compared with the clipping interval, shape of x; None for x itself.
     """
     return Noise(mse(x, q), sqnr_db(x, q), clipped_fraction(x if clipped is None else clipped, s, format))

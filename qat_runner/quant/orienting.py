@@ -1,12 +1,12 @@
-"""Which way an oriented scale points: the sign of s, which puts the code at the end where it serves.
+"""The sign of s in oriented formats, which places the extra code on the side where it reduces the error more.
 
-An oriented format has levels from -s to s (1 - 2^(1-B)). Between both signs of s all levels but the ends are the same,
-so the squared error differs only where x lies beyond t = |s| (1 - 2^-B), half-way between the two last levels:
+An oriented format has levels from -s to s (1 - 2^(1-B)). With s and -s, all levels are the same except the outermost
+ones, so the squared errors differ only where |x| is above t = |s| (1 - 2^-B), half-way between the two highest levels:
 
     error(s > 0) - error(s < 0) = 2 D sum (x - clip(x, -t, t)),        D = |s| 2^(1-B)
 
-The sum, the overhang, is one read of x, and its sign is the answer, exactly. With s = max |x| it is the side of the
-largest magnitude that is served.
+The sum, called the overhang, takes one read of x, and its sign determines the better sign of s exactly. With
+s = max |x|, the extra code lies on the side of the largest magnitude.
 """
 
 import torch
@@ -18,37 +18,38 @@ from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, extremes
 
 CLEARLY = 0.1
-"""A scale that points one way already turns only for a gain of more than this share of the noise of rounding."""
+"""A known sign changes only if this reduces the error by more than this fraction of the rounding noise."""
 
 
 def side_of_largest(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
-    """The sign of s that serves the largest magnitude of each row: -1 where it is positive, 1 elsewhere.
+    """Return the sign of s that suits the largest magnitude of each row: -1 if that element is positive, else 1.
 
     Args:
         x: any shape and floating dtype.
-        dims: what one scalar spans, kept with size 1.
-        pool: what x is a part of.
+        dims: the dimensions that one scalar spans, kept with size 1.
+        pool: the parts, of which x is one, that share scalars; None if x is the whole tensor.
 
     Returns:
-        1 or -1, shape of s, compute dtype.
+        1 or -1, in the shape of s and the compute dtype.
     """
     low, high = extremes(x, dims, pool)
     return torch.where(high > -low, -1.0, 1.0).to(compute_dtype(x))
 
 
 def oriented(x: Tensor, s: Tensor, format: IntFormat, before: Tensor | None = None, pool: Pool | None = None) -> Tensor:
-    """Clipping scalars with the sign under which x has the smaller squared error.
+    """Return clipping scalars with the sign for which x has the smaller squared error.
 
     Args:
         x: any shape and floating dtype.
-        s: their magnitudes, [] or one an index of some dimension, broadcastable to x.
-        format: oriented.
-        before: numbers with the sign until now, shape of s, for a tensor that changes little: it stays unless turning
-            clearly pays, so that it does not flicker. None: there was none.
-        pool: what x is a part of; None: it is all there is.
+        s: magnitudes of the scalars, [] or one per index of some dimension, broadcastable to x.
+        format: an oriented format.
+        before: numbers with the current signs, in the shape of s, for a tensor that changes little. A sign changes only
+            if the error clearly decreases (`CLEARLY`), so that signs do not flip back and forth. None if there are no
+            signs yet.
+        pool: the parts, of which x is one, that share scalars; None if x is the whole tensor.
 
     Returns:
-        Shape and dtype of s; zeros have a sign as well. No gradient flows through it.
+        Scalars in the shape and dtype of s. Zeros have a sign, too. No gradient flows through the result.
     """
     if x.numel() == 0 and pool is None:
         return s if before is None else torch.copysign(s, before)

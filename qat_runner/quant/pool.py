@@ -1,4 +1,4 @@
-"""Clipping scalars of a batch that is spread over several processes: sums over x become sums over all of them."""
+"""Clipping scalars of a batch that is distributed over several processes: sums over x become sums over all of them."""
 
 from typing import Protocol
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class Pool(Protocol):
-    """How figures of several tensors become those of all of them together."""
+    """Combines the statistics of several tensors, the parts, into those of all of them together."""
 
     def total(self, *figures: Tensor) -> list[Tensor]:
-        """The sum of each, float64, shapes kept."""
+        """Return the sum of each figure over all parts, float64, in the same shapes."""
 
     def largest(self, figure: Tensor) -> Tensor:
-        """The elementwise maximum."""
+        """Return the elementwise maximum over all parts."""
 
 
 class Processes:
-    """A `Pool` of the processes of torch.distributed's default group. Each must call it equally often."""
+    """A `Pool` of the processes of torch.distributed's default group. All must make the same number of calls."""
 
     def total(self, *figures: Tensor) -> list[Tensor]:
         stacked = torch.stack([f.double() for f in figures])

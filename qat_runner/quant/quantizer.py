@@ -1,4 +1,4 @@
-"""A quantizer as a module that uses a clipping method: when scalars are solved, and how x is rounded."""
+"""The quantizer module, which decides when a clipping method solves for scalars, and rounds x with them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,103 +25,106 @@ from qat_runner.quant.tensors import fleeting, recording, transformed, written
 
 
 class NotCalibratedError(RuntimeError):
-    """A quantizer that does not solve its clipping scalars has none."""
+    """A quantizer needs clipping scalars that were found before, but has none."""
 
 
 @dataclass
 class _Calls:
-    """What changes with each call; beside the module, which takes longer to set than a small tensor to quantize."""
+    """What changes with each call.
+
+    These are not attributes of the module, since setting one there takes longer than quantizing a small tensor.
+    """
 
     last_s: Tensor | None = None
-    """the scalars of the latest"""
+    """scalars of the latest call"""
     given: "Given | None" = None
-    """for the next, if it is with that tensor itself"""
+    """result for the next call, if it is with the same tensor"""
     holds: bool = False
-    """whether the output of the latest is kept for the backward pass"""
+    """whether the output of the latest call is kept for the backward pass"""
     trained: int = 0
-    """in training, since activation checkpointing last repeated one"""
+    """number of calls in training since activation checkpointing last repeated one"""
     trained_s: Tensor | None = None
-    """the scalars of the latest of them"""
+    """scalars of the latest of these calls"""
     over: bool = False
-    """one has been repeated: what comes next is of another step"""
+    """whether a call has been repeated, so that the next call belongs to another step"""
 
     @property
     def only_s(self) -> Tensor | None:
-        """The scalars of the call that is repeated, if there is one alone that it can be."""
+        """The scalars of the call that is being repeated, if only one call is possible; otherwise None."""
         return self.trained_s if self.trained == 1 else None
 
     def then(self, s: Tensor) -> None:
-        """One more call in training."""
+        """Record a call in training with its scalars."""
         self.trained = 1 if self.over else self.trained + 1
         self.trained_s, self.over = s, False
 
 
 class Plan(NamedTuple):
-    """How a step of training is done in one operation."""
+    """Arguments for a training step that solves, remembers and quantizes in one operation."""
 
     format: IntFormat
     seen: bool
     """whether there are scalars to start from"""
     ndim: int
-    """of x"""
+    """number of dimensions of x"""
     cost: Cost
     search: Search
 
 
 LATEST = LatestScalars()
-"""of training"""
+"""Scalars that were solved in training, which all quantizers share."""
 
 
 class Given(NamedTuple):
-    """What a call will find done already: a step of training, remembered."""
+    """The result of a training step that was computed, and remembered, before the call that uses it."""
 
     x: Tensor
     written: tuple[int, int]
-    """of x, at the time"""
+    """`tensors.written` of x at the time of the computation"""
     s: Tensor
     out: Tensor
     held: bool
-    """out is kept for the backward pass, instead of being computed again"""
+    """whether `out` is kept for the backward pass, instead of being recomputed"""
 
 
 class Quantizer(ScalarState):
-    """Fake-quantizes what it is given, with clipping scalars that are solved anew (dynamic) or constant (static).
+    """Fake-quantizes tensors with clipping scalars that are solved on each call (dynamic) or constant (static).
 
-    =========  ==========================================================  ========
-    mode       dynamic                                                     static
-    =========  ==========================================================  ========
-    `train()`  solves s on each call; remembers it, and a running average  uses `s`
-    `eval()`   by `eval_mode`; remembers nothing                           uses `s`
-    =========  ==========================================================  ========
+    =========  ======================================================  ========
+    mode       dynamic                                                 static
+    =========  ======================================================  ========
+    `train()`  solves s on each call; stores it and a running average  uses `s`
+    `eval()`   depends on `eval_mode`; stores nothing                  uses `s`
+    =========  ======================================================  ========
 
     `eval_mode` of a dynamic quantizer: "dynamic" solves s on each batch, as the paper does (the default); "running"
-    uses the exponential average of the scalars seen in training; "last" uses the last of them. It says how to read the
-    state, as train() and eval() do, and is no part of it. The state is that of `ScalarState`.
+    uses the exponential average of the scalars seen in training; "last" uses the last of them. Like train() and eval(),
+    `eval_mode` determines how the state is used and is not part of it. `ScalarState` describes the state.
 
-    In training no call waits for the device, and a forward pass that activation checkpointing repeats within the
-    backward pass gives what it gave before, and is not remembered again. In `eval()`, solving refuses NaN and infinity
-    with a ValueError, unless `checks` is false.
+    In training, no call waits for the device. If activation checkpointing repeats a forward pass within the backward
+    pass, the call returns the same result as before, and its scalars are not stored again. In `eval()`, solving raises
+    ValueError on NaN and infinity, unless `checks` is false.
 
     Args:
-        format: what values are rounded to; a number stands for the signed integers of so many bits.
-        method: how scalars are found.
+        format: number format to round to; a number B means signed B-bit integers.
+        method: clipping method.
         shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
-        gradient: a name in GRADIENTS, or an estimator.
-        sign_known: false leaves the sign of the format open (the format's until `decide_sign`).
+        gradient: a name in GRADIENTS or a gradient estimator.
+        sign_known: if false, the sign of the format is undecided; that of `format` is used until `decide_sign`.
         dynamic: solve on each call if true, static otherwise.
-        eval_mode: see above; without effect on a static quantizer.
+        eval_mode: see above; has no effect on a static quantizer.
         momentum: weight of the newest scalar in `running_s`, above 0 and at most 1.
-        synchronize: in training, solve on the tensors of all processes of torch.distributed together; for methods that
-            say `pools`.
+        synchronize: in training, solve on the tensors of all processes of torch.distributed together; requires a method
+            with `pools`.
 
     Raises:
-        ValueError: an argument out of range.
-        NotCalibratedError: on a call that needs scalars when there are none yet. It begins with `name`, as all errors
-            of a call do.
+        ValueError: if an argument is invalid.
+        NotCalibratedError: if a call needs scalars but there are none yet. Like all errors of a call, the message
+            begins with `name`.
     """
 
     per_token = False
-    """Whether each token has a scalar of its own, which is solved as it comes and never static."""
+    """Whether each token has its own scalar, which is solved on each call and never static."""
 
     def __init__(
         self,
@@ -141,17 +144,18 @@ class Quantizer(ScalarState):
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum={momentum}: must be above 0 and at most 1")
         if synchronize and not method.pools:
-            raise ValueError(f"clipping {method.name!r} cannot be synchronized over processes")
+            raise ValueError(f"synchronize=True: clipping {method.name!r} cannot be synchronized over processes")
         super().__init__(as_format(format), shape, sign_known, static=not dynamic)
         self.method, self.gradient = method, gradient_estimator(gradient)
         self.eval_mode, self.momentum = eval_mode, momentum
         self.synchronize = synchronize
         self.features: int | None = None
-        """Elements of one sample, where the first dimension is not that of samples alone; insertion says it."""
+        """Elements of one sample, if the first dimension is not that of samples alone; set by insertion."""
         self.enabled = True
-        """False passes x on unchanged, as in the full-precision network."""
+        """If false, x is returned unchanged, as in the full-precision network."""
         self.checks = True
-        """Whether solving in `eval()` refuses NaN and infinity, for which it waits; else NaN is what comes out."""
+        """Whether solving in `eval()` raises ValueError on NaN and infinity, which waits for the device. If false, the
+        output is NaN instead."""
         self._reusing = False
         self._reused: tuple[Tensor, Tensor] | None = None
         self._calls = _Calls()
@@ -164,17 +168,17 @@ class Quantizer(ScalarState):
 
     @property
     def _solves(self) -> bool:
-        """Whether a call finds scalars, instead of using those that there are."""
+        """Whether a call solves for scalars, instead of using existing ones."""
         return self.dynamic and (self.training or self.eval_mode == "dynamic")
 
     @property
     def ready(self) -> bool:
-        """Whether a call in eval() would find the scalars it needs."""
+        """Whether a call in eval() has, or can solve for, the scalars that it needs."""
         return self.has_scalars or (self.dynamic and self.eval_mode == "dynamic")
 
     @property
     def last_s(self) -> Tensor | None:
-        """The scalars of the latest call, for whoever measures noise; not part of the state."""
+        """The scalars of the latest call, for measuring noise; not part of the state."""
         return self._calls.last_s
 
     @property
@@ -183,52 +187,58 @@ class Quantizer(ScalarState):
         return self._calls.holds
 
     def hold(self, whether: bool) -> None:
-        """Say whether it is."""
+        """Set `holds`."""
         self._calls.holds = whether
 
     @property
     def latest(self) -> Tensor:
-        """`last_s`, which there must be.
+        """`last_s`, which must exist.
 
         Raises:
-            NotCalibratedError: nothing was quantized yet.
+            NotCalibratedError: if nothing was quantized yet.
         """
         if self.last_s is None:
-            raise NotCalibratedError(f"{self.name}: has quantized nothing yet")
+            raise NotCalibratedError(f"{self.name}: has not quantized any tensor yet")
         return self.last_s
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, any shape and floating dtype -> the same shape and dtype, on the levels of the format.
+        """Quantize x.
 
-        Of x without elements, as an expert without a token has it, nothing is remembered.
+        If x is empty, as for an expert without tokens, no scalars are stored.
+
+        Args:
+            x: any shape and floating dtype.
+
+        Returns:
+            x rounded to the levels of the format, in the same shape and dtype.
         """
         if not self.enabled or self._spared(x):
             return x
         if not self._reusing:
             return self._called(x)
         if self._reused is None:
-            # Outside of what checkpointing looks at and repeats, where gradients may be off: later calls do none of it.
+            # Not part of what checkpointing records and repeats, where gradients may be off: later calls only reuse it.
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
                 out = self._called(x)
             self._reused = out, out.detach().requires_grad_(out.requires_grad)
         return self._reused[1]
 
     def _spared(self, x: Tensor) -> bool:
-        """Whether scalars are wanted and there is nothing in x, and nobody waits for this one to solve together."""
-        if not self._solves and self.has_scalars:  # then x is not asked, since exporters do not know its size
+        """Whether to skip x: it is empty, its scalars are not known yet, and no other process waits for this one."""
+        if not self._solves and self.has_scalars:  # decided without the size of x, which exporters do not know
             return False
         return not x.numel() and not (self.synchronize and self.training and dist.is_initialized())
 
     def _called(self, x: Tensor) -> Tensor:
-        """The output of a call that is not spared."""
+        """Return the output of a call that is not skipped."""
         calls = self._calls
         given, calls.given = calls.given, None
         if given is not None and (given.x is not x or given.written != written(x)):
-            given = None  # of another tensor, or of what its module has replaced since, such as a norm that is kept
+            given = None  # for another tensor, or for values that were replaced since, e.g. by renormalization
         checkpointed = given is not None and not self._reusing and _checkpointed()
         calls.holds = given is not None and given.held and not checkpointed
         if given is not None:
-            # What checkpointing repeats has to save what it saves now: it will quantize with these scalars once more.
+            # The repeated pass must save the same tensors as this one, and it will quantize with these scalars again.
             return self._took(given.s, self._quantize(x, given.s) if checkpointed else given.out)
         if (plan := self.planned(x)) is not None:
             return self._trained_on(x, plan)
@@ -238,29 +248,30 @@ class Quantizer(ScalarState):
         return self._quantize(x, s)
 
     def rows(self, x: Tensor) -> Tensor:
-        """x in the shape that `dim` and the scalars are of."""
+        """Return x in the shape to which `dim` and the shape of the scalars refer."""
         return x
 
     def clipped(self, x: Tensor) -> Tensor:
-        """What of x is held against the scalars: x itself."""
+        """Return the values that are compared with the clipping scalars: x itself."""
         return x
 
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
-        """x, any shape and floating dtype, as clipping scalars s quantize it; without a gradient.
+        """Return x quantized with clipping scalars s, without a gradient.
 
         Args:
-            x, s: see there.
-            format: another one than the quantizer's, of its kind.
+            x: any shape and floating dtype.
+            s: clipping scalars for x.
+            format: a format of the same class to use instead of the quantizer's own.
         """
         return kernels.backend(x).fake_quantize(x, s, format or self.format)
 
     def _quantize(self, x: Tensor, s: Tensor) -> Tensor:
-        """As `quantized`, with a gradient."""
+        """Return x quantized with s, like `quantized`, but differentiable."""
         return fake_quantize(x, s, self.format, self.gradient)
 
     def planned(self, x: Tensor) -> Plan | None:
-        """How a call that solves, remembers and quantizes can do so in one operation; None: it is no such call."""
+        """Return the plan for a call that can solve, store and quantize in one operation; None if it cannot."""
         if not (self.training and self.enabled and self.dynamic) or recording() or _in_backward_pass():
             return None
         if x.numel() == 0 or not x.is_floating_point() or (self.synchronize and dist.is_initialized()):
@@ -273,18 +284,18 @@ class Quantizer(ScalarState):
         return plan
 
     def _new_plan(self, format: Format, seen: bool, ndim: int) -> Plan | None:
-        """A plan, if the clipping method has one, for tensors of so many dimensions with one scalar, or one a row."""
+        """Return a plan for tensors of `ndim` dimensions with one scalar, or one per row, if the method has one."""
         found = self.method.in_training(format, seen)
         if found is None or not isinstance(format, IntFormat) or self.dim or ndim < max(self.s.ndim, 1):
             return None
-        if self.dim is not None and ndim != max(self.s.ndim, 2):  # with one dimension each element has its own scalar
+        if self.dim is not None and ndim != max(self.s.ndim, 2):  # in one dimension, each element has its own scalar
             return None
         cost, iterations, tolerance = found
         return Plan(format, seen, ndim, cost, Search(tuple(range(self.s.ndim > 0, ndim)), iterations, tolerance))
 
     def _trained_on(self, x: Tensor, plan: Plan) -> Tensor:
-        """A step of training in one operation; of a tensor that another quantizer has solved, what is left of it."""
-        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another would not wait for this one
+        """Run a training step in one operation, or reuse the scalars if another quantizer has solved for x."""
+        stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # other streams do not wait for this one
         how = self.method, plan.format, self.dim, plan.seen, stream
         s = LATEST.find(self, x, how)
         if s is not None:
@@ -295,33 +306,33 @@ class Quantizer(ScalarState):
         return out
 
     def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Solve, remember and quantize: the scalars and x quantized."""
+        """Solve, store and quantize; return the scalars and the quantized x."""
         backend, state = kernels.backend(x), self.remembered()
         s, out = backend.octav_and_quantize(x, plan.cost, plan.format, plan.search, state, self.method.warm)
         self._know_scalars()
         return s, self._took(s, out)
 
     def _took(self, s: Tensor, out: Tensor) -> Tensor:
-        """Note the scalars of a call in training; returns its output."""
+        """Record the scalars of a call in training, and return its output."""
         self._calls.last_s = s
         self._calls.then(s)
         return out
 
     def remembered(self) -> Remembered:
-        """The state as kernels take it."""
+        """Return the state in the form that kernels use."""
         return self._remembered(self.momentum)
 
     def give(self, given: Given) -> None:
-        """Have the next call find this, whose scalars `remembered` has got."""
+        """Provide the result for the next call; its scalars are already stored in `remembered`."""
         self._calls.given = given
         self._know_scalars()
 
     def take_back(self) -> None:
-        """Have the next call find nothing."""
+        """Discard the result for the next call."""
         self._calls.given = None
 
     def _scalars(self, x: Tensor) -> Tensor:
-        """The scalars of a call, remembered where they are to be."""
+        """Return the scalars of a call, and store them in training."""
         if not self._solves:
             return self._constant_scalars()
         known = self.has_scalars
@@ -331,7 +342,7 @@ class Quantizer(ScalarState):
             check = self.checks and not fleeting()
             return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
-        s = self._calls.only_s if repeated else None  # of the pass that is repeated
+        s = self._calls.only_s if repeated else None  # from the pass that is being repeated
         if s is None:
             pool = Processes() if self.synchronize and dist.is_initialized() else None
             s = self._solve(x, Call(check=False, start=start, training=True, pool=pool, orientation=pointed))
@@ -350,8 +361,9 @@ class Quantizer(ScalarState):
             if not transformed():
                 raise
             raise RuntimeError(
-                f"{self.name}: dynamic in training, it writes to its buffers, which a transform of torch.func allows "
-                f"for its own arguments alone: pass the buffers as well, or use eval() or freeze(model, ...)"
+                f"{self.name}: a dynamic quantizer writes to its buffers in training, but transforms of torch.func "
+                f"allow writes to their own arguments only: pass the buffers as well, or use eval() or "
+                f"freeze(model, ...)"
             ) from error
 
     def _solve(self, x: Tensor, call: Call, format: Format | None = None) -> Tensor:
@@ -369,30 +381,30 @@ class Quantizer(ScalarState):
             what = f"eval_mode={self.eval_mode!r}" if self.dynamic else self.mode
             raise NotCalibratedError(
                 f"{self.name} ({what}) has no clipping scalars yet: calibrate it on batches that reach it, train it, "
-                f"or load a state that has them"
+                f"or load a state with scalars"
             )
         return self.with_orientation(self.s if not self.dynamic or self.eval_mode == "last" else self.running_s)
 
     def scalars_of(self, x: Tensor, check: bool = True, format: Format | None = None) -> Tensor:
-        """The scalars that the clipping method finds on x, from cold and to convergence; nothing is remembered.
+        """Return the scalars that the clipping method finds on x, without a start, converged; nothing is stored.
 
         Args:
             x: any shape, floating dtype.
-            check: whether NaN and infinity are refused, for which it waits for the device.
-            format: another one than the quantizer's, of its kind.
+            check: raise ValueError on NaN and infinity, which waits for the device.
+            format: a format of the same class to use instead of the quantizer's own.
 
         Raises:
-            ValueError: x holds NaN or infinity, under `check`.
+            ValueError: if x contains NaN or infinity and `check` is true.
         """
         return self._solve(x, Call(check=check), format)
 
     @staticmethod
     @contextmanager
     def reusing(quantizers: Sequence["Quantizer"]) -> Iterator[None]:
-        """While open, each quantizes the tensor of its first call only, and gives the result to all other calls.
+        """Return a context in which each quantizer quantizes only in its first call, and returns this result in others.
 
-        For weights, which stay the same while the gradients of several batches add up. On leaving, the sum of the
-        gradients passes through the quantization, once.
+        Use it for weights, which stay the same while the gradients of several batches are accumulated. On leaving the
+        context, the sum of the gradients passes through the quantization once.
         """
         for q in quantizers:
             q._reusing = True
@@ -415,10 +427,10 @@ def _itself(t: Tensor) -> Tensor:
 
 
 def _checkpointed() -> bool:
-    """Whether something decides what is saved for the backward pass, as activation checkpointing does."""
+    """Whether saved-tensor hooks are active, as under activation checkpointing."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _in_backward_pass() -> bool:
-    """Whether autograd is at work: a forward pass inside of it is one that activation checkpointing repeats."""
+    """Whether a backward pass is running: a forward pass within it is one that activation checkpointing repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

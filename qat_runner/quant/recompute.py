@@ -1,8 +1,8 @@
-"""Less memory in training: quantized tensors are computed again in the backward pass instead of being kept for it.
+"""Saves memory in training: quantized tensors are recomputed in the backward pass instead of being kept for it.
 
-A convolution keeps its input for the gradient of its weight. In full precision that is the tensor that the layer
-before keeps anyway; quantized, it is a copy of its own. Fake quantization is one read and one write, and needs the
-unquantized tensor, which is there, and s only.
+A convolution keeps its input for the gradient of its weight. In full precision, this is the tensor that the previous
+layer keeps anyway; a quantized input is an additional copy. Recomputing it takes one read and one write, and needs only
+s and the unquantized tensor, which is in memory anyway.
 """
 
 from abc import ABC, abstractmethod
@@ -20,27 +20,27 @@ from qat_runner.quant.tensors import recording
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """What a tensor can be made from again; not the tensor itself, which would live on with it."""
+    """How to recompute a tensor. It holds no reference to the tensor itself, which would keep it alive."""
 
     x: Tensor
-    """what is there anyway"""
+    """the tensor to compute from, which is in memory anyway"""
     version: int
-    """its version then"""
+    """the version of x at the time of the forward pass"""
 
     @abstractmethod
     def made(self, first: int, last: int) -> tuple[Tensor, int]:
-        """The tensor, or at least its elements from one up to another, and the number of the one that it begins with.
+        """Return the tensor, or a part with at least the elements from `first` up to `last` (exclusive).
 
-        Elements are numbered as they lie in memory.
+        Also returns the index of the first element of the result. Elements are indexed in the order of memory.
         """
 
     @torch.no_grad()
     def make(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
-        """A view of the tensor, that begins with an element."""
+        """Return a view of the tensor that begins at the element with index `offset`."""
         if self.x._version != self.version:
             raise RuntimeError(
-                f"the input of a quantized layer, of shape {list(self.x.shape)}, was changed in place after its use: "
-                f"the gradient of the weight needs it as it was"
+                f"the input of a quantized layer, of shape {list(self.x.shape)}, was changed in place after its use, "
+                f"but the gradient of the weight needs the original values"
             )
         reach = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         tensor, first = self.made(offset, offset + reach + 1)
@@ -49,36 +49,38 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Quantized(Source):
-    """Of a tensor that is x, quantized."""
+    """How to recompute a tensor that was quantized from x."""
 
     s: Tensor
     by: Quantizer
     stride: tuple[int, ...]
-    """of the tensor that was made first"""
+    """strides of the original quantized tensor"""
 
     def made(self, first: int, last: int) -> tuple[Tensor, int]:
         again = self.by.quantized(self.x, self.s)
-        if again.stride() != self.stride:  # as operators lay it out, if the backward pass alone is recorded
+        if again.stride() != self.stride:  # operators use other strides, if only the backward pass is recorded
             again = torch.empty_strided(again.shape, self.stride, dtype=again.dtype, device=again.device).copy_(again)
         return again, 0
 
 
 Sources = Mapping[tuple[int, int, torch.dtype], Source]
-"""By `_memory` of what is made from them."""
+"""Sources by the `_memory` key of the tensors that are recomputed from them."""
 
 
 def recomputing(
     *operands: tuple[Tensor, Tensor, nn.Module], parts: tuple[Tensor, Source] | None = None
 ) -> AbstractContextManager[object]:
-    """While open, an operation that saves a quantized tensor for its backward pass saves how to make it again.
+    """Return a context in which operations save how to recompute a quantized tensor, instead of the tensor itself.
 
     Args:
-        *operands: (quantized tensor, what it was quantized from, the module that did it) each; those that no Quantizer
-            changed are saved as ever. Views of a quantized tensor that hold all its elements are known as such.
-        parts: a dense tensor, any view of which is known as such, and what it is made from.
+        *operands: tuples of a quantized tensor, the tensor that it was quantized from, and the module that quantized
+            it. Tensors that no Quantizer changed are saved as usual. Views that contain all elements of a quantized
+            tensor are recognized.
+        parts: a dense tensor, any view of which is recognized, and its source.
 
     Returns:
-        A context; one without effect where nothing is saved, and inside torch.compile, which plans its own saving.
+        A context manager. It has no effect if nothing is saved for a backward pass, or inside torch.compile, which
+        decides on its own what to save.
     """
     if not saving():
         return nullcontext()
@@ -91,18 +93,18 @@ def recomputing(
 
 
 def saving() -> bool:
-    """Whether operations save tensors for their backward pass, and it is for us to say what."""
+    """Whether operations save tensors for their backward pass, and this module may replace them."""
     return torch.is_grad_enabled() and not recording()
 
 
 def can_be_made(quantized: Tensor, x: Tensor, by: Quantizer) -> bool:
-    """Whether what a quantizer made of x is better made again than kept; a leaf is there for several batches."""
+    """Whether to recompute the output of a quantizer. A leaf is kept, since several batches use it."""
     return quantized is not x and not (quantized.is_leaf or by.holds)
 
 
 def remaking(sources: Sources, parts: tuple[Tensor, Source] | None = None) -> AbstractContextManager[object]:
-    """While open, what is saved of these is how to make it; see `recomputing`."""
-    whole = None if parts is None else _Part.of(parts[0])  # and not the tensor, which hooks would keep
+    """Return a context in which operations save these sources instead of tensors; see `recomputing`."""
+    whole = None if parts is None else _Part.of(parts[0])  # not the tensor, which the hooks would keep alive
     source_of_parts = None if parts is None else parts[1]
 
     def pack(saved: Tensor) -> Any:
@@ -115,7 +117,7 @@ def remaking(sources: Sources, parts: tuple[Tensor, Source] | None = None) -> Ab
 
 
 class _Part(NamedTuple):
-    """Where a tensor lies."""
+    """Location of a tensor in memory."""
 
     memory: int
     first: int
@@ -127,18 +129,18 @@ class _Part(NamedTuple):
         return cls(t.untyped_storage().data_ptr(), int(t.storage_offset()), t.numel(), t.dtype)
 
     def is_in(self, whole: Self) -> bool:
-        """Whether it is a view of a dense tensor."""
+        """Whether this is a view of the dense tensor `whole`."""
         same = (self.memory, self.dtype) == (whole.memory, whole.dtype)
         return same and 0 <= self.first - whole.first < whole.elements
 
 
 def remade(x: Tensor, source: Source) -> AbstractContextManager[object]:
-    """While open, what is saved of x is how to make it."""
+    """Return a context in which operations save the source of x instead of x."""
     return remaking({_memory(x): source}) if saving() else nullcontext()
 
 
 def _memory(t: Tensor) -> tuple[int, int, torch.dtype]:
-    """The same for a dense tensor and for a view of all of it."""
+    """Return a key that is the same for a dense tensor and for a view of all its elements."""
     return t.data_ptr(), t.numel(), t.dtype
 
 

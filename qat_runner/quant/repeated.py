@@ -1,4 +1,4 @@
-"""A tensor that is given to several layers, such as to query, key and value, has its clipping scalars solved once."""
+"""Solves the clipping scalars of a tensor once if several layers use it, such as query, key and value."""
 
 import weakref
 from collections import deque
@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 LATEST = 4
-"""Tensors that are kept in mind; between two uses of one, few others are quantized."""
+"""Number of tensors that are remembered; few others are quantized between two uses of the same tensor."""
 WORTH = 1 << 14
-"""Elements, at least, of a tensor that is kept in mind: a smaller one is solved in less time than it is looked for."""
+"""Minimum number of elements of a remembered tensor: solving for a smaller one takes less time than the lookup."""
 
 
 class _Solved(NamedTuple):
@@ -21,22 +21,28 @@ class _Solved(NamedTuple):
 
 
 class LatestScalars:
-    """The scalars of the tensors that were quantized last, for whoever is to find the same on the same."""
+    """The scalars of the last quantized tensors, for reuse by quantizers that would solve the same problem again."""
 
     def __init__(self) -> None:
         self._solved: deque[_Solved] = deque(maxlen=LATEST)
 
     def note(self, by: object, x: Tensor, how: object, s: Tensor) -> None:
-        """Scalars of x, as it is now, that one found in a certain way; neither one nor x is kept alive by that.
+        """Store the scalars of the current values of x.
 
-        A parameter is not noted: fused optimizers write to it without a trace.
+        Parameters are not stored, since fused optimizers write to them without changing their version.
+
+        Args:
+            by: the quantizer that found them; only its id is kept.
+            x: the tensor, of which only a weak reference is kept.
+            how: everything else that the scalars depend on.
+            s: the scalars.
         """
         if x.numel() >= WORTH and not (x.is_inference() or (x.is_leaf and x.requires_grad)):
             self._solved.appendleft(_Solved(id(by), weakref.ref(x), x._version, how, s))
 
     def find(self, by: object, x: Tensor, how: object) -> Tensor | None:
-        """What another one noted last of this very tensor, not written to since, and in the same way."""
-        for solved in tuple(self._solved):  # in which other threads may note meanwhile
+        """Return the latest scalars that another quantizer stored for the same x, not modified since, and `how`."""
+        for solved in tuple(self._solved):  # a copy, since other threads may call `note` meanwhile
             if solved.x() is x and solved.by != id(by) and solved.version == x._version and solved.how == how:
                 return solved.s
         return None

@@ -1,4 +1,4 @@
-"""What a quantizer remembers: its clipping scalars, and what it must know of them without waiting for the device."""
+"""State of a quantizer: its clipping scalars, and facts about them that are known without waiting for the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,48 +13,50 @@ from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.tensors import recording
 
 SIGN_OPEN = 0.5
-"""In place of a sign in a saved `grid`, of what has seen nothing that would tell it."""
+"""Takes the place of the sign in a saved `grid` if the sign is undecided, as before the first calibration."""
 
 HALF = (torch.float16, torch.bfloat16)
 
 LATER = ("seen", "static")
-"""Of the state, what states of old do not tell."""
+"""Entries that state dicts of older versions lack."""
 
 
 @dataclass
 class _Known:
-    """What is known of the state without waiting for the device."""
+    """Copy of parts of the state that can be read without waiting for the device."""
 
     signed: bool
     static: bool
     seen: bool
     version: tuple[int, int] = (0, 0)
-    """of the state that it is known of"""
+    """version of the state that was copied"""
 
 
 class ScalarState(nn.Module):
-    """Clipping scalars of a tensor, and what they stem from. The state dict holds
+    """Clipping scalars of a tensor, and how they were found.
 
-    - `s` and `running_s`: shape `shape`, or [2, *shape] for a format with two ends, never less than float32, also after
-      `.half()`;
+    The state dict has these entries:
+
+    - `s` and `running_s`: shape `shape`, or [2, *shape] for a format with two clipping bounds; at least float32, also
+      after `.half()`;
     - `seen`: [], 1 once there are scalars, 0 before;
-    - `static`: [], 1 if static, 0 if dynamic: a quantizer becomes what the state that it loads was;
-    - `grid`: [2], bits and sign of the format: the sign is taken over, other bits are refused;
-    - `batches`: int64, []: how many calls the scalars stem from;
-    - `orientation`, only for a format that is oriented: shape `shape`, the signs, 1 or -1, of `s` and `running_s`,
-      which are magnitudes.
+    - `static`: [], 1 if static, 0 if dynamic; a quantizer that loads the state becomes static or dynamic accordingly;
+    - `grid`: [2], bit-width and sign of the format; on loading, the sign is adopted, and another bit-width is an error;
+    - `batches`: int64, [], the number of calls that the scalars were computed from;
+    - `orientation`, only for oriented formats: shape `shape`, the signs, 1 or -1, of `s` and `running_s`, which are
+      magnitudes.
 
-    A state dict without any of these keys, such as a full-precision model's, loads without complaint and changes
-    nothing; one of before `seen` and `static` leaves the quantizer dynamic or static as it is.
+    Loading a state dict without any of these keys, such as that of a full-precision model, raises no error and changes
+    nothing. A state dict from before `seen` and `static` existed leaves the quantizer dynamic or static, as it is.
 
-    All but `batches` are floating, so that averaging states (EMA, SWA) averages them: `seen` of an average that began
-    before the first scalar is the share of the time in which there were scalars, and what `s` is then divided by. An
-    average is static as soon as what it follows is.
+    All entries except `batches` are floating-point, so that averages of states (EMA, SWA) average them. If an average
+    began before the first scalar, its `seen` is the fraction of the time in which there were scalars, and `s` is
+    divided by it. An average is static as soon as the state that it follows is.
 
     Args:
-        format: what values are rounded to.
-        shape: of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
-        sign_known: whether the format's sign is settled; otherwise it holds until `decide_sign`.
+        format: number format to round to.
+        shape: shape of s: () for one scalar, (K, 1, 1, 1) for one per output channel of a convolution weight.
+        sign_known: whether the sign of the format is decided; otherwise it may change in `decide_sign`.
         static: whether scalars are constants.
     """
 
@@ -84,47 +86,47 @@ class ScalarState(nn.Module):
         self._known = _Known(format.signed, static, False)
         self._known.version = self._version_of_state()
         self.name = "quantizer"
-        """What errors call it; insertion puts the tensor's name here."""
+        """Name in error messages; insertion sets it to the name of the tensor."""
         self.granularity = "tensor" if self.dim is None else "channel"
-        """What has a scalar; insertion says "expert" where it is that."""
+        """The unit that has one scalar: "tensor", "channel", "token" or "expert", which insertion sets."""
 
     @property
     def format(self) -> Format:
-        """What values are rounded to: the format whose sign the state says."""
+        """Number format to round to, with the sign from the state."""
         signed = self._now().signed
         if self._format.signed != signed:
             self._format = self._format.with_sign(signed)
         return self._format
 
     def decide_sign(self, signed: bool) -> None:
-        """Settle whether there are levels of both signs."""
+        """Decide whether there are levels of both signs."""
         self.decided = True
         self.grid[1] = float(signed)
         self._know(signed=signed)
 
     @property
     def dynamic(self) -> bool:
-        """Whether scalars are solved anew on each call, in training at least."""
+        """Whether scalars are solved on each call, at least in training."""
         return not self._now().static
 
     @property
     def has_scalars(self) -> bool:
-        """Whether `s` and `running_s` mean anything."""
+        """Whether `s` and `running_s` are valid."""
         return self._now().seen
 
     @property
     def scalars(self) -> Tensor:
-        """`s`, with its sign in a format that is oriented."""
+        """`s`, with its sign if the format is oriented."""
         return self.with_orientation(self.s)
 
     def with_orientation(self, s: Tensor) -> Tensor:
-        """Magnitudes of scalars, shape `shape`, with the signs that the state has for them."""
+        """Return magnitudes of scalars, shape `shape`, with the signs from the state."""
         if self.orientation is None or not self.format.oriented:
             return s
         return torch.copysign(s, self.orientation)  # an average of states may lie between the signs
 
     def _point(self, s: Tensor) -> Tensor:
-        """Take the signs of scalars over, those of zeros as well; returns their magnitudes."""
+        """Store the signs of scalars, including those of zeros, and return their magnitudes."""
         if self.orientation is None or not self.format.oriented:
             return s
         self.orientation.copy_(torch.copysign(torch.ones_like(s), s))
@@ -132,14 +134,15 @@ class ScalarState(nn.Module):
 
     @torch.no_grad()
     def assign(self, s: Tensor, batches: int = 1) -> None:
-        """Have these scalars, found elsewhere, such as on calibration batches.
+        """Set the scalars to values found elsewhere, such as on calibration batches.
 
         Args:
-            s: in units of x, broadcastable to `shape`.
-            batches: how many calls they stem from.
+            s: scalars in units of x, broadcastable to `shape`.
+            batches: number of calls that they were computed from.
 
         Raises:
-            ValueError: s is NaN or infinite, or negative in a format that is not oriented.
+            ValueError: if the format does not allow these scalars: if s is NaN or infinite, or negative in a format
+                that is not oriented, or if clipping bounds do not satisfy low <= 0 <= high.
         """
         try:
             self.format.check_scalars(s)
@@ -153,32 +156,32 @@ class ScalarState(nn.Module):
 
     @torch.no_grad()
     def freeze(self, s: Tensor) -> None:
-        """Be static from now on, with these scalars; as `assign`."""
+        """Make the quantizer static with these scalars; see `assign`."""
         self.assign(s, max(int(self.batches), 1))
         self.static.fill_(1)
         self._know(static=True)
 
     @torch.no_grad()
     def remember(self, s: Tensor, momentum: float) -> None:
-        """Take the scalars of a call over, and into the running average with this weight; nothing waits.
+        """Store the scalars of a call and add them to the running average with weight `momentum`, without waiting.
 
-        A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it.
+        A batch that is not finite stops a run, but must not invalidate the average of a run that resumes from it.
         """
         s = self._point(s)
         kernels.backend(s).remember(s, self._remembered(momentum))
         self._know_scalars()
 
     def _remembered(self, momentum: float) -> Remembered:
-        """The state as kernels take it."""
-        own = self._buffers  # which is quicker than attributes
+        """Return the state in the form that kernels use."""
+        own = self._buffers  # faster than attribute access
         s, running_s, batches = own["s"], own["running_s"], own["batches"]
         return Remembered(s, running_s, batches, momentum, self._known.seen)  # type: ignore[arg-type]
 
     def _now(self) -> _Known:
-        """What the state says, read from the device only where someone else may have written to it.
+        """Return `_known`, after updating it from the device if other code may have written to the state.
 
-        In training that is never asked once there are scalars: what DistributedDataParallel broadcasts at every step
-        says nothing new.
+        In training, the state is not read again once there are scalars: the values that DistributedDataParallel
+        broadcasts at every step bring no new information.
         """
         unchanged = (self.training and self._known.seen) or self._known.version == self._version_of_state()
         if not (unchanged or recording()):
@@ -187,7 +190,7 @@ class ScalarState(nn.Module):
 
     @torch.no_grad()
     def _read(self) -> None:
-        """Look at the state, on whatever device it is."""
+        """Read the state from its device."""
         if self.seen.is_meta:
             return
         seen = float(self.seen)
@@ -197,22 +200,25 @@ class ScalarState(nn.Module):
         self._know(signed=round(float(self.grid[1])) > 0, static=float(self.static) > 0, seen=seen > 0)
 
     def _averaged(self) -> tuple[Tensor, ...]:
-        """What of the state is zero before the first scalar."""
+        """Return the entries of the state that are zero before the first scalar."""
         return self.s, self.running_s, self.seen
 
     def _know_scalars(self) -> None:
-        """Note, in the state as well, that there are scalars."""
+        """Record, in the state as well, that there are scalars."""
         if not self._known.seen:
             self.seen.fill_(1)
             self._known.seen = True
         self._known.version = self._version_of_state()
 
     def _know(self, **what: bool) -> None:
-        """Note what the state says now."""
+        """Update `_known` with the current content of the state."""
         self._known = replace(self._known, **what, version=self._version_of_state())
 
     def _version_of_state(self) -> tuple[int, int]:
-        """Changes with every write to the state. Whoever writes to it from outside writes to all of its buffers."""
+        """Return a key that changes with every write to the state.
+
+        It covers one buffer, since external writes to the state go to all of its buffers.
+        """
         if recording():
             return self._known.version
         return id(self.batches), -1 if self.batches.is_inference() else self.batches._version
@@ -228,19 +234,21 @@ class ScalarState(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if not any(prefix + name in state_dict for name in (*self._buffers, *self._parameters)):
-            return  # of a full-precision model
+            return  # the state dict of a full-precision model
         bits, signed = self._format.bits, self.format.signed
         saved_bits = round(float(state_dict.get(f"{prefix}grid", self.grid)[0]))
         if saved_bits != bits:
-            error_msgs.append(f"{prefix}grid: scalars found for {saved_bits} bits do not suit {bits} bits")
+            error_msgs.append(f"{prefix}grid: the saved scalars are for {saved_bits} bits, not for {bits} bits")
             return
         if (f"{prefix}orientation" in state_dict) != (self.orientation is not None):
-            error_msgs.append(f"{prefix}orientation: scalars of an oriented range suit no other, nor others it")
+            error_msgs.append(
+                f"{prefix}orientation: scalars of the oriented range cannot be used for another range, or vice versa"
+            )
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for name, t in self._buffers.items():  # assigned, they have the dtype that they were saved in
+        for name, t in self._buffers.items():  # with assign=True, they have the dtype that they were saved in
             if t is not None and t.dtype in HALF:
                 self._buffers[name] = t.float()
         for name in LATER:
@@ -263,7 +271,7 @@ class ScalarState(nn.Module):
             destination[f"{prefix}grid"] = grid
 
     def _loaded(self, prefix: str, missing_keys: list[str]) -> None:
-        """For a subclass that can do without some of its state: called after loading, with what was missing."""
+        """Handle missing entries after loading; for subclasses that can work without some of their state."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept, current = dict(self._buffers), self._known.version == self._version_of_state()
@@ -272,6 +280,6 @@ class ScalarState(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype in HALF:
                 self._buffers[name] = old.to(new.device)
-        if current:  # it says what it said, wherever it is now: nobody needs to wait for it
+        if current:  # the content is the same, so it need not be read again from the new device
             self._know()
         return self

@@ -1,4 +1,4 @@
-"""What all of this package asks of a tensor: the dtype to compute in, magnitudes, rows, and whether it is recorded."""
+"""Helpers for tensors: the compute dtype, magnitudes and extremes of rows, and whether operations are recorded."""
 
 import math
 
@@ -9,10 +9,11 @@ from qat_runner.quant.pool import Pool
 
 
 def recording() -> bool:
-    """Whether operations are recorded for later tensors than these, or are given another meaning.
+    """Whether operations are recorded or transformed, instead of being just executed.
 
-    By torch.compile, torch.export, torch.jit.trace and make_fx, by the transforms of torch.func, or by any other mode
-    that sees what is dispatched: all of them are given operators that they know (`kernels.operators`).
+    This is the case under torch.compile, torch.export, torch.jit.trace and make_fx, under the transforms of torch.func,
+    and under any other dispatch mode. Under all of them, the package calls operators that they can handle
+    (`kernels.operators`).
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
@@ -20,46 +21,46 @@ def recording() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, such as grad or vmap, is at work, and no compiler that knows of it."""
+    """Whether a transform of torch.func, such as grad or vmap, is active outside of a compiler, which handles it."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def fleeting() -> bool:
-    """Whether tensors are those of a compiler or of a transform, which mean nothing to whoever keeps them."""
+    """Whether tensors belong to a compiler or a transform, and must not be kept after the call."""
     return torch.compiler.is_compiling() or transformed()
 
 
 def derivatives_wanted() -> int:
-    """How many transforms of torch.func that differentiate are at work, one inside the other."""
+    """Return the number of nested transforms of torch.func that compute derivatives."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
 def written(x: Tensor) -> tuple[int, int]:
-    """Changes with every write to x of which PyTorch knows, and when its memory is exchanged, as by `x.data = ...`."""
+    """Return a key that changes with every write to x that PyTorch tracks, and on replaced memory (`x.data = ...`)."""
     return -1 if x.is_inference() else x._version, x.data_ptr()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that x is reduced and rounded in: float64 for float64, else float32 (fp16, bf16, float32)."""
+    """Return the dtype that x is reduced and rounded in: float64 for float64, else float32 (fp16, bf16, float32)."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def magnitudes(x: Tensor, signed: bool) -> Tensor:
-    """What is clipped: |x| in a signed format, max(x, 0) in an unsigned one; fresh memory, in `compute_dtype`."""
+    """Return the magnitudes that are clipped: |x| if signed, else max(x, 0); a new tensor in `compute_dtype`."""
     a = x.abs() if signed else x.clamp(min=0)
     return a.to(compute_dtype(x))
 
 
 def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
-    """The shape of x with size 1 in dims: that of its clipping scalars."""
+    """Return the shape of x with size 1 in dims, which is the shape of its clipping scalars."""
     return [1 if d in dims else n for d, n in enumerate(x.shape)]
 
 
 def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
-    """The smallest and the largest element of each row, zero among them: [2, *kept], in the compute dtype.
+    """Return the minimum and the maximum of zero and the elements of each row: [2, *kept], in the compute dtype.
 
-    Of all parts of the row together, where x is a part of a pool.
+    With a pool, a row includes its parts on all processes.
     """
     if math.prod([x.shape[d] for d in dims]) == 0:
         low = high = x.new_zeros(kept(x, dims))
@@ -70,11 +71,11 @@ def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tens
 
 
 def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
-    """The largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
+    """Return the largest magnitude of each row, dimensions kept, in the compute dtype; 0 for an empty row.
 
-    The extremes of x are read where they lie: |x| would be a copy.
+    Computed from the extremes of x, since |x| would be a copy.
     """
-    if not dims:  # each element is a row of its own, and amax(()) would reduce over everything
+    if not dims:  # each element is a row by itself, and amax(()) would reduce over everything
         return magnitudes(x, signed)
     if math.prod([x.shape[d] for d in dims]) == 0:
         return x.new_zeros(kept(x, dims), dtype=compute_dtype(x))

@@ -1,7 +1,8 @@
-"""The weights of a network, quantized together: in a handful of operations a step, however many they are.
+"""Quantizes the weights of a network together, in a handful of operations per step, however many weights there are.
 
-What is done to a small tensor costs less than the call that does it. All weights are there before a step begins: those
-that are quantized alike are solved, remembered and rounded at once, and so are their gradients in the end.
+For a small tensor, the overhead of a call exceeds the cost of the computation. All weights are available before a step
+begins, so those that are quantized in the same way are solved, remembered and rounded in one operation. The same holds
+for their gradients at the end of the backward pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ from qat_runner.quant.quantizer import Given, Plan, Quantizer
 from qat_runner.quant.tensors import written
 
 LARGEST = 1 << 22
-"""Elements of a weight, at most: of a larger one the call does not matter, but memory does, as all are held at once."""
+"""Maximum number of elements of a weight. For a larger one, the overhead of a call does not matter, but the memory
+does, as all quantized weights are held at the same time."""
 
 
 class _Weight(NamedTuple):
@@ -26,15 +28,15 @@ class _Weight(NamedTuple):
 
 
 class WeightsTogether:
-    """Quantizers of weights, for steps of training.
+    """Quantizers of weights, for training steps.
 
-    Those that solve anew on each call, and have scalars to start from, do so together; the others as ever.
+    Dynamic quantizers that have scalars to start from are solved together; all others work as usual.
 
     Args:
-        weights: each quantizer, and the parameter that it is given; None: it is given something else at each call, that
-            the batch may decide.
-        bucket: bytes of weights whose gradients wait for one another; None: all do. For gradients that are sent to
-            other processes while the backward pass goes on.
+        weights: each quantizer with the parameter that it quantizes, or None if it quantizes another tensor at each
+            call, which may depend on the batch.
+        bucket: maximum size, in bytes, of a group of weights whose gradients wait for each other; None for no limit. A
+            limit is useful if gradients are sent to other processes while the backward pass is still running.
     """
 
     def __init__(self, weights: Sequence[tuple[Quantizer, Tensor | None]], bucket: int | None = None) -> None:
@@ -44,11 +46,14 @@ class WeightsTogether:
 
     @contextmanager
     def quantized(self, passes: int = 1) -> Iterator[None]:
-        """While open, the first call of each quantizer finds its weight quantized: for a forward and backward pass.
+        """Return a context in which the first call of each quantizer finds its weight already quantized.
+
+        Use it around a forward and backward pass.
 
         Args:
-            passes: how many of these there are, one after another. With several, all calls that are given a parameter
-                find the same, and the sum of the gradients passes through the quantization on leaving, once.
+            passes: number of forward and backward passes in the context. With more than one, all calls for a parameter
+                get the same result, and on leaving the context the sum of the gradients passes through the quantization
+                once.
         """
         quantizers = [q for q, _ in self._weights]
         with Quantizer.reusing([q for q, x in self._weights if x is not None]) if passes > 1 else nullcontext():
@@ -61,7 +66,7 @@ class WeightsTogether:
                     q.take_back()
 
     def _grouped(self) -> list[list[_Weight]]:
-        """Those that are quantized together. They are found anew only if one is to be quantized otherwise."""
+        """Return the groups of weights that are quantized together; regroup only if the plan of a weight changed."""
         plans = [q.planned(x) if x is not None and _joins(x) else None for q, x in self._weights]
         if not (len(plans) == len(self._plans) and all(a is b for a, b in zip(plans, self._plans, strict=True))):
             self._plans = plans
@@ -86,12 +91,12 @@ class WeightsTogether:
 
 
 def _joins(x: Tensor) -> bool:
-    """Whether a weight takes part. Hooks of one that no gradient comes to would be called all the same."""
+    """Whether a weight takes part. One with hooks does not: they would be called even if no gradient reaches it."""
     return x.numel() <= LARGEST and not (x._backward_hooks or x._post_accumulate_grad_hooks)
 
 
 def _quantize(weights: list[_Weight]) -> None:
-    """Solve for scalars, remember them, quantize; the quantizers are given what came out."""
+    """Solve for the scalars of all weights, remember them, quantize, and give the results to the quantizers."""
     first, plan = weights[0].quantizer, weights[0].plan
     backend = kernels.backend(weights[0].x)
     states, searches = [weight.quantizer.remembered() for weight in weights], [weight.plan.search for weight in weights]

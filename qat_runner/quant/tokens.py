@@ -1,4 +1,4 @@
-"""Activations whose every token has a clipping scalar of its own."""
+"""Quantization of activations with one clipping scalar per token."""
 
 import math
 from typing import NoReturn
@@ -14,21 +14,21 @@ from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import LATEST, Quantizer
 from qat_runner.quant.tensors import fleeting, recording
 
-NOT_CONSTANT = "has a clipping scalar a token, solved as it comes: none of them is constant"
-"""What errors say of it."""
+NOT_CONSTANT = "has one clipping scalar per token, solved on each call, so no scalar can be constant"
+"""The reason in error messages why a token quantizer cannot be static."""
 
 
 class TokenQuantizer(Quantizer):
     """Fake-quantizes each token of a tensor [..., C] with a scalar that is solved on its C values alone.
 
-    So a token comes out the same whatever it stands beside, in training and in evaluation. Nothing is remembered: its
-    state has a sign and no scalars, and it is never static.
+    The result for a token does not depend on the other tokens, neither in training nor in evaluation. No scalars are
+    remembered: the state has a sign but no scalars, and the quantizer is never static.
 
     Args:
-        format: what values are rounded to.
-        method: how scalars are found; not a learned one.
-        gradient: an estimator, or its name.
-        sign_known: false leaves the sign of the format open (the format's until `decide_sign`).
+        format: number format to round to.
+        method: clipping method; not a learned one.
+        gradient: a gradient estimator or its name.
+        sign_known: if false, the sign of the format is undecided; that of `format` is used until `decide_sign`.
     """
 
     per_token = True
@@ -47,16 +47,16 @@ class TokenQuantizer(Quantizer):
 
     @property
     def dynamic(self) -> bool:
-        """It is, whatever the state of another quantizer says that is loaded into it."""
+        """Always true, even after loading the state of a static quantizer."""
         return True
 
     @property
     def has_scalars(self) -> bool:
-        """None that outlive a call."""
+        """Always false: scalars do not outlive a call."""
         return False
 
     def rows(self, x: Tensor) -> Tensor:
-        """x, [..., C] -> [tokens, C]."""
+        """Reshape x from [..., C] to [tokens, C]."""
         return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
     def _called(self, x: Tensor) -> Tensor:
@@ -68,8 +68,11 @@ class TokenQuantizer(Quantizer):
         return fake_quantize(rows, s, self.format, self.gradient).view(x.shape)
 
     def _scalars_of_tokens(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Scalars [tokens, 1], or of two ends [2, tokens, 1]; of a tensor that another one has solved, its."""
-        if recording():  # transforms are among what does
+        """Return scalars [tokens, 1], or [2, tokens, 1] for two clipping bounds.
+
+        If another quantizer has just solved for the same tensor, its scalars are reused.
+        """
+        if recording():  # also under transforms of torch.func
             return self._solve(rows, Call(check=False))
         if not self.training:
             return self._solve(rows, Call(check=self.checks))
@@ -82,16 +85,16 @@ class TokenQuantizer(Quantizer):
 
     @torch.no_grad()
     def quantized(self, x: Tensor, s: Tensor, format: Format | None = None) -> Tensor:
-        """As `Quantizer.quantized`; s as of `scalars_of`."""
+        """Return x quantized with s, as from `scalars_of`; see `Quantizer.quantized`."""
         rows = self.rows(x)
         return kernels.backend(rows).fake_quantize(rows, s, format or self.format).view(x.shape)
 
     def scalars_of(self, x: Tensor, check: bool = True, format: Format | None = None) -> Tensor:
-        """As `Quantizer.scalars_of`: [tokens, 1], or [2, tokens, 1] of a format with two ends."""
+        """Return scalars [tokens, 1], or [2, tokens, 1] for a format with two bounds; see `Quantizer.scalars_of`."""
         return super().scalars_of(self.rows(x), check, format)
 
     def assign(self, s: Tensor, batches: int = 1) -> NoReturn:
-        """There is nothing to assign to.
+        """Not supported, as a token quantizer has no constant scalars.
 
         Raises:
             ValueError: always.

@@ -1,6 +1,6 @@
-"""Clipping intervals of formats with two ends, low <= 0 <= high: what `clipping` does for one scalar.
+"""Clipping intervals of formats with two bounds, low <= 0 <= high: the counterpart of `clipping` for one scalar.
 
-Results are stacked, [2, *shape of a scalar], in the dtype of `clipping`. Where the format is unsigned low is 0.
+Results are stacked, [2, *shape of a scalar], with the dtype rule of `clipping`. For unsigned formats, low is 0.
 """
 
 import math
@@ -17,13 +17,13 @@ from qat_runner.quant.tensors import compute_dtype, kept
 
 
 def extremes(x: Tensor, format: Format, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
-    """The smallest and the largest element of each row, zero among them.
+    """Return the minimum and the maximum of zero and the elements of each row.
 
     Args:
         x: at least one dimension, any floating dtype.
-        format: with two ends.
-        dims: what one interval spans, kept with size 1; none: each element is a row.
-        pool: what x is a part of; None: it is all there is.
+        format: a format with two bounds.
+        dims: the dimensions that one interval spans, kept with size 1; if empty, each element is a row.
+        pool: the parts, of which x is one, that share intervals; None if x is the whole tensor.
     """
     if not format.signed:
         high = tensors.largest(x, False, dims)
@@ -32,11 +32,14 @@ def extremes(x: Tensor, format: Format, dims: tuple[int, ...], pool: Pool | None
 
 
 def percentiles(x: Tensor, format: Format, dims: tuple[int, ...], rank: Callable[[Tensor], Tensor]) -> Tensor:
-    """The q-th percentile of x and, below, that of -x, zero among them.
+    """Return intervals whose upper bound is the q-th percentile of x, and whose lower one is minus that of -x.
+
+    Bounds on the wrong side of zero are replaced by 0.
 
     Args:
-        x, format, dims: as of `extremes`.
-        rank: rows [rows, n], which it may leave in disorder -> the q-th percentile of each, [rows].
+        x, format, dims: see `extremes`.
+        rank: a function that returns the q-th percentile of each row of [rows, n], in shape [rows]; it may reorder the
+            elements of its argument.
     """
     shape = kept(x, dims)
     if x.numel() == 0:
@@ -49,12 +52,15 @@ def percentiles(x: Tensor, format: Format, dims: tuple[int, ...], rank: Callable
 
 
 def mse_sweep(x: Tensor, format: Format, dims: tuple[int, ...], points: int, together: bool) -> Tensor:
-    """The best of `points` shares k/points of both extremes at once; then of the lower end alone, then of the upper.
+    """Return the best of `points` intervals, in three sweeps over fractions k/points of the extremes.
+
+    The first sweep scales both extremes by the same fraction, the second the lower one alone, the third the upper one
+    alone. The second and third keep the previous result unless a candidate is better.
 
     Args:
-        x, format, dims: as of `extremes`.
-        points: candidates each time.
-        together: rows share their shares, the least total squared error deciding; false: each row has its own.
+        x, format, dims: see `extremes`.
+        points: number of candidates in each sweep.
+        together: all rows share the fractions with the least total squared error; if false, each row has its own.
     """
     top = extremes(x, format, dims)
     if x.numel() == 0:
@@ -77,17 +83,18 @@ def _shared(ends: Tensor, top: Tensor, sides: Sequence[int], share: float) -> Te
 
 
 def octav(x: Tensor, format: Format, guess: Tensor | None, search: Search) -> Tensor:
-    """OCTAV in two unknowns: the interval that minimizes
+    """OCTAV in two unknowns: return the interval that minimizes
 
         J(low, high) = k (high - low)^2 #{low <= x <= high, x != 0} + sum (x - high)+^2 + sum (low - x)+^2
 
-    with the indicators held constant, as the paper differentiates: k (high - low) # = sum (x - high)+ = sum (low - x)+.
-    `kernels.intervals` says how that is solved. Where low is 0, what is left is OCTAV in one unknown.
+    The derivative treats the indicators as constant, as in the paper: k (high - low) # = sum (x - high)+ =
+    sum (low - x)+. `kernels.intervals` describes how this is solved. In unsigned formats low is 0, which leaves OCTAV
+    in one unknown.
 
     Args:
-        x, format: as of `extremes`; x has elements, and a row more than one.
-        guess: where to begin, [2, ...]; None: nowhere in particular.
-        search: as of the kernels.
+        x, format: see `extremes`; only a part of a pool may be empty.
+        guess: initial interval, [2, ...]; None for the default start.
+        search: see `kernels.cost.Search`; its `dims` must not be empty.
     """
     backend = kernels.backend(x)
     if format.signed:

@@ -1,1 +1,1 @@
-"""What people look at: plots and tables of finished runs."""
+"""HTML reports, charts and tables of runs."""

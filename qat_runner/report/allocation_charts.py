@@ -1,4 +1,4 @@
-"""Charts of a choice of bits: the front, the bits of every tensor, and what they were chosen by."""
+"""Charts of a bit allocation: the Pareto front, the bits of every tensor, and the prices that decided them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,18 +8,20 @@ from qat_runner.report.tensor_charts import labels
 from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, paid
 
 PRICES = {
-    "gradient": "foretold rise of the loss",
-    "measured": "sum of the rises of the loss, a tensor at a time",
+    "gradient": "predicted loss increase",
+    "measured": "sum of loss increases, each tensor quantized alone",
     "noise": "sum of noise-to-signal ratios",
 }
-"""Kind of price -> what their sum is."""
-SENSITIVITY = {**dict.fromkeys(("gradient", "measured"), "rise of the loss (nats)"), "noise": "noise-to-signal ratio"}
-"""Kind of price -> what one is."""
+"""Kind of price -> axis label of the sum of prices."""
+SENSITIVITY = {**dict.fromkeys(("gradient", "measured"), "loss increase (nats)"), "noise": "noise-to-signal ratio"}
+"""Kind of price -> axis label of the price of one tensor."""
 
 
 def allocation_charts(record: AllocationRecord) -> list[Chart]:
-    """The front beside uniform bits, what was measured of either; for weights and activations apart the bits and the
-    prices of each tensor."""
+    """Return charts of the front beside uniform bits, of the measured metric, and of the bits and price of each tensor.
+
+    Weights and activations have separate charts.
+    """
     charts = [_front(record), _measured(record)]
     for kind in ("weights", "activations"):
         some = [t for t in record["tensors"] if (t["tensor"] == "weight") == (kind == "weights")]
@@ -32,7 +34,7 @@ def _front(record: AllocationRecord) -> Chart:
     def drawn(points: Sequence[Point], name: str, colour: int, **more: Any) -> PlotlyTrace:
         return line([rounded(paid(record, p)) for p in points], [p["rise"] for p in points], name, colour, **more)
 
-    curve, alike = drawn(record["front"], "best", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
+    curve, alike = drawn(record["front"], "front", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
     alike |= {"mode": "lines+markers+text", "text": [f"{p.get('width')} bits" for p in record["uniform"]]}
     alike["textposition"] = [*["top right"] * (len(record["uniform"]) - 1), "top left"]  # within the chart
     chosen = drawn([record["chosen"]], "chosen", 2, mode="markers")
@@ -40,11 +42,11 @@ def _front(record: AllocationRecord) -> Chart:
     positive = all(p["rise"] > 0 for p in (*record["front"], *record["uniform"]))
     axis = {"type": "log", "exponentformat": "power"} if positive else {}
     layout = axes(" or ".join(record["figures"]), PRICES[record["price"]], yaxis=axis)
-    return Chart("front", "The front, and uniform bits", [View("", [curve, alike, chosen])], layout, 380)
+    return Chart("front", "Pareto front and uniform bits", [View("", [curve, alike, chosen])], layout, 380)
 
 
 def _measured(record: AllocationRecord) -> Chart:
-    """The metric against what bits cost, of the networks that were measured on the way."""
+    """Return a chart of the metric against the cost, for the networks that were measured during the search."""
 
     def drawn(points: Sequence[Point], name: str, colour: int) -> PlotlyTrace:
         known = sorted((paid(record, p), p["value"]) for p in points if p["value"] is not None)
@@ -55,10 +57,10 @@ def _measured(record: AllocationRecord) -> Chart:
     costs = [*best["x"], *alike["x"]]
     full = line([min(costs), max(costs)], [record["reference"]] * 2, "full precision", 2, mode="lines")
     full["line"] = {"width": 1.5, "dash": "dash"}
-    chosen = drawn([record["chosen"]], "the answer", 3) | {"mode": "markers"}
+    chosen = drawn([record["chosen"]], "result", 3) | {"mode": "markers"}
     chosen["marker"] = {"size": 13, "symbol": "star"}
     layout = axes(" or ".join(record["figures"]), record["metric"])
-    return Chart("measured", "What was measured", [View("", [best, alike, full, chosen])], layout, 380)
+    return Chart("measured", "Measured networks", [View("", [best, alike, full, chosen])], layout, 380)
 
 
 def _bits(kind: str, tensors: Sequence[PricedTensor]) -> Chart:
@@ -77,7 +79,7 @@ def _bits(kind: str, tensors: Sequence[PricedTensor]) -> Chart:
 
 
 def _prices(kind: str, tensors: Sequence[PricedTensor], record: AllocationRecord) -> Chart:
-    """A point for the price of each tensor, at one width after another; those that are measured as well come first."""
+    """Return a chart of the price of each tensor, with a view per bit-width; those with a second kind come first."""
     widths = sorted(
         dict.fromkeys(width for t in tensors for width in t["price"]),
         key=lambda width: (not any(width in t["beside"] for t in tensors), int(width)),
@@ -89,7 +91,7 @@ def _prices(kind: str, tensors: Sequence[PricedTensor], record: AllocationRecord
 
 
 def _at_width(tensors: Sequence[PricedTensor], width: str, record: AllocationRecord) -> list[View]:
-    """One view; two, if what was measured as well is no figure of the same kind."""
+    """Return the view of a bit-width, or two views if the second kind of price has another unit."""
     places = list(range(len(tensors)))
     common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places}
     common["text"] = [f"{t['layer']}.{t['tensor']}" for t in tensors]
@@ -117,7 +119,7 @@ def _height(tensors: Sequence[PricedTensor]) -> int:
 
 
 def _names(tensors: Sequence[PricedTensor]) -> dict[str, Any]:
-    """The vertical axis of charts with a line a tensor, the first on top."""
+    """Return the vertical axis of charts with one line per tensor, the first on top."""
     ends = [len(tensors) - 0.4, -0.6]
     ticks = {"tickvals": list(range(len(tensors))), "ticktext": labels(tensors), "range": ends}
     return ticks | {"zeroline": False, "tickfont": {"size": 10}}

@@ -1,4 +1,4 @@
-"""The page that sets runs side by side: tables, what counts against bits and costs, and where their configs differ."""
+"""The page that compares runs: tables, charts of the metric against bits and cost, and differences of configs."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -27,13 +27,13 @@ from qat_runner.runs.status import status
 from qat_runner.wording import digits, percent
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-"""Of lines, by bits."""
+"""Line styles, by bits."""
 
 BESIDE = 0.05
-"""How far apart the points of two methods stand, in parts of the step from one number of bits to the next, at most."""
+"""Largest distance between the points of two methods, as a fraction of the step between two bit-widths."""
 
 SIDE_BY_SIDE = 0.7
-"""How far apart those of all methods may."""
+"""Largest distance between the points of the first and the last method, in the same unit."""
 
 Costs = dict[str, tuple[str, Callable[[Summary], float | None]]]
 
@@ -41,29 +41,29 @@ COSTS: Costs = {
     "time": ("minutes", lambda summary: summary["seconds"] / 60),
     "size": ("MB", lambda summary: summary.get("size_mb")),
 }
-"""What the figure that counts is set against: unit, and the figure from summary.json."""
+"""Costs that the metric is plotted against: the unit, and a function that reads the cost from summary.json."""
 
 
 DECIDING = ("model.name", "dataset.name", "mode", "clipping.name", "gradient.name")
-"""Keys by which others play a part, or none."""
+"""Keys that decide which other keys apply to a run."""
 
 EFFECTIVE: dict[str, tuple[str, Callable[[float], str]]] = {
     "weight bits": ("mean_weight_bits", "{:.2f}".format),
     "activation bits": ("mean_activation_bits", "{:.2f}".format),
     "quantized %": ("quantized_macs", lambda value: percent(value / 100, 4).removesuffix(" %")),
 }
-"""Columns about what is quantized: key in summary.json, and how it is written."""
+"""Columns about what is quantized: the key in summary.json, and how the value is formatted."""
 
 
 def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: str | None = None) -> Path:
-    """Write the page; returns its path.
+    """Write the page; return its path.
 
     Args:
-        places, dataset, model: as of `entries`.
+        places, dataset, model: as for `entries`.
         out: the file to write.
 
     Raises:
-        ConfigError: as `entries`.
+        ConfigError: as for `entries`.
     """
     runs, left_out = entries(places, dataset, model, tables=False)
     networks = _drawn(by_network(runs))
@@ -89,7 +89,7 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
 
 
 def _over_seeds(table: Table) -> Table:
-    """Without columns that say nothing here: the network where all share it, and what no row has."""
+    """Drop columns without information: the network if all rows share it, and columns that are empty in all rows."""
     columns = zip(table.headers, zip(*table.cells, strict=True), strict=True)
     kept = [(head, cells) for head, cells in columns if any(cells) and (head != "network" or len({*cells}) > 1)]
     rows = zip(*(cells for _, cells in kept), strict=True)
@@ -97,12 +97,12 @@ def _over_seeds(table: Table) -> Table:
 
 
 def _drawn(networks: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
-    """Those that have more than one run to draw; all, if none has."""
+    """Return the networks with more than one run to draw; all networks if none has."""
     return {name: runs for name, runs in networks.items() if len(runs) > 1} or networks
 
 
 def _colours(runs: Sequence[Entry]) -> dict[str, int]:
-    """Each method has its colour, the same in all charts; full precision has the grey one."""
+    """Return a colour for each method, the same in all charts; full precision is grey."""
     methods = sorted({run.method for run in runs if not run.full_precision})
     grey = {run.method: page.COLOURS - 1 for run in runs if run.full_precision}
     free = [index for index in range(page.COLOURS * len(page.SYMBOLS)) if index % page.COLOURS != page.COLOURS - 1]
@@ -110,9 +110,9 @@ def _colours(runs: Sequence[Entry]) -> dict[str, int]:
 
 
 def _quantity(networks: Mapping[str, Sequence[Entry]]) -> str:
-    """What is drawn, for the headings of charts; where views differ in it, each says so on its axis."""
+    """Return the metric for chart headings; if views differ in it, a general word (each axis names its metric)."""
     titles = dict.fromkeys(measure_of(runs).title for runs in networks.values())
-    return next(iter(titles)) if len(titles) == 1 else "What counts"
+    return next(iter(titles)) if len(titles) == 1 else "Result"
 
 
 def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _y_axis(runs: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _table(runs: Sequence[Entry]) -> dict[str, Any]:
-    """Heads, rows (words, figures as text and as number, words again), and the words that all runs share."""
+    """Return headers, rows (words, numbers as text and value, words again), and the words that all runs share."""
     summaries = [run.summary for run in runs if run.summary is not None]
     finished = {run.folder: run.result for run in runs if run.summary is not None}
     drops = dict(zip(finished, against_full_precision(list(finished.values())), strict=True))
@@ -146,14 +146,14 @@ def _table(runs: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _words(run: Entry, name: str) -> dict[str, str]:
-    """Of a row of the table; the name of an unfinished run tells what has become of it."""
+    """Return the text cells of a row; the name of an unfinished run includes its state."""
     state = "" if run.summary is not None else f" ({status(run.folder).state})"
     model, dataset = run.network
     return {"model": model, "dataset": dataset, "method": run.method, "mode": run.config.mode, "run": name + state}
 
 
 def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, Callable[[Any], str]]]:
-    """Of a row of the table, and how each is written."""
+    """Return the numbers of a row, each with the function that formats it."""
     s: Mapping[str, Any] = run.summary or {}
     return [
         (None if run.bits is None else run.bits.mean, "{:g}".format if run.bits is None else run.bits.told.format),
@@ -169,7 +169,7 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, Callabl
 
 
 def _names(runs: Sequence[Entry]) -> list[str]:
-    """Names of run folders without the words that all begin with; with their parents', where names alone repeat."""
+    """Return run folder names without their common first words; with the parent folder if names alone repeat."""
     folders = [run.folder.resolve() for run in runs]
     plain = [folder.name for folder in folders]
     if len({*plain}) < len(plain):
@@ -182,14 +182,14 @@ def _names(runs: Sequence[Entry]) -> list[str]:
 
 
 def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """What counts against bits, a line a method: mean over its runs at these bits, and their range as a bar."""
+    """Return a chart of the metric against bits, a line per method: mean over runs, with their range as a bar."""
     views = []
     for name, runs in networks.items():
         done = [(run, run.bits) for run in runs if run.summary is not None and run.bits is not None]
         widths = sorted({bits for run, bits in done if not run.full_precision} or {bits for _, bits in done})
         methods = by_method(run for run, _ in done)
         beside = min(BESIDE, SIDE_BY_SIDE / max(len(methods), 1))
-        shifts = [beside * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars stand side by side
+        shifts = [beside * (i - (len(methods) - 1) / 2) for i in range(len(methods))]  # bars must not overlap
         traces = [
             _mean_line(method, some, widths, shift, colours[method])
             for (method, some), shift in zip(methods, shifts, strict=True)
@@ -202,7 +202,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 
 def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[Width], shift: float, colour: int) -> PlotlyTrace:
-    """x counts through `widths`, and is shifted. Of full precision: a level across all of them."""
+    """Return the line of a method; x is the index into `widths`, shifted. Full precision is a horizontal line."""
     unit = measure_of(runs).unit
     if runs[0].full_precision:
         level = statistics.fmean(score(run.summary or {}) for run in runs)
@@ -229,14 +229,14 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[Width], shif
 
 
 def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """What counts against a cost, a point a run; the views are all networks for each cost in turn."""
+    """Return a chart of the metric against cost, a point per run, with a view for each cost and network."""
     views = []
     for cost, (unit, figure) in COSTS.items():
         for name, runs in networks.items():
             done = [(r, r.summary) for r in runs if r.summary is not None and figure(r.summary) is not None]
             known = {run.folder: (figure(summary), score(summary)) for run, summary in done}
             traces = [_points(method, some, known, colours[method]) for method, some in by_method(r for r, _ in done)]
-            title = f"{cost} ({unit})" if traces else f"{cost}: not on record for these runs"
+            title = f"{cost} ({unit})" if traces else f"{cost}: not recorded for these runs"
             views.append(View(name, traces, {"xaxis": {"title": {"text": title}}, "yaxis": _y_axis(runs)}))
     heading = f"{_quantity(networks)} against cost"
     return Chart("by-cost", heading, views, axes(), 380, ("cost", "network")) if _any(views) else None
@@ -254,7 +254,7 @@ def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, flo
 
 
 def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart | None:
-    """What counts of validation by epoch, a line a run: its colour tells the method, its dashes the bits."""
+    """Return a chart of the validation metric by epoch, a line per run: colour for the method, dashes for the bits."""
     views = []
     for name, runs in networks.items():
         widths = sorted({run.bits for run in runs if not run.full_precision and run.bits is not None})
@@ -271,7 +271,7 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
         title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
         views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {}, yaxis=_y_axis(runs))))
-    heading = f"{_quantity(networks)} of validation by epoch"
+    heading = f"{_quantity(networks)} on validation data by epoch"
     return Chart("curves", heading, views, height=420, selects=("network",)) if _any(views) else None
 
 
@@ -292,9 +292,10 @@ def _any(views: Sequence[View]) -> bool:
 
 
 def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Keys in which configs differ, of those that decide a result; and by run its values.
+    """Return the result-deciding keys in which configs differ, and the values of each run.
 
-    To have a key or none is a difference where the deciding ones are the same: else it follows from these.
+    A key that only some runs have counts as a difference if the DECIDING keys are equal; otherwise it follows from
+    these.
     """
     theirs = [settings(run.config) for run in runs]
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}

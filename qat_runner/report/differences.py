@@ -1,7 +1,7 @@
-"""Differences over seeds: their mean, how sure it is, and what it says.
+"""Differences over seeds: their mean, its confidence interval, and the verdict.
 
-A difference is that of two runs of one seed. Over seeds it has a mean and a 95 % confidence interval, that of a paired
-t-test.
+A difference is taken between two runs with the same seed. Over seeds, it has a mean and a 95 % confidence interval,
+that of a paired t-test.
 """
 
 import statistics
@@ -12,11 +12,11 @@ from functools import cached_property
 CONFIDENCE = 0.95
 
 ROUNDING = 1e-9
-"""Points by which differences that are the same may differ."""
+"""Standard deviation, in points, below which differences count as equal."""
 
 
 class Verdict(StrEnum):
-    """On a statement."""
+    """A verdict on a statement."""
 
     HOLDS = "holds"
     FAILS = "does not hold"
@@ -29,11 +29,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Differences:
-    """In points, one a seed."""
+    """Differences in points, one per seed."""
 
     values: tuple[float, ...]
     certain: bool = False
-    """whether values that are all alike are no accident, and sure: networks that have collapsed are at chance alike"""
+    """whether equal values for all seeds are conclusive: networks that have collapsed are all exactly at chance"""
 
     @property
     def mean(self) -> float:
@@ -41,9 +41,9 @@ class Differences:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The confidence interval of the mean; None of one seed, or of several that are all alike and not `certain`.
+        """The confidence interval of the mean; None for one seed, or for equal values that are not `certain`.
 
-        Where all are alike, seeds made no difference to what was computed, and were no chance either.
+        If all values are equal, the seed had no influence on the computation, so they are no independent samples.
         """
         from scipy.special import stdtrit
 
@@ -55,7 +55,7 @@ class Differences:
         return self.mean - reach, self.mean + reach
 
     def verdict(self, above: float, below: float) -> Verdict:
-        """Whether the difference lies between two ends, of which one may be infinite."""
+        """Return whether the difference lies between two bounds, one of which may be infinite."""
         if not self.values:
             return Verdict.ALONE
         if self.interval is None:
@@ -66,7 +66,7 @@ class Differences:
         return Verdict.FAILS if high < above or below < low else Verdict.OPEN
 
     def told(self, lower_is_better: bool) -> str:
-        """What it says of two methods: whether the one is better or worse than the other, or why that is not known."""
+        """Return whether one method is better or worse than the other, in words, or why that is undecided."""
         if self.interval is None:
             alike = "one seed" if len(self.values) == 1 else "the same for all seeds"
             return alike if self.values else "nothing to compare with"

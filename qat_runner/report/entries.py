@@ -1,4 +1,4 @@
-"""Runs that are set side by side: which are seeds of one method, and which methods can be compared."""
+"""Runs that are compared: which runs are seeds of one method, and which methods can be compared."""
 
 import os
 import statistics
@@ -21,53 +21,52 @@ from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
 FULL_PRECISION = "full precision"
 
 OF_A_CELL = ("seed", "weight_bits", "activation_bits", *LIMITS, "max_drop")
-"""Keys that runs of one method may differ in: it is looked at by bits, or by what limits these, and over seeds."""
+"""Keys that runs of one method may differ in: bits, limits on chosen bits, and the seed."""
 
 OF_A_LINE = (*OF_A_CELL, "noise_batches")
-"""The same where no two of these runs share bits and seed: then this has gone with the bits."""
+"""The same if no two runs of the method share bits and seed: then noise_batches may vary with the bits."""
 
 PLACE = "folder"
-"""Stands for a key where runs are told apart by where they lie."""
+"""Used in place of a key for runs that differ only in their location."""
 
 Setting = tuple[tuple[str, str], ...]
-"""Keys in which runs differ that methods are not to differ in, and what is said of them: ("lr", "lr=0.1")."""
+"""Keys in which compared methods differ but should not, each with its text: ("lr", "lr=0.1")."""
 
 DIGITS_OF_HASH = 8
-"""Of the fingerprint of a file, how many are shown."""
+"""Number of digits of a file's fingerprint that are shown."""
 
 
 class Width(NamedTuple):
-    """Bits that methods are compared at."""
+    """Bits at which methods are compared."""
 
     mean: float
     told: str
-    """of weights and activations, where they differ, as in 4/8; where they are chosen, what for, as in size_mb=2"""
+    """text: weights/activations if they differ, as in 4/8; the limit if bits are chosen, as in size_mb=2"""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A run that takes part."""
+    """A run in a comparison."""
 
     folder: Path
-    """of a line of a table of results: its file"""
+    """for a line of a table of results: the file"""
     config: Config
     summary: Summary | None
-    """None while it is not finished"""
+    """None while the run is unfinished"""
     epochs: list[EpochRow]
     variant: str = ""
-    """how it differs from other runs of its method in more than bits and seed, and from those of others in more than
-    the method"""
+    """text of the differences from other runs of the method besides bits and seed, and from other methods' runs"""
     setting: Setting = ()
-    """what of that is no matter of the method"""
+    """the part of these differences that does not belong to the method"""
     came_to: float | None = None
-    """mean bits of all runs of its network for which bits were chosen within the same limits; None where there are none
-    yet, or they are not chosen"""
+    """average bit-width over all runs of the network whose bits were chosen within the same limits; None if there are
+    none yet, or bits are not chosen"""
     line: int | None = None
-    """of a table of results; None of a run folder"""
+    """line in a table of results; None for a run folder"""
 
     @property
     def key(self) -> Key:
-        """Its own: see `key_of`."""
+        """The unique key of the run, see `key_of`."""
         return key_of(self.folder, self.line)
 
     @property
@@ -76,7 +75,7 @@ class Entry:
 
     @property
     def method(self) -> str:
-        """Clipping, gradient and variant, in a few words. Runs that share it differ in bits and seed at most."""
+        """Clipping, gradient and variant, in a few words. Runs that share it differ at most in bits and seed."""
         return ", ".join(filter(None, (self.kind, self.variant)))
 
     @property
@@ -100,9 +99,9 @@ class Entry:
 
     @property
     def bits(self) -> Width | None:
-        """Of weights and activations; where they are chosen, what they may be, or what else was asked for.
+        """The bits of weights and activations; for chosen bits, the budget or the average reached within another limit.
 
-        None: they are to be chosen, and are not yet.
+        None if bits are still to be chosen.
         """
         if not self.config.allocating:
             return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.told_bits))
@@ -113,7 +112,7 @@ class Entry:
 
     @property
     def mean_bits(self) -> float | None:
-        """What chosen bits came to in this run."""
+        """The average bit-width of this run."""
         recorded: Mapping[str, Any] = self.summary or {}
         means = [recorded.get(key) for key in ("mean_weight_bits", "mean_activation_bits")]
         known = [mean for mean in means if mean is not None]
@@ -121,24 +120,23 @@ class Entry:
 
     @property
     def told_bits(self) -> str:
-        """Its bits in words: "4 bits", "4/8 bits", "budget=4"."""
+        """The bits in words: "4 bits", "4/8 bits", "budget=4"."""
         return str(self.config.told_bits) if self.config.allocating else f"{self.config.told_bits} bits"
 
 
 def entries(
     places: Sequence[Path], dataset: str | None = None, model: str | None = None, tables: bool = True
 ) -> tuple[list[Entry], list[str]]:
-    """The runs at the places, or in them where these are folders of runs or tables of results, each once; and why
-    others are left out.
+    """Return the runs found at some places, each once, and the reasons why others are left out.
 
     Args:
-        places: run folders, folders of them, or tables of results, which are files *.csv.
-        dataset, model: as of `selected`.
-        tables: whether lines of tables of results are wanted, which have no epochs.
+        places: run folders, folders of run folders, or tables of results (*.csv files).
+        dataset, model: as for `selected`.
+        tables: whether to include lines of tables of results, which have no epochs.
 
     Raises:
-        ConfigError: there is no such place, there is no run of the data set or the network, or fewer than two in all.
-        UnreadableError: as `read_results`.
+        ConfigError: a place does not exist, there is no run of the data set or network, or there are fewer than two.
+        UnreadableError: as for `read_results`.
     """
     found: dict[Key, Entry] = {}
     left_out: list[str] = []
@@ -157,17 +155,18 @@ def entries(
             else:
                 found[entry.key] = entry
     if len(found) < 2:
-        raise ConfigError("; ".join([f"needs two runs or more, and found {len(found)}", *left_out]))
+        raise ConfigError("; ".join([f"needs at least two runs, found {len(found)}", *left_out]))
     return _told_apart(selected(list(found.values()), dataset, model)), left_out
 
 
 def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]]:
-    """The run folders at a place, and why others are left out: of several places, as a shell makes of runs/*, one may
-    hold none.
+    """Return the run folders at a place, and the reasons why others are left out.
+
+    One of several places may hold no run, since a shell expands runs/* to everything in the folder.
 
     Raises:
-        ConfigError: there is no such place, or nothing is at the only one.
-        UnreadableError: of the only one.
+        ConfigError: the place does not exist, or it is the only place and holds no run.
+        UnreadableError: the place is the only one and cannot be read.
     """
     try:
         config = load_config(place)
@@ -186,8 +185,11 @@ def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]
 
 
 def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs with their variants, so that what is averaged as seeds of one method is no more than that, and where
-    methods are compared that have more between them, their names tell it."""
+    """Return the runs with their variants.
+
+    Variants ensure that only seeds of one method are averaged, and that the names of compared methods show whatever
+    else the methods differ in.
+    """
     compared: dict[tuple[str, ...], list[Entry]] = {}
     runs = _with_chosen_bits(runs)
     for run in runs:
@@ -210,12 +212,12 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
 
 
 def _told(key: str, value: Any) -> str:
-    """A setting beside the name of a method."""
+    """Return the text of a setting, to follow the name of a method."""
     return f"{key.rpartition('.')[2]}={value_in_words(value)}"
 
 
 def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
-    """The runs with what chosen bits came to, over all of a network that were asked for the same: one width a limit."""
+    """Return the runs with `came_to`, averaged over a network's runs within the same limits: one value per limit."""
     means: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
         if run.config.allocating and run.mean_bits is not None:
@@ -229,7 +231,7 @@ def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
 
 
 def _between_methods(runs: Sequence[Entry]) -> list[str]:
-    """In what runs of a network, on a data set and in a mode, differ that methods are not to differ in."""
+    """Return the keys in which runs of one network, data set and mode differ, but compared methods should not."""
     keys = keys_unlike([recipe_of(run.config) for run in runs])
     started = {(run.config.seed, start_of(run.config)) for run in runs}
     own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
@@ -237,7 +239,7 @@ def _between_methods(runs: Sequence[Entry]) -> list[str]:
 
 
 def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The settings of a method's runs; where each seed has weights of its own, these are all alike in that."""
+    """Return the settings of a method's runs; if each seed has its own weights, all get the same value for them."""
     starts = [start_of(run.config) for run in some]
     if each_seed_has_its_own(run.config for run in some):
         starts = ["of each seed"] * len(some)
@@ -248,8 +250,10 @@ def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _places(runs: Sequence[Entry]) -> list[str]:
-    """Where runs lie, in as few words as tell these places apart; where all lie in one, the names of their folders, or
-    the numbers of their lines."""
+    """Return short names of the runs' locations.
+
+    If all lie in one place, these are the names of the run folders or the line numbers.
+    """
     parents = [place_of(run.key) for run in runs]
     if len({*parents}) == 1:
         return [run.folder.name if run.line is None else f"line {run.line}" for run in runs]
@@ -258,15 +262,15 @@ def _places(runs: Sequence[Entry]) -> list[str]:
 
 
 def _once(runs: Sequence[Entry]) -> bool:
-    """Whether no two runs of a method share bits and seed, so that nothing but their method tells them apart."""
+    """Return whether no two runs share method, bits and seed."""
     return len({(run.method, run.config.seed, run.told_bits) for run in runs}) == len(runs)
 
 
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
-    """What is compared with one another, the largest first: runs of a network on a data set in a mode.
+    """Group runs by network, data set and mode, the largest group first.
 
-    Where none of them is in full precision, those of another mode that they are compared with come with them; a mode
-    that has no other runs than such is none by itself.
+    A group without full-precision runs also gets those of another mode that its runs are compared with. A mode that
+    has only such borrowed runs forms no group.
     """
     baselines = full_precision_of([run.result for run in runs])
     baseline = {run.key: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
@@ -284,7 +288,7 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
-    """The methods, by name, and the runs of each."""
+    """Return the methods, sorted by name, with the runs of each."""
 
     def method(run: Entry) -> str:
         return run.method
@@ -293,18 +297,18 @@ def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 
 
 def measure_of(runs: Sequence[Entry]) -> Measure:
-    """What counts for runs on one data set."""
+    """Return the metric of runs on one data set."""
     return runs[0].config.task.measure
 
 
 def keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Of settings, those that are not the same in all."""
+    """Return the keys whose values are not the same in all settings."""
     keys = dict.fromkeys(key for setting in some for key in setting)
     return [key for key in keys if any(setting.get(key) != some[0].get(key) for setting in some)]
 
 
 def value_in_words(value: Any) -> str:
-    """Of a setting; of a fingerprint, the beginning."""
+    """Return the text of a value; of a fingerprint, only the first digits."""
     text = shown(value)
     hashed = len(text) == 64 and set(text) <= set("0123456789abcdef")
     return f"{text[:DIGITS_OF_HASH]}…" if hashed else text

@@ -1,4 +1,4 @@
-"""Methods beside each other: what each reaches over its seeds, and how far it lies from another one, seed by seed."""
+"""Comparison of methods: the mean of each over its seeds, and its difference from a reference, paired by seed."""
 
 import statistics
 from collections import Counter
@@ -14,12 +14,12 @@ from qat_runner.report.tables import Table, against_full_precision, head, mean_a
 from qat_runner.runs.records import score
 
 USUAL = "octav"
-"""The method that others are compared with, where none is named and it is there."""
+"""The default reference method, if there are runs of it."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A method at some bits, for a network on a data set in a mode."""
+    """The results of a method at some bits, for one network, data set and mode."""
 
     network: str
     bits: Width
@@ -27,46 +27,46 @@ class Standing:
     full_precision: bool
     measure: Measure
     values: Mapping[int, float]
-    """what counts, by seed"""
+    """the metric that counts, by seed"""
     gaps: Mapping[int, float]
-    """to full precision, by seed, of those that have it"""
+    """difference from full precision, by seed, for seeds that have it"""
     reference: str
-    """the method that it is compared with; its own name, if it is that one; empty of full precision"""
+    """the method that this one is compared with; its own name if it is the reference; empty for full precision"""
     differences: Mapping[int, float]
-    """to that one at the same bits, by seed, of those that both have"""
+    """difference from the reference at the same bits, by seed, for seeds that both have"""
     setting: Setting = ()
-    """as of its runs"""
+    """the setting of the method's runs, see `Entry`"""
     apart: bool = False
-    """whether it is compared with one of another setting"""
+    """whether the reference has another setting"""
 
     @property
     def gap(self) -> Differences:
-        """To full precision, over these seeds."""
+        """Differences from full precision over the seeds."""
         return Differences(tuple(self.gaps.values()))
 
     @property
     def difference(self) -> Differences:
-        """To the reference, over these seeds."""
+        """Differences from the reference over the seeds."""
         return Differences(tuple(self.differences.values()))
 
     @property
     def told(self) -> str:
-        """What the difference says, in words."""
+        """The verdict on the difference from the reference, in words."""
         if self.reference in ("", self.method):
             return ""
         return self.difference.told(self.measure.lower_is_better)
 
 
 def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standing]:
-    """The methods of finished runs, by network and bits, the best first.
+    """Return the standings of the methods of finished runs, by network and bits, the best first.
 
     Args:
-        runs: as `entries` finds them.
-        against: the method that others are compared with, see `_going_by`; None: octav, or the first by name. Of one
-            that there is in several settings each is compared with that of its own, see `_references`.
+        runs: as `entries` returns them.
+        against: the reference method, see `_going_by`; None: octav, or else the first by name. If the reference has
+            runs in several settings, each method is compared with the one of its own setting, see `_references`.
 
     Raises:
-        ConfigError: there is no such method, or more than one.
+        ConfigError: no method matches `against`, or several do.
     """
     done = [run for run in runs if run.summary is not None and run.bits is not None]
     quantized = [run for run in done if not run.full_precision]
@@ -77,29 +77,33 @@ def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standin
 
 
 def _going_by(word: str, runs: Sequence[Entry]) -> Set[str]:
-    """The methods that go by a name: all of a kind, one by its whole name, or all of the only kind that begins so.
+    """Return the methods that a name refers to: all of a kind, one by its full name, or all of the only kind that
+    begins with it.
 
     Raises:
-        ConfigError: there is none, or there are several kinds.
+        ConfigError: no kind matches, or several do.
     """
     methods, kinds = {run.method for run in runs}, {run.kind for run in runs}
     begun = [kind for kind in kinds if kind.partition(", ")[0] == word]
     if word not in kinds and word in methods:
         return {word}
     if word not in kinds and len(begun) != 1:
-        raise ConfigError(f"--against {word}: must be one of these: {'; '.join(sorted(methods)) or 'there are none'}")
+        raise ConfigError(f"--against {word}: must be one of these: {'; '.join(sorted(methods)) or '(no methods)'}")
     return {run.method for run in runs if run.kind == (word if word in kinds else begun[0])}
 
 
 def _usual(runs: Sequence[Entry]) -> Set[str]:
-    """The methods of the kind that others are compared with where none is named."""
+    """Return the methods of the kind that serves as reference by default."""
     kinds = sorted({run.kind for run in runs}, key=lambda kind: (kind.partition(", ")[0] != USUAL, kind))
     return {run.method for run in runs if run.kind in kinds[:1]}
 
 
 def _references(runs: Sequence[Entry], named: Set[str]) -> dict[str, str]:
-    """The method that each is compared with, of those that are named: the one of its own setting, and where that has
-    none, or has nothing beside it, the one of most bits and seeds; of several the first by name."""
+    """Return the reference of each method, one of those that are named.
+
+    It is the one with the method's own setting. If that setting has none, or no other method, it is the one with the
+    most bits and seeds; ties go to the first by name.
+    """
     settings = {run.method: run.setting for run in runs}
     cells = Counter(method for method, *_ in {(run.method, run.bits, run.config.seed) for run in runs})
 
@@ -141,11 +145,11 @@ def _mean(values: Mapping[int, float]) -> float:
 
 
 def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
-    """A row a method: seeds, mean and deviation, and the differences, with the confidence interval of their mean.
+    """Return a table with a row per method: seeds, mean and standard deviation, and differences with their interval.
 
     Args:
-        found: as `standings` finds them.
-        notes: sentences about what is not in it, to stand under it as well.
+        found: as `standings` returns them.
+        notes: further sentences to print below the table.
     """
     references = list(dict.fromkeys(each.reference for each in found if each.reference))
     bases = [f"vs {references[0]}"] if len(references) == 1 else ["vs the reference", "reference"]
@@ -165,23 +169,25 @@ def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
 
 
 def _other_settings(found: Sequence[Standing]) -> list[str]:
-    """Sentences where runs differ in more than their method: in what, and which are compared all the same."""
+    """Return sentences on runs that differ in more than their method: the keys, and the comparisons across settings."""
     compared = [each for each in found if each.reference]
     keys = dict.fromkeys(key for each in compared for key, _ in each.setting)
     if len({(each.network, each.setting) for each in compared}) == len({each.network for each in compared}):
         return []
     told = [
-        f"Runs differ in more than the method, in {', '.join(keys)}: each row is compared with the reference of its "
-        "own settings."
+        f"Runs differ in more than the method, namely in {', '.join(keys)}. Each row is compared with the reference "
+        "that has the same settings."
     ]
     apart = dict.fromkeys(f"{each.method}, with {each.reference}" for each in compared if each.apart)
     if apart:
-        told.append(f"Across settings, where a row's own have nothing to compare it with: {'; '.join(apart)}.")
+        told.append(
+            f"Compared with a reference of other settings, since there is none of the same: {'; '.join(apart)}."
+        )
     return told
 
 
 def numbers(found: Sequence[Standing]) -> Table:
-    """The same as numbers, to be computed with: of each seed as well, in the order of the seeds."""
+    """Return the same as plain numbers to compute with, including the values of each seed, in the order of seeds."""
     heads = ["network", "bits", "method", "metric", "seeds", "values", "mean", "deviation", "vs_fp32"]
     heads += ["vs_fp32_seeds", "reference", "difference", "difference_seeds", "low", "high", "verdict"]
     cells = [
@@ -201,15 +207,16 @@ def numbers(found: Sequence[Standing]) -> Table:
 
 
 def _numbers(values: Sequence[float]) -> tuple[str, str]:
-    """Mean and standard deviation, where there are as many values as these take."""
+    """Return mean and standard deviation as text; empty if there are too few values."""
     mean = str(statistics.fmean(values)) if values else ""
     return mean, str(statistics.stdev(values)) if len(values) > 1 else ""
 
 
 NOTES = (
-    "Means and standard deviations over seeds. Differences are of runs of one seed, in points; in brackets is the "
-    f"{100 * CONFIDENCE:g} % confidence interval of their mean, that of a paired t-test. (n): only n of the seeds "
-    "could be paired.",
-    "No correction for many comparisons: of twenty rows without any true difference, about one will look different.",
+    "Means and standard deviations over seeds. Differences are taken between runs with the same seed, in points; "
+    f"brackets hold the {100 * CONFIDENCE:g} % confidence interval of their mean, by a paired t-test. (n) means that "
+    "only n of the seeds could be paired.",
+    "There is no correction for multiple comparisons: of twenty rows without a true difference, about one will look "
+    "different.",
 )
 """Sentences under the table."""

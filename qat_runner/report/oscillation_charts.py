@@ -1,4 +1,4 @@
-"""Charts of weights that flip between two codes: of all together by epoch, and layer by layer after the latest."""
+"""Charts of weights that oscillate between two codes: all weights by epoch, and each layer in the latest epoch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ KEYS = {"oscillating": CHOSEN, "frozen": OTHER}
 """Columns of oscillations.csv that are drawn, and their colours."""
 
 Row = Mapping[str, Any]
-"""Of oscillations.csv."""
+"""A row of oscillations.csv."""
 
 
 def oscillation_charts(rows: Sequence[Row]) -> list[Chart]:
-    """None where no codes were watched."""
+    """Return the charts; empty if no oscillations were recorded."""
     if not rows:
         return []
     epochs = sorted({row["epoch"] for row in rows})
@@ -27,8 +27,8 @@ def oscillation_charts(rows: Sequence[Row]) -> list[Chart]:
     layers = View("", [_points(last, key) for key in keys], {"yaxis": axis | {"tickfont": {"size": 10}}})
     layout = axes("% of the elements", xaxis={"rangemode": "tozero"})
     return [
-        Chart("oscillations-all", "Of all by epoch", [View("", lines)], axes("epoch", "%", hovermode="x unified")),
-        Chart("oscillations-layers", "Layer by layer", [layers], layout, 80 + 17 * len(last)),
+        Chart("oscillations-all", "All weights by epoch", [View("", lines)], axes("epoch", "%", hovermode="x unified")),
+        Chart("oscillations-layers", "By layer, latest epoch", [layers], layout, 80 + 17 * len(last)),
     ]
 
 

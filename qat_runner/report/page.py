@@ -1,7 +1,7 @@
-"""Pages that hold all they need: one HTML file with Plotly inside, opened from disk, without a network.
+"""Self-contained HTML reports: one file with Plotly inside, opened from disk, without a network.
 
-Python says what is drawn (`Chart`), templates/ say where, and templates/page.js draws it in the colours of the day, by
-plotly/, which is Plotly's own bundle of the plainest traces: `TRACE_TYPES`.
+Python describes the charts (`Chart`), templates/ place them, and templates/page.js draws them in the light or dark
+theme with Plotly's basic bundle in plotly/, which supports `TRACE_TYPES`.
 """
 
 import base64
@@ -20,27 +20,27 @@ from qat_runner.runs.files import write_text
 from qat_runner.wording import digits
 
 CHOSEN, OTHER = 0, 1
-"""Colours, as indices into those of templates/page.js: what the page is about, and what it is compared with."""
+"""Colours, as indices into those of templates/page.js: for the subject of the page and for what it is compared with."""
 
 COLOURS, SYMBOLS = 8, ("circle", "square", "diamond", "triangle-up", "cross")
-"""How many colours there are; and what tells lines apart beside them."""
+"""Number of colours, and the markers that tell lines of the same colour apart."""
 
 FEW_EPOCHS = 12
-"""So many have a tick each."""
+"""Up to this number, every epoch has a tick."""
 
 TRACE_TYPES = ("scatter", "bar", "pie")
-"""That the bundle can draw."""
+"""Trace types that the bundle can draw."""
 
 LARGEST = 1_500_000
-"""Bytes of a page, at most."""
+"""Largest size of a page, in bytes."""
 
 PlotlyTrace = dict[str, Any]
-"""As Plotly has it, but for `colour`, an index, in place of its colours."""
+"""A Plotly trace, except that `colour` (an index) replaces Plotly's colours."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a chart shows when it is chosen."""
+    """What a chart shows when the view is selected."""
 
     label: str
     traces: list[PlotlyTrace]
@@ -50,30 +50,30 @@ class View:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the page's script draws."""
+    """A chart for the page's script to draw."""
 
     id: str
     heading: str
     views: list[View]
-    """one, or several of which `selects` choose"""
+    """one view, or several that `selects` choose from"""
     layout: dict[str, Any] = field(default_factory=dict)
-    """of all views"""
+    """Plotly layout of all views"""
     height: int = 300
-    """pixels"""
+    """in pixels"""
     selects: tuple[str, ...] = ()
-    """ids of the selectors in the template; of several the last goes through neighbouring views"""
+    """ids of the selectors in the template; with several, the last one steps through adjacent views"""
     logarithmic: str | None = None
-    """id of the box in the template that makes the y axis logarithmic"""
+    """id of the checkbox in the template that makes the y axis logarithmic"""
 
 
 def axes(x: str = "", y: str = "", **layout: Any) -> dict[str, Any]:
-    """A layout with titles of the axes; `layout` may hold more of xaxis and yaxis."""
+    """Return a layout with axis titles; `layout` may contain further settings of xaxis and yaxis."""
     titles = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     return {**layout, **{axis: title | layout.get(axis, {}) for axis, title in titles.items()}}
 
 
 def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = CHOSEN, **more: Any) -> PlotlyTrace:
-    """A line through points; NaN and None are gaps."""
+    """Return a line through points; NaN and None are gaps."""
     symbol = SYMBOLS[(colour + colour // COLOURS) % len(SYMBOLS)]
     return {
         "type": "scatter",
@@ -89,17 +89,17 @@ def line(x: Sequence[Any], y: Sequence[float | None], name: str, colour: int = C
 
 
 def rounded(value: float | None) -> float | None:
-    """To five digits, which is more than a screen shows; None for what is not finite."""
+    """Round to five digits, more than a screen shows; return None for a value that is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def number(cell: float | None) -> float:
-    """A cell of a CSV file; NaN where there is none."""
+    """Return a cell of a CSV file; NaN if it is empty."""
     return math.nan if cell is None else cell
 
 
 def shown(value: Any) -> str:
-    """A value of a config, as its reader would write it."""
+    """Return a config value as a user would write it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -108,13 +108,13 @@ def shown(value: Any) -> str:
 
 
 def write(path: Path, template: str, charts: Sequence[Chart], content: Mapping[str, Any]) -> Path:
-    """Render a template to a file; returns its path.
+    """Render a template to a file; return its path.
 
     Args:
-        path: the file; its folder is made if need be.
-        template: a name in templates/, without its endings.
-        charts: all that the template places.
-        content: what else it shows.
+        path: the file; its folder is created if necessary.
+        template: name of a file in templates/, without its extensions.
+        charts: all charts that the template places.
+        content: other variables of the template.
     """
     environment = Environment(
         loader=PackageLoader("qat_runner.report"),
@@ -132,11 +132,11 @@ def write(path: Path, template: str, charts: Sequence[Chart], content: Mapping[s
 
 
 def packed(text: str) -> str:
-    """Compressed, and in letters that HTML leaves alone: a quarter of Plotly, a tenth of a large run's charts."""
+    """Compress text and encode it for HTML: Plotly shrinks to a quarter, the charts of a large run to a tenth."""
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 @functools.cache
 def plotly() -> str:
-    """The bundle, `packed`."""
+    """Return the Plotly bundle, `packed`."""
     return packed(Path(__file__).with_name("plotly").joinpath("plotly-basic.min.js").read_text(encoding="utf-8"))

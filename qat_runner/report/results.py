@@ -1,4 +1,4 @@
-"""Tables of results: the summaries of runs in one CSV file, with their configs, to be kept with a paper."""
+"""Tables of results: the summaries of runs in one CSV file, with their configs, to archive with a paper."""
 
 import csv
 import io
@@ -20,18 +20,18 @@ from qat_runner.runs.records import ResultRow, Summary
 log = logging.getLogger("qat_runner")
 
 CONFIGS = "configs"
-"""Folder of the configs, beside the table."""
+"""Name of the folder of configs next to the table."""
 
 
 def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Write results.csv, a line for each finished run, and a config for all seeds of each setting.
+    """Write results.csv, with a line for each finished run, and one config for all seeds of each setting.
 
     Args:
-        runs: of run folders or tables of results; those that are not finished have no line, and are told of.
-        folder: is made; what lies in it under other names stays.
+        runs: from run folders or tables of results; unfinished runs get no line, and a warning names them.
+        folder: created if necessary; files with other names in it are kept.
 
     Returns:
-        The files, the table first.
+        The written files, the table first.
     """
     finished = [(run, run.summary) for run in runs if run.summary is not None]
     for why in not_finished(run.folder for run in runs if run.summary is None):
@@ -53,7 +53,7 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def _config_of(run: Run) -> str:
-    """Its config in YAML, as it lies in its folder; of a line, as this version writes it."""
+    """Return a run's config as YAML: the file in its folder; for a line of a table, as this version writes it."""
     if run.line is None:
         return (run.folder / CONFIG_FILE).read_text()
     return OmegaConf.to_yaml(OmegaConf.structured(run.config))
@@ -73,15 +73,15 @@ def _csv(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def read_results(file: Path) -> list[Run]:
-    """The runs of a CSV file of results, as `write_results` makes it; those without a config are told of.
+    """Return the runs of a CSV file of results that `write_results` wrote; warn of lines without a config.
 
     Args:
-        file: with the content of a summary.json in each line; the configs lie in a folder `configs` beside it. A line
-            names its config in the column `config`; where there is none, it is the one whose words are those of the
-            line. A config serves all seeds.
+        file: each line has the content of a summary.json; the configs are in a folder `configs` next to the file. A
+            line names its config in the column `config`; without that column, it is the config whose model, data
+            set, method and bits are those of the line. A config serves all seeds.
 
     Raises:
-        UnreadableError: naming line and column of what is no such content.
+        UnreadableError: a cell does not fit; the message names line and column.
     """
     configs = {path.stem: read_config(path) for path in sorted((file.parent / CONFIGS).glob("*.yaml"))}
     rows: list[Summary] = CsvFile[Summary](file.name, ResultRow).read(file.parent)
@@ -91,23 +91,23 @@ def read_results(file: Path) -> list[Run]:
         if len(some) == 1:
             found.append(run_of(file, replace(some[0], seed=row["seed"]), row, number))
         else:
-            log.warning(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} are like it: left out")
+            log.warning(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} match: left out")
     return found
 
 
 def runs_at(places: Sequence[Path]) -> list[Run]:
-    """The runs in folders of run folders, and of tables of results, each once, however often it is named.
+    """Return the runs in folders of runs and in tables of results, each once, however often it is named.
 
     Raises:
-        ConfigError: a place is none of either, such as a run's own folder, or holds no run.
-        UnreadableError: as `read_results`.
+        ConfigError: a place is neither of these (for example, it is a run's own folder), or holds no run.
+        UnreadableError: as for `read_results`.
     """
     found: dict[Key, Run] = {}
     for place in {place.resolve(): place for place in places}.values():
         if not place.exists():
             raise ConfigError(f"{place}: no such folder of runs")
         if (place / CONFIG_FILE).is_file():
-            raise ConfigError(f"{place}: is a run, and no folder of runs, as {place.resolve().parent} is")
+            raise ConfigError(f"{place}: is a run, not a folder of runs; pass {place.resolve().parent}")
         runs = find_runs(place) if place.is_dir() else read_results(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")
@@ -128,7 +128,7 @@ _WORDS: dict[str, object] = {
     "distilled": False,
     "remedies": [],
 }
-"""Keys of a summary that tell configs apart, and what is meant where one is not there."""
+"""Keys of a summary that identify its config, with the values to assume for missing keys."""
 
 
 def _words_of(config: Config) -> list[object]:

@@ -1,4 +1,4 @@
-"""The page of a run: what came of it, how, and how to have it again."""
+"""The HTML report of a run: its results, its settings and environment, and the command that repeats it."""
 
 import logging
 import shlex
@@ -51,19 +51,19 @@ log = logging.getLogger("qat_runner")
 T = TypeVar("T")
 
 POINTS = 1000
-"""Steps that a curve is drawn through, at most; each point is the mean of those that it stands for."""
+"""Largest number of points of a curve by step; each point is the mean of the steps that it covers."""
 
 
 LONGEST_TEXT = 100_000
-"""Letters of a text of the run's folder that are shown, at most."""
+"""Largest number of characters shown of a text file of the run."""
 
 FEW_LINES = 12
-"""So many of a text are in sight at once; of a longer one when they are asked for."""
+"""A text with at most this many lines is expanded at first; a longer one is collapsed."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """What of a text is shown."""
+    """The shown part of a text."""
 
     told: str
     short: bool
@@ -71,7 +71,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Card:
-    """A headline figure."""
+    """A key figure at the top of the page."""
 
     label: str
     value: str
@@ -79,10 +79,10 @@ class Card:
 
 
 def write(folder: Path, out: Path) -> Path:
-    """Write the page of a run, finished or not; returns its path.
+    """Write the report of a run, finished or not; return its path.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         out: the file to write.
 
     Raises:
@@ -96,7 +96,7 @@ def write(folder: Path, out: Path) -> Path:
     def read(file: JsonFile[T] | CsvFile[T] | TextFile, place: Path = folder) -> Any:
         try:
             return file.read(place)
-        except UnreadableError as error:  # the page shows all else
+        except UnreadableError as error:  # the page shows everything else
             unreadable.append(str(error))
             return None
 
@@ -143,23 +143,23 @@ def write(folder: Path, out: Path) -> Path:
 
 
 def _quantizers(text: str) -> list[tuple[str, Text]]:
-    """What stands in quantizers.txt, with headings: the table of the tensors, and what is said below it."""
+    """Return the parts of quantizers.txt with headings: the table of the tensors, and the notes below it."""
     table, _, below = text.partition("\n\n")
-    parts = {"Tensors and their bits": table, "How much that is, and what is not": below}
+    parts = {"Tensors and their bits": table, "Quantized share, and what is not quantized": below}
     return [(head, _shown(part.strip("\n"))) for head, part in parts.items() if part.strip()]
 
 
 def _shown(text: str) -> Text:
-    """The lines of a text, as many as may be, in printable letters."""
+    """Return up to LONGEST_TEXT characters of a text, in whole lines and printable characters."""
     whole = text.splitlines()
     lines = "\n".join(text[:LONGEST_TEXT].splitlines()[: None if len(text) <= LONGEST_TEXT else -1])
     printable = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in lines)
     left = len(whole) - len(lines.splitlines())
-    return Text(printable + (f"\n... and {left} lines more" if left else ""), len(whole) <= FEW_LINES)
+    return Text(printable + (f"\n... and {left} more lines" if left else ""), len(whole) <= FEW_LINES)
 
 
 def heading(config: Config) -> str:
-    """What a run is, in a few words."""
+    """Describe a run in a few words."""
     how = "in full precision" if config.quantization.full_precision else f"at {config.told_bits} bits"
     if config.allocating:
         how = f"with bits chosen for {config.asked_bits}"
@@ -178,39 +178,39 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
         share = summary.get("quantized_macs")
         if share is not None:
             cards.append(Card("quantized", percent(share / 100, 4), "of the multiply-accumulates"))
-        cards.append(Card("clipping", summary["clipping"], f"gradient {summary['gradient']}"))
+        cards.append(Card("clipping", summary["clipping"], f"gradient estimator {summary['gradient']}"))
     if summary["sqnr_db"] is not None:
-        cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all tensors"))
+        cards.append(Card("mean SQNR", f"{summary['sqnr_db']:.1f} dB", "over all quantized tensors"))
     if "oscillating_weights" in summary:
-        note = f"of those watched; {percent(summary.get('frozen_weights', 0.0) / 100)} are frozen"
+        note = f"of the tracked weights; {percent(summary.get('frozen_weights', 0.0) / 100)} are frozen"
         cards.append(Card("oscillating weights", percent(summary["oscillating_weights"] / 100), note))
     before = summary.get("before_reestimation")
     if before is not None:
-        note = f"taken anew on {summary.get('batchnorm_batches', 0)} batches"
-        cards.append(Card(f"{name} before BatchNorm", figure.told(before), note))
+        note = f"then re-estimated on {summary.get('batchnorm_batches', 0)} batches"
+        cards.append(Card(f"{name} before BatchNorm re-estimation", figure.told(before), note))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]
-        note = f"{digits(full)} MB in fp32, {full / small:.1f} times as much" if small < full else "in fp32"
+        note = f"{digits(full)} MB in fp32, {full / small:.1f} times as large" if small < full else "in fp32"
         cards.append(Card("size", f"{digits(small)} MB", note))
-    epochs = f"{summary['epochs']} epochs" if config.training else "validation alone"
+    epochs = f"{summary['epochs']} epochs" if config.training else "validation only"
     cards.append(Card("time", duration(summary["seconds"]), epochs))
     return cards
 
 
 def _bits_card(config: Config, summary: Summary) -> Card:
-    """As they were asked for, and what they come to."""
+    """Return the card with the requested bits and the average bit-width."""
     means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
     effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
     if config.allocating:
-        return Card("bits", effective, "mean of weights/activations, over all that is quantized")
+        return Card("bits", effective, "average of weights/activations, over all quantized tensors")
     told = str(config.told_bits)
     if means != (None, None):
-        return Card("bits", told, f"{effective} in the mean of weights/activations, over all that is quantized")
+        return Card("bits", told, f"{effective} on average (weights/activations), over all quantized tensors")
     return Card("bits", told, "weights/activations" if "/" in told else "")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
-    """Of a run that is not finished."""
+    """Return the cards of an unfinished run."""
     cards = [Card("epochs", f"{len(rows)} of {config.epochs}")] if config.training else []
     name = validated(rows[-1]) if rows else None
     if name is not None:
@@ -223,25 +223,26 @@ def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
 
 
 def _limits(config: Config) -> list[str]:
-    """Of which part of the data figures are, where they are not of all."""
+    """Return notes on the part of the data that was used, if it was not all."""
     trained, validated = config.limit_train_batches if config.training else None, config.limit_val_batches
     return [
-        *([] if trained is None else [f"epochs of {trained} batches at most"]),
-        *([] if validated is None else [f"validation of {validated} batches at most"]),
+        *([] if trained is None else [f"at most {trained} batches per epoch"]),
+        *([] if validated is None else [f"at most {validated} validation batches"]),
     ]
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """Format a duration in a suitable unit."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _against_full_precision(folder: Path, config: Config, summary: Summary) -> list[Card]:
-    """The difference from the full-precision run that lies in the same folder of runs, and of which kind that is.
+    """Return a card with the difference from the full-precision run in the same folder of runs, and its kind.
 
-    In a table all rows have one kind, which follows from all of them; here it is the closest that this run has.
+    Rows of a table all use the same kind of full-precision run, which depends on all rows; this card uses the closest
+    kind that this run has.
     """
     if config.quantization.full_precision:
         return []
@@ -257,7 +258,7 @@ def _against_full_precision(folder: Path, config: Config, summary: Summary) -> l
 
 
 def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts) -> list[Chart]:
-    """The figure that counts and loss by epoch, loss and learning rate by step."""
+    """Return charts of the metrics and the loss by epoch, and of the loss and learning rate by step."""
     charts = []
     if rows:
         splits = [key for key in rows[0] if key.startswith(("val_", "train_"))]
@@ -283,7 +284,7 @@ def _by_epoch(
 ) -> Chart:
     epochs = [int(number(row["epoch"])) for row in rows]
     ticks = {"dtick": 1} if len(epochs) <= page.FEW_EPOCHS else {}
-    keys = sorted(keys, reverse=True)  # validation first: it has the first colour
+    keys = sorted(keys, reverse=True)  # validation first, so that it gets the first colour
     traces = [
         line(epochs, [number(row[key]) for row in rows], key.replace("_", " "), int(key.startswith("train")))
         for key in keys
@@ -295,7 +296,7 @@ def _by_epoch(
 
 
 def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, Any]], key: str, size: int) -> Chart:
-    """A column of steps.csv, thinned to means of `size` rows."""
+    """Return a chart of a column of steps.csv, averaged over `size` rows per point."""
     values = [number(row[key]) for row in steps]
     parts = [values[i : i + size] for i in range(0, len(values), size)]
     ends = [min(size * (i + 1), len(values)) for i in range(len(parts))]
@@ -306,16 +307,16 @@ def _by_step(name: str, heading: str, steps: Sequence[Mapping[str, Any]], key: s
 
 
 def _why_no_noise(config: Config) -> str:
-    """Where a run has no noise on record."""
+    """Return the reason why a run has no recorded noise."""
     if config.quantization.full_precision:
         return "Nothing is quantized in this run."
     if config.noise_batches == 0:
-        return "This run was asked not to measure noise (noise_batches=0)."
-    return "None is on record yet."
+        return "Noise was not measured in this run (noise_batches=0)."
+    return "No noise is recorded yet."
 
 
 def _again(config: Config, environment: Environment | None) -> dict[str, Any]:
-    """The command that gives the same run, or else the recorded one; and the folder that the run was started in."""
+    """Return the command that repeats the run, the recorded one, and the directory that the run was started in."""
     recorded = None if environment is None else shlex.join(environment["command"])
     return {
         "command": command(config),
@@ -325,7 +326,7 @@ def _again(config: Config, environment: Environment | None) -> dict[str, Any]:
 
 
 def _environment(environment: Environment | None) -> list[tuple[str, str]]:
-    """What the run was begun in, line by line."""
+    """Return the environment that the run was started in, line by line."""
     if environment is None:
         return []
     machine, git = environment["machine"], environment["git"]
@@ -343,13 +344,13 @@ def _environment(environment: Environment | None) -> list[tuple[str, str]]:
 
 
 def _sittings(environment: Environment | None) -> list[str]:
-    """When a run was resumed, and in what that was new."""
+    """Return when the run was resumed, each with what had changed in the environment."""
     told: list[str] = []
     if environment is None:
         return told
     for sitting in environment.get("resumed", []):
         changed = [key for part in ("packages", "git", "machine") for key in _changed(environment, sitting, part)]
-        told.append(sitting["started"] + (f", with other {', '.join(changed)}" if changed else ""))
+        told.append(sitting["started"] + (f", with different {', '.join(changed)}" if changed else ""))
     return told
 
 

@@ -1,4 +1,4 @@
-"""Finding runs in a folder of run folders, and telling which row of a table each of them is."""
+"""Find the runs in a folder of run folders, and the row of a table that each of them is."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -29,16 +29,16 @@ log = logging.getLogger("qat_runner")
 
 
 Key = tuple[Path, int | None]
-"""A run's folder; or a table of results and its line."""
+"""The folder of a run, or a table of results and a line of it."""
 
 
 def key_of(folder: Path, line: int | None) -> Key:
-    """What no other run has: lines of a table share its file."""
+    """Return a key that is unique to a run; lines of a table share its file."""
     return folder.resolve(), line
 
 
 def place_of(key: Key) -> Path:
-    """The folder of runs, or the table of results, that a run lies in."""
+    """Return the folder of runs, or the table of results, that contains a run."""
     folder, line = key
     return folder.parent if line is None else folder
 
@@ -48,40 +48,40 @@ class Run:
     """A run folder, or a line of a table of results."""
 
     folder: Path
-    """of a line: its file"""
+    """for a line of a table: the file"""
     config: Config
     model: str
     dataset: str
     mode: str
     weight_bits: int
     row: str | None
-    """name of its row (configs/row), e.g. "octav_ste"; None if it is no row of a table"""
+    """name of the run's row (configs/row), e.g. "octav_ste"; None if it is no row of a table"""
     seed: int
     setting: dict[str, Any]
-    """all that decides its result, but the seed and the weights, which may go with it"""
+    """all settings that decide the result, except the seed, and the weights, which may depend on the seed"""
     summary: Summary | None
-    """the content of summary.json; None while unfinished"""
+    """the content of summary.json; None while the run is unfinished"""
     line: int | None = None
-    """of a table of results; None of a run folder"""
+    """line in a table of results; None for a run folder"""
 
     @property
     def key(self) -> Key:
-        """Its own: see `key_of`."""
+        """The unique key of the run, see `key_of`."""
         return key_of(self.folder, self.line)
 
     @property
     def place(self) -> Path:
-        """The folder of runs, or the table of results, that it lies in."""
+        """The folder of runs, or the table of results, that contains the run."""
         return place_of(self.key)
 
     @property
     def told(self) -> str:
-        """Where it lies, in words."""
+        """The location of the run, in words."""
         return str(self.folder) if self.line is None else f"{self.folder}, line {self.line},"
 
 
 def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]:
-    """The run folders in a folder, by name, with their configs; and why others could not be read."""
+    """Return the run folders in a folder, by name, with their configs, and the errors of those that cannot be read."""
     found: dict[Path, Config] = {}
     unreadable = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
@@ -93,11 +93,11 @@ def configs_in(folder: Path) -> tuple[dict[Path, Config], list[UnreadableError]]
 
 
 def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda summary: True) -> list[Run]:
-    """The runs in a folder of run folders, finished or not, by name; those that cannot be read are told of.
+    """Return the runs in a folder of run folders, finished or not, by name; warn of those that cannot be read.
 
     Args:
-        folder: of run folders.
-        wanted: of a summary, or None while there is none, whether the run is one to read; by default all are.
+        folder: folder of run folders.
+        wanted: receives a run's summary (None while there is none) and returns whether to read the run; all by default.
     """
     found, unreadable = [], []
     for file in sorted(folder.glob(f"*/{CONFIG_FILE}")):
@@ -117,10 +117,10 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
 
 
 def full_precision_in(folder: Path) -> list[Result]:
-    """The finished full-precision runs in a folder of run folders, which others may be compared with."""
+    """Return the finished full-precision runs in a folder of run folders."""
 
     def may_be(summary: Summary | None) -> bool:
-        """By its result alone, which is read much faster than its config."""
+        """Decide by the summary alone, which is read much faster than the config."""
         return summary is not None and summary.get("weight_bits", FULL_PRECISION) == FULL_PRECISION
 
     runs = find_runs(folder, may_be)
@@ -128,7 +128,7 @@ def full_precision_in(folder: Path) -> list[Result]:
 
 
 def not_finished(folders: Iterable[Path]) -> list[str]:
-    """A sentence on the run folders without a result: their names, and what has become of each; none of none."""
+    """Return a sentence that lists run folders without a result, each with its state; empty if there are none."""
     told = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
     return [f"Not finished: {', '.join(told)}."] if told else []
 
@@ -142,10 +142,10 @@ R = TypeVar("R", bound=_Configured)
 
 
 def selected(runs: Sequence[R], dataset: str | None, model: str | None) -> list[R]:
-    """The runs on a data set, of a network; None: on any, of any.
+    """Return the runs of a data set and a network; None selects all.
 
     Raises:
-        ConfigError: there is none, and which there are.
+        ConfigError: there is no such run; the message lists what there is.
     """
     for key, wanted in (("dataset", dataset), ("model", model)):
         names = [getattr(run.config, key).name for run in runs]
@@ -156,10 +156,10 @@ def selected(runs: Sequence[R], dataset: str | None, model: str | None) -> list[
 
 
 def check_seeds(runs: Sequence[Run]) -> None:
-    """Refuse to average runs that differ in more than their seed, and the weights that go with it.
+    """Raise an error if runs differ in more than their seed and the weights that belong to the seed.
 
     Raises:
-        ConfigError: naming two such runs and where they differ.
+        ConfigError: names two such runs and the keys in which they differ.
     """
     own = each_seed_has_its_own(run.config for run in runs)
     seeds: dict[int, Run] = {}
@@ -176,19 +176,21 @@ def check_seeds(runs: Sequence[Run]) -> None:
 
 
 OF_A_METHOD = ("clipping.", "gradient.", "oscillations.")
-"""How keys begin that names of methods tell of, but for those of `clipping` that are none of the method."""
+"""Prefixes of keys that the name of a method describes, except the keys of `clipping` that `recipe_of` keeps."""
 
 BESIDE_A_METHOD = (
     *("seed", "weights", "weight_bits", "activation_bits", *LIMITS, "max_drop", "noise_batches", "backend"),
     "log_excess_mse",
     *("format", "weight_format", "activation_format", "weight_range", "activation_range", "activation_granularity"),
 )
-"""Keys that may differ where methods are compared: they stand beside the name, are told by it, or change no result."""
+"""Keys that may differ between compared methods: shown beside the name, part of it, or without influence on results."""
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
-    """The settings that runs share where their methods are compared: of the network, the data, the training, and what
-    is quantized. Those that only some methods have, such as a teacher, are there where they are used."""
+    """Return the settings that runs of compared methods should share: network, data, training, and what is quantized.
+
+    Settings that only some methods have, such as a teacher, are included if the run uses them.
+    """
     return {
         key: value
         for key, value in settings(config).items()
@@ -199,13 +201,13 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def keys_unlike(some: Sequence[dict[str, Any]]) -> list[str]:
-    """Of settings, those of which any two that have them have other values."""
+    """Return the keys for which two of the settings that have them differ in value."""
     keys = dict.fromkeys(key for setting in some for key in setting)
     return [key for key in keys if len({str(setting[key]) for setting in some if key in setting}) > 1]
 
 
 def run_of(folder: Path, config: Config, summary: Summary | None, line: int | None = None) -> Run:
-    """The run of a config that lies in a folder, or a line of a table, with what came of it."""
+    """Return the run of a config in a folder or on a line of a table, with its summary."""
     return Run(
         folder,
         config,
@@ -222,7 +224,7 @@ def run_of(folder: Path, config: Config, summary: Summary | None, line: int | No
 
 
 def row_of(config: Config) -> str | None:
-    """The row of the paper's tables that a run is; None: it has what no row has, such as bits of single layers."""
+    """Return the row of the paper's tables that a run is; None if it has what no row has, such as per-layer bits."""
     if config.rules or config.allocated or config.remedies or not _usual(config):
         return None
     if config.quantization.full_precision:
@@ -237,7 +239,7 @@ def row_of(config: Config) -> str | None:
 
 
 def _usual(config: Config) -> bool:
-    """Whether the methods of a run have the options that they have by themselves, but for the one a label tells."""
+    """Return whether the methods of a run have their default options, except for those that the label shows."""
     if config.quantization.full_precision:
         return True
     method = config.clipping_in_mode.method

@@ -1,4 +1,4 @@
-"""The config of a run as a table: section by section, beside what it would have been without a word from its user."""
+"""The config of a run as a table, by section, beside the defaults."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from qat_runner.config.identities import PLACES
 from qat_runner.report.page import shown
 
 _CHOICES = {"model.name", "dataset.name", "clipping.name", "clipping.dynamic", "gradient.name", "bits", "mode"}
-"""Keys whose default is that of `qat-run` alone; that of all others follows from these."""
+"""Keys whose default is that of plain `qat-run`; the defaults of all other keys follow from these."""
 
 _HIDDEN = ("fingerprints", "sweep", "standins")
 
@@ -20,23 +20,23 @@ class Setting:
     """A row of the table."""
 
     key: str
-    """inside of its group"""
+    """name within its group"""
     value: str
     default: str
     changed: bool
 
 
 def sections(config: Config) -> list[tuple[str, list[Setting]]]:
-    """(title, rows): the keys of the run itself, those of each group, and where things lie, which makes no difference.
+    """Return (title, rows) for the keys of the run itself, those of each group, and paths, which change no result.
 
     Args:
-        config: resolved.
+        config: a resolved config.
     """
     own, default, bare = (plain(c) for c in (config, defaults_for(config), from_hydra(compose_config([]))))
     groups = [key for key, value in own.items() if isinstance(value, dict) and key not in _HIDDEN]
     places = [key for key in PLACES if key not in _HIDDEN]
     run = [key for key in own if key not in (*groups, *PLACES)]
-    tables = [("run", run), *((group, [group]) for group in groups), ("places and habits", places)]
+    tables = [("run", run), *((group, [group]) for group in groups), ("paths and bookkeeping", places)]
     flattened = flat(default) | {key: value for key, value in flat(bare).items() if key in _CHOICES}
     return [(title, list(_rows({key: own[key] for key in keys}, flattened))) for title, keys in tables]
 

@@ -1,4 +1,4 @@
-"""What runs start from: which of them may be held against one another, and when a start belongs to its seed."""
+"""The weights that runs start from: which runs may be compared, and when each seed has its own weights."""
 
 from collections.abc import Iterable
 
@@ -6,21 +6,21 @@ from qat_runner.config import BASELINE, Config
 
 
 def start_of(config: Config) -> str | None:
-    """The weights that a run starts from: their content, or in a word, whatever the seed, those of its baseline.
+    """Return the weights that a run starts from, as a fingerprint of their content, or "baseline" for every seed's own.
 
-    None: it starts afresh.
+    None if the run starts from scratch.
     """
     return config.weights if config.weights in (None, BASELINE) else config.content(config.weights)
 
 
 def start_apart(one: Config, other: Config) -> bool:
-    """Whether two runs start from different weights; one that starts afresh has none to differ in."""
+    """Return whether two runs start from different weights; False if one of them starts from scratch."""
     starts = start_of(one), start_of(other)
     return None not in starts and starts[0] != starts[1]
 
 
 def each_seed_has_its_own(configs: Iterable[Config]) -> bool:
-    """Whether runs start from several weights, other ones for each seed: so that these are a matter of seeds."""
+    """Return whether each seed has its own starting weights, so that these vary with the seed only."""
     pairs = {(config.seed, start_of(config)) for config in configs}
     seeds, starts = {seed for seed, _ in pairs}, {start for _, start in pairs}
     return 1 < len(pairs) == len(seeds) == len(starts)

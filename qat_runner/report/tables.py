@@ -1,4 +1,4 @@
-"""Tables for the terminal and in files, and the differences from full precision that all reports show."""
+"""Tables for the terminal and for files, and the differences from full precision that all reports show."""
 
 import csv
 import html
@@ -28,21 +28,21 @@ from qat_runner.runs.records import measured, metric, score
 
 
 class Result(NamedTuple):
-    """A run, as tables know it."""
+    """The data of a run that tables use."""
 
     config: Config
     summary: Mapping[str, Any]
-    """the content of its summary.json; empty while it is not finished"""
+    """the content of summary.json; empty while the run is unfinished"""
     place: Path | None = None
-    """the folder of runs, or the table of results, that it lies in"""
+    """the folder of runs, or the table of results, that contains the run"""
 
 
 def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
-    """A row a run, each less full precision as `against_full_precision` has it.
+    """Return a table with a row per run, including its difference from full precision (`against_full_precision`).
 
     Args:
-        results: of the runs.
-        beside: of others in full precision, which they may be compared with.
+        results: the runs.
+        beside: further full-precision runs that they may be compared with.
     """
     rows = []
     for result, difference in _with_differences(results, beside):
@@ -64,13 +64,13 @@ def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> s
 
 
 def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
-    """A row for all runs that differ in their seed alone: means, and standard deviations where there are several.
+    """Return a table with a row for runs that differ only in their seed: means, and standard deviations over seeds.
 
-    Each run is compared with full precision of its own seed; "vs fp32" has mean and deviation of these differences, and
-    their number where some of the seeds have none.
+    Each run is compared with full precision of its own seed; "vs fp32" has mean and standard deviation of these
+    differences, and their number if some seeds have none.
 
     Args:
-        results, beside: as of `results_table`.
+        results, beside: as for `results_table`.
     """
     rows = []
     for runs, found in _over_seeds(results, beside):
@@ -80,18 +80,18 @@ def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str
 
 
 def several_seeds(results: Sequence[Result]) -> bool:
-    """Whether any two runs differ in their seed alone."""
+    """Return whether any two runs differ only in their seed."""
     return any(len(runs) > 1 for runs, _ in _over_seeds(results))
 
 
 def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = ()) -> list[str]:
-    """How far methods lie above or below full precision, a sentence for those that share network, data, mode and bits.
+    """Return sentences with the methods' differences from full precision, one per network, data set, mode and bits.
 
-    A method without full precision or without another beside it is left out, and so is what differs in other keys, too:
-    there the sentence would name a method twice.
+    A method without full precision, or without another method to list beside it, is left out. So are methods whose
+    runs differ in further keys, since the sentence would name such a method twice.
 
     Args:
-        results, beside: as of `results_table`.
+        results, beside: as for `results_table`.
     """
     told: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for runs, found in _over_seeds(results, beside):
@@ -108,11 +108,11 @@ def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = (
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
-    """Mean, and the standard deviation over seeds where there are several; empty if there are none.
+    """Return the mean as text, with the standard deviation if there are several values; empty if there are none.
 
     Args:
-        values: in any unit.
-        sign: "+" to write the sign of a positive mean, too.
+        values: in any unit, one per seed.
+        sign: "+" to include the sign of a positive mean.
     """
     if not values:
         return ""
@@ -121,21 +121,21 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
 
 
 def of_some(told: str, count: int, seeds: int) -> str:
-    """A mean over some of the seeds that it stands beside, with their number in parentheses where these are not all."""
+    """Return the text of a mean, with the number of its seeds in parentheses if these are not all seeds."""
     return f"{told} ({count})" if told and count != seeds else told
 
 
 def against_full_precision(results: Sequence[Result]) -> list[float | None]:
-    """How far each run lies above full precision, in points; None of full precision itself, and where it is missing.
+    """Return each run's result minus full precision, in points; None for full precision itself, or if it is missing.
 
-    Points are of percent, or of a figure that is a plain number.
+    Points are percentage points, or the unit of a metric that is a plain number.
 
-    It is compared with the run that differs from it in quantization alone; where there is none, with the full-precision
-    network that it starts from. Runs that share all but method, bits, seed and weights are compared with one kind of
-    the two: the closest that all of them have, else the one that most have; those that lack it have None.
+    A run is compared with the full-precision run that differs only in quantization, or else with the full-precision
+    network that it starts from. Runs that share everything but method, bits, seed and weights all use the same one of
+    these two kinds: the closest kind that all of them have, or else the kind that most have; runs without it get None.
 
-    Where several full-precision runs compute the same, it is the one in the run's own place; where none is, they have
-    to agree, or the run has None.
+    If several full-precision runs compute the same, the one in the run's own folder or table counts. If none is
+    there, their results have to agree; otherwise the run gets None.
     """
     return [
         None if baseline is None else score(result.summary) - score(results[baseline].summary)
@@ -144,7 +144,7 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 
 
 def full_precision_of(results: Sequence[Result]) -> list[int | None]:
-    """Which of some runs is the full-precision one that each is compared with, as `against_full_precision` says."""
+    """Return the index of the full-precision run that each run is compared with, see `against_full_precision`."""
     found: dict[str, list[int]] = {}
     compared: dict[str, list[int]] = {}
     for index, (config, *_) in enumerate(results):
@@ -155,7 +155,7 @@ def full_precision_of(results: Sequence[Result]) -> list[int | None]:
     for some in compared.values():
         kinds = zip_longest(*(_baselines(results[index].config) for index in some), fillvalue=())
         theirs = [[_first(results, found, *pair) for pair in zip(some, kind, strict=True)] for kind in kinds]
-        best = max(theirs, key=lambda kind: len(kind) - kind.count(None))  # of several, the first
+        best = max(theirs, key=lambda kind: len(kind) - kind.count(None))  # the first of equally good kinds
         for index, baseline in zip(some, best, strict=True):
             chosen[index] = baseline
     return chosen
@@ -164,36 +164,36 @@ def full_precision_of(results: Sequence[Result]) -> list[int | None]:
 def _first(
     results: Sequence[Result], found: Mapping[str, Sequence[int]], index: int, keys: Sequence[str]
 ) -> int | None:
-    """The full-precision run that a run is compared with: by the first of some keys that there is one of."""
+    """Return the full-precision run of a run, by the first key for which there is one."""
     several = (_one_of(results, index, found.get(key, ())) for key in keys)
     return next((one for one in several if one is not None), None)
 
 
 def _one_of(results: Sequence[Result], index: int, some: Sequence[int]) -> int | None:
-    """Of full-precision runs that compute the same, the one beside a run; None where that is not told."""
+    """Return the one of equal full-precision runs that belongs to a run; None if they disagree."""
     run = results[index]
     some = [i for i in some if results[i].summary] or some
     some = [i for i in some if results[i].place == run.place] or some
-    some = [i for i in some if results[i].config.seed == run.config.seed] or some  # of an evaluation any seed will do
+    some = [i for i in some if results[i].config.seed == run.config.seed] or some  # for an evaluation, any seed is fine
     scores = {score(results[i].summary) for i in some if results[i].summary}
     return some[-1] if some and len(scores) <= 1 else None
 
 
 def _comparison(config: Config) -> str:
-    """The same for quantized runs that share all but method, bits, seed and weights: for rows of one table."""
+    """Return a key that quantized runs share if they differ only in method, bits, seed and weights."""
     same = _in_full_precision(config)
     recipe = replace(same.recipe, batchnorm_batches=0)
     return run_name(replace(same, recipe=recipe, seed=0, weights=None))
 
 
 def _in_full_precision(config: Config) -> Config:
-    """A quantized run without quantization and what goes with it."""
+    """Return the config of a quantized run without quantization and everything that depends on it."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
     return replace(config, **in_full_precision() | without_choice() | {"policy": None}, recipe=recipe)
 
 
 def _baselines(config: Config) -> list[tuple[str, ...]]:
-    """Keys of the full-precision runs that a quantized one may be compared with, by kind, the closest first."""
+    """Return keys of the full-precision runs that a quantized run may be compared with, by kind, the closest first."""
     same = _in_full_precision(config)
     trained: list[tuple[str, ...]] = [
         (_key(same),),
@@ -206,14 +206,14 @@ def _baselines(config: Config) -> list[tuple[str, ...]]:
 
 
 def _key(config: Config) -> str:
-    """The same for full-precision runs that compute the same: keys of quantization are without effect on them."""
+    """Return a key that full-precision runs share if they compute the same, whatever their quantization keys."""
     config = replace(config, backend="auto", log_excess_mse=False)
     by_seed = config.mode != Mode.evaluate or config.weights == BASELINE
     return run_name(config if by_seed else replace(config, seed=0))
 
 
 def _with_differences(results: Sequence[Result], beside: Sequence[Result]) -> Iterator[tuple[Result, float | None]]:
-    """Runs, and how far each lies above full precision, among these or beside them."""
+    """Yield the runs, each with its difference from full precision, which may be among `results` or `beside`."""
     known = {(result.place, run_name(result.config)) for result in results}
     others = [other for other in beside if (other.place, run_name(other.config)) not in known]
     return zip(results, against_full_precision([*results, *others]), strict=False)
@@ -222,9 +222,9 @@ def _with_differences(results: Sequence[Result], beside: Sequence[Result]) -> It
 def _over_seeds(
     results: Sequence[Result], beside: Sequence[Result] = ()
 ) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
-    """Runs that differ in their seed alone, in groups: the summaries, and the differences from full precision.
+    """Group runs that differ only in their seed; return the summaries and full-precision differences of each group.
 
-    Of a run that is there twice, in two folders, one counts.
+    A run that exists in two folders counts once.
     """
     groups: dict[str, dict[int, tuple[Mapping[str, Any], float | None]]] = {}
     for result, difference in _with_differences(results, beside):
@@ -237,26 +237,26 @@ def _over_seeds(
 
 
 def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a run is, in the columns that all tables begin with."""
+    """Return the cells of the columns that all tables begin with, which identify a run."""
     clipping = "+".join([summary["clipping"], *summary.get("remedies", [])])
     clipping += ", distilled" if summary.get("distilled") else ""
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 
 def measures(summaries: Iterable[Mapping[str, Any]]) -> list[Measure]:
-    """What counts for some runs, each once."""
+    """Return the metrics of some runs, each once."""
     return list(dict.fromkeys(map(measured, summaries)))
 
 
 def head(found: Sequence[Measure]) -> str:
-    """Of the column of figures that count: "top1/f1 %" for some of one unit."""
+    """Return the header of the metric column: "top1/f1 %" for metrics that share a unit."""
     if len({measure.unit for measure in found}) == 1:
         return Measure("/".join(measure.name for measure in found), found[0].unit).head
     return ", ".join(measure.head for measure in found)
 
 
 def best_head(found: Sequence[Measure]) -> str:
-    """Of the column of each run's best epoch."""
+    """Return the header of the column with each run's best epoch."""
     units = {measure.unit for measure in found}
     return Measure("best", units.pop() if len(units) == 1 else "").head
 
@@ -266,7 +266,7 @@ def _number(value: object, digits: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[object]], figures: Sequence[str]) -> str:
-    """Rows of words, as `_words` has them, and of figures, whose heads are given."""
+    """Format rows that begin with the cells of `_words` and continue with numbers, whose headers are given."""
     headers = ["model", "dataset", "mode", "bits", "clipping", "gradient", *figures]
     align = ["left"] * 3 + ["right"] + ["left"] * 2 + ["right"] * len(figures)
     return tabulate(rows, headers, disable_numparse=True, colalign=align)
@@ -274,17 +274,17 @@ def _table(rows: Sequence[Sequence[object]], figures: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is written in several layouts."""
+    """A table that can be written in several formats."""
 
     title: str
     headers: Sequence[str]
     cells: Sequence[Sequence[str]]
     """rows"""
     notes: Sequence[str]
-    """sentences under it; of CSV they are no part, in LaTeX they are comments"""
+    """sentences below the table; left out in CSV, comments in LaTeX"""
 
     def text(self, layout: str) -> str:
-        """The table as markdown, csv, latex or html."""
+        """Return the table as markdown, csv, latex or html."""
         if layout == "csv":
             out = io.StringIO()
             csv.writer(out).writerows([self.headers, *self.cells])
@@ -297,7 +297,7 @@ class Table:
         return "\n\n".join(filter(None, [f"## {self.title}", self._body("github"), *self.notes])) + "\n"
 
     def section(self, level: int) -> str:
-        """The table as a part of a page in HTML, under a heading of that level."""
+        """Return the table as a section of an HTML page, with a heading of the given level."""
         body = f'<div class="wide" tabindex="0">{self._body("html")}</div>\n' if self.cells else ""
         notes = "".join(f"<p>{html.escape(note)}</p>\n" for note in self.notes)
         return _coded(f"<h{level}>{html.escape(self.title)}</h{level}>\n{body}{notes}")
@@ -308,7 +308,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Document:
-    """Several tables on one page. What stands between backticks, in cells and sentences, is code."""
+    """Several tables on one page. Text between backticks, in cells and sentences, is code."""
 
     title: str
     lead: Sequence[str]
@@ -316,7 +316,7 @@ class Document:
     tables: Sequence[Table]
 
     def text(self, layout: str) -> str:
-        """The page as markdown or html."""
+        """Return the page as markdown or html."""
         if layout == "html":
             lead = Table(self.title, [], [], self.lead).section(1)
             return _page(self.title, lead, *(table.section(2) for table in self.tables))

@@ -1,4 +1,4 @@
-"""Charts of a run's tensors: noise of all of them, and one at a time its values and its clipping scalar."""
+"""Charts of a run's tensors: the noise of all tensors, and the values and clipping scalar of a selected one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,44 +10,44 @@ from qat_runner.runs.records import LEVELS
 from qat_runner.wording import percent
 
 FEW = 20
-"""Tensors that are shown at first, where there are many more."""
+"""Number of tensors shown at first if there are many more."""
 
 LETTERS = 27
-"""Of a tensor's name beside an axis, at most."""
+"""Largest number of characters of a tensor's name beside an axis."""
 
 Row = Mapping[str, Any]
-"""Of layers.csv or histograms.json."""
+"""A row of layers.csv, or an entry of histograms.json."""
 
 
 def name(row: Row) -> str:
-    """Of a tensor."""
+    """Return the name of a tensor."""
     return f"{row['layer']}.{row['tensor']}"
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the latest epoch."""
+    """Return the rows of the latest epoch."""
     return [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
 
 
 def quiet(row: Row | None) -> float:
-    """To sort by, the noisiest first: SQNR in dB, or infinity where none is known."""
+    """Return the sort key that puts the noisiest first: SQNR in dB, or infinity if it is not recorded."""
     sqnr = math.nan if row is None else number(row["sqnr_db"])
     return math.inf if math.isnan(sqnr) else sqnr
 
 
 def noisiest(rows: Sequence[Row], count: int = 3) -> list[tuple[str, str]]:
-    """The tensors of the latest epoch with the smallest SQNR, and how small it is; those without noise are none."""
+    """Return the tensors with the lowest SQNR in the latest epoch, and that SQNR; tensors without one are left out."""
     found = [row for row in sorted(latest(rows), key=quiet)[:count] if quiet(row) < math.inf]
     return [(name(row), f"{quiet(row):.1f} dB") for row in found]
 
 
 def noise_charts(rows: Sequence[Row]) -> list[Chart]:
-    """SQNR of the latest epoch beside that of max-scaling, weights and activations apart."""
+    """Return charts of the latest SQNR beside that of max-scaling, one for weights and one for activations."""
     charts = []
     for kind in ("weights", "activations"):
         some = [row for row in latest(rows) if (row["tensor"] == "weight") == (kind == "weights")]
         if some:
-            views = [_noise(f"all {len(some)}, as they follow each other", some)]
+            views = [_noise(f"all {len(some)}, in network order", some)]
             if len(some) > FEW + 5:
                 first = sorted(some, key=quiet)[:FEW]
                 views.insert(0, _noise(f"the {FEW} noisiest", first))
@@ -57,7 +57,7 @@ def noise_charts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def _noise(label: str, rows: Sequence[Row]) -> View:
-    """A line a tensor: a point for the chosen clipping, a square for max-scaling, and what lies between."""
+    """Return a view with a line per tensor: a dot for this run, a square for max-scaling, and a bar between them."""
     places = list(range(len(rows)))
     chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
     gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
@@ -83,7 +83,7 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """Names that fit beside an axis: without what all layers begin with, and without a middle where still too long."""
+    """Return names that fit beside an axis: without the common prefix, and shortened in the middle if too long."""
     layers = [row["layer"].split(".") for row in rows]
     shared = 0
     while all(len(parts) > shared + 1 for parts in layers) and len({parts[shared] for parts in layers}) == 1:
@@ -99,11 +99,11 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def tensor_charts(rows: Sequence[Row], histograms: Sequence[Row]) -> list[Chart]:
-    """The values of a tensor on its grid, and its clipping scalar by epoch: two charts of one selector, noisiest first.
+    """Return two charts that share a selector (noisiest first): a tensor's values and its clipping scalar by epoch.
 
     Args:
-        rows: of layers.csv.
-        histograms: of histograms.json; there may be none.
+        rows: rows of layers.csv.
+        histograms: entries of histograms.json; may be empty.
     """
     by_name = {name(h): h for h in histograms}
     history: dict[str, list[Row]] = {}
@@ -130,9 +130,9 @@ def _scalar(tensor: str, rows: Sequence[Row]) -> View:
 
 
 def _histogram(tensor: str, h: Row | None) -> View:
-    """Bars, lines at the clipping scalar, and ticks at the grid's levels; x is in units of the scalar."""
+    """Return a histogram with lines at the clipping bounds and ticks at the levels; x is in units of the scalar."""
     if h is None:
-        return View(tensor, [], {"xaxis": {"title": {"text": "not on record"}}})
+        return View(tensor, [], {"xaxis": {"title": {"text": "not recorded"}}})
     width = (h["high"] - h["low"]) / len(h["counts"])
     bars: PlotlyTrace = {
         "type": "bar",
@@ -148,12 +148,12 @@ def _histogram(tensor: str, h: Row | None) -> View:
     shapes += [_mark(end, 0, 1, 2) for end in h.get("ends", (-1, 1) if h["signed"] else (1,))]
     start = min(h["low"], -1.05 if h["signed"] else -0.05)
     axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
-    axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the grid's
+    axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the ticks of the levels
     return View(tensor, [bars], {"shapes": shapes, "xaxis": axis})
 
 
 def _levels(h: Row) -> Sequence[float]:
-    """Those on record; runs from before there were any had the paper's integers."""
+    """Return the recorded levels; runs from before levels were recorded used the paper's integers."""
     if "levels" in h:
         levels: list[float] = h["levels"]
         return levels
@@ -161,16 +161,16 @@ def _levels(h: Row) -> Sequence[float]:
 
 
 def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:
-    """A vertical line; its ends in parts of the plot's height."""
+    """Return a vertical line; bottom and top are fractions of the plot's height."""
     ends = {"x0": x, "x1": x, "y0": bottom, "y1": top, "yref": "paper"}
     return {"type": "line", **ends, "colour": OTHER, "line": {"width": width}}
 
 
 def _told(h: Row) -> str:
-    """What the x axis shows, and what lies beyond it."""
-    per = "= " if h["granularity"] == "tensor" else f"of each {h['granularity']}, mean "
+    """Return the title of the x axis, with the share of values beyond it."""
+    per = "= " if h["granularity"] == "tensor" else f"per {h['granularity']}, mean "
     grid = f"{h['bits']} bits, {'signed' if h['signed'] else 'unsigned'}"
     share = h["beyond"] / max(h["beyond"] + sum(h["counts"]), 1)
     far = max(-h["lowest"], h["highest"])
-    beyond = f"<br>{percent(share)} lie further out, up to {far:.3g} s" if h["beyond"] else ""
+    beyond = f"<br>{percent(share)} of the values lie outside, up to {far:.3g} s" if h["beyond"] else ""
     return f"x / s, s {per}{h['s']:.3g}<br>{grid}{beyond}"

@@ -1,4 +1,4 @@
-"""The kinds of problems that networks are trained for, a file each. No other room knows one of them by name."""
+"""The tasks that networks are trained for, one file each. No other package refers to a specific task by name."""
 
 from typing import Any
 
@@ -19,15 +19,15 @@ TASKS: Registry[Task[Any]] = Registry(
     {task.name: task for task in (Classification(), QuestionAnswering(), LanguageModelling())},
     valid=lambda task: isinstance(task, Task),
 )
-"""By name."""
+"""The tasks by name."""
 
 
 def register(task: Task[Any]) -> None:
-    """Let data sets be of a task: `dataset.task` may name it from then on."""
+    """Register a task for data sets: afterwards, `dataset.task` can be set to its name."""
     TASKS.register(task.name, task)
     FACTS.register(task.name, task.facts)
 
 
 def task_of(config: Config) -> Task[Any]:
-    """The task of a resolved config's data set."""
+    """Return the task of the data set of a resolved config."""
     return TASKS[config.dataset.task]

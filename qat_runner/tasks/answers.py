@@ -1,4 +1,4 @@
-"""From the logits of windows to answers, and whether they are right: exact match and F1 of SQuAD v1.1."""
+"""Decode the logits of windows to answers, and score them by exact match and F1 of SQuAD v1.1."""
 
 import re
 import string
@@ -15,27 +15,28 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(answer: str, gold: Sequence[str]) -> bool:
-    """Whether an answer has the words of a gold answer, as evaluate-v1.1.py of SQuAD counts it.
+    """Return whether an answer has the same words as a gold answer, by the rules of SQuAD's evaluate-v1.1.py.
 
     Args:
-        answer: what was predicted.
-        gold: what is right, one or more.
+        answer: the predicted answer.
+        gold: the gold answers, one or more.
     """
     return any(_words(answer) == _words(text) for text in gold)
 
 
 def f1(answer: str, gold: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of an answer's words, against the gold answer where it is highest.
+    """Return the F1 (harmonic mean of precision and recall) of an answer's words, for the best gold answer.
 
-    As in evaluate-v1.1.py of SQuAD, where no word in common means 0, also if neither has any: exact match counts "the"
-    and "a" as the same, F1 as 0. Common libraries have the rule of SQuAD v2 instead, where no answer can be right.
+    As in SQuAD's evaluate-v1.1.py, F1 is 0 if the answers have no word in common, even if neither has any word: "the"
+    and "a" are an exact match, but their F1 is 0. Common libraries implement the rule of SQuAD v2 instead, where an
+    empty answer can be right.
 
     Args:
-        answer: what was predicted.
-        gold: what is right, one or more.
+        answer: the predicted answer.
+        gold: the gold answers, one or more.
 
     Returns:
-        0 to 1.
+        F1, 0 to 1.
     """
     return max(_f1(Counter(_words(answer)), Counter(_words(text))) for text in gold)
 
@@ -46,26 +47,26 @@ def _f1(answer: Counter[str], gold: Counter[str]) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """Words that count: lower case, without ASCII punctuation and English articles."""
+    """Return the words that count: in lower case, without ASCII punctuation and English articles."""
     text = text.lower().translate(_NO_PUNCTUATION)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def decode(logits: Tensor, split: Split, n_best: int, max_answer_length: int) -> dict[str, str]:
-    """The answer of each question: the best span in any of its windows.
+    """Return the answer of each question: the best span in any of its windows.
 
-    Start and end are among the `n_best` of those of their window that lie in the paragraph; a start counts only in the
-    window that shows it with the most context, as in the reference implementation of BERT. (That takes the `n_best` of
-    all places, and then drops those outside: it has fewer spans to choose from.)
+    Start and end must be among the `n_best` positions of their window that lie in the paragraph. A start counts only in
+    the window in which it has the most context, as in the reference implementation of BERT. (The reference takes the
+    `n_best` of all positions and then drops those outside the paragraph, so it has fewer spans to choose from.)
 
     Args:
-        logits: [n, L, 2], of the first n windows, for start and end.
+        logits: [n, L, 2], start and end logits of the first n windows.
         split: texts, tokens and windows.
-        n_best: candidates for either end.
-        max_answer_length: tokens.
+        n_best: number of candidates for the start, and for the end.
+        max_answer_length: maximum length of an answer in tokens.
 
     Returns:
-        Question id -> text, for all questions of those windows; "" where no span is possible.
+        A dict from question id to answer, for all questions of those windows; "" where no span is possible.
     """
     windows, n = split.windows, len(logits)
     place = np.arange(logits.shape[1])
@@ -98,19 +99,19 @@ def _text(split: Split, row: int, begin: int, end: int) -> str:
 
 
 def _inside(windows: Windows, n: int, place: np.ndarray) -> np.ndarray:
-    """Whether a position holds a token of the paragraph, bool [n, L]."""
+    """Return whether each position is a token of the paragraph, bool [n, L]."""
     prefix = windows.prefix[:n, None]
     inside: np.ndarray = (place >= prefix) & (place < prefix + windows.length[:n, None])
     return inside
 
 
 def _most_context(windows: Windows, n: int, place: np.ndarray) -> np.ndarray:
-    """Whether no other window of the question shows a position's token with more context, bool [n, L]."""
+    """Return whether no other window of the question has more context for the token of a position, bool [n, L]."""
     token = windows.start[:n, None] + place - windows.prefix[:n, None]
     own = _context(windows.start[:n, None], windows.length[:n, None], token)
     most = np.ones(token.shape, dtype=bool)
     for distance in range(1, int(np.bincount(windows.question).max())):
-        for other, beats in ((-distance, np.greater_equal), (distance, np.greater)):  # of equals the first counts
+        for other, beats in ((-distance, np.greater_equal), (distance, np.greater)):  # ties: the first window counts
             row = np.arange(n) + other
             exists = (row >= 0) & (row < len(windows))
             row = np.where(exists, row, 0)
@@ -121,6 +122,9 @@ def _most_context(windows: Windows, n: int, place: np.ndarray) -> np.ndarray:
 
 
 def _context(start: np.ndarray, length: np.ndarray, token: np.ndarray) -> np.ndarray:
-    """Tokens around a token in a window, on the shorter side; -1 outside. Of equals, the longer window has more."""
+    """Return the context of a token in a window: the number of tokens on the shorter side, or -1 outside the window.
+
+    At equal numbers, a longer window counts as more context.
+    """
     shorter = np.minimum(token - start, start + length - 1 - token)
     return np.where(shorter >= 0, shorter + 0.01 * length, -1.0)

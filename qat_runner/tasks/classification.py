@@ -1,4 +1,4 @@
-"""Which of a number of classes a picture is of."""
+"""Image classification."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from qat_runner.tasks.totals import Totals, top_five
 
 
 class Classification(Choice[ImageData]):
-    """Pictures [N, 3, H, W] in, logits [N, classes] out; judged by top-1 accuracy."""
+    """Image classification: from images [N, 3, H, W] to logits [N, classes]. The metric is top-1 accuracy."""
 
     name = "classification"
     facts = FACTS[name]
@@ -28,8 +28,10 @@ class Classification(Choice[ImageData]):
     outputs = ("logits",)
 
     def check(self, config: Config) -> None:
-        """Raises:
-        ConfigError: also where a network of another library cannot be built as it is asked for.
+        """Check a config; see `Task.check`.
+
+        Raises:
+            ConfigError: as `Task.check`, or a network cannot be built with the given options.
         """
         super().check(config)
         found = library_of(config.model.name)
@@ -43,12 +45,12 @@ class Classification(Choice[ImageData]):
                 self.network(config, None)
         except ConfigError:
             raise
-        except Exception as error:  # whatever a library may raise on options that do not fit
+        except Exception as error:  # libraries may raise any exception for invalid options
             reason = told(error) or type(error).__name__
             raise ConfigError(f"model={config.model.name}: cannot be built ({reason})") from error
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:
-        """With 2 classes where neither data nor config tell their number."""
+        """Return the network; it has 2 classes if neither data nor config specify their number."""
         classes, size = config.dataset.num_classes or 2, config.dataset.image_size
         if data is not None:
             classes, size = data.num_classes, data.image_size
@@ -84,8 +86,8 @@ class Classification(Choice[ImageData]):
         return {
             "picture": {
                 "shape": ["N", 3, data.image_size, data.image_size],
-                "channels": "red, green, blue; of a grey picture three times the same",
-                "normalization": "(value in 0..1 - mean) / std, a number a channel",
+                "channels": "red, green, blue; greyscale images have the same values in all three",
+                "normalization": "(value in 0..1 - mean) / std, per channel",
                 "mean": _of_channels(config.dataset.mean),
                 "std": _of_channels(config.dataset.std),
             },
@@ -94,11 +96,11 @@ class Classification(Choice[ImageData]):
 
 
 def _of_channels(values: Sequence[float]) -> list[float]:
-    """A number for each of the three channels; one alone is that of grey."""
+    """Return one value for each of the three channels; a single value (greyscale) is repeated."""
     return [*values] * (3 // len(values))
 
 
 def _changed(config: Config) -> bool:
-    """Whether more is asked of a network of our own than some have."""
+    """Return whether the config sets options that some of this package's own networks do not support."""
     drop_path = config.stage.drop_path if config.training else None
     return (config.model.stride_in, config.model.bn_eps, drop_path) != ("3x3", None, None)

@@ -1,4 +1,4 @@
-"""What the next token of a text is, at every place: how decoders are trained."""
+"""Language modelling: predict the next token at every position of a text, as decoders are trained."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals
 
 LARGEST_LOG = 700.0
-"""Perplexity is at most the exponential of this: beyond, there is no float for it."""
+"""Upper limit of the loss in the perplexity, its exponential; beyond it, the exponential would overflow."""
 
 
 class LanguageModelling(Task[TextData]):
-    """Blocks of L tokens in, logits [N, L, V] of the token after each out; judged by perplexity, where less is better.
+    """Language modelling: from blocks of L tokens to logits [N, L, V] of the token after each.
 
-    Targets are int64 [N, L].
+    Targets are int64 [N, L]. The metric is perplexity; lower is better.
     """
 
     name = "language_modelling"
@@ -45,18 +45,18 @@ class LanguageModelling(Task[TextData]):
         return build_decoder(checkpoint_of(config), pretrained)
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy, the mean over all tokens."""
+        """Return the cross entropy, averaged over all tokens."""
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=label_smoothing)
 
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Divergence of the distributions of the next token, the mean over all tokens."""
+        """Return the divergence between the distributions of the next token, averaged over all tokens."""
         return divergence(logits, teacher, temperature, dim=-1)
 
     def objective(self) -> Objective:
         return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=-1)
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """The likeliest token after each, int64 [N * L]."""
+        """Return the most likely next token at each position, int64 [N * L]."""
         return logits.argmax(-1).flatten()
 
     def totals(self, device: torch.device) -> Totals:
@@ -70,9 +70,9 @@ class LanguageModelling(Task[TextData]):
 
 
 class TokenTotals(Totals):
-    """`Totals` in which every token counts the same, in whatever batch: loss, and how often the likeliest was right.
+    """`Totals` of the loss and of the accuracy of the most likely token, in which all tokens have the same weight.
 
-    `sums` is [4]: loss, hits, samples, tokens.
+    The weight of a token does not depend on its batch. `sums` is [4]: loss, hits, samples, tokens.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -93,7 +93,7 @@ class TokenTotals(Totals):
 
 
 class Perplexity(TokenTotals):
-    """Of a pass whose loss is the cross entropy alone: reading gives its perplexity as well."""
+    """`TokenTotals` of a pass whose loss is the plain cross entropy; `read` also returns its perplexity."""
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
         figures = super().figures(sums)

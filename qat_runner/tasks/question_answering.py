@@ -1,4 +1,4 @@
-"""Where in a text the answer to a question is: its first and its last token, chosen among all of a window."""
+"""Extractive question answering: predict the first and the last token of the answer among the tokens of a window."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -20,11 +20,14 @@ from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals, top_five
 
 WINDOW_HITS = ("exact", "exact5")
-"""Names of the measures of a window by itself: both ends right; and both among the five best."""
+"""Names of the metrics of single windows: start and end are both right; both are among the five highest logits."""
 
 
 class QuestionAnswering(Choice[SquadData]):
-    """Windows of L tokens in, logits [N, L, 2] for start and end out; judged by the F1 of the answers."""
+    """Question answering: from windows of L tokens to logits [N, L, 2] for the start and the end of the answer.
+
+    The metric is the F1 of the answers.
+    """
 
     name = "question_answering"
     facts = FACTS[name]
@@ -62,16 +65,16 @@ class QuestionAnswering(Choice[SquadData]):
 
 @dataclass
 class AnswerScore(Totals):
-    """`Totals` of a pass over the validation windows that goes on to answers. It can stop early.
+    """`Totals` of a pass over the validation windows that also decodes and scores the answers.
 
-    Reading gives em and f1, in percent, over the questions that a window was seen of.
+    The pass can stop early: `read` returns em and f1, in percent, over the questions with at least one window so far.
     """
 
     split: Split = field(kw_only=True)
     n_best: int = field(kw_only=True)
     max_answer_length: int = field(kw_only=True)
     logits: list[Tensor] = field(default_factory=list, init=False)
-    """of each batch, [N, L, 2]"""
+    """logits of each batch, [N, L, 2]"""
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
@@ -80,7 +83,7 @@ class AnswerScore(Totals):
 
     def merged(self) -> Self:
         everyone = super().merged()
-        gathered = distributed.all_gather([part.cpu() for part in self.logits])  # each has every so manieth batch
+        gathered = distributed.all_gather([part.cpu() for part in self.logits])  # batches are shared round robin
         rounds = itertools.zip_longest(*gathered)
         everyone.logits = [part for parts in rounds for part in parts if part is not None]
         return everyone

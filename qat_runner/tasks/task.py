@@ -1,4 +1,4 @@
-"""What a task is: all that the runner must know of one kind of problem, and that no other room knows."""
+"""The interface of a task: everything the runner needs that is specific to one kind of problem."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,77 +20,83 @@ D = TypeVar("D", bound=Data)
 
 
 class Task(ABC, Generic[D]):
-    """One kind of problem, such as classification: its networks, loss, metrics and words.
+    """One kind of problem, such as classification: its networks, loss, metrics and terms.
 
-    D is what its data sets are read as. What a network answers is called logits, whatever it is: one tensor [N, ...].
+    D is the type of its data sets. The output of a network is called logits, whatever it is: one tensor [N, ...].
     """
 
     name: ClassVar[str]
-    """as `dataset.task`"""
+    """name of the task, the value of `dataset.task`"""
     facts: ClassVar[TaskFacts]
-    """what the config must know of it"""
+    """what the config must know about the task"""
     networks: ClassVar[Collection[str]]
-    """names of the models that can do it"""
+    """names of the models that support the task"""
     unit: ClassVar[str]
-    """what a sample is, in a word"""
+    """unit of the samples, one short word"""
     inputs: ClassVar[tuple[str, ...]]
-    """names, in exported files, of the arguments of a network's forward"""
+    """names, in exported files, of the arguments of a network's forward method"""
     mixes: ClassVar[bool] = False
-    """whether a stage may ask for `MIXING` and drop_path"""
+    """whether a stage of the recipe may set the keys of `MIXING` and drop_path"""
     outputs: ClassVar[tuple[str, ...]]
-    """names, in exported files, of what comes out; of several also those that forward's result has them by"""
+    """names, in exported files, of the outputs; several outputs have the same field names in the result of forward"""
 
     def check(self, config: Config) -> None:
-        """Refuse what cannot be carried out, on the config alone.
+        """Check, from the config alone, whether the run is possible.
 
         Raises:
-            ConfigError: a network for another task, or what the task itself asks for is not there.
+            ConfigError: the network is for another task, or something that the task requires is missing.
         """
         if config.model.name not in self.networks:
             raise ConfigError(
-                f"model={config.model.name}: cannot read dataset={config.dataset.name}, which is for "
+                f"model={config.model.name}: does not support dataset={config.dataset.name}; must be one of "
                 f"{', '.join(self.networks)}"
             )
         for key in (*MIXING, "drop_path") if config.training and not self.mixes else ():
             if value := getattr(config.stage, key):
-                raise ConfigError(f"recipe.{config.mode}.{key}={value:g}: is for pictures, not for {self.name}")
+                raise ConfigError(f"recipe.{config.mode}.{key}={value:g}: is only for images, not for {self.name}")
 
     def tokenizer(self, config: Config) -> Any:
-        """What data sets of text are read with; None: there is none."""
+        """Return the tokenizer for text data sets, or None if there is none."""
         return None
 
     @abstractmethod
     def network(self, config: Config, data: D | None, pretrained: bool = False) -> nn.Module:
-        """The network without quantizers, on torch's default device.
+        """Build the network without quantizers, on torch's default device.
 
         Args:
-            config: resolved.
-            data: that it is for; None: they are not read, and it is built by the config alone.
-            pretrained: with the weights of its checkpoint, where the task has such.
+            config: the resolved config.
+            data: the data that the network is for; None: the data have not been read, and the config alone is used.
+            pretrained: load the weights of the network's checkpoint, for tasks with checkpoints.
         """
 
     def mixing(self, config: Config, data: D) -> Callable[[Batch, int, int], Batch] | None:
-        """What is done to the training batches of an epoch, given both numbers; None: nothing. Only where `mixes`."""
+        """Return a function (batch, epoch, step) -> batch that is applied to training batches, or None.
+
+        Only used if `mixes` is true.
+        """
         return None
 
     def knows_head(self, config: Config) -> bool:
-        """Whether the config alone tells what the last layer of a network looks like."""
+        """Return whether the config alone determines the last layer of a network."""
         return True
 
     def compute(self, model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
-        """The model's logits for the inputs of a batch."""
+        """Return the model's logits for the inputs of a batch."""
         return joined(separate(model(*inputs), self.outputs))
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean over a batch, float32 [], of logits [N, ...] and targets [N, ...]; without autocast in float32, too."""
+        """Return the mean loss of a batch, float32 [], from logits [N, ...] and targets [N, ...].
+
+        The computation must be in float32 also without autocast.
+        """
 
     @abstractmethod
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        """Mean distance, float32 [], of logits from a teacher's, both [N, ...], for distillation."""
+        """Return the mean distance, float32 [], of logits from a teacher's, both [N, ...], for distillation."""
 
     def objective(self) -> Objective:
-        """What bits are chosen by: a batch's logits, and what is lost of them."""
+        """Return the objective of bit allocation: how logits are computed, and how quantization error is measured."""
         return of_loss(
             lambda model, batch: self.compute(model, batch.inputs),
             lambda logits, batch: (self.loss(logits, batch.targets), batch.targets.numel()),
@@ -98,37 +104,37 @@ class Task(ABC, Generic[D]):
 
     @abstractmethod
     def predictions(self, logits: Tensor) -> Tensor:
-        """What is predicted, from a finite number of values: two networks agree where it is the same.
+        """Return the predictions, discrete values [M, ...]: two networks agree where they are equal.
 
-        Of shape [M, ...], M being what is counted: samples, or parts of them that are right or wrong by themselves.
+        M is the number of units that are counted: samples, or parts of samples that are right or wrong independently.
         """
 
     def right(self, predictions: Tensor, targets: Tensor) -> Tensor | None:
-        """Whether each sample counts for the metric, bool [N]; None where the metric is no share of samples."""
+        """Return whether each sample is right, bool [N]; None if the metric is not the fraction of right samples."""
         return None
 
     @abstractmethod
     def totals(self, device: torch.device) -> Totals:
-        """Sums for a pass over training batches."""
+        """Return the sums for a pass over training batches."""
 
     @abstractmethod
     def score(self, data: D) -> Totals:
-        """Sums for a pass over all of `val_batches`; reading them gives the metric."""
+        """Return the sums for a pass over all of `val_batches`; reading them gives the metric."""
 
     def longest(self, config: Config) -> int | None:
-        """The second dimension of all inputs may be anything up to this; None: it is fixed."""
+        """Return the largest size of the second dimension of all inputs, which may vary; None: the size is fixed."""
         return None
 
     def about(self, config: Config, data: D) -> dict[str, Any]:
-        """What someone who uses an exported file must know of the inputs, as JSON values."""
+        """Return what users of an exported file must know about its inputs, as JSON values."""
         return {}
 
 
 class Choice(Task[D]):
-    """A task of choosing: logits [N, C] over C classes, or [N, C, d] for d choices; targets int64 [N] or [N, d]."""
+    """A task of choosing classes: logits [N, C], or [N, C, d] for d choices; targets int64 [N] or [N, d]."""
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy; for shares of classes, float [N, C], as well."""
+        """Return the cross entropy; targets can also be class probabilities, float [N, C]."""
         return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
     def distance(self, logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -138,12 +144,17 @@ class Choice(Task[D]):
         return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=1)
 
     def predictions(self, logits: Tensor) -> Tensor:
-        """The classes of highest logit, int64 [N] or [N, d]."""
+        """Return the classes with the highest logits, int64 [N] or [N, d]."""
         return logits.argmax(1)
 
 
 def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:
-    """What a network returned, as the tensors that exported files have: one, several, or fields of a result by name."""
+    """Return the result of a network as a tuple of tensors, in the order of the outputs of exported files.
+
+    Args:
+        out: a tensor, a sequence of tensors, or a result with named fields.
+        names: names of the fields to take, in order; only used for results with named fields.
+    """
     if isinstance(out, Tensor):
         return (out,)
     named = fields_of(out)
@@ -151,7 +162,7 @@ def separate(out: Any, names: Sequence[str]) -> tuple[Tensor, ...]:
 
 
 def fields_of(out: Any) -> Mapping[str, Any] | None:
-    """The fields of a result by name; None of a tensor, a tuple or a list, which have none."""
+    """Return the named fields of a result, or None for a tensor, tuple or list, which have no named fields."""
     if isinstance(out, Mapping):
         return out
     if hasattr(out, "_asdict"):
@@ -160,5 +171,5 @@ def fields_of(out: Any) -> Mapping[str, Any] | None:
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
-    """Logits: one output as it is; d outputs of shape [N, C] as [N, C, d]."""
+    """Join outputs to logits: a single output as it is; d outputs of shape [N, C] as [N, C, d]."""
     return outputs[0] if len(outputs) == 1 else torch.stack(list(outputs), dim=2)

@@ -1,14 +1,14 @@
-"""What tasks on texts ask of a config alike: networks come from checkpoints, which know how long a text may be."""
+"""Checks that the text tasks share: their networks come from checkpoints, which limit the length of a text."""
 
 from qat_runner.config import Config
 from qat_runner.errors import ConfigError
 
 
 def checkpoint_of(config: Config) -> str:
-    """The checkpoint that a config names.
+    """Return the checkpoint that a config sets.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: the config does not set one.
     """
     if config.model.checkpoint is None:
         raise ConfigError(f"model={config.model.name}: needs model.checkpoint=FOLDER or a name on the Hugging Face hub")
@@ -16,13 +16,13 @@ def checkpoint_of(config: Config) -> str:
 
 
 def check_length(config: Config, positions: int | None) -> None:
-    """Refuse inputs that are longer than a checkpoint has positions for; None: it has no end of them.
+    """Check the length of inputs against the number of positions of a checkpoint; None: it is unlimited.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: the inputs are longer.
     """
     if positions is not None and config.dataset.max_length > positions:
         raise ConfigError(
-            f"dataset.max_length={config.dataset.max_length}: must be {positions} or less, the positions of "
+            f"dataset.max_length={config.dataset.max_length}: must be at most {positions}, the number of positions of "
             f"{config.model.checkpoint}"
         )

@@ -1,8 +1,8 @@
-"""The sums by which a pass over data is judged.
+"""Sums over a pass over data, from which its loss and metrics are computed.
 
-torchmetrics has top-k accuracy, too, but not of samples with several targets, which are right if all are (the ends of
-an answer); it waits for the device to look at its inputs, unless told not to; and its F1 of SQuAD follows the rule of
-v2. What is left is a `topk` and a sum.
+torchmetrics also has top-k accuracy, but not for samples with several targets that must all be right (start and end of
+an answer). By default it synchronizes with the device to check its inputs, and its F1 of SQuAD follows the rule of v2.
+What remains is a `topk` and a sum, which are implemented here.
 """
 
 import copy
@@ -16,61 +16,67 @@ from torch import Tensor
 from qat_runner import distributed
 
 Hits = Callable[[Tensor, Tensor], Sequence[Tensor]]
-"""Logits [N, ...] and targets [N, ...] -> how many of N samples are right, [] each, by one measure or several."""
+"""Maps logits [N, ...] and targets [N, ...] to the number of right samples, [] each, by one or several metrics."""
 
 
 @dataclass
 class Totals:
-    """Sums over samples, kept on the device: adding a batch waits for nothing, reading does.
+    """Sums over samples, kept on the device. Adding a batch does not synchronize with the device; reading does.
 
-    A checkpoint holds `sums`, so that an epoch can be gone on with.
+    Checkpoints contain `sums`, so that an interrupted epoch can be resumed.
     """
 
     device: torch.device
     names: tuple[str, ...]
-    """of the measures of `hits`; the first is shown while a pass is under way"""
+    """names of the metrics of `hits`; the first is shown while a pass is running"""
     hits: Hits
     sums: Tensor = field(init=False)
-    """float64 [2 + names]: loss, hits by each measure, samples"""
+    """float64 [2 + len(names)]: loss, hits by each metric, samples"""
     predictions: dict[str, str] | None = field(default=None, init=False)
-    """once read: the answer to each sample that has a name, where answers are of use by themselves"""
+    """after `read`: the predicted answer of each sample by its id, for tasks whose answers are useful by themselves"""
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(2 + len(self.names), dtype=torch.float64, device=self.device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """loss: mean over the batch, []; logits [N, ...] and targets [N, ...] as `hits` takes them."""
+        """Add a batch.
+
+        Args:
+            loss: mean over the batch, [].
+            logits: [N, ...], as `hits` takes them.
+            targets: [N, ...], as `hits` takes them.
+        """
         n = len(targets)
-        losses, *counts, samples = self.sums  # views: a stack of the parts, of several dtypes, would copy each first
+        losses, *counts, samples = self.sums  # views: stacking the parts, which differ in dtype, would copy each first
         losses += loss.detach().float() * n
         for count, hits in zip(counts, self.hits(logits, targets), strict=True):
             count += hits
         samples += n
 
     def merged(self) -> Self:
-        """The totals of all processes that share a pass, known to all of them."""
+        """Return the totals over all processes that share a pass; every process gets them."""
         everyone = copy.copy(self)
         everyone.sums = distributed.all_reduce(self.sums.clone())
         return everyone
 
     def read(self) -> dict[str, float]:
-        """The figures, all samples that were added among them."""
+        """Return the figures of all samples added so far."""
         return self.figures(self.sums.tolist())
 
     def figures(self, sums: Sequence[float]) -> dict[str, float]:
-        """Mean loss, the hit rates by their names (percent), samples: from sums as of some time."""
+        """Compute the mean loss, the hit rates in percent by name, and the number of samples from sums."""
         loss, *hits, n = sums
         rates = {name: 100 * count / max(n, 1) for name, count in zip(self.names, hits, strict=True)}
         return {"loss": loss / max(n, 1), **rates, "samples": n}
 
 
 def top_five(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples each of whose targets has the highest logit; and one of the five highest.
+    """Count the samples whose targets all have the highest logit, and those whose targets are all in the top five.
 
     Args:
         logits: [N, C] or [N, C, d].
-        targets: int64, [N] or [N, d]; or shares of classes, float [N, C], of which the largest counts.
+        targets: int64, [N] or [N, d]; or class probabilities, float [N, C], of which the largest counts.
 
     Returns:
         Two counts, int64 [].
@@ -78,6 +84,6 @@ def top_five(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if targets.is_floating_point():
         targets = targets.argmax(1)
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    if hits.ndim == 2:  # no more than one hit a sample
+    if hits.ndim == 2:  # at most one hit per sample
         return hits[:, 0].sum(), hits.sum()
     return hits[:, 0].all(1).sum(), hits.any(1).all(1).sum()

@@ -84,7 +84,7 @@ def test_the_price_by_gradients_is_half_the_fisher_information_times_squared_err
                 torch.testing.assert_close(prices.batches[name][at, i], wanted, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:0 is called 3 times a pass")
+@pytest.mark.filterwarnings("ignore:0 is called 3 times per pass")
 def test_a_weight_that_is_multiplied_by_several_times_has_one_error(batches: list[Batch]) -> None:
     """Whose gradient is that of all calls together."""
     layer, head = nn.Linear(6, 6), nn.Linear(6, 3)

@@ -162,15 +162,15 @@ def test_two_processes_come_to_what_one_does(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["model=resnet18"], "model=resnet18: cannot read dataset=text, which is for decoder"),
-        (["model=bert"], "model=bert: cannot read dataset=text, which is for decoder"),
-        (["dataset=digits"], "model=decoder: cannot read dataset=digits, which is for resnet18"),
+        (["model=resnet18"], "model=resnet18: does not support dataset=text; must be one of decoder"),
+        (["model=bert"], "model=bert: does not support dataset=text; must be one of decoder"),
+        (["dataset=digits"], "model=decoder: does not support dataset=digits; must be one of resnet18"),
         (["model.checkpoint=null"], "model=decoder: needs model.checkpoint=FOLDER or a name on the Hugging Face hub"),
-        (["model.checkpoint=data"], "model.checkpoint=data: the folder holds no config.json"),
-        (["dataset.max_length=100"], "dataset.max_length=100: must be 64 or less, the positions of small"),
+        (["model.checkpoint=data"], "model.checkpoint=data: the folder contains no config.json"),
+        (["dataset.max_length=100"], "dataset.max_length=100: must be at most 64, the number of positions of small"),
         (
             ["data_dir=elsewhere"],
-            "there (or in elsewhere/text) must lie train.txt and val.txt, or folders",
+            "this folder (or elsewhere/text) must contain train.txt and val.txt, or folders",
         ),
         (["mode=ptq", "weights=nowhere.pt"], "weights=nowhere.pt: "),
     ],
@@ -186,4 +186,4 @@ def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.Captur
 def test_a_text_that_is_too_short(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("data/text/train.txt").write_text("short")
     assert run("epochs=1") == 2
-    assert "train has 5 tokens, and needs 17: a block and the token after it" in capsys.readouterr().err
+    assert "train has 5 tokens; must have at least 17: a block and the token after it" in capsys.readouterr().err

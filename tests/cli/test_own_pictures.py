@@ -37,10 +37,10 @@ def test_what_was_left_out_is_on_record(data: Path) -> None:
     (data / "val" / os.fsdecode(b"b\xff") / "x.jpg").write_bytes(b"no picture")
     assert main([*SMALL, *FOLDERS, "dataset.skip_corrupt=true"]) == 0
     log = (data.parent / "run" / "log.txt").read_text()
-    assert "imagefolder: train/: passed over 1 hidden\n" in log
-    assert "imagefolder: val/: passed over 1 that are neither files nor folders (the first is " in log
-    assert r"picture 'data/val/a/x\ny.jpg' cannot be decoded (it is none of JPEG" in log
-    assert r"picture 'data/val/b\udcff/x.jpg' cannot be decoded (it is none of JPEG" in log
+    assert "imagefolder: train/: skipped 1 hidden\n" in log
+    assert "imagefolder: val/: skipped 1 that are neither files nor folders (the first is " in log
+    assert r"image 'data/val/a/x\ny.jpg' cannot be decoded (not one of JPEG" in log
+    assert r"image 'data/val/b\udcff/x.jpg' cannot be decoded (not one of JPEG" in log
     assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 2
 
 
@@ -62,8 +62,8 @@ def test_a_bad_picture_ends_a_run_with_a_sentence(data: Path, capsys: pytest.Cap
     (data / "val" / os.fsdecode(b"b\xff") / "x\ny.jpg").write_bytes(b"no picture")
     assert main([*SMALL, *FOLDERS]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qat-run:")]
-    assert r"picture 'data/val/b\udcff/x\ny.jpg' cannot be decoded" in line
-    assert line.endswith("dataset.skip_corrupt=true leaves such pictures out")
+    assert r"image 'data/val/b\udcff/x\ny.jpg' cannot be decoded" in line
+    assert line.endswith("set dataset.skip_corrupt=true to leave out such images")
     assert (data.parent / "run" / "error.txt").is_file()
 
 

@@ -107,7 +107,7 @@ def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[st
     assert "f1 % (ours)" in out and "SQuAD v1.1" in out
     assert re.search(r"\| bert_base +\| 32 .* 88.24 ", out)  # published
     assert re.search(r"\| bert +\| 4 +\| OCTAV \(MPH\) +\| \d", out)
-    assert "No results of bert_large, bert_base." in out
+    assert "No results for bert_large, bert_base." in out
     (folder,) = Path("runs").glob("*_fp32_*")
     assert report.main(["figure5", "--run", str(folder)]) == 0
     with open("report/figure5.csv", newline="") as file:
@@ -137,14 +137,17 @@ def test_every_row_of_table5(run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["model=resnet18"], "model=resnet18: cannot read dataset=squad, which is for bert_base, bert_large, bert"),
-        (["dataset=digits"], "model=bert: cannot read dataset=digits, which is for resnet18"),
+        (
+            ["model=resnet18"],
+            "model=resnet18: does not support dataset=squad; must be one of bert_base, bert_large, bert",
+        ),
+        (["dataset=digits"], "model=bert: does not support dataset=digits; must be one of resnet18"),
         (["model.checkpoint=null"], "model=bert: needs model.checkpoint=FOLDER or a name on the Hugging Face hub"),
         (["model.checkpoint=nowhere/at/all"], "model.checkpoint=nowhere/at/all: must be a folder with a BERT"),
-        (["dataset.max_length=100"], "dataset.max_length=100: must be 64 or less, the positions of bert"),
+        (["dataset.max_length=100"], "dataset.max_length=100: must be at most 64, the number of positions of bert"),
         (["dataset.max_length=8"], "leaves no room for its paragraph"),
-        (["data_dir=elsewhere"], "there (or in elsewhere/squad) must lie train-v1.1.json and dev-v1.1.json"),
-        (["mode=ptq", "weights=bert/model.safetensors"], "weights=bert/model.safetensors: little matches"),
+        (["data_dir=elsewhere"], "this folder (or elsewhere/squad) must contain train-v1.1.json and dev-v1.1.json"),
+        (["mode=ptq", "weights=bert/model.safetensors"], "weights=bert/model.safetensors: too few tensors match"),
     ],
 )
 def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_without_rules_nothing_is_new(place: Path) -> None:
         (None, ["rules=[{match: a, bits: 3.0}]"], "rules: rule 'a': bits=3.0: must be 2 to 16, or 32"),
         (None, ["rules=[layer3]"], "rules: rule 'layer3': must be a mapping"),
         (None, ["rules=3"], "rules"),
-        (None, ["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' is about no layer or tensor"),
+        (None, ["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' matches no layer or tensor"),
         (None, ["rules=[{match: layer3.*, clipping: {name: max, q: 3}}]"], "clipping 'max' has no option 'q'"),
         (None, ["format=int9"], "format=int9: must be one of int"),
         (None, ["clipping=max", "clipping.warm_iterations=3"], "clipping 'max' has no option 'warm_iterations'"),

@@ -363,7 +363,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert report.main(["status", str(stale)]) == 0 and capsys.readouterr().out.rstrip().endswith("\n1 stale")
     for verb in ("table1", "results", "ledger", "figure4"):
         assert report.main([verb, str(stale)]) == 2
-        assert f"{stale}: is a run, and no folder of runs, as {stale.resolve().parent} is" in capsys.readouterr().err
+        assert f"{stale}: is a run, not a folder of runs; pass {stale.resolve().parent}" in capsys.readouterr().err
     with RunLock(stale):
         assert report.main(["status", "runs"]) == 0
         assert "1 finished, 1 running, 1 missing" in capsys.readouterr().out

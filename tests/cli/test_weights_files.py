@@ -48,7 +48,7 @@ def cycle() -> dict[str, Any]:
 
 
 HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
-    "cycle": (cycle, "holds no named tensors (only state_dict)"),
+    "cycle": (cycle, "contains no named tensors (only state_dict)"),
     "uint8": (lambda: state(lambda t: t.to(torch.uint8)), "tensor conv1.weight is uint8, not float32"),
     "complex": (lambda: state(lambda t: t.to(torch.complex64)), "tensor conv1.weight is complex64, not float32"),
     "NaN": (lambda: state(lambda t: t * float("nan")), "tensor conv1.weight has 432 of 432 elements that are NaN"),

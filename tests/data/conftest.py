@@ -1,4 +1,4 @@
-"""What is kept from one start to the next is each test's own."""
+"""Each test has its own cache folder."""
 
 from pathlib import Path
 

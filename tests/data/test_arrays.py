@@ -1,4 +1,4 @@
-"""Arrays of pictures and labels, as people save them, and the files in which data sets are published."""
+"""Arrays of images and labels in the formats that users save, and the files of published data sets."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def load(path: Path, settings: DatasetConfig | None = None) -> MemorySource:
 def test_all_forms_say_the_same(
     size: int, channels: int, layout: str, pixel: str, label: str, column: bool, order: Any, seed: int
 ) -> None:
-    assume(size not in (1, 3) or layout == "none")  # these could be read in two ways
+    assume(size not in (1, 3) or layout == "none")  # these shapes would be ambiguous
     assume(channels == 1 or layout != "none")
     random = np.random.default_rng(seed)
     x = random.integers(0, 256, (5, channels, size, size), dtype=np.uint8)
@@ -76,42 +76,48 @@ def test_all_forms_say_the_same(
 
 ONE_HOT = np.eye(10, dtype=np.uint8)[Y]
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "uneven": ({"y": Y[:7]}, "train has 20 pictures and 7 labels"),
-    "uneven in the other split": ({"y_test": Y[:7]}, "test has 20 pictures and 7 labels"),
-    "one-hot": ({"y": ONE_HOT}, r"labels of train: one-hot it seems, of the shape \[20, 10\]; class numbers \[N\]"),
-    "one-hot floats": ({"y_test": ONE_HOT.astype("f4")}, "labels of test: one-hot"),
-    "one label": ({"y": np.int64(3)}, r"labels of train: of the shape \[\]; \[N\] or \[N, 1\] is allowed"),
-    "labels of three axes": ({"y": Y[:, None, None]}, r"of the shape \[20, 1, 1\]"),
-    "labels from 1": ({"y": Y + 1}, r"num_classes=10: cifar10 has 11 classes"),
-    "labels below 0": ({"y": Y - 1}, "labels of train: -1 among them; class numbers from 0"),
-    "labels beyond all": ({"y": Y.astype("u8") + np.uint64(2**63)}, "labels of train: 9223372036854775808 among them"),
-    "labels with NaN": ({"y": np.where(Y == 3, np.nan, Y)}, "labels of train: nan among them"),
-    "infinite labels": ({"y": np.where(Y == 3, np.inf, Y)}, "labels of train: inf among them"),
-    "halves of labels": ({"y": Y / 2}, r"labels of train: 0\.5 among them"),
-    "labels as text": ({"y": Y.astype(str)}, "labels of train: of type <U"),
-    "labels as truth": ({"y": Y > 3}, "labels of train: of type bool"),
-    "labels as objects": ({"y": Y.astype(object)}, "y_train holds Python objects, which are not loaded"),
-    "pictures as objects": ({"x": np.array([X, None], dtype=object)[:1]}, "x_train holds Python objects"),
-    "complex pictures": ({"x": X.astype("c8")}, "pictures of train: of type complex64"),
-    "records": ({"x": np.zeros(20, dtype=[("a", "u1")])}, "pictures of train: of type"),
-    "dates": ({"y": Y.astype("M8[s]")}, "labels of train: of type datetime64"),
-    "flat pictures": ({"x": X.reshape(20, -1)}, r"pictures of train: of the shape \[20, 192\]; \[N, H, H, C\]"),
-    "no axes": ({"x": np.uint8(3)}, r"pictures of train: of the shape \[\]"),
-    "alpha": ({"x": np.zeros((20, 8, 8, 4), "u1")}, r"pictures of train: of the shape \[20, 8, 8, 4\]"),
-    "oblong": ({"x": X[:, :, :4]}, r"pictures of train: of the shape \[20, 8, 4, 3\]"),
-    "either layout": ({"x": np.zeros((20, 3, 3, 3), "u1")}, "where the channels may be first or last"),
-    "no pictures": ({"x": X[:0], "y": Y[:0]}, r"pictures of train: none, with the shape \[0, 8, 8, 3\]"),
-    "pictures of no size": ({"x": X[:, :0, :0]}, r"none, with the shape \[20, 0, 0, 3\]"),
-    "NaN": ({"x": np.full(X.shape, np.nan, "f4")}, "pictures of train: NaN among them"),
-    "infinity": ({"x": np.full(X.shape, np.inf, "f4")}, "pictures of train: float32 from inf to inf"),
-    "floats of -1..1": ({"x": X / 127.5 - 1}, "pictures of train: float64 from -1 to 1, neither"),
-    "normalized": ({"x_test": (X - 120.0) / 60}, "pictures of test: float64 from -2"),
-    "odd floats": ({"x": X / 200}, r"pictures of train: float64 from 0 to 1\.275"),
-    "16 bits": ({"x": X.astype("u2") * 257}, "pictures of train: uint16 from 0 to 65535"),
-    "signed": ({"x": X.astype("i1")}, "pictures of train: int8 from -128 to 127"),
+    "uneven": ({"y": Y[:7]}, "train has 20 images, but 7 labels"),
+    "uneven in the other split": ({"y_test": Y[:7]}, "test has 20 images, but 7 labels"),
+    "one-hot": ({"y": ONE_HOT}, r"labels of train: shape is \[20, 10\], probably one-hot; must be class indices \[N\]"),
+    "one-hot floats": ({"y_test": ONE_HOT.astype("f4")}, r"labels of test: shape is \[20, 10\], probably one-hot"),
+    "one label": ({"y": np.int64(3)}, r"labels of train: shape is \[\]; must be \[N\] or \[N, 1\]"),
+    "labels of three axes": ({"y": Y[:, None, None]}, r"shape is \[20, 1, 1\]"),
+    "labels from 1": ({"y": Y + 1}, r"num_classes=10: must be at least 11, the number of classes in cifar10"),
+    "labels below 0": ({"y": Y - 1}, "labels of train: values contain -1; must be class indices from 0"),
+    "labels beyond all": (
+        {"y": Y.astype("u8") + np.uint64(2**63)},
+        "labels of train: values contain 9223372036854775808",
+    ),
+    "labels with NaN": ({"y": np.where(Y == 3, np.nan, Y)}, "labels of train: values contain nan"),
+    "infinite labels": ({"y": np.where(Y == 3, np.inf, Y)}, "labels of train: values contain inf"),
+    "halves of labels": ({"y": Y / 2}, r"labels of train: values contain 0\.5"),
+    "labels as text": ({"y": Y.astype(str)}, "labels of train: type is <U"),
+    "labels as truth": ({"y": Y > 3}, "labels of train: type is bool"),
+    "labels as objects": ({"y": Y.astype(object)}, "y_train contains Python objects; only numbers are loaded"),
+    "pictures as objects": ({"x": np.array([X, None], dtype=object)[:1]}, "x_train contains Python objects"),
+    "complex pictures": ({"x": X.astype("c8")}, "images of train: type is complex64"),
+    "records": ({"x": np.zeros(20, dtype=[("a", "u1")])}, "images of train: type is"),
+    "dates": ({"y": Y.astype("M8[s]")}, "labels of train: type is datetime64"),
+    "flat pictures": ({"x": X.reshape(20, -1)}, r"images of train: shape is \[20, 192\]; must be \[N, H, H, C\]"),
+    "no axes": ({"x": np.uint8(3)}, r"images of train: shape is \[\]"),
+    "alpha": ({"x": np.zeros((20, 8, 8, 4), "u1")}, r"images of train: shape is \[20, 8, 8, 4\]"),
+    "oblong": ({"x": X[:, :, :4]}, r"images of train: shape is \[20, 8, 4, 3\]"),
+    "either layout": ({"x": np.zeros((20, 3, 3, 3), "u1")}, "which is ambiguous: the channels may be first or last"),
+    "no pictures": ({"x": X[:0], "y": Y[:0]}, r"images of train: shape is \[0, 8, 8, 3\]; must not be empty"),
+    "pictures of no size": ({"x": X[:, :0, :0]}, r"shape is \[20, 0, 0, 3\]; must not be empty"),
+    "NaN": ({"x": np.full(X.shape, np.nan, "f4")}, "images of train: values contain NaN"),
+    "infinity": ({"x": np.full(X.shape, np.inf, "f4")}, "images of train: values are float32 from inf to inf"),
+    "floats of -1..1": (
+        {"x": X / 127.5 - 1},
+        "images of train: values are float64 from -1 to 1; must be whole numbers in 0..255 or",
+    ),
+    "normalized": ({"x_test": (X - 120.0) / 60}, "images of test: values are float64 from -2"),
+    "odd floats": ({"x": X / 200}, r"images of train: values are float64 from 0 to 1\.275"),
+    "16 bits": ({"x": X.astype("u2") * 257}, "images of train: values are uint16 from 0 to 65535"),
+    "signed": ({"x": X.astype("i1")}, "images of train: values are int8 from -128 to 127"),
     "splits of other sizes": (
         {"x_test": np.zeros((20, 16, 16, 3), "u1")},
-        r"\(8, 8\) pixels to train with",
+        r"train has images of \(8, 8\) pixels, val of \(16, 16\)",
     ),
     "a size that does not divide": ({"x": X[:, :7, :7], "x_test": X[:, :7, :7]}, "image_size=8: must divide 7"),
 }
@@ -155,15 +161,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a pickle": (lambda p: (p / "cifar10.npz").write_bytes(pickle.dumps(_Evil())), "not a zip file"),
     "a pickle inside": (
         lambda p: _archive(p, y_train=_npy((1,), "|O", pickle.dumps(_Evil()))),
-        "y_train holds Python objects",
+        "y_train contains Python objects",
     ),
     "a pickle for an array": (lambda p: _archive(p, y_train=pickle.dumps(_Evil())), "magic string"),
-    "missing": (lambda p: _archive(p, y_train=b"", x_test=b"", other=b"x"), "lacks y_train, x_test; it holds "),
-    "absurd shape": (lambda p: _archive(p, x_train=_npy((10**12, 8, 8, 3))), "should take 192000000000000 bytes"),
-    "more than can be counted": (lambda p: _archive(p, x_train=_npy((2**62, 2**62))), "but takes 0"),
+    "missing": (lambda p: _archive(p, y_train=b"", x_test=b"", other=b"x"), "lacks y_train, x_test; it contains "),
+    "absurd shape": (lambda p: _archive(p, x_train=_npy((10**12, 8, 8, 3))), "should have 192000000000000 bytes"),
+    "more than can be counted": (lambda p: _archive(p, x_train=_npy((2**62, 2**62))), "but has 0"),
     "negative shape": (lambda p: _archive(p, x_train=_npy((-1, -2), data=b"12")), r"shape \[-1, -2\]"),
-    "cut": (lambda p: _archive(p, x_train=_npy(X.shape, data=b"123")), "should take 3840 bytes, but takes 3"),
-    "too long": (lambda p: _archive(p, y_train=_npy((2,), data=b"123")), "should take 2 bytes, but takes 3"),
+    "cut": (lambda p: _archive(p, x_train=_npy(X.shape, data=b"123")), "should have 3840 bytes, but has 3"),
+    "too long": (lambda p: _archive(p, y_train=_npy((2,), data=b"123")), "should have 2 bytes, but has 3"),
     "code for a shape": (lambda p: _archive(p, x_train=_npy("__import__('os')")), "cannot be read"),
     "a shape of text": (lambda p: _archive(p, x_train=_npy(("a", "b"))), "cannot be read"),
     "a long header": (lambda p: _archive(p, x_train=_npy((1,) * 9999)), "cannot be read"),
@@ -207,8 +213,8 @@ def test_what_was_taken_for_something_else_is_noted(tmp_path: Path) -> None:
     save(tmp_path, x=X.transpose(0, 3, 1, 2), x_test=(X / 255).astype("f4"), y_test=Y.astype("f4")[:, None])
     source = load(tmp_path)
     assert source.notes == (
-        "train: pictures [20, 3, 8, 8] are taken as [N, C, H, W]",
-        "test: pictures of float32 are taken as 0..1",
+        "train: images [20, 3, 8, 8] are interpreted as [N, C, H, W]",
+        "test: float32 images are interpreted as 0..1",
     )
     assert torch.equal(source.training[0], source.validation[0])
     assert torch.equal(source.training[1], source.validation[1])
@@ -217,7 +223,7 @@ def test_what_was_taken_for_something_else_is_noted(tmp_path: Path) -> None:
 
 
 def _python2(entry: dict[str, Any]) -> bytes:
-    """A batch as Python 2 pickled it, in which text and an array's content are strings of bytes."""
+    """Pickle a batch as in Python 2, where text and the content of an array are byte strings."""
 
     def text(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -241,7 +247,7 @@ def _python2(entry: dict[str, Any]) -> bytes:
 
 @pytest.fixture
 def batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes cifar-10-batches-py/ of given contents, which become the official ones."""
+    """Return a function that writes cifar-10-batches-py/ with given contents and makes them the official ones."""
 
     def write(*contents: bytes) -> Path:
         folder = tmp_path / "cifar-10-batches-py"
@@ -267,7 +273,7 @@ def test_cifar10_as_published(tmp_path: Path, batches: Callable[..., Path]) -> N
     assert (source.training[1].tolist(), source.validation[1].tolist()) == ([0, 1, 2, 3], [4, 5])
     assert source.notes == ()
     (folder / "batch1").write_bytes(b"another")
-    with pytest.raises(ConfigError, match="batch1 is not the official file, going by its MD5 sum"):
+    with pytest.raises(ConfigError, match="batch1 is not the official file: its MD5 sum differs"):
         load(tmp_path, config(size=32))
     (folder / "batch1").unlink()
     os.mkfifo(folder / "batch1")
@@ -282,10 +288,10 @@ def test_a_pickle_cannot_run_anything(
     for name in ("posix.system", "numpy.load", "numpy.testing.runstring", "builtins.eval"):
         module, _, function = name.rpartition(".")
         batches(f"c{module}\n{function}\n(S'touch executed'\ntR.".encode(), b"")
-        with pytest.raises(ConfigError, match=f"it names {name}, which has no place in a data set"):
+        with pytest.raises(ConfigError, match=f"the pickle names {name}, which is not allowed in a data set"):
             load(tmp_path, config(size=32))
     batches(pickle.dumps(_Evil()), b"")
-    with pytest.raises(ConfigError, match="system, which has no place in a data set"):
+    with pytest.raises(ConfigError, match="system, which is not allowed in a data set"):
         load(tmp_path, config(size=32))
     assert not (tmp_path / "executed").exists()
 
@@ -301,21 +307,24 @@ IDX: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda raw: (raw / "train-images-idx3-ubyte").rename(raw / "train-images-idx3-ubyte.gz"),
         r"train-images-idx3-ubyte is missing \(unpack train-images-idx3-ubyte\.gz\)",
     ),
-    "empty": (lambda raw: (raw / "train-labels-idx1-ubyte").write_bytes(b""), "train-labels-idx1-ubyte is no IDX file"),
-    "text": (lambda raw: (raw / "train-labels-idx1-ubyte").write_bytes(b"<html>"), "is no IDX file of bytes"),
-    "cut": (lambda raw: _spoil_end(raw / "train-images-idx3-ubyte"), "train-images-idx3-ubyte is no IDX file"),
-    "swapped": (lambda raw: _idx(raw / "train-images-idx3-ubyte", np.zeros(6, "u1")), "is no IDX file of bytes"),
+    "empty": (
+        lambda raw: (raw / "train-labels-idx1-ubyte").write_bytes(b""),
+        "train-labels-idx1-ubyte is not an IDX file",
+    ),
+    "text": (lambda raw: (raw / "train-labels-idx1-ubyte").write_bytes(b"<html>"), "is not an IDX file of bytes"),
+    "cut": (lambda raw: _spoil_end(raw / "train-images-idx3-ubyte"), "train-images-idx3-ubyte is not an IDX file"),
+    "swapped": (lambda raw: _idx(raw / "train-images-idx3-ubyte", np.zeros(6, "u1")), "is not an IDX file of bytes"),
     "uneven": (
         lambda raw: _idx(raw / "train-labels-idx1-ubyte", np.zeros(5, "u1")),
-        "6 pictures and 5 labels",
+        "6 images, but 5 labels",
     ),
     "labels beyond": (
         lambda raw: _idx(raw / "t10k-labels-idx1-ubyte", np.full(6, 10, "u1")),
-        "num_classes=10: fashion_mnist has 11 classes",
+        "num_classes=10: must be at least 11, the number of classes in fashion_mnist",
     ),
     "integers": (
         lambda raw: _idx(raw / "train-labels-idx1-ubyte", np.zeros(6, ">i4"), 0x0C01),
-        "is no IDX file of bytes",
+        "is not an IDX file of bytes",
     ),
 }
 

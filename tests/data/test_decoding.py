@@ -1,4 +1,4 @@
-"""Pictures of every kind, against what their pixels are by definition."""
+"""Decoding of images of every kind, compared with the pixels that they have by definition."""
 
 import io
 import re
@@ -55,7 +55,7 @@ def palette(alpha: bool) -> Image.Image:
 
 
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The definition of "over", in float64."""
+    """Composite colours onto white by the definition of the "over" operator, in float64."""
     share = alpha[..., None] / 255.0
     return np.rint(colours * share + 255 * (1 - share)).astype(np.uint8)
 
@@ -64,7 +64,7 @@ ALPHA = np.linspace(0, 255, 30).astype(np.uint8).reshape(6, 5)
 RGBA = np.dstack([COLOURS, ALPHA])
 
 KINDS: dict[str, tuple[Callable[[], Made], Any, int]] = {
-    # what is saved, what is seen, by how much it may differ
+    # the saved image, the expected pixels, the tolerance
     "RGB": (lambda: (Image.fromarray(COLOURS), "png", {}), COLOURS, 0),
     "L": (lambda: (Image.fromarray(GREYS), "png", {}), three(GREYS), 0),
     "1": (lambda: (Image.fromarray(GREYS > 99), "png", {}), three((GREYS > 99) * 255), 0),
@@ -156,7 +156,7 @@ def test_every_kind_of_picture(tmp_path: Path, kind: str) -> None:
 
 
 def test_12_bits(tmp_path: Path) -> None:
-    """Pillow reads such a TIFF, but cannot write one: 0, 2048, 4095 and 1, two of them in three bytes."""
+    """Pillow reads such TIFF files but cannot write them. The values are 0, 2048, 4095 and 1, two per three bytes."""
     packed = bytes([0x00, 0x08, 0x00, 0xFF, 0xF0, 0x01])
     tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1), (278, 1), (279, 6)]
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
@@ -165,7 +165,7 @@ def test_12_bits(tmp_path: Path) -> None:
 
 
 UPRIGHT: dict[int, Callable[[Any], Any]] = {
-    # EXIF 2.32, 4.6.4: where the first row and the first column of what is stored are seen
+    # EXIF 2.32, 4.6.4: from the stored image to the upright one
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -227,8 +227,8 @@ def _floats(*values: float) -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "none of JPEG, PNG"),
-    "text": (lambda: b"<html>404 Not Found</html>", "none of JPEG, PNG"),
+    "empty": (lambda: b"", "not one of JPEG, PNG"),
+    "text": (lambda: b"<html>404 Not Found</html>", "not one of JPEG, PNG"),
     "truncated JPEG": (lambda: _saved(Image.new("RGB", (99, 99)), "JPEG")[:-400], "OSError: .*[Tt]runcated"),
     "truncated PNG": (lambda: _saved(Image.fromarray(COLOURS), "PNG")[:60], "OSError|SyntaxError|broken"),
     "head of a JPEG": (lambda: _saved(Image.new("RGB", (99, 99)), "JPEG")[:20], "decoded"),
@@ -244,11 +244,11 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "ValueError: ",
     ),
-    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "none of JPEG, PNG"),
-    "an icon": (lambda: _saved(Image.new("RGB", (16, 16)), "ICO"), "none of JPEG, PNG"),
-    "NaN": (lambda: _floats(0.5, float("nan")), "NaN among them"),
+    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "not one of JPEG, PNG"),
+    "an icon": (lambda: _saved(Image.new("RGB", (16, 16)), "ICO"), "not one of JPEG, PNG"),
+    "NaN": (lambda: _floats(0.5, float("nan")), "values contain NaN"),
     "infinity": (lambda: _floats(0.5, float("inf")), "float32 from 0.5 to inf"),
-    "normalized floats": (lambda: _floats(-1, 1), "float32 from -1 to 1, neither whole numbers of 0..255 nor"),
+    "normalized floats": (lambda: _floats(-1, 1), "float32 from -1 to 1; must be whole numbers in 0..255 or"),
     "odd floats": (lambda: _floats(0, 0.5, 1.5), "float32 from 0 to 1.5"),
     "negative numbers": (lambda: _saved(Image.new("I", (2, 2), -5), "TIFF"), "int32 from -5 to -5"),
     "large numbers": (lambda: _saved(Image.new("I", (2, 2), 65536), "TIFF"), "int32 from 65536 to 65536"),
@@ -266,7 +266,7 @@ def test_bad_pictures_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None
     pictures, labels = next(source.val(2, range(1), WHOLE))
     assert (pictures.shape, labels.tolist()) == ((1, 3, 8, 8), [0])
     (told,) = source.corrupt
-    assert told.startswith(f"picture {str(tmp_path / 'val' / 'a' / '1')!r}"[:-1] + r"\n.png' cannot be decoded (")
+    assert told.startswith(f"image {str(tmp_path / 'val' / 'a' / '1')!r}"[:-1] + r"\n.png' cannot be decoded (")
     assert told.isprintable()
     assert re.search(message, told), told
 
@@ -278,7 +278,7 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
     source = FolderSource(tmp_path, 8, 0)
     (tmp_path / "val" / "a" / "0.png").unlink()
     with pytest.raises(
-        Exception, match=r"0\.png cannot be decoded \(No such file or directory\); dataset\.skip_corrupt"
+        Exception, match=r"0\.png cannot be decoded \(No such file or directory\); set dataset\.skip_corrupt"
     ):
         next(source.val(1, range(1), WHOLE))
 
@@ -293,7 +293,7 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_what_the_machine_cannot_read_just_now_is_never_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
-    """Or else it would depend on the moment which pictures a network has seen."""
+    """Otherwise the images that a network is trained on would depend on the state of the machine."""
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         for name in "01":
@@ -358,5 +358,5 @@ def test_bytes_come_back_from_any_type(values: np.ndarray, dtype: str) -> None:
 def test_other_values_are_refused(values: np.ndarray, wrong: float) -> None:
     spoiled = values.astype(np.float64)
     spoiled.flat[0] = wrong
-    with pytest.raises(ValueError, match=r"NaN among them|neither whole numbers of 0\.\.255 nor floats of 0\.\.1"):
+    with pytest.raises(ValueError, match=r"contain NaN|must be whole numbers in 0\.\.255 or floats in 0\.\.1"):
         as_bytes(spoiled)

@@ -1,4 +1,4 @@
-"""Batches of folders of pictures: against torchvision's own transforms, and by workers that live on."""
+"""Batches of image folders: equality of all ways to decode and resize, and persistent workers."""
 
 import multiprocessing
 import shutil
@@ -20,7 +20,7 @@ SIZES = [(500, 375), (375, 500), (140, 333), (64, 48), (300, 90)]
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of smooth colours with noise on them, which is about what photographs are."""
+    """JPEGs of smooth colours with added noise, which are similar to photographs."""
     root, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for split in ("train", "val"):
         (root / split / "a").mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
 
 
 def test_workers_pass_over_what_their_group_is_told(photographs: Path) -> None:
-    """They end by their parent's word, or with it, and by nobody else's: at a terminal, on a cluster, by `timeout`."""
+    """Workers end on a signal of their parent, or when it ends, but not on a terminal's, cluster's or `timeout`'s."""
     source = FolderSource(photographs, 16, 2)
     expected = [y.tolist() for _, y in source.train(1, 7, 0, range(5), WHOLE)]
     workers = multiprocessing.active_children()
@@ -71,7 +71,7 @@ def test_workers_pass_over_what_their_group_is_told(photographs: Path) -> None:
 
 
 def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
-    """Epochs that are cut off, taken up in their midst, and two at a time, against those of this process alone."""
+    """Interrupted epochs, epochs started in the middle, and two at a time give the batches of a single process."""
     alone, source = FolderSource(photographs, 16, 0), FolderSource(photographs, 16, 2)
 
     def batches(of: FolderSource, epoch: int, start: int = 0, end: int = 5) -> list[tuple[torch.Tensor, list[int]]]:
@@ -88,7 +88,7 @@ def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
     assert len(workers) <= 2
     under_way = source.train(1, 7, 1, range(5), WHOLE)
     first = next(under_way)
-    check(2)  # while the other is under way
+    check(2)  # while the other epoch is in progress
     rest = [x for x, _ in under_way]
     assert all(a.equal(b) for a, (b, _) in zip([first[0], *rest], batches(alone, 1), strict=True))
     cut_off = source.train(1, 7, 3, range(5), WHOLE)
@@ -101,7 +101,7 @@ def test_workers_live_on_and_change_nothing(photographs: Path) -> None:
 
 
 def test_a_device_decodes_what_workers_do(photographs: Path, tmp_path: Path) -> None:
-    """The CPU as the device: its pixels, its chance and its troubles are those of dataset.decode=cpu."""
+    """With the CPU as the device, pixels, random numbers and error messages equal those of dataset.decode=cpu."""
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         for file in (photographs / split / "a").iterdir():
@@ -131,6 +131,6 @@ def test_a_picture_that_is_gone_and_a_device(photographs: Path, tmp_path: Path) 
     source.decode_on(torch.device("cpu"))
     (tmp_path / "val" / "a" / "1.jpg").unlink()
     with pytest.raises(
-        RunError, match=r"a/1\.jpg cannot be decoded \(No such file or directory\); dataset\.skip_corrupt"
+        RunError, match=r"a/1\.jpg cannot be decoded \(No such file or directory\); set dataset\.skip_corrupt"
     ):
         next(source.val(2, range(1), WHOLE))

@@ -1,4 +1,4 @@
-"""The official tar files, three classes of them."""
+"""Unpacking tar files like the official ones of ImageNet, with three classes."""
 
 import hashlib
 import io
@@ -79,7 +79,7 @@ def test_goes_on_after_an_interruption(official: Path, monkeypatch: pytest.Monke
         imagenet.prepare_imagenet(official)
     assert len(list((official / "train").iterdir())) == 1
     imagenet.prepare_imagenet(official)
-    assert calls == 4  # the class that was whole is not unpacked again
+    assert calls == 4  # the complete class is not unpacked again
     assert len(contents(official)) == 10
     assert not list(official.glob("*.part"))
 
@@ -98,7 +98,7 @@ def test_order() -> None:
     names = [name.split()[0] for name in torchvision.models._meta._IMAGENET_CATEGORIES]
     wnids = [f"n{i:08d}" for i in range(1000)]
     imagenet.check_order(wnids, dict(zip(wnids, names, strict=True)))
-    with pytest.raises(ValueError, match="of them where torchvision's weights expect them"):
+    with pytest.raises(ValueError, match="0 of 1000 class folders are where torchvision's weights expect them"):
         imagenet.check_order(wnids, dict(zip(wnids, reversed(names), strict=True)))
-    with pytest.raises(ValueError, match="3 class folders"):
+    with pytest.raises(ValueError, match="3 of 3 class folders"):
         imagenet.check_order(wnids[:3], dict(zip(wnids, names, strict=True)))

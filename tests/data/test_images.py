@@ -50,7 +50,7 @@ def test_every_picture_once_an_epoch_in_full_batches() -> None:
     assert [len(y) for _, y in batches] == [32, 32]
     seen = torch.cat([x for (x,), _ in batches]).flatten(1)
     assert len(seen.unique(dim=0)) == 64
-    assert [len(y) for _, y in data.train_batches(100, epoch=0)] == [70]  # less than one batch: as it is
+    assert [len(y) for _, y in data.train_batches(100, epoch=0)] == [70]  # fewer images than one batch: a smaller batch
     assert sum(len(y) for _, y in data.val_batches(8)) == data.val_size == 17
 
 
@@ -79,7 +79,7 @@ def test_cifar10_from_npz_and_from_torchvisions_folder(tmp_path: Path) -> None:
         "y_test": np.arange(5),
     }
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    for root in (tmp_path, tmp_path.parent):  # data_dir itself, or its subfolder of that name
+    for root in (tmp_path, tmp_path.parent):  # data_dir itself, or its subfolder named after the data set
         (tmp_path.parent / "cifar10").mkdir(exist_ok=True)
         np.savez(tmp_path.parent / "cifar10" / "cifar10.npz", **arrays)
         data = load_dataset(config("cifar10", mean=[0.0] * 3, std=[1.0] * 3), str(root), Delivery(CPU, seed=0))
@@ -129,7 +129,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
             r"cifar10\.npz or torchvision's cifar-10-batches-py/ \('python -m qat_runner\.data\.prepare cifar10",
         ),
         ("fashion_mnist", "prepare fashion_mnist DATA_DIR"),
-        ("imagenet", "train/ and val/ with a folder of pictures for each class"),
+        ("imagenet", "train/ and val/ with a folder of images for each class"),
         ("imagefolder", "train/ and val/"),
         ("mnist", "must be one of cifar10, digits"),
     ],
@@ -152,7 +152,7 @@ def test_classes_of_both_halves_must_agree(tmp_path: Path) -> None:
     class_folders(tmp_path)
     (tmp_path / "train" / "aardvark").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "aardvark" / "0.png")
-    with pytest.raises(ConfigError, match="must have the same class folders: train/ has aardvark, val/ not"):
+    with pytest.raises(ConfigError, match="must have the same class folders: train/ has aardvark, but val/ does not"):
         load_dataset(config("imagefolder", num_classes=None), str(tmp_path), Delivery(CPU, seed=0))
 
 
@@ -174,7 +174,7 @@ def test_a_limit_and_a_bad_picture_in_a_worker(tmp_path: Path, workers: int) -> 
     assert len(list(data.val_batches(4, limit=2))) == 2  # the last batch is never decoded
     with pytest.raises(
         RunError,
-        match=r"^picture .*class2/3\.png cannot be decoded \(it is none of .*\); dataset\.skip_corrupt=true",
+        match=r"^image .*class2/3\.png cannot be decoded \(not one of .*\); set dataset\.skip_corrupt=true",
     ):
         list(data.val_batches(4))
 
@@ -190,15 +190,15 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path: Path, workers: int, cap
     for _ in range(2):
         assert sum(batch.size for batch in data.val_batches(5)) == data.val_size - 2
     assert data.corrupt is not None and len(data.corrupt) == 2
-    assert caplog.text.count("): left out") == 2  # each once
-    assert len(list(data.val_batches(1))) == data.val_size - 2  # whatever a batch happens to hold
+    assert caplog.text.count("): left out") == 2  # each of them once
+    assert len(list(data.val_batches(1))) == data.val_size - 2  # although some batches have no image left
     for path in (tmp_path / "val").glob("*/*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(RunError, match=r"no picture of val can be decoded; picture .*png cannot be decoded"):
+    with pytest.raises(RunError, match=r"no image of val can be decoded; image .*png cannot be decoded"):
         list(data.val_batches(4))
     for path in (tmp_path / "train").glob("*/*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(RunError, match=r"none of the 4 pictures of a batch can be decoded; picture"):
+    with pytest.raises(RunError, match=r"none of the 4 images of a batch can be decoded; image"):
         next(data.train_batches(4, epoch=0))
 
 

@@ -1,4 +1,4 @@
-"""The same pictures as class folders, as tar shards and as parquet files."""
+"""The same images as class folders, as tar shards and as parquet files."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ Samples = list[tuple[str, bytes, int]]
 
 
 def samples(folder: Path, split: str) -> Samples:
-    """Name, content and label of each picture in class folders, in another order than theirs."""
+    """Return the name, content and label of each image in class folders, in shuffled order."""
     found = [(path.name, path.read_bytes(), CLASSES.index(path.parent.name)) for path in folder.glob(f"{split}/*/*")]
     order = np.random.default_rng(1).permutation(len(found))
     return [sorted(found)[i] for i in order]
@@ -65,7 +65,7 @@ def write_parquet(path: Path, some: Samples, names: list[str] | None = CLASSES) 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The three layouts of nine training and six validation pictures, JPEGs and PNGs."""
+    """Nine training and six validation images, JPEGs and PNGs, in the three layouts."""
     root, random = tmp_path_factory.mktemp("layouts"), np.random.default_rng(0)
     plain, tars, hub = (root / name for name in ("plain", "tars", "hub"))
     for split, count in (("train", 3), ("val", 2)):
@@ -121,7 +121,9 @@ def test_two_layouts_or_none_are_refused(folders: dict[str, Path], tmp_path: Pat
         find_dataset(CONFIG, str(tmp_path))
     shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
     shutil.copytree(folders["parquet files"], tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ConfigError, match="tar shards and parquet files lie side by side, of which one has") as both:
+    with pytest.raises(
+        ConfigError, match="the folder contains tar shards and parquet files; remove all but one"
+    ) as both:
         find_dataset(CONFIG, str(tmp_path))
     for refused in (none, both):
         assert CONTENT in str(refused.value) and "\n" not in str(refused.value)
@@ -145,10 +147,10 @@ def test_names_of_classes(folders: dict[str, Path], tmp_path: Path) -> None:
         (named / "classes.txt").write_text("Ameise\nBiene\nKatze\n")
         assert read_pictures(named).classes == ["Ameise", "Biene", "Katze"]
         (named / "classes.txt").write_text("Ameise\nBiene\n")
-        with pytest.raises(ValueError, match=r"train: a picture is of class 2, and classes\.txt names 0 to 1"):
+        with pytest.raises(ValueError, match=r"train: an image has class 2, but classes\.txt lists classes 0 to 1"):
             read_pictures(named)
         (named / "classes.txt").write_text("Ameise\nBiene\nKatze\nDachs\n")
-        with pytest.raises(ValueError, match=r"train: class 3 has no pictures, of classes 0 to 3"):
+        with pytest.raises(ValueError, match=r"train: class 3 has no images; each of the classes 0 to 3 must"):
             read_pictures(named)
 
 
@@ -193,14 +195,16 @@ def test_sets_that_are_not_whole_are_refused(suffix: str, folders: dict[str, Pat
     read_pictures(data)
     other = some[0].with_name(some[0].name.replace(f"-of-0000{len(some)}", "-of-00009"))
     shutil.copy(some[0], other)
-    with pytest.raises(ValueError, match=rf"train: sets of {len(some)} and 9 files lie side by side"):
+    with pytest.raises(ValueError, match=rf"train: there are sets of {len(some)} and 9 files; remove"):
         read_pictures(data)
     other.rename(data / "train" / some[0].name)
-    with pytest.raises(ValueError, match=r"train: .* and .* have one name, so that one of them has to go"):
+    with pytest.raises(ValueError, match=r"train: .* and .* have the same name; remove one of them"):
         read_pictures(data)
     (data / "train" / some[0].name).unlink()
     some[0].unlink()
-    with pytest.raises(ValueError, match=rf"train: {len(some) - 1} of {len(some)} files are there, such as train-0000"):
+    with pytest.raises(
+        ValueError, match=rf"train: only {len(some) - 1} of {len(some)} files are there, such as train-0"
+    ):
         read_pictures(data)
 
 
@@ -211,51 +215,51 @@ def _cut(at: int) -> Callable[[Path], object]:
 BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "compressed": (
         lambda p: p.write_bytes(gzip.compress(p.read_bytes())),
-        r"train-0\.tar is compressed by gzip, so that nothing in it can be read without all before it",
+        r"train-0\.tar is compressed by gzip, which does not allow random access; shards must be plain tar",
     ),
     "compressed by name": (
         lambda p: p.with_name("train-1.tar.gz").write_bytes(gzip.compress(p.read_bytes())),
         r"train-1\.tar\.gz is compressed by gzip",
     ),
-    "empty": (lambda p: p.write_bytes(b""), "is no tar file, or damaged"),
-    "text": (lambda p: p.write_text("<html>404 Not Found</html>" * 99), "is no tar file, or damaged"),
-    "cut in a picture": (_cut(600), r"train-0\.tar is (cut short|no tar file,) or damaged"),
-    "cut in a head": (_cut(1100), r"train-0\.tar is (cut short|no tar file,) or damaged"),
-    "cut between members": (_cut(1024), r"train-0\.tar is cut short or damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "is not a tar file, or is damaged"),
+    "text": (lambda p: p.write_text("<html>404 Not Found</html>" * 99), "is not a tar file, or is damaged"),
+    "cut in a picture": (_cut(600), r"train-0\.tar is (truncated or|not a tar file, or is) damaged"),
+    "cut in a head": (_cut(1100), r"train-0\.tar is (truncated or|not a tar file, or is) damaged"),
+    "cut between members": (_cut(1024), r"train-0\.tar is truncated or damaged: no end-of-archive mark at byte"),
     "a hole": (
         lambda p: p.write_bytes(p.read_bytes()[:2048] + bytes(1024) + p.read_bytes()[3072:]),
-        "is damaged, or several in one: more follows the end of a tar file at byte 2048",
+        "is damaged or contains several tar files: data follow the end of one at byte 2048",
     ),
     "zeros to the end": (
         lambda p: p.write_bytes(p.read_bytes()[:2048] + bytes(2 << 20)),
-        "is damaged, or several in one: more follows the end of a tar file at byte 2048",
+        "is damaged or contains several tar files: data follow the end of one at byte 2048",
     ),
-    "two in one": (lambda p: p.write_bytes(2 * p.read_bytes()), "is damaged, or several in one"),
+    "two in one": (lambda p: p.write_bytes(2 * p.read_bytes()), "is damaged or contains several tar files"),
     "damaged": (
         lambda p: p.write_bytes(p.read_bytes()[:1024] + b"x" * 512 + p.read_bytes()[1536:]),
-        "is cut short or damaged",
+        "is truncated or damaged",
     ),
     "no label": (
         lambda p: write_tar(p, iter([("a.jpg", b"")])),
-        r'a\.jpg has no class: there is neither a\.cls, which holds its number, nor a\.json with a "label"',
+        r'a\.jpg has no class: there must be a\.cls with its index, or a\.json with a "label"',
     ),
     "no number": (
         lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"cat")])),
-        r"a\.cls holds 'cat', which is not the number of a class, 0 to 99999",
+        r"a\.cls contains 'cat'; must be a class index, 0 to 99999",
     ),
-    "negative": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"-1")])), "holds '-1'"),
+    "negative": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"-1")])), "contains '-1'"),
     "another json": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.json", b"[1]")])), "has no class"),
     "two pictures": (
         lambda p: write_tar(p, iter([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")])),
-        "two pictures are called a",
+        "two images have the name a",
     ),
     "no pictures": (
         lambda p: write_tar(p, iter([("a.txt", b""), ("._b", b"")])),
-        r"hold no pictures \(passed over 1 hidden; 1 without a picture's suffix \(\.txt\)\)",
+        r"contain no images \(skipped 1 hidden; 1 without an image suffix \(\.txt\)\)",
     ),
     "classes from 1": (
         lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"1")])),
-        "train: class 0 has no pictures, of classes 0 to 1",
+        "train: class 0 has no images; each of the classes 0 to 1 must have some",
     ),
 }
 
@@ -287,9 +291,7 @@ def test_what_is_passed_over_in_shards_is_told(folders: dict[str, Path], tmp_pat
         info = tarfile.TarInfo("c.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "a.jpg"
         tar.addfile(info)
-    told = (
-        "train/: passed over 1 hidden; 2 without a picture's suffix (.cls, .heic); 1 that are neither files nor folders"
-    )
+    told = "train/: skipped 1 hidden; 2 without an image suffix (.cls, .heic); 1 that are neither files nor folders"
     assert any(note.startswith(told) for note in FolderSource(tmp_path, 8, 0).notes)
 
 
@@ -312,16 +314,16 @@ def test_parquet_files_are_made_into_shards_once(
     assert sorted(path.name for path in made.iterdir()) == ["classes.txt", "lock", "train-00000.tar"]
     (made / "train-00001.tar.elsewhere.7.part").write_bytes(b"of a process that was killed")
     stored = read_pictures(folders["parquet files"])
-    assert len(calls) == 5  # the one that was whole is not made again
+    assert len(calls) == 5  # the complete shard is not made again
     assert not [*made.glob("*.part")]
-    assert stored.note == f"read from the tar shards in {made}, made of the parquet files"
+    assert stored.note == f"read from the tar shards in {made}, which were made from the parquet files"
     read_pictures(folders["parquet files"])
     assert len(calls) == 5
-    assert find_layout(made) == "tar shards"  # of which anyone can make use
+    assert find_layout(made) == "tar shards"  # the shards can also be used directly
 
 
 def test_names_of_the_hub_are_those_of_imagenet(tmp_path: Path) -> None:
-    """In whose order of names, too: n01440764_1002.JPEG comes before n01440764_10026.JPEG."""
+    """Names are also sorted like ImageNet's: n01440764_1002.JPEG comes before n01440764_10026.JPEG."""
     hub = ["n01440764_10026_n01440764.JPEG", "n01440764_1002_n01440764.JPEG"]
     assert sorted(parquet_files._names(hub)) == ["n01440764_1002.JPEG", "n01440764_10026.JPEG"]
     assert parquet_files._names(["a.jpg", "x/a.jpg"]) == ["00000000.jpg", "00000001.jpg"]
@@ -331,17 +333,17 @@ def test_names_of_the_hub_are_those_of_imagenet(tmp_path: Path) -> None:
 
 
 BAD_PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut": (_cut(300), "is no parquet file, or damaged"),
+    "cut": (_cut(300), "is not a parquet file, or is damaged"),
     "other columns": (
         lambda p: parquet.write_table(pa.table({"image": ["a"]}), p),
-        r"must have the columns image \(struct<bytes: binary, path: string>\) and label \(a whole number\), and has "
+        r"must have the columns image \(struct<bytes: binary, path: string>\) and label \(an integer\), but has "
         r"image \(string\) and label \(missing\)",
     ),
     "no picture": (
         lambda p: parquet.write_table(pa.table({"image": [{"path": "a"}], "label": [0]}, COLUMNS), p),
-        "row 0 holds no picture",
+        "row 0 has no image",
     ),
-    "no label": (lambda p: write_parquet(p, [("a", b"", 0), ("b", b"", -1)]), "row 1 holds no label"),
+    "no label": (lambda p: write_parquet(p, [("a", b"", 0), ("b", b"", -1)]), "row 1 has no label"),
 }
 
 
@@ -361,11 +363,13 @@ def test_a_cache_folder_that_is_too_small_or_closed(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"GB are needed, 0\.0 are free\); QAT_CACHE_DIR names another cache folder"):
+    with pytest.raises(
+        ValueError, match=r"GB are needed, but only 0\.0 GB are free\); set QAT_CACHE_DIR to use another"
+    ):
         read_pictures(folders["parquet files"])
     (tmp_path / "file").touch()
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(
-        ValueError, match=r"cannot be made of its parquet files in .*file/cache/parquet_.*; QAT_CACHE_DIR"
+        ValueError, match=r"cannot be converted to tar shards in .*file/cache/parquet_.*; set QAT_CACHE_DIR"
     ):
         read_pictures(folders["parquet files"])

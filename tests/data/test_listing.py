@@ -1,4 +1,4 @@
-"""Folders of pictures, as people and their systems leave them."""
+"""Image folders in the states in which users and operating systems leave them."""
 
 import os
 import pickle
@@ -36,18 +36,18 @@ def test_order_and_classes_are_those_of_torchvision(files: set[tuple[str, tuple[
         theirs = ImageFolder(place, allow_empty=True)
         empty = set(range(len(theirs.classes))) - set(theirs.targets)
         if empty:
-            with pytest.raises(ValueError, match="class folders without pictures"):
+            with pytest.raises(ValueError, match="class folders without images"):
                 list_pictures(Path(place))
         else:
             ours = list_pictures(Path(place))
             assert ours.classes == theirs.classes == class_folders(Path(place))
             assert [(ours.name(i), label) for i, label in enumerate(ours.labels)] == theirs.samples
             texts = sum(suffix == ".txt" for *_, suffix in files)
-            assert ours.passed_over == (f"{texts} without a picture's suffix (.txt)" if texts else "")
+            assert ours.passed_over == (f"{texts} without an image suffix (.txt)" if texts else "")
 
 
 def make(root: Path) -> None:
-    """train/ and val/, each with the classes a and b, each with 0.jpg."""
+    """Create train/ and val/ with the classes a and b, each with 0.jpg."""
     for split in ("train", "val"):
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
@@ -75,7 +75,7 @@ def _raw(split: Path) -> None:
 
 
 def _crowd(split: Path) -> None:
-    """Folders that all link to each other: there are millions of ways through them."""
+    """Create folders that all link to each other, with millions of paths through them."""
     for i in range(12):
         (split / "a" / f"f{i}").mkdir()
         for j in range(12):
@@ -83,7 +83,7 @@ def _crowd(split: Path) -> None:
 
 
 CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    # what was done, pictures in val/ afterwards, what is said of val/
+    # what is done to the folder, number of images in val/ afterwards, note about val/
     "nothing": (lambda r: None, 2, ""),
     "Jupyter's copies": (_in_both(lambda h: (h / ".ipynb_checkpoints").mkdir()), 2, "1 hidden"),
     "Jupyter's copies in a class": (lambda r: (r / "val/a/.ipynb_checkpoints").mkdir(), 2, "1 hidden"),
@@ -93,14 +93,14 @@ CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "other files": (
         lambda r: [(r / "val/a" / name).touch() for name in ("x.txt", "y.txt", "z.xml", "LICENSE", "0.jpg.part")],
         2,
-        "5 without a picture's suffix (.txt, .part, .xml, no suffix)",
+        "5 without an image suffix (.txt, .part, .xml, no suffix)",
     ),
     "a pipe": (lambda r: os.mkfifo(r / "val/a/1.jpg"), 2, "1 that are neither files nor folders (the first is "),
     "a socket": (lambda r: _socket(r / "val/a/1.jpg"), 2, "1 that are neither"),
     "a device": (lambda r: (r / "val/a/1.jpg").symlink_to("/dev/zero"), 2, "1 that are neither"),
     "a link to nothing": (lambda r: (r / "val/a/1.jpg").symlink_to("gone.jpg"), 2, "1 that are neither"),
     "a link to itself": (lambda r: (r / "val/a/1.jpg").symlink_to("1.jpg"), 2, "1 that are neither"),
-    "a picture beside the classes": (lambda r: (r / "val/1.jpg").touch(), 2, "1 pictures outside the class folders"),
+    "a picture beside the classes": (lambda r: (r / "val/1.jpg").touch(), 2, "1 images outside the class folders"),
     "a link to a picture": (lambda r: (r / "val/a/1.jpg").symlink_to(r / "val/b/0.jpg"), 3, ""),
     "a link to a folder": (lambda r: (r / "val/a/more").symlink_to(r / "val/b"), 3, ""),
     "a class that is a link": (
@@ -108,9 +108,9 @@ CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
         2,
         "",
     ),
-    "a loop": (lambda r: (r / "val/a/loop").symlink_to(r / "val/a"), 2, "1 links to folders read already"),
-    "a loop over both": (lambda r: (r / "val/a/up").symlink_to(r), 2, "1 links to folders read already"),
-    "folders that link to each other": (lambda r: _crowd(r / "val"), 2, "144 links to folders read already"),
+    "a loop": (lambda r: (r / "val/a/loop").symlink_to(r / "val/a"), 2, "1 links to folders already read"),
+    "a loop over both": (lambda r: (r / "val/a/up").symlink_to(r), 2, "1 links to folders already read"),
+    "folders that link to each other": (lambda r: _crowd(r / "val"), 2, "144 links to folders already read"),
     "folders in folders": (lambda r: (r / "val/a/0.jpg").rename(_made(r / "val/a/images") / "0.jpg"), 2, ""),
     "a deep folder": (lambda r: _made(r / "val/a" / "/".join("x" * 300)), 2, ""),
     "a newline": (lambda r: (r / "val/a/0.jpg").rename(r / "val/a/0\n1.jpg"), 2, ""),
@@ -133,7 +133,7 @@ def test_careless_folders(tmp_path: Path, name: str) -> None:
     change(tmp_path)
     source = FolderSource(tmp_path, 8, 0)
     assert (len(source.classes), source.val_size) == (2, pictures)
-    notes = [note for note in source.notes if note.startswith("val/: passed over ")]
+    notes = [note for note in source.notes if note.startswith("val/: skipped ")]
     assert len(notes) == bool(told)
     assert told in "".join(notes)
     assert all(note.isprintable() for note in source.notes)
@@ -142,34 +142,34 @@ def test_careless_folders(tmp_path: Path, name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an empty class": (
         _in_both(lambda h: _made(h / "c")),
-        "train: class folders without pictures: c; pictures are .jpg",
+        "train: class folders without images: c; images must end in .jpg",
     ),
     "only other files": (
         _in_both(lambda h: (_made(h / "c") / "0.heic").touch()),
-        r"train: class folders without pictures: c \(passed over 1 without a picture's suffix \(\.heic\)\)",
+        r"train: class folders without images: c \(skipped 1 without an image suffix \(\.heic\)\)",
     ),
     "many empty classes": (
         lambda r: [_made(r / f"val/c{i}") for i in range(9)],
-        r"val: class folders without pictures: c0, c1, c2, c3, c4 and 4 more",
+        r"val: class folders without images: c0, c1, c2, c3, c4 and 4 more",
     ),
     "a class of train alone": (
         lambda r: (_made(r / "train/c") / "0.jpg").touch(),
-        "must have the same class folders: train/ has c, val/ not",
+        "must have the same class folders: train/ has c, but val/ does not",
     ),
     "a class of val alone": (
         lambda r: [(_made(r / f"val/{name}") / "0.jpg").touch() for name in ("A", "c")],
-        "must have the same class folders: val/ has A, train/ not",
+        "must have the same class folders: val/ has A, but train/ does not",
     ),
     "no classes": (
         lambda r: [(r / "val" / n).rename(r / n) for n in "ab"],
-        "there must lie train/ and val/ with a folder of pictures for each class, or tar shards",
+        "the folder must contain train/ and val/ with a folder of images for each class, or tar shards",
     ),
-    "a class that leads upwards": (lambda r: (r / "val/c").symlink_to(r / "val"), "without pictures: c"),
-    "a class that leads to everything": (lambda r: (r / "val/c").symlink_to("/"), "without pictures: c"),
-    "a name of bytes": (lambda r: _raw(r / "val"), r"train/ has b, val/ not"),
+    "a class that leads upwards": (lambda r: (r / "val/c").symlink_to(r / "val"), "without images: c"),
+    "a class that leads to everything": (lambda r: (r / "val/c").symlink_to("/"), "without images: c"),
+    "a name of bytes": (lambda r: _raw(r / "val"), r"train/ has b, but val/ does not"),
     "a name of bytes alone": (
         lambda r: os.makedirs(os.fsencode(r) + b"/val/z\xff\n"),
-        r"without pictures: 'z\\udcff\\n'",
+        r"without images: 'z\\udcff\\n'",
     ),
 }
 
@@ -225,7 +225,7 @@ CHANGED = CARELESS | {
 def test_a_kept_listing_holds_until_something_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whatever is done to a folder, it is seen as without a cache."""
+    """Every change to a folder is noticed: the listing equals one without a cache."""
     monkeypatch.setattr(kept, "SETTLED", 0)
     make(tmp_path)
     split, far = tmp_path / "val", _made(tmp_path / "far")
@@ -250,12 +250,12 @@ def test_a_kept_listing_holds_until_something_changes(
 
 
 def tick() -> None:
-    """Let the clock of the file system move on."""
+    """Wait until the timestamps of the file system have advanced."""
     time.sleep(0.01)
 
 
 def test_what_has_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
-    """It might change again under the same time."""
+    """A folder that has just changed might change again with the same timestamp."""
     make(tmp_path)
     list_pictures(tmp_path / "val")
     assert not [*cache.iterdir()]
@@ -296,7 +296,7 @@ def test_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_listing_is_flat(tmp_path: Path) -> None:
-    """A million pictures take what their names do: no object of Python's for each, which every worker would copy."""
+    """A listing needs little more memory than its names: no Python object per image, which every worker would copy."""
     for name in ("a", "b"):
         _made(tmp_path / name)
         for i in range(300):

@@ -15,7 +15,7 @@ def stage(**keys: float) -> StageConfig:
 
 
 def batch(n: int = CLASSES) -> Batch:
-    """Pictures whose every pixel is the number of their class."""
+    """Make images in which every pixel is the index of the class."""
     classes = torch.arange(n) % CLASSES
     return Batch((classes.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8).clone(),), classes)
 

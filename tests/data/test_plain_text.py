@@ -1,4 +1,4 @@
-"""Text as blocks of tokens: what a block holds, what is kept, what is refused."""
+"""Text as blocks of tokens: contents of blocks, caching, and errors."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def data(train: int = 50, val: int = 23, shard: Shard = WHOLE, seed: int = 0) -> TextData:
-    """Whose tokens count up."""
+    """Make data whose tokens count up from 0."""
     return TextData(np.arange(train, dtype=np.int32), np.arange(val, dtype=np.int32), 8, CPU, seed, shard)
 
 
@@ -65,7 +65,7 @@ def test_files_become_tokens_once(tmp_path: Path, cache: Path, monkeypatch: pyte
     monkeypatch.setattr(plain_text, "PIECE", 20)
     ids = tokens_of(files_of(tmp_path, "train"), tokenizer)
     assert ids.dtype == np.int32
-    assert tokenizer.decode(ids) == text  # to the byte
+    assert tokenizer.decode(ids) == text  # equal to the byte
     assert len(ids) == len(text.encode())
     assert len([*cache.glob("text_*.npz")]) == 1
     monkeypatch.setattr(plain_text, "_tokenize", None)
@@ -79,7 +79,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, cache: Path) -> None:
     for content in (b"", kept.read_bytes()[:-40]):
         kept.write_bytes(content)
         assert np.array_equal(tokens_of(files_of(tmp_path, "val"), byte_tokenizer()), ids)
-    np.savez(kept, ids=np.array([5, 10_000], np.int32))  # of another vocabulary
+    np.savez(kept, ids=np.array([5, 10_000], np.int32))  # from another vocabulary
     assert np.array_equal(tokens_of(files_of(tmp_path, "val"), byte_tokenizer()), ids)
 
 
@@ -96,9 +96,9 @@ def test_files_of_a_folder_have_the_end_of_a_text_between_them(tmp_path: Path) -
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_bytes(b"abc\xff")
-    with pytest.raises(ValueError, match=r"train\.txt is no UTF-8 text: byte 3 is 0xff"):
+    with pytest.raises(ValueError, match=r"train\.txt is not UTF-8 text: byte 3 is 0xff"):
         tokens_of(files_of(tmp_path, "train"), byte_tokenizer())
-    with pytest.raises(ValueError, match="train has 8 tokens, and needs 9: a block and the token after it"):
+    with pytest.raises(ValueError, match="train has 8 tokens; must have at least 9: a block and the token after it"):
         data(train=8)
     with pytest.raises(ValueError, match="val has 1 tokens"):
         data(val=1)
@@ -112,5 +112,5 @@ def test_hidden_files_and_folders_are_no_texts(tmp_path: Path) -> None:
     (folder / ".#a.txt").symlink_to("nowhere")
     assert [path.name for path in files_of(tmp_path, "train")] == ["a.txt", "b.txt"]
     (tmp_path / "train.txt").write_text("y")
-    with pytest.raises(ValueError, match=r"train\.txt and the folder train lie side by side, of which one has to go"):
+    with pytest.raises(ValueError, match=r"there are both train\.txt and the folder train; remove one of them"):
         files_of(tmp_path, "train")

@@ -40,7 +40,7 @@ def test_windows_cover_each_paragraph_in_order(split: Split) -> None:
         total = len(split.contexts[i])
         covered = set().union(*(range(w.start[r], w.start[r] + w.length[r]) for r in rows))
         assert covered == set(range(total))
-        assert (w.start[rows] + w.length[rows] == total).sum() == 1  # none after the one that reaches the end
+        assert (w.start[rows] + w.length[rows] == total).sum() == 1  # no window follows the one that reaches the end
         for r in rows:
             inside = w.start[r] <= question.start < w.start[r] + w.length[r]
             position = w.prefix[r] + question.start - w.start[r]
@@ -96,7 +96,7 @@ def test_tokens_come_from_the_cache(
     again = load_split(path, CONFIG, tokenizer, None)
     assert not called
     assert np.array_equal(first.windows.answer, again.windows.answer)
-    for content in (kept.read_bytes()[:100], b""):  # damaged: made anew
+    for content in (kept.read_bytes()[:100], b""):  # damaged: tokenized again
         kept.write_bytes(content)
         assert np.array_equal(load_split(path, CONFIG, tokenizer, None).tokens.spans.values, first.tokens.spans.values)
     assert len(called) == 4
@@ -136,7 +136,7 @@ def test_a_part_of_the_questions(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda qa: qa.update(answers=[]), "question 0-0 has no answer: SQuAD v1.1 is wanted, not v2"),
+        (lambda qa: qa.update(answers=[]), "question 0-0 has no answer; the file must be SQuAD v1.1, not v2"),
         (lambda qa: qa["answers"][0].update(answer_start=0), "the answer of question 0-0 is not at its answer_start"),
         (lambda qa: qa.update(id="0-1"), "two questions have the id 0-1"),
         (lambda qa: qa.pop("question"), r"0\.paragraphs\.0\.qas\.0\.question: field required"),
@@ -165,5 +165,5 @@ def test_wrong_files_are_refused(tmp_path: Path, change: Any, message: str) -> N
 )
 def test_files_of_another_kind_are_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "dev.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"dev\.json (is not in SQuAD's format|holds no question)"):
+    with pytest.raises(ValueError, match=r"dev\.json (is not in SQuAD's format|contains no question)"):
         read_squad(tmp_path / "dev.json")

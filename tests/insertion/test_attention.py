@@ -104,7 +104,7 @@ def test_training_reaches_every_parameter(batch: tuple[Tensor, ...]) -> None:
     model = quantize_model(bert(), 4, **POLICY, example=batch).train()
     logits(model, batch).square().mean().backward()
     still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert all(name.endswith("key.bias") for name in still)  # softmax is blind to what is added to all scores
+    assert all(name.endswith("key.bias") for name in still)  # softmax ignores what is added to all scores
     assert all(t.quantizer.ready and t.quantizer.last_s is not None for t in quantized_tensors(model))
 
 
@@ -176,7 +176,7 @@ def test_grouped_keys_and_values() -> None:
 
 
 def test_layers_to_keep_must_be_there() -> None:
-    with pytest.raises(ValueError, match="rule 'head' is about no layer or tensor that can be quantized"):
+    with pytest.raises(ValueError, match="rule 'head' matches no layer or tensor that can be quantized"):
         quantize_model(bert(), 4, keep=["head"])
 
 

@@ -1,4 +1,4 @@
-"""Text tables of the library."""
+"""Tests of the library's text tables."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Scalars frozen after training, noise reports, and the network that keeps what it was."""
+"""Tests of freezing after training, of noise reports, and that half precision keeps the scalars in float32."""
 
 import pytest
 import torch
@@ -123,7 +123,7 @@ def test_what_cannot_be_frozen() -> None:
     model = network()
     with pytest.raises(ValueError, match="rule='mean': must be one of averaged, calibrated, running"):
         freeze(model, "mean")
-    with pytest.raises(ValueError, match=r"0\.input, 3\.input, 6\.input has seen no training"):
+    with pytest.raises(ValueError, match=r"0\.input, 3\.input, 6\.input has not been trained"):
         freeze(model, "running")
     with pytest.raises(ValueError, match="at least one batch"):
         freeze(model, "averaged")
@@ -131,15 +131,15 @@ def test_what_cannot_be_frozen() -> None:
         Quantizer(4, Octav()).freeze(torch.tensor(torch.nan))
     labelled = [(batch, torch.zeros(len(batch))) for batch in batches()]
     for look in (freeze, calibrate, noise_report):
-        with pytest.raises(TypeError, match=r"takes 2 .* 3 were given: a batch is the inputs alone") as caught:
+        with pytest.raises(TypeError, match=r"takes 2 .* 3 were given: a batch must be the input alone") as caught:
             look(model, batches=labelled)
         assert isinstance(caught.value.__cause__, TypeError)
-    with pytest.raises(TypeError, match="a batch is the inputs alone"):
+    with pytest.raises(TypeError, match="a batch must be the input alone"):
         quantize_model(nn.Sequential(nn.Linear(4, 3)), example=(torch.randn(2, 4), torch.zeros(2)))
     with pytest.raises(TypeError, match=r"^its own$"), arguments_told(model, batches(1)):
         raise TypeError("its own")
     assert all(q.dynamic for q in quantizers(model).values())
-    freeze(model, "averaged", batches())  # and after all that it still can be
+    freeze(model, "averaged", batches())  # it can still be frozen afterwards
 
 
 def test_half_precision_keeps_scalars_in_full() -> None:

@@ -29,7 +29,7 @@ VISION = ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small"]
 
 
 class Small(nn.Module):
-    """conv - ReLU - conv - hardswish - conv - ReLU - pool - linear - linear"""
+    """A network of conv - ReLU - conv - hardswish - conv - ReLU - pool - linear - linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_bits_granularity_and_gradients_of_the_paper() -> None:
     for name in ("conv1", "fc"):
         assert q[f"{name}.weight"].format.bits == q[f"{name}.input"].format.bits == 8
     assert {q[n].format.bits for n in q if not n.startswith(("conv1.", "fc."))} == {4}
-    assert q["layer2.0.downsample.0.weight"].format.bits == 4  # projection shortcuts: at the low precision
+    assert q["layer2.0.downsample.0.weight"].format.bits == 4  # projection shortcuts: at low precision
     assert q["layer1.0.conv1.weight"].s.shape == (64, 1, 1, 1)
     assert q["fc.weight"].s.shape == q["fc.input"].s.shape == q["layer1.0.conv1.input"].s.shape == ()
     assert {q[n].gradient.name for n in q if n.endswith("weight")} == {"mad"}
@@ -226,7 +226,7 @@ class Functional(nn.Module):
 
 
 class OwnConv(nn.Conv2d):
-    """Multiplies twice."""
+    """A convolution that multiplies twice."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(super().forward(x))
@@ -254,7 +254,7 @@ def test_odd_dtypes() -> None:
 
 
 class Sink(nn.Module):
-    """Calls a complex layer on a complex version of its input."""
+    """A module that calls a complex layer on a complex version of its input."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ def test_layers_keep_their_identity_and_aliases() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="has no layer to quantize"):
         quantize_model(nn.Sequential(nn.ReLU()))
-    with pytest.raises(ValueError, match="holds quantizers already"):
+    with pytest.raises(ValueError, match="already has quantizers"):
         quantize_model(quantize_model(Small()))
     for options, message in (
         ({"bits": 1}, "bits=1"),
@@ -293,7 +293,7 @@ def test_refusals() -> None:
         model = Small()
         with pytest.raises(ValueError, match=message):
             quantize_model(model, **options)  # type: ignore[arg-type]
-        assert type(model.a) is nn.Conv2d  # nothing half done
+        assert type(model.a) is nn.Conv2d  # no partial conversion
 
 
 def test_deepcopy_and_to() -> None:
@@ -327,7 +327,7 @@ def test_calibration_is_the_mean_of_full_precision_batches() -> None:
 
 
 def sign_of(function: Any) -> bool:
-    """Whether the input of a layer behind `function` of a ReLU's output is found to be signed."""
+    """Return whether the input of a layer is found to be signed, if it is `function` of the output of a ReLU."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -382,7 +382,7 @@ def test_signs_follow_structure(function: Any, signed: bool) -> None:
 
 
 class Otherwise(nn.Module):
-    """Gives its second layer something else in training."""
+    """A network that gives its second layer a different input in training."""
 
     def __init__(self, trained: Any) -> None:
         super().__init__()
@@ -442,7 +442,7 @@ def test_the_sign_travels_with_the_state() -> None:
     other.load_state_dict(model.state_dict())
     assert not find(other)["a.input"].format.signed
     eight = quantize_model(Small(), bits=8, example=torch.randn(2, 3, 8, 8))
-    with pytest.raises(RuntimeError, match="scalars found for 4 bits do not suit 8 bits"):
+    with pytest.raises(RuntimeError, match="the saved scalars are for 4 bits, not for 8 bits"):
         eight.load_state_dict(model.state_dict())
 
 
@@ -500,7 +500,7 @@ def test_a_quantized_model_compiles_in_one_graph() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_training_compiles_once_and_for_all() -> None:
-    """Once without scalars to start from, once with them: no step after that compiles again."""
+    """Training compiles once without scalars to start from and once with them; no later step compiles again."""
     model = quantize_model(nn.Sequential(nn.Linear(8, 4)), 4, example=torch.randn(2, 8))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -511,7 +511,7 @@ def test_training_compiles_once_and_for_all() -> None:
 
 
 def test_weights_quantized_once() -> None:
-    """Gradients of a batch in two parts: the same as without, with one quantization of each weight for both."""
+    """With one quantization of each weight for both parts of a batch, the gradients are the same as with two."""
     x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
 
     def gradients(once: bool) -> tuple[list[Tensor], int]:
@@ -534,7 +534,7 @@ def test_weights_quantized_once_lets_go_after_an_error() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = quantize_model(Small(), 4, example=x)
     with pytest.raises(RuntimeError), weights_together(model).quantized(2):
-        model(x[:, :2])  # the first layer has quantized its weight by then
+        model(x[:, :2])  # the first layer has already quantized its weight
     assert all(t.quantizer._reused is None for t in quantized_tensors(model))
 
 
@@ -551,7 +551,7 @@ def test_the_head_is_quantized_or_not(given: bool) -> None:
 
 
 def past_its_class(module: Any) -> Any:
-    """As `module.forward = torch.compile(module.forward)`, or hooks of accelerate, have it."""
+    """Set a forward on the instance, as `module.forward = torch.compile(module.forward)` and hooks of accelerate do."""
     forward = module.forward
     module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     return module
@@ -582,7 +582,7 @@ def test_a_forward_that_is_set_on_a_module_is_left_alone(make: Any) -> None:
     model = nn.Sequential(nn.Linear(8, 8), past_its_class(make()), nn.Linear(8, 8))
     kind, plain = type(model[1]), model(x)
     notes = warned(model, x)
-    assert notes[0].startswith("1 has a forward that was set on the module itself, past its class: ")
+    assert notes[0].startswith("1 has a forward that was set on the instance and bypasses its class: ")
     assert type(model[1]) is kind and {t.layer for t in quantized_tensors(model)} <= {"0", "1.qkv", "2"}
     assert all(t.quantizer.decided for t in quantized_tensors(model)) and "100 %" not in summary(model)
     assert torch.equal(remove_quantizers(model)(x), plain)
@@ -591,11 +591,11 @@ def test_a_forward_that_is_set_on_a_module_is_left_alone(make: Any) -> None:
 def test_a_fast_path_that_a_set_forward_leaves_open_is_told_of() -> None:
     model = past_its_class(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
     (note,) = warned(model, torch.randn(2, 5, 8))
-    assert "has a forward that was set on the module itself, past its class: in eval() PyTorch's fast path may" in note
+    assert "has a forward that was set on the instance and bypasses its class: in eval() PyTorch's fast path" in note
 
 
 class Calls(nn.Module):
-    """Calls the forward of a layer, and not the layer."""
+    """A network that calls the forward of a layer directly, not the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -605,7 +605,7 @@ class Calls(nn.Module):
         return self.b(self.a.forward(x).relu())
 
 
-@pytest.mark.filterwarnings("ignore:addmm in the model itself")  # products of the module around
+@pytest.mark.filterwarnings("ignore:addmm in the model itself")  # products in the module around them
 @pytest.mark.parametrize("given", [True, False])
 def test_layers_whose_forward_is_called_past_them(given: bool) -> None:
     x = torch.randn(4, 8)
@@ -620,12 +620,12 @@ def test_a_quantized_layer_that_does_not_ask_its_quantizers_is_named() -> None:
     model, x = quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))), torch.randn(4, 8)
     layer: Any = model[0]
     layer.forward = lambda x: F.linear(x, layer.weight, layer.bias)
-    with pytest.warns(QuantizationWarning, match="^0 is called, but does not ask its quantizers: nothing of it"):
+    with pytest.warns(QuantizationWarning, match="^0 is called, but does not call its quantizers: nothing in it"):
         model(x)
 
 
 class Writing(nn.Module):
-    """Writes to what it is given, and remembers it in eval mode as well."""
+    """A module that writes to its input, and changes its buffers even in eval mode."""
 
     seen: Tensor
 

@@ -1,4 +1,4 @@
-"""Layers of all kinds: which weight is quantized, by which scalars, in whose forward."""
+"""Tests of layers of all kinds: which weight is quantized, with which scalars, and in whose forward."""
 
 import copy
 import io
@@ -45,7 +45,7 @@ from qat_runner.quant import fake_quantize, octav
 
 
 class Standardized(nn.Conv2d):
-    """Makes a weight of its weight, as weight standardization does."""
+    """A convolution that computes its weight from its parameter, as weight standardization does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.used(), self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -56,7 +56,7 @@ class Standardized(nn.Conv2d):
 
 
 class Padding(nn.Conv2d):
-    """Pads by itself, as TensorFlow does."""
+    """A convolution that pads its input itself, as TensorFlow does."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1))
@@ -64,7 +64,7 @@ class Padding(nn.Conv2d):
 
 
 class Transposed(nn.Linear):
-    """Multiplies by the transpose of its weight, as Falcon's layers do."""
+    """A linear layer that multiplies by the transpose of its weight, as Falcon's layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T + self.bias
@@ -129,14 +129,14 @@ def test_layers_of_every_kind(name: str, tmp_path: Path) -> None:
 
 
 class Cross(nn.Module):
-    """Multiplies as attention does, one by one; and something else."""
+    """Attention that calls its two products one by one, next to another product."""
 
     def __init__(self, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.qkv, self.proj, self.product = nn.Linear(8, 24), nn.Linear(8, 8), product
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)  # past the layer, as Swin does
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)  # bypasses the layer, as Swin does
         return self.proj(self.product(self.product(q, k.mT).softmax(-1), v))
 
 
@@ -151,7 +151,7 @@ class Fused(nn.Module):
 
 
 class Products(nn.Module):
-    """Attention without a parameter."""
+    """Attention without parameters."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT).softmax(-1) @ v
@@ -184,7 +184,7 @@ def baddbmm_of(a: Tensor, b: Tensor) -> Tensor:
 
 
 MASK = torch.rand(5, 5) > 0.5
-MASK[2] = False  # looks at nothing
+MASK[2] = False  # attends to nothing
 BIAS = torch.randn(5, 5)
 ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "@": lambda: Cross(matmul),
@@ -215,7 +215,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
     signs = {t.quantizer.format.signed for t in quantized_tensors(model) if t.tensor == "probabilities"}
     assert signs == {False}
     elements = {t.elements for t in quantized_tensors(model) if t.tensor in ("query", "query_projection.input")}
-    assert elements == {5 * 8}  # of one sample: all heads, all steps
+    assert elements == {5 * 8}  # for one sample: all heads, all steps
     with quantizers_disabled(model):
         off = model(*inputs)
     assert not exact or torch.equal(off, plain)
@@ -249,7 +249,7 @@ def test_attention_of_every_make(name: str, tmp_path: Path) -> None:
 
 
 def orthogonal(module: nn.Module, name: str) -> nn.Module:
-    return nn.utils.parametrizations.orthogonal(module, name, "cayley")  # which multiplies, by @
+    return nn.utils.parametrizations.orthogonal(module, name, "cayley")  # it multiplies by @
 
 
 def pruned(module: nn.Module, name: str) -> object:
@@ -269,7 +269,7 @@ def test_attention_of_torch_whose_weights_are_computed(
     plain = model.eval()(x)
     quantize_model(model, 4, first_last_bits=None, example=x)
     tensors = [t for t in quantized_tensors(model) if ".self_attn." in t.name]
-    assert len(tensors) == 12  # weight and input of four layers, four of the products
+    assert len(tensors) == 12  # weight and input of four layers, four operands of products
     stored = [model.get_submodule(t.layer).qat_stored_weight() for t in tensors if t.tensor == "weight"]  # type: ignore[operator]
     assert {id(p) for p in stored} < {id(p) for p in model.parameters()}
     small, full = size_mb(model)
@@ -282,7 +282,7 @@ def test_attention_of_torch_whose_weights_are_computed(
     model.train()(x).square().sum().backward()
     assert calls == [1] * len(tensors)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    if change is not pruned:  # of which PyTorch makes no copies
+    if change is not pruned:  # PyTorch cannot copy pruned modules
         frozen = freeze(model, batches=[x]).eval()(x)
         torch.testing.assert_close(qat.export(model, tmp_path / "net.pt2", x)(x), frozen)
 
@@ -299,7 +299,7 @@ def test_what_a_weight_is_computed_by_is_no_product_of_the_layer() -> None:
 
 
 class Renormed(nn.Linear):
-    """Keeps the rows of its weight at a norm, with new memory."""
+    """A layer that keeps the rows of its weight at a fixed norm, in new memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
@@ -307,7 +307,7 @@ class Renormed(nn.Linear):
 
 
 class Clamped(nn.Linear):
-    """Keeps its weight small, in place."""
+    """A layer that keeps its weight small, in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -325,7 +325,7 @@ def test_weights_that_are_made_in_the_forward_pass_are_none_that_were_before(
     grads = []
     for together in (False, True):
         model = quantize_model(copy.deepcopy(network), 8, first_last_bits=None, example=xs[0])
-        model.train()(xs[0])  # from which scalars start
+        model.train()(xs[0])  # scalars start from this batch
         with torch.no_grad():
             for p in model[2].parameters():
                 p.mul_(4)
@@ -386,7 +386,7 @@ BESIDES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "addmm": lambda x, w: torch.zeros(2, 6).addmm(x, w.T),
     "cdist": torch.cdist,
 }
-"""What a layer may compute beside its product, of [2, 4] and [6, 4]."""
+"""What a layer may compute in addition to its product, from [2, 4] and [6, 4]."""
 
 
 @pytest.mark.parametrize("name", BESIDES)
@@ -395,20 +395,20 @@ def test_layers_that_multiply_once_more_are_left_alone(name: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight, self.bias) + BESIDES[name](x, self.weight)
 
-    with pytest.warns(QuantizationWarning, match=r"^0 is a More, which may not compute what its base class does"):
+    with pytest.warns(QuantizationWarning, match=r"^0 is a More, which may compute something else than its base"):
         model = quantize_model(nn.Sequential(More(4, 6), nn.Linear(6, 3)), example=torch.randn(2, 4))
     assert {t.layer for t in quantized_tensors(model)} == {"1"} and (quantized_share(model) or 1) < 0.5
 
 
 class Gated(nn.Linear):
-    """Its weight is made of its input."""
+    """A layer that computes its weight from its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight * x.abs().mean(), self.bias)
 
 
 class Steps(nn.Linear):
-    """Takes sequences alone."""
+    """A layer that only accepts sequences."""
 
     def forward(self, x: Tensor) -> Tensor:
         _, _, _ = x.shape
@@ -416,7 +416,7 @@ class Steps(nn.Linear):
 
 
 class Adapted(nn.Linear):
-    """Has layers of its kind in it."""
+    """A layer that contains layers of its own kind."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -427,7 +427,7 @@ class Adapted(nn.Linear):
 
 
 class Attending(nn.Linear):
-    """Has attention in it, which is written out as products such as its own."""
+    """A layer that contains attention, which is decomposed into products like the layer's own."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -438,7 +438,7 @@ class Attending(nn.Linear):
 
 
 class Squeezed(nn.Conv2d):
-    """Has a layer of another kind in it."""
+    """A layer that contains a layer of another kind."""
 
     def __init__(self) -> None:
         super().__init__(3, 8, 3)
@@ -454,7 +454,7 @@ def test_layers_whose_one_product_cannot_be_told_are_left_alone(make: type[nn.Li
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), make(8, 8), nn.Linear(8, 4)), torch.randn(2, 5, 8)
     plain = model(x)
-    with pytest.warns(QuantizationWarning, match=f"^1 is a {make.__name__}, which may not compute what its base class"):
+    with pytest.warns(QuantizationWarning, match=f"^1 is a {make.__name__}, which may compute something else"):
         quantize_model(model, 4, linear_granularity="channel", example=x)
     assert type(model[1]) is make and "1" not in {t.layer for t in quantized_tensors(model)}
     calls: dict[str, int] = {}
@@ -473,7 +473,7 @@ def test_a_layer_with_one_of_another_kind_in_it() -> None:
 
 
 class Named(nn.Conv2d):
-    """Calls what it has by names that are at hand."""
+    """A module that uses common names for its attributes."""
 
     def __init__(self) -> None:
         super().__init__(3, 8, 1)
@@ -535,7 +535,7 @@ def test_what_is_mixed_in_has_names_that_nobody_has(mixed: type[nn.Module]) -> N
 
 
 class Calling(nn.Module):
-    """Calls layers as attention modules call the products that they are given."""
+    """A module that calls layers as attention modules call the products that they are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -558,13 +558,13 @@ def test_layers_that_are_called_as_products_are_loaded(tmp_path: Path) -> None:
     save(attention, tmp_path / "attention.pt")
     taken = nn.Sequential(Calling())
     layers = dict(taken.named_modules())
-    with pytest.raises(ValueError, match="Calling calls something of its own scores or context"):
+    with pytest.raises(ValueError, match="Calling already uses scores or context as an attribute name"):
         load(tmp_path / "attention.pt", taken)
     assert dict(taken.named_modules()) == layers and {type(m) for m in taken[0].children()} == {nn.Linear}
 
 
 def test_without_an_example_what_is_not_known_stays() -> None:
-    with pytest.warns(QuantizationWarning, match="is a Standardized, which may not compute"):
+    with pytest.warns(QuantizationWarning, match="is a Standardized, which may compute something else"):
         model = quantize_model(nn.Sequential(nn.Conv2d(3, 4, 1), Standardized(4, 4, 3), Cross(matmul)))
     assert type(model[1]) is Standardized and type(model[2]) is Cross
     mha = quantize_model(nn.MultiheadAttention(8, 2))
@@ -601,7 +601,7 @@ def test_embeddings_where_a_rule_names_them(tmp_path: Path) -> None:
 
 
 class Head(nn.Module):
-    """Multiplies by a parameter of its own."""
+    """A module that multiplies by a parameter of its own."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -615,7 +615,7 @@ class Head(nn.Module):
 @pytest.mark.parametrize(
     ("rules", "quantized", "bits"),
     [
-        ([], {"1", "2"}, 32),  # the table is looked up as it is
+        ([], {"1", "2"}, 32),  # rows are looked up in full precision
         ([Rule("*", "Embedding", bits=3)], {"0", "1", "2"}, 4),
         ([Rule("*", "Embedding", bits=3), Rule("2*", bits=32)], {"0", "1"}, 32),
     ],
@@ -670,7 +670,10 @@ def test_the_table_of_the_zoo(tmp_path: Path) -> None:
     ("groups", "outputs", "shape"), [(1, 1, ()), (8, 8, (8, 1, 1, 1)), (2, 2, ()), (1, 3, (1, 3, 1, 1))]
 )
 def test_scalars_of_transposed_convolutions_are_of_outputs(groups: int, outputs: int, shape: tuple[int, ...]) -> None:
-    """Of inputs only where each has an output of its own: products of other scalars could not be added as integers."""
+    """Scalars belong to outputs, and to inputs only if each input has its own output.
+
+    With other scalars, products could not be added up as integers.
+    """
     layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, outputs, 2, groups=groups))
     model = quantize_model(layers, 4, example=torch.randn(2, 3, 6, 6), first_last_bits=None)
     scalars = {t.name: tuple(t.quantizer.s.shape) for t in quantized_tensors(model)}
@@ -678,12 +681,12 @@ def test_scalars_of_transposed_convolutions_are_of_outputs(groups: int, outputs:
 
 
 def made_of_others() -> list[Callable[[nn.Module], object]]:
-    """Ways to compute a weight from other parameters."""
+    """Return ways to compute a weight from other parameters."""
     new = torch.nn.utils.parametrizations
     return [lambda m: prune.l1_unstructured(m, "weight", 0.5), new.weight_norm, new.spectral_norm]
 
 
-@pytest.mark.filterwarnings("ignore:.* in 2.parametrizations.weight.0")  # of spectral normalization itself
+@pytest.mark.filterwarnings("ignore:.* in 2.parametrizations.weight.0")  # from spectral normalization itself
 @pytest.mark.parametrize("make", made_of_others(), ids=["pruning", "weight_norm", "spectral_norm"])
 @pytest.mark.parametrize("training", [True, False])
 def test_weights_that_are_computed_are_looked_at_without_a_change(
@@ -727,7 +730,7 @@ def test_a_network_of_one_layer_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer", [nn.ConvTranspose2d(8, 1, 3), nn.ConvTranspose2d(8, 4, 3, groups=4)])
 def test_one_output_channel_a_group_of_a_transposed_convolution(layer: nn.Module) -> None:
-    """Its scalars have a shape of ones, of which the first dimension, 8 long, is not the one that has channels."""
+    """The scalars have a shape of ones; the first dimension of the weight, of size 8, is not that of the channels."""
     x = torch.randn(2, 8, 6, 6)
     model = quantize_model(nn.Sequential(copy.deepcopy(layer)), 4, first_last_bits=None, example=x)
     weight = next(t for t in quantized_tensors(model) if t.name.endswith("weight"))
@@ -769,14 +772,14 @@ def test_weights_that_hooks_make_are_frozen_as_they_are_loaded(make: Callable[[n
         model[0].qat_stored_weight().mul_(torch.rand(8, 1) * 10)
     model(x)
     other.load_state_dict(model.state_dict())
-    for one in (model.eval(), other):  # the latter in train mode, and without a call
+    for one in (model.eval(), other):  # the second in train mode, without a call
         freeze(one, "running")
     assert torch.equal(other[0].weight_quantizer.s, model[0].weight_quantizer.s)
     assert torch.equal(other.eval()(x), model(x))
 
 
 class Encoder(nn.TransformerEncoderLayer):
-    """Attends in its own forward."""
+    """An encoder that computes attention in its own forward."""
 
     def __init__(self) -> None:
         super().__init__(8, 2, 16, 0.0, batch_first=True)
@@ -801,7 +804,7 @@ def test_an_encoder_that_attends_itself_is_swapped_once() -> None:
 def test_an_embedding_that_renorms_its_weight_is_left_alone() -> None:
     ids, rule = torch.tensor([[1, 2], [3, 4]]), Rule("*", "Embedding", bits=8)
     model = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 4))
-    with pytest.warns(QuantizationWarning, match="^0 writes to its weight as it is used, by max_norm: left as it is"):
+    with pytest.warns(QuantizationWarning, match=r"^0 changes its weight while using it \(max_norm\): left as it is"):
         quantize_model(model, example=ids, rules=[rule])
     model(ids)
     torch.testing.assert_close(model[0].weight[1:5].norm(dim=1), torch.full((4,), 0.5))
@@ -813,7 +816,7 @@ def test_scores_that_half_precision_cannot_hold() -> None:
     value = torch.randn(1, 1, 4, 128).to(torch.float16)
 
     def scores(a: Tensor, b: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        assert torch.equal(a, query)  # what is quantized is the query as it is
+        assert torch.equal(a, query)  # the unscaled query is quantized
         return compute(a, b)
 
     found = attention(scores, torch.matmul, query, query, value)

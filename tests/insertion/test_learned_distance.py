@@ -1,4 +1,4 @@
-"""scripts/learned_distance.py: learned scalars beside MSE-optimal ones, and networks that get these instead."""
+"""Tests of scripts/learned_distance.py: learned scalars next to MSE-optimal ones, and networks that use the latter."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Products with parameters of the module that multiplies: mixtures of experts, and plain ones."""
+"""Tests of products with parameters of the module that multiplies: mixtures of experts, and single matrices."""
 
 import copy
 import importlib
@@ -36,14 +36,14 @@ from qat_runner.policy import Rule
 from qat_runner.quant import Octav, Quantizer, fake_quantize, octav
 from tests.quant.oracles import octav_by_sorting, quantize_by_hand
 
-E, C, K, TOKENS = 3, 8, 8, 10  # square, so that nothing can be told from sizes
+E, C, K, TOKENS = 3, 8, 8, 10  # square, so that sizes reveal nothing
 CHOSEN = torch.tensor([0, 2, 2, 0, 0, 2, 0, 0, 2, 2])  # the second expert gets no token
 ORDER = CHOSEN.argsort(stable=True)
 OFFSETS = CHOSEN.bincount(minlength=E).cumsum(0).to(torch.int32)
 X = torch.randn(TOKENS, C, generator=torch.Generator().manual_seed(0))
 
 Way = Callable[[Tensor, Tensor], Tensor]
-"""What a module computes with tokens [TOKENS, C] and the weights of experts, [E, K, C] or [E, C, K]."""
+"""What a module computes from tokens [TOKENS, C] and the weights of experts, [E, K, C] or [E, C, K]."""
 
 
 def looped(product: Way, skipping: bool) -> Way:
@@ -77,7 +77,7 @@ WAYS: dict[str, tuple[int, Way]] = {
     "broadcast": (-2, lambda x, w: (x @ w).sum(0)),
     "converted": (-1, lambda x, w: F.linear(x, w.contiguous().view(E * K, C)).view(TOKENS, E, K).sum(1)),
 }
-"""Name -> which dimension of the weight is added up over, and the way."""
+"""Name -> the dimension of the weight that is summed over, and the way to multiply."""
 
 
 class Mixture(nn.Module):
@@ -101,7 +101,7 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 def quantized_by_hand(w: Tensor, dim: int, granularity: str) -> Tensor:
-    """[E, K, C], each expert, or each of its channels, by itself."""
+    """Quantize [E, K, C], each expert, or each of its channels, by itself."""
     rows = w.mT if dim == -2 else w
     s = torch.stack([octav(r, 4, dim=0 if granularity == "channel" else None) for r in rows.detach()])
     q = fake_quantize(rows.detach(), s.reshape(E, -1, 1), 4)
@@ -123,7 +123,7 @@ def test_every_way_to_multiply(name: str, granularity: str, tmp_path: Path) -> N
     assert q["weight"].s.shape == ((E * K, 1) if granularity == "channel" else (E, 1))
     assert q["weight"].granularity == ("channel" if granularity == "channel" else "expert")
     model.eval()
-    with torch.no_grad():  # inputs are quantized by the calls, so not here
+    with torch.no_grad():  # inputs are quantized in the calls, so not here
         q["input"].enabled = False
         by_hand = way(X, quantized_by_hand(plain[0].weights, dim, granularity)) + 1
         torch.testing.assert_close(model(X), by_hand, rtol=1e-4, atol=1e-5)
@@ -144,10 +144,10 @@ def test_every_way_to_multiply(name: str, granularity: str, tmp_path: Path) -> N
 
 
 def test_gradients_by_hand() -> None:
-    """Of experts with tokens each, in float64: the estimators' formulas, and OCTAV by sorting."""
+    """Gradients of experts in float64 agree with the estimators' formulas and with OCTAV by sorting."""
     torch.manual_seed(0)
     x, w, g = torch.randn(E, 5, C).double(), torch.randn(E, C, K).double(), torch.randn(E, 5, K).double()
-    x[1] = 0  # an expert whose places are all empty
+    x[1] = 0  # an expert whose slots are all empty
     model = Mixture(lambda x, w: torch.einsum("ecd,edf->ecf", x, w)).double()
     model.weights.data = w.clone()
     quantize_model(model, 4, linear_granularity="channel", first_last_bits=None, example=x).eval()
@@ -201,7 +201,7 @@ def test_experts_of_transformers(kind: str, implementation: str) -> None:
     freeze(model, batches=[IDS]).eval()
     with torch.no_grad():
         expected = model(IDS).last_hidden_state
-        for other in IMPLEMENTATIONS:  # with constants as scalars, all of them round alike
+        for other in IMPLEMENTATIONS:  # with constant scalars, all of them round the same way
             model.set_experts_implementation(other)
             torch.testing.assert_close(model(IDS).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
     decoder(kind, implementation).load_state_dict(full_precision_state_dict(model))
@@ -228,7 +228,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def test_quantized_weights_are_not_kept(
     name: str, more: dict[str, Any], clipping: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = Octav(warm_iterations=None) if clipping == "octav" else clipping  # which finds the same each time
+    method = Octav(warm_iterations=None) if clipping == "octav" else clipping  # finds the same scalars each time
     model = mixture(name, clipping=method, **more)
     calibrate(model, [X])
     made: list[StorageWeakRef] = []
@@ -269,13 +269,13 @@ def test_an_expert_without_tokens_does_no_harm() -> None:
 def test_what_no_batch_reaches_is_named() -> None:
     mixed = mixture("loop of linear", dynamic=False)
     mixed[0].way = lambda x, w: x
-    with pytest.warns(QuantizationWarning, match=r"^0\.weights_product\.input: reached by no calibration batch"):
+    with pytest.warns(QuantizationWarning, match=r"^0\.weights_product\.input: not reached by any calibration batch"):
         calibrate(mixed, [X])
     assert (quantizers(mixed)["weight"].s > 0).all()
 
 
 class Two(nn.Module):
-    """Experts, and a plain matrix."""
+    """A model with experts and a single matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ def test_what_does_not_fit_stays_and_is_named() -> None:
 
 
 class Table(nn.Module):
-    """Looks up rows of a parameter, [9, C], and multiplies by it."""
+    """A module that looks up rows of a parameter, [9, C], and also multiplies by it."""
 
     def __init__(self, used: Callable[[nn.Module, Tensor], Tensor], product: Way = F.linear) -> None:
         super().__init__()
@@ -387,7 +387,7 @@ def test_a_parameter_that_is_looked_up_as_well(name: str) -> None:
 
 
 def test_a_parameter_of_a_module_inside() -> None:
-    """It is taken for the module's own as well, if that is at work around it."""
+    """A parameter of a module inside counts as the outer module's own, too, if the outer one runs around it."""
     model = Table(lambda module, ids: module.layer.weight[ids])
     model.table = model.layer.weight
     with pytest.warns(QuantizationWarning, match=r"^(mm|addmm) in the model itself, .* is not quantized"):
@@ -439,7 +439,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     content = torch.load(path, weights_only=True)
     for wrong in ([], {"experts": 0}, {1: -1}):
         torch.save({**content, "contracted": wrong}, path)
-        with pytest.raises(ValueError, match="its contracted is no dict of names and -1 or -2"):
+        with pytest.raises(ValueError, match="contracted must be a dict of names to -1 or -2"):
             load(path, Two())
 
 
@@ -481,12 +481,12 @@ def test_what_parametrizes_a_weight_comes_first() -> None:
 
     model = mixture("einsum")
     nn.utils.parametrize.register_parametrization(model[0], "weights", Twice())
-    with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture became one that is computed anew"):
+    with pytest.raises(RuntimeError, match=r"^weights of a quantized Mixture is now recomputed at each use"):
         model(X)
 
 
 class Tree(nn.Module):
-    """Calls itself."""
+    """A module that calls itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ def test_a_module_that_calls_itself_is_left_alone() -> None:
 
 
 class Both(nn.Module):
-    """A product with its own parameter, and PyTorch's attention."""
+    """A module with a product with its own parameter and with PyTorch's attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -517,7 +517,7 @@ class Both(nn.Module):
 
 
 def test_replicas_multiply_by_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As nn.DataParallel makes them, with other parameters, so that these can be told apart."""
+    """Replicas, made as by nn.DataParallel, use their own parameters, which are different here to tell them apart."""
     model: Any = quantize_model(Both(), 2, first_last_bits=None, example=X).eval()
     module = importlib.import_module("torch.nn.parallel.replicate")
 

@@ -1,4 +1,4 @@
-"""Rules: which tensors they are about, what overrides what, files, and networks that are saved with them."""
+"""Tests of rules: which tensors they match, how they override each other, files, and saved networks."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ from qat_runner.quant import LearnedQuantizer, Octav, Percentile
 
 
 class Net(nn.Module):
-    """Two blocks of two convolutions, and two linear layers."""
+    """A network of two blocks of two convolutions each, and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_ends_have_names_and_follow_the_order_of_calls() -> None:
 
 
 class Ends(nn.Module):
-    """Modules that are called as ends are, and are none."""
+    """A network with modules named "first" and "last" that are not its first and last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,12 +128,12 @@ def test_modules_that_are_called_as_ends_are(tmp_path: Path) -> None:
         assert by_layer(keep=[name]) == {layer: n for layer, n in widths.items() if layer != name}
         assert by_layer(rules=[Rule(exactly(name), bits=3)]) == widths | {name: 3}
     assert by_layer(rules=[Rule("last", bits=3)]) == widths | {"fc": 3}
-    with pytest.raises(PolicyError, match=r"'first.0' .*; a module that is called first is written \[f\]irst$"):
+    with pytest.raises(PolicyError, match=r"'first.0' .*; to match a module named first, write \[f\]irst$"):
         quantize_model(Ends(), rules=[Rule("first.0", bits=3)], example=X)
 
 
 def test_short_words_may_be_about_nothing() -> None:
-    """Rules that `Policy.of` makes are about kinds and ends that not every network has, also when they were read."""
+    """Rules that `Policy.of` makes may match no kind or end in some networks, also after they were read from a file."""
     policy = Policy.of(4, activation_granularity="token", quantize_head=False, activation_bits=8)
     for network, x in ((nn.Sequential(nn.Conv2d(3, 4, 3)), X), (Products(), torch.randn(2, 5, 8))):
         once = quantize_model(network, Policy.from_list(policy.as_list()), example=x)
@@ -143,7 +143,7 @@ def test_short_words_may_be_about_nothing() -> None:
 
 
 class Products(nn.Module):
-    """Attention alone."""
+    """Attention only."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x @ x.mT).softmax(-1) @ x
@@ -187,7 +187,7 @@ def test_methods_may_be_mixed() -> None:
     ],
 )
 def test_rules_that_are_none(rule: Any, message: str) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is looked at below
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the message is checked below
         Policy.from_list([rule])
     assert message in str(error.value)
 
@@ -203,17 +203,17 @@ def test_a_policy_that_does_not_go_with_the_network() -> None:
         Rule("*", "Experts", bits=2): "'*' of type 'Experts'",
     }
     for rule, told in rules.items():
-        message = rf"rule {re.escape(told)} is about no layer or tensor that can be quantized \(such as stem"
+        message = rf"rule {re.escape(told)} matches no layer or tensor that can be quantized \(such as stem"
         with pytest.raises(PolicyError, match=message):
             quantize_model(model, 4, rules=[rule], example=X)
     with pytest.raises(PolicyError, match="leaves all of Net in full precision"):
         quantize_model(model, Policy((Rule("*", bits=4), Rule("*", bits=32))), example=X)
-    with pytest.raises(TypeError, match="a policy says all that there is to say"):
+    with pytest.raises(TypeError, match="example is the only argument allowed"):
         quantize_model(model, Policy.of(4), gradient="ste")
     with pytest.raises(ValueError, match="a policy must be a list of rules, not str"):
         Policy.from_list("*")
     assert not quantized_tensors(model) and policy_of(model) == Policy()
-    quantize_model(model, 4)  # and after all that it still can be
+    quantize_model(model, 4)  # it can still be quantized afterwards
 
 
 def test_plain_values_say_it_all() -> None:
@@ -238,7 +238,7 @@ def test_plain_values_say_it_all() -> None:
 
 @pytest.mark.parametrize("clipping", ["octav", "lsq", "pact"])
 def test_a_saved_network_is_made_again_in_one_call(clipping: str, tmp_path: Path) -> None:
-    class Backwards(Net):  # whose registration says another order than its calls
+    class Backwards(Net):  # registers its modules in a different order than it calls them
         def __init__(self) -> None:
             super().__init__()
             modules = dict(self._modules)
@@ -265,20 +265,20 @@ def test_a_saved_network_is_made_again_in_one_call(clipping: str, tmp_path: Path
 
 def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
-    with pytest.raises(ValueError, match="Net holds no quantizers"):
+    with pytest.raises(ValueError, match="Net has no quantizers"):
         save(Net(), path)
     with pytest.raises(FileNotFoundError):
         load(path, Net())
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/no_folder'"):
         save(quantize_model(Net(), 4, example=X), tmp_path / "no_folder" / "net.pt")
     path.write_bytes(b"no file of torch")
-    with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
+    with pytest.raises(ValueError, match=r"net\.pt: is not a network saved by qat_runner"):
         load(path, Net())
     torch.save(Net().state_dict(), path)
-    with pytest.raises(ValueError, match=r"net\.pt: is no network that qat_runner saved"):
+    with pytest.raises(ValueError, match=r"net\.pt: is not a network saved by qat_runner"):
         load(path, Net())
     torch.save({"format": "qat_runner.network.1", "policy": "all of it"}, path)
-    with pytest.raises(ValueError, match=r"net\.pt: its policy is no list"):
+    with pytest.raises(ValueError, match=r"net\.pt: policy must be a list"):
         load(path, Net())
     save(quantize_model(Net(), 4, example=X), path)
     small = Net()
@@ -288,5 +288,5 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     assert not quantized_tensors(small)
     with pytest.raises(ValueError, match=r"net\.pt: does not fit Sequential \(it has none of .*: block1\.0, b"):
         load(path, nn.Sequential(nn.Linear(8, 3)))
-    with pytest.raises(ValueError, match="the model holds quantizers already"):
+    with pytest.raises(ValueError, match="the model already has quantizers"):
         load(path, quantize_model(Net(), 4, example=X))

@@ -1,4 +1,4 @@
-"""Products of tensors are found where they are computed, whatever asks for them."""
+"""Tests that products of tensors are found where they are computed, whatever requests them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_shares_and_what_is_repeated(tmp_path: Path) -> None:
 
 
 class Leaf(nn.Module):
-    """Has no module in it, and counts."""
+    """A module that has no modules inside and counts its passes in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,4 +173,4 @@ def test_what_the_example_does_not_suffice_for_is_told() -> None:
             return super().forward(x)
 
     (note,) = trace(Strict(nn.Linear(16, 16)), A).notes
-    assert note.startswith("what is computed in training alone was not seen") and "targets are needed" in note
+    assert note.startswith("what is computed only in training was not traced") and "targets are needed" in note

@@ -1,4 +1,4 @@
-"""Linear layers whose factors are rotated before they are quantized."""
+"""Tests of linear layers whose factors are rotated before they are quantized."""
 
 import copy
 from typing import Any
@@ -48,7 +48,7 @@ def test_the_product_is_what_it_was_and_both_factors_are_quantized_rotated() -> 
     turned = [Hadamard(4)(t) for t in (x, plain[0].weight)]
     q, w = (fake_quantize(t, octav(t.detach(), 4), 4) for t in turned)
     torch.testing.assert_close(out, F.linear(q, w, plain[0].bias))
-    assert model[2].input_quantizer.format == IntFormat(4)  # though a ReLU comes before it
+    assert model[2].input_quantizer.format == IntFormat(4)  # although a ReLU precedes it
     assert "Hadamard(block=4)" in repr(first)
     names = {*plain.state_dict()}
     assert {n for n in model.state_dict() if "quantizer" not in n} == names
@@ -64,7 +64,7 @@ def test_gradients_come_back_rotated() -> None:
     turned = [Hadamard(4)(t) for t in (x, weight)]
     q, w = (fake_quantize(t, octav(t.detach(), 4), 4, "ste") for t in turned)
     F.linear(q, w, plain.bias).square().sum().backward()
-    torch.testing.assert_close(model.weight.grad, weight.grad, rtol=1e-3, atol=1e-3)  # octav from cold, and from warm
+    torch.testing.assert_close(model.weight.grad, weight.grad, rtol=1e-3, atol=1e-3)  # octav, cold and warm start
 
 
 def test_outliers_cost_less() -> None:
@@ -93,8 +93,8 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "rule", "told"),
     [
-        (nn.Linear(7, 2), ROTATED, "rotation=hadamard needs an even number of inputs, and it has 7"),
-        (nn.Linear(8, 2), Rule("*.weight", rotation="hadamard"), "for weight and input alike"),
+        (nn.Linear(7, 2), ROTATED, "rotation=hadamard needs an even number of inputs, not 7"),
+        (nn.Linear(8, 2), Rule("*.weight", rotation="hadamard"), "must be set for both weight and input"),
         (
             nn.Conv2d(3, 4, 1),
             Rule("*", rotation="hadamard"),

@@ -1,4 +1,4 @@
-"""What quantizers remember: through state dicts, averages, forward passes run twice, and layers rarely called."""
+"""Tests of quantizer state: state dicts, averages, repeated forward passes, and layers that are rarely called."""
 
 import copy
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def test_a_dynamic_state_makes_dynamic_what_loads_it() -> None:
 
 
 def test_states_of_old_load() -> None:
-    """Without `seen` and `static`, and with integers in `grid`."""
+    """Old states load: they have neither `seen` nor `static`, and have integers in `grid`."""
     for options in ({}, {"dynamic": False}):
         model, x = network(**options), torch.randn(16, 3, 8, 8)
         calibrate(model, [x])
@@ -92,7 +92,7 @@ def test_checkpoints_that_told_of_static_activations_beside_the_state() -> None:
 @pytest.mark.parametrize("options", [{}, {"eval_mode": "running"}, {"eval_mode": "last"}, {"clipping": "lsq"}])
 @pytest.mark.parametrize("decay", [0.3, 0.9, 0.999, 0.9999])
 def test_copies_averaged_from_before_the_first_scalar(options: dict[str, Any], decay: float) -> None:
-    """Their scalars are averages of those that there were, with the same weights, and not drawn towards zero."""
+    """Averages of scalars use the usual weights, over the scalars that there were, and are not drawn towards zero."""
     model = network(**options)
     swa = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     followed = copy.deepcopy(model).eval()
@@ -137,7 +137,7 @@ def test_a_copy_is_static_once_what_it_follows_is() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A block that a forward pass runs `calls` times, each kept or computed again in the backward pass."""
+    """A network that runs a block `calls` times, which the backward pass either recomputes or finds kept."""
 
     def __init__(self, reentrant: bool | None, calls: int) -> None:
         super().__init__()
@@ -175,13 +175,13 @@ def test_activation_checkpointing_changes_nothing(clipping: str, calls: int) -> 
     for reentrant in (True, False):
         again, state_again = run(reentrant)
         assert all(torch.equal(state_again[key], value) for key, value in state.items() if key.endswith("batches"))
-        exact = calls == 1 or clipping != "octav"  # of two calls, which is repeated is not known: it is solved anew
+        exact = calls == 1 or clipping != "octav"  # with two calls it is unknown which one repeats: solved again
         for a, b in zip([*gradients, *state.values()], [*again, *state_again.values()], strict=True):
             torch.testing.assert_close(a, b, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
 
 
 class Partly(nn.Module):
-    """Attention that checkpoints what it computes itself."""
+    """Attention that checkpoints the part that it computes itself."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class Partly(nn.Module):
 
 
 class PartlyOwn(Partly):
-    """The same of a product with a parameter of its own."""
+    """The same for a product with a parameter of its own."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__(reentrant)
@@ -207,7 +207,7 @@ class PartlyOwn(Partly):
 
 
 class PartlyTaken(nn.Linear):
-    """The same of a layer."""
+    """The same for a layer."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__(8, 8)
@@ -269,7 +269,7 @@ def test_a_checkpoint_around_a_module_whose_products_are_taken(make: Callable[[]
 
 
 class Experts(nn.Module):
-    """Two layers of which a forward pass takes one."""
+    """Two layers, of which each forward pass uses one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_what_calibration_does_not_reach_is_named_and_refused() -> None:
     x = torch.randn(64, 8)
     for options in ({"dynamic": False}, {"clipping": "lsq"}):
         model = quantize_model(Experts(), 8, example=x, **options)  # type: ignore[arg-type]
-        with pytest.warns(QuantizationWarning, match=r"experts\.1\.input: reached by no calibration batch"):
+        with pytest.warns(QuantizationWarning, match=r"experts\.1\.input: not reached by any calibration batch"):
             assert calibrate(model, x.split(16)) == 4
         assert torch.equal(quantizers(model)["experts.1.weight"].s > 0, torch.tensor(True))
         assert model(x).isfinite().all()
@@ -299,7 +299,7 @@ def test_what_calibration_does_not_reach_is_named_and_refused() -> None:
         assert model(x, 1).isfinite().all()
     for rule in ("averaged", "calibrated"):
         model = quantize_model(Experts(), 8, example=x)
-        with pytest.raises(ValueError, match=r"^experts\.1\.input: reached by no batch"):
+        with pytest.raises(ValueError, match=r"^experts\.1\.input: not reached by any batch"):
             freeze(model, rule, x.split(16))
         assert all(q.dynamic for q in quantizers(model).values())
 
@@ -321,7 +321,7 @@ def test_a_part_of_a_network_is_frozen() -> None:
 
 
 class Routed(nn.Module):
-    """Layers that get the tokens that are theirs, which may be none."""
+    """Layers that each get the tokens routed to them, which may be none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,17 +367,17 @@ def test_a_batch_without_elements_calibrates_nothing() -> None:
     torch.manual_seed(0)
     x, both = torch.randn(16, 8), torch.arange(16) % 2
     model = quantize_model(Routed(), 4, dynamic=False, first_last_bits=8, example=(x, both))
-    with pytest.warns(QuantizationWarning, match=r"^experts\.1\.input: reached by no calibration batch"):
+    with pytest.warns(QuantizationWarning, match=r"^experts\.1\.input: not reached by any calibration batch"):
         calibrate(model, [(x, both * 0), (x[:0], both[:0])])
     assert torch.equal(quantizers(model)["experts.0.input"].s, octav(x, IntFormat(8, True)))
     assert not quantizers(model)["experts.1.input"].has_scalars
-    assert model(x, both * 0).isfinite().all()  # what has none is not asked for any
-    with pytest.raises(ValueError, match=r"^experts\.1\.input: reached by no batch"):
+    assert model(x, both * 0).isfinite().all()  # inputs without elements need no scalars
+    with pytest.raises(ValueError, match=r"^experts\.1\.input: not reached by any batch"):
         freeze(quantize_model(Routed(), 4, example=(x, both)), "averaged", [(x, both * 0)])
 
 
 class Auxiliary(nn.Module):
-    """A head that is used in training only."""
+    """A network with a head that is used in training only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def test_a_head_of_training_is_seen_calibrated_and_frozen() -> None:
             quantize_model(model, 4, example=x, **options)  # type: ignore[arg-type]
         assert len(notes) == 1
         bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
-        assert (bits["fc.input"], bits["aux.input"]) == (8, 4)  # the last layer is the one of eval mode
+        assert (bits["fc.input"], bits["aux.input"]) == (8, 4)  # the last layer is the last one in eval mode
         assert not quantizers(model)["aux.input"].format.signed
         before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
         if options:
@@ -423,10 +423,10 @@ def test_a_network_that_wants_targets_in_training_is_spared_it() -> None:
             return super().forward(x, targets)
 
     x = torch.randn(8, 3, 8, 8)
-    assert "aux is not called: it keeps its quantizers, but sees no data" in trace(Strict(), x).notes
-    with pytest.warns(QuantizationWarning, match="aux is not called|in training alone was not seen"):
+    assert "aux is not called: it keeps its quantizers, but they see no data" in trace(Strict(), x).notes
+    with pytest.warns(QuantizationWarning, match="aux is not called|only in training was not traced"):
         model = quantize_model(Strict(), 4, dynamic=False, example=x)
-    with pytest.warns(QuantizationWarning, match=r"aux\.input: reached by no calibration batch"):
+    with pytest.warns(QuantizationWarning, match=r"aux\.input: not reached by any calibration batch"):
         calibrate(model, [x])
     calibrate(model, [(x, x)], layers="aux")
     assert quantizers(model)["aux.input"].has_scalars

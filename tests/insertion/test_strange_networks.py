@@ -1,4 +1,4 @@
-"""Networks that are put together, called or traced in ways of their own."""
+"""Tests of networks that are assembled, called or traced in unusual ways."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ class Parted(nn.Module):
 def test_of_a_network_that_is_quantized_in_part_nothing_is_lost(tmp_path: Path) -> None:
     model = Parted()
     qat.quantize(model.backbone, 4, example=X)
-    with pytest.raises(ValueError, match=r"^head\.weight is not of the part that was quantized: save the parts"):
+    with pytest.raises(ValueError, match=r"^head\.weight does not belong to the part that was quantized: save the"):
         qat.save(model, tmp_path / "m.pt")
     assert not (tmp_path / "m.pt").exists()
     assert quantized_share(model) is None and "100 %" not in qat.summary(model)
@@ -56,9 +56,9 @@ def test_a_forward_that_is_called_itself_is_the_layers() -> None:
 def test_a_tensor_is_no_list_of_batches() -> None:
     model = qat.quantize(nn.Sequential(nn.Linear(8, 8)), 4, example=X)
     for use in (qat.calibrate, qat.noise_report):
-        with pytest.raises(TypeError, match=r"^batches: is a tensor, where a list of batches is wanted"):
+        with pytest.raises(TypeError, match=r"^batches: must be an iterable of batches, not a tensor"):
             use(model, X)
-    with pytest.raises(TypeError, match=r"^batches: is a tensor"):
+    with pytest.raises(TypeError, match=r"^batches: must be an iterable"):
         qat.freeze(model, "averaged", X)
 
 
@@ -150,7 +150,7 @@ def test_embeddings_of_sparse_gradients_are_left_as_they_are() -> None:
 
 
 class Product(torch.autograd.Function):
-    """Multiplies, and keeps what it was given for its gradients."""
+    """A product that keeps its inputs for its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class LinearOfItsOwn(nn.Linear):
 
 @pytest.mark.parametrize("module", [OfItsOwn(), LinearOfItsOwn(8, 8)])
 def test_gradients_of_ones_own_stay_those_of_what_is_computed(module: nn.Module) -> None:
-    """Quantized within, such a function would have gradients of the values that it was given."""
+    """If a custom autograd function were quantized inside, its gradients would be those of its unquantized inputs."""
     model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module))
     with pytest.warns(QuantizationWarning, match=r"^mm in 1 .* is not quantized|^1 is a LinearOfItsOwn"):
         qat.quantize(model, 2, example=X, first_last_bits=None)

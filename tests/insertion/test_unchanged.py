@@ -1,4 +1,4 @@
-"""With its quantizers switched off a network computes what it computed before, or is refused by name."""
+"""With quantizers switched off, a network computes what it did before, or an error names the module that differs."""
 
 import copy
 import io
@@ -54,7 +54,7 @@ def test_attention_of_every_kind_is_the_networks_own(name: str, attention: str) 
     if attention == "sdpa" and not (model._supports_sdpa and "soft" not in name):
         pytest.skip("transformers has no such")
     model.set_attn_implementation(attention)
-    for parameter in model.parameters():  # biases and sinks that begin as zeros would not be missed
+    for parameter in model.parameters():  # otherwise missing biases and sinks, initially zero, would go unnoticed
         nn.init.normal_(parameter, std=0.3)
     x = example_of(model)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_rows_that_are_wholly_masked_are_told_of() -> None:
     model = hf.LlamaModel(hf.LlamaConfig(**DECODER)).eval()
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0
-    with pytest.warns(QuantizationWarning, match=r"layers\.0\.self_attn \(LlamaAttention\) computes something else"):
+    with pytest.warns(QuantizationWarning, match=r"layers\.0\.self_attn \(LlamaAttention\) does not compute the same"):
         quantize_model(model, example=(ids(), mask))
     assert quantized_tensors(model)
     eager = hf.LlamaModel(hf.LlamaConfig(**DECODER)).eval()
@@ -106,7 +106,7 @@ def test_rows_that_are_wholly_masked_are_told_of() -> None:
 
 
 class Picky(nn.Module):
-    """Computes by what its layer is."""
+    """A module whose output depends on the class of its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,12 +119,12 @@ class Picky(nn.Module):
 
 def test_a_network_that_computes_something_else_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Picky())
-    with pytest.raises(PolicyError, match=r"^2 \(Picky\) computes something else .* \(by up to .*, of values up to "):
+    with pytest.raises(PolicyError, match=r"^2 \(Picky\) does not compute the same .* \(differs by up to .*, for "):
         quantize_model(model, example=torch.randn(2, 4))
     assert not quantized_tensors(model)
     assert type(model[0]) is nn.Linear
     tolerant = copy.deepcopy(model)
-    quantize_model(tolerant)  # nobody looks
+    quantize_model(tolerant)  # without an example nothing is compared
 
 
 def test_attention_that_does_more_under_some_names_is_refused() -> None:
@@ -141,7 +141,7 @@ def test_attention_that_does_more_under_some_names_is_refused() -> None:
         index_head_dim=8,
     )
     model = hf.DeepseekV32Model(config)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn \(DeepseekV32Attention\) does more for attention"):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn \(DeepseekV32Attention\) has code that depends"):
         quantize_model(model)
     assert not any(isinstance(m, QuantLinear) for m in model.modules())
 

@@ -1,4 +1,4 @@
-"""Quantized networks inside of what others make of networks, and their state dicts."""
+"""Tests of quantized networks inside wrappers of other libraries, and of their state dicts."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ def one_process() -> Iterator[None]:
 
 
 class Twice(nn.Module):
-    """Has its layer under two names."""
+    """A network that has one layer under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
     if layers:
-        with pytest.raises(ValueError, match="became a FSDPQuantConv2d"):
+        with pytest.raises(ValueError, match="was changed to FSDPQuantConv2d"):
             remove_quantizers(model)
         assert len(quantized_tensors(model)) == 6
 
@@ -189,7 +189,7 @@ def test_transforms_of_torch_func(make: object) -> None:
 
 def test_what_torch_func_cannot_do_is_a_sentence() -> None:
     model = quantized()
-    with pytest.raises(RuntimeError, match=r"^0\.input: dynamic in training, it writes to its buffers"):
+    with pytest.raises(RuntimeError, match=r"^0\.input: a dynamic quantizer writes to its buffers"):
         vmap(model)(X[None])
 
 
@@ -217,13 +217,13 @@ def test_a_detector() -> None:
     model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=3
     )
-    with pytest.warns(Warning, match="in training alone was not seen, since the example does not suffice"):
+    with pytest.warns(Warning, match="only in training was not traced, since the example is not sufficient"):
         quantize_model(model, example=([torch.rand(3, 64, 64)],))
     assert quantized_share(model) == 1
 
 
 def test_adapters_on_top() -> None:
-    import peft  # which takes its time
+    import peft  # slow to import
 
     model = copy.deepcopy(quantized())
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["5"], r=2))

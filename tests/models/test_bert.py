@@ -41,16 +41,19 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path: Path) -> No
     [
         (
             lambda key: f"module.{key}",
-            r"embeddings\.LayerNorm\.bias is missing \(37 such\); must hold all weights of a BERT",
+            r"embeddings\.LayerNorm\.bias is missing \(37 in total\); must contain all weights of a BERT",
         ),
-        (lambda key: key.replace("layer.1.", "layer.7."), r"layer\.1\.attention\.output\.\S+ is missing \(16 such\)"),
+        (
+            lambda key: key.replace("layer.1.", "layer.7."),
+            r"layer\.1\.attention\.output\.\S+ is missing \(16 in total\)",
+        ),
         (lambda key: key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"), None),
     ],
 )
 def test_weights_that_are_missing_are_not_made_up(
     tmp_path: Path, rename: Callable[[str], str], told: str | None
 ) -> None:
-    """Those of old checkpoints, with other names in LayerNorm, are known."""
+    """The old names of LayerNorm's parameters are supported."""
     folder = tiny_bert(tmp_path / "bert")
     state = load_file(folder / "model.safetensors")
     save_file({rename(key): t for key, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
@@ -70,12 +73,12 @@ def test_tokenizer(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"model\.checkpoint=.*empty: the folder holds no config\.json"):
+    with pytest.raises(ConfigError, match=r"model\.checkpoint=.*empty: the folder contains no config\.json"):
         read_checkpoint(str(tmp_path / "empty"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match="is a gpt2, must be a bert"):
+    with pytest.raises(ConfigError, match="is a gpt2; must be a bert"):
         read_checkpoint(str(other))
     (other / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="must be a folder with a BERT, or its name on the Hugging Face hub"):

@@ -1,4 +1,4 @@
-"""Decoders as they come from transformers, and their weights."""
+"""Decoders from transformers, and their weights."""
 
 import runpy
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_a_checkpoint_computes_what_it_does_in_transformers(tmp_path: Path, kind
         found = ours(ids)
         expected = AutoModelForCausalLM.from_pretrained(checkpoint).eval()(ids).logits
     assert torch.allclose(found.logits, expected, atol=1e-6)
-    assert found.past_key_values is None  # nothing is kept for a next call
+    assert found.past_key_values is None  # no key-value cache
     linear = [module for module in ours.modules() if isinstance(module, nn.Linear)]
     assert len(linear) == (2 * 4 + 1 if kind == "gpt2" else 2 * 7 + 1)
 
@@ -37,7 +37,7 @@ def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         weights.append(build_decoder(checkpoint, pretrained=False).lm_head.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    with pytest.raises(ConfigError, match="holds no weights; mode=scratch trains from random ones"):
+    with pytest.raises(ConfigError, match="contains no weights; mode=scratch trains from random ones"):
         build_decoder(checkpoint, pretrained=True)
 
 
@@ -45,12 +45,12 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     file = tiny_decoder(tmp_path, "gpt2") / "model.safetensors"
     state = {key: t for key, t in load_file(file).items() if not key.startswith("transformer.h.1.")}
     save_file(state, file, {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing \(12 such\)"):
+    with pytest.raises(ConfigError, match=r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing \(12 in total\)"):
         build_decoder(str(tmp_path), pretrained=True)
 
 
 def test_weights_that_are_tied_are_read_under_either_name(tmp_path: Path) -> None:
-    checkpoint = tiny_decoder(tmp_path, "gpt2")  # whose file has the embedding alone
+    checkpoint = tiny_decoder(tmp_path, "gpt2")  # its file contains only the embedding, not the tied head
     model = build_decoder(str(checkpoint), pretrained=True)
     assert model.lm_head.weight is model.transformer.wte.weight
     state = {key: t.clone() for key, t in model.state_dict().items() if key != "lm_head.weight"}
@@ -74,7 +74,7 @@ def test_a_small_decoder_for_a_text(tmp_path: Path) -> None:
 
 def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
     BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"is a bert, must be a decoder, such as gpt2"):
+    with pytest.raises(ConfigError, match=r"is a bert; must be a decoder, such as gpt2"):
         read_decoder(str(tmp_path))
     Gemma3Config().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is a gemma3, which takes more than text; must be a decoder"):
@@ -83,5 +83,7 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["one", "two"])
     tokenizer.save_pretrained(tmp_path / "small")
-    with pytest.raises(ConfigError, match=r"its tokenizer has 259 tokens, its config\.json 257"):
+    with pytest.raises(
+        ConfigError, match=r"its tokenizer has 259 tokens; must have at most 257, the vocab_size in config\.json"
+    ):
         tokenizer_for(str(tmp_path / "small"))

@@ -1,4 +1,4 @@
-"""Networks of other libraries by one word, with their published weights, and what their pictures should be."""
+"""Networks of other libraries selected by one name, their published weights, and their image preprocessing."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def composed(*overrides: str) -> Config:
 
 @pytest.fixture
 def of_hub(tmp_path: Path) -> Path:
-    """A tiny ViT for 5 classes, as transformers saves one."""
+    """The folder of a tiny ViT with 5 classes, as saved by transformers."""
     folder = tmp_path / "some.folder" / "vit"
     sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     ViTForImageClassification(
@@ -71,12 +71,15 @@ def test_names_of_our_own_are_what_they_were() -> None:
         (["model=timm/test_vitt"], "did you mean timm/test_vit"),
         (["model=torchvision/resnet19"], "did you mean torchvision/resnet1"),
         (["model=nobodys/resnet18"], "torchvision/NAME, timm/NAME, hf/NAME"),
-        (["model=hf/."], "holds no config.json"),
+        (["model=hf/."], "contains no config.json"),
         (["model=torchvision/vit_b_16"], "cannot be built (Input shape indivisible by patch size!)"),
-        (["model=timm/vgg11", "recipe.scratch.drop_path=0.1"], "cannot leave out residual branches"),
+        (["model=timm/vgg11", "recipe.scratch.drop_path=0.1"], "timm/vgg11 does not support the drop_path of a stage"),
         (["model=resnet18", "model.stride_in=1x1"], "resnet18 has no bottlenecks"),
-        (["model=resnet20", "mode=ptq", "weights=pretrained"], "model=resnet20: no library describes"),
-        (["dataset=squad", "model=bert_base", "recipe.finetune.mixup=1"], "is for pictures"),
+        (
+            ["model=resnet20", "mode=ptq", "weights=pretrained"],
+            "model=resnet20: no library describes its image preprocessing",
+        ),
+        (["dataset=squad", "model=bert_base", "recipe.finetune.mixup=1"], "is only for images"),
     ],
 )
 def test_what_cannot_be_is_told(
@@ -126,7 +129,7 @@ def test_published_weights_of_torchvision(monkeypatch: pytest.MonkeyPatch, caplo
             model = build_model(name, 1000, 224)
             load_weights(model, Source(value), name, new_head=False)
             assert torch.equal(model.get_parameter("fc.weight"), published.fc.weight)
-    assert "ResNet50_Weights.IMAGENET1K_V2 of torchvision" in caplog.text
+    assert "ResNet50_Weights.IMAGENET1K_V2 from torchvision" in caplog.text
     assert [url.rpartition("/")[2] for url in asked] == ["resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"]
 
 
@@ -194,7 +197,7 @@ def test_pictures_as_the_model_is_described(of_hub: Path) -> None:
 def test_transformers_describes_them_as_its_image_processors_do(
     kind: str, options: dict[str, Any], of_hub: Path
 ) -> None:
-    """Seen at a picture that grows brighter from left to right: how many of its pixels one of the network's spans."""
+    """The scale is measured on an image that gets brighter from left to right: its pixels per pixel of the input."""
     processor = getattr(transformers, f"{kind}ImageProcessor")(**options)
     processor.save_pretrained(of_hub)
     ramp = torch.arange(1000.0).repeat(3, 1000, 1) / 1000
@@ -219,7 +222,7 @@ def test_a_drop_path_rises_to_what_is_asked_for() -> None:
 
 
 def test_the_stride_of_a_bottleneck_may_be_in_its_first_convolution() -> None:
-    """The network of He et al. 2016, figure 5 and table 1, whose strides are in the first layer of conv3_1 and on."""
+    """As in He et al. 2016, figure 5 and table 1: the first layer of conv3_1 and of the later stages has the stride."""
     later, first = (build_model("torchvision/resnet50", 10, 64, stride_in=where).eval() for where in ("3x3", "1x1"))
     first.load_state_dict(later.state_dict())
     places: dict[str, tuple[int, ...]] = {}
@@ -255,14 +258,14 @@ def test_files_of_other_resnets_are_doubted(
     model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
     save_file(model.state_dict(), tmp_path / name, metadata)
     load_weights(model, Source(str(tmp_path / name)), "resnet50", new_head=False)
-    assert ("model.stride_in=1x1 would be right" in caplog.text) == doubted
+    assert ("need model.stride_in=1x1" in caplog.text) == doubted
 
 
 def test_blocks_whose_second_convolution_is_several_are_not_doubted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Sequential(torchvision.models.resnet.Bottleneck(16, 4))
-    model[0].conv2 = nn.Sequential(nn.Conv2d(4, 4, 3, 2))  # as ResNeSt and SKNet have it
+    model[0].conv2 = nn.Sequential(nn.Conv2d(4, 4, 3, 2))  # as in ResNeSt and SKNet
     save_file(model.state_dict(), tmp_path / "resnet50_keras.safetensors")
     load_weights(model, Source(str(tmp_path / "resnet50_keras.safetensors")), "resnest", new_head=False)
     assert "stride_in" not in caplog.text
@@ -282,4 +285,6 @@ def test_classifiers_are_known_also_where_they_are_several_or_convolutions(name:
     with torch.device("meta"):
         model = LIBRARIES["torchvision"].build(name, 10, 64, None)
     assert {key.rpartition(".")[0] for key in _head_keys(model)} == heads
-    assert getattr(model, "transform_input", None) is (True if len(heads) > 1 else None)  # as published weights want it
+    assert getattr(model, "transform_input", None) is (
+        True if len(heads) > 1 else None
+    )  # required by published weights

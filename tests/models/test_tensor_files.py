@@ -1,4 +1,4 @@
-"""Files of tensors that someone else wrote, by mistake or by design: each is refused in one sentence."""
+"""Invalid and malicious files of tensors: each is rejected with an error of one sentence."""
 
 import argparse
 import io
@@ -44,7 +44,7 @@ def load(path: Path, part: str | None = None) -> nn.Module:
 
 
 def refusal(path: Path) -> str:
-    """The sentence that says why a file is refused; the model is as it was."""
+    """Return the error message for a file that must be rejected, and check that the model is unchanged."""
     model = tiny()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ConfigError) as caught:
@@ -84,7 +84,7 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of kinds that it means to give up, or tries
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, about deprecated or experimental kinds
 @pytest.mark.parametrize("kind", SPOILT)
 def test_tensors_that_are_none_to_compute_with(tmp_path: Path, kind: str) -> None:
     spoil, why = SPOILT[kind]
@@ -147,14 +147,14 @@ def deep(levels: int) -> dict[str, Any]:
 
 
 def doubling(levels: int) -> dict[str, Any]:
-    """2^levels ways to the innermost dict."""
+    """Make nested dicts with 2^levels paths to the innermost dict."""
     content: dict[str, Any] = {}
     for _ in range(levels):
         content = {"model": content, "state_dict": content}
     return content
 
 
-NO_TENSORS = "holds no named tensors"
+NO_TENSORS = "contains no named tensors"
 CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a cycle": (cycle, f"{NO_TENSORS} (only state_dict)"),
     "a cycle of two": (cycle_of_two, NO_TENSORS),
@@ -167,26 +167,32 @@ CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "an empty dict": (dict, NO_TENSORS),
     "None": (lambda: None, NO_TENSORS),
     "names that cannot be printed": (lambda: {"\ud800\n\x1b[31m" * 99: 1}, f"{NO_TENSORS} (only ???[31m"),
-    "strange names": (lambda: {"\n." * 999: torch.ones(1), "": torch.ones(1), ".": torch.ones(1)}, "little matches"),
+    "strange names": (
+        lambda: {"\n." * 999: torch.ones(1), "": torch.ones(1), ".": torch.ones(1)},
+        "too few tensors match",
+    ),
     "a name of many parts": (lambda: {"a." * 100_000 + name: t for name, t in STATE.items()} | {"b": 1}, ""),
-    "another network": (lambda: {"x.weight": torch.ones(3)}, "little matches, 0 of the 8 tensors of tiny and of the 1"),
+    "another network": (
+        lambda: {"x.weight": torch.ones(3)},
+        "too few tensors match, 0 of the 8 tensors of tiny and of the 1",
+    ),
     "another shape": (
         lambda: {**STATE, "conv.weight": torch.ones(4, 4), **{f"more.{i}": 1 for i in range(3)}},
-        "little matches, 7 of the 8 tensors",
+        "too few tensors match, 7 of the 8 tensors",
     ),
     "a huge view": (
         lambda: {**STATE, "conv.weight": torch.ones(1).expand(10**9, 10**9)},
-        "little matches",
+        "too few tensors match",
     ),
     "twice the same names": (
         lambda: {**STATE, **{f"module.{name}": t for name, t in STATE.items()}},
-        "little matches",
+        "too few tensors match",
     ),
     "two networks": (
         lambda: {"a": STATE, "b": STATE},
-        "a, b all hold tiny; weights_part=NAME chooses one",
+        "a, b all match tiny; set weights_part=NAME to choose one",
     ),
-    "a foreign object": (Evil, "holds more than tensors and plain values: io.open;"),
+    "a foreign object": (Evil, "contains more than tensors and plain values: io.open;"),
     "a foreign object beside": (lambda: {"model": STATE, "args": Evil()}, "values: io.open;"),
     "arguments": (lambda: {"model": STATE, "args": argparse.Namespace(lr=0.1)}, "values: argparse.Namespace;"),
     "a NumPy scalar": (lambda: {"model": STATE, "top1": np.float64(91.7)}, "numpy.dtype;"),
@@ -194,7 +200,10 @@ CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a path": (lambda: {"model": STATE, "out": Path("x")}, "values: pathlib.PosixPath;"),
     "a whole module": (tiny, "values: torch.nn.modules.batchnorm.BatchNorm2d, torch.nn.modules.container.Sequential, "),
     "a module beside": (lambda: {"net": tiny(), "epoch": 3}, "values: torch.nn.modules.batchnorm.BatchNorm2d"),
-    "a run's checkpoint, mangled": (lambda: {"state": {"held": torch.ones(3)}, "model": {3: 4}}, "little matches"),
+    "a run's checkpoint, mangled": (
+        lambda: {"state": {"held": torch.ones(3)}, "model": {3: 4}},
+        "too few tensors match",
+    ),
     "a run's checkpoint of old, mangled": (lambda: {"state": {"held": True}, "model": {3: 4}}, NO_TENSORS),
 }
 
@@ -204,7 +213,7 @@ CONTENTS: dict[str, tuple[Callable[[], Any], str]] = {
 def test_contents_that_are_no_weights(tmp_path: Path, name: str, legacy: bool) -> None:
     make, why = CONTENTS[name]
     if name == "500 dicts deep":
-        sys.setrecursionlimit(20_000)  # to write it; reading takes no recursion
+        sys.setrecursionlimit(20_000)  # for writing; reading is not recursive
     try:
         torch.save(make(), tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
     finally:
@@ -213,11 +222,11 @@ def test_contents_that_are_no_weights(tmp_path: Path, name: str, legacy: bool) -
         load(tmp_path / "w.pt")
     else:
         message = refusal(tmp_path / "w.pt")
-        assert why in message or (legacy and "holds more than" in message)
+        assert why in message or (legacy and "contains more than" in message)
 
 
 def test_the_line_that_is_shown_saves_the_tensors(tmp_path: Path) -> None:
-    """It is for the owner of the file; here it is run on files of our own."""
+    """The command is for the owner of the file; here it runs on trusted files."""
     contents = {
         "arguments": {"model": STATE, "args": argparse.Namespace(lr=0.1)},
         "scalar": {"state_dict": STATE, "top1": np.float64(91.7)},
@@ -228,7 +237,7 @@ def test_the_line_that_is_shown_saves_the_tensors(tmp_path: Path) -> None:
     for name, content in contents.items():
         torch.save(content, tmp_path / f"{name}.pt")
         line = re.search(
-            "If you trust whoever wrote it, python -c (.*) saves its tensors alone$", refusal(tmp_path / f"{name}.pt")
+            "If you trust its source, python -c (.*) saves only its tensors$", refusal(tmp_path / f"{name}.pt")
         )
         assert line is not None
         lines.append(shlex.split(line[1])[0])
@@ -250,11 +259,20 @@ def whole_files() -> dict[str, bytes]:
 WHOLE = whole_files()
 
 
+@pytest.mark.parametrize(
+    "cut", [b"ccollect", b"ccollections", b"ccollections\n", b"ccollections\nO", b"ccollections\nOrdered"]
+)
+def test_a_file_that_is_cut_off_in_the_name_of_a_class(tmp_path: Path, cut: bytes) -> None:
+    path = tmp_path / "w.th"
+    path.write_bytes(WHOLE[".th"][: WHOLE[".th"].index(cut) + len(cut)])
+    assert refusal(path).startswith("is not a readable weights file (")
+
+
 @given(st.sampled_from(sorted(WHOLE)), st.floats(0, 1, exclude_max=True))
 def test_a_file_that_is_cut_off(tmp_path_factory: pytest.TempPathFactory, suffix: str, at: float) -> None:
     path = tmp_path_factory.mktemp("cut") / f"w{suffix}"
     path.write_bytes(WHOLE[suffix][: int(len(WHOLE[suffix]) * at)])
-    assert refusal(path).startswith("not a readable weights file (")
+    assert refusal(path).startswith("is not a readable weights file (")
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.binary(max_size=200), st.booleans())
@@ -270,7 +288,7 @@ def test_random_bytes(tmp_path_factory: pytest.TempPathFactory, suffix: str, con
 def test_bytes_that_changed(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, changes: list[tuple[float, int]]
 ) -> None:
-    """Where they are numbers the file loads, anywhere else it is refused in a sentence."""
+    """A changed byte in the numbers is loaded; anywhere else the file is rejected with one sentence."""
     path = tmp_path_factory.mktemp("changed") / f"w{suffix}"
     content = bytearray(WHOLE[suffix])
     for at, change in changes:
@@ -282,14 +300,14 @@ def test_bytes_that_changed(
     refusal(path)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # TorchScript's
 def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
     torch.save({"state_dict": {name: torch.zeros(500, 500) for name in STATE}}, tmp_path / "w.pt")
     for name, compression, change, why in (
         ("bomb", zipfile.ZIP_DEFLATED, lambda name, data: data, "is a compressed archive"),
         ("short", zipfile.ZIP_STORED, lambda name, data: data[:8] if "data/" in name else data, "not a readable"),
         ("empty", zipfile.ZIP_STORED, lambda name, data: b"", "not a readable weights file"),
-        ("other", zipfile.ZIP_STORED, lambda name, data: data.replace(b"torch", b"porch"), "holds more than"),
+        ("other", zipfile.ZIP_STORED, lambda name, data: data.replace(b"torch", b"porch"), "contains more than"),
     ):
         with (
             zipfile.ZipFile(tmp_path / "w.pt") as whole,
@@ -302,7 +320,7 @@ def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "old.tar", "w") as tar:
         tar.add(tmp_path / "w.pt", "storages")
     assert "not a readable weights file" in refusal(tmp_path / "old.tar")
-    assert "is a folder that has none of" in refusal(tmp_path / "holds.tar")
+    assert "is a folder that contains none of" in refusal(tmp_path / "holds.tar")
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     assert "TorchScript" in refusal(tmp_path / "script.pt")
 
@@ -318,7 +336,7 @@ def test_suffixes(tmp_path: Path, suffix: str) -> None:
 
 
 def sharded(folder: Path, suffix: str) -> Path:
-    """STATE in two files and their index, as transformers and accelerate write them."""
+    """Write STATE as two files with an index, in the format of transformers and accelerate; return the index."""
     names = list(STATE)
     shards = {f"model-0000{i + 1}-of-00002{suffix}": names[i::2] for i in range(2)}
     folder.mkdir(exist_ok=True)
@@ -340,13 +358,13 @@ def test_shards(tmp_path: Path, suffix: str) -> None:
     shard = index.parent / f"model-00002-of-00002{suffix}"
     before = fingerprint(str(index))
     shard.rename(tmp_path / "elsewhere")
-    assert f"names {shard.name}, which is not there" in refusal(index)
-    shard.symlink_to(tmp_path / "elsewhere")  # as in the cache of a hub
+    assert f"lists {shard.name}, which does not exist" in refusal(index)
+    shard.symlink_to(tmp_path / "elsewhere")  # as in the cache of the hub
     load(index)
     assert fingerprint(str(index)) == before
     shard.unlink()
     shard.write_bytes((index.parent / f"model-00001-of-00002{suffix}").read_bytes())
-    assert f"says that {shard.name} holds conv.bias, which it does not" in refusal(index)
+    assert f"lists conv.bias in {shard.name}, which does not contain it" in refusal(index)
     assert fingerprint(str(index)) != before
     shard.write_bytes(b"")
     assert "not a readable weights file" in refusal(index.parent)
@@ -367,20 +385,20 @@ INDICES = {
     "no JSON": ("weights", "not a readable index ("),
     "nested": ("[" * 100_000, "not a readable index ("),
     "not UTF-8": (b"\xff\xfe{", "not a readable index ("),
-    "a list": ("[]", "its weight_map must name a file for each tensor"),
-    "no map": ("{}", "its weight_map must name"),
-    "an empty map": ('{"weight_map": {}}', "its weight_map must name"),
-    "a map of lists": (names([1]), "its weight_map must name"),
-    "absent": (names("b.bin"), "names b.bin, which is not there"),
-    "a folder": (names("folder.bin"), "names folder.bin, which is not there"),
-    "upwards": (names("../a.bin"), "names ../a.bin, which must be a .safetensors or .bin file in the same folder"),
-    "upwards alone": (names(".."), "names .., which must be"),
-    "absolute": (names("/etc/passwd"), "names /etc/passwd, which must be"),
-    "below": (names("x/a.bin"), "names x/a.bin, which must be"),
-    "nothing": (names(""), "names , which must be"),
-    "no tensors": (names("w.bin.index.json"), "names w.bin.index.json, which must be"),
-    "NUL": (names("a\0.bin"), "names a?.bin, which is not there"),
-    "long": (names("a" * 9999 + ".bin"), "which is not there"),
+    "a list": ("[]", "its weight_map must list a file for each tensor"),
+    "no map": ("{}", "its weight_map must list"),
+    "an empty map": ('{"weight_map": {}}', "its weight_map must list"),
+    "a map of lists": (names([1]), "its weight_map must list"),
+    "absent": (names("b.bin"), "lists b.bin, which does not exist"),
+    "a folder": (names("folder.bin"), "lists folder.bin, which does not exist"),
+    "upwards": (names("../a.bin"), "lists ../a.bin, which must be a .safetensors or .bin file in the same folder"),
+    "upwards alone": (names(".."), "lists .., which must be"),
+    "absolute": (names("/etc/passwd"), "lists /etc/passwd, which must be"),
+    "below": (names("x/a.bin"), "lists x/a.bin, which must be"),
+    "nothing": (names(""), "lists , which must be"),
+    "no tensors": (names("w.bin.index.json"), "lists w.bin.index.json, which must be"),
+    "NUL": (names("a\0.bin"), "lists a?.bin, which does not exist"),
+    "long": (names("a" * 9999 + ".bin"), "which does not exist"),
 }
 
 
@@ -397,8 +415,8 @@ def test_indices_that_lead_nowhere(tmp_path: Path, name: str) -> None:
 def test_an_index_of_absurd_size(tmp_path: Path) -> None:
     path = tmp_path / "w.bin.index.json"
     with open(path, "wb") as file:
-        file.truncate(2**40)  # of holes
-    assert refusal(path) == "not a readable index (too large)"
+        file.truncate(2**40)  # sparse: only holes
+    assert refusal(path) == "is not a readable index (too large)"
 
 
 @given(st.text())

@@ -26,7 +26,7 @@ def test_stems() -> None:
 
 @pytest.mark.parametrize(("depth", "parameters"), [(20, 0.27e6), (32, 0.46e6), (44, 0.66e6), (56, 0.85e6)])
 def test_cifar_resnets_have_the_published_size(depth: int, parameters: float) -> None:
-    """Table 6 of He et al."""
+    """The published numbers are those of table 6 of He et al. 2016."""
     model = CifarResNet(depth)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.02)
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == depth

@@ -84,7 +84,7 @@ def test_the_usual_shapes_of_files(tmp_path: Path, model: nn.Module, shape: str)
 
 
 class Indexed(nn.Linear):
-    """Has integers beside its weights, as Swin has its positions."""
+    """A layer with an integer buffer beside its weights, like the position indices of Swin."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -135,13 +135,17 @@ def test_a_part_can_be_chosen(tmp_path: Path, model: nn.Module, part: str, value
     assert bool((model.get_parameter("conv1.weight") == value).all())
     if part == "both.student":
         with pytest.raises(
-            ConfigError, match=r"both\.student, both\.teacher all hold resnet20; weights_part=NAME chooses"
+            ConfigError, match=r"both\.student, both\.teacher all match resnet20; set weights_part=NAME to"
         ):
             load_weights(model, Source(str(path), "both"), "resnet20", new_head=False)
-        with pytest.raises(ConfigError, match=r"has no part bot; there are both, model, state_dict, state_dict_ema"):
+        with pytest.raises(
+            ConfigError, match=r"has no part bot; the parts are both, model, state_dict, state_dict_ema"
+        ):
             load_weights(model, Source(str(path), "bot"), "resnet20", new_head=False)
         torch.save(both, path)
-        with pytest.raises(ConfigError, match=r"r.teacher=.*: student, teacher all hold resnet20; r.teacher_part=NAME"):
+        with pytest.raises(
+            ConfigError, match=r"r.teacher=.*: student, teacher all match resnet20; set r.teacher_part="
+        ):
             load_weights(model, Source(str(path), key="r.teacher"), "resnet20", new_head=False)
 
 
@@ -177,7 +181,7 @@ def test_any_nesting_and_wrapping_is_seen_through(
     torch.save(content, path)
     model = tiny()
     loaded = load_weights(model, Source(str(path)), "tiny", new_head=False)
-    assert loaded.matched == loaded.of_model == len(source) - 1  # but for a counter of batches
+    assert loaded.matched == loaded.of_model == len(source) - 1  # without the counter of batches
     assert same(model, source)
 
 
@@ -188,7 +192,7 @@ def test_safetensors_and_quantized_models(tmp_path: Path, model: nn.Module) -> N
     load_weights(other, Source(str(path)), "resnet20", new_head=False)
     assert torch.equal(other.get_parameter("linear.weight"), model.get_parameter("linear.weight"))
 
-    other(torch.randn(4, 3, 32, 32))  # its quantizers now remember something
+    other(torch.randn(4, 3, 32, 32))  # gives its quantizers clipping scalars
     torch.save({"model": other.state_dict()}, tmp_path / "run.pt")
     third = quantize_model(build_model("resnet20", 10, 32), example=torch.randn(2, 3, 32, 32))
     load_weights(third, Source(str(tmp_path / "run.pt")), "resnet20", new_head=False)
@@ -199,7 +203,7 @@ def test_safetensors_and_quantized_models(tmp_path: Path, model: nn.Module) -> N
 
 
 class Coded(nn.Module):
-    """Calls a layer of its own a quantizer."""
+    """A network with a layer whose name ends in _quantizer, although it is not a quantizer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +225,7 @@ def test_layers_that_are_called_quantizers(quantized: bool, tmp_path: Path) -> N
     assert (loaded.matched, loaded.of_model) == (4, 4) and same(other, model.state_dict())
     del model.vector_quantizer
     torch.save(model.state_dict(), path)
-    with pytest.raises(ConfigError, match="little matches, 2 of the 4 tensors"):
+    with pytest.raises(ConfigError, match="too few tensors match, 2 of the 4 tensors"):
         load_weights(other, Source(str(path)), "coded", new_head=False)
 
 
@@ -237,7 +241,7 @@ def test_a_new_head(tmp_path: Path) -> None:
 
 
 def blank(word: str, classes: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A network of a library on the meta device, and a state of it that takes no memory."""
+    """Return a network of a library on the meta device, and a state dict for it that takes no memory."""
     with torch.device("meta"):
         model = build_model(word, classes, 224)
     return model, {key: torch.zeros((), dtype=t.dtype).expand(t.shape) for key, t in model.state_dict().items()}
@@ -270,7 +274,7 @@ def test_heads_of_all_kinds_may_be_new(
     loaded = match_weights(model, source := from_state(state, monkeypatch), word, new_head=True)[1]
     assert {key.rpartition(".")[0] for key in loaded.left_fresh} == heads
     assert loaded.matched + len(loaded.left_fresh) == loaded.of_model
-    with pytest.raises(ConfigError, match=r"has shape \[1000.*\], not \[10|little matches, 14 of the 16"):
+    with pytest.raises(ConfigError, match=r"has shape \[1000.*\], not \[10|too few tensors match, 14 of the 16"):
         match_weights(model, source, word, new_head=False)
 
 
@@ -285,12 +289,14 @@ def test_a_head_that_is_missing_may_be_new_and_another_layer_not(monkeypatch: py
         assert (loaded.matched, loaded.left_fresh) == (6, ("2.weight", "2.bias"))
     wider = {key: t for key, t in small(9, 5).state_dict().items() if not key.startswith("2.")}
     for tensors in ({"a": torch.zeros(3)}, wider):
-        with pytest.raises(ConfigError, match="little matches, 0 of the 8 tensors"):
+        with pytest.raises(ConfigError, match="too few tensors match, 0 of the 8 tensors"):
             match_weights(model, from_state(tensors, monkeypatch), "small", new_head=True)
     deep = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)), small(8, 3))
     other = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)), small(9, 5)).state_dict()
     for tensors in (other, {key: t for key, t in other.items() if not key.startswith("40.2.")}):
-        with pytest.raises(ConfigError, match=r"tensor 40\.0\.weight has shape \[9, 4\], not \[8, 4\] \(6 such\)"):
+        with pytest.raises(
+            ConfigError, match=r"tensor 40\.0\.weight has shape \[9, 4\], not \[8, 4\] \(6 such tensors\)"
+        ):
             match_weights(deep, from_state(tensors, monkeypatch), "deep", new_head=True)
 
 
@@ -300,11 +306,11 @@ def test_files_of_another_network_are_refused(tmp_path: Path, model: nn.Module) 
     for name in ("resnet56", "resnet18", "mobilenet_v2"):
         other = build_model(name, 10, 32)
         before = {k: v.clone() for k, v in other.state_dict().items()}
-        with pytest.raises(ConfigError, match="little matches"):
+        with pytest.raises(ConfigError, match="too few tensors match"):
             load_weights(other, Source(path), name, new_head=True)
         assert same(other, before)
     torch.save(build_model("resnet56", 10, 32).state_dict(), path)
-    with pytest.raises(ConfigError, match="little matches"):
+    with pytest.raises(ConfigError, match="too few tensors match"):
         load_weights(model, Source(path), "resnet20", new_head=True)
     state = model.state_dict()
     state["layer1.0.conv1.weight"] = torch.zeros(16, 16, 1, 1)
@@ -317,13 +323,15 @@ def test_find_weights(tmp_path: Path, model: nn.Module, monkeypatch: pytest.Monk
     (tmp_path / "w.txt").touch()
     find_weights(Source("torchvision"), "resnet18")
     find_weights(Source("torchvision"), "torchvision/resnet18")
-    with pytest.raises(ConfigError, match="torchvision/vit_h_14 has no IMAGENET1K_V1; teacher=pretrained has its best"):
+    with pytest.raises(
+        ConfigError, match="torchvision/vit_h_14 has no IMAGENET1K_V1; teacher=pretrained loads its best weights"
+    ):
         find_weights(Source("torchvision", key="teacher"), "torchvision/vit_h_14")
     for weights, message in (
-        ("torchvision", "there are none for resnet20, only for resnet18, .*, mobilenet_v3_large and torchvision/NAME"),
+        ("torchvision", "no published weights exist for resnet20, only for resnet18, .*_v3_large and torchvision/NAME"),
         (str(tmp_path / "no.pt"), "no such file"),
         (str(tmp_path / "w.txt"), "must end in"),
-        (str(tmp_path), "is a folder that has none of model.safetensors.index.json"),
+        (str(tmp_path), "is a folder that contains none of model.safetensors.index.json"),
         ("~nobody/w.pt", "no such file"),
         ("w\0.pt", "no such file"),
         ("w" * 5000 + ".pt", "no such file"),

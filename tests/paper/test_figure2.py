@@ -1,4 +1,4 @@
-"""Figure 2: both methods on every tensor of a network, against a search of their own."""
+"""Figure 2: both methods on every tensor of a network, checked against an independent search."""
 
 import csv
 from pathlib import Path
@@ -15,7 +15,7 @@ from qat_runner.paper import figure2
 
 
 def _mse(x: np.ndarray, s: float, bits: int, signed: bool) -> float:
-    """Of the quantizer, written down once more in float64."""
+    """Return the MSE of the quantizer, reimplemented in float64."""
     step = s * 2.0 ** (1 - bits) if signed else s * 2.0**-bits
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return float(np.mean((x - step * np.clip(np.round(x / step), low, high)) ** 2))
@@ -63,7 +63,7 @@ def test_all_weights_and_activations_of_a_run_at_both_bit_widths(run: Path) -> N
     assert [(row.kind, row.bits) for row in rows].count(("activation", 8)) == 20
     assert len(rows) == 2 * (20 + 20)
     figure = figure2.draw(rows)
-    for ax in figure.axes:  # solid the sweep, dashed OCTAV
+    for ax in figure.axes:  # the sweep is solid, OCTAV dashed
         assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "-", "--"]
         assert all(len(line.get_ydata()) == 20 for line in ax.lines)
     plt.close(figure)

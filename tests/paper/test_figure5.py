@@ -11,7 +11,7 @@ from qat_runner.quant import fake_quantize, mse_sweep, octav
 
 @pytest.fixture
 def two_minima() -> Sample:
-    """Appendix G: a few outliers give the measured MSE a second minimum, which caters for them alone."""
+    """Appendix G: a few outliers give the measured MSE a second minimum, which suits only the outliers."""
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     x[:3] = 350.0
     return Sample("outliers", x, True)

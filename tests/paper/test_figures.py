@@ -1,4 +1,4 @@
-"""What figures 1 and 3 and that of the iteration show: their lines, against definitions in NumPy and float64."""
+"""Figures 1 and 3 and the plot of the iteration: their lines, checked against definitions in NumPy and float64."""
 
 import itertools
 
@@ -24,12 +24,12 @@ def _closed() -> None:
 
 
 def lines(ax: Axes) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """By label, x and y."""
+    """Return x and y of each line, by label."""
     return {str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in ax.lines}
 
 
 def noise(sample: Sample, bits: int) -> float:
-    """k of the paper."""
+    """Return the paper's k."""
     return float(4.0**-bits / (3 if sample.signed else 12))
 
 
@@ -50,7 +50,7 @@ def test_figure_1_is_the_model_and_what_quantizers_do_around_the_best_scalar() -
         expected = [(noise(sample, bits) * s**2 * n + o @ o) / x.size for s, n, o in zip(at, inside, over, strict=True)]
         assert modelled == pytest.approx(expected, rel=1e-3)
         at, real = found["measured"]
-        step = at / 2 ** (bits - sample.signed)  # which has no code at s
+        step = at / 2 ** (bits - sample.signed)  # this format has no code at s
         ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if sample.signed else (0, 2**bits - 1)
         by_hand = [np.mean((np.clip(np.round(x / d), *ends) * d - x) ** 2) for d in step]
         assert real == pytest.approx(by_hand, rel=1e-2)

@@ -1,4 +1,4 @@
-"""The ledger: the paper agrees with itself, verdicts are those of a paired t-test, and no cell is left out."""
+"""The ledger: the claims fit the paper's numbers, verdicts are those of a paired t-test, and no cell is left out."""
 
 import csv
 import math
@@ -64,7 +64,7 @@ def test_claims_are_about_what_there_is() -> None:
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=6))
 def test_the_interval_is_that_of_a_paired_t_test(pairs: list[tuple[float, float]]) -> None:
     found = Differences(tuple(round(a - b, 3) for a, b in pairs))
-    if max(found.values) - min(found.values) < ROUNDING:  # of which scipy makes nan
+    if max(found.values) - min(found.values) < ROUNDING:  # for which scipy returns nan
         assert found.interval is None
         return
     expected = ttest_rel(found.values, [0.0] * len(pairs)).confidence_interval(0.95)
@@ -90,14 +90,14 @@ def test_verdicts(values: tuple[float, ...], above: float, below: float, verdict
 
 
 def test_networks_that_collapsed_are_at_chance_for_sure() -> None:
-    """With each seed exactly at 10 % of ten classes; the scatter that there is not makes nothing of it doubtful."""
+    """Every seed is exactly at chance, 10 % of ten classes; zero variance does not make the verdict doubtful."""
     alike = Differences((0.0, 0.0, 0.0), certain=True)
     assert alike.interval == (0.0, 0.0) and alike.verdict(-math.inf, 5) is Verdict.HOLDS
     assert Differences((0.0,), certain=True).verdict(-math.inf, 5) is Verdict.ONE_SEED
 
 
 def finding(number: int, *values: float) -> Finding:
-    """On a statement that holds of what lies above zero."""
+    """Return a finding on a statement that holds for differences above zero."""
     statement = Statement(f"octav{number}", "max", 4, 0.0, float("inf"), None)
     return Finding(statement, setups_of(runs())[0], Differences(values))
 
@@ -107,7 +107,7 @@ def test_verdicts_together() -> None:
     assert together([finding(0, *holds), finding(1, *fails), finding(2, *one)], 3) is Verdict.FAILS
     assert together([finding(0, *holds), finding(1, *holds)], 2) is Verdict.HOLDS
     assert together([finding(0, *holds)], 2) is Verdict.OPEN  # the other statement was not run
-    assert together([finding(0, *holds), finding(0, *holds)], 2) is Verdict.OPEN  # nor was it here, in two setups
+    assert together([finding(0, *holds), finding(0, *holds)], 2) is Verdict.OPEN  # nor here: one statement, two setups
     assert together([finding(0, *one), finding(1, *one)], 3) is Verdict.ONE_SEED
     assert together([finding(0, *holds), finding(1, *one)], 2) is Verdict.OPEN
 
@@ -116,7 +116,7 @@ def test_verdicts_together() -> None:
 
 
 def run(row: str, bits: int | None, seed: int, top1: float, mode: str = "scratch", **other: object) -> Run:
-    """Of ResNet-20 on CIFAR-10, as far as the ledger looks at it."""
+    """Return a run of ResNet-20 on CIFAR-10 with the fields that the ledger uses."""
     overrides = [
         "dataset=cifar10",
         "dataset.image_size=16",
@@ -138,7 +138,7 @@ def runs() -> list[Run]:
 
 
 def test_claims_are_judged_by_runs_of_one_setup() -> None:
-    other = [run("octav", 4, seed, 10.0, lr=0.5) for seed in range(3)]  # of another recipe, without full precision
+    other = [run("octav", 4, seed, 10.0, lr=0.5) for seed in range(3)]  # another recipe, without full precision
     setups = setups_of([*runs(), *other])
     assert [len(setup.results) for setup in setups] == [9, 3]
     by_id = {claim.id: claim for claim in claims()}
@@ -151,7 +151,7 @@ def test_claims_are_judged_by_runs_of_one_setup() -> None:
         found[1].differences.values == pytest.approx((3.4, 3.4, 3.6)) and by_id["max-4-bits"].verdict(found) == "holds"
     )
     assert by_id["ste-unstable"].verdict(by_id["ste-unstable"].findings(setups)) == "not run"
-    assert by_id["any-start"].verdict([]) == "holds"  # by what the project found
+    assert by_id["any-start"].verdict([]) == "holds"  # the project's own finding
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_the_command_of_a_setup_and_the_words_of_a_row_give_a_run() -> None:
 
 
 def _table_of_results(folder: Path, tops: dict[tuple[str, int], float]) -> Path:
-    """A CSV file of runs of two clipping methods, with the config of one seed each."""
+    """Write a CSV file of runs of several clipping methods, with a config of one seed each."""
     (folder / "configs").mkdir(parents=True)
     rows = []
     for (clipping, seed), top1 in tops.items():
@@ -273,12 +273,12 @@ def _table_of_results(folder: Path, tops: dict[tuple[str, int], float]) -> Path:
 def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tops = {("none", 0): 60.0, ("none", 1): 61.0, ("octav", 0): 59.5, ("octav", 1): 60.52}
     table = _table_of_results(tmp_path, tops)
-    make_run(tmp_path / "runs", "clipping=max", "lr=0.5")  # of another recipe
+    make_run(tmp_path / "runs", "clipping=max", "lr=0.5")  # another recipe
     assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out.splitlines()
     own = sum(claim.found is not None for claim in claims())
     assert told[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
-    assert f" {own} were looked at by the project itself, whatever the runs: holds " in told[0]
+    assert f" {own} were examined by the project itself, independently of these runs: holds " in told[0]
     assert told[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
     page = (tmp_path / "out" / "ledger.md").read_text()
     assert "paired t-test" in page and "GPU hours are an estimate" in page
@@ -321,7 +321,7 @@ def test_bad_tables_are_told_in_a_sentence(
 
 def test_the_ledger_of_nothing_says_so() -> None:
     page, _ = ledger([])
-    assert "Nothing." in page.text("markdown")
+    assert "No runs." in page.text("markdown")
     judged, own, of_cells = (part.partition(": ")[2] for part in page.lead[-1].split(". ")[1:])
     assert judged == f"not run {sum(claim.found is None for claim in claims())}" and "not run" not in own
     assert of_cells.startswith("not run ")

@@ -1,4 +1,4 @@
-"""The paper's tables: every published cell stands beside ours, in every layout."""
+"""The paper's tables: every published cell appears beside our result, in every format."""
 
 import csv
 import re
@@ -21,7 +21,7 @@ from tests.report.test_pages import config_of
 
 VISION = ("resnet50", "resnet18", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 
-# Read from the paper once more, in its own layout, which is not that of paper.yaml.
+# A second transcription of the paper, in its own layout, which is not that of paper.yaml.
 TABLE1 = {"Full precision": 76.07, "Max-scaled": 72.67, "STE": 67.75, "PWL": 74.31, "MAD": 74.81, "MPH": 75.15}
 TABLE2 = """
 76.07 75.15 72.67 76.07 76.01 76.24 76.12
@@ -94,7 +94,7 @@ def _run(folder: Path, model: str, row: str, bits: int | None, value: float, **o
     name = f"{model}-{row}-{bits}-{seed}"
     weights = None if mode in ("scratch", "finetune") else other.pop("weights", "w.pt")
     config = config_of(f"bits={bits or 32}", f"seed={seed}")
-    stage = "scratch" if mode == "finetune" else mode  # which pictures do not have
+    stage = "scratch" if mode == "finetune" else mode  # image networks have no stage finetune
     changes = {"mode": Mode(stage), "weights": weights, "fingerprints": {weights: weights} if weights else {}, **other}
     config = replace(config, model=replace(config.model, name=model), **changes)
     return Run(folder / name, config, model, dataset, mode, bits or 32, row, seed, {"row": row}, {metric: value})
@@ -102,7 +102,7 @@ def _run(folder: Path, model: str, row: str, bits: int | None, value: float, **o
 
 @pytest.mark.parametrize("name", CELLS)
 def test_every_published_cell(name: str, tmp_path: Path) -> None:
-    """None is missing, none is wrong, and none is there that the paper does not have; whether there are runs or not."""
+    """No cell is missing, wrong or invented, with or without runs."""
     found = {
         (model, row, bits): value
         for model in FULL
@@ -119,7 +119,7 @@ def test_every_published_cell(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_the_difference_of_differences(name: str, tmp_path: Path) -> None:
-    """Our drop against our full precision minus the paper's against its own."""
+    """Our drop from our full precision minus the paper's drop from its own."""
     dataset, mode = ("squad", "finetune") if name == "table5" else ("imagenet", paper()[name]["mode"])
     ours = {key: 50.0 - number for number, key in enumerate(CELLS[name])}
     runs = [_run(tmp_path, *key, value, mode=mode, dataset=dataset) for key, value in ours.items()]
@@ -154,7 +154,7 @@ class _Cells(HTMLParser):
 
 
 def _read(text: str, layout: str) -> list[list[str]]:
-    """A table back from what was written, heads first."""
+    """Read a table back from its text, headers first."""
     if layout == "csv":
         return list(csv.reader(text.splitlines()))
     if layout == "markdown":
@@ -174,7 +174,7 @@ def test_the_published_columns_in_every_layout(name: str, layout: str, tmp_path:
     dataset, model = ("squad", "bert_base") if name == "table5" else ("imagenet", "resnet50")
     full = "pretrained" if name in ("table3", "table4") else "full_precision"
     mode = paper()[name]["mode"]
-    seeds = (0,) if full == "pretrained" else (0, 1, 2)  # seed by seed: of the third there is nothing to compare
+    seeds = (0,) if full == "pretrained" else (0, 1, 2)  # paired by seed: the third has no counterpart
     runs = [_run(tmp_path, model, full, None, 70.0 + 3 * (s == 2), dataset=dataset, mode=mode, seed=s) for s in seeds]
     runs += [_run(tmp_path, model, "octav", 4, 68.5 + s, dataset=dataset, mode=mode, seed=s) for s in (0, 1)]
     heads, *rows = _read(make_table(name, runs, dataset).text(layout), layout)
@@ -193,8 +193,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     runs = [_run(tmp_path, "resnet50", "max", 4, 70.0)]
     text = make_table("table2", runs, "imagenet").text("markdown")
     assert "Missing: resnet50, Full precision; resnet50, Max-scaled, 6 bits; " in text
-    assert "No results of resnet18, resnet101, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large." in text
-    assert "Published figures: Sakr et al., ICML 2022, on ImageNet." in text
+    assert "No results for resnet18, resnet101, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large." in text
+    assert "Published numbers: Sakr et al., ICML 2022, on ImageNet." in text
     with pytest.raises(ConfigError, match="--model resnet5: table2 has resnet50, resnet18, "):
         make_table("table2", runs, "imagenet", "resnet5")
 
@@ -210,13 +210,13 @@ def test_rows_of_other_settings_are_told_and_full_precision_is_that_of_the_same(
     columns = table.columns
     assert columns["against full precision"] == ["", "", "", "", "", "-3.00"]
     assert table.notes()[-1] == (
-        "Other settings than resnet50, Max-scaled, 4 bits, have Full precision (epochs); "
+        "Rows with other settings than resnet50, Max-scaled, 4 bits: Full precision (epochs); "
         "OCTAV (MPH), 4 bits (first_last_bits, epochs)."
     )
 
 
 def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> None:
-    """Not any other's; of one file it is the same for all seeds."""
+    """Only evaluations of the same weights count; those of one file serve all seeds."""
 
     def table(*starts: str) -> TableOfRuns:
         runs = [_run(tmp_path, "resnet50", "pretrained", None, 93.0, weights="x.pt")]
@@ -240,18 +240,18 @@ def test_rows_that_start_elsewhere_are_told(tmp_path: Path) -> None:
         for seed, weights in enumerate(starts)
     ]
     (told,) = make_table("table3", runs, "imagenet", "resnet50").unlike
-    assert told == "Other settings than resnet50, Static OCTAV, 4 bits, have OCTAV (MPH), 4 bits (weights)."
+    assert told == "Rows with other settings than resnet50, Static OCTAV, 4 bits: OCTAV (MPH), 4 bits (weights)."
 
 
 def test_tables_that_are_not_the_papers() -> None:
-    """LSQ's and PACT's numbers are those of their own papers, and no difference is made of them."""
+    """The numbers of LSQ and PACT come from their own papers, so no differences are computed from them."""
     learned = make_table("learned", [], "imagenet")
     assert list(learned.columns)[-1] == "published %"
     assert published("learned", "resnet18", "lsq", 3) == 70.2
     assert published("learned", "resnet50", "pact", 2) == 72.2
     assert published("learned", "resnet18", "pretrained", None) is None
     assert published("learned", "resnet18", "octav", 4) is None
-    assert "Published figures: Esser et al., ICLR 2020, Table 1" in learned.text("markdown")
+    assert "Published numbers: Esser et al., ICLR 2020, Table 1" in learned.text("markdown")
     distillation = make_table("distillation", [], "imagenet")
     assert not any("published" in head for head in distillation.columns)
     assert "Published" not in distillation.text("markdown")
@@ -357,14 +357,16 @@ def test_figure4_tells_of_rows_of_other_settings(tmp_path: Path, caplog: pytest.
         _curve(_run(tmp_path, "resnet20", row, 4, 50.0, epochs=2 + (row == "max")), 50.0) for row in ("max", "octav")
     ]
     plt.close(figure4(runs, "imagenet"))
-    assert "Other settings than resnet20, Max-scaled, 4 bits, have OCTAV (MPH), 4 bits (epochs)." in caplog.messages
+    assert (
+        "Rows with other settings than resnet20, Max-scaled, 4 bits: OCTAV (MPH), 4 bits (epochs)." in caplog.messages
+    )
 
 
 def test_figure4_is_of_one_network(tmp_path: Path) -> None:
-    """Not the mean of two."""
+    """Runs of two networks are not averaged."""
     runs = [_curve(_run(tmp_path, model, "octav", 4, 50.0), 10.0, 50.0) for model in ("resnet18", "resnet50")]
     runs += [_curve(_run(tmp_path, "resnet50", "octav", 6, 50.0), 90.0, 90.0)]  # Table 2's
-    with pytest.raises(ConfigError, match="figure4: there are runs of resnet18, resnet50: --model chooses one"):
+    with pytest.raises(ConfigError, match="figure4: there are runs of resnet18, resnet50: choose one with --model"):
         figure4(runs, "imagenet")
     figure = figure4(runs, "imagenet", "resnet50")
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[10.0, 50.0]]

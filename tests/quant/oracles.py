@@ -1,4 +1,4 @@
-"""Independent ways to the same numbers, in float64 and as slow as they like."""
+"""Independent reference computations in float64, without regard to speed."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def octav_by_sorting(row: Tensor, k: float) -> float:
-    """The sign change of g(s) = k s #{0<|x|<=s} - sum (|x| - s)+, found by looking at every interval between elements.
+    """Return the sign change of g(s) = k s #{0<|x|<=s} - sum (|x| - s)+, by a search of all intervals between elements.
 
-    Between two neighbours in sorted order g is a straight line; its root counts where it falls into the interval. Where
-    no interval holds its root, g jumps across zero at an element.
+    Between two neighbours in sorted order, g is a straight line. Its root is the solution if it lies in the interval.
+    If no interval contains its root, g jumps across zero at an element.
     """
     a = sorted(abs(float(v)) for v in row.double() if float(v) != 0)
     n = len(a)
@@ -29,14 +29,14 @@ def octav_by_sorting(row: Tensor, k: float) -> float:
 
 
 def j_on_grid(x: Tensor, bits: int, signed: bool, candidates: Tensor) -> Tensor:
-    """J(s) of section 2, term by term, for each candidate [n] -> [n], float64."""
+    """Return J(s) of section 2, term by term, for candidates [n] in shape [n], float64."""
     a = x.double().abs().flatten()
     k = 4.0**-bits / (3 if signed else 12)
     return torch.stack([(k * s**2 * ((a > 0) & (a <= s)) + (a - s) ** 2 * (a > s)).mean() for s in candidates.double()])
 
 
 def textbook_octav(x: Tensor, bits: int, signed: bool, iterations: int) -> Tensor:
-    """Corollary 3.2 as printed, in float64."""
+    """Iterate Corollary 3.2 as printed, in float64."""
     a = x.double().abs()
     s = a.sum() / (a != 0).sum()
     for _ in range(iterations):
@@ -46,19 +46,19 @@ def textbook_octav(x: Tensor, bits: int, signed: bool, iterations: int) -> Tenso
 
 
 def quantize_by_hand(x: Tensor, s: float, bits: int, signed: bool) -> Tensor:
-    """The table of section 2 in float64."""
+    """Quantize by the table of section 2, in float64."""
     step = s * 2.0 ** (1 - bits) if signed else s * 2.0**-bits
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     return torch.round(x.double() / step).clamp(low, high) * step
 
 
 def straight_through(v: Tensor) -> Tensor:
-    """round(v), with the gradient of v."""
+    """Return round(v), with the gradient of v."""
     return v + (v.round() - v).detach()
 
 
 def interval_cost(x: Tensor, ends: Tensor, noise: float, dims: tuple[int, ...]) -> Tensor:
-    """J of `two_ends.octav`, float64."""
+    """Return J of `two_ends.octav`, float64."""
     x, (low, high) = x.double(), ends.double()
     clipped = torch.minimum(torch.maximum(x, low), high)
     inside = ((x == clipped) & (x != 0)).sum(dims, keepdim=True)
@@ -66,12 +66,14 @@ def interval_cost(x: Tensor, ends: Tensor, noise: float, dims: tuple[int, ...]) 
 
 
 def same_but_for_ties(found: Tensor, expected: Tensor, share: float = 0.1) -> None:
-    """Of a network's outputs, [N, K]: they differ by far less than they do among inputs, as much as codes beside a tie
-    may make of it, and a layer that is wrong may not.
+    """Check that the outputs of two networks, [N, K], are equal except for values that are rounded near ties.
+
+    Their difference must be much smaller than the differences among inputs. Other codes near ties stay below this
+    limit; a wrong layer does not.
 
     Args:
-        found, expected: of the same inputs.
-        share: of the largest difference among inputs.
+        found, expected: outputs for the same inputs.
+        share: allowed difference, as a fraction of the largest difference among inputs.
     """
     assert found.shape == expected.shape and found.dtype == expected.dtype
     assert (found - expected).abs().max() < share * (expected - expected.mean(0)).abs().max()

@@ -1,4 +1,4 @@
-"""Affine integers: two ends and a zero point, from the definition to exported files."""
+"""Affine integers, with two clipping bounds and a zero point: from the definition to exported files."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def lopsided(*shape: int, seed: int = 0) -> Tensor:
 
 
 def by_hand(x: Tensor, low: float, high: float, bits: int) -> Tensor:
-    """PyTorch's own per-tensor affine quantization, in float32."""
+    """Quantize with PyTorch's own per-tensor affine quantization, in float32."""
     last = 2**bits - 1
     scale = torch.tensor(high - low, dtype=torch.float32) / last
     zero = int((-torch.tensor(low, dtype=torch.float32) / scale).round().clamp(0, last))
@@ -70,7 +70,7 @@ def test_values_are_pytorchs(name: str, dtype: torch.dtype, bits: int) -> None:
         step = (high - low) / (2**bits - 1)
         expected = by_hand(x.float(), low, high, bits)
         near = (found.float() - expected).abs() <= 0.01 * step + torch.finfo(dtype).eps * x.float().abs()
-        assert near.float().mean() > 0.995  # a tie, or a quotient beside one, goes either way
+        assert near.float().mean() > 0.995  # ties and values next to a tie may round either way
         assert (found.float() - expected).abs().max() <= step * 1.01 + 0.02
 
 
@@ -92,7 +92,7 @@ def test_zero_is_exact_and_codes_come_back(values: list[float], low: float, high
     assert len(q.unique()) <= 2**bits
     step = float(format.step(s))
     inside = (x >= low) & (x <= high)
-    assert ((q - x).abs()[inside] <= step * (1 + 1e-4) + 1e-6).all()  # half of it, and half of the zero point's
+    assert ((q - x).abs()[inside] <= step * (1 + 1e-4) + 1e-6).all()  # half a step each from x and z
 
 
 @names
@@ -124,13 +124,13 @@ def test_rows_have_intervals_of_their_own(name: str) -> None:
 
 
 def test_what_are_no_ends() -> None:
-    with pytest.raises(ValueError, match="takes 2, stacked"):
+    with pytest.raises(ValueError, match="must have a first dimension of 2 for int_affine"):
         fake_quantize(torch.randn(3), 1.0, IntAffineFormat(4))
     with pytest.raises(ValueError, match="does not broadcast"):
         fake_quantize(torch.randn(3), torch.zeros(2, 4), IntAffineFormat(4))
     q = Quantizer(IntAffineFormat(4), Octav())
     for ends in ((0.1, 1.0), (-1.0, -0.1), (-math.inf, 1.0)):
-        with pytest.raises(ValueError, match="ends must be finite, the lower one not above zero"):
+        with pytest.raises(ValueError, match="bounds must be finite, the lower one at most 0"):
             q.assign(torch.tensor(ends))
     with pytest.raises(ValueError, match="range=oriented: is for plain integers, not for int_affine4"):
         quantize_model(nn.Sequential(nn.Linear(3, 3)), 4, format="int_affine", range="oriented", first_last_bits=None)
@@ -154,7 +154,7 @@ def test_extremes_and_percentiles(dim: int | None) -> None:
 
 
 def brute_force(x: Tensor, format: IntAffineFormat, shares: int = 40) -> Tensor:
-    """The least measured error of each of [rows, n] over a grid of both ends: [rows, 1]."""
+    """Return the least measured error of each row of [rows, n] over a grid of both bounds: [rows, 1]."""
     top, best = maximum(x, format, 0), torch.full((len(x), 1), math.inf, dtype=x.dtype)
     for low in torch.linspace(0.02, 1, shares).tolist():
         for high in torch.linspace(0.02, 1, shares).tolist():
@@ -165,7 +165,7 @@ def brute_force(x: Tensor, format: IntAffineFormat, shares: int = 40) -> Tensor:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_methods_beside_brute_force(bits: int) -> None:
-    """Of long rows: OCTAV within a few percent, the sweep within one, whatever the shape of the distribution."""
+    """On long rows of any distribution, OCTAV is within a few percent of the optimum, the sweep within one percent."""
     format = IntAffineFormat(bits)
     shapes = {
         "normal": torch.randn(8, 3000),
@@ -207,13 +207,13 @@ def test_octav_of_backends_cold_and_warm(name: str, dtype: torch.dtype) -> None:
             warm = octav(on(name, x), format, dim, 6, on(name, 1.2 * reference.float())).cpu()
         for found in (cold, warm):
             assert found.dtype == torch.float32
-            assert (expected_mse(x, found, format, dim) <= least * 1.05).all()  # its slope is small there
+            assert (expected_mse(x, found, format, dim) <= least * 1.05).all()  # J is flat near the minimum
 
 
 @names
 @pytest.mark.parametrize("n", [2000, 20_000])
 def test_octav_beside_one_massive_element(name: str, n: int) -> None:
-    """Ten reads arrive, though the mean lies far below; and warm, with an end at zero, two."""
+    """Ten reads suffice although the mean is far below; from a warm start with a bound at zero, two reads suffice."""
     format = IntAffineFormat(8)
     x = torch.randn(1, n)
     x[0, 0] = 1e5
@@ -230,9 +230,9 @@ def test_octav_beside_one_massive_element(name: str, n: int) -> None:
 
 @names
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which Triton's interpreter counts
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, which Triton's interpreter uses
 def test_octav_of_what_is_not_finite(name: str, bad: float) -> None:
-    """No end is found, so that the running average of neither is spoilt."""
+    """Neither bound is found, so the running averages of both keep their values."""
     x = torch.randn(2, 3000)
     x[0, 5:7] = torch.tensor([bad, -50.0])
     q = Quantizer(IntAffineFormat(4), Octav()).train().to(DEVICES[name])
@@ -260,7 +260,7 @@ def test_octav_from_a_start_that_tells_nothing(name: str, start: tuple[float, fl
 @names
 def test_octav_without_a_lower_end_is_octav_in_one_unknown(name: str) -> None:
     x = lopsided(5, 300).relu()
-    plain = IntFormat(4, signed=False, range=Range.FULL)  # which has the same levels
+    plain = IntFormat(4, signed=False, range=Range.FULL)  # has the same levels
     with using(name, DEVICES[name]):
         for start in (None, torch.full((5, 1), 1.5)):
             both = None if start is None else on(name, torch.stack([torch.zeros_like(start), start]))
@@ -270,7 +270,7 @@ def test_octav_without_a_lower_end_is_octav_in_one_unknown(name: str) -> None:
 
 
 class Halves(Pool):
-    """As if another process had the same tensor."""
+    """A pool that acts as if another process had the same tensor."""
 
     def total(self, *figures: Tensor) -> list[Tensor]:
         return [2 * f.double() for f in figures]
@@ -290,7 +290,7 @@ def test_lopsided_activations_gain() -> None:
     affine, plain = IntAffineFormat(4), IntFormat(4, range=Range.FULL)
     gain = measure(x, octav(x, affine), affine).sqnr_db - measure(x, octav(x, plain), plain).sqnr_db
     assert gain > 4
-    assert measure(x, octav(x, affine), affine).clipped_fraction < 0.2  # many lie close to the lower end
+    assert measure(x, octav(x, affine), affine).clipped_fraction < 0.2  # many values are close to the lower bound
 
 
 class Net(nn.Module):
@@ -355,7 +355,7 @@ def test_histograms_know_both_ends() -> None:
 
 
 def test_lsq_plus_is_its_definition() -> None:
-    """Against autograd of the published form, with the rounding passed straight through."""
+    """Compare with autograd of the published equations, with straight-through rounding."""
     format = IntAffineFormat(3)
     method = clipping_method("lsq")
     quantizer = method.quantizer(format, weight=False)
@@ -369,7 +369,7 @@ def test_lsq_plus_is_its_definition() -> None:
     v = ((y - low) / step).clamp(0, 7)
     zero = (-low.detach() / step.detach()).round()
     code = (y.detach() / step.detach()).round().clamp(-zero, 7 - zero) + zero
-    published = (v + (code - v).detach()) * step + low  # the lower end lies on a whole step, so no rounding of it
+    published = (v + (code - v).detach()) * step + low  # the lower bound is a multiple of the step: not rounded
     published.backward(grad)
     scale = 1 / math.sqrt(50 * 7)
     torch.testing.assert_close(quantizer.learned.grad[0], step.grad * scale, rtol=1e-4, atol=1e-5)  # type: ignore[index]
@@ -414,7 +414,7 @@ def test_exported_with_zero_points(bits: int, weights: str, tmp_path: Path) -> N
 
 
 class Counting(Halves):
-    """Of which each part must ask equally often."""
+    """A pool that counts its calls; all parts must make the same number of calls."""
 
     asked = 0
 
@@ -431,7 +431,7 @@ class Counting(Halves):
     "format", [IntFormat(4), IntFormat(4, False), IntFormat(4, range=Range.ORIENTED), IntAffineFormat(4)]
 )
 def test_an_empty_part_asks_as_often_as_the_others(format: IntFormat | IntAffineFormat) -> None:
-    """Processes wait for each other: one that leaves early is waited for."""
+    """Processes wait for each other: if one makes fewer calls, the others wait forever."""
     asked = []
     for x in (torch.randn(0, 3), torch.randn(5, 3)):
         pool = Counting()
@@ -445,5 +445,5 @@ def test_an_empty_part_asks_as_often_as_the_others(format: IntFormat | IntAffine
 
 
 def test_what_is_measured_on_a_part_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match="refine=8: measures errors of one part alone"):
+    with pytest.raises(ValueError, match="refine=8: must be 0 with a pool"):
         octav(torch.randn(9), 4, refine=8, pool=Halves())

@@ -36,7 +36,7 @@ def constant_of(bits: int, signed: bool) -> float:
 
 
 def distribution(name: str, rows: int, n: int) -> Tensor:
-    """[rows, n] random numbers of a kind."""
+    """Return random numbers [rows, n] from the distribution with this name."""
     gaussian = torch.randn(rows, n)
     return {
         "gaussian": gaussian,
@@ -113,8 +113,8 @@ def test_the_modelled_error_at_octav_is_the_least_there_is(kind: str, signed: bo
         s = octav(x, IntFormat(bits, signed)).double()
         grid = s * torch.linspace(0.5, 1.5, 801, dtype=torch.float64)
         j = j_on_grid(x, bits, signed, torch.cat([s.view(1), grid]))
-        # The paper holds the indicators of J constant when it differentiates. What that leaves out moves s by up to a
-        # few percent at 3 bits, where J is flat: the error it costs is what must stay negligible.
+        # The paper treats the indicators of J as constant in the derivative. At 3 bits, this shifts s by up to a few
+        # percent where J is flat. Only the resulting increase of J must be negligible.
         assert j[0] <= j.min() * (1.01 if bits == 3 else 1.002)
 
 
@@ -160,7 +160,7 @@ def test_one_warm_read_is_close() -> None:
 
 
 def test_octav_keeps_to_the_bulk_where_a_sweep_follows_outliers() -> None:
-    """Appendix G: two minima."""
+    """J has two minima (appendix G)."""
     x = torch.randn(100_000)
     x[:3] = 350.0
     assert octav(x, 4).item() == pytest.approx(7.9, abs=0.1)
@@ -194,10 +194,10 @@ QS = (0.1, 1.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999, 100.0)
 
 
 def assert_is_numpys(x: Tensor, q: float) -> None:
-    """Per tensor and along each dimension, signed and not; NumPy computes in float64."""
+    """Compare with NumPy in float64, per tensor and along each dimension, signed and unsigned."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = torch.finfo(dtype)
-    rtol = 4 * wide.eps + 1e-15 * x.numel()  # where q lies between two elements is rounded, too
+    rtol = 4 * wide.eps + 1e-15 * x.numel()  # the position of q between two elements is rounded, too
     for signed in (True, False):
         a = (x.abs() if signed else x.clamp(min=0)).double().numpy()
         for dim in (None, *range(x.ndim)):
@@ -243,7 +243,7 @@ def test_percentile_of_large_tensors(dtype: torch.dtype, q: float) -> None:
 
 @pytest.mark.parametrize("q", QS)
 def test_percentile_waits_for_no_device(q: float) -> None:
-    with FakeTensorMode():  # refuses whatever would have to look at a value
+    with FakeTensorMode():  # raises on every operation that would have to read a value
         x = torch.empty(6, 500, device="cuda")
         for dim in (None, 0, 1):
             assert percentile(x, 4, dim=dim, q=q, check=False).device.type == "cuda"
@@ -252,7 +252,7 @@ def test_percentile_waits_for_no_device(q: float) -> None:
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("q", QS)
 def test_percentile_elsewhere_than_on_a_cpu(q: float, dim: int | None) -> None:
-    """What other devices do, as a trace of it tells."""
+    """Run a trace, which takes the code path for other devices."""
 
     def found(x: Tensor) -> Tensor:
         return percentile(x, 4, dim, q, check=False)
@@ -362,7 +362,7 @@ class TestEveryMethod:
         q = fake_quantize(x, s, 4)
         if math.isnan(bad):
             assert q[3].isnan()
-        else:  # NaN all over the row where its magnitude counts, or the end that it lies beyond
+        else:  # NaN in the whole row if the magnitude counts, otherwise the bound that it exceeds
             assert q.isnan().all() or (q[3] == math.copysign(1, bad) * q.abs().max() and q.isfinite().all()), (s, q)
 
     def test_finite_values_of_an_infinite_sum(self, name: str) -> None:

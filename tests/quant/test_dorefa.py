@@ -1,4 +1,4 @@
-"""DoReFa's weights against autograd of the published definition, in float64."""
+"""Weight quantization of DoReFa, compared with autograd of the published definition in float64."""
 
 import copy
 
@@ -16,7 +16,7 @@ BITS = [2, 3, 4, 8]
 
 
 def published(w: Tensor, bits: int) -> Tensor:
-    """Equations of section 2.3 in float64, in [-1, 1], differentiable throughout."""
+    """Quantize w by the equations of section 2.3 in float64, to [-1, 1], differentiable throughout."""
     t = w.double().tanh()
     v = t / (2 * t.abs().max()) + 0.5
     return 2 * straight_through(v * (2**bits - 1)) / (2**bits - 1) - 1
@@ -33,7 +33,7 @@ def test_values_and_gradient(seed: int, bits: int, shape: list[int], dtype: torc
     generator = torch.Generator().manual_seed(seed)
     w = (torch.randn(shape, generator=generator) * spread).to(dtype)
     upstream = torch.randn(shape, generator=generator).to(dtype)
-    w[..., 0] = w[..., -1]  # perhaps the largest twice
+    w[..., 0] = w[..., -1]  # so that the largest magnitude may occur twice
     if not w.any():
         return
     mine, theirs = w.clone().requires_grad_(), w.double().requires_grad_()
@@ -43,7 +43,7 @@ def test_values_and_gradient(seed: int, bits: int, shape: list[int], dtype: torc
     levels = (theirs.tanh() / m + 1) / 2 * (2**bits - 1)
     if (
         (levels - levels.floor() - 0.5).abs() < 1e-5 * 2**bits
-    ).any():  # between two levels, where float32 may go to either
+    ).any():  # half-way between two levels, where float32 may round either way
         return
     out.backward(upstream)
     expected.backward(upstream.double())
@@ -125,7 +125,7 @@ def test_nothing_of_a_weight_is_clipped() -> None:
     assert clipped == {"0": 0, "2": 0}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use features that PyTorch deprecates
 def test_torch_compile_gives_the_same() -> None:
     q = DoReFaQuantizer(3)
     x, y = (torch.linspace(-2, 1.9, 101, requires_grad=True) for _ in range(2))

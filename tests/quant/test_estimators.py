@@ -28,7 +28,7 @@ from tests.quant.oracles import quantize_by_hand
 
 
 def by_autograd(x: Tensor, s: Tensor, signed: bool, gradient: str) -> Tensor:
-    """The estimators written out (section 4), differentiated by autograd."""
+    """Return a tensor whose gradient by autograd is that of the estimator, written out (section 4)."""
     low = -s if signed else torch.zeros_like(s)
     if gradient == "ste":
         return x * 1.0
@@ -58,7 +58,7 @@ def test_gradients_against_autograd_of_the_written_out_estimators(
 
 
 def ewgs_by_hand(g: float, x: float, levels: list[float], ends: tuple[float, float], delta: float) -> float:
-    """Equation 7 of EWGS, on values and levels that are normalized first; what is clipped gets nothing."""
+    """Return the gradient by equation 7 of EWGS, on normalized values and levels; 0 for clipped values."""
     low, high = ends
     if not low <= x <= high:
         return 0.0
@@ -68,7 +68,7 @@ def ewgs_by_hand(g: float, x: float, levels: list[float], ends: tuple[float, flo
 
 
 def trust_by_hand(g: float, x: float, levels: list[float], ends: tuple[float, float], factor: float) -> float:
-    """QuEST's mask: the gradient, where the nearest level is near enough."""
+    """Return the gradient if the nearest level is close enough, as in QuEST's mask; otherwise 0."""
     return g if min(abs(x - level) for level in levels) <= factor * (levels[-1] - levels[-2]) / 2 else 0.0
 
 
@@ -108,7 +108,7 @@ def test_other_estimators_against_their_definitions(
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_all_that_is_only_rounded_is_trusted(bits: int) -> None:
-    """Also where a step is little more than the rounding of float32 at the outermost codes."""
+    """All gradients pass, also where a step is hardly larger than float32's rounding error at the outermost codes."""
     s, format = torch.tensor(3.0), IntFormat(bits, True, Range.FULL)
     x = (torch.rand(100_000) * 6 - 3).requires_grad_()
     fake_quantize(x, s, format, gradient_estimator("trust")).sum().backward()
@@ -116,7 +116,7 @@ def test_all_that_is_only_rounded_is_trusted(bits: int) -> None:
 
 
 def test_they_meet_where_they_must() -> None:
-    """EWGS without delta is pwl; trust, on the grid that ends at s, is what lies within half a step of the interval."""
+    """EWGS with delta 0 is pwl; trust on a full range passes gradients up to half a step outside the interval."""
     x, s, upstream = torch.randn(4, 50), torch.tensor([[0.3], [0.8], [0.0], [2.0]]), torch.randn(4, 50)
     x[2] = 0
 
@@ -132,7 +132,7 @@ def test_they_meet_where_they_must() -> None:
 
 
 def test_in_a_network_as_outside_of_it() -> None:
-    """Weights that are quantized together, and activations, by an estimator with options."""
+    """An estimator with options works for weights that are quantized together, and for activations."""
     estimator = gradient_estimator("ewgs", delta=0.5)
     model = quantize_model(torch.nn.Linear(6, 4, bias=False), 3, gradient=estimator, first_last_bits=None)
     x = torch.randn(5, 6, requires_grad=True)
@@ -240,7 +240,7 @@ def test_autocast() -> None:
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use features that PyTorch deprecates
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_torch_compile_gives_the_same(gradient: str) -> None:
     def loss(x: Tensor, s: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Formats against their definition, and one of somebody else's, in one file, from the quantizer to the page."""
+"""Formats compared with their definition, and a third-party format in one file, from the quantizer to the report."""
 
 import json
 import math
@@ -39,7 +39,7 @@ KINDS = [
 
 
 def nearest(x: torch.Tensor, s: float, format: Format) -> torch.Tensor:
-    """By looking at every level, in float64."""
+    """Round x by comparing it with every level, in float64."""
     levels = torch.tensor(format.levels, dtype=torch.float64) * s
     return levels[(x.double()[..., None] - levels).abs().argmin(-1)]
 
@@ -50,7 +50,7 @@ def test_values_are_the_nearest_levels(format: Format) -> None:
         x = torch.randn(500) * s
         q = fake_quantize(x, s, format)
         error, least = (x - q).abs().double(), (x.double() - nearest(x, s, format)).abs()
-        assert (error <= least * (1 + 1e-4) + 1e-6 * s).all()  # at a tie either will do
+        assert (error <= least * (1 + 1e-4) + 1e-6 * s).all()  # at a tie, both levels are right
         codes = format.encode(x, torch.tensor(s))
         assert torch.equal(codes, codes.round())
         torch.testing.assert_close(format.decode(codes, torch.tensor(s)), q, rtol=1e-6, atol=1e-7 * s)
@@ -65,7 +65,7 @@ def test_levels_rise_and_their_noise_is_that_of_rounding_between_them(format: Fo
     assert format.signed == bool((levels < 0).any())
     edges = torch.linspace(0, 1, 2001, dtype=torch.float64)
     gaps = levels[:-1, None] + levels.diff()[:, None] * edges
-    x = gaps.flatten()  # as many in each gap, spread evenly
+    x = gaps.flatten()  # the same number in each gap, evenly spread
     measured = mse(x, format.fake_quantize(x, torch.ones((), dtype=torch.float64))).item()
     assert measured == pytest.approx(format.rounding_noise, rel=1e-2)
 
@@ -145,7 +145,7 @@ def test_octav_of_a_codebook_is_near_its_best_scalar() -> None:
     x = torch.randn(20_000)
     found = mse(x, fake_quantize(x, octav(x, Codebook(4)), Codebook(4)))
     sweep = min(mse(x, fake_quantize(x, k / 50 * maximum(x, 4), Codebook(4))) for k in range(1, 51))
-    assert found < 1.2 * sweep  # noise grows outwards here, and the model takes it for the same everywhere
+    assert found < 1.2 * sweep  # noise grows with the magnitude here, but the model assumes that it is constant
 
 
 def test_a_codebook_from_the_command_to_the_page(

@@ -1,6 +1,6 @@
-"""Each backend against float64: the three operations, per tensor and per row, in every dtype and layout.
+"""Compare each backend with float64: the three operations, per tensor and per row, in every dtype and layout.
 
-Where there is no GPU, Triton's kernels run in its interpreter (tests/conftest.py asks for it).
+Without a GPU, Triton's kernels run in its interpreter, which tests/conftest.py turns on.
 """
 
 import importlib.util
@@ -78,15 +78,15 @@ def test_octav_of_special_rows(name: str) -> None:
                 s = octav(on(name, x), bits, dim=0).flatten().cpu()
                 torch.testing.assert_close(s.double(), expected.double(), rtol=1e-4, atol=0)
         assert octav(on(name, torch.zeros(0)), 4).item() == 0
-        assert octav(on(name, torch.randn(5, 6, 7)), 4, dim=1).shape == (1, 6, 1)  # left to eager
-        assert octav(on(name, torch.randn(30, dtype=torch.float64)), 4).dtype == torch.float64  # as well
+        assert octav(on(name, torch.randn(5, 6, 7)), 4, dim=1).shape == (1, 6, 1)  # falls back to eager
+        assert octav(on(name, torch.randn(30, dtype=torch.float64)), 4).dtype == torch.float64  # likewise
         assert octav(on(name, torch.rand(50) * 3e38), 4).isfinite()
 
 
 @names
 @pytest.mark.parametrize("n", [4096, 40_001, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_octav_of_long_rows(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "triton" and not GPU:  # larger blocks, since the interpreter takes its time for each
+    if name == "triton" and not GPU:  # larger blocks, since each one is slow in the interpreter
         monkeypatch.setattr(load_backend("triton"), "BLOCK", 4096)
         monkeypatch.setattr(load_backend("triton"), "PROGRAMS", 4)
         n = min(n, 50_000)
@@ -106,7 +106,7 @@ def test_octav_of_long_rows(name: str, n: int, monkeypatch: pytest.MonkeyPatch) 
 
 @names
 def test_one_iteration_is_one_step_of_the_reference(name: str) -> None:
-    """The same proposal from the same sums, wherever the start lies: the branches of `newton.advance`."""
+    """The same sums lead to the same proposal from any start; this covers the branches of `newton.advance`."""
     for x in (torch.randn(5000), torch.randn(10_000).relu(), torch.randn(12), torch.tensor([3.0, 0, 0, -1])):
         for start in (0.01, 0.7, 2.0, 2.9, 3.5, 6.0, 100.0):
             for iterations in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, layout: torch.memor
             )
             assert q.stride() == x.stride()
             if not (dtype == torch.bfloat16 and name == "triton" and not GPU):  # the interpreter does not round
-                assert torch.equal(q.cpu(), eager.fake_quantize(x, s, IntFormat(4, signed)))  # to the last bit
+                assert torch.equal(q.cpu(), eager.fake_quantize(x, s, IntFormat(4, signed)))  # bit for bit
             for gradient in ("ste", "pwl", "mad"):
                 expected = grad("eager", x, s, signed, gradient)
                 tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
@@ -197,7 +197,7 @@ def test_gradients_of_learned_grids_of_long_rows_and_none(name: str) -> None:
         assert found.shape == (0, 70_001) and sums.item() == 0
         zeros = torch.zeros(5)
         found, sums = ask(on(name, zeros + 1), on(name, zeros), on(name, s * 0), IntFormat(4), True)
-        assert sums.item() == 0 and found.tolist() == [1] * 5  # a step of nothing is taken for one
+        assert sums.item() == 0 and found.tolist() == [1] * 5  # a step size of 0 is replaced by 1
 
 
 @names
@@ -216,7 +216,7 @@ def test_many_blocks_nan_and_gaps(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("signed", [True, False])
 def test_full_range(name: str, dtype: torch.dtype, signed: bool) -> None:
-    """Steps that are no power of two; to the last bit what ONNX makes of a step size."""
+    """Steps that are not powers of two; results equal those of ONNX for a step size, bit for bit."""
     x = (torch.randn(6, 40) * 2).to(dtype)
     for bits in (2, 3, 4, 8, 16):
         grid = IntFormat(bits, signed, Range.FULL)
@@ -241,7 +241,7 @@ def test_full_range(name: str, dtype: torch.dtype, signed: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (6, 1)])
 def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """What is clipped, and the gradients, against float64; the scalars have more digits than x."""
+    """Compare clipping and gradients with float64; the scalars have more digits than x."""
     x, upstream, s = (torch.randn(6, 500) * 2).to(dtype), torch.randn(6, 500).to(dtype), 1 + torch.rand(shape)
     eps = torch.finfo(dtype).eps
     for signed in (True, False):
@@ -266,7 +266,7 @@ def test_half_precision_costs_no_more_than_its_rounding(name: str, dtype: torch.
 
 @needs_compiler
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    """Long rows, which threads share, few and many of them, and short ones; in every operation."""
+    """Test every operation on few and many long rows, which threads share, and on short ones."""
     shapes = ((1, 70_003), (3, 40_001), (20, 5000), (64, 600))
     tensors = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     threads, results = torch.get_num_threads(), []
@@ -281,7 +281,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 def by_all_operations(x: Tensor) -> Iterator[Tensor]:
-    """What the library makes of [rows, n], by one scalar or by rows."""
+    """Yield the results of all operations of the library on [rows, n], with one scalar or one per row."""
     format, affine = IntFormat(4, True, Range.ORIENTED), IntAffineFormat(4)
     for dim in (None, 0):
         s, ends = octav(x, format, dim), octav(x, affine, dim)
@@ -306,7 +306,7 @@ def by_all_operations(x: Tensor) -> Iterator[Tensor]:
 
 @needs_compiler
 def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And again only where what lies in the cache cannot be used."""
+    """The library is built again only if the cached file cannot be used."""
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
     commands: list[list[str]] = []
     run = subprocess.run
@@ -321,7 +321,7 @@ def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @needs_compiler
 def test_without_threads_loops_are_over_vectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a compiler that has no OpenMP."""
+    """A compiler without OpenMP still vectorizes loops."""
     real = compiled.compiler()
     without = tmp_path / "c++"
     without.write_text(f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\nexec {real} "$@"\n')
@@ -347,7 +347,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         with using("compiled"):
             with pytest.warns(RuntimeWarning, match=r"using eager instead \(no such thing\)"):
                 s = octav(x, 4)
-            q = fake_quantize(x, s, 4)  # and not a second warning
+            q = fake_quantize(x, s, 4)  # no second warning
     finally:
         compiled.library.cache_clear()
     with using("eager"):
@@ -416,7 +416,7 @@ def test_a_process_without_a_compiler_starts_with_eager_and_says_nothing(tmp_pat
     ],
 )
 def test_each_device_has_its_own(asked: str, cpu: str, cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_backend("triton")  # while Triton is to interpret: it decides when kernels are made, for all tests that follow
+    load_backend("triton")  # while TRITON_INTERPRET is set: kernels read it when created, for all later tests
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(compiled, "available", lambda: True)
     with using(asked, "cuda" if asked == "triton" else "cpu"):
@@ -425,7 +425,7 @@ def test_each_device_has_its_own(asked: str, cpu: str, cuda: str, monkeypatch: p
 
 
 class OnDevice(Tensor):
-    """An empty tensor that says where it lies."""
+    """An empty tensor that reports a given device."""
 
     def __new__(cls, kind: str) -> "OnDevice":
         made = torch.zeros(0).as_subclass(cls)
@@ -443,7 +443,7 @@ def test_choosing_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("eager", "cuda") == "eager"
     if GPU:
         return
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # and Triton finds no driver for it
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # Triton finds no driver for this GPU
     kernels._no_triton.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"Triton cannot start \(.*\): using eager instead"):
@@ -461,7 +461,7 @@ def test_a_trace_holds_operations_not_results(tracer: str) -> None:
         return fake_quantize(x, 2.0, 4)
 
     with using("compiled"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing is deprecated, but in use
+        warnings.simplefilter("ignore")  # tracing is deprecated, but still in use
         example = torch.randn(50)
         traced = (
             torch.jit.trace(quantized, example, check_trace=False) if tracer == "jit" else make_fx(quantized)(example)
@@ -474,7 +474,7 @@ def test_a_trace_holds_operations_not_results(tracer: str) -> None:
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     folder = cache_folder()
-    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0  # nobody else puts a library there
+    assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0  # no other user can put a library there
 
 
 def test_power_of_two() -> None:

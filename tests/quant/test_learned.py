@@ -1,4 +1,4 @@
-"""LSQ and PACT against autograd of their definitions written out, and their rules."""
+"""LSQ and PACT, compared with autograd of their written-out definitions, and the rules for their use."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ from tests.quant.oracles import straight_through
 def learned(
     method: LearnedMethod, bits: int = 4, signed: bool = True, shape: tuple[int, ...] = (), weight: bool = True
 ) -> LearnedQuantizer:
-    """Of an activation where the method has something else for weights."""
+    """Return a learned quantizer, for an activation if the method quantizes weights in another way."""
     weight = weight and method.name != "pact"
     q = method.quantizer(IntFormat(bits, signed), weight=weight, shape=shape)
     assert isinstance(q, LearnedQuantizer)
@@ -65,7 +65,7 @@ def test_lsq_against_its_definition(signed: bool, shape: tuple[int, ...]) -> Non
     theirs, step = x.clone().requires_grad_(), q.learned.detach().clone().requires_grad_()
     count = x.numel() // step.numel()
     scale = 1 / math.sqrt(count * highest)
-    scaled = step * scale + (step - step * scale).detach()  # the gradient scale, as its authors write it
+    scaled = step * scale + (step - step * scale).detach()  # the gradient scale, as in the LSQ paper
     expected = straight_through((theirs / scaled).clamp(lowest, highest)) * scaled
     expected.backward(upstream)
     torch.testing.assert_close(out, expected)
@@ -84,7 +84,7 @@ def test_lsq_counts_the_features_of_one_sample() -> None:
 
 
 def attending(kind: str) -> tuple[nn.Module, Tensor]:
-    """A network of which some tensors have tokens of all samples in their first dimension, and a batch of eight."""
+    """Return a network and a batch of eight; some tensors have the tokens of all samples in their first dimension."""
     torch.manual_seed(0)
     if kind == "windows":
         model: nn.Module = nn.Sequential(
@@ -96,7 +96,7 @@ def attending(kind: str) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("kind", ["attention", "windows"])
 def test_lsq_knows_samples_wherever_they_lie(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch at once, or in parts: the same gradients; from a file as well."""
+    """Gradients are the same for a batch at once and in parts, also for a network loaded from a file."""
     counted: dict[str, set[int]] = {}
     count = LearnedQuantizer._count
 
@@ -126,7 +126,7 @@ def test_lsq_knows_samples_wherever_they_lie(kind: str, tmp_path: Path, monkeypa
 
 
 def pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
-    """Equations 1 to 3 of PACT, differentiable as they say; signed, the symmetric extension."""
+    """Quantize by equations 1 to 3 of PACT, with their gradients; if signed, by the symmetric extension."""
     steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     low = -alpha if signed else torch.zeros_like(alpha)
     y = torch.where(x >= alpha, alpha, torch.where(x <= low, low, x))
@@ -134,7 +134,7 @@ def pact(x: Tensor, alpha: Tensor, bits: int, signed: bool) -> Tensor:
 
 
 def alike(found: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> None:
-    """Within a few roundings of the dtype, beside the largest number."""
+    """Check equality within a few rounding errors of the dtype, relative to the largest number."""
     assert found is not None and expected is not None
     scale = float(expected.abs().max()) if expected.numel() else 1.0
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * scale)
@@ -169,13 +169,13 @@ def test_pact_against_its_definition(
     expected.backward(upstream.double())
     assert isinstance(q.format, IntFormat)
     steps = x.double() / alphas.detach() * q.format.levels_per_scalar
-    if not ((steps - steps.floor() - 0.5).abs() < 1e-5 * 2**bits).any():  # there, float32 may go to either side
+    if not ((steps - steps.floor() - 0.5).abs() < 1e-5 * 2**bits).any():  # near ties, float32 may round either way
         alike(out, expected.detach(), dtype)
     assert mine.grad is not None and theirs.grad is not None
     assert torch.equal(mine.grad.double(), theirs.grad)
     assert q.learned.grad is not None and alphas.grad is not None
     total = upstream.double().abs().sum().item()
-    eps = 1e-15 if dtype == torch.float64 else 1e-6  # of what the sum is computed in
+    eps = 1e-15 if dtype == torch.float64 else 1e-6  # precision of the dtype of the sum
     assert abs(q.learned.grad.item() - alphas.grad.item()) <= eps * total
 
 
@@ -202,13 +202,13 @@ def test_the_grid_of_pact_ends_at_alpha(bits: int) -> None:
 def test_half_precision_costs_lsq_no_more_than_its_rounding(
     seed: int, bits: int, signed: bool, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    """Against float64, the code being the one that the forward pass came to."""
+    """Compare with float64, using the codes of the forward pass."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, 5, 8, generator=generator)[: 6 if shape else 4]
     x = (x[:, 0] if len(shape) == 2 else x).to(dtype)
     upstream = torch.randn(x.shape, generator=generator).to(dtype)
     q = ready(LSQ(), x, signed=signed, shape=shape, bits=bits)
-    if (q.learned == 0).any():  # a row without a positive element, unsigned
+    if (q.learned == 0).any():  # an unsigned row without a positive element
         return
     mine = x.clone().requires_grad_()
     out = q(mine)
@@ -235,7 +235,7 @@ def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(
     method: type[LearnedMethod], dtype: torch.dtype
 ) -> None:
     x, upstream = torch.randn(8, 3, 16, 16).to(dtype), torch.randn(8, 3, 16, 16).to(dtype)
-    alpha = 1.705 if dtype == torch.bfloat16 else 1.7004  # in x there are numbers that this would be rounded down to
+    alpha = 1.705 if dtype == torch.bfloat16 else 1.7004  # x contains numbers that alpha would be rounded down to
     x[0, 0, 0] = alpha
     grads = []
     for kind in (dtype, torch.float32):
@@ -245,7 +245,7 @@ def test_half_precision_gives_the_gradients_of_the_same_numbers_in_float32(
         assert mine.grad is not None and q.learned.grad is not None
         grads.append((mine.grad.float(), q.learned.grad))
     assert torch.equal(grads[0][0], grads[1][0])
-    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)  # summed by another backend
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)  # another backend computes the sum
 
 
 @pytest.mark.parametrize("method", [LSQ(), PACT()], ids=lambda method: method.name)
@@ -313,7 +313,7 @@ def test_evaluation_uses_what_was_learned_and_state_travels() -> None:
     again.load_state_dict(static.state_dict())
     torch.testing.assert_close(again.learned.data * 8, static.s)
     fresh = learned(LSQ())
-    fresh.load_state_dict({})  # a full-precision model's
+    fresh.load_state_dict({})  # as from a full-precision model
 
 
 def network() -> nn.Module:
@@ -368,7 +368,7 @@ def test_all_of_pact_travels_in_a_state_dict(bits: int) -> None:
     assert torch.equal(again(x), expected)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use features that PyTorch deprecates
 @pytest.mark.parametrize("method", [LSQ(), PACT()], ids=lambda method: method.name)
 def test_torch_compile_gives_the_same(method: LearnedMethod) -> None:
     grads = []
@@ -395,7 +395,7 @@ def test_noise_is_measured_on_the_grid_of_the_quantizer() -> None:
 
 
 def test_parameters_alone_are_a_state() -> None:
-    """As averages of parameters are kept, without buffers."""
+    """Averages of parameters may come without buffers."""
     x = torch.randn(100)
     there, here = ready(LSQ(), x), ready(LSQ(), 3 * x)
     found = here.load_state_dict(dict(there.named_parameters()), strict=False)

@@ -1,4 +1,4 @@
-"""Operations as PyTorch operators: what compilers, exporters, transforms and dispatch modes see of them."""
+"""The operations as PyTorch operators, as seen by compilers, exporters, transforms and dispatch modes."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from qat_runner.quant import IntAffineFormat, IntFormat, Range, fake_quantize, o
 from qat_runner.quant.kernels import operators
 from qat_runner.quant.kernels.cost import cost_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # old compilers use deprecated features
 FORMATS = [IntFormat(4), IntFormat(3, False), IntFormat(4, True, Range.FULL), IntAffineFormat(4)]
 LAYOUTS = {
     "dense": lambda x: x,
@@ -29,7 +29,7 @@ def scalars(format: IntFormat | IntAffineFormat) -> Tensor:
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pytorch_finds_nothing_wrong(format: IntFormat | IntAffineFormat, layout: str) -> None:
-    """Schemas, fakes, strides, gradients' registration and what a compiler makes of them."""
+    """Run PyTorch's checks of schemas, fake tensors, strides and the registration of gradients."""
     x, s = LAYOUTS[layout](torch.randn(3, 4, 5, 6)), scalars(format)
     words = operators._words(format)
     for gradient in ("ste", "mad"):
@@ -55,7 +55,7 @@ def test_transforms_of_functions() -> None:
     one = torch.stack([fake_quantize(row, v, 4) for row, v in zip(x, s, strict=True)])
     assert torch.equal(torch.func.vmap(lambda row, v: fake_quantize(row, v, 4))(x, s), one)
     affine = IntAffineFormat(4)
-    for shape in ((), (4, 1), (2,)):  # of an end; the last looks like an interval itself
+    for shape in ((), (4, 1), (2,)):  # shapes of a bound; the last one has the shape of an interval
         ends = torch.stack([-torch.rand(5, *shape), torch.rand(5, *shape)], 1)
         rows = x[..., :2] if shape == (2,) else x
         one = torch.stack([fake_quantize(row, v, affine) for row, v in zip(rows, ends, strict=True)])
@@ -95,7 +95,7 @@ def test_export_keeps_operations_whole() -> None:
 
 
 class Counting(TorchDispatchMode):
-    """Names of what is dispatched."""
+    """Collects the names of dispatched operators."""
 
     def __init__(self) -> None:
         super().__init__()

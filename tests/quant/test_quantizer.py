@@ -49,7 +49,7 @@ def test_eval_modes(mode: str) -> None:
     x = torch.randn(100) * 5
     s = {"dynamic": octav(x, 4), "running": q.running_s, "last": q.s}[mode]
     torch.testing.assert_close(q(x), fake_quantize(x, s, 4))
-    assert all(torch.equal(q.state_dict()[k], v) for k, v in before.items())  # eval remembers nothing
+    assert all(torch.equal(q.state_dict()[k], v) for k, v in before.items())  # eval stores nothing
 
 
 def test_static_keeps_what_it_is_assigned() -> None:
@@ -99,7 +99,7 @@ def test_what_is_known_of_a_state_moves_with_it(monkeypatch: pytest.MonkeyPatch)
     reads: list[Quantizer] = []
     read = Quantizer._read
     monkeypatch.setattr(Quantizer, "_read", lambda self: reads.append(self) or read(self))
-    q._apply(torch.clone)  # as to another device, where a read would wait
+    q._apply(torch.clone)  # as in a move to another device, where a read would wait
     assert torch.equal(q(x), fake_quantize(x, 1.5, 4)) and not reads
     for t in q.buffers():
         t.zero_()
@@ -123,7 +123,7 @@ def test_scalars_stay_in_full_precision() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_state_of_another_dtype_is_not_taken_for_float32(dtype: torch.dtype) -> None:
-    """Kernels write to memory of float32; a state that is none gets the same scalars another way."""
+    """Kernels write float32 to memory; a state of another dtype gets the same scalars without them."""
     x, plain, others = torch.randn(40), Quantizer(4, Octav()), []
     torch.set_default_dtype(dtype)
     try:
@@ -156,7 +156,7 @@ def test_scalars_of_any_layout_are_remembered() -> None:
 
 
 def test_what_a_step_overwrites_is_noticed() -> None:
-    """The scalars of an evaluation are those that the next step of training writes over."""
+    """An evaluation uses scalars that the next training step overwrites."""
     q, x = Quantizer(4, Octav(), eval_mode="last", gradient="mad"), torch.randn(20, requires_grad=True)
     q(x)
     out = q.eval()(x)
@@ -231,8 +231,8 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         ("percentile", {"q": 120.0}, ValueError, "q=120"),
         ("mse_sweep", {"points": 0}, ValueError, "points=0"),
         ("octav", {"iterations": 0}, ValueError, "iterations=0"),
-        ("octav", {"iterations": 2.5}, ValueError, "iterations=2.5: must be a whole number"),
-        ("octav", {"refine": True}, ValueError, "refine=True: must be a whole number"),
+        ("octav", {"iterations": 2.5}, ValueError, "iterations=2.5: must be an integer"),
+        ("octav", {"refine": True}, ValueError, "refine=True: must be an integer"),
         ("octav", {"missing_code": "no"}, ValueError, "missing_code='no': must be true or false"),
         ("percentile", {"q": "high"}, ValueError, "q='high': must be a number"),
         ("octav", {"warm_iterations": 0}, ValueError, "warm_iterations=0"),
@@ -279,7 +279,7 @@ def test_warm_start_follows_slow_change_and_recovers_from_jumps() -> None:
 
 
 class Counting:
-    """How often tensors are solved; by the reference."""
+    """Counts how often the reference backend solves for scalars."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.solved = 0
@@ -293,7 +293,7 @@ class Counting:
 
 
 def test_a_tensor_that_several_layers_share_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each of them has what it would have alone, to the last bit."""
+    """Each layer gets the same result as without sharing, bit for bit."""
     counting = Counting(monkeypatch)
     together, alone = ([Quantizer(4, Octav()).train() for _ in range(3)] for _ in range(2))
     with kernels.using("eager"):
@@ -353,7 +353,7 @@ def test_a_scalar_an_element(backend: str) -> None:
 
 
 def test_a_parameter_that_several_layers_share_is_solved_by_each() -> None:
-    """Optimizers may write to it without a trace: PyTorch's fused ones do."""
+    """Optimizers may write to it without changing its version, as PyTorch's fused ones do."""
     weight = torch.nn.Parameter(torch.randn(WORTH))
     first, last = Quantizer(4, Octav()), Quantizer(4, Octav())
     optimizer = torch.optim.AdamW([weight], lr=0.3, fused=True)

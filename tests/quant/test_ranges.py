@@ -1,4 +1,4 @@
-"""Ranges of the plain integers: which end serves, what OCTAV knows of it, and how steady a sign is."""
+"""Ranges of the plain integers: the side of the extra code, OCTAV with a missing code, and the stability of signs."""
 
 import math
 
@@ -30,12 +30,12 @@ ORIENTED = IntFormat(4, range=Range.ORIENTED)
 
 
 def error(x: Tensor, s: Tensor, format: IntFormat) -> Tensor:
-    """Squared error of each row of [rows, n], in float64: [rows, 1]."""
+    """Return the squared error of each row of [rows, n], in float64: [rows, 1]."""
     return (fake_quantize(x.double(), s.double(), format) - x.double()).square().sum(1, keepdim=True)
 
 
 def rows(n: int, count: int = 300, seed: int = 0) -> Tensor:
-    """[count, n], float64: as many rows normal, lopsided and heavy-tailed."""
+    """Return [count, n], float64: equal numbers of normal, skewed and heavy-tailed rows."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, n, generator=generator, dtype=torch.float64)
     x[count // 3 : 2 * count // 3].exp_()
@@ -44,7 +44,7 @@ def rows(n: int, count: int = 300, seed: int = 0) -> Tensor:
 
 
 def least_error(x: Tensor, format: IntFormat) -> Tensor:
-    """Of each row, over 1,500 scalars, of both signs where the format has them: [rows, 1]."""
+    """Return the least error of each row over 1,500 scalars, of both signs if the format has them: [rows, 1]."""
     top, best = x.abs().amax(1, keepdim=True), torch.full((len(x), 1), math.inf, dtype=torch.float64)
     for factor in torch.linspace(0.05, 1.3, 1500).tolist():
         for sign in (1, -1) if format.oriented else (1,):
@@ -149,7 +149,7 @@ def test_octav_minimizes_what_it_models(range: Range, bits: int, signed: bool) -
             s = s * torch.where(x.amax(1, keepdim=True) > -x.amin(1, keepdim=True), -1.0, 1.0)
         found = expected_mse(x, s, format, 0, missing_code=True)
         grid = [expected_mse(x, s * f, format, 0, missing_code=True) for f in torch.linspace(0.5, 1.6, 150).tolist()]
-        # Weights stand for counts, and the model has jumps where an element leaves the interval.
+        # Weights take the place of counts, and the model has jumps where an element leaves the interval.
         least = torch.stack(grid).amin(0)
         assert (found.sum() / least.sum()).item() < 1 + {2: 0.03, 3: 0.01, 4: 0.005, 8: 0.02}[bits]
 
@@ -157,7 +157,7 @@ def test_octav_minimizes_what_it_models(range: Range, bits: int, signed: bool) -
 @names
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_backends_agree_on_missing_codes(name: str, dtype: torch.dtype) -> None:
-    for shape in ((6, 40), (1, 17000)):  # as many as registers hold, and more
+    for shape in ((6, 40), (1, 17000)):  # rows that fit into registers, and longer ones
         x = (torch.randn(shape).exp() - 1).to(dtype)
         for format in (IntFormat(3), IntFormat(3, False), IntFormat(3, range=Range.ORIENTED)):
             with using("eager"):
@@ -173,7 +173,7 @@ def test_backends_agree_on_missing_codes(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("range", [Range.TWOS_COMPLEMENT, Range.ORIENTED])
 def test_the_largest_element_does_not_lie_above_itself(bits: int, range: Range) -> None:
-    """Products of a magnitude with a weight round; at many bits the scalar is often near the largest magnitude."""
+    """The product of a magnitude and a weight is rounded; at many bits, s is often near the largest magnitude."""
     format = IntFormat(bits, range=range)
     for n in (64, 280):
         x = rows(n, 600).float()
@@ -199,14 +199,17 @@ def test_without_it_two_complements_scalars_are_the_papers() -> None:
     assert torch.equal(octav(x, 4, 0), octav(x, IntFormat(4), 0, missing_code=False))
     assert not torch.equal(octav(x, 4, 0), octav(x, 4, 0, missing_code=True))
     full = IntFormat(4, range=Range.FULL)
-    assert torch.equal(octav(x, full, 0), octav(x, full, 0, missing_code=True))  # nothing is missing
+    assert torch.equal(octav(x, full, 0), octav(x, full, 0, missing_code=True))  # no code is missing
 
 
 @pytest.mark.parametrize("range", Range)
 @pytest.mark.parametrize("bits", [4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3, 6))])
 def test_refined_scalars_have_the_least_error(range: Range, bits: int) -> None:
-    """Mean error over that of brute force, rows of 64 elements and more: at most 0.1 % above for normal numbers; a bit
-    more for lopsided and heavy-tailed ones, where a second minimum may lie far off."""
+    """Compare the mean error with that of a brute-force search, on rows of 64 or more elements.
+
+    It is at most 0.1 % larger for normal numbers, and slightly more for skewed and heavy-tailed ones, where a second
+    minimum may be far away.
+    """
     format = IntFormat(bits, range=range)
     for n in (64, 576):
         x = rows(n, 90)
@@ -261,7 +264,7 @@ def test_every_method_in_every_range(name: str, range: Range) -> None:
         assert {*t.quantizer.latest.sign().flatten().tolist()} <= signs
 
 
-range_of = range  # beside the fixtures of that name
+range_of = range  # since parameters of tests are named `range`
 
 
 def test_an_oriented_network_is_frozen_saved_and_made_again(tmp_path: object) -> None:
@@ -283,7 +286,7 @@ def test_an_oriented_network_is_frozen_saved_and_made_again(tmp_path: object) ->
 def test_states_of_other_ranges_are_refused() -> None:
     oriented, plain = Quantizer(ORIENTED, Octav()), Quantizer(4, Octav())
     for quantizer, state in ((oriented, plain.state_dict()), (plain, oriented.state_dict())):
-        with pytest.raises(RuntimeError, match="scalars of an oriented range suit no other"):
+        with pytest.raises(RuntimeError, match="scalars of the oriented range cannot be used for another range"):
             quantizer.load_state_dict(state)
 
 
@@ -298,7 +301,7 @@ def test_an_average_of_signs_is_a_sign() -> None:
 
 
 def test_ranges_are_for_plain_integers() -> None:
-    with pytest.raises(ValueError, match="clipping 'pact' has grids of its own"):
+    with pytest.raises(ValueError, match="clipping 'pact' always uses the full range"):
         clipping_method("pact").quantizer(ORIENTED, weight=False)
     with pytest.raises(ValueError, match="range='round': must be one of twos_complement, full, oriented"):
         quantize_model(nn.Sequential(nn.Linear(3, 3)), 4, range="round")
@@ -312,7 +315,7 @@ def test_the_sweep_takes_the_better_sign() -> None:
 
 
 def test_signs_do_not_flicker_in_training() -> None:
-    """Of the scalars of depthwise rows of nine, few turn in forty steps, and hardly one turns back."""
+    """For depthwise rows of nine elements, few signs change in forty steps, and hardly any changes back."""
     model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.Hardswish(), nn.Conv2d(16, 16, 3, groups=16))
     x = torch.randn(32, 16, 8, 8)
     quantize_model(model, 4, range="oriented", first_last_bits=None, example=x[:2])

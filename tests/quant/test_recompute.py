@@ -35,7 +35,7 @@ def test_gradients_are_the_same(layout: torch.memory_format, gradient: str, monk
 
 
 def test_a_backward_pass_that_alone_is_recorded() -> None:
-    """Operators lay out a transposed tensor, such as patches, otherwise than the kernel did that first quantized it."""
+    """Operators give a transposed tensor, such as patches, other strides than the kernel of the forward pass did."""
     x = torch.randn(2, 6, 7).transpose(1, 2)
     model = quantize_model(nn.Sequential(nn.Linear(6, 4)), 4, first_last_bits=None, example=x, warm_iterations=None)
     expected = gradients(model, x)

@@ -1,4 +1,4 @@
-"""Weights that are quantized together come out as each alone would."""
+"""Weights that are quantized together get the same results as those that are quantized alone."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ WEIGHTS = ("a", "b", "c", "d", "e")
 
 
 class Network(nn.Module):
-    """Rows of every length, in one of two layouts; `e` is trained, but not always reached."""
+    """Has weights with rows of all lengths, in one of two layouts; `e` is trained, but not used in every pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def network(
 
 
 def step(model: nn.Module, weights: WeightsTogether | None, both: bool = True, passes: int = 1) -> None:
-    """One step of training, by gradient descent."""
+    """Run one training step of gradient descent."""
     x = torch.rand(4, 3, 8, 8).to(next(model.parameters()).dtype)
     with nullcontext() if weights is None else weights.quantized(passes):
         for _ in range(passes):
@@ -54,7 +54,7 @@ def step(model: nn.Module, weights: WeightsTogether | None, both: bool = True, p
 
 
 def same(model: nn.Module, reference: nn.Module) -> None:
-    """To the last bit: weights, gradients, scalars."""
+    """Check that weights, gradients and scalars are equal bit for bit."""
     for (name, found), expected in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         assert torch.equal(found, expected), name
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
@@ -93,7 +93,7 @@ def test_together_as_alone(how: dict[str, object], backend: str) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many tensors each solution and each gradient had that was of several."""
+    """The number of tensors in each call that solves, or computes gradients, for several tensors."""
     seen: list[int] = []
     with kernels.using("eager"):
         backend = kernels.load_backend("eager")
@@ -109,7 +109,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_calls(calls: list[int]) -> None:
-    """One to quantize and one for gradients, of all that have scalars to start from; a bucket each where there are."""
+    """All weights with scalars to start from take one call to quantize and one for gradients, or one per bucket."""
     model = network()
     weights = weights_together(model)
     step(model, weights)
@@ -155,7 +155,7 @@ def test_several_passes_share_one_quantization(calls: list[int]) -> None:
 
 
 def test_a_layer_that_is_called_twice_quantizes_its_weight_twice() -> None:
-    """The second time as ever: it starts from the scalars of the first."""
+    """The second call works as usual, starting from the scalars of the first."""
     layer = quantize_model(nn.Sequential(nn.Linear(6, 6)), 4, example=torch.randn(2, 6))
     weights, q = weights_together(layer), quantizers(layer)[0]
     for n in (2, 4):
@@ -182,7 +182,7 @@ def quantizers(model: nn.Module) -> list[Quantizer]:
 
 
 class Checkpointed(nn.Module):
-    """Blocks that are computed again in the backward pass. Batches of WIDTH: then no shape tells tensors apart."""
+    """Blocks that are recomputed in the backward pass. With batches of WIDTH, all tensors have the same shape."""
 
     WIDTH = 16
 
@@ -202,7 +202,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("clipping", ["octav", "max"])  # together, and each by itself
+@pytest.mark.parametrize("clipping", ["octav", "max"])  # octav solves for all weights together, max for each one alone
 def test_activation_checkpointing(clipping: str, reentrant: bool, passes: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(Checkpointed.WIDTH, Checkpointed.WIDTH, requires_grad=True)

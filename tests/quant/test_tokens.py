@@ -1,4 +1,4 @@
-"""Activations with a scalar for each token."""
+"""Activations with one clipping scalar per token."""
 
 import copy
 from collections.abc import Callable
@@ -97,10 +97,10 @@ def test_nothing_of_it_is_constant(tmp_path: Path) -> None:
     state = copy.deepcopy(model.state_dict())
     assert calibrate(model, [x]) == 1
     assert torch.equal(model(x), before)
-    with pytest.raises(ValueError, match=r"0\.input has a clipping scalar a token"):
+    with pytest.raises(ValueError, match=r"0\.input has one clipping scalar per token"):
         freeze(model, "averaged", [x])
-    assert quantized_tensors(model)[0].quantizer.dynamic  # nothing was frozen
-    with pytest.raises(ValueError, match=r"0\.input has a clipping scalar a token"):
+    assert quantized_tensors(model)[0].quantizer.dynamic  # no quantizer was frozen
+    with pytest.raises(ValueError, match=r"0\.input has one clipping scalar per token"):
         export(model, tmp_path / "x.onnx", x)
     freeze(model, layers="*.weight")
     model.load_state_dict(state)
@@ -117,7 +117,7 @@ COLUMNS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum, weight first": lambda x, w: torch.einsum("kc,bct->bkt", w, x.mT),
     "einsum with dots": lambda x, w: torch.einsum("c...t,kc->kt...", x.transpose(0, 2), w),
 }
-"""Name -> what is computed with tokens [N, L, C], whose elements do not lie along the last dimension, and [K, C]."""
+"""Computations by name, from tokens [N, L, C] whose elements do not lie along the last dimension, and [K, C]."""
 
 
 class Turned(nn.Module):
@@ -144,7 +144,7 @@ def test_tokens_that_are_columns(name: str) -> None:
 
 
 class ByEinsum(nn.Module):
-    """Attention of [N, L, C]."""
+    """Attention over [N, L, C], computed by einsum."""
 
     def __init__(self, scores: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_attention_by_einsum_has_tokens_where_they_lie() -> None:
     model(x), model(outlying)
     assert torch.equal(seen[0][:, :4], seen[1][:, :4]) and not torch.equal(seen[0], seen[1])
     other = quantize_model(ByEinsum("bid,bjc->bij"), 8, **how, example=(x,))
-    with pytest.raises(ValueError, match=r"^scores\.query: granularity=token needs products that add up over one dim"):
+    with pytest.raises(ValueError, match=r"^scores\.query: granularity=token needs products that sum over one of its"):
         other(x)
 
 

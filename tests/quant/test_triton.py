@@ -1,6 +1,6 @@
-"""Triton's kernels: what they compile to, how often they are launched, and steps against the eager reference.
+"""Triton's kernels: compilation, numbers of launches, and training steps compared with the eager reference.
 
-Where there is no GPU they run in Triton's interpreter, one program after another; where programs meet, as threads.
+Without a GPU they run in Triton's interpreter, one program after another, or in threads where programs meet.
 """
 
 import inspect
@@ -46,7 +46,7 @@ def copied(state: Remembered) -> Remembered:
 
 
 def same_as_eager(x: Tensor, format: IntFormat, state: Remembered, missing_code: bool = False) -> Tensor:
-    """A step against the reference; returns s."""
+    """Compare a training step with the reference, and return s."""
     x = x.to(DEVICE)
     dims = tuple(range(1 if state.s.numel() > 1 else 0, x.ndim))
     cost, search, reference = cost_of(format, missing_code, None), Search(dims, 12, 1e-6), copied(state)
@@ -60,7 +60,7 @@ def same_as_eager(x: Tensor, format: IntFormat, state: Remembered, missing_code:
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     assert q.is_contiguous(memory_format=layout) and q.dtype == x.dtype
-    rounded = eager.fake_quantize(x.cpu(), s.cpu(), format).to(DEVICE)  # CUDA's own division by a number is not exact
+    rounded = eager.fake_quantize(x.cpu(), s.cpu(), format).to(DEVICE)  # division by a number is inexact on CUDA
     if x.dtype == torch.bfloat16 and not GPU:  # the interpreter does not round
         torch.testing.assert_close(q, rounded, rtol=torch.finfo(x.dtype).eps, atol=0, equal_nan=True)
     else:
@@ -70,29 +70,29 @@ def same_as_eager(x: Tensor, format: IntFormat, state: Remembered, missing_code:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are long from 1025 elements on, and their tiles short: the interpreter takes its time."""
+    """Treat rows as long from 1025 elements on, with short tiles, since the interpreter is slow."""
     monkeypatch.setattr(ours, "REGISTERS", {1024: 4})
     monkeypatch.setattr(ours, "BLOCK", 512)
     monkeypatch.setattr(ours, "WARPS", 1)
-    ours._table.cache_clear()  # made for other tiles, for tensors that may have lain where others will
+    ours._table.cache_clear()  # its tables are for other tile sizes, and addresses may be reused
 
 
 STEPS = [
     *((True, torch.float32), (False, torch.bfloat16)),
     *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, torch.bfloat16), (False, torch.float32))),
 ]
-"""Whether scalars are remembered, and the type of a tensor."""
+"""Whether there are scalars from a previous step, and the dtype of the tensor."""
 
 
 @pytest.mark.parametrize(("known", "dtype"), STEPS)
 @pytest.mark.parametrize(
     ("shape", "scalars"),
     [
-        ((70, 1, 3, 3), (70, 1, 1, 1)),  # many rows to a program, and some programs
+        ((70, 1, 3, 3), (70, 1, 1, 1)),  # many rows per program, and several programs
         ((3, 8, 5, 5), (3, 1, 1, 1)),
         ((6, 4, 5, 3), ()),
         ((1,), ()),
-        ((2, 1500), (2, 1)),  # more than fits into `small` registers
+        ((2, 1500), (2, 1)),  # more than fits into registers under `small`
     ],
 )
 @pytest.mark.usefixtures("small")
@@ -105,7 +105,7 @@ def test_a_step(shape: tuple[int, ...], scalars: tuple[int, ...], known: bool, d
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, which the interpreter uses
 @pytest.mark.parametrize("n", [50, 1500])
 def test_a_step_of_special_values(n: int) -> None:
     for bad in (torch.nan, torch.inf):
@@ -120,15 +120,15 @@ def test_a_step_of_special_values(n: int) -> None:
 
 
 SKEWED = [((70, 1, 3, 3), (1, 2, 3)), ((6, 4, 5, 3), (0, 1, 2, 3)), ((2, 1500), (1,)), ((1,), (0,))]
-"""Shapes, and the dimensions that an interval spans: short rows and, for `small`, long ones."""
+"""Shapes and the dimensions that an interval spans: short rows, and rows that are long under `small`."""
 
 
 @pytest.mark.parametrize(("shape", "dims"), SKEWED)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, which the interpreter uses
 def test_intervals(shape: tuple[int, ...], dims: tuple[int, ...], dtype: torch.dtype) -> None:
-    """From cold, from nearby, and from where nothing is known of x; whatever the unit of a row."""
+    """Test a cold start, a close one, and one far from x, with rows of different magnitudes."""
     x = nn.functional.gelu(2 * torch.randn(shape))
     if len(dims) < len(shape):
         x *= torch.logspace(-20, 20, shape[0]).reshape(-1, *[1] * len(dims))
@@ -142,14 +142,14 @@ def test_intervals(shape: tuple[int, ...], dims: tuple[int, ...], dtype: torch.d
             found = ours.octav_interval(x, noise, guess, search)
             assert found.shape == expected.shape and found.dtype == torch.float32
             dearer = (interval_cost(x, found, noise, dims) / least)[least > 0]
-            assert (dearer < 1.01).double().mean() > 0.9 and (dearer < 2).all()  # of few elements J has several minima
+            assert (dearer < 1.01).double().mean() > 0.9 and (dearer < 2).all()  # J of few elements has several minima
             assert x.numel() < 1000 or (dearer < 1.01).all()
             if guess is None and dims[-1] == len(dims) - 1:
                 torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, which the interpreter uses
 @pytest.mark.parametrize("n", [50, 1500])
 def test_intervals_of_special_values(n: int) -> None:
     search, noise = Search((1,), 6, 1e-3), IntAffineFormat(4).rounding_noise
@@ -198,7 +198,7 @@ def test_remember(shape: tuple[int, ...], known: bool) -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched so far."""
+    """The names of the kernels that have been launched."""
     seen: list[str] = []
     for module in (kernels, intervals):
         for name, kernel in vars(module).items():
@@ -208,7 +208,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Counted:
-    """A kernel that notes its launches."""
+    """A kernel that records its launches."""
 
     def __init__(self, name: str, kernel: object, seen: list[str]) -> None:
         self.name, self.kernel, self.seen = name, kernel, seen
@@ -249,13 +249,13 @@ def test_launches_of_an_affine_activation(side: int, solver: str, launches: list
 
 
 MIXED = [((70, 1, 3, 3), (70, 1, 1, 1)), ((6, 400), (6, 1)), ((2, 1500), (2, 1)), ((5, 700), ()), ((3, 9), ())]
-"""Shapes of tensors and of their scalars: rows that are short, longer, and long for `small`."""
+"""Shapes of tensors and of their scalars: rows that are short, longer, and long under `small`."""
 
 
 @pytest.mark.parametrize(("known", "dtype"), STEPS)
 @pytest.mark.usefixtures("small")
 def test_steps_of_many(known: bool, dtype: torch.dtype) -> None:
-    """As each alone: scalars to rounding, and what follows from them; gradients to the last bit."""
+    """Results are the same as for each tensor alone: scalars up to rounding errors, gradients bit for bit."""
     xs = [torch.randn(shape).to(DEVICE, dtype) for shape, _ in MIXED]
     xs[0] = xs[0].reshape(7, 10, 3, 3).to(memory_format=torch.channels_last).reshape(70, 1, 3, 3)
     states = [remembered(scalars, known) for _, scalars in MIXED]
@@ -278,7 +278,7 @@ def test_steps_of_many(known: bool, dtype: torch.dtype) -> None:
 
 
 def test_many_that_are_not_alike() -> None:
-    """One by one: another dtype, gaps in memory, other granularities."""
+    """Other dtypes, gaps in memory and other granularities are handled one by one."""
     format = IntFormat(4)
     for x, scalars in (
         (torch.randn(5, 6, device=DEVICE, dtype=torch.float64), ()),
@@ -298,7 +298,7 @@ def test_many_that_are_not_alike() -> None:
 @interpreted
 @pytest.mark.usefixtures("small")
 def test_launches_of_all_weights(launches: list[str]) -> None:
-    """Five weights or twenty, and gradients as well."""
+    """Five or twenty weights take the same number of launches, including gradients."""
     format = IntFormat(4, True, Range.FULL)
     for times in (1, 4):
         launches.clear()
@@ -313,7 +313,7 @@ def test_launches_of_all_weights(launches: list[str]) -> None:
 
 @pytest.fixture
 def traffic(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Kernel launched -> bytes that it reads and writes of bfloat16 tensors."""
+    """The bytes of bfloat16 tensors that each launched kernel reads and writes."""
     seen: dict[str, int] = dict.fromkeys(("solve_rows", "solve_long", "fake_quantize", "fake_quantize_backward"), 0)
 
     def counted(access: Callable[..., object], at_mask: int) -> Callable[..., object]:
@@ -334,8 +334,8 @@ def traffic(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, i
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("side", "solver"), [(15, "solve_rows"), (40, "solve_long")])
 def test_bytes_that_an_element_of_an_activation_costs(side: int, solver: str, traffic: dict[str, int]) -> None:
-    """Beyond full precision, forward and backward: what docs/performance.md says of it."""
-    reads = 3  # that these batches take, of a long row
+    """Bytes in addition to full precision, forward and backward, as stated in docs/performance.md."""
+    reads = 3  # reads of a long row for these batches
     quantizer, layer = Quantizer(4, Octav()), nn.Conv2d(4, 2, 1, bias=False).bfloat16()
     convert(layer)
     give_quantizers(layer, {"weight": None, "input": quantizer})
@@ -355,7 +355,7 @@ def test_bytes_that_an_element_of_an_activation_costs(side: int, solver: str, tr
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("known", [True, False])
 def test_programs_that_meet(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows, two programs each, all at once: as threads, each of which knows its own index."""
+    """Run two programs for each of two rows at the same time, as threads with their own index."""
     here, builder, programs = threading.local(), interpreter.interpreter_builder, 4
 
     def index(axis: int) -> interpreter.TensorHandle:
@@ -392,9 +392,9 @@ def test_programs_that_meet(known: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @interpreted
 @pytest.mark.usefixtures("small")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in which the interpreter counts
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy, which the interpreter uses
 def test_programs_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs one program after another: the first waits in vain."""
+    """The interpreter runs one program after another, so the first one waits in vain."""
     monkeypatch.setattr(ours, "_resident", lambda where: 2)
     monkeypatch.setattr(ours, "POLLS", 3)
     format, state = IntFormat(4), remembered(())
@@ -407,7 +407,7 @@ def test_programs_that_do_not_meet_say_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_kernels_compile_for_gpus() -> None:
-    """To machine code of two generations, without the device: what the interpreter would let pass."""
+    """Compile to machine code of two GPU generations without a device, to find errors that the interpreter ignores."""
     script = textwrap.dedent(
         """
         import json

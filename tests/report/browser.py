@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in its DevTools protocol."""
+"""Control a headless Chromium over a pipe with the DevTools protocol."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-"""The program; None where none is installed."""
+"""Path of the browser; None if none is installed."""
 
 PATIENCE = 60.0
-"""Seconds that an answer may take."""
+"""Timeout of an answer, in seconds."""
 
 _WIRE = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
-for fd, place in zip(high, (3, 4)):  # where the browser looks for its pipe
+for fd, place in zip(high, (3, 4)):  # the file descriptors that the browser uses for its pipe
     os.dup2(fd, place)
 os.execv(sys.argv[3], sys.argv[3:])
 """
@@ -36,9 +36,9 @@ class Page:
         self._session: dict[str, str] = {}
         self._sent, self._rest = 0, b""
         self.complaints: list[str] = []
-        """errors and warnings on the console, and exceptions that nobody caught, since the page was opened"""
+        """console errors and warnings and uncaught exceptions since the page was opened"""
         self.requests: list[str] = []
-        """addresses that were asked for"""
+        """requested URLs"""
 
     def attach(self) -> None:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -48,7 +48,7 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """A command; returns its result."""
+        """Send a command and return its result."""
         self._sent += 1
         message = {"id": self._sent, "method": method, "params": params, **self._session}
         os.write(self._to, json.dumps(message).encode() + b"\0")
@@ -60,7 +60,7 @@ class Page:
                 return result
 
     def open(self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Show a file in a window of that size, in the colour scheme light or dark, and wait until its charts stand."""
+        """Open a file in a window of the given size and colour scheme (light or dark); wait for its charts."""
         phone = width < 600
         self.complaints, self.requests = [], []
         self.send(
@@ -77,7 +77,7 @@ class Page:
         self.send("Emulation.setEmulatedMedia", media=media, features=features)
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, waited for where it is a promise."""
+        """Return the value of a JavaScript expression; a promise is awaited."""
         found = self.send(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
         )
@@ -109,7 +109,7 @@ class Page:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """While open, a browser runs, with its files in a folder of its own."""
+    """Run a browser whose profile is in a folder of its own."""
     assert CHROMIUM is not None
     (browser_reads, to_browser), (from_browser, browser_writes) = os.pipe(), os.pipe()
 

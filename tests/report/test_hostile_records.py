@@ -1,4 +1,4 @@
-"""Records that someone edited, cut or made up: each costs its own row, and a sentence says what is wrong with which."""
+"""Edited, truncated or invented records: each affects only its own run, and one sentence says what is wrong where."""
 
 import copy
 import functools
@@ -53,12 +53,12 @@ OTHERS = {
     "lock": '{"process": 1, "host": "elsewhere"}',
 }
 SHOWN = "2 finished"
-"""What is said of the runs beside the hostile one."""
+"""What `status` says about the runs other than the hostile one."""
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs, and `bad`, which is to be spoiled."""
+    """Two finished runs, and the run `bad`, which tests corrupt."""
     runs = tmp_path_factory.mktemp("sound") / "runs"
     make_run(runs, "bits=32", name="full", top1=70.0)
     make_run(runs, "seed=1", name="other", top1=61.0)
@@ -73,13 +73,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(sound: Path, tmp_path: Path) -> Path:
-    """A copy of them that a test may spoil."""
+    """A copy of these runs that a test may corrupt."""
     return Path(shutil.copytree(sound, tmp_path / "runs"))
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Configs are as they were: composing and reading them anew for each page would take seconds."""
+    """Cache configs: composing and reading them again for each page would take seconds."""
     monkeypatch.setattr(identities, "read_config", _once_read)
     monkeypatch.setattr(runs_in_report, "read_config", _once_read)
     monkeypatch.setattr(page, "plotly", str)
@@ -121,14 +121,14 @@ def path_of(runs: Path, name: str) -> Path:
 
 def spoil(runs: Path, name: str, content: str | bytes) -> None:
     path = path_of(runs, name)
-    if name in OTHERS:  # what is read of an unfinished run alone
+    if name in OTHERS:  # these are only read for an unfinished run
         (runs / "bad" / "summary.json").unlink(missing_ok=True)
         (runs / "bad" / "error.txt").write_text(OTHERS["error.txt"])
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def ask(verb: list[str], runs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Of a verb: exit code, what it printed, and what went to stderr."""
+    """Run a verb; return its exit code, stdout and stderr."""
     capsys.readouterr()
     words = [str(runs / "bad") if word == "RUN" else str(runs) if word == "RUNS" else word for word in verb]
     code = report([*words, *(() if verb[0] == "status" else ("--out", str(out)))])
@@ -140,7 +140,7 @@ VERBS = (["RUN"], ["compare", "RUNS"], ["status", "RUNS"], ["table1", "RUNS"])
 
 
 def check_all(runs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """All verbs come to an end, with the other runs shown; returns all that was told."""
+    """Check that all verbs succeed and show the other runs; return all of their output."""
     everything = ""
     for verb in VERBS:
         code, printed, err = ask(verb, runs, out, capsys)
@@ -161,7 +161,7 @@ def check_all(runs: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def changed(content: dict[str, Any], *keys: str, to: Any = ...) -> str:
-    """A file of a content with another value at a place; without `to`, without it."""
+    """Return JSON of a content with the value at `keys` replaced; without `to`, removed."""
     content = copy.deepcopy(content)
     place = content
     for key in keys[:-1]:
@@ -301,7 +301,7 @@ UNFIT: list[tuple[str, str | bytes, str]] = [
     ("config.yaml", b"\xff", "config.yaml: cannot be read"),
     ("config.yaml", "[]", "config.yaml: cannot be read"),
 ]
-"""File, content, and what is said of it."""
+"""File, content, and a part of the error message."""
 
 FIT: list[tuple[str, str | bytes]] = [
     ("metrics.csv", ""),
@@ -328,7 +328,7 @@ FIT: list[tuple[str, str | bytes]] = [
     ("histograms.json", f"[{changed(HISTOGRAM, 'levels')}]"),
     ("export.json", changed(EXPORTED, "figures", "onnx_fused")),
 ]
-"""Odd, but nothing is wrong with it."""
+"""File and content that are odd but valid."""
 
 
 RECORDS: dict[str, Any] = {
@@ -336,7 +336,7 @@ RECORDS: dict[str, Any] = {
 }
 FIRST = {name: row for name, *row in reversed(UNFIT)}
 READ_ALONE = [row for row in UNFIT if row[0] in RECORDS and FIRST[row[0]] != [*row[1:]]]
-"""What one file more of its kind has to show: all verbs tell of the first."""
+"""Further cases of a file, checked only by reading it; all verbs are checked with the first case of each file."""
 
 
 @pytest.mark.parametrize(("name", "content", "told"), READ_ALONE, ids=[f"{row[0]}: {row[2]}" for row in READ_ALONE])
@@ -366,7 +366,7 @@ def test_what_does_not_fit_is_named(
         return
     everything = check_all(runs, tmp_path / "out", capsys)
     found = re.search(rf"{re.escape(name)}: cannot be read \([^\n]*{re.escape(told)}", everything.replace("\n", " "))
-    squeezed = everything.replace(" ", "")  # a table may break a sentence anywhere
+    squeezed = everything.replace(" ", "")  # a table may wrap a sentence anywhere
     assert found or (f"{name}:cannotberead(" in squeezed and told.replace(" ", "") in squeezed), everything[-3000:]
 
 
@@ -389,7 +389,7 @@ def test_what_is_no_file(name: str, runs: Path, tmp_path: Path, capsys: pytest.C
         path.rmdir() if path.is_dir() else path.unlink()
 
 
-# Whatever hypothesis makes of them
+# Random corruption by hypothesis
 
 MUTABLE = (
     *("summary.json", "environment.json", "histograms.json", "export.json", "metrics.csv", "steps.csv", "layers.csv"),
@@ -410,7 +410,7 @@ VALUES = st.one_of(
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value in a JSON content."""
+    """Yield the path to every value in a JSON content."""
     yield path
     inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in list(inside)[:12]:
@@ -419,7 +419,7 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 @st.composite
 def mutated_json(draw: st.DrawFn, text: str) -> str:
-    """A JSON file with some values replaced, deleted or inserted."""
+    """Draw a JSON file with some values replaced, deleted or inserted."""
     content: Any = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
         *way, last = draw(st.sampled_from([*places(content)][1:] or [("x",)]))
@@ -442,7 +442,7 @@ def mutated_json(draw: st.DrawFn, text: str) -> str:
 
 @st.composite
 def mutated_text(draw: st.DrawFn, text: str) -> bytes:
-    """A file with some bytes replaced, inserted, doubled or cut."""
+    """Draw a file with some bytes replaced, inserted, duplicated or cut off."""
     data = text.encode()
     for _ in range(draw(st.integers(1, 4))):
         a, b = sorted(draw(st.tuples(*[st.integers(0, len(data))] * 2)))
@@ -454,7 +454,7 @@ def mutated_text(draw: st.DrawFn, text: str) -> bytes:
 
 @st.composite
 def mutated(draw: st.DrawFn, sound: Path) -> dict[str, bytes | str]:
-    """One to three files of a run, spoiled."""
+    """Draw one to three corrupted files of a run."""
     found: dict[str, bytes | str] = {}
     for name in draw(st.lists(st.sampled_from(MUTABLE), min_size=1, max_size=3, unique=True)):
         text = OTHERS.get(name) or path_of(sound, name).read_text()
@@ -489,7 +489,7 @@ def test_many_mutated_records(sound: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def _mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], examples: int) -> None:
-    """A config makes the run: one that cannot be read costs the run, in a sentence, and no other."""
+    """An unreadable config makes its own run unreadable, with a one-line message, and affects no other run."""
     shutil.copytree(sound, tmp_path / "runs")
     text = (sound / "bad" / "config.yaml").read_text()
 
@@ -518,7 +518,7 @@ def test_many_mutated_configs(sound: Path, tmp_path: Path, capsys: pytest.Captur
     _mutated_configs(sound, tmp_path, capsys, 300)
 
 
-# The descriptions
+# The record types
 
 
 def test_descriptions_are_of_what_is_written() -> None:
@@ -527,7 +527,7 @@ def test_descriptions_are_of_what_is_written() -> None:
 
 
 def test_records_that_are_written_fit(tmp_path: Path) -> None:
-    """NaN and infinity become null, and a name that is no text is written all the same."""
+    """NaN and infinity become null, and a name that is not valid text is still written."""
     records.SUMMARY.write(tmp_path, SUMMARY | {"sqnr_db": float("nan"), "run_dir": "b\udcff"})  # type: ignore[arg-type, operator]
     found = records.SUMMARY.read(tmp_path)
     assert found is not None and found["sqnr_db"] is None and found["run_dir"] == "b\\udcff"
@@ -555,7 +555,7 @@ def test_what_a_choice_of_bits_may_hold(tmp_path: Path, keys: tuple[Any, ...], v
 
 
 def test_the_bits_of_an_export(tmp_path: Path) -> None:
-    """Those that were asked for; where they were chosen, what they came to."""
+    """The requested bits, or the average bit-width if bits were chosen."""
     means = {"mean_weight_bits": 3.5, "mean_activation_bits": 4.25}
     chosen = {key: value for key, value in EXPORTED.items() if key not in ("weight_bits", "activation_bits")}
     for content, told in (

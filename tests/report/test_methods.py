@@ -1,4 +1,4 @@
-"""Methods over seeds: what is compared with what, by a test of SciPy's."""
+"""Methods over seeds: what is compared with what, checked against SciPy's paired t-test."""
 
 import csv
 import hashlib
@@ -47,7 +47,7 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_how_many_seeds_a_difference_is_of(tmp_path: Path) -> None:
-    """It is said where that is not the number beside it."""
+    """The number is shown if it differs from the number of seeds."""
     runs = _runs(tmp_path)
     make_run(runs, "seed=3", "clipping=max", top1=60.0)
     found = standings(entries([runs])[0])
@@ -65,7 +65,7 @@ def test_another_reference(tmp_path: Path) -> None:
 
 
 def _of_two_settings(folder: Path) -> Path:
-    """A sweep of two methods at two widths, and a stray run of one with another limit."""
+    """A sweep of two methods at two bit-widths, and a single run of one method with another limit."""
     for limit, bits, seeds in ((5, 4, (0, 1)), (5, 2, (0, 1)), (1, 4, (0,))):
         for method, top1 in (("octav", 60.0), ("max", 58.0)):
             for seed in seeds if limit == 5 or method == "octav" else ():
@@ -88,9 +88,9 @@ def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | Non
         (one, "4"): (many, {0: -4.0}),
     }
     assert table(found).notes[-2:] == [
-        "Runs differ in more than the method, in limit_train_batches: each row is compared with the reference of its "
-        "own settings.",
-        f"Across settings, where a row's own have nothing to compare it with: {one}, with {many}.",
+        "Runs differ in more than the method, namely in limit_train_batches. Each row is compared with the reference "
+        "that has the same settings.",
+        f"Compared with a reference of other settings, since there is none of the same: {one}, with {many}.",
     ]
 
 
@@ -103,7 +103,7 @@ def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
     assert heads[6:] == ["vs the reference", "reference", "verdict"]
     (row,) = (row for row in rows if row[2] == "max, limit_train_batches=1")
     assert row[6:] == ["-11.00", "octav, limit_train_batches=1", "one seed"]
-    named = standings(entries([tmp_path])[0], "octav, limit_train_batches=1")  # one by its whole name, for all
+    named = standings(entries([tmp_path])[0], "octav, limit_train_batches=1")  # one method, by its full name
     assert {each.reference for each in named} == {"octav, limit_train_batches=1"}
 
 
@@ -119,7 +119,7 @@ def test_what_a_method_has_itself_is_compared_whatever_else_it_has(tmp_path: Pat
 
 
 def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
-    """And in no name of a method, of which those have no limit that are asked for another one."""
+    """They are not part of a method's name, although runs with one limit lack the other limits."""
     for seed, asked in ((0, "max_drop=2"), (0, "budget=4"), (1, "size_mb=0.5")):
         run = make_run(tmp_path, "mode=allocate", "weights=baseline", asked, f"seed={seed}")
         summary = json.loads((run / "summary.json").read_text())
@@ -141,7 +141,7 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
 
 
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
-    """A run whose bits are chosen has a number of bits in its config that nothing uses."""
+    """The config of a run with chosen bits contains a bit-width that nothing uses."""
     for budget in (3, 5):
         make_run(tmp_path, "policy=auto", f"budget={budget}")
     make_run(tmp_path, "bits=3")
@@ -166,11 +166,11 @@ def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = text_of(compare_page.write([runs], tmp_path / "compare.html"))
     assert (
         "Over seeds bits method seeds" in text
-    )  # one network, which stands above and "-2.03 [-3.15, -0.91] worse" in text
+    )  # one network, which the header names and "-2.03 [-3.15, -0.91] worse" in text
 
 
 def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
-    """Weights of 2 and activations of 8 bits are not the other way round, and not 5 bits either."""
+    """Weights at 2 and activations at 8 bits differ from the reverse, and from 5 bits for both."""
     for bits, top1 in ((("weight_bits=2", "activation_bits=8"), 60.0), (("weight_bits=8", "activation_bits=2"), 80.0)):
         make_run(tmp_path, *bits, top1=top1)
     make_run(tmp_path, "bits=5", top1=95.0)
@@ -233,7 +233,7 @@ def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) ->
 
 
 def test_two_starts_are_no_seeds_of_one_method(tmp_path: Path) -> None:
-    """Not even where none of the seeds is there twice."""
+    """Not even if no seed occurs twice."""
     for seed in range(4):
         start = tmp_path / f"{seed // 2}.pt"
         start.write_text(str(seed // 2))
@@ -259,7 +259,7 @@ def test_each_seed_s_own_start_is_no_matter_where_methods_differ_in_more(tmp_pat
 
 
 def test_chosen_bits_of_several_seeds_are_one_width(tmp_path: Path) -> None:
-    """Whatever each of them came to; it is called by what was asked for."""
+    """Whatever average each seed reaches; the label is the requested limit."""
     for method, means in (("octav", (3.88, 3.92, 3.72)), ("max", (3.6, 3.7, None))):
         for seed, mean in enumerate(means):
             asked = "policy=auto", "size_mb=0.15", f"clipping={method}", f"seed={seed}"
@@ -291,7 +291,7 @@ def test_full_precision_of_another_folder_is_not_subtracted(tmp_path: Path) -> N
 
 
 def test_what_is_no_run_among_many_places_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a shell makes them of runs/*."""
+    """For example, if the shell expanded runs/*."""
     monkeypatch.chdir(tmp_path)
     make_run(Path("runs"), name="one"), make_run(Path("runs"), "clipping=max", name="other")
     (make_run(Path("runs"), name="broken") / "config.yaml").write_text("a: [")
@@ -301,7 +301,7 @@ def test_what_is_no_run_among_many_places_is_left_out(tmp_path: Path, monkeypatc
     assert [run.folder.name for run in runs] == ["one", "other"]
     assert [why.split(":")[0] for why in left_out] == ["runs/asked.txt", "runs/begun", "runs/broken/config.yaml"]
     for few in (["runs/begun", "runs/one"], ["runs/one", "runs/one"]):
-        with pytest.raises(ConfigError, match="needs two runs or more, and found 1"):
+        with pytest.raises(ConfigError, match="needs at least two runs, found 1"):
             entries(list(map(Path, few)))
     for places, told in (
         (["runs", "gone"], "gone: no such folder"),
@@ -353,7 +353,7 @@ def test_a_network_of_one_run_has_a_row_as_well(tmp_path: Path) -> None:
     assert [each.values[0] for each in found] == [60, 50, 70]
     assert len({each.network for each in found}) == 2
     figure = figures.methods(found)
-    assert [ax.get_title() for ax in figure.axes] == [found[0].network]  # nothing to see of a single run
+    assert [ax.get_title() for ax in figure.axes] == [found[0].network]  # a single run is not drawn
     figures.plt.close(figure)
 
 

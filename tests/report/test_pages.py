@@ -1,4 +1,4 @@
-"""The pages of qat-report: what they say, and that a browser shows them."""
+"""The HTML reports of qat-report: their content, and that a browser renders them."""
 
 import base64
 import csv
@@ -44,7 +44,7 @@ SMALL = (
 @functools.cache
 def config_of(*overrides: str) -> Config:
     others = tuple(word for word in overrides if not word.startswith("seed="))
-    if len(others) == len(overrides) - 1:  # nothing else follows from it, and composing takes most of a test's time
+    if len(others) == len(overrides) - 1:  # no other key depends on the seed, and composing takes most of the time
         (seed,) = {*overrides} - {*others}
         return replace(config_of(*others), seed=int(seed.partition("=")[2]))
     small = [word for word in SMALL if "mode=allocate" not in overrides or not word.startswith("batch_size=")]
@@ -118,7 +118,7 @@ ALLOCATED: dict[str, Any] = {
 
 
 def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float | None = 60.0, epochs: int = 2) -> Path:
-    """A run folder as qat-run leaves it; top1=None: unfinished."""
+    """Create a run folder as qat-run leaves it; top1=None: unfinished."""
     config = config_of(*overrides)
     folder = runs / (name or run_name(config))
     folder.mkdir(parents=True)
@@ -153,13 +153,13 @@ def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float |
 
 
 def text_of(path: Path) -> str:
-    """What the page of a path says, without its scripts, styles and tags."""
+    """Return the text of a page, without scripts, styles and tags."""
     page = re.sub(r"<(script|style).*?</\1>|<wbr>", "", path.read_text(), flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
 def charts_of(path: Path) -> dict[str, dict[str, Any]]:
-    """By id, of a page that is no larger than pages may be, and draws what the bundle can."""
+    """Return the charts of a page by id; check the size of the page and that the bundle supports all trace types."""
     assert path.stat().st_size <= LARGEST
     found = re.search(r'<script type="application/gzip" id="charts">(.*?)</script>', path.read_text())
     assert found is not None
@@ -194,7 +194,7 @@ def test_the_page_of_a_real_run(real: Path, capsys: pytest.CaptureFixture[str]) 
     assert report([str(real)]) == 0
     assert capsys.readouterr().out == f"{real / 'report.html'}\n"
     text = text_of(real / "report.html")
-    for word in ("resnet20 on fake at 4 bits", "top1", "mean SQNR", "octav", "times as much", "layer3.2.conv2"):
+    for word in ("resnet20 on fake at 4 bits", "top1", "mean SQNR", "octav", "times as large", "layer3.2.conv2"):
         assert word in text
     told = re.search(r"qat-run model=resnet20 [^ ]*( [a-z_.]+=[^ ]+)+", text)
     assert told is not None
@@ -207,7 +207,7 @@ def test_the_page_of_a_real_run(real: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_page_belongs_to_the_run() -> None:
     ours = {path.name for path in RunFolder(Path()).contents}
-    assert {"report.html", "histograms.json"} <= ours  # a folder that holds it may be resumed or overwritten
+    assert {"report.html", "histograms.json"} <= ours  # a folder with a report may still be resumed or overwritten
 
 
 class Two(nn.Module):
@@ -240,7 +240,7 @@ def test_histograms_are_in_units_of_the_scalars() -> None:
     )
     assert -1.01 <= weight["low"] < weight["high"] <= 1.01 and sum(weight["counts"]) == 12  # max-scaling clips nothing
     assert inputs["granularity"] == "tensor" and len(inputs["counts"]) == BINS
-    assert sum(inputs["counts"]) + inputs["beyond"] == 11 * 4  # of both batches; a weight counts once
+    assert sum(inputs["counts"]) + inputs["beyond"] == 11 * 4  # inputs of both batches; a weight counts once
     assert model.training
 
 
@@ -250,7 +250,7 @@ def test_levels_on_record_are_the_quantizer_s_own() -> None:
     weight, inputs = histograms(model, [torch.randn(5, 4)])[:2]
     assert weight["levels"] == pytest.approx([-1, -1 / 3, 1 / 3, 1]) and inputs["levels"] == [-1, 0, 1]
     assert histograms(two(), [torch.randn(5, 4)])[0]["levels"] == [code / 8 for code in range(-8, 8)]
-    before = histogram("first", 3)  # of a run from before they were recorded
+    before = histogram("first", 3)  # from a run before levels were recorded
     assert _levels(before) == [code / 4 for code in range(-4, 4)]
     assert _levels(before | {"levels": inputs["levels"]}) == [-1, 0, 1]
     assert _levels(before | {"bits": 8}) == []
@@ -267,7 +267,7 @@ def test_histograms_of_outliers_and_of_nothing_but_zeros() -> None:
 def test_size() -> None:
     weights, biases = 4 * 3 + 3 * 2, 3
     assert size_mb(Two()) == pytest.approx((4e-6 * (weights + biases),) * 2)
-    scalars = {"channel": 3 + 2 + 2, "tensor": 2 + 2}  # of weights and of inputs
+    scalars = {"channel": 3 + 2 + 2, "tensor": 2 + 2}  # for weights and for inputs
     for granularity, count in scalars.items():
         small, full = size_mb(two(4, granularity))
         assert full == pytest.approx(4e-6 * (weights + biases))
@@ -304,13 +304,13 @@ def test_the_command_gives_the_same_run(overrides: tuple[str, ...]) -> None:
 def test_no_command_where_none_gives_the_same_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     config = config_of()
-    stage = config.recipe.scratch  # no shipped recipe for pictures has such a stage
+    stage = config.recipe.scratch  # no shipped recipe for images has such a stage
     config = replace(config, mode="finetune", recipe=replace(config.recipe, finetune=stage))
     assert command(config) is None
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
     assert "qat-run bits=4 '+note=two words'" in text
-    assert "This is the recorded command, given in /somewhere :" in text
+    assert "This is the recorded command, started in /somewhere ." in text
 
 
 def test_settings_that_differ_from_the_defaults() -> None:
@@ -325,7 +325,7 @@ def test_settings_that_differ_from_the_defaults() -> None:
     }
     assert (found["run", "lr"].value, found["run", "lr"].default) == ("0.5", "0.05")
     assert found["run", "bits"].default == "4" and found["model", "name"].default == "resnet18"
-    assert found["places and habits", "runs_dir"].value == "x"
+    assert found["paths and bookkeeping", "runs_dir"].value == "x"
     assert [title for title, _ in sections(config_of())][1:-1] == [
         *("model", "dataset", "clipping", "gradient", "recipe", "allocation", "oscillations")
     ]
@@ -344,7 +344,7 @@ def test_headline_figures(tmp_path: Path) -> None:
     for words in (
         *("top1 60.00 % best 61.00 %", "mean SQNR 20.0 dB", "clipping octav"),
         "against fp32 -2.50 points; fp32 is the same run without quantization",
-        *("size 0.5 MB 4 MB in fp32, 8.0 times as much", "time 90 s 2 epochs"),
+        *("size 0.5 MB 4 MB in fp32, 8.0 times as large", "time 90 s 2 epochs"),
         "Noisiest: fc.weight (18.0 dB), fc.input (18.0 dB)",
         "not finished",
     ):
@@ -355,21 +355,21 @@ def test_headline_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "folded"), [(4, 0), (40, 1), (50_000, 1)])
 def test_what_is_quantized_stands_on_the_page(tmp_path: Path, rows: int, folded: int) -> None:
     folder = make_run(tmp_path)
-    assert 'id="quantized"' not in run_page.write(folder, tmp_path / "page.html").read_text()  # as records of old
+    assert 'id="quantized"' not in run_page.write(folder, tmp_path / "page.html").read_text()  # as for older runs
     lines = [f"layer{i}  weight  4  <b>" for i in range(rows)]
     below = "in full precision: 7 BatchNorm2d, softmax\na note"
     (folder / "quantizers.txt").write_text("\n".join(["layer  tensor  bits", *lines]) + f"\n\n{below}\n")
     page = run_page.write(folder, tmp_path / "page.html")
     assert below in page.read_text() and "layer0 weight 4 <b>" in text_of(page)
     assert page.stat().st_size <= LARGEST and page.read_text().count("<details>") == folded
-    left = re.search(r"layer(\d+) weight 4 <b> \.\.\. and (\d+) lines more", text_of(page))
+    left = re.search(r"layer(\d+) weight 4 <b> \.\.\. and (\d+) more lines", text_of(page))
     assert (left is None) == (rows < 1000)
     assert left is None or int(left[1]) + 1 + int(left[2]) == rows
 
 
 def test_limits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
     limits = "limit_train_batches=5", "limit_val_batches=2"
-    told = "; epochs of 5 batches at most; validation of 2 batches at most"
+    told = "; at most 5 batches per epoch; at most 2 validation batches"
     done, begun = make_run(tmp_path, *limits), make_run(tmp_path, *limits, "seed=1", top1=None)
     assert f"best 61.00 %{told}" in text_of(run_page.write(done, tmp_path / "page.html"))
     assert f"best 55.00 %{told}" in text_of(run_page.write(begun, tmp_path / "page.html"))
@@ -381,9 +381,9 @@ def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: P
         (folder / name).unlink()
     (folder / "allocation.json").write_text(json.dumps(ALLOCATED))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert "Which bits" in text and "on record" not in text
-    assert "On other batches of the same kind a tensor would get 0.50 bits more or less" in text
-    assert not any(head in text for head in ("Training", "Quantization noise", "Tensors", "One tensor at a time"))
+    assert "Bit allocation" in text and "recorded" not in text
+    assert "With other batches of the same kind, the bits of a tensor would change by 0.50 on average." in text
+    assert not any(head in text for head in ("Training", "Quantization noise", "Tensors", "Single tensors"))
 
 
 def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path) -> None:
@@ -395,10 +395,10 @@ def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path
     )
     page = run_page.write(folder, tmp_path / "page.html")
     (view,) = charts_of(page)["measured"]["views"]
-    assert "On other batches" not in text_of(page)  # where there was one
+    assert "With other batches" not in text_of(page)  # there was only one batch
     drawn = {trace["name"]: (trace["x"], trace["y"]) for trace in view["traces"]}
     assert drawn["chosen bits"] == ([1.0, 2.0], [50.0, 59.0]) and drawn["uniform"] == ([2.0], [59.0])
-    assert drawn["full precision"] == ([1.0, 2.0], [61.0, 61.0]) and drawn["the answer"][1] == [60.0]
+    assert drawn["full precision"] == ([1.0, 2.0], [61.0, 61.0]) and drawn["result"][1] == [60.0]
 
 
 def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
 
 
 def test_tensors_without_noise_on_record_come_last(tmp_path: Path) -> None:
-    """Wherever tensors are sorted by noise."""
+    """This holds wherever tensors are sorted by noise."""
     folder = make_run(tmp_path)
     names = [f"layer{i}" for i in range(30)]
     rows = [row | {"sqnr_db": float(i)} for i, row in enumerate(layer_rows(0, names)) if row["tensor"] == "weight"]
@@ -434,14 +434,14 @@ def test_tensors_without_noise_on_record_come_last(tmp_path: Path) -> None:
 
 
 def test_every_head_of_a_table_has_a_name(pages: dict[str, Path]) -> None:
-    """A head that is a button is read out by it."""
+    """Screen readers read the header of a sortable column by its name."""
     for path in pages.values():
         heads = re.findall(r"<th\b[^>]*>(.*?)</th>", path.read_text(), flags=re.DOTALL)
         assert heads and all(re.sub(r"<[^>]+>", "", head).strip() for head in heads)
 
 
 def test_figures_of_costs_are_figures(pages: dict[str, Path]) -> None:
-    """Which do not break in the middle."""
+    """So their cells do not wrap."""
     _, _, rest = pages["chosen"].read_text().partition('<table id="costs">')
     rows = [re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", row) for row in rest.partition("</table>")[0].split("</tr>")]
     assert [cells[0][1] for cells in rows if cells] == [
@@ -463,7 +463,7 @@ def test_effective_bits_and_what_is_quantized_are_shown_where_they_are_on_record
     means = {"mean_weight_bits": 4.016, "mean_activation_bits": 4.125, "quantized_macs": 99.25}
     (folder / "summary.json").write_text(json.dumps(summary | means))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert "bits 4 4.02/4.12 in the mean of weights/activations, over all that is quantized" in text
+    assert "bits 4 4.02/4.12 on average (weights/activations), over all quantized tensors" in text
     assert "quantized 99.25 % of the multiply-accumulates" in text
     text = text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
     assert "weight bits activation bits quantized %" in text and " 4.02 4.12 99.25 " in text
@@ -477,7 +477,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(tmp_path: Path) -> No
     text = text_of(page)
     assert "This run is not finished: it failed (the loss became nan)" in text
     assert "2 of 2" in text and "top1 so far 55.00 %" in text
-    assert "no histograms.json is in the folder" in text
+    assert "the folder has no histograms.json" in text
     assert {"accuracy", "noise-weights", "scalar"} <= set(charts_of(page))
 
 
@@ -485,7 +485,9 @@ def test_sittings_are_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     later = ENVIRONMENT | {"started": "2026-01-02T00:00:00+00:00", "packages": {"torch": "2.12", "numpy": "2.0"}}
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"resumed": [later]}))
-    assert "resumed 2026-01-02T00:00:00+00:00, with other torch" in text_of(run_page.write(folder, tmp_path / "p.html"))
+    assert "resumed 2026-01-02T00:00:00+00:00, with different torch" in text_of(
+        run_page.write(folder, tmp_path / "p.html")
+    )
 
 
 def test_records_of_old_have_pages_too(tmp_path: Path) -> None:
@@ -498,7 +500,7 @@ def test_records_of_old_have_pages_too(tmp_path: Path) -> None:
         (folder / name).unlink()
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
     assert "top1 60.00 %" in text
-    for sentence in ("No training is on record", "None is on record yet", "No environment.json is in the folder"):
+    for sentence in ("No training is recorded", "No noise is recorded yet", "The folder has no environment.json"):
         assert sentence in text
 
 
@@ -545,8 +547,8 @@ def test_oscillating_weights_are_shown(tmp_path: Path) -> None:
         charts_of(page)[name]["views"][0]["traces"] for name in ("oscillations-all", "oscillations-layers")
     )
     assert [trace["y"] for trace in whole] == [[2.5, 5.0], [1.0, 2.0]] and layers[0]["x"] == [2.0, 6.0]
-    assert "oscillating weights 1.2 % of those watched; 3 % are frozen" in text_of(page)
-    assert "top1 before BatchNorm 41.00 % taken anew on 50 batches" in text_of(page)
+    assert "oscillating weights 1.2 % of the tracked weights; 3 % are frozen" in text_of(page)
+    assert "top1 before BatchNorm re-estimation 41.00 % then re-estimated on 50 batches" in text_of(page)
 
 
 HOSTILE = "a</script><script>alert(1)</script>&\"'{{ 7 * 7 }}"
@@ -568,7 +570,7 @@ def test_a_hostile_name_does_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_pages_of_much_are_small(tmp_path: Path) -> None:
-    """As large as ResNet-101 in 150 epochs, and a sweep of 60 such runs."""
+    """A run as large as ResNet-101 with 150 epochs, and a sweep of 60 such runs."""
     folder = make_run(tmp_path, epochs=150)
     layers = [f"layer{i // 30 + 1}.{i}.conv{i % 3}" for i in range(104)]
     rows = layer_rows(150, layers)
@@ -620,14 +622,14 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "octav",
         "max, ste",
     }
-    where = text.partition("Where they differ Keys")[2]
+    where = text.partition("Config differences Keys")[2]
     for key in ("clipping.name", "gradient.name", "weight_bits", "seed"):
         assert key in where
     assert "epochs" not in where
 
 
 def test_what_plays_no_part_is_no_difference(tmp_path: Path) -> None:
-    """As all that is about quantization, beside full precision; but a key that runs of one method have or lack is."""
+    """Such as quantization keys beside full precision; a key that only some runs of a method have is a difference."""
     runs = [make_run(tmp_path, words) for words in ("bits=32", "bits=4", "bits=8")]
     differing, values = compare_page._differing(entries(runs)[0])
     assert differing == ["weight_bits", "activation_bits"] and len(values) == 3
@@ -713,9 +715,9 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
         (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
         (["empty"], "empty: holds no run of qat-run"),
         (["broken"], "broken/config.yaml: cannot be read"),
-        (["compare", "runs"], "needs two runs or more, and found 1"),
+        (["compare", "runs"], "needs at least two runs, found 1"),
         (["compare", "runs", "empty"], "empty: holds no run of qat-run"),
-        (["compare"], "needs two runs or more, and found 1"),
+        (["compare"], "needs at least two runs, found 1"),
         (["status", "runs", "runs"], "runs: is one folder too many; qat-report compare takes several"),
         (["runs/one", "runs"], "runs: is one folder too many"),
         (["runs/one", "--out", "file"], "file: File exists"),
@@ -743,7 +745,7 @@ def test_wrong_requests(
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium or Chrome is installed, which the pages are looked at with")
+        pytest.skip("needs Chromium or Chrome to render the pages")
     with browser(tmp_path_factory.mktemp("profile")) as tab:
         yield tab
 
@@ -758,10 +760,10 @@ def _with_a_choice(run: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(real: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages by kind: a real run, an unfinished one, one that chose bits, a comparison."""
+    """Pages by kind: a real run, an unfinished run, a run with a bit allocation, and a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [make_run(folder / "runs", f"bits={bits}", top1=50.0 + bits) for bits in (4, 8, 10, 32)]
-    runs.append(make_run(folder / "runs", "bits=8", "seed=1", top1=59.0))  # for means over seeds
+    runs.append(make_run(folder / "runs", "bits=8", "seed=1", top1=59.0))  # so that there are means over seeds
     unfinished = make_run(folder / "other", "clipping=max", top1=None)
     (unfinished / "histograms.json").unlink()
     return {
@@ -792,10 +794,10 @@ def test_pages_are_shown(page: Page, pages: dict[str, Path], kind: str, width: i
     traces = page.run(TRACES)
     assert len(traces) == len(charts_of(pages[kind])) and all(traces)
     assert page.run("innerWidth") == width
-    assert page.run("document.documentElement.scrollWidth") == width  # nothing sticks out
+    assert page.run("document.documentElement.scrollWidth") == width  # no horizontal overflow
     assert page.run("[...document.querySelectorAll('.chart .main-svg')].every(e => e.clientWidth <= innerWidth)")
     heights = page.run("[...document.querySelectorAll('#methods tr, #costs tr')].map(e => e.offsetHeight)")
-    assert bool(heights) == (kind in ("compare", "chosen")) and max(heights, default=0) < 150  # no letters on end
+    assert bool(heights) == (kind in ("compare", "chosen")) and max(heights, default=0) < 150  # no squeezed columns
     back = page.run("getComputedStyle(document.body).backgroundColor")
     assert (back == "rgb(255, 255, 255)") == (scheme == "light")
 
@@ -856,7 +858,7 @@ def test_tables_are_sorted_by_number_both_ways(page: Page, pages: dict[str, Path
     assert sort("bits") == (["4", "4", "8", "8", "10", "32"], "ascending")
     assert sort("bits") == (["32", "10", "8", "8", "4", "4"], "descending")
     assert sort("top1") == (["54.00", "58.00", "59.00", "60.00", "82.00", ""], "ascending")
-    assert sort("top1") == (["82.00", "60.00", "59.00", "58.00", "54.00", ""], "descending")  # unknown stays last
+    assert sort("top1") == (["82.00", "60.00", "59.00", "58.00", "54.00", ""], "descending")  # empty stays last
     assert sort("method")[0][0] == "full precision"
     assert page.run("document.querySelectorAll('#runs [aria-sort]').length") == 1
 

@@ -1,4 +1,4 @@
-"""Tables of results: what is written is read again."""
+"""Tables of results: what is written can be read back."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.report.test_pages import make_run
 
 
 def _known(run: Run) -> Run:
-    """Without where it lies."""
+    """Return a run without its location."""
     assert run.summary is not None
     told = {key: value for key, value in run.summary.items() if key not in ("run_dir", "config", "remedies")}
     return replace(run, folder=Path(), line=None, summary=told, config=replace(run.config, seed=0))  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ def test_what_takes_no_table_of_results_says_so(tmp_path: Path, capsys: pytest.C
 
 
 def test_lines_of_tables_are_told_apart_by_where_they_lie(tmp_path: Path) -> None:
-    """The same seed twice: of two tables by these, in one by the numbers of the lines."""
+    """Runs with the same seed are told apart by their tables, or within one table by their line numbers."""
     make_run(tmp_path / "runs", "seed=1")
     table = write_results(find_runs(tmp_path / "runs"), tmp_path / "one")[0]
     write_results(find_runs(tmp_path / "runs"), tmp_path / "other")

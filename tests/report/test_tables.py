@@ -1,4 +1,4 @@
-"""The tables that close a request, and the differences from full precision that all reports show."""
+"""The tables printed at the end of a command, and the differences from full precision that all reports show."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from qat_runner.report.tables import (
 
 
 def result(*overrides: str, top1: float = 50.0) -> Result:
-    """A finished run, as its config and summary tell of it."""
+    """Return a finished run with its config and summary."""
     config = from_hydra(compose_config(["model=resnet20", *overrides]))
     summary: dict[str, Any] = {
         "model": config.model.name,
@@ -61,7 +61,7 @@ def test_one_value_has_no_deviation_and_none_is_empty() -> None:
 
 
 def test_full_precision_is_that_of_the_same_run() -> None:
-    """Runs of other epochs, widths, seeds are not what a run is compared with, wherever they stand."""
+    """Runs with other epochs, learning rates or seeds are not used, whatever the order of the runs."""
     quantized = result("bits=4", "epochs=5", "seed=1", top1=60.0)
     others = [
         result("bits=32", *words, top1=99.0)
@@ -98,7 +98,7 @@ def test_what_retraining_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     start = result("bits=32", "mode=evaluate", "weights=w.pt", top1=80.0)
     other = result("bits=32", "mode=evaluate", "weights=other.pt", top1=99.0)
     for mode in ("retrain", "ptq"):
-        for seed in (0, 3):  # the start is the same, whatever the seed
+        for seed in (0, 3):  # the start is the same for every seed
             run = result("bits=4", f"mode={mode}", "weights=w.pt", f"seed={seed}", top1=75.0)
             assert differences(start, other, run)[-1] == pytest.approx(-5)
     retrained = result("bits=4", "mode=retrain", "weights=w.pt", top1=75.0)
@@ -131,11 +131,11 @@ def test_chosen_bits_have_the_full_precision_of_others(
         assert differences(*runs, result("bits=4", *retrain, top1=91.0))[-1] == pytest.approx(told)
         assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(told)
     allocated = result(*words[1:], "mode=allocate", "batch_size=null", f"weights={weights}", top1=91.5)
-    assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has trained nothing
+    assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has not trained anything
 
 
 def test_seeds_are_compared_with_one_kind_of_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The closest that all have, else the one that most have."""
+    """They use the closest kind that all have, or else the one that most have."""
     monkeypatch.chdir(tmp_path)
     retrain = "mode=retrain", "weights=w.pt"
     Path("w.pt").touch()
@@ -145,15 +145,15 @@ def test_seeds_are_compared_with_one_kind_of_full_precision(tmp_path: Path, monk
     assert differences(start, *retrained, *runs)[-3:] == [-2, -3, -4]
     assert differences(start, *retrained[:1], *runs)[-3:] == [1, 1, 1]
     assert differences(*retrained[:2], *runs)[-3:] == [-2, -3, None]
-    alone = result("bits=8", "clipping=max", *retrain, top1=91.0)  # in one column with the others
+    alone = result("bits=8", "clipping=max", *retrain, top1=91.0)  # in the same column as the others
     assert differences(start, *retrained[:1], *runs, alone)[-4:] == [1, 1, 1, 1]
     assert differences(start, *retrained, *runs, alone)[-4:] == [-2, -3, -4, -2]
     more = result("bits=4", "clipping=max", *retrain, "seed=3", top1=91.0)
     assert differences(start, *retrained, *runs, alone, more)[-5:] == [1, 1, 1, 1, 1]
-    longer = result("bits=4", *retrain, "epochs=9", top1=91.0)  # of another recipe: no matter of the others
+    longer = result("bits=4", *retrain, "epochs=9", top1=91.0)  # another recipe: does not affect the others
     assert differences(start, *retrained, *runs, longer)[-4:] == [-2, -3, -4, 1]
     Path("other.pt").write_text("other")
-    elsewhere = result("bits=4", "mode=retrain", "weights=other.pt", top1=91.0)  # of a seed that is there already
+    elsewhere = result("bits=4", "mode=retrain", "weights=other.pt", top1=91.0)  # a seed that exists already
     assert differences(start, *retrained, *runs, elsewhere)[-4:] == [-2, -3, -4, None]
 
 
@@ -162,7 +162,7 @@ def test_of_the_same_in_several_places_it_is_the_one_beside_the_run() -> None:
     runs = {name: result(top1=80.0)._replace(place=Path(name)) for name in "abc"}
     for order in ("ab", "ba"):
         there = [full[name] for name in order]
-        assert differences(*there, *runs.values())[2:] == [-15, -5, None]  # of the last nobody knows
+        assert differences(*there, *runs.values())[2:] == [-15, -5, None]  # the last is undecided
     assert differences(full["a"], *runs.values())[1:] == [-15, -15, -15]
     again = full["a"]._replace(place=Path("b"))
     assert differences(full["a"], again, *runs.values())[2:] == [-15, -15, -15]
@@ -174,7 +174,7 @@ def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:
     full = [result("bits=32", f"seed={seed}", top1=top1) for seed, top1 in enumerate((90.0, 92.0))]
     two = [result("bits=2", f"seed={seed}", top1=top1) for seed, top1 in enumerate((80.0, 88.0))]
     longer = [result("bits=2", "epochs=9", top1=89.0)]
-    three = [result("bits=3", f"seed={seed}", top1=89.0) for seed in range(3)]  # of which full precision has two
+    three = [result("bits=3", f"seed={seed}", top1=89.0) for seed in range(3)]  # full precision has two of these seeds
     table = seeds_table([*full, *two, *longer, *three]).splitlines()[2:]
     figures = [line.split("mph")[-1].split("none")[-1].split() for line in table]
     assert figures == [
@@ -185,7 +185,7 @@ def test_means_over_seeds_are_of_runs_that_differ_in_nothing_else() -> None:
     ]
     assert several_seeds([*full, *longer]) and not several_seeds([full[0], two[0], *longer])
     assert len(results_table([*full, *two, *longer]).splitlines()) == 2 + 5
-    assert not several_seeds([two[0], two[0]])  # of one run, in two folders
+    assert not several_seeds([two[0], two[0]])  # one run in two folders
     assert seeds_table([*full, *two, two[0]]) == seeds_table([*full, *two])
 
 
@@ -197,8 +197,8 @@ def test_differences_in_words() -> None:
         "resnet20, digits, scratch, 2 bits, in points against full precision: "
         "octav -2.50 ± 0.71, max with ste -10.00 ± 0.00"
     ]
-    assert differences_in_words([*octav, *scaled]) == []  # nothing to compare with
-    assert differences_in_words([*full, *octav]) == []  # nothing beside it
+    assert differences_in_words([*octav, *scaled]) == []  # no full precision to compare with
+    assert differences_in_words([*full, *octav]) == []  # no other method
     longer = [result(bits, "epochs=9") for bits in ("bits=32", "bits=2")]
     assert differences_in_words([*full, *octav, *longer]) == []  # which octav?
 

@@ -1,4 +1,4 @@
-"""Loss, distance and perplexity of a language model, against what they are by definition."""
+"""Loss, distance and perplexity of a language model, compared with their definitions."""
 
 import math
 
@@ -14,7 +14,7 @@ TASK = TASKS["language_modelling"]
 
 
 def surprise(logits: Tensor, targets: Tensor) -> list[float]:
-    """Nats of each token, by the definition, in float64."""
+    """The negative log-likelihood of each token in nats, computed from its definition in float64."""
     found = []
     for row, target in zip(logits.double().flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True):
         top = max(row)

@@ -1,4 +1,4 @@
-"""A task and a data set of one's own go all the way: trained, evaluated, retrained, exported and shown."""
+"""A custom task with a custom data set supports everything: training, evaluation, retraining, export and reports."""
 
 import csv
 import json
@@ -71,9 +71,9 @@ def test_its_files_do_what_the_network_does() -> None:
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (["dataset.task=classification"], "dataset.task=classification: must be regression, which is what numbers"),
+        (["dataset.task=classification"], "dataset.task=classification: must be regression, the task of numbers"),
         (["dataset.task=poetry"], "dataset.task=poetry: must be one of classification, question_answering, language_"),
-        (["model=bert"], "model=bert: cannot read dataset=numbers, which is for resnet18"),
+        (["model=bert"], "model=bert: does not support dataset=numbers; must be one of resnet18"),
         (["dataset.image_size=0"], "dataset.image_size=0: must be 1 to"),
     ],
 )

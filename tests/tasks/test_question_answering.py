@@ -1,4 +1,4 @@
-"""From logits to answers and their score, beside the reference implementations written down step by step."""
+"""Answers decoded from logits and their scores, compared with step-by-step reference implementations."""
 
 import re
 import string
@@ -32,7 +32,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SquadData:
 
 
 def brute_force(logits: Tensor, split: Split, n_best: int, longest: int) -> dict[str, str]:
-    """The reference implementation of BERT on SQuAD, in words: loops over windows, starts and ends."""
+    """The algorithm of BERT's reference implementation on SQuAD, with loops over windows, starts and ends."""
     w, best = split.windows, {}
     for r in range(len(logits)):
         q = int(w.question[r])
@@ -68,7 +68,7 @@ def test_answers_are_those_of_brute_force(split: Split, n_best: int, longest: in
 
 
 class Official:
-    """The rules of SQuAD's evaluate-v1.1.py, written down step by step."""
+    """The rules of SQuAD's evaluate-v1.1.py, implemented step by step."""
 
     @staticmethod
     def normal(text: str) -> str:
@@ -175,4 +175,4 @@ def test_perfect_logits_find_every_answer(data: SquadData) -> None:
     assert score.read() == {"loss": 0.0, "em": 100.0, "f1": 100.0, "samples": data.val_size}
     assert score.predictions is not None
     assert set(score.predictions.values()) <= {place.capitalize() for place in PLACES}
-    assert QuestionAnswering().score(data).read()["f1"] == 0.0  # nothing seen
+    assert QuestionAnswering().score(data).read()["f1"] == 0.0  # no window seen

@@ -1,4 +1,4 @@
-"""Tasks, their facts and their data sets know each other by the same names."""
+"""Tasks, their facts and their data sets refer to each other by the same names."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""The data sets, a file each, which has the name of the data set and holds its `DATASET`."""
+"""The data sets. Each has its own file, which has the name of the data set and defines its `DATASET`."""
 
 import pkgutil
 from importlib import import_module
@@ -12,4 +12,4 @@ DATASETS: Registry[Dataset] = Registry(
     {module.name: import_module(f"{__name__}.{module.name}").DATASET for module in pkgutil.iter_modules(__path__)},
     valid=lambda dataset: isinstance(dataset, Dataset),
 )
-"""By name."""
+"""The data sets by name."""

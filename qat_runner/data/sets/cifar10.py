@@ -1,4 +1,4 @@
-"""CIFAR-10: cifar10.npz, or as torchvision unpacks it."""
+"""CIFAR-10, from cifar10.npz or as unpacked by torchvision."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ NPZ, BATCHES = "cifar10.npz", "cifar-10-batches-py"
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both splits.
+    """Read both splits.
 
     Raises:
-        ValueError: the files are something else.
+        ValueError: the files are not those of CIFAR-10.
     """
     if (folder / NPZ).is_file():
         x_train, y_train, x_test, y_test = read_npz(folder / NPZ, ("x_train", "y_train", "x_test", "y_test"))

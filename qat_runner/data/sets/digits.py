@@ -1,4 +1,4 @@
-"""1797 real handwritten digits of 8 x 8 pixels, part of scikit-learn."""
+"""1797 real handwritten digits of 8 x 8 pixels, included in scikit-learn."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both splits; the folder means nothing."""
-    from sklearn.datasets import load_digits  # scikit-learn takes a second to import, and only this data set needs it
+    """Read both splits; the folder is ignored."""
+    from sklearn.datasets import load_digits  # deferred: the import takes a second, and only this data set needs it
     from sklearn.model_selection import train_test_split
 
     bunch = load_digits()

@@ -1,4 +1,4 @@
-"""Noise, brighter for higher classes: enough to see a loss fall."""
+"""Noise images that are brighter for higher classes: enough to see a loss decrease."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both splits; the folder means nothing."""
+    """Generate both splits; the folder is ignored."""
     classes, size = config.num_classes or 10, config.image_size
     generator = torch.Generator().manual_seed(0)
 

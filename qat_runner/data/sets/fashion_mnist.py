@@ -1,4 +1,4 @@
-"""Fashion-MNIST, as torchvision unpacks it."""
+"""Fashion-MNIST, as unpacked by torchvision."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ RAW = Path("FashionMNIST", "raw")
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Both splits.
+    """Read both splits.
 
     Raises:
-        ValueError: the files are something else.
+        ValueError: the files are not those of Fashion-MNIST.
     """
     raw = folder / RAW
     return in_memory(read_fashion_mnist(raw, train=True), read_fashion_mnist(raw, train=False), config)

@@ -1,4 +1,4 @@
-"""Pictures of the user's own: class folders, tar shards or parquet files."""
+"""The user's own images, as class folders, tar shards or parquet files."""
 
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.layouts import CONTENT

@@ -1,4 +1,4 @@
-"""ILSVRC2012: class folders, tar shards, or the parquet files of the Hugging Face hub."""
+"""ILSVRC2012, as class folders, tar shards, or the parquet files of the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from qat_runner.data.pictures import holds_pictures, in_folder, pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> FolderSource:
-    """Both splits.
+    """Read both splits.
 
     Raises:
         ValueError: the classes are not ImageNet's, or as `FolderSource`.
@@ -20,8 +20,8 @@ def read(folder: Path, config: DatasetConfig) -> FolderSource:
     ends = source.classes[0], source.classes[-1]
     if find_layout(folder) == CLASS_FOLDERS and ends != (FIRST_CLASS, LAST_CLASS):
         raise ValueError(
-            f"the first and last class folders are {ends[0]} and {ends[1]}, not {FIRST_CLASS} and {LAST_CLASS}; "
-            f"dataset=imagefolder takes any"
+            f"the first and last class folders are {ends[0]} and {ends[1]}; must be {FIRST_CLASS} and {LAST_CLASS} "
+            f"(dataset=imagefolder accepts any classes)"
         )
     return source
 

@@ -1,4 +1,4 @@
-"""SQuAD v1.1, in its official files or others of their format."""
+"""SQuAD v1.1, from the official files or other files in the same format."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from qat_runner.data.windows import SquadData
 
 
 def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> SquadData:
-    """Both splits, as windows.
+    """Read both splits as windows.
 
     Args:
-        folder: holds FILES.
-        config: lengths, and which questions.
-        delivery: with a tokenizer.
+        folder: contains FILES.
+        config: sets the lengths of windows, and selects the questions.
+        delivery: must have a tokenizer.
 
     Raises:
-        ValueError: a file is not what it should be.
+        ValueError: a file is not valid.
     """
     tokenizer = delivery.tokenizer
     training = load_split(folder / FILES[0], config, tokenizer, config.train_questions)

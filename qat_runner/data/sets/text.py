@@ -1,4 +1,4 @@
-"""Plain text of one's own."""
+"""The user's own plain text."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from qat_runner.data.plain_text import CONTENT, SPLITS, TextData, files_of, hold
 
 
 def read(folder: Path, config: DatasetConfig, delivery: Delivery) -> TextData:
-    """Both splits, as blocks of tokens.
+    """Read both splits as blocks of tokens.
 
     Args:
-        folder: holds train.txt and val.txt, or folders of such files.
-        config: the length of a block.
-        delivery: with a tokenizer.
+        folder: contains train.txt and val.txt, or folders train and val of text files.
+        config: sets the length of a block.
+        delivery: must have a tokenizer.
 
     Raises:
-        ValueError: a file is no text, or a split is too short for a block.
+        ValueError: a file is not text, or a split is too short for a block.
     """
     training, validation = (tokens_of(files_of(folder, split), delivery.tokenizer) for split in SPLITS)
     return TextData(training, validation, config.max_length, delivery.device, delivery.seed, delivery.shard)

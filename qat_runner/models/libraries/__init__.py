@@ -1,4 +1,4 @@
-"""Networks of other libraries, by one word: torchvision/NAME, timm/NAME, hf/FOLDER or hf/NAME."""
+"""Networks of other libraries, selected by one name: torchvision/NAME, timm/NAME, hf/FOLDER or hf/NAME."""
 
 from typing import Any
 
@@ -12,26 +12,29 @@ from qat_runner.models.libraries.of_transformers import Transformers
 __all__ = ["LIBRARIES", "Library", "Preprocessing", "library_of", "preprocessing_keys"]
 
 LIBRARIES: dict[str, Library] = {library.prefix: library for library in (Torchvision(), Timm(), Transformers())}
-"""By the prefix of their words."""
+"""The libraries by the prefix of their model names."""
 assert tuple(LIBRARIES) == PREFIXES
 
 
 def library_of(model: str) -> tuple[Library, str] | None:
-    """The library and the name that a word means; None: it is no such word."""
+    """Split a model name into its library and the name there; None: the model is not from another library."""
     found = split_word(model)
     return None if found is None else (LIBRARIES[found[0]], found[1])
 
 
 def preprocessing_keys(model: str) -> dict[str, Any]:
-    """Keys of `dataset` -> values, as the library of a network describes what its weights were validated on.
+    """Return keys of `dataset` for the preprocessing with which a network's published weights were validated.
 
-    A name of our own is described by torchvision, which publishes its weights.
+    The values come from the network's library. For this package's own model names, this is torchvision, which publishes
+    their weights.
 
     Raises:
-        ConfigError: there is no such network, or it is not described.
+        ConfigError: there is no such network, or its library does not describe the preprocessing.
     """
     library, name = library_of(model) or (LIBRARIES["torchvision"], model)
     if library_of(model) is None and model not in library.names():
-        raise ConfigError(f"model={model}: no library describes its pictures, or has weights=pretrained for it")
+        raise ConfigError(
+            f"model={model}: no library describes its image preprocessing or has weights=pretrained for it"
+        )
     library.check(name)
     return library.preprocessing(name).keys()

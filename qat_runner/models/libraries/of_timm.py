@@ -1,4 +1,4 @@
-"""timm/NAME, or timm/NAME.TAG for one of several published weights."""
+"""Networks of timm: timm/NAME, or timm/NAME.TAG to select one of several published weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ class Timm(Library):
     prefix = "timm"
 
     def names(self) -> Sequence[str]:
-        import timm  # which takes a second
+        import timm  # deferred: the import takes a second
 
         return [*timm.list_models(include_tags=False), *timm.list_models(include_tags=True)]
 
@@ -51,17 +51,17 @@ class Timm(Library):
 
 
 def _described(name: str) -> Any:
-    """timm's PretrainedCfg of a network."""
+    """Return timm's PretrainedCfg of a network."""
     from timm.models import get_pretrained_cfg
 
     described = get_pretrained_cfg(name)
     if described is None:
-        raise ConfigError(f"model=timm/{name}: timm does not describe it")
+        raise ConfigError(f"model=timm/{name}: timm has no pretrained config for it")
     return described
 
 
 def _sized(name: str, image_size: int) -> dict[str, Any]:
-    """The option that says how large pictures are, of a network that must know."""
+    """Return the option that sets the image size, for networks with a fixed input size; otherwise an empty dict."""
     from timm.models import get_pretrained_cfg
 
     described = get_pretrained_cfg(name)

@@ -1,4 +1,4 @@
-"""torchvision/NAME: the classification networks of torchvision, as published."""
+"""Networks of torchvision: torchvision/NAME, its classification networks as published."""
 
 import warnings
 from collections import OrderedDict
@@ -15,7 +15,7 @@ class Torchvision(Library):
     prefix = "torchvision"
 
     def names(self) -> Sequence[str]:
-        from torchvision import models  # which takes a second to import
+        from torchvision import models  # deferred: the import takes a second
 
         names: Sequence[str] = models.list_models(module=models)
         return names
@@ -29,9 +29,9 @@ class Torchvision(Library):
         elif name.startswith("maxvit_"):
             options["input_size"] = (image_size, image_size)
         elif name in ("inception_v3", "googlenet"):
-            options["transform_input"] = True  # as with published weights, which see other numbers than ImageNet's
+            options["transform_input"] = True  # needed by published weights: their normalization is not ImageNet's
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the initialization of GoogLeNet and Inception
+            warnings.simplefilter("ignore", FutureWarning)  # about the initialization of GoogLeNet and Inception
             model: nn.Module = get_model(name, num_classes=num_classes, **options)
         if drop_path is not None:
             _set_drop_path(model, drop_path, name)
@@ -64,7 +64,7 @@ class Torchvision(Library):
 
 
 def _default(name: str) -> Any:
-    """The best published weights of a network, a member of an enumeration of torchvision's."""
+    """Return the best published weights of a network, a member of its torchvision enum."""
     from torchvision.models import get_model_weights
 
     published = list(get_model_weights(name))
@@ -74,7 +74,7 @@ def _default(name: str) -> Any:
 
 
 def _set_drop_path(model: nn.Module, rate: float, name: str) -> None:
-    """Chances that rise linearly from block to block, up to `rate`."""
+    """Set drop probabilities that rise linearly from block to block, from 0 up to `rate`."""
     from torchvision.ops import StochasticDepth
 
     drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]

@@ -1,4 +1,4 @@
-"""hf/FOLDER or hf/NAME: what transformers has for classifying images, from a folder or the Hugging Face hub."""
+"""Image classifiers of transformers: hf/FOLDER from a folder, or hf/NAME from the Hugging Face hub."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from qat_runner.models.hub import ask
 from qat_runner.models.libraries.base import Library, Preprocessing, cannot_drop, interpolation, resized
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers"""
+"""Interpolations by Pillow's numbers"""
 
 
 class Transformers(Library):
@@ -22,14 +22,16 @@ class Transformers(Library):
         return ()
 
     def check(self, name: str) -> None:
-        """Raises:
-        ConfigError: there is no such checkpoint, or it is for something else than images and their classes.
+        """Check that a checkpoint exists and is for image classification.
+
+        Raises:
+            ConfigError: it does not exist, or is for another task.
         """
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
         kind = _config(name).model_type
         if kind not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-            raise ConfigError(f"model=hf/{name}: is a {kind}, which transformers has no image classifier for")
+            raise ConfigError(f"model=hf/{name}: is a {kind}, for which transformers has no image classifier")
 
     def build(self, name: str, num_classes: int, image_size: int, drop_path: float | None) -> nn.Module:
         from transformers import AutoModelForImageClassification
@@ -67,33 +69,35 @@ class Transformers(Library):
         if not described.get("do_normalize", True):
             mean, std = (0.0,), (1.0,)
         if not (shown and mean and std):
-            raise ConfigError(f"model=hf/{name}: its preprocessor_config.json does not say size, mean and deviation")
+            raise ConfigError(f"model=hf/{name}: its preprocessor_config.json must contain the size, mean and std")
         return Preprocessing(
             shown, max(resize, shown), mean, std, interpolation(_RESAMPLING.get(described.get("resample", 2), ""))
         )
 
 
 WHOLE = 384
-"""Pixels a side from which on ConvNeXt's image processor crops nothing."""
+"""Side length in pixels from which on ConvNeXt's image processor does not crop."""
 
 
 def _sides(described: dict[str, Any]) -> tuple[int, int]:
-    """Pixels a side of what a network is shown, and of the shorter side of the picture that this is the centre of, as
-    the image processors of transformers have them; 0 where it is not said."""
+    """Return the side length of a network's input, and the shorter side of the image that it is center-cropped from.
+
+    Both are in pixels, and derived in the same way as in the image processors of transformers; 0 means not specified.
+    """
     size, crop = (_side(described.get(key)) for key in ("size", "crop_size"))
     kind = str(described.get("image_processor_type") or described.get("feature_extractor_type"))
     ratio = described.get("crop_pct") or 1
-    if not described.get("do_center_crop"):  # ConvNeXt's size is that of the crop
+    if not described.get("do_center_crop"):  # the size of ConvNeXt is the size of the crop
         return size, resized(size, ratio if size < WHOLE else 1)
-    if kind.startswith("Perceiver"):  # crops before it resizes: size / crop_size of the shorter side
+    if kind.startswith("Perceiver"):  # crops before resizing, to size / crop_size of the shorter side
         return size, crop
     if kind.startswith("Levit") and not (isinstance(described.get("size"), dict) and "height" in described["size"]):
-        ratio = 224 / 256  # that it was published with
+        ratio = 224 / 256  # the ratio that LeViT was published with
     return crop or size, resized(size or crop, ratio)
 
 
 def _side(size: Any) -> int:
-    """Pixels a side of what an image processor calls a size; 0 where it says none."""
+    """Return the side length in pixels from a size of an image processor; 0 if it is not specified."""
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return size if isinstance(size, int) else 0
@@ -106,4 +110,4 @@ def _config(name: str) -> Any:
 
 
 def _ask(name: str, load: Any) -> Any:
-    return ask(name, load, "a network for images", f"model=hf/{name}")
+    return ask(name, load, "an image classifier", f"model=hf/{name}")

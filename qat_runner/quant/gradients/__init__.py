@@ -1,15 +1,19 @@
-"""The gradient estimators, by name: those of section 4 of the paper, and others, a file each.
+"""The gradient estimators by name: those of section 4 of the paper, and others in a file each.
+
+The table lists the factor by which each estimator multiplies the gradient:
 
 | name  | inside the clipping interval                    | outside                             |
 |-------|-------------------------------------------------|-------------------------------------|
 | ste   | 1                                               | 1                                   |
 | pwl   | 1                                               | 0                                   |
 | mad   | 1                                               | clip(x) / x                         |
-| ewgs  | 1 + delta sign(gradient) (x - Q(x)) / its width | 0                                   |
-| trust | 1 within half a step of a level, else 0         | 1 within half a step of it, else 0  |
+| ewgs  | 1 + delta sign(gradient) (x - Q(x)) / L         | 0                                   |
+| trust | 1 if abs(x - Q(x)) <= half a step, else 0       | likewise                            |
 
-To add one: a frozen dataclass that derives from `Estimator`, registered with `GRADIENTS.register(name, class)` or by an
-installed package (see `plugins`).
+L is the length of the clipping interval.
+
+To add an estimator, write a frozen dataclass that derives from `Estimator`, and register it with
+`GRADIENTS.register(name, class)` or in an installed package (see `plugins`).
 """
 
 from typing import Any
@@ -29,19 +33,19 @@ GRADIENTS: Registry[type[Estimator]] = Registry(
     {kind.name: kind for kind in (STE, PWL, MAD, EWGS, Trust)},
     valid=lambda kind: isinstance(kind, type) and issubclass(kind, Estimator),
 )
-"""By name."""
+"""Gradient estimators by name."""
 
 
 def gradient_estimator(named: str | Estimator, **options: Any) -> Estimator:
-    """A gradient estimator with its options, which it checks.
+    """Return a gradient estimator with the given options, after validating them.
 
     Args:
-        named: a name in GRADIENTS; or an estimator, which is given back.
-        **options: its fields, e.g. delta=0.02.
+        named: a name in GRADIENTS; or an estimator, which is returned unchanged.
+        **options: fields of the estimator, e.g. delta=0.02.
 
     Raises:
-        ValueError: no such estimator, or an option out of range.
-        TypeError: an option that the estimator does not have.
+        ValueError: if there is no such estimator, or an option is invalid.
+        TypeError: if the estimator does not have an option.
     """
     if isinstance(named, Estimator):
         return named

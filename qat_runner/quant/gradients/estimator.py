@@ -1,6 +1,6 @@
-"""A gradient estimator: what the backward pass of fake quantization does, since rounding has no derivative of use."""
+"""Base class of gradient estimators: the backward pass of fake quantization, as rounding has no useful derivative."""
 
-from __future__ import annotations  # configs are checked by estimators, and that must not wait for PyTorch
+from __future__ import annotations  # configs are validated against estimators, which must not import PyTorch
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,48 +16,49 @@ if TYPE_CHECKING:
 
 
 class Estimator(ABC):
-    """How gradients pass through fake quantization: its options are the fields of a frozen dataclass, checked when it
-    is made.
+    """Determines how gradients pass through fake quantization.
 
-    A subclass gives `name` and `backward`, in plain PyTorch, which torch.compile takes in. Registered (`GRADIENTS`), it
-    has a name in configs as well.
+    An estimator is a frozen dataclass. Its fields are its options, which are validated when it is created. A subclass
+    defines `name` and `backward`; written in plain PyTorch, `backward` works with torch.compile. If the subclass is
+    registered in `GRADIENTS`, configs can use its name.
     """
 
     name: ClassVar[str]
-    """what configs, records and messages call it"""
+    """name in configs, records and messages"""
     straight: ClassVar[bool] = False
-    """whether gradients pass as they are: neither x nor s is kept for the backward pass, which is not called"""
+    """whether gradients pass unchanged; x and s are then not saved for the backward pass, nor is `backward` called"""
     in_kernels: ClassVar[bool] = False
-    """whether the kernels know it by its name"""
+    """whether the kernels implement the estimator, under its name"""
 
     @abstractmethod
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
-        """The gradient with respect to x; called without gradients.
+        """Return the gradient with respect to x. Called under `torch.no_grad()`.
 
         Args:
-            grad: gradient of the loss with respect to the output, shape and dtype of x; not to be written to.
+            grad: gradient of the loss with respect to the output, shape and dtype of x; must not be modified.
             x: the input of the forward pass, any shape and floating dtype.
-            s: its clipping scalar(s), broadcastable to x, in the compute dtype of x or wider; 0 for a row of zeros.
-                Beside a half-precision x, PyTorch would round a scalar s to its dtype: put x into the dtype of s first.
-            format: what x was rounded to, which has the clipping interval, `format.ends(s)`.
+            s: clipping scalar(s) of x, broadcastable to x, in the compute dtype of x or wider; 0 for a row of zeros.
+                Convert x to the dtype of s first: in an operation with a half-precision x, PyTorch would round a
+                zero-dimensional s to the dtype of x.
+            format: the format that x was rounded to; `format.ends(s)` is its clipping interval.
 
         Returns:
-            Shape and dtype of `grad`.
+            A tensor in the shape and dtype of `grad`.
         """
 
     def backward_all(
         self, grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat
     ) -> list[Tensor]:
-        """`backward` of several tensors that share a format, plain integers: weights that are quantized together."""
+        """Apply `backward` to several tensors with the same plain integer format: weights quantized together."""
         return [self.backward(*part, format) for part in zip(grads, xs, ss, strict=True)]
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its options, by name."""
+        """The options by name."""
         return options_of(self)
 
     def __str__(self) -> str:
-        """Its name, with the options that are not the usual: "ewgs", "ewgs(delta=0.02)"."""
+        """Return the name, with all options that differ from their defaults: "ewgs", "ewgs(delta=0.02)"."""
         usual: dict[str, Any] = {field.name: field.default for field in fields(self)} if is_dataclass(self) else {}
         said = [f"{name}={value}" for name, value in self.options.items() if value != usual[name]]
         return f"{self.name}({', '.join(said)})" if said else self.name

@@ -1,12 +1,13 @@
 """EWGS: Lee et al., "Network Quantization with Element-wise Gradient Scaling", CVPR 2021, arXiv 2104.00903.
 
-Equation 7: g_n = g_q (1 + delta sign(g_q) (x_n - x_q)), where x_n is the value before rounding, clipped and normalized
-such that the clipping interval has length 1, and x_q the one after: a gradient that would move x away from its level,
-and on to the next, is made larger, and one that would take it back smaller. What is clipped gets none.
+Equation 7: g_n = g_q (1 + delta sign(g_q) (x_n - x_q)). x_n is the value before rounding, clipped and normalized such
+that the clipping interval has length 1, and x_q is the value after rounding. A gradient that moves x away from its
+level, towards the next one, is increased; a gradient that moves x back to its level is decreased. Clipped values get no
+gradient.
 
-There delta of each layer is found anew each epoch from the trace of the Hessian. Here it is an option, one number for
-all layers that a rule names; 1e-3 is what the authors' code takes without Hessians. There is no code at +s in two's
-complement, so that x_n - x_q goes up to a whole step there, instead of half of one.
+The paper recomputes delta of each layer in each epoch from the trace of the Hessian. Here delta is an option, with one
+value for all layers that a rule matches; the default 1e-3 is the value that the authors' code uses without Hessians.
+Two's complement has no code at +s, so x_n - x_q is up to a whole step there, instead of half a step.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EWGS(Estimator):
-    """Element-wise gradient scaling: see the module's head."""
+    """Element-wise gradient scaling; see the module docstring."""
 
     name: ClassVar[str] = "ewgs"
 
     delta: float = 1e-3
-    """0 or more; 0 is pwl"""
+    """scaling factor, 0 or more; with 0, the estimator is the same as pwl"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.delta < math.inf:
             raise ValueError(f"delta={self.delta}: must be 0 or more, and finite")
 
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
-        """As `Estimator.backward`."""
+        """Return the gradient with respect to x; see `Estimator.backward`."""
         x = x.to(s.dtype)
         low, high = format.ends(s)
         length = high - low

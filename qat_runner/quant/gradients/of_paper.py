@@ -1,8 +1,9 @@
-"""The estimators of section 4 of the paper, whose backward passes are in the kernels.
+"""The estimators of section 4 of the paper, whose backward passes are implemented in the kernels.
 
-The interval is [-s, s] for a signed format; for an unsigned one it is [0, s], so what an unsigned one clips at zero
-counts as outside, with clip(x) / x = 0 as the magnitude ratio of mad. With two ends it is [low, high]. MPH, the paper's
-hybrid, is not an estimator of its own: mad for weights and pwl for activations.
+The clipping interval is [-s, s] for a signed format and [0, s] for an unsigned one. Negative values thus lie outside
+the interval of an unsigned format, and the magnitude ratio of mad is clip(x) / x = 0 there. For a format with two
+clipping bounds, the interval is [low, high]. MPH, the hybrid of the paper, is not a separate estimator: it is mad for
+weights and pwl for activations.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class _InKernels(Estimator):
     in_kernels = True
 
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
-        """As `Estimator.backward`."""
+        """Return the gradient with respect to x; see `Estimator.backward`."""
         from qat_runner.quant import kernels
 
         return kernels.backend(x).fake_quantize_backward(grad, x, s, format, self.name)
@@ -31,7 +32,7 @@ class _InKernels(Estimator):
     def backward_all(
         self, grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat
     ) -> list[Tensor]:
-        """As `Estimator.backward_all`, in a call or two."""
+        """Return the gradients of several tensors, computed in one or two calls; see `Estimator.backward_all`."""
         from qat_runner.quant import kernels
 
         return kernels.backend(xs[0]).fake_quantize_backward_all(grads, xs, ss, format, self.name)
@@ -39,7 +40,7 @@ class _InKernels(Estimator):
 
 @dataclass(frozen=True)
 class STE(_InKernels):
-    """Straight-through: 1 everywhere."""
+    """Straight-through estimator: 1 everywhere."""
 
     name: ClassVar[str] = "ste"
     straight: ClassVar[bool] = True

@@ -1,13 +1,14 @@
 """The trust estimator of QuEST: Panferov et al., "QuEST: Stable Training of LLMs with 1-Bit Weights and Activations",
 2025, arXiv 2502.05003.
 
-The gradient at Q(x) stands for that at x, and is trusted where the two are close: it passes where |x - Q(x)| <= T, and
-is 0 elsewhere. T is half a step, so that all pass that are only rounded, and of those that are clipped what lies within
-half a step of the end. QuEST finds steps that are MSE-optimal on a Gaussian, of tensors that a Hadamard transform has
-made nearly Gaussian; here they are those of the clipping method.
+The gradient at Q(x) approximates the gradient at x and is trusted where the two points are close: it passes where
+|x - Q(x)| <= T, and is 0 elsewhere. T is half a step by default. The gradient then passes for all values that are only
+rounded, and for clipped values within half a step of the outermost level. QuEST uses step sizes that are MSE-optimal
+for a Gaussian, on tensors that a Hadamard transform has made nearly Gaussian. Here, the clipping method determines the
+step size.
 
-Of a codebook, whose levels are not evenly spaced, the step is that between its last two levels, as in QuEST's own code
-for codebooks.
+For a codebook, whose levels are not evenly spaced, the step is the distance between the two highest levels, as in
+QuEST's own code for codebooks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trust(Estimator):
-    """The trust estimator: see the module's head."""
+    """The trust estimator; see the module docstring."""
 
     name: ClassVar[str] = "trust"
 
@@ -38,8 +39,8 @@ class Trust(Estimator):
             raise ValueError(f"factor={self.factor}: must be above 0, and finite")
 
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
-        """As `Estimator.backward`."""
+        """Return the gradient with respect to x; see `Estimator.backward`."""
         x = x.to(s.dtype)
         step = (format.reach(s) if format.parts == 1 else s[1] - s[0]) * format.spacing
-        rounding = 1 + 2.0 ** (format.bits - 22)  # of float32, beside a step of the outermost codes
+        rounding = 1 + 2.0 ** (format.bits - 22)  # margin for the rounding error of float32 at the outermost codes
         return grad.where((x - format.fake_quantize(x, s)).abs() <= step * (self.factor / 2 * rounding), 0.0)

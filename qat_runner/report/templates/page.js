@@ -1,4 +1,4 @@
-// Told apart by colour-blind eyes: Okabe and Ito's colours, darker on white and lighter on black.
+// Safe for colour-blind readers: Okabe and Ito's colours, darker on white and lighter on black.
 const THEMES = {
   light: {ink: "#1b2230", soft: "#5d6778", grid: "#e4e8ee", back: "#ffffff",
     colours: ["#0072b2", "#d55e00", "#009e73", "#b8568f", "#a67c00", "#3d9bd1", "#7a5cc0", "#5d6778"]},
@@ -11,7 +11,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const hovers = matchMedia("(hover: hover)").matches;  // a mouse, not a finger
 let printing = false;
 
-// What `packed` of page.py has packed.
+// Decode what `packed` of page.py encoded.
 async function unpacked(id) {
   const bytes = Uint8Array.from(atob(byId(id).textContent), letter => letter.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
@@ -24,7 +24,7 @@ const charts = JSON.parse(await unpacked("charts"));
 
 const theme = () => THEMES[dark.matches && !printing ? "dark" : "light"];
 
-// Puts colours in the place of their indices.
+// Replace colour indices by colours.
 function painted(thing, colours) {
   if (thing.colour === undefined) return thing;
   const {colour, ...rest} = thing, color = colours[colour];
@@ -64,7 +64,7 @@ function chosen(chart) {
   return chart.views[selects.reduce((index, select) => index * select.options.length + select.selectedIndex, 0)];
 }
 
-// A name in lines that fit a phone.
+// Split a name into lines that fit on a phone.
 function folded(name = "") {
   const lines = [""];
   for (const part of name.split(/(?<=, )/))
@@ -77,7 +77,7 @@ function draw(chart) {
   const view = chosen(chart), place = byId(chart.id), narrow = place.clientWidth < 480;
   const named = view.traces.filter(trace => trace.showlegend !== false);
   const legend = named.reduce((lines, trace) => lines + folded(trace.name).length, 0);
-  const room = narrow ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend there is a column
+  const room = narrow ? 16 * Math.max(legend - 3, 0) : 0;  // a long legend is a single column there
   const height = (view.height || chart.height) + room;
   const layout = {...layoutOf(chart, view), height};
   place.style.height = `${height}px`;
@@ -92,7 +92,7 @@ const drawAll = () => Promise.all(charts.map(draw));
 for (const chart of charts) for (const id of [...chart.selects, chart.logarithmic].filter(Boolean))
   byId(id).addEventListener("change", () => draw(chart));
 dark.addEventListener("change", drawAll);
-function print(on) {  // the page is laid out for paper before its charts are drawn for it
+function print(on) {  // lay out the page for paper before its charts are drawn
   printing = on;
   document.documentElement.classList.toggle("printing", on);
   drawAll();
@@ -101,7 +101,7 @@ addEventListener("beforeprint", () => print(true));
 addEventListener("afterprint", () => print(false));
 drawAll().then(() => { document.body.dataset.drawn = charts.length; });
 
-// Tables sort by the column whose head is clicked; what is unknown comes last either way.
+// Click a header to sort a table by its column; empty cells come last in both directions.
 function compare(a, b) {
   if ((a === "") !== (b === "")) return a === "" ? Infinity : -Infinity;
   return isNaN(a) || isNaN(b) ? a.localeCompare(b, undefined, {numeric: true}) : a - b;
