@@ -1,4 +1,4 @@
-# Everything runs from .venv, which the first target builds. Needs Python 3.11 or newer and make, nothing else.
+# All targets run in .venv, which is created on first use. Requires only make and Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,7 @@ help: ## list the targets
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+		{ echo "Python 3.11 or newer is required; select it with: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/.installed: .venv/bin/python pyproject.toml
@@ -21,33 +21,33 @@ help: ## list the targets
 	$(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@ .venv/.installed
 
-run: .venv/.installed ## first run: 2-bit ResNet-20 on digits, OCTAV and max-scaling beside full precision, three seeds
+run: .venv/.installed ## first run: 2-bit ResNet-20 on digits with OCTAV and max-scaling, and full precision, three seeds
 	$(BIN)/qat-run -m model=resnet20 bits=32,2 clipping=octav,max seed=0,1,2
 	$(BIN)/qat-report compare runs
-	@echo "Open report/compare.html in a browser: the page of these runs."
+	@echo "Open report/compare.html, the report of these runs, in a browser."
 
-test: lint .venv/.installed-dev ## all checks: lint, types, tests, and the wheel
+test: lint .venv/.installed-dev ## all checks: linting, types, tests, and the wheel
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev ## every row of every table for two batches, on small data and on a folder of ImageNet's shape
+test-slow: .venv/.installed-dev ## two batches of every row of every table, on small data and on a folder laid out like ImageNet
 	$(BIN)/python -m pytest -m slow
 
-test-reliability: .venv/.installed-dev ## runs killed, disks filled, clusters disturbed, records spoiled
+test-reliability: .venv/.installed-dev ## killed runs, full disks, cluster failures, corrupted records
 	$(BIN)/python -m pytest -m reliability -s -n 0
 
-test-gpu: .venv/.installed-dev ## what only a GPU can show: kernels, steps without waits, graphs, compiled networks, whole runs, nccl
+test-gpu: .venv/.installed-dev ## tests that need a GPU: kernels, steps without synchronization, graphs, compiled networks, whole runs, nccl
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "test-gpu: PyTorch finds no CUDA device here, so nothing was tested." >&2; exit 1; }
+		{ echo "test-gpu: PyTorch found no CUDA device, so nothing was tested." >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu -n 0 tests/gpu
 	$(BIN)/python -m pytest -n 0 tests/quant/test_kernels.py tests/quant/test_triton.py
 
-bench: .venv/.installed-dev ## what quantization costs, in ratios (20 minutes on two cores); results in bench/
+bench: .venv/.installed-dev ## measure the relative cost of quantization (20 minutes on two cores); results in bench/
 	$(BIN)/python scripts/benchmark.py
 
-docs: .venv/.installed-dev ## the docs as a site, in docs/_build/html
+docs: .venv/.installed-dev ## build the docs as a website in docs/_build/html
 	$(BIN)/python -m sphinx -b html -W -n --keep-going -q docs docs/_build/html
 
-lint: .venv/.installed-dev ## ruff, mypy, and who imports whom
+lint: .venv/.installed-dev ## ruff, mypy, and the import order of packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

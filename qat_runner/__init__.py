@@ -1,6 +1,6 @@
-"""qat_runner: how few bits can this network live with, and which quantizer gets it there?
+"""qat_runner: how few bits does a network need, and which quantizer achieves that?
 
-In a training loop of your own:
+In your own training loop:
 
     import qat_runner as qat
 
@@ -60,11 +60,11 @@ _ELSEWHERE = {
     "quantize": "insertion.quantize_model",
     "tensors": "insertion.quantized_tensors",
 }
-"""What does not lie in `insertion` under the same name."""
+"""Public names that are not in `insertion` under the same name, and where they are."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library when it is first asked for: the commands answer --help before PyTorch is loaded."""
+    """Import the library on first use, so that the commands can answer --help without loading PyTorch."""
     if name == "__version__":
         return version("qat_runner")
     if name not in __all__:

@@ -1,4 +1,4 @@
-"""python -m qat_runner: the same as qat-run."""
+"""`python -m qat_runner`, which is the same as qat-run."""
 
 import sys
 

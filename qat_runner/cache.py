@@ -1,4 +1,4 @@
-"""The user's cache folder: compiled kernels, tokens of texts, lists of pictures."""
+"""The user's cache folder: compiled kernels, tokenized texts, lists of images."""
 
 import functools
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def chosen_cache() -> Path:
-    """$QAT_CACHE_DIR, or qat_runner in the user's cache folder, whether it can be written or not."""
+    """Return $QAT_CACHE_DIR, or qat_runner in the user's cache folder, even if it is not writable."""
     base = os.environ.get("QAT_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qat_runner"
     return Path(base).expanduser()
 
 
 def cache_folder() -> Path:
-    """`chosen_cache`, or a folder of this process alone if that cannot be written."""
+    """Return `chosen_cache` if it is writable, otherwise a temporary folder of this process."""
     folder = chosen_cache()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return folder if os.access(existing, os.W_OK) else Path(_private().name)

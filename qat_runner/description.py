@@ -1,4 +1,4 @@
-"""Holding what was read against a typed description of it: whatever comes from a file is not trusted."""
+"""Validating content that was read from a file against a typed description, since files are not trusted."""
 
 import functools
 from typing import Any
@@ -7,15 +7,15 @@ from pydantic import TypeAdapter, ValidationError
 
 
 def fit(kind: Any, content: object, *, strict: bool = True) -> Any:
-    """Content that was read, if it fits a description.
+    """Validate content that was read, and return it.
 
     Args:
-        kind: a type, such as a TypedDict or a list of dataclasses; limits are Annotated.
+        kind: a type, such as a TypedDict or a list of dataclasses; limits are given by Annotated.
         content: plain values and tensors.
-        strict: take nothing for another type; False reads numbers from text.
+        strict: do not convert between types; False parses numbers from strings.
 
     Raises:
-        ValueError: naming the first key that does not fit, in half a sentence.
+        ValueError: the content does not fit; the message gives the first key that does not, and the reason.
     """
     try:
         return _adapter(kind).validate_python(content, strict=strict)

@@ -1,6 +1,6 @@
-"""Several processes on one run, one for each GPU (or for a few CPU cores), as torchrun starts them.
+"""Several processes on one run, one per GPU (or per few CPU cores), as started by torchrun.
 
-Everything here does nothing where there is one process.
+With a single process, everything here has no effect.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,25 +21,26 @@ from qat_runner.ranks import is_main, launched, local_rank
 T = TypeVar("T")
 
 BUCKET = 25 << 20
-"""Bytes of gradients that DistributedDataParallel sends at once, by its default."""
+"""Bytes of gradients that DistributedDataParallel sends at once by default."""
 
 
 @contextmanager
 def group(timeout: float) -> Iterator[None]:
-    """As `meeting` of the processes that were launched together; of one alone, and inside of another one, nothing."""
+    """A context like `meeting` for processes that were launched together. It has no effect for a single process, or
+    inside another such context."""
     with nullcontext() if not launched() or dist.is_initialized() else meeting(timeout):
         yield
 
 
 @contextmanager
 def meeting(timeout: float) -> Iterator[None]:
-    """While open, processes can talk to each other, by nccl of what is on GPUs, of which each has its own.
+    """A context in which processes can communicate, by nccl for tensors on GPUs. Each process has its own GPU.
 
     Args:
-        timeout: seconds after which a process that waits for another gives up, with an error.
+        timeout: seconds after which a process that waits for another one gives up with an error.
 
     Raises:
-        RunError: they do not find each other.
+        RunError: the processes cannot connect to each other.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -47,7 +48,7 @@ def meeting(timeout: float) -> Iterator[None]:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"the processes did not find each other ({' '.join(str(error).split())})") from error
+        raise RunError(f"the processes could not connect to each other ({' '.join(str(error).split())})") from error
     try:
         yield
     finally:
@@ -55,12 +56,12 @@ def meeting(timeout: float) -> Iterator[None]:
 
 
 def shard() -> Shard:
-    """The part of the data that is this process's."""
+    """Return the part of the data that belongs to this process."""
     return Shard(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else WHOLE
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What the main process finds, told to all; if it fails, all fail."""
+    """Run a function in the main process and return its result in all processes; if it fails, all processes fail."""
     if not dist.is_initialized():
         return work()
     told: list[Any] = [None, None]
@@ -77,7 +78,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def all_gather(value: T) -> list[T]:
-    """The value of every process, in order of rank, known to all."""
+    """Return, in every process, the values of all processes in order of rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -86,16 +87,16 @@ def all_gather(value: T) -> list[T]:
 
 
 def all_reduce(t: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
 
 
 class Agreement:
-    """The largest of the numbers that the processes ask for, step by step, without one waiting for the others.
+    """The largest of the numbers that the processes request at each step, without waiting for one another.
 
-    What is asked for at a step is known at the next: the message travels meanwhile, and is none of a device's.
+    A request of one step is known in the next one: the message is sent in the meantime, on the CPU.
     """
 
     def __init__(self) -> None:
@@ -103,9 +104,9 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def ask(self, wish: int) -> int:
-        """Ask for a number; returns the largest of those that were asked for before, in all processes the same.
+        """Request a number, and return the largest of the previous requests, which is the same in all processes.
 
-        Alone, what is asked for is granted at once.
+        In a single process, the request itself is returned.
         """
         if not dist.is_initialized():
             return wish
@@ -115,7 +116,7 @@ class Agreement:
         return granted
 
     def settle(self) -> int:
-        """The largest of the numbers that were asked for last; nothing is under way any more."""
+        """Return the largest of the last requests. No message is pending afterwards."""
         if self._work is None:
             return 0
         self._work.wait()
@@ -124,50 +125,52 @@ class Agreement:
 
 
 class DataParallel(DistributedDataParallel):
-    """DistributedDataParallel of the parameters that have a gradient when it is made."""
+    """DistributedDataParallel for the parameters that have a gradient when it is created."""
 
     def __init__(self, model: nn.Module) -> None:
         without = idle(model)
-        names = [*without, *(f".{name}" for name in without)]  # as it calls those of the model itself
+        names = [*without, *(f".{name}" for name in without)]  # with a dot for parameters of the model itself
         names += [name for name, _ in model.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         super().__init__(model, gradient_as_bucket_view=True)
         self.idle = without
-        """names, and parameters, that take no part"""
+        """name -> parameter, of those that are not averaged"""
 
     def check(self) -> None:
-        """After a backward pass.
+        """Check the gradients after a backward pass.
 
         Raises:
-            RunError: a parameter that takes no part has a gradient, which was not averaged.
+            RunError: a parameter that is not averaged has a gradient.
         """
         if late := [name for name, p in self.idle.items() if p.grad is not None]:
             raise RunError(
-                f"{late[0]}: had no gradient in the first step, and has one now, which several processes cannot average"
+                f"{late[0]}: had no gradient in the first step but has one now, which several processes cannot average"
             )
 
 
 def idle(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained and have no gradient, by name."""
+    """Return the trainable parameters that have no gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """A model that averages its gradients over all processes, while the backward pass goes on.
+    """Wrap a model so that it averages its gradients over all processes during the backward pass.
 
     Args:
-        model: after a backward pass, whose gradients are averaged here. What has one takes part from now on;
-            DistributedDataParallel would wait for the others. Buffers are left alone: of BatchNorm's averages, and of
-            scalars, each process has its own.
+        model: a model after a backward pass, whose gradients are averaged here. Only parameters that have a gradient
+            are averaged from now on, since DistributedDataParallel would wait for the others. Buffers are not
+            synchronized: each process has its own BatchNorm averages and clipping scalars.
 
     Raises:
-        RunError: in other processes other parameters have gradients.
+        RunError: different parameters have gradients in other processes.
     """
     if not dist.is_initialized():
         return model
     mine = [*idle(model)]
     if any(theirs != mine for theirs in all_gather(mine)):
-        raise RunError("processes have gradients of other parameters each, as where a network skips layers at random")
+        raise RunError(
+            "the processes have gradients of different parameters, as if the network skipped layers at random"
+        )
     for p in model.parameters():
         if p.grad is not None:
             all_reduce(p.grad).div_(dist.get_world_size())
@@ -175,13 +178,14 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 
 def adding_up(model: nn.Module) -> AbstractContextManager[None]:
-    """While open, gradients of a model from `data_parallel` add up in each process alone; of others they always do."""
+    """A context in which the gradients of a model from `data_parallel` accumulate in each process separately, as those
+    of other models always do."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 @torch.no_grad()
 def broadcast(module: nn.Module, parameters: bool = True) -> None:
-    """Make the buffers, and by default the parameters, of a module those of the main process everywhere."""
+    """Copy the buffers, and by default the parameters, of a module from the main process to all processes."""
     if dist.is_initialized():
         for t in [*(module.parameters() if parameters else ()), *module.buffers()]:
             dist.broadcast(t.data, 0)
@@ -200,7 +204,8 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batch of all processes together, on a CPU: torch's own, for GPUs, refuses it."""
+    """BatchNorm over the batch of all processes together, on a CPU, which torch's own version for GPUs does not
+    support."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
@@ -225,10 +230,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:
-    """A model whose BatchNorms see the batch of all processes: the same one, with other modules in it.
+    """Replace, in place, the BatchNorms of a model by ones that see the batch of all processes; returns the model.
 
     Raises:
-        ConfigError: it has one of a kind for which there is no such thing.
+        ConfigError: the model has a kind of BatchNorm that cannot be synchronized.
     """
     if any(p.is_cuda for p in model.parameters()):
         return _synchronized_by_torch(model)
@@ -240,7 +245,8 @@ def synchronize_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def _synchronized_by_torch(model: nn.Module) -> nn.Module:
-    """By torch, which makes any BatchNorm a plain one, or by timm, which keeps its activation function."""
+    """Convert with torch, which replaces any BatchNorm by a plain one, or with timm, which keeps its activation
+    function."""
     plain: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     convert: Callable[[nn.Module], nn.Module] = nn.SyncBatchNorm.convert_sync_batchnorm
     if any(type(module).__module__.startswith("timm.") for module in model.modules()):

@@ -1,37 +1,38 @@
-"""What can go wrong, by whose fault it is. Each message is one sentence: what was wrong, where, what is allowed."""
+"""The errors of the runner, by cause. Each message is one sentence: what is wrong, where, and what is allowed."""
 
 import signal
 
 LONGEST = 200
-"""Letters of a reason that are told, at most: it may quote what a file holds."""
+"""Maximum number of characters of a reason in a message, since the reason may quote the content of a file."""
 
 
 class QatError(Exception):
-    """Base of the errors that end the process with a sentence and `exit_code`, without a traceback."""
+    """Base class of errors that end the process with a one-sentence message and `exit_code`, without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(QatError):
-    """The request cannot be carried out: a wrong key or value, absent data, misfit weights. Found before any work."""
+    """The command cannot be carried out: a wrong key or value, missing data, or weights that do not fit. It is raised
+    before any work starts."""
 
     exit_code = 2
 
 
 class UnreadableError(ConfigError):
-    """What a run recorded cannot be read."""
+    """A record of a run cannot be read."""
 
 
 class RunError(QatError):
-    """A run that had begun could not go on; what it had recorded is kept."""
+    """A run that had started could not continue; its records are kept."""
 
 
 class BusyError(RunError):
-    """Another process is at work in the run's folder."""
+    """Another process is working in the run folder."""
 
 
 class StoppedError(RunError):
-    """A signal asked the run to stop; it was saved, and goes on from there when asked again."""
+    """A signal stopped the run; it was saved, and the same command resumes it."""
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
         super().__init__(message)
@@ -39,12 +40,12 @@ class StoppedError(RunError):
 
 
 def file_told(error: OSError) -> str:
-    """Which file or folder failed, and of what."""
+    """Return the message of an OSError: the file or folder, and the reason."""
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else told(error)
 
 
 def told(reason: object) -> str:
-    """A reason in one line of printable letters, and not too many."""
+    """Return a reason as one line of at most LONGEST printable characters."""
     text = " ".join(str(reason).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

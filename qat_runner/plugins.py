@@ -1,13 +1,13 @@
-"""Things by name: those of this package, and those of others.
+"""Registries of named objects: those of this package, and plugins from other packages.
 
-Somebody else's are registered in a line, `METHODS.register(name, thing)`, or come with an installed package whose entry
-points name them, for instance in its pyproject.toml:
+Plugins are registered in code, `METHODS.register(name, thing)`, or through the entry points of an installed package,
+for instance in its pyproject.toml:
 
     [project.entry-points."qat_runner.clipping"]
     mean_multiple = "my_package.clipping:MeanMultiple"
 
-An entry point is looked for only when a name is none of ours, and what it names is imported only when it is wanted. A
-config names a thing that is installed, and cannot say where code lies.
+Entry points are searched only for names that are not built in, and their objects are imported only when used. A config
+selects an installed object by name; it cannot give the location of code.
 """
 
 import functools
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 class PluginError(ConfigError, TypeError):
-    """What an installed package names is no such thing, or cannot be imported."""
+    """A plugin is of the wrong kind or cannot be imported."""
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group, by name, of the packages that are installed."""
+    """Return the entry points of a group by name, from all installed packages."""
     return {point.name: point for point in _on_path(tuple(sys.path), group)}
 
 
 def later(place: str) -> EntryPoint:
-    """A thing of this package that is imported when it is wanted.
+    """Declare an object of this package that is imported on first use.
 
     Args:
         place: module and name, as "package.module:Name".
@@ -42,23 +42,25 @@ def later(place: str) -> EntryPoint:
 
 @functools.cache
 def _on_path(path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
-    """What is found on a path: to look takes milliseconds, and configs are checked by the hundred.
+    """Find the entry points on a path. The result is cached, since a search takes milliseconds and configs are checked
+    by the hundred.
 
-    Once `importlib_metadata` has been imported, as trackers do, what is found is of that package's classes.
+    Once `importlib_metadata` has been imported, as trackers do, entry points are found as that package's classes, so
+    they are converted.
     """
     return tuple(EntryPoint(point.name, point.value, point.group) for point in entry_points(group=group))
 
 
 class Registry(MutableMapping[str, T], Generic[T]):
-    """A mapping from names to things of one kind. Setting an item registers it for this process; `own` are the names of
-    this package's.
+    """A mapping from names to objects of one kind. Setting an item registers it for this process; `own` are the names
+    of the built-in objects.
 
     Args:
-        kind: what messages call one of them, such as "clipping method".
-        group: of the entry points of installed packages that add to them.
-        own: this package's, or where they are, of what is imported when it is wanted (`later`).
-        valid: asked of what others add; None: anything goes.
-        of: from what an entry point names to the thing.
+        kind: the name of the kind in messages, such as "clipping method".
+        group: the group of entry points through which installed packages add objects.
+        own: the built-in objects, or their locations if they are imported on first use (`later`).
+        valid: whether an added object is of this kind; None: any object is accepted.
+        of: converts the object of an entry point to the registered object.
     """
 
     def __init__(
@@ -74,15 +76,15 @@ class Registry(MutableMapping[str, T], Generic[T]):
         self._valid, self._of = valid, of
 
     def register(self, name: str, thing: T) -> T:
-        """Add a thing under a name that is none of this package's; one that was registered before is replaced, as in a
-        notebook that defines it anew.
+        """Register an object under a name that is not built in. An object that was registered under the name before is
+        replaced, as when a notebook cell is run again.
 
         Returns:
-            The thing.
+            The object.
 
         Raises:
-            ValueError: the name is taken.
-            TypeError: it is no such thing.
+            ValueError: the name is built in.
+            TypeError: the object is of the wrong kind.
         """
         if name in self.own:
             raise ValueError(f"{self.kind} {name!r}: this name is taken")
@@ -90,29 +92,31 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return thing
 
     def __setitem__(self, name: str, thing: T) -> None:
-        """Add a thing, in the place of one of that name.
+        """Register an object, replacing one of the same name.
 
         Raises:
-            TypeError: it is no such thing.
+            TypeError: the object is of the wrong kind.
         """
         if self._valid is not None and not self._valid(thing):
-            raise TypeError(f"{name!r} is no {self.kind}: {thing!r}")
+            raise TypeError(f"{name!r} is not a valid {self.kind}: {thing!r}")
         self._things[name] = thing
 
     def __delitem__(self, name: str) -> None:
         del self._things[name]
 
     def __getitem__(self, name: str) -> T:
-        """Raises:
-        KeyError: no such name.
-        PluginError: what an installed package names so is no such thing, or cannot be imported.
+        """Return the object of a name, importing it if necessary.
+
+        Raises:
+            KeyError: the name does not exist.
+            PluginError: the plugin of this name is of the wrong kind or cannot be imported.
         """
         thing = self._things[name] if name in self._things else installed(self.group)[name]
         if not isinstance(thing, EntryPoint):
             return thing
         try:
             found = self._of(thing.load())
-        except Exception as error:  # whatever somebody's module may raise
+        except Exception as error:  # another package's module may raise anything
             raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({told(error)})") from error
         try:
             self[name] = found
@@ -121,15 +125,15 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return found
 
     def sound(self) -> Iterator[tuple[str, T]]:
-        """Names and things, this package's first, all imported as they come, but for those that `PluginError` is said
-        of: no walk through all of them breaks off at one that no one asked for.
+        """Iterate over names and objects, the built-in ones first, importing each. Plugins that raise `PluginError` are
+        skipped, so that one that is not used cannot stop the iteration.
         """
         for name in self:
             with suppress(PluginError):
                 yield name, self[name]
 
     def name_of(self, thing: T) -> str | None:
-        """The name of a thing that is here already; None: it has none, or not yet."""
+        """Return the name of an object that has already been imported, or None if it is not known."""
         return next((name for name, known in self._things.items() if known is thing), None)
 
     def __contains__(self, name: object) -> bool:

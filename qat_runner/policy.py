@@ -1,7 +1,7 @@
-"""The policy: what every tensor gets, bits, format, clipping, gradient, granularity, as rules (Appendix E.2).
+"""Policies: rules that set bit-width, format, clipping, gradient and granularity of every tensor (Appendix E.2).
 
-A policy is a list of rules. Each names tensors by globs and says some of what they get; a later rule overrides an
-earlier one. So the first says what holds in general, and the others are exceptions:
+A policy is a list of rules. Each rule selects tensors by globs and sets some of their settings; a later rule overrides
+an earlier one. So the first rule usually holds in general, and the others are exceptions:
 
     - {match: "*", bits: 4, clipping: octav}
     - {match: "*.weight", bits: 3}
@@ -10,15 +10,15 @@ earlier one. So the first says what holds in general, and the others are excepti
     - {match: fc, bits: 32}
 
 `match` is a glob over names of layers (`layer4.*`) and of their operands (`*.weight`, `layer1.0.conv1.input`; in
-attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * stands for any letters, dots as well. `first` is
-the first convolution that a batch comes through, `last` the last linear layer, and `first.input` is one of its
-operands, whatever modules are called; one that is called first itself is written `[f]irst`. `type` is a glob over the
-kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts, Matmul; Embedding, whose weight is
-quantized only where a rule names it by its type. A convolution with a filter of its own for each channel is of two
-kinds, as DepthwiseConv2d and Conv2d.
+attention `*.query`, `*.key`, `*.probabilities`, `*.value`), where * matches any characters, including dots. `first` is
+the first convolution in the forward pass, `last` the last linear layer, and `first.input` is an operand of the first
+convolution, independent of the names of modules; a module that is itself named first is written `[f]irst`. `type` is a
+glob over the kind of layer: Conv1d, Conv2d, Conv3d, ConvTranspose1d to 3d, Linear, Experts, Matmul; and Embedding,
+whose weight is quantized only if a rule selects it by its type. A convolution with a separate filter for each channel
+matches two kinds, DepthwiseConv2d and Conv2d.
 """
 
-from __future__ import annotations  # configs are checked by policies, and that must not wait for PyTorch
+from __future__ import annotations  # configs build policies, and must not import PyTorch for that
 
 import glob
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -46,123 +46,125 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FULL_PRECISION = 32
-"""The bit-width that means "leave this tensor alone"."""
+"""The bit-width that means that a tensor is not quantized."""
 
 GRADIENT_PAIRS = {"mph": ("mad", "pwl")}
 """Name -> (estimator of weights, estimator of activations); mph is the paper's hybrid."""
 
 GRANULARITIES = ("channel", "tensor")
-"""Of weights."""
+"""Granularities of weights."""
 
 ACTIVATION_GRANULARITIES = ("tensor", "token")
+"""Granularities of activations."""
 
 ROTATIONS = ("none", "hadamard")
-"""What both factors of a linear layer go through before they are quantized, see `insertion.rotation`."""
+"""Rotations of both factors of a linear layer before they are quantized, see `insertion.rotation`."""
 
 FREEZING = ("averaged", "calibrated", "running")
-"""Rules by which scalars are frozen, see `freeze`."""
+"""Rules by which clipping scalars are made static, see `freeze`."""
 
 PRICES = ("gradient", "noise", "measured")
-"""How few bits are priced, see `allocation.prices`."""
+"""How tensors are priced at a bit-width, see `allocation.prices`."""
 
 EMBEDDING = "Embedding"
-"""The kind of layer that is quantized only where a rule names its kind."""
+"""The kind of layer that is quantized only if a rule selects it by its type."""
 
 EXPERTS = "Experts"
-"""The kind of layer whose weight is one of many linear layers, an expert each, in one parameter."""
+"""The kind of layer that holds many linear layers, one per expert, in a single weight parameter."""
 
 DEPTHWISE = "Depthwise"
-"""What stands before the kind of a convolution with as many groups as input channels, where that is to be told."""
+"""Prefix to the kind of a convolution with as many groups as input channels, where the distinction matters."""
 
 WEIGHT_AND_INPUT = ("weight", "input")
 """The operands of a layer that has a weight."""
 
 TOKENS = {"Linear": ("input",), EXPERTS: ("input",), "Matmul": ("query", "key", "probabilities")}
-"""Kind of layer -> its operands whose tokens may have a scalar each: products add up within a token of these."""
+"""Kind of layer -> operands that may have one scalar per token, because their products are summed within a token."""
 
 POOLING = "octav and max"
-"""The clipping methods of ours that solve for what lies on several processes."""
+"""The built-in clipping methods that can solve for a tensor that is spread over several processes."""
 
 ENDS = ("first", "last")
-"""What `match` calls the first convolution and the last linear layer."""
+"""The names of the first convolution and the last linear layer in `match`."""
 
 
 Place = tuple[str, str, str, Collection[str]]
-"""Name and kind of a layer, an operand of it, and what of ENDS the layer is, as of `Rule.matches`."""
+"""Name and kind of a layer, one of its operands, and which of ENDS the layer is: the arguments of `Rule.matches`."""
 
 
 def exactly(name: str) -> str:
-    """The glob over names that is about one alone, be it that of a module which is called as one of ENDS is."""
+    """Return the glob that matches exactly one name, even if a module is named like one of ENDS."""
     escaped = glob.escape(name)
     return f"[{escaped[0]}]{escaped[1:]}" if name.partition(".")[0] in ENDS else escaped
 
 
 def gradient_names() -> list[str]:
-    """What a gradient may be called: estimators, and pairs of them."""
+    """Return the allowed values of `gradient`: names of estimators and of pairs of estimators."""
     return [*GRADIENTS, *GRADIENT_PAIRS]
 
 
 def estimator_of(name: str, **options: Any) -> str | Estimator:
-    """What is meant by a gradient's name and options: the name itself where there are none.
+    """Return the estimator with a name and options, or just the name if there are no options.
 
     Raises:
-        ValueError: no such gradient, or an option out of range.
-        TypeError: an option that it does not have, or what an installed package names is no estimator.
+        ValueError: the gradient does not exist, or an option is out of range.
+        TypeError: an option does not exist, or a plugin is not an estimator.
     """
     _check_name("gradient", name, gradient_names())
     if name in GRADIENT_PAIRS:
         for option in options:
-            raise TypeError(f"gradient {name!r} is a pair of others, and has no option {option!r}")
+            raise TypeError(f"gradient {name!r} is a pair of estimators and has no option {option!r}")
         return name
     estimator = gradient_estimator(name, **options)
     return estimator if options else name
 
 
 class PolicyError(ValueError):
-    """A policy does not go with a network."""
+    """A policy does not fit a network."""
 
 
 @dataclass(frozen=True)
 class TensorPolicy:
-    """What one tensor gets."""
+    """The quantization settings of one tensor."""
 
     bits: int = 4
-    """2 to 16, or 32 for full precision"""
+    """bit-width, 2 to 16, or 32 for full precision"""
     format: str = "int"
-    """a name in FORMATS: what a number looks like"""
+    """number format, a name in FORMATS"""
     range: str = "twos_complement"
-    """of plain integers: which codes they have, twos_complement, full or oriented"""
+    """codes of plain integers: twos_complement, full or oriented"""
     clipping: ClippingMethod = field(default_factory=Octav)
-    """how scalars are found"""
+    """how clipping scalars are found"""
     gradient: str | Estimator = "mph"
-    """a name in GRADIENTS, or mph: mad for weights, pwl for activations; or an estimator with options of its own.
-    Learned methods have their own"""
+    """gradient estimator: a name in GRADIENTS, or mph (mad for weights, pwl for activations), or an estimator with
+    options; learned methods have their own"""
     granularity: str = "tensor"
-    """of weights: one scalar per output channel ("channel"), or one in all, of experts one each; pact has one in all;
-    of activations: one scalar per token ("token"), solved as it comes, or one in all"""
+    """granularity of clipping scalars. Weights: one per output channel ("channel"), or one in all ("tensor"), which
+    means one per expert for experts; pact always has one in all. Activations: one per token ("token"), always dynamic,
+    or one in all ("tensor")"""
     dynamic: bool = True
-    """solve scalars on each call, or be static, with calibrated ones"""
+    """whether to solve for scalars on each call; otherwise they are static and must be calibrated"""
     eval_mode: str = "dynamic"
-    """of activations in eval(): dynamic, running or last; weights are always solved"""
+    """scalars of activations in eval(): dynamic, running or last; those of weights are always solved"""
     synchronize: bool = False
-    """solve activation scalars in training on the batch of all processes together"""
+    """whether to solve for scalars of activations in training on the batch of all processes together"""
     rotation: str = "none"
-    """of linear layers, whose weight and input have the same: none or hadamard"""
+    """rotation of linear layers, which is the same for weight and input: none or hadamard"""
 
     @property
     def full_precision(self) -> bool:
-        """Whether the tensor is left alone."""
+        """Whether the tensor is not quantized."""
         return self.bits == FULL_PRECISION
 
     def quantizer(self, operand: str, shapes: Mapping[str, Sequence[int]]) -> Quantizer | None:
-        """The quantizer of an operand of a layer; None for full precision.
+        """Create the quantizer of an operand of a layer; None for full precision.
 
         Args:
             operand: "weight", "input", ...
             shapes: granularity -> shape of the clipping scalars of the layer's weight, if it has one.
 
         Raises:
-            ValueError: the clipping method does not work with the format, or the format has no such range.
+            ValueError: the clipping method does not work with the format, or the format does not have the range.
         """
         if self.full_precision:
             return None
@@ -172,7 +174,7 @@ class TensorPolicy:
         format = FORMATS[self.format](self.bits).with_range(Range(self.range))
         if self.granularity == "token":
             if not self.dynamic or self.eval_mode != "dynamic":
-                raise ValueError("granularity=token: its scalars are dynamic, and in eval() as well")
+                raise ValueError("granularity=token: requires dynamic=true and eval_mode=dynamic")
             return self.clipping.token_quantizer(format, gradient=gradient, sign_known=False)
         return self.clipping.quantizer(
             format,
@@ -187,21 +189,22 @@ class TensorPolicy:
 
 
 SETTINGS = tuple(f.name for f in fields(TensorPolicy))
-"""What a rule may say."""
+"""The settings that a rule may set."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What some tensors get; None leaves a setting as the rules before have it.
+    """Settings of the tensors that a rule matches; None leaves a setting as earlier rules have it.
 
     Raises:
-        ValueError: a setting out of range; the message names the rule, the setting and what is allowed.
+        ValueError: a setting is out of range; the message gives the rule, the setting and what is allowed.
     """
 
     match: str = "*"
-    """a glob over names of layers (`layer4.*`) or of their operands (`*.weight`), or an end: see the module's head"""
+    """a glob over names of layers (`layer4.*`) or of their operands (`*.weight`), or one of ENDS: see the module's
+    docstring"""
     type: str = "*"
-    """which kinds of layers"""
+    """a glob over kinds of layers"""
     bits: int | None = None
     format: str | None = None
     range: str | None = None
@@ -238,7 +241,7 @@ class Rule:
 
     @property
     def everything(self) -> bool:
-        """Whether it is about all tensors."""
+        """Whether the rule matches all tensors."""
         return self.match == self.type == "*"
 
     @property
@@ -247,26 +250,27 @@ class Rule:
 
     @property
     def end(self) -> bool:
-        """Whether it is about the first or the last layer."""
+        """Whether the rule selects the first or the last layer."""
         return self.match.partition(".")[0] in ENDS
 
     @property
     def usual(self) -> bool:
-        """Whether it is about what a rule of `Policy.of` is about, in any network: that may be nothing in some."""
+        """Whether the rule selects the same tensors as some rule of `Policy.of`, which need not exist in every
+        network."""
         return (self.match, self.type) in _usual_places()
 
     def settings(self) -> dict[str, Any]:
-        """What it says."""
+        """Return the settings that the rule sets."""
         return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
 
     def matches(self, layer: str, kind: str, operand: str, ends: Collection[str] = ()) -> bool:
-        """Whether it is about an operand of a layer.
+        """Return whether the rule matches an operand of a layer.
 
         Args:
-            layer: name in the model.
-            kind: Conv2d, DepthwiseConv2d, which is a Conv2d as well, Linear, Matmul, ...
+            layer: name of the layer in the model.
+            kind: kind of the layer: Conv2d, DepthwiseConv2d (which is also a Conv2d), Linear, Matmul, ...
             operand: "weight", "input", ...
-            ends: what of ENDS the layer is.
+            ends: which of ENDS the layer is.
         """
         if not any(fnmatchcase(name, self.type) for name in (kind, kind.removeprefix(DEPTHWISE))):
             return False
@@ -276,17 +280,17 @@ class Rule:
         return fnmatchcase(layer, self.match) or fnmatchcase(f"{layer}.{operand}", self.match)
 
     def names_kind(self, kind: str) -> bool:
-        """Whether it is about layers of a kind by its type."""
+        """Return whether the rule selects layers of a kind by its `type`."""
         return self.type != "*" and fnmatchcase(kind, self.type)
 
     def as_dict(self) -> dict[str, Any]:
-        """In plain values, as a YAML file has it."""
+        """Convert the rule to plain values, as in a YAML file."""
         found: dict[str, Any] = {"match": self.match}
         if self.type != "*":
             found["type"] = self.type
         found |= self.settings()
         if self.range is not None:
-            found["range"] = str(self.range)  # and no enum
+            found["range"] = str(self.range)  # instead of an enum
         if self.clipping is not None:
             found["clipping"] = {"name": self.clipping.name, **self.clipping.options}
         if isinstance(self.gradient, Estimator):
@@ -295,10 +299,10 @@ class Rule:
 
     @classmethod
     def from_dict(cls, content: object) -> Rule:
-        """A rule from plain values.
+        """Create a rule from plain values.
 
         Raises:
-            ValueError: it is none; in a sentence.
+            ValueError: the values are not a valid rule; the message is one sentence.
         """
         known = tuple(f.name for f in fields(cls))
         if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
@@ -306,7 +310,7 @@ class Rule:
         said = dict(content)
         name = said.get("match", "*")
         if unknown := [key for key in said if key not in known]:
-            raise ValueError(f"rule {name!r}: unknown setting {unknown[0]!r}, only {', '.join(known)}")
+            raise ValueError(f"rule {name!r}: unknown setting {unknown[0]!r}, must be one of {', '.join(known)}")
         if "match" not in said:
             raise ValueError(f"rule {said!r}: needs match, a glob over names of layers or operands")
         if said.get("clipping") is not None:
@@ -328,7 +332,8 @@ def _check_name(place: str, value: object, allowed: Collection[str]) -> None:
 
 
 def _made(make: Callable[..., T], rule: object, setting: str, said: object) -> T:
-    """What a rule gives by a name, or by a mapping of name and options: a clipping method, a gradient estimator."""
+    """Create the clipping method or gradient estimator of a rule from its name, or from a mapping of name and
+    options."""
     options = {"name": said} if isinstance(said, str) else said
     if not isinstance(options, Mapping) or not isinstance(options.get("name"), str):
         raise ValueError(f"rule {rule!r}: {setting}={said!r}: must be a name, or a mapping of name and options")
@@ -341,14 +346,14 @@ def _made(make: Callable[..., T], rule: object, setting: str, said: object) -> T
 
 @dataclass(frozen=True)
 class Policy:
-    """What every tensor of a network gets; `Policy.of` makes one of a few words, and the usual one.
+    """The quantization settings of all tensors of a network. `Policy.of` creates the usual policy from a few arguments.
 
     Raises:
-        ValueError: a rule out of range.
+        ValueError: a rule is out of range.
     """
 
     rules: tuple[Rule, ...] = ()
-    """later ones override earlier ones; what none says is as in `TensorPolicy`"""
+    """later rules override earlier ones; settings that no rule sets have the defaults of `TensorPolicy`"""
 
     def __post_init__(self) -> None:
         general: dict[str, Any] = {}
@@ -357,7 +362,9 @@ class Policy:
                 general |= rule.settings()
         usual = TensorPolicy(**general)
         if usual.synchronize and not (usual.clipping.pools or usual.clipping.learned):
-            raise ValueError(f"clipping {usual.clipping.name!r} cannot be synchronized over processes: {POOLING} can")
+            raise ValueError(
+                f"clipping {usual.clipping.name!r} cannot be synchronized over processes, only {POOLING} can"
+            )
 
     @classmethod
     def of(
@@ -386,42 +393,41 @@ class Policy:
         rules: Sequence[Rule | Mapping[str, Any]] = (),
         **clipping_options: Any,
     ) -> Policy:
-        """The usual policy: one width for all, another one at both ends.
+        """Create the usual policy: one bit-width for all tensors, and another one for the first and the last layer.
 
         Args:
-            bits: 2 to 16, or 32 for full precision; for weights and activations unless given apart.
-            clipping: a method, or the name of one: octav, max, percentile, mse_sweep, lsq, pact, or what is registered.
-            gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or what is registered; or
-                an estimator with options of its own. lsq and pact have their own.
-            format: int, int_affine, or what is registered; for weights and activations unless given apart.
+            bits: bit-width of weights and activations, 2 to 16, or 32 for full precision.
+            clipping: a clipping method or its name: octav, max, percentile, mse_sweep, lsq, pact, or a registered one.
+            gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or a registered one; or an
+                estimator with options. lsq and pact have their own.
+            format: number format of weights and activations: int, int_affine, or a registered one.
             weight_format, activation_format: override `format`.
-            range: twos_complement, full or oriented: which codes plain integers have; for weights and activations
-                unless given apart.
+            range: codes of plain integers, of weights and activations: twos_complement, full or oriented.
             weight_range, activation_range: override `range`.
             weight_bits, activation_bits: override `bits`.
-            first_last_bits: bits of the first convolution and the last linear layer, weights and inputs, where these
-                are quantized elsewhere; None: as everywhere.
-            dynamic: solve the clipping scalars on each call; otherwise `calibrate` must be called before the first
+            first_last_bits: bit-width of the first convolution and the last linear layer, for weights and inputs if
+                these are quantized in the other layers; None: no exception.
+            dynamic: solve for the clipping scalars on each call; otherwise `calibrate` must be called before the first
                 forward pass.
-            eval_mode: what activation quantizers do in eval(): dynamic, running or last.
+            eval_mode: scalars of activations in eval(): dynamic, running or last.
             conv_granularity, linear_granularity: "channel" (one scalar per output channel) or "tensor", for weights;
-                an expert is a linear layer. Those of pact have one per tensor, as published.
-            activation_granularity: "tensor", or "token": one scalar for each token of what TOKENS names, solved as it
-                comes; other activations, those of convolutions and values of attention, have one per tensor still.
+                experts are linear layers. pact always has one scalar per tensor, as published.
+            activation_granularity: "tensor", or "token": one scalar per token of the operands in TOKENS, always
+                dynamic; other activations, those of convolutions and values of attention, still have one per tensor.
             quantize_head: whether the last linear layer is quantized.
             keep: names of layers that are left in full precision.
-            synchronize: solve activation scalars in training on the batch of all processes of torch.distributed
-                together (dynamic octav and max); weights have the same scalars everywhere.
-            rules: exceptions, after all of these; a mapping stands for `Rule.from_dict` of it.
-            **clipping_options: options of the clipping method, where it is given by name: q=99.9, warm_iterations=None.
+            synchronize: solve for scalars of activations in training on the batch of all processes of
+                torch.distributed together (dynamic octav and max); those of weights are the same in all processes.
+            rules: exceptions, which override all other arguments; a mapping is converted by `Rule.from_dict`.
+            **clipping_options: options of the clipping method if it is given by name: q=99.9, warm_iterations=None.
 
         Raises:
-            ValueError: an argument out of range; the message names it and what is allowed.
-            TypeError: an option that the method does not have.
+            ValueError: an argument is out of range; the message gives the argument and what is allowed.
+            TypeError: an option of the clipping method does not exist.
         """
         method = clipping_method(clipping, **clipping_options) if isinstance(clipping, str) else clipping
         if not isinstance(clipping, str) and clipping_options:
-            raise TypeError(f"{', '.join(clipping_options)}: a clipping method that is made has its options already")
+            raise TypeError(f"{', '.join(clipping_options)}: must be set in the clipping method that is passed")
         width = {
             "weight_bits": bits if weight_bits is None else weight_bits,
             "activation_bits": bits if activation_bits is None else activation_bits,
@@ -435,8 +441,8 @@ class Policy:
         per_token = activation_granularity == "token"
         if per_token and (method.learned or not dynamic or eval_mode != "dynamic"):
             raise ValueError(
-                "activation_granularity=token: its scalars are dynamic, and in eval() as well, so clipping can neither "
-                "be static nor learned, and eval_mode must be dynamic"
+                "activation_granularity=token: its scalars are always dynamic, so clipping must be neither static nor "
+                "learned, and eval_mode must be dynamic"
             )
         general = Rule(
             bits=width["activation_bits"],
@@ -469,29 +475,29 @@ class Policy:
 
     @property
     def full_precision(self) -> bool:
-        """Whether nothing at all is quantized, whatever the network."""
+        """Whether nothing is quantized in any network."""
         first = self.rules[0] if self.rules else Rule()
         return first.everything and {rule.bits for rule in self.rules} in ({FULL_PRECISION}, {FULL_PRECISION, None})
 
     def names_kind(self, kind: str) -> bool:
-        """Whether a rule is about layers of a kind by its type."""
+        """Return whether some rule selects layers of a kind by its `type`."""
         return any(rule.names_kind(kind) for rule in self.rules)
 
     @property
     def has_static(self) -> bool:
-        """Whether scalars of some tensors are calibrated and stay, as those that are learned do not."""
+        """Whether some tensors have static scalars, which are calibrated and then neither solved nor learned."""
         return not self.full_precision and any(
             rule.dynamic is False and not (rule.clipping is not None and rule.clipping.learned) for rule in self.rules
         )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scalars of some tensors must be found on batches before the first use."""
+        """Whether the scalars of some tensors must be calibrated on batches before the first use."""
         methods = [rule.clipping for rule in self.rules if rule.clipping is not None]
         return any(method.learned for method in methods) or any(rule.dynamic is False for rule in self.rules)
 
     def tensor(self, layer: str, kind: str, operand: str, ends: Collection[str] = ()) -> TensorPolicy:
-        """What an operand of a layer gets; arguments as of `Rule.matches`."""
+        """Return the settings of an operand of a layer. The arguments are those of `Rule.matches`."""
         rules = [rule for rule in self.rules if rule.matches(layer, kind, operand, ends)]
         if kind == EMBEDDING and not any(rule.names_kind(kind) for rule in rules):
             return TensorPolicy(bits=FULL_PRECISION)
@@ -500,14 +506,17 @@ class Policy:
             settings |= rule.settings()
         if settings.get("granularity") == "token" and operand not in TOKENS.get(kind, ()):
             of = "; ".join(f"{' and '.join(operands)} of {kind}" for kind, operands in TOKENS.items())
-            raise PolicyError(f"{layer}.{operand}: granularity=token is for {of}, whose products add up within a token")
+            raise PolicyError(
+                f"{layer}.{operand}: granularity=token applies only to {of}, whose products are summed within a token"
+            )
         return TensorPolicy(**settings)
 
     def with_ends(self, places: Sequence[Place]) -> Policy:
-        """The same for one network: rules about ends are about its layers by name, if they are about any.
+        """Return this policy for one network: rules about ENDS are replaced by rules that name its layers, or dropped
+        if they match none.
 
         Args:
-            places: all that its layers multiply.
+            places: all operands of its layers.
         """
         rules: list[Rule] = []
         for rule in self.rules:
@@ -520,15 +529,15 @@ class Policy:
         return Policy(tuple(rules))
 
     def as_list(self) -> list[dict[str, Any]]:
-        """Its rules in plain values, as a YAML file has them."""
+        """Convert the rules to plain values, as in a YAML file."""
         return [rule.as_dict() for rule in self.rules]
 
     @classmethod
     def from_list(cls, content: object) -> Policy:
-        """A policy from plain values: a list of mappings.
+        """Create a policy from plain values: a list of mappings.
 
         Raises:
-            ValueError: it is none; in a sentence.
+            ValueError: the values are not a valid policy; the message is one sentence.
         """
         if not isinstance(content, Sequence) or isinstance(content, str | bytes):
             raise ValueError(f"a policy must be a list of rules, not {type(content).__name__}")
@@ -536,13 +545,14 @@ class Policy:
 
 
 def _rules_of_tokens() -> list[Rule]:
-    """A scalar a token, wherever there can be."""
+    """Return rules that set one scalar per token for all operands that can have it."""
     return [Rule(f"*.{name}", kind, granularity="token") for kind, operands in TOKENS.items() for name in operands]
 
 
 @cache
 def _usual_places() -> frozenset[tuple[str, str]]:
-    """`match` and `type` of all rules that short words stand for."""
+    """Return `match` and `type` of all rules that `Policy.of` can create from its arguments other than `keep` and
+    `rules`."""
     widths = (4, 4), (FULL_PRECISION, 4), (4, FULL_PRECISION)
     policies = [
         Policy.of(weight_bits=w, activation_bits=a, activation_granularity="token", quantize_head=False)
@@ -552,7 +562,8 @@ def _usual_places() -> frozenset[tuple[str, str]]:
 
 
 def _rules_of_ends(widths: Sequence[int], bits: int | None) -> list[Rule]:
-    """Bits at both ends; a kind of tensor, weights or inputs, that is in full precision is so everywhere."""
+    """Return rules for the bit-width of the first and the last layer. Weights, or inputs, that are in full precision
+    elsewhere stay so in these layers."""
     if bits is None:
         return []
     quantized = [f".{operand}" for operand, n in zip(WEIGHT_AND_INPUT, widths, strict=True) if n != FULL_PRECISION]

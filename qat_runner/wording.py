@@ -1,17 +1,17 @@
-"""Numbers as people read them, and words as they meant them."""
+"""Formatting of numbers, and suggestions for misspelled words."""
 
 import difflib
 from collections.abc import Sequence
 
 
 def digits(x: float, count: int = 3) -> str:
-    """A number to so many significant digits, never in powers of ten where it is large: 0.0123, 12.3, 1340."""
+    """Format a number to `count` significant digits, without an exponent if it is large: 0.0123, 12.3, 1340."""
     told = f"{x:.{count}g}"
     return f"{x:.0f}" if "e+" in told else told
 
 
 def percent(share: float, count: int = 2) -> str:
-    """A share, 0 to 1, in percent: so many significant digits, and 100 for nothing but all."""
+    """Format a share, 0 to 1, in percent to `count` significant digits. Only a share of 1 is shown as 100."""
     told = digits(100 * share, count)
     if share < 1 and told == "100":
         told = f"{min(100 * share, 99.99):.2f}"
@@ -19,6 +19,7 @@ def percent(share: float, count: int = 2) -> str:
 
 
 def meant(word: str, known: Sequence[str]) -> str:
-    """The end of a sentence on a word that is none of those that are known: the one that comes closest, if any does."""
+    """Return the end of an error message about an unknown word: a suggestion of the closest known word, if there is
+    one."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

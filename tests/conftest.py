@@ -1,4 +1,4 @@
-"""Shared fixtures. Side by side, tests run on a thread each; they see nothing of the user's data, jobs and trackers."""
+"""Shared fixtures. Parallel tests use one thread each; no test sees the user's data, jobs or trackers."""
 
 import gc
 import logging
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores, and with them what they start
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes, and those that they start, share the cores
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: to look through it again and again took a tenth of the tests' time."""
+    """Exempt everything imported and collected from garbage collection: scanning it took a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def composed() -> Compose:
-    """Overrides of a command -> the config that it comes to."""
+    """Return a function that composes the config from the overrides of a command."""
     from qat_runner.config import from_hydra
     from qat_runner.config.composing import compose_config
 
@@ -49,7 +49,7 @@ def composed() -> Compose:
 
 @pytest.fixture(scope="session", autouse=True)
 def _called() -> Iterator[None]:
-    """What a run records of its command is no path of pytest's."""
+    """Set the command that a run records, which would be a path of pytest otherwise."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["qat-run"])
         yield
@@ -66,7 +66,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _backend_left_alone() -> Iterator[None]:
-    """A run sets the backend of its process: the next test has auto again."""
+    """Reset the backend, which a run sets for its process, to auto for the next test."""
     yield
     kernels = sys.modules.get("qat_runner.quant.kernels")
     if kernels is not None and kernels._asked != "auto":
@@ -75,7 +75,7 @@ def _backend_left_alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logger_left_alone() -> Iterator[None]:
-    """No command leaves its handlers behind, where they would write to the closed stdout of a test before."""
+    """Check that no command leaves its handlers behind: they would write to the closed stdout of an earlier test."""
     log = logging.getLogger("qat_runner")
     before = list(log.handlers), log.propagate, log.level
     yield
@@ -86,10 +86,10 @@ def _logger_left_alone() -> Iterator[None]:
 def _few_plots(
     request: pytest.FixtureRequest, _logger_left_alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # after the logger, which a test may have patched as well
-    """Runs draw their plots in tests that are marked so: it takes a third of the time of a small one."""
+    """Draw plots only in tests with the mark `plots`, since this takes a third of the time of a small run."""
     if "plots" in request.keywords:
         return
-    from qat_runner.training import plots  # which takes PyTorch's and matplotlib's time, once
+    from qat_runner.training import plots  # imports PyTorch and matplotlib
 
     def drawn(folder: Path, file: str, rows: str) -> None:
         if (folder / rows).is_file():

@@ -1,4 +1,4 @@
-"""What a run came to, to be compared with what another did."""
+"""The complete result of a run, to be compared with that of another run."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ CLOCK = ("seconds", "samples_per_second")
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that a run came to, but for its speed."""
+    """Return everything that a run produced, except for its speed."""
     last = checkpoint.load(folder / "checkpoints" / checkpoint.LAST)
     summary = SUMMARY.read(folder)
     assert summary is not None
@@ -32,6 +32,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Return whether two results are exactly equal."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""Windows of questions on paragraphs, of any lengths, without a tokenizer."""
+"""Windows of questions and paragraphs with any lengths, without a tokenizer."""
 
 from hypothesis import strategies as st
 
@@ -6,7 +6,7 @@ from qat_runner.data.squad import Question, Ragged, Split, Tokens, make_windows
 
 
 def split(lengths: list[tuple[int, int]], max_length: int, stride: int) -> Split:
-    """Questions of so many tokens on paragraphs of so many tokens; each token of a paragraph is one character."""
+    """Return a split of questions and paragraphs with these numbers of tokens; a paragraph token is one character."""
     contexts = ["".join(chr(97 + k % 26) for k in range(n)) for _, n in lengths]
     questions = [Question(str(i), "", i, (contexts[i][n // 2],), n // 2) for i, (_, n) in enumerate(lengths)]
     tokens = Tokens(

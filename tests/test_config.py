@@ -1,3 +1,5 @@
+"""Configs: defaults, errors, and what identifies a run."""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def test_defaults(composed: Compose) -> None:
     assert config.data_dir == "data"
 
 
-def test_options_of_estimators_and_of_learned_starts_have_names_of_their_own(composed: Compose) -> None:
+def test_options_of_estimators_and_of_learned_starts_are_in_names(composed: Compose) -> None:
     names = {run_name(composed("gradient=ewgs", f"gradient.options.delta={delta}")) for delta in (0.001, 0.02)}
     assert len(names) == 2 and all("_octav_ewgs_" in name for name in names)
     assert gradient_label(composed("gradient=ewgs")) == "ewgs"
@@ -62,7 +64,7 @@ def test_every_option_of_every_group_composes(composed: Compose) -> None:
         assert config.epochs == config.recipe.scratch.epochs
 
 
-def test_what_follows_from_the_rest(composed: Compose) -> None:
+def test_values_that_follow_from_others(composed: Compose) -> None:
     config = composed("bits=6", "weight_bits=3", "epochs=2", "lr=0.5")
     assert (config.weight_bits, config.activation_bits, config.epochs, config.lr) == (3, 6, 2, 0.5)
     assert composed("mode=retrain", "weights=w.pt").epochs == config.recipe.retrain.epochs
@@ -96,7 +98,7 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["clipping=octav", "clipping.start=octav"], "clipping=octav: clipping 'octav' has no option 'start'"),
         (["clipping=lsq", "clipping.start=max"], "clipping=lsq: start='max': must be one of lsq, octav"),
         (["gradient=ewgs", "gradient.options.delta=-1"], "gradient=ewgs: delta=-1: must be 0 or more, and finite"),
-        (["gradient=mph", "+gradient.options.q=1"], "gradient=mph: gradient 'mph' is a pair of others, and has no"),
+        (["gradient=mph", "+gradient.options.q=1"], "gradient=mph: gradient 'mph' is a pair of estimators and has no"),
         (["clipping.iterations=0"], "iterations=0"),
         (["clipping=static_octav"], "no trained weights to calibrate on"),
         (
@@ -108,7 +110,7 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
         (["clipping.eval_mode=mean"], "clipping.eval_mode=mean: must be one of"),
         (["recipe.scratch.max_grad_norm=0"], "max_grad_norm=0.0: must be above 0"),
         (["recipe.scratch.warmup_epochs=-1"], "warmup_epochs=-1.0: must be 0 to"),
-        (["mode=finetune"], "mode=finetune: recipe=digits has no such stage, only scratch, retrain, long_retrain"),
+        (["mode=finetune"], "recipe=digits has no such stage; its stages are scratch, retrain, long_retrain"),
         (["dataset=squad", "model=bert_base", "mode=scratch"], "mode=scratch: recipe=squad has no such stage"),
         (["dataset=squad", "model=bert_base", "weights=w.pt"], "mode=finetune starts from model.checkpoint"),
         (["dataset=squad", "model=bert_base", "dataset.max_length=4"], "dataset.max_length=4: must be 8 to"),
@@ -122,19 +124,19 @@ def test_data_dir_from_the_environment(composed: Compose, monkeypatch: pytest.Mo
             ["clipping=lsq", "rules=[{match: '*.weight', clipping: octav, dynamic: false}]"],
             "rules.dynamic=false: mode=",
         ),
-        (["clipping=lsq", "clipping.sync=true"], "clipping.sync=true: is for scalars that are solved in training"),
-        (["clipping=lsq", "clipping.eval_mode=running"], "clipping.eval_mode=running: is for scalars that are solved"),
-        (["clipping=lsq", "clipping.dynamic=true"], "clipping.dynamic=true: clipping=lsq learns its scalars"),
-        (["clipping.sync=true", "mode=ptq", "weights=w.pt"], "clipping.sync=true: is for training, and mode=ptq does"),
-        (["clipping.sync=true", "mode=evaluate", "weights=w.pt"], "clipping.sync=true: is for training, and mode=eval"),
-        (["clipping=pact", "range=full"], "range=full: clipping=pact has ranges of its own"),
-        (["clipping=pact", "weight_range=oriented"], "weight_range=oriented: clipping=pact has ranges of its own"),
-        (["allocated=[{match: '*', bits: 2}]"], "allocated: is filled in by the runner"),
-        (["+fingerprints.x=1"], "fingerprints: is filled in by the runner"),
+        (["clipping=lsq", "clipping.sync=true"], "clipping.sync=true: applies only to scalars that are solved in"),
+        (["clipping=lsq", "clipping.eval_mode=running"], "clipping.eval_mode=running: applies only to solved scalars"),
+        (["clipping=lsq", "clipping.dynamic=true"], "clipping.dynamic=true: must be false: clipping=lsq learns its"),
+        (["clipping.sync=true", "mode=ptq", "weights=w.pt"], "applies only to training, and mode=ptq does not train"),
+        (["clipping.sync=true", "mode=evaluate", "weights=w.pt"], "applies only to training, and mode=evaluate does"),
+        (["clipping=pact", "range=full"], "range=full: cannot be set with clipping=pact, which has its own ranges"),
+        (["clipping=pact", "weight_range=oriented"], "weight_range=oriented: cannot be set with clipping=pact"),
+        (["allocated=[{match: '*', bits: 2}]"], "allocated: cannot be set; the runner fills it in"),
+        (["+fingerprints.x=1"], "fingerprints: cannot be set; the runner fills it in"),
         (["+model.foo=1"], "unknown key 'model.foo'"),
     ],
 )
-def test_refusals(composed: Compose, overrides: list[str], message: str) -> None:
+def test_invalid_configs_are_rejected(composed: Compose, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         composed(*overrides)
 
@@ -165,7 +167,7 @@ def test_ranges(composed: Compose) -> None:
         composed("clipping=max", "clipping.refine=8")
 
 
-def test_without_training_octav_knows_its_grid(composed: Compose) -> None:
+def test_without_training_octav_accounts_for_the_missing_code(composed: Compose) -> None:
     ptq = ("mode=ptq", "weights=w.pt")
     for overrides in (ptq, (*ptq, "clipping=static_octav"), ("mode=allocate", "weights=w.pt", "budget=4")):
         config = composed(*overrides)
@@ -173,7 +175,7 @@ def test_without_training_octav_knows_its_grid(composed: Compose) -> None:
         assert {config.quantization.tensor("l", "Linear", "input").clipping} == {config.clipping_in_mode.method}
         told = {key: identity(config)[f"clipping.{key}"] for key in ("missing_code", "refine")}
         assert told == {"missing_code": True, "refine": 64}
-        retrained = changed(config, mode="retrain", budget=None)  # as a run of that mode is by itself
+        retrained = changed(config, mode="retrain", budget=None)  # as in a run of that mode
         assert retrained.quantization.tensor("l", "Linear", "input").clipping == Octav(warm_iterations=6)
     papers = composed(*ptq, "clipping.missing_code=false", "clipping.refine=0").clipping_in_mode.method
     training = (composed(), composed("mode=retrain", "weights=w.pt"))
@@ -197,8 +199,8 @@ def test_identity_and_name(composed: Compose) -> None:
     ]
 
 
-def test_beside_learned_scalars_others_are_solved(composed: Compose) -> None:
-    """clipping=lsq says dynamic=false, which is nothing for what a rule gives another method."""
+def test_other_methods_beside_learned_scalars_are_dynamic(composed: Compose) -> None:
+    """clipping=lsq sets dynamic=false, which does not apply to tensors to which a rule gives another method."""
     config = composed("clipping=lsq", "rules=[{match: '*.weight', clipping: octav}]")
     weight, activation = (config.quantization.tensor("conv1", "Conv2d", name) for name in ("weight", "input"))
     assert weight.dynamic and weight.clipping.name == "octav" and activation.clipping.learned
@@ -208,15 +210,15 @@ def test_beside_learned_scalars_others_are_solved(composed: Compose) -> None:
     composed("rules=[{match: '*.input', clipping: lsq}]")  # from scratch: nothing is static
 
 
-def test_what_rules_solve_may_be_frozen(composed: Compose) -> None:
+def test_dynamic_scalars_from_rules_can_be_frozen(composed: Compose) -> None:
     freezing = ("clipping=lsq", "epochs=2", "recipe.freeze_scalars_at=1")
     assert composed(*freezing, "rules=[{match: layer3.*, clipping: octav}]").freezing
     with pytest.raises(ConfigError, match="clipping=lsq has no dynamic scalars to freeze"):
         composed(*freezing)
 
 
-def test_what_probes_are_trained_by_tells_runs_apart(composed: Compose) -> None:
-    """Bits that are chosen after retraining depend on how; and so does what is trained with them, in any mode."""
+def test_how_probes_are_trained_is_part_of_the_identity(composed: Compose) -> None:
+    """Bits that are chosen after retraining depend on it, and so does a run that uses these bits, in any mode."""
     ways = ("recipe.retrain.lr=0.5", "accumulate=4", "recipe.distill=full_precision")
     chosen = ["weights=w.pt", "budget=4", "retrain_steps=5"]
     for words in ([*chosen, "mode=allocate"], [*chosen, "policy=auto", "mode=ptq"]):
@@ -242,10 +244,10 @@ OF_OCTAV = ["clipping.refine=64", "clipping.missing_code=true"]
         ([], OF_OCTAV, 1),
     ],
 )
-def test_what_probes_are_quantized_by_tells_runs_apart(
+def test_how_probes_are_quantized_is_part_of_the_identity(
     words: list[str], ways: list[str], names: int, composed: Compose
 ) -> None:
-    """Though a run that chooses bits neither calibrates nor trains; and its command says so."""
+    """Although a run that chooses bits neither calibrates nor trains itself; its command contains the keys, too."""
     asked = ["mode=allocate", "weights=w.pt", "max_drop=1", *words]
     configs = [composed(*asked, *way) for way in ([], *([one] for one in ways))]
     assert len({run_name(config) for config in configs}) == names
@@ -258,7 +260,7 @@ def test_calibration_of_probes_needs_batches(composed: Compose) -> None:
         composed("mode=allocate", "weights=w.pt", "budget=4", "clipping=lsq", "clipping.calibration_batches=0")
 
 
-def test_a_recipe_without_retraining_trains_no_bits_that_were_chosen(composed: Compose) -> None:
+def test_training_with_chosen_bits_needs_a_stage_for_retraining(composed: Compose) -> None:
     with pytest.raises(ConfigError, match="retrain"):
         trained_of(composed("mode=allocate", "weights=w.pt", "budget=4", "recipe.retrain=null"))
 
@@ -270,30 +272,30 @@ def test_a_recipe_without_retraining_trains_no_bits_that_were_chosen(composed: C
         *("oscillations.freeze_to=0.01", "clipping.refine=64"),
     ],
 )
-def test_bits_are_chosen_as_qat_bits_does_with_the_same_keys(remedy: str, composed: Compose) -> None:
-    """So that either finds what the other has chosen."""
+def test_bits_auto_searches_as_qat_bits_with_the_same_keys(remedy: str, composed: Compose) -> None:
+    """So that each of them finds the result of the other."""
     asked, steps, auto = ["weights=w.pt", "max_drop=1"], "retrain_steps=400", ["mode=retrain", "policy=auto"]
     own = run_name(allocation_of(composed(*asked, *auto, remedy, steps)))
     searched = composed("mode=allocate", *asked, remedy, steps)
     assert own == run_name(searched) == run_name(allocation_of(trained_of(searched)))
     assert own != run_name(composed("mode=allocate", *asked, steps))
-    unretrained = run_name(allocation_of(composed(*asked, *auto, remedy)))  # where no remedy is of effect
+    unretrained = run_name(allocation_of(composed(*asked, *auto, remedy)))  # no remedy has an effect here
     assert unretrained == run_name(composed("mode=allocate", *asked))
 
 
-def test_kernels_of_quantization_are_nothing_to_full_precision(composed: Compose) -> None:
+def test_kernels_of_quantization_are_not_in_the_identity_of_full_precision(composed: Compose) -> None:
     ways = ("backend=eager", "log_excess_mse=true", "backend=auto")
     assert len({run_name(composed("bits=32", way)) for way in ways}) == 1
 
 
-def test_oscillations_that_no_one_watches_tell_no_runs_apart(composed: Compose) -> None:
+def test_keys_about_oscillations_without_effect_are_not_in_the_identity(composed: Compose) -> None:
     ways = [[], *([f"oscillations.{key}=0.2"] for key in ("momentum", "threshold", "freeze_from"))]
     ways += [["oscillations.max_bits=8"]]
     for watched, names in (([], 1), (["oscillations.measure=true"], 4), (["oscillations.freeze_to=0.01"], 5)):
         assert len({run_name(composed(*watched, *way)) for way in ways}) == names
 
 
-def test_static_scalars_are_the_same_in_each_mode_of_evaluation(composed: Compose) -> None:
+def test_static_scalars_are_the_same_with_each_eval_mode(composed: Compose) -> None:
     static = ["clipping=static_octav", "mode=retrain", "weights=baseline"]
     ways = [[], ["clipping.eval_mode=running"], ["clipping.eval_mode=last"]]
     assert len({run_name(composed(*static, *way)) for way in ways}) == 1
@@ -303,7 +305,7 @@ def test_static_scalars_are_the_same_in_each_mode_of_evaluation(composed: Compos
 
 
 def test_full_precision_has_no_bits_to_choose(composed: Compose) -> None:
-    """Such as a row of an experiment, beside those that have."""
+    """For example, a row of an experiment whose other rows choose bits."""
     plain = composed("bits=32")
     beside = composed("policy=auto", "budget=4", "weight_bits=32", "activation_bits=32", "clipping.sync=true")
     assert run_name(beside) == run_name(plain) and beside.policy is None and not beside.limits
@@ -311,7 +313,7 @@ def test_full_precision_has_no_bits_to_choose(composed: Compose) -> None:
         composed("mode=allocate", "weights=baseline", "budget=4", "bits=32")
 
 
-def test_words_for_weights_are_no_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keywords_for_weights_are_not_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed("model=resnet18", "dataset=fake", "mode=evaluate", "weights=torchvision")
     name = run_name(config)
     (tmp_path / "torchvision").mkdir()
@@ -320,8 +322,10 @@ def test_words_for_weights_are_no_paths(composed: Compose, tmp_path: Path, monke
     assert run_name(config) == name and config.with_fingerprints().fingerprints == {}
 
 
-def test_a_run_whose_last_bits_may_vary_is_another(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # and put back in the end
+def test_a_run_that_does_not_repeat_to_the_bit_is_a_different_one(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # restored after the test
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     small = ("dataset=fake", "dataset.image_size=8", "model=resnet20", "device=cpu", "bits=32")
     repeatable, timed = composed(*small), composed(*small, "cudnn_benchmark=true")

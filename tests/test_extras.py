@@ -1,4 +1,4 @@
-"""Installations without some of the extras: the library works, and commands say what to install."""
+"""Installations without some of the extras: the library works, and commands say which extra to install."""
 
 import re
 import subprocess
@@ -30,13 +30,13 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 
 
 def without(absent: list[str], code: str, *args: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    warnings = ["-W", "error", "-W", "ignore:Failed to initialize NumPy:UserWarning"]  # torch's own, without it
+    warnings = ["-W", "error", "-W", "ignore:Failed to initialize NumPy:UserWarning"]  # by torch, if NumPy is missing
     command = [sys.executable, *warnings, "-c", BLOCK.format(absent=absent) + code, *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
 @pytest.mark.parametrize("part", ["model", "quant"])
-def test_the_library_needs_none(tmp_path: Path, part: str) -> None:
+def test_the_library_needs_no_extras(tmp_path: Path, part: str) -> None:
     code = {
         "quant": """
 import torch
@@ -69,27 +69,31 @@ remove_quantizers(model)
 @pytest.mark.parametrize(
     ("command", "absent", "message"),
     [
-        ("qat_run --help", ABSENT, "qat-run: hydra is not installed; pip install 'qat_runner[run]' brings it"),
+        ("qat_run --help", ABSENT, "qat-run: hydra is not installed; pip install 'qat_runner[run]' installs it"),
         (
             "qat_report runs",
             ABSENT,
-            "qat-report: tqdm is not installed; pip install 'qat_runner[report]' brings it",
+            "qat-report: tqdm is not installed; pip install 'qat_runner[report]' installs it",
         ),
-        ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' brings it"),
+        ("qat_export run", ABSENT, "qat-export: tqdm is not installed; pip install 'qat_runner[export]' installs it"),
         (
             "qat_run",
             ["tensorboard"],
             "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' brings it",
         ),
-        ("qat_report .", ["jinja2"], "qat-report: jinja2 is not installed; pip install 'qat_runner[report]' brings it"),
+        (
+            "qat_report .",
+            ["jinja2"],
+            "qat-report: jinja2 is not installed; pip install 'qat_runner[report]' installs it",
+        ),
         (
             "qat_run dataset=squad model=bert model.checkpoint=bert data_dir=.",
             ["transformers"],
-            "qat-run: transformers is not installed; pip install 'qat_runner[text]' brings it",
+            "qat-run: transformers is not installed; pip install 'qat_runner[text]' installs it",
         ),
     ],
 )
-def test_commands_say_which_extra_they_lack(tmp_path: Path, command: str, absent: list[str], message: str) -> None:
+def test_commands_say_which_extra_is_missing(tmp_path: Path, command: str, absent: list[str], message: str) -> None:
     for split in ("train", "dev"):
         (tmp_path / f"{split}-v1.1.json").touch()
     name, *args = command.split()
@@ -99,14 +103,14 @@ def test_commands_say_which_extra_they_lack(tmp_path: Path, command: str, absent
 
 
 @pytest.mark.slow
-def test_pictures_are_trained_without_the_other_extras(tmp_path: Path) -> None:
+def test_vision_networks_are_trained_without_the_other_extras(tmp_path: Path) -> None:
     absent = ["transformers", *ONNX]
     args = ["model=resnet20", "backend=eager", "epochs=1", "limit_train_batches=1", "limit_val_batches=1"]
     done = without(absent, "from qat_runner.cli import qat_run; sys.exit(qat_run())", *args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_package_of_the_commands_is_known_to_them() -> None:
+def test_every_package_that_commands_need_is_assigned_to_an_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in ("run", "report", "text"):
         for requirement in extras[extra]:

@@ -1,4 +1,4 @@
-"""The shipped recipes, as composed: those of the paper (Appendix E.1), and long retraining in all of them."""
+"""The shipped recipes, as they are composed: those of the paper (Appendix E.1), and long retraining in all of them."""
 
 from dataclasses import asdict, replace
 
@@ -38,7 +38,7 @@ def composed(*overrides: str) -> Config:
 
 
 def sgd(epochs: int, batch_size: int, lr: float, weight_decay: float, decay_every: int) -> StageConfig:
-    """What all stages of the paper's vision networks have in common: momentum 0.9 and x 0.1 every so many epochs."""
+    """Return a stage with what all those of the paper's vision networks share: momentum 0.9, lr x 0.1 at each decay."""
     schedule = {"schedule": "step", "decay_every": decay_every, "decay_factor": 0.1, "warmup_epochs": 0.0}
     return StageConfig(epochs, batch_size, lr, "sgd", momentum=0.9, weight_decay=weight_decay, **schedule)
 
@@ -53,7 +53,7 @@ def retrain_of_paper(model: str) -> StageConfig:
 
 
 def long_retrain_of_paper(model: str) -> StageConfig:
-    """Section 5.2: from scratch, but for the start and lr x 0.01; 150 epochs for all ResNets, 300 for MobileNets."""
+    """Section 5.2: from scratch, but with trained weights and lr x 0.01; 150 epochs for ResNets, 300 for MobileNets."""
     scratch = scratch_of_paper(model)
     return replace(scratch, lr=pytest.approx(scratch.lr * 0.01), epochs=150 if model in RESNETS else 300)
 
@@ -68,7 +68,7 @@ def test_the_papers_recipes(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", SCRATCH)
-def test_what_a_run_takes_from_the_papers_recipe(model: str) -> None:
+def test_a_run_uses_the_papers_recipe(model: str) -> None:
     config = composed(f"model={model}", "dataset=imagenet", "mode=long_retrain", "weights=torchvision")
     wanted = long_retrain_of_paper(model)
     assert (config.epochs, config.batch_size, config.lr) == (wanted.epochs, wanted.batch_size, wanted.lr)
@@ -84,7 +84,7 @@ def test_long_retraining_is_from_scratch_at_a_hundredth_of_the_learning_rate(dat
 
 
 @pytest.mark.parametrize("stand_in", [name for name in STAND_INS if name not in ("short_squad", "small_text")])
-def test_so_it_is_on_stand_ins(stand_in: str) -> None:
+def test_long_retraining_on_stand_ins_has_a_hundredth_of_the_learning_rate(stand_in: str) -> None:
     composed_ = compose_config(["+experiment=table4", f"+stand_in={stand_in}"])
     dataset = composed_.standins["imagenet"]
     recipe = composed("+experiment=table4", f"+stand_in={stand_in}", f"dataset={dataset}", "weights=baseline").recipe
@@ -92,15 +92,15 @@ def test_so_it_is_on_stand_ins(stand_in: str) -> None:
     assert recipe.long_retrain == replace(recipe.scratch, lr=pytest.approx(recipe.scratch.lr * 0.01))
 
 
-def test_sgd_is_nesterovs_where_the_recipe_says_so() -> None:
+def test_sgd_uses_nesterov_momentum_if_the_recipe_says_so() -> None:
     stage = StageConfig(optimizer=Optimizer.sgd, momentum=0.9)
     for nesterov in (True, False):
         (group,) = make_optimizer(nn.Linear(2, 2), replace(stage, nesterov=nesterov), 0.1).param_groups
         assert group["nesterov"] is nesterov and group["momentum"] == 0.9
 
 
-def test_berts_recipe_is_that_of_the_code_that_the_paper_used() -> None:
-    """Section 6 has batch, lr and epochs; NVIDIA's run_squad.py has the rest."""
+def test_the_recipe_of_bert_is_that_of_the_code_that_the_paper_used() -> None:
+    """Section 6 gives batch size, lr and epochs; NVIDIA's run_squad.py gives the rest."""
     config = composed("dataset=squad", "model=bert_base")
     adam = {"optimizer": "adamw", "bias_correction": False, "weight_decay": 0.01, "max_grad_norm": 1.0}
     wanted = StageConfig(2, 4, 3e-5, schedule="linear", warmup_epochs=0.2, **adam)

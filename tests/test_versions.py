@@ -1,4 +1,4 @@
-"""Configs of other times: what identifies a run, and what its name has to do with it."""
+"""Configs of other versions: what identifies a run, and how its name follows from that."""
 
 import functools
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from qat_runner.errors import ConfigError, UnreadableError
 from tests.conftest import Compose
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "docs/results").rglob("configs/*.yaml"))
-"""Of the runs whose results the docs show, as these runs wrote them: of version 1 and later."""
+"""The configs of the runs whose results the docs show, as these runs wrote them (versions 1 and later)."""
 
 
 read_shipped = functools.cache(read_config)
@@ -79,12 +79,12 @@ def test_a_key_or_a_default_that_comes_later_renames_nothing(
     again = read_config(write(tmp_path / "old", old) / "config.yaml")
     assert (identity(again), run_name(again)) == (identity(config), run_name(config))
     assert composed("mode=ptq", "weights=w.pt", "quantize_head=true") != config
-    monkeypatch.setattr(v, "FIRST_DEFAULTS", v.FIRST_DEFAULTS | {"amp": "bf16"})  # as if it had been another
+    monkeypatch.setattr(v, "FIRST_DEFAULTS", v.FIRST_DEFAULTS | {"amp": "bf16"})  # as if this had been the default
     del old["amp"]
     assert read_config(write(tmp_path / "older", old) / "config.yaml").amp == "bf16"
 
 
-def test_values_that_do_not_go_without_saying_are_told(composed: Compose) -> None:
+def test_values_that_are_not_the_first_defaults_are_in_the_identity(composed: Compose) -> None:
     plain, other = composed(), composed("amp=bf16", "quantize_head=false", "recipe.scratch.nesterov=true")
     told = {"amp": "bf16", "quantize_head": False, "recipe.nesterov": True}
     assert identity(other) == identity(plain) | told
@@ -105,7 +105,7 @@ def test_configs_of_version_1(composed: Compose, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dataset", "model"), [("squad", "bert_base"), ("digits", "resnet20")])
-def test_configs_of_before_data_sets_named_their_task(
+def test_configs_from_before_data_sets_named_their_task(
     composed: Compose, tmp_path: Path, dataset: str, model: str
 ) -> None:
     now = composed(f"dataset={dataset}", f"model={model}")
@@ -115,7 +115,7 @@ def test_configs_of_before_data_sets_named_their_task(
     assert (read.dataset.task, run_name(read)) == (now.dataset.task, run_name(now))
 
 
-def test_a_method_that_was_revised_is_another(composed: Compose, tmp_path: Path) -> None:
+def test_a_revised_method_makes_a_different_run(composed: Compose, tmp_path: Path) -> None:
     for clipping, same in (("pact", False), ("lsq", True)):
         now = composed(f"clipping={clipping}", "mode=retrain", "weights=w.pt")
         old = raw(now) | {"schema_version": 1}
@@ -125,31 +125,33 @@ def test_a_method_that_was_revised_is_another(composed: Compose, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": v.SCHEMA_VERSION + 1}, "a later qat_runner wrote it"),
+        ({"schema_version": v.SCHEMA_VERSION + 1}, "a later qat_runner wrote this file"),
         ({"schema_version": "two"}, "schema_version=two: must be 1 to"),
         ({"colour": "red"}, "colour"),
         ({"epochs": "many"}, "many"),
     ],
 )
-def test_what_cannot_be_read_is_told(composed: Compose, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_unreadable_configs_are_reported(
+    composed: Compose, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     folder = write(tmp_path / "run", raw(composed()) | change)
     with pytest.raises(UnreadableError, match=message):
         read_config(folder / "config.yaml")
 
 
 @pytest.mark.parametrize("text", ["{half: [", "- a\n- b\n", "", "\0"])
-def test_what_is_no_config_is_told(tmp_path: Path, text: str) -> None:
+def test_files_that_are_not_configs_are_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UnreadableError, match=r"config\.yaml: cannot be read"):
         read_config(tmp_path / "config.yaml")
 
 
-def test_no_one_sets_the_version(composed: Compose) -> None:
+def test_the_version_cannot_be_set(composed: Compose) -> None:
     with pytest.raises(ConfigError, match=f"schema_version=1: must be {v.SCHEMA_VERSION}"):
         composed("schema_version=1")
 
 
-def test_a_folder_that_an_earlier_version_named_serves(composed: Compose, tmp_path: Path) -> None:
+def test_a_folder_that_an_earlier_version_named_is_used(composed: Compose, tmp_path: Path) -> None:
     config = composed(f"runs_dir={tmp_path}")
     words = run_name(config).rpartition("_")[0]
     assert run_folder(config) == tmp_path / run_name(config)

@@ -1,4 +1,4 @@
-"""The wheel, installed elsewhere and used outside the checkout."""
+"""The wheel, installed in another place and used outside the checkout."""
 
 import json
 import os

@@ -1,21 +1,21 @@
-"""Numbers as people read them, and words as they meant them."""
+"""Readable numbers, and suggestions for misspelt words."""
 
 import pytest
 
 from qat_runner.wording import digits, meant, percent
 
 
-def test_percentages_do_not_round_up_to_all() -> None:
+def test_percentages_do_not_round_up_to_100() -> None:
     shares = (1.0, 0.99999, 0.997, 0.994, 0.5, 0.0123, 0.0)
     assert [percent(x) for x in shares] == ["100 %", "99.99 %", "99.70 %", "99 %", "50 %", "1.2 %", "0 %"]
     assert [percent(x, 4) for x in (1.0, 0.99996, 0.98123)] == ["100 %", "99.99 %", "98.12 %"]
 
 
 @pytest.mark.parametrize(("x", "told"), [(1340.4, "1340"), (999.7, "1000"), (12.345, "12.3"), (0.012345, "0.0123")])
-def test_large_numbers_are_no_powers_of_ten(x: float, told: str) -> None:
+def test_large_numbers_have_no_exponent(x: float, told: str) -> None:
     assert digits(x) == told and digits(-x) == f"-{told}"
 
 
-def test_the_closest_word_is_meant() -> None:
+def test_the_closest_word_is_suggested() -> None:
     known = ("compare", "methods", "status")
     assert meant("comapre", known) == "; did you mean compare?" and meant("runs/one", known) == ""

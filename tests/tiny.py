@@ -1,4 +1,4 @@
-"""A BERT, decoders, a SQuAD and texts of a few kilobytes each, made on the spot."""
+"""A BERT, decoders, a SQuAD and texts of a few kilobytes each, created when needed."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ WORDS = (*NAMES, *PLACES, "lives", "in", "works", "where", "does", "live", "work
 
 
 def tiny_bert(folder: Path, layers: int = 2, positions: int = 64) -> Path:
-    """A checkpoint of a BERT with random weights, without an answer head, and its vocabulary."""
+    """Write a checkpoint of a BERT with random weights and without an answer head, and its vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -41,11 +41,11 @@ def tiny_bert(folder: Path, layers: int = 2, positions: int = 64) -> Path:
 
 
 END = "<|end|>"
-"""Of a text, as a token."""
+"""The token at the end of a text."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte, and END."""
+    """Return a tokenizer with one token for each byte, and END."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, END])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -54,7 +54,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_decoder(folder: Path, kind: str = "llama", weights: bool = True, layers: int = 2) -> Path:
-    """A checkpoint of a decoder that reads bytes, its weights random or not there: a Llama, or a GPT-2."""
+    """Write a checkpoint of a decoder that reads bytes, a Llama or a GPT-2, with random weights or without weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -77,7 +77,7 @@ def tiny_decoder(folder: Path, kind: str = "llama", weights: bool = True, layers
 
 
 def tiny_text(folder: Path, sentences: int = 80) -> Path:
-    """A folder with both splits."""
+    """Write both splits of a text to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, first, count in (("train", 0, sentences), ("val", 3, sentences // 8)):
         text = "".join(str(paragraph(i, 1)["context"]) + "\n" for i in range(first, first + count))
@@ -86,7 +86,7 @@ def tiny_text(folder: Path, sentences: int = 80) -> Path:
 
 
 def paragraph(i: int, sentences: int = 2) -> dict[str, object]:
-    """A paragraph and a question on each of its sentences; the answer has two accepted forms."""
+    """Return a paragraph and a question on each of its sentences; each answer has two accepted forms."""
     context, qas = "", []
     for k in range(sentences):
         name, place = NAMES[(i + k) % len(NAMES)], PLACES[(i * 3 + k) % len(PLACES)]
@@ -99,7 +99,7 @@ def paragraph(i: int, sentences: int = 2) -> dict[str, object]:
 
 
 def squad_file(path: Path, paragraphs: int, sentences: int = 2) -> Path:
-    """A file in SQuAD's format."""
+    """Write a file in SQuAD's format."""
     data = [{"title": "t", "paragraphs": [paragraph(i, sentences) for i in range(paragraphs)]}]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"version": "1.1", "data": data}))
@@ -107,7 +107,7 @@ def squad_file(path: Path, paragraphs: int, sentences: int = 2) -> Path:
 
 
 def tiny_squad(folder: Path, paragraphs: int = 12) -> Path:
-    """A folder with both splits."""
+    """Write both splits of a SQuAD to a folder."""
     squad_file(folder / "train-v1.1.json", paragraphs)
     squad_file(folder / "dev-v1.1.json", paragraphs // 2)
     return folder

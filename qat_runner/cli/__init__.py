@@ -1,4 +1,4 @@
-"""The commands: one thin file a verb. Here is only what must work before anything heavy is imported."""
+"""The commands, one thin module each. This module holds only what must work before anything slow is imported."""
 
 import codecs
 import io
@@ -17,9 +17,9 @@ def _names(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def _speak_utf8() -> None:
-    """Let whatever is said reach the terminal, under any locale: UTF-8 where that has but ASCII, or else escaped.
+    """Make every message printable under any locale: use UTF-8 if the locale has only ASCII, and escape the rest.
 
-    A name of a file that is no text is printed as it is.
+    File names that are not valid text are printed as raw bytes.
     """
     codecs.register_error("names", _names)
     for stream in (sys.stdout, sys.stderr):
@@ -29,7 +29,7 @@ def _speak_utf8() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let nothing of a stream that nobody reads any more go anywhere, what it still holds included."""
+    """Discard all output to a stream that nobody reads any more, including what is still buffered."""
     with suppress(OSError):  # it may have no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -37,17 +37,17 @@ def silence(stream: TextIO) -> None:
 
 
 def _command(name: str) -> int:
-    """Import a command, and all that is heavy with it, and carry it out; or say which extra its installation lacks.
+    """Import a command with all its dependencies and run it; if a dependency is missing, print which extra to install.
 
     Args:
-        name: of its module here, and of the extra that has all it needs.
+        name: name of the command's module in this package, and of the extra with its dependencies.
     """
     _speak_utf8()
     try:
         code: int = import_module(f"qat_runner.cli.{name}").main()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read it has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         silence(sys.stdout)
         return 0
     except KeyboardInterrupt:  # while PyTorch was being imported
@@ -57,7 +57,7 @@ def _command(name: str) -> int:
         if package not in _OF_EXTRAS:
             raise
         extra = _OF_EXTRAS[package] or {"bits": "run"}.get(name, name)
-        print(f"qat-{name}: {package} is not installed; pip install 'qat_runner[{extra}]' brings it", file=sys.stderr)
+        print(f"qat-{name}: {package} is not installed; pip install 'qat_runner[{extra}]' installs it", file=sys.stderr)
         return 2
 
 
@@ -69,24 +69,24 @@ _OF_EXTRAS = {
     "timm": "timm",
     "transformers": "text",
 }
-"""Package as it is imported -> the extra that brings it; None: the extra of each command does."""
+"""Imported package -> the extra that installs it; None: the extra of each command installs it."""
 
 
 def qat_run() -> int:
-    """The `qat-run` command; returns its exit code."""
+    """Run the `qat-run` command and return its exit code."""
     return _command("run")
 
 
 def qat_bits() -> int:
-    """The `qat-bits` command; returns its exit code."""
+    """Run the `qat-bits` command and return its exit code."""
     return _command("bits")
 
 
 def qat_export() -> int:
-    """The `qat-export` command; returns its exit code."""
+    """Run the `qat-export` command and return its exit code."""
     return _command("export")
 
 
 def qat_report() -> int:
-    """The `qat-report` command; returns its exit code."""
+    """Run the `qat-report` command and return its exit code."""
     return _command("report")

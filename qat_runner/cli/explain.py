@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf in one sentence: what was wrong, where, what is allowed."""
+"""Errors of Hydra and OmegaConf in one sentence: what is wrong, where, and what is allowed."""
 
 import re
 import shlex
@@ -17,17 +17,18 @@ from qat_runner.wording import meant
 
 
 def explain(error: Exception, configs: Path) -> str:
-    """A sentence for an error that Hydra or OmegaConf raised.
+    """Return one sentence that explains an error of Hydra or OmegaConf.
 
     Args:
-        error: as caught.
-        configs: the folder of configs, whose groups and options are what is allowed.
+        error: the exception.
+        configs: the folder of the shipped configs, whose groups and options are the allowed ones.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher":
             return (
-                f"{group}={option}: there is none; is a plugin missing (pip install 'qat_runner[slurm]' or '[joblib]')?"
+                f"{group}={option}: there is no such launcher; is a plugin missing (pip install 'qat_runner[slurm]' or "
+                f"'qat_runner[joblib]')?"
             )
         if error.missing_cfg_file.startswith("model/"):
             option = error.missing_cfg_file.removeprefix("model/")
@@ -36,17 +37,17 @@ def explain(error: Exception, configs: Path) -> str:
             return f"model={option}: must be one of {', '.join((*names, *words))}{meant(option, names)}"
         options = sorted(path.stem for path in (configs / group).glob("*.yaml")) if group else []
         if not options:  # Hydra's own groups, or --config-name
-            return f"there is no {error.missing_cfg_file} here; is a plugin of Hydra missing?"
+            return f"there is no config {error.missing_cfg_file}; is a plugin of Hydra missing?"
         return f"{group}={option}: must be one of {', '.join(options)}{meant(option, options)}"
     if isinstance(error, OverrideParseException):
         if "=" not in error.override and not error.override.startswith("~"):
-            return f"{error.override}: is no KEY=VALUE; qat-run --help shows what can be asked for"
+            return f"{error.override}: must be KEY=VALUE; qat-run --help lists all keys and flags"
         if sentence := _how_to_quote(error.override):
             return sentence
     text = " ".join(str(error).split())
     if match := re.search(r"Ambiguous value for argument '([^=']+)=(.*?)' 1\.", text):
         key, values = match.groups()
-        return f"{key}={values}: several values are for a sweep, qat-run -m; a list is written {key}=[{values}]"
+        return f"{key}={values}: several values need a sweep, qat-run -m; a list is written {key}=[{values}]"
     cause = error.__cause__ or error.__context__
     detail = " ".join(str(cause).split()) if cause else ""
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -74,24 +75,24 @@ def explain(error: Exception, configs: Path) -> str:
 
 
 def _how_to_quote(override: str) -> str | None:
-    """A sentence for KEY=VALUE whose value Hydra's grammar cannot read as it is, but reads within quotes."""
+    """Return a sentence for KEY=VALUE if Hydra's grammar can parse the value only in quotes, otherwise None."""
     key, _, value = override.partition("=")
     suggestion = f"{key}={quoted(value)}"
     with suppress(OverrideParseException):
         if value and OverridesParser.create().parse_override(suggestion).value() == value:
             typed = shlex.quote(suggestion) if re.search(r'["$`\\!]', suggestion) else f'"{suggestion}"'
-            return f"{override}: such a value has to be quoted, for Hydra and for the shell: {typed}"
+            return f"{override}: this value must be quoted for Hydra and for the shell: {typed}"
     return None
 
 
-_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+_KINDS = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false", "String": "a string"}
 
 
 def _keys(schema: Any, prefix: str = "") -> list[str]:
-    """All dotted keys of a dataclass."""
+    """Return all dotted keys of a dataclass."""
     keys = []
     for name, hint in get_type_hints(schema).items():
         keys.append(prefix + name)
-        for part in filter(is_dataclass, (hint, *get_args(hint))):  # or of what may be null
+        for part in filter(is_dataclass, (hint, *get_args(hint))):  # the arguments cover groups that may be null
             keys += _keys(part, f"{prefix}{name}.")
     return keys

@@ -1,16 +1,16 @@
-"""qat-export: a trained network as integers, in files that others can run.
+"""qat-export: export a trained network with integer weights to files that other software can run.
 
     qat-export runs/NAME                       ONNX, torch.export and safetensors, in runs/NAME/export
-    qat-export runs/NAME --scalars calibrated  activations' clipping scalars made static by another rule
-    qat-export runs/NAME --compare             only tell what accuracy each rule leaves
+    qat-export runs/NAME --scalars calibrated  make the clipping scalars of activations static by another rule
+    qat-export runs/NAME --compare             only report the accuracy under each rule
     qat-export runs/NAME --formats onnx        only one file
 
-Rules for the scalars of activations, which training solved anew for every batch: averaged, over training batches, of
-the quantized network; calibrated, of the full-precision one (static-OCTAV); running, the running average of training.
-Runs with static or learned scalars keep them.
+Training solved for the clipping scalars of activations on each batch. These rules make them static: averaged over
+training batches in the quantized network; calibrated in the full-precision network (static-OCTAV); running, the running
+average of training. Runs with static or learned scalars keep them.
 
-Every file is run on the validation set, and is kept only if it does what the network does. Exit codes: 0 all is well,
-1 a file did not, 2 the request cannot be carried out.
+Every file is run on the validation set, and is kept only if it gives the results of the network. Exit codes: 0 success,
+1 a file failed this check, 2 the command cannot be carried out.
 """
 
 import argparse
@@ -33,14 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "qat-export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {qat_runner.__version__}")
-    parser.add_argument("run_dir", type=Path, help="folder of a run that was trained")
-    parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
-    parser.add_argument("--scalars", choices=FREEZING, help="rule for activations' scalars (averaged)")
-    parser.add_argument("--batches", type=int, default=10, help="training batches to freeze them on (10)")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, default="last", help="which one (last)")
-    parser.add_argument("--no-fold", action="store_true", help="leave BatchNorm as it is")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="which files (all)")
-    parser.add_argument("--compare", action="store_true", help="write nothing, tell the accuracy under each rule")
+    parser.add_argument("run_dir", type=Path, help="folder of a trained run")
+    parser.add_argument("--out", type=Path, help="output folder (default: RUN_DIR/export)")
+    parser.add_argument(
+        "--scalars", choices=FREEZING, help="rule for the clipping scalars of activations (default: averaged)"
+    )
+    parser.add_argument("--batches", type=int, default=10, help="number of training batches for the rule (default: 10)")
+    parser.add_argument(
+        "--checkpoint", choices=CHECKPOINTS, default="last", help="checkpoint to export (default: last)"
+    )
+    parser.add_argument("--no-fold", action="store_true", help="do not fold BatchNorm into convolutions")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="files to write (default: all)"
+    )
+    parser.add_argument("--compare", action="store_true", help="write nothing, report the accuracy under each rule")
     args = parser.parse_args(argv)
     try:
         with on_terminal():
@@ -48,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QatError as error:
         print(f"qat-export: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # of a terminal, and no file
+    except BrokenPipeError:  # of the terminal, not of a file
         raise
     except OSError as error:
-        print(f"qat-export: {file_told(error)}; nothing was kept", file=sys.stderr)
+        print(f"qat-export: {file_told(error)}; no file was kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("qat-export: interrupted; nothing was kept", file=sys.stderr)
+        print("qat-export: interrupted; no file was kept", file=sys.stderr)
         return 130
     return 0
 
@@ -67,7 +73,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.batches < 1:
         raise ConfigError(f"--batches {args.batches}: must be 1 or more")
     if args.compare and (args.out or args.no_fold or set(args.formats) != {*FORMATS}):
-        raise ConfigError("--compare: writes nothing, so --out, --no-fold and --formats have no place beside it")
+        raise ConfigError("--compare: cannot be combined with --out, --no-fold or --formats, since it writes nothing")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
         figures = of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)

@@ -1,4 +1,4 @@
-"""Rows of a sweep as jobs: processes or machines that one of Hydra's launchers gives each of them."""
+"""Running the rows of a sweep as jobs, in processes or on machines provided by one of Hydra's launchers."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ from qat_runner.config.composing import composed_launcher, quoted, shipped_confi
 from qat_runner.errors import ConfigError, QatError, RunError, StoppedError
 
 SLURM_PATIENCE = 600.0
-"""Seconds that a job which was told to end waits to be killed, at most."""
+"""Maximum seconds that a job which Slurm asked to end waits to be killed."""
 _OF_SLURM = ("slurm", "submitit_slurm")
 _OF_HYDRA = re.compile(r"\+{0,2}hydra\b")
 
@@ -37,44 +37,44 @@ log = logging.getLogger("qat_runner")
 
 
 class Row(NamedTuple):
-    """Of a request."""
+    """A row of a sweep, or a single run."""
 
     config: Config
     overrides: list[str]
-    """that it was composed from"""
+    """the overrides that the config was composed from"""
 
 
 @dataclass
 class Outcome:
-    """What has come of the rows of a request, by their folders."""
+    """The outcome of the rows of a command, by their folders."""
 
     done: list[Path] = field(default_factory=list)
-    """came to their end, now or earlier"""
+    """rows that are finished, now or earlier"""
     failures: list[QatError] = field(default_factory=list)
-    """of the others"""
+    """errors of the other rows"""
     left: list[Path] = field(default_factory=list)
-    """have not begun, of those that are run here one after the other"""
+    """rows that have not started, if they are run in this process one after the other"""
 
 
 def launch(launcher: str, overrides: Sequence[str], rows: Mapping[Path, Row], outcome: Outcome) -> None:
-    """Give each row that is not finished yet to a launcher, and wait for all.
+    """Pass each unfinished row to a launcher, and wait for all of them.
 
     Args:
         launcher: the option of hydra/launcher.
-        overrides: of the whole sweep, with the launcher's settings.
-        rows: by their folders.
-        outcome: is added to.
+        overrides: the overrides of the whole sweep, with the launcher's settings.
+        rows: run folder -> row.
+        outcome: the outcome, which is updated.
 
     Raises:
-        ConfigError: there is no such launcher's cluster here.
+        ConfigError: this machine is not part of the launcher's cluster.
     """
     waiting = _unfinished(rows, outcome)
     if not waiting:
         return
     if launcher in _OF_SLURM and shutil.which("srun") is None:
-        raise ConfigError(f"hydra/launcher={launcher}: there is no srun here, this is no machine of a Slurm cluster")
+        raise ConfigError(f"hydra/launcher={launcher}: needs a machine of a Slurm cluster, but srun is not found")
     with TemporaryDirectory() as scratch:
-        # Jobs of submitit leave their logs where the sweep is; others leave nothing that anyone asked for.
+        # Jobs of submitit write their logs to the folder of the sweep; those of joblib leave nothing useful there.
         place = scratch if launcher == "joblib" else rows[waiting[0]].config.runs_dir
         try:
             jobs = [[word for word in rows[folder].overrides if not _OF_HYDRA.match(word)] for folder in waiting]
@@ -87,12 +87,12 @@ def launch(launcher: str, overrides: Sequence[str], rows: Mapping[Path, Row], ou
                     outcome.failures.append(_told(error))
         except (HydraException, OmegaConfBaseException):
             raise
-        except Exception as error:  # whatever a cluster's launcher makes of a job that is gone
+        except Exception as error:  # the launcher of a cluster may raise anything about a lost job
             outcome.failures.append(_told(error))
 
 
 def _unfinished(rows: Mapping[Path, Row], outcome: Outcome) -> list[Path]:
-    """Rows that are worth a job."""
+    """Return the folders of rows that are not finished, and record the others in the outcome."""
     from qat_runner.experiment import finished
 
     found: list[Path] = []
@@ -105,7 +105,8 @@ def _unfinished(rows: Mapping[Path, Row], outcome: Outcome) -> list[Path]:
 
 
 def _results(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-    """What came of jobs, which are started as Hydra's sweeper does, that would take all rows of a sweep."""
+    """Run jobs and return their results. They are started like by Hydra's sweeper, which would run all rows of a
+    sweep."""
     with shipped_configs():
         config, loader = composed_launcher(overrides)
         context = HydraContext(config_loader=loader, callbacks=Callbacks(config))
@@ -117,15 +118,15 @@ def _results(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> Sequenc
 def _told(error: Exception) -> QatError:
     if isinstance(error, QatError):
         return error
-    return RunError(f"a job broke off: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+    return RunError(f"a job failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
 
 
 def _elsewhere(composed: DictConfig, request: str) -> float:
-    """A row of a request, in a process or on a machine that Hydra's launcher gave it.
+    """Run a row in a process or on a machine that Hydra's launcher provides.
 
     Args:
-        composed: the config, as Hydra composes it.
-        request: a name for all its jobs, by which one that is put back into the queue knows what it has begun.
+        composed: the config composed by Hydra.
+        request: an identifier shared by all jobs of the command, by which a requeued job recognizes its own runs.
     """
     from qat_runner.experiment import run_after_others
     from qat_runner.runs.environment import LAUNCHED
@@ -135,13 +136,13 @@ def _elsewhere(composed: DictConfig, request: str) -> float:
     with on_terminal():
         try:
             return score(run_after_others(from_hydra(composed)))
-        except StoppedError as error:  # no result: whoever stopped the job may start it again
+        except StoppedError as error:  # there is no result: the job may be started again
             wait_for_slurm(error)
             sys.exit(error.exit_code)
 
 
 def wait_for_slurm(error: QatError) -> None:
-    """Let a job that Slurm ends be killed by it: one that ends itself before is not put back into the queue."""
+    """Let Slurm kill a job that it asked to end, since a job that exits by itself is not requeued."""
     if isinstance(error, StoppedError) and "SLURM_JOB_ID" in os.environ and error.exit_code == 128 + signal.SIGTERM:
         log.info(f"{error}; waiting for Slurm to end the job")
         time.sleep(SLURM_PATIENCE)

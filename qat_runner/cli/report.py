@@ -1,26 +1,26 @@
-"""qat-report: pages of runs, and the paper's tables and figures from a folder of runs.
+"""qat-report: HTML reports of runs, and the paper's tables and figures from a folder of runs.
 
-    qat-report runs/NAME                       a page that shows the run, in runs/NAME/report.html
-    qat-report compare runs                    a page that sets runs, or folders of runs, side by side
+    qat-report runs/NAME                       HTML report of a run, in runs/NAME/report.html
+    qat-report compare runs                    HTML report that compares runs, or folders of runs, side by side
     qat-report status runs                     which runs are finished, running, stale, failed or missing
-    qat-report methods runs                    means over seeds, and the differences of methods, seed by seed
-    qat-report results runs                    their summaries in one CSV file, with their configs, to be kept
-    qat-report ledger runs results.csv         every claim and every cell of the paper, and whether it holds here
-    qat-report table1 runs                     ours beside the published numbers
-    qat-report table3 runs --dataset cifar10   where runs of several data sets lie there
-    qat-report table6 --run runs/NAME          seconds to find the scalars of a run's tensors; alone: BERT-Base's
+    qat-report methods runs                    means over seeds, and differences between methods, seed by seed
+    qat-report results runs                    summaries and configs of the runs in one CSV file, to be kept
+    qat-report ledger runs results.csv         every claim and every table cell of the paper, and whether it holds here
+    qat-report table1 runs                     results next to the published numbers
+    qat-report table3 runs --dataset cifar10   the same if the folder has runs of several data sets
+    qat-report table6 --run runs/NAME          seconds to find the scalars of a run's tensors (without --run: BERT-Base)
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
     qat-report figure2 --run runs/NAME         scalars and MSE of all its tensors, by the MSE sweep and by OCTAV
     qat-report figure2 --model resnet50 --weights torchvision --dataset imagenet
-                                               the same of its weights; with --data-dir DIR of its activations as well
+                                               the same for published weights; with --data-dir DIR also for activations
     qat-report figure3                         the gradient estimators
-    qat-report figure4 runs                    accuracy against epoch of Table 1's runs
-    qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they part
-    qat-report iterations                      OCTAV's iteration from several starts
-    qat-report ranges                          where the last codes lie, and what that is worth to short rows
+    qat-report figure4 runs                    accuracy by epoch of the runs of Table 1
+    qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they differ
+    qat-report iterations                      OCTAV's iterations from several initial values
+    qat-report ranges                          the outermost codes of each range, and their effect on short rows
 
-Pages are single files that need no network. Tables are printed, and written as Markdown, CSV, LaTeX and HTML; figures
-are written as PNG and SVG. Exit codes: 0 all is well, 2 the request cannot be carried out.
+HTML reports are single files that need no network access. Tables are printed, and written as Markdown, CSV, LaTeX and
+HTML; figures are written as PNG and SVG. Exit codes: 0 success, 2 the command cannot be carried out.
 """
 
 import argparse
@@ -37,26 +37,26 @@ from qat_runner.wording import meant
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 SEVERAL = ("compare", "methods", "results", "ledger")
-"""What takes several folders."""
+"""Subcommands that take several folders."""
 
 WITHOUT_RUNS = ("table6", "figure1", "figure2", "figure3", "figure5", "iterations", "ranges")
-"""What takes none; some are about one run, which a flag names."""
+"""Subcommands that take no folder; some are about one run, which a flag selects."""
 
 OF_FOLDERS = ("compare", "figure4", "status")
-"""What takes no table of results: its lines have no curves, and no state."""
+"""Subcommands that take no table of results, because its rows have neither curves nor a state."""
 
 FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "iterations", "ranges")
 
 
 def verbs() -> tuple[str, ...]:
-    """What can be asked for, beside the page of a run."""
+    """Return the subcommands, apart from the HTML report of a run."""
     from qat_runner.paper.tables import TABLES
 
     return ("compare", "methods", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
 
 
 def used_by() -> dict[str, tuple[str, ...]]:
-    """Flags, and what they are for."""
+    """Return the flags and the subcommands that each applies to."""
     from qat_runner.paper.tables import TABLES
 
     of_runs = (*SEVERAL, *TABLES, "figure2", "figure4")
@@ -76,25 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "qat-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {qat_runner.__version__}")
-    parser.add_argument("what", metavar="WHAT", help=f"the folder of a run, or one of {', '.join(verbs())}")
+    parser.add_argument("what", metavar="WHAT", help=f"folder of a run, or one of {', '.join(verbs())}")
     parser.add_argument(
         "places",
         nargs="*",
         type=Path,
-        help="folder of run folders (runs); compare, methods: runs as well; methods, results, ledger and tables: "
-        "tables of results (CSV) as well",
+        help="folder of run folders (default: runs); compare, methods: also single runs; methods, results, ledger and "
+        "tables: also tables of results (CSV)",
     )
-    parser.add_argument("--dataset", help="whose runs, where there are several; figure2: what --weights are for")
-    parser.add_argument("--model", help="runs of one network alone; figure2: the network of --weights")
+    parser.add_argument("--dataset", help="only runs of this data set; figure2: the data set of --weights")
+    parser.add_argument("--model", help="only runs of this network; figure2: the network of --weights")
     parser.add_argument(
         "--run",
         type=Path,
-        help="figures 1, 2 and 5, iterations, table6: the run whose tensors it is about",
+        help="figures 1, 2 and 5, iterations, table6: the run whose tensors are shown",
     )
-    parser.add_argument("--weights", metavar="FILE", help="figure2: of a network's weights, as qat-run takes them")
-    parser.add_argument("--data-dir", type=Path, help="figure2: of its activations as well, on the data that lie there")
-    parser.add_argument("--against", metavar="METHOD", help="methods: what others are compared with (octav)")
-    parser.add_argument("--out", type=Path, help="folder to write to (report; for a run, its own)")
+    parser.add_argument("--weights", metavar="FILE", help="figure2: weights of a network, as in qat-run")
+    parser.add_argument("--data-dir", type=Path, help="figure2: also show activations, on the data in this folder")
+    parser.add_argument(
+        "--against", metavar="METHOD", help="methods: the method that others are compared with (default: octav)"
+    )
+    parser.add_argument("--out", type=Path, help="output folder (default: report; for a run, its own folder)")
     args = parser.parse_args(argv)
     try:
         _settle(args)
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qat-report: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        raise  # of the terminal, not of what is written
+        raise  # from the terminal, not from a file that is written
     except OSError as error:
         print(f"qat-report: {file_told(error)}", file=sys.stderr)
         return 2
@@ -114,38 +116,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settle(args: argparse.Namespace) -> None:
-    """Make out what is meant: `run_page`, and `runs_dir` of what takes a folder of runs."""
+    """Check the arguments, and set `run_page`, `runs_dir` and `out`."""
     from qat_runner.config import CONFIG_FILE
 
     args.run_page = args.what not in verbs()
     if args.run_page and not Path(args.what).is_dir():
         raise ConfigError(
-            f"{args.what}: is neither the folder of a run nor one of {', '.join(verbs())}{meant(args.what, verbs())}"
+            f"{args.what}: must be the folder of a run or one of {', '.join(verbs())}{meant(args.what, verbs())}"
         )
     if (
         args.run_page
         and any(Path(args.what).glob(f"*/{CONFIG_FILE}"))
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
-        raise ConfigError(f"{args.what}: holds no run of its own; qat-report compare {args.what} shows those in it")
+        raise ConfigError(f"{args.what}: is not a run; qat-report compare {args.what} shows the runs in it")
     if len(args.places) > (0 if args.run_page or args.what in WITHOUT_RUNS else 1) and args.what not in SEVERAL:
         raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
     if args.what in OF_FOLDERS and len(args.places) == 1 and args.places[0].is_file():
-        raise ConfigError(f"{args.places[0]}: is a file, and {args.what} takes folders of runs alone")
+        raise ConfigError(f"{args.places[0]}: is a file, but {args.what} takes only folders of runs")
     if args.what == "status" and args.out is not None:
         raise ConfigError("--out: status writes nothing")
     for key, those in used_by().items():
         said = f"--{key.replace('_', '-')}"
         if getattr(args, key) is not None and args.what not in those:
-            raise ConfigError(f"{said}: is for {', '.join(those)}")
+            raise ConfigError(f"{said}: applies only to {', '.join(those)}")
         if args.what == "figure2" and args.run is not None and key != "run" and getattr(args, key) is not None:
-            raise ConfigError(f"{said}: figure2 has it from --run")
+            raise ConfigError(f"{said}: cannot be combined with --run, which determines it for figure2")
     args.runs_dir = args.places[0] if args.places else Path("runs")
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
 
 
 def _report(args: argparse.Namespace) -> list[Path]:
-    """Print and write what was asked for; returns the files."""
+    """Run the subcommand; returns the files that it wrote."""
     if args.run_page:
         from qat_runner.report import run_page
         from qat_runner.runs.folder import RunFolder
@@ -194,7 +196,7 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
     wanted = args.dataset or (present[0] if len(present) == 1 else None)
     if wanted not in present:
         asked = "" if args.dataset is None else f"--dataset {args.dataset}: "
-        raise ConfigError(f"{asked}{args.runs_dir} holds runs of {', '.join(present)}: --dataset chooses one")
+        raise ConfigError(f"{asked}{args.runs_dir} holds runs of {', '.join(present)}; select one with --dataset")
     return str(wanted)
 
 
@@ -275,7 +277,7 @@ def _figure(args: argparse.Namespace) -> list[Path]:
 
 
 def _weights(args: argparse.Namespace) -> tuple[str, str, str, Path | None]:
-    """The network, its weights and their data, as they are named for figure 2."""
+    """Return the network, its weights, its data set and its data folder, as given for figure 2."""
     if None in (args.model, args.weights, args.dataset):
         raise ConfigError("figure2: needs --run RUN_DIR, or --model NAME --weights FILE --dataset NAME")
     return args.model, args.weights, args.dataset, args.data_dir

@@ -1,4 +1,4 @@
-"""What commands say while they are at work: the messages of the "qat_runner" logger, on the terminal."""
+"""Terminal output of running commands: the messages of the "qat_runner" logger."""
 
 import logging
 import sys
@@ -15,26 +15,26 @@ log = logging.getLogger("qat_runner")
 
 
 class _Terminal(logging.Handler):
-    """Prints messages so that a progress bar stays whole; to nowhere, once whoever read them has gone (`| head`)."""
+    """Prints messages without breaking a progress bar, and discards them once the reader has gone (`| head`)."""
 
     def __init__(self, level: int, stream: Literal["stdout", "stderr"]) -> None:
         super().__init__(level)
         self.stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
-        file = getattr(sys, self.stream)  # as it is now: whoever calls a command may have put another in its place
+        file = getattr(sys, self.stream)  # looked up on each call, since a calling program may have replaced it
         try:
             tqdm.write(self.format(record), file=file)
             file.flush()
-        except BrokenPipeError:  # which costs no run anything: its log has them all
+        except BrokenPipeError:  # harmless: the run's own log has all messages
             silence(file)
 
 
 @contextmanager
 def on_terminal(level: int = logging.INFO, stream: Literal["stdout", "stderr"] = "stdout") -> Iterator[None]:
-    """Messages of `level` and above go to a stream, of rank 0 alone; after it the logger is as it was.
+    """A context in which rank 0 prints messages of `level` and above to a stream; the other ranks print none.
 
-    Whoever calls a command's `main` from a program of their own keeps their handlers.
+    The logger is restored afterwards, so a program that calls a command's `main` keeps its own handlers.
     """
     before = log.handlers, log.level, log.propagate
     log.handlers = [_Terminal(level, stream) if ranks.is_main() else logging.NullHandler()]

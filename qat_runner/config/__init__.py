@@ -1,4 +1,4 @@
-"""The config of a run: its schema, what follows from the rest, what is refused, and which runs are the same."""
+"""The config of a run: its schema, how it is resolved and checked, and when two configs are the same run."""
 
 from qat_runner.config.fingerprints import path_of
 from qat_runner.config.groups import config_dir, register

@@ -1,4 +1,4 @@
-"""What values a key may have: its names, its range, its paths. What keys must be to one another is in `resolving`."""
+"""Checks of single keys: allowed names, ranges and paths. Checks across several keys are in `resolving`."""
 
 import os
 import sys
@@ -16,14 +16,14 @@ from qat_runner.quant import EVAL_MODES, FORMATS, METHODS, Range
 from qat_runner.quant.backends import BACKENDS
 
 LONGEST_NAME, LONGEST_PATH = 255, 4000
-"""Bytes of a file's name on Linux, and of a path (4096) with room for the files of a run."""
+"""Maximum bytes of a file name on Linux, and of a path: 4096, less some room for the files of a run."""
 
 
 def check_values(config: ConfigSchema) -> None:
-    """Refuse a value that its key may not have, whatever the other keys are; null, where it has a meaning, passes.
+    """Check each value on its own, independently of the other keys. Null passes where the type allows it.
 
     Raises:
-        ConfigError: naming key, value and what is allowed.
+        ConfigError: a value is not allowed; the message gives the key, the value and what is allowed.
     """
     foreign, names = foreign_keys(config.task), _names()
     for key, field, value in leaves(config):
@@ -38,7 +38,7 @@ def check_values(config: ConfigSchema) -> None:
 
 
 def _names() -> dict[str, Collection[str]]:
-    """The names that a key may hold where other rooms own them: those of today, since others can be added."""
+    """The allowed names of keys whose values are defined in other packages. Plugins can add names at any time."""
     return {
         "backend": ("auto", *BACKENDS),
         "model.stride_in": ("3x3", "1x1"),
@@ -61,25 +61,28 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _check_path(key: str, path: str) -> None:
-    """Refuse what no file can be called, before something trips over it."""
+    """Reject a path that no file can have, before it causes an error elsewhere."""
     if any(unicodedata.category(c) == "Cc" for c in path):
-        raise ConfigError(f"{key}={path!r}: must be a path without line breaks and other control characters")
+        raise ConfigError(f"{key}={path!r}: must be a path without line breaks or other control characters")
     try:
         path.encode(sys.getfilesystemencoding(), "strict" if key in ("run_dir", "runs_dir") else "surrogateescape")
-    except UnicodeEncodeError as error:  # TensorBoard has no way to write there
+    except UnicodeEncodeError as error:  # TensorBoard cannot write to such a path
         raise ConfigError(
-            f"{key}={path!r}: no UTF-8, or no name in this locale; LC_ALL=C.UTF-8 has all names"
+            f"{key}={path!r}: must be valid UTF-8 that this locale can encode; LC_ALL=C.UTF-8 can encode all names"
         ) from error
     name = max(map(os.fsencode, path.split("/")), key=len)
     if len(name) > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
         raise ConfigError(
-            f"{key}={path[:40]}...: must be a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} between two slashes"
+            f"{key}={path[:40]}...: must be a path of at most {LONGEST_PATH} bytes, with at most {LONGEST_NAME} bytes "
+            f"between two slashes"
         )
 
 
 def require(holds: bool, key: str, value: object, allowed: object) -> None:
-    """Raises:
-    ConfigError: if it does not hold, naming key, value and what is allowed.
+    """Check a condition on the value of a key.
+
+    Raises:
+        ConfigError: the condition is false; the message gives the key, the value and what is allowed.
     """
     if not holds:
         raise ConfigError(f"{key}={value}: must be {allowed}")

@@ -1,4 +1,4 @@
-"""Composing the shipped configs, and the way back: from a config to the command that asks for it."""
+"""Composing the shipped configs, and the reverse: finding the command that produces a given config."""
 
 import functools
 import re
@@ -27,42 +27,45 @@ from qat_runner.errors import ConfigError
 HYDRA_VERSION_BASE = "1.3"
 
 _PREPROCESSING = tuple(f"dataset.{key}" for key in ("image_size", "mean", "std", "interpolation", "resize_size"))
-"""Keys that follow from the model under dataset.preprocessing=model, unless they are given."""
+"""Keys that dataset.preprocessing=model takes from the model unless the command sets them."""
 
 
 NOT_TYPED = {
-    **dict.fromkeys(("sweep", "standins"), "is for files of experiments and stand-ins to say"),
-    **dict.fromkeys(("given", "allocated", "fingerprints"), "is filled in by the runner"),
+    **dict.fromkeys(("sweep", "standins"), "can only be set in the files of experiments and stand-ins"),
+    **dict.fromkeys(("given", "allocated", "fingerprints"), "cannot be set; the runner fills it in"),
 }
-"""Keys that are not for a command to give, and why."""
+"""Keys that a command cannot set, and the reason."""
 
 
 @contextmanager
 def shipped_configs() -> Iterator[None]:
-    """While open, Hydra composes from the shipped configs and those of installed packages."""
+    """A context in which Hydra composes from the shipped configs and those of installed packages."""
     register()
     with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
         yield
 
 
 def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-    """What Hydra composes, as yet unresolved, within `shipped_configs`; refused if it is more than the keys of a run.
+    """Compose a config within `shipped_configs`, and check that it sets only the keys of a run.
 
     Args:
-        overrides: of one row; in mode MULTIRUN those of a whole sweep, which its launcher is made from.
+        overrides: the overrides of one row; in mode MULTIRUN those of a whole sweep, from which its launcher is made.
+
+    Returns:
+        The composed config, not resolved yet.
 
     Raises:
-        ConfigError: it would set what it must not (see `hydras_own`), or cannot be composed.
-        HydraException, OmegaConfBaseException: it cannot be composed.
+        ConfigError: the config sets a forbidden key (see `hydras_own`), or cannot be composed.
+        HydraException, OmegaConfBaseException: the config cannot be composed.
     """
     hydras_own.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
     register_words(overrides, config_dir())
     try:
         composed = _compose(overrides, mode)
-    except AssertionError as error:  # a key inside of what is null trips over Hydra's own checks
+    except AssertionError as error:  # an assertion of Hydra fails on a key inside a group that is null
         stages = ", ".join(override for override in overrides if override.startswith("recipe."))
         raise ConfigError(f"{stages}: the recipe has no such stage") from error
-    except ValueError as error:  # some of Hydra's refusals are no HydraException
+    except ValueError as error:  # some errors of Hydra are not a HydraException
         raise ConfigError(" ".join(str(error).split())) from error
     hydras_own.check_composed(composed, overrides, _hydra_node)
     with open_dict(composed):
@@ -71,7 +74,7 @@ def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> Di
 
 
 def _compose(overrides: Sequence[str], mode: RunMode) -> DictConfig:
-    """With the node `hydra`, which `hydra.compose` would leave unchecked, or without knowing of sweeps."""
+    """Compose a config including the node `hydra`. `hydra.compose` would not check this node, nor handle sweeps."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     return hydra.compose_config(
@@ -80,10 +83,11 @@ def _compose(overrides: Sequence[str], mode: RunMode) -> DictConfig:
 
 
 def composed_launcher(overrides: Sequence[str]) -> tuple[DictConfig, ConfigLoader]:
-    """What a launcher is made from, within `shipped_configs`: the config of a sweep, and what composes its rows.
+    """Return what a launcher is made from, within `shipped_configs`: the config of a sweep, and the loader that
+    composes its rows.
 
     Args:
-        overrides: of the sweep, which `compose_checked` has let pass.
+        overrides: the overrides of the sweep, already checked by `compose_checked`.
     """
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
@@ -92,14 +96,14 @@ def composed_launcher(overrides: Sequence[str]) -> tuple[DictConfig, ConfigLoade
 
 @functools.cache
 def _hydra_node(launcher: str) -> Mapping[str, Any]:
-    """The node `hydra` of the shipped configs, with an option of `hydra/launcher`."""
+    """The node `hydra` of the shipped configs with a given option of `hydra/launcher`."""
     node = OmegaConf.to_container(_compose([f"hydra/launcher={launcher}"], RunMode.RUN).hydra, resolve=False)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """What `qat-run OVERRIDES` composes, as yet unresolved.
+    """Return the config that `qat-run OVERRIDES` composes, not resolved yet.
 
     Raises:
         As `compose_checked`.
@@ -109,16 +113,17 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 
 def freed(override: str) -> str:
-    """An override as Hydra wants it of keys that the schema does not name: options, which their method checks."""
+    """Return an override in the form that Hydra requires. Options of a method or estimator are not in the schema, so
+    they need the prefix ++; the method itself checks them."""
     return f"++{override}" if override.startswith(("clipping.options", "gradient.options")) else override
 
 
 def given(overrides: Sequence[str]) -> list[str]:
-    """The override that says which keys of preprocessing others give; none where they give none.
+    """Return the override that lists the preprocessing keys among the given overrides, or nothing if there are none.
 
     Raises:
-        ConfigError: a key that is not for a command to give.
-        OverrideParseException: what Hydra cannot read.
+        ConfigError: an override sets a key that a command cannot set.
+        OverrideParseException: Hydra cannot parse an override.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for name in (override.key_or_group.partition(".")[0] for override in parsed):
@@ -129,8 +134,8 @@ def given(overrides: Sequence[str]) -> list[str]:
 
 
 def choices(config: Config) -> list[str]:
-    """What a resolved config was chosen by: the groups that are shipped under its names, bits, or what they are chosen
-    by, mode and weights.
+    """Return the main overrides of a resolved config: groups whose option is shipped, bit-widths or the limits that
+    they are chosen by, mode and weights.
     """
     static = not config.clipping.dynamic and not config.clipping.learned
     wanted = {"model": config.model.name, "dataset": config.dataset.name}
@@ -155,17 +160,17 @@ def _is_option(group: str, name: str) -> bool:
 
 
 def defaults_for(config: Config) -> Config:
-    """The config that `choices` alone give, or where they give none, that of `qat-run` without arguments."""
+    """The config that `choices` alone produce or, if they cannot be composed, that of `qat-run` without arguments."""
     try:
         return from_hydra(compose_config(choices(config)))
-    except Exception:  # whatever: options may have changed since
+    except Exception:  # any error: options may have changed since the config was written
         return from_hydra(compose_config([]))
 
 
 def command(config: Config) -> str | None:
-    """The command that asks for a resolved config again; None if none is found that gives this very run."""
+    """Return the command that produces a resolved config, or None if no command is found that gives this exact run."""
     base = defaults_for(config)
-    if not config.retrains_probes:  # in whose training null means something else than in this mode
+    if not config.retrains_probes:  # in the training of probes, null has another meaning than in this mode
         base, config = (replace(each, clipping=each.clipping_in_mode) for each in (base, config))
     old, new = plain(base), plain(config)
     values = flat(new)
@@ -184,7 +189,7 @@ def command(config: Config) -> str | None:
 
 
 def _follows(key: str, config: Config) -> bool:
-    """Whether a key may be left to others: to the recipe's stage, or as one of a stage that is not used."""
+    """Whether a key can be omitted because it follows from the recipe's stage or belongs to an unused stage."""
     first, _, rest = key.partition(".")
     used = ("recipe.name", *(f"recipe.{mode}." for mode in {config.mode, config.auto_mode}))
     if first == "recipe":
@@ -198,16 +203,16 @@ def _follows(key: str, config: Config) -> bool:
 
 
 def _gives(overrides: Sequence[str], config: Config) -> bool:
-    """Whether `qat-run OVERRIDES` is the run of a config."""
+    """Whether `qat-run OVERRIDES` gives the same run as a config."""
     try:
         again = replace(from_hydra(compose_config(overrides)), fingerprints=config.fingerprints)
         return identity(again) == identity(config)
-    except Exception:  # a file that is gone, a key that is no more
+    except Exception:  # for example, a file or a key does not exist any more
         return False
 
 
 def quoted(value: Any) -> str:
-    """As Hydra's grammar reads it back."""
+    """Return a value as text that Hydra's grammar parses back to the same value."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -220,7 +225,7 @@ def quoted(value: Any) -> str:
         return str(value)
     if re.fullmatch(r"[A-Za-z_/.][\w/.+:-]*", value, re.ASCII) and value.lower() not in _READ_OTHERWISE:
         return value
-    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # elsewhere a backslash is only that
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # elsewhere a backslash is literal
     return f"'{escaped}'"
 
 

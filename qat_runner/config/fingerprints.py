@@ -1,4 +1,4 @@
-"""Fingerprints of the files that a config names, so that they count by what they hold, wherever they lie."""
+"""Fingerprints of the files in a config, so that files are compared by content instead of by path."""
 
 import functools
 import hashlib
@@ -10,12 +10,13 @@ _CHECKPOINT_FILES = (".json", ".txt", ".safetensors", ".bin")
 
 
 def path_of(value: str) -> Path:
-    """The path that a key of a config means: ~ is the home folder."""
-    return Path(os.path.expanduser(value))  # Path.expanduser fails on a user that there is not
+    """Return the value of a config key as a path, with ~ expanded to the home folder."""
+    return Path(os.path.expanduser(value))  # Path.expanduser fails if the user does not exist
 
 
 def fingerprint(weights: str) -> str:
-    """A fingerprint of a weights file, or of a folder of them or its index; the value itself where nothing is there."""
+    """Return the fingerprint of a weights file, of a folder of weights files, or of its index; if the path does not
+    exist, the value itself."""
     path = path_of(weights)
     if not os.path.exists(path):
         return weights
@@ -34,6 +35,6 @@ def _of(path: Path) -> str:
 
 @functools.lru_cache
 def _digest(path: Path, size: int, modified: int) -> str:
-    """Of a file, read once for as long as it stays the same."""
+    """The SHA-256 of a file, which is read again only if its size or modification time has changed."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

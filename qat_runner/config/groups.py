@@ -1,12 +1,12 @@
-"""Which configs Hydra composes from: those that are shipped, the schema, and those of installed packages.
+"""The configs that Hydra composes from: the shipped ones, the schema, and those of installed packages.
 
-An installed package adds to the groups by a folder of YAML files of its own, laid out like ours:
+An installed package adds options to the groups with its own folder of YAML files, laid out like `configs/`:
 
     [project.entry-points."qat_runner.configs"]
     my_package = "my_package.configs"
 
-so that my_package/configs/dataset/mine.yaml is `dataset=mine`. A clipping method, a gradient estimator or a model that
-needs no more than its name has an option without a file.
+With it, my_package/configs/dataset/mine.yaml is `dataset=mine`. A clipping method, a gradient estimator or a model that
+needs only its name gets an option without a file.
 """
 
 import re
@@ -22,26 +22,26 @@ from qat_runner.plugins import installed
 from qat_runner.quant import GRADIENTS, METHODS
 
 GROUP, MODELS = "qat_runner.configs", "qat_runner.models"
-"""Of entry points."""
+"""Groups of entry points."""
 
 _PACKAGE = re.compile(r"# @package (\S+)")
 
 
 def config_dir() -> Path:
-    """The folder of the shipped configs: inside the package where it is installed, beside it in a checkout."""
+    """The folder of the shipped configs: inside an installed package, or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(path for path in (package / "configs", package.parent / "configs") if path.is_dir())
 
 
 def register() -> None:
-    """Make the schema, as config `schema`, and all that is not shipped known to Hydra.
+    """Register with Hydra the schema, as config `schema`, and all options that are not shipped as files.
 
     Raises:
-        ConfigError: configs of an installed package cannot be read, or would take the place of ours.
+        ConfigError: configs of an installed package cannot be read, or have the name of a shipped config.
     """
     store = ConfigStore.instance()
     store.__dict__["__deepcopy__"] = _not_copied
-    if "schema.yaml" not in store.repo:  # it takes longer than all the rest, and is the same ever after
+    if "schema.yaml" not in store.repo:  # only once: it takes longer than all the rest, and never changes
         store.store(name="schema", node=ConfigSchema)
     for group, names in (("clipping", METHODS), ("gradient", GRADIENTS), ("model", installed(MODELS))):
         for name in names:
@@ -53,25 +53,25 @@ def register() -> None:
                 _store(folder)
         except ConfigError:
             raise
-        except Exception as error:  # whatever somebody's package may raise
+        except Exception as error:  # another package may raise anything
             raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({told(error)})") from error
 
 
 def _not_copied(memo: object) -> ConfigStore:
-    """The store, in place of a copy: there is one, and it gives away copies alone.
+    """Return the store itself instead of a copy. This is safe because the store only hands out copies.
 
-    Hydra copies its sources whenever it composes, and for `--help` a hundred times: with the store, that was half of
-    the time it took.
+    Hydra copies its sources whenever it composes, which it does a hundred times for `--help`. Copying the store took
+    half of that time.
     """
     return ConfigStore.instance()
 
 
 def _store(folder: Path) -> None:
-    """All YAML files below a folder, each under the group that its place says."""
+    """Register all YAML files below a folder, each in the group given by its path."""
     for file in sorted(folder.rglob("*.yaml")):
         place = file.relative_to(folder)
         if (config_dir() / place).is_file():
-            raise ConfigError(f"{file}: {place} is among the shipped configs already; another name is free")
+            raise ConfigError(f"{file}: must have another name, since {place} is a shipped config")
         package = _PACKAGE.match(file.read_text(encoding="utf-8"))
         ConfigStore.instance().store(
             group=place.parent.as_posix(),

@@ -1,9 +1,9 @@
-"""What a command may change of Hydra's own config, and which interpolations it may hold: next to nothing.
+"""Restrictions on Hydra's own config and on interpolations: a command may change almost nothing of them.
 
-Hydra imports, instantiates, writes and copies from the environment as the node `hydra` of a config tells it to, so a
-config that came from someone else could make code run. Therefore a command is looked at before it is composed
-(`check_typed`), and what was composed before any of it is used (`check_composed`): it must be what the shipped configs
-compose on their own, but for the launcher's settings in `LAUNCHERS`.
+The node `hydra` of a config tells Hydra what to import, instantiate, write, and copy from the environment, so a config
+from someone else could run code. Therefore a command is checked before it is composed (`check_typed`), and the composed
+config is checked before it is used (`check_composed`): apart from the launcher settings in `LAUNCHERS`, the node must
+be the one that the shipped configs compose on their own.
 """
 
 import re
@@ -17,19 +17,19 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from qat_runner.errors import ConfigError
 
 INTERPOLATIONS = ("${dataset}", "${model}", "${runs_dir}", "${oc.env:QAT_DATA_DIR,data}")
-"""Those of the shipped configs, outside of `hydra`."""
+"""The interpolations in the shipped configs, outside of `hydra`."""
 
 FILLED_IN = ("overrides", "runtime", "job.override_dirname")
-"""What Hydra writes into its own node, whatever stood there; `overrides` it adds to, so those are compared."""
+"""Keys of its own node that Hydra overwrites; it only adds to `overrides`, so those are compared."""
 
 _TARGET = "_target_"
 _MOST = 10_000_000
-_LINE = re.compile(r"[\w.,:;=@+&|*()\[\] -]*", re.ASCII)  # nothing in it means more to a shell or to Slurm
+_LINE = re.compile(r"[\w.,:;=@+&|*()\[\] -]*", re.ASCII)  # characters that neither a shell nor Slurm interprets here
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value."""
+    """A kind of value: how messages describe it, and the test for it."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -39,7 +39,7 @@ _INTEGER = Kind("an integer", lambda value: type(value) is int and abs(value) <=
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) <= _MOST)
 _FLAG = Kind("true or false", lambda value: type(value) is bool)
 _ONE = Kind(
-    "1: a row is one process; several are torchrun's to start, in a job of your own",
+    "1, since a row is one process; to use several, start torchrun in a job of your own",
     lambda value: type(value) is int and value == 1,
 )
 _TEXT = Kind("letters, digits and .,:;=@+&|*()[]-", lambda value: _LINE.fullmatch(str(value)) is not None)
@@ -72,19 +72,20 @@ LAUNCHERS: dict[str, tuple[str, Mapping[str, Kind]]] = {
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher": ("submitit_local", _SUBMITIT),
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": ("slurm", _SLURM),
 }
-"""The launchers, by their class: the option of `hydra/launcher` that it belongs to, and its keys that may be set."""
+"""Launcher class -> its option of `hydra/launcher`, and the settings of it that may be changed."""
 
 
 def check_typed(overrides: Sequence[str], groups: Callable[[str], bool]) -> None:
-    """Refuse overrides that must not even be composed, as that would import, or read files of elsewhere.
+    """Reject overrides whose mere composition would import code or read files from other folders.
 
     Args:
-        overrides: as typed.
-        groups: whether a key is a group of configs.
+        overrides: the overrides as typed.
+        groups: returns whether a key is a group of configs.
 
     Raises:
-        ConfigError: a key of Hydra's own that is not the launcher's, an option that is a path, an interpolation.
-        OverrideParseException: what Hydra cannot read.
+        ConfigError: an override sets one of Hydra's own keys other than the launcher's, an option that is a path, or an
+            interpolation.
+        OverrideParseException: Hydra cannot parse an override.
     """
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, line = override.key_or_group, override.input_line or ""
@@ -96,15 +97,15 @@ def check_typed(overrides: Sequence[str], groups: Callable[[str], bool]) -> None
 
 
 def check_composed(composed: DictConfig, overrides: Sequence[str], own: Callable[[str], Mapping[str, Any]]) -> None:
-    """Refuse a composed config that differs from the shipped ones in more of Hydra's own keys than it may.
+    """Reject a composed config that differs from the shipped ones in Hydra's own keys, except in allowed settings.
 
     Args:
-        composed: with its node `hydra`; nothing in it is resolved.
-        overrides: those that it was composed from.
-        own: for an option of `hydra/launcher`, the node `hydra` of the shipped configs, as plain values.
+        composed: the composed config with its node `hydra`, not resolved.
+        overrides: the overrides that it was composed from.
+        own: returns, for an option of `hydra/launcher`, the node `hydra` of the shipped configs as plain values.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: a key must not be changed; the message gives the key.
     """
     raw = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(raw, dict)
@@ -122,7 +123,7 @@ def check_composed(composed: DictConfig, overrides: Sequence[str], own: Callable
             raise _not_to_be_set(f"hydra.{key}")
         if setting not in settings:
             allowed = ", ".join(settings) or "none"
-            raise ConfigError(f"hydra.{key}: cannot be set; of hydra/launcher={option} these can: {allowed}")
+            raise ConfigError(f"hydra.{key}: cannot be set; settings of hydra/launcher={option} that can be: {allowed}")
         if value not in (None, MISSING) and not settings[setting].fits(value):
             raise ConfigError(f"hydra.{key}={value}: must be {settings[setting].words}")
     if sorted([*node["overrides"]["hydra"], *node["overrides"]["task"]]) != sorted(overrides):
@@ -130,7 +131,7 @@ def check_composed(composed: DictConfig, overrides: Sequence[str], own: Callable
 
 
 def _differences(own: Any, other: Any, key: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys in which a node differs from the shipped one, and their values; what is not there is MISSING."""
+    """Return the dotted keys in which a node differs from the shipped one, and their values; MISSING if absent."""
     if not (isinstance(own, Mapping) and isinstance(other, Mapping)):
         return [] if type(own) is type(other) and own == other else [(key, other)]
     keys = sorted(map(str, {*own, *other}))
@@ -139,7 +140,7 @@ def _differences(own: Any, other: Any, key: str = "") -> list[tuple[str, Any]]:
 
 
 def _check_strings(value: Any, key: str = "") -> None:
-    """Refuse interpolations and `_target_` anywhere in plain values."""
+    """Reject interpolations and `_target_` anywhere in plain values."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if name == _TARGET:
@@ -157,7 +158,7 @@ def _check_interpolations(key: str, text: str) -> None:
     for known in INTERPOLATIONS:
         text = text.replace(known, "")
     if "${" in text:
-        raise ConfigError(f"{key}: an interpolation (${{...}}) is not resolved here; write the value itself")
+        raise ConfigError(f"{key}: must not contain an interpolation (${{...}}); write the value itself")
 
 
 def _names_code(key: str) -> ConfigError:
@@ -167,4 +168,4 @@ def _names_code(key: str) -> ConfigError:
 def _not_to_be_set(key: str) -> ConfigError:
     if key.endswith(_TARGET):
         return _names_code(key)
-    return ConfigError(f"{key}: cannot be set; of Hydra's own keys only hydra/launcher and its settings can")
+    return ConfigError(f"{key}: cannot be set; of Hydra's own keys, only hydra/launcher and its settings can be")

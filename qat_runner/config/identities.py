@@ -1,4 +1,5 @@
-"""Which runs are the same: the keys that decide a result, the names that follow from them, and saved configs."""
+"""When two configs are the same run: the keys that determine a result, the run names derived from them, and saved
+configs."""
 
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from qat_runner.errors import UnreadableError
 from qat_runner.quant import Range
 
 CONFIG_FILE = "config.yaml"
-"""Name of the file, in the folder of a run, that holds its config."""
+"""Name of the file in a run folder that holds the config."""
 
 PLACES = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
@@ -44,9 +45,9 @@ PLACES = (
         "policy",
         "given",
         "allocated",
-    ),  # whose rules are in `rules`
+    ),  # the rules of `policy` are in `rules`
 )
-"""Keys that say where things lie and what is kept, not what is computed."""
+"""Keys that affect where files are and what is stored, but not what is computed."""
 
 OF_QUANTIZATION = (
     *("clipping", "gradient", "first_last_bits", "quantize_head", "rules"),
@@ -54,23 +55,23 @@ OF_QUANTIZATION = (
     *("conv_granularity", "linear_granularity", "activation_granularity"),
     *("format", "weight_format", "activation_format", "weight_range", "activation_range"),
 )
-"""Keys that are without effect in full precision."""
+"""Keys that have no effect in full precision."""
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The dotted keys of a resolved config that tell it from others: what is equal here is the same run.
+    """Return the dotted keys that identify the run of a resolved config: if they are equal, it is the same run.
 
-    These are its `settings` but for what goes without saying (see `versions`).
+    These are its `settings`, without those that have their first default (see `versions`).
     """
     usual = FIRST_DEFAULTS | {f"recipe.{key}": value for key, value in FIRST_DEFAULTS_OF_STAGE.items()}
     return {key: value for key, value in settings(config).items() if key not in usual or value != usual[key]}
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The dotted keys of a resolved config that decide its result.
+    """Return the dotted keys of a resolved config that determine its result.
 
-    Weights count by content, wherever they lie. Clipping and gradient are no part of a full-precision run, nor is the
-    recipe of one that does not train.
+    Weights are compared by content, not by path. Clipping and gradient are left out for a full-precision run, and the
+    recipe for a run that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in PLACES}
     for told in (_tensors_told, _files_told, _training_told, _allocation_told, _remedies_told, _clipping_told):
@@ -80,19 +81,19 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def _tensors_told(keys: dict[str, Any], config: Config) -> None:
-    """What comes of keys that only choose others goes without these."""
-    if config.weight_format == config.activation_format:  # which is how it was said before they could differ
+    """Remove keys that only set other keys."""
+    if config.weight_format == config.activation_format:  # as in configs from before the two could differ
         keys["format"] = keys.pop("weight_format")
         del keys["activation_format"]
     else:
         del keys["format"]
     del keys["bits"], keys["range"]
-    del keys["dataset"]["workers"], keys["dataset"]["task"]  # which follows from the name
-    del keys["dataset"]["preprocessing"]  # whose outcome is in the others
+    del keys["dataset"]["workers"], keys["dataset"]["task"]  # the task follows from the name
+    del keys["dataset"]["preprocessing"]  # its result is in the other keys
 
 
 def _files_told(keys: dict[str, Any], config: Config) -> None:
-    """Files count by content; folders of pictures or text, which go by no name, by their place."""
+    """Replace files by their content, and data folders without a name of their own (images, text) by their path."""
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign_keys(config.task):
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
     if (checkpoint := checkpoint_of(config.model.name)) is not None:
@@ -107,8 +108,8 @@ def _files_told(keys: dict[str, Any], config: Config) -> None:
 
 
 def _training_told(keys: dict[str, Any], config: Config) -> None:
-    """Of the recipe the stage that is trained, and the teacher where there is one, be it of the networks that are
-    retrained on the way to bits."""
+    """Keep of the recipe only the stage that is trained and the teacher, if there is one. The teacher of networks that
+    are retrained during bit allocation counts as well."""
     keys["recipe"] = plain(config.stage) if config.training else None
     if not config.training:
         for key in (*OF_STAGE, *(() if config.retrains_probes else ("accumulate",))):
@@ -127,7 +128,7 @@ def _training_told(keys: dict[str, Any], config: Config) -> None:
 
 
 def _allocation_told(keys: dict[str, Any], config: Config) -> None:
-    """How bits are chosen, where they are."""
+    """Keep the keys of bit allocation only if bit-widths are chosen."""
     if not config.allocating:
         for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
             del keys[key]
@@ -140,7 +141,7 @@ def _allocation_told(keys: dict[str, Any], config: Config) -> None:
 
 
 def _remedies_told(keys: dict[str, Any], config: Config) -> None:
-    """What is done in training beside quantizing, where it is."""
+    """Keep the keys of remedies only if these are applied in training."""
     recipe = config.recipe
     if config.freezing or (config.retrain_steps and recipe.freeze_scalars_at is not None):
         keys["freeze_scalars_at"] = recipe.freeze_scalars_at
@@ -154,20 +155,20 @@ def _remedies_told(keys: dict[str, Any], config: Config) -> None:
 
 
 def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
-    """Keys about oscillations that mean nothing beside the others."""
+    """The keys about oscillations that have no effect given the others."""
     if how.freeze_to is not None:
         return ()
     return ("freeze_from",) if how.watching else ("freeze_from", "momentum", "threshold", "max_bits")
 
 
 def _clipping_told(keys: dict[str, Any], config: Config) -> None:
-    """How is clipped, and by which gradients; nothing of all that in full precision."""
+    """Keep the keys of clipping and gradients that have an effect; in full precision none has."""
     if config.quantization.full_precision:
         for key in OF_QUANTIZATION:
             keys.pop(key, None)
         return
     keys["clipping"] = plain(config.clipping_in_mode)
-    if config.retrains_probes and config.mode in (Mode.ptq, Mode.allocate):  # whose null is not that of retraining
+    if config.retrains_probes and config.mode in (Mode.ptq, Mode.allocate):  # null means something else in retraining
         asked = {key: getattr(config.clipping, key) for key in ("missing_code", "refine")}
         keys |= {f"retrained.{key}": value for key, value in asked.items() if value is not None}
     if not (config.needs_calibration or config.calibrates_probes):
@@ -176,15 +177,15 @@ def _clipping_told(keys: dict[str, Any], config: Config) -> None:
         keys["clipping"]["revision"] = revision
     if config.all_learned:
         del keys["gradient"]
-    elif config.all_static:  # of which each mode of evaluation makes the same
+    elif config.all_static:  # every eval_mode has the same effect
         keys["clipping"]["eval_mode"] = ClippingConfig.eval_mode
 
 
 def load_config(folder: Path) -> Config | None:
-    """The config of the run that a folder holds; None if it holds none.
+    """Return the config of the run in a folder, or None if the folder holds no run.
 
     Raises:
-        UnreadableError: there is one, which cannot be read.
+        UnreadableError: the config cannot be read.
     """
     path = folder / CONFIG_FILE
     return read_config(path) if path.is_file() else None
@@ -192,33 +193,33 @@ def load_config(folder: Path) -> Config | None:
 
 @functools.cache
 def _schema() -> DictConfig:
-    """What configs are merged with, which copies it."""
+    """The schema that configs are merged with; merging copies it."""
     schema = OmegaConf.structured(Config)
     assert isinstance(schema, DictConfig)
     return schema
 
 
 def read_config(path: Path) -> Config:
-    """A config as a run wrote it, with this version of the schema or an earlier one.
+    """Read a config that a run saved with this version of the schema or an earlier one.
 
     Raises:
-        UnreadableError: no YAML, no config of ours, or one of a later version.
+        UnreadableError: the file is not YAML, not a config of a run, or from a later version.
     """
     try:
         merged = OmegaConf.merge(_schema(), migrate(plain_yaml(path)))
         saved = OmegaConf.to_object(merged)
         assert isinstance(saved, Config)
         identity(saved)
-    except Exception as error:  # whatever a file may hold
+    except Exception as error:  # the file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnreadableError(f"{path}: cannot be read ({reason})") from error
     return saved
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of a config's run: `run_dir`, or one in `runs_dir` that is named after it.
+    """Return the folder of a config's run: `run_dir`, or a folder in `runs_dir` that is named after the config.
 
-    A folder that holds this very run under the name that an earlier version gave it serves as well.
+    If a folder holds this run under the name that an earlier version gave it, that folder is returned.
     """
     if config.run_dir is not None:
         return path_of(config.run_dir)
@@ -232,7 +233,7 @@ def run_folder(config: Config) -> Path:
 
 
 def run_name(config: Config) -> str:
-    """A folder name that tells the main choices, and a fingerprint of all that `identity` holds."""
+    """Return a folder name with the main choices and a fingerprint of everything in `identity`."""
     fingerprint = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     return "_".join(
         [
@@ -259,11 +260,13 @@ def _quantization_words(config: Config) -> list[str]:
 
 
 def clipping_label(config: Config, became_static: bool | None = None) -> str:
-    """The clipping method in a word: octav, octav-to-static, static-percentile99.9, ...; "none" for full precision.
+    """Return a label for the clipping method: octav, octav-to-static, static-percentile99.9, ...; "none" for full
+    precision.
 
     Args:
-        config: resolved.
-        became_static: whether the network has static activations by now; None: as the config says of its training.
+        config: a resolved config.
+        became_static: whether the scalars of activations have become static; None: whether the config makes them static
+            in training.
     """
     if config.quantization.full_precision:
         return "none"
@@ -282,7 +285,7 @@ def clipping_label(config: Config, became_static: bool | None = None) -> str:
 
 
 def _of_both(weights: str, activations: str, usual: str) -> list[str]:
-    """What weights and activations have, where it is not the usual, in words for labels."""
+    """Return the parts of a label for the values of weights and activations that differ from the usual one."""
     if weights == activations:
         return [] if weights == usual else [weights]
     both = {"weights": weights, "activations": activations}
@@ -290,14 +293,15 @@ def _of_both(weights: str, activations: str, usual: str) -> list[str]:
 
 
 def gradient_label(config: Config) -> str:
-    """The gradient estimator in one word, with options that are not the usual; that of lsq and pact is their own."""
+    """Return a label for the gradient estimator, with options that differ from the defaults; "own" for learned methods,
+    which have their own."""
     if config.quantization.full_precision:
         return "none"
     return "own" if config.all_learned else str(config.gradient.estimator)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config -> dotted keys and their values."""
+    """Convert a nested config to a mapping from dotted keys to values."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
@@ -308,7 +312,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys in which two nested configs differ."""
+    """Return the dotted keys in which two nested configs differ."""
     found = []
     for key in sorted({*old, *new}):
         a, b = old.get(key, _ABSENT), new.get(key, _ABSENT)

@@ -1,4 +1,4 @@
-"""What the fields of the schema say of themselves beside their type: the range of a number, that a text is a path."""
+"""Metadata of the schema's fields in addition to their types: the range of a number, or that a string is a path."""
 
 from collections.abc import Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
@@ -10,17 +10,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`; NaN is none of them.
+    """Numbers from `least` to `most`, excluding NaN.
 
-    Upper ends that mean nothing by themselves are beyond any real use, and short of what overflows.
+    Upper limits without a meaning of their own lie beyond any practical value, and below what would overflow.
     """
 
     least: float
     most: float
     above: bool = False
-    """without `least` itself"""
+    """exclude `least` itself"""
     below: bool = False
-    """without `most` itself"""
+    """exclude `most` itself"""
 
     def __contains__(self, value: float) -> bool:
         over = value > self.least if self.above else value >= self.least
@@ -34,24 +34,25 @@ class Range:
 
 
 def within(least: float, most: float, *, above: bool = False, below: bool = False) -> dict[str, Range]:
-    """The metadata of a field that holds a number, or a list of numbers, of this range; see `Range`."""
+    """Return the metadata of a field that holds a number, or a list of numbers, in this range; see `Range`."""
     return {"range": Range(least, most, above, below)}
 
 
 def number(default: T, least: float, most: float, *, above: bool = False, below: bool = False) -> T:
-    """A field that holds a number of this range; see `Range`."""
+    """Declare a field that holds a number in this range; see `Range`."""
     made: Any = field(default=default, metadata=within(least, most, above=above, below=below))
-    return made  # type: ignore[no-any-return]  # what a dataclass makes of it
+    return made  # type: ignore[no-any-return]  # the dataclass turns it into the type of the field
 
 
 def path(default: T) -> T:
-    """A field that holds a path (or a name instead)."""
+    """Declare a field that holds a path, or a name in place of one."""
     made: Any = field(default=default, metadata={"path": True})
     return made  # type: ignore[no-any-return]
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """A config, or a group of its keys, as nested mappings of what YAML and JSON know: choices as texts."""
+    """Convert a config, or a group of its keys, to nested mappings of plain YAML and JSON values; enums become
+    strings."""
     return asdict(config, dict_factory=_plain)
 
 
@@ -60,7 +61,8 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """All keys of a config that are no groups of keys: dotted name, field, value; groups that are null are left out."""
+    """Iterate over all keys of a config that are not groups, as (dotted name, field, value). Groups that are null are
+    left out."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Reading the YAML of a saved config as what a run writes, and nothing that YAML or OmegaConf could make of it."""
+"""Reading the YAML of a saved config strictly: only what a run writes, without other features of YAML or OmegaConf."""
 
 from pathlib import Path
 from typing import Any
@@ -6,30 +6,31 @@ from typing import Any
 import yaml
 
 LARGEST = 1_000_000
-"""Bytes of a file; a config has some thousand."""
+"""Maximum bytes of a file; a config has a few thousand."""
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML of plain keys and values: no aliases, which a few lines can make billions of values of, no key twice."""
+    """Loads YAML of plain keys and values, without duplicate keys, and without aliases, by which a few lines can expand
+    to billions of values."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "an alias (*) in it", self.peek_event().start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "it holds an alias (*)", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
-            problem = "a key that is no text" if not isinstance(key, str) else f"the key {key} twice in it"
+            problem = "a key is not a string" if not isinstance(key, str) else f"the key {key} appears twice"
             if not isinstance(key, str) or key in found:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             found[key] = self.construct_object(value_node, deep=True)
         return found
 
 
-# As OmegaConf writes: what YAML 1.1 takes for a date is text. (1e-4 without a point is a number to OmegaConf alone, and
-# becomes one where the schema has one.)
+# As in OmegaConf's files, what YAML 1.1 would read as a date is a string. (Only OmegaConf reads 1e-4, without a point,
+# as a number; here it becomes a number where the schema has one.)
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -37,32 +38,34 @@ _PlainLoader.yaml_implicit_resolvers = {
 
 
 def plain_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """Read the keys and values of a YAML file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, not UTF-8, no mapping, or holds an interpolation or a value that is not plain.
-        yaml.YAMLError: it is no YAML, or holds an alias, a key twice, or a tag of Python's.
+        OSError: the file cannot be read.
+        ValueError: the file is too large, not UTF-8 or not a mapping, or holds an interpolation or a value that is not
+            plain.
+        yaml.YAMLError: the file is not YAML, or holds an alias, a duplicate key or a Python tag.
     """
     with open(path, "rb") as file:
         content = file.read(LARGEST + 1)
     if len(content) > LARGEST:
-        raise ValueError(f"larger than {LARGEST} bytes")
+        raise ValueError(f"it is larger than {LARGEST} bytes")
     loader = _PlainLoader(content.decode("utf-8"))
     try:
         found = loader.get_single_data()
         _check(found)
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise ValueError("it is nested too deeply") from error
     finally:
         loader.dispose()
     if not isinstance(found, dict):
-        raise ValueError("it holds no keys")
+        raise ValueError("it is not a mapping of keys to values")
     return found
 
 
 def _check(value: Any) -> None:
-    """Refuse, after all escapes are read, what OmegaConf would resolve, and what only a tag makes: sets, bytes."""
+    """Reject, once escapes are decoded, what OmegaConf would resolve, and values that only a tag can make: sets,
+    bytes."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _check(key)
@@ -74,4 +77,4 @@ def _check(value: Any) -> None:
         if "${" in value:
             raise ValueError("it holds an interpolation (${...}), which a saved config never does")
     elif not isinstance(value, int | float | None):
-        raise ValueError(f"it holds a {type(value).__name__}")
+        raise ValueError(f"it holds a value of type {type(value).__name__}")

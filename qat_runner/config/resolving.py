@@ -1,7 +1,7 @@
-"""From a config as Hydra composes it to one that is complete and makes sense, or a sentence why it does not.
+"""Resolving a config composed by Hydra to a complete and consistent one, or explaining why that is impossible.
 
-A `Config` as composed may leave out what follows from the rest (bits of weights, epochs, ...). `resolve` fills that in,
-and `check` refuses what cannot be meant, before any work. A run's `config.yaml` is the resolved one.
+A composed config may leave out keys that follow from others (bit-width of weights, epochs, ...). `resolve` fills them
+in, and `check` rejects contradictions, before any work. A run's `config.yaml` is the resolved config.
 """
 
 import json
@@ -45,21 +45,21 @@ from qat_runner.quant import BITS, METHODS, Range
 
 
 def from_hydra(composed: DictConfig) -> Config:
-    """A composed config -> a resolved and checked one.
+    """Resolve and check a composed config.
 
     Raises:
-        ConfigError: a contradiction, or a value out of range.
+        ConfigError: keys contradict each other, or a value is out of range.
     """
     try:
         config = OmegaConf.to_object(composed)
-    except Exception as error:  # omegaconf: a missing value, an interpolation that leads nowhere
+    except Exception as error:  # OmegaConf: a missing value, an interpolation of a key that does not exist
         raise ConfigError(" ".join(str(error).split())) from error
     assert isinstance(config, ConfigSchema)
     for key in _unknown_keys(config):
         raise ConfigError(f"unknown key '{key}'; qat-run --help lists all keys")
     for key in ("allocated", "fingerprints"):
         if getattr(config, key):
-            raise ConfigError(f"{key}: is filled in by the runner")
+            raise ConfigError(f"{key}: cannot be set; the runner fills it in")
     require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"{SCHEMA_VERSION}")
     resolved = resolve(config)
     _check_asked(config, resolved)
@@ -67,36 +67,37 @@ def from_hydra(composed: DictConfig) -> Config:
 
 
 def _check_asked(config: ConfigSchema, resolved: Config) -> None:
-    """Refuse keys without effect that only whoever asks can mean: in a config that follows from another one, or that an
-    earlier version took, they may be, as may those about quantization in full precision.
+    """Reject keys without effect in a request. They are allowed in a config that is derived from another one or that an
+    earlier version accepted, and keys about quantization are allowed in full precision.
     """
     if resolved.quantization.full_precision:
         return
     clipping = resolved.clipping
     if clipping.sync and resolved.mode in (Mode.ptq, Mode.evaluate):
-        raise ConfigError(f"clipping.sync=true: is for training, and mode={resolved.mode} does none")
+        raise ConfigError(f"clipping.sync=true: applies only to training, and mode={resolved.mode} does not train")
     if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
-        raise ConfigError(f"clipping.dynamic=true: clipping={clipping.name} learns its scalars")
+        raise ConfigError(f"clipping.dynamic=true: must be false: clipping={clipping.name} learns its scalars")
     for key in OF_STAGE if resolved.mode == Mode.allocate else ():
         if (value := getattr(config, key)) is not None:
             raise ConfigError(
-                f"{key}={value}: mode=allocate trains nothing by it; retrain_steps says how long networks are "
-                f"retrained, recipe.retrain.lr and recipe.retrain.batch_size how"
+                f"{key}={value}: cannot be set with mode=allocate; retrain_steps sets how long networks are "
+                f"retrained, recipe.retrain.lr and recipe.retrain.batch_size set how"
             )
     for key, usual in _CHOSEN.items() if config.allocating else ():
         if (bits := getattr(config, key)) not in (usual, FULL_PRECISION):
             what = "bits=auto" if config.policy == AUTO else "mode=allocate"
             raise ConfigError(
-                f"{key}={bits}: {what} chooses them; rules=[{{match: GLOB, bits: {bits}}}] exempts tensors"
+                f"{key}={bits}: cannot be set with {what}, which chooses bit-widths; "
+                f"rules=[{{match: GLOB, bits: {bits}}}] sets those of single tensors"
             )
 
 
 _CHOSEN = {"bits": ConfigSchema.bits, "weight_bits": None, "activation_bits": None}
-"""Keys that say of how many bits all tensors are, and what they are where they are left out."""
+"""Keys that set the bit-width of all tensors, and their values if they are not given."""
 
 
 def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
-    """Keys that were added by force (+key=value) and mean nothing."""
+    """Return keys that were added with +key=value and that the schema does not have."""
     known = {f.name for f in fields(config)}
     unknown = [prefix + key for key in vars(config) if key not in known]
     for key in known:
@@ -106,7 +107,7 @@ def _unknown_keys(config: Any, prefix: str = "") -> list[str]:
 
 
 def resolve(config: ConfigSchema) -> Config:
-    """Fill in what follows from the rest, and check the result."""
+    """Fill in the keys that follow from others, and check the result."""
     check_values(config)
     config = _preprocessed(_with_home(config))
     task = config.task
@@ -135,14 +136,14 @@ def resolve(config: ConfigSchema) -> Config:
             "lr": scaled_lr(stage, batch_size) if config.lr is None else config.lr,
         }
     )
-    if resolved.policy == AUTO and resolved.quantization.full_precision:  # a row beside others
+    if resolved.policy == AUTO and resolved.quantization.full_precision:  # a full-precision row of a sweep
         resolved = replace(resolved, policy=None, **without_choice())
     check(resolved)
     return resolved
 
 
 def _preprocessed(config: ConfigSchema) -> ConfigSchema:
-    """With pictures as the model's library describes them, where that is asked for; keys that are given stay."""
+    """Set the preprocessing of images to that of the model's library, if requested; keys that the command sets stay."""
     if not config.preprocessed:
         return config
     described = _DESCRIBED.load()(config.model.name)
@@ -156,7 +157,7 @@ def _preprocessed(config: ConfigSchema) -> ConfigSchema:
 
 
 _DESCRIBED = later("qat_runner.models.libraries:preprocessing_keys")
-"""Of a room above, and heavy: only configs that ask for it need it."""
+"""Imported on demand: it is in a higher layer and slow to import, and only configs with preprocessing=model need it."""
 
 
 def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
@@ -169,12 +170,12 @@ def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """Field -> value, of a dataclass."""
+    """Return the fields of a dataclass and their values."""
     return {each.name: getattr(config, each.name) for each in fields(config)}
 
 
 def _with_home(config: ConfigSchema) -> ConfigSchema:
-    """With `~` as it is meant: a shell that sees `key=~/x` may leave it as it is."""
+    """Expand `~` in paths, since a shell may not expand it in `key=~/x`."""
     run_dir, checkpoint = (
         None if path is None else os.path.expanduser(path) for path in (config.run_dir, config.model.checkpoint)
     )
@@ -188,10 +189,10 @@ def _with_home(config: ConfigSchema) -> ConfigSchema:
 
 
 def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
-    """Measured latencies: layer -> bits of its operands -> milliseconds.
+    """Read measured latencies: layer -> bit-widths of its operands -> milliseconds.
 
     Raises:
-        ConfigError: there is no such file, or it holds something else.
+        ConfigError: the file does not exist or has other content.
     """
     try:
         content = json.loads(path_of(path).read_text(encoding="utf-8"))
@@ -201,22 +202,22 @@ def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
         }
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"allocation.latencies={path}: must be a JSON file of layer -> bits, such as 4x8 -> milliseconds "
+            f"allocation.latencies={path}: must be a JSON file of layer -> bit-widths (such as 4x8) -> milliseconds "
             f"({told(error)})"
         ) from error
 
 
 def _milliseconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r} is no number of milliseconds")
+        raise ValueError(f"{value!r} is not a number of milliseconds")
     return float(value)
 
 
 def rules_of(path: str) -> list[Any]:
-    """The rules of a policy file, as yet unchecked.
+    """Read the rules of a policy file without checking them.
 
     Raises:
-        ConfigError: there is no such file, or it does not hold rules.
+        ConfigError: the file does not exist or does not hold rules.
     """
     file = path_of(path)
     if not file.is_file():
@@ -224,16 +225,16 @@ def rules_of(path: str) -> list[Any]:
     try:
         content = plain_yaml(file)
     except (OSError, ValueError, YAMLError) as error:
-        hint = "; a glob that begins with * is written in quotes" if isinstance(error, YAMLError) else ""
+        hint = "; a glob that begins with * must be in quotes" if isinstance(error, YAMLError) else ""
         raise ConfigError(f"policy={path}: cannot be read ({told(error)}{hint})") from error
     rules = content.get("rules")
     if list(content) != ["rules"] or not isinstance(rules, list):
-        raise ConfigError(f"policy={path}: must hold one key, rules, with a list of rules")
+        raise ConfigError(f"policy={path}: must hold the single key rules with a list of rules")
     return rules
 
 
 def baseline_of(config: Config) -> Config:
-    """The full-precision run in mode auto that goes with a resolved config, resolved."""
+    """Return the resolved config of the full-precision run in mode auto that is the baseline of a resolved config."""
     recipe = replace(config.recipe, **_WITHOUT_TEACHER, batchnorm_batches=0)
     changes = in_full_precision() | without_choice()
     changes |= dict.fromkeys((*OF_STAGE, "weights", "weights_part", "run_dir", "policy"))
@@ -245,54 +246,57 @@ _WITHOUT_TEACHER: dict[str, Any] = {
     "distill": Distill.none,
     **dict.fromkeys(("teacher", "teacher_model", "teacher_part")),
 }
-"""Changes of a recipe."""
+"""Changes of a recipe that remove its teacher."""
 
 
 def in_full_precision() -> dict[str, Any]:
-    """The changes that make a config one of a full-precision run."""
+    """Return the changes that turn a config into a full-precision one."""
     return {**dict.fromkeys(("bits", "weight_bits", "activation_bits"), FULL_PRECISION), "rules": []}
 
 
 def without_choice() -> dict[str, Any]:
-    """The changes that make a config one for which no bits are chosen."""
+    """Return the changes that turn a config into one without bit allocation."""
     return {**dict.fromkeys((*LIMITS, "max_drop")), "retrain_steps": 0, "allocated": []}
 
 
 def allocation_of(config: Config) -> Config:
-    """The run in mode allocate whose policy a resolved config with bits=auto takes, resolved."""
+    """Return the resolved config of the run in mode allocate that finds the policy of a resolved config with
+    bits=auto."""
     changes: dict[str, Any] = dict.fromkeys((*OF_STAGE, "run_dir", "policy"))
     changes |= {"mode": Mode.allocate, "weights": config.weights or BASELINE, "overwrite": False}
-    if not config.retrains_probes:  # else they are trained as the run is
+    if not config.retrains_probes:  # otherwise the probes are trained like the run
         changes["recipe"] = replace(config.recipe, **_WITHOUT_TEACHER, freeze_scalars_at=None, batchnorm_batches=0)
         changes["oscillations"] = OscillationsConfig()
     return changed(config, **changes, allocated=[])
 
 
 def trained_of(config: Config) -> Config:
-    """The run in mode retrain, with bits=auto, of all keys of a resolved config of mode allocate, resolved.
+    """Return the resolved config in mode retrain, with bits=auto, that shares all other keys with a resolved config in
+    mode allocate.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: these keys are not a valid config in mode retrain.
     """
     return changed(config, **dict.fromkeys((*OF_STAGE, "run_dir")), mode=Mode.retrain, policy=AUTO)
 
 
 def changed(config: Config, **changes: Any) -> Config:
-    """A resolved config with other values, of which null may be what follows from the rest; resolved again."""
+    """Change values of a resolved config and resolve it again; null may stand for a value that follows from others."""
     return resolve(ConfigSchema(**_values(config) | changes))
 
 
 def scaled_lr(stage: StageConfig, batch_size: int) -> float:
-    """The recipe's learning rate at another batch size: in proportion to it for SGD, to its square root for AdamW."""
+    """Scale the recipe's learning rate to another batch size: in proportion to it for SGD, and to its square root for
+    AdamW."""
     ratio = batch_size / stage.batch_size
     return stage.lr * (math.sqrt(ratio) if stage.optimizer == Optimizer.adamw else ratio)
 
 
 def check(config: Config) -> None:
-    """Refuse a resolved config that cannot be meant.
+    """Check that a resolved config is consistent.
 
     Raises:
-        ConfigError: naming key, value and what is allowed.
+        ConfigError: it is not; the message gives the key, the value and what is allowed.
     """
     check_values(config)
     require(config.accumulate <= config.batch_size, "accumulate", config.accumulate, "1 to batch_size")
@@ -301,14 +305,14 @@ def check(config: Config) -> None:
         "dataset.mean" in foreign_keys(config.task) or (channels <= {1, 3} and len(channels) == 1),
         "dataset.mean",
         config.dataset.mean,
-        "as long as dataset.std, 1 or 3 numbers",
+        "1 or 3 numbers, as many as dataset.std",
     )
     if config.dataset.decode == Decode.gpu and "dataset.decode" not in foreign_keys(config.task):
         require(
             config.dataset.resizing == Resizing.tensor,
             "dataset.resizing",
             config.dataset.resizing,
-            "tensor where dataset.decode=gpu",
+            "tensor with dataset.decode=gpu",
         )
     _check_quantization(config)
     _check_freezing(config)
@@ -327,7 +331,7 @@ def _check_quantization(config: Config) -> None:
         allowed = f"{BITS.start} to {BITS.stop - 1}, or {FULL_PRECISION} for full precision"
         require(bits in BITS or bits == FULL_PRECISION, said, bits, allowed)
     _check_scalars(config)
-    if config.needs_calibration or config.calibrates_probes:  # to know that takes the whole policy, which checks itself
+    if config.needs_calibration or config.calibrates_probes:  # this also builds and checks the policy
         wanted = (
             f"clipping={config.clipping.name}"
             if config.clipping.learned
@@ -344,25 +348,30 @@ def _check_quantization(config: Config) -> None:
 
 
 def _check_scalars(config: Config) -> None:
-    """Refuse what would have no effect: keys about solving where nothing is solved, and ranges where they are given."""
+    """Reject keys without effect: those about solving if no scalar is solved for, and ranges that the method fixes."""
     clipping = config.clipping
     if config.quantization.full_precision:
         return
     if clipping.sync and (config.all_learned or config.all_static):
         what = "learned" if clipping.learned else "static"
-        raise ConfigError(f"clipping.sync=true: is for scalars that are solved in training, and these are {what}")
+        raise ConfigError(f"clipping.sync=true: applies only to scalars that are solved in training; these are {what}")
     if clipping.sync and clipping.refine:
         raise ConfigError(
-            f"clipping.sync=true: is not for clipping.refine={clipping.refine}, which measures by process"
+            f"clipping.sync=true: cannot be combined with clipping.refine={clipping.refine}, which measures errors in "
+            f"each process separately"
         )
     if clipping.sync and config.log_excess_mse:
-        raise ConfigError("clipping.sync=true: is not for log_excess_mse=true, which solves anew by process")
+        raise ConfigError(
+            "clipping.sync=true: cannot be combined with log_excess_mse=true, which solves in each process separately"
+        )
     if clipping.eval_mode != "dynamic" and config.all_learned:
-        raise ConfigError(f"clipping.eval_mode={clipping.eval_mode}: is for scalars that are solved, not learned")
+        raise ConfigError(
+            f"clipping.eval_mode={clipping.eval_mode}: applies only to solved scalars, not to learned ones"
+        )
     for key in ("weight_range", "activation_range") if clipping.name == "pact" and config.all_learned else ():
         if (value := getattr(config, key)) != Range.TWOS_COMPLEMENT:
             said = "range" if config.range == value else key
-            raise ConfigError(f"{said}={value}: clipping=pact has ranges of its own")
+            raise ConfigError(f"{said}={value}: cannot be set with clipping=pact, which has its own ranges")
 
 
 def _check_freezing(config: Config) -> None:
@@ -383,7 +392,7 @@ def _check_oscillations(config: Config) -> None:
             how.freeze_from >= how.freeze_to,
             "oscillations.freeze_from",
             how.freeze_from,
-            f"at least freeze_to={how.freeze_to:g}",
+            f"at least oscillations.freeze_to={how.freeze_to:g}",
         )
 
 
@@ -392,37 +401,38 @@ def _check_compiling(config: Config) -> None:
         return
     for key, value, usual, why in (
         ("accumulate", config.accumulate, 1, "which keeps quantized weights between passes"),
-        ("log_excess_mse", config.log_excess_mse, False, "which looks into quantizers"),
+        ("log_excess_mse", config.log_excess_mse, False, "which reads the state of quantizers"),
         ("clipping.sync", config.clipping.sync, False, "which waits for other processes within the network"),
         ("sync_batchnorm", config.sync_batchnorm, False, "which waits for other processes within the network"),
     ):
         if value != usual:
-            raise ConfigError(f"compile=true: is not for {key}={str(value).lower()}, {why}")
+            raise ConfigError(f"compile=true: cannot be combined with {key}={str(value).lower()}, {why}")
 
 
 def _check_allocation(config: Config) -> None:
     asked = config.limits | ({} if config.max_drop is None else {"max_drop": config.max_drop})
     if not config.allocating:
         for key, value in (asked | ({"retrain_steps": config.retrain_steps} if config.retrain_steps else {})).items():
-            raise ConfigError(f"{key}={value:g}: is for qat-bits and for bits=auto")
+            raise ConfigError(f"{key}={value:g}: applies only to qat-bits and bits=auto")
         return
     if config.mode == Mode.allocate and config.policy == AUTO:
-        raise ConfigError("bits=auto: mode=allocate, which is what qat-bits does, chooses bits by itself")
+        raise ConfigError("bits=auto: cannot be set with mode=allocate (qat-bits), which chooses bit-widths itself")
     how, what = config.allocation, "bits=auto" if config.policy == AUTO else "mode=allocate"
     wanted = f"{', '.join(LIMITS)} or max_drop"
     if not asked:
-        raise ConfigError(f"{what}: needs to be told what bits may cost: {wanted}")
+        raise ConfigError(f"{what}: needs a limit: {wanted}")
     if config.max_drop is not None and len(asked) > 1:
         raise ConfigError(
-            f"max_drop={config.max_drop:g}: seeks the least bits by itself; no {next(iter(asked))} beside it"
+            f"max_drop={config.max_drop:g}: cannot be combined with {next(iter(asked))}, since it finds the cheapest "
+            f"bit allocation itself"
         )
     if config.quantization.full_precision:
         said = f"weight_bits={config.weight_bits}, activation_bits={config.activation_bits}"
-        raise ConfigError(f"{said}: {what} has nothing to choose bits for")
+        raise ConfigError(f"{said}: {what} has nothing to choose, since nothing is quantized")
     require(len({*how.widths}) > 1, "allocation.widths", how.widths, "two or more different numbers")
     timed = config.latency_ms is not None or how.cost == "latency_ms"
     if timed and how.latencies is None:
-        raise ConfigError("latency_ms: needs allocation.latencies=FILE, which says what was measured")
+        raise ConfigError("latency_ms: needs allocation.latencies=FILE, a file of measured latencies")
     if how.latencies is not None:
         latencies_of(how.latencies)
     if config.retrain_steps and config.recipe.retrain is None:
@@ -446,19 +456,23 @@ def _check_mode(config: Config) -> None:
     if config.mode == Mode.scratch and config.quantization.has_static:
         in_rules = config.clipping.dynamic or config.clipping.learned
         said = "rules.dynamic=false" if in_rules else f"clipping=static_{config.clipping.name} (clipping.dynamic=false)"
-        raise ConfigError(f"{said}: mode=scratch has no trained weights to calibrate on; mode=retrain has")
+        raise ConfigError(f"{said}: mode=scratch has no trained weights to calibrate on; use mode=retrain")
     for key, part, value in (
         ("weights", config.weights_part, config.weights),
         ("recipe.teacher", config.recipe.teacher_part, config.recipe.teacher),
     ):
         if part is not None and value in (None, PRETRAINED, TORCHVISION, BASELINE):
-            raise ConfigError(f"{key}_part={part}: is for a file, not for {key}={'null' if value is None else value}")
+            raise ConfigError(
+                f"{key}_part={part}: applies only to a file, not to {key}={'null' if value is None else value}"
+            )
     if (other := config.recipe.teacher_model) is not None:
         if config.recipe.teacher is None:
-            raise ConfigError(f"recipe.teacher_model={other}: needs recipe.teacher=PATH or pretrained, its weights")
+            raise ConfigError(
+                f"recipe.teacher_model={other}: needs its weights, recipe.teacher=PATH or recipe.teacher=pretrained"
+            )
         if "model.stem" in foreign_keys(config.task):
             raise ConfigError(
-                f"recipe.teacher_model={other}: is for pictures, not for dataset.task={config.dataset.task}"
+                f"recipe.teacher_model={other}: applies only to images, not to dataset.task={config.dataset.task}"
             )
     if config.distilling and (config.recipe.teacher or config.weights) is None:
         raise ConfigError("recipe.distill=full_precision: needs recipe.teacher=PATH, the weights of the teacher")

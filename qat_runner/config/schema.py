@@ -1,7 +1,7 @@
-"""The schema of configs/: every key of a run, typed, with range, unit and meaning.
+"""The schema of configs/: every key of a run, with its type, range, unit and meaning.
 
-`ConfigSchema` is what Hydra composes; in it may be null what follows from the rest. `Config` is the resolved one, which
-all the other rooms get.
+`ConfigSchema` is what Hydra composes; keys that follow from others may be null in it. `Config` is the resolved config,
+which all other packages receive.
 """
 
 from dataclasses import dataclass, field, replace
@@ -34,19 +34,21 @@ class Mode(StrEnum):
 
 
 class Optimizer(StrEnum):
+    """The optimizer of a stage."""
+
     sgd = "sgd"
     adamw = "adamw"
 
 
 class Spared(StrEnum):
-    """What AdamW does not decay."""
+    """The parameters that AdamW excludes from weight decay."""
 
     vectors = "vectors"
     tokens = "tokens"
 
 
 class Schedule(StrEnum):
-    """How the learning rate falls."""
+    """How the learning rate decays."""
 
     step = "step"
     cosine = "cosine"
@@ -54,28 +56,28 @@ class Schedule(StrEnum):
 
 
 class Padding(StrEnum):
-    """Of token windows."""
+    """How token windows are padded."""
 
     max_length = "max_length"
     longest = "longest"
 
 
 class Resizing(StrEnum):
-    """What resizes pictures of folders."""
+    """What resizes the images of image folders."""
 
     pillow = "pillow"
     tensor = "tensor"
 
 
 class Decode(StrEnum):
-    """Where pictures of folders are decoded."""
+    """Where the images of image folders are decoded."""
 
     cpu = "cpu"
     gpu = "gpu"
 
 
 class Interpolation(StrEnum):
-    """Between pixels, where pictures are resized."""
+    """How pixels are interpolated when images are resized."""
 
     nearest = "nearest"
     bilinear = "bilinear"
@@ -83,7 +85,7 @@ class Interpolation(StrEnum):
 
 
 class Preprocessing(StrEnum):
-    """Whose size and normalization pictures have."""
+    """What determines the size and normalization of images."""
 
     auto = "auto"
     dataset = "dataset"
@@ -91,14 +93,14 @@ class Preprocessing(StrEnum):
 
 
 class Distill(StrEnum):
-    """Whom a network learns from, beside the labels."""
+    """What a network learns from in addition to the labels."""
 
     none = "none"
     full_precision = "full_precision"
 
 
 class Amp(StrEnum):
-    """What convolutions and matrix products are cast to."""
+    """The type that convolutions and matrix multiplications are cast to."""
 
     none = "none"
     bf16 = "bf16"
@@ -106,7 +108,7 @@ class Amp(StrEnum):
 
 
 class Resume(StrEnum):
-    """What becomes of an unfinished run."""
+    """What happens to an unfinished run."""
 
     auto = "auto"
     force = "force"
@@ -114,152 +116,172 @@ class Resume(StrEnum):
 
 
 STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
-"""The modes that train, each a stage of the recipe."""
+"""The modes that train; each is a stage of the recipe."""
 OF_STAGE = ("epochs", "batch_size", "lr")
-"""The keys that follow from the recipe's stage unless they are given."""
+"""The keys that default to the values of the recipe's stage."""
 
 TORCHVISION = "torchvision"
-"""The value of `weights` that means torchvision's published weights."""
+"""The value of `weights` that selects torchvision's published weights."""
 PRETRAINED = "pretrained"
-"""The value of `weights` that means the published weights of the model, by its own library."""
+"""The value of `weights` that selects the weights published by the model's own library."""
 BASELINE = "baseline"
-"""The value of `weights` that stands for the run that `baseline_of` names."""
+"""The value of `weights` that selects the result of the run that `baseline_of` returns."""
 WORDS_OF_WEIGHTS = (TORCHVISION, PRETRAINED, BASELINE)
-"""Values of `weights` that are no paths, whatever lies there."""
+"""Values of `weights` that are never paths, even if a file of that name exists."""
 AUTO = "auto"
-"""The value of `policy` that stands for what the run that `allocation_of` names comes to."""
+"""The value of `policy` that selects the result of the run that `allocation_of` returns."""
 LIMITS = ("budget", "size_mb", "bitops", "traffic_mb", "latency_ms")
-"""The keys that limit what bits may cost in all."""
+"""The keys that limit the total cost of a bit allocation."""
 
 
 _EPOCHS = 100_000
 _SAMPLES = 1_000_000
 _BATCHES = 1_000_000_000
 _TOKENS = 100_000
-_LARGE = 1e30  # float32 goes to 3e38
+_LARGE = 1e30  # the largest float32 is 3e38
 
 
 @dataclass
 class ModelConfig:
+    """The network."""
+
     name: str = MISSING
-    """a name in qat_runner.models.MODELS, BERTS or DECODERS, or torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME; see
-    the page about models"""
+    """Network: a name in qat_runner.models.MODELS, BERTS or DECODERS, or `torchvision/NAME`, `timm/NAME`, `hf/FOLDER`
+    or `hf/NAME`; see the page about models."""
     stem: str = "auto"
-    """auto (by picture size), imagenet (as published) or small (first strides 1, no max pooling)"""
+    """First layers of the network: `imagenet` (as published) or `small` (first strides 1, no max pooling); `auto`
+    chooses by `dataset.image_size`."""
     width: float = number(1.0, 0, 4, above=True)
-    """channels of a MobileNet, as a multiple of the published ones; without effect on ResNets"""
+    """Number of channels of a MobileNet, as a multiple of the published number; no effect on ResNets."""
     stride_in: str = "3x3"
-    """ResNets with bottlenecks: the convolution that has the stride, 3x3 (the second, as torchvision's) or 1x1 (the
-    first, as published, and in weights from Caffe and Keras). Weights load into either, and are good in one alone"""
+    """Convolution of a ResNet bottleneck that has the stride: `3x3` (the second, as in torchvision) or `1x1` (the
+    first, as published, and in weights from Caffe and Keras). Weights load with either value, but only the one that
+    they were trained with gives their accuracy."""
     bn_eps: float | None = number(None, 0, 1, above=True)
-    """what every BatchNorm adds to variances, for weights that were trained with another: 1.001e-5 in Keras' ResNets,
-    1e-3 in many networks of TensorFlow; null: as the network has it, mostly 1e-5"""
+    """Epsilon of every BatchNorm, for weights that were trained with another one: 1.001e-5 in the ResNets of Keras,
+    1e-3 in many TensorFlow networks; null: the network's own, usually 1e-5."""
     checkpoint: str | None = path(None)
-    """networks of texts: a folder as transformers writes it, or a name on the Hugging Face hub; of a decoder in mode
-    scratch its configuration and tokenizer are enough"""
+    """Checkpoint of a text model: a folder in the format of transformers, or a name on the Hugging Face hub. For a
+    decoder in mode `scratch`, its configuration and tokenizer are enough."""
 
 
 @dataclass
 class DatasetConfig:
+    """The data set and how it is read."""
+
     name: str = MISSING
-    """a name in qat_runner.data.DATASETS"""
+    """Data set: a name in qat_runner.data.DATASETS."""
     task: str = "classification"
-    """what is learned of it: classification, question_answering or language_modelling; it follows from the name"""
+    """Task of the data set: `classification`, `question_answering` or `language_modelling`; it follows from the
+    name."""
     num_classes: int | None = number(None, 2, 100_000)
-    """pictures: classes; null: as many as the folder has"""
+    """Images: number of classes; null: as many as the folder has."""
     image_size: int = number(0, 1, 8192)
-    """pictures: pixels a side of what the network sees"""
+    """Images: side length of the network's input, in pixels."""
     mean: list[float] = field(default_factory=list, metadata=within(-1e6, 1e6))
-    """pictures: normalization, a number a channel, of values in 0..1"""
+    """Images: mean for the normalization, one number per channel, for values in 0..1."""
     std: list[float] = field(default_factory=list, metadata=within(0, 1e6, above=True))
-    """pictures: normalization, a number a channel, of values in 0..1"""
+    """Images: standard deviation for the normalization, one number per channel, for values in 0..1."""
     augment: str = "none"
-    """of training pictures held in memory: none, crop or crop_flip; folders of pictures get ImageNet's"""
+    """Augmentation of training images that are held in memory: `none`, `crop` or `crop_flip`. Image folders always get
+    the ImageNet augmentation."""
     val_batch_size: int = number(500, 1, _SAMPLES)
-    """samples a validation batch; dynamic activation scalars are solved on each, so it is part of the result"""
+    """Samples per validation batch. Dynamic clipping scalars of activations are solved on each batch, so this value
+    affects the result."""
     workers: int = number(4, 0, 1024)
-    """decoding processes (folders of pictures only)"""
+    """Image folders: number of worker processes that decode images."""
     skip_corrupt: bool = False
-    """folders of pictures: leave out those that cannot be decoded, and count them, instead of stopping"""
+    """Image folders: skip and count images that cannot be decoded, instead of stopping."""
     resizing: Resizing = Resizing.pillow
-    """folders of pictures: by pillow, as the published recipes do, or as a tensor: faster, a byte may differ by 1"""
+    """Image folders: resize with `pillow`, as the published recipes do, or as a `tensor`, which is faster but may
+    change a byte by 1."""
     decode: Decode = Decode.cpu
-    """folders of pictures: JPEGs by the workers, or on the gpu that trains, where all are then resized as well, with
-    resizing=tensor; its decoder rounds otherwise, so it is another run"""
+    """Image folders: decode JPEGs in the worker processes (`cpu`), or on the GPU that trains (`gpu`), where all images
+    are then also resized; `gpu` requires `dataset.resizing=tensor`. The GPU decoder rounds differently, so the result
+    is a different run."""
     interpolation: Interpolation = Interpolation.bilinear
-    """where pictures are resized: nearest, bilinear or bicubic"""
+    """Interpolation for resizing images: `nearest`, `bilinear` or `bicubic`."""
     resize_size: int | None = number(None, 1, 16384)
-    """folders of pictures: pixels of the shorter side of a validation picture before its centre is cut out; null:
-    256/224 of image_size"""
+    """Image folders: length of the shorter side, in pixels, that a validation image is resized to before the center
+    crop; null: 256/224 of `dataset.image_size`."""
     preprocessing: Preprocessing = Preprocessing.auto
-    """pictures: whose image_size, mean, std, interpolation and resize_size hold. dataset: the keys'; model: what the
-    model's library says that its weights were validated on, but for keys that the command gives, and pictures held in
-    memory are enlarged; auto: model for weights=pretrained, else dataset"""
+    """Images: what determines `image_size`, `mean`, `std`, `interpolation` and `resize_size`. `dataset`: these keys.
+    `model`: the values that the model's library states for the validation of its weights, except for keys that the
+    command sets; images held in memory are enlarged to that size. `auto`: `model` if `weights=pretrained`, otherwise
+    `dataset`."""
     fake_pictures: int = number(512, 2, 100_000)
-    """training pictures of dataset=fake"""
+    """Number of training images of `dataset=fake`."""
     max_length: int = number(384, 8, _TOKENS)
-    """text: tokens a window, question, part of the paragraph and special tokens together; of plain text, a block"""
+    """Text: tokens per window, which holds the question, a part of the paragraph and special tokens. For plain text:
+    tokens per block."""
     stride: int = number(128, 1, _TOKENS)
-    """questions: tokens of the paragraph from the start of a window to that of the next"""
+    """Question answering: tokens of the paragraph between the starts of two consecutive windows."""
     padding: Padding = Padding.max_length
-    """questions: pad a batch to max_length, or to its longest window: faster, but dynamic scalars see less padding"""
+    """Question answering: pad a batch to `max_length`, or to its `longest` window, which is faster but lets dynamic
+    clipping scalars see less padding."""
     one_window: bool = False
-    """questions: leave out those that take more than one window, for short trials"""
+    """Question answering: leave out questions that need more than one window, for short trials."""
     train_questions: int | None = number(None, 1, _BATCHES)
-    """questions: at most so many for training, spread evenly over the file; null: all"""
+    """Question answering: maximum number of training questions, spread evenly over the file; null: all."""
     val_questions: int | None = number(None, 1, _BATCHES)
-    """questions: at most so many for validation, spread evenly over the file; null: all"""
+    """Question answering: maximum number of validation questions, spread evenly over the file; null: all."""
     n_best: int = number(20, 1, _TOKENS)
-    """questions: starts and ends of a window that may become the answer"""
+    """Question answering: number of candidates in each window for the start, and for the end, of the answer."""
     max_answer_length: int = number(30, 1, _TOKENS)
-    """questions: tokens of an answer"""
+    """Question answering: maximum number of tokens in an answer."""
 
 
 @dataclass
 class ClippingSchema:
+    """How clipping scalars are found."""
+
     name: str = MISSING
-    """octav, max, percentile, mse_sweep, lsq or pact, or what an installed package adds"""
+    """Clipping method: `octav`, `max`, `percentile`, `mse_sweep`, `lsq`, `pact`, or one that an installed package
+    adds."""
     dynamic: bool = True
-    """solve scalars on each call; otherwise static: calibrated once"""
+    """true: solve for the clipping scalars on each call; false: calibrate them once and keep them (static)."""
     iterations: int | None = number(None, 1, 1000)
-    """octav: reads of a tensor a solution, from cold"""
+    """`octav`: maximum number of reads of a tensor per solution from a cold start; null: 10."""
     warm_iterations: int | None = number(None, 1, 1000)
-    """octav: at most so many reads a training step, from the previous step's scalar; null: from cold each time"""
+    """`octav`: maximum number of reads of a tensor per training step, starting from the scalar of the previous step;
+    null: a cold start each time."""
     q: float | None = None
-    """percentile: q of the q-th percentile of |x|, in percent"""
+    """`percentile`: the q of the q-th percentile of |x|, in percent, above 0 and at most 100; null: 99.99."""
     points: int | None = number(None, 1, 10_000)
-    """mse_sweep: candidates"""
+    """`mse_sweep`: number of candidates; null: 100."""
     together: bool | None = None
-    """mse_sweep: rows of a weight share one candidate, as in the paper"""
+    """`mse_sweep`: let the rows of a weight share one candidate, as in the paper; null: true."""
     missing_code: bool | None = None
-    """octav: know that two's complement has no code at +s, which the paper neglects; null: in modes ptq and allocate"""
+    """`octav`: take into account that two's complement has no code at +s, which the paper neglects; null: true in modes
+    `ptq` and `allocate`, otherwise false."""
     refine: int | None = number(None, 0, _SAMPLES)
-    """octav: candidates whose measured error decides, where few share a scalar; null: 64 in ptq and allocate, else 0"""
+    """`octav`: where few elements share a scalar, number of candidates that are compared by their measured error; null:
+    64 in modes `ptq` and `allocate` unless `clipping.sync=true`, otherwise 0."""
     alpha: float | None = number(None, 0, _LARGE, above=True)
-    """pact: the first clipping scalar of activations"""
+    """`pact`: initial clipping scalar of activations; null: 10."""
     start: str | None = None
-    """lsq: where step sizes begin, lsq (2 mean |x| / sqrt(Q_P), as published) or octav; null: lsq"""
+    """`lsq`: initial step sizes, `lsq` (2 mean |x| / sqrt(Q_P), as published) or `octav`; null: `lsq`."""
     calibration_batches: int | None = number(None, 0, _SAMPLES)
-    """training batches that static scalars (and eval_mode running or last without training) are calibrated on; null:
-    5, on texts 10, as in the paper"""
+    """Number of training batches for the calibration of static scalars (and of `eval_mode=running` or `last` without
+    training); null: 5, or 10 for text, as in the paper."""
     calibration_batch_size: int | None = number(None, 1, _SAMPLES)
-    """samples a calibration batch, and of those that qat-export makes scalars static on; null: 64, on texts 4, what
-    one GPU of the paper saw"""
+    """Samples per calibration batch, and per batch on which `qat-export` makes scalars static; null: 64, or 4 for text,
+    which is what one GPU of the paper saw."""
     sync: bool = False
-    """of several processes: solve activation scalars in training on the batch of all together (dynamic octav and max);
-    otherwise each on its own part, as in the paper"""
+    """With several processes: in training, solve for the scalars of activations on the batch of all processes together
+    (dynamic `octav` and `max` only); false: each process uses its own part, as in the paper."""
     eval_mode: str = "dynamic"
-    """activation scalars in evaluation: dynamic (solved on each batch), running (their average in
-    training) or last (the last of training)"""
+    """Clipping scalars of activations in evaluation: `dynamic` (solved on each batch), `running` (their running average
+    in training) or `last` (the last ones of training)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """further options of a method that an installed package adds: clipping.options.NAME=VALUE"""
+    """Further options of a method that an installed package adds: `clipping.options.NAME=VALUE`."""
 
     @property
     def kind(self) -> type[ClippingMethod]:
         """The class of the method.
 
         Raises:
-            ConfigError: an installed package names what is none.
+            ConfigError: an installed package registers something that is not a clipping method.
         """
         return METHODS[self.name]
 
@@ -268,12 +290,12 @@ class ClippingSchema:
         """The clipping method, with its options.
 
         Raises:
-            ConfigError: an option that it does not have, or out of range.
+            ConfigError: an option does not exist or is out of range.
         """
         named = ("iterations", "missing_code", "refine", "q", "points", "together", "alpha", "start")
         options = {name: value for name in named if (value := getattr(self, name)) is not None}
         if self.warm_iterations is not None or hasattr(self.kind, "warm_iterations"):
-            options["warm_iterations"] = self.warm_iterations  # of which null is a value
+            options["warm_iterations"] = self.warm_iterations  # null is a value of its own here
         try:
             return clipping_method(self.name, **options, **self.options)
         except (TypeError, ValueError) as error:
@@ -281,13 +303,13 @@ class ClippingSchema:
 
     @property
     def learned(self) -> bool:
-        """Whether scalars are parameters, with gradients of their own."""
+        """Whether clipping scalars are parameters that are learned from gradients."""
         return self.kind.learned
 
 
 @dataclass
 class ClippingConfig(ClippingSchema):
-    """With what follows from the task."""
+    """The clipping keys of a resolved config, including those that follow from the task."""
 
     calibration_batches: int = number(MISSING, 0, _SAMPLES)
     calibration_batch_size: int = number(MISSING, 1, _SAMPLES)
@@ -295,17 +317,19 @@ class ClippingConfig(ClippingSchema):
 
 @dataclass
 class GradientConfig:
+    """How gradients pass through quantization."""
+
     name: str = MISSING
-    """ste, pwl, mad, ewgs, trust or mph, or what an installed package adds"""
+    """Gradient estimator: `ste`, `pwl`, `mad`, `ewgs`, `trust`, `mph`, or one that an installed package adds."""
     options: dict[str, Any] = field(default_factory=dict)
-    """of an estimator that has some: gradient.options.NAME=VALUE"""
+    """Options of the estimator, if it has any: `gradient.options.NAME=VALUE`."""
 
     @property
     def estimator(self) -> str | Estimator:
-        """Its name; with options the estimator that they make.
+        """The name of the estimator or, if options are given, the estimator with these options.
 
         Raises:
-            ConfigError: an option that it does not have, or out of range.
+            ConfigError: an option does not exist or is out of range.
         """
         try:
             return estimator_of(self.name, **self.options)
@@ -315,140 +339,150 @@ class GradientConfig:
 
 @dataclass
 class StageConfig:
-    """How one stage, from scratch or retraining or fine-tuning, is trained."""
+    """How one stage (from scratch, retraining or fine-tuning) is trained."""
 
     epochs: int = number(MISSING, 1, _EPOCHS)
-    """times that the training data are gone through"""
+    """Number of passes over the training data."""
     batch_size: int = number(MISSING, 1, _SAMPLES)
-    """samples a step, over all devices"""
+    """Samples per step, summed over all devices."""
     lr: float = number(MISSING, 0, _LARGE, above=True)
-    """learning rate at that batch size, before any decay"""
+    """Learning rate at that batch size, before any decay."""
     optimizer: Optimizer = Optimizer.sgd
-    """sgd or adamw"""
+    """Optimizer: `sgd` or `adamw`."""
     bias_correction: bool = True
-    """adamw: divide the running averages, which start at zero, by what they lack in the first steps"""
+    """`adamw`: correct the running averages, which start at zero, for their bias in the first steps."""
     momentum: float = number(0.9, 0, 1, below=True)
-    """sgd"""
+    """`sgd`: momentum."""
     weight_decay: float = number(1e-4, 0, _LARGE)
-    """of SGD added to the gradients, of AdamW apart from them"""
+    """Weight decay; `sgd` adds it to the gradients, `adamw` applies it separately."""
     spared: Spared = Spared.vectors
-    """adamw: what does not decay. vectors: parameters of one dimension, which are biases and normalization; tokens:
-    beside them tokens and embeddings of positions, as in DeiT, tables of relative positions, and scales of layers"""
+    """`adamw`: parameters without weight decay. `vectors`: parameters of one dimension, i.e. biases and normalization.
+    `tokens`: also tokens and position embeddings, as in DeiT, tables of relative positions, and layer scales."""
     nesterov: bool = False
-    """sgd"""
+    """`sgd`: use Nesterov momentum."""
     max_grad_norm: float | None = number(None, 0, _LARGE, above=True)
-    """gradients are scaled down to this norm, over all parameters; null: never"""
+    """Gradients are scaled down to this norm, computed over all parameters; null: no clipping of gradients."""
     label_smoothing: float = number(0.0, 0, 1, below=True)
-    """0 to below 1"""
+    """Label smoothing, from 0 to below 1."""
     schedule: Schedule = Schedule.step
-    """step: times decay_factor every decay_every epochs; cosine, linear: to zero over the epochs"""
+    """Schedule of the learning rate. `step`: multiply by `decay_factor` every `decay_every` epochs; `cosine`, `linear`:
+    decay to zero over the epochs."""
     decay_every: int = number(30, 1, _EPOCHS)
-    """epochs"""
+    """`schedule=step`: number of epochs between two decays."""
     decay_factor: float = number(0.1, 0, 1, above=True)
-    """above 0, at most 1"""
+    """`schedule=step`: factor of each decay, above 0 and at most 1."""
     warmup_epochs: float = number(0.0, 0, _EPOCHS)
-    """epochs, or a part of one, of linear rise at the start"""
+    """Length of the linear warm-up at the start, in epochs; may be a fraction."""
     mixup: float = number(0.0, 0, 1000)
-    """pictures: alpha of the Beta distribution that says how training pictures are blended in twos; 0: never"""
+    """Images: alpha of the Beta distribution from which mixup draws how pairs of training images are blended; 0: no
+    mixup."""
     cutmix: float = number(0.0, 0, 1000)
-    """pictures: alpha of the same for rectangles of one pasted into another; with mixup, either by chance;
-    0: never"""
+    """Images: alpha of the Beta distribution from which CutMix draws the rectangle of one training image that is pasted
+    into another; 0: no CutMix. With both `mixup` and `cutmix`, each batch gets one of them at random."""
     random_erasing: float = number(0.0, 0, 1)
-    """pictures: share of training pictures of which a random rectangle becomes the mean"""
+    """Images: share of the training images in which a random rectangle is replaced by the mean."""
     ema_decay: float = number(0.0, 0, 1, below=True)
-    """what remains in a step of the moving average of weights, BatchNorm and scalars, which is then what is validated,
-    kept as best.pt and as the model of last.pt; 0: no average"""
+    """Decay per step of the exponential moving average of weights, BatchNorm statistics and clipping scalars. The
+    average is what is validated, and is saved as best.pt and as the model in last.pt; 0: no average."""
     drop_path: float | None = number(None, 0, 1, below=True)
-    """stochastic depth, of networks of other libraries that have it: chance that a residual branch is left out in
-    training, rising to this from block to block; null: as the library has it"""
+    """Stochastic depth, for networks of other libraries that support it: probability that the last residual branch is
+    skipped in training; it rises to this value from block to block; null: the library's default."""
 
 
 @dataclass
 class RecipeConfig:
-    """The full-precision recipe of a network on a data set, a stage a mode; quantized runs use it unmodified."""
+    """The full-precision recipe of a network on a data set, with one stage per mode that trains. Quantized runs use it
+    unmodified."""
 
     name: str = MISSING
-    """what messages call it"""
+    """Name of the recipe in messages."""
     device_batch: int | None = number(None, 1, _SAMPLES)
-    """samples that a device saw at a time where the recipe was published, over which BatchNorm and the scalars of
-    activations were taken; a run is told how it compares, and does not follow it; null: not published"""
+    """Samples that one device processed at a time in the published recipe, i.e. over which BatchNorm statistics and
+    clipping scalars of activations were computed. For information only: the log compares the run with it; null: not
+    published."""
     scratch: StageConfig | None = None
     retrain: StageConfig | None = None
     long_retrain: StageConfig | None = None
     finetune: StageConfig | None = None
     distill: Distill = Distill.none
-    """none, or full_precision: learn from the logits of the full-precision network in `teacher` as well"""
+    """Distillation. `full_precision`: learn also from the logits of the full-precision network in `recipe.teacher`;
+    `none`: learn from the labels alone."""
     teacher: str | None = path(None)
-    """weights file of that network, as `weights`, or "pretrained"; null: `weights` themselves"""
+    """Weights of the teacher: a file as in `weights`, or `pretrained`; null: the value of `weights`."""
     teacher_model: str | None = None
-    """another network that `teacher` holds, by a name as of `model`; null: the one that is trained"""
+    """Network of the teacher, by a name as in `model`; null: the network that is trained."""
     teacher_part: str | None = None
-    """part of that file, as `weights_part`"""
+    """Part of the teacher's file, as in `weights_part`."""
     distill_temperature: float = number(4.0, 0, 1e6, above=True)
-    """what logits of both are divided by, above 0"""
+    """Temperature by which the logits of both networks are divided, above 0."""
     distill_weight: float = number(0.5, 0, 1, above=True)
-    """share of the teacher in the loss, above 0 to 1; the labels have the rest"""
+    """Weight of the teacher in the loss, above 0 and at most 1; the labels have the remaining weight."""
     freeze_scalars_at: float | None = number(None, 0, _EPOCHS, above=True)
-    """epoch, or a part of one, from which on the scalars of activations are static, at their running average, so that
-    training gets used to what static inference will see; null: never"""
+    """Epoch, may be a fraction, from which the clipping scalars of activations are static, at their running average, so
+    that training adapts to the scalars of static inference; null: never."""
     batchnorm_batches: int = number(0, 0, _SAMPLES)
-    """training batches on which the network as it is used takes mean and variance of every BatchNorm anew after the
-    last epoch, before it is validated; 0: they stay the moving averages of training"""
+    """Number of training batches on which the mean and variance of every BatchNorm are re-estimated after the last
+    epoch, before validation, by the network as it is used; 0: keep the moving averages of training."""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
-        """Those that there are, by name."""
+        """The names and settings of the stages that the recipe has."""
         return [(name, stage) for name in STAGES if (stage := getattr(self, name)) is not None]
 
 
 @dataclass
 class AllocationConfig:
-    """How bits are chosen, tensor by tensor: mode=allocate, bits=auto."""
+    """How the bit-width of each tensor is chosen with `mode=allocate` or `bits=auto`."""
 
     price: str = "gradient"
-    """what few bits cost a tensor: gradient (squared gradients of the loss times squared errors), measured (the rise
-    of the loss with this tensor alone quantized; slow), or noise (errors alone)"""
+    """Price (estimated sensitivity) of a tensor at a bit-width: `gradient` (squared gradients of the loss times squared
+    errors), `measured` (the rise of the loss with this tensor alone quantized; slow) or `noise` (errors alone)."""
     widths: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 6, 7, 8], metadata=within(2, 16))
-    """bits that are chosen from"""
+    """Bit-widths to choose from."""
     same: bool = False
-    """both operands of a layer or product are to have the same bits"""
+    """Give both operands of a layer or matrix multiplication the same bit-width."""
     batches: int = number(16, 1, _SAMPLES)
-    """training batches that tensors are priced on"""
+    """Number of training batches on which prices are computed."""
     batch_size: int = number(32, 1, _SAMPLES)
-    """samples of each"""
+    """Samples per batch on which prices are computed."""
     cost: str = "mean_bits"
-    """what the front goes by, and max_drop has least of: mean_bits, size_mb, bitops, traffic_mb or latency_ms"""
+    """Cost that the Pareto front is computed for and that `max_drop` minimizes: `mean_bits`, `size_mb`, `bitops`,
+    `traffic_mb` or `latency_ms`."""
     latencies: str | None = path(None)
-    """JSON file of measured latencies: layer -> bits of its operands, as "4x8" for weight and input -> milliseconds"""
+    """JSON file of measured latencies: layer -> bit-widths of its operands, such as "4x8" for weight and input ->
+    milliseconds."""
 
 
 @dataclass
 class OscillationsConfig:
-    """Weights that flip between two codes in training, and what is done about it (Nagel et al. 2022)."""
+    """Weights that flip between two codes in training, and the remedies (Nagel et al. 2022)."""
 
     measure: bool = False
-    """record after each epoch, weight by weight, which share oscillates; takes 9 bytes for each element"""
+    """Record for each weight, after each epoch, which share of its elements oscillates; takes 9 bytes per element."""
     momentum: float = number(0.01, 0, 1, above=True)
-    """what a step weighs in the moving averages of flips, and of codes"""
+    """Weight of one step in the moving averages of flips and of codes."""
     threshold: float = number(0.005, 0, 1, below=True)
-    """flips a step from which on an element counts as oscillating"""
+    """Flips per step above which an element counts as oscillating."""
     max_bits: int = number(4, 2, 16)
-    """weights of more bits are neither watched nor frozen: a code of theirs makes little difference"""
+    """Largest bit-width of weights that are watched and frozen; at more bits, one code makes little difference."""
     freeze_to: float | None = number(None, 0, 1, below=True)
-    """flips a step, at the end of training, above which an element is frozen at its mean code; null: none is"""
+    """Flips per step, at the end of training, above which an element is frozen at its mean code; null: no element is
+    frozen."""
     freeze_from: float = number(0.1, 0, 1)
-    """the same at the start; in between it falls by half a cosine"""
+    """The same threshold at the start of training; it falls to `freeze_to` along half a cosine."""
     dampening: float = number(0.0, 0, _LARGE)
-    """weight, at the end of training, of the squared distance of weights from their codes in the loss; it rises from 0
-    by half a cosine"""
+    """Weight in the loss, at the end of training, of the squared distance between weights and their quantized values;
+    it rises from 0 along half a cosine."""
 
     @property
     def watching(self) -> bool:
-        """Whether codes are followed from step to step."""
+        """Whether codes are tracked from step to step."""
         return self.measure or self.freeze_to is not None
 
 
 @dataclass
 class ConfigSchema:
+    """A config as Hydra composes it. Keys that follow from others may be null."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     clipping: ClippingSchema = field(default_factory=ClippingSchema)
@@ -458,180 +492,194 @@ class ConfigSchema:
     oscillations: OscillationsConfig = field(default_factory=OscillationsConfig)
 
     mode: Mode = Mode.auto
-    """scratch: train from random weights; finetune: from model.checkpoint; retrain, long_retrain: from `weights`; ptq:
-    quantize `weights`; allocate: choose bits for them, as qat-bits does; evaluate: as it is; auto: finetune on texts,
-    where the recipe has it, else scratch"""
+    """What the run does. `scratch`: train from random weights; `finetune`: train from `model.checkpoint`; `retrain`,
+    `long_retrain`: train from `weights`; `ptq`: quantize `weights` without training; `allocate`: choose a bit
+    allocation for `weights`, as `qat-bits` does; `evaluate`: validate the network in `weights` as it was saved; `auto`:
+    `finetune` for text if the recipe has this stage, otherwise `scratch`."""
     weights: str | None = path(None)
-    """.pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of sharded ones;
-    "pretrained" for what the model's own library publishes; "torchvision" for the first that torchvision published,
-    those of the paper; "baseline" for the full-precision run of the same network, data, recipe and seed in mode auto,
-    which is made first where it is missing"""
+    """Weights to start from: a .pt, .pth, .th, .ckpt, .bin, .tar or .safetensors file, or the folder or .index.json of
+    sharded files. `pretrained`: the weights that the model's own library publishes; `torchvision`: the first weights
+    that torchvision published, which the paper uses; `baseline`: the full-precision run of the same network, data,
+    recipe and seed in mode `auto`, which is run first if it is missing."""
     weights_part: str | None = None
-    """of a file that holds several networks: the key it keeps one under, such as state_dict_ema, or how the names of
-    its tensors begin; null: the one that fits the model, raw weights before averaged ones"""
+    """For a file that holds several networks: the key of one of them, such as state_dict_ema, or the prefix of its
+    tensor names; null: the network that fits the model, with raw weights preferred over averaged ones."""
 
     bits: int = 4
-    """bits of weights and activations, 2 to 16; 32 is the full-precision baseline"""
+    """Bit-width of weights and activations, 2 to 16; 32 is the full-precision baseline. `auto` is short for
+    `policy=auto`."""
     weight_bits: int | None = None
-    """bits of weights; null: bits"""
+    """Bit-width of weights; null: `bits`."""
     activation_bits: int | None = None
-    """bits of activations; null: bits"""
+    """Bit-width of activations; null: `bits`."""
     first_last_bits: int | None = None
-    """bits of the first convolution and the last linear layer, weights and inputs; null: 8, but not on texts"""
+    """Bit-width of the first convolution and the last linear layer, weights and inputs; null: 8, or no exception for
+    text."""
     quantize_head: bool | None = None
-    """quantize the last linear layer (a classifier at first_last_bits); null: yes, but not on texts"""
+    """Quantize the last linear layer (a classifier at `first_last_bits`); null: true, or false for text."""
     conv_granularity: str = "channel"
-    """clipping scalars of a convolution weight: channel (one per output channel) or tensor"""
+    """Clipping scalars of a convolution weight: `channel` (one per output channel) or `tensor` (one in all)."""
     linear_granularity: str = "auto"
-    """clipping scalars of a linear weight: channel (one per output feature) or tensor; auto: channel on texts"""
+    """Clipping scalars of a linear weight: `channel` (one per output feature) or `tensor` (one in all); `auto`:
+    `channel` for text, otherwise `tensor`."""
     activation_granularity: str = "tensor"
-    """clipping scalars of an activation: tensor, or token (one for each token that a linear layer, an expert or the
-    scores of attention are given, solved as it comes; other activations have one per tensor still)"""
+    """Clipping scalars of an activation: `tensor` (one in all), or `token` (one for each token of the input of a linear
+    layer or an expert and of the query, key and probabilities of attention, always dynamic; other activations still
+    have one per tensor)."""
     format: str = "int"
-    """what a number looks like: int; int_affine, with a zero point, a lower and an upper end in place of one scalar; or
-    what an installed package adds"""
+    """Number format: `int`; `int_affine`, which has a zero point, and a lower and an upper clipping bound instead of
+    one clipping scalar; or one that an installed package adds."""
     weight_format: str | None = None
-    """of weights; null: format"""
+    """Number format of weights; null: `format`."""
     activation_format: str | None = None
-    """of activations; null: format"""
+    """Number format of activations; null: `format`."""
     range: str = "twos_complement"
-    """which codes plain integers have: twos_complement, with none at +s; full, one at either end; oriented, two's
-    complement whose scale has a sign, so that the code at the end serves the larger side"""
+    """Codes of the format `int`, where s is the clipping scalar: `twos_complement` (no code at +s), `full` (a code at
+    both ends) or `oriented` (two's complement with a signed step size, so that the code at the end is on the side that
+    needs it)."""
     weight_range: str | None = None
-    """of weights; null: range"""
+    """Codes of weights, as in `range`; null: `range`."""
     activation_range: str | None = None
-    """of activations; where none is below zero, full and oriented mean the same, a code at s; null: range"""
+    """Codes of activations, as in `range`; for activations that are never negative, `full` and `oriented` both have a
+    code at s; null: `range`."""
     rules: list[Any] = field(default_factory=list)
-    """exceptions by layer or tensor, a later one overrides: [{match: layer4.*, bits: 3}, {match: "*.weight", ...}]; see
-    the page about policies"""
+    """Exceptions for layers or tensors, such as `[{match: layer4.*, bits: 3}, {match: "*.weight", ...}]`; later rules
+    override earlier ones; see the page about policies."""
     policy: str | None = path(None)
-    """YAML file of such rules, which come before those of `rules`; auto, which bits=auto is short for: those that
-    qat-bits finds under the same limits, which is run first"""
+    """Mixed-precision policy: a YAML file of rules, which come before those of `rules`; or `auto` (`bits=auto` for
+    short), the rules that `qat-bits` finds under the same limits, which is run first; null: no policy."""
     budget: float | None = number(None, 2, 16)
-    """where bits are chosen: mean bits, at most, of weights and of activations, over the elements of those whose bits
-    no rule says, nor first_last_bits"""
+    """Bit allocation: maximum average bit-width, of weights and of activations each, over the elements of all tensors
+    whose bit-width neither a rule nor `first_last_bits` sets; null: no limit."""
     size_mb: float | None = number(None, 0, _LARGE, above=True)
-    """where bits are chosen: megabytes (10^6 bytes) of the stored network, at most"""
+    """Bit allocation: maximum size of the stored network in megabytes (10^6 bytes); null: no limit."""
     bitops: float | None = number(None, 0, _LARGE, above=True)
-    """where bits are chosen: 10^9 bit operations for one sample, at most: multiply-accumulates times the bits of both
-    factors"""
+    """Bit allocation: maximum number of bit operations for one sample, in units of 10^9; they are the
+    multiply-accumulates times the bit-widths of both factors; null: no limit."""
     traffic_mb: float | None = number(None, 0, _LARGE, above=True)
-    """where bits are chosen: megabytes of operands that are read for one sample, at most"""
+    """Bit allocation: maximum size, in megabytes, of the operands that are read for one sample; null: no limit."""
     latency_ms: float | None = number(None, 0, _LARGE, above=True)
-    """where bits are chosen: milliseconds for one sample, at most, by allocation.latencies"""
+    """Bit allocation: maximum latency for one sample in milliseconds, according to `allocation.latencies`; null: no
+    limit."""
     max_drop: float | None = number(None, 0, _LARGE)
-    """where bits are chosen: the least of them that cost the metric so much, at most, against full precision"""
+    """Bit allocation: find the cheapest allocation whose metric is at most this much worse than in full precision;
+    null: allocate by the limits above."""
     retrain_steps: int = number(0, 0, _BATCHES)
-    """where bits are chosen: training steps, of the recipe's stage retrain, before networks are measured"""
+    """Bit allocation: number of training steps, with the recipe's stage `retrain`, before a candidate network is
+    measured."""
 
     epochs: int | None = number(None, 1, _EPOCHS)
-    """times that the training data are gone through; null: the recipe's"""
+    """Number of passes over the training data; null: the recipe's."""
     batch_size: int | None = number(None, 1, _SAMPLES)
-    """samples a step, over all devices; null: the recipe's"""
+    """Samples per step, summed over all devices; null: the recipe's."""
     lr: float | None = number(None, 0, _LARGE, above=True)
-    """learning rate before any decay; null: the recipe's, with another batch_size in proportion to it, or for AdamW to
-    its square root"""
+    """Learning rate before any decay; null: the recipe's. If `batch_size` differs from the recipe's, that value is
+    scaled in proportion to the batch size or, for AdamW, to its square root."""
     accumulate: int = number(1, 1, _SAMPLES)
-    """parts that each batch is computed in, gradients adding up: less memory for the same batch size"""
+    """Number of parts in which each batch is computed, with gradients accumulated over them; saves memory at the same
+    batch size."""
     seed: int = number(0, 0, 2**32 - 1)
-    """of initialization, data order and augmentation; 0 to 2^32 - 1"""
+    """Seed of the initialization, data order and augmentation, 0 to 2^32 - 1."""
     backend: str = "auto"
-    """of the quantization kernels: auto, eager (plain PyTorch), compiled (C++, CPU) or triton (CUDA)"""
+    """Backend of the quantization kernels: `auto`, `eager` (plain PyTorch), `compiled` (C++, CPU) or `triton`
+    (CUDA)."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """Device: `auto`, `cpu`, `cuda` or `cuda:N`."""
     amp: Amp = Amp.none
-    """none, bf16 or fp16: autocast of convolutions and matrix products. With none, PyTorch has GPUs convolve in TF32,
-    which rounds what is multiplied to eleven significant bits"""
+    """Autocast of convolutions and matrix multiplications: `none`, `bf16` or `fp16`. With `none`, PyTorch computes
+    convolutions on GPUs in TF32, which rounds the factors to eleven significant bits."""
     channels_last: bool = True
-    """memory layout of weights and pictures: the faster one, on CPUs as on GPUs"""
+    """Use the channels-last memory layout for weights and images, which is faster on CPUs and GPUs."""
     cudnn_benchmark: bool = False
-    """on a GPU: time the algorithms of each convolution when it first meets a shape, and take the fastest. Which one
-    that is may differ from sitting to sitting, and with it the last bits of all that follows: so it is another run than
-    one without it, and does not repeat to the bit"""
+    """On a GPU, time the algorithms of each convolution when it first meets a shape, and use the fastest. The choice
+    may differ each time the command is started, and with it the last bits of all results. A run with this key therefore
+    counts as a different run and is not reproducible to the bit."""
     compile: bool = False
-    """training steps of a network that torch.compile has made one graph of: faster after a start of minutes, and with
-    other last bits"""
+    """Run training steps on the network compiled to a single graph by torch.compile: faster after minutes of startup,
+    and with different last bits."""
     limit_train_batches: int | None = number(None, 1, _BATCHES)
-    """at most so many batches an epoch; null: all"""
+    """Maximum number of training batches per epoch; null: all."""
     limit_val_batches: int | None = number(None, 1, _BATCHES)
-    """at most so many validation batches; null: all"""
+    """Maximum number of validation batches; null: all."""
     noise_batches: int = number(1, 0, _BATCHES)
-    """validation batches on which quantization noise is measured after each epoch; 0: never"""
+    """Number of validation batches on which quantization noise is measured after each epoch; 0: never."""
 
     sync_batchnorm: bool = False
-    """of several processes: BatchNorm over the batch of all together"""
+    """With several processes: compute BatchNorm statistics over the batch of all processes together."""
     distributed_timeout: float = number(600.0, 0, 1e6, above=True)
-    """of several processes: seconds after which one that waits for another gives up"""
+    """With several processes: seconds after which a process that waits for another one gives up."""
     checkpoint_minutes: float = number(10.0, 0, 1e6, above=True)
-    """a checkpoint is written so often, and at the end of each epoch"""
+    """Minutes between two checkpoints; another one is written at the end of each epoch."""
 
     sweep: dict[str, str] = field(default_factory=dict)
-    """of an experiment: what -m sweeps over, unless the command line names the key"""
+    """Set by an experiment: the keys and values that `-m` sweeps over, unless the command line sets the key."""
     standins: dict[str, str] = field(default_factory=dict)
-    """of a stand_in: what takes the place of values in `sweep`"""
+    """Set by a stand_in: replacements for values in `sweep`."""
 
     schema_version: int = SCHEMA_VERSION
-    """of this schema; filled in by the runner"""
+    """Version of this schema; set by the runner."""
     fingerprints: dict[str, str] = field(default_factory=dict)
-    """of the files and folders that this config names, as a run found them; filled in by the runner"""
+    """Fingerprints of the files and folders in this config when the run read them; set by the runner."""
 
     allocated: list[Any] = field(default_factory=list)
-    """of bits=auto: the rules that it came to; filled in by the runner"""
+    """For `bits=auto`: the rules that were found; set by the runner."""
 
     given: list[str] = field(default_factory=list)
-    """keys of preprocessing that the command gives, and a model's own leave alone; filled in by the runner"""
+    """Preprocessing keys that the command sets, which the model's own values do not override; set by the runner."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """where figures are shown beside the run's own files: tensorboard, wandb, mlflow, or what an installed package
-    adds; none: nowhere"""
+    """Experiment trackers that show the metrics in addition to the run's own files: `tensorboard`, `wandb`, `mlflow`,
+    or one that an installed package adds; `none`: no tracker."""
 
     log_excess_mse: bool = False
-    """add to steps.csv what warm-started scalars cost in MSE over converged ones (slow)"""
+    """Add to steps.csv by how much the MSE of warm-started scalars exceeds that of converged ones (slow)."""
 
     data_dir: str = path("data")
-    """where data sets lie; by default the environment variable QAT_DATA_DIR, else ./data"""
+    """Folder of the data sets; default: the environment variable QAT_DATA_DIR, otherwise ./data."""
     runs_dir: str = path("runs")
-    """where run folders are made"""
+    """Folder in which run folders are created."""
     run_dir: str | None = path(None)
-    """this run's folder; null: a folder in runs_dir named after the config"""
+    """Folder of this run; null: a folder in `runs_dir` named after the config."""
     overwrite: bool = False
-    """start anew where the run folder exists; otherwise a finished run is shown and an unfinished one resumed"""
+    """true: start from scratch if the run folder exists; false: show a finished run and resume an unfinished one."""
     resume: Resume = Resume.auto
-    """auto: go on with an unfinished run of the same config; force: of another config, too; never: refuse"""
+    """What to do with an unfinished run. `auto`: resume it if it has the same config; `force`: resume it even if the
+    config differs; `never`: stop with an error."""
 
     @property
     def training(self) -> bool:
+        """Whether the mode trains a network."""
         return self.mode in STAGES
 
     @property
     def allocating(self) -> bool:
-        """Whether bits are chosen, here or first."""
+        """Whether bit-widths are chosen, by this run or by one that precedes it."""
         return self.mode == Mode.allocate or self.policy == AUTO
 
     @property
     def limits(self) -> dict[str, float]:
-        """What bits may cost in all, by key."""
+        """The limits on the total cost of a bit allocation, by key."""
         return {key: most for key in LIMITS if (most := getattr(self, key)) is not None}
 
     @property
     def asked_bits(self) -> str:
-        """Where bits are chosen: what may be lost, or what they may cost, as in "budget=4"."""
+        """The limits, or the allowed drop, under which bit-widths are chosen, as in "budget=4"."""
         asked = self.limits or {"max_drop": self.max_drop or 0.0}
         return ", ".join(f"{key}={most:g}" for key, most in asked.items())
 
     @property
     def preprocessed(self) -> bool:
-        """Whether pictures are what the model's library says."""
+        """Whether images are preprocessed as the model's library states."""
         wanted = self.dataset.preprocessing
         follows = wanted == Preprocessing.model or (wanted == Preprocessing.auto and self.weights == PRETRAINED)
         return follows and "dataset.mean" not in foreign_keys(self.task)
 
     @property
     def task(self) -> TaskFacts:
-        """What follows from the task of the data set.
+        """The facts about the data set's task.
 
         Raises:
-            ConfigError: there is no such task.
+            ConfigError: the task does not exist.
         """
         if self.dataset.task not in FACTS:
             raise ConfigError(f"dataset.task={self.dataset.task}: must be one of {', '.join(FACTS)}")
@@ -639,28 +687,30 @@ class ConfigSchema:
 
     @property
     def stage(self) -> StageConfig:
-        """The recipe's stage that this mode uses; one that does not train takes its batch size from mode auto's.
+        """The recipe's stage that this mode uses. A mode that does not train takes its batch size from the stage of
+        mode auto.
 
         Raises:
-            ConfigError: the recipe has none.
+            ConfigError: the recipe does not have the stage.
         """
         mode = self.mode if self.training else self.auto_mode
         stage: StageConfig | None = getattr(self.recipe, mode)
         if stage is None:
             has = ", ".join(name for name, _ in self.recipe.stages())
-            raise ConfigError(f"mode={mode}: recipe={self.recipe.name} has no such stage, only {has}")
+            raise ConfigError(f"mode={mode}: recipe={self.recipe.name} has no such stage; its stages are {has}")
         return stage
 
     @property
     def auto_mode(self) -> Mode:
-        """What mode=auto stands for: the first that needs no `weights`, of those that the recipe has."""
+        """The mode that mode=auto selects: the first mode of the task that needs no `weights` and that the recipe
+        has."""
         starts = [Mode(mode) for mode in self.task.modes if mode in (Mode.scratch, Mode.finetune)]
         return next((mode for mode in starts if getattr(self.recipe, mode) is not None), Mode(self.task.modes[0]))
 
 
 @dataclass
 class Config(ConfigSchema):
-    """A resolved config: what follows from the rest is filled in (see `resolving`). Null means that there is none."""
+    """A resolved config: keys that follow from others are filled in (see `resolving`), so null means "none"."""
 
     clipping: ClippingConfig = field(default_factory=ClippingConfig)
     weight_bits: int = MISSING
@@ -675,13 +725,14 @@ class Config(ConfigSchema):
 
     @property
     def retraining(self) -> bool:
+        """Whether the mode trains a network further from `weights`."""
         return self.mode in (Mode.retrain, Mode.long_retrain)
 
     @property
     def clipping_in_mode(self) -> ClippingConfig:
-        """`clipping` with what null means in this mode: OCTAV makes up for what the paper neglects where no training
-        does. `clipping` itself keeps what was asked for, since a config that follows from this one may be of another
-        mode, such as the probes of qat-bits that are retrained."""
+        """`clipping` with nulls replaced by their meaning in this mode: without training, OCTAV accounts for what the
+        paper neglects. `clipping` itself keeps the requested values, because a config derived from this one may have
+        another mode, such as the retrained probes of qat-bits."""
         usual: dict[str, Any] = {}
         if self.mode in (Mode.ptq, Mode.allocate) and self.clipping.name == Octav.name:
             usual = {"missing_code": True, "refine": 0 if self.clipping.sync else 64}
@@ -690,7 +741,8 @@ class Config(ConfigSchema):
 
     @property
     def told_bits(self) -> int | str:
-        """Bits of weights and activations: one number if they are the same, else "4/8"; or what they are chosen for."""
+        """The bit-widths of weights and activations: one number if both are equal, otherwise "4/8"; or, if bit-widths
+        are chosen, the limits of the choice."""
         if self.allocating:
             return self.asked_bits
         both = self.weight_bits, self.activation_bits
@@ -698,11 +750,12 @@ class Config(ConfigSchema):
 
     @property
     def distilling(self) -> bool:
+        """Whether the network is trained with a teacher."""
         return self.training and self.recipe.distill != Distill.none
 
     @property
     def freezing(self) -> bool:
-        """Whether activations' scalars are static in the last part of training."""
+        """Whether the clipping scalars of activations become static in the last part of training."""
         return self.quantized_training and self.recipe.freeze_scalars_at is not None
 
     @property
@@ -712,12 +765,12 @@ class Config(ConfigSchema):
 
     @property
     def reestimating(self) -> bool:
-        """Whether BatchNorm's statistics are taken anew after training."""
+        """Whether BatchNorm statistics are re-estimated after training."""
         return self.training and self.recipe.batchnorm_batches > 0
 
     @property
     def remedies(self) -> list[str]:
-        """What is done beside quantizing and training, a word each."""
+        """The remedies applied in addition to quantization and training, one word each."""
         how, quantized = self.oscillations, self.quantized_training
         frozen, dampened = quantized and how.freeze_to is not None, quantized and how.dampening > 0
         words = {"frozen": frozen, "dampened": dampened, "batchnorm": self.reestimating}
@@ -725,33 +778,35 @@ class Config(ConfigSchema):
 
     @property
     def all_learned(self) -> bool:
-        """Whether all scalars are learned, by methods that have gradients of their own; no rule gives another."""
+        """Whether all clipping scalars are learned from gradients, i.e. no rule sets a method that solves for them."""
         others = (rule.clipping for rule in self.quantization.rules if rule.clipping is not None)
         return self.clipping.learned and all(method.learned for method in others)
 
     @property
     def all_static(self) -> bool:
-        """Whether all scalars are found before training, or without it; no rule says otherwise."""
+        """Whether all clipping scalars are calibrated before training, or without it, and there are no rules."""
         return not (self.clipping.dynamic or self.clipping.learned or self.rules)
 
     @property
     def told_remedies(self) -> list[str]:
-        """`remedies`, and mixed where rules make exceptions."""
+        """`remedies`, preceded by "mixed" if there are rules."""
         return [*(["mixed"] if self.rules else []), *self.remedies]
 
     @property
     def of_teacher(self) -> "Config":
-        """The same with the network of the teacher, which is not trained."""
+        """This config with the network of the teacher, which is not trained."""
         name = self.recipe.teacher_model
         model = self.model if name is None else ModelConfig(name=name, stem=self.model.stem)
         return replace(self, model=model, mode=Mode.evaluate)
 
     def content(self, path: str) -> str:
-        """A fingerprint of what is at a path, as the run found it, or as it is now; of no path, the word itself."""
+        """The fingerprint of a path, as recorded by the run or else as it is now. A value that is not a path is
+        returned unchanged."""
         return path if path in WORDS_OF_WEIGHTS else self.fingerprints.get(path) or fingerprint(path)
 
     def with_fingerprints(self) -> "Config":
-        """With `fingerprints` of all that it names: what a run's config.yaml holds, so that files may move later."""
+        """This config with the `fingerprints` of all files that it refers to, as saved in a run's config.yaml, so that
+        the files may be moved later."""
         named = {self.weights, self.recipe.teacher, self.model.checkpoint, checkpoint_of(self.model.name)}
         named |= {self.allocation.latencies}
         paths = sorted(path for path in named if path is not None and path not in WORDS_OF_WEIGHTS)
@@ -759,10 +814,10 @@ class Config(ConfigSchema):
 
     @property
     def quantization(self) -> Policy:
-        """What every tensor of a resolved config gets.
+        """The quantization policy of all tensors.
 
         Raises:
-            ConfigError: it makes no policy.
+            ConfigError: the keys do not form a valid policy.
         """
         method, estimator = self.clipping_in_mode.method, self.gradient.estimator
         try:
@@ -777,7 +832,7 @@ class Config(ConfigSchema):
                 weight_bits=self.weight_bits,
                 activation_bits=self.activation_bits,
                 first_last_bits=self.first_last_bits,
-                # what a rule gives another method is dynamic beside learned scalars, too, unless it says otherwise
+                # Beside learned scalars, a tensor whose rule sets another method is dynamic unless the rule disagrees.
                 dynamic=self.clipping.dynamic or self.clipping.learned,
                 eval_mode=self.clipping.eval_mode,
                 conv_granularity=self.conv_granularity,
@@ -792,17 +847,17 @@ class Config(ConfigSchema):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether scalars must be found on training batches before the first use."""
+        """Whether clipping scalars must be calibrated on training batches before the first use."""
         return self.mode not in (Mode.allocate, Mode.evaluate) and self._needs_calibration_in(self.mode)
 
     @property
     def calibrates_probes(self) -> bool:
-        """The same of the networks that are measured on the way to bits."""
+        """Whether the networks that are measured during bit allocation need calibration."""
         return self.allocating and self._needs_calibration_in(Mode.retrain if self.retrains_probes else Mode.ptq)
 
     @property
     def retrains_probes(self) -> bool:
-        """Whether networks are retrained on the way to bits, so that what these are trained by decides about bits."""
+        """Whether networks are retrained during bit allocation, so that the training settings affect the result."""
         return self.allocating and self.retrain_steps > 0
 
     def _needs_calibration_in(self, mode: Mode) -> bool:

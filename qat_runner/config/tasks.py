@@ -1,7 +1,7 @@
-"""What a config must know of each task: a few plain facts, so that no config needs the code that carries a task out.
+"""The facts about each task that a config needs, kept here so that configs do not import the code of tasks.
 
-A data set's YAML file names its task (`dataset.task`). The code of a task is in `qat_runner.tasks`, which has a name
-here, too.
+A data set's YAML file sets its task (`dataset.task`). The code of each task is in `qat_runner.tasks`, under the same
+name as here.
 """
 
 import math
@@ -13,33 +13,33 @@ from qat_runner.plugins import Registry
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a validation pass, and how it is read."""
+    """A metric of a validation pass, and how to interpret it."""
 
     name: str
     unit: str = "%"
-    """empty: it is a plain number"""
+    """unit; empty for a plain number"""
     lower_is_better: bool = False
 
     @property
     def worst(self) -> float:
-        """What every value is better than."""
+        """The value that every other one is better than."""
         return math.inf if self.lower_is_better else -math.inf
 
     @property
     def head(self) -> str:
-        """Of a column: name and unit."""
+        """The head of a table column: name and unit."""
         return f"{self.name} {self.unit}".rstrip()
 
     @property
     def title(self) -> str:
-        """Of a chart: what the figure is, with its unit or else its direction."""
+        """The title of a chart: the metric with its unit or, if it has none, which direction is better."""
         if self.unit:
             return f"Accuracy ({self.unit})"
         return f"{self.name.capitalize()} ({'lower' if self.lower_is_better else 'higher'} is better)"
 
     @property
     def points(self) -> str:
-        """What differences are counted in."""
+        """The unit of differences."""
         return "points" if self.unit else self.name
 
     def better(self, value: float, than: float) -> bool:
@@ -47,46 +47,46 @@ class Measure:
         return value < than if self.lower_is_better else value > than
 
     def best(self, values: Iterable[float]) -> float:
-        """Of at least one."""
+        """Return the best of one or more values."""
         return min(values) if self.lower_is_better else max(values)
 
     def told(self, value: float) -> str:
-        """A value with its unit."""
+        """Format a value with its unit."""
         return f"{value:.2f} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What of a run follows from its task."""
+    """The properties of a run that follow from its task."""
 
     metric: str
-    """name of the figure of a validation pass that counts"""
+    """name of the main metric of a validation pass"""
     modes: tuple[str, ...]
-    """those that it trains in; the first is what mode=auto stands for"""
+    """modes that train; mode=auto selects the first one, unless the recipe lacks it"""
     own_keys: frozenset[str]
-    """keys that mean something to it, of those that do not to every task; the other tasks' are no part of its runs"""
+    """keys that only some tasks use and that this one does; keys of other tasks are not part of its runs"""
     calibration_batches: int
-    """training batches that static scalars are calibrated on by default"""
+    """default number of training batches for the calibration of static scalars"""
     calibration_batch_size: int
-    """samples of each by default"""
+    """default number of samples in each of these batches"""
     first_last_bits: int | None = None
-    """of both ends of its networks by default; None: they have no such ends"""
+    """default bit-width of the first and the last layer; None: no exception for these layers"""
     quantize_head: bool = True
-    """by default"""
+    """default of `quantize_head`"""
     linear_granularity: str = "tensor"
-    """what linear_granularity=auto stands for"""
+    """value that linear_granularity=auto selects"""
     not_drawn: tuple[str, ...] = ()
-    """figures of a pass that have no curve, since it would flatten the others"""
+    """metrics without a curve in charts, since it would flatten the other curves"""
     dashed: tuple[str, ...] = ()
-    """figures whose curve is drawn so"""
+    """metrics whose curve is dashed"""
     unit: str = "%"
-    """of the metric; empty: it is a plain number"""
+    """unit of the main metric; empty for a plain number"""
     lower_is_better: bool = False
-    """whether less of the metric is better"""
+    """whether lower values of the main metric are better"""
 
     @property
     def measure(self) -> Measure:
-        """The metric, and how it is read."""
+        """The main metric, and how to interpret it."""
         return Measure(self.metric, self.unit, self.lower_is_better)
 
 
@@ -169,19 +169,20 @@ FACTS: Registry[TaskFacts] = Registry(
     valid=lambda facts: isinstance(facts, TaskFacts),
     of=lambda task: task.facts,
 )
-"""By name. Tasks of others can be added: `qat_runner.tasks.register`."""
+"""Task name -> its facts. `qat_runner.tasks.register` adds further tasks."""
 
 
 def foreign_keys(task: TaskFacts) -> frozenset[str]:
-    """Dotted keys that mean nothing to a task: those that others of ours have for themselves, whatever is installed."""
+    """Return the dotted keys that have no meaning for a task: those that only other built-in tasks use. This does not
+    depend on installed packages."""
     return frozenset().union(*(FACTS[name].own_keys for name in FACTS.own)) - task.own_keys
 
 
 def metrics() -> Sequence[str]:
-    """Names of the figures that count, of all tasks."""
+    """Return the names of the main metrics of all tasks."""
     return tuple(dict.fromkeys(facts.metric for _, facts in FACTS.sound()))
 
 
 def measure(name: str) -> Measure:
-    """How a figure is read, by its name; one that counts for no task is in percent."""
+    """Return how to interpret a metric, by its name; a metric that is not the main one of any task is in percent."""
     return next((facts.measure for _, facts in FACTS.sound() if facts.metric == name), Measure(name))

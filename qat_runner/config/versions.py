@@ -1,18 +1,18 @@
-"""Versions of the schema: what configs of before mean today, and which values go without saying.
+"""Versions of the schema: how older configs are converted, and which values do not affect the identity of a run.
 
-A run is identified by the keys whose values differ from `FIRST_DEFAULTS`: the value that a key had for everyone when it
-came into being. This table only ever grows. So a new key leaves the runs of before what they were, and changing a
+A run is identified by the keys whose values differ from `FIRST_DEFAULTS`, the default that each key had when it was
+introduced. This table only ever grows. So a new key does not change the identity of earlier runs, and changing a
 default later renames no run that has the old value.
 
-Whoever adds a key adds its line to the table; whoever renames or removes one, or lets a value mean something else,
-raises `SCHEMA_VERSION` and adds a step to `_STEPS`.
+If you add a key, add its line to the table. If you rename or remove a key, or change the meaning of a value, increment
+`SCHEMA_VERSION` and add a step to `_STEPS`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 2
-"""Of the configs that are written today; those without a number are of version 1."""
+"""The version of configs that are written now; configs without a version are version 1."""
 
 FIRST_DEFAULTS: dict[str, Any] = {
     "model.stem": "auto",
@@ -138,7 +138,7 @@ FIRST_DEFAULTS: dict[str, Any] = {
     "overwrite": False,
     "resume": "auto",
 }
-"""By dotted key. Keys that always had to be given are not here."""
+"""Dotted key -> its first default. Keys that never had a default are not listed."""
 
 FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "optimizer": "sgd",
@@ -159,29 +159,30 @@ FIRST_DEFAULTS_OF_STAGE: dict[str, Any] = {
     "ema_decay": 0.0,
     "drop_path": None,
 }
-"""The same for the keys of each stage of a recipe."""
+"""The first defaults of the keys of each stage of a recipe."""
 
 REVISED = {"pact": 2}
-"""Clipping methods that compute something else since a version of the schema: runs of before are other runs."""
+"""Clipping method -> the schema version since which it computes something else: earlier runs are different runs."""
 
 
 def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config of any version -> the same run in today's words; `schema_version` tells when it was written.
+    """Convert a resolved config of any version to the current schema; `schema_version` keeps the version in which it
+    was written.
 
     Raises:
-        ValueError: it is of a later version, or its version is no number.
+        ValueError: the version is later than the current one, or not a number.
     """
     config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in saved.items()}
     version = config.setdefault("schema_version", 1)
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise ValueError(f"schema_version={version}: must be 1 to {SCHEMA_VERSION}; a later qat_runner wrote it")
+        raise ValueError(f"schema_version={version}: must be 1 to {SCHEMA_VERSION}; a later qat_runner wrote this file")
     for step in _STEPS[version - 1 :]:
         step(config)
-    if config.get("dataset", {}).get("name") == "squad":  # of before data sets named their task
+    if config.get("dataset", {}).get("name") == "squad":  # from before data sets had a task
         config["dataset"].setdefault("task", "question_answering")
     for key in ("weight_format", "activation_format"):
         config.setdefault(key, config.get("format", "int"))
-    for key, value in FIRST_DEFAULTS.items():  # it knew nothing of what came later
+    for key, value in FIRST_DEFAULTS.items():  # keys that were introduced after it was written
         group, _, name = key.rpartition(".")
         (config.setdefault(group, {}) if group else config).setdefault(name, value)
     recipe = config["recipe"]
@@ -192,7 +193,7 @@ def migrate(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_2(config: dict[str, Any]) -> None:
-    """Calibration took the batch size of training; "last" was "frozen"."""
+    """Version 1 -> 2: calibration used the batch size of training; eval_mode "last" was called "frozen"."""
     clipping = config.setdefault("clipping", {})
     clipping.setdefault("calibration_batch_size", config.get("batch_size"))
     if clipping.get("eval_mode") == "frozen":
@@ -200,4 +201,4 @@ def _to_2(config: dict[str, Any]) -> None:
 
 
 _STEPS: tuple[Callable[[dict[str, Any]], None], ...] = (_to_2,)
-"""From version 1 to 2, and so on; each changes a config in place."""
+"""The conversions from version 1 to 2, and so on; each changes a config in place."""

@@ -1,7 +1,7 @@
-"""Words for the networks of other libraries, as values of `model`: torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME.
+"""Names of networks from other libraries as values of `model`: torchvision/NAME, timm/NAME, hf/FOLDER, hf/NAME.
 
-Hydra takes the value of a group for the name of a config. So each word that a command names gets a config of its own,
-which says no more than the name, before anything is composed.
+Hydra interprets the value of a group as the name of a config. So each such name in a command is registered as a config,
+which sets only the name, before anything is composed.
 """
 
 import re
@@ -18,13 +18,13 @@ _LONGEST_LABEL = 80  # characters
 
 
 def split_word(model: str) -> tuple[str, str] | None:
-    """The prefix of a word, and the name behind it; None: the model is called by a name of our own."""
+    """Split a model name into its prefix and the rest; return None if it is not the name of another library's model."""
     prefix, slash, name = model.partition("/")
     return (prefix, name) if slash and prefix in PREFIXES and name else None
 
 
 def label(model: str) -> str:
-    """A model's name as a part of a file's name: of a folder the last of its path."""
+    """Return a model's name in a form that can be part of a file name; for a folder, the last component of its path."""
     found = split_word(model)
     if found is None:
         return model
@@ -35,21 +35,21 @@ def label(model: str) -> str:
 
 
 def checkpoint_of(model: str) -> str | None:
-    """The folder, or the name on the hub, of an hf/ word; None: it is none."""
+    """Return the folder, or the name on the hub, of an hf/ name; None for any other model name."""
     found = split_word(model)
     return found[1] if found is not None and found[0] == "hf" else None
 
 
 def register_words(overrides: Sequence[str], configs: Path) -> None:
-    """Give each word among the values of `model` a config of its own, and each network without a recipe of the paper
-    that of DeiT in its place, in this process.
+    """Register, in this process, a config for each network of another library among the values of `model`, and DeiT's
+    recipe for each network without a recipe of the paper.
 
     Args:
-        overrides: of one row, or of a whole sweep.
+        overrides: the overrides of one row, or of a whole sweep.
         configs: the folder of the shipped configs, whose `recipe/paper` has recipes for some networks.
 
     Raises:
-        OverrideParseException: what Hydra cannot read.
+        OverrideParseException: Hydra cannot parse an override.
     """
     store = ConfigStore.instance().store
     for model in _models(overrides):
@@ -64,7 +64,7 @@ def register_words(overrides: Sequence[str], configs: Path) -> None:
 
 
 def _is_stored(group: str, name: str) -> bool:
-    with suppress(OSError):  # no such group
+    with suppress(OSError):  # the group does not exist
         return f"{name}.yaml" in ConfigStore.instance().list(group)
     return False
 

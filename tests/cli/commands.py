@@ -1,4 +1,4 @@
-"""Running `qat-run` in a folder of a test."""
+"""Run `qat-run` in the folder of a test."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 from qat_runner.cli.run import main
 
 Run = Callable[..., int]
-"""Arguments of a command -> its exit code."""
+"""A function from the arguments of a command to its exit code."""
 
 
 def run_in(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str]) -> Run:
-    """`qat-run` in a folder, with overrides in front of those that it is given, and behind -m."""
+    """Return `qat-run` in a folder, with `overrides` before its own arguments, but after -m."""
     monkeypatch.chdir(folder)
     return lambda *args: main([*args[: args[0] == "-m"], *overrides, *args[args[0] == "-m" :]])

@@ -1,4 +1,4 @@
-"""qat-bits and bits=auto: from the command to the folder."""
+"""qat-bits and bits=auto, from the command to the run folder."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def allocated(folder: Path) -> dict[str, int]:
-    """Tensor -> its bits, of policy.yaml."""
+    """Return the bit-width of each tensor in policy.yaml."""
     return {rule["match"]: rule["bits"] for rule in yaml.safe_load((folder / "policy.yaml").read_text())["rules"]}
 
 
@@ -53,7 +53,7 @@ def only(pattern: str) -> Path:
     return found
 
 
-def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bits_are_chosen_before_training(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     retrain = ["bits=auto", "budget=4", "mode=retrain", "weights=baseline", "epochs=1"]
     assert run(*retrain) == 0
     chosen, trained = only("*_allocate_budget4_*"), only("*_retrain_budget4_*")
@@ -77,7 +77,7 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
     assert summary is not None and summary["mode"] == "allocate" and summary["answer"] == record["answer"]
 
     again = (chosen / "summary.json").stat().st_mtime_ns
-    assert run(*retrain, "seed=0") == 0  # finished already, both
+    assert run(*retrain, "seed=0") == 0  # both are finished already
     assert (chosen / "summary.json").stat().st_mtime_ns == again
     assert report.main([str(chosen)]) == 0
     page = (chosen / "report.html").read_text()
@@ -85,32 +85,32 @@ def test_bits_are_chosen_first_and_trained_then(run: Run, capsys: pytest.Capture
 
 
 @pytest.mark.slow
-def test_the_fewest_bits_are_sought_and_the_search_goes_on_where_it_was(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_for_the_fewest_bits_resumes_where_it_stopped(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["mode=allocate", "weights=baseline", "max_drop=90", "allocation.cost=size_mb", "allocation.widths=[2,8]"]
     assert run(*words, "run_dir=sought") == 0
     record = json.loads(Path("sought/allocation.json").read_text())
-    assert record["cost"] == "size_mb" and "uniform needs 2 bits" in record["answer"]  # anything is good enough
+    assert record["cost"] == "size_mb" and "uniform needs 2 bits" in record["answer"]  # every network is good enough
     probes = {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")}
     assert len(probes) >= 2
     for name in ("summary.json", "allocation.json"):
         Path("sought", name).unlink()
-    assert sum(point["value"] is not None for point in record["uniform"]) >= 2  # all that were measured on the way
+    assert sum(point["value"] is not None for point in record["uniform"]) >= 2  # those measured in the search
     assert run(*words, "run_dir=sought") == 0
     assert {path: path.stat().st_mtime_ns for path in Path("sought/probes").glob("*/summary.json")} == probes
     assert json.loads(Path("sought/allocation.json").read_text())["answer"] == record["answer"]
 
 
 @pytest.mark.parametrize("enough", [0, 1, 5, 9, 10])
-def test_bisection_finds_the_first_that_is_enough(enough: int) -> None:
+def test_bisection_finds_the_first_that_is_good_enough(enough: int) -> None:
     asked: list[int] = []
     found = first_that_holds(range(10), lambda n: asked.append(n) or n >= enough)  # type: ignore[func-returns-value]
     assert found == (enough if enough < 10 else None) and len(asked) <= 5
     assert first_that_holds([], bool) is None
 
 
-def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qat_bits_is_qat_run_with_mode_allocate(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("qat_runner.cli.run.main", lambda args, command: asked.extend([command, *args]) or 0)
     assert bits.main(["-m", "budget=3,4"]) == 0
@@ -119,9 +119,9 @@ def test_qat_bits_is_the_mode(run: Run, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "budget=4.0" in capsys.readouterr().out
 
 
-def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_qat_bits_name_qat_bits(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert bits.main(["mode=ptq", "budget=4"]) == 2
-    assert capsys.readouterr().err == "qat-bits: mode=ptq: it is mode=allocate here; qat-run has the others\n"
+    assert capsys.readouterr().err == "qat-bits: mode=ptq: must be mode=allocate; use qat-run for other modes\n"
     assert bits.main(["--cfg", "job", "model=resnet8", "weights=w.pt", "budget=4"]) == 0
     assert "\nmode: allocate\n" in capsys.readouterr().out
     assert bits.main(["budgett=4"]) == 2
@@ -131,30 +131,36 @@ def test_qat_bits_speaks_of_itself(run: Run, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["mode=allocate", "weights=baseline"], "mode=allocate: needs to be told what bits may cost: budget, size_mb"),
-        (["bits=auto"], "bits=auto: needs to be told what bits may cost"),
+        (["mode=allocate", "weights=baseline"], "mode=allocate: needs a limit: budget, size_mb"),
+        (["bits=auto"], "bits=auto: needs a limit: "),
         (["mode=allocate", "budget=4"], "mode=allocate: needs weights="),
-        (["budget=4"], "budget=4: is for qat-bits and for bits=auto"),
-        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto goes with no other bits"),
-        (["retrain_steps=5"], "retrain_steps=5: is for qat-bits"),
-        (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: seeks the least bits by itself; no budget beside it"),
+        (["budget=4"], "budget=4: applies only to qat-bits and bits=auto"),
+        (["-m", "bits=4,auto", "budget=4"], "bits=4,auto: auto cannot be combined with other values"),
+        (["retrain_steps=5"], "retrain_steps=5: applies only to qat-bits"),
+        (["bits=auto", "budget=4", "max_drop=1"], "max_drop=1: cannot be combined with budget, since it finds the"),
         (["bits=auto", "budget=1"], "budget=1.0: must be 2 to 16"),
-        (["mode=allocate", "weights=baseline", "budget=4", "bits=32"], "mode=allocate has nothing to choose bits for"),
+        (["mode=allocate", "weights=baseline", "budget=4", "bits=32"], "mode=allocate has nothing to choose, since"),
         (["bits=auto", "budget=4", "allocation.widths=[4]"], "allocation.widths=[4]: must be two or more"),
         (["bits=auto", "budget=4", "allocation.price=hessian"], "allocation.price=hessian: must be one of gradient"),
-        (["bits=auto", "budget=4", "bits=6"], "bits=6: bits=auto chooses them; rules=[{match: GLOB, bits: 6}] exempts"),
-        (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: bits=auto chooses them"),
-        (["mode=allocate", "weights=baseline", "budget=4", "activation_bits=8"], "activation_bits=8: mode=allocate ch"),
-        (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: mode=allocate, which is what"),
+        (
+            ["bits=auto", "budget=4", "bits=6"],
+            "bits=6: cannot be set with bits=auto, which chooses bit-widths; rules=[{match: GLOB, bits: 6}] sets",
+        ),
+        (["bits=auto", "budget=4", "weight_bits=4"], "weight_bits=4: cannot be set with bits=auto, which chooses"),
+        (
+            ["mode=allocate", "weights=baseline", "budget=4", "activation_bits=8"],
+            "activation_bits=8: cannot be set with mode=allocate, which chooses",
+        ),
+        (["mode=allocate", "bits=auto", "budget=4", "weights=baseline"], "bits=auto: cannot be set with mode=allocate"),
         *(
-            (["mode=allocate", "weights=baseline", "budget=4", word], f"{word}: mode=allocate trains nothing by it")
+            (["mode=allocate", "weights=baseline", "budget=4", word], f"{word}: cannot be set with mode=allocate;")
             for word in ("lr=0.5", "batch_size=8", "epochs=9")
         ),
         (["bits=auto", "latency_ms=4"], "latency_ms: needs allocation.latencies=FILE"),
         (["bits=auto", "latency_ms=4", "allocation.latencies=none.json"], "allocation.latencies=none.json: must be a"),
     ],
 )
-def test_wrong_requests_are_refused_before_any_work(
+def test_invalid_commands_are_rejected_before_any_work(
     run: Run, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     assert run(*words) == 2
@@ -162,8 +168,8 @@ def test_wrong_requests_are_refused_before_any_work(
     assert not Path("runs").exists()
 
 
-def test_bits_of_old_records_are_still_read(tmp_path: Path) -> None:
-    """They were without effect, and told runs apart."""
+def test_bits_in_old_records_are_still_read(tmp_path: Path) -> None:
+    """Such bits had no effect, but were part of the identity of a run."""
     config = from_hydra(compose_config(["policy=auto", "budget=4"]))
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(replace(config, weight_bits=6))))
     old = load_config(tmp_path)
@@ -193,7 +199,7 @@ def test_the_command_of_a_run_whose_bits_are_chosen(
     assert command(config) == told.format(groups, "weights=w.pt")
 
 
-def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
+def test_chosen_bits_replace_the_bits_of_an_experiment() -> None:
     rows = cli_run._rows_of_experiment(["+experiment=table2", "policy=auto", "budget=4"], multirun=True)
     assert not any(row.startswith("bits=") for row in rows) and any(row.startswith("model=") for row in rows)
     asked = ["-m", "+experiment=table2", "+stand_in=digits", "policy=auto", "budget=4", "model=resnet20"]
@@ -206,7 +212,9 @@ def test_bits_that_are_chosen_are_no_rows_of_an_experiment() -> None:
     assert [config.limits for config in configs if config.quantization.full_precision] == [{}]
 
 
-def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_limits_are_rejected_before_anything_is_written(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("ms.json").write_text('{"another": {"4x4": 1.0}}')
     asked, auto = (["weights=baseline", "run_dir=small", how] for how in ("mode=allocate", "bits=auto"))
     for words, sentence in (
@@ -217,7 +225,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, caps
         for how in (asked, [*auto, "mode=retrain"]):
             assert run(*how, *words) == 2
             assert sentence in capsys.readouterr().err
-            assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for it
+            assert not Path("small").exists() and not [*Path("runs").glob("*_fp32_*")]  # nor a baseline for the search
     assert run("bits=32", "epochs=1", "run_dir=small") == 0
     before = {path: path.read_bytes() for path in Path("small").rglob("*") if path.is_file()}
     assert run(*asked, "size_mb=0.01", "overwrite=true") == 2
@@ -237,7 +245,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(run: Run, caps
         ),
     ],
 )
-def test_retraining_that_cannot_be_is_refused_before_anything_is_written(
+def test_impossible_retraining_is_rejected_before_anything_is_written(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
 ) -> None:
     monkeypatch.setattr("qat_runner.experiment.building.norms", lambda model: [])
@@ -246,7 +254,7 @@ def test_retraining_that_cannot_be_is_refused_before_anything_is_written(
     assert not Path("runs").exists()
 
 
-def test_what_is_only_shown_does_not_cost_the_answer(
+def test_a_failure_in_prices_that_are_only_shown_does_not_cost_the_answer(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def price(*args: Any) -> Prices:
@@ -266,8 +274,8 @@ def test_what_is_only_shown_does_not_cost_the_answer(
     assert report.main(["chosen"]) == 0
 
 
-def test_notes_on_a_network_are_told_once_however_many_of_it_are_measured() -> None:
-    """But for the logs of these, which are opened on the way."""
+def test_notes_on_a_network_are_logged_once_for_all_its_variants() -> None:
+    """Except in the logs of the variants, which are opened later."""
     log, texts = logging.getLogger("qat_runner"), (io.StringIO(), io.StringIO())
     outer, inner = map(logging.StreamHandler, texts)
     log.addHandler(outer)
@@ -282,7 +290,7 @@ def test_notes_on_a_network_are_told_once_however_many_of_it_are_measured() -> N
     assert texts[1].getvalue().splitlines() == ["fc is shared", "it is late"]
 
 
-def test_several_processes_do_not_choose_apart(
+def test_several_processes_cannot_choose_bits(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ranks, "launched", lambda: True)

@@ -1,4 +1,4 @@
-"""Every experiment config on pictures, run for two batches a row; and qat-report on what came of it."""
+"""Every experiment config on images, run for two batches per row, and qat-report on the results."""
 
 import csv
 import re
@@ -16,10 +16,10 @@ from qat_runner.cli.run import config_dir, main
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS
 
 OTHERS = {"table5", "decoder", "estimators"}
-"""Experiments on texts, and one that takes long."""
+"""Experiments on texts, and one that takes a long time."""
 EXPERIMENTS = sorted({path.stem for path in (config_dir() / "experiment").glob("*.yaml")} - OTHERS)
 REPORTED = [name for name in EXPERIMENTS if name != "mobilenet"]
-"""Those that are a table, which qat-report makes."""
+"""Experiments for which qat-report makes a table."""
 SHORT = ["limit_train_batches=2", "limit_val_batches=1", "backend=eager", "batch_size=16", "dataset.val_batch_size=20"]
 ROWS = {
     "table1": 6,
@@ -42,7 +42,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 LONG = {"distillation", "learned", "mobilenet", "table1", "table2", "table3"}
-"""Those that take longest."""
+"""Experiments that take longest."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in REPORTED])
@@ -62,7 +62,7 @@ def test_every_row_runs_and_is_reported(name: str, run: Run, capsys: pytest.Capt
     missing = re.search(r"Missing: (.*)", out)
     with open(f"report/{name}.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["network"] == network]
-    if name == "distillation":  # the table shows where both began, the experiment has no row for it
+    if name == "distillation":  # the table has a row for the initial weights, the experiment has none
         assert missing is not None and missing[1] == "mobilenet_v3_small, Full precision (start)."
     else:
         assert missing is None
@@ -77,7 +77,7 @@ def test_every_row_is_accepted(name: str, run: Run) -> None:
     assert len(cli_run._check_all([*args, *cli_run._rows_of_experiment(args, True)])) == ROWS[name]
 
 
-def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_are_averaged_and_mixed_runs_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["+experiment=table1", "+stand_in=digits", "+row=full_precision,octav"]
     assert run(*args, "seed=0,1", "epochs=1") == 0
     capsys.readouterr()
@@ -94,26 +94,26 @@ def test_seeds_are_averaged_and_mixed_runs_refused(run: Run, capsys: pytest.Capt
     assert "would share a cell of the table, but differ in epochs" in capsys.readouterr().err
 
 
-def test_an_experiment_needs_m_and_a_stand_in_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_experiment_needs_m_and_a_stand_in_needs_an_experiment(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["+experiment=table1"]) == 2
-    assert "experiment=table1: holds several rows; qat-run -m runs them all" in capsys.readouterr().err
+    assert "experiment=table1: has several rows; qat-run -m runs them all" in capsys.readouterr().err
     assert run("+stand_in=digits") == 2
-    assert "stand_in=digits: puts an experiment on other data" in capsys.readouterr().err
+    assert "stand_in=digits: needs +experiment=NAME" in capsys.readouterr().err
     assert run("+scale=digits") == 2
     told = capsys.readouterr()
-    assert "+scale=digits is called +stand_in=digits now" in told.out and "stand_in=digits: puts" in told.err
+    assert "+scale=digits has been renamed to +stand_in=digits" in told.out and "stand_in=digits: needs" in told.err
     for several in ("+experiment=table1,table2", "+experiment=[table1,table2]"):
         assert run(several) == 2
-        assert f"{several[1:]}: one at a time, since each has rows of its own" in capsys.readouterr().err
+        assert f"{several[1:]}: must be a single one, since each has its own rows" in capsys.readouterr().err
     assert run("+experiment=table1", "+stand_in=digits,cifar10") == 2
-    assert "stand_in=digits,cifar10: one at a time" in capsys.readouterr().err
+    assert "stand_in=digits,cifar10: must be a single one" in capsys.readouterr().err
     assert run("+experiment=table7") == 2
     assert "table7: must be one of decoder, distillation, estimators, learned, mobilenet" in capsys.readouterr().err
     assert not list(Path().iterdir())
 
 
 def test_an_experiment_is_shown_without_m(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Flags and overrides in any order; what its rows do not have in common is left out."""
+    """Flags and overrides may have any order; keys in which the rows differ are left out."""
     for words in (["--cfg", "job", "bits=6", "+experiment=table1"], ["+experiment=table1", "--cfg", "job", "bits=6"]):
         assert main(words) == 0
         shown = capsys.readouterr()
@@ -123,7 +123,7 @@ def test_an_experiment_is_shown_without_m(run: Run, capsys: pytest.CaptureFixtur
     assert not list(Path().iterdir())
 
 
-def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_commands_of_qat_report_are_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["table1", "nowhere"]) == 2
     assert "nowhere: no such folder of runs" in capsys.readouterr().err
     Path("runs").mkdir()
@@ -142,7 +142,7 @@ def test_report_refusals(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["figure1", "--run", "runs"]) == 2
     assert "runs: holds no run with a checkpoint" in capsys.readouterr().err
     assert report.main(["table9"]) == 2
-    assert "table9: is neither the folder of a run nor one of compare, methods, results" in capsys.readouterr().err
+    assert "table9: must be the folder of a run or one of compare, methods, results" in capsys.readouterr().err
     assert not Path("report").exists()
 
 
@@ -177,7 +177,7 @@ def test_figures(figures: list[tuple[str, ...]], run: Run) -> None:
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ImageNet's shape: 1000 classes, one small picture each, in both splits."""
+    """Return a folder in the layout of ImageNet: 1000 classes with one small image each, in both splits."""
     folder = tmp_path_factory.mktemp("imagenet")
     names = [FIRST_CLASS, *(f"n{2_000_000 + i:08d}" for i in range(998)), LAST_CLASS]
     chance = np.random.default_rng(0)
@@ -192,7 +192,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_on_imagenet(name: str, run: Run, imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tables as they are, for two batches: all networks and rows. The published weights are stood in for."""
+    """Run all networks and rows of the table for two batches, with random weights in place of the published ones."""
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", _fresh)
     options = ["dataset.image_size=32", "dataset.workers=0", "noise_batches=0", "epochs=1", f"data_dir={imagenet}"]
     assert run(f"+experiment={name}", *options, "model.stem=imagenet") == 0

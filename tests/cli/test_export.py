@@ -1,4 +1,4 @@
-"""qat-export as a user sees it, in this process."""
+"""qat-export as a user sees it, run in this process."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ Export = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs to export: dynamic, with scalars frozen in training, static, and in full precision."""
+    """Return the folder of the runs to export: dynamic, with scalars frozen in training, static, and full precision."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -63,7 +63,7 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     result = json.loads((out / "export.json").read_text())
     summary = json.loads(Path("dynamic/summary.json").read_text())
     figures = result["figures"]
-    assert figures["dynamic"]["accuracy"] == summary["top1"]  # the network that was trained
+    assert figures["dynamic"]["accuracy"] == summary["top1"]  # that of the trained network
     assert figures["onnx"]["agreement"] >= LEAST_AGREEMENT
     assert figures["torch"]["largest_difference"] >= 0
     assert (result["scalars"], result["batches"], result["batchnorm_kept"]) == ("averaged", 10, [])
@@ -86,9 +86,7 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert (about["picture"]["shape"], about["picture"]["mean"]) == (["N", 3, 8, 8], [0.5] * 3)
 
 
-def test_an_export_is_replaced_and_nothing_else(
-    export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_an_export_is_replaced(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     only = ("--formats", "safetensors")
     assert export("dynamic", *only, "--no-fold") == 0
     assert "bn1.weight" in read_safetensors(tmp_path / "out/model.safetensors")
@@ -147,7 +145,9 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
         (["dynamic", "--out", "full/summary.json"], "summary.json: holds something else than an export"),
     ],
 )
-def test_wrong_requests(export: Export, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+def test_invalid_commands_are_rejected(
+    export: Export, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
     before = sorted(Path().rglob("*"))
     assert export(*args) == 2
     err = capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_wrong_requests(export: Export, capsys: pytest.CaptureFixture[str], args
     assert sorted(Path().rglob("*")) == before
 
 
-def test_wrong_words(export: Export) -> None:
+def test_invalid_options_are_rejected(export: Export) -> None:
     with pytest.raises(SystemExit, match="2"):
         export("dynamic", "--scalars", "mean")
 
@@ -170,17 +170,17 @@ def test_a_file_that_disagrees_leaves_nothing(
 
 
 class SameKernels(verify.OnnxFile):
-    """onnxruntime on a processor whose fused kernels compute what the file says."""
+    """onnxruntime on a processor whose fused kernels compute what the file defines."""
 
     def __init__(self, path: Path, *, fused: bool) -> None:
         super().__init__(path, fused=False)
 
 
 class OtherKernels(verify.OnnxFile):
-    """onnxruntime on a processor whose fused kernels, or whose others, compute something else."""
+    """onnxruntime on a processor whose fused kernels, or whose other kernels, compute something else."""
 
     wrong = True
-    """fused"""
+    """true: the fused kernels compute something else; false: the other kernels do"""
 
     def __init__(self, path: Path, *, fused: bool) -> None:
         super().__init__(path, fused=fused)
@@ -192,7 +192,7 @@ class OtherKernels(verify.OnnxFile):
 
 
 @pytest.mark.slow
-def test_fused_kernels_that_compute_something_else_are_told_of(
+def test_fused_kernels_that_compute_something_else_are_reported(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
@@ -210,23 +210,23 @@ def test_fused_kernels_that_compute_something_else_are_told_of(
     assert result["milliseconds"].keys() == {"full_precision", "onnx"}
 
 
-def test_a_file_that_is_wrong_by_its_own_definition_is_refused(
+def test_a_file_that_is_wrong_by_its_own_definition_is_rejected(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(verify, "OnnxFile", OtherKernels)
-    monkeypatch.setattr(OtherKernels, "wrong", False)  # and the fused ones agree
+    monkeypatch.setattr(OtherKernels, "wrong", False)  # while the fused kernels agree
     assert export("static", "--formats", "onnx") == 1
     assert "model.onnx disagrees with the network" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_or_out_of_space_leaves_nothing(
+def test_an_interruption_or_a_full_disk_leaves_nothing(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for trouble, code, told in (
-        (KeyboardInterrupt(), 130, "interrupted; nothing was kept"),
-        (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; nothing was kept"),
+        (KeyboardInterrupt(), 130, "interrupted; no file was kept"),
+        (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; no file was kept"),
     ):
 
         def fail(*args: Any, trouble: BaseException = trouble) -> None:
@@ -266,11 +266,11 @@ def test_a_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     products = [layer for layer in layers.values() if layer["kind"] == "Matmul"]
     assert len(products) == 2 and products[0]["query"]["bits"] == 4
     session = verify.OnnxFile(Path("run/export/model.onnx"), fused=True)
-    ids = torch.randint(5, 20, (3, 17))  # any number of any length
+    ids = torch.randint(5, 20, (3, 17))  # any number of texts of any length
     assert session([ids, torch.ones_like(ids), torch.zeros_like(ids)]).shape == (3, 17, 2)
 
 
-def test_pact_and_its_widest_weights(
+def test_pact_with_weights_of_too_many_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -284,7 +284,7 @@ def test_pact_and_its_widest_weights(
     assert not (tmp_path / "wide" / "export").exists()
 
 
-def test_a_weight_of_two_layers_counts_once() -> None:
+def test_a_weight_that_two_layers_share_counts_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight
     assert exporting._bytes(model, {}) == {"full_precision": 4 * 64}

@@ -1,4 +1,4 @@
-"""A config that came from someone else: it names no code, reads nothing from the environment, writes nowhere else."""
+"""Untrusted configs: they cannot run code, read the environment, or write anywhere but to the folders of runs."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ TARGET = "{_target_: torch.load, f: EVIL.pt, weights_only: false}"
 
 
 class Evil:
-    """What its pickle does on being read leaves a trace."""
+    """An object whose pickle leaves a file when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("TRACE"),)
@@ -72,7 +72,7 @@ FOREIGN = {
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """qat-run in a folder with foreign configs in D, whose parts leave a file TRACE where they come to run."""
+    """Return qat-run in a folder with untrusted configs in D, which leave a file TRACE if any part of them is run."""
     run = run_in(tmp_path, monkeypatch, SMALL)
     monkeypatch.syspath_prepend(tmp_path / "D")
     monkeypatch.setenv("SECRET", "s3cret")
@@ -86,7 +86,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 HOSTILE = [
-    # search paths, and paths for options
+    # search paths, and paths as options of groups
     ["hydra.searchpath=[file://D]", "+row=callback"],
     ["+hydra.searchpath=[file://D]", "+row=callback"],
     ["++hydra.searchpath=[pkg://evil]"],
@@ -158,13 +158,13 @@ HOSTILE = [
     ["hydra.verbose=true"],
     ["hydra.help.template='$CONFIG'"],
     ["hydra.hydra_help.template=x"],
-    # rows that would not be looked at
+    # rows that would not be checked
     ["hydra/sweeper=basic"],
     ["hydra.mode=MULTIRUN"],
     ["+hydra.sweeper.params.seed='0,1'"],
     ["hydra.sweeper.max_batch_size=1"],
     ["hydra.overrides.task=[seed=1]"],
-    # settings of a launcher that are commands, or could end the line that they stand in
+    # settings of a launcher that are commands, or could end the line that contains them
     ["hydra/launcher=submitit_local", "hydra.launcher.submitit_folder=X"],
     ["hydra/launcher=slurm", "hydra.launcher.setup=[./evil]"],
     ["hydra/launcher=slurm", "hydra.launcher.comment='a\n./evil'"],
@@ -183,7 +183,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("args", [*HOSTILE, *(["-m", *args] for args in HOSTILE[::9])], ids=" ".join)
-def test_hostile_overrides(args: list[str], run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_overrides_are_rejected(
+    args: list[str], run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     up = os.path.relpath(tmp_path / "D" / "row", config_dir() / "row")
     refused(run, [arg.replace("UP", up) for arg in args], capsys)
 
@@ -198,20 +200,22 @@ def test_hostile_overrides(args: list[str], run: Run, tmp_path: Path, capsys: py
     ids=" ".join,
 )
 @pytest.mark.parametrize("override", ["+hydra.callbacks.x._target_=os.system", "hydra/job_logging=default"])
-def test_whatever_the_way_of_starting(
+def test_hostile_overrides_are_rejected_however_a_run_is_started(
     way: list[str], override: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(run, [*way[: way[0] == "-m"], override, *way[way[0] == "-m" :]], capsys)
 
 
-def test_by_several_processes(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_overrides_are_rejected_with_several_processes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     refused(run, ["+hydra.callbacks.x._target_=os.system"], capsys, who="qat-run, process 1: ")
 
 
 def refused(run: Run, args: list[str], capsys: pytest.CaptureFixture[str], who: str = "qat-run: ") -> str:
-    """Assert that a command is: exit code 2, a sentence that tells no secret, nothing left behind, nothing run."""
+    """Check that a command is rejected: exit code 2, one sentence without the secret, nothing left, no code run."""
     before = sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts)
     assert run(*args) == 2
     said = capsys.readouterr()
@@ -223,8 +227,8 @@ def refused(run: Run, args: list[str], capsys: pytest.CaptureFixture[str], who: 
 
 
 @pytest.mark.parametrize("name", [name for name in FOREIGN if name.startswith("row/") and name != "row/path.yaml"])
-def test_what_was_composed_is_looked_at_however_it_came_in(name: str, run: Run) -> None:
-    """As if a foreign file had come past the look at what was typed."""
+def test_composed_configs_are_checked_as_well(name: str, run: Run) -> None:
+    """As if an untrusted file had passed the check of what was typed."""
     overrides = [f"+{name.removesuffix('.yaml').replace('/', '=')}"]
     with initialize_config_dir(str(config_dir()), version_base=HYDRA_VERSION_BASE):
         hydra = GlobalHydra.instance().hydra
@@ -241,7 +245,7 @@ def test_what_was_composed_is_looked_at_however_it_came_in(name: str, run: Run) 
 
 
 def hydra_keys() -> list[str]:
-    """All dotted keys of Hydra's own, but for the launcher's and what Hydra fills in."""
+    """Return the dotted names of all of Hydra's own keys, except those of launchers and those that Hydra fills in."""
     with shipped_configs():
         keys = sorted(flat(_hydra_node("basic")))
     return [key for key in keys if not key.startswith(("launcher.", *hydras_own.FILLED_IN))]
@@ -249,7 +253,7 @@ def hydra_keys() -> list[str]:
 
 @pytest.mark.parametrize("key", hydra_keys())
 @pytest.mark.parametrize("value", ["X", "null", "{_target_:os.system}", "'${hydra.job.name}'"])
-def test_no_key_of_hydras_own_is_for_a_command_to_set(key: str, value: str) -> None:
+def test_no_command_can_set_keys_of_hydra(key: str, value: str) -> None:
     for prefix, deeper in (("", ""), ("+", ".x"), ("++", ".x._target_")):
         with pytest.raises(ConfigError, match=r"hydra.*(cannot be set|cannot name code)"):
             hydras_own.check_typed([f"{prefix}hydra.{key}{deeper}={value}"], lambda key: False)
@@ -259,7 +263,7 @@ def test_no_key_of_hydras_own_is_for_a_command_to_set(key: str, value: str) -> N
     key=st.sampled_from(hydra_keys()),
     value=st.one_of(st.none(), st.booleans(), st.integers(), st.just({"_target_": "os.system"}), st.text(max_size=5)),
 )
-def test_no_key_of_hydras_own_may_differ_where_it_was_composed(key: str, value: Any) -> None:
+def test_no_key_of_hydra_may_differ_in_a_composed_config(key: str, value: Any) -> None:
     own = _hydra_node("basic")
     node = copy.deepcopy(dict(own))
     *parents, last = key.split(".")
@@ -298,7 +302,7 @@ def test_settings_of_the_launchers(target: str) -> None:
     ],
     ids=" ".join,
 )
-def test_what_a_command_may_say(overrides: list[str]) -> None:
+def test_allowed_overrides(overrides: list[str]) -> None:
     composed = compose_config(overrides)
     assert "hydra" not in composed
     from_hydra(composed)
@@ -320,17 +324,17 @@ ABSURD = [
 
 
 @pytest.mark.parametrize("override", ABSURD, ids=lambda text: text[:40])
-def test_numbers_of_absurd_size(override: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_absurd_numbers_are_rejected(override: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{override.partition('=')[0]}=" in refused(run, [override], capsys)
 
 
-def test_a_search_without_end(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endless_search_is_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(run, ["clipping=mse_sweep", "clipping.points=99999999999999"], capsys)
     assert "clipping.points=99999999999999: must be 1 to 10000" in said
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
-    others = {"bits", "weight_bits", "activation_bits", "first_last_bits", "schema_version"}  # with checks of their own
+    others = {"bits", "weight_bits", "activation_bits", "first_last_bits", "schema_version"}  # have their own checks
     others |= {"clipping.q"}
     schema = ConfigSchema(recipe=RecipeConfig(scratch=StageConfig()))
     numbers = {key: field for key, field, _ in leaves(schema) if re.search(r"\b(int|float)\b", _written(field.type))}
@@ -355,7 +359,7 @@ def _written(annotation: Any) -> str:
     ids=["long", "deep", "long in UTF-8", "line break", "NUL", "escape"],
 )
 @pytest.mark.parametrize("key", ["run_dir", "runs_dir", "data_dir"])
-def test_paths_that_no_file_can_have(
+def test_impossible_paths_are_rejected(
     key: str, path: str, words: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(run, [f"{key}={path}"], capsys)
@@ -371,7 +375,7 @@ def test_paths_that_no_file_can_have(
         ("data_dir=a;b", "\"data_dir='a;b'\""),
     ],
 )
-def test_a_value_that_hydra_cannot_read(
+def test_a_value_that_hydra_cannot_parse_is_answered_with_a_quoted_one(
     typed: str, suggested: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(run, [typed], capsys)
@@ -403,21 +407,21 @@ def test_the_home_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run("-m", "runs_dir=~/runs", "seed=0,1") == 0
     assert len([*home.glob("runs/*/summary.json")]) == 2
     assert not Path("~").exists() and not Path("runs").exists()
-    assert not [*tmp_path.rglob("multirun.yaml")]  # what Hydra writes of its own accord
+    assert not [*tmp_path.rglob("multirun.yaml")]  # which Hydra writes by default
     config = from_hydra(compose_config(["run_dir='~'", "runs_dir='~/r'", "model.checkpoint='~/bert'"]))
     assert (config.runs_dir, config.model.checkpoint) == (f"{home}/r", f"{home}/bert")
     assert run_folder(config) == home
 
 
 @pytest.mark.parametrize("key", ["policy", "allocation.latencies", "weights", "data_dir"])
-def test_a_home_folder_that_there_is_not(key: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Python has an error of its own for it."""
+def test_the_home_folder_of_an_unknown_user(key: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python raises its own error for it."""
     beside = {"allocation.latencies": ["policy=auto", "latency_ms=1"], "weights": ["mode=ptq"]}
     beside |= {"data_dir": ["dataset=cifar10"]}
     assert f"{key}=~no-such-user/x" in refused(run, [f"{key}='~no-such-user/x'", *beside.get(key, [])], capsys)
 
 
-def test_runs_in_a_home_folder_that_there_is_not() -> None:
+def test_runs_in_the_home_folder_of_an_unknown_user() -> None:
     config = from_hydra(compose_config(["dataset=imagefolder", "dataset.num_classes=2", "data_dir='~no-such-user'"]))
     assert str(identity(config)["data_dir"]).endswith("/~no-such-user")
     assert run_folder(replace(config, runs_dir="~no-such-user")).parent == Path("~no-such-user")
@@ -425,7 +429,7 @@ def test_runs_in_a_home_folder_that_there_is_not() -> None:
     assert hub.ask("~no-such-user", lambda place, **_: place, "a network") == "~no-such-user"
 
 
-def test_rows_that_are_refused_late_leave_nothing(
+def test_rows_that_are_rejected_late_leave_nothing(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object) -> None:
@@ -455,7 +459,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("content", SAVED.values(), ids=SAVED)
-def test_saved_configs_are_plain(content: str | bytes, run: Run) -> None:
+def test_saved_configs_that_are_not_plain_are_rejected(content: str | bytes, run: Run) -> None:
     path = Path("config.yaml")
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UnreadableError) as refusal:
@@ -466,7 +470,7 @@ def test_saved_configs_are_plain(content: str | bytes, run: Run) -> None:
 
 
 @pytest.mark.reliability
-def test_a_locale_that_knows_ascii_alone(tmp_path: Path) -> None:
+def test_a_locale_with_ascii_only(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "qat_runner", "-m", *SMALL]
     ascii_alone = functools.partial(subprocess.run, env=environment, cwd=tmp_path, capture_output=True)

@@ -1,4 +1,4 @@
-"""Rows as jobs of a launcher, and commands that go on in a process of their own: which, and what they are given."""
+"""Rows as jobs of a launcher, and detached commands: which are started, and with which arguments."""
 
 import re
 import shutil
@@ -24,7 +24,7 @@ SMALL = ["backend=eager", "model=resnet8", "dataset=fake", "dataset.image_size=8
 
 
 class Launcher:
-    """In place of a cluster: it composes rows as Hydra's launchers do, and carries them out one after the other."""
+    """A launcher in place of a cluster: it composes rows as Hydra's launchers do, and runs them one after the other."""
 
     def __init__(self) -> None:
         self.jobs: list[list[str]] = []
@@ -59,7 +59,7 @@ class Failed:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv(LAUNCHED, "")  # so that what a job makes of it is put back
+    monkeypatch.setenv(LAUNCHED, "")  # restores it after a job has changed it
     return run_in(tmp_path, monkeypatch, SMALL)
 
 
@@ -73,7 +73,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
 
 @pytest.fixture
 def carried_out(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configs of jobs that came to run. Those of seed 1 are finished already, those of seed 2 broken off."""
+    """Return the list of configs that jobs ran. Seed 1 is finished, seed 2 cannot be resumed, seed 3 is busy."""
     configs: list[Config] = []
 
     def carry_out(config: Config) -> dict[str, Any]:
@@ -100,13 +100,13 @@ def test_a_job_for_each_run_that_is_not_finished(
     told = capsys.readouterr().err
     assert told.count("seed 2 is trained to its end") == 1 and told.count("seed 3 is busy") == 1
     told_apart = [(config.clipping.name, config.seed) for config in carried_out]
-    assert told_apart == [("octav", 0), ("octav", 3)]  # in full precision, of which clipping makes no other run
+    assert told_apart == [("octav", 0), ("octav", 3)]  # in full precision, clipping has no effect
     assert all(config.overwrite for config in carried_out)
     assert not any(re.match("hydra", word) for job in launcher.jobs for word in job)
     (settings,) = launcher.settings
     assert settings["partition"] == "gpu" and settings["dir"] == "runs"
     launcher.jobs.clear()
-    assert run("-m", "hydra/launcher=slurm", "seed=1") == 0 and not launcher.jobs  # nothing is left to do
+    assert run("-m", "hydra/launcher=slurm", "seed=1") == 0 and not launcher.jobs  # no run is left to do
 
 
 def test_rows_of_an_experiment_as_jobs(run: Run, launcher: Launcher, carried_out: list[Config]) -> None:
@@ -116,22 +116,22 @@ def test_rows_of_an_experiment_as_jobs(run: Run, launcher: Launcher, carried_out
     assert len({config.clipping.name for config in carried_out}) > 1
 
 
-def test_slurm_is_refused_where_there_is_none(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_launcher_for_slurm_is_rejected_without_slurm(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     if shutil.which("srun") is not None:
         pytest.skip("there is one here")
     assert run("-m", "hydra/launcher=slurm", "seed=0,1") == 2
-    assert "hydra/launcher=slurm: there is no srun here" in capsys.readouterr().err
+    assert "hydra/launcher=slurm: needs a machine of a Slurm cluster" in capsys.readouterr().err
     assert not [*Path().iterdir()]
 
 
-def test_a_row_is_one_process(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_than_one_process_per_row_is_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8") == 2
     told = capsys.readouterr().err
-    assert "hydra.launcher.tasks_per_node=8: must be 1: a row is one process; several are torchrun's to start" in told
+    assert "hydra.launcher.tasks_per_node=8: must be 1, since a row is one process; to use several" in told
 
 
-def test_a_command_that_is_detached_is_the_one_that_was_typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is filled in beside it, such as keys of preprocessing that it gives, is not for a command to give."""
+def test_a_detached_command_has_the_arguments_that_were_typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that are filled in, such as the list of preprocessing keys that were typed, are not valid in a command."""
     started: list[list[str]] = []
     monkeypatch.setattr(
         subprocess, "Popen", lambda command, **kwargs: started.append(command) or SimpleNamespace(pid=1)

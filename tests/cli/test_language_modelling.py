@@ -1,4 +1,4 @@
-"""Decoders on text by the command line: tiny networks, a tiny text."""
+"""Decoders on text from the command line, with tiny networks and a tiny text."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def summary(folder: str) -> dict[str, Any]:
 
 
 def perplexity_of_transformers(folder: Path, length: int) -> float:
-    """Of val.txt, block by block, in float64."""
+    """Return the perplexity of val.txt, computed block by block in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = torch.tensor(byte_tokenizer()(Path("data/text/val.txt").read_text())["input_ids"])
     nats = 0.0
@@ -61,7 +61,7 @@ def test_perplexity_is_that_of_the_network_on_the_whole_text(run: Run) -> None:
     assert summary("same")["perplexity"] == pytest.approx(math.exp(summary("same")["loss"]))
 
 
-def test_the_record_and_the_pages(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_record_and_the_html_reports(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bits=4", "epochs=2", "accumulate=3", "amp=bf16", "run_dir=four", "noise_batches=1") == 0
     out = capsys.readouterr().out
     assert "perplexity" in out and "perplexity %" not in out and "block/s" in out
@@ -86,8 +86,8 @@ def test_the_record_and_the_pages(run: Run, capsys: pytest.CaptureFixture[str]) 
     assert f"perplexity {found['perplexity']:.2f}" in capsys.readouterr().out
 
 
-def test_the_best_epoch_is_the_one_of_least_perplexity(run: Run) -> None:
-    """With a learning rate so high that it gets worse."""
+def test_the_best_epoch_is_the_one_with_the_lowest_perplexity(run: Run) -> None:
+    """The learning rate is so high that the network gets worse."""
     assert run("bits=32", "epochs=3", "lr=0.3", "recipe.finetune.warmup_epochs=0", "run_dir=worse") == 0
     with open("worse/metrics.csv", newline="") as file:
         values = [float(row["val_perplexity"]) for row in csv.DictReader(file)]
@@ -96,7 +96,7 @@ def test_the_best_epoch_is_the_one_of_least_perplexity(run: Run) -> None:
     assert best["epoch"] == values.index(min(values)) + 1
 
 
-def test_an_interrupted_run_ends_as_an_unbroken_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from qat_runner.training.loop import Trainer
 
     tiny_decoder(Path("small"), "gpt2", layers=1)  # with dropout, and tied weights
@@ -115,8 +115,8 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(run: Run, monkeypatch: pytes
     assert same(result(Path("whole")), result(Path("broken")))
 
 
-def test_from_random_weights_to_a_network_that_was_taught(run: Run) -> None:
-    """By its full-precision self alone: labels take no part."""
+def test_from_random_weights_to_a_distilled_network(run: Run) -> None:
+    """The full-precision network is the only teacher: labels are not used."""
     tiny_decoder(Path("bare"), layers=1, weights=False)
     scratch = ["model.checkpoint=bare", "recipe=text_scratch", "epochs=1"]
     taught = ["recipe.distill=full_precision", "recipe.distill_weight=1.0", "recipe.distill_temperature=1.0"]
@@ -129,11 +129,11 @@ def test_from_random_weights_to_a_network_that_was_taught(run: Run) -> None:
     assert summary("same")["perplexity"] == pytest.approx(summary(str(full))["perplexity"])
     with open("taught/steps.csv", newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert all(0 <= loss < 0.1 for loss in losses)  # a divergence from what it was, in nats; text is at 5.5
+    assert all(0 <= loss < 0.1 for loss in losses)  # the divergence from the teacher, in nats; the loss on text is 5.5
 
 
 @pytest.mark.slow
-def test_its_files_do_what_the_network_does(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_files_do_what_the_network_does(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     assert run("bits=8", "epochs=1", "run_dir=eight") == 0
     assert export.main(["eight", "--formats", "onnx", "safetensors"]) == 0
@@ -152,7 +152,7 @@ def trained() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_come_to_what_one_does(run: Run, tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(run: Run, tmp_path: Path) -> None:
     one, _ = together(trained, 2, tmp_path)
     assert run("bits=32", "batch_size=8", "epochs=1", "dataset.val_batch_size=3", "run_dir=alone") == 0
     for key, value in one.items():
@@ -175,7 +175,9 @@ def test_two_processes_come_to_what_one_does(run: Run, tmp_path: Path) -> None:
         (["mode=ptq", "weights=nowhere.pt"], "weights=nowhere.pt: "),
     ],
 )
-def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_commands_are_rejected(
+    run: Run, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*args) == 2
     err = capsys.readouterr().err
     assert message in err
@@ -183,7 +185,7 @@ def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.Captur
     assert not Path("runs").exists()
 
 
-def test_a_text_that_is_too_short(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_that_is_too_short_is_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("data/text/train.txt").write_text("short")
     assert run("epochs=1") == 2
     assert "train has 5 tokens; must have at least 17: a block and the token after it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs on folders and arrays as people have them."""
+"""Runs on folders and arrays as users have them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FOLDERS = ["dataset=imagefolder", "data_dir=data", "dataset.image_size=8", "data
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder data, with two classes, one of which has a name of bytes."""
+    """Return the folder data with two classes, one of which has a name that is not valid UTF-8."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path.parent / f"{tmp_path.name}-cache"))
     for split in ("train", "val"):
@@ -30,7 +30,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def test_what_was_left_out_is_on_record(data: Path) -> None:
+def test_images_that_were_left_out_are_recorded(data: Path) -> None:
     (data / "train" / ".ipynb_checkpoints").mkdir()
     os.mkfifo(data / "val" / "a" / "0.jpg")
     (data / "val" / "a" / "x\ny.jpg").write_bytes(b"no picture")
@@ -44,8 +44,8 @@ def test_what_was_left_out_is_on_record(data: Path) -> None:
     assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 2
 
 
-def test_a_network_is_seen_at_work_on_pictures_that_are_sound(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the first two that it would see, two at a time, are not."""
+def test_the_example_has_only_valid_images(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two images, which would be the first example, cannot be decoded."""
     sound, seen = Decoded.__getitem__, []
 
     def bad(self: Decoded, item: Any) -> Any:
@@ -58,7 +58,7 @@ def test_a_network_is_seen_at_work_on_pictures_that_are_sound(data: Path, monkey
     assert json.loads((data.parent / "run" / "summary.json").read_text())["corrupt_pictures"] == 1
 
 
-def test_a_bad_picture_ends_a_run_with_a_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_image_ends_a_run_with_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "val" / os.fsdecode(b"b\xff") / "x\ny.jpg").write_bytes(b"no picture")
     assert main([*SMALL, *FOLDERS]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qat-run:")]
@@ -68,7 +68,9 @@ def test_a_bad_picture_ends_a_run_with_a_sentence(data: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("change", ["empty class", "other classes", "one-hot", "hidden classes alone"])
-def test_what_can_be_known_before_leaves_nothing(data: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+def test_errors_that_are_found_before_the_run_leave_nothing(
+    data: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
     asked = FOLDERS
     if change == "empty class":
         (data / "train" / "c").mkdir()
@@ -92,7 +94,7 @@ def test_what_can_be_known_before_leaves_nothing(data: Path, capsys: pytest.Capt
     ("asked", "told"),
     [
         ("dataset.resizing=tensor", "dataset.decode=gpu: needs a CUDA device, and device=cpu is the CPU"),
-        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor where dataset.decode=gpu"),
+        ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor with dataset.decode=gpu"),
     ],
 )
 def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, told: str) -> None:

@@ -1,4 +1,4 @@
-"""BERT on SQuAD by the command line: a tiny network, a tiny file."""
+"""BERT on SQuAD from the command line, with a tiny network and a tiny file."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def test_the_record_of_fine_tuning(run: Run, capsys: pytest.CaptureFixture[str])
         assert (folder / plot).stat().st_size > 10_000
 
 
-def test_an_interrupted_run_ends_as_an_unbroken_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from qat_runner.training.loop import Trainer
 
     assert run("epochs=2", "run_dir=whole") == 0
@@ -92,12 +92,12 @@ def test_a_fine_tuned_network_is_quantized_retrained_and_distilled(run: Run) -> 
 
 
 @pytest.mark.parametrize("clipping", ["static_mse_sweep", "static_percentile", "max", "lsq", "pact"])
-def test_every_clipping_method(run: Run, clipping: str) -> None:
+def test_every_clipping_method_trains(run: Run, clipping: str) -> None:
     assert run(f"clipping={clipping}", "epochs=1", "limit_train_batches=2", "limit_val_batches=1", "accumulate=2") == 0
 
 
 @pytest.mark.slow
-def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table5_and_the_figures_of_bert(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["-m", "+experiment=table5", "+stand_in=short_squad", "bits=4", "epochs=1", "dataset.train_questions=16"]
     assert run(*args) == 0
     table = capsys.readouterr().out.split("f1 %")[-1].split("\n\n")[0]
@@ -128,7 +128,7 @@ def test_table5_and_what_goes_with_it(run: Run, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_every_row_of_table5(run: Run) -> None:
-    """As it is, both networks at 4 to 8 bits, for two batches; the published checkpoints are stood in for."""
+    """Run all rows, of both networks at 4 to 8 bits, for two batches, with a tiny checkpoint for the published ones."""
     short = ["epochs=1", "limit_train_batches=2", "limit_val_batches=1", "noise_batches=0"]
     assert main(["-m", "+experiment=table5", *SMALL[2:], "backend=eager", *short]) == 0
     assert len([*Path("runs").glob("*/summary.json")]) == 2 * (1 + 5 * 7)
@@ -150,7 +150,9 @@ def test_every_row_of_table5(run: Run) -> None:
         (["mode=ptq", "weights=bert/model.safetensors"], "weights=bert/model.safetensors: too few tensors match"),
     ],
 )
-def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_commands_are_rejected(
+    run: Run, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*args) == 2
     err = capsys.readouterr().err
     assert message in err
@@ -158,11 +160,11 @@ def test_refusals(run: Run, args: list[str], message: str, capsys: pytest.Captur
     assert not Path("runs").exists()
 
 
-def test_another_checkpoint_is_another_run(run: Run) -> None:
+def test_a_different_checkpoint_is_a_different_run(run: Run) -> None:
     tiny = ["epochs=1", "limit_train_batches=1", "limit_val_batches=1"]
     assert run(*tiny) == 0
     Path("bert").rename("elsewhere")
-    assert run(*tiny, "model.checkpoint=elsewhere") == 0  # the same content
+    assert run(*tiny, "model.checkpoint=elsewhere") == 0  # with the same content
     assert len([*Path("runs").iterdir()]) == 1
     tiny_bert(Path("bert"), layers=1)
     assert run(*tiny) == 0

@@ -1,4 +1,4 @@
-"""Rules from the command line and from a file: what is run, recorded, named, and refused."""
+"""Rules from the command line and from a file: what is run, recorded, part of the name, and rejected."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_a_file_and_a_rule_on_top_of_it(place: Path) -> None:
     assert bits["layer2.0.conv1", "weight"] == "4" and bits["conv1", "weight"] == "8"
     assert ("linear", "weight") not in bits and "Linear linear" in table[-1]
 
-    (place / "mixed.yaml").unlink()  # the record needs it no more
+    (place / "mixed.yaml").unlink()  # the record no longer needs it
     config = load_config(folder)
     assert config is not None and config.policy is None and len(config.rules) == 4
     assert run_name(config) == folder.name
@@ -46,7 +46,7 @@ def test_a_file_and_a_rule_on_top_of_it(place: Path) -> None:
     assert len([*folder.parent.iterdir()]) == 1
 
 
-def test_without_rules_nothing_is_new(place: Path) -> None:
+def test_without_rules_names_are_as_before_rules_existed(place: Path) -> None:
     assert main([*SMALL, "run_dir=run"]) == 0
     saved = yaml.safe_load((place / "run" / "config.yaml").read_text())
     for key in ("rules", "policy", "format"):
@@ -61,12 +61,12 @@ def test_without_rules_nothing_is_new(place: Path) -> None:
     ("content", "words", "told"),
     [
         (None, ["policy=nowhere.yaml"], "policy=nowhere.yaml: there is no such file"),
-        ("rules: [{match: *.weight, bits: 3}]", ["policy=p.yaml"], "a glob that begins with * is written in quotes"),
+        ("rules: [{match: *.weight, bits: 3}]", ["policy=p.yaml"], "a glob that begins with * must be in quotes"),
         ("- {match: a, bits: 3}", ["policy=p.yaml"], "policy=p.yaml: cannot be read"),
-        ("bits: 3\nrules: []", ["policy=p.yaml"], "policy=p.yaml: must hold one key, rules, with a list of rules"),
-        ("rules: {match: a}", ["policy=p.yaml"], "policy=p.yaml: must hold one key, rules, with a list of rules"),
+        ("bits: 3\nrules: []", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
+        ("rules: {match: a}", ["policy=p.yaml"], "policy=p.yaml: must hold the single key rules with a list of rules"),
         ("rules: [{match: a, bits: 1}]", ["policy=p.yaml"], "rules: rule 'a': bits=1: must be 2 to 16, or 32"),
-        (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', only match, type, bits"),
+        (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', must be one of match"),
         (None, ["rules=[{match: a, bits: 3.0}]"], "rules: rule 'a': bits=3.0: must be 2 to 16, or 32"),
         (None, ["rules=[layer3]"], "rules: rule 'layer3': must be a mapping"),
         (None, ["rules=3"], "rules"),
@@ -76,7 +76,7 @@ def test_without_rules_nothing_is_new(place: Path) -> None:
         (None, ["clipping=max", "clipping.warm_iterations=3"], "clipping 'max' has no option 'warm_iterations'"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_rules_are_rejected(
     content: str | None, words: list[str], told: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:

@@ -1,4 +1,4 @@
-"""qat-run as a user sees it, in this process: small networks, small pictures."""
+"""qat-run as a user sees it, run in this process with small networks and small images."""
 
 import csv
 import json
@@ -136,7 +136,9 @@ def test_the_record_of_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> No
     assert "epoch 2/2: train loss" in (folder / "log.txt").read_text()
 
 
-def test_the_same_again_is_looked_up_and_overwrite_starts_anew(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_looked_up_and_overwrite_starts_from_scratch(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("epochs=1") == 0
     folder = only_run()
     first, weights = rows(folder / "steps.csv"), (folder / "checkpoints/last.pt").stat().st_mtime_ns
@@ -148,13 +150,13 @@ def test_the_same_again_is_looked_up_and_overwrite_starts_anew(run: Run, capsys:
     assert rows(folder / "steps.csv") == first  # same config and seed: same numbers
 
 
-def test_interrupted_and_resumed_is_the_same_as_in_one_go(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("epochs=3", "run_dir=whole") == 0
     original = Trainer._train_epoch
 
     def break_off(self: Trainer, epoch: int, progress: Any) -> dict[str, float]:
         if epoch == 2:
-            self.record.steps([{"epoch": 3, "step": 1, "loss": 0.0, "lr": 0.0}])  # what a killed epoch may leave
+            self.record.steps([{"epoch": 3, "step": 1, "loss": 0.0, "lr": 0.0}])  # rows that a killed epoch may leave
             raise KeyboardInterrupt
         return original(self, epoch, progress)
 
@@ -178,7 +180,7 @@ def test_scalars_are_frozen_at_the_last_step_at_the_latest(run: Run) -> None:
     assert "static from here on (epoch 0.5)" in (folder / "log.txt").read_text()
     assert json.loads((folder / "summary.json").read_text())["clipping"] == "octav-to-static"
     assert run("epochs=1", "limit_train_batches=1", "recipe.freeze_scalars_at=0.75", "run_dir=short") == 0
-    assert "static from here on" not in Path("short/log.txt").read_text()  # before the only step there are none
+    assert "static from here on" not in Path("short/log.txt").read_text()  # there are no scalars before the only step
     assert json.loads(Path("short/summary.json").read_text())["clipping"] == "octav"
 
 
@@ -193,7 +195,7 @@ def test_scalars_frozen_in_training(run: Run, monkeypatch: pytest.MonkeyPatch) -
         }
         for e in ("1", "2")
     )
-    assert first == second and len(first) == 8  # in evaluation as in training, from then on
+    assert first == second and len(first) == 8  # from then on, in evaluation as in training
     assert "static from here on (epoch 0.5)" in Path("whole/log.txt").read_text()
     assert json.loads(Path("whole/summary.json").read_text())["clipping"] == "octav-to-static"
     original = Trainer._train_epoch
@@ -227,7 +229,7 @@ def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "vs fp32" in table
     assert table.count("resnet8  fake") == 5
     assert "6 rows are 5 run(s): keys without effect" in table and "\nrun 5 of 5\n" in table
-    assert run("bits=4", "epochs=1") == 0  # alone, and compared all the same
+    assert run("bits=4", "epochs=1") == 0  # a single run, which is compared as well
     row = capsys.readouterr().out.splitlines()[-3]
     gap = {(s["bits"], s["clipping"]): s["top1"] for s in summaries}
     assert f" {gap[4, 'octav'] - gap[32, 'none']:+.2f} " in row
@@ -249,7 +251,7 @@ def test_a_row_in_two_folders_of_runs_is_run_in_both(run: Run, monkeypatch: pyte
     assert asked == ["a", "b"]
 
 
-def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
+def test_a_sweep_over_seeds_ends_with_means_and_the_command_of_its_html_report(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("-m", "bits=32,4", "clipping=octav,max", "epochs=1", "seed=0,1", "runs_dir=two words") == 0
@@ -265,15 +267,15 @@ def test_a_sweep_over_seeds_ends_with_means_and_what_makes_its_page(
     drops = [top1[4, "max", seed] - top1[32, "none", seed] for seed in (0, 1)]
     assert f"{sum(drops) / 2:+.2f} ± " in table.splitlines()[-1]
     assert sentence.startswith("resnet8, fake, scratch, 4 bits, in points against full precision: octav ")
-    command, told = closing.split(" makes a page of them")
+    command, told = closing.split(" writes an HTML report of them")
     assert (command, told) == ("qat-report compare 'two words'", "")
     assert report(shlex.split(command)[1:]) == 0
     assert Path("report/compare.html").is_file()
 
 
-def test_a_run_ends_with_what_makes_its_page(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_ends_with_the_command_of_its_html_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("epochs=1", "run_dir=mine") == 0
-    assert capsys.readouterr().out.endswith("\n\nqat-report mine makes a page of it\n")
+    assert capsys.readouterr().out.endswith("\n\nqat-report mine writes an HTML report of it\n")
 
 
 def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,8 +288,8 @@ def test_a_failed_row_is_reported_and_the_others_run(run: Run, capsys: pytest.Ca
     assert captured.out.count("resnet8  fake") == 1
 
 
-def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """The scalars of the file, dynamic or static; another config is refused, and a file of old is understood."""
+def test_evaluation_uses_the_scalars_that_training_froze(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scalars are those of the file, dynamic or static. Another config is rejected; files of old versions load."""
     freezing = ("epochs=2", "recipe.freeze_scalars_at=0.5", "run_dir=whole")
     assert run(*freezing) == 0
     saved = torch.load("whole/checkpoints/last.pt", weights_only=True)
@@ -303,12 +305,12 @@ def test_evaluation_measures_what_training_made_static(run: Run, capsys: pytest.
     evaluate = ("mode=evaluate", "clipping=static_octav", "weights=dynamic/checkpoints/last.pt", "run_dir=refused")
     assert run(*evaluate) == 2 and not Path("refused").exists()
     retrain = ("mode=retrain", "weights=whole/checkpoints/last.pt", "epochs=1", "run_dir=retrained")
-    assert run(*retrain) == 0  # with quantizers of its own
+    assert run(*retrain) == 0  # with its own quantizers
     state = torch.load("retrained/checkpoints/last.pt", weights_only=True)["model"]
     assert not any(value for key, value in state.items() if key.endswith("_quantizer.static"))
 
 
-def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_has_its_own_batch_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav", "dataset.fake_pictures=400"]
     assert run(*ptq, "batch_size=512", "run_dir=one") == 0
@@ -318,7 +320,7 @@ def test_calibration_has_a_batch_size_of_its_own(run: Run, capsys: pytest.Captur
     assert run(*ptq, "clipping.calibration_batch_size=0") == 2
 
 
-def test_an_input_that_no_batch_reached_is_a_sentence(
+def test_an_input_that_no_batch_reached_is_reported_in_one_sentence(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
@@ -329,7 +331,7 @@ def test_an_input_that_no_batch_reached_is_a_sentence(
 
 
 @pytest.mark.parametrize("clipping", ["static_octav", "static_percentile", "percentile", "mse_sweep"])
-def test_every_clipping_trains(run: Run, clipping: str) -> None:
+def test_every_clipping_method_trains(run: Run, clipping: str) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     extra = ["clipping.points=10"] if clipping == "mse_sweep" else []
     retrain = ["mode=retrain", "weights=w.pt", "epochs=1", "limit_train_batches=1"]
@@ -340,7 +342,7 @@ def test_every_clipping_trains(run: Run, clipping: str) -> None:
         assert s["0"] == s["1"]
 
 
-def test_weights_modes(run: Run, tmp_path: Path) -> None:
+def test_modes_that_need_weights(run: Run, tmp_path: Path) -> None:
     torch.save({"state_dict": build_model("resnet8", 10, 8).state_dict()}, tmp_path / "w.pt")
     assert run("mode=evaluate", "bits=32", "weights=w.pt", "run_dir=full") == 0
     assert run("mode=ptq", "bits=8", "weights=w.pt", "run_dir=ptq") == 0
@@ -375,8 +377,8 @@ def test_precision_and_layout_options(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert seen == [(torch.float32, 32, [True, True])]
 
 
-def test_a_checkpoint_is_written_every_so_many_minutes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten, unless said otherwise: here steps take four of them each."""
+def test_checkpoints_are_written_at_intervals_of_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default interval is ten minutes; in this test, each step takes four."""
     now, at, before = [0.0], [], Trainer._save
 
     def saved(trainer: Trainer, **how: bool) -> None:
@@ -397,7 +399,7 @@ def test_a_checkpoint_is_written_every_so_many_minutes(run: Run, monkeypatch: py
 
 TAUGHT = ("recipe.distill=full_precision", "recipe.teacher=ok.pt")
 WRONG = [
-    (["--shell-completion"], "--shell-completion: wants one of install=, uninstall= and query="),
+    (["--shell-completion"], "--shell-completion: must be one of install=, uninstall= and query="),
     (["--shell-completion", "install=foo"], "with bash, fish or zsh"),
     (["model=resnet5"], "model=resnet5: must be one of bert, bert_base, bert_large, decoder, mobilenet_v2"),
     (["clipping=octave"], "did you mean octav"),
@@ -407,16 +409,16 @@ WRONG = [
     (["format=int_affine", "clipping=pact"], "qat-run: clipping 'pact' is for plain integers, not for int_affine4"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
     (["bits=abc"], "bits=abc: must be an integer"),
-    (["bits 4"], "bits 4: is no KEY=VALUE; qat-run --help shows what can be asked for"),
+    (["bits 4"], "bits 4: must be KEY=VALUE; qat-run --help lists all keys and flags"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),
     (["trackers=[none,tensorboard]"], "trackers=[none,tensorboard]: none is for itself alone"),
     (["recipe.scratch.schedul=cosine"], "did you mean recipe.scratch.schedule?"),
     (["gradient=ewgs", "gradient.options.delt=0.1"], "gradient 'ewgs' has no option 'delt', only delta"),
-    (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: is not for log_excess_mse=true"),
-    (["clipping.sync=true", "clipping.refine=8"], "clipping.sync=true: is not for clipping.refine=8"),
+    (["clipping.sync=true", "log_excess_mse=true"], "clipping.sync=true: cannot be combined with log_excess_mse=true"),
+    (["clipping.sync=true", "clipping.refine=8"], "clipping.sync=true: cannot be combined with clipping.refine=8"),
     (["clipping.options={multiple: 2}"], "clipping 'octav' has no option 'multiple', only iterations"),
     (["clipping.options.multiple=2"], "clipping 'octav' has no option 'multiple', only iterations"),
-    (["model=resnet20", "dataset=imagenet"], "dataset=imagenet: not found in data_dir"),  # with a recipe of DeiT's
+    (["model=resnet20", "dataset=imagenet"], "dataset=imagenet: not found in data_dir"),  # its recipe is deit
     (
         ["dataset=imagefolder", "dataset.image_size=32", "dataset.resize_size=16"],
         "must be dataset.image_size=32 or more",
@@ -439,9 +441,9 @@ WRONG = [
     (["experiment=table2"], "unknown key 'experiment'; did you mean +experiment=NAME?"),
     (["row=octav"], "unknown key 'row'; did you mean +row=NAME?"),
     (["standin=digits"], "unknown key 'standin'; qat-run --help lists all keys"),
-    (["-m", "+sweep.bits=2"], "sweep: is for files of experiments and stand-ins to say"),
-    (["given=[dataset.mean]"], "given: is filled in by the runner"),
-    (["bits"], "bits: is no KEY=VALUE"),
+    (["-m", "+sweep.bits=2"], "sweep: can only be set in the files of experiments and stand-ins"),
+    (["given=[dataset.mean]"], "given: cannot be set; the runner fills it in"),
+    (["bits"], "bits: must be KEY=VALUE"),
     (["mode=retrain"], "needs weights"),
     (["mode=retrain", "weights=absent.pt"], "absent.pt: no such file"),
     (["mode=ptq", "weights=other.pt"], "weights=other.pt: too few tensors match"),
@@ -456,13 +458,13 @@ WRONG = [
     (["mode=evaluate", "weights=ok.pt", "clipping.eval_mode=last"], "holds no clipping scalars for conv1.input"),
     (["clipping=octav", "clipping.q=99"], "clipping 'octav' has no option 'q', only iterations"),
     (["clipping=null"], "must be a string or a list. Got NoneType"),
-    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is none; is a plugin missing (pip install"),
-    (["hydra/launcher=joblib"], "hydra/launcher=joblib: is for sweeps; qat-run -m starts one, if only of one row"),
-    (["hydra/launcher=basic"], "hydra/launcher=basic: is for sweeps"),
-    (["--resolve"], "--resolve: is for --cfg, which shows a config"),
-    (["--package", "model"], "--package: is for --cfg, which shows a config"),
-    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be carried out"),
-    (["--run", "--cfg", "job"], "only one of them can be carried out"),
+    (["hydra/launcher=nowhere"], "hydra/launcher=nowhere: there is no such launcher; is a plugin missing"),
+    (["hydra/launcher=joblib"], "hydra/launcher=joblib: applies only to sweeps; qat-run -m starts one, even of one"),
+    (["hydra/launcher=basic"], "hydra/launcher=basic: applies only to sweeps"),
+    (["--resolve"], "--resolve: applies only to --cfg, which shows a config"),
+    (["--package", "model"], "--package: applies only to --cfg, which shows a config"),
+    (["--run", "-m"], "--run, -m, --cfg, --info and --shell-completion: only one of them can be given"),
+    (["--run", "--cfg", "job"], "only one of them can be given"),
     (["hydra/sweeper=nowhere"], "cannot be set"),
     (["seed=99999999999999999999"], "seed"),
     (["dataset=squad", "recipe.scratch.schedule=step"], "recipe.scratch.schedule=step: the recipe has no such stage"),
@@ -470,9 +472,9 @@ WRONG = [
     (["recipe.freeze_scalars_at=1", "epochs=1"], "recipe.freeze_scalars_at=1.0: must be above 0 and below epochs=1"),
     (["recipe.freeze_scalars_at=0.5", "clipping=lsq"], "clipping=lsq has no dynamic scalars to freeze"),
     (["recipe.freeze_scalars_at=0.5", "activation_bits=32"], "resnet8 has no activations whose scalars are dynamic"),
-    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least freeze_to=0.2"),
+    (["oscillations.freeze_to=0.2"], "oscillations.freeze_from=0.1: must be at least oscillations.freeze_to=0.2"),
     (["oscillations.measure=true", "bits=6"], "oscillations.max_bits=4: resnet8 has no weight of so few bits"),
-    (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs recipe.teacher=PATH or pretrained"),
+    (["recipe.teacher_model=resnet56"], "recipe.teacher_model=resnet56: needs its weights, recipe.teacher=PATH"),
     ([*TAUGHT, "recipe.teacher_model=resnet57"], "recipe.teacher_model=resnet57: must be one of"),
     ([*TAUGHT, "recipe.teacher_model=resnet56"], "recipe.teacher=ok.pt: too few tensors match"),
     (["dataset=digits", "dataset.num_classes=5"], "dataset.num_classes=5: must be at least 10"),
@@ -489,17 +491,17 @@ WRONG = [
     (["dataset.augment=mixup"], "dataset.augment=mixup: must be one of none"),
     (["run_dir=taken"], "run_dir=taken: holds no run, so it is left alone"),
     (["run_dir=garbage.pt/x"], "garbage.pt is a file, not a folder"),
-    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be carried out"),
+    (["-m", "bits=4,8", "--cfg", "job"], "only one of them can be given"),
     (["--bits", "4"], "unrecognized arguments: --bits"),
     (["-m", "bits=4,1"], "bits=1: must be"),
-    (["bits=4,8"], "bits=4,8: several values are for a sweep, qat-run -m; a list is written bits=[4,8]"),
+    (["bits=4,8"], "bits=4,8: several values need a sweep, qat-run -m; a list is written bits=[4,8]"),
     (["-m", "bits=8,4", "mode=ptq,oops", "weights=ok.pt"], "mode=oops: must be one of"),
 ]
 
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files and folders that wrong commands name."""
+    """Return a folder with the files and folders that the invalid commands name."""
     folder = tmp_path_factory.mktemp("things")
     state = build_model("resnet8", 10, 8).state_dict()
     torch.save(state, folder / "ok.pt")
@@ -513,13 +515,13 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG)
-def test_wrong_commands(
+def test_invalid_commands_are_rejected(
     run: Run, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
 ) -> None:
     shutil.copytree(things, tmp_path, dirs_exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
     assert run(*args) == 2
-    # PyTorch's loggers may have a word on torchao, in whichever test it is imported first.
+    # PyTorch's loggers may write a line about torchao in the test that imports it first.
     (told,) = (line for line in capsys.readouterr().err.splitlines() if not re.match(r"W\d{4} ", line))
     assert told.startswith("qat-run: ") and message in told
     assert sorted(tmp_path.rglob("*")) == before
@@ -533,7 +535,7 @@ def test_wrong_commands(
         (["oscillations.measure=true", "bits=6"], "resnet8 has no weight of so few bits"),
     ],
 )
-def test_what_the_network_forbids_is_refused_before_its_baseline_is_trained(
+def test_what_the_network_does_not_allow_is_rejected_before_its_baseline_is_trained(
     words: list[str], message: str, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(running, "run_after_others", lambda config: pytest.fail(f"{config.mode} was run"))
@@ -550,7 +552,7 @@ def test_a_run_folder_of_another_config_is_not_touched(run: Run, capsys: pytest.
     assert json.loads(Path("mine/summary.json").read_text())["seed"] == 0
 
 
-def test_overwrite_deletes_nothing_but_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_deletes_only_runs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("project").mkdir()
     Path("project/config.yaml").write_text("foo: 1\n")
     Path("project/thesis.tex").touch()
@@ -568,7 +570,7 @@ def test_overwrite_deletes_nothing_but_a_run(run: Run, capsys: pytest.CaptureFix
     assert Path("mine/summary.json").exists()
 
 
-def test_weights_count_by_content(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_weights_are_identified_by_their_content(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     assert run("mode=ptq", "weights=w.pt") == 0
     assert run("mode=ptq", f"weights={tmp_path / 'w.pt'}") == 0
@@ -579,7 +581,7 @@ def test_weights_count_by_content(run: Run, capsys: pytest.CaptureFixture[str], 
     assert len([path for path in Path("runs").iterdir() if path.is_dir()]) == 2
 
 
-def test_scalars_of_other_bits_are_not_used(run: Run) -> None:
+def test_scalars_for_other_bits_are_not_used(run: Run) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     static = ["clipping=static_octav", "mode=retrain", "weights=w.pt", "epochs=1"]
     assert run(*static, "run_dir=four") == 0
@@ -603,7 +605,7 @@ def test_resuming_keeps_the_first_environment(run: Run, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
-def test_damaged_records_are_named(run: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_damaged_records_are_reported(run: Run, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert run("epochs=1", "run_dir=mine") == 0
     Path("mine", name).write_text("{half: [")
     assert run("epochs=1", "run_dir=mine") == 2
@@ -612,7 +614,7 @@ def test_damaged_records_are_named(run: Run, capsys: pytest.CaptureFixture[str],
     assert "mine" in message
 
 
-def test_a_damaged_checkpoint_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_reported(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("epochs=1", "run_dir=mine") == 0
     Path("mine/summary.json").unlink()
     Path("mine/checkpoints/last.pt").write_bytes(b"half")
@@ -632,7 +634,7 @@ def test_help_and_config_do_no_work(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_logging_leaves_others_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logging_does_not_change_other_loggers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     root, ours, mine = logging.getLogger(), logging.getLogger("qat_runner"), logging.NullHandler()
     monkeypatch.setattr(ours, "handlers", [mine])
     handlers, level = list(root.handlers), ours.level

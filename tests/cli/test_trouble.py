@@ -1,4 +1,4 @@
-"""Trouble on the way: signals, damaged checkpoints, changed configs, divergence, full disks. Nothing is lost."""
+"""Runs that are disturbed lose nothing: signals, damaged checkpoints, changed configs, divergence, full disks."""
 
 import json
 import os
@@ -35,7 +35,7 @@ SMALL = [
 
 
 def forgetful(num_classes: int, small: bool, width: float) -> nn.Module:
-    """A network of few layers, with averages of its own and something random in it."""
+    """Return a network of few layers, with running averages (BatchNorm) and randomness (dropout)."""
     layers = {
         "first": nn.Conv2d(3, 8, 3, padding=1),
         "averages": nn.BatchNorm2d(8),
@@ -60,7 +60,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, epoch: int, step: int, act: Callable[[Trainer], object]) -> None:
-    """Do something before a step (both counted from 1) is taken."""
+    """Call `act` before a step of an epoch (both counted from 1)."""
     before = Trainer._add_gradients
 
     def add_gradients(trainer: Trainer, batch: Any) -> Any:
@@ -79,7 +79,7 @@ def outcome(folder: Path | str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What comes of a run that nothing happens to."""
+    """Return the outcome of a run that is not interrupted."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     assert main([*SMALL, f"run_dir={folder}"]) == 0
     return outcome(folder)
@@ -124,7 +124,7 @@ def test_a_signal_during_validation(whole: dict[str, Any], run: Run, monkeypatch
     assert outcome("stopped") == whole
 
 
-def test_a_job_that_is_put_back_goes_on_with_what_it_has_begun_anew(
+def test_a_requeued_job_resumes_the_run_that_overwrite_has_begun(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     anew = ("run_dir=one", "epochs=2", "limit_train_batches=1", "overwrite=true")
@@ -140,7 +140,7 @@ def test_a_job_that_is_put_back_goes_on_with_what_it_has_begun_anew(
     assert "one is finished already" in capsys.readouterr().out
 
 
-def test_whoever_interrupts_is_told_the_command_that_goes_on(
+def test_an_interruption_prints_the_command_that_resumes_the_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> None:
@@ -149,7 +149,7 @@ def test_whoever_interrupts_is_told_the_command_that_goes_on(
     monkeypatch.setattr(cli_run, "_run_all", interrupted)
     for overwrite, command in (("false", "the same command"), ("true", "the same command without overwrite=true")):
         assert run(f"overwrite={overwrite}") == 130
-        assert f"interrupted; {command} goes on from the last checkpoint" in capsys.readouterr().err
+        assert f"interrupted; {command} resumes from the last checkpoint" in capsys.readouterr().err
 
 
 def test_a_stop_ends_the_whole_sweep(
@@ -158,18 +158,18 @@ def test_a_stop_ends_the_whole_sweep(
     with monkeypatch.context() as patch:
         at_step(patch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         assert run("-m", "seed=0,1,2", "epochs=1") == 143
-    assert "had not begun" not in capsys.readouterr().err
+    assert "had not started" not in capsys.readouterr().err
     assert len([*Path("runs").glob("*/config.yaml")]) == 1
     assert run("-m", "seed=1,2", "epochs=1") == 0
     capsys.readouterr()
     at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     assert run("-m", "seed=0,1,2", "epochs=1", "overwrite=true") == 143
     told = capsys.readouterr()
-    assert "and 1 more: had not begun; the earlier run is there still, and overwrite=true replaces it" in told.err
+    assert "and 1 more: had not started; the earlier run still exists, and overwrite=true replaces it" in told.err
     assert "top1" not in told.out  # of the earlier runs
 
 
-def test_a_stop_when_there_is_no_step_to_come_ends_the_sweep_after_the_run(
+def test_a_stop_after_the_last_step_ends_the_sweep_after_that_run(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     noise = Trainer.measure_noise
@@ -185,7 +185,7 @@ def test_a_stop_when_there_is_no_step_to_come_ends_the_sweep_after_the_run(
     assert len([*Path("runs").glob("*/summary.json")]) == len([*Path("runs").glob("*/config.yaml")]) == 1
 
 
-def test_fewer_epochs_than_a_run_has_begun_are_refused(
+def test_fewer_epochs_than_a_run_has_begun_are_rejected(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -197,7 +197,7 @@ def test_fewer_epochs_than_a_run_has_begun_are_refused(
     assert len(outcome("one")["rows"]) == 8
 
 
-def test_a_request_that_is_refused_shows_no_result_of_before(
+def test_a_rejected_command_shows_no_earlier_result(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("run_dir=one", "epochs=1") == 0
@@ -208,7 +208,7 @@ def test_a_request_that_is_refused_shows_no_result_of_before(
 
 
 @pytest.mark.reliability
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     whole: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert outcome("cut") == whole
 
 
-def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_config_is_rejected_unless_forced(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run_dir=one", "epochs=1") == 0
     capsys.readouterr()
     assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
@@ -241,13 +241,13 @@ def test_a_changed_config_is_named_and_refused_unless_forced(run: Run, capsys: p
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])
-def test_scalars_that_training_remembers_for_evaluation(eval_mode: str, run: Run) -> None:
+def test_scalars_that_training_stores_for_evaluation(eval_mode: str, run: Run) -> None:
     assert run("run_dir=one", f"clipping.eval_mode={eval_mode}", "epochs=1") == 0
-    assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # before the first step there are none
+    assert {row["epoch"] for row in LAYERS.read(Path("one"))} == {1}  # there are none before the first step
 
 
 @pytest.mark.reliability
-def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     Path("one").mkdir()
     Path("one/error.txt").write_text("broke off before it began")
     Path("one/lock").write_text("{}")
@@ -260,7 +260,7 @@ def test_what_a_killed_process_may_leave(run: Run, capsys: pytest.CaptureFixture
     assert "holds more than a run (notes.tmp), so it is left alone" in capsys.readouterr().err
 
 
-def test_a_run_of_two_processes_goes_on_with_one(
+def test_a_run_of_two_processes_is_resumed_with_one(
     run: Run, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_resume_never(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["half"], "last.pt cannot be read (it is damaged"),
     ],
 )
-def test_a_finished_run_that_cannot_go_on_is_not_lost(
+def test_a_finished_run_that_cannot_be_resumed_is_not_lost(
     others: list[str], why: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("run_dir=one", "epochs=1") == 0
@@ -327,7 +327,7 @@ def test_a_network_that_diverges(run: Run, monkeypatch: pytest.MonkeyPatch, caps
     assert "the loss became nan" in Path("one/error.txt").read_text()
 
 
-def test_an_internal_error_is_told_in_a_sentence_and_spares_the_others(
+def test_an_internal_error_is_one_sentence_and_does_not_affect_other_rows(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(trainer: Trainer) -> None:
@@ -375,7 +375,7 @@ def test_status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "summary.json:cannotberead" in "".join(out.split()) and "1 finished, 1 missing, 1 unreadable" in out
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_when_nobody_reads_its_output(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as gone, monkeypatch.context() as patch:
@@ -410,7 +410,7 @@ def test_a_config_cannot_name_code(override: str, run: Run, capsys: pytest.Captu
 
 
 @pytest.mark.reliability
-def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_also_ends_a_sweep_that_waits_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from qat_runner import experiment
 
     order: list[tuple[str, str]] = []
@@ -432,14 +432,14 @@ def test_a_stop_ends_a_request_among_rows_that_were_waited_for(monkeypatch: pyte
     assert came.left == [Path("b")] and not came.done
 
 
-def test_a_sweep_waits_for_rows_that_others_are_at_work_on(
+def test_a_sweep_waits_for_rows_that_other_processes_work_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It does all others first; a single run is told at once."""
+    """The sweep runs all other rows first; a single run fails at once."""
     from qat_runner import experiment
 
     real, order = experiment.run, []
-    left = {"0": 2}  # so often the first row is found busy
+    left = {"0": 2}  # how often the first row is busy
 
     def busy_at_first(config: Any) -> Any:
         order.append(config.seed)

@@ -1,4 +1,4 @@
-"""Weights files of all kinds, as qat-run, qat-export and qat-report meet them."""
+"""Weights files of all kinds in qat-run, qat-export and qat-report."""
 
 import json
 from collections.abc import Callable
@@ -65,7 +65,7 @@ USES: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_before_any_work(
+def test_hostile_files_are_rejected_before_any_work(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, use: str
 ) -> None:
     make, why = HOSTILE[name]
@@ -79,8 +79,10 @@ def test_hostile_files_are_refused_before_any_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_where_classes_are_counted_later(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The folders of pictures say how many there are; all but the head is looked at before."""
+def test_weights_are_checked_before_the_classes_are_counted(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folders of images determine the number of classes; all layers but the head are checked before."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(2):
@@ -92,8 +94,8 @@ def test_where_classes_are_counted_later(run: Run, tmp_path: Path, capsys: pytes
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_files_that_are_read_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """By an export, after the run: what was changed since is refused in a sentence, too."""
+def test_files_that_changed_since_the_run_are_checked_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export reads them again after the run, and rejects changed ones in one sentence."""
     torch.save({"state_dict_ema": state(), "state_dict": state(torch.zeros_like)}, "w.pt")
     assert run("mode=ptq", "weights=w.pt", "weights_part=state_dict_ema", "run_dir=ptq") == 0
     assert run("epochs=1", "run_dir=trained") == 0
@@ -112,7 +114,7 @@ def test_files_that_are_read_again(run: Run, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_part_of_a_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which one was taken is said; another part is another run, and null is the run that it always was."""
+    """The log says which part was used. Another part makes a different run; null does not change the identity."""
     torch.save({"model": state(), "model_ema": state()}, "w.pt")
     evaluate = ("mode=evaluate", "bits=32", "weights=w.pt")
     assert run(*evaluate, "run_dir=raw") == 0
@@ -125,18 +127,18 @@ def test_a_part_of_a_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert losses[0] != losses[1]
     for args, message in (
         ((*evaluate, "weights_part=emma"), "weights=w.pt: has no part emma; there are model, model_ema"),
-        (("weights_part=ema",), "weights_part=ema: is for a file, not for weights=null"),
+        (("weights_part=ema",), "weights_part=ema: applies only to a file, not to weights=null"),
         (
             ("mode=ptq", "weights=baseline", "weights_part=ema"),
-            "weights_part=ema: is for a file, not for weights=baseline",
+            "weights_part=ema: applies only to a file, not to weights=baseline",
         ),
-        (("recipe.teacher_part=ema",), "recipe.teacher_part=ema: is for a file, not for recipe.teacher=null"),
+        (("recipe.teacher_part=ema",), "recipe.teacher_part=ema: applies only to a file, not to recipe.teacher=null"),
     ):
         assert run(*args) == 2
         assert message in capsys.readouterr().err
 
 
-def test_a_teacher_of_another_kind(run: Run) -> None:
+def test_a_teacher_of_another_architecture(run: Run) -> None:
     torch.save(build_model("resnet32", 10, 8).state_dict(), "large.pt")
     taught = ["recipe.distill=full_precision", "recipe.teacher=large.pt", "recipe.teacher_model=resnet32"]
     config = from_hydra(

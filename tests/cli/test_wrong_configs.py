@@ -1,4 +1,4 @@
-"""Whatever is asked for is carried out or refused: one sentence, exit code 2, nothing left behind."""
+"""Any command is either carried out, or rejected with one sentence and exit code 2, leaving nothing behind."""
 
 from pathlib import Path
 
@@ -78,12 +78,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.reliability
 @given(args=overrides(), sweep=st.booleans())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_any_combination_is_carried_out_or_refused(
+def test_any_combination_is_carried_out_or_rejected(
     args: list[str], sweep: bool, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    # What would be carried out is not: that would take hours. Building it may still find something to refuse.
+    # Runs are not carried out, which would take hours. Building them may still find something to reject.
     monkeypatch.setattr(running, "_run", lambda config, folder: {"metric": "top1", "top1": 0.0})
     before = {str(path) for path in place.rglob("*")}
     code = main([*(["-m"] if sweep else []), *args])

@@ -1,9 +1,9 @@
-"""What README and docs show works: shell blocks, Python blocks, examples, links, the reference of configs, the site.
+"""What README and docs show works: shell and Python blocks, examples, links, the configuration reference, the site.
 
-A comment on the line before a block of shell commands says how it is tested:
+The comment on the line before a block of shell commands says how the block is tested:
 
-    <!-- shell: run -->              it is run, in an empty folder that all such blocks of a page share
-    <!-- shell: check -->            it would be accepted if the data, weights and checkpoints that it names were here
+    <!-- shell: run -->              it is run, in an initially empty folder that all such blocks of a page share
+    <!-- shell: check -->            it would be accepted if the data, weights and checkpoints that it names existed
     <!-- shell: not run, REASON -->  it is not tested
 """
 
@@ -69,6 +69,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page."""
     found, lines = [], page.read_text().splitlines()
     fences = [number for number, line in enumerate(lines) if line.startswith("```")]
     assert len(fences) % 2 == 0, f"{page}: a block is not closed"
@@ -87,14 +88,14 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
 def commands(block: Block) -> list[str]:
-    """One a line, continuation lines joined; comments alone are none."""
+    """Return the commands of a block, one per line, with continuation lines joined and without comment lines."""
     lines = block.text.replace("\\\n", " ").splitlines()
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, to be in; with commands run in this process."""
+    """Change to an empty folder, and return it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -126,7 +127,7 @@ def test_shell_blocks_run(page: Path, place: Path) -> None:
 
 
 def marked(block: Block) -> Any:
-    """What results were made by is many rows, which change when results do."""
+    """Return the block as a parameter; commands that made results have many rows, and are slow to check."""
     return pytest.param(block, marks=[pytest.mark.slow] if block.page.parent.name == "results" else [])
 
 
@@ -149,7 +150,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("command", WRONG)
-def test_what_is_misspelt_would_not_be_accepted(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_commands_would_not_be_accepted(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
         check(command, monkeypatch)
 
@@ -176,7 +177,7 @@ def check(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """qat-run up to where it would begin: rows are composed and checked, with all that they name taken as there."""
+    """Call qat-run until it would begin: rows are composed and checked as if all that they name existed."""
     with monkeypatch.context() as patch:
         patch.setattr(run, "BasicSweeper", SimpleNamespace(split_arguments=_few_rows))
         patch.setattr(checks, "find_dataset", _but_for("not found in data_dir=", checks.find_dataset))
@@ -191,7 +192,7 @@ def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _check_report(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """qat-report up to where it would read runs; a path with a slash is the folder of one, all else must be a verb."""
+    """Call qat-report until it would read runs; a word with one slash is created as the folder of a run."""
     for word in words:
         if re.fullmatch(r"\w+/\w+", word):
             Path(word).mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,7 @@ def _check_report(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _few_rows(overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
-    """Of the rows of a sweep, enough that every value occurs: time and again the one with most that is new."""
+    """Return enough rows of a sweep for every value to occur, each time adding the row with the most new values."""
     rows = BasicSweeper.split_arguments(overrides, max_batch_size)[0]
     few, missing = [], {value for row in rows for value in row}
     while missing or not few:
@@ -215,6 +216,8 @@ def _few_rows(overrides: Any, max_batch_size: int | None) -> list[list[list[str]
 
 
 def _but_for(absence: str, checker: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a checker that ignores errors about an absence, given by a part of their message."""
+
     def tolerant(*args: Any, **kwargs: Any) -> Any:
         try:
             return checker(*args, **kwargs)
@@ -231,7 +234,7 @@ class _ParsedError(Exception):
 
 
 def _parses(main: Callable[[Sequence[str]], int], words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a command understands its arguments; nothing is done."""
+    """Return whether a command can parse its arguments, without carrying it out."""
     original = ArgumentParser.parse_args
 
     def parse(*args: Any, **kwargs: Any) -> None:
@@ -267,7 +270,7 @@ def test_examples_run(path: Path, place: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.fixture(scope="module")
 def example() -> Iterator[type[ClippingMethod]]:
-    """The clipping method of the docs, which registers itself."""
+    """Return the clipping method of the docs, which registers itself."""
     yield runpy.run_path(str(DOCS / "examples" / "mean_multiple.py"))["MeanMultiple"]
     del METHODS["mean_multiple"]
 
@@ -286,8 +289,8 @@ def test_clipping_methods_keep_the_contract_of_the_docs(name: str, signed: bool,
         method.solve(torch.tensor([1.0, torch.nan]), format, None, call)
 
 
-def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, example: type[ClippingMethod]) -> None:
-    named = ("clipping=max", "clipping.name=mean_multiple")  # what a file with the line "name: mean_multiple" sets
+def test_the_clipping_method_of_the_docs_by_its_name_in_configs(place: Path, example: type[ClippingMethod]) -> None:
+    named = ("clipping=max", "clipping.name=mean_multiple")  # as a file with the line "name: mean_multiple" does
     small = ("model=resnet20", "epochs=1", "limit_train_batches=1", "run_dir=run")
     assert run.main([*named, "+clipping.options.multiple=-1", *small]) == 2
     assert run.main([*named, "+clipping.options.multiple=2.5", *small]) == 0
@@ -296,14 +299,14 @@ def test_the_clipping_method_of_the_docs_by_a_name_in_configs(place: Path, examp
     assert yaml.safe_load((place / "run" / "summary.json").read_text())["clipping"] == "mean_multiple"
 
 
-def test_a_model_and_a_data_set_as_the_docs_add_them(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_and_a_data_set_added_as_in_the_docs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
     read = pictures(lambda folder, config: MemorySource(split, split, config.augment))
     mine = Dataset("classification", read, lambda folder: (folder / "mine.bin").is_file(), "mine.bin")
     monkeypatch.setitem(DATASETS, "mine", mine)
     command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]
-    assert run.main(command) == 2  # the data are not there
+    assert run.main(command) == 2  # the data do not exist
     (place / "data" / "mine").mkdir(parents=True)
     (place / "data" / "mine" / "mine.bin").touch()
     assert run.main(command) == 0
@@ -322,7 +325,7 @@ def test_the_configuration_reference_is_up_to_date() -> None:
         assert [prefix + key for key in keys if key not in script["meanings"](cls)] == []
 
 
-def test_the_api_page_has_all_that_one_import_gives() -> None:
+def test_the_api_page_has_all_exported_names() -> None:
     page = (DOCS / "api.md").read_text()
     shown = re.findall(r"^\.\. auto(?:function|class):: qat_runner\.(\w+)$", page, re.MULTILINE)
     assert sorted([*shown, "quantize_model"]) == qat_runner.__all__
@@ -331,7 +334,7 @@ def test_the_api_page_has_all_that_one_import_gives() -> None:
 
 
 @pytest.mark.slow
-def test_tables_of_results_are_those_of_their_runs() -> None:
+def test_tables_of_results_match_their_runs() -> None:
     page, runs = (DOCS / "results" / "README.md").read_text(), read_results(DOCS / "results" / "runs.csv")
     for name in ("table1", "table2", "table3", "table4", "distillation"):
         lines = page[page.index(f"## {name}: ") :].split("\n\n")[1].splitlines()[2:]
@@ -341,13 +344,13 @@ def test_tables_of_results_are_those_of_their_runs() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:", link):
@@ -359,10 +362,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_of_the_checkout_are_where_pages_say(page: Path) -> None:
+def test_files_of_the_checkout_that_pages_name_exist(page: Path) -> None:
     said = re.findall(r"\b(?:tests|scripts|qat_runner)/[\w/]+\.py\b", page.read_text())
     gone = [path for path in said if not (ROOT / path).is_file()]
-    assert gone == [] or page.name == "CHANGELOG.md"  # which tells of what was
+    assert gone == [] or page.name == "CHANGELOG.md"  # which also names removed files
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -371,7 +374,7 @@ def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
         check(f"make {target}", monkeypatch)
 
 
-def test_the_picture_of_the_house_is_the_one_that_is_held() -> None:
+def test_the_import_order_in_the_docs_is_the_enforced_one() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
     picture = re.search(r"```text\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
@@ -381,7 +384,7 @@ def test_the_picture_of_the_house_is_the_one_that_is_held() -> None:
 
 
 def make_run() -> list[str]:
-    """The commands of `make run`, as one would type them."""
+    """Return the commands of `make run`, as a user would type them."""
     recipe = re.search(r"^run:.*\n((?:\t.+\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe is not None
     return re.findall(r"^\t\$\(BIN\)/(.+)$", recipe[1], re.MULTILINE)
@@ -396,8 +399,8 @@ def test_the_first_run_would_be_accepted(place: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_the_first_run_convinces(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Full precision, OCTAV, max-scaling: in this order for each seed, and further apart than seeds are."""
+def test_the_first_run_separates_the_methods(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Full precision, OCTAV, max-scaling: in this order for each seed, and further apart than the seeds vary."""
     for command in make_run():
         name, *words = shlex.split(command)
         assert MAINS[name](words) == 0

@@ -21,7 +21,7 @@ def test_names_of_ours_are_taken() -> None:
         registry.register("one", 3)
     del registry["two"]
     assert dict(registry) == {"one": 1}
-    with pytest.raises(TypeError, match="'three' is no number: 'drei'"):
+    with pytest.raises(TypeError, match="'three' is not a valid number: 'drei'"):
         registry["three"] = "drei"  # type: ignore[assignment]
     with pytest.raises(KeyError):
         registry["three"]
@@ -39,7 +39,7 @@ def test_what_is_installed_is_imported_when_it_is_wanted(tmp_path: Path, monkeyp
     assert registry["two"] == 2
     with pytest.raises(PluginError, match="number 'none': qat_nowhere:NUMBER cannot be imported"):
         registry["none"]
-    with pytest.raises(PluginError, match="'word' is no number"):
+    with pytest.raises(PluginError, match="'word' is not a valid number"):
         registry["word"]
 
 

@@ -217,8 +217,8 @@ def test_compiled_it_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ({"clipping": "lsq"}, "can neither be static nor learned"),
-        ({"dynamic": False}, "can neither be static nor learned"),
+        ({"clipping": "lsq"}, "must be neither static nor learned"),
+        ({"dynamic": False}, "must be neither static nor learned"),
         ({"eval_mode": "running"}, "eval_mode must be dynamic"),
         ({"activation_granularity": "channel"}, "activation_granularity='channel': must be one of tensor, token"),
     ],
@@ -231,9 +231,9 @@ def test_what_is_refused(how: dict[str, Any], match: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "match"),
     [
-        (Rule("*", granularity="token"), r"0\.weight: granularity=token is for input of Linear"),
-        (Rule("*.input", "Linear", granularity="token", dynamic=False), "its scalars are dynamic"),
-        (Rule("*.input", "Conv2d", granularity="token"), r"granularity=token is for input of Linear"),
+        (Rule("*", granularity="token"), r"0\.weight: granularity=token applies only to input of Linear"),
+        (Rule("*.input", "Linear", granularity="token", dynamic=False), "granularity=token: requires dynamic=true"),
+        (Rule("*.input", "Conv2d", granularity="token"), r"granularity=token applies only to input of Linear"),
     ],
 )
 def test_rules_that_are_refused(rule: Rule, match: str) -> None:

@@ -40,7 +40,7 @@ def test_every_launcher_comes_to_the_same(tmp_path: Path) -> None:
     assert losses(tmp_path / "parallel") == expected
 
     detached = run(*qat_run, *ROWS, "--detach", f"runs_dir={tmp_path}/detached")
-    assert detached.returncode == 0 and "is at work" in detached.stdout
+    assert detached.returncode == 0 and "is running" in detached.stdout
     end = time.monotonic() + 120
     while sum(status.state in ("finished", "failed") for status in statuses(tmp_path / "detached")) < 3:
         assert time.monotonic() < end

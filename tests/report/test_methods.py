@@ -401,12 +401,12 @@ def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["compare", "--against", "max"], "--against: is for methods"),
-        (["figure3", "--run", "there"], "--run: is for table6, figure1, figure2, figure5, iterations"),
-        (["status", "--dataset", "digits"], "--dataset: is for compare, methods, "),
+        (["compare", "--against", "max"], "--against: applies only to methods"),
+        (["figure3", "--run", "there"], "--run: applies only to table6, figure1, figure2, figure5, iterations"),
+        (["status", "--dataset", "digits"], "--dataset: applies only to compare, methods, "),
         (["figure3", "runs"], "runs: is one folder too many"),
         (["status", "--out", "there"], "--out: status writes nothing"),
-        (["figure2", "--run", "there", "--model", "resnet8"], "--model: figure2 has it from --run"),
+        (["figure2", "--run", "there", "--model", "resnet8"], "--model: cannot be combined with --run"),
     ],
 )
 def test_what_has_no_effect_is_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

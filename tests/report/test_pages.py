@@ -711,8 +711,8 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere"], "nowhere: is neither the folder of a run nor one of compare, methods, results, ledger, table1"),
-        (["runs"], "runs: holds no run of its own; qat-report compare runs shows those in it"),
+        (["nowhere"], "nowhere: must be the folder of a run or one of compare, methods, results, ledger, table1"),
+        (["runs"], "runs: is not a run; qat-report compare runs shows the runs in it"),
         (["empty"], "empty: holds no run of qat-run"),
         (["broken"], "broken/config.yaml: cannot be read"),
         (["compare", "runs"], "needs at least two runs, found 1"),

@@ -55,7 +55,7 @@ def test_what_takes_no_table_of_results_says_so(tmp_path: Path, capsys: pytest.C
     table = write_results(find_runs(tmp_path / "runs"), tmp_path / "kept")[0]
     for verb in OF_FOLDERS:
         assert report([verb, str(table)]) == 2
-        assert capsys.readouterr().err == f"qat-report: {table}: is a file, and {verb} takes folders of runs alone\n"
+        assert capsys.readouterr().err == f"qat-report: {table}: is a file, but {verb} takes only folders of runs\n"
 
 
 def test_lines_of_tables_are_told_apart_by_where_they_lie(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from qat_runner.training.loop import Trainer
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("accumulate=2", "compile=true: is not for accumulate=2, "),
-        ("log_excess_mse=true", "compile=true: is not for log_excess_mse=true, "),
-        ("clipping.sync=true", "compile=true: is not for clipping.sync=true, "),
-        ("sync_batchnorm=true", "compile=true: is not for sync_batchnorm=true, "),
+        ("accumulate=2", "compile=true: cannot be combined with accumulate=2, "),
+        ("log_excess_mse=true", "compile=true: cannot be combined with log_excess_mse=true, "),
+        ("clipping.sync=true", "compile=true: cannot be combined with clipping.sync=true, "),
+        ("sync_batchnorm=true", "compile=true: cannot be combined with sync_batchnorm=true, "),
     ],
 )
 def test_what_looks_into_the_network_is_refused(override: str, message: str) -> None:

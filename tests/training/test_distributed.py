@@ -253,7 +253,7 @@ def they_tell_each_other(two: list[dict[str, Any]]) -> None:
     for found in (each["odds"] for each in two):
         assert found["said"] == "no"
         assert found["late"].startswith("1.weight: had no gradient in the first step")
-        assert found["others"].startswith("processes have gradients of other parameters each")
+        assert found["others"].startswith("the processes have gradients of different parameters")
         assert found["gathered"] == [0, 1]
         assert found["totals"]["samples"] == 3
         assert found["totals"]["loss"] == pytest.approx(2 / 3)
@@ -309,7 +309,7 @@ def test_shards_are_a_partition() -> None:
 @pytest.mark.parametrize("clipping", ["percentile", "mse_sweep"])
 def test_what_cannot_be_synchronized_is_refused(clipping: str) -> None:
     with pytest.raises(
-        ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes: octav and max can"
+        ValueError, match=f"clipping '{clipping}' cannot be synchronized over processes, only octav and max"
     ):
         Policy.of(4, clipping, synchronize=True)
 
