@@ -1,26 +1,28 @@
-"""What quantization costs, as ratios within one run.
+"""Measure the cost of quantization, as ratios within one run.
 
-    python scripts/benchmark.py                         # all parts, saved in bench/
-    python scripts/benchmark.py solver step --rounds 5  # some of them
+    python scripts/benchmark.py                         # all parts except gpu, saved in bench/
+    python scripts/benchmark.py solver step --rounds 5  # some of the parts
     python scripts/benchmark.py solver --backend eager
-    python scripts/benchmark.py gpu                     # all there is to know of a GPU, saved in bench/gpu
+    python scripts/benchmark.py gpu                     # all GPU measurements, saved in bench/gpu
 
-Contestants of a comparison take turns, round by round, so that a busy machine slows all of them; medians are reported,
-with the spread between quartiles. Parts:
+The contestants of a comparison take turns, round by round, so that a busy machine slows down all of them. The tables
+show medians and, as the spread, the distance between the quartiles. Parts:
 
-    solver     OCTAV, cold and warm, beside the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a copy
-    growth     OCTAV against elements, rows and bits
-    select     percentiles beside NumPy's, of |x| as well, from a thousand to a hundred million elements
-    step       a whole training step: full precision, static scales, max-scaling, OCTAV
-    grids      a whole training step with OCTAV in each range of the integers, refined, and with affine activations
-    learned    a whole training step with learned scales, LSQ's and PACT's, beside OCTAV
-    processes  a whole step of two processes, a thread each
+    solver     OCTAV, cold and warm, compared with the textbook iteration, the MSE sweep, PyTorch's fake-quantize and a
+               copy
+    growth     OCTAV for different numbers of elements, rows and bits
+    select     percentiles of |x| compared with NumPy's, for a thousand to a hundred million elements
+    step       a whole training step: full precision, static scalars, max-scaling, OCTAV
+    grids      a whole training step with OCTAV in each integer range, refined, and with affine activations
+    learned    a whole training step with learned scalars, those of LSQ and PACT, compared with OCTAV
+    processes  a whole training step of two processes with one thread each
     memory     peak memory of the same steps
-    startup    seconds to the end of the first step, compiling from nothing and from a warm cache
-    gpu        only when asked for, ten minutes on a CUDA device: bandwidth of each kernel; training steps, eager,
-               as CUDA graphs and by torch.compile, with launches, waits and peak memory. Not by turns: what is measured
-               one after the other has the device, and its memory, for itself
-    pictures   processor time of decoding and augmenting JPEGs in every layout, against torchvision's loader and timm's
+    startup    seconds until the end of the first step, with an empty and with a warm compilation cache
+    gpu        only on request, ten minutes on a CUDA device: the bandwidth of each kernel; training steps, eager, as
+               CUDA graphs and with torch.compile, with kernel launches, host waits and peak memory. These do not take
+               turns, so that each measurement has the device and its memory for itself
+    pictures   CPU time of decoding and augmenting JPEGs in every layout, compared with the loaders of torchvision and
+               timm
 """
 
 import argparse
@@ -53,7 +55,7 @@ from qat_runner.quant.kernels import set_backend
 from qat_runner.runs.environment import environment
 from qat_runner.training.memory import keep_freed_memory
 
-STEPS = {  # name: (model, picture size or tokens, batch size)
+STEPS = {  # name: (model, image size or number of tokens, batch size)
     "resnet18 32x32 b128": ("resnet18", 32, 128),
     "resnet20 32x32 b128": ("resnet20", 32, 128),
     "mobilenet_v2 64x64 b64": ("mobilenet_v2", 64, 64),
@@ -67,11 +69,11 @@ STEPS = {  # name: (model, picture size or tokens, batch size)
     "convnext_atto 224x224 b8": ("timm/convnext_atto", 224, 8),
 }
 PAIRED = {"resnet18 32x32 2 x b64": ("resnet18", 32, 64)}
-"""Steps of two processes together: batch size of each."""
+"""Training steps of two processes together; the batch size is that of each process."""
 
 
 def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
-    """Ten iterations of Corollary 3.2, as one writes them down."""
+    """Run ten iterations of Corollary 3.2, written as in the paper."""
     dims = tuple(d for d in range(x.ndim) if dim is None or d != dim)
     k = 4.0**-bits / (3 if signed else 12)
     s = x.abs().sum(dims, keepdim=True) / (x != 0).sum(dims, keepdim=True)
@@ -85,7 +87,7 @@ def textbook(x: Tensor, bits: int, signed: bool, dim: int | None) -> Tensor:
 
 
 def others(x: Tensor, dim: int | None) -> Contest:
-    """What other tools have for the same purpose, where they are installed (pip install '.[bench]')."""
+    """Return the equivalents of other tools, if they are installed (pip install '.[bench]')."""
     contest: Contest = {}
     if importlib.util.find_spec("ai_edge_quantizer"):
         from ai_edge_quantizer.algorithms.uniform_quantize.octav import _guess_clipping_with_octav as edge
@@ -98,7 +100,7 @@ def others(x: Tensor, dim: int | None) -> Contest:
 
 
 def brevitas_search(weight: Tensor) -> object:
-    """Brevitas' MSE search runs when a weight [K, C] is first quantized."""
+    """Run Brevitas' MSE search, which happens when a weight [K, C] is first quantized."""
     from brevitas.nn import QuantLinear
     from brevitas.quant import Int8WeightPerChannelFloatMSE
 
@@ -140,7 +142,7 @@ def solver(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
         )
         for row in rows:
             if row["tensor"] == name:
-                row |= {"x copy": row["ms"] / copy, "textbook / it": book / row["ms"]}
+                row |= {"x copy": row["ms"] / copy, "speedup over textbook": book / row["ms"]}
     return rows
 
 
@@ -199,7 +201,7 @@ def learned(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 def _steps_beside(
     first: str, modes: Sequence[str], args: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Steps of networks in several modes, each also as a multiple of the first one's time."""
+    """Measure steps of networks in several modes, each also as a multiple of the time of the mode `first`."""
     rows = []
     for name, which in chosen_steps(args, device).items():
         contest = {mode: make_step(which, mode, device, amp=device.type == "cuda") for mode in modes}
@@ -209,7 +211,7 @@ def _steps_beside(
 
 
 def processes(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Steps of two processes on a CPU, a thread each, by DistributedDataParallel."""
+    """Measure steps of two processes on a CPU with one thread each, using DistributedDataParallel."""
     rows: list[dict[str, Any]] = []
     for name in PAIRED:
         with tempfile.TemporaryDirectory() as scratch:
@@ -237,7 +239,7 @@ def chosen_steps(args: argparse.Namespace, device: torch.device) -> dict[str, tu
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Peaks of a step, each in a process of its own: of its tensors, and of the process as the system sees it."""
+    """Measure the peak memory of each step, in its own process: of tensors, and of the process as the OS sees it."""
     rows: list[dict[str, Any]] = []
     for name in chosen_steps(args, device):
         for mode in MODES:
@@ -252,7 +254,7 @@ def memory(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any
 
 
 def peak(name: str, mode: str, device: torch.device) -> tuple[float, float]:
-    """MiB of tensors, and of the process without what Python and PyTorch take for themselves."""
+    """Return the peak MiB of tensors, and of the process without the memory of Python and PyTorch themselves."""
     make_step(("resnet20", 32, 2), "octav", device, amp=False)()
     before = resident_peak()
     run = make_step((STEPS | NETWORKS)[name], mode, device, amp=device.type == "cuda")
@@ -265,13 +267,13 @@ def peak(name: str, mode: str, device: torch.device) -> tuple[float, float]:
 
 
 def resident_peak() -> float:
-    """MiB. Not of getrusage, whose figure a process inherits from the one that started it."""
+    """Return the peak resident memory in MiB. Not from getrusage, whose value is inherited from the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**10
 
 
 def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """qat-run with one training step, as a user starts it."""
+    """Time qat-run with one training step, started as a user would start it."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for label, backend in (("eager", "eager"), ("auto cold", "auto"), ("auto cached", "auto")):
@@ -300,26 +302,36 @@ PARTS = {
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}, all by default; or gpu")
+    parser.add_argument("parts", nargs="*", default=[], help=f"any of {', '.join(PARTS)} (default: all), or gpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", default="auto", help="auto, eager, compiled or triton")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch, on a CPU")
-    parser.add_argument("--plain-malloc", action="store_true", help="let freed memory go back to the system")
-    parser.add_argument("--only", default="", help="networks whose name holds this")
-    parser.add_argument("--out", type=Path, help="folder of results.json and results.md; default: bench, or bench/gpu")
-    parser.add_argument("--tiny", action="store_true", help="of gpu: small networks and tensors, to see that it works")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of gpu: how steps are run; default: all")
-    parser.add_argument("--minutes", type=float, default=9, help="of gpu: when to leave out what is left")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="number of PyTorch threads on a CPU"
+    )
+    parser.add_argument("--plain-malloc", action="store_true", help="let malloc return freed memory to the system")
+    parser.add_argument("--only", default="", help="measure only networks whose name contains this")
+    parser.add_argument(
+        "--out", type=Path, help="folder for results.json and results.md (default: bench, or bench/gpu)"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="for gpu: small networks and tensors, to check that it works"
+    )
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS, help="for gpu: how steps are run (default: all)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="for gpu: skip the remaining rows after this many minutes"
+    )
     parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args(given)
     unknown = [part for part in args.parts if part not in (*PARTS, "gpu")]
     if unknown:
-        parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}, gpu")
+        parser.error(f"{unknown[0]!r}: there is no such part; the parts are {', '.join(PARTS)}, gpu")
     if "gpu" in args.parts and len(args.parts) > 1:
-        parser.error("gpu is a part to run by itself")
+        parser.error("gpu: cannot be combined with other parts")
     if "gpu" in args.parts and torch.device(args.device).type != "cuda" and not args.tiny:
-        parser.error("gpu: needs a CUDA device; to see that it works without one: gpu --device cpu --tiny")
+        parser.error("gpu: needs a CUDA device; to check that it works without one, pass gpu --device cpu --tiny")
     args.out = args.out or Path("bench", *args.parts[:1] if "gpu" in args.parts else ())
     return args
 

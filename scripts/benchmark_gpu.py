@@ -1,6 +1,6 @@
-"""The part `gpu` of the benchmark: how near kernels come to the memory's bandwidth, and what training steps cost.
+"""The part `gpu` of benchmark.py: how close the kernels come to the memory bandwidth, and what training steps cost.
 
-On a CPU, with --tiny, the same code measures next to nothing, to show that it works.
+On a CPU, with --tiny, the same code runs tiny measurements to check that it works.
 """
 
 import argparse
@@ -41,25 +41,25 @@ TINY_NETWORKS = {
 }
 MODES = ("full precision", "static", "octav")
 WAYS = ("eager", "CUDA graph", "torch.compile")
-"""In this order, so that what takes longest is left out first where time is short."""
+"""The ways to run a step, in this order, so that the slowest ones are skipped first when time runs out."""
 BUSY_MS = 10
-"""How long a kernel is called again and again to be timed once: calls cost the host tens of microseconds each."""
+"""Duration of the repeated calls for one timing of a kernel; each call costs the host tens of microseconds."""
 ROW_SECONDS = 60
-"""What a row may take: torch.compile may take any time."""
+"""Time limit of a row, because torch.compile can take arbitrarily long."""
 
 
 class TookTooLongError(Exception):
-    """A row's time was over."""
+    """A row exceeded its time limit."""
 
 
 def gpu(args: argparse.Namespace, device: torch.device) -> dict[str, list[Row]]:
-    """Both tables, within about `args.minutes`; what fails or is left out is a row that says so."""
+    """Return both tables within about `args.minutes`; the row of a failed or skipped measurement has the reason."""
     end = time.monotonic() + 60 * args.minutes
     return {"kernels": kernels(args, device), "training steps": steps(args, device, end)}
 
 
 def kernels(args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Each operation of the device's backend, beside a copy on the device, which reads and writes."""
+    """Measure each operation of the device's backend, compared with a copy on the device, which reads and writes."""
     table: list[Row] = []
     for dtype in (torch.bfloat16, torch.float32):
         for shape, dim in shapes(device, args.tiny):
@@ -71,7 +71,7 @@ def kernels(args: argparse.Namespace, device: torch.device) -> list[Row]:
 
 
 def shapes(device: torch.device, tiny: bool) -> list[tuple[tuple[int, ...], int | None]]:
-    """One row, rows that a program holds, and rows that it does not; a copy of either outlasts its call."""
+    """Return one row, rows that fit into one program, and longer rows; a copy of each takes longer than its call."""
     if tiny:
         return [((3000,), None), ((8, 64), 0)]
     roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 40e9
@@ -80,7 +80,7 @@ def shapes(device: torch.device, tiny: bool) -> list[tuple[tuple[int, ...], int 
 
 
 def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -> list[Row]:
-    """The operations on a tensor, per tensor or per row."""
+    """Measure the operations on a tensor, per tensor or per row."""
     what = {
         "tensor": f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}, per {'tensor' if dim is None else 'row'}"
     }
@@ -105,7 +105,7 @@ def kernel_rows(x: Tensor, dim: int | None, rounds: int, device: torch.device) -
 
 
 def timed(run: Callable[[], object], rounds: int, device: torch.device) -> Row:
-    """Milliseconds of a call; on a GPU of one among many, by the device's clock, and of one by itself."""
+    """Measure milliseconds per call; on a GPU, in a sequence of calls by the device's clock, and of a single call."""
     alone: Row = take_turns({"": run}, rounds, device)[""]
     if device.type != "cuda":
         return alone
@@ -124,9 +124,10 @@ def timed(run: Callable[[], object], rounds: int, device: torch.device) -> Row:
 
 
 def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callable[[], object]]]:
-    """Name -> how often x, or something of its size, is read or written at the least, and what to run.
+    """Return name -> (number of passes, function to run).
 
-    None where that depends on the values.
+    The passes are the minimum number of reads and writes of x, or of tensors of its size; None if it depends on the
+    values.
     """
     ours, format = backend(x), IntFormat(4)
     dims = tuple(d for d in range(x.ndim) if d != dim)
@@ -136,7 +137,9 @@ def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callab
     state = Remembered(s.clone(), s.clone(), torch.zeros((), dtype=torch.int64, device=x.device), 0.1, True)
     once, fully = Search(dims, 1, 0.0), Search(dims, 20, 1e-4)
     factors = (0.9, 1.0, 1.1)
-    held = dim is not None and x[0].numel() <= max(getattr(ours, "REGISTERS", [0]))  # is read once for both
+    held = dim is not None and x[0].numel() <= max(
+        getattr(ours, "REGISTERS", [0])
+    )  # then one read serves both solving and rounding
     return {
         "copy": (2, partial(out.copy_, x)),
         "octav, cold": (None, partial(ours.octav, x, cost, None, fully)),
@@ -160,10 +163,10 @@ def operations(x: Tensor, dim: int | None) -> dict[str, tuple[int | None, Callab
 
 
 def steps(args: argparse.Namespace, device: torch.device, end: float) -> list[Row]:
-    """Training steps one after the other, since not all fit into memory together.
+    """Measure training steps one after another, because not all fit into memory together.
 
     Args:
-        end: of time.monotonic(), from which on rows are left out.
+        end: the time, by time.monotonic(), after which rows are skipped.
     """
     networks = TINY_NETWORKS if args.tiny else NETWORKS
     table: list[Row] = []
@@ -173,7 +176,7 @@ def steps(args: argparse.Namespace, device: torch.device, end: float) -> list[Ro
                 row = {"network": name, "way": way, "what": mode}
                 left = end - time.monotonic()
                 if left <= 0:
-                    table.append(row | {"error": f"left out: {args.minutes:g} minutes were over"})
+                    table.append(row | {"error": f"skipped: the {args.minutes:g} minutes are used up"})
                     continue
                 try:
                     with at_most(min(left, ROW_SECONDS)):
@@ -186,7 +189,7 @@ def steps(args: argparse.Namespace, device: torch.device, end: float) -> list[Ro
 
 
 def beside_full_precision(row: Row, before: list[Row]) -> Row:
-    """How many times what full precision takes, in the same way, where both are known."""
+    """Return the time relative to full precision, run in the same way, if both are known."""
     same = ("network", "way")
     full = next((r for r in [*before, row] if all(r[k] == row[k] for k in same) and r["what"] == MODES[0]), {})
     return {"x full precision": row["ms"] / full["ms"]} if "ms" in row and "ms" in full else {}
@@ -195,14 +198,14 @@ def beside_full_precision(row: Row, before: list[Row]) -> Row:
 def figures_of_step(
     which: tuple[str, int, int], mode: str, way: str, args: argparse.Namespace, device: torch.device
 ) -> Row:
-    """Time, launches, waits and peak memory of a training step."""
+    """Measure the time, launches, waits and peak memory of a training step."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     torch.compiler.reset()
     compiler = partial(torch.compile, backend="aot_eager" if args.tiny else "inductor")
     wrap = {"wrap": compiler} if way == "torch.compile" else {}
-    # Under capture weights are solved one by one, by kernels that the steps before it must have loaded.
+    # During capture, weights are solved one by one; earlier steps must have loaded the kernels for this.
     step = make_step(which, mode, device, amp=cuda, together=way != "CUDA graph", **wrap)
     if way == "CUDA graph":
         step = captured(step, device)
@@ -214,7 +217,7 @@ def figures_of_step(
 
 
 def captured(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """A step as one CUDA graph, after what must have happened before it can be captured."""
+    """Capture a step as one CUDA graph, after the warm-up that capture requires."""
     if device.type != "cuda":
         raise RuntimeError("a CUDA graph needs a CUDA device")
     aside = torch.cuda.Stream(device)
@@ -224,13 +227,16 @@ def captured(step: Callable[[], object], device: torch.device) -> Callable[[], o
             step()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph):  # also where capture fails
+    with (
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph),
+    ):  # restores the stream even if capture fails
         step()
     return graph.replay
 
 
 def launches_and_waits_on_gpu(step: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Kernels that the device runs in a step, and how often the host waits for the device meanwhile."""
+    """Count the kernels that the device runs in a step, and how often the host waits for the device meanwhile."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         synchronize(device)
@@ -247,14 +253,14 @@ def launches_and_waits_on_gpu(step: Callable[[], object], device: torch.device) 
 
 
 def calls_and_reads(step: Callable[[], object]) -> tuple[int, int]:
-    """On a CPU: calls of PyTorch's dispatcher in a step, and how many of them read a value."""
+    """Count, on a CPU, the calls of PyTorch's dispatcher in a step, and how many of them read a value."""
     with Calls() as calls:
         step()
     return len(calls.names), calls.names.count("aten._local_scalar_dense.default")
 
 
 class Calls(TorchDispatchMode):
-    """Writes down the names of operations while it is open; what a kernel does by itself is not seen."""
+    """Records the names of operations inside the context; what a kernel does internally is not visible."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -267,7 +273,7 @@ class Calls(TorchDispatchMode):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Break off with TookTooLongError what takes longer."""
+    """Raise TookTooLongError inside the context if it takes longer."""
 
     def over(signum: int, frame: object) -> None:
         raise TookTooLongError(f"took longer than {seconds:.0f} seconds")
@@ -282,14 +288,14 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong; behind a first line that only announces the next, that as well."""
+    """Return the first line of an error message, and the second one if the first only introduces it."""
     lines = str(error).strip().splitlines() or [""]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {said}"
 
 
 def free(device: torch.device) -> None:
-    """Give the memory of what is over back, before the next one asks for its own."""
+    """Release the memory of finished measurements before the next one allocates."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from qat_runner.data.folder import FolderSource
 from qat_runner.data.images import ImageData
 
 SIZE = 500, 375
-"""width and height: about the median of ImageNet's"""
+"""width and height in pixels, about the median of ImageNet"""
 COUNT, BATCH, SIDE = 64, 32, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,13 +31,13 @@ Epoch = Callable[[], Iterator[Any]]
 
 
 def pictures(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Processor time of this process alone, on one thread: of decoding, augmenting and normalizing for training."""
+    """Measure the CPU time of this process, on one thread, for decoding, augmenting and normalizing training images."""
     threads, cache = torch.get_num_threads(), os.environ.get("QAT_CACHE_DIR")
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["QAT_CACHE_DIR"] = (
-                f"{folder}/cache"  # where shards are made of parquet files, before the clock runs
+                f"{folder}/cache"  # parquet files are converted to shards there, before timing
             )
             _write(Path(folder))
             return _take_turns(_contest(Path(folder)), args.rounds)
@@ -48,7 +48,7 @@ def pictures(args: argparse.Namespace, device: torch.device) -> list[dict[str, A
 
 
 def _write(folder: Path) -> None:
-    """JPEGs of smooth colours with noise on them, 100 kB each, as ImageNet's; in every layout."""
+    """Write JPEGs of smooth colors with noise, 100 kB each like ImageNet's, in every layout."""
     random = np.random.default_rng(0)
     for split, count in (("train", COUNT), ("val", 1)):
         jpegs = [_jpeg(random) for _ in range(count)]
@@ -105,7 +105,7 @@ def _contest(folder: Path) -> dict[str, Epoch]:
 
 
 def _timm(folder: Path, timm: Any) -> Epoch:
-    """`create_loader` as it is, but in this process: among its defaults are colour jitter and a filter drawn by lot."""
+    """Use `create_loader` with its defaults, e.g. color jitter and a random resampling filter, but in this process."""
     made = timm.create_dataset("", root=folder, split="train", is_training=True)
     here = {"num_workers": 0, "persistent_workers": False, "device": torch.device("cpu")}
     loader = timm.create_loader(made, (3, SIDE, SIDE), BATCH, is_training=True, **here)
@@ -135,8 +135,8 @@ def _take_turns(contest: dict[str, Epoch], rounds: int) -> list[dict[str, Any]]:
             times[name].append(1e3 * (time.process_time() - began) / COUNT)
     rows = []
     for name, values in times.items():
-        low, middle, high = statistics.quantiles(values[1:], n=4)  # the first was to settle
-        row = {"loader": name, "ms a picture": middle, "spread": high - low, "pictures/s a core": 1e3 / middle}
+        low, middle, high = statistics.quantiles(values[1:], n=4)  # the first round is a warm-up
+        row = {"loader": name, "ms per image": middle, "spread": high - low, "images/s per core": 1e3 / middle}
         ratios = [a / b for a, b in zip(values[1:], times["torchvision"][1:], strict=True)]
-        rows.append(row | {"of torchvision": statistics.median(ratios)})
+        rows.append(row | {"time / torchvision": statistics.median(ratios)})
     return rows

@@ -1,4 +1,4 @@
-"""What competes in a benchmark, turn by turn: operations, and training steps of networks."""
+"""Benchmark contests: operations, or training steps of networks, that are timed in turns."""
 
 import math
 import statistics
@@ -22,9 +22,9 @@ from qat_runner.tasks import TASKS
 Contest = dict[str, Callable[[], object]]
 
 BERTS = {"minilm": (6, 384), "bert_base": (12, 768), "bert_tiny": (1, 24)}
-"""name -> layers and hidden size"""
+"""name -> (layers, hidden size)"""
 VITS = {"vit_s": (16, 12, 384, 6), "vit_tiny": (4, 1, 24, 2)}
-"""name -> pixels a side of a patch, layers, hidden size, heads"""
+"""name -> (side of a patch in pixels, layers, hidden size, heads)"""
 MODES = ("full precision", "static", "max", "octav")
 LEARNED = ("full precision", "octav", "lsq", "pact")
 GRIDS: dict[str, dict[str, Any]] = {
@@ -45,10 +45,10 @@ def synchronize(device: torch.device) -> None:
 def take_turns(
     contest: Contest, rounds: int, device: torch.device, beside: str | None = None
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each contestant: median and spread (third minus first quartile) over the rounds.
+    """Time each contestant in milliseconds: the median and the spread (third minus first quartile) over the rounds.
 
-    With `beside`, a contestant, also how many times its time each takes: the median over the rounds, and its standard
-    error, for differences that are small beside what the machine does from minute to minute.
+    With `beside`, the name of a contestant, also return the time of each relative to that one: the median over the
+    rounds and its standard error. This is for differences that are small compared with the machine's own variation.
     """
     for _ in range(3):  # allocate, compile, let memory settle
         for run in contest.values():
@@ -66,13 +66,13 @@ def take_turns(
     for name, values in times.items() if beside else ():
         ratios = [a / b for a, b in zip(values, times[beside or name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        error = 1.25 * (high - low) / 1.35 / math.sqrt(rounds)  # of a median, of what is nearly normal
+        error = 1.25 * (high - low) / 1.35 / math.sqrt(rounds)  # of the median of a nearly normal distribution
         figures[name] |= {f"x {beside}": middle, "standard error": error}
     return figures
 
 
 def most_allocated(run: Callable[[], object]) -> int:
-    """Bytes of tensors on a CPU, at the highest, beyond those that are there before."""
+    """Return the peak bytes of tensors on a CPU, not counting those that existed before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = highest = 0
@@ -83,7 +83,7 @@ def most_allocated(run: Callable[[], object]) -> int:
 
 
 def vision(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
-    """A network, a batch of random pictures, and how the network is quantized."""
+    """Return a network, a batch of random images, and the options for quantizing the network."""
     name, size, batch = which
     model = vision_transformer(name, size) if name in VITS else build_model(name, 100, size)
     model = model.to(device).to(memory_format=torch.channels_last)
@@ -92,14 +92,14 @@ def vision(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module
 
 
 def vision_transformer(name: str, size: int) -> nn.Module:
-    """torchvision's, in the sizes of DeiT's, for pictures of so many pixels a side."""
+    """Return torchvision's vision transformer in a size of VITS, for images of size x size pixels."""
     patch, layers, hidden, heads = VITS[name]
     model: nn.Module = VisionTransformer(size, patch, layers, heads, hidden, 4 * hidden, num_classes=100)
     return model
 
 
 def bert(which: tuple[str, int, int], device: torch.device) -> tuple[nn.Module, Batch, dict[str, Any]]:
-    """A BERT with random weights, a batch of random tokens, and how the network is quantized."""
+    """Return a BERT with random weights, a batch of random tokens, and the options for quantizing the network."""
     name, length, batch = which
     layers, hidden = BERTS[name]
     config = BertConfig(
@@ -124,14 +124,16 @@ def make_step(
     wrap: Callable[[nn.Module], Any] = _as_it_is,
     together: bool = True,
 ) -> Callable[[], object]:
-    """A training step: forward, backward, SGD; of a BERT AdamW. The first is of the bare network, as in `qat-run`.
+    """Return a training step: forward, backward, and SGD, or AdamW for a BERT.
+
+    The first step runs the network without `wrap`, as in `qat-run`.
 
     Args:
-        which: model, picture size or tokens, batch size.
+        which: (model, image size or number of tokens, batch size).
         mode: "full precision", "static", a clipping method, a name in GRIDS, or "brevitas".
         amp: whether to compute in bfloat16.
-        wrap: what is made of the network after its first step, such as torch.compile.
-        together: whether weights are solved together where the network is not compiled, as in `qat-run`.
+        wrap: applied to the network after its first step, for example torch.compile.
+        together: whether all weights are solved together if the network is not compiled, as in `qat-run`.
     """
     torch.manual_seed(0)
     is_bert = which[0] in BERTS
@@ -148,7 +150,7 @@ def make_step(
     if mode in ("static", "lsq", "pact"):
         calibrate(model, [batch.inputs])
     optimizer: torch.optim.Optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=1e-5, capturable=device.type == "cuda")  # into a CUDA graph
+        torch.optim.AdamW(model.parameters(), lr=1e-5, capturable=device.type == "cuda")  # for CUDA graphs
         if is_bert
         else torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     )
@@ -174,7 +176,7 @@ def make_step(
 
 
 def brevitas_model(model: nn.Module) -> nn.Module:
-    """Each layer as Brevitas quantizes it by default, in training with scales that are learned."""
+    """Replace each layer by Brevitas' default quantized layer for training, whose scales are learned."""
     from brevitas.nn import QuantConv2d, QuantLinear
     from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat
 

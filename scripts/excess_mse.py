@@ -1,10 +1,10 @@
-"""How far each way to find a clipping scalar lies above the best one, in each range of the integers: a Markdown table.
+"""Print the excess MSE of each way to find clipping scalars over the best scalars, for each integer range, in Markdown.
 
     python scripts/excess_mse.py                 # rows of normal numbers, a minute on one core
     python scripts/excess_mse.py --rows 2000
 
-The best scalar of each row is found by trying 1,201 of them, and both signs where scalars have one. It may be beaten by
-a little, since those that are refined lie between.
+The best scalar of each row is found by trying 1,201 candidates, with both signs where scalars have a sign. Refined
+scalars can be slightly better, because they may lie between the candidates.
 """
 
 import argparse
@@ -28,12 +28,12 @@ WAYS: Mapping[str, Callable[[Tensor, IntFormat], Tensor]] = {
 
 
 def error(x: Tensor, s: Tensor, format: IntFormat) -> Tensor:
-    """Squared error of each of [rows, n]: [rows, 1]."""
+    """Return the squared error of each row of [rows, n]: [rows, 1]."""
     return (fake_quantize(x, s, format) - x).square().sum(1, keepdim=True)
 
 
 def least(x: Tensor, format: IntFormat) -> Tensor:
-    """The squared error under the best scalar of each of [rows, n]: [rows, 1]."""
+    """Return the squared error of each row of [rows, n] with its best scalar: [rows, 1]."""
     top = x.abs().amax(1, keepdim=True)
     best = torch.full_like(top, math.inf)
     for factor in torch.linspace(0.1, 1.3, 1201).tolist():
@@ -43,7 +43,7 @@ def least(x: Tensor, format: IntFormat) -> Tensor:
 
 
 def excess(x: Tensor, format: IntFormat) -> list[float]:
-    """Of each way, in percent of the least error."""
+    """Return the excess of each way, in percent of the least error."""
     best = least(x, format).mean()
     found = []
     for way in WAYS.values():
@@ -55,7 +55,7 @@ def excess(x: Tensor, format: IntFormat) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400, help="of normal numbers, for each length (400)")
+    parser.add_argument("--rows", type=int, default=400, help="rows of normal numbers for each length (default: 400)")
     args = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     table = []

@@ -1,11 +1,11 @@
-"""Carry out a dozen or two tiny runs, and note all that they leave: for changes that must not change a number.
+"""Execute about two dozen tiny runs and record their results, to verify that a code change alters no number.
 
-    python scripts/golden_runs.py before.json                       # the code as it is
-    python scripts/golden_runs.py after.json --against before.json  # after the change; exit status 1: something differs
+    python scripts/golden_runs.py before.json                       # before the change
+    python scripts/golden_runs.py after.json --against before.json  # after it; exit status 1 if anything differs
 
-Of each run are kept: every step's loss and learning rate, every epoch's figures, every tensor's noise, the result, the
-name that the run would have by itself, hashes of each tensor of the last checkpoint and of each exported file. Times
-and paths are left out. Equal means equal to the last bit, so both halves belong on one machine.
+For each run, the file contains the loss and learning rate of every step, the metrics of every epoch, the noise of every
+tensor, the result, the default name of the run, and hashes of each tensor of the last checkpoint and of each exported
+file. Times and paths are left out. Results are compared bit by bit, so run both commands on the same machine.
 """
 
 import argparse
@@ -64,16 +64,18 @@ RUNS: Mapping[str, Sequence[str]] = {
     "bert_static": (*TEXT, EAGER, "clipping=static_octav", "bits=6"),
 }
 NEEDED = ("full_precision", "octav")
-"""Their weights are what others begin with."""
+"""Runs whose weights other runs start from."""
 EXPORTED = ("octav", "static_octav", "lsq", "pact", "frozen", "bert_static")
 NOT_NUMBERS = ("seconds", "samples_per_second", "train_seconds", "run_dir")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, help="where to write what the runs left")
-    parser.add_argument("--against", type=Path, help="such a file, of the code before")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="names of runs")
+    parser.add_argument("file", type=Path, help="file to write the results to")
+    parser.add_argument("--against", type=Path, help="results of the code before the change")
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(RUNS), help="names of the runs to execute (default: all)"
+    )
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = dict(carried_out(Path(folder), asked.only))
@@ -82,12 +84,12 @@ def main() -> int:
         return 0
     before = json.loads(asked.against.read_text())
     absent = [name for name in asked.only if name not in before]
-    print("".join(f"{name:20} not in {asked.against}\n" for name in absent), end="")
+    print("".join(f"{name:20} is not in {asked.against}\n" for name in absent), end="")
     return compared(before, found) or int(bool(absent))
 
 
 def compared(before: dict[str, Any], after: dict[str, Any]) -> int:
-    """Print a line a run: how much of it there is, and what of it differs; returns the exit status."""
+    """Print one line per run, with the number of values and of differences; return the exit status."""
     bad = 0
     for name in (name for name in before if name in after):
         then, now = dict(leaves(before[name])), dict(leaves(after[name]))
@@ -99,7 +101,7 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> int:
 
 
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of everything in nested dicts and lists."""
+    """Yield the path and value of each leaf of nested dicts and lists."""
     if isinstance(value, dict | list):
         for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(inside, f"{where}/{key}")
@@ -108,7 +110,7 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def carried_out(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each run's name and what it left; runs that others need come before them."""
+    """Execute the runs, and yield the name and the results of each; runs that others need come first."""
     sys.path.insert(0, str(ROOT))
     from tests.tiny import tiny_bert, tiny_squad
 
@@ -137,10 +139,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def called(command: Sequence[str], folder: Path) -> str:
-    """What a command of this Python prints.
+    """Run this Python with the arguments and return its output.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the command failed.
     """
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment(folder), capture_output=True, encoding="utf-8"
@@ -151,7 +153,7 @@ def called(command: Sequence[str], folder: Path) -> str:
 
 
 def stopped_after(runs: Path, rows: int, command: Sequence[str], folder: Path) -> None:
-    """Start a run, and stop it once its steps.csv has so many rows."""
+    """Start a run, and stop it once its steps.csv has the given number of rows."""
 
     def recorded() -> int:
         return sum(path.read_text().count("\n") for path in runs.glob("*/steps.csv"))
@@ -164,7 +166,7 @@ def stopped_after(runs: Path, rows: int, command: Sequence[str], folder: Path) -
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """All that a run left in its folder, but times and paths."""
+    """Return everything that a run left in its folder, except times and paths."""
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "tensorboard" not in str(p))
     summary = json.loads((folder / "summary.json").read_text())
     found: dict[str, Any] = {"files": files, "summary": without_times(summary)}

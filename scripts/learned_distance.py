@@ -1,14 +1,20 @@
-"""How far learned clipping scalars lie from the MSE-optimal ones, and what accuracy becomes there: two Markdown tables.
+"""Compare learned clipping scalars with MSE-optimal ones, and the accuracy with either: two Markdown tables.
 
     python scripts/learned_distance.py runs/NAME
     python scripts/learned_distance.py runs/NAME --batches 4 --csv distance.csv
 
-For each tensor of a run of lsq or pact, on the same training batches in the trained, quantized network: the learned
-scalar s; s*, whose squared error is least by OCTAV (which knows of the missing code, and measures candidates; --paper:
-OCTAV as published); s / s*, the geometric mean over the scalars of the tensor, of the distance between the ends where
-there are two; the MSE at both. Then the validation figures of the network as it is, and with the scalars of weights, of
-activations or of both moved to s*, each before and after the statistics of BatchNorm are taken anew. Weights of pact
-have no learned scalars (DoReFa's are a maximum), so that activations alone are moved there.
+The first table has a row for each tensor of a run with clipping=lsq or pact, measured on the same training batches in
+the trained, quantized network:
+
+- the learned scalar s;
+- s*, the scalar with the least squared error according to OCTAV, which here accounts for the missing code and measures
+  candidates (with --paper: OCTAV as published);
+- s / s*, the geometric mean over the scalars of the tensor; for two clipping bounds, the ratio of their distances;
+- the MSE at both.
+
+The second table has the validation metrics of the network as it is, and with the scalars of weights, of activations or
+of both moved to s*, each before and after the statistics of BatchNorm are re-estimated. With pact, weights have no
+learned scalars (DoReFa's are a maximum), so only activations are moved.
 """
 
 import argparse
@@ -38,7 +44,7 @@ from qat_runner.training.batch_norm import norms, reestimate
 from qat_runner.training.measure import evaluate
 
 MOVED: Mapping[str, tuple[bool, ...]] = {"none": (), "weights": (True,), "activations": (False,), "both": (True, False)}
-"""What is moved -> whether that is weights, other tensors, or both."""
+"""What is moved -> which tensors that is: weights (True), others (False), or both."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Distance:
     bits: int
     scalars: int
     s: float
-    """in units of the tensor, the mean over its scalars"""
+    """in units of the tensor; mean over its scalars"""
     best_s: float
     ratio: float
     mse: float
@@ -59,13 +65,13 @@ class Distance:
 
 
 def learned(model: nn.Module) -> dict[str, tuple[bool, LearnedQuantizer]]:
-    """Name of a tensor whose scalars are parameters -> whether it is a weight, and its quantizer."""
+    """Return name -> (whether it is a weight, quantizer) of the tensors whose scalars are parameters."""
     tensors = {t.name: (t.tensor == "weight", t.quantizer) for t in quantized_tensors(model)}
     return {name: (weight, q) for name, (weight, q) in tensors.items() if isinstance(q, LearnedQuantizer)}
 
 
 def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[list[Distance], dict[str, Tensor]]:
-    """Rows of the table; and the best scalars of each tensor, in the shape of its own. Both are means over batches."""
+    """Return the rows of the table, and the best scalars of each tensor in its shape; both are means over batches."""
     names = {q: name for name, (_, q) in learned(model).items()}
     found: dict[LearnedQuantizer, list[tuple[Tensor, Tensor]]] = {}
 
@@ -85,7 +91,7 @@ def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[lis
 
 
 def distance(name: str, q: LearnedQuantizer, best: Tensor, mse: float, best_mse: float) -> Distance:
-    """A row of the table."""
+    """Return a row of the table."""
     ours, theirs = (width(q.format, s) for s in (q.latest, best))
     ratio = (ours / theirs).log().mean().exp().item()
     figures = ours.mean().item(), theirs.mean().item(), ratio, mse, best_mse
@@ -93,13 +99,13 @@ def distance(name: str, q: LearnedQuantizer, best: Tensor, mse: float, best_mse:
 
 
 def width(format: Format, s: Tensor) -> Tensor:
-    """How far scalars reach, or their ends lie apart; never 0."""
+    """Return how far scalars reach, or the distance between two clipping bounds; never 0."""
     reach = format.reach(s) if format.parts == 1 else s[1] - s[0]
     return reach.double().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def moved(model: nn.Module, best: Mapping[str, Tensor], weights: Container[bool]) -> nn.Module:
-    """A copy of a network with the best scalars in place of the learned ones, of weights, of other tensors or both."""
+    """Return a copy of a network with the best instead of the learned scalars, for weights, other tensors or both."""
     model = copy.deepcopy(model)
     for name, (weight, quantizer) in learned(model).items():
         if weight in weights and name in best:
@@ -108,7 +114,7 @@ def moved(model: nn.Module, best: Mapping[str, Tensor], weights: Container[bool]
 
 
 def validated(model: nn.Module, config: Config, data: Data) -> dict[str, float]:
-    """The figures of a validation pass."""
+    """Return the metrics of a validation pass."""
     task = task_of(config)
     totals = task.score(data)
     batches = data.val_batches(config.dataset.val_batch_size, config.limit_val_batches)
@@ -117,14 +123,14 @@ def validated(model: nn.Module, config: Config, data: Data) -> dict[str, float]:
 
 
 def report(args: argparse.Namespace) -> tuple[list[Distance], list[dict[str, Any]]]:
-    """The rows of both tables.
+    """Return the rows of both tables.
 
     Raises:
-        ConfigError: there is no such run, or nothing in it is learned.
+        ConfigError: there is no such run, or it has no learned scalars.
     """
     model, data, config = network_of(args.run, args.checkpoint)
     if not learned(model):
-        raise ConfigError(f"{args.run}: has no learned scalars; runs of clipping=lsq and pact have")
+        raise ConfigError(f"{args.run}: has no learned scalars; it must be a run with clipping=lsq or clipping=pact")
 
     octav = Octav() if args.paper else Octav(missing_code=True, refine=64)
     some = data.train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, args.batches)
@@ -139,19 +145,25 @@ def report(args: argparse.Namespace) -> tuple[list[Distance], list[dict[str, Any
         if norms(network):
             anew = data.train_batches(config.batch_size, CALIBRATION_EPOCH, args.norm_batches)
             reestimate(network, anew, task_of(config).compute)
-            figures.append({"moved": what, "BatchNorm": "anew", **validated(network, config, data)})
+            figures.append({"moved": what, "BatchNorm": "re-estimated", **validated(network, config, data)})
     return rows, figures
 
 
 def main() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run of clipping=lsq or pact")
-    parser.add_argument("--batches", type=int, default=1, help="that s* is found on, the mean over them (1)")
-    parser.add_argument("--norm-batches", type=int, default=50, help="that BatchNorm sees anew (50)")
-    parser.add_argument("--paper", action="store_true", help="OCTAV as published")
-    parser.add_argument("--checkpoint", choices=("last", "previous", "best"), default="last", help="which one (last)")
-    parser.add_argument("--csv", type=Path, help="file for the first table")
+    parser.add_argument("run", type=Path, help="folder of a run with clipping=lsq or pact")
+    parser.add_argument(
+        "--batches", type=int, default=1, help="number of batches over which s* is averaged (default: 1)"
+    )
+    parser.add_argument(
+        "--norm-batches", type=int, default=50, help="number of batches for re-estimating BatchNorm (default: 50)"
+    )
+    parser.add_argument("--paper", action="store_true", help="use OCTAV as published")
+    parser.add_argument(
+        "--checkpoint", choices=("last", "previous", "best"), default="last", help="checkpoint to use (default: last)"
+    )
+    parser.add_argument("--csv", type=Path, help="file to write the first table to")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     try:

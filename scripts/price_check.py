@@ -1,12 +1,13 @@
-"""How well prices of bits foretell the loss: random policies, priced and measured.
+"""Check how well prices (estimated sensitivities) predict the loss, by pricing and measuring random policies.
 
     python scripts/price_check.py model=resnet20 dataset=cifar10 data_dir=/data weights=resnet20.th
     python scripts/price_check.py --policies 100 --samples 2000 --csv prices.csv model=... weights=...
 
-Keys are those of qat-bits. Policies are of two kinds: any bits from a random range for each tensor; and 3 to 6 bits
-whose mean is 4, for weights as for activations, to which a budget restricts the choice. For each kind of price:
-Spearman's rank correlation of the foretold and the measured rise of the loss, on validation data. With --against,
-what each kind chooses at that mean, beside random policies that come to it.
+The keys are those of qat-bits. There are two kinds of policies: arbitrary bit-widths from a random range for each
+tensor; and 3 to 6 bits with an average of 4, for weights as well as for activations, as a budget would enforce. For
+each kind of price, the script prints Spearman's rank correlation between the predicted and the measured increase of the
+loss on validation data. With --against, it also compares what each kind of price chooses at that average bit-width with
+random policies of the same average.
 """
 
 import argparse
@@ -40,25 +41,26 @@ from qat_runner.policy import PRICES
 from qat_runner.tasks import task_of
 
 MEAN = 4.0
-"""Bits of the policies that have a budget."""
+"""Average bit-width of the policies that have a budget."""
 
 CLOSE = 0.05
-"""Bits below that mean that are close enough."""
+"""How far below that average is close enough, in bits."""
 
 STEPS = 10_000
-"""Changes of one width after which it is left at that."""
+"""The largest number of changes of single bit-widths when looking for a policy."""
 
 
 def any_bits(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
-    """For each tensor any of the widths in a range that is drawn first, so that policies of all means occur."""
+    """Draw a bit-width for each tensor from a range that is drawn first, so that policies of all averages occur."""
     low, high = sorted(draw.sample(range(len(widths)), 2))
     return {operand.name: draw.choice(widths[low : high + 1]) for operand in known.free}
 
 
 def bits_of_budget(known: Network, widths: list[int], draw: random.Random) -> dict[str, int]:
-    """Random widths, 3 to 6, whose mean over the elements, of weights and of activations, is `MEAN` or just below.
+    """Draw bit-widths from 3 to 6 with an average of `MEAN` or just below, for weights and for activations.
 
-    Where few tensors do not come to that, it is as near as `STEPS` changes of one width get it.
+    The average is over the elements. If the tensors are too few to reach this, the result is the closest policy within
+    `STEPS` changes.
     """
     widths = widths_of_budget(widths)
     bits: dict[str, int] = {}
@@ -70,13 +72,13 @@ def bits_of_budget(known: Network, widths: list[int], draw: random.Random) -> di
 
 
 def widths_of_budget(widths: list[int]) -> list[int]:
-    """Those that policies which have a budget are drawn from; empty where none can come to `MEAN`."""
+    """Return the bit-widths for policies with a budget; empty if they cannot average to `MEAN`."""
     some = [width for width in widths if 3 <= width <= 6]
     return some if some and min(some) < MEAN < max(some) else []
 
 
 def near_the_mean(operands: list[Operand], widths: list[int], draw: random.Random) -> dict[str, int]:
-    """Random widths of tensors of one kind, changed one by one until their mean is `MEAN` or just below."""
+    """Draw bit-widths for tensors of one kind, and change one at a time until the average is `MEAN` or just below."""
     total = sum(operand.elements for operand in operands)
     bits = {operand.name: draw.choice(widths) for operand in operands}
     best, least = bits, math.inf
@@ -94,18 +96,18 @@ def near_the_mean(operands: list[Operand], widths: list[int], draw: random.Rando
 
 @dataclass
 class Subject:
-    """A network, its prices, and what its loss is measured on."""
+    """A network, its prices, and a function that measures its loss."""
 
     known: Network
     widths: list[int]
     prices: Mapping[str, Mapping[str, Mapping[int, float]]]
-    """by kind"""
+    """kind of price -> tensor -> bit-width -> price"""
     measured: Callable[[dict[str, int]], float]
-    """the rise of the loss with so many bits for each tensor"""
+    """policy -> increase of the loss"""
 
 
 def priced(config: Config, samples: int) -> Subject:
-    """The network of a config, priced in every way."""
+    """Build the network of a config and compute its prices of every kind."""
     model, data = build(config, config.weights)
     known, task, how = network(model, config.allocation.widths, EXAMPLE), task_of(config), config.allocation
 
@@ -130,7 +132,7 @@ def priced(config: Config, samples: int) -> Subject:
 
 
 def checked(subject: Subject, policies: int, draw: random.Random) -> list[dict[str, Any]]:
-    """A row a policy: its kind, what each price foretells, and the rise of the loss."""
+    """Return one row per policy: its kind, the prediction of each kind of price, and the increase of the loss."""
     rows = []
     for kind, drawn in (("any", any_bits), (f"mean {MEAN:g}", bits_of_budget)):
         for _ in range(policies):
@@ -144,8 +146,10 @@ def checked(subject: Subject, policies: int, draw: random.Random) -> list[dict[s
 
 
 def compared(subject: Subject, policies: int, draw: random.Random) -> list[dict[str, Any]]:
-    """A row a kind of price: the rise of the loss with what it chooses at a mean of `MEAN` bits, and which share of so
-    many random policies of that mean it is below."""
+    """Return one row per kind of price, for its choice at an average of `MEAN` bits.
+
+    A row has the increase of the loss, and the share of random policies of the same average with a larger increase.
+    """
     rivals = [subject.measured(bits_of_budget(subject.known, subject.widths, draw)) for _ in range(policies)]
     limits = [Limit(measure, MEAN) for measure in mean_bits(subject.known)]
     rows = []
@@ -158,25 +162,25 @@ def compared(subject: Subject, policies: int, draw: random.Random) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", type=int, default=40, help="of each kind")
+    parser.add_argument("--policies", type=int, default=40, help="number of policies of each kind")
     parser.add_argument(
-        "--against", type=int, default=0, help="random policies that each price's choice is held against"
+        "--against", type=int, default=0, help="number of random policies to compare each price's choice with"
     )
-    parser.add_argument("--samples", type=int, default=1000, help="that losses are measured on")
-    parser.add_argument("--seed", type=int, default=0, help="of the policies")
-    parser.add_argument("--csv", type=Path, help="file for a row a policy")
+    parser.add_argument("--samples", type=int, default=1000, help="number of samples to measure losses on")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the policies")
+    parser.add_argument("--csv", type=Path, help="file to write one row per policy to")
     asked, keys = parser.parse_known_args()
     try:
         config = from_hydra(compose_config(["mode=allocate", "budget=4", *keys]))
         if config.weights == BASELINE:
-            parser.error("weights=baseline: needs a file of weights, such as that of the run's last checkpoint")
+            parser.error("weights=baseline: must be a weights file, such as the last checkpoint of a run")
         preflight(config)
     except (HydraException, OmegaConfBaseException) as error:
         parser.error(explain(error, config_dir()))
     except QatError as error:
         parser.error(str(error))
     if not widths_of_budget(sorted(config.allocation.widths)):
-        parser.error(f"allocation.widths: must have one below {MEAN:g} and one above it, of 3 to 6")
+        parser.error(f"allocation.widths: must contain bit-widths on both sides of {MEAN:g}, from 3 to 6")
     subject, draw = priced(config, asked.samples), random.Random(asked.seed)
     rows = checked(subject, asked.policies, draw)
     if asked.csv is not None:

@@ -1,8 +1,8 @@
-"""A decoder of a million parameters for a text of one's own: a vocabulary of its byte pairs, and a configuration.
+"""Prepare a decoder of a million parameters for a text of your own: a byte-pair vocabulary and a model config.
 
     python scripts/small_decoder.py TEXT FOLDER
 
-FOLDER is then a model.checkpoint for mode=scratch; it holds no weights.
+Afterwards, FOLDER can be used as model.checkpoint with mode=scratch; it contains no weights.
 """
 
 import argparse
@@ -18,8 +18,8 @@ VOCABULARY, POSITIONS, END = 2048, 512, "<|endoftext|>"
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", type=Path, help="a UTF-8 file")
-    parser.add_argument("folder", type=Path, help="to write to")
+    parser.add_argument("text", type=Path, help="UTF-8 file with the text")
+    parser.add_argument("folder", type=Path, help="folder to write to")
     args = parser.parse_args(argv)
     if not args.text.is_file():
         parser.error(f"{args.text}: there is no such file")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def vocabulary(text: Path) -> Any:
-    """Byte pairs of a text, as GPT-2 has them; all bytes are among them, so whatever is written has tokens."""
+    """Return a byte-pair tokenizer for a text, as GPT-2's; it includes all bytes, so every text can be tokenized."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

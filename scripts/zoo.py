@@ -1,12 +1,13 @@
-"""Networks of all families through the steps of the library, tiny or with small pictures, weights random: a table.
+"""Run networks of all families, tiny or on small images, with random weights, through all steps of the library.
 
-    python scripts/zoo.py                        # all of them, to the screen
+    python scripts/zoo.py                        # all networks, as a table on the screen
     python scripts/zoo.py --only 'timm/*' --csv zoo.csv
     python scripts/zoo.py --markdown docs/results/networks.md --csv docs/results/networks.csv
 
-Each is quantized to 4 bits, run forward and backward, copied, written and read, frozen, exported as integers, and given
-back. The table says which share of the multiply-accumulates is of quantized tensors, what it is with Conv2d and Linear
-layers alone that are called as such, what is left and why, and how far the exported file is from the frozen network.
+Each network is quantized to 4 bits, run forward and backward, copied, saved and loaded, frozen, exported as integers,
+and restored. The table shows which share of the multiply-accumulates has quantized operands, what this share would be
+with only the Conv2d and Linear layers that are called as such, what is not quantized and why, and how far the exported
+file is from the frozen network.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from qat_runner.tasks import fields_of
 from qat_runner.wording import percent
 
 Make = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
-"""A network and arguments of its forward."""
+"""A function that returns a network and the arguments of its forward pass."""
 
 TORCHVISION: dict[str, int] = {
     **dict.fromkeys(
@@ -65,7 +66,7 @@ TORCHVISION: dict[str, int] = {
     "inception_v3": 299,
     "maxvit_t": 224,
 }
-"""Smallest networks of torchvision's families -> side of a picture that they take."""
+"""The smallest network of each torchvision family -> side of its input images in pixels."""
 
 TIMM: dict[str, int] = {
     **dict.fromkeys(
@@ -91,7 +92,7 @@ TIMM: dict[str, int] = {
     "crossvit_tiny_240": 240,
     "test_vit": 160,
 }
-"""The same of timm."""
+"""The same for timm."""
 
 TEXT: dict[str, Any] = {
     "hidden_size": 16,
@@ -101,7 +102,7 @@ TEXT: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 32,
 }
-"""What most configs of transformers call the sizes of a network of texts."""
+"""The names that most configs of transformers use for the sizes of a text network."""
 
 DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}
@@ -191,7 +192,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
     ),
 }
-"""Network of transformers -> what it takes, of INPUTS, and its config, tiny."""
+"""Network of transformers -> (kind of its input, a key of INPUTS; arguments of a tiny config)."""
 
 INPUTS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "tokens": lambda: (torch.randint(2, 50, (2, 8)),),
@@ -207,18 +208,18 @@ REASONS: dict[str, str] = {
     "transformers/FalconModel": "attention is not quantized in a module whose linear layers call matmul directly",
     "transformers/MambaModel": "the mixer uses its layers' weights without calling them, and implements its own scan",
 }
-"""Network of which less than ENOUGH is quantized -> why."""
+"""Network of which a share below ENOUGH is quantized -> the reason."""
 
 KEPT: dict[str, Sequence[str]] = {
     "transformers/MambaModel": [f"layers.{i}.mixer.{name}" for i in range(2) for name in ("conv1d", "dt_proj")]
 }
-"""Network -> layers that are not called, and so have no scalars to freeze."""
+"""Network -> layers that are never called, and so have no scalars to freeze."""
 
 ENOUGH = 0.95
 
 FAR = 0.5
-"""How far a file may be from its network: where other sums round otherwise, a value may fall to another code of four
-bits, and those after it with it. Files of another network are further than 1 from it."""
+"""How far an exported file may be from its network: where sums are rounded differently, a value may get another 4-bit
+code, and so may the values computed from it. A file of a different network is further away than 1."""
 
 
 def _torchvision(name: str, side: int) -> Make:
@@ -255,7 +256,7 @@ def _transformers(name: str, takes: str, config: dict[str, Any]) -> Make:
 
 
 def _alive(make: Make) -> Make:
-    """The same, with random numbers where a library begins with zeros, such as heads: what is zero proves nothing."""
+    """Replace zero initializations, such as those of heads, with random numbers, because zeros would hide errors."""
 
     def made() -> tuple[nn.Module, tuple[Any, ...]]:
         model, inputs = make()
@@ -268,7 +269,7 @@ def _alive(make: Make) -> Make:
 
 
 def zoo() -> dict[str, Make]:
-    """All networks, by "library/name"."""
+    """Return all networks by "library/name"."""
     networks = {
         **{f"torchvision/{name}": _torchvision(name, side) for name, side in TORCHVISION.items()},
         **{f"timm/{name}": _timm(name, side) for name, side in TIMM.items()},
@@ -279,28 +280,27 @@ def zoo() -> dict[str, Make]:
 
 @dataclass
 class Row:
-    """What became of one network."""
+    """The results of one network."""
 
     network: str
     layers_alone: float = 0.0
-    """share, 0 to 1, of what Conv2d and Linear layers compute when they are called, and attention by transformers'
-    interface"""
+    """share, 0 to 1, of Conv2d and Linear layers that are called, and of attention by transformers' interface"""
     quantized: float = 0.0
-    """share that is quantized"""
+    """share, 0 to 1, that is quantized"""
     off: str = ""
-    """how the network with quantizers switched off differs: "same" bits, or "rounding" """
+    """how the network with its quantizers disabled differs from the original: "same" bits, or "rounding" """
     exported: str = ""
-    """how the file differs from the frozen network: "same" bits, or the length of the difference, of that of both"""
+    """how the file differs from the frozen network: "same" bits, or the norm of the difference over the output's"""
     steps: str = ""
-    """ "all", or the last that went well and how the next fails"""
+    """ "all", or the last step that succeeded and the error of the next one"""
     left: str = ""
-    """what is not quantized, the largest first"""
+    """what is not quantized, largest share first"""
     reason: str = ""
-    """why, where it is much"""
+    """the reason, if much is not quantized"""
     seconds: float = 0.0
 
     def cells(self) -> list[str]:
-        """For a reader."""
+        """Return the cells of the table for readers."""
         shares = percent(self.layers_alone), percent(self.quantized)
         why = "; ".join(filter(None, (self.reason, self.left)))
         return [self.network, *shares, self.off, self.exported, self.steps, why]
@@ -310,7 +310,7 @@ HEADS = ("network", "layers alone", "quantized", "off", "exported", "steps", "wh
 
 
 def visit(name: str, make: Make) -> Row:
-    """Take one network through all steps."""
+    """Run one network through all steps."""
     began, row, step = time.perf_counter(), Row(name), "nothing"
     torch.manual_seed(0)
     model, inputs = make()
@@ -322,7 +322,7 @@ def visit(name: str, make: Make) -> Row:
             row.off = result if step == "off" else row.off
             row.exported = result if step == "export" else row.exported
         row.steps = "all"
-    except Exception as error:  # whatever it is, it is a line of the table
+    except Exception as error:  # every error becomes a line of the table
         row.steps = f"after {step}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     row.seconds = round(time.perf_counter() - began, 1)
     return row
@@ -332,22 +332,24 @@ def _tell_shares(row: Row, model: nn.Module) -> None:
     row.layers_alone, row.quantized = _of_layers_alone(model), quantized_share(model) or 0
     row.left = "; ".join(str(r) for r in not_quantized(model))
     if row.quantized < ENOUGH:
-        _must(row.network in REASONS, f"{percent(row.quantized)} is quantized, and there is no reason: {row.left}")
+        _must(
+            row.network in REASONS, f"only {percent(row.quantized)} is quantized, and REASONS has no entry: {row.left}"
+        )
         row.reason = REASONS[row.network]
 
 
 def _steps(model: nn.Module, inputs: tuple[Any, ...], make: Make, keep: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The steps, each told when it is done."""
+    """Execute the steps, and yield the name and the result of each."""
     state = copy.deepcopy(model.state_dict())
     plain, counted = computed(model, inputs), _counted(model, inputs)
-    _must(any(bool(t.std() > 0) for t in plain if t is not None), "it computes nothing")
+    _must(any(bool(t.std() > 0) for t in plain if t is not None), "its outputs are constant")
     quantize_model(model, example=inputs, keep=keep)
     _check_shares(model, counted)
     yield "insert", ""
     with quantizers_disabled(model):
         now = computed(model, inputs)
     same = difference(plain, now, 0) is None
-    _must(same or difference(plain, now, tolerance(model)) is None, "it differs with quantizers off")
+    _must(same or difference(plain, now, tolerance(model)) is None, "its outputs differ with quantizers disabled")
     yield "off", "same" if same else "rounding"
     out = model.train()(*inputs)
     sum(t.square().mean() for t in _floats(out)).backward()  # type: ignore[union-attr]
@@ -358,27 +360,27 @@ def _steps(model: nn.Module, inputs: tuple[Any, ...], make: Make, keep: Sequence
     make()[0].load_state_dict(full_precision_state_dict(model))
     yield "state dict", ""
     quantized = computed(model, inputs)
-    _must(difference(quantized, computed(copy.deepcopy(model), inputs), 0) is None, "its copy differs")
+    _must(difference(quantized, computed(copy.deepcopy(model), inputs), 0) is None, "the outputs of its copy differ")
     yield "copy", ""
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "net.pt")
         again = load(Path(folder) / "net.pt", make()[0]).eval()
-        _must(difference(quantized, computed(again, inputs), 0) is None, "it differs when loaded")
+        _must(difference(quantized, computed(again, inputs), 0) is None, "its outputs differ after save and load")
         yield "save, load", ""
         freeze(again, batches=[inputs])
         computed(again, inputs)
         yield "freeze", ""
         yield "export", _exported(again, inputs, Path(folder) / "net.pt2")
     remove_quantizers(model)
-    _must(difference(plain, computed(model, inputs), 0) is None, "without quantizers it is not what it was")
-    _must(model.state_dict().keys() == state.keys(), "its state has other keys")
+    _must(difference(plain, computed(model, inputs), 0) is None, "its outputs differ after remove_quantizers")
+    _must(model.state_dict().keys() == state.keys(), "its state dict has other keys after remove_quantizers")
     yield "remove", ""
 
 
 def _counted(model: nn.Module, inputs: tuple[Any, ...]) -> int:
-    """The multiply-accumulates that PyTorch's own counter finds."""
+    """Return the number of multiply-accumulates according to PyTorch's own counter."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)  # it wants gradients of what is given to modules, parameters as well
+    model.requires_grad_(False)  # the counter would need gradients of module arguments, including parameters
     with FlopCounterMode(display=False) as counter:
         computed(model, inputs)
     for p in trained:
@@ -387,16 +389,16 @@ def _counted(model: nn.Module, inputs: tuple[Any, ...]) -> int:
 
 
 def _check_shares(model: nn.Module, counted: int) -> None:
-    """Hold the shares against one another, and all products against those that PyTorch's own counter finds."""
+    """Check that the shares add up to 1, and that no products are missing compared with PyTorch's own counter."""
     shares = [quantized_share(model) or 0, *(r.share for r in not_quantized(model))]
     _must(math.isclose(sum(shares), 1, abs_tol=1e-9), f"shares add up to {sum(shares)}")
     found = sum(p.macs for p in products_of(model) if not p.training)
-    _must(found >= counted, f"of {counted} multiply-accumulates {found} are known")
+    _must(found >= counted, f"only {found} of {counted} multiply-accumulates are known")
 
 
 @torch.no_grad()
 def _exported(frozen: nn.Module, inputs: tuple[Any, ...], path: Path) -> str:
-    """Write a frozen network as a program of integers, and tell how far that is from it."""
+    """Export a frozen network as an integer program, and return how far its outputs are from those of the network."""
     out = frozen(*inputs)
     export(frozen, path, inputs)
     found = read_program(path)(*inputs)
@@ -408,7 +410,7 @@ def _exported(frozen: nn.Module, inputs: tuple[Any, ...], path: Path) -> str:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The length of a difference, of that of the first."""
+    """Return the norm of the difference, relative to that of the first tensor."""
     return 0.0 if torch.equal(a, b) else float((a - b).norm() / a.norm())
 
 
@@ -422,7 +424,7 @@ def _floats(out: Any) -> list[Tensor]:
 
 
 def _of_layers_alone(model: nn.Module) -> float:
-    """The share of products that plain Conv2d and Linear layers compute, and products of transformers' attention."""
+    """Return the share of products in plain Conv2d and Linear layers and in attention of transformers."""
     modules, products = modules_by_name(network_of(model)), products_of(model)
     total = sum(p.macs for p in products)
     return sum(p.macs for p in products if _is_alone(modules, p.module)) / max(total, 1)
@@ -438,7 +440,7 @@ def _is_alone(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The table as a page of the docs."""
+    """Return the table as a page of the docs."""
     import timm
     import torchvision
     import transformers
@@ -495,13 +497,13 @@ The run took {minutes} minutes on one core of a busy machine, with {versions}.
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """In Markdown."""
+    """Return a Markdown table."""
     lines = [HEADS, ["---"] * len(HEADS), *(row.cells() for row in rows)]
     return "\n".join(f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in line)} |" for line in lines)
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows that a table of `write` has, by network."""
+    """Read the rows of a file that `write` has written, by network."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = [Row(**row) for row in csv.DictReader(file)]  # type: ignore[arg-type]
     for row in rows:
@@ -510,16 +512,18 @@ def read(path: Path) -> dict[str, Row]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """A table of all fields, as CSV."""
+    """Write all fields of the rows as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([[field.name for field in fields(Row)], *map(astuple, rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="*", help="glob over names such as timm/levit_128s")
-    parser.add_argument("--csv", type=Path, help="file for the table, besides; rows in it that are not asked for stay")
-    parser.add_argument("--markdown", type=Path, help="file for the table as a page of the docs, besides")
+    parser.add_argument("--only", default="*", help="glob pattern of names such as timm/levit_128s")
+    parser.add_argument(
+        "--csv", type=Path, help="also write the table to this file; rows of other networks in it are kept"
+    )
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file, as a page of the docs")
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

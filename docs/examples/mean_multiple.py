@@ -13,7 +13,7 @@ from qat_runner.quant import METHODS, Call, ClippingMethod, Format
 
 @dataclass(frozen=True)
 class MeanMultiple(ClippingMethod):
-    """s = multiple * the mean of the magnitudes that are not zero, of the whole tensor or of each row along dim."""
+    """s = multiple * the mean of the nonzero magnitudes, over the whole tensor or over each row along dim."""
 
     name: ClassVar[str] = "mean_multiple"
 
@@ -35,7 +35,7 @@ class MeanMultiple(ClippingMethod):
         return self.multiple * a.sum(dims, keepdim=True) / (a != 0).sum(dims, keepdim=True).clamp(min=1)
 
 
-METHODS.register(MeanMultiple.name, MeanMultiple)  # from here on it has a name
+METHODS.register(MeanMultiple.name, MeanMultiple)  # from here on, its name can be used
 
 
 def main() -> None:

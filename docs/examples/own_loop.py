@@ -1,4 +1,4 @@
-"""A network of your own, in a loop of your own: 4 bits from the first step, static scalars for inference at the end."""
+"""Train your own network in your own loop: 4 bits from the first step, static scalars for inference at the end."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -25,7 +25,7 @@ for _ in range(5):
         loss.backward()
         optimizer.step()
 
-print(noise_report(model, [test[0]]))  # SQNR of every tensor, beside what max-scaling would give
+print(noise_report(model, [test[0]]))  # SQNR of every tensor, compared with max-scaling
 freeze(model, "averaged", train[0].split(100)[:5])  # clipping scalars become constants
 accuracy = (model.eval()(test[0]).argmax(1) == test[1]).double().mean()
-print(f"{100 * accuracy:.1f} % of the test pictures, with static scalars")
+print(f"{100 * accuracy:.1f} % of the test images are correct, with static scalars")

@@ -1,6 +1,7 @@
-"""OCTAV's clipping scalars inside torchao's post-training quantization: an observer beside torchao's own, at 4 bits.
+"""Use OCTAV's clipping scalars in torchao's post-training quantization at 4 bits, by an additional observer.
 
-Least noise in every tensor is not most accuracy without retraining: this shows how scalars get there, not who wins.
+Without retraining, the least noise in every tensor does not mean the highest accuracy. This example shows how to pass
+the scalars to torchao, not which method is better.
 
 pip install torchao==0.18 && python docs/examples/torchao_observer.py
 """
@@ -22,9 +23,9 @@ BITS = 4
 
 
 class OctavObserver(ObserverBase):
-    """Step sizes from OCTAV: the mean over the batches seen, zero point 0.
+    """Step sizes from OCTAV, averaged over the observed batches, with zero point 0.
 
-    torchao's quantizer hands over dtype, range and scheme of the tensor; signed and bits follow from the range.
+    torchao's quantizer passes the dtype, range and scheme of the tensor; signed and bits follow from the range.
     """
 
     def __init__(self, dtype: torch.dtype, quant_min: int, quant_max: int, **spec: Any) -> None:
@@ -45,11 +46,11 @@ class OctavObserver(ObserverBase):
 
 
 class PerChannelOctavObserver(OctavObserver):
-    """The same for channels: torchao tells an observer which they are only if its name says PerChannel."""
+    """The same per channel: torchao passes the channel axis to an observer only if its name contains PerChannel."""
 
 
 def config(activations: Any, weights: Any) -> QuantizationConfig:
-    """Inputs of layers unsigned (they follow a ReLU, or are pictures), weights signed, one step size a channel."""
+    """Configure unsigned inputs (images, or the outputs of a ReLU) and signed weights, one step size per channel."""
     low, high = 0, 2**BITS - 1
     of_inputs = QuantizationSpec(torch.uint8, activations, low, high, torch.per_tensor_affine)
     low, high = -(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1
@@ -58,9 +59,9 @@ def config(activations: Any, weights: Any) -> QuantizationConfig:
 
 
 def quantized(model: nn.Module, x: Tensor, how: QuantizationConfig) -> nn.Module:
-    """A copy of the model, quantized by torchao and calibrated on x."""
+    """Return a copy of the model, quantized by torchao and calibrated on x."""
     exported = torch.export.export(copy.deepcopy(model), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    quantizer = X86InductorQuantizer().set_global(how).set_module_name_qconfig("0", None)  # the first layer is left out
+    quantizer = X86InductorQuantizer().set_global(how).set_module_name_qconfig("0", None)  # but not the first layer
     prepared = prepare_pt2e(exported.module(), quantizer)
     for batch in x.split(250):
         prepared(batch)

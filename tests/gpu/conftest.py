@@ -1,4 +1,4 @@
-"""Devices to test on: a GPU by `make test-gpu`, and the CPU among all other tests, so that the former stay in order."""
+"""Test devices: a GPU with `make test-gpu`; the CPU with all other tests, which keeps the GPU tests working."""
 
 import pytest
 import torch
@@ -16,17 +16,17 @@ def _cuda(number: int) -> torch.device:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a test works."""
+    """The device of a test."""
     return torch.device("cpu") if request.param == "cpu" else _cuda(0)
 
 
 @pytest.fixture(params=["cpu", *(pytest.param(number, marks=pytest.mark.gpu) for number in (0, 1))])
 def each_device(request: pytest.FixtureRequest) -> torch.device:
-    """As `device`, and a second GPU while the first is the current one."""
+    """As `device`, but also a second GPU while the first one is the current device."""
     return torch.device("cpu") if request.param == "cpu" else _cuda(request.param)
 
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """For what has no counterpart on a CPU."""
+    """A GPU, for tests without a counterpart on a CPU."""
     return _cuda(0)

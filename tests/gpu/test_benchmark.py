@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py gpu` on a CPU: what it writes, and what it does where something fails or takes too long."""
+"""`scripts/benchmark.py gpu` on a CPU: its output, and its behavior when something fails or takes too long."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_what_is_left_out_is_told() -> None:
 
     args, cpu = benchmark.arguments([*TINY, "--only", "vit"]), torch.device("cpu")
     over = benchmark_gpu.steps(args, cpu, end=time.monotonic())
-    assert len(over) == 9 and {row["error"] for row in over} == {"left out: 9 minutes were over"}
+    assert len(over) == 9 and {row["error"] for row in over} == {"skipped: the 9 minutes are used up"}
     with pytest.raises(benchmark_gpu.TookTooLongError, match="took longer than 0 seconds"), benchmark_gpu.at_most(0.05):
         time.sleep(5)
 
@@ -75,4 +75,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         benchmark.arguments(["gpu", "--device", "cpu"])
     assert stopped.value.code == 2
-    assert "gpu: needs a CUDA device; to see that it works without one" in capsys.readouterr().err
+    assert "gpu: needs a CUDA device; to check that it works without one" in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""A quantized network as one graph of torch.compile trains as it does without.
+"""A quantized network trains as one graph of torch.compile as it does without torch.compile.
 
-In float64, where it differs by rounding alone: in float32 the last bits of a tensor decide roundings to whole codes.
+The tests use float64, where the two differ only by rounding errors. In float32, the last bits of a tensor can change
+which code a value is rounded to.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ def _nothing_compiled() -> None:
 
 
 def network(device: torch.device, x: Tensor, **how: Any) -> nn.Module:
-    """With scalars to start from, as after the first step of a run."""
+    """Return a quantized network that already has scalars, as after the first step of a run."""
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5)).to(device)
@@ -51,7 +52,7 @@ def network(device: torch.device, x: Tensor, **how: Any) -> nn.Module:
 
 
 def losses(model: nn.Module, called: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Of some steps."""
+    """Return the losses of four steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     found = []
     for _ in range(4):

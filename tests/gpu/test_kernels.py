@@ -1,4 +1,4 @@
-"""The operations of a device's backend against float64: in every dtype and layout, for short and long rows."""
+"""The operations of a device's backend against float64, in every dtype and layout, for short and long rows."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def _auto() -> None:
 
 @pytest.fixture
 def x(each_device: torch.device, dtype: torch.dtype, layout: torch.memory_format, shape: tuple[int, ...]) -> Tensor:
-    """Rows of very different sizes."""
+    """Return rows of very different magnitudes."""
     wide = torch.randn(shape) * torch.logspace(-2, 2, shape[0]).view(-1, 1, 1, 1)
     return wide.to(dtype).to(memory_format=layout).to(each_device)
 
@@ -43,13 +43,13 @@ def ours(x: Tensor) -> Backend:
 
 
 def solution(x: Tensor) -> Tensor:
-    """float64 [rows, 1, 1, 1]."""
+    """Return the exact scalars, float64 [rows, 1, 1, 1]."""
     rows = [octav_by_sorting(row.double().flatten().cpu(), FORMAT.rounding_noise) for row in x]
     return torch.tensor(rows, dtype=torch.float64).view(-1, 1, 1, 1)
 
 
 def is_rounded(q: Tensor, x: Tensor, s: Tensor) -> None:
-    """As by hand, except halfway between two codes, where rounding in float32 may go the other way."""
+    """Check the rounding by hand, except halfway between two codes, where float32 may round the other way."""
     assert q.shape == x.shape and q.dtype == x.dtype and q.stride() == x.stride()
     wide, s = x.cpu().double(), s.cpu().double()
     pairs = zip(wide, s.flatten(), strict=True)
@@ -71,7 +71,7 @@ def test_octav(x: Tensor) -> None:
 
 @every_kind
 def test_octav_interval(x: Tensor) -> None:
-    """As the reference in float64, by what the interval costs: J is flat there."""
+    """Compared with the float64 reference by the cost J, because J is flat near the solution."""
     x, noise = x + x.abs() / 2, IntAffineFormat(4).rounding_noise
     expected = eager.octav_interval(x.cpu().double(), noise, None, SEARCH)
     for guess in (None, (expected * 1.2).float().to(x.device)):
@@ -110,7 +110,7 @@ def test_orient(x: Tensor) -> None:
 
 @every_kind
 def test_refine(x: Tensor) -> None:
-    """No candidate has a smaller error than what is found."""
+    """No candidate has a smaller error than the result."""
 
     def error(s: Tensor) -> Tensor:
         pairs = zip(x.cpu().double(), s.cpu().double().flatten(), strict=True)

@@ -1,4 +1,4 @@
-"""JPEGs decoded, and pictures resized, on the device that trains."""
+"""JPEGs are decoded and images are resized on the training device."""
 
 import io
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from qat_runner.data.folder import FolderSource
 
 
 def test_pictures_are_those_of_the_cpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same parts cut out, mirrored or not; a GPU's decoder rounds otherwise."""
+    """The crops and flips are the same; only the decoder of a GPU rounds differently."""
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
     random = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -48,7 +48,7 @@ def test_what_a_step_still_writes_is_not_given_to_the_decoder(cuda: torch.device
     expected = [pixels.cpu() for pixels in jpeg_pixels(jpegs, cuda)]
     for _ in range(5):
         freed = [torch.zeros_like(pixels, device=cuda) for pixels in expected]
-        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second of a step that is still to run
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second, in place of a step that is still running
         for each in freed:
             each.fill_(7)
         del freed, each
@@ -58,7 +58,7 @@ def test_what_a_step_still_writes_is_not_given_to_the_decoder(cuda: torch.device
 
 
 def test_what_decodes_is_waited_for_by_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: in which order streams are asked for what."""
+    """The order of the stream operations, tested without a GPU."""
     asked: list[str] = []
     picture, training = MagicMock(), MagicMock()
     picture.record_stream.side_effect = lambda stream: asked.append("its memory is kept for training")
@@ -84,7 +84,7 @@ def test_what_decodes_is_waited_for_by_the_stream_that_trains(monkeypatch: pytes
 
 
 def jpeg() -> torch.Tensor:
-    """A JPEG, 300x200, smooth."""
+    """Return a smooth JPEG of 300x200 pixels."""
     content = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((300, 200)).save(content, "JPEG")

@@ -1,4 +1,4 @@
-"""Processes that train together: on GPUs by nccl, one process alone in its group as well; on a CPU by gloo."""
+"""Distributed training: with NCCL on GPUs, including a group of one process; with Gloo on a CPU."""
 
 import warnings
 from pathlib import Path
@@ -28,7 +28,7 @@ def own(kind: str) -> torch.device:
 
 
 def numbers(kind: str) -> dict[str, Any]:
-    """What processes tell each other: tensors on the device, and plain numbers beside it."""
+    """Communicate between processes: tensors on the device, and plain numbers."""
     device = own(kind)
     x = torch.arange(1.0, 13.0).reshape(4, 3).to(device)
     agreement = distributed.Agreement()
@@ -43,7 +43,7 @@ def numbers(kind: str) -> dict[str, Any]:
 
 
 def trained(kind: str, folder: Path, compiled: bool) -> dict[str, Tensor]:
-    """Losses of steps in float64 by the trainer, and the weights after them."""
+    """Return the losses of some steps of the trainer in float64, and the weights after them."""
     small = ("model=resnet20", "model.width=0.25", "dataset=digits", "batch_size=32", "bits=8")
     config = from_hydra(compose_config([*small, f"device={own(kind)}", f"compile={str(compiled).lower()}"]))
     model, data = build(config, None)

@@ -1,4 +1,4 @@
-"""The commands on a device: a run that is killed and goes on, a measurement of what it came to, and its integers."""
+"""The commands on a device: a run that is killed and resumed, its evaluation, and its export to integers."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ SMALL = (
 
 
 def killed(args: list[str], step: int) -> None:
-    """qat-run, whose process ends without warning before a step."""
+    """Run qat-run, and kill its process without warning before a step."""
     sys.argv = ["qat-run"]
     original, steps = Trainer._step, 0
 

@@ -1,4 +1,4 @@
-"""Training steps of a quantized network: they learn, do not wait for the device, and fit into a CUDA graph."""
+"""Training steps of a quantized network learn, do not wait for the device, and can be captured in a CUDA graph."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from qat_runner.insertion.insert import weights_together
 
 @contextmanager
 def no_waits() -> Iterator[None]:
-    """Whoever waits for the device meanwhile fails. PyTorch warns of the mode itself once."""
+    """Make every wait for the device an error. PyTorch warns once about this mode itself, which is ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
@@ -25,7 +25,7 @@ def no_waits() -> Iterator[None]:
 
 
 def training(device: torch.device, together: bool = True) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A network, and a step that returns its loss; its weights are solved and rounded together, or one by one."""
+    """Return a network and a step that returns the loss; weights are solved and rounded together, or one by one."""
     torch.manual_seed(0)
     x, y = torch.randn(16, 3, 8, 8, device=device), torch.randint(0, 5, (16,), device=device)
     layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
@@ -79,7 +79,7 @@ def test_a_network_that_came_from_the_cpu_does_not_wait(cuda: torch.device) -> N
 
 @pytest.mark.gpu
 def test_a_step_in_a_cuda_graph(cuda: torch.device) -> None:
-    """Under capture each weight is solved by itself, by kernels that must have been loaded before."""
+    """During capture, each weight is solved separately, by kernels that must have been loaded before."""
     model, step = training(cuda, together=False)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -1,22 +1,23 @@
-"""The operations that cost time, behind one small interface; a backend is one module that has them.
+"""The time-critical operations behind one small interface; each backend is one module that implements them.
 
-| operation                              | cost                                                                |
-|----------------------------------------|---------------------------------------------------------------------|
-| `octav(x, cost, guess, search)`        | one read of x an iteration; one in all where a row fits into cache  |
-| `octav_and_quantize(x, cost, ...)`     | both of a training step: as octav, one read and one write after it  |
-| `octav_and_quantize_all(xs, ...)`      | the same of several tensors, in one call                            |
-| `remember(s, state)`                   | nothing but a call                                                  |
-| `orient(x, s, before, ...)`            | one read                                                            |
-| `refine(x, s, format, factors)`        | one read a factor; one in all where a row fits into cache           |
-| `fake_quantize(x, s, format)`          | one read, one write                                                 |
-| `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs x and s only, no mask is stored         |
-| `fake_quantize_backward_all(gs, ...)`  | the same of several tensors, in one call                            |
-| `learned_backward(g, x, s, ...)`       | likewise, with the sums that learned scalars need                   |
+| operation                              | cost                                                                     |
+|----------------------------------------|--------------------------------------------------------------------------|
+| `octav(x, cost, guess, search)`        | one read of x per iteration; one in total where a row fits into cache    |
+| `octav_and_quantize(x, cost, ...)`     | solve and round in a training step: as octav, then one read, one write   |
+| `octav_and_quantize_all(xs, ...)`      | the same for several tensors, in one call                                |
+| `octav_interval(x, noise, ...)`        | as octav, for formats with a lower and an upper clipping bound           |
+| `remember(s, state)`                   | only the cost of the call                                                |
+| `orient(x, s, before, ...)`            | one read                                                                 |
+| `refine(x, s, format, factors)`        | one read per factor; one in total where a row fits into cache            |
+| `fake_quantize(x, s, format)`          | one read, one write                                                      |
+| `fake_quantize_backward(g, x, s, ...)` | two reads, one write; needs only x and s, no mask is stored              |
+| `fake_quantize_backward_all(gs, ...)`  | the same for several tensors, in one call                                |
+| `learned_backward(g, x, s, ...)`       | as fake_quantize_backward, plus the sums that learned scalars need       |
 
-A format that a backend has no kernel for is served by `Format.fake_quantize`, and what several processes solve
-together by eager.octav. `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU,
-`triton` is for CUDA devices. `auto`, the default, takes the fast one of each tensor's device, where there is a
-compiler, and eager elsewhere. It chooses when a tensor of that device first comes, so importing costs nothing.
+Where a backend has no kernel for a format, `Format.fake_quantize` is used. Where several processes solve together,
+`eager.octav` is used. `eager` is the reference: plain PyTorch, always available. `compiled` is C++ for the CPU,
+`triton` is for CUDA devices. `auto`, the default, uses the fast backend of each tensor's device if a compiler is
+available, and eager otherwise. It chooses when it gets the first tensor on that device, so importing costs nothing.
 """
 
 import functools
@@ -40,7 +41,7 @@ from qat_runner.quant.tensors import recording
 
 
 class Backend(Protocol):
-    """What a backend module offers; `eager` documents it."""
+    """The interface of a backend module; `eager` documents each function."""
 
     CALLS_COST: bool
 
@@ -84,32 +85,33 @@ class Backend(Protocol):
 
 
 _asked = "auto"
-"""What `set_backend` was told last; a name in BACKENDS, or auto."""
+"""The latest choice of `set_backend`: a name in BACKENDS, or auto."""
 
 
 def load_backend(name: str) -> Backend:
-    """The module of a name in BACKENDS; Triton is imported only when it is wanted."""
+    """Import and return the module for a name in BACKENDS; Triton is imported only on request."""
     module: Backend = importlib.import_module(f"qat_runner.quant.kernels.{name}")
     return module
 
 
 def set_backend(name: str, device: str = "cpu") -> str:
-    """Choose the backend of all quantization in this process; until it is called, that is auto.
+    """Choose the backend for all quantization in this process. Before the first call, it is auto.
 
-    Tensors on a device that `name` does not serve have what auto gives there.
+    Tensors on a device that `name` does not serve use the backend that auto chooses for that device.
 
     Args:
         name: auto, or a name in BACKENDS.
-        device: the type of device that `name` must serve, and that the answer is for: "cpu" or "cuda".
+        device: the device type that `name` must serve and that the returned name is for: "cpu" or "cuda".
 
     Returns:
-        The name of what serves that device now.
+        The name of the backend that now serves that device.
 
     Raises:
-        ValueError: unknown name, or one that does not serve the device.
+        ValueError: the name is unknown, or the backend does not serve the device.
 
     Warns:
-        RuntimeWarning: "compiled" was asked for and there is no compiler: eager is taken.
+        RuntimeWarning: "compiled" was requested without a compiler, so eager is used; or auto cannot use Triton on a
+            CUDA device, so eager is used.
     """
     global _asked
     chosen = choose_backend(name, device)
@@ -120,30 +122,30 @@ def set_backend(name: str, device: str = "cpu") -> str:
 
 
 def choose_backend(name: str, device: str = "cpu") -> str:
-    """As `set_backend`, without setting it."""
+    """Return the backend that `set_backend` would choose, without setting it."""
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend={name}: must be one of auto, {', '.join(BACKENDS)}")
     if name == "auto":
         return _fastest(device)
     if device == "cuda":
         if name == "compiled":
-            raise ValueError("backend=compiled: is for the CPU; on a CUDA device it must be auto, triton or eager")
+            raise ValueError("backend=compiled: must be auto, triton or eager on a CUDA device; compiled is for CPUs")
         if name == "triton" and (reason := _no_triton()):
             raise ValueError(f"backend=triton: {reason}")
         return name
     if name == "triton" and not _interprets_triton():
-        raise ValueError("backend=triton: needs a CUDA device; on the CPU it must be auto, compiled or eager")
+        raise ValueError("backend=triton: must be auto, compiled or eager on the CPU; triton needs a CUDA device")
     if name == "compiled" and not compiled.available():
-        warnings.warn("backend=compiled: no C++ compiler found, taking eager", RuntimeWarning, stacklevel=3)
+        warnings.warn("backend=compiled: no C++ compiler found, using eager instead", RuntimeWarning, stacklevel=3)
         return "eager"
     return name
 
 
 def _fastest(device: str) -> str:
-    """What auto means on a type of device."""
+    """Return the backend that auto stands for on a device type."""
     if device == "cuda":
         if reason := _no_triton():
-            warnings.warn(f"{reason}: taking eager, which is slower", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"{reason}: using eager instead, which is slower", RuntimeWarning, stacklevel=4)
         return "eager" if reason else "triton"
     if device == "cpu" and compiled.available():
         return "compiled"
@@ -156,19 +158,19 @@ def _has_triton() -> bool:
 
 @functools.cache
 def _no_triton() -> str:
-    """Why Triton cannot launch kernels on a GPU here; "" if it can.
+    """Return the reason why Triton cannot launch kernels on a GPU of this machine; "" if it can.
 
-    It builds what launches them at first use, by a C compiler that PyTorch's own wheels do not bring.
+    At first use, Triton builds its launcher with a C compiler, which PyTorch's wheels do not include.
     """
     if not _has_triton():
-        return "Triton is not installed here"
+        return "Triton is not installed"
     if torch.cuda.is_available():
         import triton
 
         try:
             triton.runtime.driver.active.utils  # noqa: B018
-        except Exception as error:  # of the compiler, or of what it lacks
-            return f"Triton cannot start here ({' '.join(str(error).split())[:200]})"
+        except Exception as error:  # from the compiler, or because something it needs is missing
+            return f"Triton cannot start ({' '.join(str(error).split())[:200]})"
     return ""
 
 
@@ -177,29 +179,29 @@ def _interprets_triton() -> bool:
 
 
 def backend(x: Tensor) -> Backend:
-    """The backend that serves x; where operations are recorded, one of operators."""
+    """Return the backend to call for x; where operations are recorded, `traced`, which calls PyTorch operators."""
     return traced if recording() else served_by(x)
 
 
 def served_by(x: Tensor) -> Backend:
-    """The backend whose kernels run on x."""
+    """Return the backend whose kernels run on x."""
     return _backend_of(x.device.type, _asked)
 
 
 @functools.cache
 def _backend_of(device: str, asked: str) -> Backend:
-    """The backend of a type of device; auto's where what was asked for is for another one."""
+    """Return the backend of a device type; auto's choice where the requested backend does not serve it."""
     return load_backend(choose_backend(asked if _serves(asked, device) else "auto", device))
 
 
 def _serves(name: str, device: str) -> bool:
-    """Whether a backend is for a type of device."""
+    """Whether a backend serves a device type."""
     return {"compiled": device == "cpu", "triton": device == "cuda" or _interprets_triton()}.get(name, True)
 
 
 @contextmanager
 def using(name: str, device: str = "cpu") -> Iterator[str]:
-    """While open, another backend is in force."""
+    """Use another backend inside the context."""
     global _asked
     before = _asked
     try:

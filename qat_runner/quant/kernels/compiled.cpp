@@ -1,7 +1,7 @@
-// The operations of quantization on a CPU, for float and bfloat16; compiled by compiled.py on first use.
+// The quantization operations on a CPU, for float and bfloat16; compiled by compiled.py on first use.
 //
-// Tensors come as [rows, n], dense, with one clipping scalar a row. Sums are taken over chunks and added up in order,
-// so that results do not depend on the number of threads.
+// Tensors are dense, [rows, n], with one clipping scalar per row. Sums are computed for each chunk and added up in the
+// order of the chunks, so that results do not depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t CHUNK = 4096;
 constexpr int64_t RUN = 512;
 constexpr double NEAR = 1.0 / 1024;   // as in intervals.py
-constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
-constexpr int64_t WORTH_A_THREAD = 4 * CHUNK;  // with fewer elements each, starting threads costs more than it saves
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits, so halves round to even
+constexpr int64_t WORTH_A_THREAD = 4 * CHUNK;  // with fewer elements per thread, threads cost more than they save
 
 struct BFloat16 {
     uint16_t bits;
@@ -40,10 +40,10 @@ inline void store(float value, BFloat16& to) {  // rounds half to even; NaN stay
     to.bits = static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
 }
 
-// Which signs count: none below zero, both alike, or both, but ending at different places.
+// Which sides of zero count: the upper one; both, ending at the same distance; or both, ending at different distances.
 enum Kind { UNSIGNED, SIGNED, SIDED };
 
-// Of a row whose sides end at different places (cost.py): factors of the magnitudes above and below zero, and weights.
+// For a row whose sides end at different distances (cost.py): factors and weights of magnitudes above and below zero.
 struct Sides {
     float above = 1, below = 1, weight_above = 1, weight_below = 1;
 };
@@ -60,8 +60,8 @@ inline float clamp(float x, float low, float high) {  // NaN stays NaN
     return x > high ? high : x;
 }
 
-// What OCTAV needs to know of a row at a clipping scalar s; all in units of the row's `unit`, and all but the last two
-// weighed.
+// The sums over a row that OCTAV needs at a clipping scalar s. All are in units of the row's `unit`, and all except the
+// last two are weighted.
 struct Sums {
     double excess = 0;   // sum of (a - s) over a > s
     double outside = 0;  // number of a > s
@@ -80,7 +80,7 @@ struct Sums {
     }
 };
 
-// At most RUN elements, so that sums in float stay close to exact, and numbers of elements in whole numbers are quick.
+// n is at most RUN, so that float sums stay close to exact. Elements are counted in integers, which is fast.
 template <typename T, Kind KIND>
 inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everything) {
     float excess = 0, total = 0, largest = 0;
@@ -107,8 +107,9 @@ inline Sums sums_of_run(const T* x, int64_t n, float scale, float s, bool everyt
     return {excess, static_cast<double>(outside), total, count, largest, count};
 }
 
-// The same of a row with sides. Each element lies on one of them, where its magnitude is the larger of two lines. It is
-// compared before it is weighed: products round, and the largest must not lie above itself.
+// The same for a row with two different sides. Each element lies on one side, and its magnitude is the larger of two
+// linear functions. It is compared with s before it is weighted: products are rounded, and the largest element must not
+// compare as larger than itself.
 template <typename T>
 inline Sums sums_of_sides(const T* x, int64_t n, const Sides& sides, float scale, float s, bool everything) {
     const float up = sides.above * scale, down = -sides.below * scale;
@@ -155,7 +156,7 @@ Sums sums_of_chunk(const T* x, int64_t n, const Sides& sides, float scale, float
     return result;
 }
 
-// The sum of `sums_of(first, length)` over the chunks of a row of n, in order.
+// Returns the sum of `sums_of(first, length)` over the chunks of a row of n elements, in order.
 template <typename Result, typename Work>
 Result over_chunks(int64_t n, int threads, const Work& sums_of) {
     const int64_t chunks = (n + CHUNK - 1) / CHUNK;
@@ -178,7 +179,7 @@ Sums sums_of_row(const T* x, int64_t n, const Sides& sides, float scale, float s
     });
 }
 
-// An interval [lo, hi] that holds the sign change of g; newton.py explains, and is what this repeats.
+// An interval [lo, hi] that contains the sign change of g. The algorithm is that of newton.py, where it is explained.
 struct Bracket {
     double k, nonzero;
     double lo = 0, sum_lo, outside_lo, hi, sum_hi = 0, outside_hi = 0;
@@ -203,11 +204,11 @@ struct Bracket {
         const bool returns = is_short ? log_newton >= hi * (1 - 2e-7) : log_newton <= lo * (1 + 2e-7);
         if ((lo < log_newton && log_newton < hi && !returns) || log_newton == s) return log_newton;
         if (lo == 0 && at.outside == 0) return 0.8 * hi;
-        const double divides = lo < mean && mean < hi ? mean : (lo + hi) / 2;  // sums are not exact
+        const double divides = lo < mean && mean < hi ? mean : (lo + hi) / 2;  // because of rounding errors in the sums
         return newton_lo < divides ? (newton_lo + hi) / 2 : divides;
     }
 
-    double newton(double sum, double outside) const {  // the published step
+    double newton(double sum, double outside) const {  // the published Newton step
         return sum / std::max(k * (nonzero - outside) + outside, k);
     }
 };
@@ -229,17 +230,17 @@ struct Settings {
     double k, tolerance;
     int iterations;
     bool cold;
-    float reach;         // of the side that ends first, over that of the other
-    const float* short_; // below zero in rows where that side is the negative one; null: in none
+    float reach;         // how far the shorter side reaches, over how far the other one reaches
+    const float* short_; // negative in rows where the shorter side is the negative one; null: in none
 };
 
 bool usable(float magnitude) { return magnitude > 0 && magnitude <= std::numeric_limits<float>::max(); }
 
-double power_of_two(float magnitude) {  // at or below it, away from subnormals so that its inverse exists
+double power_of_two(float magnitude) {  // at or below `magnitude`; no subnormal, so that its inverse exists
     return std::ldexp(1.0, std::min(std::max(std::ilogb(magnitude), -126), 125));
 }
 
-// Of a row whose shorter side, at `sign`, ends at `reach` times the other's end.
+// Returns the sides of a row whose shorter side, the one of `sign`, reaches `reach` times as far as the other.
 Sides sides_of(float reach, float sign) {
     Sides sides;
     (sign < 0 ? sides.above : sides.below) = reach;
@@ -255,7 +256,7 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
     double s = guess / unit;
     Sums at = sums_of_row<T, KIND>(x, n, sides, scale, static_cast<float>(s), true, threads);
     if (!std::isfinite(at.total)) return std::numeric_limits<float>::quiet_NaN();
-    Bracket bracket(set.k, at);  // which knows already what there is to know at the largest
+    Bracket bracket(set.k, at);  // already contains all that a read at the largest magnitude can show
     if (set.cold) s = at.total / std::max(at.nonzero, 1.0);
     for (int i = 0; i < set.iterations; ++i) {
         const float here = static_cast<float>(s);
@@ -266,17 +267,17 @@ float solve_row(const T* x, int64_t n, float guess, const Sides& sides, const Se
     return static_cast<float>(s * unit) / set.reach;
 }
 
-// Of so many threads, those that as many elements are worth.
+// Returns how many of the threads are worth starting for this number of elements.
 int worth(int64_t elements, int threads) {
     return static_cast<int>(std::max<int64_t>(std::min<int64_t>(elements / WORTH_A_THREAD, threads), 1));
 }
 
-// Calls work(row, threads) for each row, which may share out its elements to so many threads.
+// Calls work(row, threads) for each row; work may distribute the elements of the row over that number of threads.
 template <typename Work>
 void by_rows(int64_t rows, int64_t n, int threads, const Work& work) {
     const int of_row = worth(n, threads);
     threads = worth(rows * n, threads);
-    if (threads == 1 || (rows < 2 * threads && of_row > 1)) {  // no region around theirs: it would start threads anew
+    if (threads == 1 || (rows < 2 * threads && of_row > 1)) {  // no outer region: nested ones would start new threads
         for (int64_t r = 0; r < rows; ++r) work(r, of_row);
         return;
     }
@@ -298,7 +299,7 @@ struct Total {
     void add(const Total& other) { value += other.value; }
 };
 
-// By how much a row lies beyond t above zero, less by how much it does below.
+// Returns the overhang of a chunk: by how much elements lie above t, minus by how much they lie below -t.
 template <typename T>
 Total overhang_of_chunk(const T* x, int64_t n, float t) {
     Total result;
@@ -316,7 +317,7 @@ Total overhang_of_chunk(const T* x, int64_t n, float t) {
     return result;
 }
 
-// Signs of scalars by the overhang; a sign `before`, where there is one, stays unless that is large.
+// Gives scalars their signs by the overhang. Signs in `before`, if any, are kept unless the overhang is large.
 template <typename T>
 void orient(const void* x, const float* s, const float* before, int64_t rows, int64_t n, double halfway, double clearly,
             int threads, float* out) {
@@ -332,12 +333,12 @@ void orient(const void* x, const float* s, const float* before, int64_t rows, in
     });
 }
 
-// What a row has beyond an interval [-v, u], in units of the row: sums over x > u of x - u and 1, and so below; the sum of
-// all squares.
+// The sums of a row outside an interval [-v, u], in units of the row: x - u and 1 over x > u, likewise below -v; and
+// the sum of the squares of both sides.
 struct Beyond {
     double excess_u = 0, outside_u = 0, excess_v = 0, outside_v = 0, square = 0;
-    float low = 0, high = 0;  // extremes, zero among them
-    double count = 0;         // number of x != 0; NaN where one is not finite
+    float low = 0, high = 0;  // extremes, zero included
+    double count = 0;         // number of x != 0; NaN if an element is not finite
 
     void add(const Beyond& other) {
         excess_u += other.excess_u, outside_u += other.outside_u;
@@ -387,7 +388,7 @@ Beyond beyond(const T* x, int64_t n, float scale, float u, float v, bool everyth
     });
 }
 
-// An interval's iteration; intervals.py explains, and is what this repeats.
+// The iteration for an interval. The algorithm is that of intervals.py, where it is explained.
 struct Interval {
     double k, count, top_u, top_v, u, v;
     double best_u = top_u, best_v = top_v, extremes = k * (top_u + top_v) * (top_u + top_v) * count, least = extremes;
@@ -425,7 +426,8 @@ struct Interval {
     bool solved() const { return !worse && moved <= std::sqrt(12 * k); }
 };
 
-// A start, low and high, is used unless it says nothing of x, being too near to zero. NaN of what is not finite.
+// The start, low and high, is used unless it is too close to zero to say anything about x. The result is NaN for a row
+// that is not finite.
 template <typename T>
 void interval_of_row(const T* x, int64_t n, const float* start_low, const float* start_high, const Settings& set,
                      int threads, float* low, float* high) {
@@ -440,13 +442,13 @@ void interval_of_row(const T* x, int64_t n, const float* start_low, const float*
     const float scale = static_cast<float>(1 / unit);
     double u = warm ? *start_high / unit : 0, v = warm ? -*start_low / unit : 0;
     Beyond at = beyond(x, n, scale, static_cast<float>(u), static_cast<float>(v), true, threads);
-    if (!(at.count > 0)) {  // 0 of zeros, NaN of what is not finite
+    if (!(at.count > 0)) {  // 0 if all are zeros, NaN if one is not finite
         *low = *high = static_cast<float>(at.count);
         return;
     }
     const double top_u = at.high, top_v = -at.low;
     if (warm && !(at.square <= std::numeric_limits<float>::max() && u >= NEAR * top_u && v >= NEAR * top_v))
-        return interval_of_row<T>(x, n, nullptr, nullptr, set, threads, low, high);  // it is far from where x is
+        return interval_of_row<T>(x, n, nullptr, nullptr, set, threads, low, high);  // the start is far from x
     if (!warm) {
         u = 2 * at.excess_u / std::max(at.outside_u, 1.0), v = 2 * at.excess_v / std::max(at.outside_v, 1.0);
     }
@@ -464,7 +466,7 @@ void interval_of_row(const T* x, int64_t n, const float* start_low, const float*
     *low = static_cast<float>(-(solved ? interval.v : interval.best_v) * unit);
 }
 
-// start, ends: low of each row, then high of each row.
+// start, ends: low of all rows, then high of all rows.
 template <typename T>
 void intervals(const void* x, int64_t rows, int64_t n, const float* start, const Settings& set, int threads,
                float* ends) {
@@ -479,7 +481,7 @@ struct Levels {
     float resolution, lowest, highest;
 };
 
-// Of a row's codes c at a candidate: sum x c and sum c^2.
+// The sums over a row's codes c at a candidate: sum x c and sum c^2.
 struct Fit {
     double along = 0, squares = 0;
 
@@ -529,7 +531,7 @@ void refine(const void* x, const float* s, int64_t rows, int64_t n, Levels level
     });
 }
 
-// out = the code nearest to x / unit * resolution, as far as there are codes, times unit / resolution.
+// out = the code nearest to x / unit * resolution, clamped to the lowest and highest code, times unit / resolution.
 template <typename T>
 void quantize_piece(const T* x, int64_t n, float unit, Levels levels, T* out) {
     const float divisor = unit == 0 ? 1 : unit, step = 1 / levels.resolution;
@@ -540,7 +542,7 @@ void quantize_piece(const T* x, int64_t n, float unit, Levels levels, T* out) {
     }
 }
 
-// The step of an affine row, and its codes less the zero point, which formats.py explains.
+// Returns the step size of an affine row; sets its lowest and highest code minus the zero point (see formats.py).
 float affine_step(float low, float high, float steps, Levels& codes) {
     const float step = (high - low) / steps;
     const float zero = clamp(std::nearbyint(-low / (step == 0 ? 1 : step)), 0, steps);
@@ -563,7 +565,7 @@ template <typename Work>
 void in_pieces(int64_t rows, int64_t n, int threads, const Work& work) {
     const int64_t pieces = (n + CHUNK - 1) / CHUNK;
     threads = worth(rows * n, threads);
-    if (threads == 1) {  // a region of one thread costs as much as a short row
+    if (threads == 1) {  // a parallel region of one thread costs as much as a short row
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t begin = 0; begin < n; begin += CHUNK) work(row * n + begin, std::min(CHUNK, n - begin), row);
         return;
@@ -586,7 +588,7 @@ void quantize(const void* x, const float* s, int64_t rows, int64_t n, int parts,
     });
 }
 
-// What remembered.py explains, and is what this repeats; s of the call, the others of the state.
+// The same as remembered.py, where it is explained; s belongs to the call, the other pointers to the state.
 void remember(const float* s, int64_t rows, float momentum, float* state_s, float* running_s, int64_t* batches) {
     for (int64_t r = 0; r < rows; ++r) {
         if (std::fabs(s[r]) <= std::numeric_limits<float>::max()) state_s[r] = s[r];
@@ -617,15 +619,15 @@ void solve_any(const void* x, int64_t rows, int64_t n, const float* guess, const
     solver(values, rows, n, guess, set, threads, s);
 }
 
-// What a learned grid's gradient sums over a row: of the step size, or the scalar; of the lower end, where there is one.
+// The sums over a row for a learned grid's gradient: for the step size or the scalar, and for the lower bound, if any.
 struct Learned {
     double of_scale = 0, of_low = 0;
 
     void add(const Learned& other) { of_scale += other.of_scale, of_low += other.of_low; }
 };
 
-// A row's grid: codes as quantize_piece finds them, that of the lower of two ends, or 0; where clipping begins, and
-// whether what is learned has a part in the lower one.
+// The grid of a row: the divisor and codes of quantize_piece; in `base`, the code of the lower of two bounds, or 0; the
+// clipping bounds; and whether the lower clipping bound depends on what is learned.
 struct LearnedGrid {
     float divisor;
     Levels codes;
@@ -633,8 +635,8 @@ struct LearnedGrid {
     float counts_below;  // 1 or 0
 };
 
-// At most RUN elements. With the rounding error, codes less x in steps count inside, and codes outside; without it the
-// two ends alone.
+// n is at most RUN. With ROUNDING, code - x / step counts inside the clipping interval, and code - base outside it;
+// without it, only elements at or beyond the clipping bounds count.
 template <typename T, bool ROUNDING>
 inline Learned learned_of_run(const T* grad, const T* x, int64_t n, const LearnedGrid grid, T* out) {
     const auto [divisor, codes, base, low, high, counts_below] = grid;
@@ -682,7 +684,7 @@ void learned_backward(const void* grad, const void* x, const float* s, int64_t r
     });
 }
 
-// One of several tensors that are quantized alike, as Python lays it out: addresses and sizes, eight bytes each.
+// One of several tensors that are quantized alike, in the layout that Python passes: addresses and sizes, 8 bytes each.
 struct Part {
     const void* x;
     int64_t rows, n;
@@ -692,7 +694,7 @@ struct Part {
     void* out;
 };
 
-// A part of a gradient, likewise.
+// The same for the gradient of one of several tensors.
 struct GradientPart {
     const void *grad, *x;
     int64_t rows, n;
@@ -700,8 +702,8 @@ struct GradientPart {
     void* out;
 };
 
-// Calls work(part, first row, rows, threads) so that all rows of all parts are covered: long rows one after another, by
-// all threads; the others in bunches, by one thread each.
+// Calls work(part, first row, rows, threads) so that all rows of all parts are covered: parts with few, long rows one
+// after another, each by several threads; the others in bunches of rows, by one thread each.
 template <typename Work>
 void by_bunches(const Part* parts, int64_t count, int threads, const Work& work) {
     struct Bunch {
@@ -725,7 +727,7 @@ void by_bunches(const Part* parts, int64_t count, int threads, const Work& work)
     for (size_t i = 0; i < bunches.size(); ++i) work(*bunches[i].part, bunches[i].first, bunches[i].rows, 1);
 }
 
-// Steps of several tensors: the rows of a bunch are solved and rounded while they are in the cache.
+// Training steps of several tensors: each row of a bunch is solved and rounded while it is in the cache.
 template <typename T>
 void steps(const Part* parts, int64_t count, const Settings& set, bool is_signed, bool warm, float levels_per_scalar,
            Levels grid, int threads) {
@@ -772,8 +774,8 @@ void quantize_backward_of_many(const GradientPart* parts, int64_t count, bool is
 
 }  // namespace
 
-// x, grad, out: float, or BFloat16 where `half`; s, guess, short_, before: float [rows], or [parts, rows]; guess is null for a cold
-// start. Quantizing, s are full scales.
+// x, grad, out: float, or BFloat16 if `half`. s, guess, short_, before: float [rows], or [parts, rows]. guess: null for
+// a cold start. For fake quantization, s contains full scales.
 extern "C" {
 
 void qat_octav(int half, const void* x, int64_t rows, int64_t n, const float* guess, double k, int is_signed,
@@ -794,14 +796,14 @@ void qat_refine(int half, const void* x, const float* s, int64_t rows, int64_t n
     (half ? refine<BFloat16> : refine<float>)(x, s, rows, n, grid, factors, tried, threads, out);
 }
 
-// With two parts, s are low and high of each row, and the resolution is the number of steps between them.
+// With two parts, s contains low and high of each row, and the resolution is the number of steps between them.
 void qat_fake_quantize(int half, const void* x, const float* s, int64_t rows, int64_t n, int parts, int resolution,
                        int lowest, int highest, int threads, void* out) {
     const Levels grid{static_cast<float>(resolution), static_cast<float>(lowest), static_cast<float>(highest)};
     (half ? quantize<BFloat16> : quantize<float>)(x, s, rows, n, parts, grid, threads, out);
 }
 
-// One step of training; levels as of qat_fake_quantize, with the number of steps that s holds in front.
+// One training step. The levels are those of qat_fake_quantize, preceded by the number of steps in s.
 void qat_octav_and_quantize(int half, const void* x, int64_t rows, int64_t n, double k, int is_signed, double reach,
                             int iterations, double tolerance, int levels_per_scalar, int resolution, int lowest,
                             int highest, int warm, double momentum, float* state_s, float* running_s, int64_t* batches,
@@ -816,7 +818,7 @@ void qat_octav_and_quantize(int half, const void* x, int64_t rows, int64_t n, do
     (half ? quantize<BFloat16> : quantize<float>)(x, units.data(), rows, n, 1, grid, threads, out);
 }
 
-// The same of several tensors.
+// The same for several tensors.
 void qat_octav_and_quantize_all(int half, const void* parts, int64_t count, double k, int is_signed, double reach,
                                 int iterations, double tolerance, int levels_per_scalar, int resolution, int lowest,
                                 int highest, int warm, double momentum, int threads) {
@@ -846,7 +848,7 @@ void qat_fake_quantize_backward(int half, const void* grad, const void* x, const
     backward(grad, x, s, rows, n, parts, is_signed, threads, out);
 }
 
-// s: full scales, or ends, with the rounding error; clipping scalars without it. sums as s.
+// s: with `rounding`, full scales or clipping bounds; without it, clipping scalars. sums: shape of s.
 void qat_learned_backward(int half, const void* grad, const void* x, const float* s, int64_t rows, int64_t n, int parts,
                           int resolution, int lowest, int highest, int is_signed, int rounding, int threads, void* out,
                           float* sums) {

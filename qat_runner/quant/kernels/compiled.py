@@ -1,8 +1,8 @@
 """The operations on a CPU, each one loop over memory in C++ (compiled.cpp), for float32 and bfloat16.
 
-The machine's own compiler makes a library of it on first use, in about a second; it serves all sizes, and is kept in
-the user's cache folder for the next process. Where that fails, a warning says so once, and `eager` takes over, as it
-does for other dtypes, devices and granularities.
+On first use, the machine's own compiler builds a library from the source in about a second. The library serves all
+sizes and is kept in the user's cache folder for later processes. If compiling fails, a warning is issued once and
+`eager` is used instead, as for other dtypes, devices and granularities.
 """
 
 import ctypes
@@ -34,28 +34,28 @@ CALLS_COST = False  # see eager
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 TUNING = [["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], ["-fopenmp"], ["-fopenmp-simd"], []]
-"""Tried in this order: not every compiler has OpenMP's threads, and nearly every one its loops over vectors."""
+"""Flag sets, tried in this order: not every compiler supports OpenMP threads, nearly every one OpenMP SIMD loops."""
 
 OPERATIONS = (
     *("octav", "octav_and_quantize", "octav_and_quantize_all", "octav_interval", "orient", "refine", "remember"),
     *("fake_quantize", "fake_quantize_backward", "fake_quantize_backward_all", "learned_backward"),
 )
-"""What the library has, each as qat_NAME."""
+"""The functions of the library; each is exported as qat_NAME."""
 
 
 def compiler() -> str | None:
-    """The path of a C++ compiler of this machine: the environment variable CXX, g++, clang++ or c++."""
+    """Return the path of a C++ compiler: the first found of the environment variable CXX, g++, clang++ and c++."""
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return next((path for path in map(shutil.which, filter(None, names)) if path), None)
 
 
 def available() -> bool:
-    """Whether there is something to compile with on this machine."""
+    """Whether this machine has a C++ compiler."""
     return compiler() is not None
 
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav`. Rows that fit into the processor's cache are read from memory once."""
+    """As `eager.octav`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
     s = torch.empty(kept(x, search.dims), dtype=torch.float32, device=x.device)
     size = extent(where, s)
@@ -122,7 +122,7 @@ def octav_and_quantize_all(
     states: Sequence[Remembered],
     warm: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As `eager.octav_and_quantize_all`, in one call, all rows shared out among the threads."""
+    """As `eager.octav_and_quantize_all`, in one call; all rows are distributed over the threads."""
     x, search, state = xs[0], searches[0], states[0]
     library, where = _library_for(x), [dense(x) for x in xs]
     sizes = [extent(x, state.s) for x, state in zip(where, states, strict=True)]
@@ -176,7 +176,7 @@ def remember(s: Tensor, state: Remembered) -> None:
 
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav_interval`. Rows that fit into the processor's cache are read from memory once."""
+    """As `eager.octav_interval`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
     ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32, device=x.device)
     size = extent(where, ends, 2)
@@ -222,7 +222,7 @@ def orient(
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
-    """As `eager.refine`. Rows that fit into the processor's cache are read from memory once."""
+    """As `eager.refine`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
     size = extent(where, s)
     if library is None or size is None:
@@ -347,14 +347,14 @@ def learned_backward(
 
 
 def _grid(format: IntFormat | IntAffineFormat, s: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Scalars as the library rounds with them, its resolution, and the lowest and the highest code."""
+    """Return what the library rounds with: the scalars, and (resolution, lowest code, highest code)."""
     if isinstance(format, IntFormat):
         return format.full_scale(s), (format.resolution, format.lowest, format.highest)
     return s, (format.levels_per_scalar, 0, 0)
 
 
 def _alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether the library serves all of them in the same way."""
+    """Whether the library serves all tensors in the same way."""
     dtype = tensors[0].dtype
     return all(t.dtype == dtype and type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
 
@@ -364,27 +364,27 @@ def _half(x: Tensor) -> bool:
 
 
 def _library_for(x: Tensor) -> ctypes.CDLL | None:
-    """The library; None where it does not serve the tensor, or does not exist."""
-    plain = type(x) in (Tensor, nn.Parameter)  # subclasses need not have memory, or mean something else by it
+    """Return the library; None if it does not serve the tensor or could not be built."""
+    plain = type(x) in (Tensor, nn.Parameter)  # subclasses may have no memory of their own, or interpret it differently
     served = plain and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     return library() if served else None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled operations; None, and a warning, where compiling fails."""
+    """Return the library of compiled operations; if compiling fails, warn and return None."""
     try:
         return _loaded()
     except (OSError, RuntimeError, AttributeError) as error:  # the last: a symbol is missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"backend=compiled: compiling failed, going on with eager ({reason})", RuntimeWarning, stacklevel=5
+            f"backend=compiled: compiling failed, using eager instead ({reason})", RuntimeWarning, stacklevel=5
         )
         return None
 
 
 def _loaded() -> ctypes.CDLL:
-    """The library as it lies in the cache; made anew where that cannot be used, as of a file that was cut short."""
+    """Load the library from the cache; build it again if the cached file is unusable, for example truncated."""
     path = _cached()
     if path.is_file():
         try:
@@ -396,9 +396,9 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions' arguments."""
+    """Declare the argument types of the library's functions and return the library."""
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    tensor = (integer, pointer)  # whether it is half-precision, and where it is
+    tensor = (integer, pointer)  # whether it is bfloat16, and its address
     rows = (long, long)
     loaded.qat_octav.argtypes = [*tensor, *rows, pointer, real, integer, real, pointer, integer, real, integer, pointer]
     loaded.qat_refine.argtypes = [*tensor, pointer, *rows, *[integer] * 3, pointer, integer, integer, pointer]
@@ -408,12 +408,12 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.qat_learned_backward.argtypes = [*tensor, pointer, pointer, *rows, *[integer] * 7, pointer, pointer]
     loaded.qat_octav_interval.argtypes = [*tensor, *rows, pointer, real, integer, real, integer, pointer]
     loaded.qat_octav_and_quantize.argtypes = [
-        *(*tensor, *rows, real, integer, real, integer, real),  # what is solved
-        *[integer] * 4,  # what is rounded to
+        *(*tensor, *rows, real, integer, real, integer, real),  # the tensor and the solver's settings
+        *[integer] * 4,  # the format
         *(integer, real, pointer, pointer, pointer),  # the state
         *(integer, pointer, pointer),
     ]
-    several = (integer, pointer, long)  # as `tensor`, of a table of parts; how many
+    several = (integer, pointer, long)  # as `tensor`, but the address of a table of parts; the number of parts
     loaded.qat_octav_and_quantize_all.argtypes = [
         *(*several, real, integer, real, integer, real),
         *[integer] * 4,
@@ -428,19 +428,19 @@ def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _compiler() -> str:
-    """As `compiler`, which there must be."""
+    """As `compiler`; raises RuntimeError if there is none."""
     if (command := compiler()) is None:
         raise RuntimeError("no C++ compiler found")
     return command
 
 
 def _cached() -> Path:
-    """Where the library lies, or is to lie."""
+    """Return the path of the library in the cache, whether or not it has been built."""
     return cache_folder() / f"kernels-{_fingerprint(_compiler())}.so"
 
 
 def _build(path: Path) -> None:
-    """Compile the library."""
+    """Compile the library to `path`."""
     command = _compiler()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -453,13 +453,13 @@ def _build(path: Path) -> None:
                 errors="replace",
             )
             if done.returncode == 0:
-                os.replace(made, path)  # whole or not at all: other processes may be here as well
+                os.replace(made, path)  # atomic, because other processes may build the same file
                 return
     raise RuntimeError(done.stderr or f"{command} failed")
 
 
 def _fingerprint(command: str) -> str:
-    """Of all that decides what the library holds: source, flags, compiler, and the processor it is tuned for."""
+    """Hash everything that determines the library: source, flags, compiler, and the CPU it is tuned for."""
     version = subprocess.run([command, "--version"], capture_output=True).stdout
     return hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, TUNING, version, _processor())).encode()).hexdigest()[:16]
 

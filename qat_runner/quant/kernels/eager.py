@@ -1,7 +1,7 @@
-"""The reference backend: the operations that cost time, in plain PyTorch.
+"""The reference backend: the time-critical operations in plain PyTorch.
 
-Freshly allocated memory costs several times what the arithmetic does (8.4 M floats on two cores: 16 ms for
-`x.abs()`, 1 ms for the same in place), so each operation allocates once and then works in place.
+Freshly allocated memory costs several times as much as the arithmetic (8.4 M floats on two cores: 16 ms for `x.abs()`,
+1 ms for the same in place), so each operation allocates once and then works in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, extremes, kept, largest, magnitudes, recording
 
 CALLS_COST = False
-"""Whether quantized weights are better kept for the backward pass than made again by one more call each."""
+"""Whether keeping quantized weights for the backward pass is better than recomputing each by another call."""
 
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """Solve for the clipping scalars of x (Theorem 3.1).
 
     Args:
-        x: any shape and floating dtype; with elements, unless others of its pool have some.
-        cost: what is minimized.
-        guess: s_1, in units of x, in the result's shape and dtype; None begins with sum |x| / #{x != 0}.
-        search: see there.
+        x: any shape and floating dtype; not empty, unless other parts of its pool have elements.
+        cost: the objective.
+        guess: s_1, in units of x, in the result's shape and dtype; None: start at sum |x| / #{x != 0}.
+        search: dimensions and stopping criteria, see `Search`.
 
     Returns:
-        s in units of x, in `compute_dtype`; NaN for a row that is not finite.
+        s in units of x, in `compute_dtype`; NaN for a row with NaN or infinity.
     """
     dims, pool = search.dims, search.pool
     a, weights = sided(x, cost) if cost.sided else (magnitudes(x, cost.signed), None)
@@ -38,7 +38,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
     top_of_x = largest(a, False, dims) if cost.sided else largest(x, cost.signed, dims)
     top_of_x = top_of_x if pool is None else pool.largest(top_of_x)
     guess = top_of_x if guess is None else guess * cost.reach
-    nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before small ones can vanish
+    nonzero = torch.count_nonzero(a, dims).reshape(guess.shape)  # before dividing can underflow
     k: float | Tensor = cost.noise
     if weights is not None:
         weighed = (weights * (a > 0)).sum(dims, keepdim=True)
@@ -75,14 +75,15 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
     """Solve for the clipping intervals of x (`intervals`).
 
     Args:
-        x: any shape and floating dtype, with elements.
-        noise: k, of rounding, in units of the width squared.
-        guess: where to begin, as the result; None: at twice the mean of what lies on a side.
-        search: see there; the tolerance is a share of the width.
+        x: any shape and floating dtype, not empty.
+        noise: k, the rounding noise, in units of the interval's width squared.
+        guess: the interval to start from, in the form of the result; None: start each bound at twice the mean of the
+            elements on its side of zero.
+        search: dimensions and stopping criteria, see `Search`; the tolerance is relative to the interval's width.
 
     Returns:
-        low and high in units of x, stacked: [2, *shape of an end], in `compute_dtype`; NaN for a row that is not
-        finite.
+        The lower and the upper clipping bound in units of x, stacked: [2, *shape of a bound], in `compute_dtype`; NaN
+        for a row with NaN or infinity.
     """
     dims, pool = search.dims, search.pool
     low, high = extremes(x, dims, pool)
@@ -121,18 +122,19 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
 def orient(
     x: Tensor, s: Tensor, before: Tensor | None, halfway: float, clearly: float, pool: Pool | None = None
 ) -> Tensor:
-    """Clipping scalars with the sign that the overhang of x says, sum x - clip(x, -t, t) at t = halfway * s.
+    """Give clipping scalars the sign that follows from the overhang of x, sum x - clip(x, -t, t) at t = halfway * s.
 
     Args:
-        x: any shape and floating dtype, with elements.
-        s: >= 0, broadcastable to x: [], or one an index of some dimension with the others at size 1.
-        before: numbers of a sign that stays unless the overhang is large, shape of s; None: there is none.
+        x: any shape and floating dtype, not empty.
+        s: >= 0, broadcastable to x: [], or one for each index of one dimension, with size 1 in the others.
+        before: numbers whose signs are kept unless the overhang to the other side is large, shape of s; None: there are
+            no previous signs.
         halfway: see above.
-        clearly: the overhang that is large, in units of s, for each element.
-        pool: what x is a part of; None: it is all there is.
+        clearly: the overhang per element, in units of s, above which the overhang is large.
+        pool: the pool that x is a part of; None: x is the whole.
 
     Returns:
-        As s: negative where x overhangs above zero, zeros as well.
+        s with signs: negative where x overhangs above zero. A scalar of zero gets a sign, too.
     """
     a, t = x.to(s.dtype), s * halfway
     overhang = (a - torch.minimum(torch.maximum(a, -t), t)).sum_to_size(s.shape)
@@ -146,19 +148,19 @@ def orient(
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
-    """The clipping scalar, among some and what follows from them, whose measured squared error is least.
+    """Return the clipping scalar with the least measured squared error, starting from several candidates.
 
-    The codes of x at a candidate have a best step size of their own, sum x c / sum c^2, which leaves the error
-    sum x^2 - (sum x c)^2 / sum c^2: each read of x tries all step sizes that round to these codes.
+    The codes c of x at a candidate have their own best step size, sum x c / sum c^2, which leaves the error
+    sum x^2 - (sum x c)^2 / sum c^2. So each read of x covers all step sizes that round x to these codes.
 
     Args:
         x: any shape and floating dtype.
-        s: not 0 where x is not; in an oriented format with a sign, which stays. Broadcastable to x.
-        format: what is rounded to.
-        factors: candidates, in units of s.
+        s: not 0 where x is not 0; in an oriented format it has a sign, which is kept. Broadcastable to x.
+        format: the format that x is rounded to.
+        factors: the candidates, in units of s.
 
     Returns:
-        As s; where no candidate has a code other than 0, s itself.
+        Shape of s; s itself where all codes of all candidates are 0.
     """
     x = x.to(s.dtype)
     best, most = s, torch.zeros_like(s)
@@ -175,18 +177,18 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 def octav_and_quantize(
     x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
 ) -> tuple[Tensor, Tensor]:
-    """A training step of a dynamic quantizer: solve for the scalars of x, remember them, and round x with them.
+    """Do a training step of a dynamic quantizer: solve for the scalars of x, remember them, and round x with them.
 
     Args:
-        x: any shape and floating dtype, with elements.
-        cost: what is minimized; of a format that is not oriented.
-        format: what is rounded to.
-        search: see there; without a pool.
-        state: written to.
-        warm: begin at the scalars of `state`, if there are any.
+        x: any shape and floating dtype, not empty.
+        cost: the objective, for a format that is not oriented.
+        format: the format that x is rounded to.
+        search: dimensions and stopping criteria, see `Search`; without a pool.
+        state: updated in place.
+        warm: start from the scalars of `state`, if it has any.
 
     Returns:
-        s, fresh memory, shape and dtype of `state.s` (float64 for float64), and x rounded, shape and dtype of x.
+        s in fresh memory, shape and dtype of `state.s` (float64 for float64), and x rounded, shape and dtype of x.
     """
     guess = state.s.to(compute_dtype(x)).expand(kept(x, search.dims)) if warm and state.known else None
     s = octav(x, cost, guess, search).reshape(state.s.shape)
@@ -202,18 +204,18 @@ def octav_and_quantize_all(
     states: Sequence[Remembered],
     warm: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`octav_and_quantize` of several tensors, such as all weights of a network.
+    """Do `octav_and_quantize` for several tensors, such as all weights of a network.
 
     Args:
-        xs: at least one; all on the same device.
-        cost: of each.
-        format: of each.
-        searches: of one each; they differ in the dimensions alone.
-        states: of one each; all alike in what no tensor holds.
-        warm: begin at the scalars of their states.
+        xs: at least one tensor; all on the same device.
+        cost: the objective, the same for all tensors.
+        format: the format, the same for all tensors.
+        searches: one for each tensor; they differ only in their dimensions.
+        states: one for each tensor; their fields that are not tensors are equal.
+        warm: start from the scalars of the states, if they have any.
 
     Returns:
-        The scalars, and the tensors rounded.
+        The scalars and the rounded tensors.
     """
     return one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
 
@@ -227,24 +229,25 @@ def one_by_one(
     states: Sequence[Remembered],
     warm: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`octav_and_quantize_all` by a backend's `octav_and_quantize`, tensor by tensor."""
+    """Do `octav_and_quantize_all` by calling a backend's `octav_and_quantize` for each tensor in turn."""
     found = [step(x, cost, format, search, state, warm) for x, search, state in zip(xs, searches, states, strict=True)]
     return [s for s, _ in found], [out for _, out in found]
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
-    """Round x to the levels of a format: `Format.fake_quantize`."""
+    """Round x to the levels of a format, by `Format.fake_quantize`."""
     return format.fake_quantize(x, s)
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
-    """The gradient of fake_quantize with respect to x, by the estimators of section 4.
+    """Return the gradient of fake_quantize with respect to x, by the estimators of section 4.
 
     Args:
         grad: gradient of the loss with respect to the output, shape and dtype of x.
         x: the input of fake_quantize.
-        s: its clipping scalar, broadcastable to x; in an oriented format of either sign.
-        format: which has the clipping interval: [-|s|, |s|] where it is signed, [0, s] otherwise, or two ends.
+        s: its clipping scalar, broadcastable to x, of either sign in an oriented format; or its two clipping bounds,
+            stacked.
+        format: determines the clipping interval: [-|s|, |s|] if signed, [0, s] if unsigned, or the two bounds.
         gradient: "ste" (1 everywhere), "pwl" (1 inside, 0 outside), "mad" (1 inside, clip(x) / x outside).
 
     Returns:
@@ -258,7 +261,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     clipped = torch.clamp(x, *format.ends(s))
     if gradient == "pwl":
         return grad * (clipped == x)
-    # MAD (Prop. 4.3): clip(x) = alpha * x with alpha held constant; alpha is 1 inside, where 0 / 0 must not appear.
+    # MAD (Prop. 4.3): clip(x) = alpha * x with alpha held constant. Inside, alpha is 1; set it to avoid 0 / 0 at 0.
     alpha = clipped.div_(x).masked_fill_(x == 0, 1.0)
     return alpha.mul_(grad).to(grad.dtype)
 
@@ -266,27 +269,30 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
 def fake_quantize_backward_all(
     grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
 ) -> list[Tensor]:
-    """`fake_quantize_backward` of several tensors."""
+    """Return `fake_quantize_backward` for each of several tensors."""
     return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]
 
 
 def learned_backward(
     grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of fake_quantize where the grid is learned: with respect to x, and, summed, to what is learned.
+    """Return the gradients of fake_quantize for a learned grid: for x, and for the learned parameters.
 
     Args:
         grad: gradient of the loss with respect to the output, shape and dtype of x.
         x: the input of fake_quantize.
-        s: its clipping scalar, broadcastable to x, or two ends; in an oriented format of either sign.
-        format: what x was rounded to.
-        rounding: whether the rounding error counts inside, code - x / D, and what is learned is the step size D, which
-            has the sign of s (equation 3 of LSQ), or D and the lower end of two ends (equations 4 and 5 of LSQ+).
-            Otherwise rounding is passed straight through, and the scalar of plain integers is learned (equation 3 of
-            PACT); signed, -s counts as s does.
+        s: its clipping scalar, broadcastable to x, of either sign in an oriented format; or its two clipping bounds,
+            stacked.
+        format: the format that x was rounded to.
+        rounding: if true, the rounding error, code - x / D, counts inside the clipping interval, and the learned
+            parameter is the step size D, which has the sign of s (equation 3 of LSQ); with two clipping bounds, D and
+            the lower bound are learned (equations 4 and 5 of LSQ+). If false, rounding is passed straight through, and
+            the learned parameter is the clipping scalar of plain integers (equation 3 of PACT); in a signed format,
+            elements clipped at -s count as well.
 
     Returns:
-        The first of shape and dtype of `grad`, 0 where x is clipped; the second of shape of s, in the compute dtype.
+        The gradient for x, shape and dtype of `grad`, 0 where x is clipped; and the gradient for the learned
+        parameters, summed over the elements, shape of s, in the compute dtype.
     """
     s = s.to(compute_dtype(x))
     x, wide = x.to(s.dtype), grad.to(s.dtype)
@@ -302,19 +308,19 @@ def learned_backward(
 
 
 def _shares_of_step(x: Tensor, s: Tensor, format: IntFormat) -> tuple[Tensor, list[Tensor]]:
-    """What is clipped, and the derivative of the output with respect to the step size."""
+    """Return which elements are clipped, and the derivative of the output with respect to the step size."""
     v = format.in_steps(x, s)
     inside = (v > format.lowest) & (v < format.highest)
     return ~inside, [v.round().clamp(format.lowest, format.highest) - torch.where(inside, v, 0.0)]
 
 
 def _shares_of_ends(x: Tensor, s: Tensor, format: IntAffineFormat) -> tuple[Tensor, list[Tensor]]:
-    """The same with respect to the step size and the lower end."""
+    """Return the same for two clipping bounds, with the derivatives for the step size and the lower bound."""
     step, zero = format.step(s), format.zero_point(s)
     v = x / torch.where(step == 0, 1.0, step)
     below, above = v <= -zero, v >= format.highest - zero
     clipped = below | above
-    # Below, what comes out is the lower end; above, that and as many steps as there are; in between, a whole number of
-    # steps, on which the lower end has no bearing.
+    # Below the interval, the output is the lower bound; above it, the lower bound plus `highest` steps; inside, a whole
+    # number of steps, which does not depend on the lower bound.
     of_step = torch.where(clipped, torch.where(above, float(format.highest), 0.0), v.round() - v)
     return clipped, [of_step, (clipped & format.signed).to(v.dtype)]

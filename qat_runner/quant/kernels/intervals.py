@@ -1,18 +1,19 @@
-"""OCTAV in two unknowns, apart from the sums over the tensor: pure functions of a small state, one column a row of x.
+"""OCTAV in two unknowns, without the sums over the tensor: pure functions of a small state, one column per row of x.
 
-With u = high, v = -low and W = u + v, the interval solves (see `two_ends.octav`)
+With u = high, v = -low and W = u + v, the interval [low, high] solves (see `two_ends.octav`)
 
     k W n = E+(u) = E-(v),      n = #{-v <= x <= u, x != 0},  E+ = sum (x - u)+,  E- = sum (-v - x)+
 
-Both sides' logarithms are nearly linear in the tails, exactly for exponential ones, so Newton's method solves
+The logarithms of both sides of these equations are nearly linear in the tails, and exactly linear in exponential tails,
+so Newton's method solves
 
     log(k W n) - log E+(u) = 0,   log(k W n) - log E-(v) = 0      with n held constant
 
-in a few reads of x. On rows of few elements E and n have kinks and jumps, and there may be no solution at all. Where
-the last step still went further than a step of the grid, or clipping nothing has a smaller J, what is answered is, of
-all intervals that were read, the one with the least J.
+in a few reads of x. On rows of few elements, E has kinks and n has jumps, and there may be no solution at all. Where
+the last step was longer than a step of the quantization grid, or where clipping nothing has a smaller J, the answer is
+the interval with the least J among all that were read.
 
-The state is one float64 tensor [12, *shape of an end], in units of the larger extreme's power of two.
+The state is one float64 tensor [12, *shape of a bound], in units of the larger extreme's power of two.
 """
 
 import math
@@ -21,21 +22,21 @@ import torch
 from torch import Tensor
 
 NEAR = 1 / 1024
-"""A start is not nearer to zero than this share of the extreme: from there on it doubles."""
+"""The starting bound is at least this share of the extreme; from there, a step can at most double it."""
 U, V = 0, 1
-"""Where the state holds what is to be read next."""
+"""Rows of the state: the bounds u and v of the next read."""
 BEST_U, BEST_V, LEAST, TOP_U, TOP_V, LO_U, LO_V, COUNT, MOVED, OVER_EXTREMES = range(2, 12)
-"""The best interval that was read and its J, the extremes, the largest u and v known to clip, #{x != 0}, how far the
-last step went, as a share of the width, and J at what was read last over J at the extremes."""
+"""Further rows of the state: the best interval that was read and its J, the extremes, the largest u and v known to
+clip, #{x != 0}, the length of the last step relative to the width, and J of the last read over J at the extremes."""
 
 
 def begin(u: Tensor, v: Tensor, top_u: Tensor, top_v: Tensor, k: float, count: Tensor) -> Tensor:
-    """The state before the first read, which the extremes need not be read for.
+    """Return the state before the first read. J at the extremes is known without reading x there.
 
     Args:
-        u, v: where to begin; where they are not positive and finite, at the extremes.
+        u, v: the bounds to start from; a bound that is not positive and finite starts at the extreme.
         top_u, top_v: the extremes, >= 0.
-        k: noise of rounding, in units of W^2.
+        k: the rounding noise, in units of W^2.
         count: #{x != 0}.
     """
     u, v, top_u, top_v, count = (t.double() for t in (u, v, top_u, top_v, count))
@@ -48,13 +49,13 @@ def begin(u: Tensor, v: Tensor, top_u: Tensor, top_v: Tensor, k: float, count: T
 
 
 def advance(state: Tensor, k: float, above: Tensor, below: Tensor) -> Tensor:
-    """Take the sums at the state's u and v, and propose the next ones.
+    """Return the next state, with the next u and v, from the sums of x at the state's u and v.
 
     Args:
-        state: as of `begin` or of this function.
-        k: noise of rounding, in units of W^2.
-        above: sum of (x - u), number, and sum of (x - u)^2 over x > u: [3, *shape of an end].
-        below: the same of -x and v.
+        state: as returned by `begin` or by this function.
+        k: the rounding noise, in units of W^2.
+        above: sum of (x - u), number of elements, and sum of (x - u)^2, each over x > u: [3, *shape of a bound].
+        below: the same for -x and v.
     """
     u, v, best_u, best_v, least, top_u, top_v, lo_u, lo_v, count, _, _ = state.unbind(0)
     excess_u, outside_u, square_u = above.double().unbind(0)
@@ -85,7 +86,7 @@ def advance(state: Tensor, k: float, above: Tensor, below: Tensor) -> Tensor:
 
 
 def answer(state: Tensor, k: float) -> tuple[Tensor, Tensor]:
-    """u and v, shape of an end, in units of the state."""
+    """Return the final u and v, shape of a bound, in units of the state."""
     worse = (state[OVER_EXTREMES] > 1) | (state[MOVED] > math.sqrt(12 * k))
     return torch.where(worse, state[BEST_U], state[U]), torch.where(worse, state[BEST_V], state[V])
 
@@ -95,5 +96,5 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _within(proposed: Tensor, s: Tensor, top: Tensor) -> Tensor:
-    """A step is trusted to halve or to double."""
+    """Limit a step: it may at most halve or double the bound, and the bound stays within the extreme."""
     return torch.minimum(torch.minimum(torch.maximum(proposed, s / 2), 2 * s), top)

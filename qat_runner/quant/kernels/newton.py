@@ -1,11 +1,11 @@
-"""OCTAV's iteration, apart from the sums over the tensor: pure functions of a small state, one column a row of x.
+"""OCTAV's iteration, without the sums over the tensor: pure functions of a small state, one column per row of x.
 
 Solves g(s) = k s #{0<|x|<=s} - sum (|x| - s) 1{|x|>s} = 0, the condition of Theorem 3.1 (see `clipping.octav`). Each
-read of x at an s tells on which side of the sign change of g it lies, so an interval [lo, hi] that holds the sign
-change shrinks from read to read, and what was summed at its ends serves to propose the next s.
+read of x at some s shows on which side of the sign change of g this s lies. So an interval [lo, hi] that contains the
+sign change shrinks from read to read, and the sums at its ends are used to propose the next s.
 
-The state is one float64 tensor [11, *shape of s], so that a fused kernel takes it and gives it back whole. Magnitudes
-are counted in units of a power of two near their size: scaling is exact, and no sum overflows.
+The state is one float64 tensor [11, *shape of s], so that a fused kernel can take and return it as a whole. Magnitudes
+are in units of a power of two near their size, so scaling is exact and no sum overflows.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 S, UNIT, MOVED, SUM_LO, NONZERO = 0, 1, 2, 6, 3
-"""Where the state holds s, the unit of all magnitudes, how far s moved last, sum |x| above lo, and #{x != 0}."""
+"""Rows of the state: s, the unit of all magnitudes, the last change of s, sum |x| above lo, and #{x != 0}."""
 
 
 def solve(
@@ -27,16 +27,16 @@ def solve(
     tolerance: float,
     look: bool,
 ) -> Tensor:
-    """Iterate to the clipping scalars.
+    """Iterate until the clipping scalars have converged.
 
     Args:
-        step: state -> `advance` of it by the sums of x, one read of x.
-        guess: s_1, in units of x; the largest magnitude if `cold`. Where it is not positive and finite, 1 is taken.
-        k: noise of rounding, in units of s^2; a number, or one a row.
-        cold: begin, after one read at `guess`, with the paper's s_1 = sum |x| / #{x != 0}.
-        iterations: reads after that, at most.
-        tolerance: with `look`, end when no scalar moves by more than this, relatively.
-        look: whether looking at the state is free, as on a CPU; elsewhere it would wait for the device.
+        step: state -> the next state, computed by `advance` from the sums of x; one read of x.
+        guess: s_1, in units of x; the largest magnitude if `cold`. Where it is not positive and finite, 1 is used.
+        k: the rounding noise, in units of s^2; a number, or one per row.
+        cold: after one read at `guess`, start from the paper's s_1 = sum |x| / #{x != 0}.
+        iterations: the largest number of reads after that.
+        tolerance: with `look`, stop when no scalar moves by more than this, relatively.
+        look: whether reading the state is free, as on a CPU; on other devices it would wait for the device.
 
     Returns:
         s, shape and dtype of `guess`.
@@ -54,17 +54,17 @@ def solve(
 
 
 def begin(guess: Tensor, k: float | Tensor) -> Tensor:
-    """The state before the first read: [11, *guess.shape], float64."""
+    """Return the state before the first read: [11, *guess.shape], float64."""
     guess = torch.where((guess > 0) & torch.isfinite(guess), guess, 1.0)
     unit = power_of_two(guess).double()
     zero = torch.zeros_like(unit)
-    infinite = torch.full_like(unit, torch.inf)  # "hi" before anything is known
+    infinite = torch.full_like(unit, torch.inf)  # hi is not known yet
     noise = torch.full_like(unit, k) if isinstance(k, float) else k.to(unit.dtype).expand_as(unit)
     return torch.stack([guess.double() / unit, unit, infinite, zero, noise, zero, zero, zero, infinite, zero, zero])
 
 
 def power_of_two(t: Tensor) -> Tensor:
-    """t > 0, float32 or float64 -> the power of two at or below it, away from subnormals so that its inverse exists."""
+    """Return the power of two at or below t > 0, float32 or float64; no subnormal, so that its inverse exists."""
     t = t.clamp(torch.finfo(t.dtype).tiny, torch.finfo(t.dtype).max / 4)
     if t.dtype == torch.float32:
         return (t.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -72,18 +72,21 @@ def power_of_two(t: Tensor) -> Tensor:
 
 
 def advance(state: Tensor, excess: Tensor, outside: Tensor, total: Tensor, nonzero: Tensor, largest: Tensor) -> Tensor:
-    """Narrow the interval by the sums of x at the state's s, and propose the next s. In the order of preference:
+    """Narrow the interval by the sums of x at the state's s, and propose the next s.
 
-    1. If the interval holds one element at most, or equal ones, the published Newton steps from both of its ends tell
-       the answer: before the element, behind it, or, where g jumps across zero, the element itself.
-    2. Newton on log(k s #in) - log(excess), which is nearly linear in the tails, exact for exponential ones.
+    The next s is the first of these that applies:
+
+    1. If the interval contains at most one element, or only equal ones, the published Newton steps from both of its
+       ends give the answer: below the element, above it, or, where g jumps across zero, the element itself.
+    2. Newton's method on log(k s #in) - log(excess), which is nearly linear in the tails, and exactly linear in
+       exponential tails, if its step stays inside the interval and does not return to the opposite end.
     3. If all that is known is that s was too large, a little less than the largest magnitude.
-    4. The mean of the elements inside the interval, which always divides them; or if the published Newton step from lo,
-       which falls short in the tails, lies below it, half-way between that and hi.
+    4. The mean of the elements inside the interval, which always divides them. But if the published Newton step from
+       lo, which falls short in the tails, is below this mean, the point halfway between that step and hi.
 
     Args:
-        state: as of `begin` or of this function.
-        excess: sum of (a - s) over a > s, where a are magnitudes in units of the state; shape of s, as all that follow.
+        state: as returned by `begin` or by this function.
+        excess: sum of (a - s) over a > s, where a are magnitudes in units of the state; shape of s, like all below.
         outside: number of a > s.
         total: sum of a.
         nonzero: number of a > 0.
@@ -97,7 +100,7 @@ def advance(state: Tensor, excess: Tensor, outside: Tensor, total: Tensor, nonze
 
     above = excess + s * outside  # sum |x| 1{|x|>s}
     cost = k * s * (nonzero - outside)
-    short = cost < excess  # g(s) < 0: the answer lies above s
+    short = cost < excess  # g(s) < 0: the solution is above s
     lower = ~short & (s <= hi)
     lo, hi = torch.where(short, s, lo), torch.where(lower, s, hi)
     sum_lo, sum_hi = torch.where(short, above, sum_lo), torch.where(lower, above, sum_hi)
@@ -110,10 +113,10 @@ def advance(state: Tensor, excess: Tensor, outside: Tensor, total: Tensor, nonze
     exact = (between <= 1) | (mean >= hi * (1 - 1e-6))
     closed = torch.minimum(torch.minimum(newton_lo, torch.maximum(mean, newton_hi)), hi)
     log_newton = s - (cost.log() - excess.log()) / (1 / s + outside / excess)
-    # Back at the other end it would run in circles; and what is read is s rounded to float32.
+    # A step back to the opposite end would cycle. The margin is there because x is read at s rounded to float32.
     returns = torch.where(short, log_newton >= hi * (1 - 2e-7), log_newton <= lo * (1 + 2e-7))
     fits = (lo < log_newton) & (log_newton < hi) & ~returns | (log_newton == s)
-    divides = torch.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # sums are not exact
+    divides = torch.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # because of rounding errors in the sums
     half_way = torch.where(newton_lo < divides, (newton_lo + hi) / 2, divides)
     proposal = torch.where((lo == 0) & (outside == 0), 0.8 * hi, half_way)
     proposal = torch.where(fits, log_newton, proposal)

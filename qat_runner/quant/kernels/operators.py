@@ -1,11 +1,12 @@
-"""The operations as PyTorch operators, `torch.ops.qat_runner.*`, which stay whole wherever operations are recorded.
+"""The operations as PyTorch operators, `torch.ops.qat_runner.*`, which stay opaque wherever operations are recorded.
 
-torch.compile, torch.export and the transforms of torch.func know of each what shape it gives and what its gradient is,
-and call the backend's kernel where it runs. Without them a compiler would take in loops, unrolled; and what calls
-kernels of its own could not be recorded at all. Calls that nobody records go to the backend straight away, since to
-dispatch an operator costs more than to quantize a small tensor.
+torch.compile, torch.export and the transforms of torch.func know the output shape and the gradient of each operator,
+and call the backend's kernel when it runs. Without operators, a compiler would trace into the loops and unroll them,
+and backends that call their own kernels could not be recorded at all. Calls that are not recorded go directly to the
+backend, because dispatching an operator costs more than quantizing a small tensor.
 
-There are operators for plain and affine integers (`serves`), whose formats they take as three words.
+There are operators for plain and affine integers (`serves`). They receive the format as three arguments: bits, signed
+and range, which is "affine" for affine integers.
 """
 
 import functools
@@ -24,31 +25,31 @@ AFFINE = "affine"
 
 
 def serves(format: Format) -> bool:
-    """Whether there are operators for a format."""
+    """Whether the operators support a format."""
     return type(format) in (IntFormat, IntAffineFormat)
 
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav`; without a pool."""
+    """As `eager.octav`, without a pool."""
     figures = cost.noise, cost.signed, cost.reach
     s: Tensor = _octav(x, guess, cost.short, *figures, list(search.dims), search.iterations, search.tolerance)
     return s
 
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav_interval`; without a pool."""
+    """As `eager.octav_interval`, without a pool."""
     ends: Tensor = _octav_interval(x, guess, noise, list(search.dims), search.iterations, search.tolerance)
     return ends
 
 
 def fake_quantize(x: Tensor, s: Tensor, format: Format, gradient: str = "ste") -> Tensor:
-    """As `estimators.fake_quantize`, for a format that is served."""
+    """As `estimators.fake_quantize`, for a format that the operators support."""
     out: Tensor = _fake_quantize(x, s, *_words(format), gradient)
     return out
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, gradient: str) -> Tensor:
-    """As `eager.fake_quantize_backward`, for a format that is served."""
+    """As `eager.fake_quantize_backward`, for a format that the operators support."""
     if gradient == "ste":
         return grad
     out: Tensor = _fake_quantize_backward(grad, x, s, *_words(format), gradient)
@@ -65,7 +66,7 @@ def _format(bits: int, signed: bool, range: str) -> Format:
 
 
 def _laid_out(out: Tensor, as_: Tensor) -> Tensor:
-    """A result with the strides that its fake has: those of a new tensor like `as_`."""
+    """Return the result with the strides that its fake kernel reports: those of `torch.empty_like(as_)`."""
     expected = torch.empty_like(as_)
     return out if out.stride() == expected.stride() else expected.copy_(out)
 
@@ -144,19 +145,19 @@ torch.library.register_autograd("qat_runner::fake_quantize", _backward, setup_co
 
 
 def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """A batch of tensors as one of a dimension more, the first."""
+    """Return a batch of tensors as one tensor whose first dimension is the batch."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _scalars_of_batch(s: Tensor, dim: int | None, x: Tensor, words: Sequence[Any]) -> Tensor:
-    """The scalars of such a batch x, which are batched, too, or the same for all."""
+    """Return the scalars for such a batch x in a shape that broadcasts to it, whether they are batched or shared."""
     if dim is None:
         return s
     s = s.movedim(dim, 0)
     parts = _format(*words[:3]).parts
-    ends, shape = s.shape[1:parts], s.shape[parts:]  # of an interval [2]
+    ends, shape = s.shape[1:parts], s.shape[parts:]  # ends is [2] for an interval, otherwise empty
     s = s.reshape(len(s), *ends, *[1] * (x.ndim - 1 - len(shape)), *shape)
-    return s.movedim(1, 0) if ends else s  # the two ends always come first
+    return s.movedim(1, 0) if ends else s  # the two clipping bounds always come first
 
 
 @_fake_quantize.register_vmap
@@ -174,7 +175,7 @@ def _(
 
 
 def _one_by_one(operator: Any) -> None:
-    """Let an operator that solves for scalars take a batch of tensors: each has scalars of its own."""
+    """Register vmap for an operator that solves for scalars: each tensor of the batch is solved separately."""
 
     @operator.register_vmap  # type: ignore[untyped-decorator]
     def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:

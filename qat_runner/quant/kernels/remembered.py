@@ -1,4 +1,4 @@
-"""What a quantizer remembers of the scalars of its calls, as kernels write to it: in place, and without a wait."""
+"""The clipping scalars that a quantizer remembers from its calls; kernels update them in place, without host waits."""
 
 from typing import NamedTuple
 
@@ -7,44 +7,45 @@ from torch import Tensor
 
 
 class Remembered(NamedTuple):
-    """The state of a quantizer (`state.ScalarState`), all of it on the device of x."""
+    """The state of a quantizer (`state.ScalarState`); all tensors are on the device of x."""
 
     s: Tensor
-    """scalars of the latest call, magnitudes; [] or one a row with all dimensions of x, float32"""
+    """magnitudes of the scalars of the latest call; [], or one per row with as many dimensions as x; float32"""
     running_s: Tensor
-    """their exponential average; as s"""
+    """their exponential moving average; shape and dtype of s"""
     batches: Tensor
-    """how many calls they stem from; int64, []"""
+    """how many calls are in the average; int64, []"""
     momentum: float
-    """weight of the newest in the average"""
+    """weight of the newest scalars in the average"""
     known: bool
-    """whether there are scalars; otherwise the next ones begin the average"""
+    """whether there are scalars yet; if not, the next ones initialize the average"""
 
     @property
     def weight(self) -> float:
-        """Of the next scalars in the average: all of it, if they are the first."""
+        """The weight of the next scalars in the average: 1 if they are the first."""
         return self.momentum if self.known else 1.0
 
     def holds(self, device: torch.device) -> bool:
-        """Whether kernels of a device can write to it: another dtype, such as of a network in float64, they cannot."""
+        """Whether a device's kernels can write to this state; not in another dtype, such as in a float64 network."""
         scalars = self.s.dtype is self.running_s.dtype is torch.float32 and self.batches.dtype is torch.int64
         dense = self.s.is_contiguous() and self.running_s.is_contiguous() and self.s.numel() > 0
         return scalars and dense and self.s.device == self.running_s.device == self.batches.device == device
 
     def written(self) -> None:
-        """Tell autograd, and whoever asks for versions, that a kernel wrote to it."""
+        """Increment the version counters, so that autograd and other readers know that a kernel wrote to the state."""
         torch.autograd.graph.increment_version([t for t in self[:3] if not t.is_inference()])
 
 
 def remember(s: Tensor, state: Remembered) -> None:
-    """Take the scalars of a call over, and into the average; the reference of what kernels do.
+    """Store the scalars of a call and include them in the average; the reference for the kernels.
 
-    A batch that is not finite ends a run, but must not spoil the average for whoever goes on from it: where s is not
-    finite, what was there stays. (Before the first batch there is nothing: a first one that is not finite counts as 0.)
+    A batch with NaN or infinity ends a run, but must not corrupt the average for a later continuation: where s is not
+    finite, the previous scalar is kept. (Before the first batch there is none; if that batch is not finite, it counts
+    as 0.)
 
     Args:
         s: magnitudes, shape of `state.s`.
-        state: written to.
+        state: updated in place.
     """
     s = s.to(state.s.dtype)
     s = torch.where(torch.isfinite(s), s, state.s)

@@ -1,7 +1,7 @@
-"""What is called where operations are recorded (`tensors.recording`): operators, and plain PyTorch for the rest.
+"""The backend where operations are recorded (`tensors.recording`): PyTorch operators, and eager for the rest.
 
-No result is an alias of an argument: some versions of PyTorch differentiate through these, past the backward pass that
-is ours.
+No result may alias an argument: some versions of PyTorch differentiate through such an alias and bypass our backward
+pass.
 """
 
 from torch import Tensor

@@ -1,31 +1,33 @@
-"""The operations on a CUDA device, in Triton, for float32, bfloat16 and float16. Nothing waits for the device.
+"""The operations on a CUDA device, in Triton, for float32, bfloat16 and float16. The host never waits for the device.
 
-| operation                            | launches                        | reads of x                         |
-|--------------------------------------|---------------------------------|------------------------------------|
-| a step, or a solution, of short rows | 1                               | 1                                  |
-| the same of long rows                | 2: one zeroes counters           | one an iteration, and one to round |
-| a solution of two ends               | 1, or 2 for long rows            | 1, or one an iteration             |
-| steps of many tensors                | one a size of tiles, 2 for long | as above                           |
-| their gradients                      | 1, and copies                   | 1                                  |
-| `remember`                           | 1                               |                                    |
-| `fake_quantize`, its gradient        | 1 each                          | 1                                  |
-| `learned_backward`                   | 2: one sums what programs have  | 1                                  |
-| `orient`                             | 2                               | 1                                  |
+| operation                               | launches                         | reads of x                             |
+|-----------------------------------------|----------------------------------|----------------------------------------|
+| a training step or a solve, short rows  | 1                                | 1                                      |
+| the same, long rows                     | 2: one zeroes the counters       | one per iteration, and one to round    |
+| a solve for two clipping bounds         | 1, or 2 for long rows            | 1, or one per iteration                |
+| training steps of many tensors          | one per tile size, 2 for long    | as above                               |
+| their gradients                         | 1, and copies                    | 1                                      |
+| `remember`                              | 1                                |                                        |
+| `fake_quantize`, its gradient           | 1 each                           | 1                                      |
+| `learned_backward`                      | 2: one adds the programs' sums   | 1                                      |
+| `orient`                                | 2                                | 1                                      |
 
-A row that fits into registers is read once, and solved to convergence by one program, which holds many rows where they
-are short. A longer row, such as an activation, is shared by as many programs as the device holds at once; they are
-launched cooperatively, so that all of them are there, and meet after each read. The alternative, a launch an iteration,
-must issue as many as an iteration may take, whether or not the row has converged.
+A row that fits into registers is read once and solved to convergence by one program; if rows are short, one program
+holds many of them. A longer row, such as an activation, is shared by as many programs as the device holds at once. They
+are launched cooperatively, so that all of them are resident, and synchronize at a barrier after each read. The
+alternative, one launch per iteration, would have to issue the largest allowed number of launches, whether or not the
+row has converged.
 
-A meeting that does not come about ends after some seconds, with NaN for s, since no program can end a launch: a run
-then stops at its loss, instead of keeping the device forever. The counters of meetings are fresh
-memory in each call: kept ones would be shared by streams, and by CUDA graphs and what runs beside them.
+A barrier that not all programs reach gives up after some seconds, with NaN for s, because no program can end a launch:
+the run then stops because of its loss instead of occupying the device forever. The counters of the barriers are newly
+allocated in each call: persistent ones would be shared between streams, and between CUDA graphs and whatever runs
+beside them.
 
-Several tensors come as a table of addresses on the device, which is kept for as long as they lie where they do: the
-weights of a network, step by step.
+Several tensors are passed as a table of addresses on the device. The table is kept for as long as the tensors keep
+their addresses, as the weights of a network do from step to step.
 
-All launches depend on shapes alone, so a CUDA graph can hold them. In it several tensors are solved one by one, by
-kernels that must have been called so before, since none can be loaded while a graph is captured.
+All launches depend only on shapes, so a CUDA graph can contain them. While a graph is captured, several tensors are
+solved one by one. The kernels for this must have been called before, because none can be loaded during capture.
 
 Other dtypes, devices and granularities are left to `eager`.
 """
@@ -54,28 +56,28 @@ from qat_runner.quant.tensors import kept
 CALLS_COST = True  # see eager
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 REGISTERS = {1024: 4, 4096: 8, 16384: 16}
-"""Elements that one program holds, and its number of warps."""
+"""Number of elements that one program holds -> its number of warps."""
 HELD = 512
-"""Elements of several short rows that a program holds: with twice as many, what it knows of each row spills."""
+"""Elements that a program holds of several short rows; with twice as many, its values per row spill to memory."""
 BLOCK = 4096
-"""Elements of a long row, in float32, that a program loads at a time: 16 KB."""
+"""Elements of a long row that a program loads at a time, in float32: 16 KB."""
 PROGRAMS = 512
-"""Programs that share the reading of a long row, at most; a power of two."""
+"""The largest number of programs that share the reads of a long row; a power of two."""
 WARPS = 8
-"""Of a program that reads a part of a long row."""
+"""Warps of a program that reads a part of a long row."""
 RESIDENT = 2
-"""Such programs on a multiprocessor. With MAXNREG registers a thread that many fit, as they must to meet."""
+"""Such programs per multiprocessor. With MAXNREG registers per thread they all fit, as the barriers require."""
 MAXNREG = 128
 SIZES = (64, 1024, 4096, 8192, 16384)
-"""Elements of the short rows of several tensors: those up to each of these are in one launch."""
+"""Row-length classes for short rows of several tensors: the rows of each class, up to that length, share a launch."""
 ALIGNED = 16
-"""Elements by which tensors that lie one behind another are aligned."""
+"""Alignment, in elements, of tensors stored one after another."""
 POLLS = 1 << 22
-"""How often a program asks whether the others have come before it gives up; about a microsecond each."""
+"""How often a program polls whether the others have reached the barrier before it gives up; about 1 us per poll."""
 
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav`; each row stops on its own."""
+    """As `eager.octav`; each row stops as soon as it has converged."""
     where, s = dense(x), x.new_empty(kept(x, search.dims), dtype=torch.float32)
     size = extent(where, s) if _serves(x) and search.pool is None else None
     if size is None:
@@ -85,7 +87,7 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
 
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
-    """As `eager.octav_interval`; each row stops on its own."""
+    """As `eager.octav_interval`; each row stops as soon as it has converged."""
     where, ends = dense(x), x.new_empty((2, *kept(x, search.dims)), dtype=torch.float32)
     size = extent(where, ends, 2) if _serves(x) and search.pool is None else None
     if size is None:
@@ -94,7 +96,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
     numbers = noise, math.sqrt(12 * noise), search.tolerance, search.iterations
     rows, n = size
     with _on(x):
-        if n <= (most := max(REGISTERS) // 2):  # with as many as elsewhere, what it knows spills
+        if n <= (most := max(REGISTERS) // 2):  # with max(REGISTERS) elements, a program's values would spill
             held, block = _tile(n, most)
             kind = {"ROWS": held, "BLOCK": block, "num_warps": _warps(held * block)}
             intervals.intervals_of_rows[(triton.cdiv(rows, held),)](
@@ -113,7 +115,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
 def octav_and_quantize(
     x: Tensor, cost: Cost, format: IntFormat, search: Search, state: Remembered, warm: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.octav_and_quantize`; in the launches of a solution."""
+    """As `eager.octav_and_quantize`, in the same launches as a solve alone."""
     where = dense(x)
     size = extent(where, state.s) if _serves(x) and search.pool is None and state.holds(x.device) else None
     if size is None:
@@ -132,7 +134,7 @@ def octav_and_quantize_all(
     states: Sequence[Remembered],
     warm: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As `eager.octav_and_quantize_all`; launches by the sizes of rows, not by the number of tensors."""
+    """As `eager.octav_and_quantize_all`; the number of launches depends on row sizes, not on the number of tensors."""
     x, search, state = xs[0], searches[0], states[0]
     many = _many(xs, [state.s for state in states], states) if _alike(xs, states) and cost.short is None else None
     if many is None or search.pool is not None:
@@ -189,7 +191,7 @@ def orient(
 
 
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
-    """As `eager.refine`, by it: for rows of few elements, in a small part of a network."""
+    """Call `eager.refine`: it is used for rows of few elements, in a small part of a network."""
     return eager.refine(x, s, format, factors)
 
 
@@ -233,7 +235,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
 def fake_quantize_backward_all(
     grads: Sequence[Tensor], xs: Sequence[Tensor], ss: Sequence[Tensor], format: IntFormat, gradient: str
 ) -> list[Tensor]:
-    """As `eager.fake_quantize_backward_all`; one launch, and the copies that bring gradients side by side."""
+    """As `eager.fake_quantize_backward_all`; one launch, and the copies that place the gradients side by side."""
     if gradient == "ste":
         return list(grads)
     many = _many(xs, ss) if _alike([*xs, *grads]) else None
@@ -260,7 +262,7 @@ def fake_quantize_backward_all(
 def learned_backward(
     grad: Tensor, x: Tensor, s: Tensor, format: IntFormat | IntAffineFormat, rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `eager.learned_backward`; two reads and one write, and sums of what each program has summed."""
+    """As `eager.learned_backward`; two reads and one write, and a final sum over the partial sums of the programs."""
     where = dense(x)
     size = extent(where, s, format.parts) if _serves(x) else None
     if size is None:
@@ -282,7 +284,7 @@ def learned_backward(
 
 
 def _alike(tensors: Sequence[Tensor], states: Sequence[Remembered] = ()) -> bool:
-    """Whether kernels serve all of them in the same way, where they lie."""
+    """Whether the kernels serve all tensors in the same way and without copies."""
     first = tensors[0]
     return (
         all(_serves(t) and t.dtype == first.dtype and t.device == first.device for t in tensors)
@@ -293,37 +295,37 @@ def _alike(tensors: Sequence[Tensor], states: Sequence[Remembered] = ()) -> bool
 
 @dataclass(frozen=True)
 class _Many:
-    """Several tensors, as kernels find them: where each lies, and where its results go."""
+    """Several tensors as the kernels see them: the address of each, and where its results go."""
 
     table: Tensor
     """see `triton_kernels.FIELDS`"""
     tiles: dict[tuple[int, int], Tensor]
-    """by rows and elements that a program holds: of each program, int64 [programs, 2], a tensor and its first row"""
+    """by (rows, elements) that a program holds: int64 [programs, 2], each program's tensor and first row"""
     long: Tensor | None
-    """a table of the rows that no program holds"""
+    """a table of the rows that are too long for one program; None: there are none"""
     longest: int
-    """elements of them"""
+    """elements of the longest of them"""
     pieces: Tensor
-    """int64 [programs, 2]: a tensor, and the first of BLOCK elements"""
+    """int64 [programs, 2]: each program's tensor and the first of its BLOCK elements"""
     scalars: int
-    """of all tensors"""
+    """number of scalars of all tensors"""
     elements: int
-    """likewise, with what aligns them"""
+    """number of elements of all tensors, including padding for alignment"""
     first_scalars: tuple[int, ...]
     first_elements: tuple[int, ...]
 
     @staticmethod
     def split(whole: Tensor, like: Sequence[Tensor], first: Sequence[int]) -> list[Tensor]:
-        """Parts of a tensor in the shapes and strides of others; they are no views, which autograd would follow."""
+        """Split a tensor into the shapes and strides of others; not by views, which autograd would follow."""
         memory = whole.untyped_storage()
         return [whole.new_empty(0).set_(memory, at, t.shape, t.stride()) for t, at in zip(like, first, strict=True)]
 
 
 def _many(xs: Sequence[Tensor], ss: Sequence[Tensor], states: Sequence[Remembered] = ()) -> _Many | None:
-    """Tensors with scalars, one or one a row each; None for other granularities."""
+    """Describe tensors that have one scalar each, or one per row; None for other granularities."""
     sizes = [extent(x, s) for x, s in zip(xs, ss, strict=True)]
     if None in sizes or (xs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None  # a graph would copy a new table when it is replayed, and calls before would find none
+        return None  # a capture would copy the table only at replay, and calls before that would find it unfilled
     places = [(x.data_ptr(), *_addresses(states[i] if states else None)) for i, x in enumerate(xs)]
     return _table(tuple(places), tuple(filter(None, sizes)), xs[0].element_size(), xs[0].device)
 
@@ -336,7 +338,7 @@ def _addresses(state: Remembered | None) -> tuple[int, int, int]:
 def _table(
     places: tuple[tuple[int, ...], ...], sizes: tuple[tuple[int, int], ...], size: int, where: torch.device
 ) -> _Many:
-    """The same by addresses, of which nothing is read here; sent to the device once."""
+    """Build the description from addresses, without reading from them, and send it to the device once."""
     entries: list[tuple[int, ...]] = []
     long: list[tuple[int, ...]] = []
     tiles: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -370,13 +372,13 @@ def _table(
 
 
 def _sent(rows: Sequence[tuple[int, ...]], where: torch.device) -> Tensor:
-    """A table, int64, on the device, without a wait."""
+    """Return an int64 table on the device, without waiting for it."""
     table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else table
 
 
 def _in_tiles(kernel: Any, tensors: tuple[Tensor, ...], size: tuple[int, int], *numbers: float, **kind: bool) -> None:
-    """Launch a kernel that goes once through rows [rows, n], a tile a program."""
+    """Launch a kernel that passes once over rows [rows, n], one tile per program."""
     rows, n = size
     held, block = _tile(n, BLOCK)
     blocks, warps = triton.cdiv(n, block), _warps(held * block)
@@ -387,18 +389,18 @@ def _in_tiles(kernel: Any, tensors: tuple[Tensor, ...], size: tuple[int, int], *
 
 
 def _serves(x: Tensor) -> bool:
-    plain = type(x) in (Tensor, nn.Parameter)  # subclasses need not have memory, or mean something else by it
+    plain = type(x) in (Tensor, nn.Parameter)  # subclasses may have no memory of their own, or interpret it differently
     return plain and x.dtype in SERVED and (x.device.type == "cuda" or interpreted())
 
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as it does for tests."""
+    """Whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1), as in the tests."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: while open, that of x."""
+    """Make the device of x the current one inside the context; kernels are launched on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -411,23 +413,23 @@ def _solve(
     search: Search,
     step: tuple[IntFormat, Remembered, Tensor] | None = None,
 ) -> None:
-    """Write the scalars of rows to s.
+    """Solve for the scalars of the rows of x and write them to s.
 
     Args:
         x: dense.
-        size: rows, and elements of each.
-        guess: float32, dense, one a row; None: from cold.
-        s: float32, dense, one a row.
-        cost: what is minimized.
-        search: see there.
-        step: what to round to, what to remember s in, and where to write rows, rounded; None: only solve.
+        size: the number of rows, and the elements of each.
+        guess: float32, dense, one per row; None: cold start.
+        s: float32, dense, one per row.
+        cost: the objective.
+        search: stopping criteria, see `Search`.
+        step: the format to round to, the state that remembers s, and the output for the rounded rows; None: only solve.
     """
     format, state, out = step or (None, None, None)
     short = floats(cost.short)
     start = state.s if state is not None else guess
     pointers = (
         x,
-        s if start is None else start,  # s stands for what is not looked at
+        s if start is None else start,  # s is a placeholder for pointers that are not read
         s if short is None else short,
         s,
         s if state is None else state.running_s,
@@ -451,7 +453,7 @@ def _solve(
 
 
 def _levels(format: IntFormat | IntAffineFormat) -> tuple[float, float, float, float]:
-    """What kernels know of a format."""
+    """Return the numbers that describe a format to the kernels: levels, resolution, lowest and highest code."""
     resolution = format.resolution if isinstance(format, IntFormat) else format.levels_per_scalar
     return float(format.levels_per_scalar), float(resolution), float(format.lowest), float(format.highest)
 
@@ -477,24 +479,24 @@ def _solve_long(
 
 
 class _Shared(NamedTuple):
-    """How programs share the reading of long rows."""
+    """How programs share the reads of long rows."""
 
     programs: int
-    """for a row"""
+    """programs per row"""
     groups: int
-    """of so many"""
+    """groups of so many programs"""
     parts: Tensor
-    """what each has read, float32 [groups, 2, sums, programs]"""
+    """the partial sums of each program, float32 [groups, 2, sums, programs]"""
     arrived: Tensor
-    """how often they have met, int32 [groups], zeros"""
+    """the barrier counter of each group, int32 [groups], zeros"""
     kind: dict[str, int]
-    """of the launch"""
+    """the options of the launch"""
 
 
 def _shared(size: tuple[int, int], x: Tensor, sums: int, block: int) -> _Shared:
-    """For rows [rows, n] of the dtype of x, so many sums of each read, and elements that are loaded at a time."""
+    """Plan rows [rows, n] of the dtype of x, for a number of sums per read and `block` elements loaded at a time."""
     rows, n = size
-    lanes = min(block, WARPS * 32 * 16 // x.element_size())  # 16 bytes a thread
+    lanes = min(block, WARPS * 32 * 16 // x.element_size())  # 16 bytes per thread
     resident = _resident(x.device)
     programs = min(triton.cdiv(n, block), max(resident // rows, 1), PROGRAMS)
     groups = min(rows, resident // programs)
@@ -510,14 +512,14 @@ def _shared(size: tuple[int, int], x: Tensor, sums: int, block: int) -> _Shared:
 
 @functools.cache
 def _resident(where: torch.device) -> int:
-    """How many programs of a cooperative launch a device holds; in the interpreter, one runs after another."""
+    """Return how many programs of a cooperative launch the device holds at once; 1 in the interpreter."""
     if where.type != "cuda":
         return 1
     return RESIDENT * int(torch.cuda.get_device_properties(where).multi_processor_count)
 
 
 def _tile(n: int, most: int) -> tuple[int, int]:
-    """Rows that a program has, and elements of each, for rows of n: many short ones, or a part of a long one."""
+    """Return (rows, elements per row) of a program's tile for rows of n: many short rows, or a part of a long one."""
     block = min(max(triton.next_power_of_2(n), 16), most)
     return max(HELD // block, 1), block
 

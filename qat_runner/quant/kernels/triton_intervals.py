@@ -1,7 +1,7 @@
-"""OCTAV in two unknowns on the device: kernels of `triton` for formats with two ends, beside those of `triton_kernels`.
+"""OCTAV in two unknowns on the device: kernels of `triton` for formats with two clipping bounds.
 
-`intervals` says what is solved; this repeats it. Ends are float32 [2, rows], low and high, and within a kernel u = high
-and v = -low, in units of a power of two of the row.
+The algorithm is that of `intervals`, where it is explained. The clipping bounds are float32 [2, rows], low and high;
+within a kernel they are u = high and v = -low, in units of a power of two of the row.
 """
 
 import triton
@@ -10,15 +10,15 @@ import triton.language as tl
 from qat_runner.quant.kernels.triton_kernels import _meet, _parts, _power_of_two, _tile
 
 NEAR = tl.constexpr(1 / 1024)
-"""As in `intervals`."""
+"""As `intervals.NEAR`."""
 SUMS = tl.constexpr(8)
-"""Of a read: excess and number above, excess and number below, squares of both; the smallest and the largest element,
-zero among them, and how many are not zero, NaN if one is not finite."""
+"""The number of sums of a read: excess and number above, excess and number below, squares of both; the smallest and the
+largest element (zero included), and the number of nonzero elements, NaN if one is not finite."""
 
 
 @triton.jit
 def _beyond(x, scale, u, v):
-    """How far x float32, times scale, reaches above u and below -v, and whether it does, float32."""
+    """Return how far x * scale lies above u, and whether it does, and the same below -v; all float32."""
     a = x * scale
     above, below = a > u, a < -v
     return tl.where(above, a - u, 0.0), above.to(tl.float32), tl.where(below, -v - a, 0.0), below.to(tl.float32)
@@ -26,13 +26,13 @@ def _beyond(x, scale, u, v):
 
 @triton.jit
 def _counted(x):
-    """1 for what is not zero, NaN for what is not finite."""
+    """Return 1 for nonzero elements, 0 for zeros, and NaN for elements that are not finite."""
     return tl.where(tl.abs(x) < float("inf"), (x != 0).to(tl.float32), float("nan"))
 
 
 @triton.jit
 def _of_guess(guess_ptr, rows, row, mask):
-    """An interval that may be begun at: u and v, float64, its unit, float32, and whether it is one."""
+    """Return the guess as a starting interval: u and v, float64, its unit, float32, and whether it is usable."""
     low = tl.load(guess_ptr + row, mask=mask, other=0.0)
     high = tl.load(guess_ptr + rows + row, mask=mask, other=0.0)
     reach = tl.maximum(-low, high)
@@ -44,7 +44,7 @@ def _of_guess(guess_ptr, rows, row, mask):
 
 @triton.jit
 def _begin(u, v, top_u, top_v, k, count):
-    """`intervals.begin`: where to read first, and J of the extremes, float64."""
+    """As `intervals.begin`: return u and v of the first read, and J at the extremes, float64."""
     u = tl.where((u > 0) & (u < top_u), tl.maximum(u, top_u * NEAR), top_u)
     v = tl.where((v > 0) & (v < top_v), tl.maximum(v, top_v * NEAR), top_v)
     return u, v, k * (top_u + top_v) * (top_u + top_v) * count
@@ -52,14 +52,14 @@ def _begin(u, v, top_u, top_v, k, count):
 
 @triton.jit
 def _within(proposed, s, top, lo, clips):
-    """A step is trusted to halve or to double."""
+    """Limit a step as `intervals._within`; where nothing is clipped, propose a smaller bound."""
     trusted = tl.minimum(tl.minimum(tl.maximum(proposed, s / 2), 2 * s), top)
     return tl.where(clips, trusted, tl.where(lo > 0, (lo + s) / 2, 0.8 * s))
 
 
 @triton.jit
 def _off(level, excess, outside):
-    """How far the logarithms are from each other at an end, and their slope there."""
+    """Return the difference of the logarithms at a bound, and outside / excess, the slope of -log(excess) there."""
     clips = excess > 0
     safe = tl.where(clips, excess, 1.0)
     return tl.where(clips, level - tl.log(safe), 0.0), tl.where(clips, outside / safe, 0.0)
@@ -70,10 +70,10 @@ def _advance(
     moving, u, v, best_u, best_v, least, top_u, top_v, lo_u, lo_v, count, k,
     excess_u, outside_u, excess_v, outside_v, square, moved, worse,
 ):  # fmt: skip
-    """`intervals.advance`; all float64, one a row, and what is no longer `moving` stays.
+    """As `intervals.advance`; all float64, one value per row. Rows that are no longer `moving` do not change.
 
-    Returns what is to be read next, the best so far and its J, the largest ends that clip, how far this went, and
-    whether what was read is worse than to clip nothing.
+    Returns u and v of the next read, the best interval so far and its J, the largest bounds that clip, the relative
+    length of this step, and whether the interval that was read is worse than clipping nothing.
     """
     width, inside = u + v, count - outside_u - outside_v
     cost = k * width * width * inside + square
@@ -99,7 +99,7 @@ def _advance(
 
 @triton.jit
 def _answer(u, v, best_u, best_v, moved, worse, furthest, unit, count):
-    """Low and high in units of x, float32; NaN where x has an element that is not finite."""
+    """Return low and high in units of x, float32; NaN where x has an element that is not finite."""
     solved = (worse == 0) & (moved <= furthest)
     low, high = -tl.where(solved, v, best_v) * unit, tl.where(solved, u, best_u) * unit
     finite = count >= 0
@@ -121,7 +121,7 @@ def intervals_of_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x [rows, n], n <= BLOCK, is read once; guess (not looked at if COLD) and ends float32 [2, rows]."""
+    """Solve for rows x [rows, n], n <= BLOCK, in one read; guess (not read if COLD) and ends are float32 [2, rows]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present, column = row < rows, tl.arange(0, BLOCK)
     mask = present[:, None] & (column < n)[None, :]
@@ -167,7 +167,7 @@ def intervals_of_rows(
             moved,
             worse,
         )
-        moving = moving & (moved > tolerance)  # each row stops on its own
+        moving = moving & (moved > tolerance)  # each row stops as soon as it has converged
         i += 1
     low, high = _answer(u, v, best_u, best_v, moved, worse, furthest, unit, count)
     tl.store(ends_ptr + row, low, mask=present)
@@ -178,7 +178,7 @@ def intervals_of_rows(
 def _read(
     x_ptr, to_ptr, scale, u, v, n, part, programs, FIRST: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr
 ):
-    """A program's share of the sums over a row at u and v, float32, to [SUMS, programs]; the last three if FIRST."""
+    """Store a program's share of a row's sums at u and v in [SUMS, programs], float32; the last three if FIRST."""
     excess_u = tl.zeros([LANES], dtype=tl.float32)
     outside_u = tl.zeros([LANES], dtype=tl.float32)
     excess_v = tl.zeros([LANES], dtype=tl.float32)
@@ -215,7 +215,7 @@ def _read(
 
 @triton.jit
 def _sums(parts_ptr, programs, PROGRAMS: tl.constexpr):
-    """The first five of what all programs have read, float64."""
+    """Return the first five sums of a read, over all programs, float64."""
     return (
         tl.sum(_parts(parts_ptr, 0, programs, PROGRAMS)),
         tl.sum(_parts(parts_ptr, 1, programs, PROGRAMS)),
@@ -246,16 +246,16 @@ def intervals_of_long(
     LANES: tl.constexpr,
     POLLS: tl.constexpr,
 ):
-    """As `intervals_of_rows` for rows of any size, read and met for as in `triton_kernels.solve_long`.
+    """As `intervals_of_rows` for rows of any size, with reads shared as in `triton_kernels.solve_long`.
 
-    parts: float32 [groups, 2, SUMS, programs]. A guess is begun at unless it says nothing of x, being too near to zero
-    or too far out; what tells is the first read.
+    parts: float32 [groups, 2, SUMS, programs]. The guess is used unless it is too close to zero to say anything about
+    x, which the first read shows.
     """
     group, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     parts_ptr += group * (2 * SUMS * programs)
     arrived_ptr += group
     row = group.to(tl.int64)
-    together, turn = group >= 0, 0  # so far all came; meetings
+    together, turn = group >= 0, 0  # have all programs reached each barrier; barriers so far
     while row < rows:
         x = x_ptr + row * n
         u, v, unit, near = _of_guess(guess_ptr, rows, row, row >= 0 if not COLD else row < 0)

@@ -1,9 +1,9 @@
-"""What runs on the device: the kernels of `triton`, which launches them.
+"""The device code: the kernels that `triton` launches.
 
-Tensors are dense [rows, n]. A program has a tile of them: [ROWS, BLOCK], whole rows, for short rows, and
-[UNROLL, LANES], a run of one row, for long ones, whose loads are all in flight before the first is waited for.
-Offsets are int64. Sums are float32 within a tile's lanes and from there on in a fixed order; what is left of a row,
-a few scalars, is float64.
+Tensors are dense [rows, n]. Each program processes tiles: [ROWS, BLOCK], whole rows, for short rows; [UNROLL, LANES], a
+contiguous part of one row, for long rows, with all loads in flight before the first one is waited for. Offsets are
+int64. Sums are float32 within the lanes of a tile, and are combined in a fixed order from there on; the few scalars
+that describe a row are float64.
 """
 
 import triton
@@ -11,15 +11,15 @@ import triton.language as tl
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits for a fraction, so halves go to even
 SUMS = tl.constexpr(6)
-"""Of a read: excess, outside, total, nonzero, largest, count."""
+"""The number of sums of a read: excess, outside, total, nonzero, largest, count."""
 FIELDS = tl.constexpr(8)
-"""Of a tensor in TABLE, int64 [tensors, FIELDS]: addresses of x, of s, running and batches of its state; its rows, and
-elements of each; where its s begins among those of all, and where its elements do."""
+"""The number of fields of a tensor in TABLE, int64 [tensors, FIELDS]: the addresses of x and of s, running and batches
+of its state; the number of rows, and of elements per row; the offsets of its scalars and elements in the outputs."""
 
 
 @triton.jit
 def _power_of_two(t):
-    """t float32 -> the power of two at or below it, float32; 1 where t is not positive and finite."""
+    """Return the power of two at or below t; float32 -> float32; 1 where t is not positive and finite."""
     t = tl.where((t > 0) & (t < float("inf")), t, 1.0)
     t = tl.minimum(tl.maximum(t, 1.1754943508222875e-38), 8.507059173023462e37)
     return (t.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -27,7 +27,7 @@ def _power_of_two(t):
 
 @triton.jit
 def _start(guess):
-    """guess float32 -> s in units of its power of two, float64, and the unit, float32."""
+    """Return s in units of the guess's power of two, float64, and this unit, float32, from the guess, float32."""
     unit = _power_of_two(guess)
     guess = tl.where((guess > 0) & (guess < float("inf")), guess, 1.0)
     return (guess / unit).to(tl.float64), unit
@@ -35,7 +35,7 @@ def _start(guess):
 
 @triton.jit
 def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr, POINTED: tl.constexpr):
-    """Magnitudes of x, and their weights (`cost.sided`)."""
+    """Return the magnitudes of x and their weights (`cost.sided`)."""
     if SIDED:
         if POINTED:
             x = tl.where(short < 0, -x, x)
@@ -45,7 +45,7 @@ def _magnitude(x, short, reach, SIGNED: tl.constexpr, SIDED: tl.constexpr, POINT
 
 @triton.jit
 def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi):
-    """`newton.advance`; all float64, one a row. Returns the next s and the interval."""
+    """As `newton.advance`; all float64, one value per row. Returns the next s and the interval."""
     above = excess + s * outside
     cost = k * s * (nonzero - outside)
     short = cost < excess
@@ -60,13 +60,13 @@ def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi,
     newton_hi = sum_hi / tl.maximum(k * (nonzero - outside_hi) + outside_hi, k)
     exact = (between <= 1) | (mean >= hi * (1 - 1e-6))
     closed = tl.minimum(tl.minimum(newton_lo, tl.maximum(mean, newton_hi)), hi)
-    # Where either is zero the logarithms are of no use, and must not be infinite.
+    # Where either is zero, the logarithms are not used, but must not be infinite.
     usable = (cost > 0) & (excess > 0)
     safe_cost, safe_excess, safe_s = tl.where(usable, cost, 1.0), tl.where(usable, excess, 1.0), tl.where(s > 0, s, 1.0)
     log_newton = s - (tl.log(safe_cost) - tl.log(safe_excess)) / (1 / safe_s + outside / safe_excess)
     returns = tl.where(short, log_newton >= hi * (1 - 2e-7), log_newton <= lo * (1 + 2e-7))
     fits = usable & (((lo < log_newton) & (log_newton < hi) & (not returns)) | (log_newton == s))
-    divides = tl.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # sums are not exact
+    divides = tl.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # because of rounding errors in the sums
     half_way = tl.where(newton_lo < divides, (newton_lo + hi) / 2, divides)
     proposal = tl.where((lo == 0) & (outside == 0), 0.8 * hi, half_way)
     proposal = tl.where(fits, log_newton, proposal)
@@ -76,20 +76,20 @@ def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi,
 
 @triton.jit
 def _answer(s, unit, reach, total):
-    """s in units of x, float32; NaN where x has an element that is not finite."""
+    """Return s in units of x, float32; NaN where x has an element that is not finite."""
     s = tl.div_rn((s * unit).to(tl.float32), reach)
     return tl.where(total < float("inf"), s, float("nan"))
 
 
 @triton.jit
 def _steps(x, s, resolution):
-    """`IntFormat.in_steps`: x float32 -> float32; s the full scale."""
+    """As `IntFormat.in_steps`; x float32 -> float32; s is the full scale."""
     return tl.div_rn(x, tl.where(s == 0, 1.0, s)) * resolution
 
 
 @triton.jit
 def _code(steps, lowest, highest):
-    """The nearest code, as far as there are codes."""
+    """Return the nearest code, clamped to the lowest and the highest."""
     code = tl.where(steps < lowest, lowest, steps)  # NaN stays NaN
     code = tl.where(code > highest, highest, code)
     return (code + ROUND) - ROUND
@@ -97,13 +97,13 @@ def _code(steps, lowest, highest):
 
 @triton.jit
 def _round(x, s, resolution, lowest, highest):
-    """`Format.fake_quantize`: x float32 -> float32; s the full scale."""
+    """As `Format.fake_quantize`; x float32 -> float32; s is the full scale."""
     return _code(_steps(x, s, resolution), lowest, highest) * (1.0 / resolution) * s
 
 
 @triton.jit
 def _between(low, high, steps):
-    """The step of two ends, and the lowest and the highest code less the zero point."""
+    """Return the step size of two clipping bounds, and the lowest and the highest code minus the zero point."""
     step = tl.div_rn(high - low, steps)
     zero = tl.div_rn(-low, tl.where(step == 0, 1.0, step))
     zero = (tl.minimum(tl.maximum(zero, 0.0), steps) + ROUND) - ROUND
@@ -112,13 +112,13 @@ def _between(low, high, steps):
 
 @triton.jit
 def _full_scale(s, levels, resolution):
-    """`IntFormat.full_scale`."""
+    """As `IntFormat.full_scale`."""
     return tl.where(levels == resolution, s, tl.div_rn(s, levels) * resolution)
 
 
 @triton.jit
 def _take_over(s, last_ptr, running_ptr, momentum, mask):
-    """`remembered.remember`, but for the count."""
+    """As `remembered.remember`, except for the count of batches."""
     last, running = tl.load(last_ptr, mask=mask, other=0.0), tl.load(running_ptr, mask=mask, other=0.0)
     s = tl.where(tl.abs(s) < float("inf"), s, last)
     # As torch.lerp, which gives s itself at momentum 1.
@@ -130,7 +130,7 @@ def _take_over(s, last_ptr, running_ptr, momentum, mask):
 
 @triton.jit
 def remember(s_ptr, last_ptr, running_ptr, batches_ptr, rows, momentum, BLOCK: tl.constexpr):
-    """s, last, running float32 [rows], batches int64 []; BLOCK of them a program."""
+    """Update the state; s, last, running float32 [rows], batches int64 []; BLOCK scalars per program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < rows
     _take_over(tl.load(s_ptr + at, mask=mask, other=0.0), last_ptr + at, running_ptr + at, momentum, mask)
@@ -154,7 +154,7 @@ def _solve_held(
     POINTED: tl.constexpr,
     COLD: tl.constexpr,
 ):
-    """The scalars of rows x float32 [ROWS, BLOCK], zeros in the places that a row has not; float32 [ROWS]."""
+    """Return the scalars, float32 [ROWS], of rows x, float32 [ROWS, BLOCK], padded with zeros."""
     short = tl.load(short_ptr + row, mask=present & POINTED, other=0.0)
     raw, weight = _magnitude(x, short[:, None], reach, SIGNED, SIDED, POINTED)
     top = tl.max(raw, 1)
@@ -182,7 +182,7 @@ def _solve_held(
         proposal, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi = _propose(
             before, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi, outside_hi
         )
-        s = tl.where(moving, proposal, s)  # each row stops on its own
+        s = tl.where(moving, proposal, s)  # each row stops as soon as it has converged
         moving = moving & (tl.abs(s - before) > tolerance * s)
         i += 1
     return _answer(s, unit, reach, total)
@@ -216,9 +216,9 @@ def solve_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x [rows, n], n <= BLOCK, is read once; guess (not looked at if COLD), short and s float32 [rows].
+    """Solve for rows x [rows, n], n <= BLOCK, in one read; guess (not read if COLD), short and s are float32 [rows].
 
-    A STEP remembers s in guess, running and batches, and rounds x to out.
+    With STEP, also remember s in guess, running and batches, and write x rounded to out.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present, column = row < rows, tl.arange(0, BLOCK)
@@ -239,7 +239,7 @@ def solve_rows(
 
 @triton.jit
 def _entry(table_ptr, tensor, FIELD: tl.constexpr):
-    """A number, or an address, of what TABLE has of a tensor."""
+    """Return one field of a tensor in TABLE, a number or an address."""
     return tl.load(table_ptr + tensor * FIELDS + FIELD)
 
 
@@ -264,9 +264,9 @@ def solve_rows_of_many(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A step of `solve_rows` for the rows of several tensors, each of which TABLE describes.
+    """As `solve_rows` with STEP for the rows of several tensors, each of which is described in TABLE.
 
-    tiles: int64 [programs, 2], a tensor and its first row for each program. s, out: of all tensors, one behind another.
+    tiles: int64 [programs, 2], each program's tensor and first row. s, out: of all tensors, one after another.
     """
     tensor = tl.load(tiles_ptr + 2 * tl.program_id(0))
     first = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1)
@@ -293,7 +293,7 @@ def solve_rows_of_many(
 
 @triton.jit
 def _tile(first, UNROLL: tl.constexpr, LANES: tl.constexpr):
-    """Offsets of a tile in its row, int64 [UNROLL, LANES]: a thread's vectors lie LANES apart."""
+    """Return the offsets of a tile in its row, int64 [UNROLL, LANES]; the vectors of one thread are LANES apart."""
     return first + (tl.arange(0, UNROLL) * LANES)[:, None] + tl.arange(0, LANES)[None, :]
 
 
@@ -311,10 +311,10 @@ def _largest(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The largest magnitude in a program's share of a row."""
+    """Return the largest magnitude in a program's share of a row."""
     largest = tl.zeros([LANES], dtype=tl.float32)
     first = part.to(tl.int64) * (UNROLL * LANES)
-    while first < n:  # no range: some interpreters cannot count to what is not a constant
+    while first < n:  # not a range: some interpreters need a constant bound
         offsets = _tile(first, UNROLL, LANES)
         x = tl.load(x_ptr + offsets, mask=offsets < n, other=0.0).to(tl.float32)
         raw, _ = _magnitude(x, short, reach, SIGNED, SIDED, POINTED)
@@ -341,7 +341,7 @@ def _read(
     UNROLL: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A program's share of the sums over a row at s, to [SUMS, programs]; all of them, or the two that depend on s."""
+    """Store a program's share of a row's sums at s in [SUMS, programs]: all if FIRST, else the two that need s."""
     excess = tl.zeros([LANES], dtype=tl.float32)
     outside = tl.zeros([LANES], dtype=tl.float32)
     total = tl.zeros([LANES], dtype=tl.float32)
@@ -373,7 +373,7 @@ def _read(
 
 @triton.jit
 def _parts(parts_ptr, sum, programs, PROGRAMS: tl.constexpr):
-    """What all programs of a row have for a sum, float64 [PROGRAMS]; from where they meet, not from a stale cache."""
+    """Load one sum of all programs of a row, float64 [PROGRAMS]; volatile, so that no stale cache is read."""
     index = tl.arange(0, PROGRAMS)
     part = tl.load(parts_ptr + sum * programs + index, mask=index < programs, other=0.0, volatile=True)
     return part.to(tl.float64)
@@ -381,7 +381,7 @@ def _parts(parts_ptr, sum, programs, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def _meet(arrived_ptr, expected, POLLS: tl.constexpr):
-    """Wait until so many arrivals are counted; false if they did not come in time. What was written before is seen."""
+    """Barrier: wait for the expected arrivals; false after POLLS polls. Earlier writes of all programs are visible."""
     tl.debug_barrier()
     arrived = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") + 1
     polls = 0
@@ -427,20 +427,21 @@ def solve_long(
     LANES: tl.constexpr,
     POLLS: tl.constexpr,
 ):
-    """As `solve_rows` for rows of any size, of which `programs` programs, at most PROGRAMS, read a share each.
+    """As `solve_rows` for rows of any size, each of which is read by `programs` programs, at most PROGRAMS.
 
-    They meet after each read, and each draws the same conclusion from the parts of all. There are `groups` of such
-    programs, all of them on the device at once, with every groups-th row. parts: float32 [groups, 2, SUMS, programs];
-    what is read after a meeting is not written to before the next but one. arrived: int32 [groups], zeros.
+    The programs of a row synchronize after each read, and each computes the same next state from the sums of all. There
+    are `groups` groups of such programs, all on the device at once; each group processes every groups-th row. parts:
+    float32 [groups, 2, SUMS, programs], two buffers in turn, so that what is read after one barrier is not overwritten
+    before the next one. arrived: int32 [groups], zeros.
 
-    With MANY, x stands for TABLE, each row of which describes a row; the first of a tensor has the address of batches,
-    others zero.
+    With MANY, x is TABLE, in which each entry describes one row; the entry of a tensor's first row has the address of
+    batches, the others have zero.
     """
     group, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     parts_ptr += group * (2 * SUMS * programs)
     arrived_ptr += group
     row = group.to(tl.int64)
-    together, turn = group >= 0, 0  # so far all came; meetings
+    together, turn = group >= 0, 0  # have all programs reached each barrier; barriers so far
     while row < rows:
         if MANY:
             x = _entry(x_ptr, row, 0).to(out_ptr.dtype)
@@ -480,7 +481,7 @@ def solve_long(
             count = tl.sum(_parts(here_ptr, 5, programs, PROGRAMS))
             ks = tl.where(nonzero > 0, ks * (count / tl.maximum(nonzero, 1.0)), ks)
         lo, sum_lo, outside_lo, sum_hi, outside_hi = s * 0, total, nonzero, s * 0, s * 0
-        if COLD:  # all that this read, at the largest, said of s: it is too large
+        if COLD:  # this read, at the largest magnitude, only shows that it is too large
             s = total / tl.maximum(nonzero, 1.0)
         i = 0
         moving = together
@@ -519,7 +520,7 @@ def solve_long(
         if part == 0:
             tl.store(answer_ptr, found)
         if STEP:
-            if part == 0:  # all have read the guess before they first met
+            if part == 0:  # all programs read the guess before their first barrier
                 _take_over(found, last_ptr, average_ptr, momentum, together)
                 if counts:
                     tl.store(count_ptr, tl.load(count_ptr) + 1)
@@ -537,7 +538,7 @@ def solve_long(
 
 @triton.jit
 def overhang_part(x_ptr, s_ptr, parts_ptr, n, programs, halfway, BLOCK: tl.constexpr):
-    """x [rows, n], s float32 [rows] -> parts [rows, programs]: each program's share of a row's overhang."""
+    """Store each program's part of a row's overhang; x [rows, n], s float32 [rows] -> parts [rows, programs]."""
     row, part = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     t = tl.load(s_ptr + row) * halfway
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -552,7 +553,7 @@ def overhang_part(x_ptr, s_ptr, parts_ptr, n, programs, halfway, BLOCK: tl.const
 
 @triton.jit
 def orient_row(parts_ptr, s_ptr, before_ptr, out_ptr, programs, clearly, STAYS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """parts [rows, programs], s and before float32 [rows] -> s with signs; one program a row."""
+    """Store s with signs; parts [rows, programs], s and before float32 [rows]; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, PROGRAMS)
     overhang = tl.sum(tl.load(parts_ptr + row * programs + index, mask=index < programs, other=0.0))
@@ -567,8 +568,11 @@ def orient_row(parts_ptr, s_ptr, before_ptr, out_ptr, programs, clearly, STAYS: 
 
 @triton.jit
 def _in_tile(rows, n, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a program among `blocks` for ROWS rows: its rows, [ROWS], and which of them there are; the offsets of its
-    elements, [ROWS, BLOCK], and which of those there are."""
+    """Return the tile of a program, one of `blocks` for ROWS rows.
+
+    These are its rows, [ROWS], and which of them exist; the offsets of its elements, [ROWS, BLOCK], and which of them
+    exist.
+    """
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     present = row < rows
@@ -591,8 +595,10 @@ def fake_quantize(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x, out [rows, n], s float32 [rows], or low and high [2, rows], with `resolution` steps between them;
-    `blocks` programs for ROWS rows."""
+    """Round x to out, both [rows, n]; `blocks` programs for ROWS rows.
+
+    s: float32 [rows]; if AFFINE, low and high, [2, rows], with `resolution` steps between them.
+    """
     row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + row, mask=present, other=1.0)[:, None]
@@ -607,7 +613,7 @@ def fake_quantize(
 
 @triton.jit
 def _passed(grad, x, low, high, MAD: tl.constexpr):
-    """What estimators let through of a gradient, float32."""
+    """Return the gradient that the estimator passes on, float32."""
     if MAD:
         clipped = tl.where(x < low, low, x)
         clipped = tl.where(clipped > high, high, clipped)
@@ -632,7 +638,10 @@ def fake_quantize_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad, x, out [rows, n], s float32 [rows], or low and high [2, rows]; `blocks` programs for ROWS rows."""
+    """Write the gradient for x to out; grad, x, out [rows, n]; `blocks` programs for ROWS rows.
+
+    s: float32 [rows]; if ENDS, low and high, [2, rows].
+    """
     row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=1.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -649,10 +658,10 @@ def fake_quantize_backward(
 def fake_quantize_backward_of_many(
     table_ptr, tiles_ptr, s_ptr, grad_ptr, SIGNED: tl.constexpr, MAD: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """`fake_quantize_backward` of several tensors, each of which TABLE describes, in place.
+    """As `fake_quantize_backward` for several tensors, each of which is described in TABLE; grad is updated in place.
 
-    tiles: int64 [programs, 2], a tensor and the first of BLOCK elements for each program. s, grad: of all tensors, one
-    behind another.
+    tiles: int64 [programs, 2], each program's tensor and the first of its BLOCK elements. s, grad: of all tensors, one
+    after another.
     """
     tensor = tl.load(tiles_ptr + 2 * tl.program_id(0))
     at = tl.load(tiles_ptr + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
@@ -687,8 +696,10 @@ def learned_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`fake_quantize_backward` of a learned grid; what each program sums goes to parts, float32 [blocks, rows] of the
-    step size or the scalar, and, affine, as much again of the lower end."""
+    """As `fake_quantize_backward` for a learned grid, with the sums of each program in parts.
+
+    parts: float32 [blocks, rows], for the step size or the scalar; if AFFINE, as much again for the lower bound.
+    """
     row, present, at, mask = _in_tile(rows, n, blocks, ROWS, BLOCK)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)

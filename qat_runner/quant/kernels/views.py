@@ -1,4 +1,4 @@
-"""Tensors as the memory that kernels loop over: without gaps, rows one behind another."""
+"""Tensors in the memory layout that kernels loop over: no gaps, one row after another."""
 
 from typing import overload
 
@@ -7,25 +7,25 @@ from torch import Tensor
 
 
 def dense(x: Tensor) -> Tensor:
-    """x where its memory has no gaps, and rows, one an index of dimension 0, lie one behind another; or such a copy."""
+    """Return x if its memory has no gaps and its rows (dimension 0) lie one after another; otherwise such a copy."""
     if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
 def beside(other: Tensor, x: Tensor) -> Tensor:
-    """A tensor of x's shape with its elements where x, which is dense, has them; a copy only if they are not."""
+    """Return `other`, of x's shape, in the element order of x, which is dense; copied only if the order differs."""
     if other.stride() == x.stride() or (other.is_contiguous() and x.is_contiguous()):
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
 def extent(x: Tensor, s: Tensor, parts: int = 1) -> tuple[int, int] | None:
-    """Rows and elements of a row, where x has one scalar, or one an index of dimension 0; None for other granularities.
+    """Return (rows, elements per row) if x has one scalar, or one per index of dimension 0; otherwise None.
 
     Args:
-        x: dense; an empty one has no rows.
-        s: scalars, or `parts` times as many, stacked.
+        x: dense; None is returned if it is empty.
+        s: the scalars, or `parts` times as many, stacked.
     """
     n, rows = x.numel(), s.numel() // parts
     if n == 0:
@@ -45,5 +45,5 @@ def floats(t: None) -> None: ...
 
 
 def floats(t: Tensor | None) -> Tensor | None:
-    """Scalars as kernels take them: float32, dense."""
+    """Return scalars as kernels expect them: float32, contiguous."""
     return t if t is None or (t.dtype is torch.float32 and t.is_contiguous()) else t.to(torch.float32).contiguous()
