@@ -1,7 +1,7 @@
 """What bit-widths cost: their average, memory, bit operations, traffic, or measured latency.
 
-Each cost is a sum over the operations of a network, and the share of an operation depends only on the bit-widths of its
-operands. Finding the best choice of bit-widths is therefore a linear problem.
+Each cost is a sum over the operations of a network, and what an operation adds depends only on the bit-widths of its
+operands. Finding the cheapest choice of bit-widths is therefore a linear problem.
 """
 
 from collections.abc import Callable, Mapping, Sequence

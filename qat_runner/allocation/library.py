@@ -47,13 +47,13 @@ def allocate(
         model: trained, in full precision, without quantizers; it is not changed.
         batches: each an input tensor, or a tuple of arguments of forward; with a loss, a pair of that and the targets.
             A dozen batches of 32 samples are enough. The first batch must reach every tensor that has a choice.
-        budget: the largest average bit-width of weights, and of activations, over the elements of the tensors that have
-            a choice.
-        size_mb: the most megabytes (10^6 bytes) of the stored network.
-        bitops: the most bit operations for one sample, in units of 10^9: multiply-accumulates times the bit-widths of
-            both factors.
-        traffic_mb: the most megabytes of operands that are read for one sample.
-        latency_ms: the most milliseconds, according to `latencies`.
+        budget: upper limit on the average bit-width of weights, and of activations, over the elements of the tensors
+            that have a choice.
+        size_mb: upper limit on the megabytes (10^6 bytes) of the stored network.
+        bitops: upper limit on the bit operations for one sample, in units of 10^9: multiply-accumulates times the
+            bit-widths of both factors.
+        traffic_mb: upper limit on the megabytes of operands that are read for one sample.
+        latency_ms: upper limit on the milliseconds, according to `latencies`.
         latencies: layer -> bit-widths of its operands, such as (4, 8) for weight and input -> milliseconds; (32, 32)
             for a layer in full precision.
         loss: called with the output of the network and the targets; returns the mean loss, []. None: the network

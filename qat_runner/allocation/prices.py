@@ -1,4 +1,4 @@
-"""Prices (estimated sensitivities): the quantization noise of a tensor at a bit-width, weighted by its effect.
+"""Prices (estimated sensitivities): what quantizing a tensor to a bit-width costs the network.
 
 | kind     | price of a tensor x at some bit-width, with the error e = Q(x) - x                          |
 |----------|---------------------------------------------------------------------------------------------|
@@ -140,7 +140,7 @@ def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
 
 @contextmanager
 def _watched(quantizers: Iterable[Quantizer], hook: Callable[[Quantizer, Tensor], Tensor | None]) -> Iterator[None]:
-    """Context manager under which what the hook returns for a quantizer's input replaces its output, unless None."""
+    """Context manager under which a hook gets each quantizer and its input; its result, if any, replaces the output."""
 
     def on_call(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         assert isinstance(quantizer, Quantizer)
@@ -267,7 +267,7 @@ def _ratios(noise: _Found, power: _Found) -> _Found:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Return the sum of squares, float64 []; float32 in any memory layout is not copied."""
+    """Return the sum of squares, float64 []; a float32 tensor is not copied, whatever its memory layout."""
     norm: Tensor = torch.linalg.vector_norm(x.float())
     return norm.double().square()
 

@@ -17,7 +17,7 @@ log = logging.getLogger("qat_runner")
 
 
 class InfeasibleError(ValueError):
-    """No bit-widths satisfy the limits."""
+    """No bit-widths satisfy the limits, or the solver found none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def allocate_bits(
         same: whether both operands of an operation must have the same bit-width, if both have a choice.
 
     Raises:
-        InfeasibleError: no bit-widths satisfy the limits.
+        InfeasibleError: no bit-widths satisfy the limits, or the solver found none.
         ValueError: a tensor that has a choice has no price.
     """
     if unpriced := [operand.name for operand in network.free if operand.name not in prices]:
@@ -148,7 +148,7 @@ def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarr
     """As `_solve`, but only as exact as HiGHS is relative to the largest value.
 
     HiGHS lets a sum exceed its room by _TOLERANCE times the table's largest cost. If it returns a choice that exceeds
-    its room, the room is reduced by just enough to exclude this choice, but no choice that truly fits.
+    its room, the room is reduced far enough to exclude this choice, but no choice that truly fits.
     """
     kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
     offered = [row[k] for row, k in zip(values, kept, strict=True)]
@@ -211,7 +211,7 @@ _SECONDS = 60.0
 
 
 def _not_dominated(figures: np.ndarray) -> np.ndarray:
-    """Return the columns than which no other one is as good in every row and better in one, int64 indices."""
+    """Return the indices, int64, of columns that no other column dominates: as good in every row, and better in one."""
     kept: list[int] = []
     order = np.lexsort(figures[::-1])  # whatever dominates a column comes before it
     for i in order:

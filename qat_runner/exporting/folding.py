@@ -31,7 +31,9 @@ FINE = 8
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
-    """Fold each BatchNorm into the integer convolution before it, in place, if nothing else uses that one's output.
+    """Fold each BatchNorm into the integer convolution that it directly follows, in place.
+
+    Nothing else may use the output of that convolution.
 
     Args:
         model: a network of integers, in eval mode.

@@ -259,7 +259,7 @@ class IntegerTaken(IntegerLayer, TakenLayer):
 
 
 class IntegerProjection(IntegerLayer, QuantProjection):
-    """A projection of `nn.MultiheadAttention`, whose weight is removed from there if this has codes."""
+    """A projection of `nn.MultiheadAttention`; if it has codes, the attention may no longer have its weight."""
 
     qat_operands = ()
 
@@ -408,7 +408,7 @@ def _give_codes(layer: Any, codes: IntegerWeight) -> None:
 
 
 def _drop_projected_weights(module: nn.Module) -> None:
-    """Remove the weights from PyTorch's attention if all of its projections have codes."""
+    """Remove the weights from PyTorch's attention if all three of its projections have codes."""
     projections = [layer for layer in module.children() if isinstance(layer, IntegerProjection)]
     if projections and all("integer_weight" in layer._modules for layer in projections):
         _settle(module)

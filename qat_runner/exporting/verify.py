@@ -24,7 +24,7 @@ Compute = Callable[[Sequence[Tensor]], Tensor]
 def compare(
     reference: Compute, others: Mapping[str, Compute], task: Task[Any], data: Data, batches: Iterable[Batch]
 ) -> list[Figures]:
-    """Run all on the same batches, and return the figures of the reference and of the others, in order."""
+    """Run the reference and the others on the same batches, and return the figures of each, in this order."""
     computes = [reference, *others.values()]
     scores = [task.score(data) for _ in computes]
     same = [0] * len(computes)

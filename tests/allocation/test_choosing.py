@@ -82,7 +82,7 @@ def test_probes_that_are_retrained_have_the_quantizer_of_that_training(tmp_path:
 
 
 def test_codes_of_wide_weights_are_not_watched(tmp_path: Path) -> None:
-    """If all weights have more bits than oscillations.max_bits, which only the search knows."""
+    """Only the search knows whether all weights have more bits than oscillations.max_bits."""
     watched = ("retrain_steps=10", "oscillations.measure=true", "oscillations.freeze_to=0.01")
     probes, asked = probes_of(tmp_path, *watched)
     for narrowest, watching in ((4, True), (8, False)):
