@@ -1,4 +1,4 @@
-"""Which bits for which tensor: priced by the loss, paid for by a budget, chosen exactly."""
+"""Bit allocation: price each tensor at each bit-width by its effect on the loss; choose exactly, within a budget."""
 
 from qat_runner.allocation.costs import COSTS, Measure, latency_ms
 from qat_runner.allocation.library import allocate, pricing_policy

@@ -1,7 +1,7 @@
-"""What bits cost: the mean of them, memory, bit operations, traffic, or measured latency.
+"""What bit-widths cost: their average, memory, bit operations, traffic, or measured latency.
 
-Each is a sum over the operations of a network of what the widths of their operands cost, so that the cheapest choice
-of widths is a linear problem.
+Each cost is a sum over the operations of a network, and what an operation adds depends only on the bit-widths of its
+operands. Finding the cheapest choice of bit-widths is therefore a linear problem.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,34 +13,34 @@ from qat_runner.allocation.operations import Network, Operation
 from qat_runner.policy import FULL_PRECISION
 
 Widths = tuple[int, ...]
-"""Bits of the operands of an operation."""
+"""Bit-widths of the operands of an operation."""
 Latencies = Mapping[str, Mapping[Widths, float]]
-"""Layer -> widths of its operands -> milliseconds."""
+"""Layer -> bit-widths of its operands -> milliseconds."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure of a network, such as the mean bits of its weights."""
+    """One figure of a network, such as the average bit-width of its weights."""
 
     name: str
     of: Callable[[Operation, Widths], float]
-    """what an operation adds to it"""
+    """what an operation adds to it, given the bit-widths of its operands"""
     rest: float = 0.0
-    """what all else adds"""
+    """what everything else adds to it"""
 
     def total(self, network: Network, bits: Mapping[str, int]) -> float:
-        """Of the whole network, with so many bits for each tensor."""
+        """Return the figure of the whole network, given the bit-width of each tensor by name."""
         return self.rest + sum(self.of(op, tuple(bits[o.name] for o in op.operands)) for op in network.operations)
 
     def table(self, network: Network, choices: Sequence[Sequence[Widths]]) -> list[np.ndarray]:
-        """For each operation, what each choice adds, float64 [choices]."""
+        """Return, for each operation, what each choice of bit-widths adds, float64 [choices]."""
         return [np.array([self.of(op, w) for w in some]) for op, some in zip(network.operations, choices, strict=True)]
 
 
 def mean_bits(network: Network) -> list[Measure]:
-    """Mean bits of weights, and of activations, over the elements of the tensors that have a choice.
+    """Return measures of the average bit-width of weights and of activations, over elements of tensors with a choice.
 
-    A limit of 4 is kept by both: so a network with 4 bits everywhere is a choice under it.
+    A limit of 4 applies to each of the two, so a network with 4 bits everywhere satisfies it.
     """
     found = []
     for weights, name in ((True, "mean bits of weights"), (False, "mean bits of activations")):
@@ -59,7 +59,7 @@ def _mean_bits(weights: bool, total: int) -> Callable[[Operation, Widths], float
 
 
 def size_mb(network: Network) -> list[Measure]:
-    """Megabytes (10^6 bytes) of the stored network: see `insertion.size`."""
+    """Return the measure of megabytes (10^6 bytes) of the stored network: see `insertion.size`."""
     return [Measure("MB", _stored, network.rest_mb)]
 
 
@@ -68,7 +68,7 @@ def _stored(operation: Operation, widths: Widths) -> float:
 
 
 def bitops(network: Network) -> list[Measure]:
-    """Giga bit operations for one sample: multiply-accumulates times the bits of both factors."""
+    """Return the measure of giga bit operations for one sample: multiply-accumulates times both bit-widths."""
     return [Measure("GBitOPs", _bitops, network.rest_macs * FULL_PRECISION**2 / 1e9)]
 
 
@@ -78,7 +78,10 @@ def _bitops(operation: Operation, widths: Widths) -> float:
 
 
 def traffic_mb(network: Network) -> list[Measure]:
-    """Megabytes (10^6 bytes) of operands that layers and products of attention multiply for one sample, each once."""
+    """Return the measure of megabytes (10^6 bytes) of operands that are read for one sample.
+
+    These are the operands of layers and of matrix multiplications in attention; each operand is read once.
+    """
     return [Measure("MB read", _read, sum(_read(op, _full_precision(op)) for op in network.left))]
 
 
@@ -93,21 +96,22 @@ def _read(operation: Operation, widths: Widths) -> float:
 
 
 def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> list[Measure]:
-    """Milliseconds of all layers and products of attention that inference multiplies by, as measured.
+    """Return the measure of milliseconds of all layers and matrix multiplications in attention that inference runs.
 
     Args:
         network: see `operations.network`.
-        latencies: of each of these, at all widths that it may have; in full precision at 32 bits.
-        same: whether both operands of an operation are to have the same bits, where both have a choice.
+        latencies: the measured latency of each of them, at all bit-widths that its operands may have; at 32 bits if it
+            is in full precision.
+        same: whether both operands of an operation must have the same bit-width, if both have a choice.
 
     Raises:
-        ValueError: an operation or widths that the table lacks.
+        ValueError: the table lacks an operation, or some of its bit-widths.
     """
     for op in (*network.operations, *network.left):
         if not op.multiplies:
             continue
         if op.layer not in latencies:
-            raise ValueError(f"latencies: has nothing of {op.layer}")
+            raise ValueError(f"latencies: has no entry for {op.layer}")
         for widths in op.choices(same):
             if widths not in latencies[op.layer]:
                 raise ValueError(f"latencies: {op.layer} lacks {'x'.join(map(str, widths))} bits")
@@ -124,4 +128,4 @@ COSTS: dict[str, Callable[[Network], list[Measure]]] = {
     "bitops": bitops,
     "traffic_mb": traffic_mb,
 }
-"""By the name of what limits them."""
+"""Name of a cost -> function that returns its measures for a network."""

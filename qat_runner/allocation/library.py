@@ -1,4 +1,4 @@
-"""Bits for a network of one's own: `qat.allocate`."""
+"""Bit allocation for your own network: `qat.allocate`."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ from qat_runner.policy import Policy, Rule
 from qat_runner.quant import BITS, Octav
 
 WIDTHS = tuple(range(2, 9))
-"""Bits that are chosen from."""
+"""The default candidate bit-widths."""
 
 
 def allocate(
@@ -38,36 +38,40 @@ def allocate(
     same: bool = False,
     policy: Policy | None = None,
 ) -> Policy:
-    """Choose the bits of every weight and activation so that the loss suffers least, within limits.
+    """Choose the bit-width of every weight and activation so that the loss suffers least, within limits.
 
-    Each tensor is priced at each width on a few batches (`allocation.prices`); the widths of least total price that
-    keep all limits are found exactly (`allocation.solving`).
+    Each tensor gets a price (estimated sensitivity) at each bit-width, measured on a few batches (`allocation.prices`).
+    The bit-widths with the least total price within all limits are found exactly (`allocation.solving`).
 
     Args:
-        model: trained, in full precision, without quantizers; left as it is.
-        batches: each an input tensor, or a tuple of arguments of forward; with a loss a pair of that and the targets. A
-            dozen of 32 samples do. The first one has to come by all that bits are chosen for.
-        budget: mean bits, at most, of weights and of activations, over the elements of those that have a choice.
-        size_mb: megabytes (10^6 bytes) of the stored network, at most.
-        bitops: 10^9 bit operations for one sample, at most: multiply-accumulates times the bits of both factors.
-        traffic_mb: megabytes of operands that are read for one sample, at most.
-        latency_ms: milliseconds, at most, by `latencies`.
-        latencies: layer -> bits of its operands, such as (4, 8) for weight and input -> milliseconds; of one in full
-            precision (32, 32).
-        loss: what the network gives, targets -> mean loss, []. None: the network gives logits [N, C, ...] of classes,
-            and what counts is that their distributions stay; no labels are needed.
+        model: trained, in full precision, without quantizers; it is not changed.
+        batches: each an input tensor, or a tuple of arguments of forward; with a loss, a pair of that and the targets.
+            A dozen batches of 32 samples are enough. The first batch must reach every tensor that has a choice.
+        budget: upper limit on the average bit-width of weights, and of activations, over the elements of the tensors
+            that have a choice.
+        size_mb: upper limit on the megabytes (10^6 bytes) of the stored network.
+        bitops: upper limit on the bit operations for one sample, in units of 10^9: multiply-accumulates times the
+            bit-widths of both factors.
+        traffic_mb: upper limit on the megabytes of operands that are read for one sample.
+        latency_ms: upper limit on the milliseconds, according to `latencies`.
+        latencies: layer -> bit-widths of its operands, such as (4, 8) for weight and input -> milliseconds; (32, 32)
+            for a layer in full precision.
+        loss: called with the output of the network and the targets; returns the mean loss, []. None: the network
+            returns logits [N, C, ...] of classes, and its distributions are to be preserved; no labels are needed.
         kind: how tensors are priced: gradient, noise or measured.
-        widths: bits, 2 to 16, that are chosen from.
-        same: both operands of an operation are to have the same bits.
-        policy: what tensors get besides; bits that one of its rules says of some tensors stay. None: `Policy.of()`.
+        widths: candidate bit-widths, 2 to 16.
+        same: whether both operands of an operation must have the same bit-width.
+        policy: everything else about the quantizers. Bit-widths that its rules set are kept, except those that a policy
+            begins with: for all tensors, and for all weights. None: `Policy.of()`.
 
     Returns:
-        The policy with a rule for each tensor, for `quantize_model(model, policy, example=...)`.
+        The policy with a further rule for each tensor that has a choice, for
+        `quantize_model(model, policy, example=...)`.
 
     Raises:
-        ValueError: no limit, or one that the narrowest widths do not keep; no batch; widths out of range; nothing to
-            choose bits for; a weight that several layers share, or a tensor that the first batch or all gradients pass
-            by, without a rule.
+        ValueError: there is no limit, or no bit-widths satisfy the limits; there is no batch; there are fewer than two
+            candidate bit-widths, or some out of range; no tensor has a choice; or a tensor without a rule is a weight
+            that several layers share, is not reached by the first batch, or gets no gradient.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):
@@ -77,7 +81,7 @@ def allocate(
     if not {*widths} <= {*BITS}:
         raise ValueError(f"widths={list(widths)}: must be {BITS.start} to {BITS.stop - 1}")
     if len({*widths}) < 2:
-        raise ValueError(f"widths={list(widths)}: must be two or more, from which bits are chosen")
+        raise ValueError(f"widths={list(widths)}: must be two or more bit-widths to choose from")
     policy = policy or Policy.of()
     quantized = insert(copy.deepcopy(model), pricing_policy(policy), inputs)
     known = network(quantized, widths, len(inputs[0]))
@@ -97,18 +101,18 @@ def allocate(
 
 
 def pricing_policy(policy: Policy) -> Policy:
-    """What tensors are priced under: the same, but learned scalars, which are not there yet, are OCTAV's."""
+    """Return the policy for pricing: OCTAV replaces learned methods, which have no clipping scalars yet."""
     rules = [replace(r, clipping=Octav()) if r.clipping is not None and r.clipping.learned else r for r in policy.rules]
     return Policy(tuple(rules))
 
 
 def _first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first, and all."""
+    """Return the first batch, and all batches."""
     found = iter(batches)
     try:
         first = next(found)
     except StopIteration:
-        raise ValueError("allocate: no batch to price tensors on") from None
+        raise ValueError("allocate: there is no batch to price tensors on") from None
     return first, itertools.chain([first], found)
 
 

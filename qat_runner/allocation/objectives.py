@@ -1,4 +1,4 @@
-"""What few bits are not to spoil: the distributions that a network's logits stand for, or a loss."""
+"""What quantization is to preserve: the distributions that a network's logits represent, or a loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Objective:
-    """What is priced."""
+    """What prices are computed from."""
 
     logits: Callable[[nn.Module, Any], Any]
-    """a network, a batch -> what it answers"""
+    """(network, batch) -> the output of the network"""
     loss: Callable[[Any, Any], tuple[Tensor, int]]
-    """logits, a batch -> the mean loss, [], and of how many predictions it is the mean: what gradients are of"""
+    """(logits, batch) -> the mean loss, [], whose gradients are used, and the number of predictions in that mean"""
     rise: Callable[[Any, Any, Any], Tensor]
-    """logits, those of full precision, a batch -> how much worse the former are, []"""
+    """(logits, logits in full precision, batch) -> how much worse the former are, []"""
 
 
 def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -> Objective:
-    """Of a network that should go on giving the same probabilities. Labels are not needed.
+    """Return an objective for a network that should keep predicting the same probabilities. It needs no labels.
 
-    The loss is the cross entropy of labels drawn from those probabilities themselves: the mean of its squared gradients
-    is the Fisher information. (A trained network is so sure of the labels of its training data that their gradients
-    tell little.) What quantized networks do worse is the Kullback-Leibler divergence, in nats.
+    The loss is the cross entropy with labels drawn from these probabilities themselves: the mean of its squared
+    gradients is the Fisher information. (A trained network is so sure of the labels of its training data that the
+    gradients for them say little.) How much worse a quantized network is, is the Kullback-Leibler divergence, in nats.
 
     Args:
-        logits: a network, a batch -> logits, C of them along `dim`.
-        dim: of the classes.
+        logits: (network, batch) -> logits, C of them along `dim`.
+        dim: the dimension of the classes.
     """
     generators: dict[torch.device, torch.Generator] = {}
 
@@ -45,26 +45,25 @@ def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -
 
 
 def of_loss(logits: Callable[[nn.Module, Any], Any], loss: Callable[[Any, Any], tuple[Tensor, int]]) -> Objective:
-    """Of a network by any loss.
+    """Return an objective for a network that is judged by any loss.
 
     Args:
-        logits: a network, a batch -> what the loss takes.
-        loss: that, the batch -> the mean loss, [], and of how many predictions it is the mean.
+        logits: (network, batch) -> what the loss takes.
+        loss: (the result of `logits`, batch) -> the mean loss, [], and the number of predictions in that mean.
     """
     return Objective(logits, loss, lambda found, full, batch: loss(found, batch)[0] - loss(full, batch)[0])
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-    """Kullback-Leibler divergence of a teacher's distributions from others, softened (Hinton et al. 2015).
+    """Return the Kullback-Leibler divergence of a teacher's distributions from others, softened (Hinton et al. 2015).
 
     Args:
-        logits, teacher: of the same shape.
-        temperature: what both are divided by; the result is multiplied with its square, so that gradients keep their
-            size.
-        dim: over which each distribution goes.
+        logits, teacher: two tensors of the same shape.
+        temperature: both are divided by it; the result is multiplied by its square, so that gradients keep their size.
+        dim: the dimension of the classes.
 
     Returns:
-        Its mean over all distributions, in nats, float32 [].
+        The mean over all distributions, in nats, float32 [].
     """
     wanted, found = (F.log_softmax(t.float() / temperature, dim=dim) for t in (teacher, logits))
     choices = logits.numel() // logits.shape[dim]

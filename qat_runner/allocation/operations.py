@@ -1,4 +1,7 @@
-"""What bits are chosen for: the operations of a network, the tensors that each multiplies, and the widths allowed."""
+"""What bits are allocated to: the operations of a network, their operands, and the candidate bit-widths of each.
+
+A tensor *has a choice* if it has more than one candidate, that is, if bit allocation chooses its bit-width.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,49 +32,49 @@ class Operand:
     """A tensor that an operation multiplies."""
 
     name: str
-    """of layer and tensor, such as conv1.weight"""
+    """names of layer and tensor, such as conv1.weight"""
     weight: bool
     elements: int
-    """of an activation for one sample"""
+    """number of elements; of an activation, for one sample"""
     widths: tuple[int, ...]
-    """bits that it may have; one, if a rule of the policy says it"""
+    """candidate bit-widths; a single one if the bit-width is fixed, as by a rule of the policy"""
     shared: bool = False
-    """whether it is a weight that is stored for other layers as well"""
+    """whether it is a weight whose storage other layers share"""
 
     @property
     def free(self) -> bool:
-        """Whether there is a choice."""
+        """Whether it has a choice."""
         return len(self.widths) > 1
 
     @property
     def stored(self) -> bool:
-        """Whether it is stored for this operation alone."""
+        """Whether it is a weight that is stored for this operation alone."""
         return self.weight and not self.shared
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A layer or a product of attention, and its operands."""
+    """A layer or a matrix multiplication in attention, and its operands."""
 
     layer: str
     operands: tuple[Operand, ...]
     macs: float
     """multiply-accumulates for one sample"""
     embedding: bool = False
-    """whether it is none, but a lookup"""
+    """whether it is a lookup, which multiplies nothing"""
     training: bool = False
-    """whether it is at work in training alone, as an auxiliary head is"""
+    """whether it is used only in training, like an auxiliary head"""
 
     @property
     def multiplies(self) -> bool:
-        """Whether inference multiplies what it has."""
+        """Whether inference multiplies its operands."""
         return not (self.embedding or self.training)
 
     def choices(self, same: bool = False) -> list[tuple[int, ...]]:
-        """All widths that its operands may have together.
+        """Return all combinations of bit-widths that its operands may have.
 
         Args:
-            same: operands that have a choice are to have the same.
+            same: whether all operands that have a choice must have the same bit-width.
         """
         free = [operand.free for operand in self.operands]
         return [
@@ -83,15 +86,15 @@ class Operation:
 
 @dataclass(frozen=True)
 class Network:
-    """What is known of a network when bits are chosen for it."""
+    """What bit allocation needs to know about a network."""
 
     operations: tuple[Operation, ...]
     rest_mb: float
-    """megabytes of all that is no weight of one operation: biases, normalization, clipping scalars, what is shared"""
+    """megabytes of all but weights of a single operation: biases, normalization, clipping scalars, shared weights"""
     rest_macs: float
-    """multiply-accumulates for one sample of all that is not quantized"""
+    """multiply-accumulates for one sample of everything that is not quantized"""
     left: tuple[Operation, ...] = ()
-    """operations that are not quantized, as far as they are layers or products of attention"""
+    """operations that are not quantized, as far as they are layers or matrix multiplications in attention"""
 
     @property
     def free(self) -> list[Operand]:
@@ -100,23 +103,23 @@ class Network:
 
     @property
     def widths(self) -> list[int]:
-        """All bits that tensors may have, or have by a rule: what they are priced at."""
+        """The bit-widths at which tensors are priced: all candidates, and those that rules set."""
         found = {width for operation in self.operations for operand in operation.operands for width in operand.widths}
         return sorted(found - {FULL_PRECISION})
 
 
 def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
-    """The operations of a quantized network.
+    """Return the operations of a quantized network.
 
     Args:
-        model: quantized by a policy, and seen at work on an example.
-        widths: bits that are chosen from, where no rule of the policy says them. What works in training alone, such as
-            an auxiliary head, has those of the policy.
-        samples: of that example.
+        model: quantized by a policy, and traced on an example.
+        widths: candidate bit-widths, for tensors whose bit-width no rule of the policy sets. Layers that are used only
+            in training, such as an auxiliary head, keep the bit-widths of the policy.
+        samples: the number of samples in that example.
 
     Raises:
-        ValueError: there is no tensor to choose bits for; or one is stored for several layers, or the example did not
-            come by it, so that its costs are not known.
+        ValueError: no tensor has a choice; or a tensor that has one is shared by several layers, or was not reached by
+            the example, so that its costs are not known.
     """
     policy, shared, products = policy_of(model), shared_weights(model), products_of(model)
     macs: dict[str, float] = {}
@@ -143,19 +146,22 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
 
 
 def _check_choices(operations: Sequence[Operation], unseen: Sequence[str]) -> None:
-    """Refuse a network without a choice, or with one among widths whose costs are not known."""
+    """Raise a ValueError if no tensor has a choice, or if the costs of one that has a choice are not known."""
     free = [operand for operation in operations for operand in operation.operands if operand.free]
     if tied := [operand.name for operand in free if operand.shared]:
-        raise ValueError(f"{', '.join(tied)}: stored for other layers as well: rules must say the bits")
+        raise ValueError(f"{', '.join(tied)}: shared with other layers, so rules must set the bit-width")
     if unseen:
-        raise ValueError(f"{', '.join(unseen)}: no sample of the example comes by there: rules must say the bits")
+        raise ValueError(f"{', '.join(unseen)}: not reached by the example, so rules must set the bit-width")
     if not free:
-        ends = ", or first_last_bits (8 by default) of the first and the last layer," if len(operations) <= 2 else ""
-        raise ValueError(f"rules{ends} say the bits of all tensors: there is none to choose them for")
+        ends = ", or first_last_bits (8 by default) for the first and the last layer," if len(operations) <= 2 else ""
+        raise ValueError(f"rules{ends} set the bit-widths of all tensors, so there is nothing to choose")
 
 
 def _in_full_precision(layer: nn.Module | None, name: str, inputs: Mapping[str, int], macs: float) -> Operation:
-    """A layer, or a product of attention, whose module may be gone, that is not quantized."""
+    """Return the operation of a layer, or of a matrix multiplication in attention, that is not quantized.
+
+    The latter's module may have been removed (None).
+    """
     elements = dict(inputs)
     if layer is not None and "weight" in operands(layer):
         elements = {"weight": elements_of(layer, "weight") or 0, **inputs}
@@ -177,12 +183,12 @@ def _operands(
 
 
 def rules_of(network: Network, bits: Mapping[str, int], all: bool = False) -> list[dict[str, Any]]:
-    """Rules of a policy, in plain values, that give tensors so many bits, by name.
+    """Return rules of a policy, as plain values, that set the bit-widths of tensors by name.
 
     Args:
-        network: whose tensors.
-        bits: name of a tensor -> bits.
-        all: also those that have no choice.
+        network: the network of these tensors.
+        bits: name of a tensor -> bit-width.
+        all: whether to include tensors that have no choice.
     """
     return [
         {"match": exactly(operand.name), **({"type": EMBEDDING} if op.embedding else {}), "bits": bits[operand.name]}
@@ -193,7 +199,10 @@ def rules_of(network: Network, bits: Mapping[str, int], all: bool = False) -> li
 
 
 def said_by_rule(policy: Policy, layer: str, kind: str, operand: str) -> bool:
-    """Whether a rule says the bits of a tensor, beside those that a policy begins with: of all, and of all weights."""
+    """Whether a rule sets the bit-width of a tensor.
+
+    The rules that a policy begins with, for all tensors and for all weights, do not count.
+    """
     return any(
         rule.bits is not None and rule.matches(layer, kind, operand)
         for number, rule in enumerate(policy.rules)

@@ -1,16 +1,17 @@
-"""What few bits cost a network: for each tensor and width the noise, times what the loss makes of noise there.
+"""Prices (estimated sensitivities): what quantizing a tensor to a bit-width costs the network.
 
-| kind     | price of a tensor x at some width, with the error e = Q(x) - x                              |
+| kind     | price of a tensor x at some bit-width, with the error e = Q(x) - x                          |
 |----------|---------------------------------------------------------------------------------------------|
-| noise    | sum(e^2) / sum(x^2), whatever the network makes of it                                       |
+| noise    | sum(e^2) / sum(x^2), regardless of what the network makes of it                             |
 | gradient | n/2 sum(g^2 e^2), where g is the gradient of the mean loss of n predictions                 |
-| measured | how much worse the network is with this tensor alone quantized                              |
+| measured | how much worse the network is when only this tensor is quantized                            |
 
-The second is the rise of the loss to second order, if errors are independent of one another and the Hessian is the
-Fisher information, as in a trained network it nearly is. What loss, and what is worse, an `Objective` says.
+The price by gradients is the increase of the loss to second order, provided that errors are independent of one another
+and that the Hessian is the Fisher information, which is nearly true of a trained network. An `Objective` defines the
+loss, and what "worse" means.
 
-All are measured on the full-precision network in eval mode. Clipping scalars are those of the quantizer itself, solved
-anew for each width: e is the error at s*, under any clipping method, range or format.
+All prices are measured on the full-precision network in eval mode. Clipping scalars are those of the quantizer itself,
+solved separately for each bit-width: e is the error at s*, with any clipping method, range or format.
 """
 
 from abc import ABC, abstractmethod
@@ -32,14 +33,15 @@ from qat_runner.quant import Quantizer
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices of tensors at widths, batch by batch."""
+    """Prices of tensors at bit-widths, batch by batch."""
 
     kind: str
     widths: tuple[int, ...]
     batches: dict[str, Tensor]
-    """name of a tensor that they come by -> prices, float64 [batches, widths]"""
+    """name of a tensor that some batch reaches -> prices, float64 [batches, widths]"""
     noise: dict[str, Tensor]
-    """name of a tensor -> noise-to-signal ratio, sum(e^2) / sum(x^2), the mean over batches, float64 [widths]"""
+    """name of a tensor -> noise-to-signal ratio, sum(e^2) / sum(x^2), averaged over the batches that reach it, float64
+    [widths]"""
 
     def __post_init__(self) -> None:
         for name, rows in self.batches.items():
@@ -48,14 +50,14 @@ class Prices:
 
     @property
     def count(self) -> int:
-        """Of batches."""
+        """The number of batches."""
         return min((len(rows) for rows in self.batches.values()), default=0)
 
     def mean(self, of: Sequence[int] | None = None) -> dict[str, dict[int, float]]:
-        """Name of a tensor -> bits -> price: the mean over batches.
+        """Return the mean prices over batches: name of a tensor -> bit-width -> price.
 
         Args:
-            of: numbers of the batches, with repetitions where some weigh more; None: all, once.
+            of: indices of the batches, repeated to give some more weight; None: each batch once.
         """
         return {
             name: dict(zip(self.widths, (rows if of is None else rows[list(of)]).mean(0).tolist(), strict=True))
@@ -74,15 +76,15 @@ def price(
     """Price all quantized tensors of a network.
 
     Args:
-        model: with quantizers; it is left as it was.
-        batches: of whatever the objective takes.
-        objective: what is not to suffer.
-        widths: bits, 2 to 16.
-        kind: gradient, noise or measured: see the module's head.
+        model: with quantizers; it is not changed.
+        batches: in any form that the objective takes.
+        objective: what quantization is to preserve.
+        widths: bit-widths, 2 to 16.
+        kind: gradient, noise or measured: see the docstring of this module.
         seen: called after each batch.
 
     Raises:
-        ValueError: an unknown kind; no batch; NaN or infinity.
+        ValueError: the kind is unknown, there is no batch, or a price is NaN or infinite.
     """
     if kind not in PRICES:
         raise ValueError(f"price={kind!r}: must be one of {', '.join(PRICES)}")
@@ -94,9 +96,9 @@ def price(
             found.append(pricing.price(batch))
             seen()
     if not found:
-        raise ValueError("no batch to price tensors on")
+        raise ValueError("there is no batch to price tensors on")
     reached = {q: name for q, name in tensors.items() if any(q in each.prices for each in found)}
-    nothing = torch.zeros(len(widths), dtype=torch.float64)  # to a batch that does not come by it, it does not matter
+    nothing = torch.zeros(len(widths), dtype=torch.float64)  # the prices on a batch that does not reach the tensor
     return Prices(
         kind,
         tuple(widths),
@@ -109,7 +111,7 @@ def price(
 
 
 _Found = dict[Quantizer, Tensor]
-"""float64 [widths] each."""
+"""Quantizer -> float64 [widths]."""
 
 
 @dataclass
@@ -119,14 +121,14 @@ class _OfBatch:
 
 
 def quantized(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
-    """Q(x) at some width, with the scalars that the quantizer's method finds; shape and dtype of x."""
+    """Return Q(x) at some bit-width, with the scalars that the quantizer's method finds; shape and dtype of x."""
     format = replace(quantizer.format, bits=bits)
     return quantizer.quantized(x, quantizer.scalars_of(x, check=False, format=format), format)
 
 
 @contextmanager
 def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
-    """While open, quantized tensors of some names have so many bits, and all others are in full precision."""
+    """Context manager under which the named tensors are quantized to the given bit-widths, and no others are."""
     named = {t.quantizer: bits[t.name] for t in quantized_tensors(model) if t.name in bits}
 
     def quantize(quantizer: Quantizer, x: Tensor) -> Tensor | None:
@@ -138,7 +140,7 @@ def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
 
 @contextmanager
 def _watched(quantizers: Iterable[Quantizer], hook: Callable[[Quantizer, Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, a tensor that one of them is given becomes what the hook makes of it; None: what it would."""
+    """Context manager under which a hook gets each quantizer and its input; its result, if any, replaces the output."""
 
     def on_call(quantizer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         assert isinstance(quantizer, Quantizer)
@@ -153,7 +155,7 @@ def _watched(quantizers: Iterable[Quantizer], hook: Callable[[Quantizer, Tensor]
 
 
 class _Pricing(ABC):
-    """A way to price tensors: of a network in eval mode whose quantizers are switched off."""
+    """A way to price the tensors of a network, which is in eval mode with its quantizers switched off."""
 
     def __init__(self, model: nn.Module, objective: Objective, widths: tuple[int, ...]) -> None:
         self.model, self.objective, self.widths = model, objective, widths
@@ -162,7 +164,7 @@ class _Pricing(ABC):
 
     @abstractmethod
     def price(self, batch: Any) -> _OfBatch:
-        """Prices and noise of all tensors that a batch comes by."""
+        """Return the prices and the noise of all tensors that a batch reaches."""
 
 
 class _Noise(_Pricing):
@@ -183,8 +185,11 @@ class _Noise(_Pricing):
 
 
 class _Gradient(_Pricing):
-    """The error of a weight is the same in all calls of its layer, and so meets the sum of their gradients; an input
-    has one of its own in each."""
+    """Prices by gradients.
+
+    A weight has the same error in all calls of its layer, so that error is multiplied by the sum of their gradients. An
+    input has a separate error in each call.
+    """
 
     def price(self, batch: Any) -> _OfBatch:
         noise: _Found = {}
@@ -193,7 +198,7 @@ class _Gradient(_Pricing):
         weights = {t.quantizer for t in self.tensors if t.tensor == "weight"}
         calls: Counter[Quantizer] = Counter()
         repeated: dict[Quantizer, tuple[Tensor, Tensor]] = {}
-        """weights of layers that are called several times, and the sum of their gradients"""
+        """weights of layers that are called several times, and the sum of their gradients over the calls"""
         asked = torch.zeros((), requires_grad=True)
 
         def add(quantizer: Quantizer, x: Tensor, grad: Tensor) -> None:
@@ -209,19 +214,19 @@ class _Gradient(_Pricing):
         def with_gradient(quantizer: Quantizer, x: Tensor) -> Tensor:
             calls[quantizer] += 1
 
-            def look(grad: Tensor) -> None:  # once all calls are known
+            def look(grad: Tensor) -> None:  # runs in the backward pass, when all calls are known
                 if calls[quantizer] == 1 or quantizer not in weights:
                     add(quantizer, x, grad)
                 else:
                     repeated[quantizer] = x, repeated[quantizer][1] + grad if quantizer in repeated else grad
 
-            quantizer.hold(True)  # what is saved for the backward pass is x itself
+            quantizer.hold(True)  # for the backward pass, save x itself
             out: Tensor = _Differentiated.apply(x, asked, look)
             return out
 
         with torch.enable_grad(), _watched(self.quantizers, with_gradient):
             loss, predictions = self.objective.loss(self.objective.logits(self.model, batch), batch)
-        if loss.requires_grad:  # else no gradient comes by anywhere
+        if loss.requires_grad:  # otherwise no tensor gets a gradient
             torch.autograd.grad(loss, asked, allow_unused=True)
         with torch.no_grad():
             for quantizer, (x, grad) in repeated.items():
@@ -252,23 +257,23 @@ _PRICING: dict[str, type[_Pricing]] = {"gradient": _Gradient, "noise": _Noise, "
 
 
 def _add(sums: _Found, quantizer: Quantizer, value: Tensor) -> None:
-    """Over all calls of a quantizer."""
+    """Add a value to the sum over all calls of a quantizer."""
     sums[quantizer] = sums[quantizer] + value if quantizer in sums else value
 
 
 def _ratios(noise: _Found, power: _Found) -> _Found:
-    """Of both; 0 where there is nothing."""
+    """Return noise / power; 0 where the power is 0."""
     return {q: torch.where(power[q] > 0, noise[q] / power[q], 0.0) for q in noise}
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Their sum, float64 []; in any layout without a copy."""
+    """Return the sum of squares, float64 []; a float32 tensor is not copied, whatever its memory layout."""
     norm: Tensor = torch.linalg.vector_norm(x.float())
     return norm.double().square()
 
 
 class _Differentiated(torch.autograd.Function):
-    """x as it is; its gradient is shown to somebody."""
+    """Returns x unchanged, and passes its gradient to a function."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, asked: Tensor, look: Callable[[Tensor], None]) -> Tensor:

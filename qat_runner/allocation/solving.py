@@ -1,4 +1,7 @@
-"""The best widths under limits, exactly: a multiple-choice knapsack problem, by integer programming (SciPy's HiGHS)."""
+"""The best bit-widths under limits, found exactly.
+
+This is a multiple-choice knapsack problem, which is solved by integer programming (SciPy's HiGHS).
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,50 +17,50 @@ log = logging.getLogger("qat_runner")
 
 
 class InfeasibleError(ValueError):
-    """No widths keep a limit."""
+    """No bit-widths satisfy the limits, or the solver found none."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a figure of the network may be at most."""
+    """An upper limit on a figure of the network."""
 
     measure: Measure
     most: float
 
     def kept(self, network: Network, bits: Mapping[str, int]) -> bool:
-        """Whether so many bits for each tensor keep it."""
+        """Whether the bit-widths of a network's tensors, by name, satisfy it."""
         return self.measure.total(network, bits) <= self.most * (1 + _SLACK)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits for each tensor of a network."""
+    """The bit-width of each tensor of a network."""
 
     bits: dict[str, int]
-    """by name of the tensor; also of those that have no choice"""
+    """name of a tensor -> bit-width; it includes the tensors that have no choice"""
     rise: float
-    """what the loss is foretold to rise by; in the unit of the prices"""
+    """the predicted increase of the loss, in the unit of the prices"""
 
 
 def allocate_bits(
     network: Network, prices: Mapping[str, Mapping[int, float]], limits: Sequence[Limit], same: bool = False
 ) -> Allocation:
-    """The widths of least price that keep all limits.
+    """Return the bit-widths with the least total price that satisfy all limits.
 
     Args:
         network: see `operations.network`.
-        prices: name of a tensor -> bits -> price, of all that have a choice.
-        limits: at most how much of what.
-        same: whether both operands of an operation are to have the same bits, where both have a choice.
+        prices: name of a tensor -> bit-width -> price, for all tensors that have a choice.
+        limits: upper limits on figures of the network.
+        same: whether both operands of an operation must have the same bit-width, if both have a choice.
 
     Raises:
-        InfeasibleError: a limit is below what the narrowest widths come to.
+        InfeasibleError: no bit-widths satisfy the limits, or the solver found none.
         ValueError: a tensor that has a choice has no price.
     """
     if unpriced := [operand.name for operand in network.free if operand.name not in prices]:
         raise ValueError(
-            f"{', '.join(unpriced)}: without a price, since no batch came by there, or no gradient, which "
-            f"price=measured does without; or rules say the bits"
+            f"{', '.join(unpriced)}: without a price, because no batch or no gradient reaches it: use "
+            f"price=measured, which needs no gradient, or rules that set the bit-width"
         )
     choices = [operation.choices(same) for operation in network.operations]
     values = [
@@ -70,7 +73,7 @@ def allocate_bits(
         least = sum(float(row.min()) for row in table)
         if least > left * (1 + _SLACK):
             raise InfeasibleError(
-                f"{limit.measure.name} of {limit.most:g} cannot be kept: the narrowest widths come to "
+                f"{limit.measure.name} cannot be at most {limit.most:g}: the least possible is "
                 f"{_rounded_up(least + limit.measure.rest)}"
             )
     chosen = _solve(values, tables, room)
@@ -83,8 +86,8 @@ def allocate_bits(
 
 
 def _rounded_up(value: float) -> str:
-    """In four digits, so that a limit of what is told can be kept."""
-    exact = value * (1 - 1e-12)  # sums that are equal on paper to what four digits tell stay that
+    """Return a value rounded up to four digits, so that the printed number can be satisfied as a limit."""
+    exact = value * (1 - 1e-12)  # sums that have four digits on paper stay as they are
     return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal_from_float(exact)):.4g}"
 
 
@@ -95,9 +98,9 @@ def front(
     limits: Sequence[float],
     same: bool = False,
 ) -> list[Allocation]:
-    """The best widths at each of several limits of the same measures, from the tightest on.
+    """Return the best bit-widths at each of several limits on the same measures, beginning with the tightest.
 
-    Each is optimal under its limit, so that together they are points of the Pareto front.
+    Each result is optimal under its limit, so together they are points of the Pareto front.
     """
     found: list[Allocation] = []
     for most in sorted(limits):
@@ -108,7 +111,7 @@ def front(
 
 
 def uniform(network: Network, prices: Mapping[str, Mapping[int, float]], width: int) -> Allocation:
-    """The same bits for all tensors that have a choice."""
+    """Return the allocation with the same bit-width for all tensors that have a choice."""
     bits = {o.name: width if o.free else o.widths[0] for operation in network.operations for o in operation.operands}
     return Allocation(bits, sum(_price(prices, name, w) for name, w in bits.items()))
 
@@ -118,15 +121,15 @@ def _price(prices: Mapping[str, Mapping[int, float]], tensor: str, bits: int) ->
 
 
 _SLACK = 1e-9
-"""Of a limit, relatively: sums that are equal on paper may differ in last bits."""
+"""Relative tolerance of limits: sums that are equal on paper may differ in their last bits."""
 
 
 def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
-    """One choice a row, such that the sum of values is least and that of each table is within its room.
+    """Return one choice per row such that the sum of values is least and that of each table is at most its room.
 
-    The solver's tolerances are those of the largest value, beside which differences of a sensitive network are small.
-    So values count from the least of their row on, and what alone exceeds the sum that was found is left out of the
-    next round, which has a smaller scale.
+    The solver's tolerances are relative to the largest value, so they may hide differences between smaller values.
+    Therefore values are counted from the smallest of their row, and choices that alone exceed the sum that was found
+    are left out of the next round, which then has a smaller scale.
     """
     excess = [row - row.min() for row in values]
     kept = [np.arange(len(row)) for row in values]
@@ -142,10 +145,10 @@ def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]],
 
 
 def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
-    """The same, as exactly as HiGHS is beside the largest value.
+    """As `_solve`, but only as exact as HiGHS is relative to the largest value.
 
-    HiGHS lets a sum exceed its room by _TOLERANCE of the table's largest cost. Where that is what a choice lives by,
-    the room is made so much smaller that the choice falls out, while whatever truly keeps it stays in.
+    HiGHS lets a sum exceed its room by _TOLERANCE times the table's largest cost. If it returns a choice that exceeds
+    its room, the room is reduced far enough to exclude this choice, but no choice that truly fits.
     """
     kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
     offered = [row[k] for row, k in zip(values, kept, strict=True)]
@@ -160,11 +163,14 @@ def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarr
         if not (excess > 0).any():
             return [int(k[at]) for k, at in zip(kept, found, strict=True)]
         less = np.where(excess > 0, np.maximum(less + excess, _TOLERANCE - excess / 2), less)
-    raise InfeasibleError("unsolved: no widths that keep all limits were found within the solver's tolerance")
+    raise InfeasibleError("unsolved: found no bit-widths that satisfy all limits within the solver's tolerance")
 
 
 def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], most: np.ndarray) -> list[int]:
-    """One choice a row of least value, such that the sum of each table, whose costs are 1 at most, is so much."""
+    """Return one choice per row with the least sum of values such that the sum of each table is at most `most`.
+
+    The costs in the tables are at most 1.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array, vstack
 
@@ -181,29 +187,31 @@ def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray
         options={"mip_rel_gap": 0, "time_limit": _SECONDS},
     )
     if found.x is None:
-        why = "no widths keep all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
+        why = (
+            "no bit-widths satisfy all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
+        )
         raise InfeasibleError(why)
     if found.status != _OPTIMAL:
-        log.warning(f"bits may not be the best: not proven to be in {_SECONDS:g} s ({found.message})")
+        log.warning(f"the bit-widths may not be the best: not proven within {_SECONDS:g} s ({found.message})")
     ends = np.cumsum([len(row) for row in values])[:-1]
     return [int(np.argmax(x)) for x in np.split(found.x, ends)]
 
 
 _TOLERANCE = 1e-6
-"""Of HiGHS's constraints, which SciPy lets nobody set."""
+"""Tolerance of HiGHS's constraints, which SciPy does not let its callers set."""
 
 _TRIES = 20
-"""To keep limits exactly; one or two are enough."""
+"""Attempts to satisfy the limits exactly; one or two are enough."""
 
 _OPTIMAL, _INFEASIBLE = 0, 2
-"""Of SciPy's codes."""
+"""SciPy's status codes."""
 
 _SECONDS = 60.0
-"""After which HiGHS gives the best that it has; problems of hundreds of operations take it a second."""
+"""Time limit, after which HiGHS returns the best solution that it has; hundreds of operations take it a second."""
 
 
 def _not_dominated(figures: np.ndarray) -> np.ndarray:
-    """Of the columns those than which no other one is as good in every row and better in one, int64 indices."""
+    """Return the indices, int64, of columns that no other column dominates: as good in every row, and better in one."""
     kept: list[int] = []
     order = np.lexsort(figures[::-1])  # whatever dominates a column comes before it
     for i in order:

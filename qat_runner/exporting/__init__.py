@@ -1,4 +1,4 @@
-"""From a trained network to integers: static scalars, weights as codes, files that others can run."""
+"""From a trained network to integers: static scalars, weights as codes, files that other tools can run."""
 
 FORMATS = ("onnx", "torch", "safetensors")
-"""model.onnx; model.pt2; model.safetensors and model.json"""
+"""They write model.onnx; model.pt2; model.safetensors and model.json."""

@@ -1,4 +1,4 @@
-"""Whether a file does what its network does: the figures of both, and how far they may lie apart."""
+"""Whether a file computes what its network computes: the figures of both, and how far they may differ."""
 
 import math
 from collections.abc import Mapping
@@ -9,39 +9,45 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import RunError
 
 LEAST_AGREEMENT = 95.0
-"""Percent of the predictions that a file must share with the network. Rounding differs from library to library, and a
-value on the edge between two codes then falls to the other side; at few bits that changes some predictions, too."""
+"""Percent of the predictions that a file must share with the network.
+
+Libraries round differently, so a value on the boundary between two codes may be rounded to the other one. With few bits
+this also changes some predictions.
+"""
 
 LARGEST_LOSS = 0.5
-"""Percent points that its accuracy may lie below the network's; of a plain number, percent that it may be worse by."""
+"""Percentage points by which the accuracy of a file may be below the network's.
+
+If the metric is a plain number, percent by which it may be worse.
+"""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What came out over the validation set."""
+    """The results on the validation set."""
 
     accuracy: float
     """the task's metric"""
     agreement: float | None = None
-    """percent of samples for which all predictions are the reference's; of tokens, where each has its own"""
+    """percent of samples for which all predictions equal those of the reference; of tokens, if each has a prediction"""
     largest_difference: float | None = None
-    """of a logit from the reference's; infinity where one of them is no number"""
+    """largest difference of a logit from that of the reference; infinity if one of them is NaN, or only one infinite"""
     standard_error: float | None = None
-    """of the accuracy less that of the reference, in points; None where the metric is no share of samples. Both answer
-    the same samples, so it stems from those alone that one of them has right and the other wrong."""
+    """standard error of the difference in accuracy from the reference, in percentage points; None if the metric is not
+    a share of samples. Both predict the same samples, so only samples that exactly one of them gets right count."""
 
 
 def figures_of(record: Mapping[str, Any]) -> Figures:
-    """Figures as export.json has them, where null is written for what is not finite."""
+    """Return figures from a record in export.json, which has null for a number that is not finite."""
     return Figures(
         **{key: math.nan if value is None and key != "standard_error" else value for key, value in record.items()}
     )
 
 
 def agrees(found: Figures, reference: Figures, measure: Measure) -> bool:
-    """Whether what was found is the network of the reference, but for rounding; `measure` tells what accuracy is.
+    """Whether figures agree with those of the reference, up to rounding; `measure` describes the accuracy.
 
-    What is not finite agrees with nothing.
+    Figures that are not finite never agree.
     """
     assert found.agreement is not None
     if not math.isfinite(found.accuracy) or not math.isfinite(found.largest_difference or 0.0):
@@ -50,21 +56,22 @@ def agrees(found: Figures, reference: Figures, measure: Measure) -> bool:
 
 
 def _least(reference: Figures, measure: Measure) -> float:
-    """The worst accuracy that a file may have."""
+    """Return the worst accuracy that a file may have."""
     loss = LARGEST_LOSS if measure.unit else abs(reference.accuracy) * LARGEST_LOSS / 100
     return reference.accuracy + (loss if measure.lower_is_better else -loss)
 
 
 def require(name: str, found: Figures, reference: Figures, measure: Measure) -> None:
-    """Refuse a file that does not do what its network does.
+    """Check that a file computes what its network computes.
 
     Raises:
-        RunError: with the figures.
+        RunError: it does not; the message contains the figures.
     """
     if not agrees(found, reference, measure):
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
-            f"{LEAST_AGREEMENT:g} wanted), {measure.name} {measure.told(found.accuracy)} beside "
-            f"{measure.told(reference.accuracy)} (at most {LARGEST_LOSS:g}{'' if measure.unit else ' %'} "
-            f"{'below' if measure.unit else 'worse'}); nothing was kept"
+            f"{LEAST_AGREEMENT:g} required), {measure.name} {measure.told(found.accuracy)} instead of "
+            f"{measure.told(reference.accuracy)} (at most {LARGEST_LOSS:g}"
+            f"{' percentage points' if measure.unit else ' %'} {'lower' if measure.unit else 'worse'} allowed); "
+            f"nothing was kept"
         )

@@ -1,11 +1,15 @@
-"""BatchNorm folded into the convolution before it, without touching an integer.
+"""Folding of BatchNorm into the convolution before it, without quantizing the weight again.
 
-BatchNorm in eval mode is y = f (x - mean) + beta with f = gamma / sqrt(variance + eps), one of each a channel. A weight
-that is stored as codes takes f into its step sizes: D becomes |f| D, and where f is negative the codes of that channel
-change their sign. Two's complement has no counterpart to its lowest code. From 8 bits on the highest one, a step away,
-takes its place; of fewer bits a step is too much, so a convolution that would need one keeps its BatchNorm. Step sizes
-of an oriented weight have a sign, which takes that of f, and all codes stay. Affine codes and their zero point are
-counted from the other end.
+In eval mode BatchNorm is y = f (x - mean) + beta with f = gamma / sqrt(variance + eps), one of each per channel. A
+weight that is stored as codes takes f into its step sizes, depending on the format:
+
+- In general, D becomes |f| D, and where f is negative the codes of that channel change their sign. In two's complement
+  the lowest code has no counterpart of the opposite sign. With 8 bits or more, the highest code, one step away, is used
+  instead. With fewer bits one step is too much, so a convolution that would need the counterpart keeps its BatchNorm.
+- Step sizes of an oriented weight have a sign, so D becomes f D, and all codes stay as they are.
+- Affine codes and their zero point are counted from the other end where f is negative.
+
+Where f is 0, all codes become the code of zero.
 """
 
 from collections import Counter
@@ -22,19 +26,21 @@ from qat_runner.exporting.integer import IntegerConv, not_zero
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 FINE = 8
-"""Bits from which on a step more or less does not matter."""
+"""The smallest bit-width at which an error of one step does not matter."""
 
 
 @torch.no_grad()
 def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
-    """Fold every BatchNorm that follows a convolution of integers directly, and alone, into it, in place.
+    """Fold each BatchNorm into the integer convolution that it directly follows, in place.
+
+    Nothing else may use the output of that convolution.
 
     Args:
-        model: of integers, in eval mode.
-        *example: arguments of its forward; running it once tells what follows what.
+        model: a network of integers, in eval mode.
+        *example: arguments of its forward; running it once shows which layer follows which.
 
     Returns:
-        Names of the BatchNorms that stay, because a code has no counterpart of the other sign.
+        The names of the BatchNorms that are not folded because a code has no counterpart of the opposite sign.
     """
     left = []
     for conv_name, norm_name in _pairs(model, example):
@@ -48,21 +54,21 @@ def fold_batchnorm(model: nn.Module, *example: Any) -> list[str]:
 
 
 def _take_out(norm: nn.Module, model: nn.Module) -> None:
-    """Put nothing in its place, under each name that it has."""
+    """Replace a BatchNorm by an identity, under each of its names."""
     for parent in list(model.modules()):
         for child in [name for name, module in parent._modules.items() if module is norm]:
             parent._modules[child] = nn.Identity()
 
 
 def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> bool:
-    """Whether it could be done."""
+    """Fold a BatchNorm into a convolution, and return whether that was possible; if not, nothing changes."""
     assert norm.running_var is not None and norm.running_mean is not None
     factor = (norm.running_var + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight
     weight = getattr(conv, "integer_weight", None)
     rows = factor.reshape(-1, *[1] * ((conv.weight if weight is None else weight.codes).ndim - 1))
     if weight is None:
-        conv.weight = nn.Parameter(conv.weight * rows, requires_grad=False)  # another layer may have it, too
+        conv.weight = nn.Parameter(conv.weight * rows, requires_grad=False)  # not in place: another layer may share it
     elif weight.format.oriented:
         weight.scale = not_zero(weight.scale * factor)
         weight.codes = torch.where(rows == 0, 0, weight.codes)
@@ -85,7 +91,7 @@ def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNor
 
 
 def _returned(out: Any) -> Iterator[int]:
-    """Numbers of the tensors in a result, whatever object holds them."""
+    """Yield the ids of the tensors in a result, whatever objects hold them."""
     for leaf in tree_leaves(out):
         if isinstance(leaf, Tensor):
             yield id(leaf)
@@ -94,7 +100,7 @@ def _returned(out: Any) -> Iterator[int]:
 
 
 class _Uses(TorchFunctionMode):
-    """Counts the functions that compute something with a tensor."""
+    """A mode that counts, for each tensor, the functions that compute a tensor from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +118,10 @@ class _Uses(TorchFunctionMode):
 
 
 def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
-    """(convolution, BatchNorm) where the one's only output goes to the other and nowhere else, by name."""
+    """Return the names (convolution, BatchNorm) where only the BatchNorm uses the output of the convolution.
+
+    Both are called only once.
+    """
     made: dict[int, str] = {}
     pairs: list[tuple[str, str, int]] = []
     calls: Counter[str] = Counter()
@@ -136,7 +145,7 @@ def _pairs(model: nn.Module, example: tuple[Any, ...]) -> list[tuple[str, str]]:
             handles.append(module.register_forward_pre_hook(before))
     try:
         with torch.no_grad(), _Uses() as uses:
-            uses.count.update(_returned(model(*example)))  # which is used
+            uses.count.update(_returned(model(*example)))  # being returned is also a use
     finally:
         for handle in handles:
             handle.remove()

@@ -37,16 +37,17 @@ from qat_runner.tasks import separate
 DESCRIPTION = "qat_runner integers, version 1"
 PACKED = "two codes a byte, low half first, in the order of the flattened tensor"
 _Shapes = dict[str, list[Annotated[int, Field(ge=0)]]]
-"""Of the tensors whose codes are packed, by name."""
+"""Name of a tensor whose codes are packed -> its shape."""
 
 
 class Signature:
-    """What goes into a network and what comes out, for those who call it elsewhere.
+    """The inputs and outputs of a network in a file.
 
     Args:
-        example: arguments of forward, of 2 samples or more; any size but the first is fixed.
-        inputs, outputs: names.
-        longest: the second dimension, the same for all inputs, may be anything up to this; None: it is fixed.
+        example: arguments of forward, each with 2 samples or more; all sizes except the first are fixed.
+        inputs, outputs: their names.
+        longest: the largest size of the second dimension, which is then variable, and the same for all inputs; None: it
+            is fixed.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Signature:
 
     @property
     def dynamic_shapes(self) -> tuple[tuple[dict[int, Any], ...]]:
-        """What may be of any size."""
+        """The dimensions whose sizes are variable, for PyTorch's exporters."""
         sizes = [torch.export.Dim("batch")]
         if self.longest is not None:
             sizes.append(torch.export.Dim("tokens", max=self.longest))
@@ -66,7 +67,7 @@ class Signature:
 
 
 class _Outputs(nn.Module):
-    """A network with a tuple of tensors for its answer, as files have it."""
+    """A network that returns a tuple of tensors, as files do."""
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -77,14 +78,14 @@ class _Outputs(nn.Module):
 
 
 def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
-    """A program of torch.export: `torch.export.load(path).module()` runs it, with PyTorch alone.
+    """Write a program of torch.export: `torch.export.load(path).module()` runs it, with PyTorch alone.
 
     Raises:
-        RunError: torch.export cannot follow the network.
-        OSError: the file cannot be written; an old one is as it was.
+        RunError: torch.export cannot export the network.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     network, shapes = _Outputs(model, signature.outputs).eval(), signature.dynamic_shapes
-    content = io.BytesIO()  # PyTorch's writer of files ends the process where a disk is full
+    content = io.BytesIO()  # PyTorch's file writer ends the process if the disk is full
     with torch.no_grad(), _exporting(path), _experts_in_batches(network):
         program = torch.export.export(network, signature.example, dynamic_shapes=shapes, strict=False)
         torch.export.save(program, content)
@@ -92,34 +93,34 @@ def write_program(model: nn.Module, signature: Signature, path: Path) -> None:
 
 
 def read_program(path: Path) -> nn.Module:
-    """What `write_program` wrote: a module of the same inputs, with a tuple of outputs."""
+    """Read what `write_program` wrote: a module with the same inputs, which returns a tuple of outputs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch 2.11, about its own reading
+        warnings.simplefilter("ignore")  # PyTorch 2.11 warns of its own reader
         return torch.export.load(path).module()
 
 
 def write_onnx(
     model: nn.Module, signature: Signature, path: Path, about: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
+    """Write ONNX with QuantizeLinear and DequantizeLinear of true integer types, int4 and uint4 up to 4 bits.
 
     Args:
-        model: of integers.
-        signature: its arguments and results.
-        path: where to.
-        about: what the file is to say of the network and its input, in its metadata; what is no text is JSON there.
+        model: a network of integers.
+        signature: its inputs and outputs.
+        path: the file to write.
+        about: metadata of the file about the network and its input; values that are not text are stored as JSON.
 
     Raises:
-        ConfigError: the packages that it takes are not installed.
-        RunError: torch.onnx cannot follow the network, or it is too large for ONNX.
-        OSError: the file cannot be written; an old one is as it was.
+        ConfigError: the packages that ONNX needs are not installed.
+        RunError: torch.onnx cannot export the network, or it is too large for ONNX.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     try:
         import onnx_ir as ir
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"ONNX needs {error.name}: pip install 'qat_runner[export]'; --formats torch safetensors does without"
+            f"ONNX needs {error.name}: pip install 'qat_runner[export]'; --formats torch safetensors does not need it"
         ) from error
     network = _Outputs(model, signature.outputs).eval()
     for layer in network.modules():
@@ -139,45 +140,47 @@ def write_onnx(
     assert program is not None
     _check_integers(program.model.graph, network, signature, path)
     for node in program.model.graph:
-        node.metadata_props.clear()  # where in the sources it stems from: more bytes than a small network's weights
-    modules = network.named_modules(remove_duplicate=False)  # any of the names may be the one that was recorded
+        node.metadata_props.clear()  # source locations, which take more bytes than a small network's weights
+    modules = network.named_modules(remove_duplicate=False)  # any of its names may have been recorded
     stored = {f"{name}.codes": m.format.exported_type for name, m in modules if isinstance(m, IntegerWeight)}
     _give_types(program.model.graph, stored)
     said = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     program.model.metadata_props.update(said)
     try:
         content = ir.to_proto(program.model).SerializeToString()
-    except Exception as error:  # of protobuf, which must not be imported for its name
-        raise RunError(f"{path.name}: cannot be written (2 GiB are the most that an ONNX file holds)") from error
+    except Exception as error:  # protobuf's, which must not be imported just to name its class
+        raise RunError(f"{path.name}: cannot be written (an ONNX file holds at most 2 GiB)") from error
     write_whole(path, lambda file: file.write(content))
 
 
 def _check_integers(graph: Any, network: nn.Module, signature: Signature, path: Path) -> None:
-    """Refuse plain arithmetic, which is what torch.onnx records where it can follow a network by its second way alone.
+    """Check that torch.onnx recorded integers.
+
+    If its first method fails, it uses a second one, which records plain arithmetic.
 
     Raises:
-        RunError: with what the first way says of the network.
+        RunError: it did not; the message is that of the first method, if that fails.
     """
     wanted = any(isinstance(module, IntegerWeight | StaticGrid) for module in network.modules())
     if not wanted or any(node.op_type == "DequantizeLinear" for node in graph):
         return
     with torch.no_grad(), _exporting(path):
         torch.export.export(network, signature.example, dynamic_shapes=signature.dynamic_shapes, strict=False)
-    raise RunError(f"{path.name}: PyTorch has recorded this network without its integers")
+    raise RunError(f"{path.name}: PyTorch recorded this network without its integers")
 
 
 def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
-    """Store weights in as few bits as ONNX has, and give every quantizing node its zero point, which carries the type.
+    """Store weights in ONNX's smallest types, and give each quantizing node its zero point, which carries the type.
 
     Args:
-        graph: of onnx_ir.
-        stored: integer type of each initializer that holds codes.
+        graph: a graph of onnx_ir.
+        stored: name of an initializer that holds codes -> its integer type.
     """
     import onnx_ir as ir
 
     for name, kind in stored.items():
         value, wanted = graph.initializers.get(name), ir.DataType[str(kind).upper()]
-        if value is not None and value.dtype != wanted:  # none: what its layer gives is not used
+        if value is not None and value.dtype != wanted:  # None: the output of its layer is not used
             value.const_value = ir.tensor(value.const_value.numpy().astype(wanted.numpy()), name=name)
             value.dtype = wanted
     for node in list(graph):
@@ -186,7 +189,7 @@ def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
             if dtype.bitwidth == 4:
                 _replace_clip(graph, node)
             whole, zero = IntFormat(dtype.bitwidth, dtype.is_signed()), node.attributes["zero_point"].value[0]
-            if codes != [whole.lowest - zero, whole.highest - zero]:  # the type alone would let more of them through
+            if codes != [whole.lowest - zero, whole.highest - zero]:  # the type alone would allow more codes
                 _limit_to(graph, node, codes)
             _zero_point(graph, node, dtype)
         elif node.op_type == "DequantizeLinear":
@@ -194,7 +197,7 @@ def _give_types(graph: Any, stored: Mapping[str, str | None]) -> None:
 
 
 def _zero_point(graph: Any, node: Any, dtype: Any) -> None:
-    """The third input of a quantizing node: of its integer type, as many as it has scales."""
+    """Give a quantizing node its third input: zero points of its integer type, as many as it has scales."""
     shape, zeros = list(node.inputs[1].shape), list(node.attributes.pop("zero_point").value)
     name = "_".join(["zero_point", dtype.name.lower(), *map(str, shape), *(map(str, zeros) if any(zeros) else ())])
     if name not in graph.initializers:
@@ -205,8 +208,10 @@ def _zero_point(graph: Any, node: Any, dtype: Any) -> None:
 
 
 def _replace_clip(graph: Any, node: Any) -> None:
-    """Put Max and Min in the place of a Clip (ReLU6) before a QuantizeLinear of 4 bits: onnxruntime 1.32 breaks off
-    when it tries to fuse those two."""
+    """Replace a Clip (ReLU6) before a 4-bit QuantizeLinear by Max and Min.
+
+    onnxruntime 1.32 fails when it tries to fuse the two.
+    """
     clip = node.inputs[0].producer()
     if clip is not None and clip.op_type == "Clip":
         x, low, high = (*clip.inputs, None, None)[:3]
@@ -214,7 +219,7 @@ def _replace_clip(graph: Any, node: Any) -> None:
 
 
 def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
-    """Limit what goes into a QuantizeLinear to what gives the codes from the first to the last."""
+    """Limit the input of a QuantizeLinear to the values between its lowest and its highest code."""
     x, scale = node.inputs[:2]
     step = scale.const_value.numpy()
     values = [(step * code).astype(step.dtype) for code in (codes if step > 0 else codes[::-1])]
@@ -226,7 +231,7 @@ def _limit_to(graph: Any, node: Any, codes: Sequence[int]) -> None:
 
 
 def _limit(graph: Any, node: Any, x: Any, low: Any, high: Any) -> Any:
-    """min(max(x, low), high), inserted before a node; without an end that is None."""
+    """Insert min(max(x, low), high) before a node, without a bound that is None, and return the result."""
     import onnx_ir as ir
 
     for operator, end in (("Max", low), ("Min", high)):
@@ -249,16 +254,16 @@ def _constant(graph: Any, name: str, numbers: Any) -> Any:
 
 
 def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
-    """The state of a network of integers, codes of up to 4 bits packed; and path's .json, which describes it.
+    """Write the state of a network of integers, with codes of up to 4 bits packed, and a .json that describes it.
 
     Args:
-        model: of integers.
-        path: ending in .safetensors.
-        about: what else the description is to hold: the network, its input.
+        model: a network of integers.
+        path: ends in .safetensors; the description has the same name with .json.
+        about: further entries of the description: the network, its input.
     """
     layers = {
         name: _describe(f"{name}." if name else "", layer)
-        for name, layer in model.named_modules(remove_duplicate=False)  # as the state has it
+        for name, layer in model.named_modules(remove_duplicate=False)  # all names, as in the state dict
         if isinstance(layer, IntegerLayer)
     }
     packed = {w["codes"]: w["shape"] for d in layers.values() if (w := d.get("weight")) and "packed" in w}
@@ -271,7 +276,11 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
     zero_points = {part["zero_point"] for part in parts if "zero_point" in part}
     described |= zero_points
     value = "code * scale; codes are two's complement if signed"
-    value = f"(code - zero_point) * scale, or without one {value}" if zero_points else f"{value}; all zero points are 0"
+    value = (
+        f"(code - zero_point) * scale; without a zero_point: {value}"
+        if zero_points
+        else f"{value}; all zero points are 0"
+    )
     description = {
         "format": DESCRIPTION,
         "value": value,
@@ -284,20 +293,20 @@ def write_safetensors(model: nn.Module, path: Path, about: Mapping[str, Any]) ->
     metadata |= {"unsigned": json.dumps(unsigned)} if unsigned else {}
     save_file(state, path, metadata=metadata)
     path.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    shutil.copymode(path.with_suffix(".json"), path)  # which safetensors makes readable for its owner alone
+    shutil.copymode(path.with_suffix(".json"), path)  # safetensors makes files readable only for their owner
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The state dict that `write_safetensors` wrote, codes unpacked: int8 or int16 as in the network.
+    """Return the state dict that `write_safetensors` wrote, with codes unpacked, in the integer dtypes of the network.
 
     Raises:
-        ConfigError: the file is no such file, or what it says of its codes does not fit them.
+        ConfigError: the file is not one that it wrote, or its metadata does not fit its codes.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-    except Exception as error:  # whatever a parser may raise on a file that is something else
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
+    except Exception as error:  # a parser may raise anything on a file of another kind
         raise ConfigError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from error
     if metadata.get("format") != DESCRIPTION:
         raise ConfigError(f"{path}: not written by qat-export")
@@ -313,12 +322,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tensor:
     count = math.prod(shape)
     if packed is None or packed.dtype != torch.uint8 or packed.ndim != 1 or len(packed) != (count + 1) // 2:
-        raise ValueError(f"there are no {count} codes of four bits")
+        raise ValueError(f"expected {count} codes of four bits")
     return _unpack(packed, shape, signed)
 
 
 def _describe(prefix: str, layer: nn.Module) -> dict[str, Any]:
-    """What the tensors of an integer layer mean, whose names begin so."""
+    """Return what the tensors of an integer layer mean; their names begin with `prefix`."""
     described: dict[str, Any] = {"kind": getattr(layer, "kind_name", None) or kind_of(layer)}
     if isinstance(layer, IntegerTaken):
         described["class"] = full_precision_name(layer)
@@ -344,7 +353,7 @@ def _describe(prefix: str, layer: nn.Module) -> dict[str, Any]:
 
 
 def _place(name: str, layer: IntegerOwnWeight) -> dict[str, Any]:
-    """The parameter that rows of codes are of, or columns, in the order of its first dimensions."""
+    """Return the parameter whose rows (columns if transposed) the codes are, in the order of its first dimensions."""
     return {
         "parameter": name.removesuffix(layer_name(layer.parameter)) + layer.parameter,
         "parameter_shape": list(layer.weight.shape),
@@ -363,7 +372,7 @@ def _grid(module: IntegerWeight | StaticGrid) -> dict[str, Any]:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Codes of up to 4 bits, any shape, int8 -> bytes [ceil(n / 2)], uint8."""
+    """Pack n codes of up to 4 bits, any shape, int8 or uint8, into bytes [ceil(n / 2)], uint8."""
     flat = codes.flatten()
     halves = nn.functional.pad(flat, (0, flat.numel() % 2)).to(torch.uint8).bitwise_and(0xF).reshape(-1, 2)
     return halves[:, 0] | (halves[:, 1] << 4)
@@ -380,7 +389,7 @@ def _unpack(packed: Tensor, shape: Sequence[int], signed: bool = True) -> Tensor
 
 @contextmanager
 def _experts_in_batches(network: nn.Module) -> Iterator[None]:
-    """While open, mixtures of experts of transformers compute in the one way that exporters can follow."""
+    """Context manager under which transformers computes mixtures of experts in the one way that can be exported."""
     able: list[Any] = [m for m in network.modules() if getattr(m, "_can_set_experts_implementation", lambda: False)()]
     before = [m.get_experts_implementation() for m in able]
     try:
@@ -394,14 +403,14 @@ def _experts_in_batches(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _exporting(path: Path) -> Iterator[None]:
-    """While open, PyTorch's exporters keep remarks about their own insides to themselves, and fail in a sentence."""
+    """Context manager under which PyTorch's exporters log nothing about their internals, and fail with one sentence."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # whole graphs, of what cannot be followed
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # whole graphs of networks that fail
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # whatever an exporter may raise on a network that it cannot follow
+    except Exception as error:  # an exporter may raise anything on a network that it cannot export
         cause = error.__cause__ or error
         raise RunError(
             f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {told(cause)})"

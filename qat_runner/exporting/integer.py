@@ -1,11 +1,11 @@
 """Networks of integers: weights are codes and step sizes, activations are rounded to fixed grids.
 
-`to_integers` turns the quantized layers of a static network into these, in place, by swapping their class. What they
-compute is bit for bit what the quantized layers computed: a code times its step size D, which is a part of the clipping
-scalar (see `quant.formats`), and negative where that is, in an oriented format.
+`to_integers` turns the quantized layers of a static network into integer layers, in place, by swapping their classes.
+Bit for bit they compute what the quantized layers computed: a code times its step size D. The step size is a fraction
+of the clipping scalar (see `quant.formats`); in an oriented format it is negative where the scalar is.
 
-The same forward pass serves two readers. As PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
-exports it, quantization is written in ONNX's own words; `formats` gives these their integer types.
+The same forward pass serves two purposes. When PyTorch runs or exports it, it is plain arithmetic. While torch.onnx
+exports it, quantization is written as operators of ONNX, which `formats` gives their integer types.
 """
 
 from collections.abc import Callable
@@ -40,14 +40,14 @@ OPSET = 21
 """The first version of ONNX's operators with 4-bit and 16-bit integers."""
 
 TYPES = {"int4": 22, "uint4": 21, "int8": 3, "uint8": 2, "int16": 5, "uint16": 4}
-"""Integer type -> ONNX's number of it."""
+"""Integer type -> its number in ONNX."""
 
 
 def integers_of(quantizer: Quantizer) -> StepFormat:
-    """The format of a quantizer, whose codes are integers that a file can hold.
+    """Return the format of a quantizer, if its codes are integers that a file can hold.
 
     Raises:
-        ValueError: they are not, in a sentence that begins with the tensor's name.
+        ValueError: they are not; the message begins with the name of the tensor.
     """
     format = quantizer.format
     if not isinstance(format, StepFormat) or format.storage_bits is None:
@@ -59,22 +59,22 @@ class IntegerWeight(nn.Module):
     """A weight as codes and step sizes.
 
     Args:
-        weight: [K, ...], floating.
-        quantizer: static, with scalars of shape [] or [K, 1, ...]; K may be another dimension than the first.
+        weight: [K, ...], floating point.
+        quantizer: static, with scalars of shape [] or [K, 1, ...]; the K channels may be in another dimension.
     """
 
     codes: Tensor
-    """[K, ...], int8 up to 8 bits, int16 above"""
+    """[K, ...], int8 up to 8 bits, int16 above; of affine integers uint8 up to 8 bits, int32 above"""
     scale: Tensor
     """step sizes D, [] or [K]"""
     zero_point: Tensor | None
-    """the code of zero, of affine integers, shape of `scale`; None: 0"""
+    """the code of zero, for affine integers, in the shape of `scale`; None: 0"""
 
     def __init__(self, weight: Tensor, quantizer: Quantizer) -> None:
         super().__init__()
         self.format = integers_of(quantizer)
         self.axis = quantizer.dim or 0
-        """dimension of the weight that step sizes are of, if there are several"""
+        """the dimension of the weight that has one step size per index, if there are several"""
         scale, zero = _step(quantizer.scalars, self.format), _zero_point(quantizer.scalars, self.format)
         codes = (quantizer.quantized(weight.detach().float(), quantizer.scalars) / scale).round()
         codes = codes if zero is None else codes + zero
@@ -86,15 +86,15 @@ class IntegerWeight(nn.Module):
             self.count_from(zero.reshape(-1) if zero.ndim else zero)
 
     def count_from(self, zero: Tensor) -> None:
-        """Have this zero point, shape of `scale`."""
+        """Set the zero point, in the shape of `scale`."""
         self.zero_point = zero.to(self.codes.dtype)
         self.zeros = _listed(zero)
 
     def forward(self) -> Tensor:
-        """The weight, [K, ...], float32."""
+        """Return the weight, [K, ...], float32."""
         if torch.onnx.is_in_onnx_export():
             axis = {"axis": self.axis} if self.scale.ndim else {}
-            zeros = self.zeros  # no tensor: what an exporter records of one are its operations
+            zeros = self.zeros  # not a tensor, of which an exporter would record operations
             return _onnx("DequantizeLinear", self.codes, self.scale, zero_point=zeros, dtype=torch.float32, **axis)
         rows = [-1 if i == self.axis else 1 for i in range(self.codes.ndim)]
         codes = self.codes.to(torch.float32)
@@ -103,12 +103,12 @@ class IntegerWeight(nn.Module):
 
 
 class StaticGrid(nn.Module):
-    """Rounds an activation, any shape, to the grid of a static quantizer with one scalar."""
+    """Rounds an activation of any shape to the grid of a static quantizer with one clipping scalar."""
 
     scale: Tensor
     """the step size D, []"""
     zero_point: Tensor | None
-    """the code of zero, of affine integers, []; None: 0"""
+    """the code of zero, for affine integers, []; None: 0"""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -128,75 +128,78 @@ class StaticGrid(nn.Module):
 
 
 def _onnx(name: str, x: Tensor, scale: Tensor, *, dtype: Any, shape: Any = None, **attributes: Any) -> Tensor:
-    """An operator of ONNX, as a call that only an exported graph can carry; `formats` takes its attributes further."""
+    """Call an operator of ONNX, as only an exported graph can; `formats` processes its attributes later."""
     return torch.onnx.ops.symbolic(
         name, (x, scale), attributes, dtype=dtype, shape=x.shape if shape is None else shape, version=OPSET
     )
 
 
 def _listed(zero: Tensor) -> list[int]:
-    """Zero points, one or one a row."""
+    """Return zero points, a single one or one per row, as a list."""
     return [int(z) for z in zero.reshape(-1).tolist()]
 
 
 def _holds(format: StepFormat) -> torch.dtype:
-    """The integer dtype of PyTorch that holds a format's codes."""
+    """Return the integer dtype of PyTorch that holds the codes of a format."""
     if isinstance(format, IntAffineFormat):
         return torch.uint8 if format.code_bits <= 8 else torch.int32
     return torch.int8 if format.code_bits <= 8 else torch.int16
 
 
 def _zero_point(s: Tensor, format: StepFormat) -> Tensor | None:
-    """The code of zero, where there is a choice."""
+    """Return the code of zero of affine integers; None for other formats."""
     return format.zero_point(s.detach().float()) if isinstance(format, IntAffineFormat) else None
 
 
 def _step(s: Tensor, format: StepFormat) -> Tensor:
-    """Step sizes that belong to clipping scalars, float32."""
+    """Return the step sizes for clipping scalars, float32."""
     return not_zero(format.step(s.detach().float()))
 
 
 def not_zero(step: Tensor) -> Tensor:
-    """Step sizes, float32, with the smallest normal number for those below it, which something is divided by."""
+    """Return step sizes, float32, with the smallest normal number in place of smaller ones: they are divided by."""
     tiny = torch.finfo(torch.float32).tiny
     return torch.where(step.abs() < tiny, tiny, step)
 
 
 LARGEST_BIAS = 2.0**30
-"""In units of the product of both step sizes: sums of products have room beside it in 32 bits."""
+"""In units of the product of both step sizes; it leaves room in 32 bits for the sums of products."""
 
 
 class IntegerLayer(nn.Module):
-    """A layer with a weight of codes and static grids for what else it multiplies, where they are quantized."""
+    """A layer with codes for its weight and static grids for its other operands, where these are quantized."""
 
     weight: Any
     large_bias = False
-    """whether the bias is more than 32 bits hold, in units of the product of both step sizes"""
+    """whether the bias, in units of the product of both step sizes, is too large for 32 bits"""
 
     @property
     def multiplied_weight(self) -> Tensor:
-        """The weight that is multiplied, of codes or as it is."""
+        """The weight by which the layer multiplies, computed from codes, or as it is."""
         codes = self._modules.get("integer_weight")
         weight: Tensor = self.weight if codes is None else codes()
         return weight
 
     def on_grid(self, x: Tensor, operand: str = "input") -> Tensor:
-        """What is multiplied of an operand."""
+        """Return an operand rounded to its grid; unchanged if it has none."""
         grid = self._modules.get(f"{operand}_grid")
         on_grid: Tensor = x if grid is None else grid(x)
         return on_grid
 
     @property
     def bias_apart(self) -> bool:
-        """Whether ONNX is to add the bias by itself: onnxruntime rounds a bias to the product of both step sizes, which
-        is nothing at 8 bits, but coarse at 4, and cuts it off at 32 bits, beside a row of next to nothing."""
+        """Whether ONNX should add the bias in a separate node.
+
+        onnxruntime rounds a bias to a multiple of the product of both step sizes, which is negligible at 8 bits, but
+        coarse at 4. It also clips the multiple to 32 bits, which matters for a row of weights that are almost zero.
+        """
         codes: Any = self._modules.get("integer_weight")
         apart = codes is not None and (codes.format.storage_bits == 4 or self.large_bias)
         return apart and torch.onnx.is_in_onnx_export()
 
     @torch.no_grad()
     def measure_bias(self) -> None:
-        """Find out whether it is large; folding may change that."""
+        """Find out whether the bias is large; folding may change that."""
         codes, grid = self._modules.get("integer_weight"), self._modules.get("input_grid")
         bias = getattr(self, "bias", None)
         if isinstance(codes, IntegerWeight) and isinstance(grid, StaticGrid) and isinstance(bias, Tensor):
@@ -206,7 +209,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerConv(IntegerLayer):
-    """A QuantConv of one to three dimensions, [N, C, ...] or [C, ...]."""
+    """Integer version of QuantConv, of one to three dimensions, for [N, C, ...] or [C, ...]."""
 
     bias: Any
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -232,7 +235,7 @@ class IntegerConv3d(IntegerConv, nn.Conv3d):
 
 
 class IntegerLinear(IntegerLayer, nn.Linear):
-    """A QuantLinear, [..., C]."""
+    """Integer version of QuantLinear, for [..., C]."""
 
     qat_for_others = True
 
@@ -246,7 +249,7 @@ class IntegerLinear(IntegerLayer, nn.Linear):
 
 
 class IntegerTaken(IntegerLayer, TakenLayer):
-    """A layer with a forward of its own, whose weight was made of its weight once and for all."""
+    """A layer with a forward of its own; the weight that it multiplies by was computed once and for all."""
 
     qat_operands = ()
 
@@ -256,23 +259,23 @@ class IntegerTaken(IntegerLayer, TakenLayer):
 
 
 class IntegerProjection(IntegerLayer, QuantProjection):
-    """A projection of `nn.MultiheadAttention`, which has its weight no more where this has codes."""
+    """A projection of `nn.MultiheadAttention`; if it has codes, the attention may no longer have its weight."""
 
     qat_operands = ()
 
     @property
     def weight(self) -> Tensor:
-        """[K, C]; of codes, one that has its place."""
+        """[K, C]; a placeholder if there are codes."""
         placeholder = self._buffers.get("placeholder")
         return super().weight if placeholder is None else placeholder
 
     def forward(self, input: Tensor, compute: Compute) -> Tensor:
-        """What is computed with the input and the weight of this layer."""
+        """Return what `compute` makes of the input and the weight of this layer."""
         return compute(self.on_grid(input), self.multiplied_weight)
 
 
 class IntegerMatmul(IntegerLayer):
-    """A QuantMatmul."""
+    """Integer version of QuantMatmul."""
 
     operands: tuple[str, str]
 
@@ -282,7 +285,7 @@ class IntegerMatmul(IntegerLayer):
 
 
 class IntegerOwnWeight(IntegerLayer, OwnWeight):
-    """A QuantOwnWeight, whose codes take the place of the parameter."""
+    """Integer version of QuantOwnWeight, whose codes replace the parameter."""
 
     turned: bool
     """whether the rows of codes are columns of the parameter"""
@@ -299,24 +302,24 @@ def to_integers(model: nn.Module) -> nn.Module:
     """Replace the quantized layers of a static network by integer ones, in place.
 
     Args:
-        model: all its quantizers static, with scalars (see `freeze`).
+        model: all its quantizers are static and have clipping scalars (see `freeze`).
 
     Returns:
         The same model, in eval mode.
 
     Raises:
-        ValueError: nothing is quantized; a quantizer is dynamic still, has no scalars, has one a channel of an
-            activation, or has codes that are no integers.
+        ValueError: nothing is quantized; a quantizer is still dynamic, has no clipping scalars, has one per channel of
+            an activation, or has codes that are not integers; or a layer is rotated.
     """
     tensors = quantized_tensors(model)
     if not tensors:
-        raise ValueError("nothing is quantized, so there are no integers to be had")
+        raise ValueError("nothing is quantized, so there are no integers to write")
     check_constant({t.name: t.quantizer for t in tensors})
     for t in tensors:
         if t.quantizer.dynamic or not t.quantizer.ready:
-            raise ValueError(f"{t.name} has no static clipping scalars: freeze(model, ...) gives it some")
+            raise ValueError(f"{t.name} has no static clipping scalars: call freeze(model, ...) first")
         if t.tensor != "weight" and t.quantizer.dim is not None:
-            raise ValueError(f"{t.name} has several clipping scalars, which no integer product of it could share")
+            raise ValueError(f"{t.name} has several clipping scalars, but integer products need a single one for it")
     check_integers(model)
     for _, layer in each(model, is_quantized):
         _convert(layer)
@@ -326,17 +329,16 @@ def to_integers(model: nn.Module) -> nn.Module:
 
 
 def check_integers(model: nn.Module) -> None:
-    """Refuse a quantized network of which no integers can be made.
+    """Check that a quantized network can be written as integers.
 
     Raises:
-        ValueError: the codes of a tensor are no integers, or those of a rotated one; in a sentence that begins with its
-            name.
+        ValueError: the codes of a tensor are not integers, or a layer is rotated; the message begins with its name.
     """
     for t in quantized_tensors(model):
         integers_of(t.quantizer)
     for name, layer in each(model, lambda m: isinstance(m, QuantLinear)):
         if layer.qat_rotation is not None:
-            raise ValueError(f"{name} is rotated, which integers in a file are not")
+            raise ValueError(f"{name} is rotated, which files of integers do not support")
 
 
 WRITTEN: dict[type[nn.Module], type[IntegerLayer]] = {
@@ -348,7 +350,7 @@ WRITTEN: dict[type[nn.Module], type[IntegerLayer]] = {
     QuantProjection: IntegerProjection,
     QuantOwnWeight: IntegerOwnWeight,
 }
-"""Class -> integer class, where the forward is known."""
+"""Class -> integer class, for classes whose forward is known."""
 
 
 def _convert(layer: Any) -> None:
@@ -357,7 +359,7 @@ def _convert(layer: Any) -> None:
     codes = quantizers.pop("weight", None)
     weight = IntegerWeight(layer.qat_used_weight(), codes) if isinstance(codes, Quantizer) else None
     if isinstance(layer, QuantOwnWeight):
-        layer.__dict__["turned"] = layer.turned  # as its quantizer tells
+        layer.__dict__["turned"] = layer.turned  # until now its quantizer determined it
     _release(layer)
     for operand, quantizer in quantizers.items():
         if isinstance(quantizer, Quantizer):
@@ -369,7 +371,7 @@ def _convert(layer: Any) -> None:
 
 
 def _release(layer: Any) -> None:
-    """Take the quantizers out of a layer, and what makes its weight of parameters."""
+    """Remove the quantizers from a layer, and what computes its weight from parameters."""
     if isinstance(layer, Swapped):
         restore(layer)
     else:
@@ -379,10 +381,10 @@ def _release(layer: Any) -> None:
 
 
 def _settle(module: Any) -> None:
-    """Make tensors of a module that are pruned or parametrized plain parameters."""
+    """Turn the tensors of a module that are pruned or parametrized into plain parameters."""
     for name in [b.removesuffix("_mask") for b in module._buffers if b.endswith("_mask")] if is_pruned(module) else ():
         remove(module, name)
-    if is_parametrized(module):  # PyTorch's way out of that takes properties from a class that copies share
+    if is_parametrized(module):  # PyTorch's own removal deletes properties of a class that copies share
         made = {name: getattr(module, name).detach() for name in module.parametrizations}
         if isinstance(module, Swapped):
             module.__class__ = quantized_class(full_precision_class(module).__bases__[0], module.qat_base)
@@ -394,7 +396,7 @@ def _settle(module: Any) -> None:
 
 
 def _give_codes(layer: Any, codes: IntegerWeight) -> None:
-    """Put codes in the place of a weight, and zeros where networks name it, to ask for its dtype, say."""
+    """Replace a weight by codes, and by zeros where networks access it, to ask for its dtype, for example."""
     layer.add_module("integer_weight", codes)
     owner, name = (layer._of[0], layer.parameter) if isinstance(layer, QuantOwnWeight) else (layer, "weight")
     placeholder = torch.zeros((), dtype=layer.weight.dtype).expand(layer.weight.shape)
@@ -406,7 +408,7 @@ def _give_codes(layer: Any, codes: IntegerWeight) -> None:
 
 
 def _drop_projected_weights(module: nn.Module) -> None:
-    """Take the weights out of PyTorch's attention if all three of its projections have codes."""
+    """Remove the weights from PyTorch's attention if all three of its projections have codes."""
     projections = [layer for layer in module.children() if isinstance(layer, IntegerProjection)]
     if projections and all("integer_weight" in layer._modules for layer in projections):
         _settle(module)

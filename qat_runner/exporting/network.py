@@ -1,4 +1,4 @@
-"""A network of one's own, out of one's own loop, as integers in a file."""
+"""Export of your own network, trained in your own loop, as integers in a file: `qat.export`."""
 
 import copy
 import os
@@ -33,33 +33,34 @@ def export(
     longest: int | None = None,
     fold: bool = True,
 ) -> nn.Module:
-    """Write a quantized network as integers; the model itself is left as it is.
+    """Write a quantized network as integers; the model itself is not changed.
 
     Args:
-        model: with quantizers; scalars of its activations are static (see `freeze`). Weights get those of the weights
-            as they are now. What is not quantized is written in float32, whatever it was.
-        path: ends in .onnx (QuantizeLinear and DequantizeLinear of true integer types), .pt2 (a program of
-            torch.export, which PyTorch alone runs) or .safetensors (codes and step sizes, and a .json beside it that
-            says what they mean).
-        example: the arguments of forward, in order, each of 2 samples or more: the number of samples is free in the
-            file, all other sizes are fixed.
+        model: with quantizers, and static clipping scalars for its activations (see `freeze`). Clipping scalars of its
+            weights are solved for their present values. What is not quantized is written in float32, whatever its
+            dtype was.
+        path: ends in .onnx (QuantizeLinear and DequantizeLinear with true integer types), .pt2 (a program of
+            torch.export, which runs with PyTorch alone) or .safetensors (codes and step sizes; a .json file beside it
+            describes them).
+        example: the arguments of forward, in order, each with 2 samples or more. The exported network takes any number
+            of samples; all other sizes are fixed.
         inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
-        outputs: name of what forward returns, or of the fields of its result that the file is to have; None: output, or
-            output_0, output_1, ..., or all fields that are tensors.
-        longest: the second dimension of all inputs that have one, such as the tokens of a text, may be anything up to
-            this; None: it is fixed.
-        fold: put BatchNorm into the step sizes of the convolution before it.
+        outputs: names of what forward returns, or of the fields of its result that the file should return; None:
+            output, or output_0, output_1, ..., or all fields that are tensors.
+        longest: the largest size of the second dimension, such as the tokens of a text, which is then variable in all
+            inputs that have one; None: it is fixed.
+        fold: whether to fold BatchNorm into the step sizes of the convolution before it.
 
     Returns:
-        The network of integers that was written, in eval mode. It computes what the file says.
+        The network of integers that was written, in eval mode. It computes what the file defines.
 
     Raises:
-        ValueError: another ending; other names than arguments; nothing is quantized; scalars of an activation are not
-            static, or codes no integers; the network returns no tensors, or none of those names.
-        ConfigError: packages that the format takes are not installed.
-        OSError: there is no such folder, or nothing can be written there, which is found before any work; or the disk
-            is full.
-        RunError: PyTorch's exporter cannot follow the network.
+        ValueError: the path has another suffix; the number of names is not that of the arguments; nothing is quantized;
+            clipping scalars of an activation are not static; codes are not integers; the network returns no tensors, or
+            none with these names.
+        ConfigError: packages that the format needs are not installed.
+        OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
+        RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.
     """
     target = Path(path)
     if target.suffix not in SUFFIXES:
@@ -68,14 +69,16 @@ def export(
     dynamic = {t.name: t.quantizer for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.dynamic}
     check_constant(dynamic)
     if dynamic:
-        raise ValueError(f"{next(iter(dynamic))} has dynamic clipping scalars: freeze(model, ...) makes them constants")
+        raise ValueError(
+            f"{next(iter(dynamic))} has dynamic clipping scalars: call freeze(model, ...) to make them static"
+        )
     given = (example,) if isinstance(example, Tensor) else tuple(example)
     given = tuple(t.float() if t.is_floating_point() else t for t in given)
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
     if len(names) != len(given):
         raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
     for module in model.modules():
-        refresh(module)  # what stems from a pass with gradients cannot be copied
+        refresh(module)  # tensors computed in a pass with gradients cannot be copied
     integers = to_integers(freeze(copy.deepcopy(model).float()))
     if fold:
         fold_batchnorm(integers, *given)
@@ -91,7 +94,7 @@ def export(
 
 
 def _names(result: Any, wanted: Sequence[str] | None) -> Sequence[str]:
-    """Names of the outputs: those that are wanted, or else of all tensors that a network returned."""
+    """Return the names of the outputs: those that are wanted, or otherwise of all tensors that the network returned."""
     values, by_name = fields_of(result), True
     if values is None:
         several = [result] if isinstance(result, Tensor) else list(result)
@@ -99,6 +102,6 @@ def _names(result: Any, wanted: Sequence[str] | None) -> Sequence[str]:
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
     fits = set(wanted or ()) <= set(tensors) if by_name else len(tensors) == len(values) == len(wanted or tensors)
     if not (tensors and fits):
-        asked = "" if wanted is None else f", which outputs={list(wanted)} does not fit"
+        asked = "" if wanted is None else f", so outputs={list(wanted)} does not fit"
         raise ValueError(f"the network returns a {type(result).__name__} with tensors {', '.join(tensors)}{asked}")
     return tensors if wanted is None else wanted

@@ -1,4 +1,4 @@
-"""A finished run -> files of integers, each checked on the validation set before it is called done."""
+"""Export of a run to files of integers, each of which is checked on the validation set before it is kept."""
 
 import copy
 import functools
@@ -58,7 +58,7 @@ from qat_runner.training.checkpoint import LAST, is_whole
 log = logging.getLogger("qat_runner")
 
 STATIC = "static"
-"""The rule of a run whose activations' scalars are constants already: static from some time on, or learned."""
+"""The rule of a run whose activations already have constant scalars: static, perhaps since some epoch, or learned."""
 
 DEFAULT_RULE = "averaged"
 
@@ -68,25 +68,25 @@ class Request:
     """What to export, and how."""
 
     run: Path
-    """a run's folder"""
+    """the folder of the run"""
     out: Path
     """the folder to write"""
     rule: str | None = None
-    """of `freeze`; None: what the run has already, or else DEFAULT_RULE"""
+    """a rule of `freeze`; None: keep the constant scalars that the run already has, or otherwise DEFAULT_RULE"""
     batches: int = 10
-    """training batches that scalars are averaged over"""
+    """number of training batches over which scalars are averaged"""
     checkpoint: str = "last"
     """last, previous or best"""
     fold: bool = True
-    """fold BatchNorm"""
+    """whether to fold BatchNorm"""
     formats: tuple[str, ...] = FORMATS
 
 
 def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Config]:
-    """The network of a run as it evaluates, its data, on the CPU, and its config.
+    """Return the network of a run, as it is evaluated, and its data, both on the CPU, and its config.
 
     Raises:
-        ConfigError: the folder holds no such run, or one in full precision.
+        ConfigError: the folder holds no run or no network of its own, or the run is in full precision.
     """
     config = load_config(run)
     if config is None:
@@ -97,7 +97,7 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
         config = _with_chosen_bits(run, config)
     weights = _weights_of(run, config, checkpoint)
     if not RunFolder(run).finished:
-        log.warning(f"{run} is not finished: this is its network as it was last saved")
+        log.warning(f"{run} is not finished: using its network as it was last saved")
     mode = Mode.evaluate if config.training else config.mode  # ptq calibrates again, on the same batches
     part = None if config.training else config.weights_part
     model, data = build(replace(config, mode=mode, weights_part=part, device="cpu", backend="auto"), weights)
@@ -105,16 +105,19 @@ def network_of(run: Path, checkpoint: str = "last") -> tuple[nn.Module, Data, Co
 
 
 def _with_chosen_bits(run: Path, config: Config) -> Config:
-    """The run, without training, of the network whose bits were chosen."""
+    """Return the config of a run without training that has the bit-widths chosen by the given run."""
     here = RunFolder(run)
     if config.retrain_steps or not here.finished:
         what = f"retrained networks are in {here.probes}" if here.finished else "it is not finished"
-        raise ConfigError(f"{run}: has chosen bits, and no network of its own; {what}")
+        raise ConfigError(f"{run}: chose bit-widths, and has no network of its own; {what}")
     return replace(config, mode=Mode.ptq, allocated=rules_of(str(here.policy)))
 
 
 def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
-    """The weights of a run's network, as config.weights; a run that trained nothing has them elsewhere."""
+    """Return where the weights of a run's network are, as config.weights has it.
+
+    A run without training has no checkpoints, so it is the place from which it read its weights.
+    """
     path = RunFolder(run).checkpoints / f"{checkpoint}.pt"
     if not config.training and config.weights is not None:
         if config.weights in (PRETRAINED, TORCHVISION):
@@ -123,33 +126,33 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
         if config.weights == BASELINE:
             path = RunFolder(run_folder(baseline_of(config))).checkpoints / LAST
     if not path.exists():
-        raise ConfigError(f"{run}: has no network of its own, {path} is not there")
+        raise ConfigError(f"{run}: has no network of its own: {path} does not exist")
     if config.training and not is_whole(path):
         raise ConfigError(f"checkpoint {path} cannot be read (it is damaged: its checksum is wrong)")
     return str(path)
 
 
 def _two_samples(t: Tensor) -> Tensor:
-    """Of one sample twice, since the number of samples would be a constant of the file else."""
+    """Return at least two samples: with a single one, exporters would make the number of samples a constant."""
     return t if len(t) > 1 else t.repeat(2, *[1] * (t.ndim - 1))
 
 
 def rule_for(model: nn.Module, rule: str | None) -> str:
-    """The rule that will decide.
+    """Return the rule that applies to the scalars of activations.
 
     Raises:
-        ConfigError: one was asked for where there is nothing to decide.
+        ConfigError: a rule was requested, but the scalars are already constant.
     """
     static = not any(t.quantizer.dynamic for t in quantized_tensors(model) if t.tensor != "weight")
     if static and rule is not None:
-        raise ConfigError(f"--scalars {rule}: the run's activations have constant scalars already, which are kept")
+        raise ConfigError(f"--scalars {rule}: the run's activations already have constant scalars, which are kept")
     return STATIC if static else rule or DEFAULT_RULE
 
 
 def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches: int) -> nn.Module:
-    """A copy of a network, made static by a rule, on training batches that no training sees."""
+    """Return a copy of a network that is made static by a rule, on training batches of an epoch that no run reaches."""
     if rule == STATIC:
-        return freeze(copy.deepcopy(model))  # the weights
+        return freeze(copy.deepcopy(model))  # only the weights
     some = unsharded(data).train_batches(config.clipping.calibration_batch_size, CALIBRATION_EPOCH, batches)
     try:
         return freeze(copy.deepcopy(model), rule, (batch.inputs for batch in some))
@@ -160,14 +163,14 @@ def made_static(model: nn.Module, data: Data, config: Config, rule: str, batches
 def compare_rules(
     run: Path, rules: Sequence[str] | None = None, batches: int = 10, checkpoint: str = "last"
 ) -> dict[str, Figures]:
-    """Figures on the validation set of a run's network with dynamic scalars, and with those of each rule.
+    """Return the figures of a run's network on the validation set, with dynamic scalars and with those of each rule.
 
     Args:
-        run, batches, checkpoint: as of Request.
-        rules: of `freeze`; None: all that mean something to the run.
+        run, batches, checkpoint: as in `Request`.
+        rules: rules of `freeze`; None: all that apply to the run.
 
     Returns:
-        {"dynamic": figures, rule: figures, ...}; under a run with static scalars, {"static": figures}.
+        {"dynamic": figures, rule: figures, ...}; for a run with static scalars, {"static": figures}.
     """
     model, data, config = network_of(run, checkpoint)
     networks = {"dynamic": model}
@@ -184,14 +187,14 @@ def compare_rules(
 
 
 def export(request: Request) -> Export:
-    """Write a run's network as integers, check what was written, and put it into its place.
+    """Write a run's network as integers, check what was written, and move it to its place.
 
     Returns:
-        The content of export.json, which lies beside the files.
+        The content of export.json, which is written next to the files.
 
     Raises:
-        ConfigError: the run or the request is not one that can be carried out.
-        RunError: a file does not do what the network does; nothing was kept.
+        ConfigError: the run cannot be exported, or not as requested.
+        RunError: a file cannot be written, or does not compute what the network computes; nothing was kept.
     """
     _check_out(request)
     model, data, config = network_of(request.run, request.checkpoint)
@@ -231,7 +234,7 @@ def export(request: Request) -> Export:
 def _write(
     integers: nn.Module, config: Config, data: Data, example: Sequence[Tensor], folder: Path, formats: Sequence[str]
 ) -> dict[str, Path]:
-    """The files, by name of their format."""
+    """Write the files, and return their paths by format."""
     signature = _signature(config, example)
     about = _about(config, data, signature)
     files = {name: folder / file for name, file in FILES.items() if name in formats}
@@ -245,16 +248,19 @@ def _write(
             write_safetensors(integers, path, about)
             state = read_safetensors(path)
             if not all(torch.equal(state[key], t) for key, t in integers.state_dict().items()):
-                raise RunError(f"{path.name} reads back as another network; nothing was kept")
+                raise RunError(
+                    f"{path.name} holds other tensors than the network when it is read back; nothing was kept"
+                )
     return files
 
 
 def _check(
     model: nn.Module, static: nn.Module, files: dict[str, Path], config: Config, data: Data
 ) -> dict[str, Figures]:
-    """Figures of the dynamic network, the static one, and the files that run by themselves.
+    """Return the figures of the dynamic network, the static one, and the files that can be run.
 
-    A file must do what the network does by its own definition; what a processor's fused kernels make of it is told.
+    By its own definition, a file must compute what the network computes. What a processor's fused kernels compute from
+    it is only reported.
     """
     log.info("checking on the validation set")
     others: dict[str, verify.Compute] = {"dynamic": _compute(config, model)}
@@ -273,7 +279,7 @@ def _check(
 
 
 def _bytes(static: nn.Module, files: dict[str, Path]) -> dict[str, int]:
-    """Of the files and of the full-precision state, where what has two names counts once."""
+    """Return the bytes of the files and of the full-precision state, in which a tensor with two names counts once."""
     state = remove_quantizers(copy.deepcopy(static)).state_dict()
     full = {(t.data_ptr(), t.shape): t for t in state.values()}
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -281,14 +287,14 @@ def _bytes(static: nn.Module, files: dict[str, Path]) -> dict[str, int]:
 
 
 def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequence[Tensor]) -> dict[str, float]:
-    """A sample in onnxruntime, in full precision and of the file."""
+    """Return the milliseconds per sample in onnxruntime, in full precision and of the file."""
     log.info("timing")
     full = remove_quantizers(copy.deepcopy(static))
     with tempfile.TemporaryDirectory(dir=onnx.parent) as folder:
         path = Path(folder) / "full.onnx"
         try:
             write_onnx(full, _signature(config, example), path)
-        except (RunError, OSError) as error:  # a large network, whose integers may fit all the same
+        except (RunError, OSError) as error:  # it may be too large, although the integers fit
             log.warning(f"full precision is not timed: {told(error)}")
             return {}
         timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
@@ -309,31 +315,31 @@ def _signature(config: Config, example: Sequence[Tensor]) -> Signature:
 
 
 def _about(config: Config, data: Data, signature: Signature) -> dict[str, Any]:
-    """What a reader must know to use the numbers."""
+    """Return what a reader of the files must know to use them."""
     names = {"model": config.model.name, "dataset": config.dataset.name}
     return {**names, "inputs": signature.inputs, "outputs": signature.outputs, **task_of(config).about(config, data)}
 
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "safetensors": "model.safetensors"}
-"""Of each format."""
+"""The file name of each format."""
 
 OF_AN_EXPORT = {*FILES.values(), "model.json", EXPORT.name}
 
 
 def _check_out(request: Request) -> None:
-    """Refuse to replace what is no export."""
+    """Raise a ConfigError if the export would replace anything that is not an export."""
     out = request.out
     if out.exists() and not (out / EXPORT.name).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: holds something else than an export, so it is left alone; --out names a new folder")
+        raise ConfigError(f"{out}: is not an export, so it is not replaced; choose a new folder with --out")
     others = sorted(path.name for path in out.iterdir() if path.name not in OF_AN_EXPORT) if out.is_dir() else []
     if others:
         raise ConfigError(
-            f"{out}: holds more than an export ({others[0]}), which would be lost; --out names a new folder"
+            f"{out}: holds more than an export ({others[0]}), which would be lost; choose a new folder with --out"
         )
 
 
 def _check_formats(request: Request, model: nn.Module) -> None:
-    """Refuse layers and tensors of which no integers can be made."""
+    """Raise a ConfigError if a layer or tensor cannot be written as integers."""
     try:
         check_integers(model)
     except ValueError as error:
@@ -342,21 +348,21 @@ def _check_formats(request: Request, model: nn.Module) -> None:
 
 @contextmanager
 def _in_place_of(out: Path) -> Iterator[Path]:
-    """A new folder beside `out`, which takes its place if all goes well, and else is gone.
+    """Context manager with a new folder next to `out`, which replaces it on success, and is deleted otherwise.
 
-    A process that is killed leaves the old export or the new one, and NAME.tmp beside it, which the next one clears.
+    A process that is killed leaves the old export or the new one, and NAME.tmp beside it, which the next export clears.
 
     Raises:
         BusyError: another process is writing there.
-        OSError: it cannot be written; of a full disk with its path.
+        OSError: the folder cannot be written; if the disk is full, the error names the folder.
     """
-    out = out.resolve()  # a link, perhaps to another disk, stays one
+    out = out.resolve()  # a symbolic link, perhaps to another disk, is kept
     work = out.with_name(f"{out.name}{TEMPORARY}")
     if work.is_symlink():
         work.unlink()
     with RunLock(work, str(out)), full_disk_told(work):
         new, old = work / "new", work / "old"
-        if old.exists() and not out.exists():  # one was killed between two renames
+        if old.exists() and not out.exists():  # a process was killed between the two renames
             old.rename(out)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
@@ -370,5 +376,5 @@ def _in_place_of(out: Path) -> Iterator[Path]:
         finally:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
-    with suppress(OSError):  # of one that was killed
+    with suppress(OSError):  # a process that was killed has left it, and the lock removes only what it made
         work.rmdir()

@@ -1,4 +1,4 @@
-"""What exporting found, in words for the terminal and for pages."""
+"""The results of an export, formatted for the terminal and for HTML reports."""
 
 from tabulate import tabulate
 
@@ -7,11 +7,11 @@ from qat_runner.exporting.agreement import Figures, agrees, figures_of
 from qat_runner.runs.records import Export
 
 FUSED = "onnx_fused"
-"""In the figures: the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
+"""Key of the figures of the ONNX file as onnxruntime runs it by default, with this processor's kernels."""
 
 
 def text(result: Export) -> str:
-    """The result for the terminal."""
+    """Return the result of an export for the terminal."""
     names = {
         "dynamic": "dynamic scalars",
         "static": "static scalars",
@@ -47,12 +47,12 @@ def text(result: Export) -> str:
             )
             for key, size in result["bytes"].items()
         ],
-        ("file", "MB", "of full precision", "ms a sample"),
+        ("file", "MB", "of full precision", "ms per sample"),
         disable_numparse=True,
         colalign=("left", "right", "right", "right"),
     )
     batches = f" over {result['batches']} batches" if result["batches"] else ""
-    kept = f", but for {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
+    kept = f", except {', '.join(result['batchnorm_kept'])}" if result["batchnorm_kept"] else ""
     head = (
         f"{result['model']}, {_bits(result)}, {result['clipping']}; "
         f"scalars {result['scalars']}{batches}; BatchNorm {result['batchnorm']}{kept}"
@@ -61,32 +61,32 @@ def text(result: Export) -> str:
 
 
 def _bits(result: Export) -> str:
-    """As they were asked for; where they were chosen for each tensor, their means."""
+    """Return the bit-widths as requested; if they were chosen for each tensor, their averages."""
     if "weight_bits" in result and "activation_bits" in result:
         return f"{result['weight_bits']}/{result['activation_bits']} bits (weights/activations)"
     means = result.get("mean_weight_bits"), result.get("mean_activation_bits")
     told = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
-    return f"{told} bits (mean of weights/activations, over all that is quantized)"
+    return f"{told} bits (average of weights/activations, over all quantized tensors)"
 
 
 def _warning(result: Export) -> list[str]:
-    """What to do where this processor's kernels compute something else than the ONNX file says."""
+    """Return a warning if this processor's kernels do not compute what the ONNX file defines, and a remedy."""
     figures = result["figures"]
     if FUSED not in figures or agrees(
         figures_of(figures[FUSED]), figures_of(figures["static"]), measure(result["metric"])
     ):
         return []
     return [
-        "model.onnx is right, but onnxruntime's fused kernels give other answers from it on this processor\n"
-        f"({result['processor']}). They round in other places, and where a processor has no VNNI\n"
+        "model.onnx is correct, but onnxruntime's fused kernels compute other predictions from it on this processor\n"
+        f"({result['processor']}). They round in other places, and on a processor without VNNI\n"
         "instructions, their sums of products of uint8 and int8 saturate at 16 bits. Weights of 7 bits prevent that:\n"
-        "weight_bits=7 (and first_last_bits=7 for the two ends). The session option session.disable_quant_qdq=1\n"
-        "computes what the file says, more slowly."
+        "weight_bits=7 (and first_last_bits=7 for the first and last layer). With the session option\n"
+        "session.disable_quant_qdq=1, onnxruntime computes what the file defines, more slowly."
     ]
 
 
 def text_of_rules(figures: dict[str, Figures], measure: Measure) -> str:
-    """What `compare_rules` found of a network, for the terminal; `measure` tells what accuracy is and is called."""
+    """Return the figures from `compare_rules` for the terminal; `measure` describes and names the accuracy."""
     first = next(iter(figures.values()))
     rows = [
         (
@@ -111,6 +111,6 @@ def text_of_rules(figures: dict[str, Figures], measure: Measure) -> str:
 
 
 def _difference(found: Figures, reference: Figures) -> str:
-    """Of two accuracies, in their unit, with its standard error where that is known."""
+    """Return the difference of two accuracies, in their unit, with its standard error if that is known."""
     error = "" if found.standard_error is None else f" ± {found.standard_error:.2f}"
     return f"{found.accuracy - reference.accuracy:+.2f}{error}"

@@ -1,4 +1,4 @@
-"""Files held against the network that they were written from: on the validation set, and by the clock."""
+"""Comparison of files with the network that they were written from: results on the validation set, and latency."""
 
 import math
 import statistics
@@ -17,14 +17,14 @@ from qat_runner.runs.records import ExportFigures
 from qat_runner.tasks import Task, joined
 
 Compute = Callable[[Sequence[Tensor]], Tensor]
-"""Inputs -> logits of the task."""
+"""Function of the inputs that returns the logits of the task."""
 
 
 @torch.inference_mode()
 def compare(
     reference: Compute, others: Mapping[str, Compute], task: Task[Any], data: Data, batches: Iterable[Batch]
 ) -> list[Figures]:
-    """Run all on the same batches; returns the figures of the reference and of the others, in order."""
+    """Run the reference and the others on the same batches, and return the figures of each, in this order."""
     computes = [reference, *others.values()]
     scores = [task.score(data) for _ in computes]
     same = [0] * len(computes)
@@ -63,31 +63,34 @@ def compare(
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Of any two elements, of tensors of one shape; infinity where only one is infinite, or one is NaN."""
-    apart = torch.where(a == b, 0.0, (a - b).abs())  # infinities may be alike
+    """Return the largest difference of two elements of tensors of the same shape.
+
+    It is infinity if only one of them is infinite, or one is NaN.
+    """
+    apart = torch.where(a == b, 0.0, (a - b).abs())  # equal infinities do not differ
     return apart.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 def paired_standard_error(gained: int, lost: int, samples: int) -> float:
-    """Standard error of a difference of two accuracies on the same samples, in points.
+    """Return the standard error of the difference of two accuracies on the same samples, in percentage points.
 
     Args:
-        gained: samples that the one has right and the other wrong.
-        lost: the other way round.
-        samples: all of them.
+        gained: number of samples that only the first network gets right.
+        lost: number of samples that only the second one gets right.
+        samples: number of all samples.
     """
-    variance = (gained + lost) / samples - ((gained - lost) / samples) ** 2  # of a sample's difference: 1, 0 or -1
+    variance = (gained + lost) / samples - ((gained - lost) / samples) ** 2  # a sample's difference is 1, 0 or -1
     return 100 * math.sqrt(variance / samples)
 
 
 class OnnxFile:
-    """An ONNX file at work in onnxruntime, on the CPU, with as many threads as PyTorch.
+    """An ONNX file that runs in onnxruntime, on the CPU, with as many threads as PyTorch.
 
     Args:
         path: the file.
-        fused: as onnxruntime does by default, with kernels of integers in place of dequantize, compute, quantize;
-            what these give depends on the processor, since some add products of uint8 and int8 in 16 bits, which
-            saturate. False computes what the file says, node by node.
+        fused: True: as onnxruntime does by default, with integer kernels in place of dequantize, compute, quantize.
+            Their results depend on the processor, because some add products of uint8 and int8 in 16 bits, which
+            saturate. False: compute what the file defines, node by node.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -111,7 +114,7 @@ class OnnxFile:
         return joined([torch.from_numpy(value) for value in outputs])
 
     def seconds(self, inputs: Sequence[Tensor]) -> float:
-        """Of one call, without the conversion of tensors."""
+        """Return the seconds of one call, without the conversion of tensors."""
         feed = self._feed(inputs)
         began = time.perf_counter()
         self._session.run(None, feed)
@@ -122,7 +125,7 @@ class OnnxFile:
 
 
 def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Median milliseconds of a call, the files taking turns, so that a noisy moment meets them all."""
+    """Return the median milliseconds of a call; the files take turns, so that a noisy moment affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in files}
     for turn in range(55):
         for name, file in files.items():
@@ -133,7 +136,7 @@ def latency(files: Mapping[str, OnnxFile], inputs: Sequence[Tensor]) -> dict[str
 
 
 def recorded(figures: Figures) -> ExportFigures:
-    """As export.json has them: without what is not known."""
+    """Return figures as they are in export.json, without those that are not known."""
     known: ExportFigures = {"accuracy": figures.accuracy}
     if figures.agreement is not None:
         known["agreement"] = figures.agreement

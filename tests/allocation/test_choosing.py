@@ -1,4 +1,4 @@
-"""The search where bits that are narrower cost more, as latencies may."""
+"""Tests of the search where narrower bit-widths cost more, as may happen with latencies."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from tests.allocation.test_solving import WIDTHS, operation
 from tests.report.test_pages import config_of
 
 MS = {(2, 2): 1.2, (4, 4): 0.4, (8, 8): 0.8}
-"""No kernel for 2 bits, whose codes are unpacked first; 1 ms for all other pairs."""
+"""Milliseconds if there is no kernel for 2 bits, so codes are unpacked first; all other pairs take 1 ms."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def test_the_steps_that_are_told_are_those_that_are_trained(
 
 
 def probes_of(folder: Path, *overrides: str) -> tuple[Probes, list[Config]]:
-    """Of a network that is measured in no time, and the runs that it is measured by, as they are asked for."""
+    """Return probes that measure nothing, and the list of configs of the runs that they request."""
     (folder / "w.pt").touch()
     config = config_of("mode=allocate", f"weights={folder / 'w.pt'}", "budget=4", "batch_size=null", *overrides)
     data: Any = SimpleNamespace(train_steps=lambda batch_size: 390)
@@ -82,7 +82,7 @@ def test_probes_that_are_retrained_have_the_quantizer_of_that_training(tmp_path:
 
 
 def test_codes_of_wide_weights_are_not_watched(tmp_path: Path) -> None:
-    """Where all have more than oscillations.max_bits, which only the search knows."""
+    """Only the search knows whether all weights have more bits than oscillations.max_bits."""
     watched = ("retrain_steps=10", "oscillations.measure=true", "oscillations.freeze_to=0.01")
     probes, asked = probes_of(tmp_path, *watched)
     for narrowest, watching in ((4, True), (8, False)):
@@ -91,7 +91,7 @@ def test_codes_of_wide_weights_are_not_watched(tmp_path: Path) -> None:
 
 
 class Foretold:
-    """In place of measurements: what is lost is what a function says of the bits of all tensors."""
+    """Replaces measurements: a function of the bit-widths of all tensors returns the lost accuracy."""
 
     steps = 0
     reference: ClassVar[dict[str, float]] = {"top1": 50.0}
@@ -110,11 +110,11 @@ class Foretold:
 
 
 EVEN, FLAT, STEEP = (1.0, 0.05, 0.0002), (1e-6, 1e-7, 1e-9), (100.0, 10.0, 0.001)
-"""Prices at each of WIDTHS."""
+"""Prices at each of WIDTHS, for three kinds of layers."""
 
 
 def search_by(how: How, rows: Sequence[Sequence[Sequence[float]]] = ([EVEN],) * 4) -> Search:
-    """Among layers of the same size, both of whose operands have the same prices, a row a batch."""
+    """Return a search over layers of equal size; both operands of a layer have its prices, one row per batch."""
     known = Network(tuple(operation(f"l{i}", 1000, 1000, 1e6) for i in range(len(rows))), 0.0, 0.0)
     names, nothing = [operand.name for operand in known.free], torch.zeros(len(WIDTHS), dtype=torch.float64)
     priced = {name: torch.tensor(rows[int(name[1])], dtype=torch.float64) for name in names}
@@ -123,7 +123,7 @@ def search_by(how: How, rows: Sequence[Sequence[Sequence[float]]] = ([EVEN],) * 
 
 
 def timed(ms: Mapping[tuple[int, int], float], tmp_path: Path) -> Search:
-    """Of four layers by latencies; 1 ms for pairs of bits that they do not name."""
+    """Return a search over four layers by latency; pairs of bit-widths that are not given take 1 ms."""
     pairs = {f"{a}x{b}": ms.get((a, b), 1.0) for a, b in itertools.product(WIDTHS, repeat=2)}
     file = tmp_path / "latencies.json"
     file.write_text(json.dumps({f"l{i}": pairs for i in range(4)}))
@@ -137,7 +137,7 @@ def figures(search: Search) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("wide", [0.0, 0.8])
 def test_a_front_that_begins_at_nothing(wide: float, tmp_path: Path) -> None:
-    """Costs from 0 on are evenly apart: no ratio leads away from there."""
+    """Costs that begin at 0 are spaced linearly, because no ratio leads away from 0."""
     ms = dict.fromkeys(itertools.product(WIDTHS, repeat=2), 0.0) | {(8, 8): wide}
     search = timed(ms, tmp_path)
     assert search.range == (0.0, pytest.approx(4 * wide))
@@ -157,7 +157,7 @@ def test_the_front_begins_at_what_costs_least(tmp_path: Path) -> None:
 
 
 def test_the_fewest_bits_are_those_of_all_networks_on_the_way() -> None:
-    """Of which a uniform one may be cheaper than all that prices choose."""
+    """A uniform network may be cheaper than all networks that prices choose."""
     search = search_by(How(cost="mean_bits", widths=(2, 4, 4, 8)), ([STEEP], [EVEN], [FLAT], [FLAT]))
     probes: Any = Foretold(lambda bits: 0.0 if min(bits.values()) >= 4 else 9.0)
     chosen = search.least(probes)
@@ -175,10 +175,10 @@ def test_the_fewest_bits_are_those_of_all_networks_on_the_way() -> None:
 @pytest.mark.parametrize(
     ("rows", "stability"),
     [
-        # Together they choose 4 bits for both. Half of ten draws have one batch alone, which has 8 and 2 bits chosen.
+        # Together, the batches choose 4 bits for both. Half of ten draws hold only one batch, which chooses 8 and 2.
         (([EVEN, FLAT], [FLAT, EVEN]), 1.5),
         (([EVEN, EVEN], [FLAT, FLAT]), 0.0),
-        (([EVEN], [FLAT]), None),  # of one batch there is no telling
+        (([EVEN], [FLAT]), None),  # one batch does not show how stable bits are
     ],
 )
 def test_bits_are_stable_where_batches_agree(rows: Sequence[Any], stability: float | None) -> None:

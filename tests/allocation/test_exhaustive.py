@@ -1,4 +1,4 @@
-"""The choice of bits for a small trained network, beside every other choice within the same budget, measured."""
+"""The bit allocation of a small trained network, compared with the measured loss of all others within the budget."""
 
 import itertools
 
@@ -16,7 +16,7 @@ WIDTHS = (2, 3, 4, 6, 8)
 
 
 def trained() -> tuple[nn.Module, torch.Tensor]:
-    """A network of three layers, trained on handwritten digits; these."""
+    """Return a network of three layers, trained on handwritten digits, and the digits."""
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     y = torch.tensor(data.target)
@@ -39,13 +39,15 @@ def trained() -> tuple[nn.Module, torch.Tensor]:
     [("gradient", 3.0, 0.05), ("gradient", 4.0, 0), ("measured", 3.0, 0), ("measured", 4.0, 0)],
 )
 def test_next_to_no_choice_within_the_budget_is_better(kind: str, budget: float, better: float) -> None:
-    """By divergence from full precision: below that loss of so few samples the labels decide, that is chance.
+    """Choices are compared by their divergence from full precision.
+
+    Differences in the loss of so few samples would depend on their labels, that is, on chance.
 
     Args:
-        kind: of price.
-        budget: mean bits.
-        better: share of all choices that may be better than the one that was made. At 3 bits errors are too large for a
-            foretelling by gradients.
+        kind: the kind of price.
+        budget: the largest average bit-width.
+        better: the share of all choices that may be better than the one that was made. At 3 bits, errors are too large
+            to be predicted by gradients.
     """
     model, x = trained()
     quantize_model(model, first_last_bits=None, example=x[:2])
@@ -63,7 +65,7 @@ def test_next_to_no_choice_within_the_budget_is_better(kind: str, budget: float,
 
     names = [operand.name for operand in known.free]
     every = (dict(zip(names, widths, strict=True)) for widths in itertools.product(WIDTHS, repeat=len(names)))
-    least = budget - 0.7  # a choice that leaves more of its budget than that is no rival
+    least = budget - 0.7  # a choice that uses less of the budget is not compared
     rivals = [bits for bits in every if all(least < limit.measure.total(known, bits) <= budget for limit in limits)]
     losses = [loss(bits) for bits in rivals]
     assert len(losses) > 300

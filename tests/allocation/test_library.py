@@ -1,4 +1,4 @@
-"""Bits for a network of one's own."""
+"""Tests of bit allocation for your own network."""
 
 import copy
 import itertools
@@ -41,7 +41,7 @@ def test_a_budget_is_kept_and_used(batches: list[Tensor]) -> None:
     for weights in (True, False):
         assert 3.0 < mean_bits(model, weights) <= 4.0
     ends = {t.quantizer.format.bits for t in quantized_tensors(model) if t.layer in "06"}
-    assert ends == {8}  # as first_last_bits says
+    assert ends == {8}  # set by first_last_bits
 
 
 def test_the_policy_goes_on_as_any_other(batches: list[Tensor]) -> None:
@@ -58,7 +58,7 @@ def test_memory_is_a_limit_of_its_own(batches: list[Tensor]) -> None:
     small = qat.quantize(network(), qat.allocate(network(), batches, size_mb=most), example=batches[0])
     assert most - 0.0001 < size_mb(small)[0] <= most
     inputs = [t.quantizer.format.bits for t in quantized_tensors(small) if t.tensor == "input"]
-    assert inputs == [8, 8, 8, 8]  # which are not stored
+    assert inputs == [8, 8, 8, 8]  # inputs are not stored
 
 
 def test_operands_may_be_asked_to_have_the_same_bits(batches: list[Tensor]) -> None:
@@ -73,16 +73,16 @@ def test_requests_that_make_no_sense_are_refused(batches: list[Tensor]) -> None:
         qat.allocate(network(), batches)
     with pytest.raises(ValueError, match="no batch"):
         qat.allocate(network(), [], 4.0)
-    with pytest.raises(ValueError, match=r"mean bits of weights of 1 cannot be kept"):
+    with pytest.raises(ValueError, match=r"mean bits of weights cannot be at most 1: the least possible is 2"):
         qat.allocate(network(), batches, 1.0)
-    with pytest.raises(ValueError, match="rules say the bits of all tensors"):
+    with pytest.raises(ValueError, match="rules set the bit-widths of all tensors"):
         qat.allocate(network(), batches, 4.0, policy=qat.Policy.of(rules=[qat.Rule("*.*", bits=4)]))
     two = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
-    with pytest.raises(ValueError, match=r"first_last_bits \(8 by default\) of the first and the last layer, say the"):
+    with pytest.raises(ValueError, match=r"first_last_bits \(8 by default\) for the first and the last layer, set"):
         qat.allocate(two, [torch.randn(4, 3, 8, 8)], 4.0)
     free = qat.Policy.of(first_last_bits=None)
     assert set(bits_of(qat.allocate(two, [torch.randn(4, 3, 8, 8)], 4.0, policy=free))) >= {"0.weight", "2.weight"}
-    with pytest.raises(ValueError, match="latencies: has nothing of 0"):
+    with pytest.raises(ValueError, match="latencies: has no entry for 0"):
         qat.allocate(network(), batches, latency_ms=1.0)
 
 
@@ -98,7 +98,7 @@ def test_a_loss_of_ones_own_takes_targets(batches: list[Tensor]) -> None:
 
 
 class WithAuxiliary(nn.Module):
-    """A network with a head that works in training alone."""
+    """A network with a head that is used only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +127,17 @@ def test_what_works_in_training_alone_costs_inference_nothing() -> None:
     full = qat.quantize(WithAuxiliary(), qat.Policy.of(keep=["head"]), example=x)
     (least,) = COSTS["traffic_mb"](known_of(full))
     bits = {t.name: 8 for t in quantized_tensors(full)}
-    layers = {"0": (216, 300), "2": (576, 512), "4": (288, 288), "6": (320, 64)}  # weights, and inputs of a sample
+    layers = {
+        "0": (216, 300),
+        "2": (576, 512),
+        "4": (288, 288),
+        "6": (320, 64),
+    }  # elements of the weight, and of the input of one sample
     elements = sum(map(sum, layers.values()))
     assert least.total(known_of(full), bits) == pytest.approx((8 * elements + 32 * (25 + 5)) / 8e6)
     names = [f"body.{name}" for name in layers]
     table = {name: dict.fromkeys(itertools.product((2, 8), repeat=2), 1.0) for name in names}
-    with pytest.raises(ValueError, match="latencies: has nothing of head"):
+    with pytest.raises(ValueError, match="latencies: has no entry for head"):
         latency_ms(known_of(full), table)
     (ms,) = latency_ms(known_of(full), {**table, "head": {(32, 32): 0.25}})
     assert ms.total(known_of(full), bits) == 4.25
@@ -143,7 +148,7 @@ def known_of(model: nn.Module) -> Network:
 
 
 class Experts(nn.Module):
-    """Of which each input asks one."""
+    """Each input uses one of the experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +162,7 @@ class Experts(nn.Module):
 @pytest.mark.filterwarnings("ignore:e.\\* is not called")
 def test_what_the_example_does_not_come_by_is_no_choice() -> None:
     batches = [torch.cat([torch.full((4, 1), float(i)), torch.randn(4, 5)], 1) for i in range(3)]
-    with pytest.raises(ValueError, match=r"e.1.weight, e.1.input, e.2.weight, e.2.input: no sample of the example"):
+    with pytest.raises(ValueError, match=r"e.1.weight, e.1.input, e.2.weight, e.2.input: not reached by the example"):
         qat.allocate(Experts(), batches, 8.0, policy=FREE)
     said = qat.Policy.of(first_last_bits=None, rules=[qat.Rule("e.[12]", bits=8)])
     found = bits_of(qat.allocate(Experts(), batches, 8.0, policy=said))
@@ -167,7 +172,7 @@ def test_what_the_example_does_not_come_by_is_no_choice() -> None:
 
 
 def test_an_embedding_that_is_quantized_has_a_choice() -> None:
-    """It is stored, and looked up, but not multiplied."""
+    """It is stored and looked up, but not multiplied."""
 
     def embedding() -> nn.Module:
         torch.manual_seed(0)
@@ -245,7 +250,7 @@ def test_what_layers_share_is_stored_once() -> None:
 def test_bits_of_what_layers_share_are_no_choice() -> None:
     inputs = [torch.randn(2, 3, 8)]
     policy = qat.Policy.of(first_last_bits=None)
-    with pytest.raises(ValueError, match=r"one.weight, other.weight: stored for other layers as well"):
+    with pytest.raises(ValueError, match=r"one.weight, other.weight: shared with other layers"):
         qat.allocate(Tied(embedding=False), inputs, 4.0, policy=policy)
     rules = [qat.Rule("one.weight", bits=8), qat.Rule("other.weight", bits=8)]
     policy = qat.Policy.of(first_last_bits=None, rules=rules)

@@ -1,4 +1,4 @@
-"""Prices of bits, against the same written down by hand."""
+"""Tests of prices against the same computations written by hand."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ DISTRIBUTIONS = of_distributions(lambda model, batch: model(batch[0]))
 
 
 class Residual(nn.Module):
-    """x + W2 relu(W1 x), and a head: the input of W1 is needed beside it as well."""
+    """x + W2 relu(W1 x), and a head: the input of W1 is also used elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def errors(x: Tensor, width: int, signed: bool, dim: int | None) -> Tensor:
 
 
 def by_hand(model: nn.Module, batch: Batch, width: int) -> dict[str, Tensor]:
-    """Of three tensors the price by gradients, each gradient from a graph that is cut at the tensor."""
+    """Return the price by gradients of three tensors; each gradient comes from a graph that is cut at the tensor."""
     x, targets = batch
     first, second = model.get_submodule("one"), model.get_submodule("two")
     weight, one_bias = (p.detach().clone().requires_grad_() for p in (first.weight, first.bias))
@@ -86,7 +86,7 @@ def test_the_price_by_gradients_is_half_the_fisher_information_times_squared_err
 
 @pytest.mark.filterwarnings("ignore:0 is called 3 times per pass")
 def test_a_weight_that_is_multiplied_by_several_times_has_one_error(batches: list[Batch]) -> None:
-    """Whose gradient is that of all calls together."""
+    """Its gradient is that of all calls together."""
     layer, head = nn.Linear(6, 6), nn.Linear(6, 3)
     model = nn.Sequential(layer, layer, nn.ReLU(), layer, head)
     x, targets = batches[0]
@@ -133,7 +133,7 @@ def test_measured_prices_are_rises_of_the_loss_with_one_tensor_quantized(
 
 
 def test_by_gradients_foretells_the_measured_divergence() -> None:
-    """Of softmax regression, where the Hessian of the divergence is the Fisher information."""
+    """In softmax regression, the Hessian of the divergence is the Fisher information."""
     model, x = nn.Sequential(nn.Linear(20, 5)), torch.randn(20_000, 20)
     quantize_model(model, first_last_bits=None, example=x)
     foretold, measured = (
@@ -154,7 +154,7 @@ def test_distributions_may_lie_along_any_dimension(shape: tuple[int, ...], dim: 
     out, count = of_distributions(lambda model, batch: logits, dim).loss(logits, None)
     assert count == logits.numel() // 4
     sure = torch.full(shape, -50.0)
-    sure.select(dim, 2).fill_(50.0)  # then the labels that are drawn are the likeliest
+    sure.select(dim, 2).fill_(50.0)  # so the likeliest labels are drawn
     assert of_distributions(lambda model, batch: sure, dim).loss(sure, None)[0] == 0 and out > 0
 
 
@@ -181,7 +181,7 @@ def test_any_format_range_and_method_has_prices(batches: list[Batch], how: dict[
     quantizer = next(t.quantizer for t in quantized_tensors(model) if t.name == "one.input")
     ratio = price(model, batches[:1], CROSS_ENTROPY, WIDTHS, "noise").batches["one.input"][0, 1]
     x = batches[0][0]
-    e = quantizer.quantized(x, quantizer.scalars_of(x)) - x  # with the bits that it has anyway
+    e = quantizer.quantized(x, quantizer.scalars_of(x)) - x  # at the bit-width that it has in any case
     assert quantizer.format.bits == WIDTHS[1]
     assert float(ratio) == pytest.approx(float(e.square().sum() / x.square().sum()), rel=1e-5)
 

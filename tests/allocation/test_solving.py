@@ -1,4 +1,4 @@
-"""The best widths under limits, against all widths tried one by one."""
+"""Tests of the best bit-widths under limits, compared with trying all bit-widths one by one."""
 
 import itertools
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_no_other_choice_of_widths_is_better(
 
 
 def falling(network: Network) -> dict[str, dict[int, float]]:
-    """Prices that fall with bits, as noise does."""
+    """Return prices that decrease with the bit-width, as noise does."""
     return {operand.name: {w: (i + 1) * 4.0**-w for w in WIDTHS} for i, operand in enumerate(network.free)}
 
 
@@ -115,7 +115,7 @@ def test_a_uniform_network_keeps_a_budget_of_its_bits() -> None:
 
 
 def test_limits_are_kept_more_closely_than_the_solver_does() -> None:
-    """Here what is better by its tolerance exceeds 4 bits by 7e-7."""
+    """In this problem, the choice that is better within the solver's tolerance exceeds 4 bits by 7e-7."""
     draw, widths = np.random.default_rng(5), tuple(range(2, 9))
     sizes = [draw.integers(1, 2_000_000 if i == 0 else 2000, 2).tolist() for i in range(40)]
     network = Network(tuple(operation(str(i), *two, 1e6, widths) for i, two in enumerate(sizes)), 0.0, 0.0)
@@ -123,12 +123,12 @@ def test_limits_are_kept_more_closely_than_the_solver_does() -> None:
     limits = [Limit(m, 4.0) for m in COSTS["mean_bits"](network)]
     found = allocate_bits(network, prices, limits)
     assert all(limit.kept(network, found.bits) for limit in limits)
-    assert 0.0464 < found.rise < 0.0465  # no worse than the best but for that
+    assert 0.0464 < found.rise < 0.0465  # the best choice that satisfies the limits exactly
 
 
 def test_a_limit_below_the_narrowest_is_refused() -> None:
     limits = [Limit(m, 1.5) for m in COSTS["mean_bits"](NETWORK)]
-    with pytest.raises(InfeasibleError, match=r"mean bits of weights of 1\.5 cannot be kept: .* come to 2"):
+    with pytest.raises(InfeasibleError, match=r"mean bits of weights cannot be at most 1\.5: the least possible is 2"):
         allocate_bits(NETWORK, falling(NETWORK), limits)
 
 
@@ -136,7 +136,7 @@ def test_a_limit_below_the_narrowest_is_refused() -> None:
 def test_what_is_told_of_the_narrowest_can_be_kept(stored: float) -> None:
     network = Network((operation("a", 0, 50, 1e9),), stored, 0.0)
     (measure,) = COSTS["size_mb"](network)
-    with pytest.raises(InfeasibleError, match="come to") as refused:
+    with pytest.raises(InfeasibleError, match="least possible") as refused:
         allocate_bits(network, falling(network), [Limit(measure, 0.001)])
     told = float(str(refused.value).rpartition(" ")[2])
     allocate_bits(network, falling(network), [Limit(measure, told)])
@@ -154,7 +154,7 @@ def test_a_choice_that_is_not_proven_is_told(monkeypatch: pytest.MonkeyPatch, ca
     milp = scipy.optimize.milp
     monkeypatch.setattr(scipy.optimize, "milp", stopped)
     allocate_bits(NETWORK, falling(NETWORK), limits)
-    assert "bits may not be the best: not proven to be in 60 s (Time limit reached.)" in caplog.text
+    assert "the bit-widths may not be the best: not proven within 60 s (Time limit reached.)" in caplog.text
 
 
 def test_limits_that_cannot_be_kept_together_are_refused() -> None:
@@ -174,12 +174,12 @@ def test_latencies_are_added_up_and_must_be_whole() -> None:
     assert measure.total(NETWORK, bits) == 9.5
     with pytest.raises(ValueError, match="c lacks 2x2 bits"):
         latency_ms(NETWORK, {**table, "c": {(8, 8): 1.0}})
-    with pytest.raises(ValueError, match="has nothing of c"):
+    with pytest.raises(ValueError, match="has no entry for c"):
         latency_ms(NETWORK, {"a": table["a"], "b": table["b"]})
 
 
 def exact(operands: list[Operand], prices: dict[str, dict[int, float]], mean: float) -> float:
-    """The least total price of tensors of one kind within mean bits, by dynamic programming over bits spent."""
+    """Return the least total price of tensors within an average bit-width, by dynamic programming over bits spent."""
     room = int(mean * sum(o.elements for o in operands) + 1e-6)
     best = np.full(room + 1, np.inf)
     best[0] = 0
@@ -195,7 +195,7 @@ def exact(operands: list[Operand], prices: dict[str, dict[int, float]], mean: fl
 @pytest.mark.parametrize("sensitive", [1.0, 1e3, 1e6])
 @pytest.mark.parametrize("mean", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_one_sensitive_tensor_hides_no_other(sensitive: float, mean: int) -> None:
-    """The solver's tolerances are those of the largest price."""
+    """The solver's tolerances are relative to the largest price."""
     draw, widths = np.random.default_rng(0), tuple(range(2, 17))
     sizes = draw.integers(10, 200, (8, 2))
     network = Network(tuple(operation(str(i), int(a), int(b), 1, widths) for i, (a, b) in enumerate(sizes)), 0, 0)
@@ -209,7 +209,7 @@ def test_one_sensitive_tensor_hides_no_other(sensitive: float, mean: int) -> Non
 def test_what_has_no_price_is_named() -> None:
     prices = falling(NETWORK)
     del prices["c.input"]
-    with pytest.raises(ValueError, match=r"c\.input: without a price, since no batch came by there, or no gradient"):
+    with pytest.raises(ValueError, match=r"c\.input: without a price, because no batch or no gradient reaches it"):
         allocate_bits(NETWORK, prices, [])
 
 

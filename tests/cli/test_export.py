@@ -73,7 +73,7 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     means = [result[key] for key in ("mean_weight_bits", "mean_activation_bits")]
     assert means == [summary[key] for key in ("mean_weight_bits", "mean_activation_bits")] and means[0] > 4
     text = capsys.readouterr().out
-    assert "resnet8, 4/4 bits" in text and "same predictions %" in text and "ms a sample" in text
+    assert "resnet8, 4/4 bits" in text and "same predictions %" in text and "ms per sample" in text
 
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
     (logits,) = session.run(None, {"pictures": np.zeros((5, 3, 8, 8), np.float32)})
@@ -98,7 +98,7 @@ def test_only_an_export_is_replaced(export: Export, tmp_path: Path, capsys: pyte
     (tmp_path / "out/notes.txt").unlink()
     (tmp_path / "out/export.json").unlink()
     assert export("dynamic", *only) == 2
-    assert "holds something else than an export" in capsys.readouterr().err
+    assert "out: is not an export, so it is not replaced" in capsys.readouterr().err
     assert (tmp_path / "out/model.safetensors").exists()
 
 
@@ -112,7 +112,7 @@ def test_scalars_frozen_in_training_are_kept(
         summary = json.loads(Path(run, "summary.json").read_text())
         assert result["figures"]["static"]["accuracy"] == summary["top1"]  # nothing is lost
         assert export(run, "--scalars", "running") == 2
-        assert "have constant scalars already" in capsys.readouterr().err
+        assert "already have constant scalars" in capsys.readouterr().err
     assert export("frozen", "--formats", "safetensors", "--checkpoint", "previous") == 0  # from before
     assert json.loads((tmp_path / "out/export.json").read_text())["scalars"] == "averaged"
     assert export("frozen", "--formats", "safetensors") == 0
@@ -141,8 +141,8 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
         (["dynamic", "--checkpoint", "previous"], "checkpoints/previous.pt"),
         (["full"], "full: is a run in full precision, which has no integers"),
         (["dynamic", "--batches", "0"], "--batches 0: must be 1 or more"),
-        (["dynamic", "--out", "static"], "static: holds something else than an export, so it is left alone"),
-        (["dynamic", "--out", "full/summary.json"], "summary.json: holds something else than an export"),
+        (["dynamic", "--out", "static"], "static: is not an export, so it is not replaced"),
+        (["dynamic", "--out", "full/summary.json"], "summary.json: is not an export, so it is not replaced"),
     ],
 )
 def test_invalid_commands_are_rejected(
@@ -243,7 +243,7 @@ def test_onnx_without_its_packages(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
     assert export("dynamic", "--formats", "onnx") == 2
-    assert "pip install 'qat_runner[export]'; --formats torch safetensors does without" in capsys.readouterr().err
+    assert "pip install 'qat_runner[export]'; --formats torch safetensors does not need it" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Networks of integers against the quantized networks that they come from."""
+"""Tests of networks of integers against the quantized networks that they are made from."""
 
 import copy
 import errno
@@ -49,7 +49,7 @@ from tests.quant.oracles import same_but_for_ties
 
 
 class Small(nn.Module):
-    """Convolutions with BatchNorm behind, one of them depthwise with ReLU6; one whose output goes two ways; a head."""
+    """Convolutions followed by BatchNorm, one of them depthwise with ReLU6, one whose output is used twice; a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Small(nn.Module):
 
 
 def frozen(bits: int = 4, negative: bool = False, **options: Any) -> tuple[nn.Module, Tensor]:
-    """A trained network, frozen, in eval mode, and a batch for it."""
+    """Return a frozen network in eval mode, after some passes in training mode, and a batch for it."""
     torch.manual_seed(0)
     model, data = Small(), [torch.randn(4, 3, 10, 10) for _ in range(3)]
     for norm in (model.norm_a, model.norm_b, model.norm_c):
@@ -136,7 +136,7 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
     assert (unsigned.lowest, unsigned.highest) == (0, 2**bits - 1)
     assert integers.b.input_grid(torch.tensor([-1.0, 2.5, 99.0])).tolist() == pytest.approx([0, 2.5, 2.5])
 
-    assert fold_batchnorm(integers, x) == []  # every code has a counterpart of the other sign
+    assert fold_batchnorm(integers, x) == []  # every code has a counterpart of the opposite sign
     expected = integers(x)
     write_safetensors(integers, tmp_path / "m.safetensors", {})
     state = read_safetensors(tmp_path / "m.safetensors")
@@ -144,7 +144,7 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
     about = json.loads((tmp_path / "m.json").read_text())["layers"]["b"]
     assert about["weight"]["bits"] == bits + 1 and about["input"]["highest"] == 2**bits - 1
 
-    far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the pictures
+    far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the images
     write_onnx(integers, Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
     found = OnnxFile(tmp_path / "m.onnx", fused=False)([far])
     same_but_for_ties(found, integers(far))
@@ -195,12 +195,16 @@ def test_folding_keeps_integers_and_results(negative: bool) -> None:
     before, codes = integers(x), {name: weight.codes.clone() for name, weight in weights.items()}
     assert fold_batchnorm(integers, x) == []
     kinds = [type(m) for m in (integers.norm_a, integers.norm_b, integers.norm_c)]
-    assert kinds == [nn.Identity, nn.Identity, nn.BatchNorm2d]  # the last convolution's output goes elsewhere, too
+    assert kinds == [
+        nn.Identity,
+        nn.Identity,
+        nn.BatchNorm2d,
+    ]  # the output of the last convolution is also used elsewhere
     for name, weight in weights.items():
         rows = signs[name].reshape(-1, 1, 1, 1)
         turned = torch.where(rows < 0, -codes[name].clamp(min=-127), codes[name])
         assert torch.equal(weight.codes, turned)
-    same_but_for_ties(integers(x), before, 0.2)  # nine codes have no counterpart
+    same_but_for_ties(integers(x), before, 0.2)  # nine codes have no counterpart of the opposite sign
 
 
 def test_a_code_without_a_counterpart_keeps_its_batchnorm() -> None:
@@ -247,12 +251,12 @@ def test_signed_activations_in_every_range(bits: int, sign: int, range: str, tmp
     quantize_model(model, bits, "max", range=range, first_last_bits=None, example=x)
     integers = to_integers(freeze(model, "averaged", [x]))
     assert bool(integers[0].input_grid.scale < 0) == (range == "oriented" and sign > 0)
-    expected = integers(2 * x)  # some of it is clipped on either side
+    expected = integers(2 * x)  # some values are clipped on either side
     signature = Signature((x,), ["x"], ["y"])
     write_program(integers, signature, tmp_path / "m.pt2")
     assert torch.equal(read_program(tmp_path / "m.pt2")(2 * x)[0], expected)
     write_onnx(integers, signature, tmp_path / "m.onnx")
-    for fused in (False, True) if bits < 8 else (False,):  # whose fused kernels saturate on some processors
+    for fused in (False, True) if bits < 8 else (False,):  # fused kernels of 8 bits saturate on some processors
         found = OnnxFile(tmp_path / "m.onnx", fused=fused)([2 * x])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -300,7 +304,7 @@ def test_the_three_files(bits: int, options: dict[str, str], tmp_path: Path) -> 
 
 
 class Largest(nn.Module):
-    """A layer whose input and weights are all at their highest code: sums of two products need 16 bits and more."""
+    """A layer whose inputs and weights all have their highest code: sums of two products need 16 bits and more."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -313,11 +317,11 @@ class Largest(nn.Module):
 
 
 def largest_sums(bits: int, path: Path) -> Tensor:
-    """Writes the network at 8-bit activations and weights of `bits`; returns what it gives for ones."""
+    """Write the network with 8-bit activations and weights of `bits`; return its output for ones."""
     x = torch.ones(2, 64)
     model = quantize_model(Largest(bits), 8, "max", weight_bits=bits, first_last_bits=None, example=x)
     with torch.no_grad():
-        model.linear.weight[0, 0] = -1.0  # what the lowest code stands for
+        model.linear.weight[0, 0] = -1.0  # the value of the lowest code
     integers = to_integers(freeze(model, "averaged", [x]))
     write_onnx(integers, Signature((x,), ["x"], ["y"]), path)
     return integers(x)
@@ -333,7 +337,7 @@ def test_the_largest_sums_by_the_definition_of_the_file(bits: int, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="no emulator of other processors here")
 def test_fused_kernels_without_vnni_saturate_where_seven_bits_do_not(tmp_path: Path) -> None:
-    """Why a file is judged by its definition: on a processor with AVX2 and nothing later, emulated."""
+    """A file is judged by its definition because of such processors: AVX2 and nothing later, emulated here."""
     script = textwrap.dedent(
         """
         import sys, numpy, onnxruntime
@@ -365,7 +369,9 @@ def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
     types = {
         t.name.removeprefix("network."): onnx.TensorProto.DataType.Name(t.data_type) for t in content.graph.initializer
     }
-    assert types["a.integer_weight.codes"] == types["head.integer_weight.codes"] == "INT8"  # the two ends
+    assert (
+        types["a.integer_weight.codes"] == types["head.integer_weight.codes"] == "INT8"
+    )  # the first and the last layer
     assert types["b.integer_weight.codes"] == types["c.integer_weight.codes"] == "INT4"
     assert {types["zero_point_uint4"], types["zero_point_int8"]} == {"UINT4", "INT8"}
     nodes = [node.op_type for node in content.graph.node]
@@ -374,7 +380,7 @@ def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
 
 
 class Returning(nn.Module):
-    """What goes into BatchNorm is also an output."""
+    """A network that also returns the input of its BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -414,7 +420,7 @@ def test_batchnorm_is_not_folded_into_what_a_dataclass_returns(tmp_path: Path) -
 
 
 class TwoNames(nn.Module):
-    """Its layers have a name each, and another one in the order of their calls."""
+    """A network whose layers have two names: their own one, and one by their position in a sequence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -504,7 +510,7 @@ def test_a_network_of_another_dtype_is_written_in_float32(tmp_path: Path) -> Non
 
 
 class Unused(nn.Module):
-    """With a layer that is called, and whose output goes nowhere."""
+    """A network with a layer that is called, but whose output is not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -573,18 +579,20 @@ def test_a_file_that_disagrees_is_refused() -> None:
     ):
         require("model.onnx", Figures(90.0, 94.0, 3.0), network, top1)
     assert agrees(figures_of({"accuracy": 90.0, "agreement": 100.0, "largest_difference": 1.0}), network, top1)
-    for null in ("accuracy", "largest_difference"):  # as what is not finite is written
+    for null in ("accuracy", "largest_difference"):  # null stands for a number that is not finite
         record = {"accuracy": 90.0, "agreement": 100.0, "largest_difference": 1.0, null: None}
         assert not agrees(figures_of(record), network, top1)
     for broken in (Figures(math.nan, 100.0), Figures(90.0, 100.0, math.inf)):
         with pytest.raises(RunError, match=r"model\.onnx disagrees with the network"):
             require("model.onnx", broken, network, top1)
-    with pytest.raises(RunError, match=r"top1 89\.00 % beside 90\.00 %"):
+    with pytest.raises(
+        RunError, match=r"top1 89\.00 % instead of 90\.00 % \(at most 0\.5 percentage points lower allowed\)"
+    ):
         require("model.onnx", Figures(89.0, 99.0, 3.0), network, top1)
     perplexity = Measure("perplexity", "", lower_is_better=True)
     for value in (80.0, 90.4):
         require("model.onnx", Figures(value, 99.0, 3.0), network, perplexity)
-    with pytest.raises(RunError, match=r"perplexity 90\.50 beside 90\.00 \(at most 0\.5 % worse\)"):
+    with pytest.raises(RunError, match=r"perplexity 90\.50 instead of 90\.00 \(at most 0\.5 % worse allowed\)"):
         require("model.onnx", Figures(90.5, 99.0, 3.0), network, perplexity)
 
 
@@ -623,7 +631,7 @@ def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
     expected = model(x)
     integers = qat.export(model, tmp_path / name, x)
     same_but_for_ties(integers(x), expected)  # BatchNorm is folded
-    assert torch.equal(model(x), expected)  # which is as it was
+    assert torch.equal(model(x), expected)  # the model is unchanged
     if name.endswith("pt2"):
         (found,) = read_program(tmp_path / name)(x[:3])
         torch.testing.assert_close(found, integers(x[:3]))
@@ -646,7 +654,7 @@ def test_a_pruned_layer_is_written_as_it_is_used(tmp_path: Path) -> None:
 
 
 class Answering(nn.Module):
-    """Returns what it is told to."""
+    """A network that returns what the function `answer` makes of its output."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__()
@@ -677,14 +685,16 @@ def test_names_of_what_a_network_returns(answer: Any, names: list[str], tmp_path
     expected = [expected] if isinstance(expected, Tensor) else expected
     wanted = [expected[n] for n in names] if isinstance(expected, dict) else list(expected)
     assert len(found) == len(names) and all(map(torch.allclose, found, wanted))
-    with pytest.raises(ValueError, match=r"the network returns a \w+ with tensors .*, which outputs=\['a', 'b', 'c'\]"):
+    with pytest.raises(
+        ValueError, match=r"the network returns a \w+ with tensors .*, so outputs=\['a', 'b', 'c'\] does"
+    ):
         qat.export(model, tmp_path / "net.pt2", x, outputs=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.pt2", "net.safetensors"])
 def test_where_nothing_can_be_written(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = frozen(8)
-    never: Any = "is looked at"  # before the folder is
+    never: Any = "is looked at"  # the folder is checked before
     (tmp_path / "a_file").touch()
     (tmp_path / name).mkdir()
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*/no_folder'"):
@@ -694,7 +704,7 @@ def test_where_nothing_can_be_written(name: str, tmp_path: Path, monkeypatch: py
     with pytest.raises(IsADirectoryError, match=name):
         qat.export(model, tmp_path / name, never)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: False)  # which is never so for root
+        patch.setattr(os, "access", lambda path, mode: False)  # for root, it would always return True
         with pytest.raises(PermissionError, match="Permission denied"):
             qat.export(model, tmp_path / f"other_{name}", never)
     (tmp_path / name).rmdir()
@@ -718,7 +728,7 @@ def test_more_than_onnx_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model, x = frozen(8)
     too_much = lambda model: SimpleNamespace(SerializeToString=lambda: bytes(-1))  # noqa: E731
     monkeypatch.setattr(ir, "to_proto", too_much)
-    with pytest.raises(RunError, match=r"net\.onnx: cannot be written \(2 GiB are the most"):
+    with pytest.raises(RunError, match=r"net\.onnx: cannot be written \(an ONNX file holds at most 2 GiB\)"):
         qat.export(model, tmp_path / "net.onnx", x)
     assert not list(tmp_path.iterdir())
 
@@ -728,7 +738,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"net\.tflite: must end in one of \.onnx, \.pt2, \.safetensors"):
         qat.export(model, tmp_path / "net.tflite", x)
     dynamic = quantize_model(nn.Sequential(nn.Linear(4, 3)), 4, example=torch.randn(2, 4))
-    with pytest.raises(ValueError, match=r"0\.input has dynamic clipping scalars: freeze"):
+    with pytest.raises(ValueError, match=r"0\.input has dynamic clipping scalars: call freeze"):
         qat.export(dynamic, tmp_path / "net.pt2", torch.randn(2, 4))
     with pytest.raises(ValueError, match="nothing is quantized"):
         qat.export(nn.Linear(4, 3), tmp_path / "net.pt2", torch.randn(2, 4))

@@ -1,4 +1,4 @@
-"""Networks of one's own, such as nobody at home would write, in files."""
+"""Tests of exporting users' own networks, among them unusual ones."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def quantized(model: nn.Module, example: Tensor | tuple[Tensor, ...]) -> nn.Modu
 
 
 class Fixed(nn.Module):
-    """Asks for a number of samples, which exporters have none of."""
+    """A network that needs the number of samples as an integer, which exporters do not have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_a_file_without_integers_is_refused(
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_a_convolution_of_one_sample(dims: int, tmp_path: Path) -> None:
-    """Its bias, which ONNX adds by itself at 4 bits, is of the first dimension then."""
+    """Its bias, which ONNX adds in a separate node at 4 bits, then belongs to the first dimension."""
 
     class Alone(nn.Module):
         def __init__(self) -> None:

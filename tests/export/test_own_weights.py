@@ -1,4 +1,4 @@
-"""Experts, and other weights that a module has itself, as integers."""
+"""Tests of experts, and of other weights that a module owns itself, as integers."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def test_integers_compute_what_the_quantizers_did(name: str, options: dict[str, 
 
 
 class Routed(nn.Module):
-    """Each token to the expert that it likes best."""
+    """A network that sends each token to the expert with the largest router output."""
 
     def __init__(self) -> None:
         super().__init__()

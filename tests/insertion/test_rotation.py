@@ -86,7 +86,7 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
     save(model.eval(), tmp_path / "model.pt")
     again = load(tmp_path / "model.pt", network()).eval()
     assert torch.equal(again(x), model(x))
-    with pytest.raises(ValueError, match="0 is rotated, which integers in a file are not"):
+    with pytest.raises(ValueError, match="0 is rotated, which files of integers do not support"):
         to_integers(freeze(again))
 
 

@@ -1,4 +1,4 @@
-"""What an installed package adds is there by name, from its entry points, in a process that has never heard of it."""
+"""Tests that a process finds what an installed package registers by its entry points, without importing it first."""
 
 import json
 import os
@@ -50,7 +50,7 @@ my_package = my_package.configs
 
 
 def installed(place: Path, entry_points: str) -> dict[str, str]:
-    """The environment of a process in which my_package is installed."""
+    """Return the environment of a process in which my_package is installed."""
     metadata = place / "my_package-1.0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
@@ -107,12 +107,12 @@ BROKEN = {
     "tasks": ("dataset.task=broken", "task 'broken': my_package.nowhere:X cannot be imported"),
     "trackers": ("trackers=[broken]", "tracker 'broken': my_package.nowhere:X cannot be imported"),
 }
-"""Group of entry points -> what asks for one of them, and what is told of one that cannot be imported."""
+"""Group of entry points -> the override that requests one of them, and the error if it cannot be imported."""
 
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An entry point of each group that leads nowhere, in this process."""
+    """Install an entry point of each group that cannot be imported, in this process."""
     points = "".join(f"[qat_runner.{group}]\nbroken = my_package.nowhere:X\n" for group in BROKEN)
     installed(tmp_path / "site", points)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))

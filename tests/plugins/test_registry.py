@@ -44,7 +44,7 @@ def test_what_is_installed_is_imported_when_it_is_wanted(tmp_path: Path, monkeyp
 
 
 def test_what_is_found_by_another_class_is_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`importlib_metadata`, which trackers import, makes its own objects of what `importlib.metadata` finds."""
+    """`importlib_metadata`, which trackers import, returns objects of its own classes for the same entry points."""
     foreign = SimpleNamespace(name="theirs", value="math:tau", group="things")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [foreign])
     plugins._on_path.cache_clear()

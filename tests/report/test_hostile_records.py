@@ -560,7 +560,10 @@ def test_the_bits_of_an_export(tmp_path: Path) -> None:
     chosen = {key: value for key, value in EXPORTED.items() if key not in ("weight_bits", "activation_bits")}
     for content, told in (
         (EXPORTED | means, "resnet20, 4/4 bits (weights/activations), octav"),
-        (chosen | means, "resnet20, 3.50/4.25 bits (mean of weights/activations, over all that is quantized), octav"),
+        (
+            chosen | means,
+            "resnet20, 3.50/4.25 bits (average of weights/activations, over all quantized tensors), octav",
+        ),
     ):
         (tmp_path / "export.json").write_text(json.dumps(content))
         result = records.EXPORT.read(tmp_path)

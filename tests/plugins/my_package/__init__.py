@@ -1,1 +1,1 @@
-"""A package as somebody else would write it: one of each thing that qat_runner can be given, a file each."""
+"""A third-party package with one example of everything that can be added to qat_runner, one file each."""

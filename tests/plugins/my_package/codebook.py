@@ -13,9 +13,9 @@ from qat_runner.quant.tensors import compute_dtype
 
 @dataclass(frozen=True)
 class Codebook(Format):
-    """Levels are dense near zero, where most values of a trained tensor lie; zero and both ends are among them.
+    """A format whose levels are dense near zero, where most values of a trained tensor lie.
 
-    Unsigned, half of a normal distribution.
+    Zero and both ends are among the levels. If unsigned, they are quantiles of half a normal distribution.
     """
 
     @property
@@ -24,7 +24,7 @@ class Codebook(Format):
 
     @property
     def rounding_noise(self) -> float:
-        """Of values of the distribution that the levels are quantiles of: as many in each gap, spread evenly there."""
+        """For values of the distribution whose quantiles the levels are: equally many in each gap, spread evenly."""
         gaps = [b - a for a, b in zip(self.levels, self.levels[1:], strict=False)]
         return sum(gap**2 for gap in gaps) / 12 / len(gaps)
 
@@ -47,7 +47,7 @@ def _levels(bits: int, signed: bool) -> tuple[float, ...]:
     normal, tail = NormalDist(), 1 / (2 * count)
     if not signed:
         raw = [normal.inv_cdf(0.5 + (0.5 - tail) * i / (count - 1)) for i in range(count)]
-    else:  # zero once: one level fewer on the left
+    else:  # zero counts once, so there is one level fewer on the left
         left, right = count // 2 - 1, count // 2
         raw = [-normal.inv_cdf(0.5 + (0.5 - tail) * i / left) for i in range(left, 0, -1)]
         raw += [normal.inv_cdf(0.5 + (0.5 - tail) * i / right) for i in range(right + 1)]

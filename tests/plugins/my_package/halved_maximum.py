@@ -1,4 +1,4 @@
-"""A clipping method, with an option."""
+"""A clipping method with an option."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from qat_runner.quant import Call, ClippingMethod, Format, maximum
 
 @dataclass(frozen=True)
 class HalvedMaximum(ClippingMethod):
-    """A share of the largest magnitude."""
+    """The clipping scalar is a share of the largest magnitude."""
 
     name: ClassVar[str] = "halved_maximum"
 

@@ -1,4 +1,4 @@
-"""A gradient estimator, with an option."""
+"""A gradient estimator with an option."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,7 +10,7 @@ from qat_runner.quant import Estimator, Format
 
 @dataclass(frozen=True)
 class Leaky(Estimator):
-    """1 inside the clipping interval, less outside."""
+    """The derivative is 1 within the clipping bounds, and less outside."""
 
     name: ClassVar[str] = "leaky"
 

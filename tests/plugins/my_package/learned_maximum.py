@@ -1,4 +1,4 @@
-"""A learned method: it starts from the largest magnitude, and PACT's gradient moves it."""
+"""A learned clipping method, which starts from the largest magnitude and is trained with PACT's gradient."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +11,7 @@ from qat_runner.quant import Call, Format, LearnedMethod, maximum
 
 @dataclass(frozen=True)
 class LearnedMaximum(LearnedMethod):
-    """Its parameter is the clipping scalar itself."""
+    """The learned parameter is the clipping scalar itself."""
 
     name: ClassVar[str] = "learned_maximum"
 

@@ -1,4 +1,4 @@
-"""A tracker: a line an epoch, in a file."""
+"""A tracker that writes one line per epoch to a file."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""A task that the runner does not have: how large a number is, from a picture of it; and its data set."""
+"""A task that qat_runner does not have, predicting a number from an image of it, and its data set."""
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from qat_runner.tasks import Task, Totals
 
 
 class Regression(Task[ImageData]):
-    """Pictures [N, 3, H, W] in, a number [N, 1] out; judged by the share of numbers that are right when rounded."""
+    """Predicts a number [N, 1] from images [N, 3, H, W]; the metric is the share of numbers right after rounding."""
 
     name = "regression"
     facts = TaskFacts("rounded", ("scratch", "retrain"), PICTURE_KEYS, 5, 64, first_last_bits=8)
@@ -45,4 +45,4 @@ class Regression(Task[ImageData]):
 
 NUMBERS = Dataset("regression", DATASETS["digits"].read)
 TASK = Regression()
-"""What an entry point names."""
+"""The object that the entry point refers to."""

@@ -1,4 +1,4 @@
-"""A model: two convolutions and a linear layer."""
+"""A model with two convolutions and a linear layer."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""A data set of a task that is known: pictures of stripes, across or along."""
+"""A data set for a built-in task: images of horizontal or vertical stripes."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ Array = NDArray[Any]
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
-    """Nothing is read: they are drawn."""
+    """Generate the images; nothing is read."""
 
     def split(seed: int, count: int) -> tuple[Array, Array]:
         generator = torch.Generator().manual_seed(seed)
