@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat_runner.allocation import allocate
-    from qat_runner.exporting.network import export
+    from qat_runner.exporting.model_export import export
     from qat_runner.insertion import (
         Policy,
         Rule,
@@ -54,7 +54,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "allocate": "allocation.allocate",
-    "export": "exporting.network.export",
+    "export": "exporting.model_export.export",
     "fake_quantize": "quant.fake_quantize",
     "octav": "quant.octav",
     "quantize": "insertion.quantize_model",

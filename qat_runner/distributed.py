@@ -26,14 +26,16 @@ BUCKET = 25 << 20
 
 @contextmanager
 def group(timeout: float) -> Iterator[None]:
-    """A context like `meeting` for processes that were launched together. It has no effect for a single process, or
-    inside another such context."""
-    with nullcontext() if not launched() or dist.is_initialized() else meeting(timeout):
+    """A context like `process_group` for processes that were launched together.
+
+    It has no effect for a single process, or inside another such context.
+    """
+    with nullcontext() if not launched() or dist.is_initialized() else process_group(timeout):
         yield
 
 
 @contextmanager
-def meeting(timeout: float) -> Iterator[None]:
+def process_group(timeout: float) -> Iterator[None]:
     """A context in which processes can communicate, by nccl for tensors on GPUs. Each process has its own GPU.
 
     Args:
@@ -64,16 +66,16 @@ def on_main(work: Callable[[], T]) -> T:
     """Run a function in the main process and return its result in all processes; if it fails, all processes fail."""
     if not dist.is_initialized():
         return work()
-    told: list[Any] = [None, None]
+    text: list[Any] = [None, None]
     if is_main():
         try:
-            told[0] = work()
+            text[0] = work()
         except QatError as error:
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    found: T = told[0]
+            text[1] = error
+    dist.broadcast_object_list(text)
+    if text[1] is not None:
+        raise text[1]
+    found: T = text[0]
     return found
 
 
@@ -177,7 +179,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DataParallel(model)
 
 
-def adding_up(model: nn.Module) -> AbstractContextManager[None]:
+def accumulating(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which the gradients of a model from `data_parallel` accumulate in each process separately, as those
     of other models always do."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

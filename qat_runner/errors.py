@@ -39,12 +39,12 @@ class StoppedError(RunError):
         self.exit_code = 128 + signal_number
 
 
-def file_told(error: OSError) -> str:
+def os_error_message(error: OSError) -> str:
     """Return the message of an OSError: the file or folder, and the reason."""
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else told(error)
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
 
 
-def told(reason: object) -> str:
+def one_line(reason: object) -> str:
     """Return a reason as one line of at most LONGEST printable characters."""
     text = " ".join(str(reason).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

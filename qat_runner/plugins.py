@@ -17,7 +17,7 @@ from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from qat_runner.errors import ConfigError, told
+from qat_runner.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         try:
             found = self._of(thing.load())
         except Exception as error:  # another package's module may raise anything
-            raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({told(error)})") from error
+            raise PluginError(f"{self.kind} {name!r}: {thing.value} cannot be imported ({one_line(error)})") from error
         try:
             self[name] = found
         except TypeError as error:

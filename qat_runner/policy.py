@@ -84,18 +84,19 @@ TOKENS = {"Linear": ("input",), EXPERTS: ("input",), "Matmul": ("query", "key", 
 POOLING = "octav and max"
 """The built-in clipping methods that can solve for a tensor that is spread over several processes."""
 
-ENDS = ("first", "last")
+FIRST_AND_LAST = ("first", "last")
 """The names of the first convolution and the last linear layer in `match`."""
 
 
 Place = tuple[str, str, str, Collection[str]]
-"""Name and kind of a layer, one of its operands, and which of ENDS the layer is: the arguments of `Rule.matches`."""
+"""Name and kind of a layer, one of its operands, and whether the layer is the first or the last one: the arguments of
+`Rule.matches`."""
 
 
 def exactly(name: str) -> str:
-    """Return the glob that matches exactly one name, even if a module is named like one of ENDS."""
+    """Return the glob that matches exactly one name, even if a module is named `first` or `last`."""
     escaped = glob.escape(name)
-    return f"[{escaped[0]}]{escaped[1:]}" if name.partition(".")[0] in ENDS else escaped
+    return f"[{escaped[0]}]{escaped[1:]}" if name.partition(".")[0] in FIRST_AND_LAST else escaped
 
 
 def gradient_names() -> list[str]:
@@ -201,8 +202,8 @@ class Rule:
     """
 
     match: str = "*"
-    """a glob over names of layers (`layer4.*`) or of their operands (`*.weight`), or one of ENDS: see the module's
-    docstring"""
+    """a glob over names of layers (`layer4.*`) or of their operands (`*.weight`), or `first` or `last`: see the
+    docstring of the module"""
     type: str = "*"
     """a glob over kinds of layers"""
     bits: int | None = None
@@ -251,7 +252,7 @@ class Rule:
     @property
     def end(self) -> bool:
         """Whether the rule selects the first or the last layer."""
-        return self.match.partition(".")[0] in ENDS
+        return self.match.partition(".")[0] in FIRST_AND_LAST
 
     @property
     def usual(self) -> bool:
@@ -270,7 +271,7 @@ class Rule:
             layer: name of the layer in the model.
             kind: kind of the layer: Conv2d, DepthwiseConv2d (which is also a Conv2d), Linear, Matmul, ...
             operand: "weight", "input", ...
-            ends: which of ENDS the layer is.
+            ends: whether the layer is the first or the last one.
         """
         if not any(fnmatchcase(name, self.type) for name in (kind, kind.removeprefix(DEPTHWISE))):
             return False
@@ -466,7 +467,7 @@ class Policy:
                 Rule("*.weight", "Conv*", granularity=conv_granularity),
                 *(Rule("*.weight", kind, granularity=linear_granularity) for kind in ("Linear", EXPERTS)),
                 *(_rules_of_tokens() if per_token else ()),
-                *_rules_of_ends(list(width.values()), first_last_bits),
+                *_rules_of_first_and_last(list(width.values()), first_last_bits),
                 *(() if quantize_head else (Rule("last", "Linear", bits=FULL_PRECISION),)),
                 *(Rule(exactly(name), bits=FULL_PRECISION) for name in keep),
                 *(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in rules),
@@ -511,9 +512,9 @@ class Policy:
             )
         return TensorPolicy(**settings)
 
-    def with_ends(self, places: Sequence[Place]) -> Policy:
-        """Return this policy for one network: rules about ENDS are replaced by rules that name its layers, or dropped
-        if they match none.
+    def resolved_for(self, places: Sequence[Place]) -> Policy:
+        """Return this policy for one network: rules about the first or last layer are replaced by rules that name
+        the layers, or dropped if they match none.
 
         Args:
             places: all operands of its layers.
@@ -561,12 +562,14 @@ def _usual_places() -> frozenset[tuple[str, str]]:
     return frozenset((rule.match, rule.type) for policy in policies for rule in policy.rules)
 
 
-def _rules_of_ends(widths: Sequence[int], bits: int | None) -> list[Rule]:
+def _rules_of_first_and_last(widths: Sequence[int], bits: int | None) -> list[Rule]:
     """Return rules for the bit-width of the first and the last layer. Weights, or inputs, that are in full precision
     elsewhere stay so in these layers."""
     if bits is None:
         return []
     quantized = [f".{operand}" for operand, n in zip(WEIGHT_AND_INPUT, widths, strict=True) if n != FULL_PRECISION]
     return [
-        Rule(f"{end}{operand}", bits=bits) for operand in (quantized if len(quantized) < 2 else [""]) for end in ENDS
+        Rule(f"{end}{operand}", bits=bits)
+        for operand in (quantized if len(quantized) < 2 else [""])
+        for end in FIRST_AND_LAST
     ]

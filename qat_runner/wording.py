@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 def digits(x: float, count: int = 3) -> str:
     """Format a number to `count` significant digits, without an exponent if it is large: 0.0123, 12.3, 1340."""
-    told = f"{x:.{count}g}"
-    return f"{x:.0f}" if "e+" in told else told
+    text = f"{x:.{count}g}"
+    return f"{x:.0f}" if "e+" in text else text
 
 
 def percent(share: float, count: int = 2) -> str:
     """Format a share, 0 to 1, in percent to `count` significant digits. Only a share of 1 is shown as 100."""
-    told = digits(100 * share, count)
-    if share < 1 and told == "100":
-        told = f"{min(100 * share, 99.99):.2f}"
-    return f"{told} %"
+    text = digits(100 * share, count)
+    if share < 1 and text == "100":
+        text = f"{min(100 * share, 99.99):.2f}"
+    return f"{text} %"
 
 
 def meant(word: str, known: Sequence[str]) -> str:

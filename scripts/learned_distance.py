@@ -35,7 +35,7 @@ from qat_runner.config import Amp, Config
 from qat_runner.data import Data
 from qat_runner.errors import ConfigError, QatError
 from qat_runner.experiment import CALIBRATION_EPOCH
-from qat_runner.exporting.of_run import network_of
+from qat_runner.exporting.run_export import network_of
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.watch import watch
 from qat_runner.quant import Call, Format, IntFormat, LearnedQuantizer, Octav, Quantizer, measure, oriented

@@ -30,7 +30,7 @@ from tabulate import tabulate
 
 from qat_runner.allocation import Limit, Network, Operand, allocate_bits, network, price
 from qat_runner.allocation.costs import mean_bits
-from qat_runner.allocation.prices import having_bits
+from qat_runner.allocation.prices import quantized_to
 from qat_runner.cli.explain import explain
 from qat_runner.config import BASELINE, Config, config_dir, from_hydra
 from qat_runner.config.composing import compose_config
@@ -124,7 +124,7 @@ def priced(config: Config, samples: int) -> Subject:
 
     @torch.no_grad()
     def loss(bits: dict[str, int]) -> float:
-        with having_bits(model, bits):
+        with quantized_to(model, bits):
             return sum(float(task.loss(task.compute(model, b.inputs), b.targets)) for b in others) / len(others)
 
     plain = loss({})

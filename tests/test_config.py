@@ -146,8 +146,8 @@ def test_ranges(composed: Compose) -> None:
     assert {plain.weight_range, plain.activation_range} == {"twos_complement"}
     assert not any("range" in key for key in identity(plain))
     oriented = composed("range=oriented")
-    told = {key: value for key, value in identity(oriented).items() if key not in identity(plain)}
-    assert told == {"weight_range": "oriented", "activation_range": "oriented"}
+    text = {key: value for key, value in identity(oriented).items() if key not in identity(plain)}
+    assert text == {"weight_range": "oriented", "activation_range": "oriented"}
     assert identity(composed("weight_range=oriented", "activation_range=oriented")) == identity(oriented)
     assert identity(composed("range=full", "bits=32")) == identity(composed("bits=32"))
     for overrides, label in (
@@ -173,8 +173,8 @@ def test_without_training_octav_accounts_for_the_missing_code(composed: Compose)
         config = composed(*overrides)
         assert config.clipping_in_mode.method == Octav(missing_code=True, refine=64, warm_iterations=6)
         assert {config.quantization.tensor("l", "Linear", "input").clipping} == {config.clipping_in_mode.method}
-        told = {key: identity(config)[f"clipping.{key}"] for key in ("missing_code", "refine")}
-        assert told == {"missing_code": True, "refine": 64}
+        text = {key: identity(config)[f"clipping.{key}"] for key in ("missing_code", "refine")}
+        assert text == {"missing_code": True, "refine": 64}
         retrained = changed(config, mode="retrain", budget=None)  # as in a run of that mode
         assert retrained.quantization.tensor("l", "Linear", "input").clipping == Octav(warm_iterations=6)
     papers = composed(*ptq, "clipping.missing_code=false", "clipping.refine=0").clipping_in_mode.method
@@ -251,8 +251,8 @@ def test_how_probes_are_quantized_is_part_of_the_identity(
     asked = ["mode=allocate", "weights=w.pt", "max_drop=1", *words]
     configs = [composed(*asked, *way) for way in ([], *([one] for one in ways))]
     assert len({run_name(config) for config in configs}) == names
-    told = [command(config) or "" for config in configs]
-    assert all(told) and len({*told}) >= names
+    text = [command(config) or "" for config in configs]
+    assert all(text) and len({*text}) >= names
 
 
 def test_calibration_of_probes_needs_batches(composed: Compose) -> None:

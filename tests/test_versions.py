@@ -86,8 +86,8 @@ def test_a_key_or_a_default_that_comes_later_renames_nothing(
 
 def test_values_that_are_not_the_first_defaults_are_in_the_identity(composed: Compose) -> None:
     plain, other = composed(), composed("amp=bf16", "quantize_head=false", "recipe.scratch.nesterov=true")
-    told = {"amp": "bf16", "quantize_head": False, "recipe.nesterov": True}
-    assert identity(other) == identity(plain) | told
+    line = {"amp": "bf16", "quantize_head": False, "recipe.nesterov": True}
+    assert identity(other) == identity(plain) | line
     assert run_name(other) != run_name(plain)
     bert = composed("dataset=squad", "model=bert_base")
     assert "first_last_bits" not in identity(bert)

@@ -11,9 +11,9 @@ def test_percentages_do_not_round_up_to_100() -> None:
     assert [percent(x, 4) for x in (1.0, 0.99996, 0.98123)] == ["100 %", "99.99 %", "98.12 %"]
 
 
-@pytest.mark.parametrize(("x", "told"), [(1340.4, "1340"), (999.7, "1000"), (12.345, "12.3"), (0.012345, "0.0123")])
-def test_large_numbers_have_no_exponent(x: float, told: str) -> None:
-    assert digits(x) == told and digits(-x) == f"-{told}"
+@pytest.mark.parametrize(("x", "text"), [(1340.4, "1340"), (999.7, "1000"), (12.345, "12.3"), (0.012345, "0.0123")])
+def test_large_numbers_have_no_exponent(x: float, text: str) -> None:
+    assert digits(x) == text and digits(-x) == f"-{text}"
 
 
 def test_the_closest_word_is_suggested() -> None:

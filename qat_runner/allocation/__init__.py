@@ -2,7 +2,7 @@
 
 from qat_runner.allocation.costs import COSTS, Measure, latency_ms
 from qat_runner.allocation.library import allocate, pricing_policy
-from qat_runner.allocation.objectives import Objective, divergence, of_distributions, of_loss
+from qat_runner.allocation.objectives import Objective, distribution_objective, divergence, loss_objective
 from qat_runner.allocation.operations import Network, Operand, Operation, network, rules_of
 from qat_runner.allocation.prices import Prices, price
 from qat_runner.allocation.solving import Allocation, InfeasibleError, Limit, allocate_bits, front, uniform
@@ -20,12 +20,12 @@ __all__ = [
     "Prices",
     "allocate",
     "allocate_bits",
+    "distribution_objective",
     "divergence",
     "front",
     "latency_ms",
+    "loss_objective",
     "network",
-    "of_distributions",
-    "of_loss",
     "price",
     "pricing_policy",
     "rules_of",

@@ -53,7 +53,7 @@ def mean_bits(network: Network) -> list[Measure]:
 def _mean_bits(weights: bool, total: int) -> Callable[[Operation, Widths], float]:
     def of(operation: Operation, widths: Widths) -> float:
         pairs = zip(operation.operands, widths, strict=True)
-        return sum(o.elements * bits for o, bits in pairs if o.free and o.weight == weights) / total
+        return sum(o.elements * bits for o, bits in pairs if o.has_choice and o.weight == weights) / total
 
     return of
 
@@ -82,7 +82,7 @@ def traffic_mb(network: Network) -> list[Measure]:
 
     These are the operands of layers and of matrix multiplications in attention; each operand is read once.
     """
-    return [Measure("MB read", _read, sum(_read(op, _full_precision(op)) for op in network.left))]
+    return [Measure("MB read", _read, sum(_read(op, _full_precision(op)) for op in network.unquantized))]
 
 
 def _full_precision(operation: Operation) -> Widths:
@@ -107,7 +107,7 @@ def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> li
     Raises:
         ValueError: the table lacks an operation, or some of its bit-widths.
     """
-    for op in (*network.operations, *network.left):
+    for op in (*network.operations, *network.unquantized):
         if not op.multiplies:
             continue
         if op.layer not in latencies:
@@ -119,7 +119,7 @@ def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> li
     def taken(operation: Operation, widths: Widths) -> float:
         return latencies[operation.layer][widths] if operation.multiplies else 0.0
 
-    return [Measure("ms", taken, sum(taken(op, _full_precision(op)) for op in network.left))]
+    return [Measure("ms", taken, sum(taken(op, _full_precision(op)) for op in network.unquantized))]
 
 
 COSTS: dict[str, Callable[[Network], list[Measure]]] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qat_runner.allocation.costs import COSTS, Latencies
 from qat_runner.allocation.costs import latency_ms as of_latencies
-from qat_runner.allocation.objectives import of_distributions, of_loss
+from qat_runner.allocation.objectives import distribution_objective, loss_objective
 from qat_runner.allocation.operations import network, rules_of
 from qat_runner.allocation.prices import price
 from qat_runner.allocation.solving import Limit, allocate_bits
@@ -89,9 +89,9 @@ def allocate(
     if latency_ms is not None:
         kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {}, same)]
 
-    objective = of_distributions(lambda network, batch: network(*_arguments(batch)))
+    objective = distribution_objective(lambda network, batch: network(*_arguments(batch)))
     if loss is not None:
-        objective = of_loss(
+        objective = loss_objective(
             lambda network, batch: network(*_arguments(batch[0])),
             lambda out, batch: (loss(out, batch[1]), batch[1].numel()),
         )

@@ -21,7 +21,7 @@ class Objective:
     """(logits, logits in full precision, batch) -> how much worse the former are, []"""
 
 
-def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -> Objective:
+def distribution_objective(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -> Objective:
     """Return an objective for a network that should keep predicting the same probabilities. It needs no labels.
 
     The loss is the cross entropy with labels drawn from these probabilities themselves: the mean of its squared
@@ -44,7 +44,9 @@ def of_distributions(logits: Callable[[nn.Module, Any], Tensor], dim: int = 1) -
     return Objective(logits, loss, lambda found, full, batch: divergence(found, full, 1.0, dim))
 
 
-def of_loss(logits: Callable[[nn.Module, Any], Any], loss: Callable[[Any, Any], tuple[Tensor, int]]) -> Objective:
+def loss_objective(
+    logits: Callable[[nn.Module, Any], Any], loss: Callable[[Any, Any], tuple[Tensor, int]]
+) -> Objective:
     """Return an objective for a network that is judged by any loss.
 
     Args:

@@ -42,7 +42,7 @@ class Operand:
     """whether it is a weight whose storage other layers share"""
 
     @property
-    def free(self) -> bool:
+    def has_choice(self) -> bool:
         """Whether it has a choice."""
         return len(self.widths) > 1
 
@@ -76,7 +76,7 @@ class Operation:
         Args:
             same: whether all operands that have a choice must have the same bit-width.
         """
-        free = [operand.free for operand in self.operands]
+        free = [operand.has_choice for operand in self.operands]
         return [
             widths
             for widths in itertools.product(*(operand.widths for operand in self.operands))
@@ -93,13 +93,13 @@ class Network:
     """megabytes of all but weights of a single operation: biases, normalization, clipping scalars, shared weights"""
     rest_macs: float
     """multiply-accumulates for one sample of everything that is not quantized"""
-    left: tuple[Operation, ...] = ()
+    unquantized: tuple[Operation, ...] = ()
     """operations that are not quantized, as far as they are layers or matrix multiplications in attention"""
 
     @property
     def free(self) -> list[Operand]:
         """The tensors that have a choice."""
-        return [operand for operation in self.operations for operand in operation.operands if operand.free]
+        return [operand for operation in self.operations for operand in operation.operands if operand.has_choice]
 
     @property
     def widths(self) -> list[int]:
@@ -133,7 +133,7 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
         of = tuple(_operands(name, layer, policy, () if trained else sorted({*widths}), shared))
         found.append(Operation(name, of, macs.get(name, 0.0), embedding, trained))
         if not (was_seen(layer) if embedding else name in macs):
-            unseen += [operand.name for operand in of if operand.free]
+            unseen += [operand.name for operand in of if operand.has_choice]
     _check_choices(found, unseen)
     quantized, _ = size_mb(model)
     bits = {t.name: t.quantizer.format.bits for t in quantized_tensors(model)}
@@ -147,7 +147,7 @@ def network(model: nn.Module, widths: Sequence[int], samples: int) -> Network:
 
 def _check_choices(operations: Sequence[Operation], unseen: Sequence[str]) -> None:
     """Raise a ValueError if no tensor has a choice, or if the costs of one that has a choice are not known."""
-    free = [operand for operation in operations for operand in operation.operands if operand.free]
+    free = [operand for operation in operations for operand in operation.operands if operand.has_choice]
     if tied := [operand.name for operand in free if operand.shared]:
         raise ValueError(f"{', '.join(tied)}: shared with other layers, so rules must set the bit-width")
     if unseen:
@@ -194,7 +194,7 @@ def rules_of(network: Network, bits: Mapping[str, int], all: bool = False) -> li
         {"match": exactly(operand.name), **({"type": EMBEDDING} if op.embedding else {}), "bits": bits[operand.name]}
         for op in network.operations
         for operand in op.operands
-        if all or operand.free
+        if all or operand.has_choice
     ]
 
 

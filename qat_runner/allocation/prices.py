@@ -127,7 +127,7 @@ def quantized(quantizer: Quantizer, x: Tensor, bits: int) -> Tensor:
 
 
 @contextmanager
-def having_bits(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
+def quantized_to(model: nn.Module, bits: Mapping[str, int]) -> Iterator[None]:
     """Context manager under which the named tensors are quantized to the given bit-widths, and no others are."""
     named = {t.quantizer: bits[t.name] for t in quantized_tensors(model) if t.name in bits}
 
@@ -249,7 +249,7 @@ class _Measured(_Pricing):
         return _OfBatch(prices, noise)
 
     def _rise(self, tensor: str, bits: int, batch: Any, plain: Any) -> Tensor:
-        with having_bits(self.model, {tensor: bits}):
+        with quantized_to(self.model, {tensor: bits}):
             return self.objective.rise(self.objective.logits(self.model, batch), plain, batch).double()
 
 

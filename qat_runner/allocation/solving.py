@@ -112,7 +112,9 @@ def front(
 
 def uniform(network: Network, prices: Mapping[str, Mapping[int, float]], width: int) -> Allocation:
     """Return the allocation with the same bit-width for all tensors that have a choice."""
-    bits = {o.name: width if o.free else o.widths[0] for operation in network.operations for o in operation.operands}
+    bits = {
+        o.name: width if o.has_choice else o.widths[0] for operation in network.operations for o in operation.operands
+    }
     return Allocation(bits, sum(_price(prices, name, w) for name, w in bits.items()))
 
 

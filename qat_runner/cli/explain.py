@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 
 from qat_runner.config.composing import NOT_TYPED, quoted
+from qat_runner.config.model_names import PREFIXES
 from qat_runner.config.schema import ConfigSchema
-from qat_runner.config.words import PREFIXES
 from qat_runner.wording import meant
 
 

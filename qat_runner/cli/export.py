@@ -20,7 +20,7 @@ from pathlib import Path
 
 import qat_runner
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.errors import ConfigError, QatError, file_told
+from qat_runner.errors import ConfigError, QatError, os_error_message
 from qat_runner.exporting import FORMATS
 from qat_runner.policy import FREEZING
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of the terminal, not of a file
         raise
     except OSError as error:
-        print(f"qat-export: {file_told(error)}; no file was kept", file=sys.stderr)
+        print(f"qat-export: {os_error_message(error)}; no file was kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("qat-export: interrupted; no file was kept", file=sys.stderr)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     from qat_runner.config import CONFIG_FILE, read_config
-    from qat_runner.exporting import of_run, telling
+    from qat_runner.exporting import export_summary, run_export
     from qat_runner.runs.folder import RunFolder
 
     if args.batches < 1:
@@ -76,11 +76,11 @@ def _export(args: argparse.Namespace) -> None:
         raise ConfigError("--compare: cannot be combined with --out, --no-fold or --formats, since it writes nothing")
     if args.compare:
         rules = [args.scalars] if args.scalars else None
-        figures = of_run.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)
-        print(telling.text_of_rules(figures, read_config(args.run_dir / CONFIG_FILE).task.measure))
+        figures = run_export.compare_rules(args.run_dir, rules, args.batches, args.checkpoint)
+        print(export_summary.text_of_rules(figures, read_config(args.run_dir / CONFIG_FILE).task.measure))
         return
     out = args.out or RunFolder(args.run_dir).export
-    request = of_run.Request(
+    request = run_export.Request(
         args.run_dir, out, args.scalars, args.batches, args.checkpoint, not args.no_fold, tuple(args.formats)
     )
-    print(f"\n{telling.text(of_run.export(request))}\n\n{out}")
+    print(f"\n{export_summary.text(run_export.export(request))}\n\n{out}")

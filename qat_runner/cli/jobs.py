@@ -84,11 +84,11 @@ def launch(launcher: str, overrides: Sequence[str], rows: Mapping[Path, Row], ou
                     _ = result.return_value
                     outcome.done.append(folder)
                 except Exception as error:
-                    outcome.failures.append(_told(error))
+                    outcome.failures.append(_describe(error))
         except (HydraException, OmegaConfBaseException):
             raise
         except Exception as error:  # the launcher of a cluster may raise anything about a lost job
-            outcome.failures.append(_told(error))
+            outcome.failures.append(_describe(error))
 
 
 def _unfinished(rows: Mapping[Path, Row], outcome: Outcome) -> list[Path]:
@@ -115,7 +115,7 @@ def _results(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> Sequenc
         return launcher.launch(jobs, initial_job_idx=0)
 
 
-def _told(error: Exception) -> QatError:
+def _describe(error: Exception) -> QatError:
     if isinstance(error, QatError):
         return error
     return RunError(f"a job failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}")

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import qat_runner
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.errors import ConfigError, QatError, file_told
+from qat_runner.errors import ConfigError, QatError, os_error_message
 from qat_runner.runs.files import write_text
 from qat_runner.wording import meant
 
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise  # from the terminal, not from a file that is written
     except OSError as error:
-        print(f"qat-report: {file_told(error)}", file=sys.stderr)
+        print(f"qat-report: {os_error_message(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -50,9 +50,9 @@ from qat_runner.config.composing import (
     given,
     shipped_configs,
 )
-from qat_runner.errors import BusyError, ConfigError, QatError, StoppedError, UnreadableError, file_told
-from qat_runner.runs.asked import forget_asked, remember_asked
+from qat_runner.errors import BusyError, ConfigError, QatError, StoppedError, UnreadableError, os_error_message
 from qat_runner.runs.records import SUMMARY, Summary
+from qat_runner.runs.requested_runs import record_requested, remove_requested
 
 _MULTIRUN = ("-m", "--multirun")
 _DETACH = "--detach"
@@ -95,7 +95,7 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
             _refuse("torchrun: cannot be combined with --detach or hydra/launcher, which every process would start")
         rows = _check_all(args)
         if sweep and main_process:
-            made = remember_asked(rows)
+            made = record_requested(rows)
             asked = list(rows)
         if detach and rows:
             return _detach(typed, next(iter(rows)).parent)
@@ -112,7 +112,7 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     except BrokenPipeError:  # of the terminal, not of a folder
         raise
     except OSError as error:  # from the folder of runs, before a run starts
-        code = fail(file_told(error), 1)
+        code = fail(os_error_message(error), 1)
     except KeyboardInterrupt:
         again = "the same command"
         if any(row.config.overwrite for row in rows.values()):
@@ -126,7 +126,7 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
         more = f" and {len(earlier) - 1} more" if len(earlier) > 1 else ""
         fail(f"{earlier[0]}{more}: had not started; the earlier run still exists, and overwrite=true replaces it", 0)
     if code == ConfigError.exit_code:
-        forget_asked(asked, made)
+        remove_requested(asked, made)
     return code
 
 

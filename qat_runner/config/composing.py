@@ -15,13 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qat_runner.config import hydras_own
+from qat_runner.config import hydra_keys
 from qat_runner.config.groups import config_dir, register
-from qat_runner.config.identities import PLACES, differences, flat, identity
+from qat_runner.config.identities import NOT_IN_IDENTITY, differences, flat, identity
 from qat_runner.config.keys import plain
+from qat_runner.config.model_names import register_model_names, split_model_name
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import AUTO, OF_STAGE, Config, Mode
-from qat_runner.config.words import register_words, split_word
 from qat_runner.errors import ConfigError
 
 HYDRA_VERSION_BASE = "1.3"
@@ -55,11 +55,11 @@ def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> Di
         The composed config, not resolved yet.
 
     Raises:
-        ConfigError: the config sets a forbidden key (see `hydras_own`), or cannot be composed.
+        ConfigError: the config sets a forbidden key (see `hydra_keys`), or cannot be composed.
         HydraException, OmegaConfBaseException: the config cannot be composed.
     """
-    hydras_own.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
-    register_words(overrides, config_dir())
+    hydra_keys.check_typed(overrides, lambda key: (config_dir() / key).is_dir())
+    register_model_names(overrides, config_dir())
     try:
         composed = _compose(overrides, mode)
     except AssertionError as error:  # an assertion of Hydra fails on a key inside a group that is null
@@ -67,7 +67,7 @@ def compose_checked(overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> Di
         raise ConfigError(f"{stages}: the recipe has no such stage") from error
     except ValueError as error:  # some errors of Hydra are not a HydraException
         raise ConfigError(" ".join(str(error).split())) from error
-    hydras_own.check_composed(composed, overrides, _hydra_node)
+    hydra_keys.check_composed(composed, overrides, _hydra_node)
     with open_dict(composed):
         del composed["hydra"]
     return composed
@@ -156,7 +156,9 @@ def choices(config: Config) -> list[str]:
 
 
 def _is_option(group: str, name: str) -> bool:
-    return (config_dir() / group / f"{name}.yaml").is_file() or (group == "model" and split_word(name) is not None)
+    return (config_dir() / group / f"{name}.yaml").is_file() or (
+        group == "model" and split_model_name(name) is not None
+    )
 
 
 def defaults_for(config: Config) -> Config:
@@ -174,7 +176,11 @@ def command(config: Config) -> str | None:
         base, config = (replace(each, clipping=each.clipping_in_mode) for each in (base, config))
     old, new = plain(base), plain(config)
     values = flat(new)
-    changed = [key for key in differences(old, new) if key in values and key.partition(".")[0] not in (*PLACES, "bits")]
+    changed = [
+        key
+        for key in differences(old, new)
+        if key in values and key.partition(".")[0] not in (*NOT_IN_IDENTITY, "bits")
+    ]
     changed = [key for key in changed if config.training or key not in OF_STAGE]
     changed += [key for key in OF_STAGE if config.training and not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]

@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from qat_runner.config.schema import ConfigSchema
-from qat_runner.errors import ConfigError, told
+from qat_runner.errors import ConfigError, one_line
 from qat_runner.plugins import installed
 from qat_runner.quant import GRADIENTS, METHODS
 
@@ -54,7 +54,7 @@ def register() -> None:
         except ConfigError:
             raise
         except Exception as error:  # another package may raise anything
-            raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({told(error)})") from error
+            raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({one_line(error)})") from error
 
 
 def _not_copied(memo: object) -> ConfigStore:

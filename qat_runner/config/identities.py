@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat_runner.config.fingerprints import path_of
 from qat_runner.config.keys import plain
+from qat_runner.config.model_names import checkpoint_of, label
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
 from qat_runner.config.schema import (
@@ -28,14 +29,13 @@ from qat_runner.config.schema import (
 )
 from qat_runner.config.tasks import foreign_keys
 from qat_runner.config.versions import FIRST_DEFAULTS, FIRST_DEFAULTS_OF_STAGE, REVISED, SCHEMA_VERSION, migrate
-from qat_runner.config.words import checkpoint_of, label
 from qat_runner.errors import UnreadableError
 from qat_runner.quant import Range
 
 CONFIG_FILE = "config.yaml"
 """Name of the file in a run folder that holds the config."""
 
-PLACES = (
+NOT_IN_IDENTITY = (
     *("data_dir", "runs_dir", "run_dir", "overwrite", "resume", "sweep", "standins", "fingerprints"),
     *(
         "checkpoint_minutes",
@@ -73,14 +73,21 @@ def settings(config: Config) -> dict[str, Any]:
     Weights are compared by content, not by path. Clipping and gradient are left out for a full-precision run, and the
     recipe for a run that does not train.
     """
-    keys = {key: value for key, value in plain(config).items() if key not in PLACES}
-    for told in (_tensors_told, _files_told, _training_told, _allocation_told, _remedies_told, _clipping_told):
-        told(keys, config)
+    keys = {key: value for key, value in plain(config).items() if key not in NOT_IN_IDENTITY}
+    for text in (
+        _normalize_tensors,
+        _normalize_files,
+        _normalize_training,
+        _normalize_allocation,
+        _normalize_remedies,
+        _normalize_clipping,
+    ):
+        text(keys, config)
     foreign = foreign_keys(config.task)
     return {key: value for key, value in flat(keys).items() if key not in foreign}
 
 
-def _tensors_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_tensors(keys: dict[str, Any], config: Config) -> None:
     """Remove keys that only set other keys."""
     if config.weight_format == config.activation_format:  # as in configs from before the two could differ
         keys["format"] = keys.pop("weight_format")
@@ -92,7 +99,7 @@ def _tensors_told(keys: dict[str, Any], config: Config) -> None:
     del keys["dataset"]["preprocessing"]  # its result is in the other keys
 
 
-def _files_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_files(keys: dict[str, Any], config: Config) -> None:
     """Replace files by their content, and data folders without a name of their own (images, text) by their path."""
     if config.model.checkpoint is not None and "model.checkpoint" not in foreign_keys(config.task):
         keys["model"]["checkpoint"] = config.content(config.model.checkpoint)
@@ -107,7 +114,7 @@ def _files_told(keys: dict[str, Any], config: Config) -> None:
         keys["allocation"]["latencies"] = config.content(config.allocation.latencies)
 
 
-def _training_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_training(keys: dict[str, Any], config: Config) -> None:
     """Keep of the recipe only the stage that is trained and the teacher, if there is one. The teacher of networks that
     are retrained during bit allocation counts as well."""
     keys["recipe"] = plain(config.stage) if config.training else None
@@ -127,7 +134,7 @@ def _training_told(keys: dict[str, Any], config: Config) -> None:
             keys["distill"]["teacher_model"] = recipe.teacher_model
 
 
-def _allocation_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_allocation(keys: dict[str, Any], config: Config) -> None:
     """Keep the keys of bit allocation only if bit-widths are chosen."""
     if not config.allocating:
         for key in (*LIMITS, "max_drop", "retrain_steps", "allocation"):
@@ -140,7 +147,7 @@ def _allocation_told(keys: dict[str, Any], config: Config) -> None:
         keys["recipe"] = plain(config.recipe)["retrain"]
 
 
-def _remedies_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_remedies(keys: dict[str, Any], config: Config) -> None:
     """Keep the keys of remedies only if these are applied in training."""
     recipe = config.recipe
     if config.freezing or (config.retrain_steps and recipe.freeze_scalars_at is not None):
@@ -161,7 +168,7 @@ def _without_effect(how: OscillationsConfig) -> tuple[str, ...]:
     return ("freeze_from",) if how.watching else ("freeze_from", "momentum", "threshold", "max_bits")
 
 
-def _clipping_told(keys: dict[str, Any], config: Config) -> None:
+def _normalize_clipping(keys: dict[str, Any], config: Config) -> None:
     """Keep the keys of clipping and gradients that have an effect; in full precision none has."""
     if config.quantization.full_precision:
         for key in OF_QUANTIZATION:

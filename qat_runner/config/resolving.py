@@ -38,7 +38,7 @@ from qat_runner.config.schema import (
 )
 from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
-from qat_runner.errors import ConfigError, told
+from qat_runner.errors import ConfigError, one_line
 from qat_runner.plugins import later
 from qat_runner.policy import FULL_PRECISION
 from qat_runner.quant import BITS, METHODS, Range
@@ -203,7 +203,7 @@ def latencies_of(path: str) -> dict[str, dict[tuple[int, ...], float]]:
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"allocation.latencies={path}: must be a JSON file of layer -> bit-widths (such as 4x8) -> milliseconds "
-            f"({told(error)})"
+            f"({one_line(error)})"
         ) from error
 
 
@@ -226,7 +226,7 @@ def rules_of(path: str) -> list[Any]:
         content = plain_yaml(file)
     except (OSError, ValueError, YAMLError) as error:
         hint = "; a glob that begins with * must be in quotes" if isinstance(error, YAMLError) else ""
-        raise ConfigError(f"policy={path}: cannot be read ({told(error)}{hint})") from error
+        raise ConfigError(f"policy={path}: cannot be read ({one_line(error)}{hint})") from error
     rules = content.get("rules")
     if list(content) != ["rules"] or not isinstance(rules, list):
         raise ConfigError(f"policy={path}: must hold the single key rules with a list of rules")

@@ -12,9 +12,9 @@ from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import fingerprint
 from qat_runner.config.keys import number, path, within
+from qat_runner.config.model_names import checkpoint_of
 from qat_runner.config.tasks import FACTS, TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
-from qat_runner.config.words import checkpoint_of
 from qat_runner.errors import ConfigError
 from qat_runner.policy import Policy, Rule, estimator_of
 from qat_runner.quant import METHODS, ClippingMethod, Estimator, Octav, clipping_method
@@ -740,7 +740,7 @@ class Config(ConfigSchema):
         return replace(self.clipping, **missing)
 
     @property
-    def told_bits(self) -> int | str:
+    def bits_label(self) -> int | str:
         """The bit-widths of weights and activations: one number if both are equal, otherwise "4/8"; or, if bit-widths
         are chosen, the limits of the choice."""
         if self.allocating:
@@ -788,7 +788,7 @@ class Config(ConfigSchema):
         return not (self.clipping.dynamic or self.clipping.learned or self.rules)
 
     @property
-    def told_remedies(self) -> list[str]:
+    def remedy_labels(self) -> list[str]:
         """`remedies`, preceded by "mixed" if there are rules."""
         return [*(["mixed"] if self.rules else []), *self.remedies]
 

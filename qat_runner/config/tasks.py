@@ -50,7 +50,7 @@ class Measure:
         """Return the best of one or more values."""
         return min(values) if self.lower_is_better else max(values)
 
-    def told(self, value: float) -> str:
+    def describe(self, value: float) -> str:
         """Format a value with its unit."""
         return f"{value:.2f} {self.unit}".rstrip()
 

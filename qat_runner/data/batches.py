@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qat_runner.data.chance import epoch_seed, shuffled
+from qat_runner.data.seeding import epoch_seed, shuffled
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train_rows(data: Data, batch_size: int, epoch: int, limit: int | None, start
         yield data.shard.samples(order[batch * batch_size : (batch + 1) * batch_size])
 
 
-def sent(t: Tensor, device: torch.device) -> Tensor:
+def to_device(t: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of any shape and dtype to a device without blocking; copies from pageable memory could block."""
     if device.type == "cuda" and not (t.is_cuda or t.is_pinned()):
         t = t.pin_memory()

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qat_runner.data.batches import Shard
-from qat_runner.data.chance import epoch_seed, shuffled
 from qat_runner.data.decoding import decode_picture, decode_pixels
 from qat_runner.data.images import Labelled
 from qat_runner.data.layouts import read_pictures
-from qat_runner.data.splits import Decoded, OnDevice, Split, Unread
+from qat_runner.data.seeding import epoch_seed, shuffled
+from qat_runner.data.splits import Decoded, OnDevice, Split, TransientReadError
 from qat_runner.data.workers import Order, Workers
 from qat_runner.errors import RunError
 
@@ -77,8 +77,8 @@ class FolderSource:
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         stored = read_pictures(folder)
         self.classes = stored.classes
-        told = [f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over]
-        self.notes = (*filter(None, [stored.note]), *told)
+        text = [f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over]
+        self.notes = (*filter(None, [stored.note]), *text)
         self.train_size, self.val_size = (len(stored.splits[split].labels) for split in ("train", "val"))
 
         self._most = workers
@@ -129,14 +129,14 @@ class FolderSource:
 
     def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """Return the images of a batch that could be decoded (possibly none), and log the others."""
-        told = sorted(set(filter(None, troubles)))
-        if unread := [trouble for trouble in told if isinstance(trouble, Unread)]:
+        text = sorted(set(filter(None, troubles)))
+        if unread := [trouble for trouble in text if isinstance(trouble, TransientReadError)]:
             raise RunError(unread[0])
         if self.corrupt is None:
-            raise RunError(f"{told[0]}; set dataset.skip_corrupt=true to leave out such images")
-        for trouble in told:
+            raise RunError(f"{text[0]}; set dataset.skip_corrupt=true to leave out such images")
+        for trouble in text:
             if trouble not in self.corrupt:
                 log.warning(f"{trouble}: left out")
-        self.corrupt.update(told)
+        self.corrupt.update(text)
         good = [i for i, trouble in enumerate(troubles) if not trouble]
         return pictures[good], labels[good]

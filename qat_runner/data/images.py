@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qat_runner.data.batches import WHOLE, Batch, Shard, sent
-from qat_runner.data.chance import epoch_seed, shuffled
+from qat_runner.data.batches import WHOLE, Batch, Shard, to_device
+from qat_runner.data.seeding import epoch_seed, shuffled
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 """Augmentations of images in memory: crop shifts by up to an eighth of the side; crop_flip also flips horizontally
@@ -99,7 +99,7 @@ class ImageData:
 
     def _normalize(self, labelled: Labelled) -> Batch:
         pictures, labels = labelled
-        pictures = sent(pictures, self.device).float()
+        pictures = to_device(pictures, self.device).float()
         if pictures.shape[1] == 1:
             pictures = pictures.expand(-1, 3, -1, -1)
         if pictures.shape[-1] != self.image_size:
@@ -109,7 +109,7 @@ class ImageData:
         pictures = (pictures - mean).div_(std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pictures = pictures.to(memory_format=layout)
-        return Batch((pictures,), sent(labels, self.device))
+        return Batch((pictures,), to_device(labels, self.device))
 
 
 @dataclass

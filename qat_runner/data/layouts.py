@@ -42,7 +42,7 @@ class Pictures(Protocol):
 
     @property
     def passed_over(self) -> str:
-        """What was skipped because it is not an image; see `PassedOver`."""
+        """What was skipped because it is not an image; see `SkippedFiles`."""
 
     def name(self, index: int) -> str:
         """Return the name of an image for messages."""
@@ -118,8 +118,8 @@ def _complete(files: Mapping[str, Sequence[Path]]) -> Mapping[str, Sequence[Path
                 raise ValueError(f"{split}: {here} and {there} have the same name; remove one of them")
         counts = sorted({int(found[1]) for name in by_name if (found := re.search(r"-of-(\d+)\.", name))})
         if len(counts) > 1:
-            told = " and ".join(map(str, counts))
-            raise ValueError(f"{split}: there are sets of {told} files; remove all but one of them")
+            text = " and ".join(map(str, counts))
+            raise ValueError(f"{split}: there are sets of {text} files; remove all but one of them")
         if counts and len(by_name) < counts[0]:
             raise ValueError(
                 f"{split}: only {len(by_name)} of {counts[0]} files are there, such as {printable(paths[0].name)}; to "

@@ -18,8 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat_runner.cache import cache_folder
+from qat_runner.data.array_cache import (
+    Arrays,
+    CacheMissError,
+    Ragged,
+    cached_numbers,
+    is_stable,
+    key_of,
+    load_arrays,
+    save_arrays,
+)
 from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import Arrays, Ragged, UnkeptError, keep_arrays, kept_arrays, kept_numbers, key_of, settled
 
 VERSION = 1
 """Version of the cached listings; it changes whenever the same folder would be listed differently."""
@@ -34,7 +43,7 @@ def printable(name: str) -> str:
 
 
 @dataclass
-class PassedOver:
+class SkippedFiles:
     """Counts of what was skipped because it is not an image. As a string: a part of a sentence, or empty."""
 
     hidden: int = 0
@@ -47,7 +56,7 @@ class PassedOver:
     outside: int = 0
     """images beside the class folders"""
 
-    def add(self, other: "PassedOver") -> None:
+    def add(self, other: "SkippedFiles") -> None:
         """Add the counts of another instance."""
         self.hidden += other.hidden
         self.by_suffix += other.by_suffix
@@ -86,7 +95,7 @@ class Listing:
     names: Ragged
     """names of the files, N of them"""
     passed_over: str
-    """what was skipped because it is not an image; see `PassedOver`"""
+    """what was skipped because it is not an image; see `SkippedFiles`"""
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
@@ -103,27 +112,27 @@ class Listing:
             return file.read()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the listing as arrays, from which `kept` restores it."""
+        """Return the listing as arrays, from which `from_arrays` restores it."""
         classes = Ragged.of_bytes([os.fsencode(name) for name in self.classes])
-        told = Ragged.of_bytes([os.fsencode(self.passed_over)])
-        ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": told}
+        message = Ragged.of_bytes([os.fsencode(self.passed_over)])
+        ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": message}
         flat = {key: array for name, rows in ragged.items() for key, array in rows.arrays(name).items()}
         return flat | {"labels": self.labels, "firsts": self.firsts}
 
     @classmethod
-    def kept(cls, split: str, arrays: Arrays) -> "Listing":
+    def from_arrays(cls, split: str, arrays: Arrays) -> "Listing":
         """Restore the listing of a split from cached arrays.
 
         Raises:
-            UnkeptError: the arrays are not a listing.
+            CacheMissError: the arrays are not a listing.
         """
         parts = ("classes", "folders", "names", "passed_over")
-        classes, folders, names, told = (Ragged.kept(arrays, name) for name in parts)
-        labels = kept_numbers(arrays, "labels", np.int32, len(names), range(len(classes)))
-        firsts = kept_numbers(arrays, "firsts", np.int64, len(folders) + 1, range(len(names) + 1))
-        if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(told) != 1:
-            raise UnkeptError("folders are out of order")
-        return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, told.text(0))
+        classes, folders, names, message = (Ragged.from_arrays(arrays, name) for name in parts)
+        labels = cached_numbers(arrays, "labels", np.int32, len(names), range(len(classes)))
+        firsts = cached_numbers(arrays, "firsts", np.int64, len(folders) + 1, range(len(names) + 1))
+        if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(message) != 1:
+            raise CacheMissError("folders are out of order")
+        return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, message.text(0))
 
 
 def class_folders(split: Path) -> list[str]:
@@ -141,22 +150,22 @@ def list_pictures(split: Path) -> Listing:
     """
     key = key_of(VERSION, str(split.resolve()), SUFFIXES, CLUTTER)  # `_unchanged` checks the contents of the folder
     kept = cache_folder() / f"pictures_{key}.npz"
-    with suppress(UnkeptError):
-        arrays = kept_arrays(kept)
+    with suppress(CacheMissError):
+        arrays = load_arrays(kept)
         if _unchanged(split, arrays):
-            return Listing.kept(str(split), arrays)
+            return Listing.from_arrays(str(split), arrays)
     began, reader = time.time_ns(), _Reader(split)
     listing = reader.listing()
-    if settled(reader.changed, began):
+    if is_stable(reader.changed, began):
         with suppress(OSError):  # without a cache file, the next start lists the folder again
-            keep_arrays(kept, listing.arrays() | reader.witnesses())
+            save_arrays(kept, listing.arrays() | reader.witnesses())
     return listing
 
 
 def _unchanged(split: Path, arrays: Arrays) -> bool:
     """Return whether all folders and links that the listing of a split depends on are unchanged."""
-    paths = Ragged.kept(arrays, "witnesses")
-    said = kept_numbers(arrays, "stamps", np.uint64, 4 * len(paths)).reshape(-1, 4).tolist()
+    paths = Ragged.from_arrays(arrays, "witnesses")
+    said = cached_numbers(arrays, "stamps", np.uint64, 4 * len(paths)).reshape(-1, 4).tolist()
     return all(tuple(then) == _stamp(f"{split}/{paths.text(row)}") for row, then in enumerate(said))
 
 
@@ -181,7 +190,7 @@ class _Reader:
 
     def __init__(self, split: Path) -> None:
         self.split = split
-        self.passed_over = PassedOver()
+        self.passed_over = SkippedFiles()
         self.stamps: dict[str, tuple[int, int, int, int]] = {}
         """stamps of each folder (taken before it was read) and of the target of each link, by path"""
 
@@ -272,7 +281,7 @@ class _Reader:
             self.passed_over.special.append(entry.path)
 
 
-def _check_classes(split: Path, empty: list[str], passed_over: PassedOver) -> None:
+def _check_classes(split: Path, empty: list[str], passed_over: SkippedFiles) -> None:
     """Raise ValueError if there are class folders without images; the message lists the first of them."""
     if empty:
         others = f" (skipped {passed_over})" if str(passed_over) else ""

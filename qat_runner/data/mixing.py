@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat_runner.config import StageConfig
 from qat_runner.data.batches import Batch, Shard
-from qat_runner.data.chance import drawing, epoch_seed
+from qat_runner.data.seeding import epoch_seed, seeded
 
 MIXING = ("mixup", "cutmix", "random_erasing")
 """Keys of a recipe stage that enable it."""
@@ -49,7 +49,7 @@ class Mixing:
         Returns:
             The new batch. Where images are mixed, its targets are float32 [N, num_classes], the shares of the classes.
         """
-        with drawing(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1)):
+        with seeded(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1)):
             (pictures,) = batch.inputs
             for i, (top, left, height, width) in self._erased(pictures):
                 pictures[i, :, top : top + height, left : left + width] = 0

@@ -22,10 +22,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qat_runner.cache import chosen_cache
+from qat_runner.data.array_cache import key_of, stamps
 from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import key_of, stamps
 from qat_runner.data.listing import printable
-from qat_runner.errors import told
+from qat_runner.errors import one_line
 
 VERSION = 1
 """Version of the shards; it changes whenever the same files would give different shards."""
@@ -103,7 +103,7 @@ def _make(folder: Path, wanted: Mapping[Path, Path]) -> None:
     for path in [*wanted.values()][:1]:  # empty if another process has made the shards in the meantime
         log.info(f"converting {len(wanted)} parquet files to tar shards in {folder}, once: {needed / 1e9:.1f} GB")
         if names := _class_names(path):
-            (folder / "classes.txt").write_text("".join(f"{told(name)}\n" for name in names), encoding="utf-8")
+            (folder / "classes.txt").write_text("".join(f"{one_line(name)}\n" for name in names), encoding="utf-8")
     for shard, path in tqdm(wanted.items(), "making shards", leave=False, disable=not sys.stderr.isatty()):
         part = shard.with_name(f"{shard.name}.{platform.node()}.{os.getpid()}.part")
         try:
@@ -157,7 +157,7 @@ def _rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
                     raise ValueError(f"{printable(path.name)}: row {row} has {missing}")
                 yield name, content, label
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{printable(path.name)} is not a parquet file, or is damaged ({told(error)})") from error
+        raise ValueError(f"{printable(path.name)} is not a parquet file, or is damaged ({one_line(error)})") from error
 
 
 def _check_columns(path: Path, schema: Any) -> None:
@@ -165,7 +165,7 @@ def _check_columns(path: Path, schema: Any) -> None:
     held = {name: str(schema.field(name).type) if name in schema.names else "missing" for name in wanted}
     if held["image"] != wanted["image"] or not re.fullmatch(r"u?int\d+", held["label"]):
         said, asked = (" and ".join(f"{name} ({kind})" for name, kind in of.items()) for of in (held, wanted))
-        raise ValueError(f"{printable(path.name)}: must have the columns {asked}, but has {told(said)}")
+        raise ValueError(f"{printable(path.name)}: must have the columns {asked}, but has {one_line(said)}")
 
 
 def _names(paths: Sequence[str | None]) -> list[str]:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qat_runner.cache import cache_folder
-from qat_runner.data.batches import WHOLE, Batch, Shard, sent, train_rows
-from qat_runner.data.kept import UnkeptError, keep_tokens, kept_arrays, kept_numbers, key_of
+from qat_runner.data.array_cache import CacheMissError, cache_tokens, cached_numbers, key_of, load_arrays
+from qat_runner.data.batches import WHOLE, Batch, Shard, to_device, train_rows
 
 Ids = NDArray[np.int32]
 
@@ -73,12 +73,12 @@ def tokens_of(files: Sequence[Path], tokenizer: Any) -> Ids:
     parts = [*(text.encode() for text in said), *contents]
     key = key_of(VERSION, PIECE, *(hashlib.sha256(part).hexdigest() for part in parts))
     cached = cache_folder() / f"text_{key}.npz"
-    with suppress(UnkeptError):
-        kept = kept_arrays(cached)
-        return kept_numbers(kept, "ids", np.int32, len(kept.get("ids", ())), range(len(tokenizer)))
+    with suppress(CacheMissError):
+        kept = load_arrays(cached)
+        return cached_numbers(kept, "ids", np.int32, len(kept.get("ids", ())), range(len(tokenizer)))
     texts = [_decoded(path, content) for path, content in zip(files, contents, strict=True)]
     ids = _tokenize(texts, tokenizer, files[0].parent.name if len(files) > 1 else files[0].name)
-    keep_tokens(cached, files[0].name, {"ids": ids})
+    cache_tokens(cached, files[0].name, {"ids": ids})
     return ids
 
 
@@ -170,5 +170,5 @@ class TextData:
 
     def _batch(self, ids: Ids, starts: NDArray[np.int64], length: int) -> Batch:
         chosen = torch.from_numpy(ids[starts[:, None] + np.arange(length + 1)].astype(np.int64))
-        tokens, following = (sent(part.contiguous(), self.device) for part in (chosen[:, :-1], chosen[:, 1:]))
+        tokens, following = (to_device(part.contiguous(), self.device) for part in (chosen[:, :-1], chosen[:, 1:]))
         return Batch((tokens,), following)

@@ -7,7 +7,7 @@ from qat_runner.data.batches import Data
 from qat_runner.data.dataset import Delivery
 from qat_runner.data.listing import printable
 from qat_runner.data.sets import DATASETS
-from qat_runner.errors import ConfigError, told
+from qat_runner.errors import ConfigError, one_line
 
 PREPARE = "python -m qat_runner.data.prepare"
 
@@ -56,5 +56,5 @@ def load_dataset(config: DatasetConfig, data_dir: str, delivery: Delivery) -> Da
     except (ConfigError, ModuleNotFoundError):
         raise
     except Exception as error:  # parsers may raise any exception on files of another kind
-        reason = told(error) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ConfigError(f"dataset={config.name}: {printable(str(folder))} cannot be read ({reason})") from error

@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from qat_runner.cache import cache_folder
-from qat_runner.data.decoding import SUFFIXES
-from qat_runner.data.kept import (
+from qat_runner.data.array_cache import (
     Arrays,
+    CacheMissError,
     Ragged,
-    UnkeptError,
-    keep_arrays,
-    kept_arrays,
-    kept_numbers,
+    cached_numbers,
+    is_stable,
     key_of,
-    settled,
+    load_arrays,
+    save_arrays,
     stamps,
 )
-from qat_runner.data.listing import CLUTTER, PassedOver, printable
-from qat_runner.errors import told
+from qat_runner.data.decoding import SUFFIXES
+from qat_runner.data.listing import CLUTTER, SkippedFiles, printable
+from qat_runner.errors import one_line
 
 VERSION = 1
 """Version of the cached index; it changes whenever the same shards would be indexed differently."""
@@ -76,7 +76,7 @@ class Shards:
     names: Ragged
     """names of the members, N of them"""
     passed_over: str
-    """what was skipped because it is not an image; see `PassedOver`"""
+    """what was skipped because it is not an image; see `SkippedFiles`"""
     _open: dict[int, int] = field(default_factory=dict, init=False, repr=False)
     """file descriptors of open shards, the most recently used last"""
 
@@ -113,26 +113,28 @@ class Shards:
         return self.__dict__ | {"_open": {}}  # another process opens its own files
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the index as arrays, from which `kept` restores it."""
+        """Return the index as arrays, from which `from_arrays` restores it."""
         words = Ragged.of_bytes([os.fsencode(self.passed_over)])
         numbers = {name: getattr(self, name) for name in ("labels", "shards", "starts", "sizes")}
         return numbers | self.names.arrays("names") | words.arrays("passed_over")
 
     @classmethod
-    def kept(cls, paths: list[str], arrays: Arrays) -> "Shards":
+    def from_arrays(cls, paths: list[str], arrays: Arrays) -> "Shards":
         """Restore the index of shards from cached arrays.
 
         Raises:
-            UnkeptError: the arrays are not an index.
+            CacheMissError: the arrays are not an index.
         """
-        names, words = (Ragged.kept(arrays, name) for name in ("names", "passed_over"))
+        names, words = (Ragged.from_arrays(arrays, name) for name in ("names", "passed_over"))
         labels, shards = (
-            kept_numbers(arrays, name, np.int32, len(names), range(limit))
+            cached_numbers(arrays, name, np.int32, len(names), range(limit))
             for name, limit in (("labels", CLASSES), ("shards", len(paths)))
         )
-        starts, sizes = (kept_numbers(arrays, name, np.int64, len(names), range(2**62)) for name in ("starts", "sizes"))
+        starts, sizes = (
+            cached_numbers(arrays, name, np.int64, len(names), range(2**62)) for name in ("starts", "sizes")
+        )
         if len(words) != 1 or not len(names):
-            raise UnkeptError("not an index of shards")
+            raise CacheMissError("not an index of shards")
         return cls(paths, labels, shards, starts, sizes, names, words.text(0))
 
 
@@ -145,18 +147,18 @@ def read_shards(paths: Sequence[Path]) -> Shards:
     """
     stamped = stamps(paths)
     kept = cache_folder() / f"shards_{key_of(VERSION, stamped, SUFFIXES)}.npz"
-    with suppress(UnkeptError):
-        return Shards.kept([*map(str, paths)], kept_arrays(kept))
+    with suppress(CacheMissError):
+        return Shards.from_arrays([*map(str, paths)], load_arrays(kept))
     began = time.time_ns()
     shards = _indexed(paths)
-    if settled(max(changed for _, _, changed in stamped), began):
+    if is_stable(max(changed for _, _, changed in stamped), began):
         with suppress(OSError):  # without a cache file, the next start indexes the shards again
-            keep_arrays(kept, shards.arrays())
+            save_arrays(kept, shards.arrays())
     return shards
 
 
 def _indexed(paths: Sequence[Path]) -> Shards:
-    passed_over = PassedOver()
+    passed_over = SkippedFiles()
     samples: list[Sample] = []
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(_samples, paths, range(len(paths)))
@@ -180,9 +182,9 @@ def _indexed(paths: Sequence[Path]) -> Shards:
     )
 
 
-def _samples(path: Path, shard: int) -> tuple[list[Sample], PassedOver]:
+def _samples(path: Path, shard: int) -> tuple[list[Sample], SkippedFiles]:
     """Return the samples of a shard, and what was skipped."""
-    passed_over = PassedOver()
+    passed_over = SkippedFiles()
     pictures: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     for member, key, suffix, read in _members(path, passed_over):
@@ -208,7 +210,7 @@ def _samples(path: Path, shard: int) -> tuple[list[Sample], PassedOver]:
     return [(labels[key], m.name, shard, m.offset_data, m.size) for key, m in pictures.items()], passed_over
 
 
-def _members(path: Path, passed_over: PassedOver) -> Iterator[tuple[tarfile.TarInfo, str, str, Callable[[], bytes]]]:
+def _members(path: Path, passed_over: SkippedFiles) -> Iterator[tuple[tarfile.TarInfo, str, str, Callable[[], bytes]]]:
     """Yield the files of a shard, each with its key, its suffix in lower case, and a function that reads it."""
     with open(path, "rb") as file:
         _check_head(path, file.read(8))
@@ -229,7 +231,7 @@ def _members(path: Path, passed_over: PassedOver) -> Iterator[tuple[tarfile.TarI
                         yield member, os.path.join(folder, stem), (dot + suffix).lower(), read
                 _check_end(path, file.fileno(), tar.offset)
         except tarfile.TarError as error:
-            raise ValueError(f"{printable(str(path))} is not a tar file, or is damaged ({told(error)})") from error
+            raise ValueError(f"{printable(str(path))} is not a tar file, or is damaged ({one_line(error)})") from error
 
 
 PADDING = 1 << 20
@@ -265,7 +267,7 @@ def _label(path: Path, name: str, content: bytes) -> int:
     text = content.strip()
     if not (text.isdigit() and len(text) < 10 and int(text) < CLASSES):
         raise ValueError(
-            f"{printable(str(path))}: {printable(name)} contains {told(repr(content[:20])[1:])}; "
+            f"{printable(str(path))}: {printable(name)} contains {one_line(repr(content[:20])[1:])}; "
             f"must be a class index, 0 to {CLASSES - 1}"
         )
     return int(text)

@@ -9,16 +9,16 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qat_runner.data.chance import drawing, epoch_seed
 from qat_runner.data.decoding import FORMATS, as_tensor, decode_pixels, jpeg_pixels, plain_jpeg
 from qat_runner.data.layouts import Pictures
 from qat_runner.data.listing import printable
+from qat_runner.data.seeding import epoch_seed, seeded
 from qat_runner.data.workers import Order, Workers
 
 Pixels = tuple[Tensor, Tensor, Sequence[str]]
 """A batch: images uint8 [N, S, S, 3], contiguous in this order; labels [N]; an error message for each image, or "".
 
-An error message is an `Unread` where the cause is not the image itself.
+An error message is a `TransientReadError` where the cause is not the image itself.
 """
 
 File = tuple[Tensor, bool, int, str, tuple[int, int]]
@@ -28,7 +28,7 @@ Transform = Callable[[Any], Tensor]
 """Maps a decoded image to uint8 [3, S, S], with random numbers from torch's global generator"""
 
 
-class Unread(str):
+class TransientReadError(str):
     """An error message for an image that could not be read for a reason unrelated to the image.
 
     Examples are too many open files, or not enough memory.
@@ -137,7 +137,7 @@ class OnDevice:
 
 def transformed(picture: Any, transform: Transform, item: tuple[int, int]) -> Tensor:
     """Transform an image with random numbers that depend only on its (seed, index); restore torch's generator."""
-    with drawing(epoch_seed(*item)):
+    with seeded(epoch_seed(*item)):
         return transform(picture)
 
 
@@ -145,15 +145,15 @@ def _trouble(stored: Pictures, index: int, error: Exception) -> str:
     name = printable(stored.name(index))
     elsewhere = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
     if elsewhere or isinstance(error, MemoryError):
-        return Unread(f"image {name} cannot be read ({_told(error)})")
-    return f"image {name} cannot be decoded ({_told(error)})"
+        return TransientReadError(f"image {name} cannot be read ({_describe(error)})")
+    return f"image {name} cannot be decoded ({_describe(error)})"
 
 
 _OF_THE_FILE = (ENOENT, EACCES, EPERM, EISDIR, ENOTDIR, ELOOP, ENXIO, ENODEV)
 """Operating system errors that belong to a file and occur on every read; decoders do not raise them."""
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not one of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:

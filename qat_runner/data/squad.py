@@ -25,9 +25,9 @@ from typing_extensions import TypedDict
 
 from qat_runner.cache import cache_folder
 from qat_runner.config import DatasetConfig
-from qat_runner.data.kept import Ragged, UnkeptError, keep_tokens, kept_arrays, key_of
+from qat_runner.data.array_cache import CacheMissError, Ragged, cache_tokens, key_of, load_arrays
 from qat_runner.description import fit
-from qat_runner.errors import told
+from qat_runner.errors import one_line
 
 FILES = ("train-v1.1.json", "dev-v1.1.json")
 QUESTIONS = (87_599, 10_570)
@@ -98,7 +98,7 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
     except RecursionError as error:
         raise ValueError(f"{path.name} is not in SQuAD's format (nested too deeply)") from error
     except ValueError as error:
-        raise ValueError(f"{path.name} is not in SQuAD's format ({told(error)})") from error
+        raise ValueError(f"{path.name} is not in SQuAD's format ({one_line(error)})") from error
     paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     contexts = [paragraph["context"] for paragraph in paragraphs]
     questions = [_question(qa, i) for i, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]]
@@ -142,9 +142,9 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
     key = key_of(VERSION, content, hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
     cached = cache_folder() / f"squad_{key}.npz"
     parts = [f.name for f in fields(Tokens)]
-    with suppress(UnkeptError):
-        arrays = kept_arrays(cached)
-        return Tokens(*(Ragged.kept(arrays, part) for part in parts))
+    with suppress(CacheMissError):
+        arrays = load_arrays(cached)
+        return Tokens(*(Ragged.from_arrays(arrays, part) for part in parts))
     with tqdm(
         total=len(contexts) + len(questions),
         desc=f"tokenizing {path.name}",
@@ -157,7 +157,7 @@ def tokenize(path: Path, contexts: list[str], questions: list[Question], tokeniz
         Ragged.of([ids[:LONGEST_QUESTION] for ids in question_ids]), Ragged.of(context_ids), Ragged.of(spans, (2,))
     )
     ragged: dict[str, Ragged] = {part: getattr(tokens, part) for part in parts}
-    keep_tokens(cached, path.name, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
+    cache_tokens(cached, path.name, {key: array for part in parts for key, array in ragged[part].arrays(part).items()})
     return tokens
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qat_runner.config import DatasetConfig, Padding
-from qat_runner.data.batches import WHOLE, Batch, Shard, sent, train_rows
+from qat_runner.data.batches import WHOLE, Batch, Shard, to_device, train_rows
 from qat_runner.data.squad import Split
 
 
@@ -67,5 +67,5 @@ class SquadData:
         place = np.arange(width)
         mask = (place <= ends[:, None]).astype(np.int64)
         types = mask * (place >= windows.prefix[rows, None])
-        inputs = tuple(sent(torch.from_numpy(t), self.device) for t in (ids, mask, types))
-        return Batch(inputs, sent(torch.from_numpy(windows.answer[rows]), self.device))
+        inputs = tuple(to_device(torch.from_numpy(t), self.device) for t in (ids, mask, types))
+        return Batch(inputs, to_device(torch.from_numpy(windows.answer[rows]), self.device))

@@ -72,12 +72,12 @@ class Workers:
             collate_fn=self._collate,
             pin_memory=self._collate is None and torch.cuda.is_available(),
             generator=torch.Generator(),  # otherwise starting the workers would draw from the global generator
-            worker_init_fn=partial(_obey, os.getpid()),
+            worker_init_fn=partial(_ignore_group_signals, os.getpid()),
             **options,
         )
 
 
-def _obey(reader: int, worker: int) -> None:
+def _ignore_group_signals(reader: int, worker: int) -> None:
     """Make a worker ignore signals that are sent to its whole process group.
 
     Terminals, `timeout`, shells and job schedulers send such signals, but the reading process still needs its workers

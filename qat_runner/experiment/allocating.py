@@ -18,11 +18,11 @@ from qat_runner.config import Config, allocation_of, identity, run_folder, train
 from qat_runner.config.composing import command
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
-from qat_runner.errors import ConfigError, RunError, told
+from qat_runner.errors import ConfigError, RunError, one_line
 from qat_runner.experiment.bits_record import recorded, table
 from qat_runner.experiment.building import CALIBRATION_EPOCH, EXAMPLE, check_training
 from qat_runner.experiment.checks import preflight
-from qat_runner.experiment.choosing import Search, measures_of, shown
+from qat_runner.experiment.choosing import Search, measures_of, reported_costs
 from qat_runner.experiment.probing import Probes, Run, probe_of
 from qat_runner.quant import BITS
 from qat_runner.runs.files import write_text
@@ -59,7 +59,7 @@ def problem_of(config: Config, model: nn.Module, data: Data) -> Problem:
     """
     try:
         known = network(model, config.allocation.widths, EXAMPLE)
-        wanted = {*shown(config), config.allocation.cost, *config.limits}
+        wanted = {*reported_costs(config), config.allocation.cost, *config.limits}
         measures = {key: measures_of(config, known, key) for key in wanted}
         limits = [Limit(measure, most) for key, most in config.limits.items() for measure in measures[key]]
         free_of_charge = {operand.name: dict.fromkeys(operand.widths, 0.0) for operand in known.free}
@@ -170,5 +170,5 @@ def _beside(config: Config, model: nn.Module, data: Data) -> Prices:
     try:
         return _priced(config, model, data, kind, widths, count)
     except (RunError, torch.OutOfMemoryError) as error:
-        log.warning(f"no {kind} prices are shown for comparison: {told(error)}")
+        log.warning(f"no {kind} prices are shown for comparison: {one_line(error)}")
         return Prices(kind, widths, {}, {})

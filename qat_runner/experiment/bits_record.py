@@ -84,7 +84,7 @@ def _tensor(
         "price": {},
         "beside": {},
     }
-    if operand.free and operand.name in search.mean:
+    if operand.has_choice and operand.name in search.mean:
         prices, noise = search.prices, search.prices.noise[operand.name].tolist()
         found["noise"] = _by_width(dict(zip(prices.widths, noise, strict=True)))
         found["price"] = _by_width(search.mean[operand.name])
@@ -119,8 +119,8 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     config = search.config
     after = f" after {probes.steps} steps" if probes.steps else ""
     said = (
-        f"{config.model.name} on {config.dataset.name} lives with {search.told(chosen.best)}: "
-        f"{probes.told(chosen.summary, after)}"
+        f"{config.model.name} on {config.dataset.name} lives with {search.describe(chosen.best)}: "
+        f"{probes.describe(chosen.summary, after)}"
     )
     if chosen.uniform is None:
         return f"{said}; no uniform width does"
@@ -128,5 +128,5 @@ def _answer(search: Search, chosen: Chosen, probes: Probes) -> str:
     rival = search.uniform(chosen.width or 0)
     if config.max_drop is not None and rival.bits == chosen.best.bits:
         return f"{said}; these are {chosen.width} bits everywhere: no cheaper ones that were measured lose so little"
-    costs = "" if config.allocation.cost == "mean_bits" else f" ({search.told(rival)})"
-    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {probes.told(chosen.uniform)}"
+    costs = "" if config.allocation.cost == "mean_bits" else f" ({search.describe(rival)})"
+    return f"{said}; uniform {needs} {chosen.width} bits{costs}: {probes.describe(chosen.uniform)}"

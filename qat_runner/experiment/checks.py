@@ -22,8 +22,8 @@ from qat_runner.config import (
     path_of,
     run_folder,
 )
+from qat_runner.config.model_names import PREFIXES
 from qat_runner.config.tasks import foreign_keys
-from qat_runner.config.words import PREFIXES
 from qat_runner.data import AUGMENTATIONS, find_dataset
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.experiment.building import find_device

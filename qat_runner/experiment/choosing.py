@@ -50,7 +50,7 @@ def measures_of(config: Config, known: Network, name: str) -> list[Measure]:
         raise ConfigError(f"allocation.{error}") from error
 
 
-def shown(config: Config) -> list[str]:
+def reported_costs(config: Config) -> list[str]:
     """Return the names of the costs that are reported for each network, whatever the limits are."""
     return sorted({*COSTS, *(["latency_ms"] if config.allocation.latencies is not None else [])})
 
@@ -70,7 +70,7 @@ class Search:
         self.mean, self.same = prices.mean(), config.allocation.same
         self.widths = sorted({*config.allocation.widths})
         self.cost = measures_of(config, known, config.allocation.cost)
-        self.shown = {name: measures_of(config, known, name) for name in shown(config)}
+        self.shown = {name: measures_of(config, known, name) for name in reported_costs(config)}
         self.measured: list[tuple[Allocation, Summary]] = []
         """all measured allocations, each once, with their results"""
         self.range = self._lowest(), max(map(self._figure, (self.uniform(self.widths[-1]), self._best_at(math.inf))))
@@ -147,7 +147,7 @@ class Search:
         if summary is None:
             operands = (operand for operation in self.known.operations for operand in operation.operands)
             narrowest = min((found.bits[operand.name] for operand in operands if operand.weight), default=0)
-            summary = probes.network(said or self.told(found), rules_of(self.known, found.bits), narrowest)
+            summary = probes.network(said or self.describe(found), rules_of(self.known, found.bits), narrowest)
             self.measured.append((found, summary))
         return summary
 
@@ -155,7 +155,7 @@ class Search:
         """Return the result of the network with an allocation; None if it was not measured."""
         return next((summary for other, summary in self.measured if other.bits == found.bits), None)
 
-    def told(self, found: Allocation) -> str:
+    def describe(self, found: Allocation) -> str:
         """Describe the cost of an allocation by the measures of the front."""
         return ", ".join(_cost(measure, measure.total(self.known, found.bits)) for measure in self.cost)
 

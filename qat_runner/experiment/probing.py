@@ -39,11 +39,11 @@ class Probes:
         """retraining steps per network: as requested, or slightly more so that all epochs have the same length"""
         if self._measured.training:
             self.steps = self._measured.epochs * (self._measured.limit_train_batches or 0)
-        full = changed(config, **in_full_precision(), **_alone(weights, folder), mode=Mode.evaluate)
+        full = changed(config, **in_full_precision(), **_separate_run(weights, folder), mode=Mode.evaluate)
         self._run = run
         self.reference = self._result(full)
         """result of the full-precision network"""
-        log.info(f"in full precision: {measured(self.reference).told(score(self.reference))}")
+        log.info(f"in full precision: {measured(self.reference).describe(score(self.reference))}")
 
     def network(self, bits: str, rules: Sequence[Mapping[str, Any]], narrowest: int = 0) -> Summary:
         """Return the result of the quantized network with rules for its bit-widths, appended to those of the config.
@@ -57,7 +57,7 @@ class Probes:
         if narrowest > how.max_bits:
             how = replace(how, measure=False, freeze_to=None)
         found = self._result(changed(self._measured, rules=[*self._measured.rules, *rules], oscillations=how))
-        log.info(f"{bits}: {self.told(found)}")
+        log.info(f"{bits}: {self.describe(found)}")
         return found
 
     def _result(self, config: Config) -> Summary:
@@ -76,7 +76,7 @@ class Probes:
         worse = round(score(self.reference) - score(summary), 6)  # so that 91.73 - 91.23 is exactly 0.5
         return -worse if measured(summary).lower_is_better else worse
 
-    def told(self, summary: Summary, after: str = "") -> str:
+    def describe(self, summary: Summary, after: str = "") -> str:
         """Describe a result: the metric, and its difference from full precision.
 
         Args:
@@ -85,7 +85,7 @@ class Probes:
         """
         metric, drop = measured(summary), self.drop(summary)
         way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
-        return f"{metric.told(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"
+        return f"{metric.describe(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"
 
 
 def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> Config:
@@ -98,14 +98,14 @@ def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> C
         ConfigError: the config is not compatible with the requested retraining.
     """
     try:
-        return changed(config, **_training(config, data), **_alone(weights, folder))
+        return changed(config, **_training(config, data), **_separate_run(weights, folder))
     except ConfigError as error:
         if not config.retrain_steps:
             raise
         raise ConfigError(f"retrain_steps={config.retrain_steps}, by recipe.retrain: {error}") from error
 
 
-def _alone(weights: str | None, folder: Path) -> dict[str, Any]:
+def _separate_run(weights: str | None, folder: Path) -> dict[str, Any]:
     """Return the config changes for a separate run with these weights, without bit allocation."""
     places: dict[str, Any] = {"runs_dir": str(folder), "run_dir": None, "overwrite": False, "weights": weights}
     kept: dict[str, Any] = {"trackers": [], "noise_batches": 0, "allocation": AllocationConfig()}

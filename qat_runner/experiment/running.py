@@ -36,7 +36,15 @@ from qat_runner.config import (
     scaled_lr,
 )
 from qat_runner.data import Data
-from qat_runner.errors import BusyError, ConfigError, QatError, RunError, StoppedError, UnreadableError, file_told
+from qat_runner.errors import (
+    BusyError,
+    ConfigError,
+    QatError,
+    RunError,
+    StoppedError,
+    UnreadableError,
+    os_error_message,
+)
 from qat_runner.experiment import allocating
 from qat_runner.experiment.building import build, find_device, load_teacher, try_policy
 from qat_runner.experiment.checks import preflight, recorded
@@ -73,12 +81,12 @@ def run(config: Config) -> Summary:
     """
     folder = preflight(config)
     with distributed.group(config.distributed_timeout):
-        if distributed.on_main(lambda: _begun_anew(config, folder)):
+        if distributed.on_main(lambda: _already_overwritten(config, folder)):
             config = replace(config, overwrite=False)
         result = distributed.on_main(lambda: finished(config, folder))
         if result is not None:
             return result
-        with _locked(folder), _failures_told(config, folder):
+        with _locked(folder), _reporting_failures(config, folder):
             result = distributed.on_main(lambda: _result(config, folder))  # of the process that held the lock before
             return _run(config, folder) if result is None else result
 
@@ -111,7 +119,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _begun_anew(config: Config, folder: Path) -> bool:
+def _already_overwritten(config: Config, folder: Path) -> bool:
     """Return whether overwrite=true has already taken effect: the job of this process has started the run before."""
     if not (config.overwrite and put_back()):
         return False
@@ -168,7 +176,7 @@ def _run(config: Config, folder: Path) -> Summary:
     if config.mode == Mode.allocate:
         problem = allocating.problem_of(config, model, data)
         distributed.on_main(lambda: _clear(config, folder))
-        with _recorded(config, folder), _told_once(notes):
+        with _recorded(config, folder), _log_notes_once(notes):
             return _choose_bits(config, folder, model, data, weights, problem)
     trainer = Trainer(config, model, data, NullRecord(folder), teacher)
     if config.training and not config.overwrite and distributed.on_main(lambda: RunFolder(folder).finished):
@@ -251,7 +259,7 @@ def _choose_bits(
 
 
 @contextmanager
-def _told_once(notes: Sequence[str]) -> Iterator[None]:
+def _log_notes_once(notes: Sequence[str]) -> Iterator[None]:
     """Log notes about a network; while open, candidate runs write the same notes only to their own logs."""
     for note in notes:
         log.warning(note)
@@ -322,7 +330,7 @@ def _carry_out(config: Config, folder: Path, trainer: Trainer, notes: list[str])
 
 
 @contextmanager
-def _failures_told(config: Config, folder: Path) -> Iterator[None]:
+def _reporting_failures(config: Config, folder: Path) -> Iterator[None]:
     """While open, turn each failure into one sentence, and write it to error.txt with the traceback."""
     file = RunFolder(folder).error
     earlier = file.read_bytes() if ranks.is_main() and file.is_file() else None
@@ -337,16 +345,16 @@ def _failures_told(config: Config, folder: Path) -> Iterator[None]:
     except (StoppedError, BusyError):
         raise
     except Exception as error:
-        told = _in_a_sentence(error, config, folder)
+        text = _as_sentence(error, config, folder)
         # "x": with several processes only the first reason counts; the others only report that they lost the first one
         with suppress(OSError), open_own(file, "x") as out:
-            out.write(f"{told}\n\n{traceback.format_exc()}")
-        if told is error:
+            out.write(f"{text}\n\n{traceback.format_exc()}")
+        if text is error:
             raise
-        raise told from error
+        raise text from error
 
 
-def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
+def _as_sentence(error: Exception, config: Config, folder: Path) -> QatError:
     if isinstance(error, QatError):
         return error
     if isinstance(error, torch.OutOfMemoryError):
@@ -354,7 +362,7 @@ def _in_a_sentence(error: Exception, config: Config, folder: Path) -> QatError:
     if isinstance(error, NotCalibratedError):
         return RunError(str(error))
     if isinstance(error, OSError):
-        return RunError(f"{folder}: failed ({file_told(error)}); what was recorded before is intact")
+        return RunError(f"{folder}: failed ({os_error_message(error)}); what was recorded before is intact")
     where = RunFolder(folder).error
     return RunError(f"{folder}: internal error ({type(error).__name__}: {' '.join(str(error).split())}), see {where}")
 
@@ -438,14 +446,14 @@ def _preprocessing(config: Config) -> str:
 def _recipe(config: Config) -> str:
     """Describe batch size and learning rate, the rule they follow, and how much of a batch is seen at a time."""
     stage = config.stage
-    told = f"batch size {config.batch_size}, lr {config.lr:g}"
+    text = f"batch size {config.batch_size}, lr {config.lr:g}"
     if config.epochs <= stage.warmup_epochs:
-        told += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
+        text += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
-        return f"{told}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
+        return f"{text}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
     law = "the square root of the batch size" if stage.optimizer == Optimizer.adamw else "the batch size"
     rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
-    return f"{told} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
+    return f"{text} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
 
 
 def _seen_at_a_time(config: Config) -> str:
@@ -455,11 +463,11 @@ def _seen_at_a_time(config: Config) -> str:
         return ""
     own = config.batch_size // world
     seen = math.ceil(own / config.accumulate)
-    told = f"; BatchNorm and activations' scalars see {seen} samples at a time"
+    text = f"; BatchNorm and activations' scalars see {seen} samples at a time"
     if seen == published:
-        return f"{told}, as published"
+        return f"{text}, as published"
     remedy = f" (accumulate={own // published} restores that)" if own % published == 0 else ""
-    return f"{told}, but {published} in the published recipe{remedy}"
+    return f"{text}, but {published} in the published recipe{remedy}"
 
 
 def _summarize(config: Config, trainer: Trainer) -> Summary:
@@ -477,7 +485,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     result: Summary = {
         "model": config.model.name,
         "dataset": config.dataset.name,
-        "bits": config.told_bits,
+        "bits": config.bits_label,
         "weight_bits": config.weight_bits,
         "activation_bits": config.activation_bits,
         "mean_weight_bits": mean_weights,
@@ -502,7 +510,7 @@ def _summarize(config: Config, trainer: Trainer) -> Summary:
     }
     if corrupt is not None:
         result["corrupt_pictures"] = len(corrupt)
-    if remedies := config.told_remedies:
+    if remedies := config.remedy_labels:
         result["remedies"] = remedies
     if config.reestimating:
         result["batchnorm_batches"] = trainer.reestimation_batches

@@ -70,8 +70,8 @@ def require(name: str, found: Figures, reference: Figures, measure: Measure) -> 
     if not agrees(found, reference, measure):
         raise RunError(
             f"{name} disagrees with the network: {found.agreement:.2f} % of the predictions are the same (at least "
-            f"{LEAST_AGREEMENT:g} required), {measure.name} {measure.told(found.accuracy)} instead of "
-            f"{measure.told(reference.accuracy)} (at most {LARGEST_LOSS:g}"
+            f"{LEAST_AGREEMENT:g} required), {measure.name} {measure.describe(found.accuracy)} instead of "
+            f"{measure.describe(reference.accuracy)} (at most {LARGEST_LOSS:g}"
             f"{' percentage points' if measure.unit else ' %'} {'lower' if measure.unit else 'worse'} allowed); "
             f"nothing was kept"
         )

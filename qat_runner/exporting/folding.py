@@ -74,7 +74,7 @@ def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNor
         weight.codes = torch.where(rows == 0, 0, weight.codes)
     elif weight.zero_point is not None:
         last, zeros = weight.format.highest, weight.zero_point.expand(factor.shape)
-        weight.count_from(torch.where(factor < 0, last - zeros, zeros))
+        weight.set_zero_point(torch.where(factor < 0, last - zeros, zeros))
         weight.codes = torch.where(rows < 0, last - weight.codes, weight.codes)
         weight.codes = torch.where(rows == 0, weight.zero_point.reshape(rows.shape), weight.codes)
         weight.scale = not_zero(weight.scale * factor.abs())

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat_runner.description import fit
-from qat_runner.errors import ConfigError, RunError, told
+from qat_runner.errors import ConfigError, RunError, one_line
 from qat_runner.exporting.integer import (
     OPSET,
     IntegerLayer,
+    IntegerOwnForward,
     IntegerOwnWeight,
-    IntegerTaken,
     IntegerWeight,
     StaticGrid,
 )
@@ -315,7 +315,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         for name, shape in fit(_Shapes, json.loads(metadata.get("packed", ""))).items():
             state[name] = _unpacked(state.get(name), shape, name not in unsigned)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: the shapes of its packed codes do not fit ({told(error)})") from error
+        raise ConfigError(f"{path}: the shapes of its packed codes do not fit ({one_line(error)})") from error
     return state
 
 
@@ -329,7 +329,7 @@ def _unpacked(packed: Tensor | None, shape: Sequence[int], signed: bool) -> Tens
 def _describe(prefix: str, layer: nn.Module) -> dict[str, Any]:
     """Return what the tensors of an integer layer mean; their names begin with `prefix`."""
     described: dict[str, Any] = {"kind": getattr(layer, "kind_name", None) or kind_of(layer)}
-    if isinstance(layer, IntegerTaken):
+    if isinstance(layer, IntegerOwnForward):
         described["class"] = full_precision_name(layer)
     for child, module in layer.named_children():
         if isinstance(module, IntegerWeight):
@@ -413,7 +413,7 @@ def _exporting(path: Path) -> Iterator[None]:
     except Exception as error:  # an exporter may raise anything on a network that it cannot export
         cause = error.__cause__ or error
         raise RunError(
-            f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {told(cause)})"
+            f"{path.name}: PyTorch cannot export this network ({type(cause).__name__}: {one_line(cause)})"
         ) from error
     finally:
         logging.disable(before)

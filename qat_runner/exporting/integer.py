@@ -83,9 +83,9 @@ class IntegerWeight(nn.Module):
         self.register_buffer("zero_point", None)
         self.zeros = [0]
         if zero is not None:
-            self.count_from(zero.reshape(-1) if zero.ndim else zero)
+            self.set_zero_point(zero.reshape(-1) if zero.ndim else zero)
 
-    def count_from(self, zero: Tensor) -> None:
+    def set_zero_point(self, zero: Tensor) -> None:
         """Set the zero point, in the shape of `scale`."""
         self.zero_point = zero.to(self.codes.dtype)
         self.zeros = _listed(zero)
@@ -248,7 +248,7 @@ class IntegerLinear(IntegerLayer, nn.Linear):
         return nn.functional.linear(x, weight, self.bias)
 
 
-class IntegerTaken(IntegerLayer, TakenLayer):
+class IntegerOwnForward(IntegerLayer, TakenLayer):
     """A layer with a forward of its own; the weight that it multiplies by was computed once and for all."""
 
     qat_operands = ()
@@ -367,7 +367,7 @@ def _convert(layer: Any) -> None:
     if weight is not None:
         _give_codes(layer, weight)
     known = next((integer for base, integer in WRITTEN.items() if isinstance(layer, base)), None)
-    layer.__class__ = quantized_class(type(layer), IntegerTaken) if taken else known
+    layer.__class__ = quantized_class(type(layer), IntegerOwnForward) if taken else known
 
 
 def _release(layer: Any) -> None:

@@ -8,7 +8,7 @@ No model code is copied or rewritten. Three mechanisms make that possible:
   class, and attention modules and mixtures of experts multiply tensors in their own forward. Such a module keeps its
   forward, but a `torch.overrides.TorchFunctionMode` is open while it runs. The mode sees each call of a torch function
   before PyTorch executes it, and runs the calls that multiply with quantized factors.
-- **The example input** (`asking`, `trace`, `products`, `unchanged`). One batch runs through the model several times:
+- **The example input** (`observing`, `trace`, `products`, `unchanged`). One batch runs through the model several times:
   before conversion, to find out what each module's own forward multiplies, and after it, to find the order of the
   layers and the signs of their inputs, to count all products (with a `TorchDispatchMode`, which sees every operator
   that PyTorch dispatches), and to check that the converted model still computes the same outputs.

@@ -17,7 +17,7 @@ from qat_runner.insertion.insert import (
     quantized_tensors,
     quantizers_disabled,
 )
-from qat_runner.insertion.layers import QuantLayer, looked_at
+from qat_runner.insertion.layers import QuantLayer, reading_weight
 from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
@@ -171,7 +171,7 @@ def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
     """Return the scalars of a weight's present values."""
     layer = model.get_submodule(tensor.layer)
     assert isinstance(layer, QuantLayer)
-    with looked_at(layer):
+    with reading_weight(layer):
         return tensor.quantizer.scalars_of(whole(layer.qat_used_weight()))
 
 

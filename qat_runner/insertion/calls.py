@@ -59,7 +59,7 @@ MATRICES = (
 ATTENTION = F.scaled_dot_product_attention
 
 
-def taken_apart(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+def parse_call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
     """Return the parts of a call that a mode sees; None if it is not `einsum` or one of FACTORS, with two tensors."""
     if func is torch.einsum:
         return _einsum(args)

@@ -2,7 +2,7 @@
 
 `insert` works in these steps:
 
-1. Look at the example, if there is one, to see what the forward of each module multiplies (`asking.look`).
+1. Look at the example, if there is one, to see what the forward of each module multiplies (`observing.observe`).
 2. Convert layers, attention modules and modules that multiply by own parameters in place, without quantizers yet.
 3. Run the example through the converted model (`trace`). Raise an error if it does not compute what it did before.
 4. Give each operand the quantizer that the policy specifies. Undo the conversion where nothing is quantized.
@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat_runner.errors import told
-from qat_runner.insertion.asking import Asking, attends, look, multiplies_by_its_weight, own_weights
+from qat_runner.errors import one_line
 from qat_runner.insertion.attention import (
     EAGER,
     attention_as,
@@ -31,7 +30,7 @@ from qat_runner.insertion.attention import (
 )
 from qat_runner.insertion.layers import (
     ELEMENTS,
-    OF_ITS_OWN_CLASS,
+    UNSWAPPABLE,
     QuantLayer,
     QuantLinear,
     Swapped,
@@ -46,21 +45,22 @@ from qat_runner.insertion.layers import (
     is_quantized,
     kind_of,
     layer_kind,
-    looked_at,
     modules_by_name,
     narrow_kind,
     operands,
     quantizer_of,
+    reading_weight,
     restore,
 )
-from qat_runner.insertion.naming import told_once
+from qat_runner.insertion.naming import merged_notes
+from qat_runner.insertion.observing import ObservedProducts, attends, multiplies_by_its_weight, observe, own_weights
 from qat_runner.insertion.own_products import (
     QuantAttention,
     attention_in,
     has_fast_path,
-    has_room,
     is_multihead,
     keep_off_fast_path,
+    names_are_free,
     products_as_before,
     quantize_own_products,
     release_own_products,
@@ -80,7 +80,7 @@ from qat_runner.insertion.unchanged import (
 )
 from qat_runner.policy import EMBEDDING, EXPERTS, Place, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
-from qat_runner.quant.together import WeightsTogether
+from qat_runner.quant.weight_groups import WeightsTogether
 
 
 class QuantizationWarning(UserWarning):
@@ -198,7 +198,7 @@ def insert(
     inputs = None if example is None else example if isinstance(example, tuple) else (example,)
     if policy.full_precision and _layers_in(model):
         return model
-    asking, before = (None, None) if inputs is None else look(model, inputs)
+    asking, before = (None, None) if inputs is None else observe(model, inputs)
     layers, notes = _convertible(model, policy, asking, tensors)
     attention = _own_attention(model, asking, tensors)
     weights = _own_weights(model, asking, attention) if tensors is None else _own_weights_named(model, contracted or {})
@@ -206,8 +206,8 @@ def insert(
     if not (layers or attention or weights):
         if tensors is not None:
             missing = ", ".join(sorted({name.rpartition(".")[0] for name in tensors}))
-            raise ValueError(f"it has none of the layers that are quantized in the other network: {told(missing)}")
-        why = "".join(f"; {note}" for note in told_once([*notes.items(), *aside]))
+            raise ValueError(f"it has none of the layers that are quantized in the other network: {one_line(missing)}")
+        why = "".join(f"; {note}" for note in merged_notes([*notes.items(), *aside]))
         raise ValueError(f"{type(model).__name__} has no layer to quantize: {KNOWN} can be quantized{why}")
     other_attention = bool(attention_of(model) - {EAGER})
     try:
@@ -231,9 +231,9 @@ def insert(
     for module in model.modules():
         if not has_own_forward(module):
             keep_off_fast_path(module)
-    setattr(model, POLICY, policy.with_ends(places))
+    setattr(model, POLICY, policy.resolved_for(places))
     left = [name for name in notes if not all(tensor.full_precision for tensor in chosen[name].values())]
-    for note in told_once([*((name, notes[name]) for name in left), *aside]):
+    for note in merged_notes([*((name, notes[name]) for name in left), *aside]):
         _warn(note)
     if seen is not None:
         _decide(model, seen)
@@ -346,7 +346,7 @@ def _layers_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _convertible(
-    model: nn.Module, policy: Policy, asking: Asking | None, tensors: Collection[str] | None
+    model: nn.Module, policy: Policy, asking: ObservedProducts | None, tensors: Collection[str] | None
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Return the layers that can be quantized, and a note on each that looks like one but cannot be, by name."""
     layers: dict[str, nn.Module] = {}
@@ -355,7 +355,7 @@ def _convertible(
         wanted = tensors is None or any(f"{name}.{operand}" in tensors for operand in operands(layer))
         if not wanted or (kind_of(layer) == EMBEDDING and not policy.names_kind(EMBEDDING)):
             continue
-        with looked_at(layer):
+        with reading_weight(layer):
             weight: Any = layer.weight
         if isinstance(weight, nn.UninitializedParameter):
             notes[name] = "has no weight yet: left as it is"
@@ -375,7 +375,9 @@ def _convertible(
     return layers, notes
 
 
-def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[str] | None) -> list[nn.Module]:
+def _own_attention(
+    model: nn.Module, asking: ObservedProducts | None, tensors: Collection[str] | None
+) -> list[nn.Module]:
     """Return the attention modules whose own products can be quantized.
 
     Those that use transformers' interface are not among them.
@@ -383,12 +385,12 @@ def _own_attention(model: nn.Module, asking: Asking | None, tensors: Collection[
     served = modules_served(model)
     if tensors is not None:
         return attention_in(tensors, dict(each(model, lambda m: m not in served)))
-    known = [m for m in model.modules() if is_multihead(m) and has_room(m)]
+    known = [m for m in model.modules() if is_multihead(m) and names_are_free(m)]
     attending = [m for m in model.modules() if m in known or (asking is not None and attends(m, asking))]
     return [m for m in attending if m not in served]
 
 
-def _own_weights(model: nn.Module, asking: Asking | None, attention: Collection[nn.Module]) -> OwnWeights:
+def _own_weights(model: nn.Module, asking: ObservedProducts | None, attention: Collection[nn.Module]) -> OwnWeights:
     """Return the modules that multiply by parameters of their own, except layers of known kinds and attention."""
     if asking is None:
         return {}
@@ -415,7 +417,7 @@ def _set_aside(model: nn.Module, attention: list[nn.Module], weights: OwnWeights
 
 def _may_be_swapped(module: nn.Module) -> bool:
     """Whether a module's class can be swapped and is not swapped for another reason."""
-    return layer_kind(module) is None and not isinstance(module, OF_ITS_OWN_CLASS) and not has_fast_path(module)
+    return layer_kind(module) is None and not isinstance(module, UNSWAPPABLE) and not has_fast_path(module)
 
 
 def _own_weights_named(model: nn.Module, contracted: Mapping[str, int]) -> OwnWeights:

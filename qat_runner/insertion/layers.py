@@ -25,12 +25,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.insertion.calls import Call, Compute, parse_call
 from qat_runner.insertion.modes import evaluating
 from qat_runner.policy import DEPTHWISE, EMBEDDING, WEIGHT_AND_INPUT
 from qat_runner.quant import Quantizer
 from qat_runner.quant.recompute import recomputing
-from qat_runner.quant.tensors import written
+from qat_runner.quant.tensors import version_key
 
 ELEMENTS = "elements_seen"
 """Attribute of a quantized layer that was traced: operand -> number of its elements for one sample."""
@@ -123,7 +123,7 @@ def belong(layer: Any, module: nn.Module) -> None:
         layer._of = (module,)
 
 
-OF_ITS_OWN_CLASS = (torch.jit.ScriptModule, torch.fx.GraphModule)
+UNSWAPPABLE = (torch.jit.ScriptModule, torch.fx.GraphModule)
 """Modules whose class was generated for them alone and holds what other classes lack: it cannot be swapped."""
 
 
@@ -140,7 +140,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def looked_at(layer: nn.Module) -> AbstractContextManager[None]:
+def reading_weight(layer: nn.Module) -> AbstractContextManager[None]:
     """Context manager under which reading the weight of a layer changes nothing.
 
     In training, spectral normalization updates its estimate each time the weight is read.
@@ -199,7 +199,7 @@ class QuantLayer(nn.Module):
         If there is a single channel, in another dimension than 0, the shape is []: [1, 1, ...] would not show which
         dimension has the channels.
         """
-        with looked_at(self):
+        with reading_weight(self):
             channels, sizes = _channel_dim(self), self.weight.shape
         single = channels > 0 and sizes[channels] == 1
         channel = () if single else tuple(n if d == channels else 1 for d, n in enumerate(sizes))
@@ -347,7 +347,7 @@ class InForward(TorchFunctionMode):
         self.module = module
         self.saving = Saving.now()
 
-    def refuse_checkpoint(self) -> None:
+    def check_not_in_checkpoint(self) -> None:
         """Raise an error if a call would be taken over inside a checkpoint that the forward itself has begun.
 
         The backward pass would recompute the call without the module around it, hence without this mode.
@@ -421,7 +421,7 @@ class Taking(InForward):
         out = self.take(func, args, kwargs)
         if out is NotImplemented:
             return func(*args, **kwargs)
-        self.refuse_checkpoint()
+        self.check_not_in_checkpoint()
         return out
 
 
@@ -444,8 +444,8 @@ class TakenLayer(QuantLayer, Swapped):
         parameter = super().qat_used_parameter()
         if parameter is None:
             return None
-        before = written(parameter)
-        return parameter if parameter is self.qat_used_weight() and before == written(parameter) else None
+        before = version_key(parameter)
+        return parameter if parameter is self.qat_used_weight() and before == version_key(parameter) else None
 
     def _qat_taken(self, *args: Any, **kwargs: Any) -> Any:
         """Run its own forward, and take over the call that multiplies."""
@@ -507,7 +507,7 @@ def _smallest_input(layer: Any) -> Tensor:
 def own_call(full: type[nn.Module], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
     """Return a call, taken apart, if layers of a class multiply by it: the input, and the weight in its own shape."""
     kind = layer_kind(full)
-    call = taken_apart(func, args, kwargs) if is_own(full, func) else None
+    call = parse_call(func, args, kwargs) if is_own(full, func) else None
     return call if call is None or kind is None or func is kind.function else _of_the_transpose(call)
 
 
@@ -690,7 +690,7 @@ def elements_of(layer: nn.Module, operand: str) -> int | None:
     For the weight it is that of the whole tensor, for others that of one sample; None if none was seen yet.
     """
     if operand == "weight":
-        with looked_at(layer):
+        with reading_weight(layer):
             weight: Any = layer.weight
             return int(weight.numel())
     seen: dict[str, int] = getattr(layer, ELEMENTS, {})

@@ -12,7 +12,7 @@ from qat_runner.quant import Quantizer
 
 
 @contextmanager
-def arguments_told(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+def explaining_argument_errors(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
     """Context manager that explains a TypeError if the model's forward does not take these arguments."""
     try:
         yield
@@ -33,7 +33,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def remembering_nothing(model: nn.Module) -> Iterator[None]:
+def eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Context manager under which the network is in eval mode and keeps no trace of what it computes.
 
     Buffers of its own modules, which may change even in eval mode, and random generators are restored.
@@ -43,7 +43,7 @@ def remembering_nothing(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def taking_the_ways_of_training(model: nn.Module) -> Iterator[None]:
+def training_paths_without_trace(model: nn.Module) -> Iterator[None]:
     """Context manager under which the network computes what it does in training, and keeps no trace of it.
 
     What a network computes only in training, auxiliary heads for example, is computed then. PyTorch's own innermost

@@ -12,13 +12,13 @@ def family(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
-def together(names: Sequence[str]) -> str:
+def joined_name(names: Sequence[str]) -> str:
     """Return one name for several names of one family, with a * where they differ."""
     parts = zip(*(name.split(".") for name in names), strict=True)
     return ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
-def told_once(notes: Iterable[tuple[str, str]]) -> list[str]:
+def merged_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Return one sentence, a name and a note on it, for each note.
 
     Names of one family with the same note share a sentence.
@@ -26,4 +26,4 @@ def told_once(notes: Iterable[tuple[str, str]]) -> list[str]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, said in notes:
         groups.setdefault((family(name), said), []).append(name)
-    return [f"{together(names)} {said}" for (_, said), names in groups.items()]
+    return [f"{joined_name(names)} {said}" for (_, said), names in groups.items()]

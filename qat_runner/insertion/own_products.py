@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, taken_apart
+from qat_runner.insertion.calls import ATTENTION, MATRICES, Compute, attention, parse_call
 from qat_runner.insertion.layers import (
     InForward,
     QuantLayer,
@@ -66,7 +66,7 @@ class ProductsOf(InForward):
                 return _written_out(*args, **{**kwargs, **self._projections()})
         if func is ATTENTION and len(self.left) == len(PRODUCTS):
             return attention(self._next, self._next, *args, **kwargs)
-        call = taken_apart(func, args, kwargs)
+        call = parse_call(func, args, kwargs)
         if call is not None and func in MATRICES and self.left:
             # Autocast keeps probabilities in float32 until the product, which converts them to the dtype of the values.
             return self._next(call.left.to(call.right.dtype), *call[1:])
@@ -74,13 +74,13 @@ class ProductsOf(InForward):
             for layer in self.layers:
                 own = self.projections.get(layer)
                 if call.right is (layer.weight if own is None else own):
-                    self.refuse_checkpoint()
+                    self.check_not_in_checkpoint()
                     return layer(call.left, call.compute)
         return func(*args, **kwargs)
 
     def _next(self, *call: Any) -> Tensor:
         """Compute the next product from the fields of a `Call`; from two tensors alone, their matrix product."""
-        self.refuse_checkpoint()
+        self.check_not_in_checkpoint()
         product: Tensor = self.module.get_submodule(self.left.pop(0))(*call)
         return product
 
@@ -187,7 +187,7 @@ def _names(module: nn.Module) -> list[str]:
     return [*PRODUCTS, *(PROJECTIONS if is_multihead(module) else ())]
 
 
-def has_room(module: nn.Module) -> bool:
+def names_are_free(module: nn.Module) -> bool:
     """Whether an attention module has no attributes with the names of the submodules that it is to be given."""
     return not any(hasattr(module, name) for name in _names(module))
 
@@ -208,7 +208,7 @@ def quantize_own_products(module: nn.Module) -> None:
     Raises:
         ValueError: the module already has an attribute with the name of a product or projection.
     """
-    if not has_room(module):
+    if not names_are_free(module):
         names = " or ".join(name for name in _names(module) if hasattr(module, name))
         raise ValueError(
             f"{type(module).__name__} already uses {names} as an attribute name: it cannot be quantized as attention"

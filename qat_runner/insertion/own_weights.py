@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat_runner.insertion.calls import Call, Compute, taken_apart
+from qat_runner.insertion.calls import Call, Compute, parse_call
 from qat_runner.insertion.layers import (
     QuantLayer,
     Swapped,
@@ -240,7 +240,7 @@ class _Pass:
         if func in MOVES:
             layer = self._layer_of(args[0]) if args else None
             return NotImplemented if layer is None else self._move(layer, func, args, kwargs)
-        call = taken_apart(func, args, kwargs)
+        call = parse_call(func, args, kwargs)
         return NotImplemented if call is None else self._product(call)
 
     def _move(self, layer: OwnWeight, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qat_runner.insertion.naming import family, together
+from qat_runner.insertion.naming import family, joined_name
 from qat_runner.wording import percent
 
 Arguments = Sequence[Any]
@@ -39,7 +39,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Rest:
+class UnquantizedProducts:
     """Products that are not quantized, of all modules together whose names differ only in numbers."""
 
     modules: tuple[str, ...]
@@ -52,13 +52,13 @@ class Rest:
     training: bool
 
     def __str__(self) -> str:
-        where = f"{together(self.modules)} ({self.kind})" if self.modules[0] else "the model itself"
+        where = f"{joined_name(self.modules)} ({self.kind})" if self.modules[0] else "the model itself"
         several = f"{len(self.modules)} modules " if len(self.modules) > 1 else ""
         share = f", {percent(self.share)} of the multiply-accumulates" if self.known else ", of unknown extent"
         return f"{self.operation} in {several}{where}{share}{', in training only' if self.training else ''}"
 
 
-def rest(products: Iterable[Product], total: int) -> list[Rest]:
+def rest(products: Iterable[Product], total: int) -> list[UnquantizedProducts]:
     """Summarize products, such as those that are not quantized, for a reader: repeated ones once, the largest first.
 
     Args:
@@ -69,7 +69,7 @@ def rest(products: Iterable[Product], total: int) -> list[Rest]:
     for p in products:
         groups.setdefault((family(p.module), p.kind, p.operation, p.training), []).append(p)
     found = [
-        Rest(tuple(p.module for p in group), *key[1:3], macs / max(total, 1), macs > 0, key[3])
+        UnquantizedProducts(tuple(p.module for p in group), *key[1:3], macs / max(total, 1), macs > 0, key[3])
         for key, group in groups.items()
         for macs in [sum(p.macs for p in group)]
     ]

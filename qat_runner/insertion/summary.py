@@ -16,7 +16,7 @@ from qat_runner.insertion.layers import (
     quantizer_of,
 )
 from qat_runner.insertion.own_weights import UsingOwnWeights
-from qat_runner.insertion.products import Product, Rest, rest
+from qat_runner.insertion.products import Product, UnquantizedProducts, rest
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
 from qat_runner.wording import percent
 
@@ -60,7 +60,7 @@ def quantized_share(model: nn.Module) -> float | None:
     return sum(p.macs for p in products if _quantized_operands(modules, p) == 2) / total if total else None
 
 
-def not_quantized(model: nn.Module) -> list[Rest]:
+def not_quantized(model: nn.Module) -> list[UnquantizedProducts]:
     """Return the products that have an operand in full precision, by module: repeated ones once, the largest first."""
     products, modules = products_of(model), modules_by_name(network_of(model))
     return rest([p for p in products if _quantized_operands(modules, p) < 2], sum(p.macs for p in products))

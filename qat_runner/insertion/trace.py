@@ -31,8 +31,8 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     takes_hooks,
 )
-from qat_runner.insertion.modes import remembering_nothing, taking_the_ways_of_training
-from qat_runner.insertion.naming import told_once
+from qat_runner.insertion.modes import eval_without_trace, training_paths_without_trace
+from qat_runner.insertion.naming import merged_notes
 from qat_runner.insertion.products import Product, Products
 from qat_runner.insertion.tensors import copies
 from qat_runner.policy import EXPERTS
@@ -184,12 +184,12 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
 
     samples = next((t.shape[0] for t in _flatten(given)[0] if t.ndim), 1)
     with _Calls(model, names, _Signs(given), samples) as calls:
-        with remembering_nothing(model), calls.watched():
+        with eval_without_trace(model), calls.watched():
             output = run()
         found = calls.products.found.copy()
         calls.training_only, failed = True, None
         try:
-            with taking_the_ways_of_training(model), calls.watched():
+            with training_paths_without_trace(model), calls.watched():
                 run()
         except Exception as error:  # it may need more than it is given, such as targets
             failed = error
@@ -235,7 +235,7 @@ def _notes(
         if is_quantized(la.module) and operands(la.module) and not la.asked
     ]
     never = "is not called: it keeps its quantizers, but they see no data"
-    notes = told_once([*said, *((name, never) for m, name in names.items() if m not in layers)])
+    notes = merged_notes([*said, *((name, never) for m, name in names.items() if m not in layers)])
     if failed is not None:
         why = " ".join(f"{type(failed).__name__}: {failed}".split())
         notes.append(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.layers import takes_hooks
-from qat_runner.insertion.modes import remembering_nothing
+from qat_runner.insertion.modes import eval_without_trace
 from qat_runner.insertion.tensors import copies, tensors_of
 
 Tensors = list[Tensor | None]
@@ -23,7 +23,7 @@ def computed(model: nn.Module, inputs: Sequence[Any]) -> Tensors:
 
     Model, inputs and random generators are left unchanged.
     """
-    with remembering_nothing(model):
+    with eval_without_trace(model):
         return tensors_of(model(*copies(inputs)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
-from qat_runner.insertion.modes import arguments_told, evaluating, taking_the_ways_of_training
+from qat_runner.insertion.modes import evaluating, explaining_argument_errors, training_paths_without_trace
 from qat_runner.insertion.tensors import copies
 from qat_runner.quant import Quantizer
 
@@ -59,12 +59,12 @@ def watch(
         for batch in batches:
             inputs = batch if isinstance(batch, tuple | list) else (batch,)
             again = copies(inputs) if unreached() else None  # the network may write to its inputs
-            with evaluating(model), arguments_told(model, inputs):
+            with evaluating(model), explaining_argument_errors(model, inputs):
                 model(*inputs)
             used += 1
             shown = unreached() or None
             if shown is not None and again is not None:
-                with taking_the_ways_of_training(model), suppress(Exception):
+                with training_paths_without_trace(model), suppress(Exception):
                     model(*again)
             shown = None
     finally:

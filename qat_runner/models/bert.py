@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qat_runner.errors import ConfigError
-from qat_runner.models.hub import ask, load_whole
+from qat_runner.models.hub import load_from_checkpoint, load_whole
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -27,7 +27,7 @@ def read_checkpoint(checkpoint: str) -> "BertConfig":
     """
     from transformers import AutoConfig
 
-    config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a BERT")
+    config: Any = load_from_checkpoint(checkpoint, AutoConfig.from_pretrained, "a BERT")
     if config.model_type != "bert":
         raise ConfigError(f"model.checkpoint={checkpoint}: is a {config.model_type}; must be a bert")
     config.num_labels = 2  # start and end

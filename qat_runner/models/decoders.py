@@ -11,7 +11,7 @@ from torch import nn
 
 from qat_runner.config import path_of
 from qat_runner.errors import ConfigError
-from qat_runner.models.hub import ask, load_tokenizer, load_whole
+from qat_runner.models.hub import load_from_checkpoint, load_tokenizer, load_whole
 
 DECODERS = ("decoder",)
 """Names of the models of this module."""
@@ -32,7 +32,7 @@ def read_decoder(checkpoint: str) -> Any:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    config: Any = ask(checkpoint, AutoConfig.from_pretrained, "a decoder")
+    config: Any = load_from_checkpoint(checkpoint, AutoConfig.from_pretrained, "a decoder")
     kind = config.model_type
     sees_what_follows = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or sees_what_follows:

@@ -21,13 +21,13 @@ def load_tokenizer(checkpoint: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer: Any = ask(checkpoint, AutoTokenizer.from_pretrained, "a network with a tokenizer")
+    tokenizer: Any = load_from_checkpoint(checkpoint, AutoTokenizer.from_pretrained, "a network with a tokenizer")
     if not tokenizer.is_fast:
         raise ConfigError(f"model.checkpoint={checkpoint}: has no fast tokenizer (tokenizer.json or vocab.txt)")
     return tokenizer
 
 
-def ask(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None = None) -> Any:
+def load_from_checkpoint(checkpoint: str, load: Callable[..., Any], wanted: str, said: str | None = None) -> Any:
     """Load a part of a checkpoint. Code that comes with the checkpoint is never run.
 
     Args:
@@ -59,13 +59,13 @@ def load_whole(checkpoint: str, load: Callable[..., Any], wanted: str, head: str
     transformers alone would silently initialize weights that a checkpoint lacks, or has under other names.
 
     Args:
-        checkpoint, load, wanted: as in `ask`.
+        checkpoint, load, wanted: as in `load_from_checkpoint`.
         head: the only module whose weights may be missing; they are initialized from torch's global random state.
 
     Raises:
-        ConfigError: as `ask`, or other weights are missing.
+        ConfigError: as in `load_from_checkpoint`, or other weights are missing.
     """
-    network, info = ask(checkpoint, functools.partial(load, output_loading_info=True), wanted)
+    network, info = load_from_checkpoint(checkpoint, functools.partial(load, output_loading_info=True), wanted)
     missing = sorted(key for key in info["missing_keys"] if head is None or not key.startswith(f"{head}."))
     if missing:
         raise ConfigError(

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from qat_runner.config import PRETRAINED, TORCHVISION, path_of
 from qat_runner.errors import ConfigError
 from qat_runner.models.libraries import LIBRARIES, Library, library_of
-from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shown
+from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, printable, read_file
 from qat_runner.models.vision import TORCHVISION_MODELS
-from qat_runner.quant.state import LATER
+from qat_runner.quant.state import ADDED_LATER
 
 log = logging.getLogger("qat_runner")
 
@@ -132,14 +132,14 @@ _OF_OTHERS = re.compile(
 
 def _doubt(model: nn.Module, source: Source) -> str:
     """Return a warning if the name or description of a file suggests weights that load, but are for another network."""
-    told = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
+    text = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
     seconds = [getattr(module, "conv2", None) for module in model.modules() if hasattr(module, "conv3")]
     strided = any(isinstance(conv, nn.Conv2d) and conv.stride == (2, 2) for conv in seconds)
-    if told is None or not strided:
+    if text is None or not strided:
         return ""
     return (
-        f"{shown(told[0])} suggests that the first convolution of each bottleneck has the stride; such weights load "
-        f"either way, but need model.stride_in=1x1, and those from Keras also model.bn_eps=1.001e-5"
+        f"{printable(text[0])} suggests that the first convolution of each bottleneck has the stride; such weights "
+        f"load either way, but need model.stride_in=1x1, and those from Keras also model.bn_eps=1.001e-5"
     )
 
 
@@ -264,7 +264,7 @@ def _published(source: Source, model_name: str) -> dict[str, Tensor]:
     except ConfigError:
         raise
     except Exception as error:  # downloads may raise any exception
-        reason = shown(" ".join(str(error).split()))
+        reason = printable(" ".join(str(error).split()))
         raise ConfigError(f"{source}: download failed ({type(error).__name__}: {reason})") from error
     log.info(f"{source}: {called} from {library.prefix}")
     return state
@@ -334,7 +334,7 @@ def _part_of(source: Source, parts: Parts) -> Parts:
     some = {path: tensors for path, tensors in some.items() if tensors}
     if not some:
         names = [dotted(path, name) for path, tensors in parts.items() for name in tensors]
-        firsts = sorted({shown(name.partition(".")[0]) for name in names if "." in name})
+        firsts = sorted({printable(name.partition(".")[0]) for name in names if "." in name})
         has = f"; the parts are {', '.join(firsts[:8])}" if firsts else ""
         raise ConfigError(f"{source}: has no part {source.part}{has}")
     return some
@@ -390,19 +390,19 @@ def _choose(candidates: Iterator[_Candidate], source: Source, model_name: str) -
     fitting = [c for c in every if c.fits]
     if not fitting:
         best = max(every, key=lambda c: c.matched / max(c.of_model, c.of_file, 1))
-        where = shown(best.part) if best.part else "the file"
+        where = printable(best.part) if best.part else "the file"
         raise ConfigError(
             f"{source}: too few tensors match, {best.matched} of the {best.of_model} tensors of {model_name} "
             f"and of the {best.of_file} in {where}; must be a file for {model_name}"
         )
     chosen = fitting[0]
-    equals = [shown(c.part) for c in fitting if c.rank == chosen.rank]
+    equals = [printable(c.part) for c in fitting if c.rank == chosen.rank]
     if len(equals) > 1:
         raise ConfigError(
             f"{source}: {', '.join(equals)} all match {model_name}; set {source.key}_part=NAME to choose one"
         )
-    others = ", ".join(shown(c.part or "names without a prefix") for c in fitting[1:])
-    said = shown(chosen.part or "names without a prefix") + (f" (not {others})" if others else "")
+    others = ", ".join(printable(c.part or "names without a prefix") for c in fitting[1:])
+    said = printable(chosen.part or "names without a prefix") + (f" (not {others})" if others else "")
     return chosen, said if others or chosen.rank[0] else ""
 
 
@@ -438,7 +438,7 @@ def _fault(tensor: Tensor, wanted: Tensor, any_number: bool) -> str | None:
     """
     name = _name(tensor.dtype)
     if type(tensor) not in (Tensor, nn.Parameter):
-        return f"is a {shown(type(tensor).__name__)} of {name}, not a plain tensor"
+        return f"is a {printable(type(tensor).__name__)} of {name}, not a plain tensor"
     if tensor.is_nested or tensor.is_quantized:
         return f"is {'nested' if tensor.is_nested else 'quantized'} ({name}), not a plain tensor"
     if tensor.layout != torch.strided:
@@ -490,7 +490,7 @@ def _fitting_quantizers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
     for name in {key.rpartition(".")[0] for key in _quantizer_keys(found)}:
         state = {key: t for key, t in found.items() if key.rpartition(".")[0] == name}
         same_shapes = all(key in wanted and _same_shape(t, wanted[key]) for key, t in state.items())
-        needed = {key for key in wanted if key.rpartition(".")[0] == name and key.rpartition(".")[2] not in LATER}
+        needed = {key for key in wanted if key.rpartition(".")[0] == name and key.rpartition(".")[2] not in ADDED_LATER}
         if not same_shapes or not needed <= state.keys():
             continue
         grid, of_model = (some[f"{name}.grid"] for some in (state, wanted))

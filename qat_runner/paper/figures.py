@@ -234,7 +234,7 @@ def methods(found: Sequence[Standing]) -> Figure:
             ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle="--", label=each.method)
         _end_before_outliers(ax, some, widths)
         ax.set(title=network, xlabel="bits", ylabel=some[0].measure.title)
-        ax.set_xticks(range(len(widths)), [width.told for width in widths])
+        ax.set_xticks(range(len(widths)), [width.text for width in widths])
         ax.grid(alpha=0.3)
     labelled = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     wrapped = [textwrap.fill(label, LEGEND_LETTERS) for label in labelled]

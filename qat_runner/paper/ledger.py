@@ -65,13 +65,13 @@ def _counts(found: Findings, cells: Cells) -> str:
     )
     of_cells = Counter(cell.verdict for some in cells.values() for cell in some)
     return (
-        f"{len(found)} claims. {runs.total()} are judged by these runs: {_told(runs)}. {own.total()} were examined by "
-        f"the project itself, independently of these runs: {_told(own)}. {of_cells.total()} lines are about cells, "
-        f"judged by these runs: {_told(of_cells)}."
+        f"{len(found)} claims. {runs.total()} are judged by these runs: {_describe(runs)}. {own.total()} were examined "
+        f"by the project itself, independently of these runs: {_describe(own)}. {of_cells.total()} lines are about cells, "
+        f"judged by these runs: {_describe(of_cells)}."
     )
 
 
-def _told(verdicts: Counter[str]) -> str:
+def _describe(verdicts: Counter[str]) -> str:
     return ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
 
 
@@ -95,8 +95,8 @@ def _setup(setup: Setup) -> list[str]:
     seeds = ", ".join(map(str, sorted({some.run.seed for some in setup.results})))
     where = [setup.name, setup.model, f"{config.model.width:g}", config.dataset.name, _inputs(config)]
     asked = setup_command(setup)
-    told = f"`{asked}`" if asked else "no command of this version gives these runs"
-    return [*where, str(config.mode), _length(config), *step, seeds, str(len(setup.results)), told]
+    text = f"`{asked}`" if asked else "no command of this version gives these runs"
+    return [*where, str(config.mode), _length(config), *step, seeds, str(len(setup.results)), text]
 
 
 def _inputs(config: Config) -> str:
@@ -114,10 +114,10 @@ def _length(config: Config) -> str:
 
 def setup_command(setup: Setup) -> str | None:
     """Return what the commands of a setup's runs share; None if no command of this version gives these runs."""
-    told = command(_without_places(setup.config))
-    if told is None:
+    text = command(_without_places(setup.config))
+    if text is None:
         return None
-    return shlex.join(word for word in shlex.split(told) if not word.startswith(WORDS_OF_A_ROW))
+    return shlex.join(word for word in shlex.split(text) if not word.startswith(WORDS_OF_A_ROW))
 
 
 def _without_places(config: Config) -> Config:
@@ -166,7 +166,7 @@ def _statements(found: Findings) -> Table:
                 for f in findings
                 if f.statement == statement
             ]
-            cells += [[*first, *told] for told in mine or [["", "", "0", str(Verdict.NOT_RUN)]]]
+            cells += [[*first, *text] for text in mine or [["", "", "0", str(Verdict.NOT_RUN)]]]
     notes = ["Published: the same difference in the paper's tables, from the smallest to the largest of its networks."]
     return Table("Claims, statement by statement", heads, cells, notes)
 

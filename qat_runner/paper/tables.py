@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Run, check_seeds, keys_unlike, recipe_of
+from qat_runner.report.runs import Run, check_seeds, differing_keys, recipe_of
 from qat_runner.report.starts import start_apart
 from qat_runner.report.tables import Result, Table, against_full_precision, mean_and_deviation, of_some
 from qat_runner.runs.records import metric, score
@@ -180,7 +180,7 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
     for run in ours:
         if run.summary is not None and metric(run.summary) != table.metric:
-            raise ConfigError(f"{name}: shows {table.metric}, which {run.told} does not have")
+            raise ConfigError(f"{name}: shows {table.metric}, which {run.text} does not have")
     found = {run.model for run in ours}
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
     if only is not None and only not in models:
@@ -217,13 +217,13 @@ def _unlike(model: str, cells: Mapping[str, Sequence[Run]]) -> list[str]:
     if not quantized:
         return []
     keys = {label: _keys_apart(cells[quantized[0]], runs) for label, runs in cells.items()}
-    told = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
-    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(told)}."] if told else []
+    message = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
+    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(message)}."] if message else []
 
 
 def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:
     """Return the keys in which two cells should not differ but do; "weights" if runs of one seed start from others."""
-    keys = [key for key in keys_unlike([recipe_of(one[0].config), recipe_of(other[0].config)]) if key != "mode"]
+    keys = [key for key in differing_keys([recipe_of(one[0].config), recipe_of(other[0].config)]) if key != "mode"]
     pairs = [(a.config, b.config) for a in one for b in other if a.seed == b.seed]
     return [*keys, *(["weights"] if any(start_apart(a, b) for a, b in pairs) else [])]
 

@@ -23,13 +23,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qat_runner.quant import kernels, two_ends
+from qat_runner.quant import clipping_intervals, kernels
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Search, cost_of
 from qat_runner.quant.limits import TOLERANCE, check_iterations, check_percentile, check_points, check_refine
 from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype, kept, largest, magnitudes, recording
+from qat_runner.quant.tensors import compute_dtype, largest, magnitudes, recording, scalar_shape
 
 FEW = 4096
 """`octav` refines a scalar only if at most this many elements share it."""
@@ -77,7 +77,7 @@ def maximum(
     format = as_format(format)
     x, dims = _prepare(x, dim, check)
     if format.parts == 2:
-        return _in_shape(two_ends.extremes(x, format, dims, pool), dim)
+        return _in_shape(clipping_intervals.extremes(x, format, dims, pool), dim)
     s = largest(x, format.signed, dims)
     s = s if pool is None else pool.largest(s)
     return s.reshape(()) if dim is None else s
@@ -118,9 +118,11 @@ def percentile(
         return maximum(x, format, dim, check=check)  # needs no copy
     x, dims = _prepare(x, dim, check)
     if format.parts == 2:
-        return _in_shape(two_ends.percentiles(x, format, dims, lambda rows: _percentile_of_rows(rows, q)), dim)
+        return _in_shape(
+            clipping_intervals.percentiles(x, format, dims, lambda rows: _percentile_of_rows(rows, q)), dim
+        )
     a = magnitudes(x, format.signed)
-    shape = [] if dim is None else kept(a, dims)
+    shape = [] if dim is None else scalar_shape(a, dims)
     if a.numel() == 0:
         return a.new_zeros(shape)
     rows = a.reshape(1, -1) if dim is None else a.movedim(dim, 0).reshape(a.shape[dim], -1)
@@ -204,7 +206,7 @@ def mse_sweep(
     check_points(points)
     x, dims = _prepare(x, dim, check)
     if format.parts == 2:
-        return _in_shape(two_ends.mse_sweep(x, format, dims, points, together), dim)
+        return _in_shape(clipping_intervals.mse_sweep(x, format, dims, points, together), dim)
     unit = largest(x, format.signed, dims)
     y = x.to(unit.dtype) / torch.where(unit > 0, unit, 1.0)
     if not format.signed:
@@ -321,15 +323,15 @@ def octav(
     if refine and pool is not None:
         raise ValueError(f"refine={refine}: must be 0 with a pool, since errors are measured on one part only")
     x, dims = _prepare(x, dim, check)
-    orientation = None if orientation is None else orientation.reshape(kept(x, dims))
+    orientation = None if orientation is None else orientation.reshape(scalar_shape(x, dims))
     if not dims or (x.numel() == 0 and pool is None):  # each element is a row by itself, or there are no elements
         return maximum(x, format, dim, check=False, pool=pool)
     search = Search(dims, iterations, tolerance, pool)
     guess = None if init is None else torch.as_tensor(init, dtype=compute_dtype(x), device=x.device)
     if format.parts == 2:
-        guess = None if guess is None else guess.reshape(2, *kept(x, dims))
-        return _in_shape(two_ends.octav(x, format, guess, search), dim)
-    guess = None if guess is None else guess.expand(kept(x, dims))
+        guess = None if guess is None else guess.reshape(2, *scalar_shape(x, dims))
+        return _in_shape(clipping_intervals.octav(x, format, guess, search), dim)
+    guess = None if guess is None else guess.expand(scalar_shape(x, dims))
     free = orientation is None
     if format.oriented and free:
         orientation = side_of_largest(x, dims, pool)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qat_runner.quant.clipping import maximum
-from qat_runner.quant.estimators import refuse_double_backward
+from qat_runner.quant.estimators import check_single_backward
 from qat_runner.quant.formats import Format, MidriseFormat
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import Quantizer
@@ -89,7 +89,7 @@ class _DoReFa(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        check_single_backward()
         x, s = ctx.saved_tensors
         dtype = compute_dtype(x)
         grad, x, s = grads[0].to(dtype), x.to(dtype), s.to(dtype)

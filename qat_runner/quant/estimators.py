@@ -21,7 +21,7 @@ SolveAll = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
 """A function xs -> (clipping scalars of each tensor, each tensor quantized with them)."""
 
 
-def refuse_double_backward() -> None:
+def check_single_backward() -> None:
     """Check that the current backward pass is not differentiated itself. Call it within a backward pass.
 
     Raises:
@@ -43,7 +43,7 @@ class _Estimated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        refuse_double_backward()
+        check_single_backward()
         if ctx.gradient.straight:
             return grad, None, None, None
         x, s = ctx.saved_tensors
@@ -125,7 +125,7 @@ class _SolveAndQuantizeAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
+        check_single_backward()
         there = [i for i, grad in enumerate(grads) if grad is not None]
         passed = list(grads)
         if there and not ctx.gradient.straight:

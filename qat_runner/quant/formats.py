@@ -122,7 +122,7 @@ class Format(ABC):
         word = FORMATS.name_of(type(self)) or type(self).__name__.removesuffix("Format").lower()
         return f"{'' if self.signed else 'u'}{word}{self.bits}"
 
-    def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def clipping_bounds(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lower and the upper bound of the clipping interval, each in the shape of a scalar."""
         s = s.abs() if self.oriented else s
         return (-s if self.signed else s.new_zeros(s.shape)), s
@@ -258,7 +258,7 @@ class IntFormat(StepFormat):
         return self.signed and self.range is Range.ORIENTED
 
     @property
-    def closed(self) -> bool:
+    def has_code_at_s(self) -> bool:
         """Whether the largest code represents s itself; otherwise it lies one step below s."""
         return self.range is Range.FULL or (self.range is Range.ORIENTED and not self.signed)
 
@@ -270,7 +270,7 @@ class IntFormat(StepFormat):
     @property
     def levels_per_scalar(self) -> int:
         """s / D: a power of two, or one less than that in a closed format."""
-        return self.resolution - self.closed
+        return self.resolution - self.has_code_at_s
 
     @property
     def lowest(self) -> int:
@@ -295,7 +295,7 @@ class IntFormat(StepFormat):
         This is s itself, or one step more in a closed format. In units of it, a step is a power of two. Scaling between
         these units and steps is therefore exact.
         """
-        return self.step(s) * self.resolution if self.closed else s
+        return self.step(s) * self.resolution if self.has_code_at_s else s
 
     def in_steps(self, x: Tensor, s: Tensor) -> Tensor:
         """Return x / D, which is then rounded to a code, as a new tensor in the compute dtype.
@@ -352,7 +352,7 @@ class IntAffineFormat(StepFormat):
     def exported_type(self) -> str | None:
         return None if self.storage_bits is None else f"uint{self.storage_bits}"
 
-    def ends(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def clipping_bounds(self, s: Tensor) -> tuple[Tensor, Tensor]:
         return s[0], s[1]
 
     def reach(self, s: Tensor) -> Tensor:

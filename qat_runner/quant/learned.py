@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from qat_runner.quant import kernels
 from qat_runner.quant.clipping import mean_magnitude, octav
 from qat_runner.quant.dorefa import DoReFa
-from qat_runner.quant.estimators import refuse_double_backward
+from qat_runner.quant.estimators import check_single_backward
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat, Range
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
@@ -296,7 +296,7 @@ class LearnedQuantizer(Quantizer):
         self._constant_scalars()  # raises NotCalibratedError if there are none
         self.s.copy_(self.method.scalars(self.learned, self.format))
         if self.training and self.orientation is not None and isinstance(self.format, IntFormat):
-            self._point(oriented(x, self.s, self.format, self.orientation))
+            self._store_signs(oriented(x, self.s, self.format, self.orientation))
         return self.scalars.clone()
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        refuse_double_backward()
+        check_single_backward()
         x, learned, s = ctx.saved_tensors
         of_x, of_learned = ctx.method.gradients(grad, x, s, ctx.format)
         if of_learned.shape != learned.shape:

@@ -71,7 +71,7 @@ def clipped_fraction(x: Tensor, s: Tensor | float, format: Format | int, dim: in
         dim: None for one figure, or the dimension that gets one figure per index.
     """
     a = x.to(compute_dtype(x))  # with a half-precision x, PyTorch would round a zero-dimensional s to the dtype of x
-    low, high = as_format(format).ends(torch.as_tensor(s, device=x.device))
+    low, high = as_format(format).clipping_bounds(torch.as_tensor(s, device=x.device))
     return _mean((a > high) | (a < low), dim)
 
 
@@ -97,7 +97,7 @@ def expected_mse(
     format = as_format(format)
     k = format.rounding_noise
     if format.parts == 2:
-        low, high = format.ends(torch.as_tensor(s, dtype=torch.float64, device=x.device))
+        low, high = format.clipping_bounds(torch.as_tensor(s, dtype=torch.float64, device=x.device))
         a = x.double()
         clipped = torch.minimum(torch.maximum(a, low), high)
         return _mean(k * (high - low).square() * ((a != 0) & (clipped == a)) + (a - clipped).square_(), dim)

@@ -19,9 +19,9 @@ from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.method import EVAL_MODES, Call, ClippingMethod
 from qat_runner.quant.orienting import oriented
 from qat_runner.quant.pool import Processes
-from qat_runner.quant.repeated import LatestScalars
+from qat_runner.quant.shared_scalars import LatestScalars
 from qat_runner.quant.state import ScalarState
-from qat_runner.quant.tensors import fleeting, recording, transformed, written
+from qat_runner.quant.tensors import is_transient, recording, transformed, version_key
 
 
 class NotCalibratedError(RuntimeError):
@@ -37,7 +37,7 @@ class _Calls:
 
     last_s: Tensor | None = None
     """scalars of the latest call"""
-    given: "Given | None" = None
+    given: "PrecomputedResult | None" = None
     """result for the next call, if it is with the same tensor"""
     holds: bool = False
     """whether the output of the latest call is kept for the backward pass"""
@@ -75,12 +75,12 @@ LATEST = LatestScalars()
 """Scalars that were solved in training, which all quantizers share."""
 
 
-class Given(NamedTuple):
+class PrecomputedResult(NamedTuple):
     """The result of a training step that was computed, and remembered, before the call that uses it."""
 
     x: Tensor
     written: tuple[int, int]
-    """`tensors.written` of x at the time of the computation"""
+    """`tensors.version_key` of x at the time of the computation"""
     s: Tensor
     out: Tensor
     held: bool
@@ -212,7 +212,7 @@ class Quantizer(ScalarState):
         Returns:
             x rounded to the levels of the format, in the same shape and dtype.
         """
-        if not self.enabled or self._spared(x):
+        if not self.enabled or self._skips(x):
             return x
         if not self._reusing:
             return self._called(x)
@@ -223,7 +223,7 @@ class Quantizer(ScalarState):
             self._reused = out, out.detach().requires_grad_(out.requires_grad)
         return self._reused[1]
 
-    def _spared(self, x: Tensor) -> bool:
+    def _skips(self, x: Tensor) -> bool:
         """Whether to skip x: it is empty, its scalars are not known yet, and no other process waits for this one."""
         if not self._solves and self.has_scalars:  # decided without the size of x, which exporters do not know
             return False
@@ -233,17 +233,17 @@ class Quantizer(ScalarState):
         """Return the output of a call that is not skipped."""
         calls = self._calls
         given, calls.given = calls.given, None
-        if given is not None and (given.x is not x or given.written != written(x)):
+        if given is not None and (given.x is not x or given.written != version_key(x)):
             given = None  # for another tensor, or for values that were replaced since, e.g. by renormalization
         checkpointed = given is not None and not self._reusing and _checkpointed()
         calls.holds = given is not None and given.held and not checkpointed
         if given is not None:
             # The repeated pass must save the same tensors as this one, and it will quantize with these scalars again.
-            return self._took(given.s, self._quantize(x, given.s) if checkpointed else given.out)
+            return self._record_call(given.s, self._quantize(x, given.s) if checkpointed else given.out)
         if (plan := self.planned(x)) is not None:
             return self._trained_on(x, plan)
         s = self._scalars(x)
-        if not fleeting():
+        if not is_transient():
             calls.last_s = s
         return self._quantize(x, s)
 
@@ -300,7 +300,7 @@ class Quantizer(ScalarState):
         s = LATEST.find(self, x, how)
         if s is not None:
             self.remember(s, self.momentum)
-            return self._took(s, self._quantize(x, s))
+            return self._record_call(s, self._quantize(x, s))
         out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
         LATEST.note(self, x, how, self.latest)
         return out
@@ -310,9 +310,9 @@ class Quantizer(ScalarState):
         backend, state = kernels.backend(x), self.remembered()
         s, out = backend.octav_and_quantize(x, plan.cost, plan.format, plan.search, state, self.method.warm)
         self._know_scalars()
-        return s, self._took(s, out)
+        return s, self._record_call(s, out)
 
-    def _took(self, s: Tensor, out: Tensor) -> Tensor:
+    def _record_call(self, s: Tensor, out: Tensor) -> Tensor:
         """Record the scalars of a call in training, and return its output."""
         self._calls.last_s = s
         self._calls.then(s)
@@ -322,12 +322,12 @@ class Quantizer(ScalarState):
         """Return the state in the form that kernels use."""
         return self._remembered(self.momentum)
 
-    def give(self, given: Given) -> None:
+    def set_result(self, given: PrecomputedResult) -> None:
         """Provide the result for the next call; its scalars are already stored in `remembered`."""
         self._calls.given = given
         self._know_scalars()
 
-    def take_back(self) -> None:
+    def discard_result(self) -> None:
         """Discard the result for the next call."""
         self._calls.given = None
 
@@ -339,7 +339,7 @@ class Quantizer(ScalarState):
         start = self.s if known and self.method.warm else None
         pointed = self.orientation if known else None
         if not self.training:
-            check = self.checks and not fleeting()
+            check = self.checks and not is_transient()
             return self._solve(x, Call(check=check, start=start, orientation=pointed))
         repeated = _in_backward_pass()
         s = self._calls.only_s if repeated else None  # from the pass that is being repeated
@@ -350,7 +350,7 @@ class Quantizer(ScalarState):
             self._calls.over = True
         else:
             self._remember(s)
-            if not fleeting():
+            if not is_transient():
                 self._calls.then(s)
         return s
 

@@ -17,7 +17,7 @@ SIGN_OPEN = 0.5
 
 HALF = (torch.float16, torch.bfloat16)
 
-LATER = ("seen", "static")
+ADDED_LATER = ("seen", "static")
 """Entries that state dicts of older versions lack."""
 
 
@@ -125,7 +125,7 @@ class ScalarState(nn.Module):
             return s
         return torch.copysign(s, self.orientation)  # an average of states may lie between the signs
 
-    def _point(self, s: Tensor) -> Tensor:
+    def _store_signs(self, s: Tensor) -> Tensor:
         """Store the signs of scalars, including those of zeros, and return their magnitudes."""
         if self.orientation is None or not self.format.oriented:
             return s
@@ -148,7 +148,7 @@ class ScalarState(nn.Module):
             self.format.check_scalars(s)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
-        s = self._point(s)
+        s = self._store_signs(s)
         self.s.copy_(s)
         self.running_s.copy_(s)
         self.batches.fill_(batches)
@@ -167,7 +167,7 @@ class ScalarState(nn.Module):
 
         A batch that is not finite stops a run, but must not invalidate the average of a run that resumes from it.
         """
-        s = self._point(s)
+        s = self._store_signs(s)
         kernels.backend(s).remember(s, self._remembered(momentum))
         self._know_scalars()
 
@@ -251,7 +251,7 @@ class ScalarState(nn.Module):
         for name, t in self._buffers.items():  # with assign=True, they have the dtype that they were saved in
             if t is not None and t.dtype in HALF:
                 self._buffers[name] = t.float()
-        for name in LATER:
+        for name in ADDED_LATER:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         if f"{prefix}seen" not in state_dict:

@@ -25,7 +25,7 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def fleeting() -> bool:
+def is_transient() -> bool:
     """Whether tensors belong to a compiler or a transform, and must not be kept after the call."""
     return torch.compiler.is_compiling() or transformed()
 
@@ -36,7 +36,7 @@ def derivatives_wanted() -> int:
     return sum(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-def written(x: Tensor) -> tuple[int, int]:
+def version_key(x: Tensor) -> tuple[int, int]:
     """Return a key that changes with every write to x that PyTorch tracks, and on replaced memory (`x.data = ...`)."""
     return -1 if x.is_inference() else x._version, x.data_ptr()
 
@@ -52,7 +52,7 @@ def magnitudes(x: Tensor, signed: bool) -> Tensor:
     return a.to(compute_dtype(x))
 
 
-def kept(x: Tensor, dims: tuple[int, ...]) -> list[int]:
+def scalar_shape(x: Tensor, dims: tuple[int, ...]) -> list[int]:
     """Return the shape of x with size 1 in dims, which is the shape of its clipping scalars."""
     return [1 if d in dims else n for d, n in enumerate(x.shape)]
 
@@ -63,7 +63,7 @@ def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tens
     With a pool, a row includes its parts on all processes.
     """
     if math.prod([x.shape[d] for d in dims]) == 0:
-        low = high = x.new_zeros(kept(x, dims))
+        low = high = x.new_zeros(scalar_shape(x, dims))
     else:
         low, high = (x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)) if dims else (x, x)
     ends = torch.stack([low.clamp(max=0), high.clamp(min=0)]).to(compute_dtype(x))
@@ -78,7 +78,7 @@ def largest(x: Tensor, signed: bool, dims: tuple[int, ...]) -> Tensor:
     if not dims:  # each element is a row by itself, and amax(()) would reduce over everything
         return magnitudes(x, signed)
     if math.prod([x.shape[d] for d in dims]) == 0:
-        return x.new_zeros(kept(x, dims), dtype=compute_dtype(x))
+        return x.new_zeros(scalar_shape(x, dims), dtype=compute_dtype(x))
     top = x.amax(dims, keepdim=True)
     top = torch.maximum(top, -x.amin(dims, keepdim=True)) if signed else top.clamp(min=0)
     return top.to(compute_dtype(x))

@@ -12,7 +12,7 @@ from qat_runner.quant.formats import Format
 from qat_runner.quant.gradients import Estimator
 from qat_runner.quant.method import Call, ClippingMethod
 from qat_runner.quant.quantizer import LATEST, Quantizer
-from qat_runner.quant.tensors import fleeting, recording
+from qat_runner.quant.tensors import is_transient, recording
 
 NOT_CONSTANT = "has one clipping scalar per token, solved on each call, so no scalar can be constant"
 """The reason in error messages why a token quantizer cannot be static."""
@@ -63,7 +63,7 @@ class TokenQuantizer(Quantizer):
         self._calls.holds = False
         rows = self.rows(x)
         s = self._scalars_of_tokens(x, rows)
-        if not fleeting():
+        if not is_transient():
             self._calls.last_s = s
         return fake_quantize(rows, s, self.format, self.gradient).view(x.shape)
 

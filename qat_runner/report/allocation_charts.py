@@ -5,7 +5,7 @@ from typing import Any
 
 from qat_runner.report.page import CHOSEN, OTHER, Chart, PlotlyTrace, View, axes, line, rounded
 from qat_runner.report.tensor_charts import labels
-from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, paid
+from qat_runner.runs.records import AllocationRecord, Point, PricedTensor, cost_of
 
 PRICES = {
     "gradient": "predicted loss increase",
@@ -32,7 +32,7 @@ def allocation_charts(record: AllocationRecord) -> list[Chart]:
 
 def _front(record: AllocationRecord) -> Chart:
     def drawn(points: Sequence[Point], name: str, colour: int, **more: Any) -> PlotlyTrace:
-        return line([rounded(paid(record, p)) for p in points], [p["rise"] for p in points], name, colour, **more)
+        return line([rounded(cost_of(record, p)) for p in points], [p["rise"] for p in points], name, colour, **more)
 
     curve, alike = drawn(record["front"], "front", CHOSEN), drawn(record["uniform"], "uniform", OTHER)
     alike |= {"mode": "lines+markers+text", "text": [f"{p.get('width')} bits" for p in record["uniform"]]}
@@ -49,7 +49,7 @@ def _measured(record: AllocationRecord) -> Chart:
     """Return a chart of the metric against the cost, for the networks that were measured during the search."""
 
     def drawn(points: Sequence[Point], name: str, colour: int) -> PlotlyTrace:
-        known = sorted((paid(record, p), p["value"]) for p in points if p["value"] is not None)
+        known = sorted((cost_of(record, p), p["value"]) for p in points if p["value"] is not None)
         return line([rounded(cost) for cost, _ in known], [value for _, value in known], name, colour)
 
     best = drawn(record.get("measured", [record["chosen"]]), "chosen bits", CHOSEN)

@@ -20,7 +20,7 @@ from qat_runner.report.entries import (
     value_in_words,
 )
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
-from qat_runner.report.runs import keys_unlike
+from qat_runner.report.runs import differing_keys
 from qat_runner.report.tables import Table, against_full_precision, best_head, head, measures
 from qat_runner.runs.records import Summary, metric, score, validated
 from qat_runner.runs.status import status
@@ -156,7 +156,7 @@ def _figures(run: Entry, drop: float | None) -> list[tuple[float | None, Callabl
     """Return the numbers of a row, each with the function that formats it."""
     s: Mapping[str, Any] = run.summary or {}
     return [
-        (None if run.bits is None else run.bits.mean, "{:g}".format if run.bits is None else run.bits.told.format),
+        (None if run.bits is None else run.bits.mean, "{:g}".format if run.bits is None else run.bits.text.format),
         (score(s) if s else None, "{:.2f}".format),
         (drop, "{:+.2f}".format),
         (s.get(f"best_{metric(s)}"), "{:.2f}".format),
@@ -194,7 +194,7 @@ def _by_bits(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
             _mean_line(method, some, widths, shift, colours[method])
             for (method, some), shift in zip(methods, shifts, strict=True)
         ]
-        ticks = {"tickvals": list(range(len(widths))), "ticktext": [width.told for width in widths]}
+        ticks = {"tickvals": list(range(len(widths))), "ticktext": [width.text for width in widths]}
         x_axis = ticks | {"range": [-0.4, len(widths) - 0.6], "zeroline": False}
         views.append(View(name, traces, {"xaxis": x_axis, "yaxis": _y_axis(runs)}))
     heading = f"{_quantity(networks)} against bits"
@@ -213,7 +213,7 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[Width], shif
     found = {width: [score(run.summary or {}) for run in runs if run.bits == width] for width in widths}
     found = {width: values for width, values in found.items() if values}
     means = {width: statistics.fmean(values) for width, values in found.items()}
-    labels = [f"{method}, {width.told} bits" for width in means]
+    labels = [f"{method}, {width.text} bits" for width in means]
     trace = line([rounded(widths.index(width) + shift) for width in means], list(means.values()), method, colour)
     trace |= {"text": labels, "hovertemplate": f"%{{text}}: %{{y}} {unit}<extra></extra>"}
     if any(len(values) > 1 for values in found.values()):
@@ -244,12 +244,12 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> PlotlyTrace:
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
-    told = [f"{method}, {run.told_bits}, seed {run.config.seed}" for run in runs]
-    trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=told)
-    y_told = f"%{{y}} {measure_of(runs).unit}"
+    message = [f"{method}, {run.bits_label}, seed {run.config.seed}" for run in runs]
+    trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=message)
+    y_text = f"%{{y}} {measure_of(runs).unit}"
     return trace | {
         "marker": trace["marker"] | {"size": 9},
-        "hovertemplate": f"%{{text}}<br>%{{x}}, {y_told}<extra></extra>",
+        "hovertemplate": f"%{{text}}<br>%{{x}}, {y_text}<extra></extra>",
     }
 
 
@@ -267,8 +267,8 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
             ]
             group: list[PlotlyTrace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
-        told = ", ".join(f"{width.told} {dash}" for width, dash in dashes.items())
-        title = f"epoch<br>bits: {told}" if len(widths) > 1 else "epoch"
+        message = ", ".join(f"{width.text} {dash}" for width, dash in dashes.items())
+        title = f"epoch<br>bits: {message}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
         views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {}, yaxis=_y_axis(runs))))
     heading = f"{_quantity(networks)} on validation data by epoch"
@@ -281,9 +281,9 @@ def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
     if key is None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
-    told = f"{run.method}, {run.told_bits}, seed {run.config.seed}"
-    y_told = f"%{{y}} {measure_of([run]).unit}"
-    trace = line(epochs, values, "", colour, hovertemplate=f"{told}<br>epoch %{{x}}: {y_told}<extra></extra>")
+    message = f"{run.method}, {run.bits_label}, seed {run.config.seed}"
+    y_text = f"%{{y}} {measure_of([run]).unit}"
+    trace = line(epochs, values, "", colour, hovertemplate=f"{message}<br>epoch %{{x}}: {y_text}<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}
 
 
@@ -301,7 +301,7 @@ def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[s
     alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for setting in theirs:
         alike.setdefault(tuple(str(setting.get(key)) for key in DECIDING), []).append(setting)
-    differing = {*keys_unlike(theirs), *(key for some in alike.values() for key in keys_that_differ(some))}
+    differing = {*differing_keys(theirs), *(key for some in alike.values() for key in keys_that_differ(some))}
     keys = [key for key in dict.fromkeys(key for setting in theirs for key in setting) if key in differing]
-    told = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
-    return keys, list(zip(_names(runs), told, strict=True))
+    message = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
+    return keys, list(zip(_names(runs), message, strict=True))

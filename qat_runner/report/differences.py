@@ -65,7 +65,7 @@ class Differences:
             return Verdict.HOLDS
         return Verdict.FAILS if high < above or below < low else Verdict.OPEN
 
-    def told(self, lower_is_better: bool) -> str:
+    def describe(self, lower_is_better: bool) -> str:
         """Return whether one method is better or worse than the other, in words, or why that is undecided."""
         if self.interval is None:
             alike = "one seed" if len(self.values) == 1 else "the same for all seeds"
@@ -78,5 +78,5 @@ class Differences:
     def __str__(self) -> str:
         if not self.values:
             return ""
-        told = f"{self.mean:+.2f}"
-        return told if self.interval is None else f"{told} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
+        text = f"{self.mean:+.2f}"
+        return text if self.interval is None else f"{text} [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"

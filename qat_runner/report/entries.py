@@ -13,7 +13,7 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
 from qat_runner.report.results import read_results
-from qat_runner.report.runs import Key, configs_in, key_of, keys_unlike, place_of, recipe_of, selected
+from qat_runner.report.runs import Key, configs_in, differing_keys, key_of, place_of, recipe_of, selected
 from qat_runner.report.starts import each_seed_has_its_own, start_of
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
@@ -40,7 +40,7 @@ class Width(NamedTuple):
     """Bits at which methods are compared."""
 
     mean: float
-    told: str
+    text: str
     """text: weights/activations if they differ, as in 4/8; the limit if bits are chosen, as in size_mb=2"""
 
 
@@ -85,7 +85,7 @@ class Entry:
             return FULL_PRECISION
         config = self.config
         gradient = "" if config.clipping.learned or config.gradient.name == "mph" else gradient_label(config)
-        beside = ["chosen bits"] if config.allocating else [word for word in config.told_remedies if word == "mixed"]
+        beside = ["chosen bits"] if config.allocating else [word for word in config.remedy_labels if word == "mixed"]
         distilled = "distilled" if config.distilling else ""
         return ", ".join(filter(None, [clipping_label(config), gradient, *beside, *config.remedies, distilled]))
 
@@ -104,7 +104,7 @@ class Entry:
         None if bits are still to be chosen.
         """
         if not self.config.allocating:
-            return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.told_bits))
+            return Width((self.config.weight_bits + self.config.activation_bits) / 2, str(self.config.bits_label))
         if [*self.config.limits] == ["budget"]:
             budget = self.config.limits["budget"]
             return Width(budget, f"{budget:g}")
@@ -119,9 +119,9 @@ class Entry:
         return statistics.fmean(known) if known else None
 
     @property
-    def told_bits(self) -> str:
+    def bits_label(self) -> str:
         """The bits in words: "4 bits", "4/8 bits", "budget=4"."""
-        return str(self.config.told_bits) if self.config.allocating else f"{self.config.told_bits} bits"
+        return str(self.config.bits_label) if self.config.allocating else f"{self.config.bits_label} bits"
 
 
 def entries(
@@ -156,7 +156,7 @@ def entries(
                 found[entry.key] = entry
     if len(found) < 2:
         raise ConfigError("; ".join([f"needs at least two runs, found {len(found)}", *left_out]))
-    return _told_apart(selected(list(found.values()), dataset, model)), left_out
+    return _labelled_apart(selected(list(found.values()), dataset, model)), left_out
 
 
 def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]]:
@@ -184,7 +184,7 @@ def _configs_at(place: Path, alone: bool) -> tuple[dict[Path, Config], list[str]
     return {}, [f"{place}: holds no run of qat-run"]
 
 
-def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
+def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
     """Return the runs with their variants.
 
     Variants ensure that only seeds of one method are averaged, and that the names of compared methods show whatever
@@ -194,24 +194,24 @@ def _told_apart(runs: Sequence[Entry]) -> list[Entry]:
     runs = _with_chosen_bits(runs)
     for run in runs:
         compared.setdefault((*run.network, run.config.mode), []).append(run)
-    told_apart: dict[Key, Entry] = {}
+    labelled: dict[Key, Entry] = {}
     for together in compared.values():
         unlike = _between_methods(together)
         for _, some in by_method(together):
             theirs = _with_starts(some)
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
-            told = [{key: _told(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
-            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, told, strict=True)])
+            message = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
+            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, message, strict=True)])
             places = _places(some) if again else [""] * len(some)
-            for run, words, place in zip(some, told, places, strict=True):
+            for run, words, place in zip(some, message, places, strict=True):
                 words |= {PLACE: place} if place else {}
                 setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
-                told_apart[run.key] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
-    return [told_apart[run.key] for run in runs]
+                labelled[run.key] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
+    return [labelled[run.key] for run in runs]
 
 
-def _told(key: str, value: Any) -> str:
+def _describe(key: str, value: Any) -> str:
     """Return the text of a setting, to follow the name of a method."""
     return f"{key.rpartition('.')[2]}={value_in_words(value)}"
 
@@ -232,7 +232,7 @@ def _with_chosen_bits(runs: Sequence[Entry]) -> list[Entry]:
 
 def _between_methods(runs: Sequence[Entry]) -> list[str]:
     """Return the keys in which runs of one network, data set and mode differ, but compared methods should not."""
-    keys = keys_unlike([recipe_of(run.config) for run in runs])
+    keys = differing_keys([recipe_of(run.config) for run in runs])
     started = {(run.config.seed, start_of(run.config)) for run in runs}
     own = len(started) > len({seed for seed, _ in started}) and runs[0].config.mode != Mode.evaluate
     return [*keys, *(["weights"] if own else [])]
@@ -263,7 +263,7 @@ def _places(runs: Sequence[Entry]) -> list[str]:
 
 def _once(runs: Sequence[Entry]) -> bool:
     """Return whether no two runs share method, bits and seed."""
-    return len({(run.method, run.config.seed, run.told_bits) for run in runs}) == len(runs)
+    return len({(run.method, run.config.seed, run.bits_label) for run in runs}) == len(runs)
 
 
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:

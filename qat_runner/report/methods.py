@@ -50,11 +50,11 @@ class Standing:
         return Differences(tuple(self.differences.values()))
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """The verdict on the difference from the reference, in words."""
         if self.reference in ("", self.method):
             return ""
-        return self.difference.told(self.measure.lower_is_better)
+        return self.difference.describe(self.measure.lower_is_better)
 
 
 def standings(runs: Sequence[Entry], against: str | None = None) -> list[Standing]:
@@ -156,12 +156,12 @@ def table(found: Sequence[Standing], notes: Sequence[str] = ()) -> Table:
     heads = ["network", "bits", "method", "seeds", head(list(dict.fromkeys(each.measure for each in found))), "vs fp32"]
     cells = [
         [
-            *(each.network, each.bits.told, each.method, str(len(each.values))),
+            *(each.network, each.bits.text, each.method, str(len(each.values))),
             mean_and_deviation(list(each.values.values())),
             of_some(mean_and_deviation(each.gap.values, "+"), len(each.gaps), len(each.values)),
             of_some(str(each.difference), len(each.differences), len(each.values)),
             *([] if len(bases) == 1 else [each.reference]),
-            "the reference" if each.method == each.reference else each.told,
+            "the reference" if each.method == each.reference else each.text,
         ]
         for each in found
     ]
@@ -174,16 +174,16 @@ def _other_settings(found: Sequence[Standing]) -> list[str]:
     keys = dict.fromkeys(key for each in compared for key, _ in each.setting)
     if len({(each.network, each.setting) for each in compared}) == len({each.network for each in compared}):
         return []
-    told = [
+    text = [
         f"Runs differ in more than the method, namely in {', '.join(keys)}. Each row is compared with the reference "
         "that has the same settings."
     ]
     apart = dict.fromkeys(f"{each.method}, with {each.reference}" for each in compared if each.apart)
     if apart:
-        told.append(
+        text.append(
             f"Compared with a reference of other settings, since there is none of the same: {'; '.join(apart)}."
         )
-    return told
+    return text
 
 
 def numbers(found: Sequence[Standing]) -> Table:
@@ -192,14 +192,14 @@ def numbers(found: Sequence[Standing]) -> Table:
     heads += ["vs_fp32_seeds", "reference", "difference", "difference_seeds", "low", "high", "verdict"]
     cells = [
         [
-            *(each.network, each.bits.told, each.method, each.measure.name),
+            *(each.network, each.bits.text, each.method, each.measure.name),
             " ".join(map(str, each.values)),
             " ".join(map(str, each.values.values())),
             *_numbers(tuple(each.values.values())),
             *(*_numbers(each.gap.values)[:1], " ".join(map(str, each.gaps))),
             *(each.reference, *_numbers(each.difference.values)[:1], " ".join(map(str, each.differences))),
             *(("", "") if each.difference.interval is None else map(str, each.difference.interval)),
-            each.told,
+            each.text,
         ]
         for each in found
     ]

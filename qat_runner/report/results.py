@@ -40,9 +40,9 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     lines = []
     for run, summary in sorted(finished, key=lambda pair: pair[0].seed):
         names.setdefault(_any_seed(run.config), run)
-        told = {key: value for key, value in summary.items() if key != "run_dir"}
+        text = {key: value for key, value in summary.items() if key != "run_dir"}
         config = run_name(names[_any_seed(run.config)].config)
-        lines.append(told | {"remedies": "+".join(summary.get("remedies", [])), "config": config})
+        lines.append(text | {"remedies": "+".join(summary.get("remedies", [])), "config": config})
     (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
     table = folder / "results.csv"
     write_text(table, _csv(sorted(lines, key=lambda line: (line["config"], line["seed"]))))
@@ -133,4 +133,4 @@ _WORDS: dict[str, object] = {
 
 def _words_of(config: Config) -> list[object]:
     words = config.model.name, config.dataset.name, str(config.mode), clipping_label(config), gradient_label(config)
-    return [*words, config.weight_bits, config.activation_bits, config.distilling, config.told_remedies]
+    return [*words, config.weight_bits, config.activation_bits, config.distilling, config.remedy_labels]

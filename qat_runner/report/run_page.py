@@ -11,7 +11,7 @@ from qat_runner.config import Config, Mode, differences, load_config
 from qat_runner.config.composing import choices, command
 from qat_runner.config.tasks import TaskFacts, measure
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.exporting import telling
+from qat_runner.exporting import export_summary
 from qat_runner.report import page
 from qat_runner.report.allocation_charts import allocation_charts
 from qat_runner.report.oscillation_charts import oscillation_charts
@@ -35,7 +35,7 @@ from qat_runner.runs.records import (
     SUMMARY,
     Environment,
     EpochRow,
-    Sitting,
+    Session,
     StepRow,
     Summary,
     measured,
@@ -65,7 +65,7 @@ FEW_LINES = 12
 class Text:
     """The shown part of a text."""
 
-    told: str
+    text: str
     short: bool
 
 
@@ -135,8 +135,8 @@ def write(folder: Path, out: Path) -> Path:
         "any_changed": any(row.changed for _, rows in settings for row in rows),
         "choices": " ".join(choices(config)),
         "environment": _environment(environment),
-        "sittings": _sittings(environment),
-        "exported": None if exported is None else telling.text(exported),
+        "resumptions": _resumptions(environment),
+        "exported": None if exported is None else export_summary.text(exported),
         **_again(config, environment),
     }
     return page.write(out, "run", [*choice, *curves, *oscillations, *noise, *one_tensor], content)
@@ -160,7 +160,7 @@ def _shown(text: str) -> Text:
 
 def heading(config: Config) -> str:
     """Describe a run in a few words."""
-    how = "in full precision" if config.quantization.full_precision else f"at {config.told_bits} bits"
+    how = "in full precision" if config.quantization.full_precision else f"at {config.bits_label} bits"
     if config.allocating:
         how = f"with bits chosen for {config.asked_bits}"
     return f"{config.model.name} on {config.dataset.name} {how}"
@@ -170,8 +170,8 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     name = metric(summary)
     highest: Any = summary.get(f"best_{name}")
     figure = measured(summary)
-    best = [f"best {figure.told(highest)}"] if config.training and highest is not None else []
-    cards = [Card(name, figure.told(score(summary)), "; ".join([*best, *_limits(config)]))]
+    best = [f"best {figure.describe(highest)}"] if config.training and highest is not None else []
+    cards = [Card(name, figure.describe(score(summary)), "; ".join([*best, *_limits(config)]))]
     cards += _against_full_precision(folder, config, summary)
     if not config.quantization.full_precision:
         cards.append(_bits_card(config, summary))
@@ -187,7 +187,7 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
     before = summary.get("before_reestimation")
     if before is not None:
         note = f"then re-estimated on {summary.get('batchnorm_batches', 0)} batches"
-        cards.append(Card(f"{name} before BatchNorm re-estimation", figure.told(before), note))
+        cards.append(Card(f"{name} before BatchNorm re-estimation", figure.describe(before), note))
     if "size_mb" in summary:
         small, full = summary["size_mb"], summary["fp32_size_mb"]
         note = f"{digits(full)} MB in fp32, {full / small:.1f} times as large" if small < full else "in fp32"
@@ -203,10 +203,10 @@ def _bits_card(config: Config, summary: Summary) -> Card:
     effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
     if config.allocating:
         return Card("bits", effective, "average of weights/activations, over all quantized tensors")
-    told = str(config.told_bits)
+    message = str(config.bits_label)
     if means != (None, None):
-        return Card("bits", told, f"{effective} on average (weights/activations), over all quantized tensors")
-    return Card("bits", told, "weights/activations" if "/" in told else "")
+        return Card("bits", message, f"{effective} on average (weights/activations), over all quantized tensors")
+    return Card("bits", message, "weights/activations" if "/" in message else "")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
@@ -216,8 +216,8 @@ def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
     if name is not None:
         values = [number(row.get(name)) for row in rows]
         figure = measure(name.removeprefix("val_"))
-        note = "; ".join([f"best {figure.told(figure.best(values))}", *_limits(config)])
-        cards.append(Card(f"{figure.name} so far", figure.told(values[-1]), note))
+        note = "; ".join([f"best {figure.describe(figure.best(values))}", *_limits(config)])
+        cards.append(Card(f"{figure.name} so far", figure.describe(values[-1]), note))
         cards.append(Card("time", duration(number(rows[-1].get("seconds")))))
     return cards
 
@@ -268,8 +268,8 @@ def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts)
         charts.append(_by_epoch("loss", "Loss", rows, losses))
     if steps:
         size = -(-len(steps) // POINTS)
-        told = f"Training loss by step{f', means of {size}' if size > 1 else ''}"
-        charts.append(_by_step("step-loss", told, steps, "loss", size))
+        message = f"Training loss by step{f', means of {size}' if size > 1 else ''}"
+        charts.append(_by_step("step-loss", message, steps, "loss", size))
         charts.append(_by_step("learning-rate", "Learning rate by step", steps, "lr", size))
     return charts
 
@@ -343,17 +343,17 @@ def _environment(environment: Environment | None) -> list[tuple[str, str]]:
     ]
 
 
-def _sittings(environment: Environment | None) -> list[str]:
+def _resumptions(environment: Environment | None) -> list[str]:
     """Return when the run was resumed, each with what had changed in the environment."""
-    told: list[str] = []
+    message: list[str] = []
     if environment is None:
-        return told
-    for sitting in environment.get("resumed", []):
-        changed = [key for part in ("packages", "git", "machine") for key in _changed(environment, sitting, part)]
-        told.append(sitting["started"] + (f", with different {', '.join(changed)}" if changed else ""))
-    return told
+        return message
+    for session in environment.get("resumed", []):
+        changed = [key for part in ("packages", "git", "machine") for key in _changed(environment, session, part)]
+        message.append(session["started"] + (f", with different {', '.join(changed)}" if changed else ""))
+    return message
 
 
-def _changed(first: Sitting, later: Sitting, part: Literal["packages", "git", "machine"]) -> list[str]:
+def _changed(first: Session, later: Session, part: Literal["packages", "git", "machine"]) -> list[str]:
     old, new = first[part], later[part]
     return differences(old, new) if old and new else [part] if old != new else []

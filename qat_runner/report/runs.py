@@ -75,7 +75,7 @@ class Run:
         return place_of(self.key)
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """The location of the run, in words."""
         return str(self.folder) if self.line is None else f"{self.folder}, line {self.line},"
 
@@ -129,8 +129,8 @@ def full_precision_in(folder: Path) -> list[Result]:
 
 def not_finished(folders: Iterable[Path]) -> list[str]:
     """Return a sentence that lists run folders without a result, each with its state; empty if there are none."""
-    told = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
-    return [f"Not finished: {', '.join(told)}."] if told else []
+    text = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
+    return [f"Not finished: {', '.join(text)}."] if text else []
 
 
 class _Configured(Protocol):
@@ -170,7 +170,7 @@ def check_seeds(runs: Sequence[Run]) -> None:
         if changed or twin is not run:
             why = f"differ in {', '.join(changed)}" if changed else "have the same seed"
             raise ConfigError(
-                f"{(first if changed else twin).told} and {run.told} would share a cell of the table, but {why}; "
+                f"{(first if changed else twin).text} and {run.text} would share a cell of the table, but {why}; "
                 f"move one of them elsewhere"
             )
 
@@ -200,7 +200,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
     }
 
 
-def keys_unlike(some: Sequence[dict[str, Any]]) -> list[str]:
+def differing_keys(some: Sequence[dict[str, Any]]) -> list[str]:
     """Return the keys for which two of the settings that have them differ in value."""
     keys = dict.fromkeys(key for setting in some for key in setting)
     return [key for key in keys if len({str(setting[key]) for setting in some if key in setting}) > 1]
@@ -243,5 +243,5 @@ def _usual(config: Config) -> bool:
     if config.quantization.full_precision:
         return True
     method = config.clipping_in_mode.method
-    told = {name: value for name, value in method.options.items() if name in ("q", "start")}
-    return method == type(method)(**told) and gradient_label(config) in ("own", config.gradient.name)
+    text = {name: value for name, value in method.options.items() if name in ("q", "start")}
+    return method == type(method)(**text) and gradient_label(config) in ("own", config.gradient.name)

@@ -61,8 +61,8 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
     places = list(range(len(rows)))
     chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
     gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
-    told = [f"{name(row)}, {row['bits']} bits, {percent(number(row['clipped_fraction']))} clipped" for row in rows]
-    common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places, "text": told}
+    message = [f"{name(row)}, {row['bits']} bits, {percent(number(row['clipped_fraction']))} clipped" for row in rows]
+    common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places, "text": message}
     common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
     symbol = {"size": 7, "symbol": "square-open"}
     link = {
@@ -147,7 +147,7 @@ def _histogram(tensor: str, h: Row | None) -> View:
     shapes = [_mark(level, -0.04, 0, 1) for level in _levels(h)]
     shapes += [_mark(end, 0, 1, 2) for end in h.get("ends", (-1, 1) if h["signed"] else (1,))]
     start = min(h["low"], -1.05 if h["signed"] else -0.05)
-    axis = {"title": {"text": _told(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
+    axis = {"title": {"text": _describe(h)}, "range": [start, max(h["high"], 1.05)], "zeroline": False}
     axis |= {"ticks": "outside", "ticklen": 14, "tickcolor": "rgba(0,0,0,0)"}  # room for the ticks of the levels
     return View(tensor, [bars], {"shapes": shapes, "xaxis": axis})
 
@@ -166,7 +166,7 @@ def _mark(x: float, bottom: float, top: float, width: int) -> dict[str, Any]:
     return {"type": "line", **ends, "colour": OTHER, "line": {"width": width}}
 
 
-def _told(h: Row) -> str:
+def _describe(h: Row) -> str:
     """Return the title of the x axis, with the share of values beyond it."""
     per = "= " if h["granularity"] == "tensor" else f"per {h['granularity']}, mean "
     grid = f"{h['bits']} bits, {'signed' if h['signed'] else 'unsigned'}"

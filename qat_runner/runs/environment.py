@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from qat_runner import ranks
-from qat_runner.runs.records import Git, Sitting
+from qat_runner.runs.records import Git, Session
 
 _PACKAGES = (
     "qat_runner",
@@ -27,7 +27,7 @@ _PACKAGES = (
 )
 
 
-def environment() -> Sitting:
+def environment() -> Session:
     """Return versions, git state, command and machine, for environment.json."""
     cuda = torch.cuda.is_available()
     return {

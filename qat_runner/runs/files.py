@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 from qat_runner.description import fit
-from qat_runner.errors import UnreadableError, told
+from qat_runner.errors import UnreadableError, one_line
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ def _reading(path: Path, parse: Callable[[bytes], T]) -> T | None:
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, csv.Error) as error:
-        reason = told(error)
+        reason = one_line(error)
     raise UnreadableError(f"{path}: cannot be read ({reason})")
 
 
@@ -272,17 +272,17 @@ def open_own(path: Path, mode: str, newline: str | None = None) -> IO[str]:
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
+def explaining_full_disk(folder: Path) -> Iterator[None]:
     """While open, turn whatever a library raises on a full disk into an OSError that names the folder."""
     try:
         yield
     except Exception as error:
-        if _tells_of_full_disk(error) or shutil.disk_usage(folder).free < 2**20:
+        if _is_full_disk(error) or shutil.disk_usage(folder).free < 2**20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         raise
 
 
-def _tells_of_full_disk(error: BaseException | None) -> bool:
+def _is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
             return True

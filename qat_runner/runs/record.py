@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat_runner.errors import told
+from qat_runner.errors import one_line
 from qat_runner.insertion import LayerNoise
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LAYERS, METRICS, OSCILLATIONS, STEPS
@@ -98,15 +98,17 @@ class Record:
             if (tracker := self._trackers.pop(name, None)) is not None:
                 with suppress(Exception):
                     tracker.finish(None)
-            log.warning(f"tracker {name}: gave up ({_told_with_place(error)}); the run's own files are still written")
+            log.warning(
+                f"tracker {name}: gave up ({_describe_with_place(error)}); the run's own files are still written"
+            )
 
 
-def _told_with_place(error: Exception) -> str:
+def _describe_with_place(error: Exception) -> str:
     """Describe the exception of a tracker: type, message, and the line of the tracker's own file that caused it."""
     lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     lines = [(file, line) for file, line in lines if file != __file__]
     file, line = next((place for place in reversed(lines) if place[0] == lines[0][0]), (__file__, 0))
-    reason = told(error)
+    reason = one_line(error)
     return ", ".join([f"{type(error).__name__}: {reason}" if reason else type(error).__name__, f"{file}:{line}"])
 
 

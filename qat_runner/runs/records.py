@@ -160,7 +160,7 @@ class Machine(TypedDict):
     cuda: str | None
 
 
-class Sitting(TypedDict):
+class Session(TypedDict):
     """The environment in which a run was started or resumed."""
 
     command: list[str]
@@ -175,10 +175,10 @@ class Sitting(TypedDict):
     processes: NotRequired[Count]
 
 
-class Environment(Sitting):
+class Environment(Session):
     """The environment in which a run was started, and those in which it was resumed."""
 
-    resumed: NotRequired[list[Sitting]]
+    resumed: NotRequired[list[Session]]
 
 
 # The CSV files
@@ -388,7 +388,7 @@ class AllocationRecord(TypedDict):
     retrain_steps: Count
 
 
-def paid(record: AllocationRecord, point: Point) -> float:
+def cost_of(record: AllocationRecord, point: Point) -> float:
     """Return the cost of a point by the cost that defines the front of the record."""
     return max(point["costs"][name] for name in record["figures"])
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qat_runner.config import CONFIG_FILE, load_config
-from qat_runner.errors import ConfigError, UnreadableError, told
-from qat_runner.runs.asked import asked
+from qat_runner.errors import ConfigError, UnreadableError, one_line
 from qat_runner.runs.lock import alive
 from qat_runner.runs.records import ASKED, ERROR, METRICS, SUMMARY, measured, metric, score
+from qat_runner.runs.requested_runs import requested
 
 STATES = {
     "finished": "",
@@ -47,7 +47,7 @@ def statuses(runs_dir: Path) -> list[Status]:
         return [status(runs_dir)]
     names, unreadable = {path.parent.name for path in runs_dir.glob(f"*/{CONFIG_FILE}")}, []
     try:
-        names |= {*asked(runs_dir)}
+        names |= {*requested(runs_dir)}
     except UnreadableError as error:
         unreadable.append(Status(ASKED.name, "unreadable", note=str(error)))
     return [*(status(runs_dir / name) for name in sorted(names)), *unreadable]
@@ -69,12 +69,14 @@ def _status(folder: Path) -> Status:
     epochs = f"{rows[-1]['epoch'] if rows else 0:.0f}/{config.epochs}" if config.training else ""
     summary = SUMMARY.read(folder)
     if summary is not None:
-        return Status(folder.name, "finished", epochs, f"{metric(summary)} {measured(summary).told(score(summary))}")
+        return Status(
+            folder.name, "finished", epochs, f"{metric(summary)} {measured(summary).describe(score(summary))}"
+        )
     if alive(folder):
         return _unfinished(folder, "running", epochs)
     why = ERROR.read(folder)
     if why is not None:
-        return Status(folder.name, "failed", epochs, note=told(next(iter(why.splitlines()), "")))
+        return Status(folder.name, "failed", epochs, note=one_line(next(iter(why.splitlines()), "")))
     return _unfinished(folder, "stale", epochs)
 
 

@@ -10,7 +10,7 @@ from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data import ImageData
 from qat_runner.data.mixing import MIXING, Mixing
-from qat_runner.errors import ConfigError, told
+from qat_runner.errors import ConfigError, one_line
 from qat_runner.models import MODELS, build_model, library_of
 from qat_runner.tasks.task import Choice
 from qat_runner.tasks.totals import Totals, top_five
@@ -46,7 +46,7 @@ class Classification(Choice[ImageData]):
         except ConfigError:
             raise
         except Exception as error:  # libraries may raise any exception for invalid options
-            reason = told(error) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise ConfigError(f"model={config.model.name}: cannot be built ({reason})") from error
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:

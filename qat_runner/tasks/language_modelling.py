@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.allocation import Objective, divergence, of_distributions
+from qat_runner.allocation import Objective, distribution_objective, divergence
 from qat_runner.config import Config
 from qat_runner.config.tasks import FACTS
 from qat_runner.data.plain_text import TextData
@@ -53,7 +53,7 @@ class LanguageModelling(Task[TextData]):
         return divergence(logits, teacher, temperature, dim=-1)
 
     def objective(self) -> Objective:
-        return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=-1)
+        return distribution_objective(lambda model, batch: self.compute(model, batch.inputs), dim=-1)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the most likely next token at each position, int64 [N * L]."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.allocation import Objective, divergence, of_distributions, of_loss
+from qat_runner.allocation import Objective, distribution_objective, divergence, loss_objective
 from qat_runner.config import Config
 from qat_runner.config.tasks import TaskFacts
 from qat_runner.data import Batch, Data
@@ -97,7 +97,7 @@ class Task(ABC, Generic[D]):
 
     def objective(self) -> Objective:
         """Return the objective of bit allocation: how logits are computed, and how quantization error is measured."""
-        return of_loss(
+        return loss_objective(
             lambda model, batch: self.compute(model, batch.inputs),
             lambda logits, batch: (self.loss(logits, batch.targets), batch.targets.numel()),
         )
@@ -141,7 +141,7 @@ class Choice(Task[D]):
         return divergence(logits, teacher, temperature, dim=1)
 
     def objective(self) -> Objective:
-        return of_distributions(lambda model, batch: self.compute(model, batch.inputs), dim=1)
+        return distribution_objective(lambda model, batch: self.compute(model, batch.inputs), dim=1)
 
     def predictions(self, logits: Tensor) -> Tensor:
         """Return the classes with the highest logits, int64 [N] or [N, d]."""

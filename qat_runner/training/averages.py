@@ -38,7 +38,7 @@ class Averages:
                 a.copy_(b)
 
     @torch.no_grad()
-    def go_on(self, saved: dict[str, Tensor], steps: int) -> None:
+    def resume(self, saved: dict[str, Tensor], steps: int) -> None:
         """Resume an average from a saved state, bit for bit.
 
         A quantizer that loads a state treats its running average of clipping scalars as finished and divides it by the

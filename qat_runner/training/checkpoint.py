@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat_runner.errors import RunError, told
+from qat_runner.errors import RunError, one_line
 from qat_runner.insertion.state import upgrade
 from qat_runner.runs.checkpoints import RandomState
-from qat_runner.runs.files import full_disk_told
+from qat_runner.runs.files import explaining_full_disk
 
 log = logging.getLogger("qat_runner")
 
@@ -47,7 +47,7 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)  # left by a killed process, or a link
     try:
-        with full_disk_told(path.parent), open(temporary, "x+b") as file:
+        with explaining_full_disk(path.parent), open(temporary, "x+b") as file:
             torch.save(content, file)
             _seal(file)
             file.flush()
@@ -113,7 +113,7 @@ def load(path: Path) -> dict[str, Any]:
                 raise ValueError("it is not a dictionary")
             return upgrade(found)
     except Exception as error:  # a parser may raise anything on damaged bytes
-        reason = told(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        reason = one_line(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise RunError(f"checkpoint {path} cannot be read ({reason})")
 
 

@@ -43,7 +43,7 @@ class Dampening:
         strength = half_cosine(0.0, self.final, progress)
         for weight in self.weights:
             if weight.x.grad is not None:
-                low, high = weight.ends
+                low, high = weight.bounds
                 distance = weight.x.clamp(low, high) - weight.quantized()
                 weight.x.grad.add_(distance.to(weight.x.grad.dtype), alpha=2 * strength)
 

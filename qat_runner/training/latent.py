@@ -32,7 +32,7 @@ class LatentWeight(NamedTuple):
         return step.abs()
 
     @property
-    def ends(self) -> tuple[Tensor, Tensor]:
+    def bounds(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest level given by the latest clipping scalars, each with the shape of `step`."""
         format, s = self.quantizer.format, self.quantizer.scalars
         assert isinstance(format, IntFormat | IntAffineFormat)

@@ -17,7 +17,7 @@ from qat_runner.config import Amp, Config, Resume, differences, flat, identity, 
 from qat_runner.data import Batch, Data
 from qat_runner.data.batches import unsharded
 from qat_runner.description import fit
-from qat_runner.errors import RunError, StoppedError, told
+from qat_runner.errors import RunError, StoppedError, one_line
 from qat_runner.insertion import LayerNoise, noise_report, quantized_tensors
 from qat_runner.insertion.insert import scalars, weights_together
 from qat_runner.runs.checkpoints import Checkpoint, ProcessState
@@ -195,8 +195,8 @@ class Trainer:
             before = self._evaluate(progress)[self.metric]
             self._reestimate()
             state.before_reestimation = before
-            told = f"{self.metric} {self.measure.told(before)}"
-            log.info(f"BatchNorm re-estimated on {self.reestimation_batches} training batches; before: {told}")
+            text = f"{self.metric} {self.measure.describe(before)}"
+            log.info(f"BatchNorm re-estimated on {self.reestimation_batches} training batches; before: {text}")
         state.val = self._evaluate(progress)
 
     @property
@@ -257,7 +257,7 @@ class Trainer:
 
     def oscillating(self) -> dict[str, float]:
         """Return the percentages of tracked elements that oscillate and that are frozen; empty if none is tracked."""
-        return {} if self.oscillations is None else self.oscillations.of_all()
+        return {} if self.oscillations is None else self.oscillations.totals()
 
     def _noise(self) -> list[LayerNoise]:
         if self.config.noise_batches == 0 or self.config.quantization.full_precision:
@@ -291,7 +291,7 @@ class Trainer:
             if self.averages is not None:
                 averaged = found["model"] | own.get("averaged", {})
                 _load(self.averages.model, averaged)
-                self.averages.go_on(averaged, found.get("averaged_steps", 0))
+                self.averages.resume(averaged, found.get("averaged_steps", 0))
             self.optimizer.load_state_dict(checkpoint.checked_optimizer(found["optimizer"], self.optimizer))
             self.scaler.load_state_dict(found["scaler"])
             self._resume_oscillations(found.get("oscillations", {}))
@@ -305,7 +305,7 @@ class Trainer:
                 if self.data.corrupt is not None:
                     self.data.corrupt.update(process.get("corrupt", []))
         except Exception as error:  # PyTorch may raise anything on an invalid state
-            raise RunError(f"does not fit this run ({told(error)})") from error
+            raise RunError(f"does not fit this run ({one_line(error)})") from error
         self.state = State(**found["state"])
         self.begun = self.state.steps > 0
         at_the_end = (self.state.epoch, self.state.step) in ((self.epochs - 1, self.steps), (self.epochs, 0))
@@ -358,8 +358,8 @@ class Trainer:
             loss = self._step(batch if self.mixing is None else self.mixing(batch, epoch, step))
             self.interval.add(loss, lr, None if self.excess is None else self.excess.take())
             finite = progress.step(batch.size * distributed.shard().world, self.totals)
-            self._look_around(epoch, finite)
-        self._grant(epoch, self.agreement.settle())
+            self._check_requests(epoch, finite)
+        self._fulfil(epoch, self.agreement.settle())
         self._end_interval(epoch)
         return self.totals.merged().read()
 
@@ -384,7 +384,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.oscillations is not None:
-            self.oscillations.hold()
+            self.oscillations.restore_frozen()
         if self.averages is not None:
             self.averages.update(self.model)
         return loss
@@ -415,7 +415,7 @@ class Trainer:
         left = ", except per-token ones" if any(t.quantizer.per_token for t in quantized_tensors(self.model)) else ""
         log.info(f"activations' clipping scalars are static from here on (epoch {position:g}){left}")
 
-    def _look_around(self, epoch: int, finite: bool) -> None:
+    def _check_requests(self, epoch: int, finite: bool) -> None:
         """After a step: abort, save or stop if any process asks for it.
 
         With several processes this takes effect one step later, in all of them at the same step.
@@ -423,9 +423,9 @@ class Trainer:
         due = time.monotonic() - self.saved_at > 60 * self.config.checkpoint_minutes
         asked = self.stop.signal or 0
         wish = self.agreement.ask(DIVERGED if not finite else asked + 1 if asked else int(due))
-        self._grant(epoch, wish)
+        self._fulfil(epoch, wish)
 
-    def _grant(self, epoch: int, wish: int) -> None:
+    def _fulfil(self, epoch: int, wish: int) -> None:
         """Carry out what processes have asked for; a request made in the meantime is repeated by its process."""
         if wish:
             self.agreement.settle()
@@ -499,7 +499,7 @@ class Trainer:
         with nullcontext() if self.config.compile else self.weights.quantized(count):
             parts = list(batch.parts(count))
             for part in parts:
-                with nullcontext() if part is parts[-1] else distributed.adding_up(network):
+                with nullcontext() if part is parts[-1] else distributed.accumulating(network):
                     with autocast(self.device, self.config.amp):
                         logits = self.task.compute(network, part.inputs)
                         loss = self._loss(logits, part)
@@ -531,7 +531,7 @@ class Trainer:
         # of the last step of the epoch, which may have run before an interruption
         lr = learning_rate(self.stage, self.lr, self.epochs, state.epoch - 1, self.steps - 1, self.steps)
         hit, metric = self.totals.names[0], self.metric
-        told = self.measure.told(val[metric])
+        text = self.measure.describe(val[metric])
         self.record.epoch(
             {
                 "epoch": state.epoch,
@@ -547,7 +547,7 @@ class Trainer:
         )
         log.info(
             f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {hit} {train[hit]:.2f} %; "
-            f"val loss {val['loss']:.4f}, {metric} {told}; "
+            f"val loss {val['loss']:.4f}, {metric} {text}; "
             f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.task.unit}/s"
         )
 

@@ -91,7 +91,7 @@ class Oscillations:
                 weight.x.grad.masked_fill_(frozen, 0)
 
     @torch.no_grad()
-    def hold(self) -> None:
+    def restore_frozen(self) -> None:
         """Set frozen elements back to their levels after the optimizer has updated the weights."""
         if self.freezes is None:
             return
@@ -113,7 +113,7 @@ class Oscillations:
             for weight, (one, other) in zip(self.weights, torch.stack(shares, 1).tolist(), strict=True)
         ]
 
-    def of_all(self) -> dict[str, float]:
+    def totals(self) -> dict[str, float]:
         """Return the same percentages over all weights together, as "oscillating_weights" and "frozen_weights"."""
         rows, count = self.rows(), sum(self.sizes)
         return {

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from qat_runner.config.tasks import TaskFacts
 from qat_runner.runs.files import write_whole
 from qat_runner.runs.folder import RunFolder
-from qat_runner.runs.records import LAYERS, METRICS, AllocationRecord, Point, paid
+from qat_runner.runs.records import LAYERS, METRICS, AllocationRecord, Point, cost_of
 
 CHOSEN, OTHER = "#2a6fbb", "#d9822b"
 
@@ -56,9 +56,9 @@ def plot_bits(folder: Path, record: AllocationRecord) -> None:
     figure, (front, bits) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for key, colour, label in (("front", CHOSEN, "best"), ("uniform", OTHER, "uniform")):
         points: Sequence[Point] = record[key]  # type: ignore[literal-required]
-        front.plot([paid(record, p) for p in points], [p["rise"] for p in points], "o-", color=colour, label=label)
+        front.plot([cost_of(record, p) for p in points], [p["rise"] for p in points], "o-", color=colour, label=label)
     front.plot(
-        paid(record, record["chosen"]), record["chosen"]["rise"], "*", color="black", markersize=14, label="chosen"
+        cost_of(record, record["chosen"]), record["chosen"]["rise"], "*", color="black", markersize=14, label="chosen"
     )
     front.set(xlabel=" or ".join(record["figures"]), ylabel=f"price ({record['price']})")
     if all(p["rise"] > 0 for p in (*record["front"], *record["uniform"])):

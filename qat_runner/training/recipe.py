@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     """Create the optimizer of a stage: SGD or AdamW.
 
     SGD applies weight decay to all parameters, BatchNorm included, as in the paper's recipes. AdamW exempts some
-    parameters from weight decay (see `spared`) and runs with or without bias correction.
+    parameters from weight decay (see `without_decay`) and runs with or without bias correction.
 
     On a GPU, PyTorch's fused implementation is used: it takes one or two kernel launches for all parameters, and under
     fp16 it skips a step that overflowed without the GradScaler having to wait for the device. On a CPU, the fused
@@ -48,7 +48,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     """
     fused = fuses(next(model.parameters()).device)
     adamw = stage.optimizer == Optimizer.adamw
-    free = spared(model, stage.spared) if adamw else set()
+    free = without_decay(model, stage.spared) if adamw else set()
     decay = {p: 0.0 if p in free else stage.weight_decay for p in model.parameters()}
     for tensor in quantized_tensors(model):
         if isinstance(tensor.quantizer, LearnedQuantizer):
@@ -75,7 +75,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
     return sgd
 
 
-def spared(model: nn.Module, which: Spared) -> set[nn.Parameter]:
+def without_decay(model: nn.Module, which: Spared) -> set[nn.Parameter]:
     """Return the parameters of a network that AdamW exempts from weight decay.
 
     Args:

@@ -105,7 +105,7 @@ class Foretold:
     def drop(self, summary: Mapping[str, float]) -> float:
         return 50.0 - summary["top1"]
 
-    def told(self, summary: Mapping[str, float], after: str = "") -> str:
+    def describe(self, summary: Mapping[str, float], after: str = "") -> str:
         return f"{summary['top1']:.0f} %"
 
 

@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from qat_runner.allocation import COSTS, Limit, allocate_bits, divergence, network, of_distributions, price
-from qat_runner.allocation.prices import having_bits
+from qat_runner.allocation import COSTS, Limit, allocate_bits, distribution_objective, divergence, network, price
+from qat_runner.allocation.prices import quantized_to
 from qat_runner.insertion import quantize_model
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -52,15 +52,15 @@ def test_next_to_no_choice_within_the_budget_is_better(kind: str, budget: float,
     model, x = trained()
     quantize_model(model, first_last_bits=None, example=x[:2])
     known = network(model, WIDTHS, 2)
-    objective = of_distributions(lambda model, batch: model(batch))
+    objective = distribution_objective(lambda model, batch: model(batch))
     prices = price(model, x[:512].split(128), objective, WIDTHS, kind).mean()
     limits = [Limit(measure, budget) for measure in COSTS["mean_bits"](known)]
-    with torch.no_grad(), having_bits(model, {}):
+    with torch.no_grad(), quantized_to(model, {}):
         full = model(x[1300:])
 
     @torch.no_grad()
     def loss(bits: dict[str, int]) -> float:
-        with having_bits(model, bits):
+        with quantized_to(model, bits):
             return float(divergence(model(x[1300:]), full, 1.0, 1))
 
     names = [operand.name for operand in known.free]

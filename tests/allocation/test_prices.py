@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat_runner.allocation import Prices, of_distributions, of_loss, price
-from qat_runner.allocation.prices import having_bits
+from qat_runner.allocation import Prices, distribution_objective, loss_objective, price
+from qat_runner.allocation.prices import quantized_to
 from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.policy import PRICES
 from qat_runner.quant import IntFormat, fake_quantize, octav
@@ -22,8 +22,8 @@ def loss(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, batch[1]), len(batch[1])
 
 
-CROSS_ENTROPY = of_loss(lambda model, batch: model(batch[0]), loss)
-DISTRIBUTIONS = of_distributions(lambda model, batch: model(batch[0]))
+CROSS_ENTROPY = loss_objective(lambda model, batch: model(batch[0]), loss)
+DISTRIBUTIONS = distribution_objective(lambda model, batch: model(batch[0]))
 
 
 class Residual(nn.Module):
@@ -102,7 +102,7 @@ def test_a_weight_that_is_multiplied_by_several_times_has_one_error(batches: lis
 
 
 def test_where_no_gradient_comes_by_nothing_has_a_price(model: nn.Module, batches: list[Batch]) -> None:
-    frozen = of_loss(lambda model, batch: model(batch[0]).detach(), loss)
+    frozen = loss_objective(lambda model, batch: model(batch[0]).detach(), loss)
     assert price(model, batches, frozen, WIDTHS).batches == {}
     assert {*price(model, batches, frozen, WIDTHS, "measured").batches} == {t.name for t in quantized_tensors(model)}
 
@@ -143,7 +143,7 @@ def test_by_gradients_foretells_the_measured_divergence() -> None:
 
 
 def test_drawn_labels_are_the_same_each_time(model: nn.Module, batches: list[Batch]) -> None:
-    made = [of_distributions(lambda model, batch: model(batch[0])) for _ in range(2)]
+    made = [distribution_objective(lambda model, batch: model(batch[0])) for _ in range(2)]
     first, second = (price(model, batches, objective, WIDTHS).mean() for objective in made)
     assert first == second
 
@@ -151,11 +151,11 @@ def test_drawn_labels_are_the_same_each_time(model: nn.Module, batches: list[Bat
 @pytest.mark.parametrize(("shape", "dim"), [((6, 4), 1), ((3, 4, 2), 1), ((3, 5, 4), -1)])
 def test_distributions_may_lie_along_any_dimension(shape: tuple[int, ...], dim: int) -> None:
     logits = torch.randn(shape)
-    out, count = of_distributions(lambda model, batch: logits, dim).loss(logits, None)
+    out, count = distribution_objective(lambda model, batch: logits, dim).loss(logits, None)
     assert count == logits.numel() // 4
     sure = torch.full(shape, -50.0)
     sure.select(dim, 2).fill_(50.0)  # so the likeliest labels are drawn
-    assert of_distributions(lambda model, batch: sure, dim).loss(sure, None)[0] == 0 and out > 0
+    assert distribution_objective(lambda model, batch: sure, dim).loss(sure, None)[0] == 0 and out > 0
 
 
 @pytest.mark.parametrize("kind", PRICES)
@@ -190,7 +190,7 @@ def test_tensors_have_the_bits_that_they_are_given(batches: list[Batch]) -> None
     x, layer = batches[0][0], nn.Linear(6, 3)
     weight = layer.weight.detach()
     model = quantize_model(nn.Sequential(layer), first_last_bits=None, example=x)
-    with torch.no_grad(), having_bits(model, {"0.weight": 2}):
+    with torch.no_grad(), quantized_to(model, {"0.weight": 2}):
         out = model(x)
     torch.testing.assert_close(out, F.linear(x, weight + errors(weight, 2, True, None), layer.bias).detach())
 
@@ -215,7 +215,7 @@ def test_a_tensor_costs_nothing_to_batches_that_do_not_come_by_it(model: nn.Modu
         out: Tensor = m.get_submodule("head")(batch[0]) if batch is batches[0] else m(batch[0])
         return out
 
-    prices = price(model, batches, of_distributions(head_alone_then_all), WIDTHS)
+    prices = price(model, batches, distribution_objective(head_alone_then_all), WIDTHS)
     assert not prices.batches["one.weight"][0].any() and prices.batches["one.weight"][1].all()
-    head = price(model, batches[:1], of_distributions(head_alone_then_all), WIDTHS)
+    head = price(model, batches[:1], distribution_objective(head_alone_then_all), WIDTHS)
     assert set(head.batches) == {"head.weight", "head.input"}

@@ -138,9 +138,9 @@ def test_what_is_told_of_the_narrowest_can_be_kept(stored: float) -> None:
     (measure,) = COSTS["size_mb"](network)
     with pytest.raises(InfeasibleError, match="least possible") as refused:
         allocate_bits(network, falling(network), [Limit(measure, 0.001)])
-    told = float(str(refused.value).rpartition(" ")[2])
-    allocate_bits(network, falling(network), [Limit(measure, told)])
-    assert stored <= told * (1 + 1e-9) and told < stored * 1.001
+    line = float(str(refused.value).rpartition(" ")[2])
+    allocate_bits(network, falling(network), [Limit(measure, line)])
+    assert stored <= line * (1 + 1e-9) and line < stored * 1.001
 
 
 def test_a_choice_that_is_not_proven_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,7 @@ from qat_runner.config import allocation_of, from_hydra, load_config, run_name
 from qat_runner.config.composing import command, compose_config
 from qat_runner.experiment import allocating
 from qat_runner.experiment.probing import first_that_holds
-from qat_runner.experiment.running import _told_once
+from qat_runner.experiment.running import _log_notes_once
 from qat_runner.models import build_model
 from qat_runner.runs.records import ALLOCATION, SUMMARY
 from tests.cli.commands import Run, run_in
@@ -178,7 +178,7 @@ def test_bits_in_old_records_are_still_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "text"),
     [
         (["policy=auto", "budget=3.5", "mode=ptq", "weights=w.pt"], "qat-run {} policy=auto budget=3.5 mode=ptq {}"),
         (["mode=allocate", "max_drop=0.5", "weights=w.pt"], "qat-bits {} max_drop=0.5 {}"),
@@ -190,13 +190,13 @@ def test_bits_in_old_records_are_still_read(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_of_a_run_whose_bits_are_chosen(
-    overrides: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ms.json").write_text("{}")
     config = from_hydra(compose_config(["model=resnet20", "dataset=digits", *overrides]))
     groups = "model=resnet20 dataset=digits clipping=octav gradient=mph"
-    assert command(config) == told.format(groups, "weights=w.pt")
+    assert command(config) == text.format(groups, "weights=w.pt")
 
 
 def test_chosen_bits_replace_the_bits_of_an_experiment() -> None:
@@ -266,8 +266,8 @@ def test_a_failure_in_prices_that_are_only_shown_does_not_cost_the_answer(
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     words = ["model=resnet8", "allocation.widths=[4,8]", "weights=w.pt", "run_dir=chosen"]
     assert run("mode=allocate", "budget=4", *words) == 0
-    told = "no measured prices are shown for comparison: pricing failed: conv1.input: its price is not finite"
-    assert told in capsys.readouterr().out
+    text = "no measured prices are shown for comparison: pricing failed: conv1.input: its price is not finite"
+    assert text in capsys.readouterr().out
     record = ALLOCATION.read(Path("chosen"))
     assert record is not None and record["beside"] == "measured"
     assert not any(tensor["beside"] for tensor in record["tensors"]) and allocated(Path("chosen"))
@@ -279,7 +279,7 @@ def test_notes_on_a_network_are_logged_once_for_all_its_variants() -> None:
     log, texts = logging.getLogger("qat_runner"), (io.StringIO(), io.StringIO())
     outer, inner = map(logging.StreamHandler, texts)
     log.addHandler(outer)
-    with _told_once(["fc is shared"]):
+    with _log_notes_once(["fc is shared"]):
         log.addHandler(inner)
         for said in ("fc is shared", "it is late"):
             log.warning(said)

@@ -100,8 +100,8 @@ def test_an_experiment_needs_m_and_a_stand_in_needs_an_experiment(run: Run, caps
     assert run("+stand_in=digits") == 2
     assert "stand_in=digits: needs +experiment=NAME" in capsys.readouterr().err
     assert run("+scale=digits") == 2
-    told = capsys.readouterr()
-    assert "+scale=digits has been renamed to +stand_in=digits" in told.out and "stand_in=digits: needs" in told.err
+    text = capsys.readouterr()
+    assert "+scale=digits has been renamed to +stand_in=digits" in text.out and "stand_in=digits: needs" in text.err
     for several in ("+experiment=table1,table2", "+experiment=[table1,table2]"):
         assert run(several) == 2
         assert f"{several[1:]}: must be a single one, since each has its own rows" in capsys.readouterr().err

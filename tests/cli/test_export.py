@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat_runner.cli import export as command
 from qat_runner.cli.run import main as qat_run
-from qat_runner.exporting import of_run as exporting
+from qat_runner.exporting import run_export as exporting
 from qat_runner.exporting import verify
 from qat_runner.exporting.agreement import LEAST_AGREEMENT
 from qat_runner.exporting.formats import read_safetensors
@@ -202,11 +202,11 @@ def test_fused_kernels_that_compute_something_else_are_reported(
     assert remedy not in capsys.readouterr().out
     monkeypatch.setattr(verify, "OnnxFile", OtherKernels)
     assert export("static", "--formats", "onnx") == 0  # the file is right
-    told = capsys.readouterr().out
+    words = capsys.readouterr().out
     result = json.loads((tmp_path / "out/export.json").read_text())
     assert result["figures"]["onnx"]["agreement"] >= LEAST_AGREEMENT
     assert result["figures"]["onnx_fused"]["agreement"] < LEAST_AGREEMENT
-    assert remedy in told and result["processor"] in told and "model.onnx, this processor's kernels" in told
+    assert remedy in words and result["processor"] in words and "model.onnx, this processor's kernels" in words
     assert result["milliseconds"].keys() == {"full_precision", "onnx"}
 
 
@@ -224,7 +224,7 @@ def test_a_file_that_is_wrong_by_its_own_definition_is_rejected(
 def test_an_interruption_or_a_full_disk_leaves_nothing(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for trouble, code, told in (
+    for trouble, code, words in (
         (KeyboardInterrupt(), 130, "interrupted; no file was kept"),
         (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; no file was kept"),
     ):
@@ -234,7 +234,7 @@ def test_an_interruption_or_a_full_disk_leaves_nothing(
 
         monkeypatch.setattr(exporting, "_check", fail)
         assert export("dynamic", "--formats", "safetensors") == code
-        assert told in capsys.readouterr().err
+        assert words in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qat_runner.config import flat, from_hydra, hydras_own, identity, read_config, run_folder
+from qat_runner.config import flat, from_hydra, hydra_keys, identity, read_config, run_folder
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     _hydra_node,
@@ -238,29 +238,29 @@ def test_composed_configs_are_checked_as_well(name: str, run: Run) -> None:
         def compose_and_check() -> None:
             composed = hydra.compose_config("config", search, run_mode=RunMode.RUN, with_log_configuration=False)
             composed.hydra.searchpath = []
-            hydras_own.check_composed(composed, search, _hydra_node)
+            hydra_keys.check_composed(composed, search, _hydra_node)
 
         with pytest.raises((ConfigError, HydraException), match=r"cannot be set|name code|interpolation|not in '"):
             compose_and_check()
 
 
-def hydra_keys() -> list[str]:
+def keys_of_hydra() -> list[str]:
     """Return the dotted names of all of Hydra's own keys, except those of launchers and those that Hydra fills in."""
     with shipped_configs():
         keys = sorted(flat(_hydra_node("basic")))
-    return [key for key in keys if not key.startswith(("launcher.", *hydras_own.FILLED_IN))]
+    return [key for key in keys if not key.startswith(("launcher.", *hydra_keys.FILLED_IN))]
 
 
-@pytest.mark.parametrize("key", hydra_keys())
+@pytest.mark.parametrize("key", keys_of_hydra())
 @pytest.mark.parametrize("value", ["X", "null", "{_target_:os.system}", "'${hydra.job.name}'"])
 def test_no_command_can_set_keys_of_hydra(key: str, value: str) -> None:
     for prefix, deeper in (("", ""), ("+", ".x"), ("++", ".x._target_")):
         with pytest.raises(ConfigError, match=r"hydra.*(cannot be set|cannot name code)"):
-            hydras_own.check_typed([f"{prefix}hydra.{key}{deeper}={value}"], lambda key: False)
+            hydra_keys.check_typed([f"{prefix}hydra.{key}{deeper}={value}"], lambda key: False)
 
 
 @given(
-    key=st.sampled_from(hydra_keys()),
+    key=st.sampled_from(keys_of_hydra()),
     value=st.one_of(st.none(), st.booleans(), st.integers(), st.just({"_target_": "os.system"}), st.text(max_size=5)),
 )
 def test_no_key_of_hydra_may_differ_in_a_composed_config(key: str, value: Any) -> None:
@@ -271,15 +271,15 @@ def test_no_key_of_hydra_may_differ_in_a_composed_config(key: str, value: Any) -
     assume(type(inner[last]) is not type(value) or inner[last] != value)
     inner[last] = value
     with pytest.raises(ConfigError, match="cannot"):
-        hydras_own.check_composed(OmegaConf.create({"hydra": node}), [], _hydra_node)
+        hydra_keys.check_composed(OmegaConf.create({"hydra": node}), [], _hydra_node)
 
 
-SAMPLES = {"an integer": "2", "a number": "1.5", "true or false": "true", hydras_own._ONE.words: "1"}
+SAMPLES = {"an integer": "2", "a number": "1.5", "true or false": "true", hydra_keys._ONE.words: "1"}
 
 
-@pytest.mark.parametrize("target", hydras_own.LAUNCHERS)
+@pytest.mark.parametrize("target", hydra_keys.LAUNCHERS)
 def test_settings_of_the_launchers(target: str) -> None:
-    option, settings = hydras_own.LAUNCHERS[target]
+    option, settings = hydra_keys.LAUNCHERS[target]
     samples = {key: SAMPLES.get(kind.words, "gpu:a100") for key, kind in settings.items()}
     assert samples or option == "basic"
     compose_config([f"hydra/launcher={option}", *(f"++hydra.launcher.{key}={value}" for key, value in samples.items())])
@@ -426,7 +426,7 @@ def test_runs_in_the_home_folder_of_an_unknown_user() -> None:
     assert str(identity(config)["data_dir"]).endswith("/~no-such-user")
     assert run_folder(replace(config, runs_dir="~no-such-user")).parent == Path("~no-such-user")
     assert run_folder(replace(config, run_dir="~no-such-user")) == Path("~no-such-user")
-    assert hub.ask("~no-such-user", lambda place, **_: place, "a network") == "~no-such-user"
+    assert hub.load_from_checkpoint("~no-such-user", lambda place, **_: place, "a network") == "~no-such-user"
 
 
 def test_rows_that_are_rejected_late_leave_nothing(

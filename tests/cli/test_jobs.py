@@ -97,10 +97,10 @@ def test_a_job_for_each_run_that_is_not_finished(
 ) -> None:
     slurm = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "overwrite=true"]
     assert run("-m", *slurm, "bits=32", "clipping=octav,max", "seed=0,1,2,3") == 2
-    told = capsys.readouterr().err
-    assert told.count("seed 2 is trained to its end") == 1 and told.count("seed 3 is busy") == 1
-    told_apart = [(config.clipping.name, config.seed) for config in carried_out]
-    assert told_apart == [("octav", 0), ("octav", 3)]  # in full precision, clipping has no effect
+    text = capsys.readouterr().err
+    assert text.count("seed 2 is trained to its end") == 1 and text.count("seed 3 is busy") == 1
+    labelled = [(config.clipping.name, config.seed) for config in carried_out]
+    assert labelled == [("octav", 0), ("octav", 3)]  # in full precision, clipping has no effect
     assert all(config.overwrite for config in carried_out)
     assert not any(re.match("hydra", word) for job in launcher.jobs for word in job)
     (settings,) = launcher.settings
@@ -126,8 +126,8 @@ def test_the_launcher_for_slurm_is_rejected_without_slurm(run: Run, capsys: pyte
 
 def test_more_than_one_process_per_row_is_rejected(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-m", "hydra/launcher=slurm", "hydra.launcher.tasks_per_node=8") == 2
-    told = capsys.readouterr().err
-    assert "hydra.launcher.tasks_per_node=8: must be 1, since a row is one process; to use several" in told
+    text = capsys.readouterr().err
+    assert "hydra.launcher.tasks_per_node=8: must be 1, since a row is one process; to use several" in text
 
 
 def test_a_detached_command_has_the_arguments_that_were_typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

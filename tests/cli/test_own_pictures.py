@@ -85,19 +85,19 @@ def test_errors_that_are_found_before_the_run_leave_nothing(
             folder.rename(folder.with_name(f".{folder.name}"))
     before = sorted(data.parent.rglob("*"))
     assert main([*SMALL, *asked]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("qat-run: dataset=") and told.count("\n") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("qat-run: dataset=") and text.count("\n") == 1
     assert sorted(data.parent.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("asked", "text"),
     [
         ("dataset.resizing=tensor", "dataset.decode=gpu: needs a CUDA device, and device=cpu is the CPU"),
         ("dataset.resizing=pillow", "dataset.resizing=pillow: must be tensor with dataset.decode=gpu"),
     ],
 )
-def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, told: str) -> None:
+def test_decoding_on_a_gpu_needs_one(data: Path, capsys: pytest.CaptureFixture[str], asked: str, text: str) -> None:
     assert main([*SMALL, *FOLDERS, "device=cpu", "dataset.decode=gpu", asked]) == 2
-    assert capsys.readouterr().err.startswith(f"qat-run: {told}")
+    assert capsys.readouterr().err.startswith(f"qat-run: {text}")
     assert not (data.parent / "run").exists()

@@ -58,7 +58,7 @@ def test_without_rules_names_are_as_before_rules_existed(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words", "told"),
+    ("content", "words", "text"),
     [
         (None, ["policy=nowhere.yaml"], "policy=nowhere.yaml: there is no such file"),
         ("rules: [{match: *.weight, bits: 3}]", ["policy=p.yaml"], "a glob that begins with * must be in quotes"),
@@ -77,11 +77,11 @@ def test_without_rules_names_are_as_before_rules_existed(place: Path) -> None:
     ],
 )
 def test_invalid_rules_are_rejected(
-    content: str | None, words: list[str], told: str, place: Path, capsys: pytest.CaptureFixture[str]
+    content: str | None, words: list[str], text: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
         (place / "p.yaml").write_text(content)
     assert main([*SMALL, *words]) == 2
     err = capsys.readouterr().err
-    assert told in err and "Traceback" not in err
+    assert text in err and "Traceback" not in err
     assert not (place / "runs").exists()

@@ -267,8 +267,8 @@ def test_a_sweep_over_seeds_ends_with_means_and_the_command_of_its_html_report(
     drops = [top1[4, "max", seed] - top1[32, "none", seed] for seed in (0, 1)]
     assert f"{sum(drops) / 2:+.2f} ± " in table.splitlines()[-1]
     assert sentence.startswith("resnet8, fake, scratch, 4 bits, in points against full precision: octav ")
-    command, told = closing.split(" writes an HTML report of them")
-    assert (command, told) == ("qat-report compare 'two words'", "")
+    command, expected = closing.split(" writes an HTML report of them")
+    assert (command, expected) == ("qat-report compare 'two words'", "")
     assert report(shlex.split(command)[1:]) == 0
     assert Path("report/compare.html").is_file()
 
@@ -326,8 +326,8 @@ def test_an_input_that_no_batch_reached_is_reported_in_one_sentence(
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     monkeypatch.setattr("qat_runner.experiment.building.calibrate", lambda model, batches: 5)
     assert run("mode=retrain", "weights=w.pt", "clipping=static_octav", "run_dir=one") == 1
-    told = capsys.readouterr().err
-    assert "conv1.input (static) has no clipping scalars yet" in told and "internal error" not in told
+    expected = capsys.readouterr().err
+    assert "conv1.input (static) has no clipping scalars yet" in expected and "internal error" not in expected
 
 
 @pytest.mark.parametrize("clipping", ["static_octav", "static_percentile", "percentile", "mse_sweep"])
@@ -389,9 +389,9 @@ def test_checkpoints_are_written_at_intervals_of_time(run: Run, monkeypatch: pyt
         now[0] += 240
         look(trainer, *args)
 
-    look = Trainer._look_around
+    look = Trainer._check_requests
     monkeypatch.setattr(Trainer, "_save", saved)
-    monkeypatch.setattr(Trainer, "_look_around", later)
+    monkeypatch.setattr(Trainer, "_check_requests", later)
     monkeypatch.setattr("qat_runner.training.loop.time.monotonic", lambda: now[0])
     assert run("epochs=1", "batch_size=8", "noise_batches=0") == 0
     assert at == [(0, 3), (0, 6), (1, 0)]
@@ -522,8 +522,8 @@ def test_invalid_commands_are_rejected(
     before = sorted(tmp_path.rglob("*"))
     assert run(*args) == 2
     # PyTorch's loggers may write a line about torchao in the test that imports it first.
-    (told,) = (line for line in capsys.readouterr().err.splitlines() if not re.match(r"W\d{4} ", line))
-    assert told.startswith("qat-run: ") and message in told
+    (expected,) = (line for line in capsys.readouterr().err.splitlines() if not re.match(r"W\d{4} ", line))
+    assert expected.startswith("qat-run: ") and message in expected
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -164,9 +164,9 @@ def test_a_stop_ends_the_whole_sweep(
     capsys.readouterr()
     at_step(monkeypatch, 1, 2, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
     assert run("-m", "seed=0,1,2", "epochs=1", "overwrite=true") == 143
-    told = capsys.readouterr()
-    assert "and 1 more: had not started; the earlier run still exists, and overwrite=true replaces it" in told.err
-    assert "top1" not in told.out  # of the earlier runs
+    text = capsys.readouterr()
+    assert "and 1 more: had not started; the earlier run still exists, and overwrite=true replaces it" in text.err
+    assert "top1" not in text.out  # of the earlier runs
 
 
 def test_a_stop_after_the_last_step_ends_the_sweep_after_that_run(
@@ -203,8 +203,8 @@ def test_a_rejected_command_shows_no_earlier_result(
     assert run("run_dir=one", "epochs=1") == 0
     assert "top1" in capsys.readouterr().out
     assert run("run_dir=one", "epochs=1", "bits=3", "resume=force") == 2
-    told = capsys.readouterr()
-    assert "has been trained to its end" in told.err and "top1" not in told.out
+    text = capsys.readouterr()
+    assert "has been trained to its end" in text.err and "top1" not in text.out
 
 
 @pytest.mark.reliability
@@ -233,8 +233,8 @@ def test_a_changed_config_is_rejected_unless_forced(run: Run, capsys: pytest.Cap
     assert len(METRICS.read(Path("one"))) == 2
     capsys.readouterr()
     assert run("run_dir=one", "epochs=2", "gradient=ste", "recipe.batchnorm_batches=2", "resume=force") == 2
-    told = "has been trained to its end, so a different batchnorm_batches would change nothing; epochs=3 continues"
-    assert told in capsys.readouterr().err and Path("one/summary.json").exists()
+    text = "has been trained to its end, so a different batchnorm_batches would change nothing; epochs=3 continues"
+    assert text in capsys.readouterr().err and Path("one/summary.json").exists()
     assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 2
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
     assert Path("one/summary.json").exists()

@@ -73,9 +73,9 @@ def test_hostile_files_are_rejected_before_any_work(
     torch.save(state(), "ok.pt")
     before = sorted(tmp_path.rglob("*"))
     assert run(*USES[use]) == 2
-    told = capsys.readouterr().err
+    text = capsys.readouterr().err
     key = "recipe.teacher" if use == "teacher" else "weights"
-    assert told.startswith(f"qat-run: {key}=w.pt: {why}") and told.count("\n") == 1
+    assert text.startswith(f"qat-run: {key}=w.pt: {why}") and text.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -107,8 +107,8 @@ def test_files_that_changed_since_the_run_are_checked_again(run: Run, capsys: py
     capsys.readouterr()
     for folder, why in (("ptq", "elements that are NaN or infinite"), ("trained", "is complex64, not float32")):
         assert export.main([folder, "--formats", "safetensors", "--out", "out"]) == 2
-        told = capsys.readouterr().err
-        assert why in told and told.count("\n") == 1 and not Path("out").exists()
+        text = capsys.readouterr().err
+        assert why in text and text.count("\n") == 1 and not Path("out").exists()
     assert report.main(["figure1", "--run", "trained", "--out", "out"]) == 2
     assert "tensor conv1.weight is complex64" in capsys.readouterr().err
 
@@ -167,8 +167,8 @@ def test_files_in_the_home_folder_and_folders_of_shards(
     distill = ("recipe.distill=full_precision", "recipe.teacher='~/teacher.ckpt'", "recipe.teacher_part=ema")
     retrain = ("mode=retrain", "weights='~/w'", "epochs=1", "limit_train_batches=1")
     assert run(*retrain, *distill, "run_dir=one") == 0
-    told = capsys.readouterr().out
-    assert "weights ~/w: 97 of 97 tensors loaded" in told
-    assert "teacher ~/teacher.ckpt: 97 of 97 tensors loaded from ema" in told
+    text = capsys.readouterr().out
+    assert "weights ~/w: 97 of 97 tensors loaded" in text
+    assert "teacher ~/teacher.ckpt: 97 of 97 tensors loaded from ema" in text
     assert run("mode=ptq", "weights='~/w/model.safetensors.index.json'", "run_dir=two") == 0
     assert export.main(["two", "--formats", "safetensors"]) == 0

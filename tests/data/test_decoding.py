@@ -265,10 +265,10 @@ def test_bad_pictures_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None
     source = FolderSource(tmp_path, 8, 0, skip_corrupt=True)
     pictures, labels = next(source.val(2, range(1), WHOLE))
     assert (pictures.shape, labels.tolist()) == ((1, 3, 8, 8), [0])
-    (told,) = source.corrupt
-    assert told.startswith(f"image {str(tmp_path / 'val' / 'a' / '1')!r}"[:-1] + r"\n.png' cannot be decoded (")
-    assert told.isprintable()
-    assert re.search(message, told), told
+    (text,) = source.corrupt
+    assert text.startswith(f"image {str(tmp_path / 'val' / 'a' / '1')!r}"[:-1] + r"\n.png' cannot be decoded (")
+    assert text.isprintable()
+    assert re.search(message, text), text
 
 
 def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -284,14 +284,14 @@ def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "text"),
     [
         (OSError(24, "Too many open files"), "cannot be read (Too many open files)"),
         (MemoryError("no room"), "cannot be read (MemoryError: no room)"),
     ],
 )
 def test_what_the_machine_cannot_read_just_now_is_never_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
 ) -> None:
     """Otherwise the images that a network is trained on would depend on the state of the machine."""
     for split in ("train", "val"):
@@ -307,7 +307,7 @@ def test_what_the_machine_cannot_read_just_now_is_never_left_out(
         return content(listing, index)
 
     monkeypatch.setattr(Listing, "content", failing)
-    with pytest.raises(RunError, match=re.escape(f"1.png {told}")):
+    with pytest.raises(RunError, match=re.escape(f"1.png {text}")):
         next(source.val(2, range(1), WHOLE))
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data import AUGMENTATIONS, Delivery, ImageData, find_dataset, load_dataset
-from qat_runner.data.chance import epoch_seed
 from qat_runner.data.images import augment, shrink
+from qat_runner.data.seeding import epoch_seed
 from qat_runner.errors import ConfigError, RunError
 
 CPU = torch.device("cpu")

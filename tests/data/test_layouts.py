@@ -42,8 +42,8 @@ def samples(folder: Path, split: str) -> Samples:
 def members(some: Samples, *, suffix: str = "cls") -> Iterator[tuple[str, bytes]]:
     for name, content, label in some:
         yield name, content
-        told = str(label) if suffix == "cls" else json.dumps({"label": label, "width": 9})
-        yield f"{name.partition('.')[0]}.{suffix}", told.encode()
+        text = str(label) if suffix == "cls" else json.dumps({"label": label, "width": 9})
+        yield f"{name.partition('.')[0]}.{suffix}", text.encode()
 
 
 def write_tar(path: Path, files: Iterator[tuple[str, bytes]]) -> None:
@@ -59,8 +59,8 @@ def write_parquet(path: Path, some: Samples, names: list[str] | None = CLASSES) 
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"image": {"bytes": content, "path": name}, "label": label} for name, content, label in some]
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-    told = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
-    parquet.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(told)), path, row_group_size=3)
+    text = {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    parquet.write_table(pa.Table.from_pylist(rows, COLUMNS.with_metadata(text)), path, row_group_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_an_index_is_kept_until_a_shard_changes(
 ) -> None:
     for path in folders["tar shards"].glob("*train*"):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr("qat_runner.data.kept.SETTLED", -(10**12))
+    monkeypatch.setattr("qat_runner.data.array_cache.TIMESTAMP_MARGIN", -(10**12))
     paths = sorted(tmp_path.glob("*.tar"))
     first = shards.read_shards(paths)
     with monkeypatch.context() as patch:
@@ -291,8 +291,8 @@ def test_what_is_passed_over_in_shards_is_told(folders: dict[str, Path], tmp_pat
         info = tarfile.TarInfo("c.jpg")
         info.type, info.linkname = tarfile.SYMTYPE, "a.jpg"
         tar.addfile(info)
-    told = "train/: skipped 1 hidden; 2 without an image suffix (.cls, .heic); 1 that are neither files nor folders"
-    assert any(note.startswith(told) for note in FolderSource(tmp_path, 8, 0).notes)
+    text = "train/: skipped 1 hidden; 2 without an image suffix (.cls, .heic); 1 that are neither files nor folders"
+    assert any(note.startswith(text) for note in FolderSource(tmp_path, 8, 0).notes)
 
 
 def test_parquet_files_are_made_into_shards_once(

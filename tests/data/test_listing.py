@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from qat_runner.data import kept, listing
+from qat_runner.data import array_cache, listing
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.listing import Listing, class_folders, list_pictures, printable
 
@@ -129,13 +129,13 @@ def _made(folder: Path) -> Path:
 @pytest.mark.parametrize("name", CARELESS)
 def test_careless_folders(tmp_path: Path, name: str) -> None:
     make(tmp_path)
-    change, pictures, told = CARELESS[name]
+    change, pictures, line = CARELESS[name]
     change(tmp_path)
     source = FolderSource(tmp_path, 8, 0)
     assert (len(source.classes), source.val_size) == (2, pictures)
     notes = [note for note in source.notes if note.startswith("val/: skipped ")]
-    assert len(notes) == bool(told)
-    assert told in "".join(notes)
+    assert len(notes) == bool(line)
+    assert line in "".join(notes)
     assert all(note.isprintable() for note in source.notes)
 
 
@@ -226,7 +226,7 @@ def test_a_kept_listing_holds_until_something_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Every change to a folder is noticed: the listing equals one without a cache."""
-    monkeypatch.setattr(kept, "SETTLED", 0)
+    monkeypatch.setattr(array_cache, "TIMESTAMP_MARGIN", 0)
     make(tmp_path)
     split, far = tmp_path / "val", _made(tmp_path / "far")
     for path in (far / "x.jpg", tmp_path / "one.jpg", split / "a" / "1.png"):
@@ -265,12 +265,12 @@ def test_what_has_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
 def test_a_damaged_listing_is_made_anew(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    monkeypatch.setattr(kept, "SETTLED", 0)
+    monkeypatch.setattr(array_cache, "TIMESTAMP_MARGIN", 0)
     make(tmp_path)
     tick()
     first = fields(list_pictures(tmp_path / "val"))
     (file,) = cache.iterdir()
-    content, arrays = file.read_bytes(), kept.kept_arrays(file)
+    content, arrays = file.read_bytes(), array_cache.load_arrays(file)
     match damage:
         case "cut" | "empty":
             file.write_bytes(content[: 0 if damage == "empty" else -100])
@@ -284,11 +284,11 @@ def test_a_damaged_listing_is_made_anew(
         case _:
             np.savez(file, **arrays | {damage: arrays[damage] + 7})
     assert fields(list_pictures(tmp_path / "val")) == first
-    assert fields(Listing.kept("val", kept.kept_arrays(file))) == first
+    assert fields(Listing.from_arrays("val", array_cache.load_arrays(file))) == first
 
 
 def test_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "SETTLED", 0)
+    monkeypatch.setattr(array_cache, "TIMESTAMP_MARGIN", 0)
     monkeypatch.setattr(listing, "cache_folder", lambda: tmp_path / "train" / "a" / "0.jpg" / "cache")
     make(tmp_path)
     tick()

@@ -186,7 +186,7 @@ def _check_run(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             question_answering, "read_checkpoint", lambda checkpoint: SimpleNamespace(max_position_embeddings=512)
         )
         patch.setattr(language_modelling, "read_decoder", lambda checkpoint: SimpleNamespace())
-        for begin in ("_run_all", "_detach", "remember_asked"):
+        for begin in ("_run_all", "_detach", "record_requested"):
             patch.setattr(run, begin, lambda *args: 0)
         assert run.main(words) == 0, words
 

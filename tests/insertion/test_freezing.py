@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model, quantized_tensors
-from qat_runner.insertion.modes import arguments_told
+from qat_runner.insertion.modes import explaining_argument_errors
 from qat_runner.quant import IntFormat, Octav, Quantizer, fake_quantize, maximum, octav, sqnr_db
 
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_frozen() -> None:
         assert isinstance(caught.value.__cause__, TypeError)
     with pytest.raises(TypeError, match="a batch must be the input alone"):
         quantize_model(nn.Sequential(nn.Linear(4, 3)), example=(torch.randn(2, 4), torch.zeros(2)))
-    with pytest.raises(TypeError, match=r"^its own$"), arguments_told(model, batches(1)):
+    with pytest.raises(TypeError, match=r"^its own$"), explaining_argument_errors(model, batches(1)):
         raise TypeError("its own")
     assert all(q.dynamic for q in quantizers(model).values())
     freeze(model, "averaged", batches())  # it can still be frozen afterwards

@@ -149,12 +149,12 @@ def test_parameters_beside_layers_are_named_as_such() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.blocks(x * self.scale + self.pos)
 
-    for blocks, told in (
+    for blocks, text in (
         (1, "gamma of Block blocks.0, LayerNorm blocks.0.norm"),
         (2, "gamma of 2 Block, 2 LayerNorm"),
     ):
         model = quantize_model(Net(blocks), 4, example=torch.randn(2, 8))
-        assert summary(model).endswith(f"in full precision: pos and scale of Net, {told}")
+        assert summary(model).endswith(f"in full precision: pos and scale of Net, {text}")
 
 
 def test_the_example_leaves_no_trace() -> None:

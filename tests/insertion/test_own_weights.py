@@ -28,7 +28,7 @@ from qat_runner.insertion import (
     save,
     summary,
 )
-from qat_runner.insertion.calls import taken_apart
+from qat_runner.insertion.calls import parse_call
 from qat_runner.insertion.insert import QuantizationWarning, quantizers_disabled, weights_together
 from qat_runner.insertion.layers import kind_of
 from qat_runner.insertion.size import size_mb
@@ -445,7 +445,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_what_einsum_adds_up_over() -> None:
     def summed(equation: str, *dims: int) -> tuple[int, int] | None:
-        call = taken_apart(torch.einsum, (equation, *(torch.ones([1] * n) for n in dims)), {})
+        call = parse_call(torch.einsum, (equation, *(torch.ones([1] * n) for n in dims)), {})
         assert call is not None
         return call.summed
 

@@ -202,8 +202,8 @@ def test_a_policy_that_does_not_go_with_the_network() -> None:
         Rule("stem", "Linear", bits=2): "'stem' of type 'Linear'",
         Rule("*", "Experts", bits=2): "'*' of type 'Experts'",
     }
-    for rule, told in rules.items():
-        message = rf"rule {re.escape(told)} matches no layer or tensor that can be quantized \(such as stem"
+    for rule, text in rules.items():
+        message = rf"rule {re.escape(text)} matches no layer or tensor that can be quantized \(such as stem"
         with pytest.raises(PolicyError, match=message):
             quantize_model(model, 4, rules=[rule], example=X)
     with pytest.raises(PolicyError, match="leaves all of Net in full precision"):

@@ -91,7 +91,7 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "rule", "told"),
+    ("model", "rule", "text"),
     [
         (nn.Linear(7, 2), ROTATED, "rotation=hadamard needs an even number of inputs, not 7"),
         (nn.Linear(8, 2), Rule("*.weight", rotation="hadamard"), "must be set for both weight and input"),
@@ -102,6 +102,6 @@ def test_it_is_saved_calibrated_and_not_exported(tmp_path: Any) -> None:
         ),
     ],
 )
-def test_refusals(model: nn.Module, rule: Rule, told: str) -> None:
-    with pytest.raises(PolicyError, match=told):
+def test_refusals(model: nn.Module, rule: Rule, text: str) -> None:
+    with pytest.raises(PolicyError, match=text):
         quantize_model(nn.Sequential(model), Policy.of(4, rules=[rule]))

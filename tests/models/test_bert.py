@@ -37,7 +37,7 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("rename", "told"),
+    ("rename", "text"),
     [
         (
             lambda key: f"module.{key}",
@@ -51,14 +51,14 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path: Path) -> No
     ],
 )
 def test_weights_that_are_missing_are_not_made_up(
-    tmp_path: Path, rename: Callable[[str], str], told: str | None
+    tmp_path: Path, rename: Callable[[str], str], text: str | None
 ) -> None:
     """The old names of LayerNorm's parameters are supported."""
     folder = tiny_bert(tmp_path / "bert")
     state = load_file(folder / "model.safetensors")
     save_file({rename(key): t for key, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    if told is not None:
-        with pytest.raises(ConfigError, match=told):
+    if text is not None:
+        with pytest.raises(ConfigError, match=text):
             build_bert(str(folder), pretrained=True)
         return
     found = build_bert(str(folder), pretrained=True).state_dict()

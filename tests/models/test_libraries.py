@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from qat_runner.cli.run import main
 from qat_runner.config import Config, from_hydra, run_name
 from qat_runner.config.composing import command, compose_config
-from qat_runner.config.words import label
+from qat_runner.config.model_names import label
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import preflight
 from qat_runner.models import Source, build_model, load_weights
@@ -66,7 +66,7 @@ def test_names_of_our_own_are_what_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["model=timm/test_vitt"], "did you mean timm/test_vit"),
         (["model=torchvision/resnet19"], "did you mean torchvision/resnet1"),
@@ -83,13 +83,13 @@ def test_names_of_our_own_are_what_they_were() -> None:
     ],
 )
 def test_what_cannot_be_is_told(
-    args: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qat_runner.experiment.checks.find_dataset", lambda *args: tmp_path)
     monkeypatch.setattr("qat_runner.tasks.question_answering.read_checkpoint", lambda *args: None)
     assert main(args) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -259,10 +259,10 @@ def _table_of_results(folder: Path, tops: dict[tuple[str, int], float]) -> Path:
     for (clipping, seed), top1 in tops.items():
         config: Config = config_of(f"clipping={clipping}", "bits=4") if clipping != "none" else config_of("bits=32")
         (folder / "configs" / f"{clipping}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        told = {"model": "resnet20", "dataset": "fake", "mode": "scratch", "clipping": clipping, "seed": seed}
+        sentence = {"model": "resnet20", "dataset": "fake", "mode": "scratch", "clipping": clipping, "seed": seed}
         bits = 32 if clipping == "none" else 4
-        told |= {"gradient": "none" if clipping == "none" else "mph", "weight_bits": bits, "activation_bits": bits}
-        rows.append(told | {"epochs": 2, "seconds": 1.5, "sqnr_db": "", "top1": top1, "distilled": "", "loss": ""})
+        sentence |= {"gradient": "none" if clipping == "none" else "mph", "weight_bits": bits, "activation_bits": bits}
+        rows.append(sentence | {"epochs": 2, "seconds": 1.5, "sqnr_db": "", "top1": top1, "distilled": "", "loss": ""})
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -275,11 +275,11 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     table = _table_of_results(tmp_path, tops)
     make_run(tmp_path / "runs", "clipping=max", "lr=0.5")  # another recipe
     assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out.splitlines()
+    sentence = capsys.readouterr().out.splitlines()
     own = sum(claim.found is not None for claim in claims())
-    assert told[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
-    assert f" {own} were examined by the project itself, independently of these runs: holds " in told[0]
-    assert told[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
+    assert sentence[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
+    assert f" {own} were examined by the project itself, independently of these runs: holds " in sentence[0]
+    assert sentence[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
     page = (tmp_path / "out" / "ledger.md").read_text()
     assert "paired t-test" in page and "GPU hours are an estimate" in page
     with open(tmp_path / "out" / "ledger.csv", newline="") as file:
@@ -315,8 +315,8 @@ def test_bad_tables_are_told_in_a_sentence(
     if text is not None:
         (tmp_path / "results.csv").write_text(text)
     assert report(["ledger", str(tmp_path / "results.csv")]) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    sentence = capsys.readouterr().err
+    assert message in sentence and sentence.count("\n") == 1
 
 
 def test_the_ledger_of_nothing_says_so() -> None:

@@ -239,8 +239,8 @@ def test_rows_that_start_elsewhere_are_told(tmp_path: Path) -> None:
         for row, starts in (("max", "xy"), ("octav", "xz"), ("static_octav", "xy"))
         for seed, weights in enumerate(starts)
     ]
-    (told,) = make_table("table3", runs, "imagenet", "resnet50").unlike
-    assert told == "Rows with other settings than resnet50, Static OCTAV, 4 bits: OCTAV (MPH), 4 bits (weights)."
+    (message,) = make_table("table3", runs, "imagenet", "resnet50").unlike
+    assert message == "Rows with other settings than resnet50, Static OCTAV, 4 bits: OCTAV (MPH), 4 bits (weights)."
 
 
 def test_tables_that_are_not_the_papers() -> None:

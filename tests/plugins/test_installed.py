@@ -123,11 +123,11 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("broken")
-@pytest.mark.parametrize(("words", "told"), BROKEN.values(), ids=BROKEN)
-def test_what_is_broken_is_told_in_a_sentence(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("words", "message"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_told_in_a_sentence(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model=resnet8", "dataset=digits", words]) == 2
     err = capsys.readouterr().err
-    assert told in err and err.count("\n") == 1 and not Path("runs").exists()
+    assert message in err and err.count("\n") == 1 and not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("broken")
@@ -142,7 +142,7 @@ def test_what_is_broken_is_nothing_to_who_does_not_ask_for_it(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("entry_points", "words", "told"),
+    ("entry_points", "words", "message"),
     [
         (
             "[qat_runner.clipping]\nbroken = my_package.stripes:DATASET\n",
@@ -153,7 +153,7 @@ def test_what_is_broken_is_nothing_to_who_does_not_ask_for_it(capsys: pytest.Cap
     ],
 )
 def test_what_is_none_is_told_in_a_sentence(
-    entry_points: str, words: tuple[str, ...], told: str, tmp_path: Path
+    entry_points: str, words: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     done = ask(installed(tmp_path / "site", entry_points), tmp_path, "model=resnet8", "dataset=digits", *words)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

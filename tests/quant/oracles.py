@@ -58,7 +58,7 @@ def straight_through(v: Tensor) -> Tensor:
 
 
 def interval_cost(x: Tensor, ends: Tensor, noise: float, dims: tuple[int, ...]) -> Tensor:
-    """Return J of `two_ends.octav`, float64."""
+    """Return J of `clipping_intervals.octav`, float64."""
     x, (low, high) = x.double(), ends.double()
     clipped = torch.minimum(torch.maximum(x, low), high)
     inside = ((x == clipped) & (x != 0)).sum(dims, keepdim=True)

@@ -96,7 +96,7 @@ def test_other_estimators_against_their_definitions(
     format: Format, estimator: Estimator, by_hand: Callable[..., float], option: float
 ) -> None:
     s = torch.tensor(INTERVALS[format], dtype=torch.float64).squeeze()
-    low, high = (float(end) for end in format.ends(s))
+    low, high = (float(end) for end in format.clipping_bounds(s))
     levels = fake_quantize(torch.linspace(-2, 2, 1001, dtype=torch.float64), s, format).unique().tolist()
     x = (torch.randn(200, dtype=torch.float64) * 0.6).requires_grad_()
     upstream = torch.randn_like(x)

@@ -25,7 +25,7 @@ from qat_runner.quant import (
 )
 from qat_runner.quant.kernels import eager
 from qat_runner.quant.limits import check_options
-from qat_runner.quant.repeated import WORTH
+from qat_runner.quant.shared_scalars import WORTH
 
 
 def test_dynamic_solves_in_training_and_remembers() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from qat_runner.insertion import quantize_model, quantized_tensors
 from qat_runner.insertion.insert import weights_together
 from qat_runner.quant import Quantizer, kernels
-from qat_runner.quant.together import WeightsTogether
+from qat_runner.quant.weight_groups import WeightsTogether
 
 WEIGHTS = ("a", "b", "c", "d", "e")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat_runner.exporting.network import export
+from qat_runner.exporting.model_export import export
 from qat_runner.insertion import calibrate, freeze, noise_report, quantize_model, quantized_tensors
 from qat_runner.insertion.own_weights import QuantOwnWeight
 from qat_runner.policy import Policy, PolicyError, Rule

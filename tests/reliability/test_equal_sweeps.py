@@ -21,9 +21,9 @@ def test_five_equal_sweeps(tmp_path: Path) -> None:
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(5)
     ]
-    told = [sweep.communicate()[1].decode() for sweep in sweeps]
+    text = [sweep.communicate()[1].decode() for sweep in sweeps]
     print([sweep.returncode for sweep in sweeps])
-    assert [sweep.returncode for sweep in sweeps] == [0] * 5, told
+    assert [sweep.returncode for sweep in sweeps] == [0] * 5, text
     folders = [path.parent for path in (tmp_path / "runs").glob("*/summary.json")]
     assert len(folders) == 3
     for folder in folders:

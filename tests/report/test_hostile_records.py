@@ -19,7 +19,7 @@ from qat_runner.cli.export import main as export
 from qat_runner.cli.report import main as report
 from qat_runner.config import Config, identities, read_config
 from qat_runner.errors import UnreadableError
-from qat_runner.exporting import telling
+from qat_runner.exporting import export_summary
 from qat_runner.insertion import LayerNoise
 from qat_runner.report import page, run_page
 from qat_runner.report import runs as runs_in_report
@@ -132,8 +132,8 @@ def ask(verb: list[str], runs: Path, out: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     words = [str(runs / "bad") if word == "RUN" else str(runs) if word == "RUNS" else word for word in verb]
     code = report([*words, *(() if verb[0] == "status" else ("--out", str(out)))])
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    message = capsys.readouterr()
+    return code, message.out, message.err
 
 
 VERBS = (["RUN"], ["compare", "RUNS"], ["status", "RUNS"], ["table1", "RUNS"])
@@ -339,22 +339,22 @@ READ_ALONE = [row for row in UNFIT if row[0] in RECORDS and FIRST[row[0]] != [*r
 """Further cases of a file, checked only by reading it; all verbs are checked with the first case of each file."""
 
 
-@pytest.mark.parametrize(("name", "content", "told"), READ_ALONE, ids=[f"{row[0]}: {row[2]}" for row in READ_ALONE])
-def test_reading_names_what_does_not_fit(name: str, content: str | bytes, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "content", "message"), READ_ALONE, ids=[f"{row[0]}: {row[2]}" for row in READ_ALONE])
+def test_reading_names_what_does_not_fit(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UnreadableError) as caught:
         RECORDS[name].read(tmp_path)
-    assert f"{name}: cannot be read (" in str(caught.value) and told in str(caught.value)
+    assert f"{name}: cannot be read (" in str(caught.value) and message in str(caught.value)
 
 
 SHOWN_BY_ALL = [row for row in UNFIT if row not in READ_ALONE]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"), SHOWN_BY_ALL, ids=[f"{i}-{row[0]}" for i, row in enumerate(SHOWN_BY_ALL)]
+    ("name", "content", "message"), SHOWN_BY_ALL, ids=[f"{i}-{row[0]}" for i, row in enumerate(SHOWN_BY_ALL)]
 )
 def test_what_does_not_fit_is_named(
-    name: str, content: str | bytes, told: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, content: str | bytes, message: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(runs, name, content)
     if name == "config.yaml":
@@ -365,9 +365,9 @@ def test_what_does_not_fit_is_named(
         assert capsys.readouterr().err.count("\n") == 1
         return
     everything = check_all(runs, tmp_path / "out", capsys)
-    found = re.search(rf"{re.escape(name)}: cannot be read \([^\n]*{re.escape(told)}", everything.replace("\n", " "))
+    found = re.search(rf"{re.escape(name)}: cannot be read \([^\n]*{re.escape(message)}", everything.replace("\n", " "))
     squeezed = everything.replace(" ", "")  # a table may wrap a sentence anywhere
-    assert found or (f"{name}:cannotberead(" in squeezed and told.replace(" ", "") in squeezed), everything[-3000:]
+    assert found or (f"{name}:cannotberead(" in squeezed and message.replace(" ", "") in squeezed), everything[-3000:]
 
 
 @pytest.mark.parametrize(("name", "content"), FIT, ids=[f"{i}-{row[0]}" for i, row in enumerate(FIT)])
@@ -534,7 +534,7 @@ def test_records_that_are_written_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "told"),
+    ("keys", "value", "message"),
     [
         (("price",), "hessian", "price: string should match"),
         (("beside",), "x", "beside: string should match"),
@@ -545,12 +545,14 @@ def test_records_that_are_written_fit(tmp_path: Path) -> None:
         (("uniform", 0, "value"), None, None),
     ],
 )
-def test_what_a_choice_of_bits_may_hold(tmp_path: Path, keys: tuple[Any, ...], value: object, told: str | None) -> None:
+def test_what_a_choice_of_bits_may_hold(
+    tmp_path: Path, keys: tuple[Any, ...], value: object, message: str | None
+) -> None:
     (tmp_path / "allocation.json").write_text(changed(ALLOCATED, *keys, to=value))
-    if told is None:
+    if message is None:
         assert records.ALLOCATION.read(tmp_path) is not None
         return
-    with pytest.raises(UnreadableError, match=re.escape(told)):
+    with pytest.raises(UnreadableError, match=re.escape(message)):
         records.ALLOCATION.read(tmp_path)
 
 
@@ -558,7 +560,7 @@ def test_the_bits_of_an_export(tmp_path: Path) -> None:
     """The requested bits, or the average bit-width if bits were chosen."""
     means = {"mean_weight_bits": 3.5, "mean_activation_bits": 4.25}
     chosen = {key: value for key, value in EXPORTED.items() if key not in ("weight_bits", "activation_bits")}
-    for content, told in (
+    for content, message in (
         (EXPORTED | means, "resnet20, 4/4 bits (weights/activations), octav"),
         (
             chosen | means,
@@ -567,7 +569,7 @@ def test_the_bits_of_an_export(tmp_path: Path) -> None:
     ):
         (tmp_path / "export.json").write_text(json.dumps(content))
         result = records.EXPORT.read(tmp_path)
-        assert result is not None and telling.text(result).startswith(told)
+        assert result is not None and export_summary.text(result).startswith(message)
 
 
 def test_no_record_is_no_error(tmp_path: Path) -> None:

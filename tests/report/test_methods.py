@@ -31,7 +31,7 @@ def _runs(folder: Path) -> Path:
 
 
 def _by_method(found: list[Standing]) -> dict[tuple[str, str], Standing]:
-    return {(each.method, each.bits.told): each for each in found}
+    return {(each.method, each.bits.text): each for each in found}
 
 
 def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
@@ -40,10 +40,10 @@ def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     worse = found["max", "4"]
     theirs = ttest_rel(MAX, OCTAV).confidence_interval(0.95)
     assert worse.difference.interval == pytest.approx((theirs.low, theirs.high))
-    assert worse.told == "worse" and worse.reference == "octav"
+    assert worse.text == "worse" and worse.reference == "octav"
     assert worse.gap.values == (58.0 - 70, 58.5 - 71, 60.9 - 72)
-    assert found["octav", "4"].told == found["full precision", "32"].told == ""
-    assert found["max", "8"].told == "nothing to compare with"
+    assert found["octav", "4"].text == found["full precision", "32"].text == ""
+    assert found["max", "8"].text == "nothing to compare with"
 
 
 def test_how_many_seeds_a_difference_is_of(tmp_path: Path) -> None:
@@ -54,14 +54,14 @@ def test_how_many_seeds_a_difference_is_of(tmp_path: Path) -> None:
     heads, (octav, scaled, *_) = table(found).headers, table(found).cells
     assert (octav[3], octav[5], scaled[3]) == ("3", "-9.83 ± 0.29", "4")
     assert scaled[5].endswith(" (3)") and scaled[6] == "-2.03 [-3.15, -0.91] (3)" and heads[6] == "vs octav"
-    told = [dict(zip(numbers(found).headers, cells, strict=True)) for cells in numbers(found).cells]
-    assert [told[1][key] for key in ("seeds", "difference_seeds", "vs_fp32_seeds")] == ["0 1 2 3", "0 1 2", "0 1 2"]
+    line = [dict(zip(numbers(found).headers, cells, strict=True)) for cells in numbers(found).cells]
+    assert [line[1][key] for key in ("seeds", "difference_seeds", "vs_fp32_seeds")] == ["0 1 2 3", "0 1 2", "0 1 2"]
 
 
 def test_another_reference(tmp_path: Path) -> None:
     runs = entries([_runs(tmp_path)])[0]
     found = _by_method(standings(runs, "max"))
-    assert found["octav", "4"].told == "better" and found["max", "8"].reference == "max"
+    assert found["octav", "4"].text == "better" and found["max", "8"].reference == "max"
 
 
 def _of_two_settings(folder: Path) -> Path:
@@ -80,7 +80,7 @@ def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | Non
     many, one, scaled = (
         *("octav, limit_train_batches=5", "octav, limit_train_batches=1", "max, limit_train_batches=5"),
     )
-    assert {(each.method, each.bits.told): (each.reference, each.differences) for each in found} == {
+    assert {(each.method, each.bits.text): (each.reference, each.differences) for each in found} == {
         (scaled, "2"): (many, {0: -2.0, 1: -2.0}),
         (scaled, "4"): (many, {0: -2.0, 1: -2.0}),
         (many, "2"): (many, {}),
@@ -97,8 +97,8 @@ def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | Non
 def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
     make_run(_of_two_settings(tmp_path), "clipping=max", "limit_train_batches=1", top1=50.0)
     found = standings(entries([tmp_path])[0])
-    told = {each.method: each.reference for each in found}
-    assert told["max, limit_train_batches=1"] == told["octav, limit_train_batches=1"] == "octav, limit_train_batches=1"
+    line = {each.method: each.reference for each in found}
+    assert line["max, limit_train_batches=1"] == line["octav, limit_train_batches=1"] == "octav, limit_train_batches=1"
     rows, heads = table(found).cells, table(found).headers
     assert heads[6:] == ["vs the reference", "reference", "verdict"]
     (row,) = (row for row in rows if row[2] == "max, limit_train_batches=1")
@@ -125,8 +125,8 @@ def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
         summary = json.loads((run / "summary.json").read_text())
         (run / "summary.json").write_text(json.dumps(summary | {"mean_weight_bits": 3.5, "mean_activation_bits": 3.5}))
     found = standings(entries([tmp_path])[0])
-    assert {(each.method, each.bits.told) for each in found} == {
-        *(("octav, chosen bits", told) for told in ("max_drop=2", "4", "size_mb=0.5"))
+    assert {(each.method, each.bits.text) for each in found} == {
+        *(("octav, chosen bits", line) for line in ("max_drop=2", "4", "size_mb=0.5"))
     }
 
 
@@ -136,8 +136,8 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
         make_run(tmp_path, f"seed={seed}", "clipping=max", top1=top1)
         make_run(tmp_path, f"seed={seed}", "clipping=mse_sweep", top1=60.5)
     found = _by_method(standings(entries([tmp_path])[0]))
-    assert found["max", "4"].told == "within the seeds' scatter"
-    assert found["mse_sweep", "4"].told == "the same for all seeds"
+    assert found["max", "4"].text == "within the seeds' scatter"
+    assert found["mse_sweep", "4"].text == "the same for all seeds"
 
 
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
 def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = _runs(tmp_path / "runs")
     assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().out
-    assert "| -2.03 [-3.15, -0.91] | worse " in told and "| the reference " in told
+    line = capsys.readouterr().out
+    assert "| -2.03 [-3.15, -0.91] | worse " in line and "| the reference " in line
     (unfinished,) = (run.folder.name for run in entries([runs])[0] if run.summary is None)
-    assert f"Not finished: {unfinished} (stale)." in told
+    assert f"Not finished: {unfinished} (stale)." in line
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"methods.{suffix}" for suffix in ("md", "csv", "tex", "html", "png", "svg")}
     assert report(["methods", str(runs), "--against", "lsq"]) == 2
@@ -175,7 +175,7 @@ def test_bits_that_differ_are_no_seeds(tmp_path: Path) -> None:
         make_run(tmp_path, *bits, top1=top1)
     make_run(tmp_path, "bits=5", top1=95.0)
     found = standings(entries([tmp_path])[0])
-    assert {each.bits.told: list(each.values.values()) for each in found} == {"2/8": [60], "8/2": [80], "5": [95]}
+    assert {each.bits.text: list(each.values.values()) for each in found} == {"2/8": [60], "8/2": [80], "5": [95]}
 
 
 def test_other_weights_of_the_same_seed_are_another_method(tmp_path: Path) -> None:
@@ -211,12 +211,12 @@ def test_methods_that_start_elsewhere_with_a_seed_tell_it(tmp_path: Path) -> Non
         prints[method] = hashlib.sha256(name.encode()).hexdigest()
         make_run(tmp_path, "mode=retrain", f"weights={tmp_path / name}.pt", f"clipping={method}", top1=50.0)
     found = {each.method for each in standings(entries([tmp_path])[0])}
-    assert found == {f"{method}, weights={told[:8]}…" for method, told in prints.items()}
+    assert found == {f"{method}, weights={line[:8]}…" for method, line in prints.items()}
 
 
 def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("x")
-    told = hashlib.sha256(b"x").hexdigest()[:8]
+    line = hashlib.sha256(b"x").hexdigest()[:8]
     for seed in (0, 1, 2):
         (tmp_path / f"{seed}.pt").write_text(str(seed))
         starts = {"octav": "baseline", "max": tmp_path / "x.pt", "lsq": tmp_path / f"{seed}.pt"}
@@ -225,9 +225,9 @@ def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) ->
             make_run(tmp_path, *how, top1=50.0 + len(method))
     found = {each.method: each for each in standings(entries([tmp_path])[0], "octav")}
     assert {method: len(each.values) for method, each in found.items()} == dict.fromkeys(
-        ["octav, weights=baseline", f"max, weights={told}…", "lsq, weights=of each seed"], 3
+        ["octav, weights=baseline", f"max, weights={line}…", "lsq, weights=of each seed"], 3
     )
-    assert list(found[f"max, weights={told}…"].differences.values()) == [-2.0] * 3
+    assert list(found[f"max, weights={line}…"].differences.values()) == [-2.0] * 3
     with pytest.raises(ConfigError, match="--against pact: must be one of these: lsq, weights=of each seed; max, "):
         standings(entries([tmp_path])[0], "pact")
 
@@ -266,11 +266,11 @@ def test_chosen_bits_of_several_seeds_are_one_width(tmp_path: Path) -> None:
             run = make_run(tmp_path, *asked, top1=None if mean is None else 90.0 + seed)
             if mean is not None:
                 summary = json.loads((run / "summary.json").read_text())
-                told = summary | {"mean_weight_bits": mean, "mean_activation_bits": 4.0}
-                (run / "summary.json").write_text(json.dumps(told))
+                line = summary | {"mean_weight_bits": mean, "mean_activation_bits": 4.0}
+                (run / "summary.json").write_text(json.dumps(line))
     runs = entries([tmp_path])[0]
     (width,) = {run.bits for run in runs}
-    assert width is not None and width.told == "size_mb=0.15"
+    assert width is not None and width.text == "size_mb=0.15"
     assert width.mean == pytest.approx((3.88 + 3.92 + 3.72 + 3.6 + 3.7 + 5 * 4.0) / 10)
     found = _by_method(standings(runs))
     assert len(found["octav, chosen bits", "size_mb=0.15"].values) == 3
@@ -303,12 +303,12 @@ def test_what_is_no_run_among_many_places_is_left_out(tmp_path: Path, monkeypatc
     for few in (["runs/begun", "runs/one"], ["runs/one", "runs/one"]):
         with pytest.raises(ConfigError, match="needs at least two runs, found 1"):
             entries(list(map(Path, few)))
-    for places, told in (
+    for places, line in (
         (["runs", "gone"], "gone: no such folder"),
         (["gone"], "gone: no such folder"),
         (["runs/begun"], "runs/begun: holds no run"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=line):
             entries(list(map(Path, places)))
 
 
@@ -319,8 +319,8 @@ def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Pat
     make_run(tmp_path, "mode=retrain", weights, "clipping=max", top1=89.0)
     make_run(tmp_path, "mode=evaluate", weights, top1=10.0)
     found = standings(entries([tmp_path])[0])
-    told = [(each.network.rpartition(", ")[2], each.method, list(each.values.values())) for each in found]
-    assert told == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
+    line = [(each.network.rpartition(", ")[2], each.method, list(each.values.values())) for each in found]
+    assert line == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
 
 
 @pytest.mark.parametrize(("one", "other"), [("a", "b"), ("a/runs", "b/runs")])

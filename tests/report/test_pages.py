@@ -196,9 +196,9 @@ def test_the_page_of_a_real_run(real: Path, capsys: pytest.CaptureFixture[str]) 
     text = text_of(real / "report.html")
     for word in ("resnet20 on fake at 4 bits", "top1", "mean SQNR", "octav", "times as large", "layer3.2.conv2"):
         assert word in text
-    told = re.search(r"qat-run model=resnet20 [^ ]*( [a-z_.]+=[^ ]+)+", text)
-    assert told is not None
-    assert identity(from_hydra(compose_config(shlex.split(told[0])[1:]))) == identity(config_of("epochs=2"))
+    line = re.search(r"qat-run model=resnet20 [^ ]*( [a-z_.]+=[^ ]+)+", text)
+    assert line is not None
+    assert identity(from_hydra(compose_config(shlex.split(line[0])[1:]))) == identity(config_of("epochs=2"))
     assert set(charts_of(real / "report.html")) == {
         *("accuracy", "loss", "step-loss", "learning-rate", "noise-weights", "noise-activations"),
         *("histogram", "scalar"),
@@ -295,9 +295,9 @@ def test_size() -> None:
 )
 def test_the_command_gives_the_same_run(overrides: tuple[str, ...]) -> None:
     config = config_of(*overrides)
-    told = command(config)
-    assert told is not None
-    again = from_hydra(compose_config(shlex.split(told)[1:]))
+    line = command(config)
+    assert line is not None
+    again = from_hydra(compose_config(shlex.split(line)[1:]))
     assert (run_name(again), identity(again), again.data_dir) == (run_name(config), identity(config), config.data_dir)
 
 
@@ -369,10 +369,10 @@ def test_what_is_quantized_stands_on_the_page(tmp_path: Path, rows: int, folded:
 
 def test_limits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
     limits = "limit_train_batches=5", "limit_val_batches=2"
-    told = "; at most 5 batches per epoch; at most 2 validation batches"
+    line = "; at most 5 batches per epoch; at most 2 validation batches"
     done, begun = make_run(tmp_path, *limits), make_run(tmp_path, *limits, "seed=1", top1=None)
-    assert f"best 61.00 %{told}" in text_of(run_page.write(done, tmp_path / "page.html"))
-    assert f"best 55.00 %{told}" in text_of(run_page.write(begun, tmp_path / "page.html"))
+    assert f"best 61.00 %{line}" in text_of(run_page.write(done, tmp_path / "page.html"))
+    assert f"best 55.00 %{line}" in text_of(run_page.write(begun, tmp_path / "page.html"))
 
 
 def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: Path) -> None:
@@ -404,12 +404,12 @@ def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path
 def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
     make_run(tmp_path, "bits=32", top1=62.5)
     folder = make_run(tmp_path, "mode=retrain", "weights=baseline", top1=60.0)
-    told = "against fp32 {} points; fp32 is {}"
+    line = "against fp32 {} points; fp32 is {}"
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert told.format("-2.50", "the network that it starts from") in text
+    assert line.format("-2.50", "the network that it starts from") in text
     make_run(tmp_path, "mode=retrain", "weights=baseline", "bits=32", top1=63.0)
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert told.format("-3.00", "the same run without quantization") in text
+    assert line.format("-3.00", "the same run without quantization") in text
 
 
 def test_tensors_without_noise_on_record_come_last(tmp_path: Path) -> None:
@@ -685,16 +685,16 @@ def test_what_cannot_be_read_is_shown_as_such(tmp_path: Path, capsys: pytest.Cap
     make_run(runs), make_run(runs, "bits=32")
     bad = make_run(runs, name="bad")
     (bad / "config.yaml").write_text("schema_version: 99\n")
-    told = "config.yaml: cannot be read (schema_version=99"
-    assert told in text_of(compare_page.write([runs], tmp_path / "compare.html"))
+    line = "config.yaml: cannot be read (schema_version=99"
+    assert line in text_of(compare_page.write([runs], tmp_path / "compare.html"))
     assert report(["status", str(runs)]) == 0
     assert "2 finished, 1 unreadable" in capsys.readouterr().out
     assert report(["table1", str(runs), "--out", str(tmp_path)]) == 0
-    assert told in "".join(capsys.readouterr())
+    assert line in "".join(capsys.readouterr())
     assert report([str(bad)]) == 2
-    assert told in capsys.readouterr().err
+    assert line in capsys.readouterr().err
     assert report(["compare", str(bad)]) == 2
-    assert told in capsys.readouterr().err
+    assert line in capsys.readouterr().err
     assert report(["compare", str(bad), str(runs), "--out", str(tmp_path)]) == 0
 
 
@@ -735,8 +735,8 @@ def test_wrong_requests(
     Path("broken/config.yaml").write_text("a: [")
     Path("file").touch()
     assert report(args) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
 
 
 # In a browser

@@ -17,8 +17,8 @@ from tests.report.test_pages import make_run
 def _known(run: Run) -> Run:
     """Return a run without its location."""
     assert run.summary is not None
-    told = {key: value for key, value in run.summary.items() if key not in ("run_dir", "config", "remedies")}
-    return replace(run, folder=Path(), line=None, summary=told, config=replace(run.config, seed=0))  # type: ignore[arg-type]
+    message = {key: value for key, value in run.summary.items() if key not in ("run_dir", "config", "remedies")}
+    return replace(run, folder=Path(), line=None, summary=message, config=replace(run.config, seed=0))  # type: ignore[arg-type]
 
 
 def test_runs_come_out_again(tmp_path: Path) -> None:
@@ -89,9 +89,10 @@ def test_what_is_named_twice_is_there_once_and_what_is_not_finished_is_told(
     (make_run(Path("runs"), name="bad") / "config.yaml").write_text("a: [")
     Path("link").symlink_to("runs")
     assert report(["results", "runs", "./runs", "link", "--out", "kept"]) == 0
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert (
-        told.count("bad/config.yaml: cannot be read") == 1 and "Not finished: of2 (stale). They have no line." in told
+        message.count("bad/config.yaml: cannot be read") == 1
+        and "Not finished: of2 (stale). They have no line." in message
     )
     assert [run.seed for run in read_results(Path("kept/results.csv"))] == [1]
     assert report(["ledger", "runs", "runs", "--out", "ledger"]) == 0

@@ -127,9 +127,9 @@ def test_chosen_bits_have_the_full_precision_of_others(
     retrain = "mode=retrain", f"weights={weights}"
     full = [result("bits=32", top1=90.0), result("bits=32", "mode=evaluate", f"weights={weights}", top1=92.0)]
     retrained = result("bits=32", *retrain, top1=93.0)
-    for runs, told in (([*full, retrained], -2), (full, -1)):
-        assert differences(*runs, result("bits=4", *retrain, top1=91.0))[-1] == pytest.approx(told)
-        assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(told)
+    for runs, text in (([*full, retrained], -2), (full, -1)):
+        assert differences(*runs, result("bits=4", *retrain, top1=91.0))[-1] == pytest.approx(text)
+        assert differences(*runs, result(*words, *retrain, top1=91.0))[-1] == pytest.approx(text)
     allocated = result(*words[1:], "mode=allocate", "batch_size=null", f"weights={weights}", top1=91.5)
     assert differences(*full, retrained, allocated)[-1] == pytest.approx(-0.5)  # it has not trained anything
 

@@ -22,16 +22,16 @@ from qat_runner.config.composing import compose_config
 from qat_runner.errors import BusyError, RunError
 from qat_runner.experiment import running
 from qat_runner.experiment.running import _remove
-from qat_runner.exporting import of_run
+from qat_runner.exporting import run_export
 from qat_runner.quant.kernels import compiled
-from qat_runner.runs import asked, files, lock
-from qat_runner.runs.asked import forget_asked, remember_asked
+from qat_runner.runs import files, lock, requested_runs
 from qat_runner.runs.environment import LAUNCHED, environment
 from qat_runner.runs.files import becomes, open_own, write_text, write_whole
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.record import Record
 from qat_runner.runs.records import ENVIRONMENT, METRICS, STEPS
+from qat_runner.runs.requested_runs import record_requested, remove_requested
 from qat_runner.runs.trackers import Tracked
 from qat_runner.training import checkpoint
 
@@ -76,7 +76,7 @@ def test_what_is_added_to_is_no_link(name: str, thesis: Path, run: Path) -> None
 def test_the_list_of_what_was_asked_for_is_no_link(thesis: Path, run: Path) -> None:
     (run / "asked.txt").symlink_to(thesis)
     with pytest.raises(OSError, match="is a symbolic link"):
-        remember_asked([run / "one"])
+        record_requested([run / "one"])
     assert thesis.read_text() == "years of work"
 
 
@@ -145,24 +145,24 @@ def test_writers_side_by_side_put_no_half_file_in_place(run: Path) -> None:
 def test_sweeps_side_by_side_lose_no_line_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sweep removes its row while another adds one: the second waits and then uses the new list."""
     runs = tmp_path / "runs"
-    made = remember_asked([runs / "refused", runs / "kept"])
-    other = threading.Thread(target=remember_asked, args=([runs / "added"],))
+    made = record_requested([runs / "refused", runs / "kept"])
+    other = threading.Thread(target=record_requested, args=([runs / "added"],))
     (runs / "kept").mkdir()
 
     def slowly(path: Path, text: str) -> None:
         other.start()
         other.join(0.1)
-        assert other.is_alive() and asked.asked(runs) == ["refused", "kept"]
+        assert other.is_alive() and requested_runs.requested(runs) == ["refused", "kept"]
         write_text(path, text)
 
-    monkeypatch.setattr(asked, "write_text", slowly)
-    forget_asked([runs / "refused", runs / "kept"], made)
+    monkeypatch.setattr(requested_runs, "write_text", slowly)
+    remove_requested([runs / "refused", runs / "kept"], made)
     other.join()
-    assert asked.asked(runs) == ["kept", "added"]
-    monkeypatch.setattr(asked, "write_text", write_text)
-    forget_asked([runs / "kept", runs / "added"], made)
+    assert requested_runs.requested(runs) == ["kept", "added"]
+    monkeypatch.setattr(requested_runs, "write_text", write_text)
+    remove_requested([runs / "kept", runs / "added"], made)
     (runs / "kept").rmdir()
-    forget_asked([runs / "kept"], made)
+    remove_requested([runs / "kept"], made)
     assert not runs.exists()
 
 
@@ -229,7 +229,7 @@ def test_tensorboard_on_a_full_disk_says_nothing_of_its_own(
 def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
     error = ValueError("cannot export this network")
     error.__cause__ = cause
-    with pytest.raises(OSError, match="No space left on device") as caught, files.full_disk_told(tmp_path):
+    with pytest.raises(OSError, match="No space left on device") as caught, files.explaining_full_disk(tmp_path):
         raise error
     assert caught.value.filename == str(tmp_path)
 
@@ -238,7 +238,7 @@ def test_a_full_disk_is_named(cause: Exception, tmp_path: Path) -> None:
 
 
 def swap(out: Path) -> None:
-    with of_run._in_place_of(out) as folder:
+    with run_export._in_place_of(out) as folder:
         (folder / "export.json").write_text("new")
 
 
@@ -252,13 +252,13 @@ def old(run: Path) -> Path:
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_an_export_takes_the_place_of_another(can_exchange: bool, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_exchange:
-        monkeypatch.setattr(of_run, "exchange", lambda one, other: False)
+        monkeypatch.setattr(run_export, "exchange", lambda one, other: False)
     swap(old)
     assert (old / "export.json").read_text() == "new" and [*old.parent.iterdir()] == [old]
 
 
 def test_an_export_that_fails_leaves_the_old_one(old: Path) -> None:
-    with pytest.raises(ZeroDivisionError), of_run._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), run_export._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old" and [*old.parent.iterdir()] == [old]
 
@@ -274,7 +274,7 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(moment: int,
     """The process is killed before its first, second, ... call that changes a folder."""
     code = (
         "import os, pathlib, shutil, sys\n"
-        "from qat_runner.exporting import of_run\n"
+        "from qat_runner.exporting import run_export\n"
         "left = [int(sys.argv[1])]\n"
         "def mortal(function):\n"
         "    def call(*args, **options):\n"
@@ -282,10 +282,10 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(moment: int,
         "        if left[0] < 0: os._exit(9)\n"
         "        return function(*args, **options)\n"
         "    return call\n"
-        "of_run.exchange = mortal(of_run.exchange)\n"
+        "run_export.exchange = mortal(run_export.exchange)\n"
         "shutil.rmtree = mortal(shutil.rmtree)\n"
         "pathlib.Path.rename = mortal(pathlib.Path.rename)\n"
-        "with of_run._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
+        "with run_export._in_place_of(pathlib.Path(sys.argv[2])) as folder:\n"
         "    (folder / 'export.json').write_text('new')\n"
     )
     command = [sys.executable, "-c", code, str(moment), str(old)]
@@ -300,16 +300,16 @@ def test_an_export_that_is_killed_leaves_the_old_one_or_the_new_one(moment: int,
 def test_one_killed_between_two_renames_is_put_right(old: Path) -> None:
     (old.parent / "export.tmp").mkdir()
     old.rename(old.parent / "export.tmp" / "old")
-    with pytest.raises(ZeroDivisionError), of_run._in_place_of(old):
+    with pytest.raises(ZeroDivisionError), run_export._in_place_of(old):
         raise ZeroDivisionError
     assert (old / "export.json").read_text() == "old"
 
 
 def test_the_second_of_two_exports_is_told(old: Path) -> None:
     with (
-        of_run._in_place_of(old),
+        run_export._in_place_of(old),
         pytest.raises(BusyError, match=rf"export: process {os.getpid()} on .* is using it"),
-        of_run._in_place_of(old),
+        run_export._in_place_of(old),
     ):
         pass
     assert [*old.parent.iterdir()] == [old]
@@ -417,8 +417,8 @@ def test_a_run_is_begun_anew_once_by_a_job(
             ENVIRONMENT.write(tmp_path, {**environment(), "resumed": []})
     for name, value in now.items():
         monkeypatch.setenv(name, value)
-    assert running._begun_anew(config, tmp_path) == begun
-    assert not running._begun_anew(replace(config, overwrite=False), tmp_path)
+    assert running._already_overwritten(config, tmp_path) == begun
+    assert not running._already_overwritten(replace(config, overwrite=False), tmp_path)
 
 
 def test_nothing_stays_in_memory_while_another_run_is_made_first(
@@ -444,7 +444,7 @@ def test_nothing_stays_in_memory_while_another_run_is_made_first(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ((), "a larger accumulate (now 1) or a smaller batch_size (now 128) needs less, and in validation a smaller "),
         (("mode=allocate", "budget=4", "weights=w.pt"), "a smaller allocation.batch_size (now 32) needs less"),
@@ -456,18 +456,18 @@ def test_nothing_stays_in_memory_while_another_run_is_made_first(
     ],
 )
 def test_what_needs_less_memory_is_a_key_of_the_mode(
-    words: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("w.pt").touch()
     config = from_hydra(compose_config(["model=resnet8", "dataset=digits", "device=cpu", *words]))
-    error = running._in_a_sentence(torch.OutOfMemoryError("CUDA"), replace(config, device="auto"), tmp_path)
-    assert told in str(error) and re.match("out of memory on (cpu|cuda:0): ", str(error))
+    error = running._as_sentence(torch.OutOfMemoryError("CUDA"), replace(config, device="auto"), tmp_path)
+    assert message in str(error) and re.match("out of memory on (cpu|cuda:0): ", str(error))
 
 
 def test_a_new_sitting_has_no_error_of_the_last(tmp_path: Path) -> None:
     config = from_hydra(compose_config(["model=resnet8", "dataset=digits"]))
     for reason in ("first", "second"):
-        with pytest.raises(RunError), running._failures_told(config, tmp_path):
+        with pytest.raises(RunError), running._reporting_failures(config, tmp_path):
             raise ValueError(reason)
         assert f"internal error (ValueError: {reason})" in (tmp_path / "error.txt").read_text()

@@ -65,21 +65,21 @@ def test_weights_and_biases_offline(
     assert before == after and not [record for record in caplog.records if record.name != "wandb"]
     sittings = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{after['wandb']}"))
     written = b"".join(file.read_bytes() for sitting in sittings for file in sitting.glob("*.wandb"))
-    for told in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet8", b"a_run"):
-        assert told in written
+    for message in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet8", b"a_run"):
+        assert message in written
     assert b"a_host_of_mine" not in written and wandb.run is None
 
 
 class Remembering(Tracker):
     """Records what it receives."""
 
-    told: list[Any] = []  # noqa: RUF012
+    message: list[Any] = []  # noqa: RUF012
 
     def epoch(self, number: int, figures: Mapping[str, float]) -> None:
-        self.told.append((number, dict(figures)))
+        self.text.append((number, dict(figures)))
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
-        self.told.append(result)
+        self.text.append(result)
 
 
 class Broken(Tracker):
@@ -112,7 +112,7 @@ def ours() -> Iterator[None]:
         "absent": Absent,
     }
     TRACKERS.update(kinds)
-    Remembering.told.clear()
+    Remembering.text.clear()
     yield
     for name in kinds:
         del TRACKERS[name]
@@ -125,7 +125,7 @@ def test_several_at_once_of_which_one_breaks(
     assert main([*SMALL, "trackers=[broken,remembering]", "run_dir=run"]) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"tracker broken: gave up (ConnectionError: the network is down, {__file__}:" in log
-    (number, figures), result = Remembering.told
+    (number, figures), result = Remembering.text
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert number == 1 and figures["val/top1"] == summary["top1"] and result["top1"] == summary["top1"]
     assert not (tmp_path / "run" / "tensorboard").exists()
@@ -148,7 +148,7 @@ def test_where_a_tracker_gave_up(ours: None, tmp_path: Path, caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("trackers=[tensorbord]", "trackers=tensorbord: must be some of tensorboard, wandb, mlflow, none"),
         (
@@ -160,14 +160,14 @@ def test_where_a_tracker_gave_up(ours: None, tmp_path: Path, caplog: pytest.LogC
 def test_what_cannot_be_had(
     ours: None,
     words: str,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*SMALL, words]) == 2
-    assert told in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"remembering": 3}'])

@@ -77,6 +77,6 @@ def test_how_figures_are_read() -> None:
     assert less.better(3.0, 4.0) and not less.better(4.0, 4.0) and less.better(1e9, less.worst)
     assert more.better(4.0, 3.0) and not more.better(4.0, 4.0) and more.better(0.0, more.worst)
     assert (less.best([3, 1, 2]), more.best([3, 1, 2])) == (1, 3)
-    assert (less.told(21.5), more.told(21.5)) == ("21.50", "21.50 %")
+    assert (less.describe(21.5), more.describe(21.5)) == ("21.50", "21.50 %")
     assert (less.head, more.head) == ("perplexity", "f1 %")
     assert (less.title, more.title) == ("Perplexity (lower is better)", "Accuracy (%)")

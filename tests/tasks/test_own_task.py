@@ -69,7 +69,7 @@ def test_its_files_do_what_the_network_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "text"),
     [
         (["dataset.task=classification"], "dataset.task=classification: must be regression, the task of numbers"),
         (["dataset.task=poetry"], "dataset.task=poetry: must be one of classification, question_answering, language_"),
@@ -77,7 +77,7 @@ def test_its_files_do_what_the_network_does() -> None:
         (["dataset.image_size=0"], "dataset.image_size=0: must be 1 to"),
     ],
 )
-def test_what_does_not_fit_it(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_it(wrong: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, *wrong]) == 2
-    assert told in capsys.readouterr().err
+    assert text in capsys.readouterr().err
     assert not Path("runs").exists()

@@ -28,5 +28,5 @@ def _process(rank: int, work: Callable[..., Any], world: int, port: int, folder:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
-    with distributed.meeting(timeout=60):
+    with distributed.process_group(timeout=60):
         torch.save(work(*args), folder / f"{rank}.pt")

@@ -114,7 +114,7 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "text"),
     [
         (
             ["model=resnet50"],
@@ -139,10 +139,10 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
         (["model=resnet50", "sync_batchnorm=true"], "lr 0.1: the recipe's, whatever the number of devices"),
     ],
 )
-def test_the_log_says_what_is_seen_at_a_time(overrides: list[str], told: str) -> None:
+def test_the_log_says_what_is_seen_at_a_time(overrides: list[str], text: str) -> None:
     line = _recipe(composed("dataset=imagenet", *overrides))
-    assert told in line
-    assert ("restores" in line) == ("restores" in told or "accumulate=8" in told)
+    assert text in line
+    assert ("restores" in line) == ("restores" in text or "accumulate=8" in text)
 
 
 def test_with_as_many_processes_as_the_paper_had_gpus_it_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_scalars_that_come_late_go_on_to_the_same_averages() -> None:
             saved = copy.deepcopy(broken.model.state_dict())
             broken = Averages(model, 0.9)
             broken.model.load_state_dict(saved)
-            broken.go_on(saved, 5)
+            broken.resume(saved, 5)
         for quantizer in model if step >= 3 else model[:1]:
             quantizer(torch.randn(50))
         whole.update(model)

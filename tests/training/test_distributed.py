@@ -151,7 +151,7 @@ def train(
         with weights.quantized(parts):
             pieces = list(zip(shard.samples(x).chunk(parts), shard.samples(y).chunk(parts), strict=True))
             for i, (pictures, classes) in enumerate(pieces):
-                with distributed.adding_up(trained) if i < parts - 1 else nullcontext():
+                with distributed.accumulating(trained) if i < parts - 1 else nullcontext():
                     (F.cross_entropy(trained(pictures), classes) / parts).backward()
         if step == 0:
             trained = distributed.data_parallel(model)

@@ -129,32 +129,32 @@ FOREIGN: dict[str, tuple[Spoil, str]] = {
 
 def spoiled(stopped: Path, folder: Path, name: str) -> tuple[Path, str]:
     """A run whose checkpoints are both invalid, and the expected message."""
-    spoil, told = FOREIGN[name]
+    spoil, message = FOREIGN[name]
     shutil.copytree(stopped / "seed0", folder)
     for file in (checkpoint.LAST, checkpoint.PREVIOUS):
         path = folder / "checkpoints" / file
         checkpoint.save(path, spoil(checkpoint.load(path)))
-    return folder, told
+    return folder, message
 
 
-def is_told(told: str, said: str) -> bool:
-    return told in said and "last.pt" in said and "previous.pt" in said and "overwrite=true restarts" in said
+def is_told(message: str, said: str) -> bool:
+    return message in said and "last.pt" in said and "previous.pt" in said and "overwrite=true restarts" in said
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_does_not_fit_is_told(name: str, stopped: Path, tmp_path: Path) -> None:
-    folder, told = spoiled(stopped, tmp_path / "run", name)
+    folder, message = spoiled(stopped, tmp_path / "run", name)
     with pytest.raises(RunError) as error:
         checkpoint.newest(folder / "checkpoints", TRAINERS[0].resume)
-    assert is_told(told, str(error.value)) and "\n" not in str(error.value)
+    assert is_told(message, str(error.value)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["a list", "momentum of text"])
 def test_a_run_tells_it(name: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, told = spoiled(stopped, tmp_path / "run", name)
+    folder, message = spoiled(stopped, tmp_path / "run", name)
     assert qat_run(folder) == 1
     err = capsys.readouterr().err
-    assert is_told(told, err) and err.count("\n") == 1 and "internal error" not in err
+    assert is_told(message, err) and err.count("\n") == 1 and "internal error" not in err
 
 
 def test_the_checkpoint_of_another_run_gives_way_to_the_one_before(stopped: Path, tmp_path: Path) -> None:

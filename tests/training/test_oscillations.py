@@ -86,7 +86,7 @@ def test_flips_are_counted_as_defined(kind: dict[str, Any]) -> None:
     share = [sum(f > 0.3 for f in part.tolist()) / len(part) for part in watched.state["frequency"].split([48, 24])]
     assert [row["oscillating"] for row in watched.rows()] == pytest.approx([100 * part for part in share])
     together = (48 * share[0] + 24 * share[1]) / 72
-    assert watched.of_all() == {"oscillating_weights": pytest.approx(100 * together), "frozen_weights": 0.0}
+    assert watched.totals() == {"oscillating_weights": pytest.approx(100 * together), "frozen_weights": 0.0}
     assert 0 < share[0] < 1
 
 
@@ -106,7 +106,7 @@ def test_what_is_frozen_keeps_its_place(kind: dict[str, Any]) -> None:
         optimizer.step()
         for weight in watched.weights:
             weight.x.data += 0.02 * (-1) ** i * torch.rand_like(weight.x)
-        watched.hold()
+        watched.restore_frozen()
     frozen, mean = watched.state["frozen"], watched.state["mean"]
     assert 0 < int(frozen.sum()) < len(frozen)
     for k in frozen.nonzero().flatten().tolist():

@@ -67,7 +67,7 @@ def test_adamw_spares_what_deit_does() -> None:
     model = torch.nn.Sequential(Attentive())
 
     def names(which: Spared) -> set[str]:
-        found = recipe.spared(model, which)
+        found = recipe.without_decay(model, which)
         return {name for name, p in model.named_parameters() if p in found}
 
     assert names(Spared.vectors) == {"0.layer.bias"}
@@ -86,7 +86,7 @@ def test_adamw_spares_what_deit_does() -> None:
 def test_parameters_of_positions_by_their_names(network: str, those: set[str]) -> None:
     with torch.device("meta"):
         model = torchvision.models.get_model(network, weights=None)
-    found = recipe.spared(model, Spared.tokens)
+    found = recipe.without_decay(model, Spared.tokens)
     assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p in found and p.ndim > 1} == those
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qat_runner.config.words import PREFIXES, split_word
+from qat_runner.config.model_names import PREFIXES, split_model_name
 from qat_runner.errors import ConfigError
 from qat_runner.models.libraries.base import Library, Preprocessing
 from qat_runner.models.libraries.of_timm import Timm
@@ -18,7 +18,7 @@ assert tuple(LIBRARIES) == PREFIXES
 
 def library_of(model: str) -> tuple[Library, str] | None:
     """Split a model name into its library and the name there; None: the model is not from another library."""
-    found = split_word(model)
+    found = split_model_name(model)
     return None if found is None else (LIBRARIES[found[0]], found[1])
 
 

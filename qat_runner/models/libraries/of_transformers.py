@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.errors import ConfigError
-from qat_runner.models.hub import ask
+from qat_runner.models.hub import load_from_checkpoint
 from qat_runner.models.libraries.base import Library, Preprocessing, cannot_drop, interpolation, resized
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -110,4 +110,4 @@ def _config(name: str) -> Any:
 
 
 def _ask(name: str, load: Any) -> Any:
-    return ask(name, load, "an image classifier", f"model=hf/{name}")
+    return load_from_checkpoint(name, load, "an image classifier", f"model=hf/{name}")

@@ -21,7 +21,7 @@ from typing import Any
 from qat_runner.plugins import Registry
 from qat_runner.quant.gradients.estimator import Estimator
 from qat_runner.quant.gradients.ewgs import EWGS
-from qat_runner.quant.gradients.of_paper import MAD, PWL, STE
+from qat_runner.quant.gradients.paper import MAD, PWL, STE
 from qat_runner.quant.gradients.trust import Trust
 from qat_runner.quant.limits import check_options
 

@@ -40,7 +40,7 @@ class Estimator(ABC):
             s: clipping scalar(s) of x, broadcastable to x, in the compute dtype of x or wider; 0 for a row of zeros.
                 Convert x to the dtype of s first: in an operation with a half-precision x, PyTorch would round a
                 zero-dimensional s to the dtype of x.
-            format: the format that x was rounded to; `format.ends(s)` is its clipping interval.
+            format: the format that x was rounded to; `format.clipping_bounds(s)` is its clipping interval.
 
         Returns:
             A tensor in the shape and dtype of `grad`.

@@ -40,7 +40,7 @@ class EWGS(Estimator):
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
         """Return the gradient with respect to x; see `Estimator.backward`."""
         x = x.to(s.dtype)
-        low, high = format.ends(s)
+        low, high = format.clipping_bounds(s)
         length = high - low
         error = (x - format.fake_quantize(x, s)) / length.where(length > 0, 1.0)
         scaled = grad * (error * grad.sign() * self.delta + 1)

@@ -26,9 +26,9 @@ from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
-from qat_runner.quant.kernels.views import beside, dense, extent, floats
+from qat_runner.quant.kernels.views import dense, floats, in_layout_of, rows_and_length
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import kept
+from qat_runner.quant.tensors import scalar_shape
 
 CALLS_COST = False  # see eager
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -57,8 +57,8 @@ def available() -> bool:
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
-    s = torch.empty(kept(x, search.dims), dtype=torch.float32, device=x.device)
-    size = extent(where, s)
+    s = torch.empty(scalar_shape(x, search.dims), dtype=torch.float32, device=x.device)
+    size = rows_and_length(where, s)
     if size is None or library is None or search.pool is not None:
         return eager.octav(x, cost, guess, search)
     start, short = floats(guess), floats(cost.short)
@@ -84,7 +84,7 @@ def octav_and_quantize(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.octav_and_quantize`, in one call."""
     library, where = _library_for(x), dense(x)
-    size = extent(where, state.s)
+    size = rows_and_length(where, state.s)
     if size is None or library is None or cost.short is not None or not state.holds(x.device):
         return eager.octav_and_quantize(x, cost, format, search, state, warm)
     s, out = torch.empty_like(state.s), torch.empty_like(where)
@@ -125,7 +125,7 @@ def octav_and_quantize_all(
     """As `eager.octav_and_quantize_all`, in one call; all rows are distributed over the threads."""
     x, search, state = xs[0], searches[0], states[0]
     library, where = _library_for(x), [dense(x) for x in xs]
-    sizes = [extent(x, state.s) for x, state in zip(where, states, strict=True)]
+    sizes = [rows_and_length(x, state.s) for x, state in zip(where, states, strict=True)]
     held = all(state.holds(x.device) for x, state in zip(xs, states, strict=True))
     if library is None or None in sizes or cost.short is not None or not (held and _alike(xs)):
         return eager.one_by_one(octav_and_quantize, xs, cost, format, searches, states, warm)
@@ -178,8 +178,8 @@ def remember(s: Tensor, state: Remembered) -> None:
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
-    ends = torch.empty((2, *kept(x, search.dims)), dtype=torch.float32, device=x.device)
-    size = extent(where, ends, 2)
+    ends = torch.empty((2, *scalar_shape(x, search.dims)), dtype=torch.float32, device=x.device)
+    size = rows_and_length(where, ends, 2)
     if size is None or library is None or search.pool is not None:
         return eager.octav_interval(x, noise, guess, search)
     start = floats(guess)
@@ -202,7 +202,7 @@ def orient(
 ) -> Tensor:
     """As `eager.orient`; one read."""
     library, where = _library_for(x), dense(x)
-    size = extent(where, s)
+    size = rows_and_length(where, s)
     if library is None or size is None or pool is not None:
         return eager.orient(x, s, before, halfway, clearly, pool)
     scalars, signs = floats(s), floats(before)
@@ -224,7 +224,7 @@ def orient(
 def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) -> Tensor:
     """As `eager.refine`. Rows that fit into the CPU cache are read from memory once."""
     library, where = _library_for(x), dense(x)
-    size = extent(where, s)
+    size = rows_and_length(where, s)
     if library is None or size is None:
         return eager.refine(x, s, format, factors)
     scalars = floats(s)
@@ -249,7 +249,7 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
     library, where = _library_for(x), dense(x)
-    size = extent(where, s, format.parts)
+    size = rows_and_length(where, s, format.parts)
     if library is None or size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
     scalars = floats(s)
@@ -273,10 +273,10 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     if gradient == "ste":
         return grad
     library, where = _library_for(x), dense(x)
-    size = extent(where, s, format.parts)
+    size = rows_and_length(where, s, format.parts)
     if library is None or size is None or grad.dtype != x.dtype:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
-    there, scalars = beside(grad, where), floats(s)
+    there, scalars = in_layout_of(grad, where), floats(s)
     out = torch.empty_like(where)
     library.qat_fake_quantize_backward(
         _half(x),
@@ -298,10 +298,10 @@ def fake_quantize_backward_all(
 ) -> list[Tensor]:
     """As `eager.fake_quantize_backward_all`, in one call."""
     library, where = _library_for(xs[0]), [dense(x) for x in xs]
-    sizes = [extent(x, s) for x, s in zip(where, ss, strict=True)]
+    sizes = [rows_and_length(x, s) for x, s in zip(where, ss, strict=True)]
     if gradient == "ste" or library is None or None in sizes or not _alike([*grads, *xs]):
         return [fake_quantize_backward(*part, format, gradient) for part in zip(grads, xs, ss, strict=True)]
-    there = [beside(grad, x) for grad, x in zip(grads, where, strict=True)]
+    there = [in_layout_of(grad, x) for grad, x in zip(grads, where, strict=True)]
     scalars, outs = [floats(s) for s in ss], [torch.empty_like(x) for x in where]
     parts = array("q")
     for grad, x, size, s, out in zip(there, where, sizes, scalars, outs, strict=True):
@@ -323,10 +323,10 @@ def learned_backward(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.learned_backward`; two reads and one write."""
     library, where = _library_for(x), dense(x)
-    size = extent(where, s, format.parts)
+    size = rows_and_length(where, s, format.parts)
     if library is None or size is None or grad.dtype != x.dtype:
         return eager.learned_backward(grad, x, s, format, rounding)
-    there, scalars = beside(grad, where), floats(s)
+    there, scalars = in_layout_of(grad, where), floats(s)
     out, sums = torch.empty_like(where), torch.empty_like(scalars)
     units, levels = _grid(format, scalars)
     library.qat_learned_backward(

@@ -71,7 +71,7 @@ def cost_of(format: Format, missing_code: bool, orientation: Tensor | None) -> C
         orientation: for an oriented format: numbers with the signs of s, whose magnitudes are ignored; shape of s,
             compute dtype.
     """
-    if not isinstance(format, IntFormat) or format.closed or not (missing_code or format.oriented):
+    if not isinstance(format, IntFormat) or format.has_code_at_s or not (missing_code or format.oriented):
         return Cost(format.rounding_noise, format.signed)
     reach = format.highest / format.levels_per_scalar
     return Cost(format.rounding_noise / reach**2, format.signed, reach, orientation)

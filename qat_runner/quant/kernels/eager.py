@@ -14,7 +14,7 @@ from qat_runner.quant.kernels import intervals, newton
 from qat_runner.quant.kernels.cost import Cost, Search, sided
 from qat_runner.quant.kernels.remembered import Remembered, remember
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype, extremes, kept, largest, magnitudes, recording
+from qat_runner.quant.tensors import compute_dtype, extremes, largest, magnitudes, recording, scalar_shape
 
 CALLS_COST = False
 """Whether keeping quantized weights for the backward pass is better than recomputing each by another call."""
@@ -190,7 +190,7 @@ def octav_and_quantize(
     Returns:
         s in fresh memory, shape and dtype of `state.s` (float64 for float64), and x rounded, shape and dtype of x.
     """
-    guess = state.s.to(compute_dtype(x)).expand(kept(x, search.dims)) if warm and state.known else None
+    guess = state.s.to(compute_dtype(x)).expand(scalar_shape(x, search.dims)) if warm and state.known else None
     s = octav(x, cost, guess, search).reshape(state.s.shape)
     remember(s, state)
     return s, fake_quantize(x, s, format)
@@ -258,7 +258,7 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     dtype = compute_dtype(x)
     s = s.to(dtype)
     x = x.to(dtype)
-    clipped = torch.clamp(x, *format.ends(s))
+    clipped = torch.clamp(x, *format.clipping_bounds(s))
     if gradient == "pwl":
         return grad * (clipped == x)
     # MAD (Prop. 4.3): clip(x) = alpha * x with alpha held constant. Inside, alpha is 1; set it to avoid 0 / 0 at 0.

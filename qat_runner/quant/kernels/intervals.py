@@ -1,6 +1,6 @@
 """OCTAV in two unknowns, without the sums over the tensor: pure functions of a small state, one column per row of x.
 
-With u = high, v = -low and W = u + v, the interval [low, high] solves (see `two_ends.octav`)
+With u = high, v = -low and W = u + v, the interval [low, high] solves (see `clipping_intervals.octav`)
 
     k W n = E+(u) = E-(v),      n = #{-v <= x <= u, x != 0},  E+ = sum (x - u)+,  E- = sum (-v - x)+
 

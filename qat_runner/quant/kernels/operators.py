@@ -19,7 +19,7 @@ from torch import Tensor
 from qat_runner.quant import kernels
 from qat_runner.quant.formats import Format, IntAffineFormat, IntFormat
 from qat_runner.quant.kernels.cost import Cost, Search
-from qat_runner.quant.tensors import compute_dtype, kept
+from qat_runner.quant.tensors import compute_dtype, scalar_shape
 
 AFFINE = "affine"
 
@@ -85,12 +85,12 @@ def _octav(
 ) -> Tensor:
     search = Search(tuple(dims), iterations, tolerance)
     s = kernels.served_by(x).octav(x, Cost(noise, signed, reach, short), guess, search)
-    return s.reshape(kept(x, search.dims)).contiguous()
+    return s.reshape(scalar_shape(x, search.dims)).contiguous()
 
 
 @_octav.register_fake
 def _(x: Tensor, guess: Tensor | None, short: Tensor | None, *figures: Any) -> Tensor:
-    return x.new_empty(kept(x, tuple(figures[3])), dtype=compute_dtype(x))
+    return x.new_empty(scalar_shape(x, tuple(figures[3])), dtype=compute_dtype(x))
 
 
 @torch.library.custom_op("qat_runner::octav_interval", mutates_args=())
@@ -103,7 +103,7 @@ def _octav_interval(
 
 @_octav_interval.register_fake
 def _(x: Tensor, guess: Tensor | None, noise: float, dims: Sequence[int], *reads: Any) -> Tensor:
-    return x.new_empty((2, *kept(x, tuple(dims))), dtype=compute_dtype(x))
+    return x.new_empty((2, *scalar_shape(x, tuple(dims))), dtype=compute_dtype(x))
 
 
 @torch.library.custom_op("qat_runner::fake_quantize", mutates_args=())

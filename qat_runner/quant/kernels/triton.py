@@ -49,9 +49,9 @@ from qat_runner.quant.kernels import triton_intervals as intervals
 from qat_runner.quant.kernels import triton_kernels as device
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.kernels.remembered import Remembered
-from qat_runner.quant.kernels.views import beside, dense, extent, floats
+from qat_runner.quant.kernels.views import dense, floats, in_layout_of, rows_and_length
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import kept
+from qat_runner.quant.tensors import scalar_shape
 
 CALLS_COST = True  # see eager
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,8 +78,8 @@ POLLS = 1 << 22
 
 def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav`; each row stops as soon as it has converged."""
-    where, s = dense(x), x.new_empty(kept(x, search.dims), dtype=torch.float32)
-    size = extent(where, s) if _serves(x) and search.pool is None else None
+    where, s = dense(x), x.new_empty(scalar_shape(x, search.dims), dtype=torch.float32)
+    size = rows_and_length(where, s) if _serves(x) and search.pool is None else None
     if size is None:
         return eager.octav(x, cost, guess, search)
     _solve(where, size, None if guess is None else floats(guess.expand(s.shape)), s, cost, search)
@@ -88,8 +88,8 @@ def octav(x: Tensor, cost: Cost, guess: Tensor | None, search: Search) -> Tensor
 
 def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search) -> Tensor:
     """As `eager.octav_interval`; each row stops as soon as it has converged."""
-    where, ends = dense(x), x.new_empty((2, *kept(x, search.dims)), dtype=torch.float32)
-    size = extent(where, ends, 2) if _serves(x) and search.pool is None else None
+    where, ends = dense(x), x.new_empty((2, *scalar_shape(x, search.dims)), dtype=torch.float32)
+    size = rows_and_length(where, ends, 2) if _serves(x) and search.pool is None else None
     if size is None:
         return eager.octav_interval(x, noise, guess, search)
     start = ends if guess is None else floats(guess.expand(ends.shape))
@@ -117,7 +117,7 @@ def octav_and_quantize(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.octav_and_quantize`, in the same launches as a solve alone."""
     where = dense(x)
-    size = extent(where, state.s) if _serves(x) and search.pool is None and state.holds(x.device) else None
+    size = rows_and_length(where, state.s) if _serves(x) and search.pool is None and state.holds(x.device) else None
     if size is None:
         return eager.octav_and_quantize(x, cost, format, search, state, warm)
     s, out = torch.empty_like(state.s), torch.empty_like(where)
@@ -174,7 +174,7 @@ def orient(
 ) -> Tensor:
     """As `eager.orient`; one read."""
     where = dense(x)
-    size = extent(where, s) if _serves(x) and pool is None else None
+    size = rows_and_length(where, s) if _serves(x) and pool is None else None
     if size is None:
         return eager.orient(x, s, before, halfway, clearly, pool)
     rows, n = size
@@ -198,7 +198,7 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 def fake_quantize(x: Tensor, s: Tensor, format: Format) -> Tensor:
     """As `eager.fake_quantize`; one read and one write."""
     where = dense(x)
-    size = extent(where, s, format.parts) if _serves(x) else None
+    size = rows_and_length(where, s, format.parts) if _serves(x) else None
     if size is None or not isinstance(format, IntFormat | IntAffineFormat):
         return eager.fake_quantize(x, s, format)
     out = torch.empty_like(where)
@@ -217,13 +217,13 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, s: Tensor, format: Format, g
     if gradient == "ste":
         return grad
     where = dense(x)
-    size = extent(where, s, format.parts) if _serves(x) else None
+    size = rows_and_length(where, s, format.parts) if _serves(x) else None
     if size is None:
         return eager.fake_quantize_backward(grad, x, s, format, gradient)
     out = torch.empty_like(where, dtype=grad.dtype)
     _in_tiles(
         device.fake_quantize_backward,
-        (beside(grad, where), where, floats(s), out),
+        (in_layout_of(grad, where), where, floats(s), out),
         size,
         SIGNED=format.signed,
         ENDS=format.parts == 2,
@@ -264,7 +264,7 @@ def learned_backward(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.learned_backward`; two reads and one write, and a final sum over the partial sums of the programs."""
     where = dense(x)
-    size = extent(where, s, format.parts) if _serves(x) else None
+    size = rows_and_length(where, s, format.parts) if _serves(x) else None
     if size is None:
         return eager.learned_backward(grad, x, s, format, rounding)
     rows, n = size
@@ -273,7 +273,7 @@ def learned_backward(
     sums = x.new_empty((format.parts, blocks, rows), dtype=torch.float32)
     _in_tiles(
         device.learned_backward,
-        (beside(grad, where), where, floats(s), out, sums),
+        (in_layout_of(grad, where), where, floats(s), out, sums),
         size,
         *_levels(format),
         SIGNED=format.signed,
@@ -323,7 +323,7 @@ class _Many:
 
 def _many(xs: Sequence[Tensor], ss: Sequence[Tensor], states: Sequence[Remembered] = ()) -> _Many | None:
     """Describe tensors that have one scalar each, or one per row; None for other granularities."""
-    sizes = [extent(x, s) for x, s in zip(xs, ss, strict=True)]
+    sizes = [rows_and_length(x, s) for x, s in zip(xs, ss, strict=True)]
     if None in sizes or (xs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return None  # a capture would copy the table only at replay, and calls before that would find it unfilled
     places = [(x.data_ptr(), *_addresses(states[i] if states else None)) for i, x in enumerate(xs)]

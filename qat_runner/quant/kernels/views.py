@@ -13,14 +13,14 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def beside(other: Tensor, x: Tensor) -> Tensor:
+def in_layout_of(other: Tensor, x: Tensor) -> Tensor:
     """Return `other`, of x's shape, in the element order of x, which is dense; copied only if the order differs."""
     if other.stride() == x.stride() or (other.is_contiguous() and x.is_contiguous()):
         return other
     return torch.empty_like(x, dtype=other.dtype).copy_(other)
 
 
-def extent(x: Tensor, s: Tensor, parts: int = 1) -> tuple[int, int] | None:
+def rows_and_length(x: Tensor, s: Tensor, parts: int = 1) -> tuple[int, int] | None:
     """Return (rows, elements per row) if x has one scalar, or one per index of dimension 0; otherwise None.
 
     Args:

@@ -22,5 +22,5 @@ class Leaky(Estimator):
             raise ValueError(f"leak={self.leak}: must be 0 to 1")
 
     def backward(self, grad: Tensor, x: Tensor, s: Tensor, format: Format) -> Tensor:
-        low, high = format.ends(s)
+        low, high = format.clipping_bounds(s)
         return grad.where((x >= low) & (x <= high), grad * self.leak)

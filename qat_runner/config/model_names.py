@@ -17,7 +17,7 @@ PREFIXES = ("torchvision", "timm", "hf")
 _LONGEST_LABEL = 80  # characters
 
 
-def split_word(model: str) -> tuple[str, str] | None:
+def split_model_name(model: str) -> tuple[str, str] | None:
     """Split a model name into its prefix and the rest; return None if it is not the name of another library's model."""
     prefix, slash, name = model.partition("/")
     return (prefix, name) if slash and prefix in PREFIXES and name else None
@@ -25,7 +25,7 @@ def split_word(model: str) -> tuple[str, str] | None:
 
 def label(model: str) -> str:
     """Return a model's name in a form that can be part of a file name; for a folder, the last component of its path."""
-    found = split_word(model)
+    found = split_model_name(model)
     if found is None:
         return model
     prefix, name = found
@@ -36,11 +36,11 @@ def label(model: str) -> str:
 
 def checkpoint_of(model: str) -> str | None:
     """Return the folder, or the name on the hub, of an hf/ name; None for any other model name."""
-    found = split_word(model)
+    found = split_model_name(model)
     return found[1] if found is not None and found[0] == "hf" else None
 
 
-def register_words(overrides: Sequence[str], configs: Path) -> None:
+def register_model_names(overrides: Sequence[str], configs: Path) -> None:
     """Register, in this process, a config for each network of another library among the values of `model`, and DeiT's
     recipe for each network without a recipe of the paper.
 
@@ -55,7 +55,7 @@ def register_words(overrides: Sequence[str], configs: Path) -> None:
     for model in _models(overrides):
         *folders, name = model.split("/")
         place = "/".join(("", *filter(None, folders)))
-        if split_word(model) is not None:
+        if split_model_name(model) is not None:
             store(group=f"model{place}", name=name, node={"name": model}, package="model")
         published = (configs / "recipe" / "paper" / f"{name}.yaml").is_file()
         if place or not (published or _is_stored("recipe/paper", name)):  # an installed package may have one

@@ -16,7 +16,7 @@ from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.layers import refresh
 from qat_runner.insertion.saving import check_target
-from qat_runner.runs.files import full_disk_told
+from qat_runner.runs.files import explaining_full_disk
 from qat_runner.tasks import fields_of
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -83,7 +83,7 @@ def export(
     if fold:
         fold_batchnorm(integers, *given)
     signature = Signature(given, names, _names(integers(*given), outputs), longest)
-    with full_disk_told(target.parent):
+    with explaining_full_disk(target.parent):
         if target.suffix == ".onnx":
             write_onnx(integers, signature, target)
         elif target.suffix == ".pt2":

@@ -16,11 +16,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 log = logging.getLogger("qat_runner")
 
-SETTLED = 2_000_000_000
+TIMESTAMP_MARGIN = 2_000_000_000
 """Nanoseconds, longer than the resolution of the timestamps of any file system."""
 
 
-class UnkeptError(Exception):
+class CacheMissError(Exception):
     """A cache file is missing, damaged or of another kind, so its content has to be created again."""
 
 
@@ -52,21 +52,21 @@ class Ragged:
         return cls(np.concatenate([part.values for part in parts]), np.concatenate([*starts, ends[-1:]]))
 
     @classmethod
-    def kept(cls, arrays: Arrays, name: str) -> "Ragged":
+    def from_arrays(cls, arrays: Arrays, name: str) -> "Ragged":
         """Restore a ragged array from the arrays of a file, which have the names that the method `arrays` gives them.
 
         Raises:
-            UnkeptError: it is missing, or its parts do not fit together.
+            CacheMissError: it is missing, or its parts do not fit together.
         """
         values, starts = (arrays.get(f"{name}_{part}", np.empty(0)) for part in ("values", "starts"))
         if starts.dtype != np.int64 or starts.ndim != 1 or not len(starts) or starts[0] or starts[-1] != len(values):
-            raise UnkeptError(f"rows of {name} are missing or inconsistent")
+            raise CacheMissError(f"rows of {name} are missing or inconsistent")
         if (np.diff(starts) < 0).any():
-            raise UnkeptError(f"rows of {name} are out of order")
+            raise CacheMissError(f"rows of {name} are out of order")
         return cls(values, starts)
 
     def arrays(self, name: str) -> dict[str, NDArray[Any]]:
-        """Return its two arrays, under the names that `kept` expects."""
+        """Return its two arrays, under the names that `from_arrays` expects."""
         return {f"{name}_values": self.values, f"{name}_starts": self.starts}
 
     def __len__(self) -> int:
@@ -102,44 +102,44 @@ def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
 
 
-def settled(changed: int, read: int) -> bool:
+def is_stable(changed: int, read: int) -> bool:
     """Return whether the last change was so long before the reading that a later change would have another timestamp.
 
     Args:
         changed: time of the last change according to the file system, in ns.
         read: time at which the reading began, in ns.
     """
-    return changed < read - SETTLED
+    return changed < read - TIMESTAMP_MARGIN
 
 
-def kept_numbers(arrays: Arrays, name: str, dtype: Any, length: int, within: range | None = None) -> NDArray[Any]:
+def cached_numbers(arrays: Arrays, name: str, dtype: Any, length: int, within: range | None = None) -> NDArray[Any]:
     """Return one of the arrays of a file, [length].
 
     Raises:
-        UnkeptError: it is missing, has another shape or dtype, or contains numbers outside `within`.
+        CacheMissError: it is missing, has another shape or dtype, or contains numbers outside `within`.
     """
     numbers = arrays.get(name, np.empty(0))
     if numbers.dtype != dtype or numbers.shape != (length,):
-        raise UnkeptError(f"{name} is missing, or has another shape or dtype")
+        raise CacheMissError(f"{name} is missing, or has another shape or dtype")
     if within is not None and length and not (numbers.min() >= within.start and numbers.max() < within.stop):
-        raise UnkeptError(f"{name} is out of range")
+        raise CacheMissError(f"{name} is out of range")
     return numbers
 
 
-def kept_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read a file that `keep_arrays` wrote. The checksum of each array is verified; nothing is unpickled.
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read a file that `save_arrays` wrote. The checksum of each array is verified; nothing is unpickled.
 
     Raises:
-        UnkeptError: the file is missing or damaged.
+        CacheMissError: the file is missing or damaged.
     """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # a damaged file may raise any exception
-        raise UnkeptError(str(error)) from error
+        raise CacheMissError(str(error)) from error
 
 
-def keep_arrays(path: Path, arrays: Arrays) -> None:
+def save_arrays(path: Path, arrays: Arrays) -> None:
     """Write arrays to a file atomically; a missing folder is created.
 
     Raises:
@@ -155,8 +155,8 @@ def keep_arrays(path: Path, arrays: Arrays) -> None:
         raise
 
 
-def keep_tokens(path: Path, name: str, arrays: Arrays) -> None:
-    """Cache the tokens of a text by `keep_arrays`. On failure a warning is logged; the next start tokenizes again.
+def cache_tokens(path: Path, name: str, arrays: Arrays) -> None:
+    """Cache the tokens of a text by `save_arrays`. On failure a warning is logged; the next start tokenizes again.
 
     Args:
         path: path of the cache file.
@@ -164,6 +164,6 @@ def keep_tokens(path: Path, name: str, arrays: Arrays) -> None:
         arrays: the tokens.
     """
     try:
-        keep_arrays(path, arrays)
+        save_arrays(path, arrays)
     except OSError as error:
         log.warning(f"the tokens of {name} could not be cached in {path.parent} ({error.strerror})")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qat_runner.quant import kernels
 from qat_runner.quant.estimators import solve_and_quantize_all
-from qat_runner.quant.quantizer import Given, Plan, Quantizer
-from qat_runner.quant.tensors import written
+from qat_runner.quant.quantizer import Plan, PrecomputedResult, Quantizer
+from qat_runner.quant.tensors import version_key
 
 LARGEST = 1 << 22
 """Maximum number of elements of a weight. For a larger one, the overhead of a call does not matter, but the memory
@@ -63,7 +63,7 @@ class WeightsTogether:
                 yield
             finally:
                 for q in quantizers:
-                    q.take_back()
+                    q.discard_result()
 
     def _grouped(self) -> list[list[_Weight]]:
         """Return the groups of weights that are quantized together; regroup only if the plan of a weight changed."""
@@ -106,4 +106,4 @@ def _quantize(weights: list[_Weight]) -> None:
 
     ss, outs = solve_and_quantize_all([weight.x for weight in weights], solve, plan.format, first.gradient)
     for weight, s, out in zip(weights, ss, outs, strict=True):
-        weight.quantizer.give(Given(weight.x, written(weight.x), s, out, held=backend.CALLS_COST))
+        weight.quantizer.set_result(PrecomputedResult(weight.x, version_key(weight.x), s, out, held=backend.CALLS_COST))

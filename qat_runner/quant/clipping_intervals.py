@@ -13,7 +13,7 @@ from qat_runner.quant import kernels, tensors
 from qat_runner.quant.formats import Format
 from qat_runner.quant.kernels.cost import Cost, Search
 from qat_runner.quant.pool import Pool
-from qat_runner.quant.tensors import compute_dtype, kept
+from qat_runner.quant.tensors import compute_dtype, scalar_shape
 
 
 def extremes(x: Tensor, format: Format, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def percentiles(x: Tensor, format: Format, dims: tuple[int, ...], rank: Callable
         rank: a function that returns the q-th percentile of each row of [rows, n], in shape [rows]; it may reorder the
             elements of its argument.
     """
-    shape = kept(x, dims)
+    shape = scalar_shape(x, dims)
     if x.numel() == 0:
         return x.new_zeros((2, *shape), dtype=compute_dtype(x))
     spanned = [d for d in range(x.ndim) if d not in dims]

@@ -29,10 +29,11 @@ from qat_runner.config import (
 )
 from qat_runner.data import Data
 from qat_runner.data.batches import unsharded
-from qat_runner.errors import ConfigError, RunError, told
+from qat_runner.errors import ConfigError, RunError, one_line
 from qat_runner.experiment import CALIBRATION_EPOCH, build
 from qat_runner.exporting import FORMATS, verify
 from qat_runner.exporting.agreement import Figures, require
+from qat_runner.exporting.export_summary import FUSED
 from qat_runner.exporting.folding import fold_batchnorm
 from qat_runner.exporting.formats import (
     Signature,
@@ -43,12 +44,11 @@ from qat_runner.exporting.formats import (
     write_safetensors,
 )
 from qat_runner.exporting.integer import check_integers, to_integers
-from qat_runner.exporting.telling import FUSED
 from qat_runner.insertion import freeze, quantized_tensors, remove_quantizers
 from qat_runner.insertion.size import mean_bits
 from qat_runner.policy import FREEZING
 from qat_runner.runs.environment import environment
-from qat_runner.runs.files import TEMPORARY, exchange, full_disk_told
+from qat_runner.runs.files import TEMPORARY, exchange, explaining_full_disk
 from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.lock import RunLock
 from qat_runner.runs.records import EXPORT, Export
@@ -295,7 +295,7 @@ def _milliseconds(static: nn.Module, onnx: Path, config: Config, example: Sequen
         try:
             write_onnx(full, _signature(config, example), path)
         except (RunError, OSError) as error:  # it may be too large, although the integers fit
-            log.warning(f"full precision is not timed: {told(error)}")
+            log.warning(f"full precision is not timed: {one_line(error)}")
             return {}
         timed = {"full_precision": verify.OnnxFile(path, fused=True), "onnx": verify.OnnxFile(onnx, fused=True)}
         return verify.latency(timed, [t[:1] for t in example])
@@ -360,7 +360,7 @@ def _in_place_of(out: Path) -> Iterator[Path]:
     work = out.with_name(f"{out.name}{TEMPORARY}")
     if work.is_symlink():
         work.unlink()
-    with RunLock(work, str(out)), full_disk_told(work):
+    with RunLock(work, str(out)), explaining_full_disk(work):
         new, old = work / "new", work / "old"
         if old.exists() and not out.exists():  # a process was killed between the two renames
             old.rename(out)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import IO
 
 from qat_runner.config.allowed import LONGEST_NAME
-from qat_runner.errors import UnreadableError, told
+from qat_runner.errors import UnreadableError, one_line
 from qat_runner.runs.files import open_own, write_text
 from qat_runner.runs.lock import same_file
 from qat_runner.runs.records import ASKED
 
 
-def remember_asked(folders: Iterable[Path]) -> list[Path]:
+def record_requested(folders: Iterable[Path]) -> list[Path]:
     """Add run folders to the lists in their parent folders; return the folders created for this, deepest last.
 
     Raises:
@@ -22,17 +22,17 @@ def remember_asked(folders: Iterable[Path]) -> list[Path]:
     """
     made: list[Path] = []
     for runs_dir, names in _by_place(folders).items():
-        if {*names} <= {*asked(runs_dir)}:
+        if {*names} <= {*requested(runs_dir)}:
             continue
         made += [path for path in reversed((runs_dir, *runs_dir.parents)) if not path.exists()]
         runs_dir.mkdir(parents=True, exist_ok=True)
         with _held(runs_dir) as file:
-            known = {*asked(runs_dir)}
+            known = {*requested(runs_dir)}
             file.write(_lines(name for name in names if name not in known))
     return made
 
 
-def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
+def remove_requested(folders: Iterable[Path], made: Sequence[Path]) -> None:
     """Remove the run folders of rejected runs, which do not exist, from the lists; then delete what is empty.
 
     Raises:
@@ -40,10 +40,10 @@ def forget_asked(folders: Iterable[Path], made: Sequence[Path]) -> None:
     """
     for runs_dir, names in _by_place(folders).items():
         gone = {name for name in names if not (runs_dir / name).exists()}
-        if not gone & {*asked(runs_dir)}:
+        if not gone & {*requested(runs_dir)}:
             continue
         with _held(runs_dir):
-            left = [name for name in asked(runs_dir) if name not in gone]
+            left = [name for name in requested(runs_dir) if name not in gone]
             if left:
                 write_text(runs_dir / ASKED.name, _lines(left))
             else:
@@ -82,7 +82,7 @@ def _lines(names: Iterable[str]) -> str:
     return "".join(f"{os.fsencode(name).decode(errors='backslashreplace')}\n" for name in names)
 
 
-def asked(runs_dir: Path) -> list[str]:
+def requested(runs_dir: Path) -> list[str]:
     """Return the names of all run folders that sweeps requested in a folder, in the order of the requests.
 
     Raises:
@@ -91,5 +91,5 @@ def asked(runs_dir: Path) -> list[str]:
     names = [os.fsdecode(name.encode()) for name in (ASKED.read(runs_dir) or "").splitlines() if name]
     for name in names:
         if "/" in name or "\0" in name or name in (".", "..") or len(os.fsencode(name)) > LONGEST_NAME:
-            raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({told(name)}: is not a folder name)")
+            raise UnreadableError(f"{runs_dir / ASKED.name}: cannot be read ({one_line(name)}: is not a folder name)")
     return names

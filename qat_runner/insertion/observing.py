@@ -19,27 +19,27 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, taken_apart
+from qat_runner.insertion.calls import ATTENTION, MATRICES, Call, parse_call
 from qat_runner.insertion.layers import (
-    OF_ITS_OWN_CLASS,
+    UNSWAPPABLE,
     in_own_function,
     is_own,
     is_plain,
-    looked_at,
     own_call,
+    reading_weight,
     takes_hooks,
     weight_shape,
     weight_used,
 )
-from qat_runner.insertion.modes import arguments_told, remembering_nothing, taking_the_ways_of_training
-from qat_runner.insertion.own_products import PRODUCTS, has_room
+from qat_runner.insertion.modes import eval_without_trace, explaining_argument_errors, training_paths_without_trace
+from qat_runner.insertion.own_products import PRODUCTS, names_are_free
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 from qat_runner.insertion.products import Products
 from qat_runner.insertion.tensors import copies, tensors_of
 from qat_runner.insertion.unchanged import difference
 
 
-class Asked(NamedTuple):
+class ObservedProduct(NamedTuple):
     """One call of a function that multiplies."""
 
     func: Any
@@ -63,15 +63,15 @@ _WRITTEN_OUT = (ATTENTION, F.multi_head_attention_forward)
 _CAUGHT = (*MATRICES, *_WRITTEN_OUT)
 """Functions whose calls are taken over in the forward of an attention module."""
 
-_OTHER = Asked(None, 0, torch.Size(), 0, False)
+_OTHER = ObservedProduct(None, 0, torch.Size(), 0, False)
 """Placeholder for products of a module that did not come from any of the known calls."""
 
 
 @dataclass
-class Asking:
+class ObservedProducts:
     """Record of what the modules of a network asked PyTorch to multiply."""
 
-    calls: dict[nn.Module, list[list[Asked]]] = field(default_factory=dict)
+    calls: dict[nn.Module, list[list[ObservedProduct]]] = field(default_factory=dict)
     """module -> for each of its calls, what its own forward requested"""
     otherwise: set[tuple[nn.Module, str]] = field(default_factory=set)
     """parameters, as (module, name), that are used for anything besides multiplying by them"""
@@ -80,14 +80,14 @@ class Asking:
     weights: dict[nn.Module, tuple[Tensor, bool]] = field(default_factory=dict)
     """layer with a forward of its own -> the first weight it multiplied by, and whether it was in train mode then"""
 
-    def copy(self) -> "Asking":
+    def copy(self) -> "ObservedProducts":
         """Return a copy of the present state."""
         calls = {module: [*calls] for module, calls in self.calls.items()}
-        return Asking(calls, {*self.otherwise}, {*self.within}, {**self.weights})
+        return ObservedProducts(calls, {*self.otherwise}, {*self.within}, {**self.weights})
 
 
 @torch.no_grad()
-def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
+def observe(model: nn.Module, inputs: Sequence[Any]) -> tuple[ObservedProducts, Any]:
     """Run one batch through a model without quantizers, first in eval mode and then as in training.
 
     Args:
@@ -100,12 +100,12 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
-        with remembering_nothing(model), arguments_told(model, inputs):
+        with eval_without_trace(model), explaining_argument_errors(model, inputs):
             output = model(*copies(inputs))
         watch.given_away(output)
         asking = watch.asking.copy()
         try:
-            with taking_the_ways_of_training(model):
+            with training_paths_without_trace(model):
                 watch.given_away(model(*copies(inputs)))
             asking = watch.asking
         except Exception:  # trace() reports it
@@ -113,14 +113,14 @@ def look(model: nn.Module, inputs: Sequence[Any]) -> tuple[Asking, Any]:
     return asking, output
 
 
-def multiplies_by_its_weight(layer: nn.Module, asking: Asking) -> bool:
+def multiplies_by_its_weight(layer: nn.Module, asking: ObservedProducts) -> bool:
     """Whether a layer computes exactly one product in each call, with a weight of the shape of its `weight`.
 
     Modules inside the layer may request other products, but none that could be mistaken for the layer's own. In
     addition, the layer must use the same weight without the example input, because the weight is also needed between
     calls.
     """
-    with looked_at(layer):
+    with reading_weight(layer):
         shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
     calls, of = asking.calls.get(layer, []), type(layer)
     return (
@@ -141,7 +141,7 @@ def _inside(layer: nn.Module) -> set[nn.Module]:
     return {*layer.modules()} - makers - {layer}
 
 
-def _may_be_own(of: type[nn.Module], asked: Asked) -> bool:
+def _may_be_own(of: type[nn.Module], asked: ObservedProduct) -> bool:
     """Whether a product requested inside a layer may reach PyTorch as a call by which that layer multiplies.
 
     Fused attention counts as well, since it is decomposed into matrix products where it is quantized.
@@ -150,11 +150,11 @@ def _may_be_own(of: type[nn.Module], asked: Asked) -> bool:
 
 
 @torch.no_grad()
-def _is_found_again(layer: nn.Module, asking: Asking) -> bool:
+def _is_found_again(layer: nn.Module, asking: ObservedProducts) -> bool:
     """Whether a layer multiplies an input of the smallest size by the same weight as it multiplied the example by."""
     weight, training = asking.weights[layer]
     try:
-        with taking_the_ways_of_training(layer) if training else remembering_nothing(layer):
+        with training_paths_without_trace(layer) if training else eval_without_trace(layer):
             again = weight_used(layer, type(layer))
     except Exception:  # its forward may raise anything for such an input
         return False
@@ -162,7 +162,7 @@ def _is_found_again(layer: nn.Module, asking: Asking) -> bool:
     return difference([weight], [again], 4 * torch.finfo(weight.dtype).eps if floats else 0) is None
 
 
-def attends(module: nn.Module, asking: Asking) -> bool:
+def attends(module: nn.Module, asking: ObservedProducts) -> bool:
     """Whether a module computes attention in each call: one fused call of PyTorch's, or two products.
 
     Both factors of both products must have been computed. The first factor of the second product (the probabilities)
@@ -176,12 +176,12 @@ def attends(module: nn.Module, asking: Asking) -> bool:
         and module not in asking.within
         and all(_is_attention([a for a in asked if a.func in _CAUGHT]) for asked in calls)
         and not any(a.func in _CAUGHT for m in inside for asked in asking.calls.get(m, []) for a in asked)
-        and has_room(module)
-        and not isinstance(module, OF_ITS_OWN_CLASS)
+        and names_are_free(module)
+        and not isinstance(module, UNSWAPPABLE)
     )
 
 
-def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
+def own_weights(module: nn.Module, asking: ObservedProducts) -> dict[str, int]:
     """Return the parameters of its own that a module multiplies by: name -> the summed dimension, -1 or -2.
 
     A parameter must have two dimensions or more and be used in one way only, and the name of the layer that is added
@@ -200,7 +200,7 @@ def own_weights(module: nn.Module, asking: Asking) -> dict[str, int]:
     return {name: dim for name, dims in alone.items() for dim in dims if dim is not None}
 
 
-def _is_attention(asked: Sequence[Asked]) -> bool:
+def _is_attention(asked: Sequence[ObservedProduct]) -> bool:
     if [a.func for a in asked] == [ATTENTION]:
         return True
     if len(asked) != len(PRODUCTS) or any(a.func is ATTENTION for a in asked):
@@ -249,7 +249,7 @@ class _Frame:
     """One call of a module that is in progress."""
 
     module: nn.Module
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[ObservedProduct] = field(default_factory=list)
     others: int = 0
     """number of products that do not belong to the calls in `asked`"""
 
@@ -262,7 +262,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, kept: set[int]) -> None:
         super().__init__()
-        self.asking = Asking()
+        self.asking = ObservedProducts()
         self.products = Products(self._counted)
         self._kept = kept
         self._open: list[_Frame] = []
@@ -320,7 +320,7 @@ class _Watch(TorchFunctionMode):
             self._follow(func, args, kwargs, out)
             self._note_uses(frame, args[:1], moved=True)
             return False
-        call = taken_apart(func, args, kwargs)
+        call = parse_call(func, args, kwargs)
         attention = func is ATTENTION or func is F.multi_head_attention_forward
         if not _is_of_its_kind(func) and any(isinstance(t, Tensor) for t in parts(out)):
             self._note_uses(frame, (args, kwargs), factors=() if call is None else call[:2])
@@ -328,7 +328,7 @@ class _Watch(TorchFunctionMode):
             self._note_uses(frame, (args, kwargs))
             return False
         if attention:
-            frame.asked.append(Asked(func, 0, torch.Size(), 0, True))
+            frame.asked.append(ObservedProduct(func, 0, torch.Size(), 0, True))
         elif call is not None:
             made = self._made_of(call.left), self._made_of(call.right)
             computed = [
@@ -337,7 +337,7 @@ class _Watch(TorchFunctionMode):
             ]
             self._note_weight(frame.module, func, args, kwargs)
             sizes = call.left.numel(), call.right.shape, out.numel()
-            frame.asked.append(Asked(func, *sizes, all(computed), *self._own(call, made, computed)))
+            frame.asked.append(ObservedProduct(func, *sizes, all(computed), *self._own(call, made, computed)))
         return attention or call is not None
 
     def _note_weight(self, module: nn.Module, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ def shuffled(n: int, seed: int) -> Tensor:
 
 
 @contextmanager
-def drawing(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global CPU generator within the context; restore its state afterwards."""
     chance = torch.default_generator  # used directly: torch.manual_seed would check every kind of device for each image
     before = chance.get_state()
