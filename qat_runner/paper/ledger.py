@@ -66,8 +66,8 @@ def _counts(found: Findings, cells: Cells) -> str:
     of_cells = Counter(cell.verdict for some in cells.values() for cell in some)
     return (
         f"{len(found)} claims. {runs.total()} are judged by these runs: {_describe(runs)}. {own.total()} were examined "
-        f"by the project itself, independently of these runs: {_describe(own)}. {of_cells.total()} lines are about cells, "
-        f"judged by these runs: {_describe(of_cells)}."
+        f"by the project itself, independently of these runs: {_describe(own)}. {of_cells.total()} lines are about "
+        f"cells, judged by these runs: {_describe(of_cells)}."
     )
 
 

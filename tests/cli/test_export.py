@@ -128,7 +128,7 @@ def test_rules_are_compared(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert command.main(["frozen", "--compare"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "static"
     assert export("dynamic", "--compare") == 2
-    assert "--compare: writes nothing, so --out" in capsys.readouterr().err
+    assert "--compare: cannot be combined with --out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     exact = exporting.compare_rules(Path("dynamic"), ["running"])
     assert exact["dynamic"].accuracy == json.loads(Path("dynamic/summary.json").read_text())["top1"]

@@ -349,12 +349,12 @@ def _written(annotation: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("a" * 300, "at most 4000 bytes, 255 between two slashes"),
-        ("a/" * 2500, "at most 4000 bytes, 255 between two slashes"),
-        ("'" + "ü" * 200 + "'", "255 between two slashes"),
-        ("'a\nb'", "without line breaks and other control characters"),
-        ("'a\0b'", "without line breaks and other control characters"),
-        ("'a\x1b[31mb'", "without line breaks and other control characters"),
+        ("a" * 300, "at most 4000 bytes, with at most 255 bytes between two slashes"),
+        ("a/" * 2500, "at most 4000 bytes, with at most 255 bytes between two slashes"),
+        ("'" + "ü" * 200 + "'", "255 bytes between two slashes"),
+        ("'a\nb'", "without line breaks or other control characters"),
+        ("'a\0b'", "without line breaks or other control characters"),
+        ("'a\x1b[31mb'", "without line breaks or other control characters"),
     ],
     ids=["long", "deep", "long in UTF-8", "line break", "NUL", "escape"],
 )

@@ -126,7 +126,7 @@ def test_a_part_of_a_file(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     losses = [json.loads(Path(folder, "summary.json").read_text())["loss"] for folder in ("raw", "ema")]
     assert losses[0] != losses[1]
     for args, message in (
-        ((*evaluate, "weights_part=emma"), "weights=w.pt: has no part emma; there are model, model_ema"),
+        ((*evaluate, "weights_part=emma"), "weights=w.pt: has no part emma; the parts are model, model_ema"),
         (("weights_part=ema",), "weights_part=ema: applies only to a file, not to weights=null"),
         (
             ("mode=ptq", "weights=baseline", "weights_part=ema"),
