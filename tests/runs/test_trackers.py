@@ -65,21 +65,21 @@ def test_weights_and_biases_offline(
     assert before == after and not [record for record in caplog.records if record.name != "wandb"]
     sittings = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{after['wandb']}"))
     written = b"".join(file.read_bytes() for sitting in sittings for file in sitting.glob("*.wandb"))
-    for message in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet8", b"a_run"):
-        assert message in written
+    for content in (b"val/top1", b"layers_sqnr_db/conv.weight", b"clipping_scalars/conv.weight", b"resnet8", b"a_run"):
+        assert content in written
     assert b"a_host_of_mine" not in written and wandb.run is None
 
 
 class Remembering(Tracker):
     """Records what it receives."""
 
-    message: list[Any] = []  # noqa: RUF012
+    received: list[Any] = []  # noqa: RUF012
 
     def epoch(self, number: int, figures: Mapping[str, float]) -> None:
-        self.text.append((number, dict(figures)))
+        self.received.append((number, dict(figures)))
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
-        self.text.append(result)
+        self.received.append(result)
 
 
 class Broken(Tracker):
@@ -112,7 +112,7 @@ def ours() -> Iterator[None]:
         "absent": Absent,
     }
     TRACKERS.update(kinds)
-    Remembering.text.clear()
+    Remembering.received.clear()
     yield
     for name in kinds:
         del TRACKERS[name]
@@ -125,7 +125,7 @@ def test_several_at_once_of_which_one_breaks(
     assert main([*SMALL, "trackers=[broken,remembering]", "run_dir=run"]) == 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"tracker broken: gave up (ConnectionError: the network is down, {__file__}:" in log
-    (number, figures), result = Remembering.text
+    (number, figures), result = Remembering.received
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert number == 1 and figures["val/top1"] == summary["top1"] and result["top1"] == summary["top1"]
     assert not (tmp_path / "run" / "tensorboard").exists()
