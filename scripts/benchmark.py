@@ -21,7 +21,7 @@ show medians and, as the spread, the distance between the quartiles. Parts:
     gpu        only on request, ten minutes on a CUDA device: the bandwidth of each kernel; training steps, eager, as
                CUDA graphs and with torch.compile, with kernel launches, host waits and peak memory. These do not take
                turns, so that each measurement has the device and its memory for itself
-    pictures   CPU time of decoding and augmenting JPEGs in every layout, compared with the loaders of torchvision and
+    images   CPU time of decoding and augmenting JPEGs in every layout, compared with the loaders of torchvision and
                timm
 """
 
@@ -44,7 +44,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from benchmark_gpu import NETWORKS, WAYS, gpu
-from benchmark_pictures import pictures
+from benchmark_images import images
 from contests import GRIDS, LEARNED, MODES, Contest, make_step, most_allocated, take_turns
 from tabulate import tabulate
 from torch import Tensor
@@ -296,7 +296,7 @@ def startup(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
 
 
 PARTS = {
-    each.__name__: each for each in (solver, growth, select, step, grids, learned, processes, memory, startup, pictures)
+    each.__name__: each for each in (solver, growth, select, step, grids, learned, processes, memory, startup, images)
 }
 
 

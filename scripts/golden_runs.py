@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PICTURES = (
+IMAGES = (
     *("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=16"),
     *("epochs=2", "dataset.val_batch_size=32", "clipping.calibration_batches=2"),
 )
@@ -36,30 +36,30 @@ TEXT = (
 )
 EAGER = "backend=eager"
 WEIGHTS = "weights=full_precision.pt"
-RETRAIN = (*PICTURES, "mode=retrain", WEIGHTS, "recipe=cifar10")
+RETRAIN = (*IMAGES, "mode=retrain", WEIGHTS, "recipe=cifar10")
 
 RUNS: Mapping[str, Sequence[str]] = {
-    "full_precision": (*PICTURES, "bits=32"),
-    "octav": (*PICTURES, EAGER),
-    "octav_compiled": (*PICTURES, "clipping.warm_iterations=4"),
-    "max_ste": (*PICTURES, EAGER, "clipping=max", "gradient=ste", "bits=3"),
-    "percentile_pwl": (*PICTURES, EAGER, "clipping=percentile", "clipping.q=99.9", "gradient=pwl", "bits=5"),
-    "mse_sweep_mad": (*PICTURES, EAGER, "clipping=mse_sweep", "clipping.points=20", "gradient=mad"),
+    "full_precision": (*IMAGES, "bits=32"),
+    "octav": (*IMAGES, EAGER),
+    "octav_compiled": (*IMAGES, "clipping.warm_iterations=4"),
+    "max_ste": (*IMAGES, EAGER, "clipping=max", "gradient=ste", "bits=3"),
+    "percentile_pwl": (*IMAGES, EAGER, "clipping=percentile", "clipping.q=99.9", "gradient=pwl", "bits=5"),
+    "mse_sweep_mad": (*IMAGES, EAGER, "clipping=mse_sweep", "clipping.points=20", "gradient=mad"),
     "static_octav": (*RETRAIN, EAGER, "clipping=static_octav", "weight_bits=4", "activation_bits=8"),
     "static_max": (*RETRAIN, EAGER, "clipping=static_max", "conv_granularity=tensor", "linear_granularity=channel"),
     "static_percentile": (*RETRAIN, "clipping=static_percentile", "first_last_bits=4"),
     "static_mse_sweep": (*RETRAIN, "clipping=static_mse_sweep"),
     "lsq": (*RETRAIN, EAGER, "clipping=lsq", "bits=3"),
     "lsq_compiled": (*RETRAIN, "clipping=lsq", "bits=2"),
-    "pact": (*PICTURES, EAGER, "clipping=pact", "clipping.alpha=8"),
-    "running": (*PICTURES, EAGER, "clipping.eval_mode=running", "model=mobilenet_v2", "model.width=0.5"),
-    "frozen": (*PICTURES, EAGER, "recipe.freeze_scalars_at=1"),
-    "accumulate": (*PICTURES, EAGER, "accumulate=4", "log_excess_mse=true"),
-    "resumed": (*PICTURES, EAGER, "epochs=6", "seed=3"),
-    "ptq": (*PICTURES, EAGER, "mode=ptq", WEIGHTS, "quantize_head=false"),
+    "pact": (*IMAGES, EAGER, "clipping=pact", "clipping.alpha=8"),
+    "running": (*IMAGES, EAGER, "clipping.eval_mode=running", "model=mobilenet_v2", "model.width=0.5"),
+    "frozen": (*IMAGES, EAGER, "recipe.freeze_scalars_at=1"),
+    "accumulate": (*IMAGES, EAGER, "accumulate=4", "log_excess_mse=true"),
+    "resumed": (*IMAGES, EAGER, "epochs=6", "seed=3"),
+    "ptq": (*IMAGES, EAGER, "mode=ptq", WEIGHTS, "quantize_head=false"),
     "retrain": (*RETRAIN, EAGER, "recipe.distill=full_precision"),
-    "evaluate": (*PICTURES, EAGER, "mode=evaluate", "weights=octav.pt"),
-    "two_processes": (*PICTURES, EAGER, "clipping.sync=true"),
+    "evaluate": (*IMAGES, EAGER, "mode=evaluate", "weights=octav.pt"),
+    "two_processes": (*IMAGES, EAGER, "clipping.sync=true"),
     "bert": (*TEXT, EAGER),
     "bert_static": (*TEXT, EAGER, "clipping=static_octav", "bits=6"),
 }

@@ -116,7 +116,7 @@ BART = {
     "vocab_size": 50,
     "max_position_embeddings": 32,
 }
-PICTURES = {**TEXT, "image_size": 32, "patch_size": 8}
+IMAGES = {**TEXT, "image_size": 32, "patch_size": 8}
 
 TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(
@@ -172,14 +172,14 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "T5Model": ("both", T5),
     "BartModel": ("both", BART),
     "MarianModel": ("both", BART),
-    **dict.fromkeys(("ViTModel", "DeiTModel", "BeitModel", "CLIPVisionModel"), ("pictures", PICTURES)),
-    **dict.fromkeys(("SiglipVisionModel", "Dinov2Model"), ("pictures", PICTURES)),
+    **dict.fromkeys(("ViTModel", "DeiTModel", "BeitModel", "CLIPVisionModel"), ("images", IMAGES)),
+    **dict.fromkeys(("SiglipVisionModel", "Dinov2Model"), ("images", IMAGES)),
     "SwinModel": (
-        "pictures",
+        "images",
         {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
     ),
-    "ConvNextModel": ("pictures", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
-    "SegformerModel": ("pictures", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
+    "ConvNextModel": ("images", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
+    "SegformerModel": ("images", {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}),
     "WhisperEncoder": ("spectrum", {**BART, "num_mel_bins": 8, "max_source_positions": 16}),
     "Wav2Vec2Model": (
         "sound",
@@ -197,7 +197,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 INPUTS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "tokens": lambda: (torch.randint(2, 50, (2, 8)),),
     "both": lambda: (torch.randint(2, 50, (2, 8)), torch.ones(2, 8, dtype=torch.int64), torch.randint(2, 50, (2, 6))),
-    "pictures": lambda: (torch.randn(2, 3, 32, 32),),
+    "images": lambda: (torch.randn(2, 3, 32, 32),),
     "spectrum": lambda: (torch.randn(2, 8, 32),),
     "sound": lambda: (torch.randn(2, 400),),
 }

@@ -90,7 +90,7 @@ class TaskFacts:
         return Measure(self.metric, self.unit, self.lower_is_better)
 
 
-PICTURE_KEYS = frozenset(
+IMAGE_KEYS = frozenset(
     (
         *(
             "model.stem",
@@ -121,7 +121,7 @@ FACTS: Registry[TaskFacts] = Registry(
         "classification": TaskFacts(
             metric="top1",
             modes=("scratch", "retrain", "long_retrain"),
-            own_keys=PICTURE_KEYS,
+            own_keys=IMAGE_KEYS,
             calibration_batches=5,
             calibration_batch_size=64,
             first_last_bits=8,

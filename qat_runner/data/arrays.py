@@ -18,12 +18,12 @@ CHANNELS = (1, 3)
 """allowed numbers of channels of an image"""
 
 
-def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[Labelled, tuple[str, ...]]:
+def labelled(name: str, images: NDArray[Any], labels: NDArray[Any]) -> tuple[Labelled, tuple[str, ...]]:
     """Convert images and their labels to the common format `Labelled`.
 
     Args:
         name: name of the split, for messages.
-        pictures: images [N, H, H, C], [N, C, H, H] or [N, H, H] with C of 1 or 3; values as `as_bytes` takes them.
+        images: images [N, H, H, C], [N, C, H, H] or [N, H, H] with C of 1 or 3; values as `as_bytes` takes them.
         labels: [N] or [N, 1], class indices from 0, as whole numbers of any type.
 
     Returns:
@@ -33,7 +33,7 @@ def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[L
         ValueError: shapes or values are not allowed, or a shape is ambiguous.
     """
     try:
-        values = as_bytes(_channels_first(pictures))
+        values = as_bytes(_channels_first(images))
     except ValueError as error:
         raise ValueError(f"the images of {name}: {error}") from None
     try:
@@ -43,38 +43,38 @@ def labelled(name: str, pictures: NDArray[Any], labels: NDArray[Any]) -> tuple[L
     if len(values) != len(classes):
         raise ValueError(f"{name} has {len(values)} images, but {len(classes)} labels")
     notes = []
-    if pictures.dtype != np.uint8:
-        scale = "0..1" if pictures.dtype.kind == "f" and pictures.max() <= 1 else "0..255"
-        notes.append(f"{name}: {pictures.dtype} images are interpreted as {scale}")
-    if pictures.ndim == 4 and values.shape == pictures.shape:
-        notes.append(f"{name}: images {list(pictures.shape)} are interpreted as [N, C, H, W]")
+    if images.dtype != np.uint8:
+        scale = "0..1" if images.dtype.kind == "f" and images.max() <= 1 else "0..255"
+        notes.append(f"{name}: {images.dtype} images are interpreted as {scale}")
+    if images.ndim == 4 and values.shape == images.shape:
+        notes.append(f"{name}: images {list(images.shape)} are interpreted as [N, C, H, W]")
     return (torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(classes)), tuple(notes)
 
 
-def _channels_first(pictures: NDArray[Any]) -> NDArray[Any]:
+def _channels_first(images: NDArray[Any]) -> NDArray[Any]:
     """Return a view of the images, [N, C, H, H].
 
     Raises:
         ValueError: the array does not contain numbers, or its shape is not allowed.
     """
-    if pictures.dtype.kind not in "iuf":
-        raise ValueError(f"type is {pictures.dtype}; must be numbers")
-    shape, allowed = list(pictures.shape), "must be [N, H, H, C], [N, C, H, H] or [N, H, H] with C of 1 or 3"
+    if images.dtype.kind not in "iuf":
+        raise ValueError(f"type is {images.dtype}; must be numbers")
+    shape, allowed = list(images.shape), "must be [N, H, H, C], [N, C, H, H] or [N, H, H] with C of 1 or 3"
     if 0 in shape:
         raise ValueError(f"shape is {shape}; must not be empty")
-    if pictures.ndim == 3:
-        pictures = pictures[:, None]
-    if pictures.ndim != 4:
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4:
         raise ValueError(f"shape is {shape}; {allowed}")
-    first, last = pictures.shape[1] in CHANNELS, pictures.shape[3] in CHANNELS
+    first, last = images.shape[1] in CHANNELS, images.shape[3] in CHANNELS
     if first and last and len(shape) == 4:
         raise ValueError(f"shape is {shape}, which is ambiguous: the channels may be first or last")
     if not first:
-        pictures = pictures.transpose(0, 3, 1, 2)
-    _, channels, height, width = pictures.shape
+        images = images.transpose(0, 3, 1, 2)
+    _, channels, height, width = images.shape
     if channels not in CHANNELS or height != width:
         raise ValueError(f"shape is {shape}; {allowed}")
-    return pictures
+    return images
 
 
 def _class_numbers(labels: NDArray[Any]) -> NDArray[np.int64]:

@@ -38,7 +38,7 @@ ORIENTATION = 274
 """EXIF tag of the orientation"""
 
 
-def decode_picture(content: bytes) -> Image.Image:
+def decode_image(content: bytes) -> Image.Image:
     """Decode the content of a file to an image of mode RGB.
 
     Raises:
@@ -48,15 +48,15 @@ def decode_picture(content: bytes) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF data and the like, which affect no pixel
-        picture = Image.open(io.BytesIO(content), formats=FORMATS)
-        picture.load()
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image.load()
         with suppress(Exception):  # the EXIF data may be invalid; the pixels are decoded already
-            ImageOps.exif_transpose(picture, in_place=True)
-        return _in_colour(picture)
+            ImageOps.exif_transpose(image, in_place=True)
+        return _in_colour(image)
 
 
 def decode_pixels(content: bytes) -> Tensor:
-    """Decode the content of a file to the same pixels as `decode_picture`, but faster where torchvision can decode it.
+    """Decode the content of a file to the same pixels as `decode_image`, but faster where torchvision can decode it.
 
     torchvision decodes upright greyscale or colour JPEGs. Both libraries use libjpeg, and give the same bytes where
     they are built with the same kind of it, as in the published wheels.
@@ -65,22 +65,22 @@ def decode_pixels(content: bytes) -> Tensor:
         [3, H, W], uint8; the three channels of a pixel are adjacent in memory.
 
     Raises:
-        OSError, ValueError, Image.DecompressionBombError: as `decode_picture`.
+        OSError, ValueError, Image.DecompressionBombError: as `decode_image`.
     """
     if plain_jpeg(content):
         with suppress(RuntimeError):  # the file is damaged: Pillow reports what is wrong
             return jpeg_pixels([as_tensor(content)], torch.device("cpu"))[0]
-    return torch.from_numpy(np.array(decode_picture(content))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode_image(content))).permute(2, 0, 1)
 
 
 def plain_jpeg(content: bytes) -> bool:
     """Return whether the content, by its header, is a JPEG that torchvision decodes to the same pixels as Pillow."""
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = Image.open(io.BytesIO(content), formats=("JPEG",))  # raises for decompression bombs
-        says = {"exif", "xmp"} & picture.info.keys()  # either may contain an orientation
-        upright = not says or picture.getexif().get(ORIENTATION, 1) == 1
-        return picture.format == "JPEG" and picture.mode in ("L", "RGB") and upright
+        image = Image.open(io.BytesIO(content), formats=("JPEG",))  # raises for decompression bombs
+        says = {"exif", "xmp"} & image.info.keys()  # either may contain an orientation
+        upright = not says or image.getexif().get(ORIENTATION, 1) == 1
+        return image.format == "JPEG" and image.mode in ("L", "RGB") and upright
     return False
 
 
@@ -101,8 +101,8 @@ def jpeg_pixels(jpegs: list[Tensor], device: torch.device) -> list[Tensor]:
     if aside is not None:
         training = torch.cuda.current_stream(device)
         training.wait_stream(aside)
-        for picture in pixels:
-            picture.record_stream(training)
+        for image in pixels:
+            image.record_stream(training)
     return pixels
 
 
@@ -117,16 +117,16 @@ def as_tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _in_colour(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith(("I", "F")):
-        picture = _deep_grey(picture)
-    elif picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _in_colour(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _deep_grey(image)
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _deep_grey(picture: Image.Image) -> Image.Image:
+def _deep_grey(image: Image.Image) -> Image.Image:
     """Convert a greyscale image of 12, 16 or 32 bits or floats to bytes; a transparent grey value becomes white.
 
     Values of 12 and 16 bits are scaled from the whole range of their type. Values of 32 bits do not use the whole range
@@ -135,17 +135,17 @@ def _deep_grey(picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: the values are in another range.
     """
-    values = np.asarray(picture)
-    tags = getattr(picture, "tag_v2", {})
-    if picture.mode.startswith("I;16"):
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
         bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-    elif picture.mode == "I" and (picture.format == "PPM" or (values.min() >= 0 and 255 < values.max() <= 65535)):
+    elif image.mode == "I" and (image.format == "PPM" or (values.min() >= 0 and 255 < values.max() <= 65535)):
         bits = 16  # Pillow scales the values of PGM files to 16 bits
     else:
         bits = 0
     greys = np.rint(values * (255 / (2**bits - 1))).astype(np.uint8) if bits else as_bytes(values)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow handles this only for images of 8 bits
         greys = 255 - greys
-    if isinstance(transparent := picture.info.get("transparency"), int):
+    if isinstance(transparent := image.info.get("transparency"), int):
         greys = np.where(values == transparent, 255, greys).astype(np.uint8)
     return Image.fromarray(greys)

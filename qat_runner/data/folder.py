@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qat_runner.data.batches import Shard
-from qat_runner.data.decoding import decode_picture, decode_pixels
+from qat_runner.data.decoding import decode_image, decode_pixels
 from qat_runner.data.images import Labelled
-from qat_runner.data.layouts import read_pictures
+from qat_runner.data.layouts import read_images
 from qat_runner.data.seeding import epoch_seed, shuffled
 from qat_runner.data.splits import Decoded, OnDevice, Split, TransientReadError
 from qat_runner.data.workers import Order, Workers
@@ -27,16 +27,16 @@ LONGEST = 16
 log = logging.getLogger("qat_runner")
 
 
-def _within_reach(picture: Any) -> Any:
+def _within_reach(image: Any) -> Any:
     """Return the image, or the center of a very long one.
 
     A very long image that is resized by its shorter side might not fit in memory.
     """
     from torchvision.transforms.v2 import functional
 
-    sides = functional.get_size(picture)
+    sides = functional.get_size(image)
     longest = LONGEST * min(sides)
-    return picture if max(sides) <= longest else functional.center_crop(picture, [min(side, longest) for side in sides])
+    return image if max(sides) <= longest else functional.center_crop(image, [min(side, longest) for side in sides])
 
 
 class FolderSource:
@@ -71,28 +71,28 @@ class FolderSource:
         from torchvision.transforms import v2  # deferred: the import takes a second
 
         between = v2.InterpolationMode(interpolation)  # antialias is the default of the published recipes
-        decode, last = (decode_pixels, []) if resizing == "tensor" else (decode_picture, [v2.PILToTensor()])
+        decode, last = (decode_pixels, []) if resizing == "tensor" else (decode_image, [v2.PILToTensor()])
         crop = v2.Compose([v2.RandomResizedCrop(image_size, interpolation=between), v2.RandomHorizontalFlip(), *last])
         resize = v2.Resize(resize_size or round(image_size * RESIZE_RATIO), between)
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
-        stored = read_pictures(folder)
+        stored = read_images(folder)
         self.classes = stored.classes
         text = [f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over]
         self.notes = (*filter(None, [stored.note]), *text)
         self.train_size, self.val_size = (len(stored.splits[split].labels) for split in ("train", "val"))
 
         self._most = workers
-        self._pictures = {
+        self._images = {
             split: Decoded(stored.splits[split], decode, transform, image_size)
             for split, transform in (("train", crop), ("val", center))
         }
-        self._splits: dict[str, Split] = {split: Workers(which, workers) for split, which in self._pictures.items()}
+        self._splits: dict[str, Split] = {split: Workers(which, workers) for split, which in self._images.items()}
         self.corrupt: set[str] | None = set() if skip_corrupt else None
         """for each image that was left out, a message that says why"""
 
     def decode_on(self, device: torch.device) -> None:
         """Decode JPEGs and resize all images on a device; workers only read files. Requires resizing="tensor"."""
-        self._splits = {split: OnDevice(which, self._most, device) for split, which in self._pictures.items()}
+        self._splits = {split: OnDevice(which, self._most, device) for split, which in self._images.items()}
 
     def train(self, batch_size: int, seed: int, epoch: int, batches: range, shard: Shard) -> Iterator[Labelled]:
         chance = epoch_seed(seed, epoch)
@@ -115,19 +115,19 @@ class FolderSource:
     def _batches(self, split: str, order: Order, all_of_it: bool = False) -> Iterator[Labelled]:
         decoded, trouble = False, ""
         for items, labels, troubles in self._splits[split].batches(order):
-            pictures = items.permute(0, 3, 1, 2)
+            images = items.permute(0, 3, 1, 2)
             if any(troubles):
-                pictures, labels = self._decoded(pictures, labels, troubles)
+                images, labels = self._decoded(images, labels, troubles)
                 trouble = max(troubles)
             if len(labels):
                 decoded = True
-                yield pictures, labels
+                yield images, labels
             elif split == "train":  # each process must contribute to each step
                 raise RunError(f"none of the {len(troubles)} images of a batch can be decoded; {trouble}")
         if trouble and not decoded and all_of_it:
             raise RunError(f"no image of {split} can be decoded; {trouble}")
 
-    def _decoded(self, pictures: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
+    def _decoded(self, images: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """Return the images of a batch that could be decoded (possibly none), and log the others."""
         text = sorted(set(filter(None, troubles)))
         if unread := [trouble for trouble in text if isinstance(trouble, TransientReadError)]:
@@ -139,4 +139,4 @@ class FolderSource:
                 log.warning(f"{trouble}: left out")
         self.corrupt.update(text)
         good = [i for i, trouble in enumerate(troubles) if not trouble]
-        return pictures[good], labels[good]
+        return images[good], labels[good]

@@ -28,7 +28,7 @@ MD5 = {
 }
 """The official files and their MD5 sums."""
 
-PICTURES = {"train": 1_281_167, "val": 50_000}
+IMAGES = {"train": 1_281_167, "val": 50_000}
 FIRST_CLASS, LAST_CLASS = "n01440764", "n15075141"
 """Tench and toilet tissue: classes 0 and 999."""
 
@@ -45,7 +45,7 @@ def prepare_imagenet(folder: Path) -> None:
     _unpack_val(folder / "ILSVRC2012_img_val.tar", folder / "val", wnid_of_val)
     _unpack_train(folder / "ILSVRC2012_img_train.tar", folder / "train")
     check_order(class_folders(folder / "train"), classes)
-    for split, wanted in PICTURES.items():
+    for split, wanted in IMAGES.items():
         found = sum(1 for _ in (folder / split).glob("*/*.JPEG"))
         if found != wanted:
             raise ValueError(f"{folder / split} contains {found} images; must be {wanted}")
@@ -99,16 +99,16 @@ def _unpack_val(archive: Path, folder: Path, wnids: Sequence[str]) -> None:
         if len(members) != len(wnids):
             raise ValueError(f"{archive} contains {len(members)} images, but the devkit lists {len(wnids)}")
         for member, wnid in tqdm(list(zip(members, wnids, strict=True)), desc="val"):
-            picture = folder / wnid / Path(member.name).name
-            if picture.is_file():
+            image = folder / wnid / Path(member.name).name
+            if image.is_file():
                 continue
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            part = picture.with_suffix(".part")
+            image.parent.mkdir(parents=True, exist_ok=True)
+            part = image.with_suffix(".part")
             source = tar.extractfile(member)
             assert source is not None
             with open(part, "wb") as file:
                 shutil.copyfileobj(source, file)
-            part.rename(picture)  # atomic: the file is complete or absent
+            part.rename(image)  # atomic: the file is complete or absent
 
 
 def _unpack_train(archive: Path, folder: Path) -> None:
@@ -121,8 +121,8 @@ def _unpack_train(archive: Path, folder: Path) -> None:
                 continue
             part = folder.parent / f"{target.name}.part"
             shutil.rmtree(part, ignore_errors=True)
-            with tarfile.open(fileobj=tar.extractfile(member)) as pictures:
-                pictures.extractall(part, filter="data")  # no member can be written outside the folder
+            with tarfile.open(fileobj=tar.extractfile(member)) as images:
+                images.extractall(part, filter="data")  # no member can be written outside the folder
             part.rename(target)
 
 

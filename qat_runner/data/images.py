@@ -98,18 +98,18 @@ class ImageData:
         return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
     def _normalize(self, labelled: Labelled) -> Batch:
-        pictures, labels = labelled
-        pictures = to_device(pictures, self.device).float()
-        if pictures.shape[1] == 1:
-            pictures = pictures.expand(-1, 3, -1, -1)
-        if pictures.shape[-1] != self.image_size:
+        images, labels = labelled
+        images = to_device(images, self.device).float()
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[-1] != self.image_size:
             smooth = {} if self.interpolation == "nearest" else {"align_corners": False}
-            pictures = F.interpolate(pictures, size=self.image_size, mode=self.interpolation, **smooth).clamp_(0, 255)
+            images = F.interpolate(images, size=self.image_size, mode=self.interpolation, **smooth).clamp_(0, 255)
         mean, std = self._bytes_normalized
-        pictures = (pictures - mean).div_(std)
+        images = (images - mean).div_(std)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        pictures = pictures.to(memory_format=layout)
-        return Batch((pictures,), to_device(labels, self.device))
+        images = images.to(memory_format=layout)
+        return Batch((images,), to_device(labels, self.device))
 
 
 @dataclass
@@ -127,10 +127,10 @@ class MemorySource:
     corrupt: set[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        for pictures, labels in (self.training, self.validation):
-            if not len(pictures) == len(labels) > 0:
-                raise ValueError(f"{len(pictures)} images and {len(labels)} labels: must be equally many, at least one")
-        sizes = [tuple(pictures.shape[2:]) for pictures, _ in (self.training, self.validation)]
+        for images, labels in (self.training, self.validation):
+            if not len(images) == len(labels) > 0:
+                raise ValueError(f"{len(images)} images and {len(labels)} labels: must be equally many, at least one")
+        sizes = [tuple(images.shape[2:]) for images, _ in (self.training, self.validation)]
         if len({side for size in sizes for side in size}) > 1:
             raise ValueError(f"train has images of {sizes[0]} pixels, val of {sizes[1]}: must be squares of one size")
         self.train_size, self.val_size = len(self.training[1]), len(self.validation[1])
@@ -140,30 +140,30 @@ class MemorySource:
         order = shuffled(self.train_size, chance)
         for batch in batches:
             chosen = order[batch * batch_size : (batch + 1) * batch_size]
-            pictures, labels = (t[chosen] for t in self.training)
+            images, labels = (t[chosen] for t in self.training)
             # The whole batch is augmented, so that an image's augmentation does not depend on the number of processes.
-            pictures = augment(pictures, self.augmentation, torch.Generator().manual_seed(epoch_seed(chance, batch)))
-            yield shard.samples(pictures), shard.samples(labels)
+            images = augment(images, self.augmentation, torch.Generator().manual_seed(epoch_seed(chance, batch)))
+            yield shard.samples(images), shard.samples(labels)
 
     def val(self, batch_size: int, batches: range, shard: Shard) -> Iterator[Labelled]:
-        pictures, labels = (torch.split(t, batch_size) for t in self.validation)
-        return ((pictures[batch], labels[batch]) for batch in batches if shard.owns(batch))
+        images, labels = (torch.split(t, batch_size) for t in self.validation)
+        return ((images[batch], labels[batch]) for batch in batches if shard.owns(batch))
 
 
-def shrink(pictures: Tensor, size: int) -> Tensor:
+def shrink(images: Tensor, size: int) -> Tensor:
     """Downsample images uint8 [N, C, H, H] to [N, C, size, size] by averaging; size must divide H."""
-    factor = pictures.shape[2] // size
+    factor = images.shape[2] // size
     if factor == 1:
-        return pictures
-    parts = [F.avg_pool2d(part.float(), factor).round_().to(torch.uint8) for part in pictures.split(4096)]
+        return images
+    parts = [F.avg_pool2d(part.float(), factor).round_().to(torch.uint8) for part in images.split(4096)]
     return torch.cat(parts)
 
 
-def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
     """Augment each image of a batch independently.
 
     Args:
-        pictures: [N, C, H, W], any dtype.
+        images: [N, C, H, W], any dtype.
         how: one of AUGMENTATIONS.
         generator: source of the random numbers.
 
@@ -171,13 +171,13 @@ def augment(pictures: Tensor, how: str, generator: torch.Generator) -> Tensor:
         The same shape and dtype.
     """
     if how == "none":
-        return pictures
-    n, _, height, width = pictures.shape
+        return images
+    n, _, height, width = images.shape
     if how == "crop_flip":
         mirrored = torch.rand(n, generator=generator) < 0.5
-        pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(3), pictures)
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     margin = max(height // 8, 1)
-    padded = F.pad(pictures, (margin,) * 4)
+    padded = F.pad(images, (margin,) * 4)
     top, left = torch.randint(0, 2 * margin + 1, (2, n, 1), generator=generator)
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     picked = padded[torch.arange(n).view(-1, 1, 1), :, rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qat_runner.data.listing import class_folders, list_pictures, printable
+from qat_runner.data.listing import class_folders, list_images, printable
 from qat_runner.data.parquet import as_shards
 from qat_runner.data.shards import read_shards
 
@@ -29,7 +29,7 @@ CONTENT = (
 CLASS_FOLDERS, TAR_SHARDS, PARQUET_FILES = "class folders", "tar shards", "parquet files"
 
 
-class Pictures(Protocol):
+class Images(Protocol):
     """The images of one split, ordered by class, then by name.
 
     The order is the same in all layouts, except for class folders that contain folders, which are read one after
@@ -60,11 +60,11 @@ class Stored:
     """Both splits, train and val, of a data set; each has images of every class."""
 
     classes: list[str]
-    splits: Mapping[str, Pictures]
+    splits: Mapping[str, Images]
     note: str = ""
 
 
-def read_pictures(folder: Path) -> Stored:
+def read_images(folder: Path) -> Stored:
     """Find the images of a folder in any of the layouts.
 
     Raises:
@@ -144,7 +144,7 @@ def _files_of(folder: Path, suffix: str, words: Sequence[str]) -> Iterator[Path]
 
 
 def _read_class_folders(folder: Path) -> Stored:
-    listings = {split: list_pictures(folder / split) for split in SPLITS}
+    listings = {split: list_images(folder / split) for split in SPLITS}
     train, val = (listing.classes for listing in listings.values())
     for name in sorted({*train} ^ {*val}):
         here, there = ("train", "val") if name in train else ("val", "train")
@@ -169,9 +169,9 @@ def _read_parquet_files(folder: Path) -> Stored:
 def _of_shards(files: Mapping[str, Sequence[Path]], names: list[str] | None) -> Stored:
     """Read the shards of both splits. `names` are the names of the classes; None: use their numbers as names."""
     splits = {split: read_shards(paths) for split, paths in files.items()}
-    count = 1 + max(int(pictures.labels.max()) for pictures in splits.values()) if names is None else len(names)
-    for split, pictures in splits.items():
-        found = np.unique(pictures.labels)
+    count = 1 + max(int(images.labels.max()) for images in splits.values()) if names is None else len(names)
+    for split, images in splits.items():
+        found = np.unique(images.labels)
         if found[-1] >= count:
             raise ValueError(f"{split}: an image has class {found[-1]}, but {NAMES[0]} lists classes 0 to {count - 1}")
         for missing in np.setdiff1d(np.arange(count), found):

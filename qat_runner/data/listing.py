@@ -140,7 +140,7 @@ def class_folders(split: Path) -> list[str]:
     return _Reader(split).entries(str(split))[0]
 
 
-def list_pictures(split: Path) -> Listing:
+def list_images(split: Path) -> Listing:
     """List the images in the class folders of a split, including nested folders; links are followed.
 
     Only folders are opened. The kind of each entry is taken from its folder entry, without a system call per file.
@@ -206,7 +206,7 @@ class _Reader:
         return paths.arrays("witnesses") | {"stamps": np.array([*self.stamps.values()], dtype=np.uint64).reshape(-1)}
 
     def listing(self) -> Listing:
-        """List the images; see `list_pictures`."""
+        """List the images; see `list_images`."""
         classes, beside = self.entries(str(self.split))
         self.passed_over.outside = len(beside)
         if not classes:
@@ -221,13 +221,13 @@ class _Reader:
                 labels.append(label)
                 names.append(Ragged.of_bytes([*map(os.fsencode, files)]))
         counts = np.array([len(files) for files in names], dtype=np.int64)
-        by_picture = np.repeat(np.array(labels, dtype=np.int32), counts)
-        empty = np.setdiff1d(np.arange(len(classes)), by_picture)
+        by_image = np.repeat(np.array(labels, dtype=np.int32), counts)
+        empty = np.setdiff1d(np.arange(len(classes)), by_image)
         _check_classes(self.split, [classes[label] for label in empty], self.passed_over)
         return Listing(
             str(self.split),
             classes,
-            by_picture,
+            by_image,
             Ragged.of_bytes([*map(os.fsencode, folders)]),
             np.cumsum([0, *counts], dtype=np.int64),
             Ragged.joined(names),

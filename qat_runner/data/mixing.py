@@ -50,31 +50,31 @@ class Mixing:
             The new batch. Where images are mixed, its targets are float32 [N, num_classes], the shares of the classes.
         """
         with seeded(epoch_seed(epoch_seed(epoch_seed(self._seed, epoch), step), 1)):
-            (pictures,) = batch.inputs
-            for i, (top, left, height, width) in self._erased(pictures):
-                pictures[i, :, top : top + height, left : left + width] = 0
-            return self._mixed(pictures, batch.targets)
+            (images,) = batch.inputs
+            for i, (top, left, height, width) in self._erased(images):
+                images[i, :, top : top + height, left : left + width] = 0
+            return self._mixed(images, batch.targets)
 
-    def _erased(self, pictures: Tensor) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
+    def _erased(self, images: Tensor) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
         """Yield the image indices and the rectangles (top, left, height, width) to erase.
 
         They are drawn for the images of all processes, so they do not depend on the number of processes.
         """
         if self._share == 0:
             return
-        own = self._shard.samples(range(len(pictures) * self._shard.world))
+        own = self._shard.samples(range(len(images) * self._shard.world))
         places = {whole: i for i, whole in enumerate(own)}
-        for whole, chosen in enumerate((torch.rand(len(pictures) * self._shard.world) < self._share).tolist()):
+        for whole, chosen in enumerate((torch.rand(len(images) * self._shard.world) < self._share).tolist()):
             if not chosen:
                 continue
-            found = self._erasing.make_params([pictures[0]])
+            found = self._erasing.make_params([images[0]])
             if found["v"] is not None and whole in places:
                 yield places[whole], (found["i"], found["j"], found["h"], found["w"])
 
-    def _mixed(self, pictures: Tensor, targets: Tensor) -> Batch:
+    def _mixed(self, images: Tensor, targets: Tensor) -> Batch:
         if not self._mixers:
-            return Batch((pictures,), targets)
+            return Batch((images,), targets)
         which = int(torch.randint(len(self._mixers), ()))
-        layout = torch.channels_last if pictures.is_contiguous(memory_format=torch.channels_last) else None
-        pictures, targets = self._mixers[which](pictures, targets)
-        return Batch((pictures.contiguous(memory_format=layout or torch.contiguous_format),), targets)
+        layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else None
+        images, targets = self._mixers[which](images, targets)
+        return Batch((images.contiguous(memory_format=layout or torch.contiguous_format),), targets)

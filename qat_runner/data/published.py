@@ -38,8 +38,8 @@ def read_cifar10(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[
     from torchvision.datasets import CIFAR10  # deferred: the import takes a second
 
     batches = [_read_batch(folder / name, md5) for name, md5 in (CIFAR10.train_list if train else CIFAR10.test_list)]
-    pictures = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
-    return pictures.transpose(0, 2, 3, 1), np.concatenate(
+    images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    return images.transpose(0, 2, 3, 1), np.concatenate(
         [np.asarray(batch["labels"], dtype=np.int64) for batch in batches]
     )
 
@@ -61,8 +61,8 @@ def read_fashion_mnist(folder: Path, train: bool) -> tuple[NDArray[np.uint8], ND
     from torchvision.datasets.mnist import read_image_file, read_label_file  # deferred: the import takes a second
 
     split = "train" if train else "t10k"
-    pictures = _read_idx(folder / f"{split}-images-idx3-ubyte", read_image_file)
-    return pictures, _read_idx(folder / f"{split}-labels-idx1-ubyte", read_label_file)
+    images = _read_idx(folder / f"{split}-images-idx3-ubyte", read_image_file)
+    return images, _read_idx(folder / f"{split}-labels-idx1-ubyte", read_label_file)
 
 
 def _read_idx(path: Path, read: Any) -> NDArray[Any]:

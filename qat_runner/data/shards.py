@@ -185,13 +185,13 @@ def _indexed(paths: Sequence[Path]) -> Shards:
 def _samples(path: Path, shard: int) -> tuple[list[Sample], SkippedFiles]:
     """Return the samples of a shard, and what was skipped."""
     passed_over = SkippedFiles()
-    pictures: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     for member, key, suffix, read in _members(path, passed_over):
         if suffix in SUFFIXES:
-            if key in pictures:
+            if key in images:
                 raise ValueError(f"{printable(str(path))}: two images have the name {printable(key)}")
-            pictures[key] = member
+            images[key] = member
         elif suffix == ".cls":
             labels[key] = _label(path, member.name, read())
         elif suffix == ".json":
@@ -199,15 +199,15 @@ def _samples(path: Path, shard: int) -> tuple[list[Sample], SkippedFiles]:
                 labels.setdefault(key, _label(path, member.name, str(json.loads(read())["label"]).encode()))
         else:
             passed_over.by_suffix[suffix or "no suffix"] += 1
-    if alone := labels.keys() - pictures.keys():
+    if alone := labels.keys() - images.keys():
         passed_over.by_suffix[".cls"] += len(alone)
-    for key, member in pictures.items():
+    for key, member in images.items():
         if key not in labels:
             raise ValueError(
                 f"{printable(str(path))}: {printable(member.name)} has no class: there must be "
                 f'{printable(key)}.cls with its index, or {printable(key)}.json with a "label"'
             )
-    return [(labels[key], m.name, shard, m.offset_data, m.size) for key, m in pictures.items()], passed_over
+    return [(labels[key], m.name, shard, m.offset_data, m.size) for key, m in images.items()], passed_over
 
 
 def _members(path: Path, passed_over: SkippedFiles) -> Iterator[tuple[tarfile.TarInfo, str, str, Callable[[], bytes]]]:

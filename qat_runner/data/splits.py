@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qat_runner.data.decoding import FORMATS, as_tensor, decode_pixels, jpeg_pixels, plain_jpeg
-from qat_runner.data.layouts import Pictures
+from qat_runner.data.layouts import Images
 from qat_runner.data.listing import printable
 from qat_runner.data.seeding import epoch_seed, seeded
 from qat_runner.data.workers import Order, Workers
@@ -52,7 +52,7 @@ class Decoded(Dataset[tuple[Tensor, int, str]]):
         image_size: side length of the transformed images in pixels, S.
     """
 
-    def __init__(self, stored: Pictures, decode: Callable[[bytes], Any], transform: Transform, image_size: int) -> None:
+    def __init__(self, stored: Images, decode: Callable[[bytes], Any], transform: Transform, image_size: int) -> None:
         self.stored = stored
         self.decode = decode
         self.transform = transform
@@ -62,11 +62,11 @@ class Decoded(Dataset[tuple[Tensor, int, str]]):
         _, index = item
         label = int(self.stored.labels[index])
         try:
-            picture = self.decode(self.stored.content(index))
+            image = self.decode(self.stored.content(index))
         except Exception as error:  # a worker's exception would arrive as a traceback; a message is returned instead
             black = torch.zeros(self.image_size, self.image_size, 3, dtype=torch.uint8)
             return black, label, _trouble(self.stored, index, error)
-        return transformed(picture, self.transform, item).permute(1, 2, 0), label, ""
+        return transformed(image, self.transform, item).permute(1, 2, 0), label, ""
 
 
 class Files(Dataset[File]):
@@ -76,7 +76,7 @@ class Files(Dataset[File]):
         stored: the images on disk.
     """
 
-    def __init__(self, stored: Pictures) -> None:
+    def __init__(self, stored: Images) -> None:
         self.stored = stored
 
     def __getitem__(self, item: Any) -> File:
@@ -95,22 +95,22 @@ class OnDevice:
     Images that are not plain JPEGs are decoded on the CPU, in this process.
 
     Args:
-        pictures: the images; their transform takes pixels in the format of `decode_pixels`.
+        images: the images; their transform takes pixels in the format of `decode_pixels`.
         workers: number of reading processes; 0 reads in this process.
         device: the device that decodes.
     """
 
-    def __init__(self, pictures: Decoded, workers: int, device: torch.device) -> None:
-        self.stored, self.transform, self.image_size = pictures.stored, pictures.transform, pictures.image_size
+    def __init__(self, images: Decoded, workers: int, device: torch.device) -> None:
+        self.stored, self.transform, self.image_size = images.stored, images.transform, images.image_size
         self.device = device
-        self._workers = Workers(Files(pictures.stored), workers, collate=list)
+        self._workers = Workers(Files(images.stored), workers, collate=list)
 
     def batches(self, order: Order) -> Iterator[Pixels]:
         for files in self._workers.batches(order):
-            pictures, troubles = zip(*self._pictures(files), strict=True)
-            yield torch.stack(pictures).permute(0, 2, 3, 1), torch.tensor([file[2] for file in files]), troubles
+            images, troubles = zip(*self._images(files), strict=True)
+            yield torch.stack(images).permute(0, 2, 3, 1), torch.tensor([file[2] for file in files]), troubles
 
-    def _pictures(self, files: list[File]) -> Iterator[tuple[Tensor, str]]:
+    def _images(self, files: list[File]) -> Iterator[tuple[Tensor, str]]:
         """Yield each image as a tensor [3, S, S], and its error message."""
         jpegs = iter(self._jpegs([content for content, plain, *_ in files if plain]))
         for content, plain, _, trouble, item in files:
@@ -135,13 +135,13 @@ class OnDevice:
             return [None] if len(jpegs) == 1 else [pixels for jpeg in jpegs for pixels in self._jpegs([jpeg])]
 
 
-def transformed(picture: Any, transform: Transform, item: tuple[int, int]) -> Tensor:
+def transformed(image: Any, transform: Transform, item: tuple[int, int]) -> Tensor:
     """Transform an image with random numbers that depend only on its (seed, index); restore torch's generator."""
     with seeded(epoch_seed(*item)):
-        return transform(picture)
+        return transform(image)
 
 
-def _trouble(stored: Pictures, index: int, error: Exception) -> str:
+def _trouble(stored: Images, index: int, error: Exception) -> str:
     name = printable(stored.name(index))
     elsewhere = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
     if elsewhere or isinstance(error, MemoryError):

@@ -18,7 +18,7 @@ STEMS = ("auto", "imagenet", "small")
 """imagenet: as published. small: the first strides are 1, and no max pooling follows the first convolution. auto: by
 image size."""
 
-SMALL_PICTURE = 64
+SMALL_IMAGE = 64
 """With stem=auto, images with fewer pixels per side get the small stem."""
 
 
@@ -134,7 +134,7 @@ def build_model(
     else:
         if drop_path:
             raise cannot_drop(name)
-        model = MODELS[name](num_classes, stem == "small" or (stem == "auto" and image_size < SMALL_PICTURE), width)
+        model = MODELS[name](num_classes, stem == "small" or (stem == "auto" and image_size < SMALL_IMAGE), width)
     if stride_in == "1x1":
         _stride_in_first(model, name)
     if bn_eps is not None:

@@ -24,7 +24,7 @@ class Classification(Choice[ImageData]):
     networks = MODELS
     mixes = True
     unit = "img"
-    inputs = ("pictures",)
+    inputs = ("images",)
     outputs = ("logits",)
 
     def check(self, config: Config) -> None:
@@ -84,7 +84,7 @@ class Classification(Choice[ImageData]):
 
     def about(self, config: Config, data: ImageData) -> dict[str, Any]:
         return {
-            "picture": {
+            "image": {
                 "shape": ["N", 3, data.image_size, data.image_size],
                 "channels": "red, green, blue; greyscale images have the same values in all three",
                 "normalization": "(value in 0..1 - mean) / std, per channel",

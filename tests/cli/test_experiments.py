@@ -184,8 +184,8 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         for name in names:
             (folder / split / name).mkdir(parents=True)
-            picture = Image.fromarray(chance.integers(0, 255, (40, 40, 3), dtype=np.uint8))
-            picture.save(folder / split / name / f"{name}.JPEG")
+            image = Image.fromarray(chance.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+            image.save(folder / split / name / f"{name}.JPEG")
     return folder
 
 

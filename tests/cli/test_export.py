@@ -76,14 +76,14 @@ def test_all_files_of_a_run(export: Export, tmp_path: Path, capsys: pytest.Captu
     assert "resnet8, 4/4 bits" in text and "same predictions %" in text and "ms per sample" in text
 
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
-    (logits,) = session.run(None, {"pictures": np.zeros((5, 3, 8, 8), np.float32)})
+    (logits,) = session.run(None, {"images": np.zeros((5, 3, 8, 8), np.float32)})
     assert logits.shape == (5, 10)
     state = read_safetensors(out / "model.safetensors")
     assert state["layer1.0.conv1.integer_weight.codes"].abs().max() <= 8
     about = json.loads((out / "model.json").read_text())
     said = session.get_modelmeta().custom_metadata_map
-    assert json.loads(said["picture"]) == about["picture"] and said["model"] == "resnet8"
-    assert (about["picture"]["shape"], about["picture"]["mean"]) == (["N", 3, 8, 8], [0.5] * 3)
+    assert json.loads(said["image"]) == about["image"] and said["model"] == "resnet8"
+    assert (about["image"]["shape"], about["image"]["mean"]) == (["N", 3, 8, 8], [0.5] * 3)
 
 
 def test_only_an_export_is_replaced(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

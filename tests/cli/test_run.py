@@ -362,8 +362,8 @@ def test_precision_and_layout_options(run: Run, monkeypatch: pytest.MonkeyPatch)
     seen, before = [], Trainer._loss
 
     def noted(trainer: Trainer, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        pictures, weight = batch.inputs[0], trainer.model.conv1.weight
-        last = [t.is_contiguous(memory_format=torch.channels_last) for t in (pictures, weight)]
+        images, weight = batch.inputs[0], trainer.model.conv1.weight
+        last = [t.is_contiguous(memory_format=torch.channels_last) for t in (images, weight)]
         seen.append((logits.dtype, batch.size, last))
         return before(trainer, logits, batch)
 

@@ -84,12 +84,12 @@ def test_weights_are_checked_before_the_classes_are_counted(
 ) -> None:
     """The folders of images determine the number of classes; all layers but the head are checked before."""
     for name in ("train/a", "train/b", "val/a", "val/b"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
+            Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
     torch.save(state(lambda t: t.int()), "w.pt")
     before = sorted(tmp_path.rglob("*"))
-    assert run("dataset=imagefolder", "data_dir=pictures", "recipe=cifar10", "mode=ptq", "weights=w.pt") == 2
+    assert run("dataset=imagefolder", "data_dir=images", "recipe=cifar10", "mode=ptq", "weights=w.pt") == 2
     assert "tensor conv1.weight is int32, not float32" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 

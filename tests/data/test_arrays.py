@@ -65,10 +65,10 @@ def test_all_forms_say_the_same(
     form = {"last": x.transpose(0, 2, 3, 1), "first": x, "none": x[:, 0]}[layout]
     scaled, _, dtype = pixel.rpartition(" ")
     form = np.asarray(form / 255 if scaled else form, dtype=dtype, order=order)
-    (pictures, labels), notes = labelled("train", form, (y[:, None] if column else y).astype(label))
-    assert (pictures.dtype, labels.dtype) == (torch.uint8, torch.int64)
-    assert pictures.is_contiguous()
-    np.testing.assert_array_equal(pictures.numpy(), x)
+    (images, labels), notes = labelled("train", form, (y[:, None] if column else y).astype(label))
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert images.is_contiguous()
+    np.testing.assert_array_equal(images.numpy(), x)
     np.testing.assert_array_equal(labels.numpy(), y)
     assert any("0..1" in note for note in notes) == bool(scaled)
     assert any("[N, C, H, W]" in note for note in notes) == (layout == "first")
@@ -94,17 +94,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "labels as text": ({"y": Y.astype(str)}, "labels of train: type is <U"),
     "labels as truth": ({"y": Y > 3}, "labels of train: type is bool"),
     "labels as objects": ({"y": Y.astype(object)}, "y_train contains Python objects; only numbers are loaded"),
-    "pictures as objects": ({"x": np.array([X, None], dtype=object)[:1]}, "x_train contains Python objects"),
-    "complex pictures": ({"x": X.astype("c8")}, "images of train: type is complex64"),
+    "images as objects": ({"x": np.array([X, None], dtype=object)[:1]}, "x_train contains Python objects"),
+    "complex images": ({"x": X.astype("c8")}, "images of train: type is complex64"),
     "records": ({"x": np.zeros(20, dtype=[("a", "u1")])}, "images of train: type is"),
     "dates": ({"y": Y.astype("M8[s]")}, "labels of train: type is datetime64"),
-    "flat pictures": ({"x": X.reshape(20, -1)}, r"images of train: shape is \[20, 192\]; must be \[N, H, H, C\]"),
+    "flat images": ({"x": X.reshape(20, -1)}, r"images of train: shape is \[20, 192\]; must be \[N, H, H, C\]"),
     "no axes": ({"x": np.uint8(3)}, r"images of train: shape is \[\]"),
     "alpha": ({"x": np.zeros((20, 8, 8, 4), "u1")}, r"images of train: shape is \[20, 8, 8, 4\]"),
     "oblong": ({"x": X[:, :, :4]}, r"images of train: shape is \[20, 8, 4, 3\]"),
     "either layout": ({"x": np.zeros((20, 3, 3, 3), "u1")}, "which is ambiguous: the channels may be first or last"),
-    "no pictures": ({"x": X[:0], "y": Y[:0]}, r"images of train: shape is \[0, 8, 8, 3\]; must not be empty"),
-    "pictures of no size": ({"x": X[:, :0, :0]}, r"shape is \[20, 0, 0, 3\]; must not be empty"),
+    "no images": ({"x": X[:0], "y": Y[:0]}, r"images of train: shape is \[0, 8, 8, 3\]; must not be empty"),
+    "images of no size": ({"x": X[:, :0, :0]}, r"shape is \[20, 0, 0, 3\]; must not be empty"),
     "NaN": ({"x": np.full(X.shape, np.nan, "f4")}, "images of train: values contain NaN"),
     "infinity": ({"x": np.full(X.shape, np.inf, "f4")}, "images of train: values are float32 from inf to inf"),
     "floats of -1..1": (

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from qat_runner.data.batches import WHOLE
 from qat_runner.data.brightness import as_bytes
-from qat_runner.data.decoding import SUFFIXES, decode_picture, decode_pixels
+from qat_runner.data.decoding import SUFFIXES, decode_image, decode_pixels
 from qat_runner.data.folder import FolderSource
 from qat_runner.data.listing import Listing
 from qat_runner.errors import RunError
@@ -38,20 +38,20 @@ def three(greys: Any) -> Any:
 def read(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = decode_picture(path.read_bytes())
+        image = decode_image(path.read_bytes())
         pixels = decode_pixels(path.read_bytes())
-    assert picture.mode == "RGB"
-    np.testing.assert_array_equal(pixels.permute(1, 2, 0), picture)
-    return np.asarray(picture)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0), image)
+    return np.asarray(image)
 
 
 def palette(alpha: bool) -> Image.Image:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([200, 100, 50, 0, 0, 255])
-    picture.putdata([0, 1])
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 100, 50, 0, 0, 255])
+    image.putdata([0, 1])
     if alpha:
-        picture.info["transparency"] = bytes([255, 0])
-    return picture
+        image.info["transparency"] = bytes([255, 0])
+    return image
 
 
 def on_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -146,11 +146,11 @@ def _frame(colour: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_image(tmp_path: Path, kind: str) -> None:
     make, seen, tolerance = KINDS[kind]
-    picture, suffix, options = make()
+    image, suffix, options = make()
     path = tmp_path / f"0.{suffix}"
-    picture.save(path, **options)
+    image.save(path, **options)
     assert path.suffix in SUFFIXES
     np.testing.assert_allclose(read(path).astype(int), np.asarray(seen, dtype=int), atol=tolerance)
 
@@ -179,7 +179,7 @@ UPRIGHT: dict[int, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "tif"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_images_are_turned_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
     stored = np.zeros((24, 16, 3), dtype=np.uint8)
     stored[:8, :8] = 250
     stored[:8, 8:] = 120
@@ -201,7 +201,7 @@ def test_what_only_xmp_says_turns_a_jpeg_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0", b"Exif\0\0XX*\0\1\2\3\4", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nothing"]
 )
-def test_damaged_exif_data_leave_the_picture(tmp_path: Path, exif: bytes) -> None:
+def test_damaged_exif_data_leave_the_image(tmp_path: Path, exif: bytes) -> None:
     file = io.BytesIO()
     Image.fromarray(COLOURS).save(file, "JPEG", quality=100, subsampling=0)
     content = file.getvalue()
@@ -216,9 +216,9 @@ def _png(*chunks: tuple[bytes, bytes]) -> bytes:
     )
 
 
-def _saved(picture: Image.Image, kind: str) -> bytes:
+def _saved(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind)
+    image.save(file, kind)
     return file.getvalue()
 
 
@@ -256,22 +256,22 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_pictures_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None:
+def test_bad_images_are_named_in_a_sentence(tmp_path: Path, kind: str) -> None:
     make, message = BAD[kind]
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / split / "a" / "0.png")
     (tmp_path / "val" / "a" / "1\n.png").write_bytes(make())
     source = FolderSource(tmp_path, 8, 0, skip_corrupt=True)
-    pictures, labels = next(source.val(2, range(1), WHOLE))
-    assert (pictures.shape, labels.tolist()) == ((1, 3, 8, 8), [0])
+    images, labels = next(source.val(2, range(1), WHOLE))
+    assert (images.shape, labels.tolist()) == ((1, 3, 8, 8), [0])
     (text,) = source.corrupt
     assert text.startswith(f"image {str(tmp_path / 'val' / 'a' / '1')!r}"[:-1] + r"\n.png' cannot be decoded (")
     assert text.isprintable()
     assert re.search(message, text), text
 
 
-def test_a_picture_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_opened(tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(tmp_path / split / "a" / "0.png")
@@ -312,31 +312,29 @@ def test_what_the_machine_cannot_read_just_now_is_never_left_out(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 3000), (3000, 1), (40, 700), (701, 40)])
-def test_pictures_of_any_size_and_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_images_of_any_size_and_shape(tmp_path: Path, size: tuple[int, int]) -> None:
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", size, (9, 99, 200)).save(tmp_path / split / "a" / "0.png")
     source = FolderSource(tmp_path, 32, 0)
-    for pictures, _ in (next(source.val(1, range(1), WHOLE)), next(source.train(1, 0, 0, range(1), WHOLE))):
-        assert torch.equal(
-            pictures, torch.tensor([9, 99, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
-        )
+    for images, _ in (next(source.val(1, range(1), WHOLE)), next(source.train(1, 0, 0, range(1), WHOLE))):
+        assert torch.equal(images, torch.tensor([9, 99, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32))
 
 
-def test_the_middle_of_a_long_picture_is_seen(tmp_path: Path) -> None:
+def test_the_middle_of_a_long_image_is_seen(tmp_path: Path) -> None:
     long = np.zeros((4, 1000, 3), dtype=np.uint8)
     long[:, 490:510] = 255
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.fromarray(long).save(tmp_path / split / "a" / "0.png")
-    pictures, _ = next(FolderSource(tmp_path, 32, 0).val(1, range(1), WHOLE))
-    assert pictures.min() == 255
+    images, _ = next(FolderSource(tmp_path, 32, 0).val(1, range(1), WHOLE))
+    assert images.min() == 255
 
 
-def test_what_is_no_picture_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_what_is_no_image_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").write_bytes(BAD["PostScript"][0]())
     with pytest.raises(UnidentifiedImageError):
-        decode_picture((tmp_path / "0.jpg").read_bytes())
+        decode_image((tmp_path / "0.jpg").read_bytes())
 
 
 BYTES = arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(0, 255))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from qat_runner.data.batches import WHOLE, Shard
-from qat_runner.data.decoding import decode_picture, decode_pixels
+from qat_runner.data.decoding import decode_image, decode_pixels
 from qat_runner.data.folder import FolderSource
 from qat_runner.errors import RunError
 
@@ -48,7 +48,7 @@ def test_a_truncated_jpeg_is_read_as_pillow_reads_it(photographs: Path, tmp_path
     content = (photographs / "train" / "a" / "0.jpg").read_bytes()
     (tmp_path / "0.jpg").write_bytes(content[: int(cut * len(content))])
     with pytest.raises(OSError, match=r".") as by_pillow:
-        decode_picture((tmp_path / "0.jpg").read_bytes())
+        decode_image((tmp_path / "0.jpg").read_bytes())
     with pytest.raises(OSError, match=r".") as on_tensors:
         decode_pixels((tmp_path / "0.jpg").read_bytes())
     assert str(on_tensors.value) == str(by_pillow.value)
@@ -111,7 +111,7 @@ def test_a_device_decodes_what_workers_do(photographs: Path, tmp_path: Path) -> 
         turned[274] = 6
         Image.open(photographs / split / "a" / "0.jpg").save(tmp_path / split / "a" / "7.jpg", exif=turned)
         (tmp_path / split / "a" / "8.jpg").write_bytes((photographs / split / "a" / "0.jpg").read_bytes()[:5000])
-        (tmp_path / split / "a" / "9.jpg").write_bytes(b"no picture")
+        (tmp_path / split / "a" / "9.jpg").write_bytes(b"no image")
     sources = [FolderSource(tmp_path, 24, workers, skip_corrupt=True, resizing="tensor") for workers in (0, 0, 2)]
     for source in sources[1:]:
         source.decode_on(torch.device("cpu"))
@@ -119,13 +119,13 @@ def test_a_device_decodes_what_workers_do(photographs: Path, tmp_path: Path) -> 
     for usual, *others in zip(
         *([*s.train(4, 5, 1, range(2), Shard(1, 2)), *s.val(5, range(2), WHOLE)] for s in sources), strict=True
     ):
-        for pictures, labels in others:
-            assert pictures.equal(usual[0]) and labels.equal(usual[1])
+        for images, labels in others:
+            assert images.equal(usual[0]) and labels.equal(usual[1])
     assert sources[0].corrupt == sources[1].corrupt == sources[2].corrupt and len(sources[0].corrupt) == 3
     assert torch.get_rng_state().equal(before)
 
 
-def test_a_picture_that_is_gone_and_a_device(photographs: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_gone_and_a_device(photographs: Path, tmp_path: Path) -> None:
     shutil.copytree(photographs, tmp_path, dirs_exist_ok=True)
     source = FolderSource(tmp_path, 24, 0, resizing="tensor")
     source.decode_on(torch.device("cpu"))

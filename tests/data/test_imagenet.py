@@ -28,9 +28,9 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as tar:
         for wnid in reversed(WNIDS):
             inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as pictures:
+            with tarfile.open(fileobj=inner, mode="w") as images:
                 for i in range(2):
-                    add(pictures, f"{wnid}_{i}.JPEG", f"{wnid} {i}".encode())
+                    add(images, f"{wnid}_{i}.JPEG", f"{wnid} {i}".encode())
             add(tar, f"{wnid}.tar", inner.getvalue())
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "w") as tar:
         for i in range(len(TRUTH), 0, -1):
@@ -45,7 +45,7 @@ def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", truth)
     sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in imagenet.MD5}
     monkeypatch.setattr(imagenet, "MD5", sums)
-    monkeypatch.setattr(imagenet, "PICTURES", {"train": 6, "val": 4})
+    monkeypatch.setattr(imagenet, "IMAGES", {"train": 6, "val": 4})
     monkeypatch.setattr(torchvision.models._meta, "_IMAGENET_CATEGORIES", ["words"] * 3)
     return tmp_path
 

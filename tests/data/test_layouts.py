@@ -22,7 +22,7 @@ from qat_runner.data import Delivery, load_dataset, shards
 from qat_runner.data import parquet as parquet_files
 from qat_runner.data.batches import Shard
 from qat_runner.data.folder import FolderSource
-from qat_runner.data.layouts import CONTENT, find_layout, read_pictures
+from qat_runner.data.layouts import CONTENT, find_layout, read_images
 from qat_runner.data.registry import find_dataset
 from qat_runner.errors import ConfigError
 
@@ -98,8 +98,8 @@ def test_batches_are_the_same_in_every_layout(
     folders: dict[str, Path], layout: str, workers: int, shard: Shard, start: int
 ) -> None:
     usual = batches(folders["class folders"], 0, shard, start)
-    for (pictures, labels), (same, kinds) in zip(usual, batches(folders[layout], workers, shard, start), strict=True):
-        assert pictures.equal(same) and labels.equal(kinds)
+    for (images, labels), (same, kinds) in zip(usual, batches(folders[layout], workers, shard, start), strict=True):
+        assert images.equal(same) and labels.equal(kinds)
 
 
 def test_layouts_are_found_by_looking(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -138,20 +138,20 @@ def test_parquet_files_need_an_extra(folders: dict[str, Path], monkeypatch: pyte
 
 
 def test_names_of_classes(folders: dict[str, Path], tmp_path: Path) -> None:
-    assert read_pictures(folders["class folders"]).classes == CLASSES
-    assert read_pictures(folders["tar shards"]).classes == ["0", "1", "2"]
-    assert read_pictures(folders["parquet files"]).classes == CLASSES
+    assert read_images(folders["class folders"]).classes == CLASSES
+    assert read_images(folders["tar shards"]).classes == ["0", "1", "2"]
+    assert read_images(folders["parquet files"]).classes == CLASSES
     for layout in ("tar shards", "parquet files"):
         named = tmp_path / layout
         shutil.copytree(folders[layout], named)
         (named / "classes.txt").write_text("Ameise\nBiene\nKatze\n")
-        assert read_pictures(named).classes == ["Ameise", "Biene", "Katze"]
+        assert read_images(named).classes == ["Ameise", "Biene", "Katze"]
         (named / "classes.txt").write_text("Ameise\nBiene\n")
         with pytest.raises(ValueError, match=r"train: an image has class 2, but classes\.txt lists classes 0 to 1"):
-            read_pictures(named)
+            read_images(named)
         (named / "classes.txt").write_text("Ameise\nBiene\nKatze\nDachs\n")
         with pytest.raises(ValueError, match=r"train: class 3 has no images; each of the classes 0 to 3 must"):
-            read_pictures(named)
+            read_images(named)
 
 
 def test_an_index_is_kept_until_a_shard_changes(
@@ -176,11 +176,11 @@ def test_an_index_is_kept_until_a_shard_changes(
 
 def test_few_shards_are_open_at_a_time(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "OPEN", 1)
-    pictures = read_pictures(folders["tar shards"]).splits["train"]
-    plain = read_pictures(folders["class folders"]).splits["train"]
+    images = read_images(folders["tar shards"]).splits["train"]
+    plain = read_images(folders["class folders"]).splits["train"]
     for i in range(9):
-        assert pictures.content(i) == plain.content(i)
-        assert len(pictures._open) == 1
+        assert images.content(i) == plain.content(i)
+        assert len(images._open) == 1
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
@@ -192,20 +192,20 @@ def test_sets_that_are_not_whole_are_refused(suffix: str, folders: dict[str, Pat
     for number, path in enumerate(some):
         path.rename(path.with_name(f"train-0000{number}-of-0000{len(some)}.{suffix}"))
     some = [path.with_name(f"train-0000{number}-of-0000{len(some)}.{suffix}") for number, path in enumerate(some)]
-    read_pictures(data)
+    read_images(data)
     other = some[0].with_name(some[0].name.replace(f"-of-0000{len(some)}", "-of-00009"))
     shutil.copy(some[0], other)
     with pytest.raises(ValueError, match=rf"train: there are sets of {len(some)} and 9 files; remove"):
-        read_pictures(data)
+        read_images(data)
     other.rename(data / "train" / some[0].name)
     with pytest.raises(ValueError, match=r"train: .* and .* have the same name; remove one of them"):
-        read_pictures(data)
+        read_images(data)
     (data / "train" / some[0].name).unlink()
     some[0].unlink()
     with pytest.raises(
         ValueError, match=rf"train: only {len(some) - 1} of {len(some)} files are there, such as train-0"
     ):
-        read_pictures(data)
+        read_images(data)
 
 
 def _cut(at: int) -> Callable[[Path], object]:
@@ -223,7 +223,7 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty": (lambda p: p.write_bytes(b""), "is not a tar file, or is damaged"),
     "text": (lambda p: p.write_text("<html>404 Not Found</html>" * 99), "is not a tar file, or is damaged"),
-    "cut in a picture": (_cut(600), r"train-0\.tar is (truncated or|not a tar file, or is) damaged"),
+    "cut in an image": (_cut(600), r"train-0\.tar is (truncated or|not a tar file, or is) damaged"),
     "cut in a head": (_cut(1100), r"train-0\.tar is (truncated or|not a tar file, or is) damaged"),
     "cut between members": (_cut(1024), r"train-0\.tar is truncated or damaged: no end-of-archive mark at byte"),
     "a hole": (
@@ -249,11 +249,11 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "negative": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.cls", b"-1")])), "contains '-1'"),
     "another json": (lambda p: write_tar(p, iter([("a.jpg", b""), ("a.json", b"[1]")])), "has no class"),
-    "two pictures": (
+    "two images": (
         lambda p: write_tar(p, iter([("a.jpg", b""), ("a.png", b""), ("a.cls", b"0")])),
         "two images have the name a",
     ),
-    "no pictures": (
+    "no images": (
         lambda p: write_tar(p, iter([("a.txt", b""), ("._b", b"")])),
         r"contain no images \(skipped 1 hidden; 1 without an image suffix \(\.txt\)\)",
     ),
@@ -277,11 +277,11 @@ def test_bad_shards_are_told_in_a_sentence(tmp_path: Path, name: str) -> None:
 
 def test_hidden_shards_are_passed_over(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["tar shards"], tmp_path, dirs_exist_ok=True)
-    count = len(read_pictures(tmp_path).splits["train"].labels)
+    count = len(read_images(tmp_path).splits["train"].labels)
     for path in [*tmp_path.glob("*.tar")]:
         shutil.copy(path, path.with_name(f".{path.name}"))
         path.with_name(f"._{path.name}").write_bytes(b"of another system")
-    assert len(read_pictures(tmp_path).splits["train"].labels) == count
+    assert len(read_images(tmp_path).splits["train"].labels) == count
 
 
 def test_what_is_passed_over_in_shards_is_told(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -309,15 +309,15 @@ def test_parquet_files_are_made_into_shards_once(
 
     monkeypatch.setattr(parquet_files, "_rows", broken)
     with pytest.raises(KeyboardInterrupt):
-        read_pictures(folders["parquet files"])
+        read_images(folders["parquet files"])
     (made,) = cache.glob("parquet_*")
     assert sorted(path.name for path in made.iterdir()) == ["classes.txt", "lock", "train-00000.tar"]
     (made / "train-00001.tar.elsewhere.7.part").write_bytes(b"of a process that was killed")
-    stored = read_pictures(folders["parquet files"])
+    stored = read_images(folders["parquet files"])
     assert len(calls) == 5  # the complete shard is not made again
     assert not [*made.glob("*.part")]
     assert stored.note == f"read from the tar shards in {made}, which were made from the parquet files"
-    read_pictures(folders["parquet files"])
+    read_images(folders["parquet files"])
     assert len(calls) == 5
     assert find_layout(made) == "tar shards"  # the shards can also be used directly
 
@@ -339,7 +339,7 @@ BAD_PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
         r"must have the columns image \(struct<bytes: binary, path: string>\) and label \(an integer\), but has "
         r"image \(string\) and label \(missing\)",
     ),
-    "no picture": (
+    "no image": (
         lambda p: parquet.write_table(pa.table({"image": [{"path": "a"}], "label": [0]}, COLUMNS), p),
         "row 0 has no image",
     ),
@@ -366,10 +366,10 @@ def test_a_cache_folder_that_is_too_small_or_closed(
     with pytest.raises(
         ValueError, match=r"GB are needed, but only 0\.0 GB are free\); set QAT_CACHE_DIR to use another"
     ):
-        read_pictures(folders["parquet files"])
+        read_images(folders["parquet files"])
     (tmp_path / "file").touch()
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(
         ValueError, match=r"cannot be converted to tar shards in .*file/cache/parquet_.*; set QAT_CACHE_DIR"
     ):
-        read_pictures(folders["parquet files"])
+        read_images(folders["parquet files"])

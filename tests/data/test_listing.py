@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 from qat_runner.data import array_cache, listing
 from qat_runner.data.folder import FolderSource
-from qat_runner.data.listing import Listing, class_folders, list_pictures, printable
+from qat_runner.data.listing import Listing, class_folders, list_images, printable
 
 NAMES = st.text("ab-_. é🙂\n0", min_size=1, max_size=4).filter(lambda name: not name.startswith("."))
 
@@ -37,9 +37,9 @@ def test_order_and_classes_are_those_of_torchvision(files: set[tuple[str, tuple[
         empty = set(range(len(theirs.classes))) - set(theirs.targets)
         if empty:
             with pytest.raises(ValueError, match="class folders without images"):
-                list_pictures(Path(place))
+                list_images(Path(place))
         else:
-            ours = list_pictures(Path(place))
+            ours = list_images(Path(place))
             assert ours.classes == theirs.classes == class_folders(Path(place))
             assert [(ours.name(i), label) for i, label in enumerate(ours.labels)] == theirs.samples
             texts = sum(suffix == ".txt" for *_, suffix in files)
@@ -100,8 +100,8 @@ CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a device": (lambda r: (r / "val/a/1.jpg").symlink_to("/dev/zero"), 2, "1 that are neither"),
     "a link to nothing": (lambda r: (r / "val/a/1.jpg").symlink_to("gone.jpg"), 2, "1 that are neither"),
     "a link to itself": (lambda r: (r / "val/a/1.jpg").symlink_to("1.jpg"), 2, "1 that are neither"),
-    "a picture beside the classes": (lambda r: (r / "val/1.jpg").touch(), 2, "1 images outside the class folders"),
-    "a link to a picture": (lambda r: (r / "val/a/1.jpg").symlink_to(r / "val/b/0.jpg"), 3, ""),
+    "an image beside the classes": (lambda r: (r / "val/1.jpg").touch(), 2, "1 images outside the class folders"),
+    "a link to an image": (lambda r: (r / "val/a/1.jpg").symlink_to(r / "val/b/0.jpg"), 3, ""),
     "a link to a folder": (lambda r: (r / "val/a/more").symlink_to(r / "val/b"), 3, ""),
     "a class that is a link": (
         lambda r: ((r / "val/b").rename(r / "elsewhere"), (r / "val/b").symlink_to(r / "elsewhere")),
@@ -117,7 +117,7 @@ CARELESS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "a name of bytes": (_in_both(_raw), 2, ""),
     "an emoji and spaces": (_in_both(lambda h: (h / "b").rename(h / "b 🙂 x ")), 2, ""),
     "capitals": (lambda r: (r / "val/a/0.jpg").rename(r / "val/a/0.JPEG"), 2, ""),
-    "another kind of picture": (lambda r: Image.new("P", (9, 9)).save(r / "val/a/1.gif"), 3, ""),
+    "another kind of image": (lambda r: Image.new("P", (9, 9)).save(r / "val/a/1.gif"), 3, ""),
 }
 
 
@@ -129,10 +129,10 @@ def _made(folder: Path) -> Path:
 @pytest.mark.parametrize("name", CARELESS)
 def test_careless_folders(tmp_path: Path, name: str) -> None:
     make(tmp_path)
-    change, pictures, line = CARELESS[name]
+    change, images, line = CARELESS[name]
     change(tmp_path)
     source = FolderSource(tmp_path, 8, 0)
-    assert (len(source.classes), source.val_size) == (2, pictures)
+    assert (len(source.classes), source.val_size) == (2, images)
     notes = [note for note in source.notes if note.startswith("val/: skipped ")]
     assert len(notes) == bool(line)
     assert line in "".join(notes)
@@ -195,7 +195,7 @@ def test_a_folder_that_is_closed_to_us_is_named(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(ValueError, match=r"train/b cannot be read \(Permission denied\)"):
-        list_pictures(tmp_path / "train")
+        list_images(tmp_path / "train")
 
 
 def fields(listing: Listing) -> dict[str, object]:
@@ -203,17 +203,17 @@ def fields(listing: Listing) -> dict[str, object]:
 
 
 CHANGED = CARELESS | {
-    "a picture is gone": (lambda r: (r / "val/a/1.png").unlink(), 2, ""),
+    "an image is gone": (lambda r: (r / "val/a/1.png").unlink(), 2, ""),
     "a link leads to nothing": (lambda r: (r / "to").unlink(), 2, ""),
     "a link leads elsewhere": (lambda r: ((r / "to").unlink(), (r / "to").symlink_to("val")), 2, ""),
-    "a picture behind a link is gone": (lambda r: (r / "one.jpg").unlink(), 2, ""),
-    "a picture behind a link is there": (lambda r: (r / "two.jpg").touch(), 2, ""),
+    "an image behind a link is gone": (lambda r: (r / "one.jpg").unlink(), 2, ""),
+    "an image behind a link is there": (lambda r: (r / "two.jpg").touch(), 2, ""),
     "a link that led in a circle leads to others": (
         lambda r: ((r / "back").unlink(), (r / "back").symlink_to(r / "to")),
         2,
         "",
     ),
-    "a folder with the name of a picture": (
+    "a folder with the name of an image": (
         lambda r: (r / "val/a/0.jpg").rename(_made(r / "val/a/2.jpg") / "x"),
         2,
         "",
@@ -236,17 +236,17 @@ def test_a_kept_listing_holds_until_something_changes(
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
     tick()
-    first = fields(list_pictures(split))
+    first = fields(list_images(split))
     assert len([*cache.iterdir()]) == 1
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", None)  # no folder is read
-        assert fields(list_pictures(split)) == first
+        assert fields(list_images(split)) == first
     CHANGED[name][0](tmp_path)
     tick()
-    seen = fields(list_pictures(split))
+    seen = fields(list_images(split))
     for file in cache.iterdir():
         file.unlink()
-    assert seen == fields(list_pictures(split))
+    assert seen == fields(list_images(split))
 
 
 def tick() -> None:
@@ -257,7 +257,7 @@ def tick() -> None:
 def test_what_has_just_changed_is_not_kept(tmp_path: Path, cache: Path) -> None:
     """A folder that has just changed might change again with the same timestamp."""
     make(tmp_path)
-    list_pictures(tmp_path / "val")
+    list_images(tmp_path / "val")
     assert not [*cache.iterdir()]
 
 
@@ -268,7 +268,7 @@ def test_a_damaged_listing_is_made_anew(
     monkeypatch.setattr(array_cache, "TIMESTAMP_MARGIN", 0)
     make(tmp_path)
     tick()
-    first = fields(list_pictures(tmp_path / "val"))
+    first = fields(list_images(tmp_path / "val"))
     (file,) = cache.iterdir()
     content, arrays = file.read_bytes(), array_cache.load_arrays(file)
     match damage:
@@ -283,7 +283,7 @@ def test_a_damaged_listing_is_made_anew(
             np.savez(file, **arrays | {"labels": np.array([print, None])})
         case _:
             np.savez(file, **arrays | {damage: arrays[damage] + 7})
-    assert fields(list_pictures(tmp_path / "val")) == first
+    assert fields(list_images(tmp_path / "val")) == first
     assert fields(Listing.from_arrays("val", array_cache.load_arrays(file))) == first
 
 
@@ -292,7 +292,7 @@ def test_without_a_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(listing, "cache_folder", lambda: tmp_path / "train" / "a" / "0.jpg" / "cache")
     make(tmp_path)
     tick()
-    assert len(list_pictures(tmp_path / "val").labels) == 2
+    assert len(list_images(tmp_path / "val").labels) == 2
 
 
 def test_a_listing_is_flat(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_listing_is_flat(tmp_path: Path) -> None:
         _made(tmp_path / name)
         for i in range(300):
             (tmp_path / name / f"{i:030}.jpg").touch()
-    assert len(pickle.dumps(list_pictures(tmp_path))) < 600 * (34 + 8 + 4) + 2000
+    assert len(pickle.dumps(list_images(tmp_path))) < 600 * (34 + 8 + 4) + 2000
 
 
 def test_names_on_one_line() -> None:

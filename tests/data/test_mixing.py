@@ -21,13 +21,13 @@ def batch(n: int = CLASSES) -> Batch:
 
 
 @pytest.mark.parametrize("key", ["mixup", "cutmix"])
-def test_targets_are_the_shares_of_the_pictures(key: str) -> None:
+def test_targets_are_the_shares_of_the_images(key: str) -> None:
     mixing = Mixing(stage(**{key: 1.0}), CLASSES, 0, WHOLE)
     mixed = [mixing(batch(), 0, step) for step in range(20)]
-    for (pictures,), targets in mixed:
+    for (images,), targets in mixed:
         assert torch.allclose(targets.sum(1), torch.ones(CLASSES))
-        assert torch.allclose(pictures.mean((1, 2, 3)), targets @ torch.arange(CLASSES).float(), atol=1e-5)
-        assert len(pictures[1].unique()) == (1 if key == "mixup" else min(2, len(targets[1].unique()) - 1) or 1)
+        assert torch.allclose(images.mean((1, 2, 3)), targets @ torch.arange(CLASSES).float(), atol=1e-5)
+        assert len(images[1].unique()) == (1 if key == "mixup" else min(2, len(targets[1].unique()) - 1) or 1)
     assert len({float(targets.max()) for _, targets in mixed}) > 10
 
 

@@ -33,8 +33,8 @@ from torch import nn
 import qat_runner
 from qat_runner.cli import bits, export, report, run
 from qat_runner.data import DATASETS, Dataset, prepare
+from qat_runner.data.image_readers import images
 from qat_runner.data.images import MemorySource
-from qat_runner.data.pictures import pictures
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
 from qat_runner.models import MODELS
@@ -302,7 +302,7 @@ def test_the_clipping_method_of_the_docs_by_its_name_in_configs(place: Path, exa
 def test_a_model_and_a_data_set_added_as_in_the_docs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
-    read = pictures(lambda folder, config: MemorySource(split, split, config.augment))
+    read = images(lambda folder, config: MemorySource(split, split, config.augment))
     mine = Dataset("classification", read, lambda folder: (folder / "mine.bin").is_file(), "mine.bin")
     monkeypatch.setitem(DATASETS, "mine", mine)
     command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]
@@ -377,9 +377,9 @@ def test_make_targets_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_import_order_in_the_docs_is_the_enforced_one() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     layers = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    picture = re.search(r"```text\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
-    assert picture is not None
-    shown = re.findall(r"^(\w+) ", picture[1], re.MULTILINE)
+    image = re.search(r"```text\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    assert image is not None
+    shown = re.findall(r"^(\w+) ", image[1], re.MULTILINE)
     assert shown == [room for room in layers if room != "__main__"]
 
 

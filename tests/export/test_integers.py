@@ -145,7 +145,7 @@ def test_pact_has_its_own_grids_in_every_file(bits: int, tmp_path: Path) -> None
     assert about["weight"]["bits"] == bits + 1 and about["input"]["highest"] == 2**bits - 1
 
     far = torch.cat([x, 100 * x])  # beyond both ends of the signed grid of the images
-    write_onnx(integers, Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
+    write_onnx(integers, Signature((x,), ["images"], ["logits"]), tmp_path / "m.onnx")
     found = OnnxFile(tmp_path / "m.onnx", fused=False)([far])
     same_but_for_ties(found, integers(far))
     same_but_for_ties(found[:4], expected)
@@ -280,7 +280,7 @@ def test_the_three_files(bits: int, options: dict[str, str], tmp_path: Path) -> 
         assert (integers.b.integer_weight.scale < 0).any()
     if options == {"format": "int_affine"}:
         assert integers.b.integer_weight.zero_point.unique().numel() > 1
-    signature = Signature((x,), ["pictures"], ["logits"])
+    signature = Signature((x,), ["images"], ["logits"])
 
     write_program(integers, signature, tmp_path / "m.pt2")
     program = read_program(tmp_path / "m.pt2")
@@ -363,7 +363,7 @@ def test_fused_kernels_without_vnni_saturate_where_seven_bits_do_not(tmp_path: P
 def test_the_onnx_file_holds_true_integer_types(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model, x = frozen(4)
-    write_onnx(to_integers(model), Signature((x,), ["pictures"], ["logits"]), tmp_path / "m.onnx")
+    write_onnx(to_integers(model), Signature((x,), ["images"], ["logits"]), tmp_path / "m.onnx")
     content = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(content, full_check=True)
     types = {

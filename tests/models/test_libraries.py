@@ -161,7 +161,7 @@ def test_published_weights_of_a_folder(of_hub: Path) -> None:
     assert run_name(composed(f"model=hf/{moved}", *FAKE)) == before
 
 
-def test_pictures_as_the_model_is_described(of_hub: Path) -> None:
+def test_images_as_the_model_is_described(of_hub: Path) -> None:
     weights = ("mode=retrain", "weights=pretrained")
     config = composed("model=timm/test_vit", "dataset=imagenet", *weights)
     described = timm.data.resolve_data_config(model=timm.create_model("test_vit"))  # type: ignore[attr-defined]

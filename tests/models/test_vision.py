@@ -8,7 +8,7 @@ from qat_runner.models.cifar_resnet import CifarResNet
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("size", [8, 32])
-def test_every_model_takes_small_pictures(name: str, size: int) -> None:
+def test_every_model_takes_small_images(name: str, size: int) -> None:
     model = build_model(name, num_classes=7, image_size=size)
     assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
 

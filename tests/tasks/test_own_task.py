@@ -65,7 +65,7 @@ def test_its_files_do_what_the_network_does() -> None:
     assert exported["figures"]["onnx"]["agreement"] > 95
     assert "standard_error" in exported["figures"]["onnx"]
     described = json.loads(Path("run/export/model.json").read_text())
-    assert (described["inputs"], described["outputs"]) == (["pictures"], ["number"])
+    assert (described["inputs"], described["outputs"]) == (["images"], ["number"])
 
 
 @pytest.mark.parametrize(

@@ -170,17 +170,17 @@ def test_scalars_are_frozen_once(tmp_path: Path) -> None:
     overrides = ["model=resnet8", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4"]
     config = from_hydra(compose_config([*overrides, "device=cpu", "epochs=2", "recipe.freeze_scalars_at=1"]))
     data = load_dataset(config.dataset, "data", Delivery(torch.device("cpu"), seed=0))
-    pictures = torch.randn(4, 3, 8, 8)
+    images = torch.randn(4, 3, 8, 8)
 
     def trainer() -> Trainer:
         model = quantize_model(Branching(), 4)
         with pytest.warns(QuantizationWarning, match="other is not called"):
-            model(pictures)
+            model(images)
         return Trainer(config, model.train(), data, NullRecord(tmp_path))  # type: ignore[arg-type]
 
     (tmp_path / "checkpoints").mkdir()
     whole = trainer()
-    whole.model(pictures)
+    whole.model(images)
     whole._freeze_if_due(1.0)
     assert not whole.to_freeze and len(dynamic_activations(whole.model)) == 1
     whole._save()
@@ -190,7 +190,7 @@ def test_scalars_are_frozen_once(tmp_path: Path) -> None:
     assert not again.to_freeze and len(dynamic_activations(again.model)) == 1
 
     before = trainer()
-    before.model(pictures)
+    before.model(images)
     before._save()  # replaces a last.pt that is frozen and otherwise fits no run
     frozen = path.with_name("previous.pt").rename(path.with_name("frozen.pt"))
     path.rename(path.with_name("previous.pt"))

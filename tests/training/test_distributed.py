@@ -150,9 +150,9 @@ def train(
             freeze_activations(model)
         with weights.quantized(parts):
             pieces = list(zip(shard.samples(x).chunk(parts), shard.samples(y).chunk(parts), strict=True))
-            for i, (pictures, classes) in enumerate(pieces):
+            for i, (images, classes) in enumerate(pieces):
                 with distributed.accumulating(trained) if i < parts - 1 else nullcontext():
-                    (F.cross_entropy(trained(pictures), classes) / parts).backward()
+                    (F.cross_entropy(trained(images), classes) / parts).backward()
         if step == 0:
             trained = distributed.data_parallel(model)
         optimizer.step()

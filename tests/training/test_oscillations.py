@@ -30,7 +30,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def picture_batches(count: int) -> list[Batch]:
+def image_batches(count: int) -> list[Batch]:
     return [Batch((torch.randn(2, 3, 8, 8),), torch.zeros(2, dtype=torch.int64)) for _ in range(count)]
 
 
@@ -154,7 +154,7 @@ def test_the_gradient_of_dampening_is_that_of_its_term(kind: dict[str, Any]) -> 
 def test_statistics_are_those_that_pytorch_has() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-    batches = picture_batches(3)
+    batches = image_batches(3)
     for _ in range(5):
         model(torch.randn(2, 3, 8, 8))
     theirs = copy.deepcopy(model)
@@ -170,7 +170,7 @@ def test_quantizers_remember_nothing_of_it() -> None:
     model = quantize_model(layers, 4, example=torch.randn(2, 3, 8, 8)).train()
     model(torch.randn(2, 3, 8, 8))
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    reestimate(model, picture_batches(2), lambda m, inputs: m(*inputs))
+    reestimate(model, image_batches(2), lambda m, inputs: m(*inputs))
     changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert changed == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 

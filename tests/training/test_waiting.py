@@ -30,21 +30,21 @@ from tests.tiny import tiny_bert
 from tests.training.watch import Watch
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-PICTURES = ("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4")
+IMAGES = ("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=16", "batch_size=4")
 ADAMW = ("recipe.scratch.optimizer=adamw", "recipe.scratch.bias_correction=false", "recipe.scratch.max_grad_norm=1")
 
 
 def trainer(folder: Path, device: torch.device, *overrides: str, **quantization: Any) -> Trainer:
     """Return a trainer of a network with four quantized tensors whose scalars a step on the CPU has initialized."""
-    config = from_hydra(compose_config([*PICTURES, "device=cpu", *overrides]))
+    config = from_hydra(compose_config([*IMAGES, "device=cpu", *overrides]))
     layers = nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
     )
     model = quantize_model(layers, **{"bits": 4, "example": torch.randn(2, 3, 8, 8)} | quantization)
-    pictures = torch.randn(4, 3, 8, 8)
+    images = torch.randn(4, 3, 8, 8)
     if quantization.get("clipping") == "lsq":
-        calibrate(model, [(pictures,)])
-    model.train()(pictures)
+        calibrate(model, [(images,)])
+    model.train()(images)
     data = load_dataset(config.dataset, "data", Delivery(CPU, seed=0))
     return Trainer(config, model.to(device), replace(data, device=device), NullRecord(folder))  # type: ignore[type-var]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from qat_runner.config import DatasetConfig
 from qat_runner.data.arrays import read_npz
 from qat_runner.data.dataset import Dataset
+from qat_runner.data.image_readers import image_reader, in_memory
 from qat_runner.data.images import MemorySource
-from qat_runner.data.pictures import in_memory, pictures
 from qat_runner.data.published import download, read_cifar10
 
 NPZ, BATCHES = "cifar10.npz", "cifar-10-batches-py"
@@ -27,7 +27,7 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
 
 DATASET = Dataset(
     "classification",
-    pictures(read),
+    image_reader(read),
     holds=lambda folder: (folder / NPZ).is_file() or (folder / BATCHES).is_dir(),
     content=f"{NPZ} or torchvision's {BATCHES}/",
     fetch=lambda folder: download("CIFAR10", folder),

@@ -7,8 +7,8 @@ import torch
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
+from qat_runner.data.image_readers import image_reader
 from qat_runner.data.images import MemorySource
-from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
@@ -23,4 +23,4 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return MemorySource((images[train], labels[train]), (images[val], labels[val]), config.augment)
 
 
-DATASET = Dataset("classification", pictures(read))
+DATASET = Dataset("classification", image_reader(read))

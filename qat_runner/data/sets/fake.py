@@ -6,8 +6,8 @@ import torch
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
+from qat_runner.data.image_readers import image_reader
 from qat_runner.data.images import Labelled, MemorySource
-from qat_runner.data.pictures import pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> MemorySource:
@@ -23,4 +23,4 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return MemorySource(split(config.fake_pictures), split(max(config.fake_pictures // 4, 1)), config.augment)
 
 
-DATASET = Dataset("classification", pictures(read))
+DATASET = Dataset("classification", image_reader(read))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
+from qat_runner.data.image_readers import image_reader, in_memory
 from qat_runner.data.images import MemorySource
-from qat_runner.data.pictures import in_memory, pictures
 from qat_runner.data.published import download, read_fashion_mnist
 
 RAW = Path("FashionMNIST", "raw")
@@ -23,7 +23,7 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
 
 DATASET = Dataset(
     "classification",
-    pictures(read),
+    image_reader(read),
     holds=lambda folder: (folder / RAW).is_dir(),
     content=f"torchvision's {RAW}/",
     fetch=lambda folder: download("FashionMNIST", folder),

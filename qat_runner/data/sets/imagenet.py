@@ -5,9 +5,9 @@ from pathlib import Path
 from qat_runner.config import DatasetConfig
 from qat_runner.data.dataset import Dataset
 from qat_runner.data.folder import FolderSource
+from qat_runner.data.image_readers import holds_images, image_reader, in_folder
 from qat_runner.data.imagenet import FIRST_CLASS, LAST_CLASS, prepare_imagenet
 from qat_runner.data.layouts import CLASS_FOLDERS, CONTENT, find_layout
-from qat_runner.data.pictures import holds_pictures, in_folder, pictures
 
 
 def read(folder: Path, config: DatasetConfig) -> FolderSource:
@@ -28,8 +28,8 @@ def read(folder: Path, config: DatasetConfig) -> FolderSource:
 
 DATASET = Dataset(
     "classification",
-    pictures(read),
-    holds=holds_pictures,
+    image_reader(read),
+    holds=holds_images,
     content=CONTENT,
     fetch=prepare_imagenet,
     fetching="makes them from the official tar files",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat_runner.config import Config
-from qat_runner.config.tasks import PICTURE_KEYS, TaskFacts
+from qat_runner.config.tasks import IMAGE_KEYS, TaskFacts
 from qat_runner.data import DATASETS, Dataset, ImageData
 from qat_runner.models import MODELS, build_model
 from qat_runner.tasks import Task, Totals
@@ -15,10 +15,10 @@ class Regression(Task[ImageData]):
     """Predicts a number [N, 1] from images [N, 3, H, W]; the metric is the share of numbers right after rounding."""
 
     name = "regression"
-    facts = TaskFacts("rounded", ("scratch", "retrain"), PICTURE_KEYS, 5, 64, first_last_bits=8)
+    facts = TaskFacts("rounded", ("scratch", "retrain"), IMAGE_KEYS, 5, 64, first_last_bits=8)
     networks = MODELS
     unit = "num"
-    inputs = ("pictures",)
+    inputs = ("images",)
     outputs = ("number",)
 
     def network(self, config: Config, data: ImageData | None, pretrained: bool = False) -> nn.Module:

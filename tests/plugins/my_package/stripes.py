@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from qat_runner.config import DatasetConfig
 from qat_runner.data import Dataset
+from qat_runner.data.image_readers import image_reader, in_memory
 from qat_runner.data.images import MemorySource
-from qat_runner.data.pictures import in_memory, pictures
 
 Array = NDArray[Any]
 
@@ -28,4 +28,4 @@ def read(folder: Path, config: DatasetConfig) -> MemorySource:
     return in_memory(split(0, 256), split(1, 64), config)
 
 
-DATASET = Dataset("classification", pictures(read))
+DATASET = Dataset("classification", image_reader(read))

@@ -1,4 +1,4 @@
-"""The part `pictures` of benchmark.py: JPEGs in every layout to normalized batches, ours against reference loaders."""
+"""The part `images` of benchmark.py: JPEGs in every layout to normalized batches, ours against reference loaders."""
 
 import argparse
 import importlib.util
@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Epoch = Callable[[], Iterator[Any]]
 
 
-def pictures(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def images(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measure the CPU time of this process, on one thread, for decoding, augmenting and normalizing training images."""
     threads, cache = torch.get_num_threads(), os.environ.get("QAT_CACHE_DIR")
     torch.set_num_threads(1)

@@ -33,8 +33,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_images_that_were_left_out_are_recorded(data: Path) -> None:
     (data / "train" / ".ipynb_checkpoints").mkdir()
     os.mkfifo(data / "val" / "a" / "0.jpg")
-    (data / "val" / "a" / "x\ny.jpg").write_bytes(b"no picture")
-    (data / "val" / os.fsdecode(b"b\xff") / "x.jpg").write_bytes(b"no picture")
+    (data / "val" / "a" / "x\ny.jpg").write_bytes(b"no image")
+    (data / "val" / os.fsdecode(b"b\xff") / "x.jpg").write_bytes(b"no image")
     assert main([*SMALL, *FOLDERS, "dataset.skip_corrupt=true"]) == 0
     log = (data.parent / "run" / "log.txt").read_text()
     assert "imagefolder: train/: skipped 1 hidden\n" in log
@@ -50,8 +50,8 @@ def test_the_example_has_only_valid_images(data: Path, monkeypatch: pytest.Monke
 
     def bad(self: Decoded, item: Any) -> Any:
         seen.append(item)
-        picture, label, trouble = sound(self, item)
-        return picture, label, "a picture cannot be decoded" if len(seen) <= 2 else trouble
+        image, label, trouble = sound(self, item)
+        return image, label, "an image cannot be decoded" if len(seen) <= 2 else trouble
 
     monkeypatch.setattr(Decoded, "__getitem__", bad)
     assert main([*SMALL, *FOLDERS, "dataset.skip_corrupt=true"]) == 0
@@ -59,7 +59,7 @@ def test_the_example_has_only_valid_images(data: Path, monkeypatch: pytest.Monke
 
 
 def test_an_invalid_image_ends_a_run_with_one_sentence(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (data / "val" / os.fsdecode(b"b\xff") / "x\ny.jpg").write_bytes(b"no picture")
+    (data / "val" / os.fsdecode(b"b\xff") / "x\ny.jpg").write_bytes(b"no image")
     assert main([*SMALL, *FOLDERS]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qat-run:")]
     assert r"image 'data/val/b\udcff/x\ny.jpg' cannot be decoded" in line

@@ -19,7 +19,7 @@ Arrays = tuple[NDArray[Any], NDArray[Any]]
 """images and labels"""
 
 
-def pictures(
+def image_reader(
     source_in: Callable[[Path, DatasetConfig], Source],
 ) -> Callable[[Path, DatasetConfig, Delivery], ImageData]:
     """Make the `Dataset.read` function of an image data set from a function that reads its bytes.
@@ -115,7 +115,7 @@ def in_folder(folder: Path, config: DatasetConfig) -> FolderSource:
     )
 
 
-def holds_pictures(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Return whether a folder contains images in one of the layouts.
 
     Raises:

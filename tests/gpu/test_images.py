@@ -18,7 +18,7 @@ from qat_runner.data.decoding import as_tensor, jpeg_pixels
 from qat_runner.data.folder import FolderSource
 
 
-def test_pictures_are_those_of_the_cpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_those_of_the_cpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The crops and flips are the same; only the decoder of a GPU rounds differently."""
     monkeypatch.setenv("QAT_CACHE_DIR", str(tmp_path / "cache"))
     random = np.random.default_rng(0)
@@ -30,11 +30,11 @@ def test_pictures_are_those_of_the_cpu(device: torch.device, tmp_path: Path, mon
         (tmp_path / split / "a" / "damaged.jpg").write_bytes((tmp_path / split / "a" / "0.jpg").read_bytes()[:900])
     usual, on_device = (FolderSource(tmp_path, 32, 0, skip_corrupt=True, resizing="tensor") for _ in range(2))
     on_device.decode_on(device)
-    for (pictures, labels), (same, kinds) in zip(
+    for (images, labels), (same, kinds) in zip(
         *([*source.train(6, 3, 0, range(1), WHOLE), *source.val(6, range(1), WHOLE)] for source in (usual, on_device)),
         strict=True,
     ):
-        difference = (pictures.float() - same.cpu().float()).abs()
+        difference = (images.float() - same.cpu().float()).abs()
         assert same.device.type == device.type and labels.equal(kinds.cpu())
         assert difference.max() == 0 if device.type == "cpu" else difference.mean() < 2
     assert usual.corrupt == on_device.corrupt and len(usual.corrupt) == 2
@@ -60,8 +60,8 @@ def test_what_a_step_still_writes_is_not_given_to_the_decoder(cuda: torch.device
 def test_what_decodes_is_waited_for_by_the_stream_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of the stream operations, tested without a GPU."""
     asked: list[str] = []
-    picture, training = MagicMock(), MagicMock()
-    picture.record_stream.side_effect = lambda stream: asked.append("its memory is kept for training")
+    image, training = MagicMock(), MagicMock()
+    image.record_stream.side_effect = lambda stream: asked.append("its memory is kept for training")
     training.wait_stream.side_effect = lambda stream: asked.append(f"training waits for {stream}")
 
     @contextmanager
@@ -72,13 +72,13 @@ def test_what_decodes_is_waited_for_by_the_stream_that_trains(monkeypatch: pytes
 
     def decode(*_: object, **__: object) -> list[MagicMock]:
         asked.append("decoded")
-        return [picture]
+        return [image]
 
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
     monkeypatch.setattr(decoding, "_aside", lambda device: "its stream")
     monkeypatch.setattr(torchvision.io, "decode_jpeg", decode)
-    assert jpeg_pixels([jpeg()], torch.device("cuda", 0)) == [picture]
+    assert jpeg_pixels([jpeg()], torch.device("cuda", 0)) == [image]
     waiting = ["training waits for its stream", "its memory is kept for training"]
     assert asked == ["on its stream", "decoded", "back", *waiting]
 
