@@ -66,16 +66,16 @@ def on_main(work: Callable[[], T]) -> T:
     """Run a function in the main process and return its result in all processes; if it fails, all processes fail."""
     if not dist.is_initialized():
         return work()
-    text: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if is_main():
         try:
-            text[0] = work()
+            outcome[0] = work()
         except QatError as error:
-            text[1] = error
-    dist.broadcast_object_list(text)
-    if text[1] is not None:
-        raise text[1]
-    found: T = text[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    found: T = outcome[0]
     return found
 
 

@@ -256,8 +256,8 @@ class Rule:
 
     @property
     def usual(self) -> bool:
-        """Whether the rule selects the same tensors as some rule of `Policy.of`, which need not exist in every
-        network."""
+        """Whether the rule selects the same tensors as some rule of `Policy.of`. A network need not have such
+        tensors."""
         return (self.match, self.type) in _usual_places()
 
     def settings(self) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> int:
     for name in (name for name in before if name in after):
         then, now = dict(leaves(before[name])), dict(leaves(after[name]))
         differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        text = f"{len(differing)} DIFFER, first {differing[0]}" if differing else "equal"
-        print(f"{name:20} {len(then):6} values  {text}")
+        verdict = f"{len(differing)} DIFFER, first {differing[0]}" if differing else "equal"
+        print(f"{name:20} {len(then):6} values  {verdict}")
         bad += bool(differing)
     return int(bad > 0)
 

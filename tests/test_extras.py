@@ -79,7 +79,7 @@ remove_quantizers(model)
         (
             "qat_run",
             ["tensorboard"],
-            "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' brings it",
+            "qat-run: trackers=tensorboard: tensorboard is not installed; pip install 'qat_runner[run]' installs it",
         ),
         (
             "qat_report .",

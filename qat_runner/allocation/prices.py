@@ -2,7 +2,7 @@
 
 | kind     | price of a tensor x at some bit-width, with the error e = Q(x) - x                          |
 |----------|---------------------------------------------------------------------------------------------|
-| noise    | sum(e^2) / sum(x^2), regardless of what the network makes of it                             |
+| noise    | sum(e^2) / sum(x^2), regardless of how much it affects the network                          |
 | gradient | n/2 sum(g^2 e^2), where g is the gradient of the mean loss of n predictions                 |
 | measured | how much worse the network is when only this tensor is quantized                            |
 

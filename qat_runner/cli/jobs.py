@@ -105,8 +105,8 @@ def _unfinished(rows: Mapping[Path, Row], outcome: Outcome) -> list[Path]:
 
 
 def _results(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-    """Run jobs and return their results. They are started like by Hydra's sweeper, which would run all rows of a
-    sweep."""
+    """Run jobs and return their results. They are started in the same way as by Hydra's sweeper, which itself would run
+    all rows of a sweep."""
     with shipped_configs():
         config, loader = composed_launcher(overrides)
         context = HydraContext(config_loader=loader, callbacks=Callbacks(config))

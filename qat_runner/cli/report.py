@@ -12,7 +12,7 @@
     qat-report figure1 --run runs/NAME         MSE curves of a trained network's tensors
     qat-report figure2 --run runs/NAME         scalars and MSE of all its tensors, by the MSE sweep and by OCTAV
     qat-report figure2 --model resnet50 --weights torchvision --dataset imagenet
-                                               the same for published weights; with --data-dir DIR also for activations
+                                               the same for other weights; with --data-dir DIR also for activations
     qat-report figure3                         the gradient estimators
     qat-report figure4 runs                    accuracy by epoch of the runs of Table 1
     qat-report figure5 --run runs/NAME         static scalars by OCTAV and by the MSE sweep, and where they differ

@@ -74,7 +74,7 @@ def settings(config: Config) -> dict[str, Any]:
     recipe for a run that does not train.
     """
     keys = {key: value for key, value in plain(config).items() if key not in NOT_IN_IDENTITY}
-    for text in (
+    for normalize in (
         _normalize_tensors,
         _normalize_files,
         _normalize_training,
@@ -82,7 +82,7 @@ def settings(config: Config) -> dict[str, Any]:
         _normalize_remedies,
         _normalize_clipping,
     ):
-        text(keys, config)
+        normalize(keys, config)
     foreign = foreign_keys(config.task)
     return {key: value for key, value in flat(keys).items() if key not in foreign}
 

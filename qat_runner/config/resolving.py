@@ -157,7 +157,7 @@ def _preprocessed(config: ConfigSchema) -> ConfigSchema:
 
 
 _DESCRIBED = later("qat_runner.models.libraries:preprocessing_keys")
-"""Imported on demand: it is in a higher layer and slow to import, and only configs with preprocessing=model need it."""
+"""Imported on demand: it is in a higher layer, slow to import, and only needed if the preprocessing is the model's."""
 
 
 def _resolved_clipping(config: ConfigSchema, task: TaskFacts) -> ClippingConfig:

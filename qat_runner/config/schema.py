@@ -422,7 +422,7 @@ class RecipeConfig:
     that training adapts to the scalars of static inference; null: never."""
     batchnorm_batches: int = number(0, 0, _SAMPLES)
     """Number of training batches on which the mean and variance of every BatchNorm are re-estimated after the last
-    epoch, before validation, by the network as it is used; 0: keep the moving averages of training."""
+    epoch, in the network that is validated, before its last validation; 0: keep the moving averages of training."""
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """The names and settings of the stages that the recipe has."""

@@ -77,8 +77,10 @@ class FolderSource:
         center = v2.Compose([_within_reach, resize, v2.CenterCrop(image_size), *last])
         stored = read_images(folder)
         self.classes = stored.classes
-        text = [f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over]
-        self.notes = (*filter(None, [stored.note]), *text)
+        skipped = [
+            f"{split}/: skipped {which.passed_over}" for split, which in stored.splits.items() if which.passed_over
+        ]
+        self.notes = (*filter(None, [stored.note]), *skipped)
         self.train_size, self.val_size = (len(stored.splits[split].labels) for split in ("train", "val"))
 
         self._most = workers
@@ -129,14 +131,14 @@ class FolderSource:
 
     def _decoded(self, images: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """Return the images of a batch that could be decoded (possibly none), and log the others."""
-        text = sorted(set(filter(None, troubles)))
-        if unread := [trouble for trouble in text if isinstance(trouble, TransientReadError)]:
+        distinct = sorted(set(filter(None, troubles)))
+        if unread := [trouble for trouble in distinct if isinstance(trouble, TransientReadError)]:
             raise RunError(unread[0])
         if self.corrupt is None:
-            raise RunError(f"{text[0]}; set dataset.skip_corrupt=true to leave out such images")
-        for trouble in text:
+            raise RunError(f"{distinct[0]}; set dataset.skip_corrupt=true to leave out such images")
+        for trouble in distinct:
             if trouble not in self.corrupt:
                 log.warning(f"{trouble}: left out")
-        self.corrupt.update(text)
+        self.corrupt.update(distinct)
         good = [i for i, trouble in enumerate(troubles) if not trouble]
         return images[good], labels[good]

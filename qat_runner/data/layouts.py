@@ -118,8 +118,8 @@ def _complete(files: Mapping[str, Sequence[Path]]) -> Mapping[str, Sequence[Path
                 raise ValueError(f"{split}: {here} and {there} have the same name; remove one of them")
         counts = sorted({int(found[1]) for name in by_name if (found := re.search(r"-of-(\d+)\.", name))})
         if len(counts) > 1:
-            text = " and ".join(map(str, counts))
-            raise ValueError(f"{split}: there are sets of {text} files; remove all but one of them")
+            sizes = " and ".join(map(str, counts))
+            raise ValueError(f"{split}: there are sets of {sizes} files; remove all but one of them")
         if counts and len(by_name) < counts[0]:
             raise ValueError(
                 f"{split}: only {len(by_name)} of {counts[0]} files are there, such as {printable(paths[0].name)}; to "

@@ -114,8 +114,8 @@ class Listing:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the listing as arrays, from which `from_arrays` restores it."""
         classes = Ragged.of_bytes([os.fsencode(name) for name in self.classes])
-        message = Ragged.of_bytes([os.fsencode(self.passed_over)])
-        ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": message}
+        skipped = Ragged.of_bytes([os.fsencode(self.passed_over)])
+        ragged = {"classes": classes, "folders": self.folders, "names": self.names, "passed_over": skipped}
         flat = {key: array for name, rows in ragged.items() for key, array in rows.arrays(name).items()}
         return flat | {"labels": self.labels, "firsts": self.firsts}
 
@@ -127,12 +127,12 @@ class Listing:
             CacheMissError: the arrays are not a listing.
         """
         parts = ("classes", "folders", "names", "passed_over")
-        classes, folders, names, message = (Ragged.from_arrays(arrays, name) for name in parts)
+        classes, folders, names, skipped = (Ragged.from_arrays(arrays, name) for name in parts)
         labels = cached_numbers(arrays, "labels", np.int32, len(names), range(len(classes)))
         firsts = cached_numbers(arrays, "firsts", np.int64, len(folders) + 1, range(len(names) + 1))
-        if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(message) != 1:
+        if (np.diff(firsts) < 0).any() or firsts[0] != 0 or firsts[-1] != len(names) or len(skipped) != 1:
             raise CacheMissError("folders are out of order")
-        return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, message.text(0))
+        return cls(split, [*map(classes.text, range(len(classes)))], labels, folders, firsts, names, skipped.text(0))
 
 
 def class_folders(split: Path) -> list[str]:

@@ -115,7 +115,9 @@ def _check_batches(config: Config) -> None:
         raise ConfigError(f"dataset.resize_size={resized}: must be dataset.image_size={size} or more")
     if config.dataset.skip_corrupt and config.accumulate > 1 and (config.clipping.sync or config.sync_batchnorm):
         what = "clipping.sync" if config.clipping.sync else "sync_batchnorm"
-        raise ConfigError(f"dataset.skip_corrupt=true: cannot go with accumulate={config.accumulate} and {what}=true")
+        raise ConfigError(
+            f"dataset.skip_corrupt=true: cannot be combined with accumulate={config.accumulate} and {what}=true"
+        )
     world = ranks.world_size()
     if config.training and config.batch_size % world:
         raise ConfigError(f"batch_size={config.batch_size}: must be a multiple of {world}, the number of processes")

@@ -345,13 +345,13 @@ def _reporting_failures(config: Config, folder: Path) -> Iterator[None]:
     except (StoppedError, BusyError):
         raise
     except Exception as error:
-        text = _as_sentence(error, config, folder)
+        reported = _as_sentence(error, config, folder)
         # "x": with several processes only the first reason counts; the others only report that they lost the first one
         with suppress(OSError), open_own(file, "x") as out:
-            out.write(f"{text}\n\n{traceback.format_exc()}")
-        if text is error:
+            out.write(f"{reported}\n\n{traceback.format_exc()}")
+        if reported is error:
             raise
-        raise text from error
+        raise reported from error
 
 
 def _as_sentence(error: Exception, config: Config, folder: Path) -> QatError:
@@ -446,14 +446,14 @@ def _preprocessing(config: Config) -> str:
 def _recipe(config: Config) -> str:
     """Describe batch size and learning rate, the rule they follow, and how much of a batch is seen at a time."""
     stage = config.stage
-    text = f"batch size {config.batch_size}, lr {config.lr:g}"
+    sizes = f"batch size {config.batch_size}, lr {config.lr:g}"
     if config.epochs <= stage.warmup_epochs:
-        text += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
+        sizes += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
-        return f"{text}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
+        return f"{sizes}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
     law = "the square root of the batch size" if stage.optimizer == Optimizer.adamw else "the batch size"
     rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
-    return f"{text} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
+    return f"{sizes} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"
 
 
 def _seen_at_a_time(config: Config) -> str:
@@ -463,11 +463,11 @@ def _seen_at_a_time(config: Config) -> str:
         return ""
     own = config.batch_size // world
     seen = math.ceil(own / config.accumulate)
-    text = f"; BatchNorm and activations' scalars see {seen} samples at a time"
+    share = f"; BatchNorm and activations' scalars see {seen} samples at a time"
     if seen == published:
-        return f"{text}, as published"
+        return f"{share}, as published"
     remedy = f" (accumulate={own // published} restores that)" if own % published == 0 else ""
-    return f"{text}, but {published} in the published recipe{remedy}"
+    return f"{share}, but {published} in the published recipe{remedy}"
 
 
 def _summarize(config: Config, trainer: Trainer) -> Summary:

@@ -65,8 +65,8 @@ def _bits(result: Export) -> str:
     if "weight_bits" in result and "activation_bits" in result:
         return f"{result['weight_bits']}/{result['activation_bits']} bits (weights/activations)"
     means = result.get("mean_weight_bits"), result.get("mean_activation_bits")
-    message = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
-    return f"{message} bits (average of weights/activations, over all quantized tensors)"
+    averages = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
+    return f"{averages} bits (average of weights/activations, over all quantized tensors)"
 
 
 def _warning(result: Export) -> list[str]:

@@ -36,8 +36,8 @@ def export(
     """Write a quantized network as integers; the model itself is not changed.
 
     Args:
-        model: with quantizers, and static clipping scalars for its activations (see `freeze`). Clipping scalars of its
-            weights are solved for their present values. What is not quantized is written in float32, whatever its
+        model: with quantizers, and static clipping scalars for its activations (see `freeze`). Dynamic clipping scalars
+            of its weights are solved for the present weights. What is not quantized is written in float32, whatever its
             dtype was.
         path: ends in .onnx (QuantizeLinear and DequantizeLinear with true integer types), .pt2 (a program of
             torch.export, which runs with PyTorch alone) or .safetensors (codes and step sizes; a .json file beside it

@@ -162,10 +162,10 @@ def quantize_model(
     Raises:
         ValueError, TypeError: an argument is out of range, a rule matches no tensor, there is nothing to quantize, or
             the model already has quantizers; or, on the example, the network with its quantizers switched off does not
-            compute what it computed before, bit for bit. Only attention may differ by rounding, at most by the square
-            root of the precision of the network's numbers; in a network of transformers only if its attention was
-            another implementation than "eager", which quantized attention reproduces bit for bit. After an error the
-            model has no quantizers.
+            compute what it computed before, bit for bit. Only attention, and an output that varies from run to run, may
+            differ by rounding, at most by the square root of the precision of the network's numbers. In a network of
+            transformers, attention may do so only if it was another implementation than "eager": quantized attention
+            computes what "eager" computes, bit for bit. After an error the model has no quantizers.
 
     Warns:
         QuantizationWarning: a part stays in full precision, or is shared (one sentence for each part); attention of

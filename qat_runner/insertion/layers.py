@@ -230,7 +230,7 @@ class QuantLayer(nn.Module):
         """Compute a product of an input and a weight, with both quantized."""
         x, w = self.input_quantizer(input), self.weight_quantizer(weight)
         with recomputing((x, input, self.input_quantizer), (w, weight, self.weight_quantizer)):
-            # A view, not the weight itself: a module around this layer would take the call for one that bypasses it.
+            # A view, not the weight itself: a module around this layer might take the call for one that bypasses it.
             return compute(x, w.view_as(w) if w is weight else w)
 
 

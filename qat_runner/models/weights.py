@@ -132,13 +132,13 @@ _OF_OTHERS = re.compile(
 
 def _doubt(model: nn.Module, source: Source) -> str:
     """Return a warning if the name or description of a file suggests weights that load, but are for another network."""
-    text = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
+    found = _OF_OTHERS.search(f"{source.path.parent.name}/{source.path.name} {_description(source.path)}")
     seconds = [getattr(module, "conv2", None) for module in model.modules() if hasattr(module, "conv3")]
     strided = any(isinstance(conv, nn.Conv2d) and conv.stride == (2, 2) for conv in seconds)
-    if text is None or not strided:
+    if found is None or not strided:
         return ""
     return (
-        f"{printable(text[0])} suggests that the first convolution of each bottleneck has the stride; such weights "
+        f"{printable(found[0])} suggests that the first convolution of each bottleneck has the stride; such weights "
         f"load either way, but need model.stride_in=1x1, and those from Keras also model.bn_eps=1.001e-5"
     )
 

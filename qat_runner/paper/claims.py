@@ -87,10 +87,10 @@ class Claim:
             return self.found.verdict
         setups = dict.fromkeys(finding.setup.name for finding in findings)
         verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
-        text = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
-        if {*text} == {Verdict.HOLDS, Verdict.FAILS}:
-            return f"holds in {text.count(Verdict.HOLDS)} of {len(text)} setups"
-        return str(Verdict.NOT_RUN if not text else text[0] if len({*text}) == 1 else Verdict.OPEN)
+        decided = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
+        if {*decided} == {Verdict.HOLDS, Verdict.FAILS}:
+            return f"holds in {decided.count(Verdict.HOLDS)} of {len(decided)} setups"
+        return str(Verdict.NOT_RUN if not decided else decided[0] if len({*decided}) == 1 else Verdict.OPEN)
 
     def published(self, statement: Statement) -> dict[str, float]:
         """Return the difference in the paper's own numbers, by network."""

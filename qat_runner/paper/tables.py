@@ -217,8 +217,8 @@ def _unlike(model: str, cells: Mapping[str, Sequence[Run]]) -> list[str]:
     if not quantized:
         return []
     keys = {label: _keys_apart(cells[quantized[0]], runs) for label, runs in cells.items()}
-    message = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
-    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(message)}."] if message else []
+    differing = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
+    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(differing)}."] if differing else []
 
 
 def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:

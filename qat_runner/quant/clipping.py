@@ -311,7 +311,7 @@ def octav(
 
     Returns:
         s in units of x; shape, dtype and special cases as in the module docstring. The result for a constant c or a
-        single element c is |c|, unless there is no code at s on that side.
+        single element c is |c|, unless a missing code at s on that side is taken into account.
 
     Raises:
         ValueError: if iterations is below 1, `refine` is below 0 or used with a pool, or x contains NaN or infinity and

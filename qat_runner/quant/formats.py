@@ -269,7 +269,7 @@ class IntFormat(StepFormat):
 
     @property
     def levels_per_scalar(self) -> int:
-        """s / D: a power of two, or one less than that in a closed format."""
+        """s / D: a power of two, or one less than that if there is a code at s."""
         return self.resolution - self.has_code_at_s
 
     @property
@@ -286,14 +286,14 @@ class IntFormat(StepFormat):
 
     @property
     def rounding_noise(self) -> float:
-        """D^2 / 12 in units of s^2: if not closed, 4^-B / 3 when signed and 4^-B / 12 when unsigned."""
+        """D^2 / 12 in units of s^2: without a code at s, 4^-B / 3 if signed and 4^-B / 12 if unsigned."""
         return 1.0 / (12.0 * self.levels_per_scalar**2)
 
     def full_scale(self, s: Scalar) -> Scalar:
-        """Return the clipping scalar of the format that is not closed and has the same step size.
+        """Return the clipping scalar of the format that has the same step size and no code at its clipping scalar.
 
-        This is s itself, or one step more in a closed format. In units of it, a step is a power of two. Scaling between
-        these units and steps is therefore exact.
+        This is s itself, or one step more if there is a code at s. In units of it, a step is a power of two. Scaling
+        between these units and steps is therefore exact.
         """
         return self.step(s) * self.resolution if self.has_code_at_s else s
 

@@ -1,7 +1,7 @@
 """The sign of s in oriented formats, which places the extra code on the side where it reduces the error more.
 
 An oriented format has levels from -s to s (1 - 2^(1-B)). With s and -s, all levels are the same except the outermost
-ones, so the squared errors differ only where |x| is above t = |s| (1 - 2^-B), half-way between the two highest levels:
+ones, so the squared errors differ only where |x| is above t = |s| (1 - 2^-B), half-way between |s| and the next level:
 
     error(s > 0) - error(s < 0) = 2 D sum (x - clip(x, -t, t)),        D = |s| 2^(1-B)
 

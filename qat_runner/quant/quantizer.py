@@ -224,7 +224,7 @@ class Quantizer(ScalarState):
         return self._reused[1]
 
     def _skips(self, x: Tensor) -> bool:
-        """Whether to skip x: it is empty, its scalars are not known yet, and no other process waits for this one."""
+        """Whether to skip x: it is empty, it would need new scalars, and no other process waits for this one."""
         if not self._solves and self.has_scalars:  # decided without the size of x, which exporters do not know
             return False
         return not x.numel() and not (self.synchronize and self.training and dist.is_initialized())

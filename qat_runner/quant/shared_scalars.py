@@ -41,7 +41,7 @@ class LatestScalars:
             self._solved.appendleft(_Solved(id(by), weakref.ref(x), x._version, how, s))
 
     def find(self, by: object, x: Tensor, how: object) -> Tensor | None:
-        """Return the latest scalars that another quantizer stored for the same x, not modified since, and `how`."""
+        """Return the latest scalars that another quantizer stored for this x, unmodified since, and the same `how`."""
         for solved in tuple(self._solved):  # a copy, since other threads may call `note` meanwhile
             if solved.x() is x and solved.by != id(by) and solved.version == x._version and solved.how == how:
                 return solved.s

@@ -13,7 +13,7 @@ from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.tensors import recording
 
 SIGN_OPEN = 0.5
-"""Takes the place of the sign in a saved `grid` if the sign is undecided, as before the first calibration."""
+"""Takes the place of the sign in a saved `grid` if the sign is undecided, as before the first batch."""
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -58,9 +58,9 @@ def scalar_shape(x: Tensor, dims: tuple[int, ...]) -> list[int]:
 
 
 def extremes(x: Tensor, dims: tuple[int, ...], pool: Pool | None = None) -> Tensor:
-    """Return the minimum and the maximum of zero and the elements of each row: [2, *kept], in the compute dtype.
+    """Return the minimum and the maximum of zero and the elements of each row, in the compute dtype.
 
-    With a pool, a row includes its parts on all processes.
+    The shape is [2, *scalar_shape(x, dims)]. With a pool, a row includes its parts on all processes.
     """
     if math.prod([x.shape[d] for d in dims]) == 0:
         low = high = x.new_zeros(scalar_shape(x, dims))

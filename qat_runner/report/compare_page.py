@@ -244,8 +244,8 @@ def _by_cost(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart
 
 def _points(method: str, runs: Sequence[Entry], known: dict[Path, tuple[Any, float]], colour: int) -> PlotlyTrace:
     x, y = zip(*(known[run.folder] for run in runs), strict=True)
-    message = [f"{method}, {run.bits_label}, seed {run.config.seed}" for run in runs]
-    trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=message)
+    labels = [f"{method}, {run.bits_label}, seed {run.config.seed}" for run in runs]
+    trace = line([rounded(value) for value in x], y, method, colour, mode="markers", text=labels)
     y_text = f"%{{y}} {measure_of(runs).unit}"
     return trace | {
         "marker": trace["marker"] | {"size": 9},
@@ -267,8 +267,8 @@ def _curves(networks: dict[str, list[Entry]], colours: dict[str, int]) -> Chart 
             ]
             group: list[PlotlyTrace] = [trace | {"name": method, "legendgroup": method} for trace in found if trace]
             traces += [trace | {"showlegend": i == 0} for i, trace in enumerate(group)]
-        message = ", ".join(f"{width.text} {dash}" for width, dash in dashes.items())
-        title = f"epoch<br>bits: {message}" if len(widths) > 1 else "epoch"
+        key = ", ".join(f"{width.text} {dash}" for width, dash in dashes.items())
+        title = f"epoch<br>bits: {key}" if len(widths) > 1 else "epoch"
         few = all(len(trace["x"]) <= page.FEW_EPOCHS for trace in traces)
         views.append(View(name, traces, axes(title, xaxis={"dtick": 1} if few else {}, yaxis=_y_axis(runs))))
     heading = f"{_quantity(networks)} on validation data by epoch"
@@ -281,9 +281,9 @@ def _curve(run: Entry, colour: int, dash: str) -> PlotlyTrace | None:
     if key is None:
         return None
     epochs, values = [int(number(row["epoch"])) for row in rows], [number(row[key]) for row in rows]
-    message = f"{run.method}, {run.bits_label}, seed {run.config.seed}"
+    label = f"{run.method}, {run.bits_label}, seed {run.config.seed}"
     y_text = f"%{{y}} {measure_of([run]).unit}"
-    trace = line(epochs, values, "", colour, hovertemplate=f"{message}<br>epoch %{{x}}: {y_text}<extra></extra>")
+    trace = line(epochs, values, "", colour, hovertemplate=f"{label}<br>epoch %{{x}}: {y_text}<extra></extra>")
     return trace | {"line": {"width": 1.5, "dash": dash}, "marker": trace["marker"] | {"size": 4}}
 
 
@@ -303,5 +303,5 @@ def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[s
         alike.setdefault(tuple(str(setting.get(key)) for key in DECIDING), []).append(setting)
     differing = {*differing_keys(theirs), *(key for some in alike.values() for key in keys_that_differ(some))}
     keys = [key for key in dict.fromkeys(key for setting in theirs for key in setting) if key in differing]
-    message = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
-    return keys, list(zip(_names(runs), message, strict=True))
+    values = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
+    return keys, list(zip(_names(runs), values, strict=True))

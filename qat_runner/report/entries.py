@@ -201,10 +201,10 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
             theirs = _with_starts(some)
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
-            message = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
-            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, message, strict=True)])
+            described = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
+            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, described, strict=True)])
             places = _places(some) if again else [""] * len(some)
-            for run, words, place in zip(some, message, places, strict=True):
+            for run, words, place in zip(some, described, places, strict=True):
                 words |= {PLACE: place} if place else {}
                 setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
                 labelled[run.key] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)

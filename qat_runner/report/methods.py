@@ -174,16 +174,16 @@ def _other_settings(found: Sequence[Standing]) -> list[str]:
     keys = dict.fromkeys(key for each in compared for key, _ in each.setting)
     if len({(each.network, each.setting) for each in compared}) == len({each.network for each in compared}):
         return []
-    text = [
+    notes = [
         f"Runs differ in more than the method, namely in {', '.join(keys)}. Each row is compared with the reference "
         "that has the same settings."
     ]
     apart = dict.fromkeys(f"{each.method}, with {each.reference}" for each in compared if each.apart)
     if apart:
-        text.append(
+        notes.append(
             f"Compared with a reference of other settings, since there is none of the same: {'; '.join(apart)}."
         )
-    return text
+    return notes
 
 
 def numbers(found: Sequence[Standing]) -> Table:

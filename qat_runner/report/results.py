@@ -40,9 +40,9 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[Path]:
     lines = []
     for run, summary in sorted(finished, key=lambda pair: pair[0].seed):
         names.setdefault(_any_seed(run.config), run)
-        text = {key: value for key, value in summary.items() if key != "run_dir"}
+        figures = {key: value for key, value in summary.items() if key != "run_dir"}
         config = run_name(names[_any_seed(run.config)].config)
-        lines.append(text | {"remedies": "+".join(summary.get("remedies", [])), "config": config})
+        lines.append(figures | {"remedies": "+".join(summary.get("remedies", [])), "config": config})
     (folder / CONFIGS).mkdir(parents=True, exist_ok=True)
     table = folder / "results.csv"
     write_text(table, _csv(sorted(lines, key=lambda line: (line["config"], line["seed"]))))

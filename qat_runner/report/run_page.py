@@ -203,10 +203,10 @@ def _bits_card(config: Config, summary: Summary) -> Card:
     effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
     if config.allocating:
         return Card("bits", effective, "average of weights/activations, over all quantized tensors")
-    message = str(config.bits_label)
+    label = str(config.bits_label)
     if means != (None, None):
-        return Card("bits", message, f"{effective} on average (weights/activations), over all quantized tensors")
-    return Card("bits", message, "weights/activations" if "/" in message else "")
+        return Card("bits", label, f"{effective} on average (weights/activations), over all quantized tensors")
+    return Card("bits", label, "weights/activations" if "/" in label else "")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:
@@ -268,8 +268,8 @@ def _curves(rows: Sequence[EpochRow], steps: Sequence[StepRow], task: TaskFacts)
         charts.append(_by_epoch("loss", "Loss", rows, losses))
     if steps:
         size = -(-len(steps) // POINTS)
-        message = f"Training loss by step{f', means of {size}' if size > 1 else ''}"
-        charts.append(_by_step("step-loss", message, steps, "loss", size))
+        title = f"Training loss by step{f', means of {size}' if size > 1 else ''}"
+        charts.append(_by_step("step-loss", title, steps, "loss", size))
         charts.append(_by_step("learning-rate", "Learning rate by step", steps, "lr", size))
     return charts
 
@@ -345,13 +345,13 @@ def _environment(environment: Environment | None) -> list[tuple[str, str]]:
 
 def _resumptions(environment: Environment | None) -> list[str]:
     """Return when the run was resumed, each with what had changed in the environment."""
-    message: list[str] = []
+    resumptions: list[str] = []
     if environment is None:
-        return message
+        return resumptions
     for session in environment.get("resumed", []):
         changed = [key for part in ("packages", "git", "machine") for key in _changed(environment, session, part)]
-        message.append(session["started"] + (f", with different {', '.join(changed)}" if changed else ""))
-    return message
+        resumptions.append(session["started"] + (f", with different {', '.join(changed)}" if changed else ""))
+    return resumptions
 
 
 def _changed(first: Session, later: Session, part: Literal["packages", "git", "machine"]) -> list[str]:

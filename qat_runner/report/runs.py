@@ -129,8 +129,8 @@ def full_precision_in(folder: Path) -> list[Result]:
 
 def not_finished(folders: Iterable[Path]) -> list[str]:
     """Return a sentence that lists run folders without a result, each with its state; empty if there are none."""
-    text = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
-    return [f"Not finished: {', '.join(text)}."] if text else []
+    unfinished = [f"{folder.resolve().name} ({status(folder).state})" for folder in folders]
+    return [f"Not finished: {', '.join(unfinished)}."] if unfinished else []
 
 
 class _Configured(Protocol):
@@ -243,5 +243,5 @@ def _usual(config: Config) -> bool:
     if config.quantization.full_precision:
         return True
     method = config.clipping_in_mode.method
-    text = {name: value for name, value in method.options.items() if name in ("q", "start")}
-    return method == type(method)(**text) and gradient_label(config) in ("own", config.gradient.name)
+    named = {name: value for name, value in method.options.items() if name in ("q", "start")}
+    return method == type(method)(**named) and gradient_label(config) in ("own", config.gradient.name)

@@ -93,16 +93,16 @@ def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = (
     Args:
         results, beside: as for `results_table`.
     """
-    message: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for runs, found in _over_seeds(results, beside):
         if found:
             model, dataset, mode, bits, clipping, gradient = _words(runs[0])
             method = clipping if gradient in ("mph", "own") else f"{clipping} with {gradient}"
             where = f"{model}, {dataset}, {mode}, {bits} bits"
-            message.setdefault((where, measured(runs[0]).points), []).append((method, mean_and_deviation(found, "+")))
+            groups.setdefault((where, measured(runs[0]).points), []).append((method, mean_and_deviation(found, "+")))
     return [
         f"{where}, in {points} against full precision: {', '.join(map(' '.join, methods))}"
-        for (where, points), methods in message.items()
+        for (where, points), methods in groups.items()
         if 1 < len(methods) == len(dict(methods))
     ]
 
@@ -120,9 +120,9 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     return f"{statistics.fmean(values):{sign}.2f}{spread}"
 
 
-def of_some(message: str, count: int, seeds: int) -> str:
+def of_some(figure: str, count: int, seeds: int) -> str:
     """Return the text of a mean, with the number of its seeds in parentheses if these are not all seeds."""
-    return f"{message} ({count})" if message and count != seeds else message
+    return f"{figure} ({count})" if figure and count != seeds else figure
 
 
 def against_full_precision(results: Sequence[Result]) -> list[float | None]:

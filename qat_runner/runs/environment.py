@@ -51,7 +51,7 @@ def environment() -> Session:
 
 
 LAUNCHED = "QAT_RUNNER_JOB"
-"""Environment variable in which a sweep launcher passes the name of a job; each request has its own name."""
+"""Environment variable with the job name that a sweep's launcher sets: one name for all jobs of a command."""
 
 
 def job() -> str | None:

@@ -102,7 +102,7 @@ class CsvFile(Generic[T]):
         """Add rows.
 
         Args:
-            folder: the folder of the file, which is created if needed.
+            folder: the existing folder of the file; the file is created if needed.
             rows: the rows; missing columns stay empty. If the file exists, perhaps from an earlier version, values
                 without a column in it are dropped.
             columns: the columns of a new file, if the description does not name all of them.

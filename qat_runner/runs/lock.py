@@ -81,7 +81,7 @@ class RunLock:
             os.close(handle)
 
     def _forget(self) -> None:
-        """Close the lock in a child process, such as a worker that decodes images, so that it ends with its parent."""
+        """Close the lock in a child process, such as a worker that decodes images: it must not outlast the parent."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

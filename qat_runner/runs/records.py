@@ -62,7 +62,7 @@ class Summary(TypedDict):
     """the same for activations"""
     distilled: NotRequired[bool]
     remedies: NotRequired[list[str]]
-    """additional techniques: `Config.told_remedies`"""
+    """additional techniques: `Config.remedy_labels`"""
     processes: NotRequired[Count]
     metric: NotRequired[str]
     """name of the task's metric"""
@@ -127,7 +127,7 @@ def _with_its_figure(summary: Summary) -> Summary:
 
 
 def _filled(row: object) -> object:
-    """Return a line of a results table without its empty cells; lists are joined by "+"."""
+    """Return a row of a results table without its empty cells, and with `remedies` split at "+" into a list."""
     if not isinstance(row, dict):
         return row
     cells = {key: cell for key, cell in row.items() if cell}

@@ -18,7 +18,7 @@ from qat_runner.tasks.texts import check_length, checkpoint_of
 from qat_runner.tasks.totals import Totals
 
 LARGEST_LOG = 700.0
-"""Upper limit of the loss in the perplexity, its exponential; beyond it, the exponential would overflow."""
+"""Upper limit of the loss whose exponential is reported as the perplexity; beyond it, the exponential overflows."""
 
 
 class LanguageModelling(Task[TextData]):

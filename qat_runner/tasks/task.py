@@ -38,7 +38,7 @@ class Task(ABC, Generic[D]):
     mixes: ClassVar[bool] = False
     """whether a stage of the recipe may set the keys of `MIXING` and drop_path"""
     outputs: ClassVar[tuple[str, ...]]
-    """names, in exported files, of the outputs; several outputs have the same field names in the result of forward"""
+    """names of the outputs in exported files; if there are several, also their field names in the result of forward"""
 
     def check(self, config: Config) -> None:
         """Check, from the config alone, whether the run is possible.

@@ -195,8 +195,8 @@ class Trainer:
             before = self._evaluate(progress)[self.metric]
             self._reestimate()
             state.before_reestimation = before
-            text = f"{self.metric} {self.measure.describe(before)}"
-            log.info(f"BatchNorm re-estimated on {self.reestimation_batches} training batches; before: {text}")
+            figure = f"{self.metric} {self.measure.describe(before)}"
+            log.info(f"BatchNorm re-estimated on {self.reestimation_batches} training batches; before: {figure}")
         state.val = self._evaluate(progress)
 
     @property
@@ -531,7 +531,7 @@ class Trainer:
         # of the last step of the epoch, which may have run before an interruption
         lr = learning_rate(self.stage, self.lr, self.epochs, state.epoch - 1, self.steps - 1, self.steps)
         hit, metric = self.totals.names[0], self.metric
-        text = self.measure.describe(val[metric])
+        figure = self.measure.describe(val[metric])
         self.record.epoch(
             {
                 "epoch": state.epoch,
@@ -547,7 +547,7 @@ class Trainer:
         )
         log.info(
             f"epoch {state.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {hit} {train[hit]:.2f} %; "
-            f"val loss {val['loss']:.4f}, {metric} {text}; "
+            f"val loss {val['loss']:.4f}, {metric} {figure}; "
             f"{state.samples_per_second:.{0 if state.samples_per_second >= 100 else 1}f} {self.task.unit}/s"
         )
 

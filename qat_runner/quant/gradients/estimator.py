@@ -26,7 +26,7 @@ class Estimator(ABC):
     name: ClassVar[str]
     """name in configs, records and messages"""
     straight: ClassVar[bool] = False
-    """whether gradients pass unchanged; x and s are then not saved for the backward pass, nor is `backward` called"""
+    """whether gradients pass unchanged; x and s are then not saved for the backward pass, and `backward` not called"""
     in_kernels: ClassVar[bool] = False
     """whether the kernels implement the estimator, under its name"""
 

@@ -1,9 +1,8 @@
 """EWGS: Lee et al., "Network Quantization with Element-wise Gradient Scaling", CVPR 2021, arXiv 2104.00903.
 
 Equation 7: g_n = g_q (1 + delta sign(g_q) (x_n - x_q)). x_n is the value before rounding, clipped and normalized such
-that the clipping interval has length 1, and x_q is the value after rounding. A gradient that moves x away from its
-level, towards the next one, is increased; a gradient that moves x back to its level is decreased. Clipped values get no
-gradient.
+that the clipping interval has length 1, and x_q is the value after rounding. A gradient is increased if its descent
+step moves x back towards its level, and decreased if the step moves x further away. Clipped values get no gradient.
 
 The paper recomputes delta of each layer in each epoch from the trace of the Hessian. Here delta is an option, with one
 value for all layers that a rule matches; the default 1e-3 is the value that the authors' code uses without Hessians.

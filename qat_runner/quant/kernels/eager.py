@@ -155,7 +155,7 @@ def refine(x: Tensor, s: Tensor, format: IntFormat, factors: Sequence[float]) ->
 
     Args:
         x: any shape and floating dtype.
-        s: not 0 where x is not 0; in an oriented format it has a sign, which is kept. Broadcastable to x.
+        s: not 0 where x is not 0; in an oriented format it has a sign, which positive factors keep. Broadcastable to x.
         format: the format that x is rounded to.
         factors: the candidates, in units of s.
 

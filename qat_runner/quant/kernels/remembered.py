@@ -14,7 +14,7 @@ class Remembered(NamedTuple):
     running_s: Tensor
     """their exponential moving average; shape and dtype of s"""
     batches: Tensor
-    """how many calls are in the average; int64, []"""
+    """number of calls that the scalars were computed from; int64, []"""
     momentum: float
     """weight of the newest scalars in the average"""
     known: bool

@@ -1,4 +1,4 @@
-"""MLflow: a local store in the run folder, or the server of the environment variable MLFLOW_TRACKING_URI."""
+"""MLflow: a local store in the run folder, or the one that the environment variable MLFLOW_TRACKING_URI sets."""
 
 import os
 import time

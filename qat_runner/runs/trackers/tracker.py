@@ -62,8 +62,8 @@ class Tracker:
         """Return why the tracker is not available here, as part of a sentence; None if it is."""
         if cls.package is None or find_spec(cls.package) is not None:
             return None
-        brings = f"; pip install 'qat_runner[{cls.extra}]' brings it" if cls.extra else ""
-        return f"{cls.package} is not installed{brings}"
+        hint = f"; pip install 'qat_runner[{cls.extra}]' installs it" if cls.extra else ""
+        return f"{cls.package} is not installed{hint}"
 
     def __init__(self, run: Tracked) -> None:
         self.run = run

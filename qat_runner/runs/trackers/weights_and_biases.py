@@ -55,12 +55,12 @@ class WeightsAndBiases(Tracker):
         self._run.log({**figures, "epoch": number})
 
     def layers(self, number: int, figures: Mapping[str, Mapping[str, float]], scalars: Mapping[str, Tensor]) -> None:
-        text: dict[str, Any] = {
+        logged: dict[str, Any] = {
             f"layers_{key}/{tensor}": value for key, values in figures.items() for tensor, value in values.items()
         }
         for name, s in scalars.items():
-            text[f"clipping_scalars/{name}"] = self._wandb.Histogram(s.float().cpu().flatten().tolist())
-        self._run.log({**text, "epoch": number})
+            logged[f"clipping_scalars/{name}"] = self._wandb.Histogram(s.float().cpu().flatten().tolist())
+        self._run.log({**logged, "epoch": number})
 
     def finish(self, result: Mapping[str, Any] | None) -> None:
         if result is not None:
