@@ -61,9 +61,7 @@ def _noise(label: str, rows: Sequence[Row]) -> View:
     places = list(range(len(rows)))
     chosen, other = ([rounded(number(row[key])) for row in rows] for key in ("sqnr_db", "max_sqnr_db"))
     gain = [None if a is None or b is None else rounded(a - b) for a, b in zip(chosen, other, strict=True)]
-    hover = [
-        f"{name(row)}, {row['bits']} bits, {percent(number(row['clipped_fraction']))} clipped" for row in rows
-    ]
+    hover = [f"{name(row)}, {row['bits']} bits, {percent(number(row['clipped_fraction']))} clipped" for row in rows]
     common: PlotlyTrace = {"type": "scatter", "mode": "markers", "y": places, "text": hover}
     common["hovertemplate"] = "%{text}<br>%{x:.1f} dB"
     symbol = {"size": 7, "symbol": "square-open"}
