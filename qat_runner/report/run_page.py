@@ -200,13 +200,14 @@ def _cards(folder: Path, config: Config, summary: Summary) -> list[Card]:
 def _bits_card(config: Config, summary: Summary) -> Card:
     """Return the card with the requested bits and the average bit-width."""
     means = (summary.get("mean_weight_bits"), summary.get("mean_activation_bits"))
-    effective = "/".join("-" if mean is None else f"{mean:.2f}" for mean in means)
+    weights, activations = ("-" if mean is None else f"{mean:.2f}" for mean in means)
     if config.allocating:
-        return Card("bits", effective, "average of weights/activations, over all quantized tensors")
+        return Card("bits", f"{weights}/{activations}", "average of weights / activations, over all quantized tensors")
     label = str(config.bits_label)
     if means != (None, None):
-        return Card("bits", label, f"{effective} on average (weights/activations), over all quantized tensors")
-    return Card("bits", label, "weights/activations" if "/" in label else "")
+        average = f"on average {weights} (weights), {activations} (activations), over all quantized tensors"
+        return Card("bits", label, average)
+    return Card("bits", label, "weights / activations" if "/" in label else "")
 
 
 def _cards_so_far(rows: Sequence[EpochRow], config: Config) -> list[Card]:

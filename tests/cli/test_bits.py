@@ -81,7 +81,7 @@ def test_bits_are_chosen_before_training(run: Run, capsys: pytest.CaptureFixture
     assert (chosen / "summary.json").stat().st_mtime_ns == again
     assert report.main([str(chosen)]) == 0
     page = (chosen / "report.html").read_text()
-    assert record["answer"] in page and "average of weights/activations" in page
+    assert record["answer"] in page and "average of weights / activations" in page
 
 
 @pytest.mark.slow

@@ -463,7 +463,7 @@ def test_effective_bits_and_what_is_quantized_are_shown_where_they_are_on_record
     means = {"mean_weight_bits": 4.016, "mean_activation_bits": 4.125, "quantized_macs": 99.25}
     (folder / "summary.json").write_text(json.dumps(summary | means))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert "bits 4 4.02/4.12 on average (weights/activations), over all quantized tensors" in text
+    assert "bits 4 on average 4.02 (weights), 4.12 (activations), over all quantized tensors" in text
     assert "quantized 99.25 % of the multiply-accumulates" in text
     text = text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
     assert "weight bits activation bits quantized %" in text and " 4.02 4.12 99.25 " in text
