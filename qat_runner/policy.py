@@ -478,7 +478,11 @@ class Policy:
     def full_precision(self) -> bool:
         """Whether nothing is quantized in any network."""
         first = self.rules[0] if self.rules else Rule()
-        return first.everything and {rule.bits for rule in self.rules} in ({FULL_PRECISION}, {FULL_PRECISION, None})
+        return (
+            first.everything
+            and first.bits == FULL_PRECISION
+            and {rule.bits for rule in self.rules} <= {FULL_PRECISION, None}
+        )
 
     def names_kind(self, kind: str) -> bool:
         """Return whether some rule selects layers of a kind by its `type`."""

@@ -21,7 +21,7 @@ show medians and, as the spread, the distance between the quartiles. Parts:
     gpu        only on request, ten minutes on a CUDA device: the bandwidth of each kernel; training steps, eager, as
                CUDA graphs and with torch.compile, with kernel launches, host waits and peak memory. These do not take
                turns, so that each measurement has the device and its memory for itself
-    images   CPU time of decoding and augmenting JPEGs in every layout, compared with the loaders of torchvision and
+    images     CPU time of decoding and augmenting JPEGs in every layout, compared with the loaders of torchvision and
                timm
 """
 

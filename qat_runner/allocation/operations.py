@@ -43,7 +43,7 @@ class Operand:
 
     @property
     def has_choice(self) -> bool:
-        """Whether it has a choice."""
+        """Whether more than one bit-width is allowed for it."""
         return len(self.widths) > 1
 
     @property

@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # of the terminal, not of a file
         raise
     except OSError as error:
-        print(f"qat-export: {os_error_message(error)}; no file was kept", file=sys.stderr)
+        print(f"qat-export: {os_error_message(error)}; no new file was kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("qat-export: interrupted; no file was kept", file=sys.stderr)
+        print("qat-export: interrupted; no new file was kept", file=sys.stderr)
         return 130
     return 0
 

@@ -463,7 +463,7 @@ class OscillationsConfig:
     threshold: float = number(0.005, 0, 1, below=True)
     """Flips per step above which an element counts as oscillating."""
     max_bits: int = number(4, 2, 16)
-    """Largest bit-width of weights that are watched and frozen; at more bits, one code makes little difference."""
+    """Largest bit-width of weights that are tracked and frozen; at more bits, one code makes little difference."""
     freeze_to: float | None = number(None, 0, 1, below=True)
     """Flips per step, at the end of training, above which an element is frozen at its mean code; null: no element is
     frozen."""

@@ -13,7 +13,7 @@ from qat_runner.data.decoding import decode_image, decode_pixels
 from qat_runner.data.images import Labelled
 from qat_runner.data.layouts import read_images
 from qat_runner.data.seeding import epoch_seed, shuffled
-from qat_runner.data.splits import Decoded, OnDevice, Split, TransientReadError
+from qat_runner.data.splits import Decoded, OnDevice, Split, TransientTrouble
 from qat_runner.data.workers import Order, Workers
 from qat_runner.errors import RunError
 
@@ -132,7 +132,7 @@ class FolderSource:
     def _decoded(self, images: Tensor, labels: Tensor, troubles: Sequence[str]) -> Labelled:
         """Return the images of a batch that could be decoded (possibly none), and log the others."""
         distinct = sorted(set(filter(None, troubles)))
-        if unread := [trouble for trouble in distinct if isinstance(trouble, TransientReadError)]:
+        if unread := [trouble for trouble in distinct if isinstance(trouble, TransientTrouble)]:
             raise RunError(unread[0])
         if self.corrupt is None:
             raise RunError(f"{distinct[0]}; set dataset.skip_corrupt=true to leave out such images")

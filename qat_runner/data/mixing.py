@@ -20,7 +20,8 @@ MIXING = ("mixup", "cutmix", "random_erasing")
 class Mixing:
     """Maps a training batch of images and classes to partly erased, mixed images and soft targets.
 
-    Each process mixes the images of its own part of a batch; all processes use the same mixing coefficients.
+    Each process mixes the images of its own part of a batch; all processes use the same mixing coefficients as long as
+    their parts are equally long.
 
     Args:
         stage: a stage of the recipe; at least one of MIXING is above zero.

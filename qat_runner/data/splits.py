@@ -18,7 +18,7 @@ from qat_runner.data.workers import Order, Workers
 Pixels = tuple[Tensor, Tensor, Sequence[str]]
 """A batch: images uint8 [N, S, S, 3], contiguous in this order; labels [N]; an error message for each image, or "".
 
-An error message is a `TransientReadError` where the cause is not the image itself.
+An error message is a `TransientTrouble` where the cause is not the image itself.
 """
 
 File = tuple[Tensor, bool, int, str, tuple[int, int]]
@@ -28,7 +28,7 @@ Transform = Callable[[Any], Tensor]
 """Maps a decoded image to uint8 [3, S, S], with random numbers from torch's global generator"""
 
 
-class TransientReadError(str):
+class TransientTrouble(str):
     """An error message for an image that could not be read for a reason unrelated to the image.
 
     Examples are too many open files, or not enough memory.
@@ -145,7 +145,7 @@ def _trouble(stored: Images, index: int, error: Exception) -> str:
     name = printable(stored.name(index))
     elsewhere = isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
     if elsewhere or isinstance(error, MemoryError):
-        return TransientReadError(f"image {name} cannot be read ({_describe(error)})")
+        return TransientTrouble(f"image {name} cannot be read ({_describe(error)})")
     return f"image {name} cannot be decoded ({_describe(error)})"
 
 

@@ -92,15 +92,15 @@ class Search:
         def small(summary: Summary) -> bool:
             return probes.drop(summary) <= (self.config.max_drop or 0)
 
-        limit = first_that_holds(self._evenly(FINE), lambda most: small(self.measure(probes, self._best_at(most))))
-        if limit is None:
+        first_that_holds(self._evenly(FINE), lambda most: small(self.measure(probes, self._best_at(most))))
+        width = first_that_holds(self.widths, lambda w: small(self._measure_uniform(probes, w)))
+        enough = [(found, summary) for found, summary in self.measured if small(summary)]
+        if not enough:
             raise RunError(
                 f"max_drop={self.config.max_drop:g}: even {self.widths[-1]} bits everywhere lose more; larger "
                 f"allocation.widths or retrain_steps may help"
             )
-        width = first_that_holds(self.widths, lambda w: small(self._measure_uniform(probes, w)))
         beside = None if width is None else self._measure_uniform(probes, width)
-        enough = [(found, summary) for found, summary in self.measured if small(summary)]
         best, summary = min(enough, key=lambda pair: self._figure(pair[0]))
         return Chosen(best, summary, width, beside)
 

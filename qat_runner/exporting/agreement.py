@@ -73,5 +73,5 @@ def require(name: str, found: Figures, reference: Figures, measure: Measure) -> 
             f"{LEAST_AGREEMENT:g} required), {measure.name} {measure.describe(found.accuracy)} instead of "
             f"{measure.describe(reference.accuracy)} (at most {LARGEST_LOSS:g}"
             f"{' percentage points' if measure.unit else ' %'} {'lower' if measure.unit else 'worse'} allowed); "
-            f"nothing was kept"
+            f"no new file was kept"
         )

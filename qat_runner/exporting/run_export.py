@@ -194,7 +194,7 @@ def export(request: Request) -> Export:
 
     Raises:
         ConfigError: the run cannot be exported, or not as requested.
-        RunError: a file cannot be written, or does not compute what the network computes; nothing was kept.
+        RunError: a file cannot be written, or does not compute what the network computes; no new file was kept.
     """
     _check_out(request)
     model, data, config = network_of(request.run, request.checkpoint)
@@ -249,7 +249,7 @@ def _write(
             state = read_safetensors(path)
             if not all(torch.equal(state[key], t) for key, t in integers.state_dict().items()):
                 raise RunError(
-                    f"{path.name} holds other tensors than the network when it is read back; nothing was kept"
+                    f"{path.name} holds other tensors than the network when it is read back; no new file was kept"
                 )
     return files
 

@@ -86,7 +86,7 @@ def read_file(path: Path) -> Parts:
     parts = _parts(content)
     if not parts:
         keys = (
-            f" (only {', '.join(map(printable, list(content)[:5]))})"
+            f" (only {', '.join(map(shortened, list(content)[:5]))})"
             if isinstance(content, Mapping) and content
             else ""
         )
@@ -99,7 +99,7 @@ def dotted(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def printable(text: object) -> str:
+def shortened(text: object) -> str:
     """Return a text from a file in a form for messages: at most 80 characters, all of them printable."""
     line = "".join(c if c.isprintable() else "?" for c in str(text)[:81])
     return line if len(line) <= 80 else f"{line[:77]}..."
@@ -117,7 +117,7 @@ def _read(path: Path) -> Any:
         # drops torch's advice to load the file nevertheless
         text = str(error).rpartition("WeightsUnpickler error: ")[2]
         reason = f"{type(error).__name__}: {text}".splitlines()[0].partition(". ")[0]
-        raise TensorFileError(f"is not a readable weights file ({printable(reason)})") from error
+        raise TensorFileError(f"is not a readable weights file ({shortened(reason)})") from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -144,7 +144,7 @@ def _foreign(path: Path, error: Exception) -> str | None:
         return None
     with suppress(Exception):  # in an older format, only the first one is known, from the error
         found = sorted(get_unsafe_globals_in_checkpoint(path)) or found
-    names = ", ".join(map(printable, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    names = ", ".join(map(shortened, found[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
     old, new = (json.dumps(text, ensure_ascii=False) for text in (str(path), f"{path}.tensors.pt"))
     line = shlex.join(["python", "-c", _RESAVE.replace("OLD", old).replace("NEW", new)])
     return (
@@ -172,7 +172,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         content = _parts(_read(index.parent / shard)).get("", {})
         for name in (name for name, of in shards.items() if of == shard):
             if name not in content:
-                raise TensorFileError(f"lists {printable(name)} in {printable(shard)}, which does not contain it")
+                raise TensorFileError(f"lists {shortened(name)} in {shortened(shard)}, which does not contain it")
             tensors[name] = content[name]
     return tensors
 
@@ -184,17 +184,17 @@ def _shards(index: Path) -> dict[str, str]:
             raise ValueError("too large")
         content = json.loads(index.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise TensorFileError(f"is not a readable index ({printable(error)})") from error
+        raise TensorFileError(f"is not a readable index ({shortened(error)})") from error
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise TensorFileError("is not a readable index: its weight_map must list a file for each tensor")
     for shard in dict.fromkeys(shards.values()):
         if shard != Path(shard).name or Path(shard).suffix not in _SHARDS:
             raise TensorFileError(
-                f"lists {printable(shard)}, which must be a {' or '.join(_SHARDS)} file in the same folder"
+                f"lists {shortened(shard)}, which must be a {' or '.join(_SHARDS)} file in the same folder"
             )
         if not os.path.isfile(index.parent / shard):
-            raise TensorFileError(f"lists {printable(shard)}, which does not exist")
+            raise TensorFileError(f"lists {shortened(shard)}, which does not exist")
     return shards
 
 

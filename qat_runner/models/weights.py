@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat_runner.config import PRETRAINED, TORCHVISION, path_of
 from qat_runner.errors import ConfigError
 from qat_runner.models.libraries import LIBRARIES, Library, library_of
-from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, printable, read_file
+from qat_runner.models.tensor_files import Parts, TensorFileError, dotted, find_file, read_file, shortened
 from qat_runner.models.vision import TORCHVISION_MODELS
 from qat_runner.quant.state import ADDED_LATER
 
@@ -138,7 +138,7 @@ def _doubt(model: nn.Module, source: Source) -> str:
     if found is None or not strided:
         return ""
     return (
-        f"{printable(found[0])} suggests that the first convolution of each bottleneck has the stride; such weights "
+        f"{shortened(found[0])} suggests that the first convolution of each bottleneck has the stride; such weights "
         f"load either way, but need model.stride_in=1x1, and those from Keras also model.bn_eps=1.001e-5"
     )
 
@@ -264,7 +264,7 @@ def _published(source: Source, model_name: str) -> dict[str, Tensor]:
     except ConfigError:
         raise
     except Exception as error:  # downloads may raise any exception
-        reason = printable(" ".join(str(error).split()))
+        reason = shortened(" ".join(str(error).split()))
         raise ConfigError(f"{source}: download failed ({type(error).__name__}: {reason})") from error
     log.info(f"{source}: {called} from {library.prefix}")
     return state
@@ -334,7 +334,7 @@ def _part_of(source: Source, parts: Parts) -> Parts:
     some = {path: tensors for path, tensors in some.items() if tensors}
     if not some:
         names = [dotted(path, name) for path, tensors in parts.items() for name in tensors]
-        firsts = sorted({printable(name.partition(".")[0]) for name in names if "." in name})
+        firsts = sorted({shortened(name.partition(".")[0]) for name in names if "." in name})
         has = f"; the parts are {', '.join(firsts[:8])}" if firsts else ""
         raise ConfigError(f"{source}: has no part {source.part}{has}")
     return some
@@ -390,19 +390,19 @@ def _choose(candidates: Iterator[_Candidate], source: Source, model_name: str) -
     fitting = [c for c in every if c.fits]
     if not fitting:
         best = max(every, key=lambda c: c.matched / max(c.of_model, c.of_file, 1))
-        where = printable(best.part) if best.part else "the file"
+        where = shortened(best.part) if best.part else "the file"
         raise ConfigError(
             f"{source}: too few tensors match, {best.matched} of the {best.of_model} tensors of {model_name} "
             f"and of the {best.of_file} in {where}; must be a file for {model_name}"
         )
     chosen = fitting[0]
-    equals = [printable(c.part) for c in fitting if c.rank == chosen.rank]
+    equals = [shortened(c.part) for c in fitting if c.rank == chosen.rank]
     if len(equals) > 1:
         raise ConfigError(
             f"{source}: {', '.join(equals)} all match {model_name}; set {source.key}_part=NAME to choose one"
         )
-    others = ", ".join(printable(c.part or "names without a prefix") for c in fitting[1:])
-    said = printable(chosen.part or "names without a prefix") + (f" (not {others})" if others else "")
+    others = ", ".join(shortened(c.part or "names without a prefix") for c in fitting[1:])
+    said = shortened(chosen.part or "names without a prefix") + (f" (not {others})" if others else "")
     return chosen, said if others or chosen.rank[0] else ""
 
 
@@ -438,7 +438,7 @@ def _fault(tensor: Tensor, wanted: Tensor, any_number: bool) -> str | None:
     """
     name = _name(tensor.dtype)
     if type(tensor) not in (Tensor, nn.Parameter):
-        return f"is a {printable(type(tensor).__name__)} of {name}, not a plain tensor"
+        return f"is a {shortened(type(tensor).__name__)} of {name}, not a plain tensor"
     if tensor.is_nested or tensor.is_quantized:
         return f"is {'nested' if tensor.is_nested else 'quantized'} ({name}), not a plain tensor"
     if tensor.layout != torch.strided:

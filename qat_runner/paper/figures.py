@@ -29,6 +29,8 @@ from qat_runner.training.plots import CHOSEN, OTHER
 
 log = logging.getLogger("qat_runner")
 
+LINE_STYLES = "--", ":", "-."
+"""Lines of full precision, one for each kind of it."""
 MARKERS = "osD^v"
 """Markers of methods; each serves ten colours."""
 
@@ -220,6 +222,7 @@ def methods(found: Sequence[Standing]) -> Figure:
     networks = [name for name, methods in standing.items() if methods > 1] or list(standing)
     found = [each for each in found if each.network in networks]
     names = sorted({each.method for each in found if not each.full_precision})
+    full = sorted({each.method for each in found if each.full_precision})
     lines = -(-(len(names) + 1) // LEGEND_COLUMNS) * (1 + max(map(len, names), default=0) // LEGEND_LETTERS)
     size = max(8.0, 4.5 * len(networks)), 4.5 + 0.16 * lines
     figure, axes = plt.subplots(1, len(networks), figsize=size, layout="constrained", squeeze=False)
@@ -231,7 +234,8 @@ def methods(found: Sequence[Standing]) -> Figure:
             style = f"C{number % 10}", MARKERS[number // 10 % len(MARKERS)]
             _draw_method(ax, [each for each in some if each.method == name], widths, aside, *style)
         for each in (each for each in some if each.full_precision):
-            ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle="--", label=each.method)
+            dashes = LINE_STYLES[full.index(each.method) % len(LINE_STYLES)]
+            ax.axhline(statistics.fmean(each.values.values()), color="black", linestyle=dashes, label=each.method)
         _end_before_outliers(ax, some, widths)
         ax.set(title=network, xlabel="bits", ylabel=some[0].measure.title)
         ax.set_xticks(range(len(widths)), [width.text for width in widths])

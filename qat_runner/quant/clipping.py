@@ -14,7 +14,7 @@ convolution weight with `dim=0`. The elements that share a scalar are called a r
 - No gradient flows through s.
 - In an oriented format s is a magnitude; `orienting.oriented` finds its sign.
 - For a format with two clipping bounds, the result is low and high, stacked along a first dimension: [2], or
-  [2, K, 1, 1, 1].
+  [2, K, 1, 1, 1]. (`mean_magnitude` has one value per row for every format, and `newton_step` rejects such formats.)
 """
 
 import math
@@ -236,8 +236,13 @@ def newton_step(x: Tensor, s: Tensor | float, format: Format | int, dim: int | N
 
     Returns:
         s_{n+1} in units of x, shape and dtype as in the module docstring; 0 for all-zero rows.
+
+    Raises:
+        ValueError: the format has two clipping bounds.
     """
     format = as_format(format)
+    if format.parts != 1:
+        raise ValueError(f"newton_step: applies to formats with one clipping scalar, not to {format.name}")
     x, dims = _prepare(x, dim, check=False)
     a = (x.abs() if format.signed else x.clamp(min=0)).to(torch.float64)
     s = torch.as_tensor(s, dtype=torch.float64, device=x.device)

@@ -69,13 +69,18 @@ def mse_sweep(x: Tensor, format: Format, dims: tuple[int, ...], points: int, tog
     ends = top
     for sides in ((0, 1), (0,), (1,)):
         candidates = [_shared(ends, top, sides, k / points) for k in range(1, points + 1)]
-        errors = [(format.fake_quantize(wide, c) - wide).square_() for c in [ends, *candidates]]
-        cost = torch.stack([e.sum(dims, keepdim=True) if dims else e for e in errors])
+        cost = torch.stack([_squared_error(wide, format, c, dims) for c in [ends, *candidates]])
         if together:
             cost = cost.flatten(1).sum(1).reshape(-1, *[1] * x.ndim).expand(cost.shape)
         best = cost.argmin(0, keepdim=True)
         ends = torch.stack([torch.stack([c[i] for c in [ends, *candidates]]).gather(0, best)[0] for i in (0, 1)])
     return ends
+
+
+def _squared_error(x: Tensor, format: Format, ends: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the squared error of each row, summed at once: a hundred candidates must not hold a copy of x each."""
+    error = (format.fake_quantize(x, ends) - x).square_()
+    return error.sum(dims, keepdim=True) if dims else error
 
 
 def _shared(ends: Tensor, top: Tensor, sides: Sequence[int], share: float) -> Tensor:

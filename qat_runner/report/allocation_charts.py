@@ -52,7 +52,7 @@ def _measured(record: AllocationRecord) -> Chart:
         known = sorted((cost_of(record, p), p["value"]) for p in points if p["value"] is not None)
         return line([rounded(cost) for cost, _ in known], [value for _, value in known], name, colour)
 
-    best = drawn(record.get("measured", [record["chosen"]]), "chosen bits", CHOSEN)
+    best = drawn(record.get("measured") or [record["chosen"]], "chosen bits", CHOSEN)
     alike = drawn(record["uniform"], "uniform", OTHER)
     costs = [*best["x"], *alike["x"]]
     full = line([min(costs), max(costs)], [record["reference"]] * 2, "full precision", 2, mode="lines")

@@ -68,7 +68,7 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
     runs, left_out = entries(places, dataset, model, tables=False)
     networks = _drawn(by_network(runs))
     found = methods.standings(runs)
-    colours = _colours(runs)
+    colours = _colours([run for some in networks.values() for run in some])
     charts = [chart for chart in (_by_bits(networks, colours), _by_cost(networks, colours)) if chart is not None]
     curves = _curves(networks, colours)
     differing, values = _differing(runs)
@@ -102,9 +102,13 @@ def _drawn(networks: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
 
 
 def _colours(runs: Sequence[Entry]) -> dict[str, int]:
-    """Return a colour for each method, the same in all charts; full precision is grey."""
+    """Return a colour and symbol for each method, the same in all charts, as `page.line` takes it.
+
+    Full precision is grey; if there are several kinds of it, each has a symbol of its own.
+    """
     methods = sorted({run.method for run in runs if not run.full_precision})
-    grey = {run.method: page.COLOURS - 1 for run in runs if run.full_precision}
+    full = sorted({run.method for run in runs if run.full_precision})
+    grey = {name: page.COLOURS * (i % len(page.SYMBOLS)) + page.COLOURS - 1 for i, name in enumerate(full)}
     free = [index for index in range(page.COLOURS * len(page.SYMBOLS)) if index % page.COLOURS != page.COLOURS - 1]
     return grey | {name: free[i % len(free)] for i, name in enumerate(methods)}
 
@@ -209,7 +213,7 @@ def _mean_line(method: str, runs: Sequence[Entry], widths: Sequence[Width], shif
         trace = line(
             [-0.4, len(widths) - 0.6], [level] * 2, method, colour, mode="lines", hovertemplate=f"%{{y}} {unit}"
         )
-        return trace | {"line": {"width": 2, "dash": "dash"}}
+        return trace | {"line": {"width": 2, "dash": DASHES[1 + colour // page.COLOURS % (len(DASHES) - 1)]}}
     found = {width: [score(run.summary or {}) for run in runs if run.bits == width] for width in widths}
     found = {width: values for width, values in found.items() if values}
     means = {width: statistics.fmean(values) for width, values in found.items()}

@@ -197,8 +197,9 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
     labelled: dict[Key, Entry] = {}
     for together in compared.values():
         unlike = _between_methods(together)
-        for _, some in by_method(together):
-            theirs = _with_starts(some)
+        shared = _sets_of_starts([some for _, some in by_method(together)])
+        for method, some in by_method(together):
+            theirs = _with_starts(some, shared.get(method))
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
             described = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
@@ -238,11 +239,35 @@ def _between_methods(runs: Sequence[Entry]) -> list[str]:
     return [*keys, *(["weights"] if own else [])]
 
 
-def _with_starts(some: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return the settings of a method's runs; if each seed has its own weights, all get the same value for them."""
-    starts = [start_of(run.config) for run in some]
-    if each_seed_has_its_own(run.config for run in some):
-        starts = ["of each seed"] * len(some)
+def _sets_of_starts(methods: Sequence[Sequence[Entry]]) -> dict[str, str]:
+    """Return the methods of which each seed has its own starting weights -> a name of that set of weights.
+
+    Methods share a set, and its name, if none of their seeds starts from different weights; otherwise the names differ
+    by the weights of a seed.
+    """
+    sets: list[dict[int, str | None]] = []
+    chosen: dict[str, dict[int, str | None]] = {}
+    for some in methods:
+        if each_seed_has_its_own(run.config for run in some):
+            starts = {run.config.seed: start_of(run.config) for run in some}
+            agreeing = (
+                known for known in sets if all(known.get(seed, start) == start for seed, start in starts.items())
+            )
+            known = next(agreeing, None)
+            if known is None:
+                sets.append(known := {})
+            known.update(starts)
+            chosen[some[0].method] = known
+    alone = len(sets) < 2
+    return {
+        method: "of each seed" if alone else f"of each seed ({value_in_words(known[min(known)])} for seed {min(known)})"
+        for method, known in chosen.items()
+    }
+
+
+def _with_starts(some: Sequence[Entry], shared: str | None) -> list[dict[str, Any]]:
+    """Return the settings of a method's runs; if each seed has its own weights, all get the name of their set."""
+    starts = [start_of(run.config) for run in some] if shared is None else [shared] * len(some)
     return [
         settings(run.config) | ({} if start is None else {"weights": start})
         for run, start in zip(some, starts, strict=True)
@@ -269,8 +294,8 @@ def _once(runs: Sequence[Entry]) -> bool:
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
     """Group runs by network, data set and mode, the largest group first.
 
-    A group without full-precision runs also gets those of another mode that its runs are compared with. A mode that
-    has only such borrowed runs forms no group.
+    A group also gets the full-precision runs of other modes that its runs are compared with; if full-precision runs of
+    several modes are in it, these are named after their mode. A mode that has only such borrowed runs forms no group.
     """
     baselines = full_precision_of([run.result for run in runs])
     baseline = {run.key: runs[i] for run, i in zip(runs, baselines, strict=True) if i is not None}
@@ -279,12 +304,18 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
     lent: set[Key] = set()
     for some in found.values():
-        if not any(run.full_precision for run in some):
-            theirs = {baseline[run.key].key: baseline[run.key] for run in some if run.key in baseline}
-            some += theirs.values()
-            lent |= theirs.keys()
+        used = {baseline[run.key].key: baseline[run.key] for run in some if run.key in baseline}
+        theirs = {key: run for key, run in used.items() if key not in {run.key for run in some}}
+        lent |= theirs.keys()
+        modes = {run.config.mode for run in (*theirs.values(), *(run for run in some if run.full_precision))}
+        some += theirs.values() if len(modes) < 2 else map(_with_mode, theirs.values())
     own = {name: some for name, some in found.items() if not {run.key for run in some} <= lent}
     return dict(sorted(own.items(), key=lambda item: -len(item[1])))
+
+
+def _with_mode(run: Entry) -> Entry:
+    """Return a run whose method names its mode, so that it is not averaged with runs of another mode."""
+    return replace(run, variant=", ".join(filter(None, (str(run.config.mode), run.variant))))
 
 
 def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:

@@ -397,6 +397,8 @@ def _with_its_costs(record: AllocationRecord) -> AllocationRecord:
     for point in (record["chosen"], *record["uniform"], *record.get("measured", ()), *record["front"]):
         if missing := [name for name in record["figures"] if name not in point["costs"]]:
             raise ValueError(f"costs: {missing[0]} is missing")
+    if any("width" not in point for point in record["uniform"]):
+        raise ValueError("uniform: width is missing")
     if record["chosen"]["value"] is None:
         raise ValueError("chosen.value: must be a number")
     return record

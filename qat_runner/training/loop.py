@@ -318,11 +318,11 @@ class Trainer:
             )
         self.to_freeze = self.config.freezing and self._none_frozen
 
-    def _resume_oscillations(self, watched: dict[str, Tensor]) -> None:
+    def _resume_oscillations(self, tracked: dict[str, Tensor]) -> None:
         if self.oscillations is None:
             return
         try:
-            self.oscillations.load(watched)
+            self.oscillations.load(tracked)
         except ValueError as error:  # the state does not fit, or there is none
             if self.config.resume != Resume.force:
                 raise

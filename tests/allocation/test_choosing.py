@@ -13,6 +13,7 @@ import torch
 
 from qat_runner.allocation import Limit, Network, Prices
 from qat_runner.config import Config
+from qat_runner.errors import RunError
 from qat_runner.experiment.bits_record import recorded
 from qat_runner.experiment.choosing import Search
 from qat_runner.experiment.probing import Probes
@@ -154,6 +155,17 @@ def test_the_front_begins_at_what_costs_least(tmp_path: Path) -> None:
     probes: Any = Foretold(lambda bits: sum(search.mean[name][width] for name, width in bits.items()))
     best = search.least(probes).best
     assert cost.total(known, best.bits) == pytest.approx(1.6) and {*best.bits.values()} == {4}
+
+
+def test_uniform_bits_may_hold_where_no_choice_by_prices_does() -> None:
+    """Measured prices need not fall with the bits: here all choices have 4 bits, and only 8 bits everywhere hold."""
+    search = search_by(How(cost="mean_bits"), ([(1.0, 0.010, 0.011)],) * 4)
+    probes: Any = Foretold(lambda bits: 0.5 if {*bits.values()} == {8} else 1.2)
+    chosen = search.least(probes)
+    assert chosen.width == 8 and {*chosen.best.bits.values()} == {8}
+    nothing: Any = Foretold(lambda bits: 1.2)
+    with pytest.raises(RunError, match="even 8 bits everywhere lose more"):
+        search_by(How(cost="mean_bits")).least(nothing)
 
 
 def test_the_fewest_bits_are_those_of_all_networks_on_the_way() -> None:

@@ -225,8 +225,8 @@ def test_an_interruption_or_a_full_disk_leaves_nothing(
     export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for trouble, code, words in (
-        (KeyboardInterrupt(), 130, "interrupted; no file was kept"),
-        (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; no file was kept"),
+        (KeyboardInterrupt(), 130, "interrupted; no new file was kept"),
+        (OSError(28, "No space left on device"), 1, "out.tmp: No space left on device; no new file was kept"),
     ):
 
         def fail(*args: Any, trouble: BaseException = trouble) -> None:

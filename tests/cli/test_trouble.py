@@ -417,7 +417,7 @@ def test_a_stop_also_ends_a_sweep_that_waits_for_rows(monkeypatch: pytest.Monkey
 
     def busy(config: Any) -> None:
         order.append(("run", config))
-        raise BusyError("process 1 on elsewhere is at work in it")
+        raise BusyError("process 1 on elsewhere is using it")
 
     def stopped(config: Any) -> None:
         order.append(("after others", config))
@@ -445,7 +445,7 @@ def test_a_sweep_waits_for_rows_that_other_processes_work_on(
         order.append(config.seed)
         if config.seed == 0 and left["0"]:
             left["0"] -= 1
-            raise BusyError("run_dir=one: process 1 on elsewhere is at work in it")
+            raise BusyError("run_dir=one: process 1 on elsewhere is using it")
         return real(config)
 
     monkeypatch.setattr(experiment, "run", busy_at_first)
@@ -453,6 +453,6 @@ def test_a_sweep_waits_for_rows_that_other_processes_work_on(
     monkeypatch.setattr(running, "PATIENCE", 0.01)
     assert run("-m", "seed=0,1", "epochs=1") == 0
     assert order == [0, 1, 0, 0]
-    assert capsys.readouterr().out.count("is at work in it: waiting for it") == 1
+    assert capsys.readouterr().out.count("is using it: waiting for it") == 1
     left["0"] = 1
     assert run("seed=0", "epochs=1") == 1

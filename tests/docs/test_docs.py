@@ -33,7 +33,7 @@ from torch import nn
 import qat_runner
 from qat_runner.cli import bits, export, report, run
 from qat_runner.data import DATASETS, Dataset, prepare
-from qat_runner.data.image_readers import images
+from qat_runner.data.image_readers import image_reader
 from qat_runner.data.images import MemorySource
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import checks
@@ -302,7 +302,7 @@ def test_the_clipping_method_of_the_docs_by_its_name_in_configs(place: Path, exa
 def test_a_model_and_a_data_set_added_as_in_the_docs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     monkeypatch.setitem(MODELS, "mine", lambda classes, small, width: nn.Sequential(*_layers(classes)))
-    read = images(lambda folder, config: MemorySource(split, split, config.augment))
+    read = image_reader(lambda folder, config: MemorySource(split, split, config.augment))
     mine = Dataset("classification", read, lambda folder: (folder / "mine.bin").is_file(), "mine.bin")
     monkeypatch.setitem(DATASETS, "mine", mine)
     command = ["model.name=mine", "dataset.name=mine", "data_dir=data", "epochs=1", "batch_size=20", "run_dir=run"]

@@ -33,7 +33,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"machine", "backend", "rounds", "kernels", "training steps"} == results.keys()
     kernels = results["kernels"]
-    assert len(kernels) == 2 * 2 * 10 and all(row["ms"] > 0 and row["x copy"] > 0 for row in kernels)
+    assert len(kernels) == 2 * 2 * 12 and all(row["ms"] > 0 and row["x copy"] > 0 for row in kernels)
     without = {row["kernel"] for row in kernels if "of a copy's bandwidth" not in row}
     assert without == {"octav, cold", "remember"} == {row["kernel"] for row in kernels if "GB/s" not in row}
     steps = results["training steps"]

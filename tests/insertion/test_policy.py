@@ -234,6 +234,7 @@ def test_plain_values_say_it_all() -> None:
     with pytest.raises(ValueError, match="rule 'fc': unknown setting 'bit'"):
         Policy.of(rules=[{"match": "fc", "bit": 8}])
     assert not Policy((Rule("fc", bits=32),)).full_precision
+    assert not Policy((Rule("*", gradient="ste"), Rule("fc", bits=32))).full_precision  # without bits, 4 is the default
 
 
 @pytest.mark.parametrize("clipping", ["octav", "lsq", "pact"])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qat_runner.config.fingerprints import fingerprint
 from qat_runner.errors import ConfigError
 from qat_runner.models import Source, load_weights
-from qat_runner.models.tensor_files import SUFFIXES, printable
+from qat_runner.models.tensor_files import SUFFIXES, shortened
 
 
 def tiny() -> nn.Module:
@@ -421,4 +421,4 @@ def test_an_index_of_absurd_size(tmp_path: Path) -> None:
 
 @given(st.text())
 def test_what_is_shown_of_names(text: str) -> None:
-    assert printable(text).isprintable() and len(printable(text)) <= 80
+    assert shortened(text).isprintable() and len(shortened(text)) <= 80

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat_runner.quant import (
+    IntAffineFormat,
     IntFormat,
     fake_quantize,
     maximum,
@@ -176,6 +177,8 @@ def test_newton_step_is_the_published_formula(signed: bool) -> None:
     rows = torch.randn(3, 4, 5)
     s = newton_step(rows, 0.0, 4, dim=0)
     torch.testing.assert_close(s, rows.abs().mean((1, 2), keepdim=True))
+    with pytest.raises(ValueError, match=r"newton_step: .* one clipping scalar, not to int_affine4"):
+        newton_step(x, 1.0, IntAffineFormat(4))
 
 
 def test_zeros_cost_nothing_and_are_not_counted() -> None:

@@ -266,6 +266,7 @@ UNFIT: list[tuple[str, str | bytes, str]] = [
     ("histograms.json", f"[{changed(HISTOGRAM, 'low', to=None)}]", "0.low: input"),
     ("histograms.json", f"[{changed(HISTOGRAM, 'levels', to='0')}]", "0.levels: input"),
     ("allocation.json", changed(ALLOCATED, "chosen", "value", to=None), "chosen.value: must be a number"),
+    ("allocation.json", changed(ALLOCATED, "uniform", 0, "width"), "uniform: width is missing"),
     ("oscillations.csv", OSCILLATION + "1,fc,640,101,0\n", "line 2, oscillating: input"),
     ("export.json", "[]", "valid dictionary"),
     ("export.json", "{}", "run: field required"),

@@ -232,6 +232,46 @@ def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) ->
         standings(entries([tmp_path])[0], "pact")
 
 
+def test_two_sets_of_starts_are_two_settings(tmp_path: Path) -> None:
+    """Methods whose seeds start from other weights than those of the reference are named after them."""
+    for seed in (0, 1, 2):
+        for name, method, top1 in (("a", "octav", 86.0), ("b", "max", 61.0), ("a", "lsq", 85.0)):
+            start = tmp_path / f"{name}{seed}.pt"
+            start.write_text(start.name)
+            how = ("mode=retrain", f"weights={start}", f"clipping={method}", f"seed={seed}")
+            make_run(tmp_path, *how, top1=top1 + seed)
+    prints = [hashlib.sha256(name).hexdigest()[:8] for name in (b"a0.pt", b"b0.pt")]
+    a, b = (f"weights=of each seed ({digits}… for seed 0)" for digits in prints)
+    found = {each.method: each for each in standings(entries([tmp_path])[0])}
+    assert found.keys() == {f"octav, {a}", f"max, {b}", f"lsq, {a}"}
+    assert {each.method for each in found.values() if each.apart} == {f"max, {b}"}
+
+
+def test_full_precision_of_several_modes_is_not_averaged(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("x")
+    for seed in (0, 1, 2):
+        make_run(tmp_path, "bits=32", f"seed={seed}", top1=90.0 + seed)
+        make_run(tmp_path, "mode=retrain", "weights=baseline", f"seed={seed}", top1=85.0 + seed)
+    make_run(tmp_path, "bits=32", "mode=evaluate", f"weights={tmp_path / 'x.pt'}", top1=70.0)
+    make_run(tmp_path, "mode=retrain", f"weights={tmp_path / 'x.pt'}", "clipping=max", top1=60.0)
+    found = {each.method: list(each.values.values()) for each in standings(entries([tmp_path])[0])}
+    assert found["full precision, scratch"] == [90.0, 91.0, 92.0] and found["full precision, evaluate"] == [70.0]
+    page = text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
+    assert "full precision, evaluate" in page
+
+
+def test_full_precision_that_is_compared_with_is_shown(tmp_path: Path) -> None:
+    """Even if the mode of the runs has a full-precision run of its own."""
+    for seed in (0, 1, 2):
+        make_run(tmp_path, "bits=32", f"seed={seed}", top1=90.0 + seed)
+        make_run(tmp_path, "mode=retrain", "weights=baseline", f"seed={seed}", top1=93.0 + seed)
+    make_run(tmp_path, "mode=retrain", "weights=baseline", "bits=32", top1=97.0)
+    found = {each.method: each for each in standings(entries([tmp_path])[0])}
+    assert found["octav"].gap.values == (3.0, 3.0, 3.0)
+    assert list(found["full precision, scratch"].values.values()) == [90.0, 91.0, 92.0]
+    assert list(found["full precision"].values.values()) == [97.0]
+
+
 def test_two_starts_are_no_seeds_of_one_method(tmp_path: Path) -> None:
     """Not even if no seed occurs twice."""
     for seed in range(4):
