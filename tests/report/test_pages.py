@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from torch import nn
 
 from qat_runner.cli.report import main as report
 from qat_runner.cli.run import main as qat_run
-from qat_runner.config import Config, from_hydra, identity, run_name
+from qat_runner.config import Config, from_hydra, identity, plain, run_name
 from qat_runner.config.composing import command, compose_config
 from qat_runner.insertion import calibrate, quantize_model
 from qat_runner.insertion.size import size_mb
@@ -122,7 +122,7 @@ def make_run(runs: Path, *overrides: str, name: str | None = None, top1: float |
     config = config_of(*overrides)
     folder = runs / (name or run_name(config))
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (folder / "config.yaml").write_text(yaml.dump(plain(config), Dumper=yaml.CSafeDumper, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     splits = {"train_loss": 1.0, "train_top1": 50.0, "val_loss": 1.1, "val_top1": 55.0, "val_top5": 90.0}
     write_rows(folder / "metrics.csv", [{"epoch": e + 1, **splits, "lr": 0.1, "seconds": 9.0} for e in range(epochs)])
@@ -307,7 +307,7 @@ def test_no_command_where_none_gives_the_same_run(tmp_path: Path) -> None:
     stage = config.recipe.scratch  # no shipped recipe for images has such a stage
     config = replace(config, mode="finetune", recipe=replace(config.recipe, finetune=stage))
     assert command(config) is None
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    (folder / "config.yaml").write_text(yaml.dump(plain(config), Dumper=yaml.CSafeDumper, sort_keys=False))
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
     assert "qat-run bits=4 '+note=two words'" in text
     assert "This is the recorded command, started in /somewhere ." in text
