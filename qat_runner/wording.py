@@ -20,6 +20,7 @@ def percent(share: float, count: int = 2) -> str:
 
 def meant(word: str, known: Sequence[str]) -> str:
     """Return the end of an error message about an unknown word: a suggestion of the closest known word, if there is
-    one."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    one. Swapped letters are the likeliest mistake: of close words, one with the same letters comes first."""
+    close = difflib.get_close_matches(word, known)
+    best = sorted(close, key=lambda candidate: sorted(candidate) != sorted(word))
+    return f"; did you mean {best[0]}?" if best else ""

@@ -19,3 +19,4 @@ def test_large_numbers_have_no_exponent(x: float, text: str) -> None:
 def test_the_closest_word_is_suggested() -> None:
     known = ("compare", "methods", "status")
     assert meant("comapre", known) == "; did you mean compare?" and meant("runs/one", known) == ""
+    assert meant("modle", ("mode", "model")) == "; did you mean model?"
