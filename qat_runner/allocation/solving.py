@@ -73,7 +73,7 @@ def allocate_bits(
         least = sum(float(row.min()) for row in table)
         if least > left * (1 + _SLACK):
             raise InfeasibleError(
-                f"{limit.measure.name} cannot be at most {limit.most:g}: the least possible is "
+                f"{limit.most:g} is too low a limit of {limit.measure.name}: the least possible is "
                 f"{_rounded_up(least + limit.measure.rest)}"
             )
     chosen = _solve(values, tables, room)

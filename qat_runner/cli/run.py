@@ -88,6 +88,8 @@ def _carry_out(args: list[str], sweep: bool, fail: Callable[[str, int], int]) ->
     try:
         typed = [arg for arg in args if arg != _DETACH]
         args = _arranged([_renamed(_with_home(arg)) for arg in typed])
+        if "bits=auto" in typed and (own := [arg for arg in typed if arg.startswith("policy=")]):
+            _refuse(f"bits=auto: is short for policy=auto, so it cannot be combined with {own[0]}")
         register()
         args = _with_overrides(args, _rows_of_experiment(args, sweep))
         args = _with_overrides(args, given(_parsed(args).overrides))
@@ -284,7 +286,7 @@ def _check_rows(composed: Iterable[tuple[DictConfig, list[str]]]) -> dict[Path, 
             raise ConfigError(f"run_dir={folder}: rows of the sweep that differ in {', '.join(changed)} would share it")
     if len(rows) > len(folders):
         log.info(
-            f"{len(rows)} rows are {len(folders)} run(s): keys without effect, such as clipping at 32 bits, are ignored"
+            f"{len(rows)} rows are {len(folders)} runs: keys without effect, such as clipping at 32 bits, are ignored"
         )
     return folders
 

@@ -450,7 +450,7 @@ def _recipe(config: Config) -> str:
     if config.epochs <= stage.warmup_epochs:
         sizes += f" (never reached: warmup_epochs={stage.warmup_epochs:g} of epochs={config.epochs})"
     if (config.batch_size, config.lr) == (stage.batch_size, stage.lr):
-        return f"{sizes}: the recipe's, whatever the number of devices{_seen_at_a_time(config)}"
+        return f"{sizes}: the recipe's, for any number of devices{_seen_at_a_time(config)}"
     law = "the square root of the batch size" if stage.optimizer == Optimizer.adamw else "the batch size"
     rule = f"in proportion to {law}" if config.lr == scaled_lr(stage, config.batch_size) else "set"
     return f"{sizes} ({rule}; the recipe has {stage.lr:g} at {stage.batch_size}){_seen_at_a_time(config)}"

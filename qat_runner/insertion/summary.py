@@ -79,7 +79,7 @@ def _shares(model: nn.Module) -> list[str]:
     share = quantized_share(model)
     if share is None:
         return []
-    lines = [f"multiply-accumulates of quantized tensors: {percent(share)}"]
+    lines = [f"multiply-accumulates with both operands quantized: {percent(share)}"]
     left = not_quantized(model)
     return ["\n".join([*lines, *(["not quantized, or one operand alone:"] if left else []), *(f"  {r}" for r in left)])]
 

@@ -73,7 +73,7 @@ def test_requests_that_make_no_sense_are_refused(batches: list[Tensor]) -> None:
         qat.allocate(network(), batches)
     with pytest.raises(ValueError, match="no batch"):
         qat.allocate(network(), [], 4.0)
-    with pytest.raises(ValueError, match=r"mean bits of weights cannot be at most 1: the least possible is 2"):
+    with pytest.raises(ValueError, match=r"1 is too low a limit of mean bits of weights: the least possible is 2"):
         qat.allocate(network(), batches, 1.0)
     with pytest.raises(ValueError, match="rules set the bit-widths of all tensors"):
         qat.allocate(network(), batches, 4.0, policy=qat.Policy.of(rules=[qat.Rule("*.*", bits=4)]))

@@ -128,7 +128,9 @@ def test_limits_are_kept_more_closely_than_the_solver_does() -> None:
 
 def test_a_limit_below_the_narrowest_is_refused() -> None:
     limits = [Limit(m, 1.5) for m in COSTS["mean_bits"](NETWORK)]
-    with pytest.raises(InfeasibleError, match=r"mean bits of weights cannot be at most 1\.5: the least possible is 2"):
+    with pytest.raises(
+        InfeasibleError, match=r"1\.5 is too low a limit of mean bits of weights: the least possible is 2"
+    ):
         allocate_bits(NETWORK, falling(NETWORK), limits)
 
 

@@ -218,7 +218,7 @@ def test_impossible_limits_are_rejected_before_anything_is_written(
     Path("ms.json").write_text('{"another": {"4x4": 1.0}}')
     asked, auto = (["weights=baseline", "run_dir=small", how] for how in ("mode=allocate", "bits=auto"))
     for words, sentence in (
-        (["size_mb=0.01"], "size_mb=0.01: MB cannot be at most 0.01: the least possible is"),
+        (["size_mb=0.01"], "size_mb=0.01: 0.01 is too low a limit of MB: the least possible is"),
         (["budget=4", "rules=[{match: '*', bits: 4}]"], "budget=4: rules set the bit-widths of all tensors"),
         (["budget=4", "allocation.latencies=ms.json"], "allocation.latencies: has no entry for conv1"),
     ):

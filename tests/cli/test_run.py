@@ -228,7 +228,7 @@ def test_a_sweep(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     table = capsys.readouterr().out
     assert "vs fp32" in table
     assert table.count("resnet8  fake") == 5
-    assert "6 rows are 5 run(s): keys without effect" in table and "\nrun 5 of 5\n" in table
+    assert "6 rows are 5 runs: keys without effect" in table and "\nrun 5 of 5\n" in table
     assert run("bits=4", "epochs=1") == 0  # a single run, which is compared as well
     row = capsys.readouterr().out.splitlines()[-3]
     gap = {(s["bits"], s["clipping"]): s["top1"] for s in summaries}
@@ -408,6 +408,10 @@ WRONG = [
     (["format=int_affine", "range=full"], "qat-run: range=full: is for plain integers, not for int_affine4"),
     (["format=int_affine", "clipping=pact"], "qat-run: clipping 'pact' is for plain integers, not for int_affine4"),
     (["bits=1"], "bits=1: must be 2 to 16, or 32"),
+    (
+        ["bits=auto", "policy=own.yaml", "budget=4"],
+        "bits=auto: is short for policy=auto, so it cannot be combined with",
+    ),
     (["bits=abc"], "bits=abc: must be an integer"),
     (["bits 4"], "bits 4: must be KEY=VALUE; qat-run --help lists all keys and flags"),
     (["trackers=wandb"], "trackers=wandb: must be a list: trackers=[wandb]"),

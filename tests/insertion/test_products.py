@@ -114,7 +114,7 @@ def test_shares_and_what_is_repeated(tmp_path: Path) -> None:
     (rest,) = not_quantized(model)
     assert rest.modules == ("0", "1") and rest.operation == "mm" and rest.share == pytest.approx(2 / 4.5)
     assert (
-        "multiply-accumulates of quantized tensors: 56 %\nnot quantized, or one operand alone:\n  mm in 2"
+        "multiply-accumulates with both operands quantized: 56 %\nnot quantized, or one operand alone:\n  mm in 2"
         in summary(model)
     )
     save(model, tmp_path / "net.pt")

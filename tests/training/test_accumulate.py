@@ -118,7 +118,7 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
     [
         (
             ["model=resnet50"],
-            "batch size 512, lr 0.1: the recipe's, whatever the number of devices; BatchNorm and activations' scalars "
+            "batch size 512, lr 0.1: the recipe's, for any number of devices; BatchNorm and activations' scalars "
             "see 512 samples at a time, but 64 in the published recipe (accumulate=8 restores that)",
         ),
         (
@@ -136,7 +136,7 @@ def test_each_part_has_the_statistics_and_the_scalar_of_its_samples_alone(tmp_pa
             ["model=resnet50", "batch_size=100"],
             "the recipe has 0.1 at 512); BatchNorm and activations' scalars see 100 ",
         ),
-        (["model=resnet50", "sync_batchnorm=true"], "lr 0.1: the recipe's, whatever the number of devices"),
+        (["model=resnet50", "sync_batchnorm=true"], "lr 0.1: the recipe's, for any number of devices"),
     ],
 )
 def test_the_log_says_what_is_seen_at_a_time(overrides: list[str], text: str) -> None:
