@@ -196,9 +196,9 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
         compared.setdefault((*run.network, run.config.mode), []).append(run)
     labelled: dict[Key, Entry] = {}
     for together in compared.values():
-        unlike = _between_methods(together)
-        shared = _sets_of_starts([some for _, some in by_method(together)])
-        for method, some in by_method(together):
+        unlike, methods = _between_methods(together), by_method(together)
+        shared = _sets_of_starts([some for _, some in methods])
+        for method, some in methods:
             theirs = _with_starts(some, shared.get(method))
             own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
             keys = dict.fromkeys([*own, *unlike])
@@ -304,8 +304,9 @@ def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:
         found.setdefault(", ".join((*run.network, run.config.mode)), []).append(run)
     lent: set[Key] = set()
     for some in found.values():
+        members = {run.key for run in some}
         used = {baseline[run.key].key: baseline[run.key] for run in some if run.key in baseline}
-        theirs = {key: run for key, run in used.items() if key not in {run.key for run in some}}
+        theirs = {key: run for key, run in used.items() if key not in members}
         lent |= theirs.keys()
         modes = {run.config.mode for run in (*theirs.values(), *(run for run in some if run.full_precision))}
         some += theirs.values() if len(modes) < 2 else map(_with_mode, theirs.values())

@@ -54,8 +54,8 @@ def test_how_many_seeds_a_difference_is_of(tmp_path: Path) -> None:
     heads, (octav, scaled, *_) = table(found).headers, table(found).cells
     assert (octav[3], octav[5], scaled[3]) == ("3", "-9.83 ± 0.29", "4")
     assert scaled[5].endswith(" (3)") and scaled[6] == "-2.03 [-3.15, -0.91] (3)" and heads[6] == "vs octav"
-    line = [dict(zip(numbers(found).headers, cells, strict=True)) for cells in numbers(found).cells]
-    assert [line[1][key] for key in ("seeds", "difference_seeds", "vs_fp32_seeds")] == ["0 1 2 3", "0 1 2", "0 1 2"]
+    rows = [dict(zip(numbers(found).headers, cells, strict=True)) for cells in numbers(found).cells]
+    assert [rows[1][key] for key in ("seeds", "difference_seeds", "vs_fp32_seeds")] == ["0 1 2 3", "0 1 2", "0 1 2"]
 
 
 def test_another_reference(tmp_path: Path) -> None:
@@ -97,8 +97,12 @@ def test_a_stray_run_takes_nobody_s_reference(tmp_path: Path, against: str | Non
 def test_each_setting_has_a_reference_of_its_own(tmp_path: Path) -> None:
     make_run(_of_two_settings(tmp_path), "clipping=max", "limit_train_batches=1", top1=50.0)
     found = standings(entries([tmp_path])[0])
-    line = {each.method: each.reference for each in found}
-    assert line["max, limit_train_batches=1"] == line["octav, limit_train_batches=1"] == "octav, limit_train_batches=1"
+    references = {each.method: each.reference for each in found}
+    assert (
+        references["max, limit_train_batches=1"]
+        == references["octav, limit_train_batches=1"]
+        == "octav, limit_train_batches=1"
+    )
     rows, heads = table(found).cells, table(found).headers
     assert heads[6:] == ["vs the reference", "reference", "verdict"]
     (row,) = (row for row in rows if row[2] == "max, limit_train_batches=1")
@@ -154,10 +158,10 @@ def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
 def test_the_command_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = _runs(tmp_path / "runs")
     assert report(["methods", str(runs), "--out", str(tmp_path / "out")]) == 0
-    line = capsys.readouterr().out
-    assert "| -2.03 [-3.15, -0.91] | worse " in line and "| the reference " in line
+    printed = capsys.readouterr().out
+    assert "| -2.03 [-3.15, -0.91] | worse " in printed and "| the reference " in printed
     (unfinished,) = (run.folder.name for run in entries([runs])[0] if run.summary is None)
-    assert f"Not finished: {unfinished} (stale)." in line
+    assert f"Not finished: {unfinished} (stale)." in printed
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"methods.{suffix}" for suffix in ("md", "csv", "tex", "html", "png", "svg")}
     assert report(["methods", str(runs), "--against", "lsq"]) == 2
@@ -216,7 +220,7 @@ def test_methods_that_start_elsewhere_with_a_seed_tell_it(tmp_path: Path) -> Non
 
 def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("x")
-    line = hashlib.sha256(b"x").hexdigest()[:8]
+    digits = hashlib.sha256(b"x").hexdigest()[:8]
     for seed in (0, 1, 2):
         (tmp_path / f"{seed}.pt").write_text(str(seed))
         starts = {"octav": "baseline", "max": tmp_path / "x.pt", "lsq": tmp_path / f"{seed}.pt"}
@@ -225,9 +229,9 @@ def test_seeds_that_start_from_weights_of_their_own_are_seeds(tmp_path: Path) ->
             make_run(tmp_path, *how, top1=50.0 + len(method))
     found = {each.method: each for each in standings(entries([tmp_path])[0], "octav")}
     assert {method: len(each.values) for method, each in found.items()} == dict.fromkeys(
-        ["octav, weights=baseline", f"max, weights={line}…", "lsq, weights=of each seed"], 3
+        ["octav, weights=baseline", f"max, weights={digits}…", "lsq, weights=of each seed"], 3
     )
-    assert list(found[f"max, weights={line}…"].differences.values()) == [-2.0] * 3
+    assert list(found[f"max, weights={digits}…"].differences.values()) == [-2.0] * 3
     with pytest.raises(ConfigError, match="--against pact: must be one of these: lsq, weights=of each seed; max, "):
         standings(entries([tmp_path])[0], "pact")
 
@@ -306,8 +310,8 @@ def test_chosen_bits_of_several_seeds_are_one_width(tmp_path: Path) -> None:
             run = make_run(tmp_path, *asked, top1=None if mean is None else 90.0 + seed)
             if mean is not None:
                 summary = json.loads((run / "summary.json").read_text())
-                line = summary | {"mean_weight_bits": mean, "mean_activation_bits": 4.0}
-                (run / "summary.json").write_text(json.dumps(line))
+                averaged = summary | {"mean_weight_bits": mean, "mean_activation_bits": 4.0}
+                (run / "summary.json").write_text(json.dumps(averaged))
     runs = entries([tmp_path])[0]
     (width,) = {run.bits for run in runs}
     assert width is not None and width.text == "size_mb=0.15"
@@ -359,8 +363,8 @@ def test_what_was_quantized_without_training_is_no_start_of_others(tmp_path: Pat
     make_run(tmp_path, "mode=retrain", weights, "clipping=max", top1=89.0)
     make_run(tmp_path, "mode=evaluate", weights, top1=10.0)
     found = standings(entries([tmp_path])[0])
-    line = [(each.network.rpartition(", ")[2], each.method, list(each.values.values())) for each in found]
-    assert line == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
+    values = [(each.network.rpartition(", ")[2], each.method, list(each.values.values())) for each in found]
+    assert values == [("retrain", "octav", [90]), ("retrain", "max", [89]), ("evaluate", "octav", [10])]
 
 
 @pytest.mark.parametrize(("one", "other"), [("a", "b"), ("a/runs", "b/runs")])

@@ -369,10 +369,10 @@ def test_what_is_quantized_stands_on_the_page(tmp_path: Path, rows: int, folded:
 
 def test_limits_stand_beside_what_they_are_of(tmp_path: Path) -> None:
     limits = "limit_train_batches=5", "limit_val_batches=2"
-    line = "; at most 5 batches per epoch; at most 2 validation batches"
+    suffix = "; at most 5 batches per epoch; at most 2 validation batches"
     done, begun = make_run(tmp_path, *limits), make_run(tmp_path, *limits, "seed=1", top1=None)
-    assert f"best 61.00 %{line}" in text_of(run_page.write(done, tmp_path / "page.html"))
-    assert f"best 55.00 %{line}" in text_of(run_page.write(begun, tmp_path / "page.html"))
+    assert f"best 61.00 %{suffix}" in text_of(run_page.write(done, tmp_path / "page.html"))
+    assert f"best 55.00 %{suffix}" in text_of(run_page.write(begun, tmp_path / "page.html"))
 
 
 def test_a_run_that_chooses_bits_has_no_sections_that_it_never_fills(tmp_path: Path) -> None:
@@ -404,12 +404,12 @@ def test_networks_that_were_measured_on_the_way_to_bits_are_drawn(tmp_path: Path
 def test_the_page_says_which_full_precision_it_means(tmp_path: Path) -> None:
     make_run(tmp_path, "bits=32", top1=62.5)
     folder = make_run(tmp_path, "mode=retrain", "weights=baseline", top1=60.0)
-    line = "against fp32 {} points; fp32 is {}"
+    against = "against fp32 {} points; fp32 is {}"
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert line.format("-2.50", "the network that it starts from") in text
+    assert against.format("-2.50", "the network that it starts from") in text
     make_run(tmp_path, "mode=retrain", "weights=baseline", "bits=32", top1=63.0)
     text = text_of(run_page.write(folder, tmp_path / "page.html"))
-    assert line.format("-3.00", "the same run without quantization") in text
+    assert against.format("-3.00", "the same run without quantization") in text
 
 
 def test_tensors_without_noise_on_record_come_last(tmp_path: Path) -> None:
@@ -735,8 +735,8 @@ def test_wrong_requests(
     Path("broken/config.yaml").write_text("a: [")
     Path("file").touch()
     assert report(args) == 2
-    line = capsys.readouterr().err
-    assert message in line and line.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 # In a browser
