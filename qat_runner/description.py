@@ -21,9 +21,13 @@ def fit(kind: Any, content: object, *, strict: bool = True) -> Any:
         return _adapter(kind).validate_python(content, strict=strict)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        why = first["msg"].removeprefix("Value error, ")
+        why = "unknown key" if first["type"] in _UNKNOWN else first["msg"].removeprefix("Value error, ")
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{where}: {why[:1].lower()}{why[1:]}" if where else f"{why[:1].lower()}{why[1:]}") from None
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""pydantic's kinds of error for a key that is not in the description: in a TypedDict, in a dataclass."""
 
 
 @functools.cache

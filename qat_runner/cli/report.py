@@ -28,12 +28,16 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import qat_runner
 from qat_runner.cli.terminal import on_terminal
 from qat_runner.errors import ConfigError, QatError, os_error_message
 from qat_runner.runs.files import write_text
 from qat_runner.wording import meant
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
 SEVERAL = ("compare", "methods", "results", "ledger")
@@ -250,30 +254,35 @@ def _ledger(args: argparse.Namespace) -> list[Path]:
 
 
 def _figure(args: argparse.Namespace) -> list[Path]:
-    from qat_runner.paper import figure2, figure5, figures, grids
+    from qat_runner.paper import figures
     from qat_runner.report.results import runs_at
 
     tables: dict[str, str] = {}
-    if args.what == "figure2":
-        compared = figure2.of_run(args.run) if args.run else figure2.of_weights(*_weights(args))
-        figure, tables = figure2.draw(compared), {"csv": figure2.table(compared)}
-    elif args.what == "ranges":
-        figure = grids.ranges()
-    elif args.what == "figure3":
-        figure = figures.figure3()
-    elif args.what == "figure4":
+    if args.what == "figure4":
         runs = runs_at([args.runs_dir])
         figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]), args.model)
-    elif args.what == "figure5":
+    else:
+        figure, tables = _figure_of_tensors(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    return [*_write(args.out, args.what, tables), *figures.save(figure, args.out / args.what)]
+
+
+def _figure_of_tensors(args: argparse.Namespace) -> "tuple[Figure, dict[str, str]]":
+    """Draw a figure that needs PyTorch, and the tables beside it by format."""
+    from qat_runner.paper import figure2, figure5, grids, tensor_figures
+
+    if args.what == "figure2":
+        compared = figure2.of_run(args.run) if args.run else figure2.of_weights(*_weights(args))
+        return figure2.draw(compared), {"csv": figure2.table(compared)}
+    if args.what == "figure5":
         if args.run is None:
             raise ConfigError("figure5: needs --run RUN_DIR, the run whose activations are shown")
         inputs, views = figure5.inputs_of_run(args.run)
-        figure, tables = figure5.draw(inputs, views), {"csv": figure5.table(inputs)}
-    else:
-        samples = figures.synthetic_samples() if args.run is None else figures.samples_of_run(args.run)
-        figure = (figures.figure1 if args.what == "figure1" else figures.iterations)(samples)
-    args.out.mkdir(parents=True, exist_ok=True)
-    return [*_write(args.out, args.what, tables), *figures.save(figure, args.out / args.what)]
+        return figure5.draw(inputs, views), {"csv": figure5.table(inputs)}
+    if args.what in ("ranges", "figure3"):
+        return grids.ranges() if args.what == "ranges" else tensor_figures.figure3(), {}
+    samples = tensor_figures.synthetic_samples() if args.run is None else tensor_figures.samples_of_run(args.run)
+    return (tensor_figures.figure1 if args.what == "figure1" else tensor_figures.iterations)(samples), {}
 
 
 def _weights(args: argparse.Namespace) -> tuple[str, str, str, Path | None]:

@@ -16,13 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_runner.config import hydra_keys
-from qat_runner.config.groups import config_dir, register
+from qat_runner.config.groups import GROUP, config_dir, options_in_code, register
 from qat_runner.config.identities import NOT_IN_IDENTITY, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.model_names import register_model_names, split_model_name
 from qat_runner.config.resolving import from_hydra, scaled_lr
 from qat_runner.config.schema import AUTO, OF_STAGE, Config, Mode
 from qat_runner.errors import ConfigError
+from qat_runner.plugins import installed
 
 HYDRA_VERSION_BASE = "1.3"
 
@@ -103,13 +104,22 @@ def _hydra_node(launcher: str) -> Mapping[str, Any]:
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """Return the config that `qat-run OVERRIDES` composes, not resolved yet.
+    """Return the config that `qat-run OVERRIDES` composes, read-only and not resolved yet.
 
     Raises:
         As `compose_checked`.
     """
+    return _composed(tuple(overrides), (options_in_code(), *installed(GROUP)))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...], options: object) -> DictConfig:
+    """`compose_config`, cached while the `options` from outside the shipped files stay the same: HTML reports compose
+    the same configs again and again, and Hydra takes a twentieth of a second for each."""
     with shipped_configs():
-        return compose_checked([*map(freed, overrides), *given(overrides)])
+        composed = compose_checked([*map(freed, overrides), *given(overrides)])
+    OmegaConf.set_readonly(composed, True)
+    return composed
 
 
 def freed(override: str) -> str:

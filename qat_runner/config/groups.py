@@ -43,7 +43,7 @@ def register() -> None:
     store.__dict__["__deepcopy__"] = _not_copied
     if "schema.yaml" not in store.repo:  # only once: it takes longer than all the rest, and never changes
         store.store(name="schema", node=ConfigSchema)
-    for group, names in (("clipping", METHODS), ("gradient", GRADIENTS), ("model", installed(MODELS))):
+    for group, names in options_in_code():
         for name in names:
             if not (config_dir() / group / f"{name}.yaml").is_file():
                 store.store(group=group, name=name, node={"name": name})
@@ -55,6 +55,11 @@ def register() -> None:
             raise
         except Exception as error:  # another package may raise anything
             raise ConfigError(f"configs of {point.name} ({point.value}) cannot be read ({one_line(error)})") from error
+
+
+def options_in_code() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the groups whose options need no file, each with the names of those that this process knows."""
+    return ("clipping", tuple(METHODS)), ("gradient", tuple(GRADIENTS)), ("model", tuple(installed(MODELS)))
 
 
 def _not_copied(memo: object) -> ConfigStore:

@@ -1,7 +1,6 @@
 """When two configs are the same run: the keys that determine a result, the run names derived from them, and saved
 configs."""
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from qat_runner.config.fingerprints import path_of
-from qat_runner.config.keys import plain
+from qat_runner.config.keys import leaves, plain
 from qat_runner.config.model_names import checkpoint_of, label
 from qat_runner.config.plain_yaml import plain_yaml
 from qat_runner.config.resolving import baseline_of
@@ -198,24 +197,19 @@ def load_config(folder: Path) -> Config | None:
     return read_config(path) if path.is_file() else None
 
 
-@functools.cache
-def _schema() -> DictConfig:
-    """The schema that configs are merged with; merging copies it."""
-    schema = OmegaConf.structured(Config)
-    assert isinstance(schema, DictConfig)
-    return schema
-
-
 def read_config(path: Path) -> Config:
     """Read a config that a run saved with this version of the schema or an earlier one.
 
     Raises:
         UnreadableError: the file is not YAML, not a config of a run, or from a later version.
     """
+    from qat_runner.description import fit  # pydantic takes a fifth of a second to import
+
     try:
-        merged = OmegaConf.merge(_schema(), migrate(plain_yaml(path)))
-        saved = OmegaConf.to_object(merged)
-        assert isinstance(saved, Config)
+        saved: Config = fit(Config, migrate(plain_yaml(path)), strict=False)
+        for name, _, value in leaves(saved):
+            if value == MISSING:
+                raise ValueError(f"{name} is missing")
         identity(saved)
     except Exception as error:  # the file may hold anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,8 @@ which all other packages receive.
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -141,8 +142,14 @@ _TOKENS = 100_000
 _LARGE = 1e30  # the largest float32 is 3e38
 
 
+class _Strict:
+    """A group of keys that rejects unknown keys when it is read from a file, see `description`."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "coerce_numbers_to_str": True}
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(_Strict):
     """The network."""
 
     name: str = MISSING
@@ -166,7 +173,7 @@ class ModelConfig:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(_Strict):
     """The data set and how it is read."""
 
     name: str = MISSING
@@ -232,7 +239,7 @@ class DatasetConfig:
 
 
 @dataclass
-class ClippingSchema:
+class ClippingSchema(_Strict):
     """How clipping scalars are found."""
 
     name: str = MISSING
@@ -316,7 +323,7 @@ class ClippingConfig(ClippingSchema):
 
 
 @dataclass
-class GradientConfig:
+class GradientConfig(_Strict):
     """How gradients pass through quantization."""
 
     name: str = MISSING
@@ -338,7 +345,7 @@ class GradientConfig:
 
 
 @dataclass
-class StageConfig:
+class StageConfig(_Strict):
     """How one stage (from scratch, retraining or fine-tuning) is trained."""
 
     epochs: int = number(MISSING, 1, _EPOCHS)
@@ -390,7 +397,7 @@ class StageConfig:
 
 
 @dataclass
-class RecipeConfig:
+class RecipeConfig(_Strict):
     """The full-precision recipe of a network on a data set, with one stage per mode that trains. Quantized runs use it
     unmodified."""
 
@@ -430,7 +437,7 @@ class RecipeConfig:
 
 
 @dataclass
-class AllocationConfig:
+class AllocationConfig(_Strict):
     """How the bit-width of each tensor is chosen with `mode=allocate` or `bits=auto`."""
 
     price: str = "gradient"
@@ -453,7 +460,7 @@ class AllocationConfig:
 
 
 @dataclass
-class OscillationsConfig:
+class OscillationsConfig(_Strict):
     """Weights that flip between two codes in training, and the remedies (Nagel et al. 2022)."""
 
     measure: bool = False
@@ -480,7 +487,7 @@ class OscillationsConfig:
 
 
 @dataclass
-class ConfigSchema:
+class ConfigSchema(_Strict):
     """A config as Hydra composes it. Keys that follow from others may be null."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -812,9 +819,9 @@ class Config(ConfigSchema):
         paths = sorted(path for path in named if path is not None and path not in WORDS_OF_WEIGHTS)
         return replace(self, fingerprints={path: self.content(path) for path in paths})
 
-    @property
+    @cached_property
     def quantization(self) -> Policy:
-        """The quantization policy of all tensors.
+        """The quantization policy of all tensors; cached, since a config is never changed but replaced.
 
         Raises:
             ConfigError: the keys do not form a valid policy.

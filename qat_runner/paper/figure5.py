@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from qat_runner.insertion import QuantizedTensor
-from qat_runner.paper.figures import Sample
+from qat_runner.paper.tensor_figures import Sample
 from qat_runner.paper.tensors_of_run import look_at, network_of_run
 from qat_runner.quant import IntFormat, fake_quantize, mse, mse_sweep, octav
 from qat_runner.training.plots import CHOSEN, OTHER

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qat_runner.paper.figure5 import Input, apart_most, draw, minima, mse_curve, table, view
-from qat_runner.paper.figures import Sample
+from qat_runner.paper.tensor_figures import Sample
 from qat_runner.quant import fake_quantize, mse_sweep, octav
 
 

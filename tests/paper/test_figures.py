@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from qat_runner.paper.figures import POINTS, Sample, figure1, figure3, iterations, three_of
+from qat_runner.paper.tensor_figures import POINTS, Sample, figure1, figure3, iterations, three_of
 from tests.quant.oracles import octav_by_sorting
 
 SAMPLES = [

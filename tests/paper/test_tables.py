@@ -14,8 +14,9 @@ import torch
 from qat_runner.config import Mode
 from qat_runner.errors import ConfigError
 from qat_runner.paper import table6, tables
-from qat_runner.paper.figures import figure4, three_of
+from qat_runner.paper.figures import figure4
 from qat_runner.paper.tables import TableOfRuns, make_table, paper, published
+from qat_runner.paper.tensor_figures import three_of
 from qat_runner.report.runs import Run
 from tests.report.test_pages import config_of
 
