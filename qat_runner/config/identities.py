@@ -20,6 +20,7 @@ from qat_runner.config.schema import (
     AUTO,
     BASELINE,
     LIMITS,
+    MIXED,
     OF_STAGE,
     ClippingConfig,
     Config,
@@ -262,7 +263,7 @@ def _quantization_words(config: Config) -> list[str]:
     if config.allocating:
         bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
     beside = [*(["distilled"] if config.distilling else []), *config.remedies]
-    bits += "-mixed" if config.rules else ""
+    bits += f"-{MIXED}" if config.rules else ""
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *beside]
 
 
@@ -297,6 +298,20 @@ def _of_both(weights: str, activations: str, usual: str) -> list[str]:
         return [] if weights == usual else [weights]
     both = {"weights": weights, "activations": activations}
     return [f"{what}-{its}" for what, its in both.items() if its != usual]
+
+
+def policy_label(config: Config) -> str:
+    """Return a label for what gives single tensors their own settings, or an empty string.
+
+    "policy auto" is for bit-widths that are chosen, "policy 1a2b3c" for rules: the first digits of a hash of the rules,
+    whether they come from a file or from the command.
+    """
+    if config.quantization.full_precision:
+        return ""
+    rules = hashlib.sha256(json.dumps(config.rules, sort_keys=True).encode()).hexdigest()[:6] if config.rules else ""
+    if config.allocating:
+        return f"policy auto with rules {rules}" if rules else "policy auto"
+    return f"policy {rules}" if rules else ""
 
 
 def gradient_label(config: Config) -> str:
