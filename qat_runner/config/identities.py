@@ -4,6 +4,7 @@ configs."""
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -230,14 +231,20 @@ def run_folder(config: Config) -> Path:
     If a folder holds this run under the name that an earlier version gave it, that folder is returned.
     """
     if config.run_dir is not None:
-        return path_of(config.run_dir)
-    runs, name = path_of(config.runs_dir), run_name(config)
+        return _direct(path_of(config.run_dir))
+    runs, name = _direct(path_of(config.runs_dir)), run_name(config)
     if not (runs / name).exists():
         for folder in sorted(runs.glob(f"{name.rpartition('_')[0]}_*/")):
             with suppress(UnreadableError):
                 if (saved := load_config(folder)) is not None and identity(saved) == identity(config):
                     return folder
     return runs / name
+
+
+def _direct(path: Path) -> Path:
+    """Return a path without `..` after a folder, which need not exist; a link before `..` is followed."""
+    plain = Path(os.path.normpath(path))
+    return plain if ".." not in path.parts or plain.resolve() == path.resolve() else path.resolve()
 
 
 def run_name(config: Config) -> str:
