@@ -260,6 +260,11 @@ class Rule:
         tensors."""
         return (self.match, self.type) in _usual_places()
 
+    @property
+    def without_effect(self) -> bool:
+        """Whether the rule changes nothing. Without settings, it can still switch on quantization of embeddings."""
+        return not self.settings() and not self.names_kind(EMBEDDING)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that the rule sets."""
         return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}

@@ -26,10 +26,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-IMAGES = (
-    *("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=16"),
-    *("epochs=2", "dataset.val_batch_size=32", "clipping.calibration_batches=2"),
+UNTRAINED = (
+    *("model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
+    *("dataset.val_batch_size=32", "clipping.calibration_batches=2"),
 )
+IMAGES = (*UNTRAINED, "batch_size=16", "epochs=2")
 TEXT = (
     *("model=bert", "model.checkpoint=bert", "dataset=squad", "data_dir=data", "dataset.max_length=32"),
     *("dataset.stride=8", "batch_size=8", "epochs=1", "clipping.calibration_batches=1"),
@@ -56,9 +57,9 @@ RUNS: Mapping[str, Sequence[str]] = {
     "frozen": (*IMAGES, EAGER, "recipe.freeze_scalars_at=1"),
     "accumulate": (*IMAGES, EAGER, "accumulate=4", "log_excess_mse=true"),
     "resumed": (*IMAGES, EAGER, "epochs=6", "seed=3"),
-    "ptq": (*IMAGES, EAGER, "mode=ptq", WEIGHTS, "quantize_head=false"),
+    "ptq": (*UNTRAINED, EAGER, "mode=ptq", WEIGHTS, "quantize_head=false"),
     "retrain": (*RETRAIN, EAGER, "recipe.distill=full_precision"),
-    "evaluate": (*IMAGES, EAGER, "mode=evaluate", "weights=octav.pt"),
+    "evaluate": (*UNTRAINED, EAGER, "mode=evaluate", "weights=octav.pt"),
     "two_processes": (*IMAGES, EAGER, "clipping.sync=true"),
     "bert": (*TEXT, EAGER),
     "bert_static": (*TEXT, EAGER, "clipping=static_octav", "bits=6"),

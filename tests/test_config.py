@@ -10,6 +10,7 @@ from qat_runner.cli.run import config_dir
 from qat_runner.config import (
     allocation_of,
     changed,
+    check_keys_of_training,
     clipping_label,
     differences,
     gradient_label,
@@ -17,7 +18,7 @@ from qat_runner.config import (
     run_name,
     trained_of,
 )
-from qat_runner.config.composing import command
+from qat_runner.config.composing import command, compose_config
 from qat_runner.errors import ConfigError
 from qat_runner.experiment import build
 from qat_runner.models import BERTS, DECODERS, MODELS
@@ -311,6 +312,16 @@ def test_full_precision_has_no_bits_to_choose(composed: Compose) -> None:
     assert run_name(beside) == run_name(plain) and beside.policy is None and not beside.limits
     with pytest.raises(ConfigError, match="weight_bits=32, activation_bits=32: mode=allocate has nothing to choose"):
         composed("mode=allocate", "weights=baseline", "budget=4", "bits=32")
+
+
+def test_keys_of_training_need_a_run_that_trains(composed: Compose) -> None:
+    """In a sweep over modes, one that trains is enough; without epochs, there is nothing to reject."""
+    ptq, retrain = (("weights=w.pt", f"mode={mode}", "epochs=2") for mode in ("ptq", "retrain"))
+    rows = [(compose_config(words), composed(*words)) for words in (ptq, retrain, ptq[:2])]
+    check_keys_of_training(rows)
+    check_keys_of_training(rows[2:])
+    with pytest.raises(ConfigError, match="epochs=2: applies only to training, and mode=ptq does not train"):
+        check_keys_of_training([rows[0], rows[2]])
 
 
 def test_keywords_for_weights_are_not_paths(composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

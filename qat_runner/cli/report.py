@@ -215,7 +215,7 @@ def _table6(run: Path | None, out: Path) -> list[Path]:
 def _methods(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper import figures
     from qat_runner.report import methods
-    from qat_runner.report.entries import entries
+    from qat_runner.report.entries import entries, rules_in_words
     from qat_runner.report.runs import not_finished
 
     places = args.places or [args.runs_dir]
@@ -225,7 +225,8 @@ def _methods(args: argparse.Namespace) -> list[Path]:
     found = methods.standings(runs, args.against)
     if not found:
         raise ConfigError(f"{places[0]}: holds no finished run")
-    table = methods.table(found, not_finished(run.folder for run in runs if run.summary is None))
+    unfinished = not_finished(run.folder for run in runs if run.summary is None)
+    table = methods.table(found, [*rules_in_words(runs), *unfinished])
     print(table.text("markdown"))
     texts = {layout: table.text(layout) for layout in LAYOUTS} | {"csv": methods.numbers(found).text("csv")}
     return [*_write(args.out, "methods", texts), *figures.save(figures.methods(found), args.out / "methods")]

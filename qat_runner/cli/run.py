@@ -41,7 +41,7 @@ from qat_runner import ranks
 from qat_runner.cli.explain import explain
 from qat_runner.cli.jobs import Outcome, Row, launch, wait_for_slurm
 from qat_runner.cli.terminal import on_terminal
-from qat_runner.config import config_dir, differences, from_hydra, identity, register
+from qat_runner.config import check_keys_of_training, config_dir, differences, from_hydra, identity, register
 from qat_runner.config.composing import (
     HYDRA_VERSION_BASE,
     compose_checked,
@@ -275,7 +275,9 @@ def _check_no_launcher(overrides: Sequence[Override]) -> None:
 
 def _check_rows(composed: Iterable[tuple[DictConfig, list[str]]]) -> dict[Path, Row]:
     """Check all rows, and keep only the first of rows that are the same run; returns run folder -> row."""
-    rows = [Row(from_hydra(config), overrides) for config, overrides in composed]
+    asked = [(config, Row(from_hydra(config), overrides)) for config, overrides in composed]
+    check_keys_of_training([(config, row.config) for config, row in asked])
+    rows = [row for _, row in asked]
     from qat_runner.experiment import preflight  # imports PyTorch, which takes seconds
 
     folders: dict[Path, Row] = {}

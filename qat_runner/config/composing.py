@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_runner.config import hydra_keys
 from qat_runner.config.groups import GROUP, config_dir, options_in_code, register
-from qat_runner.config.identities import NOT_IN_IDENTITY, differences, flat, identity
+from qat_runner.config.identities import NOT_IN_IDENTITY, OF_QUANTIZATION, differences, flat, identity
 from qat_runner.config.keys import plain
 from qat_runner.config.model_names import register_model_names, split_model_name
 from qat_runner.config.resolving import from_hydra, scaled_lr
@@ -191,7 +191,7 @@ def command(config: Config) -> str | None:
         for key in differences(old, new)
         if key in values and key.partition(".")[0] not in (*NOT_IN_IDENTITY, "bits")
     ]
-    changed = [key for key in changed if config.training or key not in OF_STAGE]
+    changed = [key for key in changed if _has_effect(key, config)]
     changed += [key for key in OF_STAGE if config.training and not _follows(key, config) and key not in changed]
     place = [] if config.data_dir == base.data_dir else [f"data_dir={quoted(config.data_dir)}"]
     for keys in ([key for key in changed if not _follows(key, config)], changed):
@@ -202,6 +202,14 @@ def command(config: Config) -> str | None:
                 return shlex.join(["qat-bits", *(word for word in overrides if word != "mode=allocate")])
             return shlex.join(["qat-run", *overrides])
     return None
+
+
+def _has_effect(key: str, config: Config) -> bool:
+    """Whether a key may affect the result of a config, which has inherited it if it is a baseline."""
+    first = key.partition(".")[0]
+    if first in OF_QUANTIZATION and config.quantization.full_precision:
+        return False
+    return config.training if key in OF_STAGE else config.allocating or first != "allocation"
 
 
 def _follows(key: str, config: Config) -> bool:

@@ -3,6 +3,7 @@ configs."""
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from qat_runner.config.schema import (
     AUTO,
     BASELINE,
     LIMITS,
+    MIXED,
     OF_STAGE,
     ClippingConfig,
     Config,
@@ -223,14 +225,20 @@ def run_folder(config: Config) -> Path:
     If a folder holds this run under the name that an earlier version gave it, that folder is returned.
     """
     if config.run_dir is not None:
-        return path_of(config.run_dir)
-    runs, name = path_of(config.runs_dir), run_name(config)
+        return _direct(path_of(config.run_dir))
+    runs, name = _direct(path_of(config.runs_dir)), run_name(config)
     if not (runs / name).exists():
         for folder in sorted(runs.glob(f"{name.rpartition('_')[0]}_*/")):
             with suppress(UnreadableError):
                 if (saved := load_config(folder)) is not None and identity(saved) == identity(config):
                     return folder
     return runs / name
+
+
+def _direct(path: Path) -> Path:
+    """Return a path without `..` after a folder, which need not exist; a link before `..` is followed."""
+    plain = Path(os.path.normpath(path))
+    return plain if ".." not in path.parts or plain.resolve() == path.resolve() else path.resolve()
 
 
 def run_name(config: Config) -> str:
@@ -256,7 +264,7 @@ def _quantization_words(config: Config) -> list[str]:
     if config.allocating:
         bits = config.asked_bits.replace("=", "").replace(", ", "-").replace("_", "-")
     beside = [*(["distilled"] if config.distilling else []), *config.remedies]
-    bits += "-mixed" if config.rules else ""
+    bits += f"-{MIXED}" if config.rules else ""
     return [bits, clipping_label(config), *([] if config.clipping.learned else [config.gradient.name]), *beside]
 
 
@@ -291,6 +299,20 @@ def _of_both(weights: str, activations: str, usual: str) -> list[str]:
         return [] if weights == usual else [weights]
     both = {"weights": weights, "activations": activations}
     return [f"{what}-{its}" for what, its in both.items() if its != usual]
+
+
+def policy_label(config: Config) -> str:
+    """Return a label for what gives single tensors their own settings, or an empty string.
+
+    "policy auto" is for bit-widths that are chosen, "policy 1a2b3c" for rules: the first digits of a hash of the rules,
+    whether they come from a file or from the command.
+    """
+    if config.quantization.full_precision:
+        return ""
+    rules = hashlib.sha256(json.dumps(config.rules, sort_keys=True).encode()).hexdigest()[:6] if config.rules else ""
+    if config.allocating:
+        return f"policy auto with rules {rules}" if rules else "policy auto"
+    return f"policy {rules}" if rules else ""
 
 
 def gradient_label(config: Config) -> str:

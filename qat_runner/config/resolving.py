@@ -7,6 +7,7 @@ in, and `check` rejects contradictions, before any work. A run's `config.yaml` i
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -72,17 +73,14 @@ def _check_asked(config: ConfigSchema, resolved: Config) -> None:
     """
     if resolved.quantization.full_precision:
         return
+    for rule in resolved.quantization.rules[-len(resolved.rules) :] if resolved.rules else ():
+        if rule.without_effect:
+            raise ConfigError(f"rules: rule {rule.match!r}: sets nothing; it needs a setting, such as bits")
     clipping = resolved.clipping
     if clipping.sync and resolved.mode in (Mode.ptq, Mode.evaluate):
         raise ConfigError(f"clipping.sync=true: applies only to training, and mode={resolved.mode} does not train")
     if clipping.dynamic and clipping.learned and clipping.name in METHODS.own:
         raise ConfigError(f"clipping.dynamic=true: must be false: clipping={clipping.name} learns its scalars")
-    for key in OF_STAGE if resolved.mode == Mode.allocate else ():
-        if (value := getattr(config, key)) is not None:
-            raise ConfigError(
-                f"{key}={value}: cannot be set with mode=allocate; retrain_steps sets how long networks are "
-                f"retrained, recipe.retrain.lr and recipe.retrain.batch_size set how"
-            )
     for key, usual in _CHOSEN.items() if config.allocating else ():
         if (bits := getattr(config, key)) not in (usual, FULL_PRECISION):
             what = "bits=auto" if config.policy == AUTO else "mode=allocate"
@@ -90,6 +88,33 @@ def _check_asked(config: ConfigSchema, resolved: Config) -> None:
                 f"{key}={bits}: cannot be set with {what}, which chooses bit-widths; "
                 f"rules=[{{match: GLOB, bits: {bits}}}] sets those of single tensors"
             )
+
+
+def check_keys_of_training(rows: Sequence[tuple[DictConfig, Config]]) -> None:
+    """Reject epochs, batch_size and lr in a command of which no run trains a network with them. In a sweep over modes,
+    they may be meant for the other rows.
+
+    Args:
+        rows: for each row of the command, the composed and the resolved config.
+
+    Raises:
+        ConfigError: names the key and the mode, and the keys that set the same where something else is trained.
+    """
+    for key in OF_STAGE:
+        asked = [(composed[key], config) for composed, config in rows if composed[key] is not None]
+        if not asked or any(config.training for _, config in asked):
+            continue
+        value, config = asked[0]
+        if config.mode == Mode.allocate or config.retrains_probes:
+            raise ConfigError(
+                f"{key}={value}: cannot be set with mode={config.mode}; retrain_steps sets how long networks are "
+                f"retrained, recipe.retrain.lr and recipe.retrain.batch_size set how"
+            )
+        of_baseline = f"; recipe.{config.auto_mode}.{key}={value} sets it for the full-precision baseline"
+        raise ConfigError(
+            f"{key}={value}: applies only to training, and mode={config.mode} does not train"
+            f"{of_baseline if config.weights == BASELINE else ''}"
+        )
 
 
 _CHOSEN = {"bits": ConfigSchema.bits, "weight_bits": None, "activation_bits": None}

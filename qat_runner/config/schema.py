@@ -118,6 +118,10 @@ class Resume(StrEnum):
 
 STAGES = (Mode.scratch, Mode.retrain, Mode.long_retrain, Mode.finetune)
 """The modes that train; each is a stage of the recipe."""
+
+MIXED = "mixed"
+"""The word for rules in records and in names of run folders."""
+
 OF_STAGE = ("epochs", "batch_size", "lr")
 """The keys that default to the values of the recipe's stage."""
 
@@ -796,8 +800,8 @@ class Config(ConfigSchema):
 
     @property
     def remedy_labels(self) -> list[str]:
-        """`remedies`, preceded by "mixed" if there are rules."""
-        return [*(["mixed"] if self.rules else []), *self.remedies]
+        """`remedies`, preceded by MIXED if there are rules, as in summary.json."""
+        return [*([MIXED] if self.rules else []), *self.remedies]
 
     @property
     def of_teacher(self) -> "Config":

@@ -1,6 +1,7 @@
 """Checks before any work: missing data or weights, a run folder that holds another run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +37,7 @@ from qat_runner.runs.folder import RunFolder
 from qat_runner.runs.records import LOCK, STEPS
 from qat_runner.runs.trackers import TRACKERS
 from qat_runner.tasks import TASKS, task_of
+from qat_runner.training import checkpoint
 
 T = TypeVar("T")
 
@@ -205,10 +207,8 @@ def _check_folder(folder: Path, config: Config) -> None:
         return
     changed = differences(identity(saved), identity(config))
     if changed and config.resume != Resume.force:
-        raise ConfigError(
-            f"run_dir={folder}: holds a run with a different {', '.join(changed)}; overwrite=true replaces it, "
-            f"resume=force continues it with the new values"
-        )
+        ways = _ways_on(here, saved, config, changed)
+        raise ConfigError(f"run_dir={folder}: holds a run with a different {', '.join(changed)}; {ways}")
     if changed and config.training and not here.finished:
         reached = max((row["epoch"] for row in STEPS.read(folder)), default=0)
         if config.epochs < reached:
@@ -218,6 +218,18 @@ def _check_folder(folder: Path, config: Config) -> None:
             )
     if config.resume == Resume.never and not here.finished:
         raise ConfigError(f"run_dir={folder}: holds an unfinished run, and resume=never forbids resuming it")
+
+
+def _ways_on(here: RunFolder, saved: Config, config: Config, changed: Sequence[str]) -> str:
+    """Return which commands are possible in the folder of a run with another config. `resume=force` is one of them only
+    if the network of the run can be trained on."""
+    replaces = "overwrite=true replaces it"
+    another = any(key.startswith("model.") or key in ("dataset.task", "dataset.num_classes") for key in changed)
+    if config.training and (another or (here.finished and not checkpoint.exists(here.checkpoints))):
+        return f"{replaces}, another run_dir keeps both"
+    over = config.training and here.finished and config.epochs <= saved.epochs
+    longer = f" with epochs={saved.epochs + 1}" if over else ""
+    return f"{replaces}, resume=force{longer} continues it with the new values"
 
 
 def recorded(file: JsonFile[T], folder: Path) -> T | None:

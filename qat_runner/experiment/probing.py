@@ -84,8 +84,10 @@ class Probes:
             after: text inserted after the metric, such as the number of retraining steps.
         """
         metric, drop = measured(summary), self.drop(summary)
-        way = ("below" if drop >= 0 else "above") if not metric.lower_is_better else ("above" if drop >= 0 else "below")
-        return f"{metric.describe(score(summary))}{after}, {abs(drop):.2f} {metric.points} {way} full precision"
+        way = "below" if (drop > 0) != metric.lower_is_better else "above"
+        gap = f"{abs(drop):.2f}"
+        compared = "as good as" if gap == "0.00" else f"{gap} {metric.points} {way}"
+        return f"{metric.describe(score(summary))}{after}, {compared} full precision"
 
 
 def probe_of(config: Config, weights: str | None, folder: Path, data: Data) -> Config:

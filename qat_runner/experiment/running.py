@@ -32,9 +32,11 @@ from qat_runner.config import (
     load_config,
     plain,
     rules_of,
+    run_folder,
     run_name,
     scaled_lr,
 )
+from qat_runner.config.composing import command
 from qat_runner.data import Data
 from qat_runner.errors import (
     BusyError,
@@ -166,6 +168,12 @@ def _run(config: Config, folder: Path) -> Summary:
             / checkpoint.LAST
         )
     if config.policy == AUTO:
+        if config.weights is None and not _is_finished(run_folder(allocation_of(config))):
+            log.info(
+                f"bits=auto: bit-widths are chosen for trained weights, and mode={config.mode} has none, so they are "
+                f"chosen for those of the full-precision baseline; mode=retrain with weights=FILE chooses them for a "
+                f"file instead"
+            )
         chosen = RunFolder(_finished_first(allocation_of(config), config, "the bit allocation")).policy
         config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
@@ -233,11 +241,17 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
         what: description of the needed run for the log.
     """
     folder = preflight(needed)
-    if not distributed.on_main(lambda: RunFolder(folder).finished):
+    if not _is_finished(folder):
         _try(config)
         log.info(f"first, {what}: {folder}")
+        if ranks.is_main() and (request := command(needed)) is not None:
+            log.info(f"it takes the keys that apply to it from this run, so it is the same as: {request}")
         run_after_others(needed)
     return folder
+
+
+def _is_finished(folder: Path) -> bool:
+    return distributed.on_main(lambda: RunFolder(folder).finished)
 
 
 def _try(config: Config) -> None:

@@ -1,11 +1,11 @@
 """What is quantized in a network and what is not: a table, and shares of its multiply-accumulates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from qat_runner.insertion.columns import columns
-from qat_runner.insertion.insert import network_of, products_of, quantized_tensors
+from qat_runner.insertion.insert import QuantizedTensor, network_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import (
     QuantMatmul,
     each,
@@ -24,9 +24,13 @@ from qat_runner.wording import percent
 def summary(model: nn.Module) -> str:
     """Return a table of the quantized tensors, followed by what is not quantized.
 
-    Elements of an input are those of one sample. If the model was traced, the share of its multiply-accumulates that
-    multiply quantized tensors follows, with the modules that compute the others.
+    Elements of an input are those of one sample. The clipping method, the gradient estimator and `eval_mode` have a
+    column if rules set them for some tensors only: if not all weights, or not all activations, have the same. If the
+    model was traced, the share of its multiply-accumulates that multiply quantized tensors follows, with the modules
+    that compute the others.
     """
+    tensors = quantized_tensors(model)
+    own = _differing(tensors)
     rows = [
         (
             t.layer,
@@ -36,15 +40,31 @@ def summary(model: nn.Module) -> str:
             t.quantizer.granularity,
             t.quantizer.mode,
             t.elements or "?",
+            *(values[i] for values in own.values()),
         )
-        for t in quantized_tensors(model)
+        for i, t in enumerate(tensors)
     ]
-    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements"), rows)
+    table = columns(("layer", "tensor", "bits", "signed", "granularity", "scalars", "elements", *own), rows)
     if not rows:
         return table
     left = _left(model)
     parts = [table, *_shares(model), f"in full precision: {', '.join(left)}" if left else ""]
     return "\n\n".join(filter(None, parts))
+
+
+def _differing(tensors: Sequence[QuantizedTensor]) -> dict[str, list[str]]:
+    """Return the settings in which weights, or activations, differ from one another, with the value of each tensor."""
+    of_all = {
+        "clipping": [str(t.quantizer.method) for t in tensors],
+        "gradient": ["own" if t.quantizer.mode == "learned" else str(t.quantizer.gradient) for t in tensors],
+        "eval_mode": ["" if t.tensor == "weight" else t.quantizer.eval_mode for t in tensors],
+    }
+
+    def alike(values: Sequence[str]) -> bool:
+        pairs = {(t.tensor == "weight", value) for t, value in zip(tensors, values, strict=True)}
+        return len(pairs) == len({weight for weight, _ in pairs})
+
+    return {key: values for key, values in of_all.items() if not alike(values)}
 
 
 def quantized_share(model: nn.Module) -> float | None:

@@ -2,7 +2,7 @@
 
 import functools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Run, check_seeds, differing_keys, recipe_of
+from qat_runner.report.runs import Key, Run, check_seeds, differing_keys, recipe_of
 from qat_runner.report.starts import start_apart
-from qat_runner.report.tables import Result, Table, against_full_precision, mean_and_deviation, of_some
+from qat_runner.report.tables import (
+    Result,
+    Table,
+    against_full_precision,
+    full_precision_of,
+    mean_and_deviation,
+    of_some,
+)
 from qat_runner.runs.records import metric, score
 
 FULL_PRECISION_ROWS = ("full_precision", "pretrained")
@@ -96,6 +103,8 @@ class TableOfRuns:
     rows: list[Row] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
     """folders of runs that belong to this table and have no result yet"""
+    left_out: list[str] = field(default_factory=list)
+    """folders of full-precision runs that no quantized run of this table is compared with"""
     unlike: list[str] = field(default_factory=list)
     """sentences on rows whose settings differ in more than the method"""
 
@@ -154,6 +163,11 @@ class TableOfRuns:
             notes.append(f"No results for {', '.join(absent)}.")
         if self.unfinished:
             notes.append(f"Unfinished: {', '.join(self.unfinished)}.")
+        if self.left_out:
+            notes.append(
+                "Left out, since they have other settings than the full precision that the quantized runs are compared "
+                f"with: {', '.join(self.left_out)}."
+            )
         return [*notes, *self.unlike]
 
     def text(self, layout: str) -> str:
@@ -186,12 +200,17 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     done = [(run, run.summary) for run in ours if run.summary is not None]
-    gaps = against_full_precision([Result(run.config, summary, run.place) for run, summary in done])
+    results = [Result(run.config, summary, run.place) for run, summary in done]
+    gaps = against_full_precision(results)
+    compared_with = {done[i][0].key for i in full_precision_of(results) if i is not None}
     gap_of = {run.key: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
     for model in models if only is None else [only]:
         cells: dict[str, Sequence[Run]] = {}
         for row, bits in _cells(layout):
             mine = [r for r in ours if (r.model, r.row, bits or r.weight_bits) == (model, row, r.weight_bits)]
+            if bits is None:
+                mine, others = _that_serve(mine, compared_with)
+                table.left_out += [str(run.folder) for run in others]
             check_seeds([run for run in mine if run.summary is not None])
             table.unfinished += [str(run.folder) for run in mine if run.summary is None]
             values = tuple(score(run.summary) for run in mine if run.summary is not None)
@@ -202,6 +221,15 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
                 cells[labels[row] if bits is None else f"{labels[row]}, {bits} bits"] = mine
         table.unlike += _unlike(model, cells)
     return table
+
+
+def _that_serve(runs: Sequence[Run], compared_with: Set[Key]) -> tuple[list[Run], list[Run]]:
+    """Split the full-precision runs of a cell into those with the settings of the ones that quantized runs are compared
+    with, and the others, such as the baseline that another run made for its own epochs. Without any comparison, all
+    belong to the cell."""
+    settings = [run.setting for run in runs if run.key in compared_with]
+    serve = [run for run in runs if run.setting in settings or not settings]
+    return serve, [run for run in runs if run not in serve]
 
 
 def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from qat_runner.quant.formats import Format
-from qat_runner.quant.limits import options_of
+from qat_runner.quant.limits import options_of, with_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,3 +115,7 @@ class ClippingMethod(ABC):
     def options(self) -> dict[str, Any]:
         """The options by name."""
         return options_of(self)
+
+    def __str__(self) -> str:
+        """Return the name, with all options that differ from their defaults: "octav", "percentile(q=99.9)"."""
+        return with_options(self.name, self)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qat_runner.config import settings
+from qat_runner.config import policy_label, settings
 from qat_runner.config.tasks import Measure
 from qat_runner.report import methods, page
 from qat_runner.report.entries import (
+    RULES,
     Entry,
     Width,
     by_method,
@@ -17,6 +18,7 @@ from qat_runner.report.entries import (
     entries,
     keys_that_differ,
     measure_of,
+    rules_in_words,
     value_in_words,
 )
 from qat_runner.report.page import Chart, PlotlyTrace, View, axes, line, number, rounded
@@ -76,6 +78,7 @@ def write(places: Sequence[Path], out: Path, dataset: str | None = None, model: 
         "title": f"{len(runs)} runs",
         "table": _table(runs),
         "seeds": _over_seeds(methods.table(found)) if any(len(each.values) > 1 for each in found) else None,
+        "policies": rules_in_words(runs),
         "left_out": left_out,
         "networks": list(networks),
         "costs": list(COSTS),
@@ -307,5 +310,9 @@ def _differing(runs: Sequence[Entry]) -> tuple[list[str], list[tuple[str, list[s
         alike.setdefault(tuple(str(setting.get(key)) for key in DECIDING), []).append(setting)
     differing = {*differing_keys(theirs), *(key for some in alike.values() for key in keys_that_differ(some))}
     keys = [key for key in dict.fromkeys(key for setting in theirs for key in setting) if key in differing]
-    values = [[value_in_words(setting[key]) if key in setting else "" for key in keys] for setting in theirs]
+    labels = [policy_label(run.config) for run in runs]
+    values = [
+        [(label if key == RULES else value_in_words(setting[key])) if key in setting else "" for key in keys]
+        for setting, label in zip(theirs, labels, strict=True)
+    ]
     return keys, list(zip(_names(runs), values, strict=True))

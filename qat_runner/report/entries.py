@@ -8,7 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, settings
+from qat_runner.config import LIMITS, Config, Mode, clipping_label, gradient_label, load_config, policy_label, settings
+from qat_runner.config.composing import quoted
 from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
@@ -28,6 +29,9 @@ OF_A_LINE = (*OF_A_CELL, "noise_batches")
 
 PLACE = "folder"
 """Used in place of a key for runs that differ only in their location."""
+
+RULES = "rules"
+"""The key of rules, which the name of a method shows by a hash and `rules_in_words` in full."""
 
 Setting = tuple[tuple[str, str], ...]
 """Keys in which compared methods differ but should not, each with its text: ("lr", "lr=0.1")."""
@@ -76,18 +80,20 @@ class Entry:
     @property
     def method(self) -> str:
         """Clipping, gradient and variant, in a few words. Runs that share it differ at most in bits and seed."""
-        return ", ".join(filter(None, (self.kind, self.variant)))
+        return ", ".join(filter(None, (self._kind(policy_label(self.config)), self.variant)))
 
     @property
     def kind(self) -> str:
-        """The method without the variant."""
+        """The method without the variant, and without the hash of its rules: all policies are one kind."""
+        return self._kind(" ".join(policy_label(self.config).split()[: 2 if self.config.allocating else 1]))
+
+    def _kind(self, policy: str) -> str:
         if self.full_precision:
             return FULL_PRECISION
         config = self.config
         gradient = "" if config.clipping.learned or config.gradient.name == "mph" else gradient_label(config)
-        beside = ["chosen bits"] if config.allocating else [word for word in config.remedy_labels if word == "mixed"]
         distilled = "distilled" if config.distilling else ""
-        return ", ".join(filter(None, [clipping_label(config), gradient, *beside, *config.remedies, distilled]))
+        return ", ".join(filter(None, [clipping_label(config), gradient, policy, *config.remedies, distilled]))
 
     @property
     def result(self) -> Result:
@@ -208,7 +214,8 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
             for run, words, place in zip(some, described, places, strict=True):
                 words |= {PLACE: place} if place else {}
                 setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
-                labelled[run.key] = replace(run, variant=", ".join(dict.fromkeys(words.values())), setting=setting)
+                beside = {key: said for key, said in words.items() if key != RULES}  # the policy's hash shows them
+                labelled[run.key] = replace(run, variant=", ".join(dict.fromkeys(beside.values())), setting=setting)
     return [labelled[run.key] for run in runs]
 
 
@@ -331,6 +338,19 @@ def by_method(runs: Iterable[Entry]) -> list[tuple[str, list[Entry]]]:
 def measure_of(runs: Sequence[Entry]) -> Measure:
     """Return the metric of runs on one data set."""
     return runs[0].config.task.measure
+
+
+def rules_in_words(runs: Iterable[Entry]) -> list[str]:
+    """Return a sentence for each set of rules that names of methods show by a hash: the rules in full, as in a command,
+    and the average bit-widths that they lead to."""
+    found = {policy_label(run.config): run for run in runs if run.config.rules and not run.full_precision}
+    return [f"{name}{_mean_bits(run.summary or {})}: `rules={quoted(run.config.rules)}`" for name, run in found.items()]
+
+
+def _mean_bits(summary: Mapping[str, Any]) -> str:
+    means = {what: summary.get(f"mean_{what}_bits") for what in ("weight", "activation")}
+    known = [f"{mean:.2f} {what} bits" for what, mean in means.items() if mean is not None]
+    return f" ({' and '.join(known)} on average)" if known else ""
 
 
 def keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qat_runner.config import Config, Mode, differences, load_config
+from qat_runner.config import Config, Mode, differences, load_config, policy_label
 from qat_runner.config.composing import choices, command
 from qat_runner.config.tasks import TaskFacts, measure
 from qat_runner.errors import ConfigError, UnreadableError
@@ -163,6 +163,8 @@ def heading(config: Config) -> str:
     how = "in full precision" if config.quantization.full_precision else f"at {config.bits_label} bits"
     if config.allocating:
         how = f"with bits chosen for {config.asked_bits}"
+    elif policy := policy_label(config):
+        how += f" and {policy}"
     return f"{config.model.name} on {config.dataset.name} {how}"
 
 

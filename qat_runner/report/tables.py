@@ -20,9 +20,11 @@ from qat_runner.config import (
     Mode,
     baseline_of,
     in_full_precision,
+    policy_label,
     run_name,
     without_choice,
 )
+from qat_runner.config.schema import MIXED
 from qat_runner.config.tasks import Measure
 from qat_runner.runs.records import measured, metric, score
 
@@ -49,7 +51,7 @@ def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> s
         s = result.summary
         rows.append(
             (
-                *_words(s),
+                *_words(result),
                 s["seed"],
                 _number(score(s), 2),
                 "" if difference is None else f"{difference:+.2f}",
@@ -60,7 +62,7 @@ def results_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> s
             )
         )
     found = measures(result.summary for result in results)
-    return _table(rows, ["seed", head(found), "vs fp32", best_head(found), "SQNR dB", "per s", "s"])
+    return _table(rows, ["seed", head(found), "vs fp32", best_head(found), "SQNR dB", "samples/s", "time (s)"])
 
 
 def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str:
@@ -75,7 +77,7 @@ def seeds_table(results: Sequence[Result], beside: Sequence[Result] = ()) -> str
     rows = []
     for runs, found in _over_seeds(results, beside):
         gap = of_some(mean_and_deviation(found, "+"), len(found), len(runs))
-        rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(s) for s in runs]), gap))
+        rows.append((*_words(runs[0]), len(runs), mean_and_deviation([score(run.summary) for run in runs]), gap))
     return _table(rows, ["seeds", head(measures(result.summary for result in results)), "vs fp32"])
 
 
@@ -99,7 +101,9 @@ def differences_in_words(results: Sequence[Result], beside: Sequence[Result] = (
             model, dataset, mode, bits, clipping, gradient = _words(runs[0])
             method = clipping if gradient in ("mph", "own") else f"{clipping} with {gradient}"
             where = f"{model}, {dataset}, {mode}, {bits} bits"
-            groups.setdefault((where, measured(runs[0]).points), []).append((method, mean_and_deviation(found, "+")))
+            groups.setdefault((where, measured(runs[0].summary).points), []).append(
+                (method, mean_and_deviation(found, "+"))
+            )
     return [
         f"{where}, in {points} against full precision: {', '.join(map(' '.join, methods))}"
         for (where, points), methods in groups.items()
@@ -219,27 +223,27 @@ def _with_differences(results: Sequence[Result], beside: Sequence[Result]) -> It
     return zip(results, against_full_precision([*results, *others]), strict=False)
 
 
-def _over_seeds(
-    results: Sequence[Result], beside: Sequence[Result] = ()
-) -> list[tuple[list[Mapping[str, Any]], list[float]]]:
-    """Group runs that differ only in their seed; return the summaries and full-precision differences of each group.
+def _over_seeds(results: Sequence[Result], beside: Sequence[Result] = ()) -> list[tuple[list[Result], list[float]]]:
+    """Group runs that differ only in their seed; return the runs and full-precision differences of each group.
 
     A run that exists in two folders counts once.
     """
-    groups: dict[str, dict[int, tuple[Mapping[str, Any], float | None]]] = {}
+    groups: dict[str, dict[int, tuple[Result, float | None]]] = {}
     for result, difference in _with_differences(results, beside):
         seeds = groups.setdefault(run_name(replace(result.config, seed=0)), {})
-        seeds[result.config.seed] = result.summary, difference
+        seeds[result.config.seed] = result, difference
     return [
-        ([summary for summary, _ in seeds.values()], [gap for _, gap in seeds.values() if gap is not None])
+        ([result for result, _ in seeds.values()], [gap for _, gap in seeds.values() if gap is not None])
         for seeds in groups.values()
     ]
 
 
-def _words(summary: Mapping[str, Any]) -> tuple[str, ...]:
+def _words(result: Result) -> tuple[str, ...]:
     """Return the cells of the columns that all tables begin with, which identify a run."""
-    clipping = "+".join([summary["clipping"], *summary.get("remedies", [])])
-    clipping += ", distilled" if summary.get("distilled") else ""
+    summary, policy = result.summary, policy_label(result.config)
+    remedies = [word for word in summary.get("remedies", []) if word != MIXED]  # the policy says more
+    clipping = "+".join([summary["clipping"], *remedies])
+    clipping = ", ".join(filter(None, [clipping, policy, "distilled" if summary.get("distilled") else ""]))
     return (*(str(summary.get(key, "")) for key in ("model", "dataset", "mode", "bits")), clipping, summary["gradient"])
 
 

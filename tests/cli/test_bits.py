@@ -59,6 +59,9 @@ def test_bits_are_chosen_before_training(run: Run, capsys: pytest.CaptureFixture
     chosen, trained = only("*_allocate_budget4_*"), only("*_retrain_budget4_*")
     config, record = load_config(trained), ALLOCATION.read(chosen)
     assert config is not None and record is not None
+    log = capsys.readouterr().out
+    shared = "it is the same as: qat-run model=resnet20 dataset=digits bits=32 limit_train_batches=2 limit_val"
+    assert shared in log and "bits=auto: bit-widths are chosen for trained weights" not in log
     rules = allocated(chosen)
     assert {rule["match"]: rule["bits"] for rule in config.allocated} == rules and len(rules) == 40
     assert {rules[name] for name in ("conv1.weight", "conv1.input", "linear.weight", "linear.input")} == {8}
@@ -70,7 +73,7 @@ def test_bits_are_chosen_before_training(run: Run, capsys: pytest.CaptureFixture
     assert record["chosen"]["costs"]["mean bits of weights"] <= 4 + 1e-9
     assert record["chosen"]["rise"] <= record["uniform"][1]["rise"] and record["uniform"][1]["width"] == 4
     assert [point["value"] is not None for point in record["uniform"]] == [False, True, False]
-    assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in capsys.readouterr().out
+    assert record["answer"].startswith("resnet20 on digits lives with ") and record["answer"] in log
     assert (chosen / "prices.csv").read_text().count("\n") == 1 + 40 and record["beside"] == "measured"
     assert (chosen / "bits.png").read_bytes().startswith(b"\x89PNG")
     summary = SUMMARY.read(chosen)

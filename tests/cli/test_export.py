@@ -20,10 +20,8 @@ from qat_runner.exporting.formats import read_safetensors
 from qat_runner.report import run_page
 from tests.tiny import tiny_bert, tiny_squad
 
-FAKE = [
-    *("backend=eager", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "batch_size=32"),
-    *("model=resnet8", "epochs=1"),
-]
+UNTRAINED = [*("backend=eager", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64", "model=resnet8")]
+FAKE = [*UNTRAINED, "batch_size=32", "epochs=1"]
 Export = Callable[..., int]
 
 
@@ -39,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert qat_run([*FAKE, "run_dir=static", *retrain]) == 0
         assert qat_run([*FAKE, "run_dir=full", "bits=32"]) == 0
         weights = "weights=full/checkpoints/last.pt"
-        assert qat_run([*FAKE, "run_dir=ptq", "mode=ptq", weights, "clipping=static_percentile"]) == 0
+        assert qat_run([*UNTRAINED, "run_dir=ptq", "mode=ptq", weights, "clipping=static_percentile"]) == 0
     return folder
 
 

@@ -118,7 +118,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(run: Run, monkeypatch
 def test_from_random_weights_to_a_distilled_network(run: Run) -> None:
     """The full-precision network is the only teacher: labels are not used."""
     tiny_decoder(Path("bare"), layers=1, weights=False)
-    scratch = ["model.checkpoint=bare", "recipe=text_scratch", "epochs=1"]
+    scratch = ["model.checkpoint=bare", "recipe=text_scratch", "recipe.scratch.epochs=1", "recipe.retrain.epochs=1"]
     taught = ["recipe.distill=full_precision", "recipe.distill_weight=1.0", "recipe.distill_temperature=1.0"]
     assert run(*scratch, "mode=retrain", "weights=baseline", "bits=8", *taught, "run_dir=taught") == 0
     assert summary("taught")["distilled"] and summary("taught")["mode"] == "retrain"

@@ -68,6 +68,12 @@ def test_without_rules_names_are_as_before_rules_existed(place: Path) -> None:
         ("rules: [{match: a, bits: 1}]", ["policy=p.yaml"], "rules: rule 'a': bits=1: must be 2 to 16, or 32"),
         (None, ["rules=[{match: a, bit: 3}]"], "rules: rule 'a': unknown setting 'bit', must be one of match"),
         (None, ["rules=[{match: a, bits: 3.0}]"], "rules: rule 'a': bits=3.0: must be 2 to 16, or 32"),
+        (None, ["rules=[{match: layer3.*}]"], "rules: rule 'layer3.*': sets nothing; it needs a setting, such as bits"),
+        (
+            "rules: [{match: a, type: Linear}]",
+            ["policy=p.yaml", "rules=[{match: b, bits: 3}]"],
+            "rule 'a': sets nothing",
+        ),
         (None, ["rules=[layer3]"], "rules: rule 'layer3': must be a mapping"),
         (None, ["rules=3"], "rules"),
         (None, ["rules=[{match: layer9.*, bits: 3}]"], "rule 'layer9.*' matches no layer or tensor"),

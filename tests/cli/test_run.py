@@ -313,7 +313,7 @@ def test_evaluation_uses_the_scalars_that_training_froze(run: Run, capsys: pytes
 def test_calibration_has_its_own_batch_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build_model("resnet8", 10, 8).state_dict(), "w.pt")
     ptq = ["mode=ptq", "weights=w.pt", "clipping=static_octav", "dataset.fake_pictures=400"]
-    assert run(*ptq, "batch_size=512", "run_dir=one") == 0
+    assert run(*ptq, "run_dir=one") == 0
     assert "scalars calibrated on 5 training batches of 64" in capsys.readouterr().out
     assert run(*ptq, "clipping.calibration_batch_size=16", "clipping.calibration_batches=2", "run_dir=two") == 0
     assert "scalars calibrated on 2 training batches of 16" in capsys.readouterr().out
@@ -426,6 +426,14 @@ WRONG = [
     (
         ["dataset=imagefolder", "dataset.image_size=32", "dataset.resize_size=16"],
         "must be dataset.image_size=32 or more",
+    ),
+    (
+        ["-m", "mode=ptq,evaluate", "weights=ok.pt", "batch_size=null", "epochs=2"],
+        "epochs=2: applies only to training, and mode=ptq does not train",
+    ),
+    (
+        ["mode=evaluate", "weights=baseline", "bits=32", "lr=0.5"],
+        "mode=evaluate does not train; recipe.scratch.lr=0.5 sets it for the full-precision baseline",
     ),
     (["mode=train"], "mode=train: must be one of auto, scratch, retrain, long_retrain, finetune, ptq"),
     (["amp=half"], "amp=half: must be one of none, bf16, fp16"),

@@ -228,6 +228,15 @@ def test_a_changed_config_is_rejected_unless_forced(run: Run, capsys: pytest.Cap
     assert run("run_dir=one", "epochs=2", "gradient=ste") == 2
     err = capsys.readouterr().err
     assert "holds a run with a different epochs, gradient.name; overwrite=true replaces it, resume=force c" in err
+    for words, ways in (
+        (["epochs=1", "gradient=ste"], "overwrite=true replaces it, resume=force with epochs=2 continues it"),
+        (
+            ["epochs=2", "model.name=resnet20"],
+            "model.name; overwrite=true replaces it, another run_dir keeps both",
+        ),
+    ):
+        assert run("run_dir=one", *words) == 2
+        assert ways in capsys.readouterr().err
     assert run("run_dir=one", "epochs=2", "gradient=ste", "resume=force") == 0
     assert "resuming after epoch 1 of 2" in Path("one/log.txt").read_text()
     assert len(METRICS.read(Path("one"))) == 2
@@ -238,6 +247,20 @@ def test_a_changed_config_is_rejected_unless_forced(run: Run, capsys: pytest.Cap
     assert run("run_dir=one", "epochs=3", "model.name=resnet20", "resume=force") == 2
     assert "does not fit this run (Error(s) in loading state_dict" in capsys.readouterr().err
     assert Path("one/summary.json").exists()
+
+
+def test_a_folder_has_one_path(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path through a folder that does not exist is the same run, and does not create that folder."""
+    assert run("run_dir=one", "epochs=1") == 0
+    assert run("run_dir=one/sub/..", "epochs=1") == 0
+    assert "one is finished already" in capsys.readouterr().out
+    assert run("run_dir=one/sub/../", "epochs=1", "gradient=ste") == 2
+    assert "run_dir=one: holds a run with a different gradient.name" in capsys.readouterr().err
+    assert not Path("one/sub").exists()
+    Path("elsewhere/deep").mkdir(parents=True)
+    Path("link").symlink_to("elsewhere/deep")
+    assert run("run_dir=link/../two", "epochs=1", "noise_batches=0") == 0  # as the file system has it
+    assert Path("elsewhere/two/summary.json").exists()
 
 
 @pytest.mark.parametrize("eval_mode", ["running", "last"])

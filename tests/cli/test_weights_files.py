@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat_runner.cli import export, report
-from qat_runner.cli.run import main
 from qat_runner.config import from_hydra, identity, load_config, run_name
 from qat_runner.config.composing import compose_config
 from qat_runner.data import load_dataset
@@ -20,19 +19,17 @@ from qat_runner.data.dataset import Delivery
 from qat_runner.experiment.building import load_teacher
 from qat_runner.models import build_model
 from qat_runner.training import checkpoint
+from tests.cli.commands import Run, run_in
 
 SMALL = [
     *("backend=eager", "model=resnet20", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
     *("batch_size=32", "limit_val_batches=1", "noise_batches=0"),
 ]
 
-Run = Callable[..., int]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    return lambda *args: main([*SMALL, *args])
+    return run_in(tmp_path, monkeypatch, SMALL)
 
 
 def state(change: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:

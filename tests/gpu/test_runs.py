@@ -21,10 +21,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*TensorFloat32:UserWarning"),
 ]
-SMALL = (
+UNTRAINED = (
     *("model=resnet20", "model.width=0.25", "dataset=fake", "dataset.image_size=8", "dataset.fake_pictures=64"),
-    *("batch_size=16", "epochs=2", "checkpoint_minutes=1e-6"),  # after every step
 )
+SMALL = (*UNTRAINED, "batch_size=16", "epochs=2", "checkpoint_minutes=1e-6")  # after every step
 
 
 def killed(args: list[str], step: int) -> None:
@@ -60,10 +60,10 @@ def test_killed_it_goes_on_as_if_nothing_had_been(
 
 
 def test_it_is_measured_and_exported(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = [*SMALL, f"device={device.type}"]
     trained, measured = tmp_path / "trained", tmp_path / "measured"
-    assert qat_run([*args, f"run_dir={trained}"]) == 0
-    assert qat_run([*args, f"run_dir={measured}", "mode=evaluate", f"weights={trained}/checkpoints/last.pt"]) == 0
+    assert qat_run([*SMALL, f"device={device.type}", f"run_dir={trained}"]) == 0
+    evaluate = ("mode=evaluate", f"weights={trained}/checkpoints/last.pt")
+    assert qat_run([*UNTRAINED, f"device={device.type}", f"run_dir={measured}", *evaluate]) == 0
     found = SUMMARY.read(measured)
     last = METRICS.read(trained)[-1]
     assert found is not None and found["loss"] == pytest.approx(last["val_loss"], rel=1e-5)

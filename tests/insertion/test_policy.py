@@ -159,6 +159,20 @@ def test_methods_may_be_mixed() -> None:
     assert {t.quantizer.mode for t in quantized_tensors(model) if t.layer.startswith("block1")} == {"static"}
     assert all(wanted(model, t).clipping.learned == (t.layer in learned) for t in quantized_tensors(model))
     assert "learned" in summary(model) and "static" in summary(model)
+    rows = {tuple(line.split()[:2]): line.split()[7:] for line in summary(model).splitlines()}
+    assert rows["layer", "tensor"] == ["clipping", "gradient"]
+    assert rows["stem", "weight"] == ["lsq", "own"]
+    assert rows["block1.0", "weight"] == ["octav(warm_iterations=None)", "mad"]
+
+
+def test_the_table_of_tensors_shows_only_what_differs_among_them() -> None:
+    def heads(*rules: Rule, **how: str) -> list[str]:
+        model = quantize_model(Net(), Policy.of(4, rules=rules, **how), example=X)
+        return summary(model).splitlines()[0].split()[7:]
+
+    assert heads() == heads(clipping="pact") == heads(Rule("*", gradient="ste")) == []  # mph and pact: two for two
+    assert heads(Rule("block1.*.weight", gradient="ste")) == ["gradient"]
+    assert heads(Rule("block1.*.input", eval_mode="running")) == ["eval_mode"]
 
 
 @pytest.mark.parametrize(

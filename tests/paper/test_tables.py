@@ -216,6 +216,19 @@ def test_rows_of_other_settings_are_told_and_full_precision_is_that_of_the_same(
     )
 
 
+def test_baselines_of_other_runs_are_left_out_of_a_cell(tmp_path: Path) -> None:
+    """For example that of bits=auto, which ignores the epochs of the run. Without a quantized run, nothing decides."""
+    runs = (_run(tmp_path / f"{n}", "resnet50", "full_precision", None, 96.0 + n, epochs=n) for n in (1, 2))
+    full = [replace(run, setting={"epochs": run.config.epochs}) for run in runs]
+    octav = _run(tmp_path, "resnet50", "octav", 4, 95.0, epochs=2)
+    table = make_table("table1", [*full, octav], "imagenet", "resnet50")
+    assert table.rows[0].values == (98.0,) and table.rows[-1].gaps == (-3.0,)
+    assert table.left_out == [str(full[0].folder)]
+    assert table.notes()[-1].startswith("Left out, since they have other settings than the full precision that ")
+    with pytest.raises(ConfigError, match="would share a cell of the table, but differ in epochs"):
+        make_table("table1", full, "imagenet", "resnet50")
+
+
 def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> None:
     """Only evaluations of the same weights count; those of one file serve all seeds."""
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from pathlib import Path
 from statistics import stdev
 
@@ -13,7 +14,7 @@ from qat_runner.cli.report import main as report
 from qat_runner.errors import ConfigError
 from qat_runner.paper import figures
 from qat_runner.report import compare_page
-from qat_runner.report.entries import entries
+from qat_runner.report.entries import entries, rules_in_words
 from qat_runner.report.methods import Standing, numbers, standings, table
 from tests.report.test_pages import make_run, text_of
 
@@ -130,7 +131,7 @@ def test_limits_of_chosen_bits_stand_for_bits(tmp_path: Path) -> None:
         (run / "summary.json").write_text(json.dumps(summary | {"mean_weight_bits": 3.5, "mean_activation_bits": 3.5}))
     found = standings(entries([tmp_path])[0])
     assert {(each.method, each.bits.text) for each in found} == {
-        *(("octav, chosen bits", line) for line in ("max_drop=2", "4", "size_mb=0.5"))
+        *(("octav, policy auto", line) for line in ("max_drop=2", "4", "size_mb=0.5"))
     }
 
 
@@ -144,6 +145,23 @@ def test_scatter_is_called_so(tmp_path: Path) -> None:
     assert found["mse_sweep", "4"].text == "the same for all seeds"
 
 
+def test_policies_are_named_by_a_hash_and_their_rules_listed_once(tmp_path: Path) -> None:
+    """A method with a policy is compared with the reference that has the same policy."""
+    sets = ("[{match: layer1.*, bits: 3}]", "[{match: layer2.*, bits: 3}]")
+    for rules in sets:
+        for clipping in ("octav", "max"):
+            make_run(tmp_path, f"clipping={clipping}", f"rules={rules}")
+    runs = entries([tmp_path])[0]
+    found = {each.method: each.reference for each in standings(runs)}
+    hashes = sorted({name.partition(", policy ")[2] for name in found})
+    assert len(hashes) == 2 and all(re.fullmatch("[0-9a-f]{6}", word) for word in hashes)
+    assert found == {f"{name}, policy {word}": f"octav, policy {word}" for name in ("octav", "max") for word in hashes}
+    assert {run.kind for run in runs} == {"octav, policy", "max, policy"}
+    notes = rules_in_words(runs)
+    assert len(notes) == 2 and "layer1" in " ".join(notes)
+    assert any(note.endswith(": `rules=[{match:'layer1.*',bits:3}]`") for note in notes)
+
+
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
     """The config of a run with chosen bits contains a bit-width that nothing uses."""
     for budget in (3, 5):
@@ -151,7 +169,7 @@ def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
     make_run(tmp_path, "bits=3")
     found = standings(entries([tmp_path])[0])
     assert [(each.method, each.bits.mean) for each in found] == [
-        *(("octav", 3), ("octav, chosen bits", 3), ("octav, chosen bits", 5))
+        *(("octav", 3), ("octav, policy auto", 3), ("octav, policy auto", 5))
     ]
 
 
@@ -317,8 +335,8 @@ def test_chosen_bits_of_several_seeds_are_one_width(tmp_path: Path) -> None:
     assert width is not None and width.text == "size_mb=0.15"
     assert width.mean == pytest.approx((3.88 + 3.92 + 3.72 + 3.6 + 3.7 + 5 * 4.0) / 10)
     found = _by_method(standings(runs))
-    assert len(found["octav, chosen bits", "size_mb=0.15"].values) == 3
-    assert found["max, chosen bits", "size_mb=0.15"].differences == {0: 0.0, 1: 0.0}
+    assert len(found["octav, policy auto", "size_mb=0.15"].values) == 3
+    assert found["max, policy auto", "size_mb=0.15"].differences == {0: 0.0, 1: 0.0}
     assert "size_mb=0.15" in text_of(compare_page.write([tmp_path], tmp_path / "compare.html"))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat_runner.config import clipping_label, from_hydra, gradient_label
+from qat_runner.config import clipping_label, from_hydra, gradient_label, policy_label
 from qat_runner.config.composing import compose_config
 from qat_runner.report.runs import row_of
 from qat_runner.report.tables import (
@@ -89,6 +89,14 @@ def test_keys_of_quantization_do_not_count(words: list[str], tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     Path("w.pt").touch()
     assert differences(result("bits=32", top1=90.0), result(*words, top1=85.0)) == [None, pytest.approx(-5)]
+
+
+def test_the_table_names_policies_as_other_reports_do() -> None:
+    run = result("rules=[{match: layer1.*, bits: 3}]")
+    run.summary["remedies"] = ["mixed", "frozen"]  # type: ignore[index]
+    lines = results_table([run, result("policy=auto", "budget=4")]).splitlines()
+    assert f" octav+frozen, {policy_label(run.config)} " in lines[2] and "mixed" not in lines[2]
+    assert " octav, policy auto " in lines[3] and "samples/s    time (s)" in lines[0]
 
 
 def test_what_retraining_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

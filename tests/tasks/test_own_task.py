@@ -15,11 +15,11 @@ from qat_runner.data import DATASETS
 from qat_runner.tasks import TASKS, register
 from tests.plugins.my_package.regression import NUMBERS, Regression
 
-SMALL = [
-    *("dataset.name=numbers", "dataset.task=regression", "model=resnet8", "backend=eager", "lr=0.01"),
-    *("dataset.val_batch_size=90", "limit_train_batches=4", "batch_size=64"),
-    *("noise_batches=0", "limit_val_batches=1"),
+UNTRAINED = [
+    *("dataset.name=numbers", "dataset.task=regression", "model=resnet8", "backend=eager"),
+    *("dataset.val_batch_size=90", "limit_train_batches=4", "noise_batches=0", "limit_val_batches=1"),
 ]
+SMALL = [*UNTRAINED, "lr=0.01", "batch_size=64"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_from_training_to_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     assert (trained["metric"], trained["mode"]) == ("rounded", "scratch")
     assert 0 <= trained["rounded"] <= trained["best_rounded"] <= 100
 
-    assert main([*SMALL, "mode=evaluate", "weights=run/checkpoints/last.pt", "run_dir=evaluated"]) == 0
+    assert main([*UNTRAINED, "mode=evaluate", "weights=run/checkpoints/last.pt", "run_dir=evaluated"]) == 0
     evaluated = json.loads(Path("evaluated/summary.json").read_text())
     assert [evaluated[key] for key in ("rounded", "loss")] == [trained[key] for key in ("rounded", "loss")]
 

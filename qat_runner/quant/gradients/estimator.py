@@ -4,10 +4,9 @@ from __future__ import annotations  # configs are validated against estimators, 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qat_runner.quant.limits import options_of
+from qat_runner.quant.limits import options_of, with_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +58,4 @@ class Estimator(ABC):
 
     def __str__(self) -> str:
         """Return the name, with all options that differ from their defaults: "ewgs", "ewgs(delta=0.02)"."""
-        usual: dict[str, Any] = {field.name: field.default for field in fields(self)} if is_dataclass(self) else {}
-        said = [f"{name}={value}" for name, value in self.options.items() if value != usual[name]]
-        return f"{self.name}({', '.join(said)})" if said else self.name
+        return with_options(self.name, self)
