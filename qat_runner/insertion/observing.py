@@ -201,9 +201,9 @@ def own_weights(module: nn.Module, asking: ObservedProducts) -> dict[str, int]:
 
 
 def _is_attention(asked: Sequence[ObservedProduct]) -> bool:
-    if [a.func for a in asked] == [ATTENTION]:
+    if [a.func for a in asked] in ([fused] for fused in _WRITTEN_OUT):
         return True
-    if len(asked) != len(PRODUCTS) or any(a.func is ATTENTION for a in asked):
+    if len(asked) != len(PRODUCTS) or any(a.func in _WRITTEN_OUT for a in asked):
         return False
     first, second = asked
     return first.computed and second.computed and second.left == first.given
