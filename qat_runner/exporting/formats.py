@@ -44,7 +44,8 @@ class Signature:
     """The inputs and outputs of a network in a file.
 
     Args:
-        example: arguments of forward, each with 2 samples or more; all sizes except the first are fixed.
+        example: arguments of forward, each with the same number of samples, 2 or more; all sizes except the first are
+            fixed.
         inputs, outputs: their names.
         longest: the largest size of the second dimension, which is then variable, and the same for all inputs; None: it
             is fixed.

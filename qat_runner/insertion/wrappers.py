@@ -1,0 +1,18 @@
+"""Modules around a network that pass each call on to it."""
+
+import sys
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network inside data parallelism and torch.compile, or the model itself if there are none around it."""
+    compiling = sys.modules.get("torch._dynamo.eval_frame")
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif compiling is not None and isinstance(model, compiling.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
