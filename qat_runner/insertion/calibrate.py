@@ -35,8 +35,8 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
 
     Args:
         model: with static quantizers, or with dynamic ones that will be used with eval_mode running or last.
-        batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward,
-            without labels.
+        batches: a few random training batches (the paper: 5), without labels, each an input tensor, a tuple of
+            arguments of forward, or a mapping of their names to arguments.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these get scalars;
             None: all. Tensors with one scalar per token are skipped.
 
@@ -91,8 +91,7 @@ def freeze(
     Args:
         model: trained, with quantizers.
         rule: see above.
-        batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; needed by
-            averaged and calibrated if an activation is dynamic.
+        batches: training batches, as in `calibrate`; needed by averaged and calibrated if an activation is dynamic.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these are frozen;
             None: all.
 
@@ -162,7 +161,7 @@ def _scalars_by_rule(
     if unreached:
         raise ValueError(
             f"{', '.join(unreached)}: not reached by any batch, so there are no scalars to freeze; pass other batches, "
-            f"or freeze a part of the network with layers=..."
+            f"freeze a part of the network with layers=..., or leave what is not used in full precision with keep=[...]"
         )
     return [s for s in scalars if s is not None]
 

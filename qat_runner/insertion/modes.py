@@ -1,26 +1,59 @@
 """Context managers under which a network is observed, and which leave it as it was."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from qat_runner.insertion.tensors import copies
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.quant import Quantizer
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Arguments of a forward pass: in their order, or by name."""
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Inputs:
+    """Return the arguments that a batch stands for.
+
+    Args:
+        model: whose forward takes them.
+        batch: a tuple of arguments; a mapping of names to arguments, some of which are names in the signature of
+            forward; or else a single argument.
+    """
+    if isinstance(batch, tuple):
+        return batch
+    if isinstance(batch, Mapping) and batch.keys() & inspect.signature(unwrapped(model).forward).parameters.keys():
+        return dict(batch)
+    return (batch,)
+
+
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """Call a model with the arguments of its forward pass and return its output."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def call_with_copies(model: nn.Module, inputs: Inputs) -> Any:
+    """As `call`, with copies of the tensors, since a network may modify its inputs."""
+    return call(model, copies(inputs))
 
 
 @contextmanager
-def explaining_argument_errors(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+def explaining_argument_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Context manager that explains a TypeError if the model's forward does not take these arguments."""
     try:
         yield
     except TypeError as error:
         try:
-            inspect.signature(model.forward).bind(*inputs)
+            call(inspect.signature(model.forward).bind, inputs)
         except TypeError:
-            raise TypeError(f"{error}: a batch must be the input alone or a tuple of arguments of forward") from error
+            raise TypeError(
+                f"{error}: a batch must be the input alone, a tuple of arguments of forward, or a dict of them by name"
+            ) from error
         raise
 
 
@@ -33,12 +66,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Context manager under which what torch.compile has compiled runs as plain Python, which hooks and modes observe.
+
+    Compiled code calls the hooks as well, but does not leave behind what they look at.
+    """
+    eager: AbstractContextManager[object] = nullcontext()
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
+        with suppress(RuntimeError):  # inside a compiled call, where it could not compile the present code
+            eager = torch.compiler.set_stance("force_eager")
+    with eager:
+        yield
+
+
+@contextmanager
 def eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Context manager under which the network is in eval mode and keeps no trace of what it computes.
 
     Buffers of its own modules, which may change even in eval mode, and random generators are restored.
     """
-    with evaluating(model), _buffers_kept(_deciding(model)), repeatable():
+    with evaluating(model), _buffers_kept(_deciding(model)), repeatable(), uncompiled():
         yield
 
 
@@ -51,7 +98,7 @@ def training_paths_without_trace(model: nn.Module) -> Iterator[None]:
     because they decide what is computed; their buffers and the random generators are restored.
     """
     deciding = _deciding(model)
-    with _modes_kept(model), _buffers_kept(deciding), repeatable():
+    with _modes_kept(model), _buffers_kept(deciding), repeatable(), uncompiled():
         model.eval()
         for module in deciding:
             module.training = True

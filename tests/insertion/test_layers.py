@@ -396,7 +396,7 @@ def test_a_module_that_is_no_attention_is_named() -> None:
             y = self.layer(x)
             return y @ y.mT @ y @ y.mT
 
-    with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* is not quantized: only convolutions"):
+    with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* not quantized: only convolution layers"):
         model = quantize_model(Three(), example=torch.randn(2, 5, 8))
     assert [rest.operation for rest in not_quantized(model)] == ["bmm"]
 

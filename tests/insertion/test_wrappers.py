@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
+import qat_runner as qat
 from qat_runner.insertion import (
+    Rule,
     calibrate,
     freeze,
     full_precision_state_dict,
@@ -26,6 +28,7 @@ from qat_runner.insertion import (
     save,
     summary,
 )
+from qat_runner.insertion.insert import network_of
 from tests.insertion.test_own_weights import WAYS, Mixture, Two
 from tests.insertion.test_own_weights import X as TOKENS
 
@@ -114,6 +117,36 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
     noise_report(freeze(model, batches=[X]), [X])
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, nn.DataParallel, compiled, compiled_in_place])
+def test_a_network_that_is_wrapped_first(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model, plain = (quantize_model(m, 4, example=X, rules=[Rule("2.*", bits=3)]) for m in (wrap(network()), network()))
+    assert summary(network_of(model)) == summary(plain)
+    for one in (model, plain):
+        one(X).square().mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert [row.sqnr_db for row in noise_report(model, [X])] == [row.sqnr_db for row in noise_report(plain, [X])]
+    calibrate(model, [X])
+    freeze(model, batches=[X]).eval()
+    expected = freeze(plain, batches=[X]).eval()(X)
+    torch.testing.assert_close(model(X), expected)
+    save(model, tmp_path / "net.pt")
+    for again in (network(), wrap(network())):
+        assert torch.equal(load(tmp_path / "net.pt", again).eval()(X), expected)
+    assert torch.equal(qat.export(model, tmp_path / "net.pt2", X)(X), expected)
 
 
 @pytest.mark.usefixtures("one_process")
