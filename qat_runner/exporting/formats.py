@@ -67,6 +67,21 @@ class Signature:
         return (each,)  # one group: forward of _Outputs takes *inputs
 
 
+def several_samples(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return inputs with two samples if they have one, since PyTorch's exporters take a size of 1 for a constant.
+
+    Raises:
+        ValueError: the inputs have different numbers of samples.
+    """
+    samples = sorted({len(t) for t in given if t.ndim})
+    if len(samples) > 1:
+        raise ValueError(
+            f"example: must have the same number of samples in the first dimension of each tensor, "
+            f"not {' and '.join(map(str, samples))}"
+        )
+    return given if samples != [1] else tuple(torch.cat([t, t]) if t.ndim else t for t in given)
+
+
 class _Outputs(nn.Module):
     """A network that returns a tuple of tensors, as files do."""
 

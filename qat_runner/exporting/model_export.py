@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.exporting.folding import fold_batchnorm
-from qat_runner.exporting.formats import Signature, write_onnx, write_program, write_safetensors
+from qat_runner.exporting.formats import Signature, several_samples, write_onnx, write_program, write_safetensors
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.layers import refresh
 from qat_runner.insertion.saving import check_target
-from qat_runner.insertion.wrappers import unwrapped
+from qat_runner.insertion.wrappers import is_sharded, unwrapped
 from qat_runner.runs.files import explaining_full_disk
 from qat_runner.tasks import fields_of
 
@@ -57,10 +57,9 @@ def export(
 
     Raises:
         ValueError: the path has another suffix; the number of names is not that of the arguments, or these have
-            different numbers of samples; nothing is quantized; a forward was set on an instance, so that it would not
-            follow the network into the file;
-            clipping scalars of an activation are not static; codes are not integers; the network returns no tensors, or
-            none with these names.
+            different numbers of samples; nothing is quantized; the network is sharded; a forward was set on an
+            instance, so that it would not follow the network into the file; clipping scalars of an activation are not
+            static; codes are not integers; the network returns no tensors, or none with these names.
         ConfigError: packages that the format needs are not installed.
         OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
         RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.
@@ -78,12 +77,14 @@ def export(
     given = (example,) if isinstance(example, Tensor) else tuple(example)
     given = tuple(t.float() if t.is_floating_point() else t for t in given)
     if target.suffix != ".safetensors":
-        given = _several_samples(given)
+        given = several_samples(given)
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
     if len(names) != len(given):
         raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
     for module in model.modules():
         refresh(module)  # tensors computed in a pass with gradients cannot be copied
+    if is_sharded(model):
+        raise ValueError("the network is sharded over processes: export one that `load` restores from its saved file")
     copied = copy.deepcopy(model).float()
     _check_forwards(copied)
     integers = to_integers(freeze(copied))
@@ -98,21 +99,6 @@ def export(
         else:
             write_safetensors(integers, target, {"inputs": signature.inputs, "outputs": signature.outputs})
     return integers
-
-
-def _several_samples(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return inputs with two samples if they have one, since PyTorch's exporters take a size of 1 for a constant.
-
-    Raises:
-        ValueError: the inputs have different numbers of samples.
-    """
-    samples = sorted({len(t) for t in given if t.ndim})
-    if len(samples) > 1:
-        raise ValueError(
-            f"example: must have the same number of samples in the first dimension of each tensor, "
-            f"not {' and '.join(map(str, samples))}"
-        )
-    return given if samples != [1] else tuple(torch.cat([t, t]) if t.ndim else t for t in given)
 
 
 def _check_forwards(copied: nn.Module) -> None:

@@ -16,3 +16,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share the parameters of a model, by fully_shard."""
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    return sharding is not None and any(isinstance(module, sharding.FSDPModule) for module in model.modules())

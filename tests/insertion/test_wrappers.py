@@ -170,6 +170,8 @@ def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
     freeze(plain, batches=[X])
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
+    with pytest.raises(ValueError, match=r"^the network is sharded over processes: export one that `load` restores"):
+        qat.export(model, tmp_path / "net.pt2", X)
     if layers:
         with pytest.raises(ValueError, match="was changed to FSDPQuantConv2d"):
             remove_quantizers(model)
