@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -83,9 +83,10 @@ def uncompiled() -> Iterator[None]:
 def eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Context manager under which the network is in eval mode and keeps no trace of what it computes.
 
-    Buffers of its own modules, which may change even in eval mode, and random generators are restored.
+    Buffers and attributes of its own modules, such as a hidden state, which may change even in eval mode, and random
+    generators are restored.
     """
-    with evaluating(model), _buffers_kept(_deciding(model)), repeatable(), uncompiled():
+    with evaluating(model), _state_kept(_deciding(model)), repeatable(), uncompiled():
         yield
 
 
@@ -95,10 +96,10 @@ def training_paths_without_trace(model: nn.Module) -> Iterator[None]:
 
     What a network computes only in training, auxiliary heads for example, is computed then. PyTorch's own innermost
     modules, such as BatchNorm and dropout, and quantizers are in eval mode. All other modules are in train mode,
-    because they decide what is computed; their buffers and the random generators are restored.
+    because they decide what is computed; their buffers, their attributes and the random generators are restored.
     """
     deciding = _deciding(model)
-    with _modes_kept(model), _buffers_kept(deciding), repeatable(), uncompiled():
+    with _modes_kept(model), _state_kept(deciding), repeatable(), uncompiled():
         model.eval()
         for module in deciding:
             module.training = True
@@ -141,12 +142,27 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def _parts(modules: Collection[nn.Module]) -> list[tuple[str, int]]:
+    """Return what identifies the submodules and parameters that modules have."""
+    return [(name, id(part)) for m in modules for name, part in (*m._modules.items(), *m._parameters.items())]
+
+
 @contextmanager
-def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _state_kept(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Context manager that restores buffers, and attributes that were assigned.
+
+    Attributes stay if there are other layers or parameters afterwards: a network may create them in its first forward
+    pass, and record in an attribute that it did.
+    """
+    attributes, parts = [(vars(module), dict(vars(module))) for module in modules], _parts(modules)
     kept = [(m._buffers, name, t, None if t is None else t.clone()) for m in modules for name, t in m._buffers.items()]
     try:
         yield
     finally:
+        for now, before in attributes if _parts(modules) == parts else ():
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
         for buffers, name, t, value in kept:
             buffers[name] = t
             if not (t is None or value is None or t.is_meta or torch.equal(t, value)):

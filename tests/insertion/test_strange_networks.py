@@ -205,6 +205,45 @@ def test_a_buffer_that_the_example_would_set_is_empty_again() -> None:
     model.load_state_dict(Centred().state_dict())
 
 
+class Stateful(nn.Module):
+    """A network that keeps a state in attributes."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.recurrent = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        past = 0 if self.state is None else self.recurrent(self.state)
+        self.state = torch.tanh(self.layer(x) + past) * self.calls
+        return self.state
+
+
+class Built(Stateful):
+    """A network that creates a layer in its first forward pass."""
+
+    built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.built:
+            self.made, self.built = nn.Linear(8, 8), True
+        out: Tensor = self.made(self.layer(x))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:recurrent is not called")
+def test_states_in_attributes_are_restored_and_layers_stay() -> None:
+    model = qat.quantize(Stateful(), 4, example=X)
+    assert model.state is None and model.calls == 0
+    model(X)
+    assert model.state is not None
+    built = qat.quantize(Built(), 4, example=X)
+    assert built.built and "made.weight" in signs(built)
+
+
 def test_a_graph_of_fx_is_copied_saved_and_exported(tmp_path: Path) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
