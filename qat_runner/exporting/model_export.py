@@ -15,6 +15,7 @@ from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.layers import refresh
+from qat_runner.insertion.modes import uncompiled
 from qat_runner.insertion.saving import check_target
 from qat_runner.insertion.wrappers import is_sharded, unwrapped
 from qat_runner.runs.files import explaining_full_disk
@@ -88,10 +89,11 @@ def export(
     copied = copy.deepcopy(model).float()
     _check_forwards(copied)
     integers = to_integers(freeze(copied))
-    if fold:
-        fold_batchnorm(integers, *given)
-    signature = Signature(given, names, _names(integers(*given), outputs), longest)
-    with explaining_full_disk(target.parent):
+    with uncompiled():
+        if fold:
+            fold_batchnorm(integers, *given)
+        signature = Signature(given, names, _names(integers(*given), outputs), longest)
+    with uncompiled(), explaining_full_disk(target.parent):
         if target.suffix == ".onnx":
             write_onnx(integers, signature, target)
         elif target.suffix == ".pt2":

@@ -27,9 +27,15 @@ def inputs_of(model: nn.Module, batch: Any) -> Inputs:
     """
     if isinstance(batch, tuple):
         return batch
-    if isinstance(batch, Mapping) and batch.keys() & inspect.signature(unwrapped(model).forward).parameters.keys():
-        return dict(batch)
-    return (batch,)
+    return dict(batch) if isinstance(batch, Mapping) and batch.keys() & _names_of_arguments(model) else (batch,)
+
+
+def _names_of_arguments(model: nn.Module) -> set[str]:
+    """Return the names in the signature of forward; if it passes all arguments on, those of the module inside."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    inside = [*unwrapped(model).children()]
+    return names if names or len(inside) != 1 else _names_of_arguments(inside[0])
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import qat_runner as qat
 from qat_runner.insertion import quantized_share
@@ -85,6 +86,7 @@ def test_arguments_by_name(kind: Any) -> None:
     batch = kind(x=X, scale=2.0, labels=None)
     model = qat.quantize(Scaled(), 4, example=batch, dynamic=False)
     assert qat.calibrate(model, [batch]) == 1 and len(qat.noise_report(model, [batch])) == 2
+    qat.calibrate(AveragedModel(model), [batch])  # whose forward takes any arguments
     for wrong, said in ((kind(scale=2.0), "'x'"), (kind(x=X, foo=1), "'foo'")):
         strict = nn.Linear(8, 8) if "foo" in wrong else Scaled()
         wrong = kind(input=X, foo=1) if "foo" in wrong else wrong

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 import qat_runner as qat
+from qat_runner.exporting.formats import read_program
 from qat_runner.insertion import (
     Rule,
     calibrate,
@@ -147,6 +148,28 @@ def test_a_network_that_is_wrapped_first(wrap: Callable[[nn.Module], nn.Module],
     for again in (network(), wrap(network())):
         assert torch.equal(load(tmp_path / "net.pt", again).eval()(X), expected)
     assert torch.equal(qat.export(model, tmp_path / "net.pt2", X)(X), expected)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+def test_a_class_whose_forward_is_compiled(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 8)
+    model = quantize_model(Attending(), 4, example=x)
+    assert quantized_share(model) == 1
+    model(x).sum().backward()
+    freeze(model, batches=[x]).eval()
+    qat.export(model, tmp_path / "net.pt2", x)
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], model(x))
 
 
 @pytest.mark.usefixtures("one_process")
