@@ -44,7 +44,8 @@ class Signature:
     """The inputs and outputs of a network in a file.
 
     Args:
-        example: arguments of forward, each with 2 samples or more; all sizes except the first are fixed.
+        example: arguments of forward, each with the same number of samples, 2 or more; all sizes except the first are
+            fixed.
         inputs, outputs: their names.
         longest: the largest size of the second dimension, which is then variable, and the same for all inputs; None: it
             is fixed.
@@ -64,6 +65,21 @@ class Signature:
             sizes.append(torch.export.Dim("tokens", max=self.longest))
         each = tuple(dict(enumerate(sizes[: t.ndim])) for t in self.example)
         return (each,)  # one group: forward of _Outputs takes *inputs
+
+
+def several_samples(given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return inputs with two samples if they have one, since PyTorch's exporters take a size of 1 for a constant.
+
+    Raises:
+        ValueError: the inputs have different numbers of samples.
+    """
+    samples = sorted({len(t) for t in given if t.ndim})
+    if len(samples) > 1:
+        raise ValueError(
+            f"example: must have the same number of samples in the first dimension of each tensor, "
+            f"not {' and '.join(map(str, samples))}"
+        )
+    return given if samples != [1] else tuple(torch.cat([t, t]) if t.ndim else t for t in given)
 
 
 class _Outputs(nn.Module):

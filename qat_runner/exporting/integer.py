@@ -9,6 +9,7 @@ exports it, quantization is written as operators of ONNX, which `formats` gives 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from qat_runner.insertion.layers import (
     quantized_class,
     quantizer_of,
     restore,
+    was_seen,
 )
 from qat_runner.insertion.own_products import QuantAttention, QuantProjection
 from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
@@ -302,7 +304,8 @@ def to_integers(model: nn.Module) -> nn.Module:
     """Replace the quantized layers of a static network by integer ones, in place.
 
     Args:
-        model: all its quantizers are static and have clipping scalars (see `freeze`).
+        model: all its quantizers are static and have clipping scalars (see `freeze`), except in layers that were never
+            in use: these are left in full precision, and raise a ValueError if they are used nevertheless.
 
     Returns:
         The same model, in eval mode.
@@ -315,17 +318,32 @@ def to_integers(model: nn.Module) -> nn.Module:
     if not tensors:
         raise ValueError("nothing is quantized, so there are no integers to write")
     check_constant({t.name: t.quantizer for t in tensors})
-    for t in tensors:
+    idle = {name: layer for name, layer in each(model, is_quantized) if _was_never_in_use(layer)}
+    for t in (t for t in tensors if t.layer not in idle):
         if t.quantizer.dynamic or not t.quantizer.ready:
             raise ValueError(f"{t.name} has no static clipping scalars: call freeze(model, ...) first")
         if t.tensor != "weight" and t.quantizer.dim is not None:
             raise ValueError(f"{t.name} has several clipping scalars, but integer products need a single one for it")
     check_integers(model)
-    for _, layer in each(model, is_quantized):
-        _convert(layer)
+    for name, layer in each(model, is_quantized):
+        if name in idle:
+            _release(layer)
+            layer.register_forward_pre_hook(partial(_refuse, name))
+        else:
+            _convert(layer)
     for _, module in each(model, lambda m: isinstance(m, QuantAttention)):
         _drop_projected_weights(module)
     return model.eval()
+
+
+def _was_never_in_use(layer: nn.Module) -> bool:
+    """Whether no batch has reached a layer so far, so that a quantizer of it was frozen without scalars."""
+    by = [quantizer_of(layer, operand) for operand in operands(layer)]
+    return not was_seen(layer) and any(isinstance(q, Quantizer) and not q.ready for q in by)
+
+
+def _refuse(name: str, layer: nn.Module, args: object) -> None:
+    raise ValueError(f"{name} was not in use when the network was frozen, so it has no clipping scalars")
 
 
 def check_integers(model: nn.Module) -> None:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.exporting.folding import fold_batchnorm
-from qat_runner.exporting.formats import Signature, write_onnx, write_program, write_safetensors
+from qat_runner.exporting.formats import Signature, several_samples, write_onnx, write_program, write_safetensors
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.layers import refresh
+from qat_runner.insertion.modes import uncompiled
 from qat_runner.insertion.saving import check_target
+from qat_runner.insertion.wrappers import is_sharded, unwrapped
 from qat_runner.runs.files import explaining_full_disk
 from qat_runner.tasks import fields_of
 
@@ -36,14 +38,14 @@ def export(
     """Write a quantized network as integers; the model itself is not changed.
 
     Args:
-        model: with quantizers, and static clipping scalars for its activations (see `freeze`). Dynamic clipping scalars
-            of its weights are solved for the present weights. What is not quantized is written in float32, whatever its
-            dtype was.
+        model: with quantizers, and static clipping scalars for its activations (see `freeze`); of data parallelism and
+            torch.compile, the network inside. Dynamic clipping scalars of its weights are solved for the present
+            weights. What is not quantized is written in float32, whatever its dtype was.
         path: ends in .onnx (QuantizeLinear and DequantizeLinear with true integer types), .pt2 (a program of
             torch.export, which runs with PyTorch alone) or .safetensors (codes and step sizes; a .json file beside it
             describes them).
-        example: the arguments of forward, in order, each with 2 samples or more. The exported network takes any number
-            of samples; all other sizes are fixed.
+        example: the arguments of forward, in order, with the same number of samples in the first dimension of each
+            tensor. The exported network takes any number of samples; all other sizes are fixed.
         inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
         outputs: names of what forward returns, or of the fields of its result that the file should return; None:
             output, or output_0, output_1, ..., or all fields that are tensors.
@@ -55,14 +57,15 @@ def export(
         The network of integers that was written, in eval mode. It computes what the file defines.
 
     Raises:
-        ValueError: the path has another suffix; the number of names is not that of the arguments; nothing is quantized;
-            clipping scalars of an activation are not static; codes are not integers; the network returns no tensors, or
-            none with these names.
+        ValueError: the path has another suffix; the number of names is not that of the arguments, or these have
+            different numbers of samples; nothing is quantized; the network is sharded; a forward was set on an
+            instance, so that it would not follow the network into the file; clipping scalars of an activation are not
+            static; codes are not integers; the network returns no tensors, or none with these names.
         ConfigError: packages that the format needs are not installed.
         OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
         RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.
     """
-    target = Path(path)
+    model, target = unwrapped(model), Path(path)
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{path}: must end in one of {', '.join(SUFFIXES)}")
     check_target(target)
@@ -74,16 +77,23 @@ def export(
         )
     given = (example,) if isinstance(example, Tensor) else tuple(example)
     given = tuple(t.float() if t.is_floating_point() else t for t in given)
+    if target.suffix != ".safetensors":
+        given = several_samples(given)
     names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
     if len(names) != len(given):
         raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
     for module in model.modules():
         refresh(module)  # tensors computed in a pass with gradients cannot be copied
-    integers = to_integers(freeze(copy.deepcopy(model).float()))
-    if fold:
-        fold_batchnorm(integers, *given)
-    signature = Signature(given, names, _names(integers(*given), outputs), longest)
-    with explaining_full_disk(target.parent):
+    if is_sharded(model):
+        raise ValueError("the network is sharded over processes: export one that `load` restores from its saved file")
+    copied = copy.deepcopy(model).float()
+    _check_forwards(copied)
+    integers = to_integers(freeze(copied))
+    with uncompiled():
+        if fold:
+            fold_batchnorm(integers, *given)
+        signature = Signature(given, names, _names(integers(*given), outputs), longest)
+    with uncompiled(), explaining_full_disk(target.parent):
         if target.suffix == ".onnx":
             write_onnx(integers, signature, target)
         elif target.suffix == ".pt2":
@@ -91,6 +101,22 @@ def export(
         else:
             write_safetensors(integers, target, {"inputs": signature.inputs, "outputs": signature.outputs})
     return integers
+
+
+def _check_forwards(copied: nn.Module) -> None:
+    """Raise an error if a forward that was set on an instance runs the network that was copied, instead of the copy.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, module in copied.named_modules():
+        forward = vars(module).get("forward")
+        ours = forward is None or module in (getattr(forward, "__self__", None), *getattr(forward, "args", ()))
+        if not ours:
+            raise ValueError(
+                f"{name or type(module).__name__} has a forward that was set on the instance, which would run the "
+                f"original network: delete it before the export (del {'model.' if name else 'model'}{name}.forward)"
+            )
 
 
 def _names(result: Any, wanted: Sequence[str] | None) -> Sequence[str]:

@@ -39,6 +39,7 @@ from qat_runner.exporting.formats import (
     Signature,
     read_program,
     read_safetensors,
+    several_samples,
     write_onnx,
     write_program,
     write_safetensors,
@@ -132,11 +133,6 @@ def _weights_of(run: Path, config: Config, checkpoint: str) -> str:
     return str(path)
 
 
-def _two_samples(t: Tensor) -> Tensor:
-    """Return at least two samples: with a single one, exporters would make the number of samples a constant."""
-    return t if len(t) > 1 else t.repeat(2, *[1] * (t.ndim - 1))
-
-
 def rule_for(model: nn.Module, rule: str | None) -> str:
     """Return the rule that applies to the scalars of activations.
 
@@ -201,7 +197,7 @@ def export(request: Request) -> Export:
     _check_formats(request, model)
     rule = rule_for(model, request.rule)
     static = made_static(model, data, config, rule, request.batches)
-    example = tuple(_two_samples(t) for t in next(unsharded(data).val_batches(2, 1)).inputs)
+    example = several_samples(next(unsharded(data).val_batches(2, 1)).inputs)
     integers = to_integers(copy.deepcopy(static))
     kept = fold_batchnorm(integers, *example) if request.fold else []
     with _in_place_of(request.out) as folder:

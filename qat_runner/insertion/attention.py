@@ -90,18 +90,26 @@ def quantize_attention(model: nn.Module) -> None:
     for network in networks:
         network.attention_before = network.config._attn_implementation
     for network in networks:
-        network.set_attn_implementation(NAME)
+        _switch(network, NAME)
+
+
+def _switch(network: Any, name: str) -> None:
+    """Make a network use the attention of a name, also where a quantized module has a config of its own (ViTMAE)."""
+    network.set_attn_implementation(name)
+    for module in network.modules():
+        if OWN in vars(module) and hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation = name
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undo `quantize_attention`, except that the networks keep their own configs."""
+    for network in _networks(model):
+        if "attention_before" in vars(network):  # also sets nested networks, whose turn comes after
+            _switch(network, network.attention_before)
+            del network.attention_before
     for module in model.modules():
         for name in (*PRODUCTS, OWN) if OWN in vars(module) else ():
             delattr(module, name)
-    for network in _networks(model):
-        if "attention_before" in vars(network):  # also sets nested networks, whose turn comes after
-            network.set_attn_implementation(network.attention_before)
-            del network.attention_before
 
 
 @contextmanager
@@ -115,11 +123,11 @@ def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
     networks = [network for network in _networks(model) if "attention_before" in vars(network)]
     try:
         for network in networks:
-            network.set_attn_implementation(name or network.attention_before)
+            _switch(network, name or network.attention_before)
         yield
     finally:
         for network in networks:
-            network.set_attn_implementation(NAME)
+            _switch(network, NAME)
 
 
 def _networks(model: nn.Module) -> Iterator[Any]:

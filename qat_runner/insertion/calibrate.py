@@ -17,7 +17,7 @@ from qat_runner.insertion.insert import (
     quantized_tensors,
     quantizers_disabled,
 )
-from qat_runner.insertion.layers import QuantLayer, reading_weight
+from qat_runner.insertion.layers import QuantLayer, reading_weight, was_seen
 from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
@@ -35,8 +35,8 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
 
     Args:
         model: with static quantizers, or with dynamic ones that will be used with eval_mode running or last.
-        batches: a few random training batches (the paper: 5), each an input tensor or a tuple of arguments of forward,
-            without labels.
+        batches: a few random training batches (the paper: 5), without labels, each an input tensor, a tuple of
+            arguments of forward, or a mapping of their names to arguments.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these get scalars;
             None: all. Tensors with one scalar per token are skipped.
 
@@ -91,8 +91,7 @@ def freeze(
     Args:
         model: trained, with quantizers.
         rule: see above.
-        batches: training batches, each an input tensor or a tuple of arguments of forward, without labels; needed by
-            averaged and calibrated if an activation is dynamic.
+        batches: training batches, as in `calibrate`; needed by averaged and calibrated if an activation is dynamic.
         layers: globs over names of layers (`layer4.*`) or of quantized tensors (`*.input`): only these are frozen;
             None: all.
 
@@ -101,8 +100,12 @@ def freeze(
 
     Raises:
         ValueError: the rule is unknown, or a glob matches nothing; the rule needs batches and there are none, or it
-            needs training and there was none; no batch reaches an activation, or an activation has one scalar per
-            token, which cannot be constant. Nothing is frozen then.
+            needs training and there was none; no batch reaches an activation that was in use before, or an activation
+            has one scalar per token, which cannot be constant. Nothing is frozen then.
+
+    Warns:
+        QuantizationWarning: some activations were never in use, neither for the example, nor in training, nor for the
+            batches. They become static without scalars; using them raises NotCalibratedError.
     """
     if rule not in FREEZING:
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
@@ -112,6 +115,13 @@ def freeze(
     scalars = _scalars_by_rule(model, rule, activations, batches)
     for tensor, s in zip(activations, scalars, strict=True):
         tensor.quantizer.freeze(s)
+    never = [tensor.name for tensor, s in zip(activations, scalars, strict=True) if s is None]
+    if never:
+        warnings.warn(
+            f"{', '.join(never)}: never in use so far, so there are no clipping scalars",
+            QuantizationWarning,
+            stacklevel=2,
+        )
     for tensor in dynamic:
         if tensor.tensor == "weight":
             tensor.quantizer.freeze(_weight_scalars(model, tensor))
@@ -145,26 +155,35 @@ def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> list[Quanti
 
 def _scalars_by_rule(
     model: nn.Module, rule: str, activations: Sequence[QuantizedTensor], batches: Batches
-) -> list[Tensor]:
+) -> list[Tensor | None]:
+    """Return the scalars of activations, None for those that were never in use."""
     if not activations:
         return []
     if rule == "running":
-        untrained = [t.name for t in activations if not t.quantizer.has_scalars]
+        untrained = [t.name for t in activations if _was_in_use(model, t) and not t.quantizer.has_scalars]
         if untrained:
             raise ValueError(
                 f"rule='running': {', '.join(untrained)} has not been trained, so it has no running average; use "
                 f"'averaged' with batches instead"
             )
-        return [t.quantizer.with_orientation(t.quantizer.running_s) for t in activations]
+        return [
+            t.quantizer.with_orientation(t.quantizer.running_s) if t.quantizer.has_scalars else None
+            for t in activations
+        ]
     mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars
     _, scalars = mean_scalars(model, activations, batches)
-    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None]
+    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None and _was_in_use(model, t)]
     if unreached:
         raise ValueError(
             f"{', '.join(unreached)}: not reached by any batch, so there are no scalars to freeze; pass other batches, "
             f"or freeze a part of the network with layers=..."
         )
-    return [s for s in scalars if s is not None]
+    return scalars
+
+
+def _was_in_use(model: nn.Module, tensor: QuantizedTensor) -> bool:
+    """Whether an activation was quantized in training, or reached by the batch that traced the model."""
+    return tensor.quantizer.has_scalars or was_seen(model.get_submodule(tensor.layer))
 
 
 def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:

@@ -52,6 +52,7 @@ from qat_runner.insertion.layers import (
     reading_weight,
     restore,
 )
+from qat_runner.insertion.modes import Inputs, call, inputs_of
 from qat_runner.insertion.naming import merged_notes
 from qat_runner.insertion.observing import ObservedProducts, attends, multiplies_by_its_weight, observe, own_weights
 from qat_runner.insertion.own_products import (
@@ -78,6 +79,7 @@ from qat_runner.insertion.unchanged import (
     first_difference,
     tolerance,
 )
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import EMBEDDING, EXPERTS, Place, Policy, PolicyError, TensorPolicy, exactly
 from qat_runner.quant import ClippingMethod, Estimator, Quantizer
 from qat_runner.quant.weight_groups import WeightsTogether
@@ -98,7 +100,7 @@ LEFT = "quantization_left"
 its inputs, as in ELEMENTS."""
 
 
-KNOWN = "convolutions, linear layers, experts and attention"
+KNOWN = "convolution layers, linear layers, experts and attention"
 """What can be quantized, for messages."""
 
 
@@ -129,7 +131,7 @@ def quantize_model(
     clipping: str | ClippingMethod = "octav",
     gradient: str | Estimator = "mph",
     *,
-    example: Tensor | tuple[Any, ...] | None = None,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     **how: Any,
 ) -> nn.Module:
     """Quantize the weights and inputs of all convolutions and linear layers of a model, in place (Appendix E.2).
@@ -142,13 +144,15 @@ def quantize_model(
     `full_precision_state_dict` returns one. The first convolution and the last linear layer get `first_last_bits`.
 
     Args:
-        model: any model with such layers, or with attention.
+        model: any model with such layers, or with attention. In DistributedDataParallel, DataParallel or torch.compile,
+            the network inside is quantized, and rules refer to its layers by their names there.
         bits: 2 to 16, or 32 for full precision; or a whole `Policy`, which allows no further argument except `example`.
         clipping: a clipping method or its name: octav, max, percentile, mse_sweep; lsq or pact, whose clipping scalars
             are parameters and must be initialized by `calibrate`; or the name of a registered one.
         gradient: ste, pwl, mad, ewgs, trust, mph (mad for weights, pwl for activations) or the name of a registered
             one; or an estimator with its own options. lsq and pact have gradients of their own.
-        example: a real batch (or the tuple of arguments of forward). Running it shows which inputs are signed, the
+        example: a real batch: the input, a tuple of arguments of forward, or a mapping of their names to arguments, as
+            the networks of transformers take it. Running it shows which inputs are signed, the
             order of the layers, and what would stay unquantized. Without it, layers are ordered by registration, and
             the rest is found on the first forward pass of the model.
         **how: further arguments of `Policy.of`: weight_bits, activation_bits, first_last_bits; format, weight_format,
@@ -174,14 +178,18 @@ def quantize_model(
     if isinstance(bits, Policy):
         if (clipping, gradient) != ("octav", "mph") or how:
             raise TypeError("quantize_model: next to a policy, example is the only argument allowed")
-        return insert(model, bits, example)
-    return insert(model, Policy.of(bits, clipping, gradient, **how), example)
+        policy = bits
+    else:
+        policy = Policy.of(bits, clipping, gradient, **how)
+    with torch.inference_mode(False):  # the state of quantizers could not be trained otherwise
+        insert(unwrapped(model), policy, example)
+    return model
 
 
 def insert(
     model: nn.Module,
     policy: Policy,
-    example: Tensor | tuple[Any, ...] | None = None,
+    example: Tensor | tuple[Any, ...] | Mapping[str, Any] | None = None,
     tensors: Collection[str] | None = None,
     contracted: Mapping[str, int] | None = None,
 ) -> nn.Module:
@@ -195,7 +203,9 @@ def insert(
         contracted: `contracted_by(model)` of that other instance.
     """
     check_no_quantizers(model)
-    inputs = None if example is None else example if isinstance(example, tuple) else (example,)
+    inputs = None if example is None else inputs_of(model, example)
+    if any(t is not None and t.is_nested for t in tensors_of(inputs)):
+        raise ValueError("example: must not be a nested tensor, which cannot be quantized; pass a padded one")
     if policy.full_precision and _layers_in(model):
         return model
     asking, before = (None, None) if inputs is None else observe(model, inputs)
@@ -212,7 +222,7 @@ def insert(
     other_attention = bool(attention_of(model) - {EAGER})
     try:
         layers = _converted(model, layers.values(), attention, weights)
-        seen = None if inputs is None else trace(model, *inputs)
+        seen = None if inputs is None else call(partial(trace, model), inputs)
         if inputs is not None and seen is not None:
             _check_unchanged(model, inputs, tensors_of(before), tensors_of(seen.output), other_attention)
         ends = _ends(layers, seen)
@@ -282,9 +292,7 @@ def _equip_all(
         _equip(model, name, layers[name], found, rotations[name])
 
 
-def _check_unchanged(
-    model: nn.Module, inputs: tuple[Any, ...], before: Tensors, now: Tensors, other_attention: bool
-) -> None:
+def _check_unchanged(model: nn.Module, inputs: Inputs, before: Tensors, now: Tensors, other_attention: bool) -> None:
     """Raise an error if a converted model, still without quantizers, does not compute what it computed before.
 
     A model whose output varies from run to run is compared with `tolerance`.
@@ -591,7 +599,13 @@ def _passed_over(modules: Mapping[str, nn.Module], product: Product) -> bool:
 
 
 def _decide_on_first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of the model that decides signs and sizes on the first batch that does not fail."""
+    """A forward pre-hook of the model that decides signs and sizes on the first batch that does not fail.
+
+    An empty batch shows neither.
+    """
+    given = [t for t in tensors_of((args, kwargs)) if t is not None]
+    if given and not any(t.numel() for t in given):
+        return
     _remove_hook(model, _decide_on_first_batch)
     try:
         with quantizers_disabled(model):

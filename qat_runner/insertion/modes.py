@@ -1,26 +1,65 @@
 """Context managers under which a network is observed, and which leave it as it was."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from qat_runner.insertion.tensors import copies
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.quant import Quantizer
+
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Arguments of a forward pass: in their order, or by name."""
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Inputs:
+    """Return the arguments that a batch stands for.
+
+    Args:
+        model: whose forward takes them.
+        batch: a tuple of arguments; a mapping of names to arguments, some of which are names in the signature of
+            forward; or else a single argument.
+    """
+    if isinstance(batch, tuple):
+        return batch
+    return dict(batch) if isinstance(batch, Mapping) and batch.keys() & _names_of_arguments(model) else (batch,)
+
+
+def _names_of_arguments(model: nn.Module) -> set[str]:
+    """Return the names in the signature of forward; if it passes all arguments on, those of the module inside."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    inside = [*unwrapped(model).children()]
+    return names if names or len(inside) != 1 else _names_of_arguments(inside[0])
+
+
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """Call a model with the arguments of its forward pass and return its output."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+
+
+def call_with_copies(model: nn.Module, inputs: Inputs) -> Any:
+    """As `call`, with copies of the tensors, since a network may modify its inputs."""
+    return call(model, copies(inputs))
 
 
 @contextmanager
-def explaining_argument_errors(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+def explaining_argument_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Context manager that explains a TypeError if the model's forward does not take these arguments."""
     try:
         yield
     except TypeError as error:
         try:
-            inspect.signature(model.forward).bind(*inputs)
+            call(inspect.signature(model.forward).bind, inputs)
         except TypeError:
-            raise TypeError(f"{error}: a batch must be the input alone or a tuple of arguments of forward") from error
+            raise TypeError(
+                f"{error}: a batch must be the input alone, a tuple of arguments of forward, or a dict of them by name"
+            ) from error
         raise
 
 
@@ -33,12 +72,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Context manager under which what torch.compile has compiled runs as plain Python, which hooks and modes observe.
+
+    Compiled code calls the hooks as well, but does not leave behind what they look at.
+    """
+    eager: AbstractContextManager[object] = nullcontext()
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes seconds
+        with suppress(RuntimeError):  # inside a compiled call, where it could not compile the present code
+            eager = torch.compiler.set_stance("force_eager")
+    with eager:
+        yield
+
+
+@contextmanager
 def eval_without_trace(model: nn.Module) -> Iterator[None]:
     """Context manager under which the network is in eval mode and keeps no trace of what it computes.
 
-    Buffers of its own modules, which may change even in eval mode, and random generators are restored.
+    Buffers and attributes of its own modules, such as a hidden state, which may change even in eval mode, and random
+    generators are restored.
     """
-    with evaluating(model), _buffers_kept(_deciding(model)), repeatable():
+    with evaluating(model), _state_kept(_deciding(model)), repeatable(), uncompiled():
         yield
 
 
@@ -48,10 +102,10 @@ def training_paths_without_trace(model: nn.Module) -> Iterator[None]:
 
     What a network computes only in training, auxiliary heads for example, is computed then. PyTorch's own innermost
     modules, such as BatchNorm and dropout, and quantizers are in eval mode. All other modules are in train mode,
-    because they decide what is computed; their buffers and the random generators are restored.
+    because they decide what is computed; their buffers, their attributes and the random generators are restored.
     """
     deciding = _deciding(model)
-    with _modes_kept(model), _buffers_kept(deciding), repeatable():
+    with _modes_kept(model), _state_kept(deciding), repeatable(), uncompiled():
         model.eval()
         for module in deciding:
             module.training = True
@@ -94,12 +148,27 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def _parts(modules: Collection[nn.Module]) -> list[tuple[str, int]]:
+    """Return what identifies the submodules and parameters that modules have."""
+    return [(name, id(part)) for m in modules for name, part in (*m._modules.items(), *m._parameters.items())]
+
+
 @contextmanager
-def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _state_kept(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Context manager that restores buffers, and attributes that were assigned.
+
+    Attributes stay if there are other layers or parameters afterwards: a network may create them in its first forward
+    pass, and record in an attribute that it did.
+    """
+    attributes, parts = [(vars(module), dict(vars(module))) for module in modules], _parts(modules)
     kept = [(m._buffers, name, t, None if t is None else t.clone()) for m in modules for name, t in m._buffers.items()]
     try:
         yield
     finally:
+        for now, before in attributes if _parts(modules) == parts else ():
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
         for buffers, name, t, value in kept:
             buffers[name] = t
             if not (t is None or value is None or t.is_meta or torch.equal(t, value)):

@@ -44,7 +44,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
 
     Args:
         model: with quantizers; runs in eval mode, and returns to its previous mode afterwards.
-        batches: each an input tensor or a tuple of arguments of forward, without labels.
+        batches: as in `calibrate`.
 
     Returns:
         One row per tensor, in order of registration, weight before input; no rows if there is no batch.

@@ -31,11 +31,17 @@ from qat_runner.insertion.layers import (
     weight_shape,
     weight_used,
 )
-from qat_runner.insertion.modes import eval_without_trace, explaining_argument_errors, training_paths_without_trace
+from qat_runner.insertion.modes import (
+    Inputs,
+    call_with_copies,
+    eval_without_trace,
+    explaining_argument_errors,
+    training_paths_without_trace,
+)
 from qat_runner.insertion.own_products import PRODUCTS, names_are_free
 from qat_runner.insertion.own_weights import MADE_OF, MOVES, layer_name, mark, parts
 from qat_runner.insertion.products import Products
-from qat_runner.insertion.tensors import copies, tensors_of
+from qat_runner.insertion.tensors import tensors_of
 from qat_runner.insertion.unchanged import difference
 
 
@@ -87,12 +93,12 @@ class ObservedProducts:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, inputs: Sequence[Any]) -> tuple[ObservedProducts, Any]:
+def observe(model: nn.Module, inputs: Inputs) -> tuple[ObservedProducts, Any]:
     """Run one batch through a model without quantizers, first in eval mode and then as in training.
 
     Args:
         model: left unchanged.
-        inputs: arguments of its forward; each pass gets a copy. If they are not sufficient for training, what the model
+        inputs: of its forward; each pass gets a copy. If they are not sufficient for training, what the model
             computes only in training is not seen.
 
     Returns:
@@ -101,12 +107,12 @@ def observe(model: nn.Module, inputs: Sequence[Any]) -> tuple[ObservedProducts, 
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
         with eval_without_trace(model), explaining_argument_errors(model, inputs):
-            output = model(*copies(inputs))
+            output = call_with_copies(model, inputs)
         watch.given_away(output)
         asking = watch.asking.copy()
         try:
             with training_paths_without_trace(model):
-                watch.given_away(model(*copies(inputs)))
+                watch.given_away(call_with_copies(model, inputs))
             asking = watch.asking
         except Exception:  # trace() reports it
             pass
@@ -201,9 +207,9 @@ def own_weights(module: nn.Module, asking: ObservedProducts) -> dict[str, int]:
 
 
 def _is_attention(asked: Sequence[ObservedProduct]) -> bool:
-    if [a.func for a in asked] == [ATTENTION]:
+    if [a.func for a in asked] in ([fused] for fused in _WRITTEN_OUT):
         return True
-    if len(asked) != len(PRODUCTS) or any(a.func is ATTENTION for a in asked):
+    if len(asked) != len(PRODUCTS) or any(a.func in _WRITTEN_OUT for a in asked):
         return False
     first, second = asked
     return first.computed and second.computed and second.left == first.given

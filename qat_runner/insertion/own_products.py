@@ -86,6 +86,8 @@ class ProductsOf(InForward):
 
     def _projections(self) -> dict[str, Any]:
         """Return arguments that make `F.multi_head_attention_forward` use the weights of projections one by one."""
+        if not self.projections:  # the weights are those of layers, or parameters that are not quantized
+            return {}
         own = {f"{layer.letter}_proj_weight": weight for layer, weight in self.projections.items()}
         return {"use_separate_proj_weight": True, **own}
 

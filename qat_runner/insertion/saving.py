@@ -25,6 +25,7 @@ from qat_runner.insertion.insert import (
 )
 from qat_runner.insertion.products import Product
 from qat_runner.insertion.tensors import whole
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import Policy
 
 FORMAT = "qat_runner.network.1"
@@ -108,7 +109,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: a file that `save` wrote.
-        model: the same network in full precision, built by the same code; the values of its weights do not matter.
+        model: the same network in full precision, built by the same code, or a wrapper around it, as in
+            `quantize_model`; the values of its weights do not matter.
 
     Returns:
         The same model, with quantizers and state, on its device.
@@ -124,13 +126,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     features = _features(path, content.get("features", {}))
     policy, tensors = Policy.from_list(content["policy"]), tensors_in(content["state"])
     check_no_quantizers(model)
+    network = unwrapped(model)
     try:
-        insert(model, policy, tensors=tensors, contracted=contracted)
-        model.load_state_dict(content["state"])
+        insert(network, policy, tensors=tensors, contracted=contracted)
+        network.load_state_dict(content["state"])
     except (ValueError, RuntimeError) as error:
-        remove_quantizers(model)
-        raise ValueError(f"{path}: does not fit {type(model).__name__} ({' '.join(str(error).split())})") from error
-    remember_seen(model, content["elements"], features, products)
+        remove_quantizers(network)
+        raise ValueError(f"{path}: does not fit {type(network).__name__} ({' '.join(str(error).split())})") from error
+    remember_seen(network, content["elements"], features, products)
     return model
 
 

@@ -1,6 +1,7 @@
 """The tensors in what a network takes or returns."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -9,14 +10,27 @@ from torch.utils._pytree import tree_map
 
 
 def copies(values: Any) -> Any:
-    """Copy the tensors in nested lists, tuples and mappings, for a network that writes to its inputs.
+    """Copy the tensors in nested lists, tuples, mappings and dataclasses, for a network that writes to its inputs.
 
     A tensor that occurs several times is copied once.
     """
     made: dict[int, Tensor] = {}
 
     def copied(value: Any) -> Any:
-        return made.setdefault(id(value), value.detach().clone()) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return made.setdefault(id(value), value.detach().clone())
+        if isinstance(value, MutableMapping) or (is_dataclass(value) and not isinstance(value, type)):
+            return changed(value)  # of a class that PyTorch does not know
+        return value
+
+    def changed(value: Any) -> Any:
+        again = copy.copy(value)
+        if isinstance(value, MutableMapping):
+            again.update({key: tree_map(copied, inner) for key, inner in value.items()})
+        else:
+            for field in fields(value):
+                object.__setattr__(again, field.name, tree_map(copied, getattr(value, field.name)))
+        return again
 
     return tree_map(copied, values)
 

@@ -95,7 +95,7 @@ class _Signs(TorchFunctionMode):
         super().__init__()
         self.tags = WeakTensorKeyDictionary()  # tensor -> True if it cannot be negative
         for t in _flatten(inputs)[0]:
-            self.tags[t] = t.is_floating_point() and not t.is_meta and bool((t >= 0).all())
+            self.tags[t] = t.is_floating_point() and _shows_signs(t) and bool((t >= 0).all())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -119,9 +119,9 @@ class _Signs(TorchFunctionMode):
 
     def _untag_storage(self, changed: Tensor) -> None:
         """Remove the tag of all tensors that share memory with a changed one: it may have been a view."""
-        memory = changed.untyped_storage().data_ptr()
+        memory = _memory(changed)
         for t in list(self.tags):
-            if t.untyped_storage().data_ptr() == memory:
+            if _memory(t) == memory:
                 self.tags[t] = False
 
     def _nonnegative(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -142,6 +142,17 @@ class _Signs(TorchFunctionMode):
         tensors, numbers = _flatten([*args, *kwargs.values()])
         factors = numbers if name in _ARITHMETIC else []
         return bool(tensors) and all(map(self.is_tagged, tensors)) and all(n >= 0 for n in factors)
+
+
+def _shows_signs(t: Tensor) -> bool:
+    """Whether the values of a tensor can be compared with zero; those of sparse and nested ones cannot."""
+    unlike_numbers = t.is_meta or t.is_complex() or t.is_nested or t.layout is not torch.strided
+    return not unlike_numbers and t.numel() > 0
+
+
+def _memory(t: Tensor) -> int:
+    """Return the address of a tensor's memory; a key of its own for a sparse tensor, which has several."""
+    return t.untyped_storage().data_ptr() if t.layout is torch.strided else -id(t)
 
 
 def _flatten(values: Any) -> tuple[list[Tensor], list[float]]:
@@ -170,7 +181,7 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     Args:
         model: any module.
         *inputs, **named_inputs: the arguments of its forward, a real batch: its values decide whether the model's own
-            input is signed. An input on the meta device has no values and counts as signed.
+            input is signed. An input without values, on the meta device or empty, counts as signed.
 
     Returns:
         The layers that were called, the products of tensors, and notes on what cannot be quantized.
@@ -327,7 +338,7 @@ class _Calls:
         layer.asked = True
         # Values only ever overrule structure towards signed, in case structure was wrong. In training values alone
         # decide: a nonnegative tensor may be multiplied by random numbers there, in ways that structure does not know.
-        negative = not (x.is_meta or x.is_complex() or transformed()) and bool((x < 0).any())
+        negative = _shows_signs(x) and not transformed() and bool((x < 0).any())
         if layer.training_only == self.training_only:
             negative = negative or not self.signs.is_tagged(x)
         layer.signed[operand] = layer.signed.get(operand, False) or negative

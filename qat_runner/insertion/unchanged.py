@@ -1,15 +1,14 @@
 """Check whether a network still computes the same as before, how closely, and which module is the first to differ."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.layers import takes_hooks
-from qat_runner.insertion.modes import eval_without_trace
-from qat_runner.insertion.tensors import copies, tensors_of
+from qat_runner.insertion.modes import Inputs, call_with_copies, eval_without_trace
+from qat_runner.insertion.tensors import tensors_of
 
 Tensors = list[Tensor | None]
 
@@ -18,16 +17,16 @@ Calls = dict[tuple[str, int], tuple[Tensors, Tensors]]
 
 
 @torch.no_grad()
-def computed(model: nn.Module, inputs: Sequence[Any]) -> Tensors:
+def computed(model: nn.Module, inputs: Inputs) -> Tensors:
     """Return the tensors of a model's output in eval mode, in order.
 
     Model, inputs and random generators are left unchanged.
     """
     with eval_without_trace(model):
-        return tensors_of(model(*copies(inputs)))
+        return tensors_of(call_with_copies(model, inputs))
 
 
-def computed_by_modules(model: nn.Module, inputs: Sequence[Any]) -> Calls:
+def computed_by_modules(model: nn.Module, inputs: Inputs) -> Calls:
     """As `computed`, for all modules; all that they are given and return is kept in memory."""
     found: Calls = {}
 

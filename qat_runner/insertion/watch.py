@@ -1,6 +1,6 @@
 """Run a network over batches and look at what its quantizers are given."""
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from typing import Any
 
@@ -8,12 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from qat_runner.insertion.insert import quantized_tensors
-from qat_runner.insertion.modes import evaluating, explaining_argument_errors, training_paths_without_trace
+from qat_runner.insertion.modes import (
+    call,
+    evaluating,
+    explaining_argument_errors,
+    inputs_of,
+    training_paths_without_trace,
+    uncompiled,
+)
 from qat_runner.insertion.tensors import copies
 from qat_runner.quant import Quantizer
 
-Batches = Iterable[Tensor | tuple[Any, ...]]
-"""Each batch is an input tensor, or a tuple of arguments of forward."""
+Batches = Iterable[Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]]
+"""Each batch is an input tensor, a tuple or list of arguments of forward, or a mapping of their names to arguments."""
 
 
 @torch.no_grad()
@@ -57,15 +64,15 @@ def watch(
     used = 0
     try:
         for batch in batches:
-            inputs = batch if isinstance(batch, tuple | list) else (batch,)
+            inputs = inputs_of(model, tuple(batch) if isinstance(batch, list) else batch)
             again = copies(inputs) if unreached() else None  # the network may write to its inputs
-            with evaluating(model), explaining_argument_errors(model, inputs):
-                model(*inputs)
+            with evaluating(model), uncompiled(), explaining_argument_errors(model, inputs):
+                call(model, inputs)
             used += 1
             shown = unreached() or None
             if shown is not None and again is not None:
                 with training_paths_without_trace(model), suppress(Exception):
-                    model(*again)
+                    call(model, again)
             shown = None
     finally:
         for handle in handles:

@@ -211,8 +211,15 @@ class Quantizer(ScalarState):
 
         Returns:
             x rounded to the levels of the format, in the same shape and dtype.
+
+        Raises:
+            TypeError: x is a sparse or a nested tensor.
         """
-        if not self.enabled or self._skips(x):
+        if not self.enabled:
+            return x
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{self.name}: a {'nested' if x.is_nested else 'sparse'} tensor cannot be quantized")
+        if self._skips(x):
             return x
         if not self._reusing:
             return self._called(x)

@@ -155,9 +155,10 @@ class ScalarState(nn.Module):
         self._know_scalars()
 
     @torch.no_grad()
-    def freeze(self, s: Tensor) -> None:
-        """Make the quantizer static with these scalars; see `assign`."""
-        self.assign(s, max(int(self.batches), 1))
+    def freeze(self, s: Tensor | None) -> None:
+        """Make the quantizer static with these scalars; see `assign`. None: without any; calls then raise an error."""
+        if s is not None:
+            self.assign(s, max(int(self.batches), 1))
         self.static.fill_(1)
         self._know(static=True)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -643,6 +644,20 @@ def test_a_network_out_of_a_loop_of_ones_own(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_an_example_of_one_sample_stands_for_any_number(suffix: str, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4)), torch.randn(5, 4)
+    freeze(quantize_model(model, 8, example=x).eval(), batches=[x])
+    qat.export(model, tmp_path / f"net.{suffix}", x[:1])
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime")
+        found = OnnxFile(tmp_path / "net.onnx", fused=False)([x])
+    else:
+        (found,) = read_program(tmp_path / "net.pt2")(x)
+    torch.testing.assert_close(found, model(x))
+
+
+@torch.no_grad()
 def test_a_pruned_layer_is_written_as_it_is_used(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)), torch.randn(3, 4)
     prune.random_unstructured(model[0], "weight", 0.5)
@@ -742,4 +757,14 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         qat.export(dynamic, tmp_path / "net.pt2", torch.randn(2, 4))
     with pytest.raises(ValueError, match="nothing is quantized"):
         qat.export(nn.Linear(4, 3), tmp_path / "net.pt2", torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"same number of samples in the first dimension of each tensor, not 2 and 3$"):
+        qat.export(model, tmp_path / "net.pt2", (torch.randn(3, 4), torch.randn(2, 4)))
+    forward = model.forward
+    model.forward = lambda x: forward(x)  # type: ignore[method-assign]  # a closure runs the original also in a copy
+    with pytest.raises(ValueError, match=r"Small has a forward that was set on the instance.*\(del model\.forward\)$"):
+        qat.export(model, tmp_path / "net.pt2", x)
+    model.forward = partial(type(model).forward, model)  # type: ignore[method-assign]  # this one follows the copy
+    qat.export(model, tmp_path / "net.safetensors", x)
+    for file in tmp_path.iterdir():
+        file.unlink()
     assert not list(tmp_path.iterdir())

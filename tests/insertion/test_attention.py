@@ -5,12 +5,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, LlamaModel
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    LlamaConfig,
+    LlamaModel,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from qat_runner.insertion import (
     calibrate,
     full_precision_state_dict,
     quantize_model,
+    quantized_share,
     quantized_tensors,
     remove_quantizers,
     summary,
@@ -173,6 +181,21 @@ def test_grouped_keys_and_values() -> None:
     close = model(ids).last_hidden_state
     assert not torch.equal(close, plain)
     assert (close - plain).abs().max() < 0.2
+
+
+def test_modules_with_a_config_of_their_own() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    decoder = {f"decoder_{name}": value for name, value in sizes.items()}
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=8)).eval()
+    inputs = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
+    plain = model(*inputs).logits
+    quantize_model(model, 8, example=inputs)
+    assert quantized_share(model) == 1
+    assert sum(t.tensor == "probabilities" for t in quantized_tensors(model)) == 2
+    remove_quantizers(model)
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
+    assert torch.equal(model(*inputs).logits, plain)
 
 
 def test_layers_to_keep_must_be_there() -> None:

@@ -150,6 +150,27 @@ class Fused(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **self.how)
 
 
+class OfFunction(nn.Module):
+    """Attention that passes the weights of its layers to the function of `nn.MultiheadAttention`, as WavLM does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        none = (None, None, False, 0.0)
+        weights = {f"{name}_proj_weight": getattr(self, name).weight for name in "qkv"}
+        attended, _ = F.multi_head_attention_forward(
+            *(x, x, x, 8, 2, None, bias, *none, self.out.weight, self.out.bias, self.training),
+            need_weights=False,
+            use_separate_proj_weight=True,
+            **weights,
+        )
+        return attended.transpose(0, 1)
+
+
 class Products(nn.Module):
     """Attention without parameters."""
 
@@ -197,6 +218,7 @@ ATTENTION: dict[str, Callable[[], nn.Module]] = {
     "fused, biased": lambda: Fused(attn_mask=BIAS, scale=0.3),
     "fused, causal": lambda: Fused(is_causal=True),
     "without a parameter": lambda: Around(),
+    "a function of torch": lambda: OfFunction(),
     "torch": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
     "torch, decoder": lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True),
 }
@@ -374,7 +396,7 @@ def test_a_module_that_is_no_attention_is_named() -> None:
             y = self.layer(x)
             return y @ y.mT @ y @ y.mT
 
-    with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* is not quantized: only convolutions"):
+    with pytest.warns(QuantizationWarning, match="bmm in the model itself, .* not quantized: only convolution layers"):
         model = quantize_model(Three(), example=torch.randn(2, 5, 8))
     assert [rest.operation for rest in not_quantized(model)] == ["bmm"]
 

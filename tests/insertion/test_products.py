@@ -108,7 +108,7 @@ def test_shares_and_what_is_repeated(tmp_path: Path) -> None:
         quantize_model(model, example=A)
     assert [str(w.message) for w in said] == [
         "mm in 2 modules * (Block), 44 % of the multiply-accumulates are not quantized: "
-        "only convolutions, linear layers, experts and attention are"
+        "only convolution layers, linear layers, experts and attention are"
     ]
     assert quantized_share(model) == pytest.approx(2.5 / 4.5)
     (rest,) = not_quantized(model)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from qat_runner import calibrate, freeze, quantize_model
+import qat_runner as qat
+from qat_runner import calibrate, freeze, load, quantize_model, save
 from qat_runner.insertion import quantized_tensors, summary, trace
 from qat_runner.insertion.insert import QuantizationWarning
 from qat_runner.insertion.state import upgrade
+from qat_runner.policy import FREEZING
 from qat_runner.quant import IntFormat, NotCalibratedError, Quantizer, octav
 
 
@@ -299,9 +302,28 @@ def test_what_calibration_does_not_reach_is_named_and_refused() -> None:
         assert model(x, 1).isfinite().all()
     for rule in ("averaged", "calibrated"):
         model = quantize_model(Experts(), 8, example=x)
+        model(x, 1)
         with pytest.raises(ValueError, match=r"^experts\.1\.input: not reached by any batch"):
             freeze(model, rule, x.split(16))
         assert all(q.dynamic for q in quantizers(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:experts.1 is not called")
+@pytest.mark.parametrize("rule", FREEZING)
+def test_what_was_never_in_use_is_frozen_without_scalars(rule: str, tmp_path: Path) -> None:
+    x = torch.randn(64, 8)
+    model = quantize_model(Experts(), 8, example=x)
+    model(x)
+    with pytest.warns(QuantizationWarning, match=r"^experts\.1\.input: never in use so far"):
+        freeze(model, rule, x.split(16))
+    with pytest.raises(NotCalibratedError, match=r"^experts\.1\.input \(static\) has no clipping scalars yet"):
+        model(x, 1)
+    save(model, tmp_path / "net.pt")
+    again = load(tmp_path / "net.pt", Experts())
+    integers = qat.export(again, tmp_path / "net.pt2", x)
+    assert torch.equal(integers(x), model.eval()(x)) and type(integers.experts[1]) is nn.Linear  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match=r"^experts\.1 was not in use when the network was frozen"):
+        integers(x, 1)
 
 
 @pytest.mark.filterwarnings("ignore:experts.1 is not called")

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections import UserDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import qat_runner as qat
 from qat_runner.insertion import quantized_share
@@ -62,6 +65,114 @@ def test_a_tensor_is_no_list_of_batches() -> None:
         qat.freeze(model, "averaged", X)
 
 
+class Scaled(nn.Module):
+    """A network whose forward has arguments that are passed by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0, **others: Any) -> Tensor:
+        out: Tensor = scale * self.layer(x)
+        return out
+
+
+class OfNames(UserDict[str, Any]):
+    """A mapping that PyTorch does not know, such as the batches of a tokenizer."""
+
+
+@pytest.mark.parametrize("kind", [dict, OfNames])
+def test_arguments_by_name(kind: Any) -> None:
+    batch = kind(x=X, scale=2.0, labels=None)
+    model = qat.quantize(Scaled(), 4, example=batch, dynamic=False)
+    assert qat.calibrate(model, [batch]) == 1 and len(qat.noise_report(model, [batch])) == 2
+    qat.calibrate(AveragedModel(model), [batch])  # whose forward takes any arguments
+    for wrong, said in ((kind(scale=2.0), "'x'"), (kind(x=X, foo=1), "'foo'")):
+        strict = nn.Linear(8, 8) if "foo" in wrong else Scaled()
+        wrong = kind(input=X, foo=1) if "foo" in wrong else wrong
+        with pytest.raises(TypeError, match=rf"{said}.*: a batch must be .*, or a dict of them by name"):
+            qat.quantize(strict, 4, example=wrong)
+
+
+@dataclass
+class Given:
+    x: Tensor
+    more: list[Tensor]
+
+
+@pytest.mark.parametrize("given", [Given(X, [X]), OfNames(x=X, more=[X]), {"x": X, "more": [X]}])
+def test_inputs_of_any_kind_are_left_unchanged(given: Any) -> None:
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, given: Any) -> Tensor:
+            x, (same,) = (given.x, given.more) if isinstance(given, Given) else (given["x"], given["more"])
+            assert x is same
+            out: Tensor = self.layer(x.add_(1))
+            return out
+
+    before = X.clone()
+    qat.quantize(Writing(), 4, example=given)
+    assert torch.equal(X, before)
+
+
+def signs(model: nn.Module) -> dict[str, bool]:
+    return {t.name: t.quantizer.format.signed for t in qat.tensors(model)}
+
+
+def test_an_empty_batch_shows_no_signs() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    expected = {"0.weight": True, "0.input": True, "2.weight": True, "2.input": False}
+    assert signs(qat.quantize(network(), 4, example=X[:0])) == expected
+    model = qat.quantize(network(), 4)
+    model(X[:0])
+    assert not any(t.quantizer.decided for t in qat.tensors(model) if t.tensor == "input")
+    model(X.abs())
+    assert signs(model) == {**expected, "0.input": False}
+
+
+@pytest.mark.filterwarnings("ignore:.*not quantized")
+def test_sparse_inputs_are_passed_on_and_not_quantized() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
+            h = torch.sparse.mm(neighbours, self.a(x)).relu_()
+            return torch.sparse.mm(neighbours, self.b(h))
+
+    x, neighbours = X.clone(), torch.eye(16).to_sparse()
+    model = qat.quantize(Graph(), 4, example=(x, neighbours))
+    assert signs(model) == {"a.weight": True, "a.input": True, "b.weight": True, "b.input": False}
+    model(x, neighbours).sum().backward()
+    with pytest.raises(TypeError, match=r"^a\.input: a sparse tensor cannot be quantized"):
+        model.a(X.to_sparse())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_nested_tensors_are_rejected() -> None:
+    nested = torch.nested.nested_tensor([X[:2], X[:3]], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"^example: must not be a nested tensor"):
+        qat.quantize(nn.Sequential(nn.Linear(8, 2)), 4, example=nested)
+    model = qat.quantize(nn.Sequential(nn.Linear(8, 2)), 4, example=X)
+    with pytest.raises(TypeError, match=r"^0\.input: a nested tensor cannot be quantized"):
+        model(nested)
+
+
+def test_quantized_in_inference_mode_and_trained_afterwards() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.inference_mode():
+        qat.quantize(model, 4, example=X.clone())
+        model.eval()(X)
+    model.train()(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_what_is_no_number_agrees_with_itself() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
@@ -94,6 +205,45 @@ def test_a_buffer_that_the_example_would_set_is_empty_again() -> None:
     model = qat.quantize(Centred(), 4, example=X)
     assert model.shift is None
     model.load_state_dict(Centred().state_dict())
+
+
+class Stateful(nn.Module):
+    """A network that keeps a state in attributes."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.recurrent = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        past = 0 if self.state is None else self.recurrent(self.state)
+        self.state = torch.tanh(self.layer(x) + past) * self.calls
+        return self.state
+
+
+class Built(Stateful):
+    """A network that creates a layer in its first forward pass."""
+
+    built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.built:
+            self.made, self.built = nn.Linear(8, 8), True
+        out: Tensor = self.made(self.layer(x))
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:recurrent is not called")
+def test_states_in_attributes_are_restored_and_layers_stay() -> None:
+    model = qat.quantize(Stateful(), 4, example=X)
+    assert model.state is None and model.calls == 0
+    model(X)
+    assert model.state is not None
+    built = qat.quantize(Built(), 4, example=X)
+    assert built.built and "made.weight" in signs(built)
 
 
 def test_a_graph_of_fx_is_copied_saved_and_exported(tmp_path: Path) -> None:

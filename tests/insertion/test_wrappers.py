@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 
+import qat_runner as qat
+from qat_runner.exporting.formats import read_program
 from qat_runner.insertion import (
+    Rule,
     calibrate,
     freeze,
     full_precision_state_dict,
@@ -26,6 +29,7 @@ from qat_runner.insertion import (
     save,
     summary,
 )
+from qat_runner.insertion.insert import network_of
 from tests.insertion.test_own_weights import WAYS, Mixture, Two
 from tests.insertion.test_own_weights import X as TOKENS
 
@@ -116,6 +120,58 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     noise_report(freeze(model, batches=[X]), [X])
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, nn.DataParallel, compiled, compiled_in_place])
+def test_a_network_that_is_wrapped_first(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model, plain = (quantize_model(m, 4, example=X, rules=[Rule("2.*", bits=3)]) for m in (wrap(network()), network()))
+    assert summary(network_of(model)) == summary(plain)
+    for one in (model, plain):
+        one(X).square().mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert [row.sqnr_db for row in noise_report(model, [X])] == [row.sqnr_db for row in noise_report(plain, [X])]
+    calibrate(model, [X])
+    freeze(model, batches=[X]).eval()
+    expected = freeze(plain, batches=[X]).eval()(X)
+    torch.testing.assert_close(model(X), expected)
+    save(model, tmp_path / "net.pt")
+    for again in (network(), wrap(network())):
+        assert torch.equal(load(tmp_path / "net.pt", again).eval()(X), expected)
+    assert torch.equal(qat.export(model, tmp_path / "net.pt2", X)(X), expected)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+def test_a_class_whose_forward_is_compiled(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 8)
+    model = quantize_model(Attending(), 4, example=x)
+    assert quantized_share(model) == 1
+    model(x).sum().backward()
+    freeze(model, batches=[x]).eval()
+    qat.export(model, tmp_path / "net.pt2", x)
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], model(x))
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("layers", [True, False])
 def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
@@ -137,6 +193,8 @@ def test_fully_sharded(layers: bool, tmp_path: Path) -> None:
     freeze(plain, batches=[X])
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
+    with pytest.raises(ValueError, match=r"^the network is sharded over processes: export one that `load` restores"):
+        qat.export(model, tmp_path / "net.pt2", X)
     if layers:
         with pytest.raises(ValueError, match="was changed to FSDPQuantConv2d"):
             remove_quantizers(model)
