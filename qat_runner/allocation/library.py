@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from qat_runner.allocation.operations import network, rules_of
 from qat_runner.allocation.prices import price
 from qat_runner.allocation.solving import Limit, allocate_bits
 from qat_runner.insertion.insert import insert
+from qat_runner.insertion.modes import call, inputs_of_batch
+from qat_runner.insertion.tensors import tensors_of
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import Policy, Rule
 from qat_runner.quant import BITS, Octav
 
@@ -44,9 +47,11 @@ def allocate(
     The bit-widths with the least total price within all limits are found exactly (`allocation.solving`).
 
     Args:
-        model: trained, in full precision, without quantizers; it is not changed.
-        batches: each an input tensor, or a tuple of arguments of forward; with a loss, a pair of that and the targets.
-            A dozen batches of 32 samples are enough. The first batch must reach every tensor that has a choice.
+        model: trained, in full precision, without quantizers, or a wrapper around it, as in `quantize_model`; it is not
+            changed.
+        batches: each an input tensor, a tuple or list of arguments of forward, or a mapping of their names to
+            arguments; with a loss, a pair of that and the targets. A dozen batches of 32 samples are enough. The first
+            batch must reach every tensor that has a choice.
         budget: upper limit on the average bit-width of weights, and of activations, over the elements of the tensors
             that have a choice.
         size_mb: upper limit on the megabytes (10^6 bytes) of the stored network.
@@ -57,7 +62,8 @@ def allocate(
         latencies: layer -> bit-widths of its operands, such as (4, 8) for weight and input -> milliseconds; (32, 32)
             for a layer in full precision.
         loss: called with the output of the network and the targets; returns the mean loss, []. None: the network
-            returns logits [N, C, ...] of classes, and its distributions are to be preserved; no labels are needed.
+            returns logits [N, C, ...] of classes, alone or as `logits`, as networks of transformers do, and its
+            distributions are to be preserved; no labels are needed.
         kind: how tensors are priced: gradient, noise or measured.
         widths: candidate bit-widths, 2 to 16.
         same: whether both operands of an operation must have the same bit-width.
@@ -70,29 +76,31 @@ def allocate(
 
     Raises:
         ValueError: there is no limit, or no bit-widths satisfy the limits; there is no batch; there are fewer than two
-            candidate bit-widths, or some out of range; no tensor has a choice; or a tensor without a rule is a weight
-            that several layers share, is not reached by the first batch, or gets no gradient.
+            candidate bit-widths, or some out of range; no tensor has a choice; a tensor without a rule is a weight
+            that several layers share, is not reached by the first batch, or gets no gradient; or there is no loss, and
+            the network returns no logits.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):
         raise ValueError("allocate: needs a limit: budget, size_mb, bitops, traffic_mb or latency_ms")
     first, rest = _first_of(batches)
-    inputs = _arguments(first if loss is None else first[0])
+    model = unwrapped(model)
+    inputs = inputs_of_batch(model, first if loss is None else first[0])
     if not {*widths} <= {*BITS}:
         raise ValueError(f"widths={list(widths)}: must be {BITS.start} to {BITS.stop - 1}")
     if len({*widths}) < 2:
         raise ValueError(f"widths={list(widths)}: must be two or more bit-widths to choose from")
     policy = policy or Policy.of()
     quantized = insert(copy.deepcopy(model), pricing_policy(policy), inputs)
-    known = network(quantized, widths, len(inputs[0]))
+    known = network(quantized, widths, next(len(t) for t in tensors_of(inputs) if t is not None))
     kept = [Limit(measure, most) for name, most in limits.items() if most is not None for measure in COSTS[name](known)]
     if latency_ms is not None:
         kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {}, same)]
 
-    objective = distribution_objective(lambda network, batch: network(*_arguments(batch)))
+    objective = distribution_objective(lambda network, batch: _logits(call(network, inputs_of_batch(network, batch))))
     if loss is not None:
         objective = loss_objective(
-            lambda network, batch: network(*_arguments(batch[0])),
+            lambda network, batch: call(network, inputs_of_batch(network, batch[0])),
             lambda out, batch: (loss(out, batch[1]), batch[1].numel()),
         )
     prices = price(quantized, rest, objective, known.widths, kind)
@@ -116,5 +124,13 @@ def _first_of(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     return first, itertools.chain([first], found)
 
 
-def _arguments(inputs: Any) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+def _logits(out: Any) -> Tensor:
+    """Return the logits in the output of a network.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"allocate: the network returns {type(out).__name__}, not logits: pass a loss that takes it")
+    return found

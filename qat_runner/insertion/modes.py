@@ -30,6 +30,11 @@ def inputs_of(model: nn.Module, batch: Any) -> Inputs:
     return dict(batch) if isinstance(batch, Mapping) and batch.keys() & _names_of_arguments(model) else (batch,)
 
 
+def inputs_of_batch(model: nn.Module, batch: Any) -> Inputs:
+    """As `inputs_of`, for a batch of a data loader, which may hold the arguments in a list."""
+    return inputs_of(model, tuple(batch) if isinstance(batch, list) else batch)
+
+
 def _names_of_arguments(model: nn.Module) -> set[str]:
     """Return the names in the signature of forward; if it passes all arguments on, those of the module inside."""
     parameters = inspect.signature(unwrapped(model).forward).parameters.values()

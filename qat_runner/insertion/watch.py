@@ -12,7 +12,7 @@ from qat_runner.insertion.modes import (
     call,
     evaluating,
     explaining_argument_errors,
-    inputs_of,
+    inputs_of_batch,
     training_paths_without_trace,
     uncompiled,
 )
@@ -64,7 +64,7 @@ def watch(
     used = 0
     try:
         for batch in batches:
-            inputs = inputs_of(model, tuple(batch) if isinstance(batch, list) else batch)
+            inputs = inputs_of_batch(model, batch)
             again = copies(inputs) if unreached() else None  # the network may write to its inputs
             with evaluating(model), uncompiled(), explaining_argument_errors(model, inputs):
                 call(model, inputs)

@@ -97,6 +97,27 @@ def test_a_loss_of_ones_own_takes_targets(batches: list[Tensor]) -> None:
     assert all(len(rules) == len(qat.Policy.of().rules) + 4 for rules in found)
 
 
+class ReturningFields(nn.Module):
+    """A network with named arguments and results."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.body = name, network()
+
+    def forward(self, images: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {self.name: self.body(images) * scale}
+
+
+def test_batches_and_logits_may_have_names_and_networks_wrappers(batches: list[Tensor]) -> None:
+    by_name = [{"images": x, "scale": 1.0} for x in batches]
+    plain = bits_of(qat.allocate(network(), batches, 4.0))
+    named = bits_of(qat.allocate(nn.DataParallel(ReturningFields("logits")), by_name, 4.0))
+    chosen = [name for name in plain if name.endswith((".weight", ".input")) and "*" not in name]
+    assert chosen and all(named[f"body.{name}"] == plain[name] for name in chosen)
+    with pytest.raises(ValueError, match="the network returns dict, not logits: pass a loss that takes it"):
+        qat.allocate(ReturningFields("boxes"), by_name, 4.0)
+
+
 class WithAuxiliary(nn.Module):
     """A network with a head that is used only in training."""
 
