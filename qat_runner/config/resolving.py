@@ -41,7 +41,7 @@ from qat_runner.config.tasks import TaskFacts, foreign_keys
 from qat_runner.config.versions import SCHEMA_VERSION
 from qat_runner.errors import ConfigError, one_line
 from qat_runner.plugins import later
-from qat_runner.policy import FULL_PRECISION
+from qat_runner.policy import FULL_PRECISION, Rule
 from qat_runner.quant import BITS, METHODS, Range
 
 
@@ -73,7 +73,7 @@ def _check_asked(config: ConfigSchema, resolved: Config) -> None:
     """
     if resolved.quantization.full_precision:
         return
-    for rule in resolved.quantization.rules[-len(resolved.rules) :] if resolved.rules else ():
+    for rule in map(Rule.from_dict, resolved.rules):
         if rule.without_effect:
             raise ConfigError(f"rules: rule {rule.match!r}: sets nothing; it needs a setting, such as bits")
     clipping = resolved.clipping

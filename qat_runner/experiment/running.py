@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import shutil
 import time
 import traceback
@@ -36,7 +37,7 @@ from qat_runner.config import (
     run_name,
     scaled_lr,
 )
-from qat_runner.config.composing import command
+from qat_runner.config.composing import command, quoted
 from qat_runner.data import Data
 from qat_runner.errors import (
     BusyError,
@@ -245,7 +246,9 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
         _try(config)
         log.info(f"first, {what}: {folder}")
         if ranks.is_main() and (request := command(needed)) is not None:
-            log.info(f"it takes the keys that apply to it from this run, so it is the same as: {request}")
+            place = [] if needed.runs_dir == Config.runs_dir else [f"runs_dir={quoted(needed.runs_dir)}"]
+            same = " ".join([request, *map(shlex.quote, place)])
+            log.info(f"it takes the keys that apply to it from this run, so it is the same as: {same}")
         run_after_others(needed)
     return folder
 

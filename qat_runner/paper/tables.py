@@ -225,10 +225,10 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
 
 def _that_serve(runs: Sequence[Run], compared_with: Set[Key]) -> tuple[list[Run], list[Run]]:
     """Split the full-precision runs of a cell into those with the settings of the ones that quantized runs are compared
-    with, and the others, such as the baseline that another run made for its own epochs. Without any comparison, all
-    belong to the cell."""
+    with, or without a result, and the others, such as the baseline that another run made for its own epochs. Without
+    any comparison, all belong to the cell."""
     settings = [run.setting for run in runs if run.key in compared_with]
-    serve = [run for run in runs if run.setting in settings or not settings]
+    serve = [run for run in runs if run.setting in settings or not settings or run.summary is None]
     return serve, [run for run in runs if run not in serve]
 
 

@@ -85,7 +85,7 @@ class Entry:
     @property
     def kind(self) -> str:
         """The method without the variant, and without the hash of its rules: all policies are one kind."""
-        return self._kind(" ".join(policy_label(self.config).split()[: 2 if self.config.allocating else 1]))
+        return self._kind("policy auto" if self.config.allocating else "policy" if self.config.rules else "")
 
     def _kind(self, policy: str) -> str:
         if self.full_precision:
@@ -342,15 +342,26 @@ def measure_of(runs: Sequence[Entry]) -> Measure:
 
 def rules_in_words(runs: Iterable[Entry]) -> list[str]:
     """Return a sentence for each set of rules that names of methods show by a hash: the rules in full, as in a command,
-    and the average bit-widths that they lead to."""
-    found = {policy_label(run.config): run for run in runs if run.config.rules and not run.full_precision}
-    return [f"{name}{_mean_bits(run.summary or {})}: `rules={quoted(run.config.rules)}`" for name, run in found.items()]
+    and the average bit-widths that they lead to, for each network and bit-width of the other tensors."""
+    found: dict[str, list[Entry]] = {}
+    for run in runs:
+        if run.config.rules and not run.full_precision:
+            found.setdefault(policy_label(run.config), []).append(run)
+    return [f"{name}{_mean_bits(some)}: `rules={quoted(some[0].config.rules)}`" for name, some in found.items()]
 
 
-def _mean_bits(summary: Mapping[str, Any]) -> str:
-    means = {what: summary.get(f"mean_{what}_bits") for what in ("weight", "activation")}
-    known = [f"{mean:.2f} {what} bits" for what, mean in means.items() if mean is not None]
-    return f" ({' and '.join(known)} on average)" if known else ""
+def _mean_bits(runs: Sequence[Entry]) -> str:
+    """Return the average bit-widths of runs, in parentheses; if they differ, with the network and `bits` of each."""
+    found: dict[str, str] = {}
+    for run in runs:
+        recorded: Mapping[str, Any] = run.summary or {}
+        means = {what: recorded.get(f"mean_{what}_bits") for what in ("weight", "activation")}
+        known = [f"{mean:.2f} {what} bits" for what, mean in means.items() if mean is not None]
+        if known:
+            found[f"{run.config.model.name} at {run.bits_label}"] = f"{' and '.join(known)} on average"
+    if len({*found.values()}) > 1:
+        return f" ({'; '.join(f'{where}: {means}' for where, means in found.items())})"
+    return "".join(f" ({means})" for means in dict.fromkeys(found.values()))
 
 
 def keys_that_differ(some: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,17 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(run: Run, monkeypatch
     assert same(result(Path("whole")), result(Path("broken")))
 
 
-def test_from_random_weights_to_a_distilled_network(run: Run) -> None:
+def test_from_random_weights_to_a_distilled_network(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """The full-precision network is the only teacher: labels are not used."""
     tiny_decoder(Path("bare"), layers=1, weights=False)
     scratch = ["model.checkpoint=bare", "recipe=text_scratch", "recipe.scratch.epochs=1", "recipe.retrain.epochs=1"]
     taught = ["recipe.distill=full_precision", "recipe.distill_weight=1.0", "recipe.distill_temperature=1.0"]
-    assert run(*scratch, "mode=retrain", "weights=baseline", "bits=8", *taught, "run_dir=taught") == 0
+    kept = ["runs_dir=kept", "run_dir=taught"]
+    assert run(*scratch, "mode=retrain", "weights=baseline", "bits=8", *taught, *kept) == 0
+    (request,) = re.findall("it is the same as: (qat-run .*)", capsys.readouterr().out)
+    assert "bits=32" in request and request.endswith(" runs_dir=kept")
     assert summary("taught")["distilled"] and summary("taught")["mode"] == "retrain"
-    (full,) = Path("runs").glob("decoder_text_scratch_fp32_*")
+    (full,) = Path("kept").glob("decoder_text_scratch_fp32_*")
     weights = f"weights={full}/checkpoints/last.pt"
     assert run(*scratch, "mode=ptq", "bits=4", "clipping=static_octav", weights, "run_dir=ptq") == 0
     assert run(*scratch, "mode=evaluate", "bits=32", weights, "run_dir=same") == 0

@@ -162,6 +162,23 @@ def test_policies_are_named_by_a_hash_and_their_rules_listed_once(tmp_path: Path
     assert any(note.endswith(": `rules=[{match:'layer1.*',bits:3}]`") for note in notes)
 
 
+def test_average_bits_of_a_policy_name_what_they_depend_on(tmp_path: Path) -> None:
+    rules = "rules=[{match: layer1.*, bits: 3}]"
+
+    def note(bits: int, **means: float) -> str:
+        file = make_run(tmp_path, rules, f"bits={bits}") / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | means))
+        (found,) = rules_in_words(entries([tmp_path])[0])
+        return found
+
+    make_run(tmp_path, "bits=32")
+    one = note(4, mean_weight_bits=3.8, mean_activation_bits=3.5)
+    assert " (3.80 weight bits and 3.50 activation bits on average): `rules=[" in one
+    two = note(6, mean_weight_bits=5.7)
+    assert " (resnet20 at 4 bits: 3.80 weight bits and 3.50 activation bits on average; resnet20 at 6 bits: " in two
+    assert "6 bits: 5.70 weight bits on average): `rules=[" in two
+
+
 def test_chosen_bits_stand_where_they_cost(tmp_path: Path) -> None:
     """The config of a run with chosen bits contains a bit-width that nothing uses."""
     for budget in (3, 5):
