@@ -166,6 +166,11 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def contents(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return what changes if a network creates modules or parameters, or sets the values of parameters, by itself."""
+    return _parts(_deciding(model))
+
+
 def _parts(modules: Collection[nn.Module]) -> list[tuple[Any, ...]]:
     """Return what identifies the submodules and parameters that modules have, and the values of the parameters."""
     inside = [(name, id(part)) for m in modules for name, part in m._modules.items()]

@@ -282,8 +282,15 @@ class Normed(nn.Module):
         return x - self.location
 
 
+class NormedInTraining(Normed):
+    """A module that does so only in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else x - self.location
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-@pytest.mark.parametrize("first", [Sized, Normed])
+@pytest.mark.parametrize("first", [Sized, Normed, NormedInTraining])
 def test_what_the_first_batch_initializes_stays(first: type[nn.Module]) -> None:
     model = qat.quantize(nn.Sequential(first(), nn.Linear(8, 2)), 4, example=X)
     (parameter,) = model.get_submodule("0").parameters()
