@@ -1,6 +1,5 @@
 """Bit allocation for your own network: `qat.allocate`."""
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,9 +13,10 @@ from qat_runner.allocation.objectives import distribution_objective, loss_object
 from qat_runner.allocation.operations import network, rules_of
 from qat_runner.allocation.prices import price
 from qat_runner.allocation.solving import Limit, allocate_bits
+from qat_runner.insertion.copying import copied
 from qat_runner.insertion.insert import insert
 from qat_runner.insertion.modes import call, inputs_of_batch
-from qat_runner.insertion.tensors import tensors_of
+from qat_runner.insertion.tensors import samples_in
 from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import Policy, Rule
 from qat_runner.quant import BITS, Octav
@@ -77,8 +77,9 @@ def allocate(
     Raises:
         ValueError: there is no limit, or no bit-widths satisfy the limits; there is no batch; there are fewer than two
             candidate bit-widths, or some out of range; no tensor has a choice; a tensor without a rule is a weight
-            that several layers share, is not reached by the first batch, or gets no gradient; or there is no loss, and
-            the network returns no logits.
+            that several layers share, is not reached by the first batch, or gets no gradient; a forward that was set on
+            an instance refers to the network, so that a copy would run the original; or there is no loss, and the
+            network returns no logits.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):
@@ -91,8 +92,8 @@ def allocate(
     if len({*widths}) < 2:
         raise ValueError(f"widths={list(widths)}: must be two or more bit-widths to choose from")
     policy = policy or Policy.of()
-    quantized = insert(copy.deepcopy(model), pricing_policy(policy), inputs)
-    known = network(quantized, widths, next(len(t) for t in tensors_of(inputs) if t is not None))
+    quantized = insert(copied(model), pricing_policy(policy), inputs)
+    known = network(quantized, widths, samples_in(inputs))
     kept = [Limit(measure, most) for name, most in limits.items() if most is not None for measure in COSTS[name](known)]
     if latency_ms is not None:
         kept += [Limit(measure, latency_ms) for measure in of_latencies(known, latencies or {}, same)]

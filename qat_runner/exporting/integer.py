@@ -20,6 +20,7 @@ from torch.nn.utils.prune import is_pruned, remove
 from qat_runner.insertion import quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
 from qat_runner.insertion.calls import Compute
+from qat_runner.insertion.insert import idle_layers
 from qat_runner.insertion.layers import (
     QuantLinear,
     QuantMatmul,
@@ -32,7 +33,6 @@ from qat_runner.insertion.layers import (
     quantized_class,
     quantizer_of,
     restore,
-    was_seen,
 )
 from qat_runner.insertion.own_products import QuantAttention, QuantProjection
 from qat_runner.insertion.own_weights import OwnWeight, QuantOwnWeight, Used, from_rows
@@ -318,15 +318,17 @@ def to_integers(model: nn.Module) -> nn.Module:
     if not tensors:
         raise ValueError("nothing is quantized, so there are no integers to write")
     check_constant({t.name: t.quantizer for t in tensors})
-    idle = {name: layer for name, layer in each(model, is_quantized) if _was_never_in_use(layer)}
-    for t in (t for t in tensors if t.layer not in idle):
-        if t.quantizer.dynamic or not t.quantizer.ready:
+    idle = {layer for layer in idle_layers(model) if not _is_ready(layer)}
+    for t in (t for t in tensors if t.module not in idle):
+        if t.quantizer.dynamic:
             raise ValueError(f"{t.name} has no static clipping scalars: call freeze(model, ...) first")
+        if not t.quantizer.ready:
+            raise ValueError(f"{t.name} has no clipping scalars: call calibrate(model, ...) with batches that reach it")
         if t.tensor != "weight" and t.quantizer.dim is not None:
             raise ValueError(f"{t.name} has several clipping scalars, but integer products need a single one for it")
     check_integers(model)
     for name, layer in each(model, is_quantized):
-        if name in idle:
+        if layer in idle:
             _release(layer)
             layer.register_forward_pre_hook(partial(_refuse, name))
         else:
@@ -336,10 +338,10 @@ def to_integers(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _was_never_in_use(layer: nn.Module) -> bool:
-    """Whether no batch has reached a layer so far, so that a quantizer of it was frozen without scalars."""
+def _is_ready(layer: nn.Module) -> bool:
+    """Whether all quantizers of a layer have the scalars that they need."""
     by = [quantizer_of(layer, operand) for operand in operands(layer)]
-    return not was_seen(layer) and any(isinstance(q, Quantizer) and not q.ready for q in by)
+    return all(q.ready for q in by if isinstance(q, Quantizer))
 
 
 def _refuse(name: str, layer: nn.Module, args: object) -> None:

@@ -1,8 +1,8 @@
 """Export of your own network, trained in your own loop, as integers in a file: `qat.export`."""
 
-import copy
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from qat_runner.exporting.formats import Signature, several_samples, write_onnx,
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
+from qat_runner.insertion.copying import copied
 from qat_runner.insertion.layers import refresh
-from qat_runner.insertion.modes import uncompiled
+from qat_runner.insertion.modes import explaining_argument_errors, inputs_of_batch, uncompiled
 from qat_runner.insertion.saving import check_target
 from qat_runner.insertion.wrappers import is_sharded, unwrapped
 from qat_runner.runs.files import explaining_full_disk
@@ -28,7 +29,7 @@ SUFFIXES = (".onnx", ".pt2", ".safetensors")
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example: Tensor | Sequence[Tensor],
+    example: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
     *,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
@@ -44,9 +45,10 @@ def export(
         path: ends in .onnx (QuantizeLinear and DequantizeLinear with true integer types), .pt2 (a program of
             torch.export, which runs with PyTorch alone) or .safetensors (codes and step sizes; a .json file beside it
             describes them).
-        example: the arguments of forward, in order, with the same number of samples in the first dimension of each
-            tensor. The exported network takes any number of samples; all other sizes are fixed.
-        inputs: names of the arguments in the file; None: input, or input_0, input_1, ...
+        example: the arguments of forward, in order or by name, with the same number of samples in the first dimension
+            of each tensor. The exported network takes any number of samples; all other sizes are fixed.
+        inputs: names of the arguments in the file, in the order of forward; None: those of the example, if it has
+            names; otherwise input, or input_0, input_1, ...
         outputs: names of what forward returns, or of the fields of its result that the file should return; None:
             output, or output_0, output_1, ..., or all fields that are tensors.
         longest: the largest size of the second dimension, such as the tokens of a text, which is then variable in all
@@ -58,9 +60,10 @@ def export(
 
     Raises:
         ValueError: the path has another suffix; the number of names is not that of the arguments, or these have
-            different numbers of samples; nothing is quantized; the network is sharded; a forward was set on an
-            instance, so that it would not follow the network into the file; clipping scalars of an activation are not
-            static; codes are not integers; the network returns no tensors, or none with these names.
+            different numbers of samples, or are not all tensors; nothing is quantized; the network is sharded; a
+            forward that was set on an instance refers to the network, so that a copy would run the original; clipping
+            scalars of an activation are not static, or were never found; codes are not integers; the network returns
+            no tensors, or none with these names.
         ConfigError: packages that the format needs are not installed.
         OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
         RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.
@@ -75,20 +78,18 @@ def export(
         raise ValueError(
             f"{next(iter(dynamic))} has dynamic clipping scalars: call freeze(model, ...) to make them static"
         )
-    given = (example,) if isinstance(example, Tensor) else tuple(example)
+    given, names = _arguments(model, example)
     given = tuple(t.float() if t.is_floating_point() else t for t in given)
     if target.suffix != ".safetensors":
         given = several_samples(given)
-    names = inputs or (["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))])
+    names = names if inputs is None else list(inputs)
     if len(names) != len(given):
-        raise ValueError(f"inputs={list(names)}: must be {len(given)} names, one for each tensor of example")
+        raise ValueError(f"inputs={names}: must be {len(given)} names, one for each tensor of example")
     for module in model.modules():
         refresh(module)  # tensors computed in a pass with gradients cannot be copied
     if is_sharded(model):
         raise ValueError("the network is sharded over processes: export one that `load` restores from its saved file")
-    copied = copy.deepcopy(model).float()
-    _check_forwards(copied)
-    integers = to_integers(freeze(copied))
+    integers = to_integers(freeze(_without_wrappers(copied(model)).float()))
     with uncompiled():
         if fold:
             fold_batchnorm(integers, *given)
@@ -103,20 +104,34 @@ def export(
     return integers
 
 
-def _check_forwards(copied: nn.Module) -> None:
-    """Raise an error if a forward that was set on an instance runs the network that was copied, instead of the copy.
+def _without_wrappers(model: nn.Module) -> nn.Module:
+    """Replace wrappers inside a network, such as compiled blocks, by the modules in them, in place; return it."""
+    for module in [*model.modules()]:
+        module._modules.update({name: unwrapped(m) for name, m in module._modules.items() if m is not None})
+    return model
+
+
+def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Return the arguments of forward in order, and the names of the inputs in the file.
 
     Raises:
-        ValueError: there is one.
+        ValueError: they are not all tensors, or forward does not take those of a mapping in a row.
+        TypeError: forward does not take them.
     """
-    for name, module in copied.named_modules():
-        forward = vars(module).get("forward")
-        ours = forward is None or module in (getattr(forward, "__self__", None), *getattr(forward, "args", ()))
-        if not ours:
+    given = inputs_of_batch(model, example)
+    names = ["input"] if len(given) == 1 else [f"input_{i}" for i in range(len(given))]
+    if isinstance(given, dict):
+        with explaining_argument_errors(model, given):
+            bound = inspect.signature(model.forward).bind(**given)
+        if bound.kwargs:
             raise ValueError(
-                f"{name or type(module).__name__} has a forward that was set on the instance, which would run the "
-                f"original network: delete it before the export (del {'model.' if name else 'model'}{name}.forward)"
+                f"example: must be the first arguments of forward, since the inputs of a file have an order, but "
+                f"{', '.join(bound.kwargs)} can be passed by name only, or an argument before it is missing"
             )
+        names, given = list(bound.arguments), bound.args
+    if others := [type(value).__name__ for value in given if not isinstance(value, Tensor)]:
+        raise ValueError(f"example: must consist of tensors, not of {', '.join(others)}")
+    return given, names
 
 
 def _names(result: Any, wanted: Sequence[str] | None) -> Sequence[str]:

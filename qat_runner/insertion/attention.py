@@ -36,20 +36,28 @@ class OwnAttention:
 
     Args:
         function: of transformers' attention interface.
+        before: the implementation that the config of the attention module named; None: it named none.
     """
 
-    def __init__(self, function: Attention) -> None:
-        self.function = function
+    def __init__(self, function: Attention, before: str | None = None) -> None:
+        self.function, self.before = function, before
         _register()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OwnAttention, (self.function,)  # so that unpickling in another process registers it there
+        return OwnAttention, (self.function, self.before)  # so that unpickling in another process registers it there
 
 
 def attention_of(model: nn.Module) -> set[str]:
     """Return the names of the attention implementations that networks of transformers in a model use."""
     asking = [network for network in _networks(model) if any(map(_own_attention, network.modules()))]
-    return {str(network.config._attn_implementation) for network in asking}
+    own = {_implementation(module) for module in modules_served(model)} - {None}
+    return {str(name) for name in own | {network.config._attn_implementation for network in asking}}
+
+
+def _implementation(module: nn.Module) -> str | None:
+    """Return the name of the attention implementation in the config of a module; None if it has none."""
+    name: str | None = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return name
 
 
 def modules_served(model: nn.Module) -> set[nn.Module]:
@@ -83,7 +91,7 @@ def quantize_attention(model: nn.Module) -> None:
                     f"this attention cannot be quantized"
                 )
     for module, own in modules.items():
-        setattr(module, OWN, OwnAttention(own))
+        setattr(module, OWN, OwnAttention(own, _implementation(module)))
         for name, operands in PRODUCTS.items():
             module.add_module(name, QuantMatmul(operands).train(module.training))
     _own_configs(networks)
@@ -93,19 +101,25 @@ def quantize_attention(model: nn.Module) -> None:
         _switch(network, NAME)
 
 
-def _switch(network: Any, name: str) -> None:
-    """Make a network use the attention of a name, also where a quantized module has a config of its own (ViTMAE)."""
-    network.set_attn_implementation(name)
+def _switch(network: Any, name: str | None) -> None:
+    """Make a network use another attention, also where a quantized module has a config of its own (ViTMAE).
+
+    Args:
+        network: of transformers, after `quantize_attention`.
+        name: of that attention; None: what the network, and the config of each module, named before.
+    """
+    network.set_attn_implementation(name or network.attention_before)
     for module in network.modules():
         if OWN in vars(module) and hasattr(getattr(module, "config", None), "_attn_implementation"):
-            module.config._attn_implementation = name
+            before = module.eager_attention.before or network.attention_before
+            module.config._attn_implementation = name or before
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undo `quantize_attention`, except that the networks keep their own configs."""
     for network in _networks(model):
         if "attention_before" in vars(network):  # also sets nested networks, whose turn comes after
-            _switch(network, network.attention_before)
+            _switch(network, None)
             del network.attention_before
     for module in model.modules():
         for name in (*PRODUCTS, OWN) if OWN in vars(module) else ():
@@ -118,12 +132,12 @@ def attention_as(model: nn.Module, name: str | None = None) -> Iterator[None]:
 
     Args:
         model: after `quantize_attention`.
-        name: of that attention; None: the one that each network had before.
+        name: of that attention; None: what each network, and each module with a config of its own, had before.
     """
     networks = [network for network in _networks(model) if "attention_before" in vars(network)]
     try:
         for network in networks:
-            _switch(network, name or network.attention_before)
+            _switch(network, name)
         yield
     finally:
         for network in networks:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from qat_runner.insertion.insert import (
     QuantizationWarning,
     QuantizedTensor,
+    idle_layers,
     quantized_tensors,
     quantizers_disabled,
 )
-from qat_runner.insertion.layers import QuantLayer, reading_weight, was_seen
+from qat_runner.insertion.layers import QuantLayer, reading_weight
 from qat_runner.insertion.tensors import whole
 from qat_runner.insertion.watch import Batches, watch
 from qat_runner.policy import FREEZING
@@ -56,7 +57,7 @@ def calibrate(model: nn.Module, batches: Batches, layers: str | Sequence[str] | 
     activations = [t for t in tensors if t.tensor != "weight"]
     used, scalars = _full_precision_scalars(model, activations, batches)
     for t in weights:
-        t.quantizer.assign(_weight_scalars(model, t), used)
+        t.quantizer.assign(_weight_scalars(t), used)
     for t, s in zip(activations, scalars, strict=True):
         if s is not None:
             t.quantizer.assign(s, used)
@@ -105,7 +106,7 @@ def freeze(
 
     Warns:
         QuantizationWarning: some activations were never in use, neither for the example, nor in training, nor for the
-            batches. They become static without scalars; using them raises NotCalibratedError.
+            batches, while others were. They become static without scalars; using them raises NotCalibratedError.
     """
     if rule not in FREEZING:
         raise ValueError(f"rule={rule!r}: must be one of {', '.join(FREEZING)}")
@@ -124,7 +125,7 @@ def freeze(
         )
     for tensor in dynamic:
         if tensor.tensor == "weight":
-            tensor.quantizer.freeze(_weight_scalars(model, tensor))
+            tensor.quantizer.freeze(_weight_scalars(tensor))
     return model
 
 
@@ -160,7 +161,8 @@ def _scalars_by_rule(
     if not activations:
         return []
     if rule == "running":
-        untrained = [t.name for t in activations if _was_in_use(model, t) and not t.quantizer.has_scalars]
+        idle = idle_layers(model)
+        untrained = [t.name for t in activations if not (t.quantizer.has_scalars or t.module in idle)]
         if untrained:
             raise ValueError(
                 f"rule='running': {', '.join(untrained)} has not been trained, so it has no running average; use "
@@ -172,7 +174,8 @@ def _scalars_by_rule(
         ]
     mean_scalars = _full_precision_scalars if rule == "calibrated" else _quantized_scalars
     _, scalars = mean_scalars(model, activations, batches)
-    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None and _was_in_use(model, t)]
+    idle = idle_layers(model)  # known now, if not before
+    unreached = [t.name for t, s in zip(activations, scalars, strict=True) if s is None and t.module not in idle]
     if unreached:
         raise ValueError(
             f"{', '.join(unreached)}: not reached by any batch, so there are no scalars to freeze; pass other batches, "
@@ -181,14 +184,9 @@ def _scalars_by_rule(
     return scalars
 
 
-def _was_in_use(model: nn.Module, tensor: QuantizedTensor) -> bool:
-    """Whether an activation was quantized in training, or reached by the batch that traced the model."""
-    return tensor.quantizer.has_scalars or was_seen(model.get_submodule(tensor.layer))
-
-
-def _weight_scalars(model: nn.Module, tensor: QuantizedTensor) -> Tensor:
+def _weight_scalars(tensor: QuantizedTensor) -> Tensor:
     """Return the scalars of a weight's present values."""
-    layer = model.get_submodule(tensor.layer)
+    layer = tensor.module
     assert isinstance(layer, QuantLayer)
     with reading_weight(layer):
         return tensor.quantizer.scalars_of(whole(layer.qat_used_weight()))

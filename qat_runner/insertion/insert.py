@@ -12,7 +12,7 @@
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -51,6 +51,7 @@ from qat_runner.insertion.layers import (
     quantizer_of,
     reading_weight,
     restore,
+    was_seen,
 )
 from qat_runner.insertion.modes import Inputs, call, inputs_of
 from qat_runner.insertion.naming import merged_notes
@@ -113,12 +114,14 @@ class QuantizedTensor:
     """One quantized tensor."""
 
     layer: str
-    """name of the layer in the model"""
+    """name of the layer in the model, or in the network that it wraps"""
     tensor: str
     """ "weight" or "input"; for a product in attention "query", "key", "probabilities" or "value" """
     elements: int | None
     """number of elements of the weight; of one sample for any other tensor, None if no batch was seen yet"""
     quantizer: Quantizer
+    module: nn.Module = field(repr=False)
+    """the layer itself"""
 
     @property
     def name(self) -> str:
@@ -628,14 +631,29 @@ def _warn(note: str) -> None:
 
 
 def quantized_tensors(model: nn.Module) -> list[QuantizedTensor]:
-    """Return all quantized tensors of a model, in order of registration, weight before input."""
+    """Return all quantized tensors of a model, in order of registration, weight before input.
+
+    In DistributedDataParallel, DataParallel or torch.compile, layers have their names in the network inside.
+    """
     found = []
-    for name, layer in each(model, is_quantized):
+    for name, layer in each(unwrapped(model), is_quantized):
         for operand in operands(layer):
             quantizer = quantizer_of(layer, operand)
             if isinstance(quantizer, Quantizer):
-                found.append(QuantizedTensor(name, operand, elements_of(layer, operand), quantizer))
+                found.append(QuantizedTensor(name, operand, elements_of(layer, operand), quantizer, layer))
     return found
+
+
+def idle_layers(model: nn.Module) -> set[nn.Module]:
+    """Return the quantized layers that no batch has reached so far, if one has reached others.
+
+    A batch has reached a layer that was traced, and one whose inputs have scalars. If there is no such layer, the
+    network itself was not in use yet, and nothing is known of its layers: none is returned.
+    """
+    layers = {layer for _, layer in each(model, is_quantized)}
+    reached = {t.module for t in quantized_tensors(model) if t.tensor != "weight" and t.quantizer.has_scalars}
+    reached |= set(filter(was_seen, layers))
+    return layers - reached if reached else set()
 
 
 def network_of(model: nn.Module) -> nn.Module:
@@ -678,7 +696,7 @@ def outside(model: nn.Module) -> str | None:
 
 def wanted(model: nn.Module, tensor: QuantizedTensor) -> TensorPolicy:
     """Return what a network's policy specifies for one of its tensors; a state loaded since may have made it static."""
-    return policy_of(model).tensor(tensor.layer, narrow_kind(model.get_submodule(tensor.layer)), tensor.tensor)
+    return policy_of(model).tensor(tensor.layer, narrow_kind(tensor.module), tensor.tensor)
 
 
 def remember_seen(
@@ -735,7 +753,7 @@ def weights_together(model: nn.Module, bucket: int | None = None) -> WeightsToge
         bucket: as in `WeightsTogether`.
     """
     weights = [t for t in quantized_tensors(model) if t.tensor == "weight"]
-    parameters = [model.get_submodule(t.layer).qat_used_parameter() for t in weights]  # type: ignore[operator]
+    parameters = [t.module.qat_used_parameter() for t in weights]  # type: ignore[operator]
     return WeightsTogether([(t.quantizer, p) for t, p in zip(weights, parameters, strict=True)], bucket)
 
 
@@ -759,7 +777,11 @@ def remove_quantizers(model: nn.Module) -> nn.Module:
 
 
 def full_precision_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Return a quantized model's state dict without its quantizers: it loads strictly into the full-precision model."""
+    """Return a quantized model's state dict without its quantizers: it loads strictly into the full-precision model.
+
+    Of DistributedDataParallel, DataParallel or torch.compile, it is that of the network inside.
+    """
+    model = unwrapped(model)
     state: dict[str, Any] = model.state_dict()
     prefixes = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
     for key in [key for key in state if key.startswith(prefixes)] if prefixes else []:

@@ -2,16 +2,18 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from qat_runner.insertion.tensors import copies
 from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.quant import Quantizer
+from qat_runner.quant.tensors import compute_dtype, transformed
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 """Arguments of a forward pass: in their order, or by name."""
@@ -22,12 +24,12 @@ def inputs_of(model: nn.Module, batch: Any) -> Inputs:
 
     Args:
         model: whose forward takes them.
-        batch: a tuple of arguments; a mapping of names to arguments, some of which are names in the signature of
-            forward; or else a single argument.
+        batch: a tuple of arguments; a mapping of names to arguments, if some of them are names in the signature of
+            forward, or if forward takes arguments by any name and no others; or else a single argument.
     """
     if isinstance(batch, tuple):
         return batch
-    return dict(batch) if isinstance(batch, Mapping) and batch.keys() & _names_of_arguments(model) else (batch,)
+    return dict(batch) if isinstance(batch, Mapping) and _takes_by_name(unwrapped(model), batch.keys()) else (batch,)
 
 
 def inputs_of_batch(model: nn.Module, batch: Any) -> Inputs:
@@ -35,12 +37,23 @@ def inputs_of_batch(model: nn.Module, batch: Any) -> Inputs:
     return inputs_of(model, tuple(batch) if isinstance(batch, list) else batch)
 
 
-def _names_of_arguments(model: nn.Module) -> set[str]:
-    """Return the names in the signature of forward; if it passes all arguments on, those of the module inside."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    inside = [*unwrapped(model).children()]
-    return names if names or len(inside) != 1 else _names_of_arguments(inside[0])
+def _takes_by_name(model: nn.Module, names: Set[str]) -> bool:
+    """Whether the forward of a model takes arguments of these names.
+
+    If it takes any arguments, as those of wrappers do, the only module inside decides, where that can be called.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    if names & {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}:
+        return True
+    kinds = {p.kind for p in parameters}
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    if inspect.Parameter.VAR_KEYWORD not in kinds or kinds & positional:
+        return False
+    inside = [*model.children()]
+    passes_on = inspect.Parameter.VAR_POSITIONAL in kinds and len(inside) == 1
+    if passes_on and type(inside[0]).forward is not nn.Module.forward:  # as that of a ModuleList, which has none
+        return _takes_by_name(unwrapped(inside[0]), names)
+    return True
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:
@@ -153,17 +166,44 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _parts(modules: Collection[nn.Module]) -> list[tuple[str, int]]:
-    """Return what identifies the submodules and parameters that modules have."""
-    return [(name, id(part)) for m in modules for name, part in (*m._modules.items(), *m._parameters.items())]
+def contents(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return what changes if a network creates modules or parameters, or sets the values of parameters, by itself."""
+    return _parts(_deciding(model))
+
+
+def _parts(modules: Collection[nn.Module]) -> list[tuple[Any, ...]]:
+    """Return what identifies the submodules and parameters that modules have, and the values of the parameters."""
+    inside = [(name, id(part)) for m in modules for name, part in m._modules.items()]
+    return inside + [(name, id(p), *_fingerprint(p)) for m in modules for name, p in m._parameters.items()]
+
+
+_SUMMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Dtypes whose tensors have a sum and a norm."""
+
+
+def _fingerprint(parameter: nn.Parameter | None) -> tuple[Any, ...]:
+    """Return what changes with the type, the shape or the values of a parameter.
+
+    The values are reduced to their sum and norm, since a copy may not fit in memory, and PyTorch does not count writes
+    to `parameter.data`.
+    """
+    if parameter is None or is_lazy(parameter):
+        return (type(parameter),)
+    t = parameter.detach()
+    t = t.to_local() if hasattr(t, "to_local") else t
+    plain = type(t) is Tensor and t.layout is torch.strided and t.dtype in _SUMMED
+    if not plain or t.is_meta or transformed():
+        return type(parameter), t.shape
+    total, norm = t.sum(dtype=compute_dtype(t)), torch.linalg.vector_norm(t, dtype=compute_dtype(t))
+    return type(parameter), t.shape, float(total).hex(), float(norm).hex()  # as text, NaN equals itself
 
 
 @contextmanager
 def _state_kept(modules: Collection[nn.Module]) -> Iterator[None]:
     """Context manager that restores buffers, and attributes that were assigned.
 
-    Attributes stay if there are other layers or parameters afterwards: a network may create them in its first forward
-    pass, and record in an attribute that it did.
+    Attributes stay if layers or parameters were created or changed: a network may create or initialize them in its
+    first forward pass, and record in an attribute that it did.
     """
     attributes, parts = [(vars(module), dict(vars(module))) for module in modules], _parts(modules)
     kept = [(m._buffers, name, t, None if t is None else t.clone()) for m in modules for name, t in m._buffers.items()]

@@ -34,6 +34,7 @@ from qat_runner.insertion.layers import (
 from qat_runner.insertion.modes import (
     Inputs,
     call_with_copies,
+    contents,
     eval_without_trace,
     explaining_argument_errors,
     training_paths_without_trace,
@@ -102,20 +103,23 @@ def observe(model: nn.Module, inputs: Inputs) -> tuple[ObservedProducts, Any]:
             computes only in training is not seen.
 
     Returns:
-        The record, and what the model returned in eval mode.
+        The record, and what the model returned in eval mode: now, if it initialized itself as in training.
     """
     kept = {id(t) for t in (*model.parameters(), *model.buffers())}
     with _Watch(kept) as watch, watch.products, watch.hooked(model):
         with eval_without_trace(model), explaining_argument_errors(model, inputs):
             output = call_with_copies(model, inputs)
         watch.given_away(output)
-        asking = watch.asking.copy()
+        asking, before = watch.asking.copy(), contents(model)
         try:
             with training_paths_without_trace(model):
                 watch.given_away(call_with_copies(model, inputs))
             asking = watch.asking
         except Exception:  # trace() reports it
             pass
+    if contents(model) != before:
+        with eval_without_trace(model):
+            output = call_with_copies(model, inputs)
     return asking, output
 
 

@@ -48,6 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: there are no quantizers, or only parts of the network were quantized, each by itself.
         OSError: the file cannot be written.
     """
+    model = unwrapped(model)
     if left := outside(model):
         raise ValueError(
             f"{left} does not belong to the part that was quantized: save the parts separately, or quantize the whole "

@@ -45,7 +45,7 @@ def _by_place(model: nn.Module) -> dict[tuple[Hashable, int], list[QuantizedTens
     """
     found: dict[tuple[Hashable, int], list[QuantizedTensor]] = {}
     for tensor in quantized_tensors(model):
-        layer = model.get_submodule(tensor.layer)
+        layer = tensor.module
         if tensor.tensor == "weight" and isinstance(layer, QuantLayer):
             place = id(layer.qat_stored_weight()), layer.qat_stored_part()
             found.setdefault(place, []).append(tensor)
@@ -61,7 +61,7 @@ def _in_full_precision(model: nn.Module) -> set[Hashable]:
         (stored, id(module))
         for (stored, _), tensors in _by_place(model).items()
         for tensor in tensors
-        for module in _owners(model.get_submodule(tensor.layer))
+        for module in _owners(tensor.module)
     }
     owned = {(id(p), id(module)) for module in model.modules() for p in module._parameters.values() if p is not None}
     return {parameter for parameter, _ in owned - quantized}

@@ -17,6 +17,7 @@ from qat_runner.insertion.layers import (
 )
 from qat_runner.insertion.own_weights import UsingOwnWeights
 from qat_runner.insertion.products import Product, UnquantizedProducts, rest
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.quant import IntAffineFormat, IntFormat, Quantizer, Range
 from qat_runner.wording import percent
 
@@ -27,8 +28,10 @@ def summary(model: nn.Module) -> str:
     Elements of an input are those of one sample. The clipping method, the gradient estimator and `eval_mode` have a
     column if rules set them for some tensors only: if not all weights, or not all activations, have the same. If the
     model was traced, the share of its multiply-accumulates that multiply quantized tensors follows, with the modules
-    that compute the others.
+    that compute the others. Layers have the names that rules use: in DistributedDataParallel, DataParallel or
+    torch.compile, those in the network inside.
     """
+    model = unwrapped(model)
     tensors = quantized_tensors(model)
     own = _differing(tensors)
     rows = [

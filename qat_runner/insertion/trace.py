@@ -34,7 +34,8 @@ from qat_runner.insertion.layers import (
 from qat_runner.insertion.modes import eval_without_trace, training_paths_without_trace
 from qat_runner.insertion.naming import merged_notes
 from qat_runner.insertion.products import Product, Products
-from qat_runner.insertion.tensors import copies
+from qat_runner.insertion.tensors import copies, samples_in
+from qat_runner.insertion.wrappers import unwrapped
 from qat_runner.policy import EXPERTS
 from qat_runner.quant.tensors import transformed
 
@@ -179,13 +180,14 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
     unchanged as well: each of the two passes gets a copy.
 
     Args:
-        model: any module.
+        model: any module; of DistributedDataParallel, DataParallel or torch.compile, the network inside is traced.
         *inputs, **named_inputs: the arguments of its forward, a real batch: its values decide whether the model's own
             input is signed. An input without values, on the meta device or empty, counts as signed.
 
     Returns:
         The layers that were called, the products of tensors, and notes on what cannot be quantized.
     """
+    model = unwrapped(model)
     names = {module: name for name, module in each(model, lambda m: is_quantized(m) or _is_layer(m))}
     given = [*inputs, *named_inputs.values()]
 
@@ -193,8 +195,7 @@ def trace(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Trace:
         args, kwargs = copies((inputs, named_inputs))
         return model(*args, **kwargs)
 
-    samples = next((t.shape[0] for t in _flatten(given)[0] if t.ndim), 1)
-    with _Calls(model, names, _Signs(given), samples) as calls:
+    with _Calls(model, names, _Signs(given), samples_in(given)) as calls:
         with eval_without_trace(model), calls.watched():
             output = run()
         found = calls.products.found.copy()

@@ -88,7 +88,7 @@ def look_at_weights(model: nn.Module, look: Look) -> None:
     """
     for tensor in quantized_tensors(model):
         if tensor.tensor == "weight":
-            layer = model.get_submodule(tensor.layer)
+            layer = tensor.module
             assert isinstance(layer, QuantLayer)
             look(tensor, layer.qat_used_weight().detach())
 

@@ -213,12 +213,13 @@ class Quantizer(ScalarState):
             x rounded to the levels of the format, in the same shape and dtype.
 
         Raises:
-            TypeError: x is a sparse or a nested tensor.
+            TypeError: x is nested or not strided (sparse, for example).
         """
         if not self.enabled:
             return x
         if x.layout is not torch.strided or x.is_nested:
-            raise TypeError(f"{self.name}: a {'nested' if x.is_nested else 'sparse'} tensor cannot be quantized")
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").removeprefix("_")
+            raise TypeError(f"{self.name}: a {kind} tensor cannot be quantized")
         if self._skips(x):
             return x
         if not self._reusing:

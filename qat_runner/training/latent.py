@@ -66,7 +66,7 @@ def latent_weights(model: nn.Module, max_bits: int = 16) -> list[LatentWeight]:
 def _parameters(model: nn.Module) -> Iterator[LatentWeight]:
     for tensor in quantized_tensors(model):
         if tensor.tensor == "weight":
-            parameter = model.get_submodule(tensor.layer).qat_used_parameter()  # type: ignore[operator]
+            parameter = tensor.module.qat_used_parameter()  # type: ignore[operator]
             if parameter is not None:
                 yield LatentWeight(tensor.layer, parameter, tensor.quantizer)
 

@@ -55,7 +55,7 @@ def make_optimizer(model: nn.Module, stage: StageConfig, lr: float) -> torch.opt
             method = tensor.quantizer.method
             decay[tensor.quantizer.learned] = stage.weight_decay if method.decays else 0.0
             if tensor.tensor == "weight":
-                layer = model.get_submodule(tensor.layer)
+                layer = tensor.module
                 assert isinstance(layer, QuantLayer)
                 factor = method.weight_decay_factor(tensor.quantizer.format)
                 decay[layer.qat_stored_weight()] = stage.weight_decay * factor

@@ -118,6 +118,32 @@ def test_batches_and_logits_may_have_names_and_networks_wrappers(batches: list[T
         qat.allocate(ReturningFields("boxes"), by_name, 4.0)
 
 
+class Stacking(nn.Module):
+    """A network that takes a factor and a list of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, scale: Tensor, images: list[Tensor]) -> Tensor:
+        out: Tensor = self.body(torch.stack(images)) * scale
+        return out
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1.0), torch.ones(1)])
+def test_costs_are_those_of_one_sample(scale: Tensor, batches: list[Tensor]) -> None:
+    plain = qat.allocate(network(), batches, bitops=0.0015).as_list()
+    found = qat.allocate(Stacking(), [(scale, [*x]) for x in batches], bitops=0.0015).as_list()
+    assert [rule.get("bits") for rule in found] == [rule.get("bits") for rule in plain]
+
+
+def test_a_forward_of_an_instance_that_would_run_the_original(batches: list[Tensor]) -> None:
+    model = network()
+    model.forward = (lambda forward: lambda x: forward(x))(model.forward)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^Sequential has a forward that was set on the instance"):
+        qat.allocate(model, batches, 4.0)
+
+
 class WithAuxiliary(nn.Module):
     """A network with a head that is used only in training."""
 

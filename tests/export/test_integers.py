@@ -173,6 +173,9 @@ def test_what_has_no_integers() -> None:
         to_integers(model)
     with pytest.raises(ValueError, match="nothing is quantized"):
         to_integers(Small())
+    for how in ({"dynamic": False}, {"clipping": "lsq"}):  # nothing has reached these
+        with pytest.raises(ValueError, match=r"^a\.weight has no clipping scalars: call calibrate"):
+            to_integers(freeze(quantize_model(Small(), 4, **how)))
 
 
 def test_of_eight_bits_the_highest_code_is_near_enough() -> None:

@@ -91,3 +91,25 @@ def test_a_pruned_network_in_training_is_exported(tmp_path: Path) -> None:
     qat.export(model.eval(), tmp_path / "m.pt2", x)
     (found,) = torch.export.load(tmp_path / "m.pt2").module()(x)
     torch.testing.assert_close(found, model(x))
+
+
+class Named(Fixed):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, factor: Tensor | None = None) -> Tensor:
+        out: Tensor = self.layer(x if mask is None else x * mask)
+        return out if factor is None else out * factor
+
+
+def test_an_example_by_name(tmp_path: Path) -> None:
+    x, mask = torch.randn(4, 8), torch.ones(4, 1)
+    model = qat.quantize(Named(), 4, example={"mask": mask, "x": x}, first_last_bits=None)
+    qat.freeze(model.eval(), "averaged", [{"mask": mask, "x": x}])
+    qat.export(model, tmp_path / "m.onnx", {"mask": mask, "x": x})
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x, mask))
+    for wrong in ({"x": x, "factor": mask}, {"mask": mask}):
+        with pytest.raises((TypeError, ValueError), match=r"example: must be the first arguments|missing .*'x'"):
+            qat.export(model, tmp_path / "m.pt2", wrong)
+    for other in ({"x": x, "mask": None}, (x, None)):
+        with pytest.raises(ValueError, match=r"^example: must consist of tensors, not of NoneType$"):
+            qat.export(model, tmp_path / "m.pt2", other)  # type: ignore[arg-type]

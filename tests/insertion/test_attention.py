@@ -189,12 +189,19 @@ def test_modules_with_a_config_of_their_own() -> None:
     torch.manual_seed(0)
     model = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, image_size=16, patch_size=8)).eval()
     inputs = torch.randn(2, 3, 16, 16), torch.rand(2, 4)
+    (layer,) = model.decoder.decoder_layers
+    for module in layer.modules():
+        if hasattr(module, "config"):
+            module.config = copy.deepcopy(module.config)
+            module.config._attn_implementation = "eager"
+    before = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
+    assert {*before.values()} == {"eager", "sdpa"}
     plain = model(*inputs).logits
     quantize_model(model, 8, example=inputs)
     assert quantized_share(model) == 1
     assert sum(t.tensor == "probabilities" for t in quantized_tensors(model)) == 2
     remove_quantizers(model)
-    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
+    assert before == {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
     assert torch.equal(model(*inputs).logits, plain)
 
 

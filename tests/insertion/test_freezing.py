@@ -125,6 +125,10 @@ def test_what_cannot_be_frozen() -> None:
         freeze(model, "mean")
     with pytest.raises(ValueError, match=r"0\.input, 3\.input, 6\.input has not been trained"):
         freeze(model, "running")
+    untraced = quantize_model(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), 4)
+    with pytest.raises(ValueError, match=r"0\.input, 1\.input has not been trained.*; use 'averaged' with batches"):
+        freeze(untraced, "running")
+    assert all(q.dynamic for q in quantizers(untraced).values())
     with pytest.raises(ValueError, match="at least one batch"):
         freeze(model, "averaged")
     with pytest.raises(ValueError, match="finite and not negative"):

@@ -150,8 +150,10 @@ def test_sparse_inputs_are_passed_on_and_not_quantized() -> None:
     model = qat.quantize(Graph(), 4, example=(x, neighbours))
     assert signs(model) == {"a.weight": True, "a.input": True, "b.weight": True, "b.input": False}
     model(x, neighbours).sum().backward()
-    with pytest.raises(TypeError, match=r"^a\.input: a sparse tensor cannot be quantized"):
+    with pytest.raises(TypeError, match=r"^a\.input: a sparse_coo tensor cannot be quantized"):
         model.a(X.to_sparse())
+    with pytest.raises(TypeError, match=r"^a\.input: a mkldnn tensor cannot be quantized"):
+        model.a(X.to_mkldnn())
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
@@ -244,6 +246,57 @@ def test_states_in_attributes_are_restored_and_layers_stay() -> None:
     assert model.state is not None
     built = qat.quantize(Built(), 4, example=X)
     assert built.built and "made.weight" in signs(built)
+
+
+class Sized(nn.modules.lazy.LazyModuleMixin, nn.Module):
+    """A module that creates its parameter in the first forward pass, and keeps its size in an attribute."""
+
+    size = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.UninitializedParameter()
+
+    def initialize_parameters(self, x: Tensor) -> None:
+        self.size = x.shape[-1]
+        self.scale.materialize((self.size,))  # type: ignore[attr-defined]
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale * (self.size > 0)
+
+
+class Normed(nn.Module):
+    """A module that sets its parameter from the first batch."""
+
+    set = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.location = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.set:
+            self.location.data.copy_(x.mean(0))
+            self.set = True
+        return x - self.location
+
+
+class NormedInTraining(Normed):
+    """A module that does so only in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else x - self.location
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("first", [Sized, Normed, NormedInTraining])
+def test_what_the_first_batch_initializes_stays(first: type[nn.Module]) -> None:
+    model = qat.quantize(nn.Sequential(first(), nn.Linear(8, 2)), 4, example=X)
+    (parameter,) = model.get_submodule("0").parameters()
+    assert torch.equal(parameter, torch.ones(8) if first is Sized else X.mean(0))
+    model(3 * X + 1)
+    assert torch.equal(parameter, torch.ones(8) if first is Sized else X.mean(0))
 
 
 def test_a_graph_of_fx_is_copied_saved_and_exported(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from qat_runner.insertion import (
     remove_quantizers,
     save,
     summary,
+    trace,
 )
-from qat_runner.insertion.insert import network_of
+from qat_runner.insertion.insert import wanted
 from tests.insertion.test_own_weights import WAYS, Mixture, Two
 from tests.insertion.test_own_weights import X as TOKENS
 
@@ -114,7 +115,7 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     model = DistributedDataParallel(quantized())
     model(X).sum().backward()
     assert quantized_share(model) == 1 and len(quantized_tensors(model)) == 6
-    DistributedDataParallel(network()).load_state_dict(full_precision_state_dict(model))
+    network().load_state_dict(full_precision_state_dict(model))
     save(model, tmp_path / "net.pt")
     assert torch.equal(load(tmp_path / "net.pt", network()).eval()(X), model.eval()(X))
     noise_report(freeze(model, batches=[X]), [X])
@@ -134,13 +135,17 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, nn.DataParallel, compiled, compiled_in_place])
 def test_a_network_that_is_wrapped_first(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     model, plain = (quantize_model(m, 4, example=X, rules=[Rule("2.*", bits=3)]) for m in (wrap(network()), network()))
-    assert summary(network_of(model)) == summary(plain)
+    assert summary(model) == summary(plain) and [*trace(model, X).layers] == [*trace(plain, X).layers]
+    assert full_precision_state_dict(model).keys() == full_precision_state_dict(plain).keys()
+    assert [t.name for t in quantized_tensors(model)] == [t.name for t in quantized_tensors(plain)]
+    assert [wanted(model, t).bits for t in quantized_tensors(model) if t.layer == "2"] == [3, 3]
     for one in (model, plain):
         one(X).square().mean().backward()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-    assert [row.sqnr_db for row in noise_report(model, [X])] == [row.sqnr_db for row in noise_report(plain, [X])]
-    calibrate(model, [X])
+    assert noise_report(model, [X]) == noise_report(plain, [X])
+    calibrate(model, [X], layers="2.*")
+    freeze(model, batches=[X], layers=["0", "2.*"])
     freeze(model, batches=[X]).eval()
     expected = freeze(plain, batches=[X]).eval()(X)
     torch.testing.assert_close(model(X), expected)
@@ -148,6 +153,22 @@ def test_a_network_that_is_wrapped_first(wrap: Callable[[nn.Module], nn.Module],
     for again in (network(), wrap(network())):
         assert torch.equal(load(tmp_path / "net.pt", again).eval()(X), expected)
     assert torch.equal(qat.export(model, tmp_path / "net.pt2", X)(X), expected)
+    assert not quantized_tensors(remove_quantizers(model))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older compilers use what PyTorch deprecates
+def test_compiled_blocks(tmp_path: Path) -> None:
+    model = nn.Sequential(compiled(nn.Sequential(nn.Linear(8, 8), nn.ReLU())), compiled(nn.Linear(8, 4)))
+    x = torch.randn(4, 8)
+    quantize_model(model, 4, example=x)
+    calibrate(model, [x])
+    freeze(model, batches=[x]).eval()
+    expected = model(x)
+    integers = qat.export(model, tmp_path / "net.pt2", x)
+    assert torch.equal(integers(x), expected) and type(integers.get_submodule("0")) is nn.Sequential
+    torch.testing.assert_close(read_program(tmp_path / "net.pt2")(x)[0], expected)
+    assert torch.equal(model(x), expected)
 
 
 class Attending(nn.Module):
