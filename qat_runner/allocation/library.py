@@ -1,5 +1,6 @@
 """Bit allocation for your own network: `qat.allocate`."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from qat_runner.allocation.objectives import distribution_objective, loss_object
 from qat_runner.allocation.operations import network, rules_of
 from qat_runner.allocation.prices import price
 from qat_runner.allocation.solving import Limit, allocate_bits
-from qat_runner.insertion.copying import copied
+from qat_runner.insertion.copying import not_called
 from qat_runner.insertion.insert import insert
 from qat_runner.insertion.modes import call, inputs_of_batch
 from qat_runner.insertion.tensors import samples_in
@@ -92,7 +93,9 @@ def allocate(
     if len({*widths}) < 2:
         raise ValueError(f"widths={list(widths)}: must be two or more bit-widths to choose from")
     policy = policy or Policy.of()
-    quantized = insert(copied(model), pricing_policy(policy), inputs)
+    quantized = copy.deepcopy(model)
+    with not_called(model, by=quantized):
+        insert(quantized, pricing_policy(policy), inputs)
     known = network(quantized, widths, samples_in(inputs))
     kept = [Limit(measure, most) for name, most in limits.items() if most is not None for measure in COSTS[name](known)]
     if latency_ms is not None:

@@ -1,5 +1,6 @@
 """Export of your own network, trained in your own loop, as integers in a file: `qat.export`."""
 
+import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from qat_runner.exporting.formats import Signature, several_samples, write_onnx,
 from qat_runner.exporting.integer import to_integers
 from qat_runner.insertion import freeze, quantized_tensors
 from qat_runner.insertion.calibrate import check_constant
-from qat_runner.insertion.copying import copied
+from qat_runner.insertion.copying import not_called
 from qat_runner.insertion.layers import refresh
 from qat_runner.insertion.modes import explaining_argument_errors, inputs_of_batch, uncompiled
 from qat_runner.insertion.saving import check_target
@@ -61,9 +62,9 @@ def export(
     Raises:
         ValueError: the path has another suffix; the number of names is not that of the arguments, or these have
             different numbers of samples, or are not all tensors; nothing is quantized; the network is sharded; a
-            forward that was set on an instance refers to the network, so that a copy would run the original; clipping
-            scalars of an activation are not static, or were never found; codes are not integers; the network returns
-            no tensors, or none with these names.
+            forward that was set on an instance would run the original in a copy; clipping scalars of an activation are
+            not static, or were never found; codes are not integers; the network returns no
+            tensors, or none with these names.
         ConfigError: packages that the format needs are not installed.
         OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
         RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.
@@ -89,8 +90,8 @@ def export(
         refresh(module)  # tensors computed in a pass with gradients cannot be copied
     if is_sharded(model):
         raise ValueError("the network is sharded over processes: export one that `load` restores from its saved file")
-    integers = to_integers(freeze(_without_wrappers(copied(model)).float()))
-    with uncompiled():
+    integers = to_integers(freeze(_without_wrappers(copy.deepcopy(model)).float()))
+    with uncompiled(), not_called(model, by=integers):
         if fold:
             fold_batchnorm(integers, *given)
         signature = Signature(given, names, _names(integers(*given), outputs), longest)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.quantizers  # noqa: F401  # logs warnings when first imported, as exports do if there is transformers
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
