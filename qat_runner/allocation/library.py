@@ -79,8 +79,7 @@ def allocate(
         ValueError: there is no limit, or no bit-widths satisfy the limits; there is no batch; there are fewer than two
             candidate bit-widths, or some out of range; no tensor has a choice; a tensor without a rule is a weight
             that several layers share, is not reached by the first batch, or gets no gradient; a forward that was set on
-            an instance refers to the network, so that a copy would run the original; or there is no loss, and the
-            network returns no logits.
+            an instance would run the original in a copy; or there is no loss, and the network returns no logits.
     """
     limits = {"mean_bits": budget, "size_mb": size_mb, "bitops": bitops, "traffic_mb": traffic_mb}
     if latency_ms is None and all(most is None for most in limits.values()):

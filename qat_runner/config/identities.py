@@ -301,14 +301,16 @@ def _of_both(weights: str, activations: str, usual: str) -> list[str]:
     return [f"{what}-{its}" for what, its in both.items() if its != usual]
 
 
-def policy_label(config: Config) -> str:
+def policy_label(config: Config, *, hashed: bool = True) -> str:
     """Return a label for what gives single tensors their own settings, or an empty string.
 
     "policy auto" is for bit-widths that are chosen, "policy 1a2b3c" for rules: the first digits of a hash of the rules,
-    whether they come from a file or from the command.
+    whether they come from a file or from the command. Without `hashed`, it is "policy auto" or "policy".
     """
     if config.quantization.full_precision:
         return ""
+    if not hashed:
+        return "policy auto" if config.allocating else "policy" if config.rules else ""
     rules = hashlib.sha256(json.dumps(config.rules, sort_keys=True).encode()).hexdigest()[:6] if config.rules else ""
     if config.allocating:
         return f"policy auto with rules {rules}" if rules else "policy auto"

@@ -33,7 +33,6 @@ from qat_runner.config import (
     load_config,
     plain,
     rules_of,
-    run_folder,
     run_name,
     scaled_lr,
 )
@@ -169,13 +168,13 @@ def _run(config: Config, folder: Path) -> Summary:
             / checkpoint.LAST
         )
     if config.policy == AUTO:
-        if config.weights is None and not _is_finished(run_folder(allocation_of(config))):
-            log.info(
-                f"bits=auto: bit-widths are chosen for trained weights, and mode={config.mode} has none, so they are "
-                f"chosen for those of the full-precision baseline; mode=retrain with weights=FILE chooses them for a "
-                f"file instead"
-            )
-        chosen = RunFolder(_finished_first(allocation_of(config), config, "the bit allocation")).policy
+        untrained = (
+            f"bits=auto: bit-widths are chosen for trained weights, and mode={config.mode} has none, so they are "
+            f"chosen for those of the full-precision baseline; mode=retrain with weights=FILE chooses them for a "
+            f"file instead"
+        )
+        why = untrained if config.weights is None else None
+        chosen = RunFolder(_finished_first(allocation_of(config), config, "the bit allocation", why)).policy
         config = replace(config, allocated=rules_of(str(chosen)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", QuantizationWarning)
@@ -233,17 +232,20 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _finished_first(needed: Config, config: Config, what: str) -> Path:
+def _finished_first(needed: Config, config: Config, what: str, why: str | None = None) -> Path:
     """Return the folder of a run that another run depends on; carry the run out first, or wait for it, if unfinished.
 
     Args:
         needed: the config of the run to finish first.
         config: the config of the run that depends on it; it is checked before the other run starts.
         what: description of the needed run for the log.
+        why: a further sentence for the log, if the run is carried out.
     """
     folder = preflight(needed)
-    if not _is_finished(folder):
+    if not distributed.on_main(lambda: RunFolder(folder).finished):
         _try(config)
+        if why is not None:
+            log.info(why)
         log.info(f"first, {what}: {folder}")
         if ranks.is_main() and (request := command(needed)) is not None:
             place = [] if needed.runs_dir == Config.runs_dir else [f"runs_dir={quoted(needed.runs_dir)}"]
@@ -251,10 +253,6 @@ def _finished_first(needed: Config, config: Config, what: str) -> Path:
             log.info(f"it takes the keys that apply to it from this run, so it is the same as: {same}")
         run_after_others(needed)
     return folder
-
-
-def _is_finished(folder: Path) -> bool:
-    return distributed.on_main(lambda: RunFolder(folder).finished)
 
 
 def _try(config: Config) -> None:

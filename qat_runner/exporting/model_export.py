@@ -63,8 +63,8 @@ def export(
         ValueError: the path has another suffix; the number of names is not that of the arguments, or these have
             different numbers of samples, or are not all tensors; nothing is quantized; the network is sharded; a
             forward that was set on an instance would run the original in a copy; clipping scalars of an activation are
-            not static, or were never found; codes are not integers; the network returns no
-            tensors, or none with these names.
+            not static, or were never found; codes are not integers; the network returns no tensors, or none with these
+            names.
         ConfigError: packages that the format needs are not installed.
         OSError: the folder does not exist or is not writable, which is checked before any work; or the disk is full.
         RunError: PyTorch's exporter cannot export the network, or the network is too large for ONNX.

@@ -201,8 +201,9 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
     done = [(run, run.summary) for run in ours if run.summary is not None]
     results = [Result(run.config, summary, run.place) for run, summary in done]
-    gaps = against_full_precision(results)
-    compared_with = {done[i][0].key for i in full_precision_of(results) if i is not None}
+    baselines = full_precision_of(results)
+    gaps = against_full_precision(results, baselines)
+    compared_with = {done[i][0].key for i in baselines if i is not None}
     gap_of = {run.key: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
     for model in models if only is None else [only]:
         cells: dict[str, Sequence[Run]] = {}

@@ -85,7 +85,7 @@ class Entry:
     @property
     def kind(self) -> str:
         """The method without the variant, and without the hash of its rules: all policies are one kind."""
-        return self._kind("policy auto" if self.config.allocating else "policy" if self.config.rules else "")
+        return self._kind(policy_label(self.config, hashed=False))
 
     def _kind(self, policy: str) -> str:
         if self.full_precision:

@@ -129,7 +129,9 @@ def of_some(figure: str, count: int, seeds: int) -> str:
     return f"{figure} ({count})" if figure and count != seeds else figure
 
 
-def against_full_precision(results: Sequence[Result]) -> list[float | None]:
+def against_full_precision(
+    results: Sequence[Result], baselines: Sequence[int | None] | None = None
+) -> list[float | None]:
     """Return each run's result minus full precision, in points; None for full precision itself, or if it is missing.
 
     Points are percentage points, or the unit of a metric that is a plain number.
@@ -140,10 +142,14 @@ def against_full_precision(results: Sequence[Result]) -> list[float | None]:
 
     If several full-precision runs compute the same, the one in the run's own folder or table counts. If none is
     there, their results have to agree; otherwise the run gets None.
+
+    Args:
+        results: of all runs.
+        baselines: `full_precision_of(results)`, if it is known already.
     """
     return [
         None if baseline is None else score(result.summary) - score(results[baseline].summary)
-        for result, baseline in zip(results, full_precision_of(results), strict=True)
+        for result, baseline in zip(results, baselines or full_precision_of(results), strict=True)
     ]
 
 
