@@ -206,7 +206,7 @@ def _quantized_scalars(model: nn.Module, tensors: Sequence[QuantizedTensor], bat
     """Return the mean scalars that dynamic quantizers solve in the quantized network."""
 
     def latest(quantizer: Quantizer, x: Tensor) -> Tensor:
-        return quantizer.latest.float()
+        return quantizer.latest().float()
 
     modes = [t.quantizer.eval_mode for t in tensors]
     try:

@@ -57,7 +57,7 @@ def noise_report(model: nn.Module, batches: Batches) -> NoiseReport:
     figures: dict[Quantizer, list[Tensor]] = {quantizer: [] for quantizer in names}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
-        s, format, x = quantizer.latest, quantizer.format, quantizer.rows(x)
+        s, format, x = quantizer.latest(), quantizer.format, quantizer.rows(x)
         noise = noise_of(x, quantizer.quantized(x, s), s, format, quantizer.clipped(x))
         plain = IntFormat(format.bits, format.signed)
         rival = measure(x, maximum(x, plain, quantizer.dim, check=False), plain)

@@ -198,7 +198,7 @@ class QuantOwnWeight(OwnWeight, QuantLayer):
         quantizer, weight = self.weight_quantizer, self.qat_stored_weight()
         if not (isinstance(quantizer, Quantizer) and saving() and can_be_made(quantized, rows, quantizer)):
             return None
-        how = weight.detach(), weight._version, quantizer.latest, quantizer, stride
+        how = weight.detach(), weight._version, quantizer.latest(), quantizer, stride
         return Quantized(*how) if self._scalars is None else _Experts(*how, self.turned)
 
     def forward(self, input: Tensor, weight: Tensor, compute: Compute, used: Used) -> Tensor:

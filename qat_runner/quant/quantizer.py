@@ -190,9 +190,8 @@ class Quantizer(ScalarState):
         """Set `holds`."""
         self._calls.holds = whether
 
-    @property
     def latest(self) -> Tensor:
-        """`last_s`, which must exist.
+        """Return `last_s`, which must exist.
 
         Raises:
             NotCalibratedError: if nothing was quantized yet.
@@ -310,7 +309,7 @@ class Quantizer(ScalarState):
             self.remember(s, self.momentum)
             return self._record_call(s, self._quantize(x, s))
         out = solve_and_quantize(x, partial(self._step, plan), plan.format, self.gradient)
-        LATEST.note(self, x, how, self.latest)
+        LATEST.note(self, x, how, self.latest())
         return out
 
     def _step(self, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def recomputing(
     if not saving():
         return nullcontext()
     sources = {
-        _memory(q): Quantized(x.detach(), x._version, by.latest, by, q.stride())
+        _memory(q): Quantized(x.detach(), x._version, by.latest(), by, q.stride())
         for q, x, by in operands
         if isinstance(by, Quantizer) and can_be_made(q, x, by)
     }

@@ -56,7 +56,7 @@ def histograms(model: nn.Module, batches: Batches) -> list[Histogram]:
     tallies: dict[Quantizer, _Tally] = {}
 
     def look(quantizer: Quantizer, x: Tensor) -> None:
-        s, x = quantizer.latest.float(), quantizer.rows(x)
+        s, x = quantizer.latest().float(), quantizer.rows(x)
         s = s if quantizer.format.parts == 1 else quantizer.format.reach(s)
         x = x.float() / torch.where(s == 0, 1.0, s)  # mirrored if the scale is negative, like the levels
         if quantizer not in tallies:
@@ -75,7 +75,7 @@ def _levels(quantizer: Quantizer) -> list[float]:
     For formats with two clipping bounds, the unit is the larger absolute value of the two, and the list is empty unless
     one pair of bounds holds for the whole tensor.
     """
-    format, s = quantizer.format, quantizer.latest.float()
+    format, s = quantizer.format, quantizer.latest().float()
     if format.parts == 1:
         return list(format.levels)
     if s.ndim > 1:
@@ -110,7 +110,7 @@ class _Tally:
             "bits": format.bits,
             "signed": format.signed,
             "granularity": quantizer.granularity,
-            "s": format.reach(quantizer.latest).float().mean().item(),
+            "s": format.reach(quantizer.latest()).float().mean().item(),
             "low": self.low,
             "high": self.high,
             "lowest": self.lowest,
@@ -120,6 +120,6 @@ class _Tally:
             "levels": _levels(quantizer) if 2**format.bits <= LEVELS else [],
         }
         if format.parts == 2 and quantizer.dim is None:
-            s = quantizer.latest.float()
+            s = quantizer.latest().float()
             found["ends"] = (s / format.reach(s).clamp(min=1e-38)).tolist()
         return found

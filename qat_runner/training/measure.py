@@ -66,7 +66,7 @@ class WarmStartExcess:
         assert isinstance(quantizer, Quantizer)
         if not (quantizer.training and quantizer.dynamic and quantizer.method.warm and args[0].numel()):
             return
-        x, s = quantizer.rows(args[0].detach()), quantizer.latest
+        x, s = quantizer.rows(args[0].detach()), quantizer.latest()
         converged = quantizer.scalars_of(x, check=False)
         ours, best = (measure(x, t, quantizer.format).mse for t in (s, converged))
         self._step.append(torch.where(best > 0, ours / best - 1, 0.0))

@@ -62,7 +62,7 @@ def test_what_is_moved(script: dict[str, Any], model: Any, batches: list[tuple[T
         quantizers = {name: q for name, (_, q) in script["learned"](network).items()}
         assert sorted(name for name, q in quantizers.items() if not torch.equal(q.learned, learned[name])) == changed
         for name in changed:
-            torch.testing.assert_close(quantizers[name].latest, best[name])
+            torch.testing.assert_close(quantizers[name].latest(), best[name])
     assert all(torch.equal(q.learned, learned[name]) for name, (_, q) in script["learned"](model).items())
 
 

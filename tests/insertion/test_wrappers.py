@@ -281,6 +281,17 @@ def test_exported_programs(make: object) -> None:
     assert torch.equal(torch.export.load(file).module()(X), model(X))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [quantized, frozen])
+def test_a_trace_of_torchscript(make: object) -> None:
+    """Tracing reads every attribute of every module, also of those that have not been called: tools that count
+    operations or draw the graph do this, such as `SummaryWriter.add_graph`."""
+    model = make().eval()  # type: ignore[operator]
+    traced = torch.jit.trace(model, X)  # type: ignore[no-untyped-call]
+    other = torch.randn(3, *X.shape[1:])
+    assert torch.equal(traced(other), model(other))
+
+
 def test_an_example_without_numbers() -> None:
     with torch.device("meta"):
         model, x = network(), torch.empty(4, 3, 8, 8)

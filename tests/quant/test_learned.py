@@ -286,7 +286,7 @@ def test_a_start_where_the_error_is_least(format: Format) -> None:
     assert isinstance(q, LearnedQuantizer)
     q.assign(q.scalars_of(x))
     q(x)
-    torch.testing.assert_close(q.latest, octav(x, format, 0))
+    torch.testing.assert_close(q.latest(), octav(x, format, 0))
     with pytest.raises(ValueError, match="start='mean': must be one of lsq, octav"):
         LSQ(start="mean")
 

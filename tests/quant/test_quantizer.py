@@ -306,7 +306,7 @@ def test_a_tensor_that_several_layers_share_is_solved_once(monkeypatch: pytest.M
             for q, other, out, copied in zip(together, alone, outs, copies, strict=True):
                 assert torch.equal(out, other(copied))
                 assert all(torch.equal(t, u) for t, u in zip(q.buffers(), other.buffers(), strict=True))
-                assert torch.equal(q.latest, other.latest) and q.batches == step + 1
+                assert torch.equal(q.latest(), other.latest()) and q.batches == step + 1
             assert counting.solved == 4
 
 
@@ -359,7 +359,7 @@ def test_a_parameter_that_several_layers_share_is_solved_by_each() -> None:
     optimizer = torch.optim.AdamW([weight], lr=0.3, fused=True)
     for _ in range(2):
         out = first(weight) + last(weight)
-        torch.testing.assert_close(first.latest, last.latest)
+        torch.testing.assert_close(first.latest(), last.latest())
         out.sum().backward()
         optimizer.step()
 

@@ -261,7 +261,7 @@ def test_every_method_in_every_range(name: str, range: Range) -> None:
     for t in quantized_tensors(model):
         assert t.quantizer.format.range == range  # type: ignore[attr-defined]
         signs = {-1.0, 1.0} if t.quantizer.format.oriented else {1.0}
-        assert {*t.quantizer.latest.sign().flatten().tolist()} <= signs
+        assert {*t.quantizer.latest().sign().flatten().tolist()} <= signs
 
 
 range_of = range  # since parameters of tests are named `range`
@@ -326,6 +326,6 @@ def test_signs_do_not_flicker_in_training() -> None:
         optimizer.zero_grad()
         (model(x) - target).square().mean().backward()
         optimizer.step()
-        signs.append(torch.cat([t.quantizer.latest.sign().flatten() for t in quantized_tensors(model)]))
+        signs.append(torch.cat([t.quantizer.latest().sign().flatten() for t in quantized_tensors(model)]))
     turns = torch.stack(signs).diff(dim=0).ne(0).sum(0)
     assert turns.float().mean() < 0.5 and turns.max() <= 4

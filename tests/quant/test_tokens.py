@@ -140,7 +140,7 @@ def test_tokens_that_are_columns(name: str) -> None:
     out = model(x)
     by_hand = [fake_quantize(t, octav(t, 4, dim), 4) for t, dim in ((x.view(10, 8), 0), (model.mix.detach(), None))]
     torch.testing.assert_close(out, COLUMNS[name](by_hand[0].view_as(x), by_hand[1]), rtol=1e-4, atol=1e-5)
-    assert layer.input_quantizer.latest.shape == (10, 1)
+    assert layer.input_quantizer.latest().shape == (10, 1)
 
 
 class ByEinsum(nn.Module):
@@ -178,8 +178,8 @@ def test_attention_by_token() -> None:
     assert {name for name, q in per.items() if q.granularity == "tensor"} == {"context.value"}
     with torch.no_grad():
         alone, beside = model(x), model(torch.cat([x, 50 * torch.randn(2, 5, 8)]))
-    assert per["scores.key"].latest.shape == (4 * 2 * 5, 1)
-    assert per["context.probabilities"].latest.shape == (4 * 2 * 5, 1)
+    assert per["scores.key"].latest().shape == (4 * 2 * 5, 1)
+    assert per["context.probabilities"].latest().shape == (4 * 2 * 5, 1)
     assert alone.shape == beside[:2].shape
     per["context.value"].enabled = False
     with torch.no_grad():
