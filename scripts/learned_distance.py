@@ -80,7 +80,7 @@ def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[lis
             best = octav.solve(x, q.format, q.dim, Call())
             if isinstance(q.format, IntFormat) and q.format.oriented:
                 best = oriented(x, best, q.format)
-            noises = [measure(x, s, q.format).mse for s in (q.latest, best)]
+            noises = [measure(x, s, q.format).mse for s in (q.latest(), best)]
             found.setdefault(q, []).append((best.reshape(q.s.shape), torch.stack(noises)))
 
     watch(model, inputs, look)
@@ -92,7 +92,7 @@ def compared(model: nn.Module, inputs: Iterable[Any], octav: Octav) -> tuple[lis
 
 def distance(name: str, q: LearnedQuantizer, best: Tensor, mse: float, best_mse: float) -> Distance:
     """Return a row of the table."""
-    ours, theirs = (width(q.format, s) for s in (q.latest, best))
+    ours, theirs = (width(q.format, s) for s in (q.latest(), best))
     ratio = (ours / theirs).log().mean().exp().item()
     figures = ours.mean().item(), theirs.mean().item(), ratio, mse, best_mse
     return Distance(name, q.format.bits, ours.numel(), *figures, 100 * (mse / best_mse - 1) if best_mse else 0.0)

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from qat_runner.exporting.integer import IntegerConv, not_zero
 
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 FINE = 8
 """The smallest bit-width at which an error of one step does not matter."""
@@ -60,7 +61,7 @@ def _take_out(norm: nn.Module, model: nn.Module) -> None:
             parent._modules[child] = nn.Identity()
 
 
-def _fold(conv: IntegerConv, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> bool:
+def _fold(conv: IntegerConv, norm: _BatchNorm) -> bool:
     """Fold a BatchNorm into a convolution, and return whether that was possible; if not, nothing changes."""
     assert norm.running_var is not None and norm.running_mean is not None
     factor = (norm.running_var + norm.eps).rsqrt()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 from transformers.utils import ModelOutput
 
@@ -472,14 +473,15 @@ def test_the_bias_of_a_dead_channel_is_kept_by_fused_kernels(size: float, tmp_pa
     torch.testing.assert_close(fused, expected, rtol=0, atol=0.01)
 
 
-def test_batchnorm_is_folded_whatever_the_dimensions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.SyncBatchNorm(8)])
+def test_batchnorm_is_folded_whatever_the_dimensions(norm: _BatchNorm, tmp_path: Path) -> None:
     x = torch.randn(3, 4, 16)
-    norm = nn.BatchNorm1d(8)
+    assert norm.running_mean is not None
     nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.weight)
     layers = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 8, 3), norm, nn.Conv1d(8, 2, 3))
     model = freeze(quantize_model(layers.eval(), 8, example=x), "averaged", [x])
     integers = qat.export(model, tmp_path / "m.safetensors", x)
-    assert not any(isinstance(module, nn.BatchNorm1d) for module in integers.modules())
+    assert not any(isinstance(module, _BatchNorm) for module in integers.modules())
     same_but_for_ties(integers(x), model(x))
 
 
