@@ -42,7 +42,7 @@ from qat_runner.quant.kernels import using
 from qat_runner.quant.pool import Pool
 from qat_runner.training.histograms import histograms
 from tests.quant.oracles import same_but_for_ties
-from tests.quant.test_kernels import DEVICES, DTYPES, names, on
+from tests.quant.test_kernels import DEVICES, DTYPES, GPU, names, on
 
 
 def lopsided(*shape: int, seed: int = 0) -> Tensor:
@@ -184,15 +184,23 @@ def test_methods_beside_brute_force(bits: int) -> None:
         assert bits == 8 or excess(octav(x, format, 0)) <= excess(maximum(x, format, 0))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("n", [1, 2, 9, 64])
-def test_octav_is_never_worse_than_its_model_says_of_the_extremes(bits: int, n: int) -> None:
-    format = IntAffineFormat(bits)
-    for x in (torch.randn(50, n), lopsided(50, n), torch.ones(3, n), -torch.ones(3, n), torch.zeros(2, n)):
-        s, top = octav(x.double(), format, 0), maximum(x.double(), format, 0)
-        assert (s[0] <= 0).all() and (s[1] >= 0).all() and torch.isfinite(s).all()
-        ours, extremes = (expected_mse(x, t, format, 0) for t in (s, top))
-        assert (ours.mean() <= extremes.mean() * 1.1 + 1e-12) and (ours <= extremes * 3 + 1e-12).all()
+@names
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+def test_octav_is_never_worse_than_its_model_says_of_the_extremes(name: str, bits: int) -> None:
+    """On short rows the search may end before it has converged, after ten reads or after six from a start."""
+    format, rows = IntAffineFormat(bits), 200 if name != "triton" or GPU else 40
+    for n in (1, 2, 9, 64):
+        drawn = torch.randn(rows, n), torch.randn(rows, n).abs(), lopsided(rows, n)
+        for x in (*drawn, torch.ones(3, n), -torch.ones(3, n), torch.zeros(2, n)):
+            top = maximum(x, format, 0)
+            with using(name, DEVICES[name]):
+                cold = octav(on(name, x), format, 0)
+                start = cold * (1 + 0.02 * torch.randn_like(cold))
+                warm = octav(on(name, x), format, 0, iterations=6, tolerance=1e-4, init=start)
+            for s in (cold.cpu(), warm.cpu()):
+                assert (s[0] <= 0).all() and (s[1] >= 0).all() and torch.isfinite(s).all()
+                ours, extremes = (expected_mse(x, t, format, 0) for t in (s, top))
+                assert (ours <= extremes * 1.001 + 1e-12).all()
 
 
 @names

@@ -118,6 +118,20 @@ def test_one_iteration_is_one_step_of_the_reference(name: str) -> None:
 
 
 @names
+def test_rows_do_not_influence_each_other(name: str) -> None:
+    """Programs of a GPU solve several rows at a time; each row takes the branches of `newton.advance` for itself."""
+    x = torch.randn(40, 33)
+    x[:, 0] = 350 * x[:, 0].sign()
+    for start in (0.01, 0.5, 3.0, 300.0):
+        for iterations in (1, 2, 3, 10):
+            with using("eager"):
+                alone = [octav(row, 2, None, iterations, start, tolerance=0) for row in x.double()]
+            with using(name, DEVICES[name]):
+                found = octav(on(name, x), 2, 0, iterations, torch.full((40, 1), start), tolerance=0).cpu()
+            torch.testing.assert_close(found.flatten().double(), torch.stack(alone), rtol=2e-3, atol=0)
+
+
+@names
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -423,7 +423,7 @@ struct Interval {
         return std::min({std::max(proposed, s / 2), 2 * s, top});
     }
 
-    bool solved() const { return !worse && moved <= std::sqrt(12 * k); }
+    bool solved() const { return !worse && moved <= 0.1 * std::sqrt(12 * k); }
 };
 
 // The start, low and high, is used unless it is too close to zero to say anything about x. The result is NaN for a row

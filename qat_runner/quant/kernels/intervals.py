@@ -10,8 +10,8 @@ so Newton's method solves
     log(k W n) - log E+(u) = 0,   log(k W n) - log E-(v) = 0      with n held constant
 
 in a few reads of x. On rows of few elements, E has kinks and n has jumps, and there may be no solution at all. Where
-the last step was longer than a step of the quantization grid, or where clipping nothing has a smaller J, the answer is
-the interval with the least J among all that were read.
+the last step was longer than `furthest`, or where clipping nothing has a smaller J, the answer is the interval with the
+least J among all that were read.
 
 The state is one float64 tensor [12, *shape of a bound], in units of the larger extreme's power of two.
 """
@@ -85,9 +85,18 @@ def advance(state: Tensor, k: float, above: Tensor, below: Tensor) -> Tensor:
     return torch.stack([next_u, next_v, best_u, best_v, least, top_u, top_v, lo_u, lo_v, count, moved, over_extremes])
 
 
+def furthest(k: float) -> float:
+    """Return the longest last step, relative to the width, after which the next u and v are trusted without a read.
+
+    It is a tenth of a step of the quantization grid. Longer steps lead to intervals with a larger J than those that were
+    read, and on short rows even larger than that of clipping nothing.
+    """
+    return 0.1 * math.sqrt(12 * k)
+
+
 def answer(state: Tensor, k: float) -> tuple[Tensor, Tensor]:
     """Return the final u and v, shape of a bound, in units of the state."""
-    worse = (state[OVER_EXTREMES] > 1) | (state[MOVED] > math.sqrt(12 * k))
+    worse = (state[OVER_EXTREMES] > 1) | (state[MOVED] > furthest(k))
     return torch.where(worse, state[BEST_U], state[U]), torch.where(worse, state[BEST_V], state[V])
 
 

@@ -33,7 +33,6 @@ Other dtypes, devices and granularities are left to `eager`.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from qat_runner.quant.kernels import eager, remembered
 from qat_runner.quant.kernels import triton_intervals as intervals
 from qat_runner.quant.kernels import triton_kernels as device
 from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.kernels.intervals import furthest
 from qat_runner.quant.kernels.remembered import Remembered
 from qat_runner.quant.kernels.views import dense, floats, in_layout_of, rows_and_length
 from qat_runner.quant.pool import Pool
@@ -93,7 +93,7 @@ def octav_interval(x: Tensor, noise: float, guess: Tensor | None, search: Search
     if size is None:
         return eager.octav_interval(x, noise, guess, search)
     start = ends if guess is None else floats(guess.expand(ends.shape))
-    numbers = noise, math.sqrt(12 * noise), search.tolerance, search.iterations
+    numbers = noise, furthest(noise), search.tolerance, search.iterations
     rows, n = size
     with _on(x):
         if n <= (most := max(REGISTERS) // 2):  # with max(REGISTERS) elements, a program's values would spill

@@ -65,7 +65,7 @@ def _propose(s, k, nonzero, excess, outside, lo, sum_lo, outside_lo, hi, sum_hi,
     safe_cost, safe_excess, safe_s = tl.where(usable, cost, 1.0), tl.where(usable, excess, 1.0), tl.where(s > 0, s, 1.0)
     log_newton = s - (tl.log(safe_cost) - tl.log(safe_excess)) / (1 / safe_s + outside / safe_excess)
     returns = tl.where(short, log_newton >= hi * (1 - 2e-7), log_newton <= lo * (1 + 2e-7))
-    fits = usable & (((lo < log_newton) & (log_newton < hi) & (not returns)) | (log_newton == s))
+    fits = usable & (((lo < log_newton) & (log_newton < hi) & ~returns) | (log_newton == s))
     divides = tl.where((lo < mean) & (mean < hi), mean, (lo + hi) / 2)  # because of rounding errors in the sums
     half_way = tl.where(newton_lo < divides, (newton_lo + hi) / 2, divides)
     proposal = tl.where((lo == 0) & (outside == 0), 0.8 * hi, half_way)
