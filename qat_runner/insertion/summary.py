@@ -7,6 +7,7 @@ from torch import nn
 from qat_runner.insertion.columns import columns
 from qat_runner.insertion.insert import QuantizedTensor, network_of, products_of, quantized_tensors
 from qat_runner.insertion.layers import (
+    QuantLayer,
     QuantMatmul,
     each,
     full_precision_name,
@@ -111,11 +112,13 @@ def _left(model: nn.Module) -> list[str]:
     """Return the kinds of modules with parameters that are not quantized, with a count, or the name of a single one.
 
     A module that contains other modules, such as the network itself, is listed with its own parameters only, separately
-    from other modules of its class.
+    from other modules of its class. Parameters that layers within it quantize, such as the projections of
+    `nn.MultiheadAttention`, are not listed.
     """
     names: dict[tuple[str, str], list[str]] = {}
+    quantized = _quantized_parameters(model)
     for name, module in model.named_modules():
-        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        own = [key for key, parameter in module.named_parameters(recurse=False) if id(parameter) not in quantized]
         if own and not (is_quantized(module) or isinstance(module, Quantizer | UsingOwnWeights)):
             part = f"{' and '.join(own)} of " if next(module.children(), None) is not None else ""
             names.setdefault((part, full_precision_name(module)), []).append(name)
@@ -124,6 +127,16 @@ def _left(model: nn.Module) -> list[str]:
         for (part, kind), found in names.items()
     ]
     return [*left, *(["softmax"] if each(model, lambda m: isinstance(m, QuantMatmul)) else [])]
+
+
+def _quantized_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that every layer which multiplies by them, or by a part of them, quantizes."""
+    whole: dict[int, bool] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantLayer):
+            stored = id(layer.qat_stored_weight())
+            whole[stored] = whole.get(stored, True) and isinstance(layer.weight_quantizer, Quantizer)
+    return {stored for stored, quantized in whole.items() if quantized}
 
 
 def _sign(quantizer: Quantizer) -> str:

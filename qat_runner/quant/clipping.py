@@ -7,7 +7,8 @@ convolution weight with `dim=0`. The elements that share a scalar are called a r
 - The dtype of s is float64 for float64 tensors and float32 for all others, whatever x is stored in.
 - Clipping applies to magnitudes: |x| in a signed format, max(x, 0) in an unsigned one, which has no values below zero.
 - s is 0 for empty rows and for rows that are all zero. `fake_quantize` with s = 0 returns zeros.
-- Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first.
+- Subnormal values and values near the largest float neither vanish nor overflow: rows are scaled to 1 first. With two
+  clipping bounds, their distance must be below the largest float.
 - With `check=True`, NaN or infinity in x raises ValueError; this check waits for the device. With `check=False`, meant
   for training steps, nothing waits for the device. Quantizing x with such an s returns NaN at least where x is NaN, and
   in the whole row where a magnitude is infinite.
@@ -26,6 +27,7 @@ from torch import Tensor
 from qat_runner.quant import clipping_intervals, kernels
 from qat_runner.quant.formats import Format, IntFormat, as_format
 from qat_runner.quant.kernels.cost import Search, cost_of
+from qat_runner.quant.kernels.newton import power_of_two
 from qat_runner.quant.limits import TOLERANCE, check_iterations, check_percentile, check_points, check_refine
 from qat_runner.quant.orienting import side_of_largest
 from qat_runner.quant.pool import Pool
@@ -352,9 +354,10 @@ def _refined(x: Tensor, s: Tensor, format: IntFormat, candidates: int, both_sign
     widely = [1.0, *_spread(1.5, (candidates + 1) // 2)]
     if both_signs:
         widely += [-factor for factor in widely]
-    backend = kernels.backend(x)
+    backend, unit = kernels.backend(x), power_of_two(s.abs())
+    x, s = x.to(s.dtype) / unit, s / unit
     s = backend.refine(x, s, format, widely)
-    return backend.refine(x, s, format, [1.0, *_spread(0.2, candidates // 2)]).abs()
+    return backend.refine(x, s, format, [1.0, *_spread(0.2, candidates // 2)]).abs() * unit
 
 
 def _spread(octaves: float, count: int) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from qat_runner.quant import kernels, tensors
 from qat_runner.quant.formats import Format
 from qat_runner.quant.kernels.cost import Cost, Search
+from qat_runner.quant.kernels.newton import power_of_two
 from qat_runner.quant.pool import Pool
 from qat_runner.quant.tensors import compute_dtype, scalar_shape
 
@@ -65,16 +66,18 @@ def mse_sweep(x: Tensor, format: Format, dims: tuple[int, ...], points: int, tog
     top = extremes(x, format, dims)
     if x.numel() == 0:
         return top
-    wide = x.to(compute_dtype(x))
+    unit = power_of_two(torch.maximum(-top[0], top[1]))  # else squares of small and of large values vanish or overflow
+    wide, top = x.to(compute_dtype(x)) / unit, top / unit
+    weight = (unit / unit.amax()).square()  # back to units shared by rows
     ends = top
     for sides in ((0, 1), (0,), (1,)):
         candidates = [_shared(ends, top, sides, k / points) for k in range(1, points + 1)]
         cost = torch.stack([_squared_error(wide, format, c, dims) for c in [ends, *candidates]])
         if together:
-            cost = cost.flatten(1).sum(1).reshape(-1, *[1] * x.ndim).expand(cost.shape)
+            cost = (cost * weight).flatten(1).sum(1).reshape(-1, *[1] * x.ndim).expand(cost.shape)
         best = cost.argmin(0, keepdim=True)
         ends = torch.stack([torch.stack([c[i] for c in [ends, *candidates]]).gather(0, best)[0] for i in (0, 1)])
-    return ends
+    return ends * unit
 
 
 def _squared_error(x: Tensor, format: Format, ends: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -274,6 +274,16 @@ def orthogonal(module: nn.Module, name: str) -> nn.Module:
     return nn.utils.parametrizations.orthogonal(module, name, "cayley")  # it multiplies by @
 
 
+def test_what_the_summary_says_of_attention_of_torch() -> None:
+    """The projections of attention quantize `in_proj_weight`, which belongs to the module around them."""
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), torch.randn(2, 5, 8)
+    quantize_model(model, 4, example=x)
+    assert "full precision: in_proj_bias of MultiheadAttention 0.self_attn, 2 LayerNorm, softmax" in summary(model)
+    partly = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True))
+    quantize_model(partly, 4, rules=[{"match": "*.key_projection.weight", "bits": 32}], example=x)
+    assert "in_proj_weight and in_proj_bias of MultiheadAttention 0.self_attn" in summary(partly)
+
+
 def pruned(module: nn.Module, name: str) -> object:
     return prune.l1_unstructured(module, name, 0.3)
 

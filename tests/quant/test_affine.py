@@ -203,6 +203,17 @@ def test_octav_is_never_worse_than_its_model_says_of_the_extremes(name: str, bit
                 assert (ours <= extremes * 1.001 + 1e-12).all()
 
 
+@pytest.mark.parametrize("exponent", [-90, 90])
+def test_the_sweep_does_not_depend_on_the_scale(exponent: int) -> None:
+    """Squares of such values vanish or overflow in float32."""
+    x, format = lopsided(6, 50) * torch.logspace(-1, 1, 6)[:, None], IntAffineFormat(4)
+    for together in (True, False):
+        expected = mse_sweep(x, format, 0, 20, together=together)
+        found = mse_sweep(x * 2.0**exponent, format, 0, 20, together=together)
+        assert torch.equal(found, expected * 2.0**exponent)
+    assert (expected[1] < x.amax(1, keepdim=True)).any()
+
+
 @names
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_octav_of_backends_cold_and_warm(name: str, dtype: torch.dtype) -> None:

@@ -233,6 +233,17 @@ def test_backends_agree_on_refining(name: str) -> None:
         assert (error(x, refined, format) <= error(x, reference, format) * 1.001 + 1e-9).all()
 
 
+@names
+@pytest.mark.parametrize("exponent", [-100, 110])
+def test_refining_does_not_depend_on_the_scale(name: str, exponent: int) -> None:
+    """Squares of such values vanish or overflow in float32."""
+    x = torch.randn(6, 9)
+    with using(name, DEVICES[name]):
+        expected = octav(on(name, x), 4, 0, refine=32)
+        found = octav(on(name, x * 2.0**exponent), 4, 0, refine=32)
+    assert torch.equal(found, expected * 2.0**exponent)
+
+
 def test_nothing_to_refine() -> None:
     x = torch.stack([torch.zeros(9), torch.ones(9), torch.full((9,), 1e-30)])
     s = octav(x, 4, 0, refine=8)

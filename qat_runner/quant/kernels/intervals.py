@@ -88,8 +88,8 @@ def advance(state: Tensor, k: float, above: Tensor, below: Tensor) -> Tensor:
 def furthest(k: float) -> float:
     """Return the longest last step, relative to the width, after which the next u and v are trusted without a read.
 
-    It is a tenth of a step of the quantization grid. Longer steps lead to intervals with a larger J than those that were
-    read, and on short rows even larger than that of clipping nothing.
+    It is a tenth of a step of the quantization grid. Longer steps lead to intervals with a larger J than those that
+    were read, and on short rows even larger than that of clipping nothing.
     """
     return 0.1 * math.sqrt(12 * k)
 
