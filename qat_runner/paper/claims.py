@@ -82,15 +82,20 @@ class Claim:
         ]
 
     def verdict(self, findings: Sequence[Finding]) -> str:
-        """Return one verdict for all setups, or the number of decisive setups in which the claim holds."""
+        """Return the verdict of all setups that test the claim; if they differ, the number of setups with each."""
         if self.found:
             return self.found.verdict
         setups = dict.fromkeys(finding.setup.name for finding in findings)
         verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
-        decided = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
-        if {*decided} == {Verdict.HOLDS, Verdict.FAILS}:
-            return f"holds in {decided.count(Verdict.HOLDS)} of {len(decided)} setups"
-        return str(Verdict.NOT_RUN if not decided else decided[0] if len({*decided}) == 1 else Verdict.OPEN)
+        decisive = (Verdict.HOLDS, Verdict.FAILS)
+        kinds = [verdict if verdict in decisive else Verdict.OPEN for verdict in verdicts]
+        counts = {kind: kinds.count(kind) for kind in (*decisive, Verdict.OPEN) if kind in kinds}
+        if not verdicts:
+            return str(Verdict.NOT_RUN)
+        if len(counts) == 1:
+            return str(verdicts[0] if len({*verdicts}) == 1 else Verdict.OPEN)
+        first, *others = (f"{kind} in {count}" for kind, count in counts.items())
+        return ", ".join([f"{first} of {len(verdicts)} setups", *others])
 
     def published(self, statement: Statement) -> dict[str, float]:
         """Return the difference in the paper's own numbers, by network."""

@@ -28,7 +28,8 @@ RULE = (
     "A statement gives bounds for a difference. It holds if the whole interval lies within the bounds, does not hold "
     "if the whole interval lies outside, and otherwise cannot be told, because the seed-to-seed variation is too "
     "large. One seed decides nothing. By chance alone, at most one statement in twenty is judged wrongly. A claim "
-    "holds in a setup if all of its statements hold, and does not hold if one of them does not. A cell of a table "
+    "holds in a setup if all of its statements hold, and does not hold if one of them does not. The verdict on a "
+    "claim is that of all setups that test it; if they differ, it counts the setups with each. A cell of a table "
     f"holds if its difference from full precision is within {NEAR:g} point of the published difference.",
 )
 
@@ -72,7 +73,7 @@ def _counts(found: Findings, cells: Cells) -> str:
 
 
 def _describe(verdicts: Counter[str]) -> str:
-    return ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+    return "; ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
 
 
 # What was run here
@@ -249,9 +250,10 @@ def _lines(found: Findings, cells: Cells) -> Table:
 
 
 def _lines_of_claim(claim: Claim, findings: Sequence[Finding]) -> list[dict[str, str]]:
-    first = {"source": claim.source, "entry": claim.id, "says": claim.says}
+    verdict = claim.verdict(findings)
+    first = {"source": claim.source, "entry": claim.id, "says": claim.says, "verdict_of_claim": verdict}
     if not findings:
-        return [first | {"verdict": claim.verdict([])}]
+        return [first | {"verdict": verdict}]
     return [
         {
             **first,

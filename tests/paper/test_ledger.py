@@ -145,7 +145,7 @@ def test_claims_are_judged_by_runs_of_one_setup() -> None:
     found = by_id["octav-4-bits"].findings(setups)
     assert [finding.differences.values for finding in found] == [pytest.approx((-0.6, -0.5, -0.4)), ()]
     assert [finding.verdict for finding in found] == [Verdict.HOLDS, Verdict.ALONE]
-    assert by_id["octav-4-bits"].verdict(found) == "holds"
+    assert by_id["octav-4-bits"].verdict(found) == "holds in 1 of 2 setups, cannot be told in 1"
     found = by_id["max-4-bits"].findings(setups[:1])
     assert (
         found[1].differences.values == pytest.approx((3.4, 3.4, 3.6)) and by_id["max-4-bits"].verdict(found) == "holds"
@@ -191,8 +191,28 @@ def test_setups_that_disagree_are_counted() -> None:
         for cell, top1 in ((("full_precision", None), 70.0), (("octav", 4), 60.0))
         for seed in range(2)
     ]
+    one = [run(row, bits, 0, 70.0, lr=0.3) for row, bits in (("full_precision", None), ("octav", 4))]
     (claim,) = [claim for claim in claims() if claim.id == "octav-4-bits"]
-    assert claim.verdict(claim.findings(setups_of([*runs(), *worse]))) == "holds in 1 of 2 setups"
+
+    def verdict(*some: Run) -> str:
+        return claim.verdict(claim.findings(setups_of(some)))
+
+    assert verdict(*runs(), *worse) == "holds in 1 of 2 setups, does not hold in 1"
+    assert verdict(*runs(), *one) == "holds in 1 of 2 setups, cannot be told in 1"
+    assert verdict(*worse, *one) == "does not hold in 1 of 2 setups, cannot be told in 1"
+    assert verdict(*runs(), *worse, *one) == "holds in 1 of 3 setups, does not hold in 1, cannot be told in 1"
+    assert verdict(*one) == "cannot be told: one seed"
+
+
+def test_page_and_csv_count_the_setups_that_decide_a_claim() -> None:
+    one = [run(row, bits, 0, 70.0, lr=0.3) for row, bits in (("full_precision", None), ("octav", 4))]
+    page, lines = ledger([*runs(), *one])
+    verdict = "holds in 1 of 2 setups, cannot be told in 1"
+    (overview, *_) = page.tables
+    assert [cells[1] for cells in overview.cells if cells[0] == "octav-4-bits"] == [verdict]
+    assert f"; 2 {verdict}; " in page.lead[-1] and "it counts the setups with each" in " ".join(page.lead)
+    found = [dict(zip(lines.headers, line, strict=True)) for line in lines.cells]
+    assert {line["verdict_of_claim"] for line in found if line["entry"] == "octav-4-bits"} == {verdict}
 
 
 # Cells
@@ -285,7 +305,7 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     sentence = capsys.readouterr().out.splitlines()
     own = sum(claim.found is not None for claim in claims())
     assert sentence[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
-    assert f" {own} were examined by the project itself, independently of these runs: holds " in sentence[0]
+    assert f" {own} were examined by the project itself, independently of these runs: 3 holds" in sentence[0]
     assert sentence[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
     page = (tmp_path / "out" / "ledger.md").read_text()
     assert "paired t-test" in page and "GPU hours are an estimate" in page
@@ -330,5 +350,5 @@ def test_the_ledger_of_nothing_says_so() -> None:
     page, _ = ledger([])
     assert "No runs." in page.text("markdown")
     judged, own, of_cells = (part.partition(": ")[2] for part in page.lead[-1].split(". ")[1:])
-    assert judged == f"not run {sum(claim.found is None for claim in claims())}" and "not run" not in own
-    assert of_cells == f"not run {sum(map(len, CELLS.values()))}."
+    assert judged == f"{sum(claim.found is None for claim in claims())} not run" and "not run" not in own
+    assert of_cells == f"{sum(map(len, CELLS.values()))} not run."
