@@ -22,8 +22,10 @@ RULE = (
     "data stand in for the paper's runs: they show whether its findings appear there, too, and say nothing about the "
     "paper's own cells. The commands that reproduce those cells are listed.",
     "Differences are in percentage points (points), between two runs with the same seed that differ only in what is "
-    "compared. Full precision is the run without quantization that is otherwise the same; if there is none, it is the "
-    "network that was retrained. All seeds use the same one of the two. Brackets hold the "
+    "compared. Runs of two modes may also differ in what the recipe prescribes for each mode, such as the learning "
+    "rate; they start from the same weights, unless one is trained from scratch. Full precision is the run without "
+    "quantization that is otherwise the same; if there is none, it is the network that was retrained. All seeds use "
+    "the same one of the two. Brackets hold the "
     f"{100 * CONFIDENCE:g} % confidence interval of the mean over seeds, by Student's t (a paired t-test).",
     "A statement gives bounds for a difference. It holds if the whole interval lies within the bounds, does not hold "
     "if the whole interval lies outside, and otherwise cannot be told, because the seed-to-seed variation is too "
@@ -161,13 +163,12 @@ def _statements(found: Findings) -> Table:
     cells = []
     for claim, findings in found.items():
         for statement in claim.statements:
-            first = [claim.id, str(statement), _range(claim.published(statement).values())]
-            mine = [
-                [f.setup.name, *_difference(f.differences), str(f.verdict)]
+            published = _range(claim.published(statement).values())
+            cells += [
+                [claim.id, f.text, published, f.setup.name, *_difference(f.differences), str(f.verdict)]
                 for f in findings
                 if f.statement == statement
-            ]
-            cells += [[*first, *text] for text in mine or [["", "", "0", str(Verdict.NOT_RUN)]]]
+            ] or [[claim.id, statement.text(), published, "", "", "0", str(Verdict.NOT_RUN)]]
     notes = ["Published: the same difference in the paper's tables, from the smallest to the largest of its networks."]
     return Table("Claims, statement by statement", heads, cells, notes)
 
@@ -259,6 +260,7 @@ def _lines_of_claim(claim: Claim, findings: Sequence[Finding]) -> list[dict[str,
             **first,
             **_line_of_setup(f.setup, f.statement.of, f.statement.bits, f.setup.cell(f.statement.of, f.statement.bits)),
             "minus": " ".join(filter(None, [f.statement.minus, f.statement.minus_mode])),
+            "minus_setup": f.other.name if f.other else "",
             "above": f"{f.statement.above:g}" if math.isfinite(f.statement.above) else "",
             "below": f"{f.statement.below:g}" if math.isfinite(f.statement.below) else "",
             "published_difference": _range(claim.published(f.statement).values()),

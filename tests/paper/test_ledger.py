@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_the_paper_s_own_numbers_are_as_it_claims() -> None:
             found = claim.published(statement)
             assert found, (claim.id, statement)
             for model, difference in found.items():
-                assert statement.above < difference < statement.below, (claim.id, model, str(statement))
+                assert statement.above < difference < statement.below, (claim.id, model, statement.text())
 
 
 def test_claims_are_about_what_there_is() -> None:
@@ -121,7 +122,7 @@ def run(row: str, bits: int | None, seed: int, top1: float, mode: str = "scratch
         "dataset=cifar10",
         "dataset.image_size=16",
         f"mode={mode}",
-        *(["weights=baseline"] * (mode == "retrain")),
+        *(["weights=baseline"] * (mode != "scratch")),
     ]
     base = config_of(*overrides, f"bits={bits or 32}")
     config = replace(base, seed=seed, **other)  # type: ignore[arg-type]
@@ -213,6 +214,47 @@ def test_page_and_csv_count_the_setups_that_decide_a_claim() -> None:
     assert f"; 2 {verdict}; " in page.lead[-1] and "it counts the setups with each" in " ".join(page.lead)
     found = [dict(zip(lines.headers, line, strict=True)) for line in lines.cells]
     assert {line["verdict_of_claim"] for line in found if line["entry"] == "octav-4-bits"} == {verdict}
+
+
+def lengthy(mode: str, top1: float, start: str = "A", **other: object) -> list[Run]:
+    """Return three seeds of OCTAV at 4 bits for the claim that longer retraining is better."""
+    weights: dict[str, Any] = {} if mode == "scratch" else {"weights": start, "fingerprints": {start: start}}
+    step = 0.1 if mode == "long_retrain" else 0.2
+    return [run("octav", 4, seed, top1 + step * seed, mode, **weights, **other) for seed in range(3)]
+
+
+SHORT, SCRATCH = {"mode": "retrain", "top1": 86}, {"mode": "scratch", "top1": 85}
+
+
+@pytest.mark.parametrize(
+    ("others", "found"),
+    [
+        ([SHORT, SCRATCH], "holds"),
+        ([SHORT, SCRATCH | {"top1": 95}], "does not hold"),
+        ([SHORT | {"epochs": 2}, SCRATCH], "holds"),  # the mode prescribes the epochs
+        ([SHORT, SCRATCH, SCRATCH | {"top1": 95, "epochs": 200}], "holds"),
+        ([SHORT, SCRATCH, SCRATCH | {"top1": 95, "limit_train_batches": 7}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "batch_size": 64}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "amp": "bf16"}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "epochs": 2, "start": "B"}], "holds"),
+        ([SHORT, SCRATCH | {"top1": 95, "epochs": 200}], "cannot be told"),
+        ([SHORT | {"start": "B"}], "cannot be told: nothing to compare with"),
+    ],
+)
+def test_runs_of_two_modes_agree_in_what_these_do_not_prescribe(others: list[dict[str, Any]], found: str) -> None:
+    (claim,) = [claim for claim in claims() if claim.id == "longer-is-better"]
+    setups = setups_of([*lengthy("long_retrain", 90), *(run for other in others for run in lengthy(**other))])
+    assert claim.verdict(claim.findings(setups)) == found
+
+
+def test_the_setup_of_the_other_mode_is_named() -> None:
+    page, lines = ledger([*lengthy("long_retrain", 90), *lengthy("retrain", 86), *lengthy("scratch", 85)])
+    texts = [cells[1] for cells in page.tables[2].cells if cells[0] == "longer-is-better"]
+    names = [f"OCTAV (MPH) minus OCTAV (MPH) ({where}), 4 bits: above 0" for where in ("retrain, S2", "scratch, S3")]
+    assert texts == names
+    found = [dict(zip(lines.headers, line, strict=True)) for line in lines.cells]
+    some = [(line["minus"], line["minus_setup"]) for line in found if line["entry"] == "longer-is-better"]
+    assert some == [("octav retrain", "S2"), ("octav scratch", "S3")]
 
 
 # Cells
