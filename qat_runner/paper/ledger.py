@@ -7,14 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat_runner.config import BASELINE, Config
-from qat_runner.config.composing import command
+from qat_runner.config import Config
+from qat_runner.config.composing import command, quoted
 from qat_runner.paper.cells import NEAR, Cell, cells_of, estimates
 from qat_runner.paper.claims import Claim, Finding, claims
 from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, setups_of
 from qat_runner.paper.tables import paper
 from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
 from qat_runner.report.runs import Run, not_finished
+from qat_runner.report.starts import start_of
 from qat_runner.report.tables import Document, Table, mean_and_deviation, of_some
 
 RULE = (
@@ -88,6 +89,11 @@ def _setups(setups: Sequence[Setup], unfinished: Sequence[str]) -> Table:
         "to the command of its setup, as in `qat-run -m ... +row=octav bits=4 seed=0,1,2`. The ledger in CSV lists the "
         "words of each line."
     ]
+    if several := [setup.name for setup in setups if len(_starts(setup)) > 1]:
+        notes.append(
+            f"The runs of {', '.join(several)} start from several weights: the command leaves out `weights=`, and the "
+            "words of a line have it, with a semicolon between the words of different weights."
+        )
     notes = [*(notes if setups else ["No runs."]), *unfinished]
     return Table("What was run here", heads, list(map(_setup, setups)), notes)
 
@@ -120,23 +126,48 @@ def setup_command(setup: Setup) -> str | None:
     text = command(_without_places(setup.config))
     if text is None:
         return None
-    return shlex.join(word for word in shlex.split(text) if not word.startswith(WORDS_OF_A_ROW))
+    left_out = (*WORDS_OF_A_ROW, *(["weights="] if len(_starts(setup)) > 1 else []))
+    return shlex.join(word for word in shlex.split(text) if not word.startswith(left_out))
 
 
 def _without_places(config: Config) -> Config:
     """Return the config with data_dir=/data, and weights in the directory where the command is run."""
+    name, prints = _name_of_weights(config), config.fingerprints
+    known = {name: prints[config.weights]} if name is not None and config.weights in prints else {}
+    return replace(config, data_dir="/data", weights=name, fingerprints=prints | known)
+
+
+def _name_of_weights(config: Config) -> str | None:
+    """Return the name of the weights file that a run starts from; the value of `weights` if that is no file."""
     weights = config.weights
-    if weights is None or weights == BASELINE or weights not in config.fingerprints:
-        return replace(config, data_dir="/data")
-    name = Path(weights).name
-    prints = config.fingerprints | {name: config.fingerprints[weights]}
-    return replace(config, data_dir="/data", weights=name, fingerprints=prints)
+    return weights if weights is None or weights not in config.fingerprints else Path(weights).name
 
 
-def words_of_row(row: str, bits: int | None, seeds: Sequence[int]) -> str:
-    """Return the words that a row of the tables adds to the command of a setup."""
+def _starts(setup: Setup) -> dict[str | None, str | None]:
+    """Return the names of the weights that a setup's runs start from, by `start_of`; paths if two names are equal."""
+    configs = {start_of(some.run.config): some.run.config for some in setup.results}
+    names = {start: _name_of_weights(config) for start, config in configs.items()}
+    alike = len({*names.values()}) < len(names)
+    return {start: config.weights for start, config in configs.items()} if alike else names
+
+
+def words_of_row(setup: Setup, row: str, bits: int | None) -> str:
+    """Return the words that a row of the tables adds to the command of a setup.
+
+    If the setup's runs start from several weights, the words name these, and those of each weights are separated by
+    semicolons.
+    """
+    starts = _starts(setup)
+    seeds: dict[str | None, list[int]] = {}
+    for seed, some in sorted(setup.cell(row, bits).items()):
+        seeds.setdefault(starts[start_of(some.run.config)] if len(starts) > 1 else None, []).append(seed)
+    return "; ".join(_words(row, bits, theirs, weights) for weights, theirs in seeds.items())
+
+
+def _words(row: str, bits: int | None, seeds: Sequence[int], weights: str | None) -> str:
     of_bits = [] if bits is None else [f"bits={bits}"]
-    return " ".join([f"+row={row}", *of_bits, f"seed={','.join(map(str, sorted(seeds)))}"])
+    start = [] if weights is None else [f"weights={quoted(weights)}"]
+    return shlex.join([f"+row={row}", *of_bits, f"seed={','.join(map(str, seeds))}", *start])
 
 
 # Claims
@@ -294,7 +325,7 @@ def _line_of_setup(setup: Setup, row: str, bits: int | None, results: Mapping[in
         "data": setup.config.dataset.name,
         "inputs": _inputs(setup.config),
         "epochs": _length(setup.config),
-        "words": words_of_row(row, bits, [*results]),
+        "words": words_of_row(setup, row, bits),
         "values": " ".join(f"{results[seed].value:.2f}" for seed in sorted(results)),
         "seeds": str(len(results)),
     }

@@ -312,10 +312,51 @@ def test_the_command_of_a_setup_and_the_words_of_a_row_give_a_run() -> None:
     (setup,) = setups_of(runs())
     base = setup_command(setup)
     assert base is not None and "bits" not in base
-    words = words_of_row("octav", 4, [2])
-    assert words == "+row=octav bits=4 seed=2"
+    words = words_of_row(setup, "octav", 4)
+    assert words == "+row=octav bits=4 seed=0,1,2"
+    words = words.replace("0,1,2", "2")
     config = from_hydra(compose_config([*shlex.split(base)[1:], *words.split()]))
     assert (config.weight_bits, config.clipping.name, config.seed, config.dataset.image_size) == (4, "octav", 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("paths", "rows", "names"),
+    [
+        (["/a/w0.pt", "/a/w1.pt"], ["octav", "max"], ["w0.pt", "w1.pt"]),  # each seed has its own
+        (["/a/w.pt", "/b/w.pt"], ["octav", "max"], ["/a/w.pt", "/b/w.pt"]),  # of the same name
+        (["/a/w 0.pt", "baseline"], ["octav", "max"], ["w 0.pt", "baseline"]),
+    ],
+)
+def test_the_words_of_a_row_name_weights_that_not_all_runs_share(
+    paths: list[str], rows: list[str], names: list[str]
+) -> None:
+    some = [
+        run(row, 4, seed, 80.0, "retrain", weights=path, fingerprints={path: path} if path != "baseline" else {})
+        for row in rows
+        for seed, path in enumerate(paths)
+    ]
+    (setup,) = setups_of(some)
+    base = setup_command(setup)
+    assert base is not None and "weights" not in base
+    for each, row in zip(some, [row for row in rows for _ in paths], strict=True):
+        words = words_of_row(setup, row, 4).split("; ")[each.seed]
+        config = from_hydra(compose_config([*shlex.split(base)[1:], *shlex.split(words)]))
+        assert (config.seed, config.weights, config.mode) == (each.seed, names[each.seed], "retrain")
+    page, _ = ledger(some)
+    assert "The runs of S1 start from several weights" in " ".join(page.tables[1].notes)
+
+
+def test_the_words_of_a_row_name_its_own_weights() -> None:
+    some = [
+        run(row, 4, seed, 80.0, "retrain", weights=path, fingerprints={path: path})
+        for row, path in (("octav", "/a/w0.pt"), ("max", "/a/w1.pt"))
+        for seed in range(2)
+    ]
+    (setup,) = setups_of(some)
+    words = [words_of_row(setup, row, 4) for row in ("octav", "max")]
+    assert words == [
+        f"+row={row} bits=4 seed=0,1 weights={name}" for row, name in (("octav", "w0.pt"), ("max", "w1.pt"))
+    ]
 
 
 # The command
