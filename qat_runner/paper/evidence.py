@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qat_runner.config import Config, Distill, differences, identity, plain
+from qat_runner.config import Config, Distill, differences, identity, plain, run_name
 from qat_runner.config.schema import OF_STAGE, RecipeConfig
 from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
@@ -92,12 +92,16 @@ class Setup:
 
 
 def setups_of(runs: Sequence[Run]) -> list[Setup]:
-    """Group the finished runs that are rows of tables into setups; any finished run may serve as full precision."""
+    """Group the finished runs that are rows of tables into setups; any finished run may serve as full precision.
+
+    Of equal runs, the first counts; the others serve only as full precision of the runs beside them.
+    """
     done = [(run, run.summary) for run in runs if run.summary is not None]
     gaps = against_full_precision([tables.Result(run.config, summary, run.place) for run, summary in done])
     groups: dict[tuple[str, str], list[Result]] = {}
-    for (run, _), gap in zip(done, gaps, strict=True):
-        if run.row in paper()["labels"]:
+    counted = _first_of_equals([run for run, _ in done])
+    for (run, _), gap, first in zip(done, gaps, counted, strict=True):
+        if first and is_row(run):
             groups.setdefault(_alike(run.config), []).append(Result(run, gap))
     for network, quantized in [key for key in groups if key[1] == IN_FULL_PRECISION]:
         others = [some for key, some in groups.items() if key[0] == network and key[1] != quantized]
@@ -107,6 +111,23 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
             del groups[network, quantized]
     ordered = sorted(groups.values(), key=lambda some: (some[0].run.model, some[0].run.dataset, some[0].run.mode))
     return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]
+
+
+def is_row(run: Run) -> bool:
+    """Return whether a run is a row of the paper's tables."""
+    return run.row in paper()["labels"]
+
+
+def repeated(runs: Sequence[Run]) -> list[Run]:
+    """Return the finished runs that are rows of tables and equal to an earlier one, so that they do not count."""
+    rows = [run for run in runs if run.summary is not None and is_row(run)]
+    return [run for run, first in zip(rows, _first_of_equals(rows), strict=True) if not first]
+
+
+def _first_of_equals(runs: Sequence[Run]) -> list[bool]:
+    """Return of each run whether none before it is the same run, of the same seed."""
+    names = [run_name(run.config) for run in runs]
+    return [names.index(name) == i for i, name in enumerate(names)]
 
 
 IN_FULL_PRECISION = str([])

@@ -11,7 +11,7 @@ from qat_runner.config import Config
 from qat_runner.config.composing import command, quoted
 from qat_runner.paper.cells import NEAR, Cell, cells_of, estimates
 from qat_runner.paper.claims import Claim, Finding, claims
-from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, setups_of
+from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, repeated, setups_of
 from qat_runner.paper.tables import paper
 from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
 from qat_runner.report.runs import Run, not_finished
@@ -54,8 +54,7 @@ def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
     """
     setups = setups_of(runs)
     found, cells = {claim: claim.findings(setups) for claim in claims()}, cells_of(setups)
-    unfinished = not_finished(run.folder for run in runs if run.summary is None)
-    tables = [_overview(found), _setups(setups, unfinished), _statements(found)]
+    tables = [_overview(found), _setups(setups, _not_counted(runs)), _statements(found)]
     tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
     page = Document("Ledger: the paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
     return page, _lines(found, cells)
@@ -82,7 +81,14 @@ def _describe(verdicts: Counter[str]) -> str:
 # What was run here
 
 
-def _setups(setups: Sequence[Setup], unfinished: Sequence[str]) -> Table:
+def _not_counted(runs: Sequence[Run]) -> list[str]:
+    """Return sentences that name the runs that are in no setup, with the reason."""
+    again = [run.text.rstrip(",") for run in repeated(runs)]
+    why = [f"Not counted, since the same run is counted already: {', '.join(again)}."] if again else []
+    return [*not_finished(run.folder for run in runs if run.summary is None), *why]
+
+
+def _setups(setups: Sequence[Setup], not_counted: Sequence[str]) -> Table:
     heads = ["setup", "network", "width", "data", "inputs", "mode", "epochs", "batch", "lr", "seeds", "runs", "command"]
     notes = [
         "The runs of a setup differ only in their row of a table, bits and seed. To repeat a run, append these words "
@@ -94,7 +100,7 @@ def _setups(setups: Sequence[Setup], unfinished: Sequence[str]) -> Table:
             f"The runs of {', '.join(several)} start from several weights: the command leaves out `weights=`, and the "
             "words of a line have it, with a semicolon between the words of different weights."
         )
-    notes = [*(notes if setups else ["No runs."]), *unfinished]
+    notes = [*(notes if setups else ["No runs."]), *not_counted]
     return Table("What was run here", heads, list(map(_setup, setups)), notes)
 
 

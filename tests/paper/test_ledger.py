@@ -124,7 +124,7 @@ def run(row: str, bits: int | None, seed: int, top1: float, mode: str = "scratch
         f"mode={mode}",
         *(["weights=baseline"] * (mode != "scratch")),
     ]
-    base = config_of(*overrides, f"bits={bits or 32}")
+    base = config_of(*overrides, f"+row={row}", f"bits={bits or 32}")
     config = replace(base, seed=seed, **other)  # type: ignore[arg-type]
     return Run(Path(f"{row}{seed}"), config, "resnet20", "cifar10", mode, bits or 32, row, seed, {}, {"top1": top1})  # type: ignore[typeddict-item]
 
@@ -178,6 +178,31 @@ def test_two_starts_are_no_seeds_of_one_row() -> None:
     (setup,) = setups_of(starts)
     with pytest.raises(ConfigError, match="octav0 and octav2 would share a cell of the table, but differ in weights"):
         setup.cell("octav", 4)
+
+
+def test_a_run_that_two_machines_repeated_counts_once() -> None:
+    tops = {("full_precision", None): 75.0, ("max", 4): 60.0, ("octav", 4): 74.5}
+    again = [
+        replace(run(*cell, seed, top1 - seed), folder=Path("other") / f"{cell[0]}{seed}")
+        for cell, top1 in tops.items()
+        for seed in (2, 3)
+    ]
+    del again[2]  # max-scaling with seed 2 was run on one machine
+    page, _ = ledger([*runs(), *again])
+    (setup,) = setups_of([*runs(), *again])
+    assert {seed: some.value for seed, some in setup.cell("octav", 4).items()} == {0: 69.4, 1: 70.5, 2: 71.6, 3: 71.5}
+    assert setup.differences("octav", FULL_PRECISION, 4).values == pytest.approx((-0.6, -0.5, -0.4, -0.5))
+    said = "Not counted, since the same run is counted already: other/full_precision2, other/octav2."
+    assert said in page.tables[1].notes
+
+
+def test_a_repeated_run_is_compared_with_full_precision_beside_it() -> None:
+    beside = [
+        replace(run(*cell, 0, top1), folder=Path("other") / cell[0])
+        for cell, top1 in {("full_precision", None): 60.0, ("octav", 4): 58.0}.items()
+    ]
+    (setup,) = setups_of([run("full_precision", None, 0, 70.0), *beside])
+    assert setup.differences("octav", FULL_PRECISION, 4).values == (-2.0,)
 
 
 def test_what_no_row_says_makes_another_setup() -> None:
