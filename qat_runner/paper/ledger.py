@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qat_runner.config import Config
+from qat_runner.config import Config, run_name
 from qat_runner.config.composing import command, quoted
 from qat_runner.paper.cells import NEAR, Cell, cells_of, estimates
 from qat_runner.paper.claims import Claim, Finding, claims
-from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, repeated, setups_of
+from qat_runner.paper.evidence import FULL_PRECISION, Result, Setup, is_row, repeated, setups_of
 from qat_runner.paper.tables import paper
 from qat_runner.report.differences import CONFIDENCE, Differences, Verdict
 from qat_runner.report.runs import Run, not_finished
@@ -43,18 +43,19 @@ Findings = dict[Claim, list[Finding]]
 Cells = dict[str, list[Cell]]
 
 
-def ledger(runs: Sequence[Run]) -> tuple[Document, Table]:
+def ledger(runs: Sequence[Run], errors: Sequence[str] = ()) -> tuple[Document, Table]:
     """Return the ledger as a page, and all of its lines as one table.
 
     Args:
-        runs: of any networks, data and modes; runs that are no row of a table of the paper are ignored.
+        runs: of any networks, data and modes; runs that are no row of a table of the paper have no lines.
+        errors: reasons why other runs are left out.
 
     Raises:
         ConfigError: runs that would share a cell differ in more than their seed.
     """
     setups = setups_of(runs)
     found, cells = {claim: claim.findings(setups) for claim in claims()}, cells_of(setups)
-    tables = [_overview(found), _setups(setups, _not_counted(runs)), _statements(found)]
+    tables = [_overview(found), _setups(setups, _not_counted(runs, errors)), _statements(found)]
     tables += [*(_table(name, some) for name, some in cells.items()), _table6()]
     page = Document("Ledger: the paper, claim by claim and cell by cell", [*RULE, _counts(found, cells)], tables)
     return page, _lines(found, cells)
@@ -81,11 +82,23 @@ def _describe(verdicts: Counter[str]) -> str:
 # What was run here
 
 
-def _not_counted(runs: Sequence[Run]) -> list[str]:
-    """Return sentences that name the runs that are in no setup, with the reason."""
+def _not_counted(runs: Sequence[Run], errors: Sequence[str]) -> list[str]:
+    """Return sentences on the runs that are in no setup, with the reasons."""
     again = [run.text.rstrip(",") for run in repeated(runs)]
     why = [f"Not counted, since the same run is counted already: {', '.join(again)}."] if again else []
-    return [*not_finished(run.folder for run in runs if run.summary is None), *why]
+    left_out = [f"Left out: {'; '.join(errors)}."] if errors else []
+    return [*not_finished(run.folder for run in runs if run.summary is None), *_no_rows(runs), *why, *left_out]
+
+
+def _no_rows(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence that counts the finished runs that are no row of a table, by the beginning of their names."""
+    others = [run for run in runs if run.summary is not None and not is_row(run)]
+    kinds = Counter(run_name(run.config).rpartition("_seed")[0] for run in others)
+    if not kinds:
+        return []
+    are = "run is" if len(others) == 1 else "runs are"
+    named = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+    return [f"{len(others)} finished {are} no row of a table, and at most full precision for others: {named}."]
 
 
 def _setups(setups: Sequence[Setup], not_counted: Sequence[str]) -> Table:
@@ -100,7 +113,7 @@ def _setups(setups: Sequence[Setup], not_counted: Sequence[str]) -> Table:
             f"The runs of {', '.join(several)} start from several weights: the command leaves out `weights=`, and the "
             "words of a line have it, with a semicolon between the words of different weights."
         )
-    notes = [*(notes if setups else ["No runs."]), *not_counted]
+    notes = [*(notes if setups else ["No finished run is a row of a table."]), *not_counted]
     return Table("What was run here", heads, list(map(_setup, setups)), notes)
 
 

@@ -428,6 +428,21 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     assert html.count("<h2>") == page.count("\n## ") and "<code>qat-report iterations</code>" in html
 
 
+def test_runs_without_a_line_are_named(tmp_path: Path) -> None:
+    table = _table_of_results(tmp_path, {("octav", 0): 59.5, ("max", 0): 59.5})
+    (tmp_path / "configs" / "max.yaml").unlink()
+    for seed in range(2):
+        make_run(tmp_path / "runs", "weight_bits=4", "activation_bits=8", f"seed={seed}")
+    damaged = make_run(tmp_path / "runs", "clipping=max", "bits=4")
+    (damaged / "config.yaml").write_text("bits: [")
+    assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "ledger.md").read_text()
+    said = "2 finished runs are no row of a table, and at most full precision for others: "
+    assert f"{said}resnet20_fake_scratch_w4a8_octav_mph (2)." in page
+    line = f"{table}: line 3: 0 configs of {tmp_path / 'configs'} match"
+    assert f"Left out: {line}; {damaged / 'config.yaml'}: cannot be read (" in page
+
+
 def test_a_line_without_a_config_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = _table_of_results(tmp_path, {("octav", 0): 59.5, ("max", 0): 59.5})
     (tmp_path / "configs" / "max.yaml").unlink()
@@ -456,7 +471,7 @@ def test_bad_tables_are_told_in_a_sentence(
 
 def test_the_ledger_of_nothing_says_so() -> None:
     page, _ = ledger([])
-    assert "No runs." in page.text("markdown")
+    assert "No finished run is a row of a table." in page.text("markdown")
     judged, own, of_cells = (part.partition(": ")[2] for part in page.lead[-1].split(". ")[1:])
     assert judged == f"{sum(claim.found is None for claim in claims())} not run" and "not run" not in own
     assert of_cells == f"{sum(map(len, CELLS.values()))} not run."
