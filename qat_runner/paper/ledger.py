@@ -251,7 +251,8 @@ def _table(name: str, cells: Sequence[Cell]) -> Table:
     speeds = ", ".join(f"{model} {speed}" for model, speed in facts["samples_per_second"].items())
     notes = [
         f"GPU hours are an estimate for {facts['gpu']}, assumed to train this many samples per second: {speeds}; with "
-        f"the paper's epochs, and {facts['quantized']:g} times the time for quantized runs. None of it was measured."
+        f"the paper's epochs, and {facts['quantized']:g} times the time for quantized runs. None of it was measured. "
+        "The estimate assumes mixed precision, which needs `amp=bf16` in the commands; the default is `amp=none`."
     ]
     return Table(f"{name}: {paper()[name]['title']}", heads, list(map(_cell, cells)), notes)
 
