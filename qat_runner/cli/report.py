@@ -245,10 +245,11 @@ def _results(args: argparse.Namespace) -> list[Path]:
 
 def _ledger(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper.ledger import ledger
-    from qat_runner.report.results import runs_at
+    from qat_runner.report.results import runs_and_errors_at
     from qat_runner.report.runs import selected
 
-    document, lines = ledger(selected(runs_at(args.places or [args.runs_dir]), args.dataset, args.model))
+    runs, errors = runs_and_errors_at(args.places or [args.runs_dir])
+    document, lines = ledger(selected(runs, args.dataset, args.model), errors)
     print(document.lead[-1])
     texts = {layout: document.text(layout) for layout in ("markdown", "html")}
     return _write(args.out, "ledger", texts | {"csv": lines.text("csv")})

@@ -19,7 +19,7 @@ NEAR = 1.0
 """Largest distance, in points, between our and the published difference from full precision for a cell to hold."""
 
 BASELINE = "baseline"
-"""Replaces the verdict of full-precision cells, which the other cells are compared with."""
+"""Replaces the verdict of full-precision cells that were run, which the other cells are compared with."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        if self.ends is None:
-            return BASELINE
-        return str(self.gap.verdict(*self.ends) if self.results else Verdict.NOT_RUN)
+        if not self.results:
+            return str(Verdict.NOT_RUN)
+        return BASELINE if self.ends is None else str(self.gap.verdict(*self.ends))
 
     @property
     def _mode(self) -> str:

@@ -28,8 +28,10 @@ class Statement:
     minus_mode: str | None
     """the mode in which the subtracted row was run, if it differs"""
 
-    def __str__(self) -> str:
-        elsewhere = f" ({self.minus_mode})" if self.minus_mode else ""
+    def text(self, other: Setup | None = None) -> str:
+        """Return the statement in words, with the setup of the subtracted row if it is named."""
+        where = ", ".join([*filter(None, [self.minus_mode]), *([other.name] if other else [])])
+        elsewhere = f" ({where})" if where else ""
         ends = [f"{word} {end:g}" for word, end in (("above", self.above), ("below", self.below)) if math.isfinite(end)]
         return f"{_label(self.of)} minus {_label(self.minus)}{elsewhere}, {self.bits} bits: {' and '.join(ends)}"
 
@@ -41,6 +43,12 @@ class Finding:
     statement: Statement
     setup: Setup
     differences: Differences
+    other: Setup | None = None
+    """the setup in which the subtracted row was run, if it is another one"""
+
+    @property
+    def text(self) -> str:
+        return self.statement.text(self.other)
 
     @property
     def verdict(self) -> Verdict:
@@ -74,23 +82,28 @@ class Claim:
         """Return the findings on all statements in all setups that the claim is about, except where nothing was run."""
         mine = [setup for setup in setups if setup.config.mode == self.mode and fits(setup.model, self.models)]
         return [
-            Finding(statement, setup, setup.differences(statement.of, statement.minus, statement.bits, other))
+            finding
             for setup in mine
             for statement in self.statements
             if setup.cell(statement.of, statement.bits)
-            for other in _others(statement, setup, setups)
+            for finding in _findings(statement, setup, setups)
         ]
 
     def verdict(self, findings: Sequence[Finding]) -> str:
-        """Return one verdict for all setups, or the number of decisive setups in which the claim holds."""
+        """Return the verdict of all setups that test the claim; if they differ, the number of setups with each."""
         if self.found:
             return self.found.verdict
         setups = dict.fromkeys(finding.setup.name for finding in findings)
         verdicts = [together([f for f in findings if f.setup.name == name], len(self.statements)) for name in setups]
-        decided = [verdict for verdict in verdicts if verdict in (Verdict.HOLDS, Verdict.FAILS)] or verdicts
-        if {*decided} == {Verdict.HOLDS, Verdict.FAILS}:
-            return f"holds in {decided.count(Verdict.HOLDS)} of {len(decided)} setups"
-        return str(Verdict.NOT_RUN if not decided else decided[0] if len({*decided}) == 1 else Verdict.OPEN)
+        decisive = (Verdict.HOLDS, Verdict.FAILS)
+        kinds = [verdict if verdict in decisive else Verdict.OPEN for verdict in verdicts]
+        counts = {kind: kinds.count(kind) for kind in (*decisive, Verdict.OPEN) if kind in kinds}
+        if not verdicts:
+            return str(Verdict.NOT_RUN)
+        if len(counts) == 1:
+            return str(verdicts[0] if len({*verdicts}) == 1 else Verdict.OPEN)
+        first, *others = (f"{kind} in {count}" for kind, count in counts.items())
+        return ", ".join([f"{first} of {len(verdicts)} setups", *others])
 
     def published(self, statement: Statement) -> dict[str, float]:
         """Return the difference in the paper's own numbers, by network."""
@@ -115,11 +128,18 @@ def together(findings: Sequence[Finding], wanted: int) -> Verdict:
     return verdicts[0] if len({*verdicts}) == 1 and Verdict.HOLDS not in verdicts else Verdict.OPEN
 
 
-def _others(statement: Statement, setup: Setup, setups: Sequence[Setup]) -> list[Setup | None]:
-    """Return the setups in which the subtracted row was run; None stands for the setup itself."""
+def _findings(statement: Statement, setup: Setup, setups: Sequence[Setup]) -> list[Finding]:
+    """Return the finding of a setup on a statement.
+
+    If the statement subtracts runs of another mode, there is a finding for each setup that agrees with this one and has
+    runs with the same seed and start, or one without differences.
+    """
+    rows = statement.of, statement.minus, statement.bits
     if statement.minus_mode is None:
-        return [None]
-    return [other for other in setups if other.config.mode == statement.minus_mode and other.scene == setup.scene]
+        return [Finding(statement, setup, setup.differences(*rows))]
+    others = [other for other in setups if other.config.mode == statement.minus_mode and setup.agrees(other)]
+    found = [Finding(statement, setup, setup.differences(*rows, other), other) for other in others]
+    return [finding for finding in found if finding.differences.values] or [Finding(statement, setup, Differences(()))]
 
 
 def _published_difference(statement: Statement, model: str, mode: str) -> float | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from qat_runner.config import Config, Distill, identity
+from qat_runner.config import Config, Distill, differences, identity, plain, run_name
+from qat_runner.config.schema import OF_STAGE, RecipeConfig
 from qat_runner.paper.tables import paper
 from qat_runner.policy import FULL_PRECISION as FULL_BITS
 from qat_runner.report import tables
@@ -52,10 +53,11 @@ class Setup:
     def model(self) -> str:
         return self.config.model.name
 
-    @property
-    def scene(self) -> dict[str, Any]:
-        """The network and data, which setups of different modes may share."""
-        return {key: value for key, value in identity(self.config).items() if key.startswith(("model.", "dataset."))}
+    def agrees(self, other: "Setup") -> bool:
+        """Return whether a setup of another mode agrees in everything that the modes do not prescribe."""
+        prescribed = _prescribed(self.config, other.config)
+        pairs = zip(_shared(self.config), _shared(other.config), strict=True)
+        return prescribed >= {key for pair in pairs for key in differences(*pair)}
 
     def cell(self, row: str, bits: int | None) -> dict[int, Result]:
         """Return the results of a row of the tables, by seed; bits=None for full precision.
@@ -90,12 +92,16 @@ class Setup:
 
 
 def setups_of(runs: Sequence[Run]) -> list[Setup]:
-    """Group the finished runs that are rows of tables into setups; any finished run may serve as full precision."""
+    """Group the finished runs that are rows of tables into setups; any finished run may serve as full precision.
+
+    Of equal runs, the first counts; the others serve only as full precision of the runs beside them.
+    """
     done = [(run, run.summary) for run in runs if run.summary is not None]
     gaps = against_full_precision([tables.Result(run.config, summary, run.place) for run, summary in done])
     groups: dict[tuple[str, str], list[Result]] = {}
-    for (run, _), gap in zip(done, gaps, strict=True):
-        if run.row in paper()["labels"]:
+    counted = _first_of_equals([run for run, _ in done])
+    for (run, _), gap, first in zip(done, gaps, counted, strict=True):
+        if first and is_row(run):
             groups.setdefault(_alike(run.config), []).append(Result(run, gap))
     for network, quantized in [key for key in groups if key[1] == IN_FULL_PRECISION]:
         others = [some for key, some in groups.items() if key[0] == network and key[1] != quantized]
@@ -107,20 +113,60 @@ def setups_of(runs: Sequence[Run]) -> list[Setup]:
     return [Setup(f"S{number}", some[0].run.config, some) for number, some in enumerate(ordered, 1)]
 
 
+def is_row(run: Run) -> bool:
+    """Return whether a run is a row of the paper's tables."""
+    return run.row in paper()["labels"]
+
+
+def repeated(runs: Sequence[Run]) -> list[Run]:
+    """Return the finished runs that are rows of tables and equal to an earlier one, so that they do not count."""
+    rows = [run for run in runs if run.summary is not None and is_row(run)]
+    return [run for run, first in zip(rows, _first_of_equals(rows), strict=True) if not first]
+
+
+def _first_of_equals(runs: Sequence[Run]) -> list[bool]:
+    """Return of each run whether none before it is the same run, of the same seed."""
+    names = [run_name(run.config) for run in runs]
+    return [names.index(name) == i for i, name in enumerate(names)]
+
+
 IN_FULL_PRECISION = str([])
 """The second part of what `_alike` returns for a run without quantization."""
 
 
 def _alike(config: Config) -> tuple[str, str]:
-    """Return what all runs of a setup share, in two parts.
+    """Return what all runs of a setup share as text, in the two parts of `_shared`."""
+    plain, beside = _shared(config)
+    return str(sorted(plain.items())), str(sorted(beside.items()))
 
-    The first part holds the settings besides quantization, the second those of quantization that no row determines.
-    """
+
+def _shared(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what all runs of a setup share: settings besides quantization, and those of quantization that no row
+    determines."""
     recipe = replace(config.recipe, distill=Distill.none, teacher=None)
     config = replace(config, recipe=recipe, seed=0, weights=None)
     plain = identity(replace(config, weight_bits=FULL_BITS, activation_bits=FULL_BITS))
     beside = {key: value for key, value in identity(config).items() if plain.get(key) != value and not _of_row(key)}
-    return str(sorted(plain.items())), str(sorted(beside.items()))
+    return plain, beside
+
+
+def _prescribed(one: Config, other: Config) -> set[str]:
+    """Return the settings that two modes prescribe, and in which their setups may differ.
+
+    These are the mode itself, and the keys in which the stages of the modes differ in the recipes of both setups: the
+    learning rate for training from scratch and long retraining, also the epochs for short retraining. If training from
+    scratch is one of the modes, the part of the weights file is another.
+    """
+    keys = set.intersection(*(_apart(config.recipe, one.mode, other.mode) for config in (one, other)))
+    of_start = {"weights_part"} if None in (one.weights, other.weights) else set()
+    of_stage = {f"recipe.{key}" for key in (*keys, *OF_STAGE)}  # of those in OF_STAGE, the run's own values count
+    return {"mode", *of_start, *of_stage, *keys}
+
+
+def _apart(recipe: RecipeConfig, *modes: str) -> set[str]:
+    """Return the keys in which the stages of two modes differ; none if the recipe lacks one of them."""
+    one, other = (getattr(recipe, mode) for mode in modes)
+    return set() if None in (one, other) else {*differences(plain(one), plain(other))}
 
 
 def _of_row(key: str) -> bool:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from qat_runner.config import Config, clipping_label, gradient_label, read_config, run_name
 from qat_runner.config.identities import CONFIG_FILE
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Key, Run, find_runs, not_finished, run_of
+from qat_runner.report.runs import Key, Run, not_finished, run_of, runs_and_errors
 from qat_runner.runs.files import CsvFile, write_text
 from qat_runner.runs.records import ResultRow, Summary
 
@@ -83,16 +83,22 @@ def read_results(file: Path) -> list[Run]:
     Raises:
         UnreadableError: a cell does not fit; the message names line and column.
     """
+    return _lines_and_errors(file)[0]
+
+
+def _lines_and_errors(file: Path) -> tuple[list[Run], list[str]]:
+    """Return the same as `read_results`, and the errors of the lines without a config; warn of these."""
     configs = {path.stem: read_config(path) for path in sorted((file.parent / CONFIGS).glob("*.yaml"))}
     rows: list[Summary] = CsvFile[Summary](file.name, ResultRow).read(file.parent)
-    found = []
+    found, errors = [], []
     for number, row in enumerate(rows, 2):
         some = list(_configs_of(row, configs))
         if len(some) == 1:
             found.append(run_of(file, replace(some[0], seed=row["seed"]), row, number))
         else:
-            log.warning(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} match: left out")
-    return found
+            errors.append(f"{file}: line {number}: {len(some)} configs of {file.parent / CONFIGS} match")
+            log.warning(f"{errors[-1]}: left out")
+    return found, errors
 
 
 def runs_at(places: Sequence[Path]) -> list[Run]:
@@ -102,17 +108,24 @@ def runs_at(places: Sequence[Path]) -> list[Run]:
         ConfigError: a place is neither of these (for example, it is a run's own folder), or holds no run.
         UnreadableError: as for `read_results`.
     """
+    return runs_and_errors_at(places)[0]
+
+
+def runs_and_errors_at(places: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Return the same as `runs_at`, and the errors of runs and lines that are left out; warn of these."""
     found: dict[Key, Run] = {}
+    errors: list[str] = []
     for place in {place.resolve(): place for place in places}.values():
         if not place.exists():
             raise ConfigError(f"{place}: no such folder of runs")
         if (place / CONFIG_FILE).is_file():
             raise ConfigError(f"{place}: is a run, not a folder of runs; pass {place.resolve().parent}")
-        runs = find_runs(place) if place.is_dir() else read_results(place)
+        runs, some = runs_and_errors(place) if place.is_dir() else _lines_and_errors(place)
         if not runs:
             raise ConfigError(f"{place}: holds no run of qat-run")
         found |= {run.key: run for run in runs}
-    return list(found.values())
+        errors += some
+    return list(found.values()), errors
 
 
 def _configs_of(row: Summary, configs: dict[str, Config]) -> Iterator[Config]:

@@ -99,6 +99,13 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
         folder: folder of run folders.
         wanted: receives a run's summary (None while there is none) and returns whether to read the run; all by default.
     """
+    return runs_and_errors(folder, wanted)[0]
+
+
+def runs_and_errors(
+    folder: Path, wanted: Callable[[Summary | None], bool] = lambda summary: True
+) -> tuple[list[Run], list[str]]:
+    """Return the same as `find_runs`, and the errors of the runs that cannot be read; warn of these."""
     found, unreadable = [], []
     for file in sorted(folder.glob(f"*/{CONFIG_FILE}")):
         path = file.parent
@@ -108,12 +115,12 @@ def find_runs(folder: Path, wanted: Callable[[Summary | None], bool] = lambda su
                 continue
             config = read_config(file)
         except UnreadableError as error:
-            unreadable.append(error)
+            unreadable.append(str(error))
             continue
         found.append(run_of(path, config, summary))
     for why in unreadable:
         log.warning(f"{why}: left out")
-    return found
+    return found, unreadable
 
 
 def full_precision_in(folder: Path) -> list[Result]:

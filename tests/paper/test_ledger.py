@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_the_paper_s_own_numbers_are_as_it_claims() -> None:
             found = claim.published(statement)
             assert found, (claim.id, statement)
             for model, difference in found.items():
-                assert statement.above < difference < statement.below, (claim.id, model, str(statement))
+                assert statement.above < difference < statement.below, (claim.id, model, statement.text())
 
 
 def test_claims_are_about_what_there_is() -> None:
@@ -121,9 +122,9 @@ def run(row: str, bits: int | None, seed: int, top1: float, mode: str = "scratch
         "dataset=cifar10",
         "dataset.image_size=16",
         f"mode={mode}",
-        *(["weights=baseline"] * (mode == "retrain")),
+        *(["weights=baseline"] * (mode != "scratch")),
     ]
-    base = config_of(*overrides, f"bits={bits or 32}")
+    base = config_of(*overrides, f"+row={row}", f"bits={bits or 32}")
     config = replace(base, seed=seed, **other)  # type: ignore[arg-type]
     return Run(Path(f"{row}{seed}"), config, "resnet20", "cifar10", mode, bits or 32, row, seed, {}, {"top1": top1})  # type: ignore[typeddict-item]
 
@@ -145,7 +146,7 @@ def test_claims_are_judged_by_runs_of_one_setup() -> None:
     found = by_id["octav-4-bits"].findings(setups)
     assert [finding.differences.values for finding in found] == [pytest.approx((-0.6, -0.5, -0.4)), ()]
     assert [finding.verdict for finding in found] == [Verdict.HOLDS, Verdict.ALONE]
-    assert by_id["octav-4-bits"].verdict(found) == "holds"
+    assert by_id["octav-4-bits"].verdict(found) == "holds in 1 of 2 setups, cannot be told in 1"
     found = by_id["max-4-bits"].findings(setups[:1])
     assert (
         found[1].differences.values == pytest.approx((3.4, 3.4, 3.6)) and by_id["max-4-bits"].verdict(found) == "holds"
@@ -179,6 +180,31 @@ def test_two_starts_are_no_seeds_of_one_row() -> None:
         setup.cell("octav", 4)
 
 
+def test_a_run_that_two_machines_repeated_counts_once() -> None:
+    tops = {("full_precision", None): 75.0, ("max", 4): 60.0, ("octav", 4): 74.5}
+    again = [
+        replace(run(*cell, seed, top1 - seed), folder=Path("other") / f"{cell[0]}{seed}")
+        for cell, top1 in tops.items()
+        for seed in (2, 3)
+    ]
+    del again[2]  # max-scaling with seed 2 was run on one machine
+    page, _ = ledger([*runs(), *again])
+    (setup,) = setups_of([*runs(), *again])
+    assert {seed: some.value for seed, some in setup.cell("octav", 4).items()} == {0: 69.4, 1: 70.5, 2: 71.6, 3: 71.5}
+    assert setup.differences("octav", FULL_PRECISION, 4).values == pytest.approx((-0.6, -0.5, -0.4, -0.5))
+    said = "Not counted, since the same run is counted already: other/full_precision2, other/octav2."
+    assert said in page.tables[1].notes
+
+
+def test_a_repeated_run_is_compared_with_full_precision_beside_it() -> None:
+    beside = [
+        replace(run(*cell, 0, top1), folder=Path("other") / cell[0])
+        for cell, top1 in {("full_precision", None): 60.0, ("octav", 4): 58.0}.items()
+    ]
+    (setup,) = setups_of([run("full_precision", None, 0, 70.0), *beside])
+    assert setup.differences("octav", FULL_PRECISION, 4).values == (-2.0,)
+
+
 def test_what_no_row_says_makes_another_setup() -> None:
     other = [run("octav", 4, seed, 60.0, first_last_bits=4) for seed in range(3)]
     setups = setups_of([*runs(), *other])
@@ -191,8 +217,69 @@ def test_setups_that_disagree_are_counted() -> None:
         for cell, top1 in ((("full_precision", None), 70.0), (("octav", 4), 60.0))
         for seed in range(2)
     ]
+    one = [run(row, bits, 0, 70.0, lr=0.3) for row, bits in (("full_precision", None), ("octav", 4))]
     (claim,) = [claim for claim in claims() if claim.id == "octav-4-bits"]
-    assert claim.verdict(claim.findings(setups_of([*runs(), *worse]))) == "holds in 1 of 2 setups"
+
+    def verdict(*some: Run) -> str:
+        return claim.verdict(claim.findings(setups_of(some)))
+
+    assert verdict(*runs(), *worse) == "holds in 1 of 2 setups, does not hold in 1"
+    assert verdict(*runs(), *one) == "holds in 1 of 2 setups, cannot be told in 1"
+    assert verdict(*worse, *one) == "does not hold in 1 of 2 setups, cannot be told in 1"
+    assert verdict(*runs(), *worse, *one) == "holds in 1 of 3 setups, does not hold in 1, cannot be told in 1"
+    assert verdict(*one) == "cannot be told: one seed"
+
+
+def test_page_and_csv_count_the_setups_that_decide_a_claim() -> None:
+    one = [run(row, bits, 0, 70.0, lr=0.3) for row, bits in (("full_precision", None), ("octav", 4))]
+    page, lines = ledger([*runs(), *one])
+    verdict = "holds in 1 of 2 setups, cannot be told in 1"
+    (overview, *_) = page.tables
+    assert [cells[1] for cells in overview.cells if cells[0] == "octav-4-bits"] == [verdict]
+    assert f"; 2 {verdict}; " in page.lead[-1] and "it counts the setups with each" in " ".join(page.lead)
+    found = [dict(zip(lines.headers, line, strict=True)) for line in lines.cells]
+    assert {line["verdict_of_claim"] for line in found if line["entry"] == "octav-4-bits"} == {verdict}
+
+
+def lengthy(mode: str, top1: float, start: str = "A", **other: object) -> list[Run]:
+    """Return three seeds of OCTAV at 4 bits for the claim that longer retraining is better."""
+    weights: dict[str, Any] = {} if mode == "scratch" else {"weights": start, "fingerprints": {start: start}}
+    step = 0.1 if mode == "long_retrain" else 0.2
+    return [run("octav", 4, seed, top1 + step * seed, mode, **weights, **other) for seed in range(3)]
+
+
+SHORT, SCRATCH = {"mode": "retrain", "top1": 86}, {"mode": "scratch", "top1": 85}
+
+
+@pytest.mark.parametrize(
+    ("others", "found"),
+    [
+        ([SHORT, SCRATCH], "holds"),
+        ([SHORT, SCRATCH | {"top1": 95}], "does not hold"),
+        ([SHORT | {"epochs": 2}, SCRATCH], "holds"),  # the mode prescribes the epochs
+        ([SHORT, SCRATCH, SCRATCH | {"top1": 95, "epochs": 200}], "holds"),
+        ([SHORT, SCRATCH, SCRATCH | {"top1": 95, "limit_train_batches": 7}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "batch_size": 64}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "amp": "bf16"}], "holds"),
+        ([SHORT, SCRATCH, SHORT | {"top1": 95, "epochs": 2, "start": "B"}], "holds"),
+        ([SHORT, SCRATCH | {"top1": 95, "epochs": 200}], "cannot be told"),
+        ([SHORT | {"start": "B"}], "cannot be told: nothing to compare with"),
+    ],
+)
+def test_runs_of_two_modes_agree_in_what_these_do_not_prescribe(others: list[dict[str, Any]], found: str) -> None:
+    (claim,) = [claim for claim in claims() if claim.id == "longer-is-better"]
+    setups = setups_of([*lengthy("long_retrain", 90), *(run for other in others for run in lengthy(**other))])
+    assert claim.verdict(claim.findings(setups)) == found
+
+
+def test_the_setup_of_the_other_mode_is_named() -> None:
+    page, lines = ledger([*lengthy("long_retrain", 90), *lengthy("retrain", 86), *lengthy("scratch", 85)])
+    texts = [cells[1] for cells in page.tables[2].cells if cells[0] == "longer-is-better"]
+    names = [f"OCTAV (MPH) minus OCTAV (MPH) ({where}), 4 bits: above 0" for where in ("retrain, S2", "scratch, S3")]
+    assert texts == names
+    found = [dict(zip(lines.headers, line, strict=True)) for line in lines.cells]
+    some = [(line["minus"], line["minus_setup"]) for line in found if line["entry"] == "longer-is-better"]
+    assert some == [("octav retrain", "S2"), ("octav scratch", "S3")]
 
 
 # Cells
@@ -203,8 +290,15 @@ def test_every_cell_is_there_with_what_it_would_take(name: str) -> None:
     found = cells_of([])[name]
     assert {(cell.model, cell.row, cell.bits): cell.published for cell in found} == CELLS[name]
     for cell in found:
-        assert cell.verdict == (BASELINE if cell.bits is None else Verdict.NOT_RUN)
+        assert cell.verdict == Verdict.NOT_RUN
         assert (cell.gpu_hours == 0) == (cell.row == "pretrained")
+
+
+def test_full_precision_is_a_baseline_only_where_it_was_run() -> None:
+    found = [cell for cell in cells_of(setups_of(runs()))["table1"] if cell.bits is None]
+    assert [cell.verdict for cell in found] == [BASELINE]
+    found = [cell for cell in cells_of(setups_of(runs()[3:]))["table1"] if cell.bits is None]
+    assert [cell.verdict for cell in found] == [Verdict.NOT_RUN]
 
 
 def test_hours_are_the_papers_epochs() -> None:
@@ -237,16 +331,58 @@ def test_the_commands_of_cells_give_them() -> None:
         config = from_hydra(compose_config(shlex.split(cell.command)[1:]))
         assert config.model.name == cell.model and config.weight_bits == config.activation_bits == (cell.bits or 32)
         assert config.mode == ("evaluate" if cell.row == "pretrained" else paper()[cell.table]["mode"])
+        assert config.amp == "none"  # as the page says of the hours
 
 
 def test_the_command_of_a_setup_and_the_words_of_a_row_give_a_run() -> None:
     (setup,) = setups_of(runs())
     base = setup_command(setup)
     assert base is not None and "bits" not in base
-    words = words_of_row("octav", 4, [2])
-    assert words == "+row=octav bits=4 seed=2"
+    words = words_of_row(setup, "octav", 4)
+    assert words == "+row=octav bits=4 seed=0,1,2"
+    words = words.replace("0,1,2", "2")
     config = from_hydra(compose_config([*shlex.split(base)[1:], *words.split()]))
     assert (config.weight_bits, config.clipping.name, config.seed, config.dataset.image_size) == (4, "octav", 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("paths", "rows", "names"),
+    [
+        (["/a/w0.pt", "/a/w1.pt"], ["octav", "max"], ["w0.pt", "w1.pt"]),  # each seed has its own
+        (["/a/w.pt", "/b/w.pt"], ["octav", "max"], ["/a/w.pt", "/b/w.pt"]),  # of the same name
+        (["/a/w 0.pt", "baseline"], ["octav", "max"], ["w 0.pt", "baseline"]),
+    ],
+)
+def test_the_words_of_a_row_name_weights_that_not_all_runs_share(
+    paths: list[str], rows: list[str], names: list[str]
+) -> None:
+    some = [
+        run(row, 4, seed, 80.0, "retrain", weights=path, fingerprints={path: path} if path != "baseline" else {})
+        for row in rows
+        for seed, path in enumerate(paths)
+    ]
+    (setup,) = setups_of(some)
+    base = setup_command(setup)
+    assert base is not None and "weights" not in base
+    for each, row in zip(some, [row for row in rows for _ in paths], strict=True):
+        words = words_of_row(setup, row, 4).split("; ")[each.seed]
+        config = from_hydra(compose_config([*shlex.split(base)[1:], *shlex.split(words)]))
+        assert (config.seed, config.weights, config.mode) == (each.seed, names[each.seed], "retrain")
+    page, _ = ledger(some)
+    assert "The runs of S1 start from several weights" in " ".join(page.tables[1].notes)
+
+
+def test_the_words_of_a_row_name_its_own_weights() -> None:
+    some = [
+        run(row, 4, seed, 80.0, "retrain", weights=path, fingerprints={path: path})
+        for row, path in (("octav", "/a/w0.pt"), ("max", "/a/w1.pt"))
+        for seed in range(2)
+    ]
+    (setup,) = setups_of(some)
+    words = [words_of_row(setup, row, 4) for row in ("octav", "max")]
+    assert words == [
+        f"+row={row} bits=4 seed=0,1 weights={name}" for row, name in (("octav", "w0.pt"), ("max", "w1.pt"))
+    ]
 
 
 # The command
@@ -278,10 +414,11 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     sentence = capsys.readouterr().out.splitlines()
     own = sum(claim.found is not None for claim in claims())
     assert sentence[0].startswith(f"{len(claims())} claims. {len(claims()) - own} are judged by these runs: ")
-    assert f" {own} were examined by the project itself, independently of these runs: holds " in sentence[0]
+    assert f" {own} were examined by the project itself, independently of these runs: 3 holds" in sentence[0]
     assert sentence[1:] == [str(tmp_path / "out" / f"ledger.{kind}") for kind in ("md", "html", "csv")]
     page = (tmp_path / "out" / "ledger.md").read_text()
-    assert "paired t-test" in page and "GPU hours are an estimate" in page
+    for said in ("paired t-test", "GPU hours are an estimate", "needs `amp=bf16` in the commands"):
+        assert said in page
     with open(tmp_path / "out" / "ledger.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     (line,) = [line for line in lines if line["entry"] == "octav-4-bits"]
@@ -291,6 +428,21 @@ def test_the_ledger_of_a_table_of_results_and_of_a_folder(tmp_path: Path, capsys
     assert Counter(line["source"] for line in lines)["table5"] == len(CELLS["table5"])
     html = (tmp_path / "out" / "ledger.html").read_text()
     assert html.count("<h2>") == page.count("\n## ") and "<code>qat-report iterations</code>" in html
+
+
+def test_runs_without_a_line_are_named(tmp_path: Path) -> None:
+    table = _table_of_results(tmp_path, {("octav", 0): 59.5, ("max", 0): 59.5})
+    (tmp_path / "configs" / "max.yaml").unlink()
+    for seed in range(2):
+        make_run(tmp_path / "runs", "weight_bits=4", "activation_bits=8", f"seed={seed}")
+    damaged = make_run(tmp_path / "runs", "clipping=max", "bits=4")
+    (damaged / "config.yaml").write_text("bits: [")
+    assert report(["ledger", str(table), str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "ledger.md").read_text()
+    said = "2 finished runs are no row of a table, and at most full precision for others: "
+    assert f"{said}resnet20_fake_scratch_w4a8_octav_mph (2)." in page
+    line = f"{table}: line 3: 0 configs of {tmp_path / 'configs'} match"
+    assert f"Left out: {line}; {damaged / 'config.yaml'}: cannot be read (" in page
 
 
 def test_a_line_without_a_config_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -321,7 +473,7 @@ def test_bad_tables_are_told_in_a_sentence(
 
 def test_the_ledger_of_nothing_says_so() -> None:
     page, _ = ledger([])
-    assert "No runs." in page.text("markdown")
+    assert "No finished run is a row of a table." in page.text("markdown")
     judged, own, of_cells = (part.partition(": ")[2] for part in page.lead[-1].split(". ")[1:])
-    assert judged == f"not run {sum(claim.found is None for claim in claims())}" and "not run" not in own
-    assert of_cells.startswith("not run ")
+    assert judged == f"{sum(claim.found is None for claim in claims())} not run" and "not run" not in own
+    assert of_cells == f"{sum(map(len, CELLS.values()))} not run."
