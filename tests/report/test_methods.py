@@ -447,13 +447,18 @@ def test_seeds_of_two_machines_are_seeds_of_one_method(tmp_path: Path) -> None:
         for seed in seeds:
             make_run(tmp_path / place, f"seed={seed}", top1=60.0 + seed)
             make_run(tmp_path / place, f"seed={seed}", "clipping=max", top1=50.0 + seed)
-    assert report(["results", *(str(tmp_path / place) for place in ("one", "other")), "--out", str(tmp_path)]) == 0
+    places = [str(tmp_path / place) for place in ("one", "other")]
+    assert report(["results", *places, "--out", str(tmp_path)]) == 0
     found = {each.method: each for each in standings(entries([tmp_path / "results.csv"])[0])}
     assert {name: list(each.values) for name, each in found.items() if ", line " not in name} == {
         "octav": [0, 1, 2, 3],
         "max": [0, 1, 2, 3],
     }
     assert found["max"].difference.values == (-10.0,) * 4
+    for what in ("table1", "figure4"):
+        assert report([what, *places, "--out", str(tmp_path)]) == 0
+    rows = csv.DictReader((tmp_path / "table1.csv").read_text().splitlines())
+    assert [row["seeds"] for row in rows if row["network"] == "resnet20"] == ["0", "4", "0", "0", "0", "4"]
     assert sorted(list(each.values) for name, each in found.items() if ", line " in name) == [[2], [2]]
 
 
@@ -526,7 +531,6 @@ def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.Ca
         (["compare", "--against", "max"], "--against: applies only to methods"),
         (["figure3", "--run", "there"], "--run: applies only to table6, figure1, figure2, figure5, iterations"),
         (["status", "--dataset", "digits"], "--dataset: applies only to compare, methods, "),
-        (["figure3", "runs"], "runs: is one folder too many"),
         (["status", "--out", "there"], "--out: status writes nothing"),
         (["figure2", "--run", "there", "--model", "resnet8"], "--model: cannot be combined with --run"),
     ],
