@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAYOUTS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "html": ".html"}
-SEVERAL = ("compare", "methods", "results", "ledger")
-"""Subcommands that take several folders."""
+COMPARING = ("compare", "methods", "results", "ledger")
+"""Subcommands about all runs of the folders."""
 
 WITHOUT_RUNS = ("table6", "figure1", "figure2", "figure3", "figure5", "iterations", "ranges")
 """Subcommands that take no folder; some are about one run, which a flag selects."""
@@ -56,14 +56,14 @@ def verbs() -> tuple[str, ...]:
     """Return the subcommands, apart from the HTML report of a run."""
     from qat_runner.paper.tables import TABLES
 
-    return ("compare", "methods", "results", "ledger", *TABLES, "table6", *FIGURES, "status")
+    return (*COMPARING, *TABLES, "table6", *FIGURES, "status")
 
 
 def used_by() -> dict[str, tuple[str, ...]]:
     """Return the flags and the subcommands that each applies to."""
     from qat_runner.paper.tables import TABLES
 
-    of_runs = (*SEVERAL, *TABLES, "figure2", "figure4")
+    of_runs = (*COMPARING, *TABLES, "figure2", "figure4")
     return {
         "dataset": of_runs,
         "model": of_runs,
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "places",
         nargs="*",
         type=Path,
-        help="folder of run folders (default: runs); compare, methods: also single runs; methods, results, ledger and "
-        "tables: also tables of results (CSV)",
+        help="folders of run folders (default: runs; status: only one); compare, methods: also single runs; methods, "
+        "results, ledger and tables: also tables of results (CSV)",
     )
     parser.add_argument("--dataset", help="only runs of this data set; figure2: the data set of --weights")
     parser.add_argument("--model", help="only runs of this network; figure2: the network of --weights")
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settle(args: argparse.Namespace) -> None:
-    """Check the arguments, and set `run_page`, `runs_dir` and `out`."""
+    """Check the arguments, and set `run_page`, and `places` and `out` if they were not given."""
     from qat_runner.config import CONFIG_FILE
 
     args.run_page = args.what not in verbs()
@@ -134,10 +134,11 @@ def _settle(args: argparse.Namespace) -> None:
         and not (Path(args.what) / CONFIG_FILE).is_file()
     ):
         raise ConfigError(f"{args.what}: is not a run; qat-report compare {args.what} shows the runs in it")
-    if len(args.places) > (0 if args.run_page or args.what in WITHOUT_RUNS else 1) and args.what not in SEVERAL:
-        raise ConfigError(f"{args.places[-1]}: is one folder too many; qat-report compare takes several")
-    if args.what in OF_FOLDERS and len(args.places) == 1 and args.places[0].is_file():
-        raise ConfigError(f"{args.places[0]}: is a file, but {args.what} takes only folders of runs")
+    if (why := _one_too_many(args)) is not None:
+        raise ConfigError(f"{args.places[-1]}: is one folder too many; {why}")
+    files = [place for place in args.places if place.is_file()] if args.what in OF_FOLDERS else []
+    if files and (len(args.places) == 1 or args.what != "compare"):  # compare names the other places that are no runs
+        raise ConfigError(f"{files[0]}: is a file, but {args.what} takes only folders of runs")
     if args.what == "status" and args.out is not None:
         raise ConfigError("--out: status writes nothing")
     for key, those in used_by().items():
@@ -146,8 +147,19 @@ def _settle(args: argparse.Namespace) -> None:
             raise ConfigError(f"{said}: applies only to {', '.join(those)}")
         if args.what == "figure2" and args.run is not None and key != "run" and getattr(args, key) is not None:
             raise ConfigError(f"{said}: cannot be combined with --run, which determines it for figure2")
-    args.runs_dir = args.places[0] if args.places else Path("runs")
+    args.places = args.places or [Path("runs")]
     args.out = args.out or (Path(args.what) if args.run_page else Path("report"))
+
+
+def _one_too_many(args: argparse.Namespace) -> str | None:
+    """Return which folders a subcommand takes, if it was given too many."""
+    if args.run_page:
+        return "qat-report compare shows several runs" if args.places else None
+    if args.what == "status":
+        return "status takes only one" if len(args.places) > 1 else None
+    if args.what not in WITHOUT_RUNS or not args.places:
+        return None
+    return f"{args.what} takes none" + ("; select a run with --run" if args.what in used_by()["run"] else "")
 
 
 def _report(args: argparse.Namespace) -> list[Path]:
@@ -160,12 +172,11 @@ def _report(args: argparse.Namespace) -> list[Path]:
     if args.what == "compare":
         from qat_runner.report import compare_page
 
-        places = args.places or [args.runs_dir]
-        return [compare_page.write(places, args.out / "compare.html", args.dataset, args.model)]
+        return [compare_page.write(args.places, args.out / "compare.html", args.dataset, args.model)]
     if args.what == "status":
         from qat_runner.runs import status
 
-        print(status.text(status.statuses(args.runs_dir)))
+        print(status.text(status.statuses(args.places[0])))
         return []
     if args.what == "methods":
         return _methods(args)
@@ -180,7 +191,7 @@ def _report(args: argparse.Namespace) -> list[Path]:
     from qat_runner.paper.tables import make_table
     from qat_runner.report.results import runs_at
 
-    runs = runs_at([args.runs_dir])
+    runs = runs_at(args.places)
     table = make_table(args.what, runs, _dataset(args, [run.dataset for run in runs]), args.model)
     print(table.text("markdown"))
     return _write(args.out, args.what, {layout: table.text(layout) for layout in LAYOUTS})
@@ -200,8 +211,13 @@ def _dataset(args: argparse.Namespace, present: list[str]) -> str:
     wanted = args.dataset or (present[0] if len(present) == 1 else None)
     if wanted not in present:
         asked = "" if args.dataset is None else f"--dataset {args.dataset}: "
-        raise ConfigError(f"{asked}{args.runs_dir} holds runs of {', '.join(present)}; select one with --dataset")
+        what = f"runs of {', '.join(present)} in {_named(args.places)}"
+        raise ConfigError(f"{asked}there are {what}; select one with --dataset")
     return str(wanted)
+
+
+def _named(places: Sequence[Path]) -> str:
+    return ", ".join(map(str, places))
 
 
 def _table6(run: Path | None, out: Path) -> list[Path]:
@@ -218,13 +234,12 @@ def _methods(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.entries import entries, rules_in_words
     from qat_runner.report.runs import not_finished
 
-    places = args.places or [args.runs_dir]
-    runs, left_out = entries(places, args.dataset, args.model)
+    runs, left_out = entries(args.places, args.dataset, args.model)
     for why in left_out:
         logging.getLogger("qat_runner").warning(f"{why}: left out")
     found = methods.standings(runs, args.against)
     if not found:
-        raise ConfigError(f"{places[0]}: holds no finished run")
+        raise ConfigError(f"{_named(args.places)}: holds no finished run")
     unfinished = not_finished(run.folder for run in runs if run.summary is None)
     table = methods.table(found, [*rules_in_words(runs), *unfinished])
     print(table.text("markdown"))
@@ -236,10 +251,9 @@ def _results(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.results import runs_at, write_results
     from qat_runner.report.runs import selected
 
-    places = args.places or [args.runs_dir]
-    runs = runs_at(places)
+    runs = runs_at(args.places)
     if all(run.summary is None for run in runs):
-        raise ConfigError(f"{places[0]}: holds no finished run of qat-run")
+        raise ConfigError(f"{_named(args.places)}: holds no finished run of qat-run")
     return write_results(selected(runs, args.dataset, args.model), args.out)[:1]
 
 
@@ -248,7 +262,7 @@ def _ledger(args: argparse.Namespace) -> list[Path]:
     from qat_runner.report.results import runs_and_errors_at
     from qat_runner.report.runs import selected
 
-    runs, errors = runs_and_errors_at(args.places or [args.runs_dir])
+    runs, errors = runs_and_errors_at(args.places)
     document, lines = ledger(selected(runs, args.dataset, args.model), errors)
     print(document.lead[-1])
     texts = {layout: document.text(layout) for layout in ("markdown", "html")}
@@ -261,7 +275,7 @@ def _figure(args: argparse.Namespace) -> list[Path]:
 
     tables: dict[str, str] = {}
     if args.what == "figure4":
-        runs = runs_at([args.runs_dir])
+        runs = runs_at(args.places)
         figure = figures.figure4(runs, _dataset(args, [run.dataset for run in runs]), args.model)
     else:
         figure, tables = _figure_of_tensors(args)

@@ -13,8 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qat_runner.errors import ConfigError, UnreadableError
-from qat_runner.paper.tables import make_table, paper
-from qat_runner.policy import FULL_PRECISION
+from qat_runner.paper.tables import make_table
 from qat_runner.report.entries import Width
 from qat_runner.report.methods import Standing
 from qat_runner.report.runs import Run
@@ -40,7 +39,8 @@ AXIS_REACH = 25.0
 def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figure:
     """Plot validation top1 by epoch for the six rows of Table 1: mean over seeds, with the range shaded.
 
-    The legend lists rows without a finished epoch as missing.
+    The runs are those that the table averages, finished or not. The legend lists rows without a finished epoch as
+    missing.
 
     Args:
         runs: all runs that were found.
@@ -48,28 +48,27 @@ def figure4(runs: Sequence[Run], dataset: str, only: str | None = None) -> Figur
         only: network whose runs to plot; needed if there are runs of several.
 
     Raises:
-        ConfigError: runs cannot be averaged, belong to several networks, or none has finished an epoch.
+        ConfigError: runs belong to several networks, or none has finished an epoch.
     """
-    layout, labels = paper()["table1"], paper()["labels"]
-    table = make_table("table1", runs, dataset, only)  # raises an error for runs that cannot be averaged
-    ours = [r for r in runs if r.row in layout["rows"] and (r.dataset, r.mode) == (dataset, "scratch")]
-    ours = [r for r in ours if r.weight_bits in (FULL_PRECISION, *layout["bits"]) and only in (None, r.model)]
-    models = sorted({run.model for run in ours})
+    table = make_table("table1", runs, dataset, only)
+    models = list(dict.fromkeys(row.model for row in table.rows if row.runs))
     if len(models) > 1:
         raise ConfigError(f"figure4: there are runs of {', '.join(models)}: choose one with --model")
-    for unlike in table.unlike:
-        log.warning(unlike)
+    for warning in table.warnings():
+        log.warning(warning)
     figure, axes = grid(1, 1, wide=True)
     ax = axes[0][0]
     missing = []
-    for row in layout["rows"]:
-        curves = [curve for run in ours if run.row == row and (curve := _accuracy(run))]
+    for row in table.rows:
+        if row.model not in models:
+            continue
+        curves = [curve for run in row.runs if (curve := _accuracy(run))]
         columns = [[value for value in some if value is not None] for some in zip_longest(*curves)]
         if not columns:
-            missing.append(labels[row])
+            missing.append(row.label)
             continue
         epochs = range(1, len(columns) + 1)
-        (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=labels[row] + _ended_early(curves))
+        (line,) = ax.plot(epochs, [sum(c) / len(c) for c in columns], label=row.label + _ended_early(curves))
         ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], alpha=0.2, color=line.get_color())
     if not ax.lines:
         raise ConfigError(f"figure4: no run of table1 on {dataset} has finished an epoch")

@@ -2,15 +2,17 @@
 
 import functools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat_runner.config import run_name
 from qat_runner.errors import ConfigError
-from qat_runner.report.runs import Key, Run, check_seeds, differing_keys, recipe_of
+from qat_runner.paper.averaged import averaged
+from qat_runner.report.runs import Key, Run, by_precedence, differing_keys, recipe_of
 from qat_runner.report.starts import start_apart
 from qat_runner.report.tables import (
     Result,
@@ -61,14 +63,24 @@ class Row:
     bits: int | None
     """None for full precision"""
     label: str
-    values: tuple[float, ...]
-    """the table's metric for each finished seed, in percent"""
+    runs: Sequence[Run]
+    """the runs that the row averages, one for each seed, finished or not"""
     gaps: tuple[float, ...]
     """difference from full precision, in points, for each seed that has a full-precision run to compare with"""
     published: float | None
     """in percent"""
     published_baseline: float | None
     """the published full precision, in percent"""
+
+    @property
+    def text(self) -> str:
+        """The method and the bits, in words."""
+        return self.label if self.bits is None else f"{self.label}, {self.bits} bits"
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The table's metric for each finished seed, in percent."""
+        return tuple(score(run.summary) for run in self.runs if run.summary is not None)
 
     @property
     def gap(self) -> float | None:
@@ -101,10 +113,8 @@ class TableOfRuns:
     name: str
     dataset: str
     rows: list[Row] = field(default_factory=list)
-    unfinished: list[str] = field(default_factory=list)
-    """folders of runs that belong to this table and have no result yet"""
     left_out: list[str] = field(default_factory=list)
-    """folders of full-precision runs that no quantized run of this table is compared with"""
+    """places of runs that no row averages, each with the reason in parentheses"""
     unlike: list[str] = field(default_factory=list)
     """sentences on rows whose settings differ in more than the method"""
 
@@ -152,23 +162,20 @@ class TableOfRuns:
             source, data = (self.layout.get(key, paper()[key]) for key in ("source", "data"))
             notes.append(f"Published numbers: {source}, on {data}.")
         began = {row.model for row in self.rows if row.values}
-        missing = [
-            f"{row.model}, {row.label}" + ("" if row.bits is None else f", {row.bits} bits")
-            for row in self.rows
-            if row.model in began and not row.values
-        ]
+        missing = [f"{row.model}, {row.text}" for row in self.rows if row.model in began and not row.values]
         if missing:
             notes.append(f"Missing: {'; '.join(missing)}.")
         if absent := [model for model in dict.fromkeys(row.model for row in self.rows) if model not in began]:
             notes.append(f"No results for {', '.join(absent)}.")
-        if self.unfinished:
-            notes.append(f"Unfinished: {', '.join(self.unfinished)}.")
-        if self.left_out:
-            notes.append(
-                "Left out, since they have other settings than the full precision that the quantized runs are compared "
-                f"with: {', '.join(self.left_out)}."
-            )
-        return [*notes, *self.unlike]
+        unfinished = [str(run.folder) for row in self.rows for run in row.runs if run.summary is None]
+        if unfinished:
+            notes.append(f"Unfinished: {', '.join(unfinished)}.")
+        return [*notes, *self.warnings()]
+
+    def warnings(self) -> list[str]:
+        """Return sentences on runs that are left out, and on rows that differ in more than the method."""
+        out = f"Left out, since the runs of a row may differ only in their seed: {'; '.join(self.left_out)}."
+        return [*([out] if self.left_out else []), *self.unlike]
 
     def text(self, layout: str) -> str:
         """Return the table as markdown, csv, latex or html."""
@@ -187,11 +194,11 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
         only: network to show; None shows all networks that have runs or published numbers.
 
     Raises:
-        ConfigError: runs that would share a cell differ in more than their seed, or the network does not exist.
+        ConfigError: a run does not have the table's metric, or the network does not exist.
     """
     layout, labels = paper()[name], paper()["labels"]
     table = TableOfRuns(name, dataset)
-    ours = [run for run in runs if run.dataset == dataset and _belongs(run, layout)]
+    ours = by_precedence(run for run in runs if run.dataset == dataset and _belongs(run, layout))
     for run in ours:
         if run.summary is not None and metric(run.summary) != table.metric:
             raise ConfigError(f"{name}: shows {table.metric}, which {run.text} does not have")
@@ -199,38 +206,38 @@ def make_table(name: str, runs: Sequence[Run], dataset: str, only: str | None = 
     models = [*sorted(found), *(model for model in layout.get("published", {}) if model not in found)]
     if only is not None and only not in models:
         raise ConfigError(f"--model {only}: {name} has {', '.join(models) or 'no network'}")
-    done = [(run, run.summary) for run in ours if run.summary is not None]
-    results = [Result(run.config, summary, run.place) for run, summary in done]
-    baselines = full_precision_of(results)
-    gaps = against_full_precision(results, baselines)
-    compared_with = {done[i][0].key for i in baselines if i is not None}
-    gap_of = {run.key: gap for (run, _), gap in zip(done, gaps, strict=True) if gap is not None}
+    baselines, gaps = _against_full_precision(ours)
     for model in models if only is None else [only]:
-        cells: dict[str, Sequence[Run]] = {}
-        for row, bits in _cells(layout):
-            mine = [r for r in ours if (r.model, r.row, bits or r.weight_bits) == (model, row, r.weight_bits)]
-            if bits is None:
-                mine, others = _that_serve(mine, compared_with)
-                table.left_out += [str(run.folder) for run in others]
-            check_seeds([run for run in mine if run.summary is not None])
-            table.unfinished += [str(run.folder) for run in mine if run.summary is None]
-            values = tuple(score(run.summary) for run in mine if run.summary is not None)
-            theirs = tuple(gap_of[run.key] for run in mine if run.key in gap_of)
+        mine = [run for run in ours if run.model == model]
+        cells, left_out = averaged({cell: _in_cell(mine, *cell) for cell in _cells(layout)}, baselines)
+        for (row, bits), some in cells.items():
+            theirs = tuple(gaps[run.key] for run in some if run.key in gaps)
             base = None if bits is None else published(name, model, FULL_PRECISION_ROWS[0], None)
-            table.rows.append(Row(model, bits, labels[row], values, theirs, published(name, model, row, bits), base))
-            if mine:
-                cells[labels[row] if bits is None else f"{labels[row]}, {bits} bits"] = mine
-        table.unlike += _unlike(model, cells)
+            table.rows.append(Row(model, bits, labels[row], some, theirs, published(name, model, row, bits), base))
+        table.left_out += left_out
+        table.unlike += _unlike(model, [row for row in table.rows if row.model == model and row.runs])
     return table
 
 
-def _that_serve(runs: Sequence[Run], compared_with: Set[Key]) -> tuple[list[Run], list[Run]]:
-    """Split the full-precision runs of a cell into those with the settings of the ones that quantized runs are compared
-    with, or without a result, and the others, such as the baseline that another run made for its own epochs. Without
-    any comparison, all belong to the cell."""
-    settings = [run.setting for run in runs if run.key in compared_with]
-    serve = [run for run in runs if run.setting in settings or not settings or run.summary is None]
-    return serve, [run for run in runs if run not in serve]
+def _against_full_precision(runs: Sequence[Run]) -> tuple[dict[Key, Key], dict[Key, float]]:
+    """Return the key of the full-precision run that each run is compared with, and the differences, in points.
+
+    Of equal full-precision runs in one place, the first counts.
+
+    Args:
+        runs: in the order of `by_precedence`.
+    """
+    first: dict[tuple[Any, ...], Run] = {}
+    for run in runs:
+        if run.summary is not None:
+            full = run.row in FULL_PRECISION_ROWS
+            first.setdefault((run.place, run_name(run.config)) if full else run.key, run)
+    done = list(first.values())
+    results = [Result(run.config, run.summary or {}, run.place) for run in done]
+    found = full_precision_of(results)
+    gaps = zip(done, against_full_precision(results, found), strict=True)
+    baselines = {run.key: done[i].key for run, i in zip(done, found, strict=True) if i is not None}
+    return baselines, {run.key: gap for run, gap in gaps if gap is not None}
 
 
 def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
@@ -240,14 +247,18 @@ def _cells(layout: dict[str, Any]) -> Iterator[tuple[str, int | None]]:
             yield row, bits
 
 
-def _unlike(model: str, cells: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Return a sentence on cells whose settings differ from the first quantized cell in more than method and bits."""
-    quantized = [label for label, runs in cells.items() if runs[0].row not in FULL_PRECISION_ROWS]
-    if not quantized:
+def _in_cell(runs: Sequence[Run], row: str, bits: int | None) -> list[Run]:
+    return [run for run in runs if run.row == row and bits in (None, run.weight_bits)]
+
+
+def _unlike(model: str, rows: Sequence[Row]) -> list[str]:
+    """Return a sentence on rows whose settings differ from the first quantized row in more than method and bits."""
+    first = next((row for row in rows if row.bits is not None), None)
+    if first is None:
         return []
-    keys = {label: _keys_apart(cells[quantized[0]], runs) for label, runs in cells.items()}
-    differing = [f"{label} ({', '.join(some)})" for label, some in keys.items() if some]
-    return [f"Rows with other settings than {model}, {quantized[0]}: {'; '.join(differing)}."] if differing else []
+    keys = {row.text: _keys_apart(first.runs, row.runs) for row in rows}
+    differing = [f"{text} ({', '.join(some)})" for text, some in keys.items() if some]
+    return [f"Rows with other settings than {model}, {first.text}: {'; '.join(differing)}."] if differing else []
 
 
 def _keys_apart(one: Sequence[Run], other: Sequence[Run]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from qat_runner.config.tasks import Measure
 from qat_runner.errors import ConfigError, UnreadableError
 from qat_runner.report.page import shown
 from qat_runner.report.results import read_results
-from qat_runner.report.runs import Key, configs_in, differing_keys, key_of, place_of, recipe_of, selected
+from qat_runner.report.runs import Key, by_precedence, configs_in, differing_keys, key_of, place_of, recipe_of, selected
 from qat_runner.report.starts import each_seed_has_its_own, start_of
 from qat_runner.report.tables import Result, full_precision_of
 from qat_runner.runs.records import METRICS, SUMMARY, EpochRow, Summary
@@ -25,7 +25,7 @@ OF_A_CELL = ("seed", "weight_bits", "activation_bits", *LIMITS, "max_drop")
 """Keys that runs of one method may differ in: bits, limits on chosen bits, and the seed."""
 
 OF_A_LINE = (*OF_A_CELL, "noise_batches")
-"""The same if no two runs of the method share bits and seed: then noise_batches may vary with the bits."""
+"""The same if no two runs of the method that share bits and seed differ in noise_batches: it may vary with the bits."""
 
 PLACE = "folder"
 """Used in place of a key for runs that differ only in their location."""
@@ -206,16 +206,16 @@ def _labelled_apart(runs: Sequence[Entry]) -> list[Entry]:
         shared = _sets_of_starts([some for _, some in methods])
         for method, some in methods:
             theirs = _with_starts(some, shared.get(method))
-            own = [key for key in keys_that_differ(theirs) if key not in (OF_A_LINE if _once(some) else OF_A_CELL)]
+            own = [key for key in keys_that_differ(theirs) if key not in _of_seeds(some)]
             keys = dict.fromkeys([*own, *unlike])
             described = [{key: _describe(key, s[key]) for key in keys if s.get(key, []) != []} for s in theirs]
-            again = not _once([replace(run, variant=str(words)) for run, words in zip(some, described, strict=True)])
-            places = _places(some) if again else [""] * len(some)
-            for run, words, place in zip(some, described, places, strict=True):
+            places = _places(some, [(str(words), *_cell(run)) for run, words in zip(some, described, strict=True)])
+            for run, words, (place, name) in zip(some, described, places, strict=True):
                 words |= {PLACE: place} if place else {}
                 setting = tuple((key, said) for key, said in words.items() if key in (*unlike, PLACE))
                 beside = {key: said for key, said in words.items() if key != RULES}  # the policy's hash shows them
-                labelled[run.key] = replace(run, variant=", ".join(dict.fromkeys(beside.values())), setting=setting)
+                variant = ", ".join(filter(None, [*dict.fromkeys(beside.values()), name]))
+                labelled[run.key] = replace(run, variant=variant, setting=setting)
     return [labelled[run.key] for run in runs]
 
 
@@ -281,21 +281,49 @@ def _with_starts(some: Sequence[Entry], shared: str | None) -> list[dict[str, An
     ]
 
 
-def _places(runs: Sequence[Entry]) -> list[str]:
-    """Return short names of the runs' locations.
+def _cell(run: Entry) -> tuple[int, str]:
+    """Return the seed and the bits of a run."""
+    return run.config.seed, run.bits_label
 
-    If all lie in one place, these are the names of the run folders or the line numbers.
+
+def _of_seeds(some: Sequence[Entry]) -> tuple[str, ...]:
+    """Return the keys that seeds and bits of a method may differ in.
+
+    noise_batches may vary with the bits, but not between runs that share bits and seed.
     """
+    once = len({(*_cell(run), run.config.noise_batches) for run in some}) == len({_cell(run) for run in some})
+    return OF_A_LINE if once else OF_A_CELL
+
+
+def _places(runs: Sequence[Entry], same: Sequence[Hashable]) -> list[tuple[str, str]]:
+    """Return the location that tells each run of a method from the others: its place, and its name in there.
+
+    Args:
+        runs: runs of one method.
+        same: equal for runs that differ in nothing but their location.
+
+    Returns:
+        The place is empty unless equal runs lie in several. The name is that of the run folder, or the line number; it
+        is empty for the first of equal runs in a place, by `by_precedence`.
+    """
+    cells = {run.key: cell for run, cell in zip(runs, same, strict=True)}
     parents = [place_of(run.key) for run in runs]
-    if len({*parents}) == 1:
-        return [run.folder.name if run.line is None else f"line {run.line}" for run in runs]
     shared = len(Path(os.path.commonpath(parents)).parts)
-    return [f"in {Path(*parent.parts[shared:])}" for parent in parents]
+    one = len({*zip(parents, same, strict=True)}) == len({*same})  # no equal runs lie in several places
+    first: dict[Hashable, Key] = {}
+    for run in by_precedence(runs):
+        first.setdefault((place_of(run.key), cells[run.key]), run.key)
+    return [
+        (
+            "" if one else f"in {Path(*parent.parts[shared:])}",
+            "" if first[parent, cells[run.key]] == run.key else _name_in_place(run),
+        )
+        for run, parent in zip(runs, parents, strict=True)
+    ]
 
 
-def _once(runs: Sequence[Entry]) -> bool:
-    """Return whether no two runs share method, bits and seed."""
-    return len({(run.method, run.config.seed, run.bits_label) for run in runs}) == len(runs)
+def _name_in_place(run: Entry) -> str:
+    return run.folder.name if run.line is None else f"line {run.line}"
 
 
 def by_network(runs: Sequence[Entry]) -> dict[str, list[Entry]]:

@@ -16,6 +16,7 @@ from qat_runner.config import (
     gradient_label,
     identity,
     read_config,
+    run_name,
     settings,
 )
 from qat_runner.errors import ConfigError, UnreadableError
@@ -145,7 +146,22 @@ class _Configured(Protocol):
     def config(self) -> Config: ...
 
 
+class _Recorded(_Configured, Protocol):
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def summary(self) -> Summary | None: ...
+
+
 R = TypeVar("R", bound=_Configured)
+S = TypeVar("S", bound=_Recorded)
+
+
+def by_precedence(runs: Iterable[S]) -> list[S]:
+    """Return the runs so that of equal ones, the first counts: finished runs come first, and of these the runs whose
+    folders have the name that `qat-run` gives them. The order is kept otherwise."""
+    return sorted(runs, key=lambda run: (run.summary is None, run.folder.name != run_name(run.config)))
 
 
 def selected(runs: Sequence[R], dataset: str | None, model: str | None) -> list[R]:

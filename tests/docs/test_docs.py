@@ -143,7 +143,7 @@ WRONG = [
     *("qat-run dataset=imagenet mode=retrain weights=file.txt.gz bits=99", "qat-run -m +experiment=table9"),
     *("torchrun --nproc-per-node 8 -m qat_runner modle=resnet50", "make tests", "rm -rf runs"),
     *("qat-report table9", "qat-report table1 runs --modle resnet50", "qat-report runs/NAME runs/OTHER"),
-    *("qat-report figure4 runs more", "qat-report", "qat-export runs/NAME --rule averaged"),
+    *("qat-report figure3 runs", "qat-report", "qat-export runs/NAME --rule averaged"),
     *("python -m qat_runner.data.prepare cifar11 /data", "qat-export"),
     *("qat-bits weights=baseline", "qat-bits weights=baseline budget=4 max_drop=1"),
 ]

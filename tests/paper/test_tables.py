@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from qat_runner.config import Mode
+from qat_runner.config import Mode, run_name
 from qat_runner.errors import ConfigError
 from qat_runner.paper import table6, tables
 from qat_runner.paper.figures import figure4
@@ -217,16 +217,50 @@ def test_rows_of_other_settings_are_told_and_full_precision_is_that_of_the_same(
 
 
 def test_baselines_of_other_runs_are_left_out_of_a_cell(tmp_path: Path) -> None:
-    """For example that of bits=auto, which ignores the epochs of the run. Without a quantized run, nothing decides."""
+    """For example that of bits=auto, which ignores the epochs of the run. Without a quantized run, the first counts."""
     runs = (_run(tmp_path / f"{n}", "resnet50", "full_precision", None, 96.0 + n, epochs=n) for n in (1, 2))
     full = [replace(run, setting={"epochs": run.config.epochs}) for run in runs]
     octav = _run(tmp_path, "resnet50", "octav", 4, 95.0, epochs=2)
     table = make_table("table1", [*full, octav], "imagenet", "resnet50")
     assert table.rows[0].values == (98.0,) and table.rows[-1].gaps == (-3.0,)
-    assert table.left_out == [str(full[0].folder)]
-    assert table.notes()[-1].startswith("Left out, since they have other settings than the full precision that ")
-    with pytest.raises(ConfigError, match="would share a cell of the table, but differ in epochs"):
-        make_table("table1", full, "imagenet", "resnet50")
+    assert table.left_out == [f"{full[0].folder} (epochs)"]
+    sentence = "Left out, since the runs of a row may differ only in their seed: "
+    assert table.notes()[-1] == f"{sentence}{full[0].folder} (epochs)."
+    assert make_table("table1", full, "imagenet", "resnet50").rows[0].values == (97.0,)
+
+
+def _of_epochs(folder: Path, row: str, seed: int, epochs: int, **other: Any) -> Run:
+    bits = None if row == "full_precision" else 4
+    run = _run(folder / f"{epochs}", "resnet20", row, bits, 80.0 + seed, seed=seed, epochs=epochs, **other)
+    return replace(run, setting={"row": row, "epochs": epochs})
+
+
+def test_a_cell_takes_the_setting_with_the_most_cells_and_seeds(tmp_path: Path) -> None:
+    """Also where another setting has more seeds in the cell itself, or comes first; of equals, the first counts."""
+    many = [_of_epochs(tmp_path, row, seed, 6) for row in ("octav_ste", "octav") for seed in (0, 1)]
+    trial = [_of_epochs(tmp_path, "max", seed, 9) for seed in (0, 1, 2)]
+    ours = [*trial, _of_epochs(tmp_path, "max", 5, 6), *many]
+    table = make_table("table1", ours, "imagenet", "resnet20")
+    assert [row.values for row in table.rows] == [(), (85.0,), (80.0, 81.0), (), (), (80.0, 81.0)]
+    assert table.left_out == [f"{run.folder} (epochs)" for run in trial] and not table.unlike
+    for order in ((6, 9), (9, 6)):
+        runs = [_of_epochs(tmp_path, row, 0, epochs) for row in ("max", "octav") for epochs in order]
+        table = make_table("table1", [*runs[:2], *runs[:1:-1]], "imagenet", "resnet20")
+        assert {run.config.epochs for row in table.rows for run in row.runs} == {order[0]} and not table.unlike
+
+
+def test_a_repetition_counts_once(tmp_path: Path) -> None:
+    """Of full precision as well. The run under its usual name counts, although the other comes first by name."""
+
+    def runs(row: str, value: float) -> list[Run]:
+        other = _run(tmp_path, "resnet20", row, None if row == "full_precision" else 4, 10.0)
+        usual = replace(other, folder=tmp_path / run_name(other.config), summary={"top1": value})  # type: ignore[typeddict-item]
+        return [other, usual]
+
+    full, octav = runs("full_precision", 90.0), runs("octav", 88.0)
+    table = make_table("table1", [*full, *octav], "imagenet", "resnet20")
+    assert [(row.values, row.gaps) for row in table.rows if row.runs] == [((90.0,), ()), ((88.0,), (-2.0,))]
+    assert table.left_out == [f"{some[0].folder} (repeats {some[1].folder})" for some in (full, octav)]
 
 
 def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> None:
@@ -243,8 +277,9 @@ def test_a_start_is_that_of_the_weights_that_were_retrained(tmp_path: Path) -> N
     of_each = table("x.pt", "y.pt", "z.pt")
     assert [row.gaps for row in of_each.rows if row.values] == [(), (-2.0,)] and not of_each.unlike
     assert "-2.00 (1)" in of_each.columns["against full precision"]
-    with pytest.raises(ConfigError, match="would share a cell of the table, but differ in weights"):
-        table("x.pt", "x.pt", "y.pt")
+    of_two = table("x.pt", "y.pt", "y.pt")
+    assert [row.values for row in of_two.rows if row.runs] == [(93.0,), (92.0, 93.0)]
+    assert of_two.left_out == [f"{tmp_path / 'resnet50-octav-4-0'} (weights)"]
 
 
 def test_rows_that_start_elsewhere_are_told(tmp_path: Path) -> None:
@@ -374,6 +409,32 @@ def test_figure4_tells_of_rows_of_other_settings(tmp_path: Path, caplog: pytest.
     assert (
         "Rows with other settings than resnet20, Max-scaled, 4 bits: OCTAV (MPH), 4 bits (epochs)." in caplog.messages
     )
+
+
+def test_figure4_draws_the_runs_of_the_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Among the unfinished runs, these are the ones with a new seed of the finished runs' setting."""
+    runs = [_curve(_of_epochs(tmp_path, row, 0, 2), 50.0, 60.0) for row in ("full_precision", "octav")]
+    trials = [_curve(_of_epochs(tmp_path, row, 0, 9), 1.0, 2.0, 3.0) for row in ("full_precision", "octav")]
+    again = _curve(replace(runs[1], folder=tmp_path / "again", summary=None), 5.0)
+    new = _curve(replace(_of_epochs(tmp_path, "octav", 1, 2), summary=None), 70.0)
+    unfinished = [replace(trials[1], summary=None), again, new]
+    figure = figure4([*unfinished, trials[0], *runs], "imagenet")
+    ax = figure.axes[0]
+    assert [list(line.get_ydata()) for line in ax.lines] == [[50.0, 60.0], [60.0, 60.0]]
+    assert ax.get_legend().get_texts()[1].get_text() == "OCTAV (MPH), 1 of 2 seeds reach the last epoch"
+    (message,) = caplog.messages
+    for run, why in ((trials[0], "epochs"), (trials[1], "epochs"), (again, f"repeats {runs[1].folder}")):
+        assert f"{run.folder} ({why})" in message
+    plt.close(figure)
+    assert f"Unfinished: {new.folder}." in make_table("table1", [*unfinished, *runs], "imagenet").notes()
+
+
+def test_figure4_draws_a_sweep_of_which_no_run_is_finished(tmp_path: Path) -> None:
+    runs = [_curve(replace(_of_epochs(tmp_path, "octav", seed, 6), summary=None), 50.0) for seed in (0, 1)]
+    other = _curve(replace(_of_epochs(tmp_path, "octav", 0, 9), summary=None), 10.0)
+    figure = figure4([other, *runs], "imagenet")
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[50.0]]
+    plt.close(figure)
 
 
 def test_figure4_is_of_one_network(tmp_path: Path) -> None:

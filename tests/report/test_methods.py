@@ -414,6 +414,54 @@ def test_the_same_runs_in_two_folders_are_no_seeds(tmp_path: Path, one: str, oth
     }
 
 
+def test_only_the_repetition_of_a_run_is_set_apart(tmp_path: Path) -> None:
+    """The run under its usual name keeps the method's name; the repetition is compared with the same reference."""
+    for seed in (0, 1):
+        for bits in (3, 4):
+            for method, top1 in (("octav", 60.0), ("max", 50.0)):
+                words = f"clipping={method}", f"bits={bits}", f"seed={seed}", f"noise_batches={bits}"
+                make_run(tmp_path / "a", *words, top1=top1 + bits + seed)
+    make_run(tmp_path / "a", "bits=4", "noise_batches=4", name="again", top1=65.5)
+    found = standings(entries([tmp_path / "a"])[0])
+    assert {(each.method, each.bits.text): dict(each.values) for each in found} == {
+        ("octav", "3"): {0: 63.0, 1: 64.0},
+        ("octav", "4"): {0: 64.0, 1: 65.0},
+        ("octav, again", "4"): {0: 65.5},
+        ("max", "3"): {0: 53.0, 1: 54.0},
+        ("max", "4"): {0: 54.0, 1: 55.0},
+    }
+    assert {each.reference for each in found} == {"octav"} and not any(each.apart for each in found)
+    make_run(tmp_path / "b", "bits=4", "noise_batches=4", top1=70.0)
+    several = _by_method(standings(entries([tmp_path / "a", tmp_path / "b"])[0]))
+    assert {name: len(each.values) for (name, bits), each in several.items() if bits == "4"} == {
+        "octav, in a": 2,
+        "octav, in a, again": 1,
+        "octav, in b": 1,
+        "max": 2,
+    }
+
+
+def test_seeds_of_two_machines_are_seeds_of_one_method(tmp_path: Path) -> None:
+    """Those that both machines ran are repetitions in the table of results."""
+    for place, seeds in (("one", (0, 1, 2)), ("other", (2, 3))):
+        for seed in seeds:
+            make_run(tmp_path / place, f"seed={seed}", top1=60.0 + seed)
+            make_run(tmp_path / place, f"seed={seed}", "clipping=max", top1=50.0 + seed)
+    places = [str(tmp_path / place) for place in ("one", "other")]
+    assert report(["results", *places, "--out", str(tmp_path)]) == 0
+    found = {each.method: each for each in standings(entries([tmp_path / "results.csv"])[0])}
+    assert {name: list(each.values) for name, each in found.items() if ", line " not in name} == {
+        "octav": [0, 1, 2, 3],
+        "max": [0, 1, 2, 3],
+    }
+    assert found["max"].difference.values == (-10.0,) * 4
+    for what in ("table1", "figure4"):
+        assert report([what, *places, "--out", str(tmp_path)]) == 0
+    rows = csv.DictReader((tmp_path / "table1.csv").read_text().splitlines())
+    assert [row["seeds"] for row in rows if row["network"] == "resnet20"] == ["0", "4", "0", "0", "0", "4"]
+    assert sorted(list(each.values) for name, each in found.items() if ", line " in name) == [[2], [2]]
+
+
 def test_keys_that_usually_go_with_bits_tell_runs_of_the_same_bits_apart(tmp_path: Path) -> None:
     for batches, top1 in ((1, 60.0), (2, 40.0)):
         make_run(tmp_path, f"noise_batches={batches}", top1=top1)
@@ -483,7 +531,6 @@ def test_runs_of_one_network_or_data_set_alone(tmp_path: Path, capsys: pytest.Ca
         (["compare", "--against", "max"], "--against: applies only to methods"),
         (["figure3", "--run", "there"], "--run: applies only to table6, figure1, figure2, figure5, iterations"),
         (["status", "--dataset", "digits"], "--dataset: applies only to compare, methods, "),
-        (["figure3", "runs"], "runs: is one folder too many"),
         (["status", "--out", "there"], "--out: status writes nothing"),
         (["figure2", "--run", "there", "--model", "resnet8"], "--model: cannot be combined with --run"),
     ],
