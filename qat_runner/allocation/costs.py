@@ -27,6 +27,8 @@ class Measure:
     """what an operation adds to it, given the bit-widths of its operands"""
     rest: float = 0.0
     """what everything else adds to it"""
+    by_tensor: bool = True
+    """whether what an operation adds is a sum over its operands, so that their bit-widths can be chosen separately"""
 
     def total(self, network: Network, bits: Mapping[str, int]) -> float:
         """Return the figure of the whole network, given the bit-width of each tensor by name."""
@@ -69,7 +71,7 @@ def _stored(operation: Operation, widths: Widths) -> float:
 
 def bitops(network: Network) -> list[Measure]:
     """Return the measure of giga bit operations for one sample: multiply-accumulates times both bit-widths."""
-    return [Measure("GBitOPs", _bitops, network.rest_macs * FULL_PRECISION**2 / 1e9)]
+    return [Measure("GBitOPs", _bitops, network.rest_macs * FULL_PRECISION**2 / 1e9, by_tensor=False)]
 
 
 def _bitops(operation: Operation, widths: Widths) -> float:
@@ -119,7 +121,8 @@ def latency_ms(network: Network, latencies: Latencies, same: bool = False) -> li
     def taken(operation: Operation, widths: Widths) -> float:
         return latencies[operation.layer][widths] if operation.multiplies else 0.0
 
-    return [Measure("ms", taken, sum(taken(op, _full_precision(op)) for op in network.unquantized))]
+    rest = sum(taken(op, _full_precision(op)) for op in network.unquantized)
+    return [Measure("ms", taken, rest, by_tensor=False)]
 
 
 COSTS: dict[str, Callable[[Network], list[Measure]]] = {

@@ -5,7 +5,7 @@ A tensor *has a choice* if it has more than one candidate, that is, if bit alloc
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -95,6 +95,10 @@ class Network:
     """multiply-accumulates for one sample of everything that is not quantized"""
     unquantized: tuple[Operation, ...] = ()
     """operations that are not quantized, as far as they are layers or matrix multiplications in attention"""
+
+    def by_tensor(self) -> "Network":
+        """Return the network with an operation of its own for each operand."""
+        return replace(self, operations=tuple(replace(op, operands=(o,)) for op in self.operations for o in op.operands))
 
     @property
     def free(self) -> list[Operand]:

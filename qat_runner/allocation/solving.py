@@ -3,8 +3,11 @@
 This is a multiple-choice knapsack problem, which is solved by integer programming (SciPy's HiGHS).
 """
 
+import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context
 
@@ -62,6 +65,8 @@ def allocate_bits(
             f"{', '.join(unpriced)}: without a price, because no batch or no gradient reaches it: use "
             f"price=measured, which needs no gradient, or rules that set the bit-width"
         )
+    if not same and all(limit.measure.by_tensor for limit in limits):
+        network = network.by_tensor()
     choices = [operation.choices(same) for operation in network.operations]
     values = [
         np.array([sum(_price(prices, op.operands[i].name, w) for i, w in enumerate(widths)) for widths in some])
@@ -76,7 +81,7 @@ def allocate_bits(
                 f"{limit.most:g} is too low a limit of {limit.measure.name}: the least possible is "
                 f"{_rounded_up(least + limit.measure.rest)}"
             )
-    chosen = _solve(values, tables, room)
+    chosen = _solve_apart(values, tables, room + np.abs(room) * _SLACK)
     bits = {
         operand.name: width
         for operation, some, at in zip(network.operations, choices, chosen, strict=True)
@@ -126,8 +131,25 @@ _SLACK = 1e-9
 """Relative tolerance of limits: sums that are equal on paper may differ in their last bits."""
 
 
-def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
-    """Return one choice per row such that the sum of values is least and that of each table is at most its room.
+def _solve_apart(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], most: np.ndarray) -> list[int]:
+    """As `_solve`, but solves rows that no limit connects as problems of their own, which are much smaller."""
+    from scipy.sparse.csgraph import connected_components
+
+    bound = np.array([[np.ptp(row) > 0 for row in table] for table in tables]).reshape(len(tables), len(values))
+    _, group = connected_components(bound.T.astype(int) @ bound, directed=False)
+    chosen = [0] * len(values)
+    for number in np.unique(group):
+        rows = np.flatnonzero(group == number)
+        by = np.flatnonzero(bound[:, rows].any(axis=1))
+        rest = [sum(float(tables[i][row].min()) for row in np.flatnonzero(group != number)) for i in by]
+        some = [[table[row] for row in rows] for table in (values, *(tables[i] for i in by))]
+        for row, at in zip(rows, _solve(some[0], some[1:], most[by] - rest), strict=True):
+            chosen[row] = at
+    return chosen
+
+
+def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], most: np.ndarray) -> list[int]:
+    """Return one choice per row such that the sum of values is least and that of each table is at most `most`.
 
     The solver's tolerances are relative to the largest value, so they may hide differences between smaller values.
     Therefore values are counted from the smallest of their row, and choices that alone exceed the sum that was found
@@ -138,7 +160,7 @@ def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]],
     best, chosen = np.inf, [0] * len(values)
     while True:
         some = [[row[k] for row, k in zip(rows, kept, strict=True)] for rows in (excess, *tables)]
-        found = [int(k[at]) for k, at in zip(kept, _solve_once(some[0], some[1:], room), strict=True)]
+        found = [int(k[at]) for k, at in zip(kept, _solve_once(some[0], some[1:], most), strict=True)]
         total = float(sum(row[at] for row, at in zip(excess, found, strict=True)))
         if not total < best * (1 - _SLACK):
             return chosen
@@ -146,18 +168,18 @@ def _solve(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]],
         kept = [np.flatnonzero(row <= best) for row in excess]
 
 
-def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], room: np.ndarray) -> list[int]:
+def _solve_once(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray]], most: np.ndarray) -> list[int]:
     """As `_solve`, but only as exact as HiGHS is relative to the largest value.
 
-    HiGHS lets a sum exceed its room by _TOLERANCE times the table's largest cost. If it returns a choice that exceeds
-    its room, the room is reduced far enough to exclude this choice, but no choice that truly fits.
+    HiGHS lets a sum exceed its limit by _TOLERANCE times the table's largest cost. If it returns a choice that exceeds
+    its limit, the limit is reduced far enough to exclude this choice, but no choice that truly fits.
     """
     kept = [_not_dominated(np.stack([row, *(table[i] for table in tables)])) for i, row in enumerate(values)]
     offered = [row[k] for row, k in zip(values, kept, strict=True)]
     costs = [[row[k] for row, k in zip(table, kept, strict=True)] for table in tables]
     scales = np.array([max(max(float(np.abs(row).max()) for row in cost), 1e-300) for cost in costs])
     scaled = [[row / scale for row in cost] for cost, scale in zip(costs, scales, strict=True)]
-    most, less = room * (1 + _SLACK) / scales, np.zeros(len(costs))
+    most, less = most / scales, np.zeros(len(costs))
     for _ in range(_TRIES):
         found = _by_highs(offered, scaled, most - less)
         sums = [float(sum(row[at] for row, at in zip(cost, found, strict=True))) for cost in scaled]
@@ -181,13 +203,16 @@ def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray
     within = csr_array(np.stack([np.concatenate(table) for table in tables])) if tables else csr_array((0, count))
     lower = np.concatenate([np.ones(len(values)), np.full(len(tables), -np.inf)])
     objective = np.concatenate(values)
-    found = milp(
-        objective / max(float(np.abs(objective).max()), 1e-300),
-        constraints=LinearConstraint(vstack([one_a_row, within]), lower, np.concatenate([np.ones(len(values)), most])),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0, "time_limit": _SECONDS},
-    )
+    with _no_output_of_c():
+        found = milp(
+            objective / max(float(np.abs(objective).max()), 1e-300),
+            constraints=LinearConstraint(
+                vstack([one_a_row, within]), lower, np.concatenate([np.ones(len(values)), most])
+            ),
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0, "time_limit": _SECONDS},
+        )
     if found.x is None:
         why = (
             "no bit-widths satisfy all limits together" if found.status == _INFEASIBLE else f"unsolved: {found.message}"
@@ -197,6 +222,26 @@ def _by_highs(values: Sequence[np.ndarray], tables: Sequence[Sequence[np.ndarray
         log.warning(f"the bit-widths may not be the best: not proven within {_SECONDS:g} s ({found.message})")
     ends = np.cumsum([len(row) for row in values])[:-1]
     return [int(np.argmax(x)) for x in np.split(found.x, ends)]
+
+
+@contextmanager
+def _no_output_of_c() -> Iterator[None]:
+    """Discard what C code prints, because HiGHS prints a line for its developers whatever its options say."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # standard output is closed
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 _TOLERANCE = 1e-6

@@ -1,7 +1,9 @@
 """Tests of the best bit-widths under limits, compared with trying all bit-widths one by one."""
 
+import ctypes
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,6 +224,40 @@ def test_of_the_same_bits_no_other_latencies_are_asked_for() -> None:
     assert measure.total(NETWORK, found.bits) <= 16.0
     with pytest.raises(ValueError, match="a lacks 2x4 bits"):
         latency_ms(NETWORK, table)
+
+
+def test_the_solver_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    solve, libc = scipy.optimize.milp, ctypes.CDLL(None)
+
+    def talkative(*args: Any, **options: Any) -> Any:
+        libc.puts(b"tmpSolver.run();")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", talkative)
+    libc.puts(b"before")
+    allocate_bits(NETWORK, falling(NETWORK), [])
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out.split() == ["before", "after"]
+
+
+def test_tensors_that_no_limit_connects_are_solved_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far fewer variables than all pairs of bit-widths of an operation: one for each bit-width of a tensor."""
+    solve, sizes = scipy.optimize.milp, []
+
+    def counted(objective: np.ndarray, *args: Any, **options: Any) -> Any:
+        sizes.append(len(objective))
+        return solve(objective, *args, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", counted)
+    widths = tuple(range(2, 9))
+    many = Network(tuple(operation(str(i), 10 + i, 20 + i, 1.0, widths) for i in range(5)), 0, 0)
+    prices = {o.name: {w: (i + 1) * 4.0**-w for w in widths} for i, o in enumerate(many.free)}
+    alike = uniform(many, prices, 4)
+    for cost, most in (("mean_bits", 5 * 7), ("size_mb", 5 * 7), ("traffic_mb", 10 * 7)):
+        sizes.clear()
+        allocate_bits(many, prices, [Limit(m, m.total(many, alike.bits)) for m in COSTS[cost](many)])
+        assert 10 < max(sizes) <= most
 
 
 def test_a_hundred_operations_take_a_moment() -> None:
