@@ -448,6 +448,7 @@ WRONG = [
     (["lr=fast"], "lr=fast: must be a number"),
     (["bitz=4"], "unknown key 'bitz'; did you mean bits?"),
     (["clipping.qq=1"], "unknown key 'clipping.qq'; did you mean clipping.q?"),
+    (["clipping=[octav,max]"], "must be a single option; a sweep is qat-run -m clipping=octav,max"),
     (["clipping.k=2"], "unknown key 'clipping.k'; did you mean clipping.options.k?"),
     (["+clipping.k=2"], "unknown key 'clipping.k'; did you mean clipping.options.k?"),
     (["gradient=ewgs", "gradient.delta=0.1"], "unknown key 'gradient.delta'; did you mean gradient.options.delta?"),
